@@ -1,0 +1,23 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check
+
+demo: .venv/demo  ## prepare, train and measure the embedded default
+	$(BIN)/accelerate launch train_accelerate.py --config configs/openmoji.yaml $(DEMO_ARGS)
+
+test: .venv/test  ## all tests; PYTEST_ARGS='-m "not slow"' for fewer
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: .venv/test  ## what every change passes: style, and the tests that take about a minute
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# A stamp an extra: made anew when the dependencies change. `test` brings all that `demo` has.
+.venv/demo .venv/test: setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -e ".[$(notdir $@)]"
+	touch $@

@@ -1,0 +1,153 @@
+"""What a run leaves behind: files that are written whole or not at all, and the facts that make a figure repeatable."""
+
+import errno
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "open_clip_torch",
+    "safetensors",
+    "timm",
+    "numpy",
+    "pillow",
+)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one piece: a reader, or a crash, sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON in one piece; NaN and infinity are errors, since JSON has neither."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `path` that becomes `path` when the block ends, and vanishes when it fails.
+
+    Args:
+        path: where the folder shall be. It must be missing or empty, unless `overwrite` is set.
+        overwrite: replace what is at `path`; the old folder stays until the new one is complete.
+
+    Raises:
+        ValueError: `path` is a file, or a folder that is not empty and may not be replaced.
+        OSError: nothing could be written; with no space left the message says so.
+    """
+    check_output_folder(path, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        _replace_folder(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if no_space_left(error):
+            raise OSError(
+                errno.ENOSPC, f"No space left on the disk while writing {path}; nothing was kept. Free some space"
+            ) from error
+        raise
+
+
+def check_output_folder(path: Path, overwrite: bool = False) -> None:
+    """Raise ValueError unless a folder can be written at `path` without losing anything."""
+    if path.is_dir():
+        if any(path.iterdir()) and not overwrite:
+            raise ValueError(
+                f"The output folder {path} is not empty. Choose another one, or replace it with --overwrite_output_dir."
+            )
+    elif path.exists():
+        raise ValueError(f"The output folder {path} is a file. Choose another name.")
+
+
+def check_free_space(path: Path, needed: int) -> None:
+    """Raise OSError when the disk that will hold `path` has fewer than `needed` bytes free."""
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{path} needs about {needed / 1e6:,.0f} MB, but its disk has {free / 1e6:,.0f} MB free. Free some "
+            "space or choose an output folder on another disk",
+        )
+
+
+def no_space_left(error: BaseException) -> bool:
+    """Whether `error` says that the disk is full; safetensors reports it as text, not as a number."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def next_numbered_folder(parent: Path, name: str) -> Path:
+    """The first of `parent/name-001`, `name-002`, … that does not exist."""
+    number = 1
+    while (parent / f"{name}-{number:03d}").exists():
+        number += 1
+    return parent / f"{name}-{number:03d}"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on, those that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def device_description(device: torch.device | str = "cpu") -> str:
+    """The processor or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} (cuda)"
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads ({device.type})"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
+    path.rename(old)  # onto an empty folder, which POSIX allows
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Zero-shot evaluation: metrics, tasks, tables and plots. Import by `from eval.metrics import …`."""

@@ -1,0 +1,1 @@
+"""Runnable examples: real data and real encoders small enough for a laptop."""

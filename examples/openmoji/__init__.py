@@ -1,0 +1,1 @@
+"""The embedded default: an OpenMoji data set and two pretrained encoders, all from PyPI packages."""

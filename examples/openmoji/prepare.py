@@ -1,0 +1,231 @@
+"""Make the embedded default's data set and base model, where they are missing.
+
+    python -m examples.openmoji.prepare
+
+The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is EfficientNet-Lite0 and
+multilingual-e5-small (`encoders.py`), aligned on the English captions only: what CAPIVARA starts from, in miniature.
+"""
+
+import copy
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import DatasetDict, load_from_disk
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from artifacts import whole_folder, write_json, write_text
+from eval.metrics import mean_recall, retrieval_ranks
+from examples.openmoji.dataset import build_dataset, save_dataset
+from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
+from modeling_capivara.embedding import embed_texts
+from training.data import batch_indices, drawn_captions
+from training.step import clamp_logit_scale, micro_batches, text_embeddings
+
+# Chosen on the validation concepts, English captions; the test split played no part.
+RIDGE_PENALTY = 3.0  # times the number of training pictures
+BATCH_SIZE = 512
+MICRO_BATCH_SIZE = 256
+IMAGE_BATCH_SIZE = 32
+TEXT_LEARNING_RATE = 1e-4
+PROJECTION_LEARNING_RATE = 2e-3
+FEATURE_NOISE = 0.1  # standard deviations of each feature
+EVAL_STEPS = 5
+PATIENCE = 4  # measurements without a new best, after which the recall counts as flat
+MAX_STEPS = 120
+SEED = 0
+
+CARD = """---
+license: cc-by-sa-4.0
+language: [en]
+library_name: transformers
+tags: [capivara, clip]
+---
+
+# Base model of CAPIVARA's embedded default
+
+EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji data
+set until the recall of its validation concepts stopped rising; `alignment.json` has the curve. It has seen no
+Portuguese caption with a picture. The pictures are OpenMoji's, licensed CC BY-SA 4.0 (https://openmoji.org), and so is
+this model.
+"""
+
+logger = logging.getLogger("capivara")
+
+
+@dataclass
+class PrepareArguments:
+    dataset: Path = field(default=Path("data/openmoji/dataset"), metadata={"help": "Folder of the data set."})
+    model: Path = field(default=Path("data/openmoji/base"), metadata={"help": "Folder of the base model."})
+
+
+def prepare(dataset_dir: Path, model_dir: Path) -> None:
+    """Make what is missing of the data set and the base model; each appears whole or not at all.
+
+    Args:
+        dataset_dir: of the `DatasetDict` on disk.
+        model_dir: of the base checkpoint with its processor.
+
+    Raises:
+        ImportError: a package of the `demo` extra is missing.
+        ValueError: a folder is there but holds something else.
+    """
+    if not (dataset_dir / "dataset_dict.json").is_file():
+        logger.info("Preparing the data set in %s (once).", dataset_dir)
+        save_dataset(build_dataset(), dataset_dir)
+    if not (model_dir / "config.json").is_file():
+        logger.info("Preparing the base model in %s (once).", model_dir)
+        with whole_folder(model_dir) as folder:
+            build_base(load_from_disk(dataset_dir), folder)
+
+
+def build_base(dataset: DatasetDict, folder: Path) -> None:
+    """Align the two towers on the English captions and save model, processor and curve into `folder`."""
+    torch.manual_seed(SEED)
+    image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
+    processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
+    width = text_encoder.config.hidden_size
+    config = CapivaraConfig(
+        vision_config=image_encoder.config,
+        text_config=text_encoder.config,
+        projection_dim=width,
+        text_projection_type="linear",
+    )
+    model = CapivaraModel(config)
+    model.vision_model.load_state_dict(image_encoder.state_dict())
+    model.text_model.load_state_dict(text_encoder.state_dict())
+    features = {split: pooled_features(model, processor, dataset[split]) for split in ("train", "validation")}
+    start_by_ridge(model, processor, features["train"], [texts[0] for texts in dataset["train"]["captions-en"]])
+    curve = align(model, processor, dataset, features)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_json(folder / "alignment.json", curve)
+    write_text(folder / "README.md", CARD)
+
+
+@torch.inference_mode()
+def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split) -> Tensor:
+    """(pictures, width), the frozen image tower's pooled output before any projection."""
+    model.eval()
+    features = []
+    for rows in tqdm(
+        split.select_columns(["image"]).iter(32), total=-(-len(split) // 32), desc="Features", unit="batch"
+    ):
+        pixel_values = processor(images=rows["image"], return_tensors="pt")["pixel_values"]
+        features.append(model.vision_model(pixel_values=pixel_values).pooler_output)
+    return torch.cat(features).clone()  # a clone may carry gradients, an inference tensor may not
+
+
+def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
+    """Set both projections without training: ridge regression of the text embeddings on the image features.
+
+    Neither projection has a bias, so the mean is taken off by projecting its direction out on both sides.
+
+    Args:
+        model: its text projection is square.
+        features: (pictures, image width).
+        captions: one a picture.
+    """
+    scale = features.std(dim=0) + 1e-3
+    model.text_projection.weight.data = torch.eye(model.config.projection_dim)
+    texts = embed_texts(model.eval(), processor, captions, description="Captions")
+    without_text_mean = _without_direction(texts.mean(dim=0))
+    without_image_mean = _without_direction((features / scale).mean(dim=0))
+    inputs = features / scale @ without_image_mean  # (pictures, image width)
+    targets = F.normalize(texts @ without_text_mean, dim=-1)  # (pictures, text width)
+    penalty = RIDGE_PENALTY * len(inputs) * torch.eye(inputs.shape[1])
+    weights = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ targets)  # (image width, text width)
+    model.visual_projection.weight.data = (torch.diag(1 / scale) @ without_image_mean @ weights).T.contiguous()
+    model.text_projection.weight.data = without_text_mean
+
+
+def align(
+    model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
+) -> list:
+    """Train text tower and projections on the English captions until the validation recall is flat; keep the best.
+
+    Returns:
+        The curve: an entry a measurement with `step`, `loss` and `validation_mean_recall` (mean of both directions).
+    """
+    captions = dataset["train"]["captions-en"]
+    noise = FEATURE_NOISE * features["train"].std(dim=0)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [*model.text_model.parameters(), model.logit_scale], "lr": TEXT_LEARNING_RATE},
+            {
+                "params": [*model.text_projection.parameters(), *model.visual_projection.parameters()],
+                "lr": PROJECTION_LEARNING_RATE,
+            },
+        ],
+        weight_decay=0.0,
+        fused=True,
+    )
+    best, best_state, curve, loss = -1.0, None, [], None
+    bar = tqdm(range(MAX_STEPS), desc="Aligning on English", unit="step")
+    for step in bar:
+        if step % EVAL_STEPS == 0:
+            recall = validation_recall(model, processor, dataset["validation"], features["validation"])
+            curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
+            if recall > best:
+                best, best_state = recall, copy.deepcopy(model.state_dict())
+            bar.set_postfix(recall=f"{recall:.3f}", best=f"{best:.3f}")
+            if len(curve) > PATIENCE and all(p["validation_mean_recall"] < best for p in curve[-PATIENCE:]):
+                break
+        loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
+    bar.close()
+    model.load_state_dict(best_state)
+    return curve
+
+
+def align_step(
+    model, processor, captions: list[list[str]], features: Tensor, noise: Tensor, optimizer, step: int
+) -> float:
+    """One optimiser step on the pairs of `step`; returns the loss."""
+    model.train()
+    model.vision_model.eval()
+    torch.manual_seed(SEED * MAX_STEPS + step)
+    rows = batch_indices(step, BATCH_SIZE, len(captions), SEED)
+    batches, order = micro_batches(processor, drawn_captions(captions, rows, step, SEED), MICRO_BATCH_SIZE)
+    batch_features = features[torch.as_tensor(rows[order])]
+    batch_features = batch_features + noise * torch.randn_like(batch_features)
+    image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)
+    loss = clip_loss(text_embeddings(model, batches), image_embeds, model.logit_scale)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    clamp_logit_scale(model.logit_scale)
+    return loss.item()
+
+
+@torch.inference_mode()
+def validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split, features: Tensor) -> float:
+    """Mean of both directions' mean recall on the first English caption of each picture, a share from 0 to 1."""
+    texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
+    images = F.normalize(model.visual_projection(features), dim=-1)
+    rows = torch.arange(len(texts))
+    return (
+        mean_recall(retrieval_ranks(texts, images, rows, rows))
+        + mean_recall(retrieval_ranks(images, texts, rows, rows))
+    ) / 2
+
+
+def _without_direction(vector: Tensor) -> Tensor:
+    """(width, width), the projection that removes the direction of `vector` (width,)."""
+    direction = F.normalize(vector, dim=0)
+    return torch.eye(len(vector)) - torch.outer(direction, direction)
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (args,) = HfArgumentParser(PrepareArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    prepare(args.dataset, args.model)
+    print(f"Data set: {args.dataset}\nBase model: {args.model}")
+
+
+if __name__ == "__main__":
+    main()

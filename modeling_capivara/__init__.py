@@ -1,0 +1,39 @@
+"""CAPIVARA for transformers. Importing the package registers it, so that the Auto classes and pipelines find it."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from .configuration_capivara import CapivaraConfig
+from .image_processing_capivara import CapivaraImageProcessor
+from .loss_capivara import clip_loss
+from .modeling_capivara import CapivaraModel, CapivaraOutput
+from .processing_capivara import CapivaraProcessor, repair_text
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapivaraConfig",
+    "CapivaraImageProcessor",
+    "CapivaraModel",
+    "CapivaraOutput",
+    "CapivaraProcessor",
+    "clip_loss",
+    "repair_text",
+]
+
+AutoConfig.register("capivara", CapivaraConfig)
+AutoModel.register(CapivaraConfig, CapivaraModel)
+AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
+AutoImageProcessor.register(CapivaraConfig, CapivaraImageProcessor)
+AutoProcessor.register(CapivaraConfig, CapivaraProcessor)
+
+# From here on `save_pretrained` copies the model files into the folder, for users without the package.
+CapivaraConfig.register_for_auto_class()
+CapivaraModel.register_for_auto_class("AutoModel")
+CapivaraImageProcessor.register_for_auto_class()
+CapivaraProcessor.register_for_auto_class()

@@ -1,0 +1,86 @@
+"""CAPIVARA configuration: two towers, the size of the space they share, the temperature."""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# CLIP ViT-B/32 as open_clip's `xlm-roberta-base-ViT-B-32` has it: exact GELU, not CLIPVisionConfig's QuickGELU.
+VISION_DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
+
+# XLM-RoBERTa base; XLMRobertaConfig's own defaults are those of BERT.
+TEXT_DEFAULTS = {
+    "model_type": "xlm-roberta",
+    "vocab_size": 250002,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5,
+}
+
+
+@strict
+class CapivaraConfig(PreTrainedConfig):
+    """Architecture of a CAPIVARA model; the defaults are the published base (366,121,473 parameters).
+
+    Source: CAPIVARA (arXiv 2310.13683), base model OpenCLIP `xlm-roberta-base-ViT-B-32`.
+
+    Args:
+        vision_config: image tower, any transformers vision model whose output has a `pooler_output`; a dictionary
+            names its kind by `model_type`. Keys left out of a dictionary for the default kind keep the base's value.
+        text_config: text encoder, any encoder-only transformers model; the same rules hold.
+        projection_dim: width of the space that images and texts share, at least 1.
+        text_projection_type: "mlp" is width -> (width + projection_dim) // 2 -> GELU -> projection_dim, as published;
+            "linear" is one matrix. Neither has a bias.
+        logit_scale_init_value: natural logarithm of the scale that multiplies the cosines.
+
+    Raises:
+        ValueError: a size is below 1, the scale is not finite, a tower's kind is unknown, or the text tower is an
+            encoder-decoder.
+    """
+
+    model_type = "capivara"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(AutoConfig, "clip_vision_model", VISION_DEFAULTS),
+        "text_config": SubConfigSpec(AutoConfig, "xlm-roberta", TEXT_DEFAULTS),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    projection_dim: int = 512
+    text_projection_type: Literal["mlp", "linear"] = "mlp"
+    logit_scale_init_value: float = math.log(1 / 0.07)  # temperature 0.07, CLIP (arXiv 2103.00020) section 2.5
+
+    def __post_init__(self, **kwargs):
+        if self.projection_dim < 1:
+            raise ValueError(f"projection_dim must be at least 1, got {self.projection_dim}.")
+        if not math.isfinite(self.logit_scale_init_value):
+            raise ValueError(f"logit_scale_init_value must be a finite number, got {self.logit_scale_init_value}.")
+        self.vision_config = _tower_config(self.vision_config, VISION_DEFAULTS)
+        self.text_config = _tower_config(self.text_config, TEXT_DEFAULTS)
+        if self.text_config.is_encoder_decoder:
+            raise ValueError(
+                f"text_config must be an encoder, got the encoder-decoder {self.text_config.model_type!r}; "
+                "use a model type that has an encoder alone, such as 'xlm-roberta'."
+            )
+        super().__post_init__(**kwargs)
+
+
+def _tower_config(config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:
+    """A tower's configuration object; a dictionary of the default kind is completed by the published values."""
+    if isinstance(config, PreTrainedConfig):
+        return config
+    config = dict(config or {})
+    model_type = config.setdefault("model_type", defaults["model_type"])
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type {model_type!r} is not known to this version of transformers; correct it (for instance "
+            f"{defaults['model_type']!r}) or install a newer transformers."
+        )
+    if model_type == defaults["model_type"]:
+        config = {**defaults, **config}
+    if model_type == "timm_wrapper":
+        config.setdefault("num_classes", 0)  # its `from_dict` fails without, and a tower has no classifier
+    # `from_dict`, not the constructor: TimmWrapperConfig restores its labels there only.
+    return CONFIG_MAPPING[model_type].from_dict(config)

@@ -1,0 +1,82 @@
+"""Many texts or images through a model, in batches: what search and evaluation need."""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .modeling_capivara import CapivaraModel
+from .processing_capivara import CapivaraProcessor
+
+
+@torch.inference_mode()
+def embed_texts(
+    model: CapivaraModel,
+    processor: CapivaraProcessor,
+    texts: Sequence[str],
+    batch_size: int = 64,
+    description: str | None = None,
+) -> Tensor:
+    """Embeddings of `texts`, in their order.
+
+    Texts are batched by length, so that short ones are not padded to the longest of all.
+
+    Args:
+        model: put in evaluation mode by the caller.
+        processor: the model's own.
+        texts: at least one.
+        batch_size: texts that go through at once.
+        description: title of a progress bar; None shows none.
+
+    Returns:
+        (texts, projection_dim), unit length, float32, on the CPU.
+    """
+    tokens = [processor(text=text) for text in texts]
+    order = sorted(range(len(texts)), key=lambda i: len(tokens[i]["input_ids"]))
+    embeds = None
+    with tqdm(total=len(texts), desc=description, unit="text", disable=description is None) as bar:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            batch = processor.tokenizer.pad([dict(tokens[i]) for i in rows], return_tensors="pt")
+            output = model(
+                input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device)
+            )
+            if embeds is None:
+                embeds = torch.empty(len(texts), output.text_embeds.shape[1])
+            embeds[rows] = output.text_embeds.float().cpu()
+            bar.update(len(rows))
+    return embeds
+
+
+@torch.inference_mode()
+def embed_images(
+    model: CapivaraModel,
+    processor: CapivaraProcessor,
+    images: Iterable[Image.Image],
+    batch_size: int = 32,
+    description: str | None = None,
+) -> Tensor:
+    """Embeddings of `images`, in their order.
+
+    Args:
+        model: put in evaluation mode by the caller.
+        processor: the model's own.
+        images: anything that yields PIL images, at least one; they are read batch by batch.
+        batch_size: images that go through at once.
+        description: title of a progress bar; None shows none.
+
+    Returns:
+        (images, projection_dim), unit length, float32, on the CPU.
+    """
+    embeds = []
+    total = len(images) if hasattr(images, "__len__") else None
+    iterator = iter(images)
+    with tqdm(total=total, desc=description, unit="image", disable=description is None) as bar:
+        while batch := list(islice(iterator, batch_size)):
+            pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
+            embeds.append(model(pixel_values=pixel_values.to(model.device)).image_embeds.float().cpu())
+            bar.update(len(batch))
+    return torch.cat(embeds)

@@ -1,0 +1,287 @@
+"""Images to `pixel_values`, equal to open_clip 3.3's evaluation transform to the last bit."""
+
+import os
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BaseImageProcessor, BatchFeature
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+    is_valid_image,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType
+
+# 64 million pixels, 256 MB as RGB. A photo of any usual shape needs well under a million; a 1 x 20,000 strip would
+# need a billion.
+MAX_RESIZED_PIXELS = 2**26
+
+CHANNELS = (1, 2, 3, 4)  # L, LA, RGB, RGBA
+
+
+class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    max_resized_pixels (`int`, *optional*, defaults to 67,108,864):
+        An image whose resized width times height would exceed this is refused before it is resized.
+    """
+
+    max_resized_pixels: int
+
+
+class CapivaraImageProcessor(BaseImageProcessor):
+    """Resize the short side, crop the centre, convert to RGB, normalise: in that order, on PIL images.
+
+    The order and the roundings are those of open_clip 3.3's evaluation transform: PIL's own bicubic resize in the
+    image's own mode, crop offset `round(margin / 2)`, RGB only after the crop. transformers' CLIP processors crop one
+    pixel off when the margin is 3 mod 4.
+
+    Arrays and tensors give what the same pixels give as a PIL image: (height, width), with 1 to 4 channels last
+    (arrays) or first (tensors) unless only the other reading fits or `input_data_format` says otherwise. Floats are
+    shares from 0 to 1, or, when a value exceeds 1, 0 to 255. 16-bit images are scaled to 8 bits, not clipped to white.
+    Files keep their own mode too, and are turned upright as their EXIF data say; the pixels of a URL are RGB.
+    """
+
+    valid_kwargs = CapivaraImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    do_resize = True
+    size = {"shortest_edge": 224}
+    default_to_square = False
+    resample = PILImageResampling.BICUBIC
+    do_center_crop = True
+    crop_size = {"height": 224, "width": 224}
+    do_convert_rgb = True
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    max_resized_pixels = MAX_RESIZED_PIXELS
+
+    def __init__(self, **kwargs: Unpack[CapivaraImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        self._set_attributes(**kwargs)
+
+    def fetch_images(self, image_url_or_urls) -> Image.Image | np.ndarray | torch.Tensor | list:
+        """As in transformers, but the image of a local file keeps its mode, as the resize is done in it."""
+        source = image_url_or_urls
+        if isinstance(source, (list, tuple)):
+            return [self.fetch_images(item) for item in source]
+        if isinstance(source, (str, os.PathLike)) and os.path.isfile(source):
+            with Image.open(source) as image:
+                return ImageOps.exif_transpose(image)
+        return super().fetch_images(os.fspath(source) if isinstance(source, os.PathLike) else source)
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
+        images = _flat_list(self.fetch_images(images))
+        if not images:
+            raise ValueError("There is no image: got an empty list or batch; give at least one.")
+        return images
+
+    def _validate_preprocess_kwargs(self, **kwargs: Unpack[ImagesKwargs]) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        size, crop_size = kwargs["size"], kwargs["crop_size"]
+        if kwargs["do_resize"] and not (size.shortest_edge or 0) > 0:
+            raise ValueError(f'size must be {{"shortest_edge": pixels}}, at least 1, got {dict(size)}.')
+        if kwargs["do_center_crop"] and not min(crop_size.height or 0, crop_size.width or 0) > 0:
+            raise ValueError(f'crop_size must be {{"height": pixels, "width": pixels}}, each at least 1, got {crop_size}.')
+        if kwargs["do_normalize"]:
+            _check_per_channel("image_mean", kwargs["image_mean"])
+            _check_per_channel("image_std", kwargs["image_std"], above_zero=True)
+        if kwargs["do_convert_rgb"] is False:
+            raise ValueError("do_convert_rgb=False is not supported: the model takes three channels; leave it out.")
+        if kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
+            raise ValueError(f"data_format must be channels_first, as the model takes it, got {kwargs['data_format']}.")
+
+    def process_image(
+        self, image, input_data_format: str | ChannelDimension | None = None, **kwargs: Unpack[ImagesKwargs]
+    ) -> Image.Image:
+        """One image of any kind as an 8-bit PIL image of its own mode.
+
+        Raises:
+            ValueError: the shape or the values of an array are not those of an image.
+        """
+        if not isinstance(image, Image.Image):
+            return array_to_pil(image, input_data_format)
+        if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels; PIL would clip them to white
+            return Image.fromarray(to_eight_bits(np.asarray(image)))
+        return image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
+
+    def _preprocess(
+        self,
+        images: list[Image.Image],
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling | int,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
+        max_resized_pixels: int,
+        return_tensors: str | TensorType | None = None,
+        device: str | torch.device | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        pixels = []
+        for image in images:
+            if do_resize:
+                image = resize_short_side(image, size.shortest_edge, resample, max_resized_pixels)
+            if do_center_crop:
+                image = center_crop(image, crop_size.height, crop_size.width)
+            array = np.array(image.convert("RGB"))  # (height, width, 3), uint8
+            pixels.append(torch.from_numpy(array).permute(2, 0, 1).contiguous())
+        same_size = len({tuple(p.shape) for p in pixels}) == 1
+        groups = [torch.stack(pixels)] if same_size else pixels
+        groups = [g.to(device) if device is not None else g for g in groups]
+        groups = [
+            _scale(g, do_rescale, rescale_factor, do_normalize, image_mean, image_std) for g in groups
+        ]  # float32, (images, 3, height, width) or, sizes differing, a list of (3, height, width)
+        return BatchFeature({"pixel_values": groups[0] if same_size else groups}, tensor_type=return_tensors)
+
+
+def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pixels: int) -> Image.Image:
+    """`image` with its short side at `short_side` pixels, the long side rounded down, as torchvision does.
+
+    Raises:
+        ValueError: the result would have more than `max_pixels` pixels, or the image has no pixel.
+    """
+    width, height = image.size
+    if not width or not height:
+        raise ValueError(f"The image is empty: {width} x {height} pixels.")
+    long_side = int(short_side * max(width, height) / min(width, height))
+    new_size = (short_side, long_side) if width <= height else (long_side, short_side)
+    if new_size[0] * new_size[1] > max_pixels:
+        raise ValueError(
+            f"An image of {width} x {height} pixels would be resized to {new_size[0]} x {new_size[1]}, over the limit "
+            f"of {max_pixels} pixels; crop it first or raise `max_resized_pixels`."
+        )
+    return image if image.size == new_size else image.resize(new_size, resample)
+
+
+def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle `height` x `width` pixels; where the image is smaller, black around it, as torchvision does."""
+    left, right = _padding(image.width, width)
+    top, bottom = _padding(image.height, height)
+    if left or right or top or bottom:
+        padded = Image.new(image.mode, (image.width + left + right, image.height + top + bottom))
+        if image.mode == "P":
+            padded.putpalette(image.palette)
+            padded.info.update(image.info)
+        padded.paste(image, (left, top))
+        image = padded
+    crop_left = round((image.width - width) / 2.0)  # Python's round: halves to the even offset
+    crop_top = round((image.height - height) / 2.0)
+    return image.crop((crop_left, crop_top, crop_left + width, crop_top + height))
+
+
+def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> Image.Image:
+    """An array or tensor as the PIL image that has the same pixels.
+
+    Args:
+        image: (height, width), (height, width, channels) or (channels, height, width) with 1 to 4 channels.
+        input_data_format: "channels_first" or "channels_last"; without it the usual place is tried first.
+
+    Raises:
+        ValueError: the shape fits neither reading, or the values are not those of an image.
+    """
+    tensor_input = isinstance(image, torch.Tensor)
+    array = image.detach().cpu().float().numpy() if tensor_input and image.is_floating_point() else image
+    array = np.asarray(array.detach().cpu() if isinstance(array, torch.Tensor) else array)
+    if array.ndim == 3:
+        array = _channels_last(array, tensor_input, input_data_format)
+    elif array.ndim != 2:
+        raise ValueError(f"An image has 2 or 3 dimensions, got an array of shape {array.shape}.")
+    array = np.ascontiguousarray(to_eight_bits(array))
+    return Image.fromarray(array.squeeze(-1) if array.ndim == 3 and array.shape[-1] == 1 else array)
+
+
+def to_eight_bits(array: np.ndarray) -> np.ndarray:
+    """Pixels of any depth as uint8 of the same shape.
+
+    uint8 stays. uint16 is scaled by 255 / 65535. Wider integers are taken as 8-bit when none exceeds 255, else as
+    16-bit. Booleans become 0 and 255. Floats are shares from 0 to 1, or, when one exceeds 1, 0 to 255.
+
+    Raises:
+        ValueError: a value is negative, too large or not finite.
+    """
+    if array.dtype == np.uint8 or not array.size:
+        return array.astype(np.uint8)
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind not in "uif":
+        raise ValueError(f"Pixels must be booleans, integers or floats, got {array.dtype}.")
+    low, high = float(array.min()), float(array.max())
+    floating = np.issubdtype(array.dtype, np.floating)
+    limit = 255 if floating else 65535
+    if not (low >= 0 and high <= limit):  # also False for NaN
+        raise ValueError(
+            f"Pixels must be 0 to {limit} for {array.dtype}, got {low:g} to {high:g}. Normalised `pixel_values` go to "
+            "the model, not to the processor."
+        )
+    if floating:
+        return np.rint(array * 255 if high <= 1 else array).astype(np.uint8)
+    if (array.dtype.itemsize == 2 and array.dtype.kind == "u") or high > 255:
+        return np.rint(array / 257).astype(np.uint8)
+    return array.astype(np.uint8)
+
+
+def _channels_last(array: np.ndarray, tensor_input: bool, input_data_format: str | None) -> np.ndarray:
+    first_fits, last_fits = array.shape[0] in CHANNELS, array.shape[-1] in CHANNELS
+    if input_data_format is not None:
+        channels_first = ChannelDimension(input_data_format) == ChannelDimension.FIRST
+    else:
+        channels_first = first_fits and (tensor_input or not last_fits)
+    if not (first_fits if channels_first else last_fits):
+        raise ValueError(
+            f"An image has 1 to 4 channels, first or last; got shape {array.shape}"
+            + (f" with input_data_format={input_data_format!r}." if input_data_format else ".")
+        )
+    return array.transpose(1, 2, 0) if channels_first else array
+
+
+def _flat_list(images) -> list:
+    """One image, a batch array, or lists of them, nested or not, as one flat list."""
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in _flat_list(item)]
+    if not is_valid_image(images):
+        raise ValueError(f"Expected PIL images, arrays or tensors, got {type(images).__name__}.")
+    return list(images) if getattr(images, "ndim", 3) == 4 else [images]
+
+
+def _check_per_channel(name: str, values: float | tuple[float, ...], above_zero: bool = False) -> None:
+    array = np.atleast_1d(np.asarray(values, dtype=float))
+    if array.shape not in ((1,), (3,)) or not np.isfinite(array).all() or (above_zero and array.min() <= 0):
+        rule = "above 0, " if above_zero else ""
+        raise ValueError(f"{name} must be one finite number, {rule}or three, a channel each, got {values}.")
+
+
+def _padding(length: int, wanted: int) -> tuple[int, int]:
+    missing = max(wanted - length, 0)
+    return missing // 2, (missing + 1) // 2
+
+
+def _scale(
+    pixels: torch.Tensor,
+    do_rescale: bool,
+    rescale_factor: float,
+    do_normalize: bool,
+    image_mean: float | tuple[float, ...],
+    image_std: float | tuple[float, ...],
+) -> torch.Tensor:
+    pixels = pixels.float()
+    if do_rescale:  # 1 / 255 as a division: a product with it differs in the last bit
+        pixels = pixels.div_(255) if rescale_factor == 1 / 255 else pixels.mul_(rescale_factor)
+    if do_normalize:
+        mean, std = (
+            torch.tensor(v, dtype=pixels.dtype, device=pixels.device).reshape(-1, 1, 1) for v in (image_mean, image_std)
+        )
+        pixels = pixels.sub_(mean).div_(std)
+    return pixels

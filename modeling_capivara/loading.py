@@ -1,0 +1,59 @@
+"""Model folders, loaded with every weight accounted for and errors that say what is wrong."""
+
+from pathlib import Path
+
+from transformers import AutoProcessor
+
+from .modeling_capivara import CapivaraModel
+from .processing_capivara import CapivaraProcessor
+
+
+def load_model(source: str | Path) -> CapivaraModel:
+    """A CAPIVARA model out of a folder or from the Hub, in float32.
+
+    transformers only warns of missing weights and leaves them random; here they are an error.
+
+    Raises:
+        ValueError: the folder is missing, is no CAPIVARA model, its weight file is broken, or weights are missing or
+            surplus; all of them are named.
+    """
+    _check_folder(source, "config.json", "is no model folder")
+    try:
+        model, report = CapivaraModel.from_pretrained(source, dtype="float32", output_loading_info=True)
+    except Exception as error:
+        raise ValueError(f"The model {source} can't be loaded: {error}") from error
+    faults = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(faults.values()):
+        named = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
+        raise ValueError(f"The weights of {source} do not fit its config. {named}.")
+    return model
+
+
+def load_processor(source: str | Path) -> CapivaraProcessor:
+    """The processor that was saved beside a model.
+
+    Raises:
+        ValueError: the folder is missing, or has no CAPIVARA processor.
+    """
+    _check_folder(
+        source,
+        "processor_config.json",
+        "has no processor; save one there with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`",
+    )
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+    except Exception as error:
+        raise ValueError(f"The processor of {source} can't be loaded: {error}") from error
+    if not isinstance(processor, CapivaraProcessor):
+        raise ValueError(f"The processor of {source} is a {type(processor).__name__}, not a CapivaraProcessor.")
+    return processor
+
+
+def _check_folder(source: str | Path, needed: str, fault: str) -> None:
+    """A path that looks local must be a folder with the needed file; anything else may be a Hub id."""
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / needed).is_file():
+            raise ValueError(f"The folder {source} {fault} ({needed} is missing).")
+    elif str(source).count("/") != 1 or str(source).startswith((".", "/")):
+        raise ValueError(f"The model folder {source} does not exist.")

@@ -1,0 +1,296 @@
+"""CAPIVARA: an image tower and a multilingual text tower that embed into one space."""
+
+import inspect
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+
+from .configuration_capivara import CapivaraConfig
+from .loss_capivara import clip_loss, similarity_logits
+
+
+@dataclass
+class CapivaraOutput(ModelOutput):
+    """What `CapivaraModel` returns; the parts of a modality that was not given are None.
+
+    Attributes:
+        loss: scalar, contrastive loss in nats, when `return_loss` was set.
+        logits_per_image: (images, texts), cosines times the scale, float32.
+        logits_per_text: (texts, images), its transpose.
+        text_embeds: (texts, projection_dim), unit length, float32.
+        image_embeds: (images, projection_dim), unit length, float32.
+    """
+
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
+
+
+class CapivaraModel(PreTrainedModel):
+    """Image tower and text tower of CAPIVARA (arXiv 2310.13683, section 3), embedding into one space.
+
+    Texts are the mean of the token states that the mask keeps, then a projection; images are the tower's pooled
+    output, then a projection. Equal to open_clip's `CustomTextCLIP` with a mean pooler.
+    """
+
+    config_class = CapivaraConfig
+    config: CapivaraConfig
+    base_model_prefix = "capivara"
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: CapivaraConfig):
+        super().__init__(config)
+        dtype = torch.get_default_dtype()  # not the one a tower was saved in: the parts of one model agree
+        self.vision_model = AutoModel.from_config(config.vision_config, dtype=dtype)
+        self.text_model = AutoModel.from_config(config.text_config, dtype=dtype, **_without_pooler(config.text_config))
+        _check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        _check_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
+        self.visual_projection = nn.Linear(_vision_width(config.vision_config), config.projection_dim, bias=False)
+        self.text_projection = _text_projection(config)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
+        self.image_tower_frozen = False
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """As in transformers; the folder also names this class for zero-shot image classification."""
+        # transformers writes the key of one Auto class; the pipeline looks for its own.
+        auto_map = getattr(self.config, "auto_map", None) or {}
+        self.config.auto_map = {**auto_map, "AutoModelForZeroShotImageClassification": "modeling_capivara.CapivaraModel"}
+        super().save_pretrained(save_directory, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.set_input_embeddings(value)
+
+    def freeze_image_tower(self) -> None:
+        """Fix the image side for good: no gradient to its parameters, and evaluation mode whatever `train()` says.
+
+        Gradients still flow through it to `pixel_values`.
+        """
+        self.image_tower_frozen = True
+        self.vision_model.requires_grad_(False)
+        self.visual_projection.requires_grad_(False)
+        self.vision_model.eval()
+
+    def train(self, mode: bool = True) -> "CapivaraModel":
+        super().train(mode)
+        if self.image_tower_frozen:
+            self.vision_model.eval()  # batch norm statistics would move, dropout would be drawn
+        return self
+
+    @can_return_tuple
+    def get_text_features(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Text tower and projection.
+
+        Args:
+            input_ids: (texts, tokens).
+            attention_mask: (texts, tokens), 1 for a token and 0 for padding; without it, padding tokens are masked.
+            token_type_ids: taken because BERT's tokenizers give them, and not used: a single text has one type.
+
+        Returns:
+            The tower's output; `pooler_output` is (texts, projection_dim), projected, not normalised.
+
+        Raises:
+            ValueError: a row has no token that the mask keeps, or a shape is wrong.
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(f"`input_ids` must be (texts, tokens), got shape {tuple(input_ids.shape)}.")
+        if attention_mask is None:
+            # -1, no token at all, where the tower knows of no padding
+            pad = self.config.text_config.pad_token_id
+            attention_mask = (input_ids != (-1 if pad is None else pad)).long()
+        _check_mask(attention_mask, input_ids)
+        outputs = self.text_model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
+        pooled = mean_pooling(outputs.last_hidden_state, attention_mask)  # (texts, text width), float32
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.text_projection(pooled.to(outputs.last_hidden_state.dtype)),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @can_return_tuple
+    def get_image_features(
+        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Image tower and projection.
+
+        Args:
+            pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` makes them.
+
+        Returns:
+            The tower's output; `pooler_output` is (images, projection_dim), projected, not normalised.
+
+        Raises:
+            ValueError: `pixel_values` is no batch of images, or the tower has no pooled output.
+        """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"`pixel_values` must be (images, 3, height, width), got shape {tuple(pixel_values.shape)}; "
+                "`CapivaraImageProcessor` makes them so."
+            )
+        outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
+        pooled = _pooler_output(outputs, self.config.vision_config)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self.visual_projection(pooled),
+            hidden_states=outputs.hidden_states,
+            attentions=getattr(outputs, "attentions", None),
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        return_loss: bool | None = None,
+        token_type_ids: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | CapivaraOutput:
+        """Embed texts, images or both; with both, compare every text with every image.
+
+        Args:
+            input_ids: (texts, tokens), or None for images alone.
+            attention_mask: (texts, tokens), 1 for a token and 0 for padding; without it, padding tokens are masked.
+            pixel_values: (images, 3, height, width), or None for texts alone.
+            return_loss: also the contrastive loss, row i of the texts belonging to row i of the images.
+            token_type_ids: taken because BERT's tokenizers give them, and not used: a single text has one type.
+
+        Raises:
+            ValueError: neither modality is given, or the loss is asked for with one alone or with unequal numbers.
+        """
+        if input_ids is None and pixel_values is None:
+            raise ValueError("Give `input_ids`, `pixel_values` or both; got neither.")
+        if return_loss and (input_ids is None or pixel_values is None):
+            raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values`.")
+        text_embeds = image_embeds = logits_per_text = None
+        if input_ids is not None:
+            text_outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
+            text_embeds = unit_length(text_outputs.pooler_output)
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
+            image_embeds = unit_length(image_outputs.pooler_output)
+        if text_embeds is not None and image_embeds is not None:
+            logits_per_text = similarity_logits(text_embeds, image_embeds, self.logit_scale)
+        return CapivaraOutput(
+            loss=clip_loss(text_embeds, image_embeds, self.logit_scale) if return_loss else None,
+            logits_per_image=logits_per_text.T if logits_per_text is not None else None,
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+        )
+
+
+def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of the token states that the mask keeps, in float32 also under autocast.
+
+    Args:
+        last_hidden_state: (texts, tokens, width).
+        attention_mask: (texts, tokens), 1 for a token and 0 for padding.
+
+    Returns:
+        (texts, width), float32.
+    """
+    mask = attention_mask.unsqueeze(-1).float()  # (texts, tokens, 1)
+    return (last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """`features` (rows, width) scaled to Euclidean length 1 a row, in float32."""
+    return nn.functional.normalize(features.float(), dim=-1)
+
+
+def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
+    if torch.compiler.is_compiling():  # a check on values cannot be traced
+        return
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}; pass both as the tokenizer gave them."
+        )
+    empty = (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"Every text needs at least one token that the attention mask keeps; rows {empty[:10]} of {len(input_ids)} "
+            "are all padding. Leave those rows out, or embed the empty text, which has two tokens."
+        )
+
+
+def _without_pooler(text_config: PreTrainedConfig) -> dict[str, bool]:
+    """Arguments that build a text encoder without the pooler that mean pooling leaves unused."""
+    model_class = MODEL_MAPPING.get(type(text_config), object)  # AutoModel says so when it does not know the kind
+    has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
+
+
+def _check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: str) -> None:
+    if tower.main_input_name != wanted:
+        raise ValueError(
+            f"{name} must be a tower that takes `{wanted}`, got {tower.config.model_type!r}, which takes "
+            f"`{tower.main_input_name}`; use a model type such as {example!r}."
+        )
+
+
+@torch.no_grad()
+def _vision_width(config: PreTrainedConfig) -> int:
+    """Width of the image tower's `pooler_output`: as the configuration states it, else tried on a tower without weights.
+
+    Convolutional towers state it under many names or not at all.
+    """
+    if getattr(config, "hidden_size", None):
+        return config.hidden_size
+    size = getattr(config, "image_size", None) or 224
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.device("meta"):
+        tower = AutoModel.from_config(config).eval()
+        pixels = torch.empty(1, getattr(config, "num_channels", None) or 3, height, width)
+        return _pooler_output(tower(pixel_values=pixels, return_dict=True), config).shape[1]
+
+
+def _pooler_output(outputs: ModelOutput, config: PreTrainedConfig) -> Tensor:
+    """(images, width), the image tower's pooled output."""
+    pooled = getattr(outputs, "pooler_output", None)
+    if pooled is None:
+        raise ValueError(
+            f"The image tower {config.model_type!r} gives no `pooler_output`, which is what gets projected; "
+            "use one that does, such as 'clip_vision_model', 'vit' or 'timm_wrapper'."
+        )
+    return pooled.flatten(1)  # some convolutional towers keep (images, width, 1, 1)
+
+
+def _text_projection(config: CapivaraConfig) -> nn.Module:
+    width = config.text_config.hidden_size
+    if config.text_projection_type == "linear":
+        return nn.Linear(width, config.projection_dim, bias=False)
+    hidden = (width + config.projection_dim) // 2  # open_clip's rule: 640 for 768 -> 512
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, config.projection_dim, bias=False)
+    )

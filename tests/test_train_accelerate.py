@@ -1,0 +1,177 @@
+"""The whole run at toy width, as a user starts it, and the slips that end it early."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_from_disk
+from PIL import Image
+
+import train_accelerate
+from modeling_capivara import CapivaraModel
+from modeling_capivara.loading import load_model, load_processor
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD_FIELDS = {"task", "dataset", "split", "language", "protocol", "direction", "metric", "value", "n", "model"}
+
+
+def flags(folder, dataset, output, **overrides) -> list[str]:
+    values = {"model": folder, "dataset": dataset, "output_dir": output, "eval_languages": ["pt", "en"]}
+    values |= {"effective_batch_size": 10, "micro_batch_size": 4, "max_steps": 6, "warmup_steps": 2, "eval_steps": 3}
+    values |= {"learning_rate": 1e-3, "min_learning_rate": 0, "weight_decay": 0, "num_threads": 1, **overrides}
+    argv = []
+    for key, value in values.items():
+        argv += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
+    return argv
+
+
+def test_a_run_and_all_that_it_leaves(tiny_folder, tiny_dataset_folder, tmp_path, capsys):
+    out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    results = {f"results/retrieval_squares_test_{language}.json" for language in ("pt", "en")}
+    pictures = {"curves.png", "retrieval.png"}
+    assert {"model.safetensors", "config.json", "processor_config.json", "run.json", "README.md", "table.md"} <= files
+    assert results | pictures <= files
+    run = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    assert (run["steps"], run["pairs"], run["seed"]) == (6, 60, 0) and run["config"]["learning_rate"] == 1e-3
+    assert [p["step"] for p in run["curve"]] == list(range(7))
+    assert [p["step"] for p in run["curve"] if "validation" in p] == [0, 3, 6]
+    assert run["seconds"]["training"] > 0 and run["versions"]["torch"] and run["device"]
+    assert set(run["dataset_fingerprints"]) == {"train", "validation", "test"}
+    for name in results:
+        records = json.loads((out / name).read_text(encoding="utf-8"))
+        assert all(set(record) >= RECORD_FIELDS for record in records)
+        assert {(r["model"], r["direction"]) for r in records if r["metric"] == "mean_recall"} == {
+            (model, direction) for model in ("baseline", "capivara") for direction in ("text_to_image", "image_to_text")
+        }
+        assert all(0 <= r["value"] <= 1 for r in records if r["metric"] != "mean_recall_gain")
+    for name in pictures:
+        assert min(Image.open(out / name).size) > 300
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert "Baseline" in table and "CAPIVARA" in table and "95 % interval" in table
+    assert "CAPIVARA" in capsys.readouterr().out
+
+
+def test_the_saved_model_is_the_trained_one(tiny_folder, tiny_dataset_folder, tmp_path):
+    out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))
+    before, after = load_model(tiny_folder).state_dict(), load_model(out).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not [name for name in moved if name.startswith(("vision_model", "visual_projection"))]
+    from eval.retrieval import main as evaluate
+
+    evaluate(
+        ["--model", str(out), "--dataset", str(tiny_dataset_folder), "--output", str(tmp_path / "again.json")]
+    )  # the folder alone gives the figures of the run
+    again = {(r["direction"], r["metric"]): r["value"] for r in json.loads((tmp_path / "again.json").read_text())}
+    for record in json.loads((out / "results" / "retrieval_squares_test_pt.json").read_text()):
+        if record["model"] == "capivara" and record["metric"] in ("recall@1", "mean_recall"):
+            assert record["value"] == pytest.approx(again[record["direction"], record["metric"]])
+
+
+def test_several_seeds(tiny_folder, tiny_dataset_folder, tmp_path):
+    out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", runs=2, max_steps=2))
+    assert " ± " in (out / "table.md").read_text(encoding="utf-8")
+    weights = [load_model(out / f"seed-{seed}").text_projection[0].weight for seed in (0, 1)]
+    assert not torch.equal(*weights)
+    assert load_processor(out / "seed-1")
+
+
+def test_overwrite(tiny_folder, tiny_dataset_folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("keep")
+    with pytest.raises(SystemExit, match=r"not empty.*--overwrite_output_dir"):
+        train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, out))
+    assert (out / "mine").read_text() == "keep"
+    train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, out, overwrite_output_dir="true", max_steps=2))
+    assert not (out / "mine").exists() and (out / "run.json").exists()
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def change_keys(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["surplus.weight"] = tensors.pop("text_projection.0.weight")
+    del tensors["logit_scale"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def zero_width(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "projection_dim": 0}))
+
+
+BAD_MODELS = {
+    "no processor": (without("processor_config.json"), "has no processor"),
+    "no config": (without("config.json"), "is no model folder"),
+    "truncated weights": (truncate, "can't be loaded: .*[Ii]ncomplete|can't be loaded"),
+    "missing and surplus keys": (change_keys, r"logit_scale, text_projection\.0\.weight.*surplus\.weight"),
+    "projection_dim of 0": (zero_width, "projection_dim must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_MODELS)
+def test_bad_model_folder(tiny_folder, tiny_dataset_folder, tmp_path, fault):
+    break_it, message = BAD_MODELS[fault]
+    break_it(tiny_folder)
+    with pytest.raises(SystemExit, match=message):
+        train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+BAD_VALUES = {
+    "missing language": ({"language": "xh"}, "no column 'captions-xh'; there are .*'captions-pt'"),
+    "missing folder": ({"model": "/nowhere/model"}, "does not exist"),
+    "batch over the data": ({"effective_batch_size": 13}, r"exceeds the 12 images.*Choose 12 at most"),
+    "typo": ({"lerning_rate": 1}, "Did you mean `learning_rate`"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_VALUES)
+def test_bad_values(tiny_folder, tiny_dataset_folder, tmp_path, fault):
+    overrides, message = BAD_VALUES[fault]
+    with pytest.raises(SystemExit, match=message):
+        train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", **overrides))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_disk_full_while_saving_leaves_nothing(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CapivaraModel, "save_pretrained", full)
+    with pytest.raises(SystemExit, match="No space left on the disk while writing"):
+        train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=1, warmup_steps=0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_several_processes_are_refused(tiny_folder, tiny_dataset_folder, tmp_path):
+    """torchrun, as Accelerate starts two processes on a CPU: one clear reason, no output, no hang."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train_accelerate.py"]
+    done = subprocess.run(
+        [*command, *flags(tiny_folder, tiny_dataset_folder, tmp_path / "out")],
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and "2 processes were started" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_are_read_from_disk(tiny_dataset_folder):
+    assert set(load_from_disk(tiny_dataset_folder)) == {"train", "validation", "test"}

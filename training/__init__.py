@@ -1,0 +1,1 @@
+"""The training of CAPIVARA: arguments, data, the step, the optimiser. `train_accelerate.py` puts them in sequence."""
