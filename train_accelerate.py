@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from datasets import Dataset
 
@@ -31,6 +31,7 @@ from training.arguments import RunArguments, parse_arguments
 from training.data import caption_column, load_splits
 from training.loop import train
 from training.outputs import model_card, run_facts
+from training.step import resolve_precision
 
 SHEET_QUERIES = 5
 logger = logging.getLogger("capivara")
@@ -81,6 +82,7 @@ def start(args: RunArguments) -> Accelerator:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # `accelerate launch` starts a lone process with one thread.
     torch.set_num_threads(args.num_threads or len(os.sched_getaffinity(0)))
+    args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
         raise ValueError(

@@ -76,8 +76,12 @@ class Optimisation:
             "only with the same number."
         },
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] = field(
-        default="no", metadata={"help": "Autocast; fp16 needs a GPU. Pooling, loss and weights stay in float32."}
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = field(
+        default="auto",
+        metadata={
+            "help": "Autocast; auto is bf16 where the device computes in it natively, else no; fp16 needs a GPU. "
+            "Pooling, loss, weights and evaluation stay in float32."
+        },
     )
 
 

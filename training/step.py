@@ -12,6 +12,19 @@ from training.arguments import RunArguments
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
 
 
+def resolve_precision(requested: str, device: torch.device) -> str:
+    """ "auto" as "bf16" where the device computes in it natively, else "no"; anything else as it is.
+
+    Without instructions of its own for bfloat16 a CPU emulates it, and is slower than in float32.
+    """
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if native else "no"
+
+
 def micro_batches(processor: CapivaraProcessor, captions: list[str], size: int) -> tuple[list[BatchFeature], list[int]]:
     """Captions tokenised and cut in order of length, each micro-batch padded to its own longest.
 

@@ -25,7 +25,7 @@ from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import embed_texts
 from training.data import batch_indices, drawn_captions
-from training.step import clamp_logit_scale, micro_batches, text_embeddings
+from training.step import clamp_logit_scale, micro_batches, resolve_precision, text_embeddings
 
 # Chosen on the validation concepts, English captions; the test split played no part.
 RIDGE_PENALTY = 3.0  # times the number of training pictures
@@ -35,8 +35,9 @@ IMAGE_BATCH_SIZE = 32
 TEXT_LEARNING_RATE = 1e-4
 PROJECTION_LEARNING_RATE = 2e-3
 FEATURE_NOISE = 0.1  # standard deviations of each feature
+WARMUP_STEPS = 5
 EVAL_STEPS = 5
-PATIENCE = 4  # measurements without a new best, after which the recall counts as flat
+PATIENCE = 3  # measurements without a new best, after which the recall counts as flat
 MAX_STEPS = 120
 SEED = 0
 
@@ -166,6 +167,7 @@ def align(
         fused=True,
     )
     best, best_state, curve, loss = -1.0, None, [], None
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
     bar = tqdm(range(MAX_STEPS), desc="Aligning on English", unit="step")
     for step in bar:
         if step % EVAL_STEPS == 0:
@@ -177,6 +179,7 @@ def align(
             if len(curve) > PATIENCE and all(p["validation_mean_recall"] < best for p in curve[-PATIENCE:]):
                 break
         loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
+        warmup.step()
     bar.close()
     model.load_state_dict(best_state)
     return curve
@@ -194,7 +197,10 @@ def align_step(
     batch_features = features[torch.as_tensor(rows[order])]
     batch_features = batch_features + noise * torch.randn_like(batch_features)
     image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)
-    loss = clip_loss(text_embeddings(model, batches), image_embeds, model.logit_scale)
+    native = resolve_precision("auto", model.device) == "bf16"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
+        text_embeds = text_embeddings(model, batches)
+    loss = clip_loss(text_embeds, image_embeds, model.logit_scale)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

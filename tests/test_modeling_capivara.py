@@ -1,0 +1,233 @@
+"""The model: sizes, gradients, precision, and towers of other kinds."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TINY_TEXT, randomise, tiny_config
+
+from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
+from modeling_capivara.modeling_capivara import mean_pooling
+
+TEXTS = ["um gato", "uma foto de uma capivara azul", "a casa"]
+
+
+@pytest.fixture
+def batch(tiny_processor):
+    inputs = tiny_processor(text=TEXTS, return_tensors="pt")
+    pixel_values = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "pixel_values": pixel_values}
+
+
+def test_defaults_are_the_published_base():
+    with torch.device("meta"):
+        model = CapivaraModel(CapivaraConfig())
+    assert sum(p.numel() for p in model.parameters()) == 366_121_473
+    assert [layer.weight.shape for layer in (model.text_projection[0], model.text_projection[2])] == [
+        (640, 768),
+        (512, 640),
+    ]
+
+
+def test_either_modality_alone(tiny_model, batch):
+    pixel_values = batch.pop("pixel_values")
+    texts, images = tiny_model(**batch), tiny_model(pixel_values=pixel_values)
+    both = tiny_model(**batch, pixel_values=pixel_values, return_loss=True)
+    assert texts.image_embeds is None and images.text_embeds is None and texts.logits_per_text is None
+    torch.testing.assert_close(both.text_embeds, texts.text_embeds)
+    torch.testing.assert_close(both.image_embeds, images.image_embeds)
+    torch.testing.assert_close(both.text_embeds.norm(dim=-1), torch.ones(3))
+    expected = tiny_model.logit_scale.exp() * texts.text_embeds @ images.image_embeds.T
+    torch.testing.assert_close(both.logits_per_text, expected)
+    torch.testing.assert_close(both.logits_per_image, expected.T)
+    loss = (-expected.log_softmax(1).diag().mean() - expected.log_softmax(0).diag().mean()) / 2
+    torch.testing.assert_close(both.loss, loss)
+
+
+def test_features_are_projected_and_not_normalised(tiny_model, batch):
+    text = tiny_model.get_text_features(batch["input_ids"], batch["attention_mask"])
+    image = tiny_model.get_image_features(batch["pixel_values"])
+    embeds = tiny_model(**batch)
+    for features, unit in ((text, embeds.text_embeds), (image, embeds.image_embeds)):
+        assert features.pooler_output.shape == (3, 24) and features.last_hidden_state.ndim == 3
+        assert (features.pooler_output.norm(dim=-1) - 1).abs().max() > 1e-2
+        torch.testing.assert_close(torch.nn.functional.normalize(features.pooler_output, dim=-1), unit)
+    assert isinstance(tiny_model(**batch, return_dict=False), tuple)
+
+
+def test_padding_does_not_matter(tiny_model, tiny_processor, batch):
+    padded = tiny_processor(text=TEXTS, padding="max_length", return_tensors="pt")
+    assert padded["input_ids"].shape[1] == 77 > batch["input_ids"].shape[1]
+    expected = tiny_model(**batch).text_embeds
+    torch.testing.assert_close(tiny_model(**padded).text_embeds, expected, atol=1e-6, rtol=0)
+    without_mask = tiny_model(input_ids=padded["input_ids"]).text_embeds
+    torch.testing.assert_close(without_mask, expected, atol=1e-6, rtol=0)
+
+
+def test_gradients_reach_the_text_side_alone_when_frozen(tiny_model, batch):
+    tiny_model.freeze_image_tower()
+    batch["pixel_values"].requires_grad_()
+    tiny_model.train()(**batch, return_loss=True).loss.backward()
+    for name, parameter in tiny_model.named_parameters():
+        image_side = name.startswith(("vision_model", "visual_projection"))
+        reached = parameter.grad is not None and parameter.grad.abs().sum() > 0
+        # A key's bias adds the same to all scores of a query, and softmax takes it away: its gradient is rounding.
+        assert reached != image_side or name.endswith("key.bias"), name
+    assert batch["pixel_values"].grad.abs().sum() > 0, "guiding an image generator needs these"
+    assert tiny_model.text_model.training and not tiny_model.vision_model.training
+
+
+def test_gradients_reach_both_towers_by_default(tiny_model, batch):
+    tiny_model(**batch, return_loss=True).loss.backward()
+    missing = [n for n, p in tiny_model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    assert not [name for name in missing if not name.endswith(("key.bias", "k_proj.bias"))]
+
+
+def test_frozen_batch_norm_keeps_its_statistics():
+    config = tiny_config(vision_config={"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"})
+    model = CapivaraModel(config)
+    pixels = torch.randn(4, 3, 32, 32)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    model.freeze_image_tower()
+    model.train()(pixel_values=pixels)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
+    model.image_tower_frozen = False
+    model.train()(pixel_values=pixels)
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in model.named_buffers())
+
+
+def test_pooling_and_loss_stay_in_float32_under_autocast(tiny_model, batch):
+    expected = tiny_model(**batch, return_loss=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = tiny_model(**batch, return_loss=True)
+        hidden = torch.randn(2, 500, 8).bfloat16()
+        mask = torch.ones(2, 500, dtype=torch.long)
+        pooled = mean_pooling(hidden, mask)
+        embeds = torch.nn.functional.normalize(torch.randn(64, 32), dim=-1)
+        loss = clip_loss(embeds, embeds.flip(0), torch.tensor(4.6))
+    assert {actual.loss.dtype, actual.text_embeds.dtype, actual.logits_per_text.dtype} == {torch.float32}
+    torch.testing.assert_close(actual.text_embeds, expected.text_embeds, atol=0.03, rtol=0)
+    torch.testing.assert_close(pooled, hidden.float().mean(dim=1))
+    torch.testing.assert_close(loss, clip_loss(embeds, embeds.flip(0), torch.tensor(4.6)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights(tiny_folder, batch, dtype):
+    expected = CapivaraModel.from_pretrained(tiny_folder)(**batch)
+    model = CapivaraModel.from_pretrained(tiny_folder, dtype=dtype)
+    assert model.text_projection[0].weight.dtype == dtype
+    actual = model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()})
+    torch.testing.assert_close(actual.text_embeds, expected.text_embeds, atol=0.03, rtol=0)
+    torch.testing.assert_close(actual.image_embeds, expected.image_embeds, atol=0.03, rtol=0)
+
+
+def test_sdpa_equals_eager_and_reaches_both_towers(tiny_folder, batch):
+    outputs = {}
+    for implementation in ("sdpa", "eager"):
+        model = CapivaraModel.from_pretrained(tiny_folder, attn_implementation=implementation)
+        towers = (model.text_model.config, model.vision_model.config)
+        assert {config._attn_implementation for config in towers} == {implementation}
+        outputs[implementation] = model(**batch).logits_per_text
+    torch.testing.assert_close(outputs["sdpa"], outputs["eager"])
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_model, batch):
+    expected = gradients(tiny_model, batch)
+    tiny_model.train()  # checkpointing works in training mode only
+    for module in tiny_model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    for module in tiny_model.text_model.modules():
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    expected = gradients(tiny_model, batch)
+    tiny_model.activation_checkpointing_enable()
+    assert tiny_model.is_gradient_checkpointing
+    actual = gradients(tiny_model, batch)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, msg=name)
+
+
+def gradients(model, batch) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    torch.manual_seed(0)
+    model(**batch, return_loss=True).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def test_save_and_load(tiny_model, tiny_folder, batch):
+    loaded, report = CapivaraModel.from_pretrained(tiny_folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(loaded(**batch).logits_per_text, tiny_model(**batch).logits_per_text)
+
+
+def test_compiles_in_one_graph(tiny_model, batch):
+    compiled = torch.compile(tiny_model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**batch).logits_per_text, tiny_model(**batch).logits_per_text)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+VISION_TOWERS = {
+    "vit": {"model_type": "vit", **SMALL, "image_size": 32, "patch_size": 16},
+    "dinov2": {"model_type": "dinov2", **SMALL, "image_size": 28, "patch_size": 14},
+    "siglip": {"model_type": "siglip_vision_model", **SMALL, "image_size": 32, "patch_size": 16},
+    "convnext": {"model_type": "convnext", "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    "resnet": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    "timm": {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"},
+}
+TEXT_TOWERS = {
+    "bert": {"model_type": "bert", **SMALL, "vocab_size": 300},
+    "distilbert": {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48, "vocab_size": 300},
+    "modernbert": {"model_type": "modernbert", **SMALL, "vocab_size": 300, "pad_token_id": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*VISION_TOWERS, *TEXT_TOWERS])
+def test_other_towers(kind, tmp_path, batch):
+    towers = {"vision_config": VISION_TOWERS[kind]} if kind in VISION_TOWERS else {"text_config": TEXT_TOWERS[kind]}
+    model = randomise(CapivaraModel(tiny_config(**towers))).eval()
+    batch["pixel_values"] = batch["pixel_values"][..., :28, :28] if kind == "dinov2" else batch["pixel_values"]
+    expected = model(**batch)
+    assert expected.text_embeds.shape == expected.image_embeds.shape == (3, 24)
+    model.save_pretrained(tmp_path)
+    loaded = CapivaraModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits_per_text, expected.logits_per_text)
+
+
+def test_errors_name_value_rule_and_way_out(tiny_model, batch):
+    with pytest.raises(ValueError, match="got neither"):
+        tiny_model()
+    with pytest.raises(ValueError, match="needs both"):
+        tiny_model(input_ids=batch["input_ids"], return_loss=True)
+    batch["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match=r"rows \[1\] of 3 are all padding"):
+        tiny_model(**batch)
+    batch["attention_mask"][1] = 1
+    with pytest.raises(ValueError, match="got 3 and 2"):
+        tiny_model(**{**batch, "pixel_values": batch["pixel_values"][:2]}, return_loss=True)
+    with pytest.raises(ValueError, match="at least 2 pairs, got 1"):
+        tiny_model(**{key: value[:1] for key, value in batch.items()}, return_loss=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
+        ({"projection_dim": "wide"}, "projection_dim"),
+        ({"text_projection_type": "cubic"}, "text_projection_type"),
+        ({"text_config": {"model_type": "t5"}}, "encoder"),
+        ({"vision_config": {"model_type": "no_such_tower"}}, "no_such_tower"),
+    ],
+)
+def test_bad_config(overrides, message):
+    with pytest.raises(Exception, match=message) as caught:
+        tiny_config(**overrides)
+    assert isinstance(caught.value, (ValueError, TypeError)) or "Validation" in type(caught.value).__name__
+
+
+def test_config_round_trip(tmp_path):
+    config = CapivaraConfig(text_config={**TINY_TEXT, "num_hidden_layers": 1}, projection_dim=8)
+    config.save_pretrained(tmp_path)
+    assert CapivaraConfig.from_pretrained(tmp_path).to_dict() == config.to_dict() | {"auto_map": config.auto_map}
+    partly = CapivaraConfig(text_config={"num_hidden_layers": 6})
+    assert partly.text_config.vocab_size == 250002, "what is left out keeps the published value"

@@ -1,0 +1,101 @@
+"""A saved folder, used by the package and by processes that do not have it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    pipeline,
+)
+
+from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+
+WITHOUT_PACKAGE = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
+folder, copy = sys.argv[1:]
+kwargs = {"trust_remote_code": True}
+model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **kwargs)
+processor = AutoProcessor.from_pretrained(folder, **kwargs)
+parts = [model, processor, processor.image_processor, AutoImageProcessor.from_pretrained(folder, **kwargs)]
+parts.append(AutoModelForZeroShotImageClassification.from_pretrained(folder, **kwargs))
+image = Image.new("RGB", (40, 37), (200, 30, 30))
+inputs = processor(images=image, text=["um gato", "SÃ£o JoÃ£o"], return_tensors="pt")
+zero_shot = pipeline("zero-shot-image-classification", folder, **kwargs)
+scores = zero_shot(image, candidate_labels=["gato", "carro"], hypothesis_template="uma foto de um {}")
+features = pipeline("image-feature-extraction", folder, **kwargs)(image)
+model.save_pretrained(copy)
+processor.save_pretrained(copy)
+again = AutoModel.from_pretrained(copy, **kwargs)
+print(json.dumps({
+    "modules": [type(part).__module__ for part in parts],
+    "faults": [str(v) for v in report.values() if v],
+    "logits": model(**inputs).logits_per_text.tolist(),
+    "again": again(**inputs).logits_per_text.tolist(),
+    "scores": {s["label"]: s["score"] for s in scores},
+    "features": features,
+}))
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """Environment and folder of a process that has neither the package nor the checkout."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    (tmp_path / "elsewhere").mkdir()
+    return {"env": environment, "cwd": tmp_path / "elsewhere"}
+
+
+def test_without_the_package(tiny_folder, tiny_model, tiny_processor, elsewhere, tmp_path):
+    # -I: not even the folder of an editable install is on the path
+    hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
+    hide += f"sys.path = [p for p in sys.path if p not in ({os.getcwd()!r}, '')]\n"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", hide + WITHOUT_PACKAGE, str(tiny_folder), str(tmp_path / "copy")],
+        capture_output=True, text=True, timeout=180, **elsewhere,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert all(module.startswith("transformers_modules") for module in found["modules"]), found["modules"]
+    assert not found["faults"]
+    image = Image.new("RGB", (40, 37), (200, 30, 30))
+    inputs = tiny_processor(images=image, text=["um gato", "São João"], return_tensors="pt")
+    expected = tiny_model(**inputs)
+    torch.testing.assert_close(torch.tensor(found["logits"]), expected.logits_per_text)
+    assert found["again"] == found["logits"]
+    torch.testing.assert_close(torch.tensor(found["features"]), expected.image_embeds)
+    assert sum(found["scores"].values()) == pytest.approx(1)
+
+
+def test_with_the_package(tiny_folder, tiny_model, tiny_processor):
+    assert type(AutoModel.from_pretrained(tiny_folder)) is CapivaraModel
+    assert type(AutoModelForZeroShotImageClassification.from_pretrained(tiny_folder)) is CapivaraModel
+    assert type(AutoProcessor.from_pretrained(tiny_folder)) is CapivaraProcessor
+    assert type(AutoImageProcessor.from_pretrained(tiny_folder)) is CapivaraImageProcessor
+    image = Image.new("RGB", (40, 37), (200, 30, 30))
+    zero_shot = pipeline("zero-shot-image-classification", str(tiny_folder))
+    scores = zero_shot(image, candidate_labels=["gato", "carro"], hypothesis_template="um {}")
+    inputs = tiny_processor(images=image, text=["um gato", "um carro"], return_tensors="pt")
+    expected = tiny_model(**inputs).logits_per_image.softmax(dim=-1)[0]
+    found = {s["label"]: s["score"] for s in scores}
+    assert [found["gato"], found["carro"]] == pytest.approx(expected.tolist(), abs=1e-5)
+    features = pipeline("image-feature-extraction", str(tiny_folder))(image)
+    torch.testing.assert_close(torch.tensor(features), tiny_model(**inputs).image_embeds)
+
+
+def test_a_folder_holds_code_and_safetensors_alone(tiny_folder):
+    kinds = {path.suffix for path in tiny_folder.iterdir()}
+    assert kinds == {".json", ".py", ".safetensors"}
+    auto_map = json.loads((tiny_folder / "config.json").read_text())["auto_map"]
+    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForZeroShotImageClassification"}
