@@ -89,7 +89,8 @@ class CapivaraImageProcessor(BaseImageProcessor):
         if kwargs["do_resize"] and not (size.shortest_edge or 0) > 0:
             raise ValueError(f'size must be {{"shortest_edge": pixels}}, at least 1, got {dict(size)}.')
         if kwargs["do_center_crop"] and not min(crop_size.height or 0, crop_size.width or 0) > 0:
-            raise ValueError(f'crop_size must be {{"height": pixels, "width": pixels}}, each at least 1, got {crop_size}.')
+            wanted = '{"height": pixels, "width": pixels}, each at least 1'
+            raise ValueError(f"crop_size must be {wanted}, got {crop_size}.")
         if kwargs["do_normalize"]:
             _check_per_channel("image_mean", kwargs["image_mean"])
             _check_per_channel("image_std", kwargs["image_std"], above_zero=True)

@@ -74,7 +74,8 @@ class CapivaraModel(PreTrainedModel):
         """As in transformers; the folder also names this class for zero-shot image classification."""
         # transformers writes the key of one Auto class; the pipeline looks for its own.
         auto_map = getattr(self.config, "auto_map", None) or {}
-        self.config.auto_map = {**auto_map, "AutoModelForZeroShotImageClassification": "modeling_capivara.CapivaraModel"}
+        zero_shot = {"AutoModelForZeroShotImageClassification": "modeling_capivara.CapivaraModel"}
+        self.config.auto_map = auto_map | zero_shot
         super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -261,7 +262,7 @@ def _check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: s
 
 @torch.no_grad()
 def _vision_width(config: PreTrainedConfig) -> int:
-    """Width of the image tower's `pooler_output`: as the configuration states it, else tried on a tower without weights.
+    """Width of the image tower's `pooler_output`: as the configuration says, else tried on a tower without weights.
 
     Convolutional towers state it under many names or not at all.
     """

@@ -22,16 +22,17 @@ from torch.func import functional_call
 
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara import convert_open_clip as conversion
-from modeling_capivara.convert_open_clip import (
+from modeling_capivara import open_clip_mapping as mapping
+from modeling_capivara.convert_open_clip import convert, largest_difference
+from modeling_capivara.open_clip_checkpoint import is_settings_class
+from modeling_capivara.open_clip_mapping import (
     build_open_clip,
     capivara_config,
     capivara_state_dict,
-    convert,
-    largest_difference,
     open_clip_model_cfg,
 )
 
-TIMM = {"vision_config": conversion.TimmWrapperConfig(architecture="tf_efficientnet_lite0")}
+TIMM = {"vision_config": mapping.TimmWrapperConfig(architecture="tf_efficientnet_lite0")}
 ARCHITECTURES = {
     "vit_mlp": {},
     "vit_linear": {"text_projection_type": "linear"},
@@ -113,13 +114,15 @@ def open_clip_tools(folder: Path):
 def test_any_two_layers_of_one_shape_swapped_are_noticed(open_clip_folder):
     reference, preprocess, tokenize = open_clip_tools(open_clip_folder)
     config = tiny_config()
-    processor = CapivaraProcessor(conversion._image_processor({"interpolation": "bilinear"}, 32), tiny_tokenizer())
+    processor = CapivaraProcessor(mapping.image_processor_of({"interpolation": "bilinear"}, 32), tiny_tokenizer())
     processor.image_processor.image_mean, processor.image_processor.image_std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
     state = capivara_state_dict(reference.state_dict(), config)
     model = CapivaraModel(config).eval()
 
     def difference(tensors):
-        with_weights = lambda **inputs: functional_call(model, tensors, (), inputs)
+        def with_weights(**inputs):
+            return functional_call(model, tensors, (), inputs)
+
         with_weights.eval = model.eval
         return largest_difference(with_weights, processor, reference, preprocess, tokenize)
 
@@ -303,7 +306,7 @@ def test_file_that_carries_code_is_refused_and_not_run(tmp_path, tokenizer_folde
     ],
 )
 def test_code_is_not_settings(name):
-    assert not conversion._is_settings_class(name)
+    assert not is_settings_class(name)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +319,7 @@ def test_code_is_not_settings(name):
     ],
 )
 def test_settings_classes_are_replaced(name):
-    assert conversion._is_settings_class(name)
+    assert is_settings_class(name)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------
@@ -376,10 +379,10 @@ def test_unsupported_field_is_named_before_any_weight_is_read(open_clip_folder, 
 def test_timm_tower_that_pools_otherwise_is_refused():
     vision_cfg = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "image_size": 224}
     with pytest.raises(ValueError, match="own pooling of vit_tiny_patch16_224 is 'token'"):
-        conversion._timm_config(vision_cfg)
+        mapping.timm_config(vision_cfg)
     for field, value in {"timm_pool": "abs_attn", "timm_proj": "mlp", "timm_proj_bias": True}.items():
         with pytest.raises(ValueError, match=f"vision_cfg.{field}"):
-            conversion._timm_config({"timm_model_name": "tf_efficientnet_lite0", field: value})
+            mapping.timm_config({"timm_model_name": "tf_efficientnet_lite0", field: value})
 
 
 def cut(path: Path) -> None:
@@ -474,7 +477,7 @@ def test_full_disk_as_the_system_reports_it(tiny_folder, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(conversion, "save_file", no_space)
-    with pytest.raises(OSError, match="no space left for OUTPUT.*Free space"):
+    with pytest.raises(OSError, match=r"no space left for OUTPUT.*Free space"):
         convert(str(tiny_folder), tmp_path / "new" / "out", to_open_clip=True)
     assert not (tmp_path / "new").exists()
 

@@ -20,7 +20,8 @@ SPECIAL_SIZES = [
     *[(224, 224), (225, 224), (224, 225), (223, 224), (224, 223), (223, 223), (225, 225), (227, 224), (224, 227)],
     *[(448, 224), (224, 451), (300, 241), (241, 300), (112, 113), (113, 112)],
 ]
-OPEN_CLIP_MODES = ["L", "LA", "RGB", "RGBA", "CMYK", "1", "YCbCr", "HSV", "LAB", "PA", "RGBa", "RGBX"] + [
+OPEN_CLIP_MODES = [
+    *["L", "LA", "RGB", "RGBA", "CMYK", "1", "YCbCr", "HSV", "LAB", "PA", "RGBa", "RGBX"],
     *["P", "P-index", "P-bytes", "P-RGBA", "L-index", "RGB-colour"],  # with a transparent index, alphas, a colour
 ]
 MODE_SIZES = [(224, 224), (160, 107), (37, 61), (1, 3), (225, 224)]

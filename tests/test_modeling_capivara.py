@@ -177,7 +177,7 @@ VISION_TOWERS = {
 }
 TEXT_TOWERS = {
     "bert": {"model_type": "bert", **SMALL, "vocab_size": 300},
-    "distilbert": {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 2, "hidden_dim": 48, "vocab_size": 300},
+    "distilbert": {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 300},
     "modernbert": {"model_type": "modernbert", **SMALL, "vocab_size": 300, "pad_token_id": 1},
 }  # fmt: skip
 

@@ -11,10 +11,12 @@ from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, repair_
 
 PIECES = [
     *("São João é um avião", "coração de mãe", "ação", "PINGÜIM", "a\u0303", "e\u0301 cedilha c\u0327"),
-    *("SÃ£o JoÃ£o", "cora\u00c3\u00a7\u00c3\u00a3o", "doesnâ€™t", "âœ” No problems", "&amp;amp;lt;b&amp;gt;", "&#227;&ccedil;"),
+    *("SÃ£o JoÃ£o", "cora\u00c3\u00a7\u00c3\u00a3o", "doesnâ€™t", "âœ” No problems"),
+    *("&amp;amp;lt;b&amp;gt;", "&#227;&ccedil;"),
     *("👩‍🚀🏽", "🇧🇷", "❤️‍🔥", "👨‍👩‍👧‍👦", "\u200b\u200d", "\ufeffBOM", "\u00a0nbsp\u00a0", "\t tab \n\n linha"),
     *("<s> </s>", "<mask>", "<pad>", "<unk>", "▁", "▁▁a", "…", "“aspas” ‘simples’", "ﬁ ligadura", "①②", "ＡＢＣ"),
-    *("مرحبا بالعالم", "שלום", "你好，世界", "हिन्दी में", "ᎣᏏᏲ", "𝕌𝕟𝕚", "\x00\x07\x1b[31m", "a" * 400, "uma foto " * 90, ""),
+    *("مرحبا بالعالم", "שלום", "你好，世界", "हिन्दी में", "ᎣᏏᏲ", "𝕌𝕟𝕚", "\x00\x07\x1b[31m"),
+    *("a" * 400, "uma foto " * 90, ""),
 ]  # fmt: skip
 
 
@@ -78,5 +80,5 @@ def test_repair():
 
 @pytest.mark.parametrize("text", [None, [None], [3], []])
 def test_bad_text(tiny_processor, text):
-    with pytest.raises(ValueError, match="must be a string|no text|at least one input"):
+    with pytest.raises(ValueError, match=r"must be a string|no text|at least one input"):
         tiny_processor(text=text)
