@@ -1,0 +1,1 @@
+"""Timings and the figures of the README. Every script prints JSON as its last line and can write it to a file."""

@@ -1,0 +1,100 @@
+"""The figures of the README, out of the JSON in benchmarks/results and out of nothing else.
+
+python -m benchmarks.readme           # rewrites the blocks between the markers
+python -m benchmarks.readme --demo runs/openmoji-pt-001   # takes over the results of a run of the demo first
+python -m benchmarks.readme --check   # fails where a block is not what the JSON says
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from artifacts import write_json, write_text
+from eval.results import Record
+from eval.tables import retrieval_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "docs"
+BLOCK = "<!-- {name}: made by `python -m benchmarks.readme` -->\n{text}\n<!-- end {name} -->"
+
+
+def blocks() -> dict[str, str]:
+    """Name of a block of the README -> its text."""
+    return {"demo": demo_block(), "encode": encode_block()}
+
+
+def demo_block() -> str:
+    demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    records = [Record(**record) for record in demo["records"]]
+    minutes = sum(demo["runs"][0]["seconds"].values()) / 60
+    facts = (
+        f"{len(demo['runs'])} seed(s), {demo['runs'][0]['steps']} steps of "
+        f"{demo['runs'][0]['config']['effective_batch_size']} pairs, {minutes:.1f} minutes of training and evaluation a "
+        f"seed on {demo['runs'][0]['device']}, {records[0].n} test pictures of unseen concepts; recall in per cent."
+    )
+    return f"{retrieval_table(records)}\n{facts}"
+
+
+def encode_block() -> str:
+    encode = json.loads((RESULTS / "encode.json").read_text(encoding="utf-8"))
+    lines = ["| what | open_clip | ours | ratio |", "|---|---:|---:|---:|"]
+    for name, measured in encode["measured"].items():
+        what, precision = name.split("_")
+        lines.append(
+            f"| {what} per second, {precision} | {measured['open_clip']['median']:.1f} | {measured['ours']['median']:.1f} | "
+            f"{measured['ratio']:.2f} |"
+        )
+    versions = encode["versions"]
+    facts = (
+        f"Full size, random weights, {encode['images']} images of {encode['image_size'][0]} x {encode['image_size'][1]} "
+        f"pixels, {encode['captions']} captions of {encode['tokens']} tokens, median of five alternating runs on "
+        f"{encode['device']}; torch {versions['torch']}, transformers {versions['transformers']}, open_clip "
+        f"{versions['open_clip_torch']}."
+    )
+    return "\n".join([*lines, "", facts])
+
+
+def take_over(run: Path) -> None:
+    """Copy records, run facts and pictures of a run of the demo to where they are committed."""
+    records = [
+        r for path in sorted((run / "results").glob("*.json"), reverse=True) for r in json.loads(path.read_text())
+    ]
+    folders = sorted(run.glob("seed-*")) or [run]
+    runs = [json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder in folders]
+    write_json(RESULTS / "demo.json", {"records": records, "runs": runs})
+    PICTURES.mkdir(exist_ok=True)
+    for name in ("curves.png", "retrieval.png"):
+        shutil.copyfile(folders[0] / name, PICTURES / name)
+
+
+def filled(text: str) -> str:
+    """The README's text with every block replaced by what the JSON says."""
+    for name, content in blocks().items():
+        pattern = re.compile(rf"<!-- {name}: .*?<!-- end {name} -->", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise ValueError(f"README.md must hold the block {name!r} once.")
+        text = pattern.sub(lambda _, name=name, content=content: BLOCK.format(name=name, text=content.strip()), text)
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="folder of a run of configs/openmoji.yaml")
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where a figure is not the JSON's")
+    args = parser.parse_args(argv)
+    if args.demo:
+        take_over(args.demo)
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    if not args.check:
+        write_text(readme, filled(text))
+    elif filled(text) != text:
+        sys.exit("README.md is not what benchmarks/results says; run `python -m benchmarks.readme`.")
+
+
+if __name__ == "__main__":
+    main()
