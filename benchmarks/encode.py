@@ -28,24 +28,6 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraMo
 from modeling_capivara.open_clip_mapping import build_open_clip, capivara_state_dict
 
 WORDS = ["uma", "foto", "de", "um", "gato", "preto", "na", "mesa", "da", "casa", "azul", "com", "flores", "amarelas"]
-    "uma",
-    "foto",
-    "de",
-    "um",
-    "gato",
-    "preto",
-    "na",
-    "mesa",
-    "da",
-    "casa",
-    "azul",
-    "com",
-    "flores",
-    "amarelas",
-    "perto",
-    "do",
-    "rio",
-]
 IMAGE_SIZE = (320, 240)  # pixels, width and height
 
 

@@ -31,10 +31,11 @@ def demo_block() -> str:
     demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
     records = [Record(**record) for record in demo["records"]]
     minutes = sum(demo["runs"][0]["seconds"].values()) / 60
+    run = demo["runs"][0]
     facts = (
-        f"{len(demo['runs'])} seed(s), {demo['runs'][0]['steps']} steps of "
-        f"{demo['runs'][0]['config']['effective_batch_size']} pairs, {minutes:.1f} minutes of training and evaluation a "
-        f"seed on {demo['runs'][0]['device']}, {records[0].n} test pictures of unseen concepts; recall in per cent."
+        f"{len(demo['runs'])} seed(s), {run['steps']} steps of {run['config']['effective_batch_size']} pairs, "
+        f"{minutes:.1f} minutes of training and evaluation a seed on {run['device']}, {records[0].n} test captions of "
+        "unseen concepts; recall in per cent."
     )
     return f"{retrieval_table(records)}\n{facts}"
 
@@ -44,14 +45,13 @@ def encode_block() -> str:
     lines = ["| what | open_clip | ours | ratio |", "|---|---:|---:|---:|"]
     for name, measured in encode["measured"].items():
         what, precision = name.split("_")
-        lines.append(
-            f"| {what} per second, {precision} | {measured['open_clip']['median']:.1f} | {measured['ours']['median']:.1f} | "
-            f"{measured['ratio']:.2f} |"
-        )
+        rates = " | ".join(f"{measured[who]['median']:.1f}" for who in ("open_clip", "ours"))
+        lines.append(f"| {what} per second, {precision} | {rates} | {measured['ratio']:.2f} |")
     versions = encode["versions"]
+    width, height = encode["image_size"]
     facts = (
-        f"Full size, random weights, {encode['images']} images of {encode['image_size'][0]} x {encode['image_size'][1]} "
-        f"pixels, {encode['captions']} captions of {encode['tokens']} tokens, median of five alternating runs on "
+        f"Full size, random weights, {encode['images']} images of {width} x {height} pixels, "
+        f"{encode['captions']} captions of {encode['tokens']} tokens, median of five alternating runs on "
         f"{encode['device']}; torch {versions['torch']}, transformers {versions['transformers']}, open_clip "
         f"{versions['open_clip_torch']}."
     )
