@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .configuration_capivara import CapivaraConfig
+from .loss_capivara import similarity_logits
 from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import first_line, load_checkpoint
 from .open_clip_mapping import (
@@ -183,9 +184,10 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
     else:
         config = config or CapivaraConfig()
         found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
+    # What the configuration says and is not supported is refused up to here, before the weights are read.
     image_processor = image_processor_of(found.preprocess_cfg, square(found.model_cfg["vision_cfg"]))
-    processor = CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config))
     state, notes = read_open_clip_state(found.weights, config)
+    processor = CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config))
     notes.insert(0, f"Weights: {found.weights}; tokenizer: {found.tokenizer}")
     with _new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         ours = capivara_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, config)
@@ -515,7 +517,7 @@ def largest_difference(
 
     Args:
         model: ours.
-        processor: ours; pads to the longest text.
+        processor: ours; a text alone is not padded.
         reference: open_clip's model.
         preprocess: open_clip's image transform.
         tokenize: open_clip's tokenizer; pads to 77 tokens.
@@ -523,13 +525,16 @@ def largest_difference(
     model.eval()
     reference.eval()
     images, texts = random_images(), random_texts()
-    ours = model(**processor(images=images, text=texts, return_tensors="pt"))
-    image_embeds = reference.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
-    text_embeds = reference.encode_text(tokenize(texts), normalize=True)
-    pairs = [(ours.image_embeds, image_embeds), (ours.text_embeds, text_embeds)]
-    pairs.append((ours.logits_per_text, reference.logit_scale.exp() * text_embeds @ image_embeds.T))
+    our_images = model(**processor(images=images, return_tensors="pt")).image_embeds
+    # One text a batch: beside a long one ours would be padded to 77 tokens as open_clip's are, and prove less.
+    our_texts = torch.cat([model(**processor(text=[text], return_tensors="pt")).text_embeds for text in texts])
+    their_images = reference.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
+    their_texts = reference.encode_text(tokenize(texts), normalize=True)
+    our_logits = similarity_logits(our_texts, our_images, model.logit_scale)
+    their_logits = reference.logit_scale.exp() * their_texts @ their_images.T
+    pairs = [(our_images, their_images), (our_texts, their_texts), (our_logits, their_logits)]
     # torch's max, unlike Python's, passes NaN on.
-    return torch.stack([(a - b).abs().max() for a, b in pairs]).max().item()
+    return torch.stack([(ours - theirs).abs().max() for ours, theirs in pairs]).max().item()
 
 
 def random_images(seed: int = 0) -> list[Image.Image]:

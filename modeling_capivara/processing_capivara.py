@@ -4,6 +4,8 @@ import html
 from collections.abc import Iterable
 
 import ftfy
+import numpy as np
+from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 CONTEXT_LENGTH = 77  # tokens, begin and end included; open_clip's default, kept by CAPIVARA
@@ -45,7 +47,22 @@ class CapivaraProcessor(ProcessorMixin):
         # tokenizer remembers from its last call and saves.
         defaults = {key: value for key, value in TEXT_DEFAULTS.items() if key not in kwargs}
         kwargs["text_kwargs"] = {**defaults, **kwargs.get("text_kwargs", {})}
-        return super().__call__(images=images, text=text, **kwargs)
+        batch = super().__call__(images=images, text=text, **kwargs)
+        if "attention_mask" in batch:
+            tokenizer = self.tokenizer
+            pad = tokenizer.pad_token_id
+            if pad not in (None, tokenizer.eos_token_id, tokenizer.sep_token_id):  # those end a text, too
+                batch["attention_mask"] = _without_padding(batch["input_ids"], batch["attention_mask"], pad)
+        return batch
+
+
+def _without_padding(input_ids: list | np.ndarray | Tensor, mask: list | np.ndarray | Tensor, pad: int):
+    """`mask` without the padding tokens that a text itself spells: open_clip makes its mask from the ids."""
+    if not isinstance(input_ids, list):
+        return mask * (input_ids != pad)
+    if input_ids and isinstance(input_ids[0], list):
+        return [_without_padding(ids, keep, pad) for ids, keep in zip(input_ids, mask, strict=True)]
+    return [int(keep and token != pad) for token, keep in zip(input_ids, mask, strict=True)]
 
 
 def _repaired(text: str | list[str]) -> str | list[str]:

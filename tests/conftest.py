@@ -44,8 +44,9 @@ def tiny_config(**overrides) -> CapivaraConfig:
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Every tensor random and non-trivial, biases, norms and `logit_scale` included: a swapped layer cannot hide."""
     generator = torch.Generator().manual_seed(seed)
+    saved = model.state_dict().keys()  # rotary frequencies, say, are computed and not saved
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or name not in saved:
             continue
         noise = torch.randn(tensor.shape, generator=generator)
         if "logit_scale" in name:
