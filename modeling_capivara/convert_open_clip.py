@@ -517,7 +517,7 @@ def largest_difference(
 
     Args:
         model: ours.
-        processor: ours; a text alone is not padded.
+        processor: ours; pads to the longest of a batch.
         reference: open_clip's model.
         preprocess: open_clip's image transform.
         tokenize: open_clip's tokenizer; pads to 77 tokens.
@@ -526,8 +526,9 @@ def largest_difference(
     reference.eval()
     images, texts = random_images(), random_texts()
     our_images = model(**processor(images=images, return_tensors="pt")).image_embeds
-    # One text a batch: beside a long one ours would be padded to 77 tokens as open_clip's are, and prove less.
-    our_texts = torch.cat([model(**processor(text=[text], return_tensors="pt")).text_embeds for text in texts])
+    # Short texts apart: beside a long one ours would be padded to 77 tokens as open_clip's are, and prove less.
+    batches = (texts[:3], texts[3:])
+    our_texts = torch.cat([model(**processor(text=batch, return_tensors="pt")).text_embeds for batch in batches])
     their_images = reference.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
     their_texts = reference.encode_text(tokenize(texts), normalize=True)
     our_logits = similarity_logits(our_texts, our_images, model.logit_scale)

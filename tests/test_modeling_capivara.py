@@ -172,12 +172,16 @@ VISION_TOWERS = {
     "dinov2": {"model_type": "dinov2", **SMALL, "image_size": 28, "patch_size": 14},
     "siglip": {"model_type": "siglip_vision_model", **SMALL, "image_size": 32, "patch_size": 16},
     "convnext": {"model_type": "convnext", "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
+    # These two state their width under a name of their own, or a wrong one under a usual name.
+    "efficientnet": {"model_type": "efficientnet", "image_size": 32, "hidden_dim": 40, "width_coefficient": 0.25},
+    "mobilevit": {"model_type": "mobilevit", "image_size": 32, "hidden_sizes": [16, 16, 16]},
     "resnet": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
     "timm": {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"},
 }
 TEXT_TOWERS = {
     "bert": {"model_type": "bert", **SMALL, "vocab_size": 300},
     "distilbert": {"model_type": "distilbert", "dim": 32, "n_layers": 1, "n_heads": 2, "vocab_size": 300},
+    "mpnet": {"model_type": "mpnet", **SMALL, "vocab_size": 300},
     "modernbert": {"model_type": "modernbert", **SMALL, "vocab_size": 300, "pad_token_id": 1},
 }  # fmt: skip
 
@@ -231,3 +235,115 @@ def test_config_round_trip(tmp_path):
     assert CapivaraConfig.from_pretrained(tmp_path).to_dict() == config.to_dict() | {"auto_map": config.auto_map}
     partly = CapivaraConfig(text_config={"num_hidden_layers": 6})
     assert partly.text_config.vocab_size == 250002, "what is left out keeps the published value"
+
+
+def test_return_dict_false_in_the_configuration(tiny_model, batch):
+    expected = tiny_model(**batch, return_loss=True)
+    tiny_model.config.return_dict = False
+    actual = tiny_model(**batch, return_loss=True)
+    assert isinstance(actual, tuple) and len(actual) == 5
+    assert torch.equal(actual[0], expected.loss)
+    assert isinstance(tiny_model.get_text_features(batch["input_ids"]), tuple)
+
+
+def test_hidden_states_of_both_towers(tiny_model, batch):
+    text = tiny_model.get_text_features(batch["input_ids"], output_hidden_states=True)
+    image = tiny_model.get_image_features(batch["pixel_values"], output_hidden_states=True)
+    assert [len(text.hidden_states), len(image.hidden_states)] == [3, 3]  # embeddings and two layers
+    assert torch.equal(text.hidden_states[-1], text.last_hidden_state)
+    tiny_model(**batch, output_hidden_states=True)  # accepted, though nothing in the output holds them
+
+
+def test_pixel_values_may_come_with_other_names_missing(tiny_model, batch):
+    """The order of the positional arguments is that of the signature: ids, mask, pixels, loss."""
+    expected = tiny_model(**batch, return_loss=True)
+    actual = tiny_model(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], True)
+    assert torch.equal(actual.loss, expected.loss)
+
+
+def test_long_half_precision_pooling_is_the_float32_mean():
+    hidden = 1 + torch.randn(2, 4000, 8, generator=torch.Generator().manual_seed(0)).bfloat16() / 8
+    mask = torch.ones(2, 4000, dtype=torch.long)
+    mask[1, 1000:] = 0
+    expected = torch.stack([hidden[0].double().mean(0), hidden[1, :1000].double().mean(0)]).float()
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            actual = mean_pooling(hidden, mask)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+def test_model_rebuilt_from_a_half_precision_configuration_is_of_one_type(tiny_folder, batch):
+    config = CapivaraModel.from_pretrained(tiny_folder, dtype=torch.bfloat16).config
+    model = CapivaraModel(config)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model(**batch)
+
+
+def test_half_precision_reload_keeps_the_saved_type(tiny_model, tmp_path):
+    tiny_model.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = CapivaraModel.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    for name, parameter in tiny_model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+def test_copies_are_independent_and_stay_frozen(tiny_model, batch):
+    tiny_model.freeze_image_tower()
+    copied = copy.deepcopy(tiny_model)
+    assert torch.equal(copied(**batch).logits_per_text, tiny_model(**batch).logits_per_text)
+    assert copied.image_tower_frozen and not copied.train().vision_model.training
+    with torch.no_grad():
+        copied.logit_scale.zero_()
+    assert tiny_model.logit_scale > 2
+
+
+def test_exports_both_towers(tiny_model, batch):
+    exported = torch.export.export(tiny_model, (), batch).module()
+    torch.testing.assert_close(exported(**batch).logits_per_text, tiny_model(**batch).logits_per_text)
+
+
+def test_fresh_weights_are_initialised(tmp_path):
+    """From a configuration, and for weights that a folder does not have."""
+    model = CapivaraModel(tiny_config(logit_scale_init_value=1.25))
+    assert model.logit_scale.item() == 1.25
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+    std = model.text_projection[0].weight.std()
+    assert 0.01 < std < 0.03, "initializer_range is 0.02"
+    state = {k: v for k, v in model.state_dict().items() if k not in ("logit_scale", "visual_projection.weight")}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded, report = CapivaraModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(report["missing_keys"]) == {"logit_scale", "visual_projection.weight"}
+    assert loaded.logit_scale.item() == 1.25
+    assert 0.01 < loaded.visual_projection.weight.std() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("towers", "message"),
+    [
+        ({"vision_config": {"model_type": "clip"}}, "vision_config.*'clip'.*clip_vision_model"),
+        ({"vision_config": {"model_type": "bert", **SMALL}}, "vision_config.*`pixel_values`.*'bert'"),
+        ({"text_config": {"model_type": "vit", **SMALL}}, "text_config.*`input_ids`.*'vit'.*xlm-roberta"),
+    ],
+)
+def test_towers_of_the_wrong_modality_are_refused(towers, message):
+    with pytest.raises(ValueError, match=message):
+        CapivaraModel(tiny_config(**towers))
+
+
+def test_tower_without_pooled_output_is_refused(batch):
+    vision = {"model_type": "vit_msn", **SMALL, "image_size": 32, "patch_size": 16}
+    with pytest.raises(ValueError, match=r"'vit_msn' gives no `pooler_output`.*clip_vision_model"):
+        CapivaraModel(tiny_config(vision_config=vision))(pixel_values=batch["pixel_values"])
+
+
+def test_wrong_shapes_are_refused_by_name(tiny_model, batch):
+    with pytest.raises(ValueError, match=r"pixel_values.*\(3, 32, 32\).*CapivaraImageProcessor"):
+        tiny_model(pixel_values=batch["pixel_values"][0])
+    with pytest.raises(ValueError, match=r"input_ids.*\(texts, tokens\)"):
+        tiny_model(input_ids=batch["input_ids"][0])
+    with pytest.raises(ValueError, match="attention_mask.*shape of `input_ids`"):
+        tiny_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"][:1])
+    with pytest.raises(ValueError, match=r"rows \[0, 1\] of 2 are all padding"):
+        tiny_model(input_ids=torch.zeros(2, 0, dtype=torch.long))

@@ -2,12 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from conftest import randomise, tiny_config, tiny_tokenizer
 from open_clip.tokenizer import HFTokenizer
-from transformers import AutoProcessor
+from transformers import AutoProcessor, BertTokenizer
 
-from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, repair_text
+from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text
 
 PIECES = [
     *("São João é um avião", "coração de mãe", "ação", "PINGÜIM", "a\u0303", "e\u0301 cedilha c\u0327"),
@@ -82,3 +84,153 @@ def test_repair():
 def test_bad_text(tiny_processor, text):
     with pytest.raises(ValueError, match=r"must be a string|no text|at least one input"):
         tiny_processor(text=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("p&amp;amp;atilde;o", "pão"),  # ftfy resolves one level, `html.unescape` two more
+        ("<b> &amp;amp;lt;", "<b> &lt;"),  # with a "<" in the text ftfy leaves entities alone
+        ("uma\tfoto\r\n\xa0de\u3000gato ", "uma foto de gato"),
+        ("“aspas”", '"aspas"'),
+        ("sa\u0303o", "são"),
+        ("a \ud800 b", "a \ufffd b"),
+        (" \n ", ""),
+    ],
+)
+def test_repair_step_by_step(text, expected):
+    assert repair_text(text) == expected
+
+
+def test_seeded_mixtures_have_open_clips_ids(xlmr):
+    processor, reference = xlmr
+    rng = np.random.default_rng(0)
+    extra = [
+        "\ud800",
+        "\u2028",
+        "\u0085",
+        "\xad",
+        "\u202eabc\u202c",
+        "e\u0301\u0302\u0303",
+        "H₂O",
+        "Ð¿Ñ€Ð¸Ð²ÐµÑ‚",
+        "&bogus;",
+    ]
+    pieces = [*PIECES, *extra]
+    texts = ["".join(rng.choice(pieces, rng.integers(2, 7))) for _ in range(200)]
+    assert torch.equal(processor(text=texts, padding="max_length", return_tensors="pt")["input_ids"], reference(texts))
+    unrepaired = processor.tokenizer(
+        [text.encode(errors="replace").decode() for text in texts],
+        padding="max_length", max_length=77, truncation=True, return_tensors="pt",
+    )  # fmt: skip
+    changed = (unrepaired["input_ids"] != reference(texts)).any(dim=1)
+    assert changed.sum() > 100, "the repair must matter"
+
+
+def test_padding_token_spelled_by_a_text_is_masked_as_open_clip_does(tiny_processor):
+    texts = ["um <pad> gato", "a"]
+    listed = tiny_processor(text=texts)
+    pad = tiny_processor.tokenizer.pad_token_id
+    assert listed["input_ids"][0].count(pad) == 1
+    expected = [[int(token != pad) for token in row] for row in listed["input_ids"]]
+    assert listed["attention_mask"] == expected
+    assert tiny_processor(text=texts[0])["attention_mask"] == expected[0]
+    for kind in ("pt", "np"):
+        assert tiny_processor(text=texts, return_tensors=kind)["attention_mask"].tolist() == expected
+
+
+def test_overrides(tiny_processor):
+    text = "um gato azul de casa"
+    full = tiny_processor(text=[text], padding="max_length", return_tensors="pt")
+    assert full["input_ids"].shape == (1, 77)
+    assert full["attention_mask"].sum() == 7
+    assert len(tiny_processor(text=text, max_length=4)["input_ids"]) == 4
+    assert len(tiny_processor(text=text, text_kwargs={"max_length": 5})["input_ids"]) == 5
+    assert len(tiny_processor(text="gato " * 100, truncation=False)["input_ids"]) == 102
+    assert [len(ids) for ids in tiny_processor(text=["um", text], padding=False)["input_ids"]] == [3, 7]
+    with pytest.raises(ValueError, match="max_length was passed two times"):
+        tiny_processor(text=text, max_length=4, text_kwargs={"max_length": 5})
+    image = np.zeros((40, 50, 3), np.uint8)
+    smaller = tiny_processor(images=image, text=text, size=16, crop_size=16, return_tensors="pt")
+    assert smaller["pixel_values"].shape == (1, 3, 16, 16)
+
+
+def test_length_of_an_earlier_call_is_not_remembered(tmp_path):
+    """A tokenizer keeps the truncation and padding of its last call, saves them, and loads them as its defaults."""
+    processor = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())
+    texts = ["um gato azul de casa", "gato " * 100]
+    expected = processor(text=texts)["input_ids"]
+    processor(text=texts, max_length=4, padding="max_length")
+    assert processor(text=texts)["input_ids"] == expected
+    processor(text=texts, max_length=4, padding="max_length")
+    processor.save_pretrained(tmp_path)
+    reloaded = AutoProcessor.from_pretrained(tmp_path)
+    assert reloaded.tokenizer.init_kwargs.get("max_length") == 4, "else this test proves nothing"
+    assert reloaded(text=texts)["input_ids"] == expected
+
+
+def test_return_tensors(tiny_processor):
+    image = np.zeros((40, 40, 3), np.uint8)
+    for name, kind in {"pt": torch.Tensor, "np": np.ndarray}.items():
+        batch = tiny_processor(images=image, text=["um gato"], return_tensors=name)
+        assert {type(value) for value in batch.values()} == {kind}
+    assert isinstance(tiny_processor(text=["um gato"])["input_ids"], list)
+    assert list(tiny_processor(images=image, return_tensors="pt")) == ["pixel_values"]
+
+
+@pytest.mark.parametrize("texts", [("um", "gato"), np.array(["um", "gato"]), (word for word in ["um", "gato"])])
+def test_containers_of_texts(tiny_processor, texts):
+    assert tiny_processor(text=texts)["input_ids"] == tiny_processor(text=["um", "gato"])["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["gato", "", "um gato azul", "gato " * 30])
+def test_embeddings_do_not_depend_on_padding(tiny_model, tiny_processor, text):
+    texts = [text, "a casa de um cachorro"]
+    alone = tiny_model(**tiny_processor(text=[text], return_tensors="pt")).text_embeds
+    longest = tiny_model(**tiny_processor(text=texts, return_tensors="pt")).text_embeds[:1]
+    full = tiny_model(**tiny_processor(text=texts, padding="max_length", return_tensors="pt")).text_embeds[:1]
+    torch.testing.assert_close(longest, alone, rtol=0, atol=1e-6)
+    torch.testing.assert_close(full, alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_token_types_of_bert_tokenizers_are_accepted(kind):
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "um", "gato", "azul"]
+    tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocab)})
+    processor = CapivaraProcessor(CapivaraImageProcessor(size=32, crop_size=32), tokenizer)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    if kind == "distilbert":
+        sizes = {"dim": 16, "hidden_dim": 16, "n_layers": 1, "n_heads": 2}
+    model = CapivaraModel(tiny_config(text_config={"model_type": kind, "vocab_size": len(vocab), **sizes}))
+    model = randomise(model).eval()
+    texts = ["um gato azul", "gato"]
+    batch = processor(text=texts, images=np.zeros((40, 40, 3), np.uint8), return_tensors="pt")
+    expected = model(**batch).text_embeds
+    types = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=True)
+    assert "token_type_ids" in types
+    assert torch.equal(model(**types).text_embeds, expected)
+    assert torch.equal(model(**types, pixel_values=batch["pixel_values"]).text_embeds, expected)
+    features = model.get_text_features(**types).pooler_output
+    torch.testing.assert_close(torch.nn.functional.normalize(features), expected)
+
+
+BAD_TEXTS = {
+    "number": (3, "must be a string, got int: 3"),
+    "bytes": (b"gato", "must be a string, got int"),
+    "missing caption": (["um gato", None], "must be a string, got NoneType: None"),
+    "not a number": (["um gato", float("nan")], "must be a string, got float: nan"),
+    "nested": ([["um gato"]], r"must be a string, got list: \['um gato'\]"),
+    "empty list": ([], "no text: got an empty list"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEXTS)
+def test_bad_texts_are_refused_by_name(tiny_processor, kind):
+    text, message = BAD_TEXTS[kind]
+    with pytest.raises(ValueError, match=message):
+        tiny_processor(text=text)
+
+
+def test_parts_in_the_wrong_order_are_refused():
+    with pytest.raises(TypeError, match="image_processor"):
+        CapivaraProcessor(tiny_tokenizer(), CapivaraImageProcessor())

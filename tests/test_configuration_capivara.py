@@ -1,0 +1,110 @@
+"""The configuration: published defaults, other towers, exact reload, refusals when it is made."""
+
+import json
+import math
+
+import pytest
+from conftest import TINY_TEXT, TINY_VISION, tiny_config
+from transformers import AutoConfig, CLIPVisionConfig, TimmWrapperConfig, ViTConfig, XLMRobertaConfig
+
+from modeling_capivara import CapivaraConfig
+
+PUBLISHED_VISION = {
+    "model_type": "clip_vision_model", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "intermediate_size": 3072, "image_size": 224, "patch_size": 32, "hidden_act": "gelu", "layer_norm_eps": 1e-5,
+}  # fmt: skip
+PUBLISHED_TEXT = {
+    "model_type": "xlm-roberta", "vocab_size": 250002, "hidden_size": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "intermediate_size": 3072, "max_position_embeddings": 514, "type_vocab_size": 1,
+    "layer_norm_eps": 1e-5, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "hidden_dropout_prob": 0.1,
+}  # fmt: skip
+
+
+def test_defaults_are_the_published_base():
+    config = CapivaraConfig()
+    assert type(config.vision_config) is CLIPVisionConfig
+    assert type(config.text_config) is XLMRobertaConfig
+    assert {key: getattr(config.vision_config, key) for key in PUBLISHED_VISION} == PUBLISHED_VISION
+    assert {key: getattr(config.text_config, key) for key in PUBLISHED_TEXT} == PUBLISHED_TEXT
+    assert (config.projection_dim, config.text_projection_type) == (512, "mlp")
+    assert config.logit_scale_init_value == pytest.approx(math.log(1 / 0.07))
+
+
+def test_what_a_dictionary_leaves_out_keeps_the_published_value():
+    config = CapivaraConfig(vision_config={"num_hidden_layers": 3}, text_config={"model_type": "xlm-roberta"})
+    assert (config.vision_config.num_hidden_layers, config.vision_config.hidden_act) == (3, "gelu")
+    assert config.text_config.vocab_size == 250002
+    other = CapivaraConfig(text_config={"model_type": "bert"})
+    assert other.text_config.vocab_size == 30522, "another kind keeps its own defaults"
+    assert other.text_config.layer_norm_eps == 1e-12
+
+
+def test_given_dictionaries_stay_as_they_are():
+    vision, text = dict(TINY_VISION), {"num_hidden_layers": 1}
+    CapivaraConfig(vision_config=vision, text_config=text)
+    assert (vision, text) == (TINY_VISION, {"num_hidden_layers": 1})
+
+
+def test_objects_and_dictionaries_say_the_same():
+    objects = tiny_config(vision_config=ViTConfig(hidden_size=48), text_config=XLMRobertaConfig(**TINY_TEXT))
+    dictionaries = tiny_config(vision_config={"model_type": "vit", "hidden_size": 48})
+    assert objects.vision_config.to_dict() == dictionaries.vision_config.to_dict()
+    assert objects.text_config.hidden_size == dictionaries.text_config.hidden_size == 40
+
+
+TOWERS = {
+    "published": {},
+    "tiny, linear": {"vision_config": TINY_VISION, "text_config": TINY_TEXT, "text_projection_type": "linear"},
+    "vit": {"vision_config": {"model_type": "vit", "hidden_size": 48, "num_attention_heads": 4}},
+    "timm, dictionary": {"vision_config": {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"}},
+    "timm, object": {"vision_config": TimmWrapperConfig(architecture="vit_tiny_patch16_224")},
+    "bert": {"text_config": {"model_type": "bert", "vocab_size": 300}, "logit_scale_init_value": 1.5},
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_save_and_load(kind, tmp_path):
+    config = CapivaraConfig(**TOWERS[kind])
+    config.save_pretrained(tmp_path)
+    json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    for loaded in (CapivaraConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is CapivaraConfig
+        assert type(loaded.vision_config) is type(config.vision_config)
+        assert type(loaded.text_config) is type(config.text_config)
+        actual, expected = loaded.to_dict(), config.to_dict()
+        for given in (actual, expected):
+            given.pop("auto_map", None)
+            for part in (given, given["vision_config"], given["text_config"]):
+                part.pop("_name_or_path", None)
+        assert actual == expected
+
+
+BAD_CONFIGS = {
+    "no width": ({"projection_dim": 0}, "projection_dim must be at least 1, got 0"),
+    "negative width": ({"projection_dim": -5}, "projection_dim must be at least 1, got -5"),
+    "unknown image tower": (
+        {"vision_config": {"model_type": "no_tower"}},
+        "'no_tower' is not known.*clip_vision_model",
+    ),
+    "unknown text tower": ({"text_config": {"model_type": "no_tower"}}, "'no_tower' is not known.*xlm-roberta"),
+    "encoder and decoder": ({"text_config": {"model_type": "t5"}}, "'t5'.*'xlm-roberta'"),
+    "no number": ({"logit_scale_init_value": math.nan}, "logit_scale_init_value must be a finite number, got nan"),
+    "infinite": ({"logit_scale_init_value": math.inf}, "logit_scale_init_value must be a finite number, got inf"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CONFIGS)
+def test_bad_values_are_refused_by_name(kind):
+    overrides, message = BAD_CONFIGS[kind]
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("projection_dim", "wide"), ("projection_dim", 2.5), ("text_projection_type", "cubic"), ("vision_config", "clip")],
+)
+def test_values_of_a_wrong_type_are_refused_by_name(name, value):
+    with pytest.raises(Exception, match=rf"(?s){name}.*{value}") as caught:
+        tiny_config(**{name: value})
+    assert "Validation" in type(caught.value).__name__

@@ -1,0 +1,100 @@
+"""Retrieval task, result records, table and pictures."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from PIL import Image
+
+from eval.plots import plot_retrieval_sheet, plot_training_curves
+from eval.results import Record, write_records
+from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, load_split, retrieval_records
+from eval.retrieval import main as evaluate
+from eval.tables import retrieval_table
+
+FACTS = {"dataset": "d", "split": "test", "language": "pt", "model": "capivara", "model_folder": "."}
+
+
+def embeddings(seed: int, noise: float) -> RetrievalEmbeddings:
+    """40 images with two captions each; the captions are their image plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.nn.functional.normalize(torch.randn(40, 16, generator=generator), dim=-1)
+    image_of_text = torch.arange(40).repeat_interleave(2)
+    texts = images[image_of_text] + noise * torch.randn(80, 16, generator=generator)
+    return RetrievalEmbeddings(torch.nn.functional.normalize(texts, dim=-1), images, image_of_text)
+
+
+def test_records_of_a_perfect_and_a_random_model():
+    perfect = {(r.direction, r.metric): r for r in retrieval_records(embeddings(0, 0.0), **FACTS)}
+    assert all(r.value == 1 for r in perfect.values())
+    assert perfect["text_to_image", "recall@5"].n == 80 and perfect["image_to_text", "recall@5"].n == 40
+    assert perfect["text_to_image", "recall@5"].chance == pytest.approx(5 / 40)
+    assert perfect["image_to_text", "recall@1"].chance == pytest.approx(2 / 80)
+
+
+def test_gain_is_the_difference_of_the_records():
+    before, after = embeddings(0, 1.5), embeddings(0, 0.3)
+    values = [
+        {r.direction: r.value for r in retrieval_records(e, **FACTS) if r.metric == "mean_recall"}
+        for e in (before, after)
+    ]
+    for record in gain_records(before, after, **FACTS):
+        assert record.value == pytest.approx(values[1][record.direction] - values[0][record.direction])
+        low, high = record.interval_95
+        assert 0 < low < record.value < high
+
+
+def test_table_of_several_seeds():
+    records = [Record(**{**asdict(r), "model": "baseline"}) for r in retrieval_records(embeddings(0, 1.5), **FACTS)]
+    for seed in (0, 1):
+        facts = {**FACTS, "seed": seed}
+        records += retrieval_records(embeddings(seed, 0.8), **facts)
+        records += gain_records(embeddings(0, 1.5), embeddings(seed, 0.8), **facts)
+    table = retrieval_table(records)
+    rows = [line for line in table.splitlines() if line.startswith("| pt")]
+    assert [row.split("|")[2].strip() for row in rows] == ["Baseline", "CAPIVARA", "chance"]
+    assert rows[1].count("±") == 8 and "±" not in rows[0]
+    assert table.count("95 % interval") == 4 and "seed 1" in table
+
+
+def test_records_survive_json(tmp_path):
+    records = retrieval_records(embeddings(0, 1.0), **FACTS)
+    write_records(tmp_path / "r.json", records)
+    assert [Record(**r) for r in json.loads((tmp_path / "r.json").read_text())] == records
+
+
+def test_captions_are_flattened_in_order():
+    texts, image_of_text = flat_captions([["a", "b"], ["c"]])
+    assert texts == ["a", "b", "c"] and image_of_text.tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match="Row 1 has no caption or an empty one"):
+        flat_captions([["a"], [""]])
+
+
+def test_command(tiny_folder, tiny_dataset_folder, tmp_path, capsys):
+    flags = ["--model", str(tiny_folder), "--dataset", str(tiny_dataset_folder), "--output", str(tmp_path / "r.json")]
+    evaluate([*flags, "--language", "en"])
+    records = [Record(**r) for r in json.loads((tmp_path / "r.json").read_text())]
+    assert len(records) == 8 and {r.language for r in records} == {"en"}
+    assert "text_to_image  mean_recall" in capsys.readouterr().out
+
+
+def test_missing_column_and_split(tiny_dataset_folder):
+    with pytest.raises(ValueError, match=r"no column 'captions-hi'.*there are \["):
+        load_split(str(tiny_dataset_folder), "test", "hi", "image")
+    with pytest.raises(ValueError, match=r"no split 'dev'; there are \['test'"):
+        load_split(str(tiny_dataset_folder), "dev", "pt", "image")
+
+
+def test_pictures(tmp_path):
+    images = [Image.new("RGB", (30, 30), (8 * i, 0, 0)) for i in range(12)]
+    scores = {name: torch.randn(2, 12, generator=torch.Generator().manual_seed(s)) for s, name in enumerate("AB")}
+    plot_retrieval_sheet(images, ["água $x$", "<b>"], [3, 5], scores, tmp_path / "sheet.png")
+    curve = [{"step": 0, "validation": {"text_to_image": 0.1, "image_to_text": 0.2}}]
+    curve += [
+        {"step": 1, "loss": 2.0, "learning_rate": 1e-4, "validation": {"text_to_image": 0.3, "image_to_text": 0.3}}
+    ]
+    plot_training_curves(curve, "pt", tmp_path / "curves.png")
+    for name in ("sheet.png", "curves.png"):
+        colours = Image.open(tmp_path / name).convert("RGB").getcolors(1 << 20)
+        assert len(colours) > 20, "an empty picture"
