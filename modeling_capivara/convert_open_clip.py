@@ -72,7 +72,7 @@ class Conversion:
     """What a finished conversion has to say.
 
     Attributes:
-        largest_difference: between the two programs, over cosines' embeddings and logits, on random inputs.
+        largest_difference: between the two programs, over unit-length embeddings and logits, on random inputs.
         notes: whole sentences for the person who asked.
     """
 
@@ -491,11 +491,13 @@ def _checked_difference(
         reference, _, preprocess = open_clip.create_model_and_transforms(
             name, load_weights=weights is None, pretrained_text=False, **overrides
         )
+        model, processor = _load_capivara(capivara), _load_processor(capivara)
+        if weights is not None:
+            reference.load_state_dict(read_open_clip_state(weights, model.config)[0], strict=True)
+    except RuntimeError as error:  # a few timm models have, under open_clip, a head of another width
+        raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
     finally:
         logging.disable(silenced)
-    model, processor = _load_capivara(capivara), _load_processor(capivara)
-    if weights is not None:
-        reference.load_state_dict(read_open_clip_state(weights, model.config)[0], strict=True)
     difference = largest_difference(model, processor, reference, preprocess, open_clip.get_tokenizer(name))
     if not difference <= TOLERANCE:  # also when it is not a number
         raise ValueError(
@@ -577,3 +579,7 @@ def _read_json(path: Path) -> dict:
 
 def _write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

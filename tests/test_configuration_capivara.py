@@ -84,7 +84,7 @@ BAD_CONFIGS = {
     "negative width": ({"projection_dim": -5}, "projection_dim must be at least 1, got -5"),
     "unknown image tower": (
         {"vision_config": {"model_type": "no_tower"}},
-        "'no_tower' is not known.*clip_vision_model",
+        "'no_tower' is not known.*clip_vision",
     ),
     "unknown text tower": ({"text_config": {"model_type": "no_tower"}}, "'no_tower' is not known.*xlm-roberta"),
     "encoder and decoder": ({"text_config": {"model_type": "t5"}}, "'t5'.*'xlm-roberta'"),

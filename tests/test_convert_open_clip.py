@@ -3,12 +3,17 @@
 import argparse
 import collections
 import errno
+import hashlib
+import http.server
 import json
 import os
 import pathlib
 import pickle
+import re
+import runpy
 import subprocess
 import sys
+import threading
 import types
 import typing
 from pathlib import Path
@@ -64,6 +69,16 @@ def change_config(folder: Path, section: str | None = None, **fields) -> None:
     target = settings["model_cfg"] if section is None else settings["model_cfg"].get(section) or settings[section]
     target.update(fields)
     path.write_text(json.dumps(settings))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Toy layers take less time than their threads take to meet, on a busy machine three times less."""
+    threads = torch.get_num_threads()
+    if "slow" not in request.keywords:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -208,6 +223,111 @@ def test_text_model_name_for_publishing(tiny_folder, tmp_path, capsys):
     assert "Hub repository" in printed
     assert "not of the size" in printed  # this one is tiny
     assert "Largest difference" in printed
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as a download asks for: `server.repos` is repository id -> folder."""
+
+    COMMIT = "c" * 40
+
+    def do_GET(self):
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/.+", self.path.partition("?")[0])
+        if not found:
+            return self.send_file()
+        if found[1] not in self.server.repos:
+            return self.reply(404, {"X-Error-Code": "RepoNotFound"})
+        files = [p for p in sorted(self.server.repos[found[1]].iterdir()) if p.is_file()]
+        if found[2] == "tree":
+            answer = [{"type": "file", "path": p.name, "oid": "0" * 40, "size": p.stat().st_size} for p in files]
+        else:
+            answer = {"id": found[1], "sha": self.COMMIT, "siblings": [{"rfilename": p.name} for p in files]}
+        return self.reply(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
+    do_HEAD = do_GET
+
+    def send_file(self):
+        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
+        path = self.server.repos.get(found[1], Path("/nowhere")) / found[2] if found else Path("/nowhere")
+        if not path.is_file():
+            return self.reply(404, {"X-Error-Code": "EntryNotFound"})
+        if self.command == "GET":
+            self.server.fetched.append(f"{found[1]}/{found[2]}")
+        etag = hashlib.sha1(path.read_bytes()).hexdigest()
+        return self.reply(200, {"X-Repo-Commit": self.COMMIT, "ETag": f'"{etag}"'}, path.read_bytes())
+
+    def reply(self, status, headers, body=b""):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(body)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_both_directions_from_the_hub_fetch_what_they_need(open_clip_folder, tiny_folder, tmp_path):
+    """The real client in a process of its own, as it reads its settings at import, against a small server here."""
+    (open_clip_folder / "text").rename(tmp_path / "text")
+    change_config(open_clip_folder, "text_cfg", hf_model_name="them/text")
+    (open_clip_folder / "open_clip_model.safetensors").rename(open_clip_folder / "open_clip_pytorch_model.safetensors")
+    for folder, name in [
+        (open_clip_folder, "open_clip_pytorch_model.bin"),
+        (open_clip_folder, "model.safetensors"),
+        (tiny_folder, "pytorch_model.bin"),
+        (tiny_folder, "photo.png"),
+    ]:
+        (folder / name).write_bytes(b"not to be fetched")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    server.repos = {"us/open": open_clip_folder, "us/model": tiny_folder, "them/text": tmp_path / "text"}
+    server.fetched = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "import sys; from modeling_capivara.convert_open_clip import main\n"
+        "main(['hf-hub:us/open', sys.argv[1] + '/there'])\n"
+        "main(['us/model', sys.argv[1] + '/back', '--to-open-clip'])\n"
+        "main(['hf-hub:us/none', sys.argv[1] + '/none'])"
+    )
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
+    settings |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(conversion.__file__).parents[1])}
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env={**os.environ, **settings},
+        )  # fmt: skip
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert result.stdout.count("Largest difference") == 2, result.stderr
+    assert result.stderr.rstrip().splitlines()[-1].startswith("convert_open_clip: us/none could not be fetched"), (
+        result.stderr
+    )
+    assert (tmp_path / "there" / "model.safetensors").exists()
+    assert (tmp_path / "back" / "open_clip_model.safetensors").exists()
+    assert set(server.fetched) >= {"us/open/open_clip_pytorch_model.safetensors", "us/model/model.safetensors"}
+    assert not [
+        name for name in server.fetched if name.endswith((".bin", ".png")) or name == "us/open/model.safetensors"
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_command_of_the_module_is_a_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["convert_open_clip", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("modeling_capivara.convert_open_clip", run_name="__main__")
+    assert ended.value.code == 0
+    assert "hf-hub:OWNER/NAME" in capsys.readouterr().out
+
+
+def test_timm_model_that_open_clip_builds_otherwise_is_a_clear_error(tmp_path, tiny_processor):
+    config = tiny_config(vision_config=mapping.TimmWrapperConfig(architecture="mobilenetv3_small_050"))
+    CapivaraModel(config).save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="open_clip does not build this model"):
+        convert(str(tmp_path / "model"), tmp_path / "out", to_open_clip=True)
+    assert nothing_left(tmp_path / "out")
 
 
 # --- Checkpoint files ------------------------------------------------------------------------------------------------

@@ -173,8 +173,14 @@ VISION_TOWERS = {
     "siglip": {"model_type": "siglip_vision_model", **SMALL, "image_size": 32, "patch_size": 16},
     "convnext": {"model_type": "convnext", "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
     # These two state their width under a name of their own, or a wrong one under a usual name.
-    "efficientnet": {"model_type": "efficientnet", "image_size": 32, "hidden_dim": 40, "width_coefficient": 0.25},
-    "mobilevit": {"model_type": "mobilevit", "image_size": 32, "hidden_sizes": [16, 16, 16]},
+    "efficientnet": {
+        "model_type": "efficientnet",
+        "image_size": 32,
+        "hidden_dim": 320,
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.1,
+    },
+    "mobilevit": {"model_type": "mobilevit", "image_size": 32, "hidden_sizes": [16] * 3, "neck_hidden_sizes": [8] * 7},
     "resnet": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]},
     "timm": {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0"},
 }
@@ -254,7 +260,7 @@ def test_hidden_states_of_both_towers(tiny_model, batch):
     tiny_model(**batch, output_hidden_states=True)  # accepted, though nothing in the output holds them
 
 
-def test_pixel_values_may_come_with_other_names_missing(tiny_model, batch):
+def test_positional_arguments(tiny_model, batch):
     """The order of the positional arguments is that of the signature: ids, mask, pixels, loss."""
     expected = tiny_model(**batch, return_loss=True)
     actual = tiny_model(batch["input_ids"], batch["attention_mask"], batch["pixel_values"], True)
@@ -343,7 +349,7 @@ def test_wrong_shapes_are_refused_by_name(tiny_model, batch):
         tiny_model(pixel_values=batch["pixel_values"][0])
     with pytest.raises(ValueError, match=r"input_ids.*\(texts, tokens\)"):
         tiny_model(input_ids=batch["input_ids"][0])
-    with pytest.raises(ValueError, match="attention_mask.*shape of `input_ids`"):
+    with pytest.raises(ValueError, match=r"attention_mask.*shape of `input_ids`"):
         tiny_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"][:1])
     with pytest.raises(ValueError, match=r"rows \[0, 1\] of 2 are all padding"):
         tiny_model(input_ids=torch.zeros(2, 0, dtype=torch.long))

@@ -37,6 +37,7 @@ features = pipeline("image-feature-extraction", folder, **kwargs)(image)
 model.save_pretrained(copy)
 processor.save_pretrained(copy)
 again = AutoModel.from_pretrained(copy, **kwargs)
+parts[-1].save_pretrained(copy + "-zero-shot")
 print(json.dumps({
     "modules": [type(part).__module__ for part in parts],
     "faults": [str(v) for v in report.values() if v],
@@ -76,6 +77,14 @@ def test_without_the_package(tiny_folder, tiny_model, tiny_processor, elsewhere,
     assert found["again"] == found["logits"]
     torch.testing.assert_close(torch.tensor(found["features"]), expected.image_embeds)
     assert sum(found["scores"].values()) == pytest.approx(1)
+    # What was loaded by `trust_remote_code` is saved with its code, for the next reader.
+    auto_map = json.loads((tiny_folder / "config.json").read_text())["auto_map"]
+    for copy in ("copy", "copy-zero-shot"):
+        assert json.loads((tmp_path / copy / "config.json").read_text())["auto_map"] == auto_map
+    names = [{path.name for path in folder.iterdir()} for folder in (tiny_folder, tmp_path / "copy")]
+    assert names[0] == names[1]
+    modeling = {"modeling_capivara.py", "configuration_capivara.py", "loss_capivara.py"}
+    assert {path.name for path in (tmp_path / "copy-zero-shot").iterdir()} >= modeling
 
 
 def test_with_the_package(tiny_folder, tiny_model, tiny_processor):
