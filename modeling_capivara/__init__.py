@@ -29,7 +29,10 @@ __all__ = [
 AutoConfig.register("capivara", CapivaraConfig)
 AutoModel.register(CapivaraConfig, CapivaraModel)
 AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
-AutoImageProcessor.register(CapivaraConfig, CapivaraImageProcessor)
+# One class, in both places: it is neither of transformers' two backends, and asking for either is right.
+AutoImageProcessor.register(
+    CapivaraConfig, image_processor_classes={"pil": CapivaraImageProcessor, "torchvision": CapivaraImageProcessor}
+)
 AutoProcessor.register(CapivaraConfig, CapivaraProcessor)
 
 # From here on `save_pretrained` copies the model files into the folder, for users without the package.

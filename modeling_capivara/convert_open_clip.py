@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .configuration_capivara import CapivaraConfig
+from .loading import load_model, load_processor
 from .loss_capivara import similarity_logits
 from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import first_line, load_checkpoint
@@ -201,14 +201,14 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
 
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conversion:
     folder = _find_capivara(source)
-    processor = _load_processor(folder)
+    processor = load_processor(folder)
     # Whatever cannot be said in open_clip's configuration is refused here, before the weights are read.
     size, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
     config = _load_config(folder)
     text_name = hf_model_name or str(output / "text_model")  # where it will be, not the temporary folder
     model_cfg = open_clip_model_cfg(config, text_name, size)
     model_cfg["text_cfg"]["hf_tokenizer_name"] = hf_model_name or BASE_TEXT_MODEL  # read for the Hub only
-    tensors = {k: v.contiguous() for k, v in open_clip_state_dict(_load_capivara(folder)).items()}
+    tensors = {k: v.contiguous() for k, v in open_clip_state_dict(load_model(folder)).items()}
     with _new_folder(output) as target, tempfile.TemporaryDirectory() as scratch:
         _write_json(target / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
         save_file(tensors, target / WEIGHT_FILES[0], metadata={"format": "pt"})
@@ -359,31 +359,6 @@ def _load_config(folder: Path) -> CapivaraConfig:
         raise ValueError(f"The config.json of {folder} is not valid: {first_line(error)}") from error
 
 
-def _load_capivara(folder: Path) -> CapivaraModel:
-    """The model of a transformers folder, float32, evaluation mode, after a look at what loading reported."""
-    try:
-        model, report = CapivaraModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise ValueError(f"The weights of {folder} cannot be read: {first_line(error)}") from error
-    # transformers only prints these, and leaves the weights random.
-    wrong = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        raise ValueError(f"The weights of {folder} are not those of its config.json: {wrong}.")
-    return model.eval()
-
-
-def _load_processor(folder: Path) -> CapivaraProcessor:
-    way_out = f"save it there with CapivaraProcessor.save_pretrained({str(folder)!r})"
-    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        raise ValueError(f"SOURCE {folder} has no processor, so its tokenizer and image steps are unknown; {way_out}.")
-    try:
-        return CapivaraProcessor.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"The processor of {folder} does not load: {first_line(error)}; {way_out}.") from error
-
-
 def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -491,7 +466,7 @@ def _checked_difference(
         reference, _, preprocess = open_clip.create_model_and_transforms(
             name, load_weights=weights is None, pretrained_text=False, **overrides
         )
-        model, processor = _load_capivara(capivara), _load_processor(capivara)
+        model, processor = load_model(capivara), load_processor(capivara)
         if weights is not None:
             reference.load_state_dict(read_open_clip_state(weights, model.config)[0], strict=True)
     except RuntimeError as error:  # a few timm models have, under open_clip, a head of another width

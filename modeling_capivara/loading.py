@@ -19,7 +19,9 @@ def load_model(source: str | Path) -> CapivaraModel:
     """
     _check_folder(source, "config.json", "is no model folder")
     try:
-        model, report = CapivaraModel.from_pretrained(source, dtype="float32", output_loading_info=True)
+        model, report = CapivaraModel.from_pretrained(
+            source, dtype="float32", use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {error}") from error
     faults = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}

@@ -518,7 +518,7 @@ def cut(path: Path) -> None:
 def test_truncated_weights(open_clip_folder, tiny_folder, tmp_path, to_open_clip):
     source = tiny_folder if to_open_clip else open_clip_folder
     cut(next(source.glob("*.safetensors")))
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"can.t be loaded|cannot be read"):
         convert(str(source) if to_open_clip else f"local-dir:{source}", tmp_path / "out", to_open_clip)
     assert nothing_left(tmp_path / "out")
 
@@ -568,7 +568,7 @@ def test_sources_that_are_not_there_or_of_the_other_kind(open_clip_folder, tiny_
 def test_model_folder_without_processor_or_of_another_architecture(tiny_folder, tmp_path):
     config = json.loads((tiny_folder / "config.json").read_text())
     (tiny_folder / "config.json").write_text(json.dumps({**config, "text_projection_type": "linear"}))
-    with pytest.raises(ValueError, match=r"not those of its config.json.*text_projection"):
+    with pytest.raises(ValueError, match=r"do not fit its config.*text_projection"):
         convert(str(tiny_folder), tmp_path / "out", to_open_clip=True)
     (tiny_folder / "processor_config.json").unlink()
     with pytest.raises(ValueError, match="has no processor"):
