@@ -61,8 +61,8 @@ def plot_retrieval_sheet(
     shown, models = 5, list(scores)
     figure = plt.figure(figsize=(1.35 * shown * len(models) + 0.6, 1.72 * len(queries) + 0.7))
     grid = figure.add_gridspec(
-        len(queries), shown * len(models) + len(models) - 1, wspace=0.12, hspace=0.42, left=0.01, right=0.99,
-        width_ratios=([1] * shown + [0.25]) * (len(models) - 1) + [1] * shown, top=0.88, bottom=0.02,
+        len(queries), shown * len(models) + len(models) - 1, wspace=0.12, hspace=0.3, left=0.01, right=0.99,
+        width_ratios=([1] * shown + [0.25]) * (len(models) - 1) + [1] * shown, top=0.9, bottom=0.01,
     )  # fmt: skip
     for row, (query, right) in enumerate(zip(queries, right_images, strict=True)):
         for block, model in enumerate(models):
