@@ -15,7 +15,7 @@ from datasets import DatasetDict, load_from_disk
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import HfArgumentParser
 
 from artifacts import whole_folder, write_json, write_text
 from eval.metrics import mean_recall, retrieval_ranks
@@ -33,10 +33,11 @@ MICRO_BATCH_SIZE = 256
 IMAGE_BATCH_SIZE = 32
 TEXT_LEARNING_RATE = 1e-4
 PROJECTION_LEARNING_RATE = 2e-3
-FEATURE_NOISE = 0.2  # standard deviations of each feature
+FEATURE_NOISE = 0.1  # standard deviations of each feature
 WARMUP_STEPS = 5
 EVAL_STEPS = 5
-MAX_STEPS = 60  # the recall of the validation concepts is flat from about half of them; alignment.json has the curve
+PATIENCE = 3  # measurements without a new best, after which the recall has stopped rising and training ends
+MAX_STEPS = 160
 SEED = 0
 
 CARD = """---
@@ -49,8 +50,7 @@ tags: [capivara, clip]
 # Base model of CAPIVARA's embedded default
 
 EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji data
-set by a cosine schedule that ends where the recall of its validation concepts has long been flat; `alignment.json` has
-the curve. It has seen no Portuguese caption with a picture. The pictures are OpenMoji's, licensed CC BY-SA 4.0
+set until the recall of its validation concepts stopped rising; `alignment.json` has the curve. It has seen no Portuguese caption with a picture. The pictures are OpenMoji's, licensed CC BY-SA 4.0
 (https://openmoji.org), and so is this model.
 """
 
@@ -146,7 +146,7 @@ def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features:
 def align(
     model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
 ) -> list:
-    """Train text tower and projections on the English captions, past the point where the validation recall is flat.
+    """Train text tower and projections on the English captions, until the validation recall stops rising.
 
     Returns:
         The curve: an entry a measurement with `step`, `loss` and `validation_mean_recall` (mean of both directions).
@@ -164,17 +164,20 @@ def align(
         weight_decay=0.0,
         fused=True,
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, WARMUP_STEPS, MAX_STEPS)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
     curve, loss = [], None
-    bar = tqdm(range(MAX_STEPS + 1), desc="Aligning on English", unit="step")
+    bar = tqdm(range(MAX_STEPS), desc="Aligning on English", unit="step")
     for step in bar:
         if step % EVAL_STEPS == 0:
             recall = validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
-            bar.set_postfix(recall=f"{recall:.3f}")
-        if step < MAX_STEPS:
-            loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
-            schedule.step()
+            best = max(point["validation_mean_recall"] for point in curve)
+            bar.set_postfix(recall=f"{recall:.3f}", best=f"{best:.3f}")
+            if all(point["validation_mean_recall"] < best for point in curve[-PATIENCE:]):
+                break
+        loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
+        warmup.step()
+    bar.close()
     return curve
 
 
