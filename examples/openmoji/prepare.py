@@ -50,8 +50,9 @@ tags: [capivara, clip]
 # Base model of CAPIVARA's embedded default
 
 EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji data
-set until the recall of its validation concepts stopped rising; `alignment.json` has the curve. It has seen no Portuguese caption with a picture. The pictures are OpenMoji's, licensed CC BY-SA 4.0
-(https://openmoji.org), and so is this model.
+set until the recall of its validation concepts stopped rising; `alignment.json` has the curve. It has seen no
+Portuguese caption with a picture. The pictures are OpenMoji's, licensed CC BY-SA 4.0 (https://openmoji.org), and so is
+this model.
 """
 
 logger = logging.getLogger("capivara")
