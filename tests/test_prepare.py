@@ -1,0 +1,51 @@
+"""The embedded default's preparation: what is missing is made, once, whole or not at all."""
+
+import pytest
+import torch
+from conftest import TINY_TEXT, randomise, tiny_config
+
+from eval.metrics import recall_at_k, retrieval_ranks
+from examples.openmoji import prepare
+from modeling_capivara import CapivaraModel
+from modeling_capivara.embedding import embed_texts
+
+
+def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
+    """With as many features as pictures and next to no penalty, every caption finds its own picture."""
+    config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"])
+    model = randomise(CapivaraModel(config)).eval()
+    captions = ["um gato", "a casa verde", "pão", "água azul", "são joão", "carro"]
+    features = torch.rand(6, 48, generator=torch.Generator().manual_seed(0))
+    penalty, prepare.RIDGE_PENALTY = prepare.RIDGE_PENALTY, 1e-4
+    try:
+        prepare.start_by_ridge(model, tiny_processor, features, captions)
+    finally:
+        prepare.RIDGE_PENALTY = penalty
+    texts = embed_texts(model, tiny_processor, captions)
+    images = torch.nn.functional.normalize(model.visual_projection(features), dim=-1).detach()
+    rows = torch.arange(6)
+    assert recall_at_k(retrieval_ranks(texts, images, rows, rows), 1) == 1
+
+
+def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
+    def broken(dataset, folder):
+        (folder / "half").write_text("written")
+        raise ValueError("no")
+
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "dataset_dict.json").touch()
+    monkeypatch.setattr(prepare, "load_from_disk", lambda folder: None)
+    monkeypatch.setattr(prepare, "build_base", broken)
+    with pytest.raises(ValueError, match="no"):
+        prepare.prepare(tmp_path / "dataset", tmp_path / "base")
+    assert [p.name for p in tmp_path.iterdir()] == ["dataset"]
+
+
+def test_what_is_there_is_kept(tmp_path, monkeypatch):
+    for name, file in (("dataset", "dataset_dict.json"), ("base", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("kept")
+    monkeypatch.setattr(prepare, "build_dataset", lambda: pytest.fail("the data set was made again"))
+    monkeypatch.setattr(prepare, "build_base", lambda *_: pytest.fail("the base was made again"))
+    prepare.prepare(tmp_path / "dataset", tmp_path / "base")
+    assert (tmp_path / "base" / "config.json").read_text() == "kept"
