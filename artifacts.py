@@ -22,6 +22,8 @@ PACKAGES = (
     "open_clip_torch",
     "safetensors",
     "timm",
+    "tokenizers",
+    "ftfy",
     "numpy",
     "pillow",
 )
@@ -58,13 +60,17 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         ValueError: `path` is a file, or a folder that is not empty and may not be replaced.
         OSError: nothing could be written; with no space left the message says so.
     """
+    path = path.resolve()  # through a link: the folder is replaced, not the link
     check_output_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
     try:
         yield temporary
         temporary.chmod(0o755)
-        _replace_folder(temporary, path)
+        if overwrite:
+            _replace_folder(temporary, path)
+        else:
+            temporary.rename(path)  # fails where somebody else has filled the folder in the meantime
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if no_space_left(error):
@@ -76,6 +82,8 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 def check_output_folder(path: Path, overwrite: bool = False) -> None:
     """Raise ValueError unless a folder can be written at `path` without losing anything."""
+    if path.is_mount():
+        raise ValueError(f"The output folder {path} is a mount point and can't be replaced. Choose a folder inside it.")
     if path.is_dir():
         if any(path.iterdir()) and not overwrite:
             raise ValueError(

@@ -22,7 +22,14 @@ from artifacts import check_free_space, check_output_folder, next_numbered_folde
 from eval.metrics import mean_recall
 from eval.plots import plot_retrieval_sheet, plot_training_curves, similarity_scores
 from eval.results import Record, write_records
-from eval.retrieval import DIRECTIONS, RetrievalEmbeddings, embed_texts_of_split, gain_records, retrieval_records
+from eval.retrieval import (
+    DIRECTIONS,
+    RetrievalEmbeddings,
+    dataset_name,
+    embed_texts_of_split,
+    gain_records,
+    retrieval_records,
+)
 from eval.tables import retrieval_table
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
@@ -54,14 +61,13 @@ def main(argv: list[str] | None = None) -> Path:
         accelerator = start(args)
         output_dir = choose_output_dir(args)
         prepare(args, accelerator)
-        inputs = load_inputs(args, accelerator)
-        check_free_space(output_dir, args.runs * sum(p.nbytes for p in inputs.base.parameters()))
-    except (ValueError, OSError) as error:
+        inputs = load_inputs(args, accelerator, output_dir)
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     try:
         with whole_folder(output_dir, args.overwrite_output_dir) as folder:
             run(args, inputs, accelerator, folder)
-    except (FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"error: {error}")
     print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nEverything is in {output_dir}.")
     return output_dir
@@ -81,7 +87,8 @@ def start(args: RunArguments) -> Accelerator:
     """Accelerate's device and precision. Raises ValueError on several processes, which cannot share a batch yet."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # `accelerate launch` starts a lone process with one thread.
-    torch.set_num_threads(args.num_threads or len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(args.num_threads or cores)
     args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     if accelerator.num_processes > 1:
@@ -96,6 +103,9 @@ def choose_output_dir(args: RunArguments) -> Path:
     if args.output_dir is None:
         return next_numbered_folder(Path("runs"), f"{Path(args.dataset).parent.name or 'capivara'}-{args.language}")
     check_output_folder(args.output_dir, args.overwrite_output_dir)
+    for kept in (Path.cwd(), Path(args.model), Path(args.dataset)):
+        if args.overwrite_output_dir and kept.resolve().is_relative_to(args.output_dir.resolve()):
+            raise ValueError(f"The output folder {args.output_dir} holds {kept}, which the run needs. Choose another.")
     return args.output_dir
 
 
@@ -108,9 +118,11 @@ def prepare(args: RunArguments, accelerator: Accelerator) -> None:
             prepare_openmoji(Path(args.dataset), Path(args.model))
 
 
-def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
-    """Model, processor and data, every row checked, and the embeddings of all images."""
+def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
+    """Model, processor and data, every row checked, and the embeddings of all images; what is quick to fail first."""
     processor = load_processor(args.model)
+    base = load_model(args.model).to(accelerator.device).eval()
+    check_free_space(output_dir, args.runs * sum(p.nbytes for p in base.parameters()))
     languages = {
         args.train_split: [args.language],
         args.validation_split: [args.language],
@@ -123,7 +135,6 @@ def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
             f"effective_batch_size ({args.effective_batch_size}) exceeds the {number} images of split "
             f"{args.train_split!r}; an image would be its own negative. Choose {number} at most."
         )
-    base = load_model(args.model).to(accelerator.device).eval()
     image_embeds = {
         name: embed_images(base, processor, split[args.image_column], args.embedding_batch_size, f"Images, {name}")
         for name, split in splits.items()
@@ -206,9 +217,8 @@ def score(
 def record_facts(args: RunArguments, language: str, model: str, model_folder: str, seed: int | None) -> dict:
     """The fields of a record that its measurement does not know; the baseline's folder is the base itself."""
     folder = args.model if model == "baseline" else model_folder
-    dataset = Path(args.dataset).parent.name if args.prepare else args.dataset
     return {
-        "dataset": dataset,
+        "dataset": dataset_name(args.dataset),
         "split": args.test_split,
         "language": language,
         "model": model,
@@ -245,7 +255,7 @@ def draw_sheet(
 def report(args: RunArguments, records: list[Record], folder: Path) -> None:
     """Result files, one a language, and the table of all."""
     for language in args.eval_languages:
-        name = f"retrieval_{Path(args.dataset).name}_{args.test_split}_{language}.json"
+        name = f"retrieval_{dataset_name(args.dataset).replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(folder / "results" / name, [record for record in records if record.language == language])
     write_text(folder / "table.md", retrieval_table(records))
 

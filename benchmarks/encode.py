@@ -52,7 +52,13 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_text_encoder()[1]
     steps = encoders(ours, theirs, tokenizer, args)
     results = {"device": device_description(args.device), "versions": package_versions(), "measured": {}}
-    results |= {"images": args.images, "image_size": IMAGE_SIZE, "captions": args.captions, "tokens": args.tokens}
+    results |= {
+        "runs": args.runs,
+        "images": args.images,
+        "image_size": IMAGE_SIZE,
+        "captions": args.captions,
+        "tokens": args.tokens,
+    }
     for precision in ("float32", "bfloat16"):
         for what, number in (("images", args.images), ("captions", args.captions)):
             name = f"{what}_{precision}"

@@ -51,7 +51,7 @@ def encode_block() -> str:
     width, height = encode["image_size"]
     facts = (
         f"Full size, random weights, {encode['images']} images of {width} x {height} pixels, "
-        f"{encode['captions']} captions of {encode['tokens']} tokens, median of five alternating runs on "
+        f"{encode['captions']} captions of {encode['tokens']} tokens, median of {encode['runs']} alternating runs on "
         f"{encode['device']}; torch {versions['torch']}, transformers {versions['transformers']}, open_clip "
         f"{versions['open_clip_torch']}."
     )

@@ -4,8 +4,10 @@
         --output retrieval_pt.json
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
@@ -27,6 +29,9 @@ class RetrievalArguments:
     model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model with its processor."})
     dataset: str = field(metadata={"help": "Folder of a saved HF data set, or its Hub id."})
     output: Path = field(metadata={"help": "JSON file for the result records."})
+    role: Literal["baseline", "capivara"] = field(
+        default="capivara", metadata={"help": "What the records call the model: baseline or capivara."}
+    )
     split: str = field(default="test", metadata={"help": "Split that is searched."})
     language: str = field(default="pt", metadata={"help": "Language of the captions: column `captions-<language>`."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
@@ -126,6 +131,11 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
     return records
 
 
+def dataset_name(dataset: str) -> str:
+    """Name of a data set in records: a Hub id as it is, a local folder by its last parts, `openmoji/dataset`."""
+    return "/".join(Path(dataset).parts[-2:])
+
+
 def load_split(dataset: str, split: str, language: str, image_column: str) -> Dataset:
     """A split of a saved data set or of one on the Hub, its columns checked.
 
@@ -133,7 +143,9 @@ def load_split(dataset: str, split: str, language: str, image_column: str) -> Da
         ValueError: the split or a column is missing; those that are there are named.
     """
     loaded = load_from_disk(dataset) if Path(dataset).is_dir() else load_dataset(dataset)
-    if not isinstance(loaded, DatasetDict) or split not in loaded:
+    if not isinstance(loaded, DatasetDict):
+        raise ValueError(f"{dataset} holds a single split; a DatasetDict with {split!r} is needed.")
+    if split not in loaded:
         raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(loaded)}.")
     columns = loaded[split].column_names
     for column in (image_column, f"captions-{language}"):
@@ -144,12 +156,16 @@ def load_split(dataset: str, split: str, language: str, image_column: str) -> Da
 
 def main(argv: list[str] | None = None) -> None:
     (args,) = HfArgumentParser(RetrievalArguments, description=__doc__).parse_args_into_dataclasses(argv)
-    dataset = load_split(args.dataset, args.split, args.language, args.image_column)
-    processor, model = load_processor(args.model), load_model(args.model).eval()
+    try:
+        dataset = load_split(args.dataset, args.split, args.language, args.image_column)
+        flat_captions(dataset[f"captions-{args.language}"])
+        processor, model = load_processor(args.model), load_model(args.model).eval()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     image_embeds = embed_images(model, processor, dataset[args.image_column], args.batch_size, "Images")
     embeddings = embed_texts_of_split(model, processor, dataset, args.language, image_embeds)
-    facts = {"dataset": Path(args.dataset).name, "split": args.split, "language": args.language}
-    records = retrieval_records(embeddings, **facts, model="capivara", model_folder=args.model)
+    facts = {"dataset": dataset_name(args.dataset), "split": args.split, "language": args.language}
+    records = retrieval_records(embeddings, **facts, model=args.role, model_folder=args.model)
     write_records(args.output, records)
     for record in records:
         print(

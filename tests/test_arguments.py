@@ -32,6 +32,11 @@ def test_defaults_are_the_paper_s_recipe():
     assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.98, 1e-8)
 
 
+def test_yaml_words_stay_words(tmp_path):
+    args = parse_arguments(config(tmp_path, "model: m\ndataset: d\nlanguage: no\nmixed_precision: no\nseed: 007\n"), "")
+    assert (args.language, args.mixed_precision, args.seed) == ("no", "no", 7)
+
+
 def test_booleans_and_empty_values(tmp_path):
     args = parse_arguments(config(tmp_path, "model: m\ndataset: d\noverwrite_output_dir: true\noutput_dir:\n"), "")
     assert args.overwrite_output_dir is True and args.output_dir is None

@@ -32,7 +32,8 @@ def flags(folder, dataset, output, **overrides) -> list[str]:
 def test_a_run_and_all_that_it_leaves(tiny_folder, tiny_dataset_folder, tmp_path, capsys):
     out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    results = {f"results/retrieval_squares_test_{language}.json" for language in ("pt", "en")}
+    name = f"retrieval_{tiny_dataset_folder.parent.name}_squares_test"
+    results = {f"results/{name}_{language}.json" for language in ("pt", "en")}
     pictures = {"curves.png", "retrieval.png"}
     assert {"model.safetensors", "config.json", "processor_config.json", "run.json", "README.md", "table.md"} <= files
     assert results | pictures <= files
@@ -67,7 +68,8 @@ def test_the_saved_model_is_the_trained_one(tiny_folder, tiny_dataset_folder, tm
         ["--model", str(out), "--dataset", str(tiny_dataset_folder), "--output", str(tmp_path / "again.json")]
     )  # the folder alone gives the figures of the run
     again = {(r["direction"], r["metric"]): r["value"] for r in json.loads((tmp_path / "again.json").read_text())}
-    for record in json.loads((out / "results" / "retrieval_squares_test_pt.json").read_text()):
+    (results,) = (out / "results").glob("*_pt.json")
+    for record in json.loads(results.read_text()):
         if record["model"] == "capivara" and record["metric"] in ("recall@1", "mean_recall"):
             assert record["value"] == pytest.approx(again[record["direction"], record["metric"]])
 
@@ -78,6 +80,13 @@ def test_several_seeds(tiny_folder, tiny_dataset_folder, tmp_path):
     weights = [load_model(out / f"seed-{seed}").text_projection[0].weight for seed in (0, 1)]
     assert not torch.equal(*weights)
     assert load_processor(out / "seed-1")
+
+
+def test_a_folder_that_the_run_needs_is_not_overwritten(tiny_folder, tiny_dataset_folder, tmp_path):
+    argv = flags(tiny_folder, tiny_dataset_folder, tiny_folder.parent, overwrite_output_dir="true")
+    with pytest.raises(SystemExit, match="which the run needs"):
+        train_accelerate.main(argv)
+    assert load_model(tiny_folder)
 
 
 def test_overwrite(tiny_folder, tiny_dataset_folder, tmp_path):

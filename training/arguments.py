@@ -80,7 +80,7 @@ class Optimisation:
         default="auto",
         metadata={
             "help": "Autocast; auto is bf16 where the device computes in it natively, else no; fp16 needs a GPU. "
-            "Pooling, loss, weights and evaluation stay in float32."
+            "Pooling, loss, weights and the final table stay in float32."
         },
     )
 
@@ -119,6 +119,10 @@ class RunArguments(Output, Optimisation, Batch, ModelAndData):
             )
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) exceeds max_steps ({self.max_steps}).")
+        if not 0 < self.adam_epsilon < 1:
+            raise ValueError(f"adam_epsilon must be between 0 and 1, got {self.adam_epsilon:g}.")
+        if self.seed + self.runs > 2**31:
+            raise ValueError(f"seed must be below 2^31, got {self.seed}.")
         if self.num_threads is not None:
             _at_least(self, 1, "num_threads")
         for name in ("adam_beta1", "adam_beta2"):
@@ -162,7 +166,8 @@ def _as_flags(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"The config file {path} does not exist.")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        # BaseLoader leaves every scalar as text: `no` stays "no", and `1e-4` is converted like a flag's value.
+        config = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(config, dict):
@@ -173,7 +178,7 @@ def _as_flags(path: Path) -> list[str]:
             _reject(str(key), f"key in {path}")
         if isinstance(value, dict):
             raise ValueError(f"{path}: `{key}` must be a value or a list, got a mapping.")
-        if value is not None:
+        if value not in ("", "~", "null", []):
             flags += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return flags
 
@@ -183,7 +188,7 @@ def _names() -> list[str]:
 
 
 def _reject(name: str, kind: str) -> None:
-    nearest = difflib.get_close_matches(name, _names(), n=1, cutoff=0.0)[0]
+    nearest = difflib.get_close_matches(name, [*_names(), "config"], n=1, cutoff=0.0)[0]
     raise ValueError(f"Unknown {kind}: `{name}`. Did you mean `{nearest}`? `--help` lists all.")
 
 

@@ -6,6 +6,8 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from tqdm.auto import tqdm
 
+from modeling_capivara import repair_text
+
 
 def load_splits(
     dataset: str, splits: list[str], language_of_split: dict[str, list[str]], image_column: str
@@ -31,8 +33,9 @@ def load_splits(
             raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(loaded)}.")
         _check_columns(loaded[split], f"{dataset}, split {split!r}", language_of_split[split], image_column)
         _check_captions(loaded[split], f"{dataset}, split {split!r}", language_of_split[split])
-        _check_images(loaded[split], f"{dataset}, split {split!r}", image_column)
         result[split] = loaded[split]
+    for split, rows in result.items():  # last, since it is the long part
+        _check_images(rows, f"{dataset}, split {split!r}", image_column)
     return result
 
 
@@ -75,7 +78,7 @@ def _check_captions(dataset: Dataset, where: str, languages: list[str]) -> None:
                     f"{where}: column {caption_column(language)!r} must hold lists of captions, row {row} holds "
                     f"{texts!r}."
                 )
-            if not texts or any(not (text or "").strip() for text in texts):
+            if not texts or any(not isinstance(text, str) or not repair_text(text) for text in texts):
                 raise ValueError(
                     f"{where}: row {row} has no caption or an empty one in {caption_column(language)!r}: {texts!r}. "
                     "Fill it, or remove the row."

@@ -16,7 +16,7 @@ CARD = """---
 # {title}
 
 A [CAPIVARA](https://arxiv.org/abs/2310.13683) model: the text tower of `{model}` fine-tuned on captions in "{language}"
-of the data set `{dataset}`, its image tower left as it was. `run.json` has every setting and measurement of the run,
+of the data set {dataset}, its image tower left as it was. `run.json` has every setting and measurement of the run,
 `results/` the evaluation.
 
 {licence}
@@ -68,15 +68,14 @@ def model_card(args: RunArguments, title: str) -> str:
     licence = "The data set states no licence; check it before you share this model."
     if data_card.get("license"):
         metadata["license"] = data_card["license"]
-        name = data_card.get("pretty_name", Path(args.dataset).name)
-        licence = f"The data set, {name}, is licensed {data_card['license']}, and so is this model, made from it."
+        licence = f"The data set is licensed {data_card['license']}, and so is this model, made from it."
         if data_card.get("attribution"):
             licence += f" {data_card['attribution']}"
     return CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
         title=html.escape(title),
-        model=Path(args.model).name,
-        dataset=Path(args.dataset).name,
+        model=args.model if not Path(args.model).is_absolute() else Path(args.model).name,
+        dataset=html.escape(str(data_card.get("pretty_name", Path(args.dataset).name))),
         language=args.language,
         licence=html.escape(licence, quote=False),
     )

@@ -46,6 +46,7 @@ task_categories:
 - zero-shot-image-classification
 - image-to-text
 pretty_name: OpenMoji in English and Portuguese
+attribution: "{attribution}"
 size_categories:
 - {size}
 ---

@@ -7,6 +7,7 @@ multilingual-e5-small (`encoders.py`), aligned on the English captions only: wha
 """
 
 import logging
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import whole_folder, write_json, write_text
+from artifacts import check_free_space, whole_folder, write_json, write_text
 from eval.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, save_dataset
 from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
@@ -39,6 +40,7 @@ EVAL_STEPS = 5
 PATIENCE = 3  # measurements without a new best, after which the recall has stopped rising and training ends
 MAX_STEPS = 160
 SEED = 0
+BASE_BYTES = 600_000_000  # on disk, generously: 120 million parameters in float32 and the tokenizer
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -80,6 +82,11 @@ def prepare(dataset_dir: Path, model_dir: Path) -> None:
         save_dataset(build_dataset(), dataset_dir)
     if not (model_dir / "config.json").is_file():
         logger.info("Preparing the base model in %s (once).", model_dir)
+        if model_dir.exists() and any(model_dir.iterdir()):
+            raise ValueError(
+                f"{model_dir} is there but holds no base model (no config.json). Remove it, or name another."
+            )
+        check_free_space(model_dir, BASE_BYTES)
         with whole_folder(model_dir) as folder:
             build_base(load_from_disk(dataset_dir), folder)
 
@@ -166,7 +173,7 @@ def align(
         fused=True,
     )
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
-    curve, loss = [], None
+    curve, loss, best_state = [], None, None
     bar = tqdm(range(MAX_STEPS), desc="Aligning on English", unit="step")
     for step in bar:
         if step % EVAL_STEPS == 0:
@@ -174,11 +181,16 @@ def align(
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
             best = max(point["validation_mean_recall"] for point in curve)
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{best:.3f}")
+            if recall == best:
+                best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
             if all(point["validation_mean_recall"] < best for point in curve[-PATIENCE:]):
                 break
         loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
         warmup.step()
+    else:
+        raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps; raise MAX_STEPS.")
     bar.close()
+    model.load_state_dict(best_state)
     return curve
 
 
@@ -226,7 +238,10 @@ def _without_direction(vector: Tensor) -> Tensor:
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     (args,) = HfArgumentParser(PrepareArguments, description=__doc__).parse_args_into_dataclasses(argv)
-    prepare(args.dataset, args.model)
+    try:
+        prepare(args.dataset, args.model)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
     print(f"Data set: {args.dataset}\nBase model: {args.model}")
 
 
