@@ -86,17 +86,17 @@ def run(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Pa
 def start(args: RunArguments) -> Accelerator:
     """Accelerate's device and precision. Raises ValueError on several processes, which cannot share a batch yet."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun and of accelerate launch
+    if processes > 1:
+        raise ValueError(
+            f"{processes} processes were started, but a batch is not yet shared between processes: each would train on "
+            "its own negatives only. Launch with --num_processes 1."
+        )
     # `accelerate launch` starts a lone process with one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or cores)
     args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
-    if accelerator.num_processes > 1:
-        raise ValueError(
-            f"{accelerator.num_processes} processes were started, but a batch is not yet shared between processes: "
-            "each would train on its own negatives only. Launch with --num_processes 1."
-        )
-    return accelerator
+    return Accelerator(mixed_precision=args.mixed_precision)
 
 
 def choose_output_dir(args: RunArguments) -> Path:
