@@ -19,6 +19,7 @@ PACKAGES = (
     "transformers",
     "accelerate",
     "datasets",
+    "peft",
     "open_clip_torch",
     "safetensors",
     "timm",
@@ -48,6 +49,10 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON in one piece; NaN and infinity are errors, since JSON has neither."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -82,6 +87,19 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def partial_folder(path: Path) -> Path:
+    """Where an unfinished run that shall be at `path` works."""
+    path = path.resolve()
+    return path.with_name(path.name + ".partial")
+
+
+def finish_folder(path: Path, overwrite: bool = False) -> None:
+    """Rename the partial folder of `path` to `path`, in place of what is there if `overwrite` is set."""
+    path = path.resolve()
+    check_output_folder(path, overwrite)
+    _replace_folder(partial_folder(path), path) if overwrite else partial_folder(path).rename(path)
+
+
 def check_output_folder(path: Path, overwrite: bool = False) -> None:
     """Raise ValueError unless a folder can be written at `path` without losing anything."""
     if path.is_mount():
@@ -113,9 +131,9 @@ def no_space_left(error: BaseException) -> bool:
 
 
 def next_numbered_folder(parent: Path, name: str) -> Path:
-    """The first of `parent/name-001`, `name-002`, … that does not exist."""
+    """The first of `parent/name-001`, `name-002`, … that does not exist and is no unfinished run."""
     number = 1
-    while (parent / f"{name}-{number:03d}").exists():
+    while (parent / f"{name}-{number:03d}").exists() or partial_folder(parent / f"{name}-{number:03d}").exists():
         number += 1
     return parent / f"{name}-{number:03d}"
 

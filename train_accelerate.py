@@ -2,111 +2,199 @@
 
     accelerate launch train_accelerate.py --config configs/openmoji.yaml
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --learning_rate 1e-4 --runs 3
+    accelerate launch train_accelerate.py --config configs/capivara.yaml --model MODEL --dataset DATA --resume auto
 
-The image tower stays frozen, so every image is embedded once. Flags win over the file.
+Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` goes on with it.
 """
 
+import contextlib
 import logging
 import os
+import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import set_seed
-from datasets import Dataset
+from accelerate.utils import broadcast_object_list, set_seed
 
-from artifacts import check_free_space, check_output_folder, next_numbered_folder, whole_folder, write_json, write_text
-from eval.metrics import mean_recall
+from artifacts import (
+    check_output_folder,
+    finish_folder,
+    next_numbered_folder,
+    no_space_left,
+    partial_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 from eval.plots import plot_retrieval_sheet, plot_training_curves, similarity_scores
 from eval.results import Record, write_records
 from eval.retrieval import (
-    DIRECTIONS,
     RetrievalEmbeddings,
     dataset_name,
-    embed_texts_of_split,
+    embed_captions,
     gain_records,
     retrieval_records,
+    validation_measures,
 )
 from eval.tables import retrieval_table
-from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_images
-from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.loading import load_model
 from training.arguments import RunArguments, parse_arguments
-from training.data import caption_column, load_splits
-from training.loop import train
-from training.outputs import model_card, run_facts
+from training.checkpoints import Checkpoints, TrainerState, check_same_run, read_state, threads
+from training.inputs import Inputs, load_inputs
+from training.loop import Interrupted, Trainer
+from training.outputs import energy_of, model_card, run_facts
+from training.rows import write_skipped
 from training.step import resolve_precision
+from training.trainable import interpolate_weights, merge_adapters, prepare_trainable, save_adapters
 
 SHEET_QUERIES = 5
 logger = logging.getLogger("capivara")
-
-
-@dataclass
-class Inputs:
-    """What a run starts from, checked."""
-
-    base: CapivaraModel
-    processor: CapivaraProcessor
-    splits: dict[str, Dataset]
-    image_embeds: dict[str, torch.Tensor]  # split -> (images, width); the frozen tower's, so computed once
 
 
 def main(argv: list[str] | None = None) -> Path:
     """The run; returns its folder."""
     try:
         args = parse_arguments(argv, __doc__)
-        accelerator = start(args)
-        output_dir = choose_output_dir(args)
+        output_dir = choose_output_dir(args, join_processes())
+        accelerator = start(args, output_dir)
+        if args.resume == "auto" and (output_dir / "run.json").is_file():
+            print(f"The run in {output_dir} is complete; there is nothing to go on with.")
+            return output_dir
         prepare(args, accelerator)
         inputs = load_inputs(args, accelerator, output_dir)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    try:
-        with whole_folder(output_dir, args.overwrite_output_dir) as folder:
-            run(args, inputs, accelerator, folder)
-    except (ValueError, FloatingPointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"\n{(output_dir / 'table.md').read_text(encoding='utf-8')}\nEverything is in {output_dir}.")
+    except KeyboardInterrupt:
+        sys.exit("Stopped before training. Image embeddings that are complete are kept.")
+    with unfinished_work(output_dir, args, accelerator) as folder:
+        run(args, inputs, accelerator, folder)
+        if accelerator.is_main_process:
+            finish_folder(output_dir, args.overwrite_output_dir)
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        table = (output_dir / "table.md").read_text(encoding="utf-8")
+        print(f"\n{table}\nEverything is in {output_dir}.")
     return output_dir
 
 
 def run(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:
     """Baseline, repetitions, report, into `folder`."""
-    baseline = embed_test(args, inputs.base, inputs)
+    main_process = accelerator.is_main_process
+    if main_process:
+        write_skipped(folder / "skipped.jsonl", inputs.skipped)
+    baseline = embed_test(args, inputs.base, inputs) if main_process else {}
     records = score(args, baseline, "baseline", ".", None)
+    inputs.base = None  # its memory is needed
     for seed in range(args.seed, args.seed + args.runs):
         run_folder = folder / f"seed-{seed}" if args.runs > 1 else folder
-        records += train_and_score(args, seed, inputs, baseline, accelerator, run_folder, folder)
-    report(args, records, folder)
+        if (run_folder / "records.json").is_file():  # of a run that is resumed
+            records += [Record(**fields) for fields in read_json(run_folder / "records.json")]
+        else:
+            records += train_and_score(args, seed, inputs, baseline, accelerator, run_folder, folder)
+    if main_process:
+        report(args, records, folder)
+        for path in folder.rglob("records.json"):
+            path.unlink()
 
 
-def start(args: RunArguments) -> Accelerator:
-    """Accelerate's device and precision. Raises ValueError on several processes, which cannot share a batch yet."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun and of accelerate launch
-    if processes > 1:
+def join_processes() -> PartialState:
+    """Accelerate's processes. Raises ValueError where it has not joined those that were started."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun and of accelerate launch
+    # Accelerate joins processes without a GPU only where it is told that they have none.
+    state = PartialState(cpu=True) if started > 1 and not torch.cuda.is_available() else PartialState()
+    if state.num_processes != started:
         raise ValueError(
-            f"{processes} processes were started, but a batch is not yet shared between processes: each would train on "
-            "its own negatives only. Launch with --num_processes 1."
+            f"{started} processes were started, but Accelerate has joined {state.num_processes}: each would train on a "
+            "batch of its own. Launch with --num_processes 1, or with one of configs/accelerate/."
         )
+    return state
+
+
+def start(args: RunArguments, output_dir: Path) -> Accelerator:
+    """Accelerate's device, precision, processes and tracker."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     # `accelerate launch` starts a lone process with one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(args.num_threads or cores)
+    torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
-    return Accelerator(mixed_precision=args.mixed_precision)
+    if args.mixed_precision == "fp16" and PartialState().device.type == "cpu":
+        raise ValueError("mixed_precision fp16 needs a GPU; use bf16, no or auto.")
+    if PartialState().num_processes > args.effective_batch_size:
+        raise ValueError(
+            f"{PartialState().num_processes} processes can't share an effective_batch_size of "
+            f"{args.effective_batch_size}: each needs a pair. Start fewer."
+        )
+    for package, wanted, extra in (
+        (args.tracker, args.tracker != "none", "trackers"),
+        ("codecarbon", args.carbon_country, "carbon"),
+        ("peft", args.lora_rank, "lora"),
+    ):
+        if wanted and find_spec(package) is None:
+            raise ImportError(f"{package} is not installed: pip install {package}, or 'capivara[{extra}]'.")
+    if args.tracker == "none":
+        return Accelerator(mixed_precision=args.mixed_precision)
+    folder = partial_folder(output_dir) / "trackers"
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.tracker, project_dir=str(folder))
+    settings = {
+        key: value if isinstance(value, int | float | str) else str(value) for key, value in args.to_dict().items()
+    }
+    accelerator.init_trackers("capivara", config=settings)
+    return accelerator
 
 
-def choose_output_dir(args: RunArguments) -> Path:
+def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
+    """Where the run goes, the same on all processes; nothing is written yet."""
     if args.output_dir is None:
-        return next_numbered_folder(Path("runs"), f"{Path(args.dataset).parent.name or 'capivara'}-{args.language}")
-    check_output_folder(args.output_dir, args.overwrite_output_dir)
-    for kept in (Path.cwd(), Path(args.model), Path(args.dataset)):
+        name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
+        unfinished = sorted(Path("runs").glob(f"{name}-[0-9]*.partial"))
+        found = [next_numbered_folder(Path("runs"), name)]
+        if args.resume == "auto" and unfinished:
+            found = [unfinished[-1].with_suffix("")]
+        if state.num_processes > 1:
+            broadcast_object_list(found)
+        return found[0]
+    if args.resume != "auto" or not (args.output_dir / "run.json").is_file():
+        check_output_folder(args.output_dir, args.overwrite_output_dir)
+    for kept in (Path.cwd(), Path(args.model), *map(Path, args.dataset)):
         if args.overwrite_output_dir and kept.resolve().is_relative_to(args.output_dir.resolve()):
             raise ValueError(f"The output folder {args.output_dir} holds {kept}, which the run needs. Choose another.")
+    partial = partial_folder(args.output_dir)
+    if args.resume is None and not args.overwrite_output_dir and any(partial.rglob("step-*")):
+        raise ValueError(
+            f"{partial} holds an unfinished run. Go on with it by --resume auto, or start anew with "
+            "--overwrite_output_dir."
+        )
     return args.output_dir
+
+
+@contextlib.contextmanager
+def unfinished_work(output_dir: Path, args: RunArguments, accelerator: Accelerator):
+    """The folder a run works in. It stays where it holds something to go on from, and faults end in one line."""
+    folder = partial_folder(output_dir)
+    if accelerator.is_main_process:
+        if args.resume is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    accelerator.wait_for_everyone()
+    try:
+        yield folder
+    except Interrupted as stop:
+        print(f"\n{stop} Go on with --resume auto --output_dir {output_dir}.", file=sys.stderr)
+        sys.exit(128 + stop.signal)
+    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+        full = no_space_left(error) and "Free" not in str(error)
+        sys.exit(f"error: {error}" + f". Free some space on the disk of {folder}" * full)
+    finally:
+        kept = ("checkpoints/step-*", "checkpoints/bad-batch-*", "records.json")
+        if accelerator.is_main_process and folder.exists() and not any(any(folder.rglob(name)) for name in kept):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(args: RunArguments, accelerator: Accelerator) -> None:
@@ -115,31 +203,7 @@ def prepare(args: RunArguments, accelerator: Accelerator) -> None:
         from examples.openmoji.prepare import prepare as prepare_openmoji
 
         with accelerator.main_process_first():
-            prepare_openmoji(Path(args.dataset), Path(args.model))
-
-
-def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
-    """Model, processor and data, every row checked, and the embeddings of all images; what is quick to fail first."""
-    processor = load_processor(args.model)
-    base = load_model(args.model).to(accelerator.device).eval()
-    check_free_space(output_dir, args.runs * sum(p.nbytes for p in base.parameters()))
-    languages = {
-        args.train_split: [args.language],
-        args.validation_split: [args.language],
-        args.test_split: args.eval_languages,
-    }
-    splits = load_splits(args.dataset, list(languages), languages, args.image_column)
-    number = len(splits[args.train_split])
-    if args.effective_batch_size > number:
-        raise ValueError(
-            f"effective_batch_size ({args.effective_batch_size}) exceeds the {number} images of split "
-            f"{args.train_split!r}; an image would be its own negative. Choose {number} at most."
-        )
-    image_embeds = {
-        name: embed_images(base, processor, split[args.image_column], args.embedding_batch_size, f"Images, {name}")
-        for name, split in splits.items()
-    }
-    return Inputs(base, processor, splits, image_embeds)
+            prepare_openmoji(Path(args.dataset[0]), Path(args.model))
 
 
 def train_and_score(
@@ -153,55 +217,81 @@ def train_and_score(
 ) -> list[Record]:
     """One repetition: train, save the model folder, measure it on the test split beside the baseline."""
     set_seed(seed)
-    started = time.perf_counter()
     model = load_model(args.model)
-    curve = train(
-        args,
-        seed,
-        model,
-        inputs.processor,
-        inputs.splits[args.train_split][caption_column(args.language)],
-        inputs.image_embeds[args.train_split],
-        accelerator,
-        lambda trained: validate(args, trained, inputs),
-    )
-    seconds = {"training": time.perf_counter() - started}
+    wrapped = prepare_trainable(model, args)
+    fingerprints = inputs.fingerprints(args)
+    state = TrainerState(config=args.to_dict(), data=fingerprints, threads=threads())
+    checkpoints = Checkpoints(run_folder / "checkpoints", args.keep_last, accelerator)
+    trainer = Trainer(
+        args, seed, model, wrapped, inputs.planner(args, seed), inputs.images, accelerator,
+        lambda trained: validate(args, trained, inputs), checkpoints, state,
+    )  # fmt: skip
+    with energy_of(args, run_folder) as energy:
+        state = trainer.train(checkpoint_to_resume(args, checkpoints, state))
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        return []
+    save_adapters(wrapped, run_folder)
+    model = merge_adapters(wrapped)
+    if args.interpolate != 1:
+        interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
     model.save_pretrained(run_folder)
     inputs.processor.save_pretrained(run_folder)
     started = time.perf_counter()
     trained = embed_test(args, model, inputs)
-    seconds["evaluation"] = time.perf_counter() - started
+    seconds = {"training": state.seconds, "evaluation": time.perf_counter() - started}
     model_folder = run_folder.relative_to(folder).as_posix()
     records = score(args, trained, "capivara", model_folder, seed)
     for language, embeddings in trained.items():
         facts = record_facts(args, language, "capivara", model_folder, seed)
         records += gain_records(baseline[language], embeddings, **facts)
-    fingerprints = {name: split._fingerprint for name, split in inputs.splits.items()}
-    write_json(run_folder / "run.json", run_facts(args, seed, fingerprints, accelerator.device, curve, seconds))
+    write_json(run_folder / "run.json", run_facts(args, seed, state, accelerator, seconds, inputs.skipped, energy))
     write_text(run_folder / "README.md", model_card(args, f"CAPIVARA ({args.language})"))
-    plot_training_curves(curve, args.language, run_folder / "curves.png")
+    plot_training_curves(state.curve, args.language, run_folder / "curves.png")
     draw_sheet(args, inputs, baseline, trained, run_folder / "retrieval.png")
+    write_json(run_folder / "records.json", [asdict(record) for record in records])
+    accelerator.wait_for_everyone()
     return records
 
 
+def checkpoint_to_resume(args: RunArguments, checkpoints: Checkpoints, now: TrainerState) -> Path | None:
+    """The checkpoint to go on from, checked to be of these settings and data; None for a run from the start."""
+    checkpoints.clean()
+    if args.resume is None or (args.resume == "auto" and not checkpoints.steps()):
+        return None
+    path = checkpoints.path(checkpoints.steps()[-1]) if args.resume == "auto" else Path(args.resume)
+    there = read_state(path)
+    check_same_run(there, now.config, now.data, path)
+    logger.info("Going on from %s.", path)
+    if there.threads != now.threads:
+        logger.warning(
+            "The run was computed with %s CPU threads, now there are %s: its last bits will differ. "
+            "--num_threads %s keeps them.",
+            there.threads, now.threads, there.threads,
+        )  # fmt: skip
+    return path
+
+
 def validate(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict[str, float]:
-    """Mean recall of the validation split in each direction, a share from 0 to 1."""
-    embeddings = embed_texts_of_split(
-        model.eval(),
-        inputs.processor,
-        inputs.splits[args.validation_split],
-        args.language,
-        inputs.image_embeds[args.validation_split],
-    )
-    return {direction: mean_recall(embeddings.ranks(direction)) for direction in DIRECTIONS}
+    """Mean recall of the validation split in each direction, a share from 0 to 1, and its loss in nats."""
+    model.eval()
+    embeds = inputs.validation_embeds
+    if embeds is None:
+        embeds = embed_images(model, inputs.processor, inputs.validation.images(), args.embedding_batch_size)
+    embeddings = embed_captions(model, inputs.processor, inputs.validation.captions(), embeds)
+    return validation_measures(embeddings, model.logit_scale)
 
 
 def embed_test(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict[str, RetrievalEmbeddings]:
     """Language -> the test split in the model's space."""
-    split, image_embeds = inputs.splits[args.test_split], inputs.image_embeds[args.test_split]
+    model.eval()
+    embeds = inputs.test_embeds
+    if args.towers == "both":
+        images = inputs.test[args.language].images()
+        embeds = embed_images(model, inputs.processor, images, args.embedding_batch_size, "Images, test")
     return {
-        language: embed_texts_of_split(model.eval(), inputs.processor, split, language, image_embeds)
-        for language in args.eval_languages
+        language: embed_captions(model, inputs.processor, split.captions(), embeds)
+        for language, split in inputs.test.items()
     }
 
 
@@ -218,7 +308,7 @@ def record_facts(args: RunArguments, language: str, model: str, model_folder: st
     """The fields of a record that its measurement does not know; the baseline's folder is the base itself."""
     folder = args.model if model == "baseline" else model_folder
     return {
-        "dataset": dataset_name(args.dataset),
+        "dataset": dataset_name(args.dataset[0]),
         "split": args.test_split,
         "language": language,
         "model": model,
@@ -235,13 +325,13 @@ def draw_sheet(
     path: Path,
 ) -> None:
     """Five test captions, drawn by the seed and not by their success, with what each model finds."""
-    split = inputs.splits[args.test_split]
+    split = inputs.test[args.language]
     before, after = baseline[args.language], trained[args.language]
-    texts = [text for texts in split[caption_column(args.language)] for text in texts]
+    texts = [text for texts in split.captions() for text in texts]
     generator = torch.Generator().manual_seed(args.seed)
     chosen = torch.randperm(len(texts), generator=generator)[:SHEET_QUERIES].tolist()
     plot_retrieval_sheet(
-        split[args.image_column],
+        split.images(),
         [texts[i] for i in chosen],
         [int(after.image_of_text[i]) for i in chosen],
         {
@@ -255,7 +345,7 @@ def draw_sheet(
 def report(args: RunArguments, records: list[Record], folder: Path) -> None:
     """Result files, one a language, and the table of all."""
     for language in args.eval_languages:
-        name = f"retrieval_{dataset_name(args.dataset).replace('/', '_')}_{args.test_split}_{language}.json"
+        name = f"retrieval_{dataset_name(args.dataset[0]).replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(folder / "results" / name, [record for record in records if record.language == language])
     write_text(folder / "table.md", retrieval_table(records))
 

@@ -14,9 +14,17 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from eval.metrics import RECALL_CUTOFFS, chance_recall, mean_hits, paired_bootstrap, recall_at_k, retrieval_ranks
+from eval.metrics import (
+    RECALL_CUTOFFS,
+    chance_recall,
+    mean_hits,
+    mean_recall,
+    paired_bootstrap,
+    recall_at_k,
+    retrieval_ranks,
+)
 from eval.results import Record, write_records
-from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
 
@@ -85,11 +93,11 @@ def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
     return [text for texts in captions for text in texts], torch.tensor(image_of_text)
 
 
-def embed_texts_of_split(
-    model: CapivaraModel, processor: CapivaraProcessor, dataset: Dataset, language: str, image_embeds: Tensor
+def embed_captions(
+    model: CapivaraModel, processor: CapivaraProcessor, captions: list[list[str]], image_embeds: Tensor
 ) -> RetrievalEmbeddings:
-    """Embed every caption of a split, beside images that are embedded already."""
-    texts, image_of_text = flat_captions(dataset[f"captions-{language}"])
+    """Embed every caption of every image, beside images that are embedded already."""
+    texts, image_of_text = flat_captions(captions)
     return RetrievalEmbeddings(embed_texts(model, processor, texts), image_embeds, image_of_text)
 
 
@@ -114,6 +122,15 @@ def retrieval_records(embeddings: RetrievalEmbeddings, **facts) -> list[Record]:
                 )
             )  # fmt: skip
     return records
+
+
+@torch.no_grad()
+def validation_measures(embeddings: RetrievalEmbeddings, logit_scale: Tensor) -> dict[str, float]:
+    """Mean recall in each direction, a share from 0 to 1, and `loss`: of all images, each with its first caption."""
+    measures = {direction: mean_recall(embeddings.ranks(direction)) for direction in DIRECTIONS}
+    first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
+    loss = clip_loss(embeddings.text_embeds[first], embeddings.image_embeds, logit_scale.detach().cpu())
+    return measures | {"loss": loss.item()}
 
 
 def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **facts) -> list[Record]:
@@ -163,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     image_embeds = embed_images(model, processor, dataset[args.image_column], args.batch_size, "Images")
-    embeddings = embed_texts_of_split(model, processor, dataset, args.language, image_embeds)
+    embeddings = embed_captions(model, processor, dataset[f"captions-{args.language}"], image_embeds)
     facts = {"dataset": dataset_name(args.dataset), "split": args.split, "language": args.language}
     records = retrieval_records(embeddings, **facts, model=args.role, model_folder=args.model)
     write_records(args.output, records)

@@ -133,6 +133,12 @@ def tiny_dataset_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Image embeddings of tests lie apart from the user's."""
+    os.environ["CAPIVARA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate_state():
     """Accelerate keeps one state a process; a test must not inherit the one before."""

@@ -42,7 +42,8 @@ def test_a_run_and_all_that_it_leaves(tiny_folder, tiny_dataset_folder, tmp_path
     assert [p["step"] for p in run["curve"]] == list(range(7))
     assert [p["step"] for p in run["curve"] if "validation" in p] == [0, 3, 6]
     assert run["seconds"]["training"] > 0 and run["versions"]["torch"] and run["device"]
-    assert set(run["dataset_fingerprints"]) == {"train", "validation", "test"}
+    names = {" ".join(key.split()[1:]) for key in run["dataset_fingerprints"]}
+    assert names == {"train", "validation", "test pt", "test en"}
     for name in results:
         records = json.loads((out / name).read_text(encoding="utf-8"))
         assert all(set(record) >= RECORD_FIELDS for record in records)
@@ -144,7 +145,10 @@ def test_bad_model_folder(tiny_folder, tiny_dataset_folder, tmp_path, fault):
 BAD_VALUES = {
     "missing language": ({"language": "xh"}, "no column 'captions-xh'; there are .*'captions-pt'"),
     "missing folder": ({"model": "/nowhere/model"}, "does not exist"),
-    "batch over the data": ({"effective_batch_size": 13}, r"exceeds the 12 images.*Choose 12 at most"),
+    "batch over the data": (
+        {"effective_batch_size": 13},
+        r"takes 13 pairs from a data set that has 12 .*Choose a smaller batch",
+    ),
     "typo": ({"lerning_rate": 1}, "Did you mean `learning_rate`"),
 }
 
@@ -162,24 +166,28 @@ def test_disk_full_while_saving_leaves_nothing(tiny_folder, tiny_dataset_folder,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(CapivaraModel, "save_pretrained", full)
-    with pytest.raises(SystemExit, match="No space left on the disk while writing"):
+    with pytest.raises(SystemExit, match=r"No space left on device.*Free some space"):
         train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=1, warmup_steps=0))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
-def test_several_processes_are_refused(tiny_folder, tiny_dataset_folder, tmp_path):
-    """torchrun, as Accelerate starts two processes on a CPU: one clear reason, no output, no hang."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train_accelerate.py"]
-    done = subprocess.run(
-        [*command, *flags(tiny_folder, tiny_dataset_folder, tmp_path / "out")],
-        cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode != 0 and "2 processes were started" in done.stderr
-    assert not (tmp_path / "out").exists()
+def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, tmp_path):
+    """By torchrun, with dropout: the same batches, one contrastive loss, one folder."""
+    for number, name in ((1, "one"), (2, "two")):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+        command += ["train_accelerate.py", *flags(tiny_folder, tiny_dataset_folder, tmp_path / name)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
+    one, two = load_model(tmp_path / "one").state_dict(), load_model(tmp_path / "two").state_dict()
+    before = load_model(tiny_folder).state_dict()
+    for name in one:
+        # the fifth digit of a gradient near zero can change the sign of Adam's step
+        assert (one[name] - two[name]).float().norm() <= 1e-2 * (one[name] - before[name]).float().norm() + 1e-6, name
+    runs = [json.loads((tmp_path / name / "run.json").read_text(encoding="utf-8")) for name in ("one", "two")]
+    assert [run["processes"] for run in runs] == [1, 2]
+    losses = [[point["loss"] for point in run["curve"] if "loss" in point] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_splits_are_read_from_disk(tiny_dataset_folder):

@@ -1,46 +1,146 @@
-"""Caption data sets: loaded, checked before any long work, and drawn from by counters alone."""
+"""Which pairs a step trains on: a function of seed and step alone, so that a run can go on anywhere."""
 
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
-from tqdm.auto import tqdm
+import PIL.Image
+from datasets import Dataset
 
-from modeling_capivara import repair_text
+from captions.selection import CaptionChoice, choose_captions, pair_passes
+from modeling_capivara import CapivaraProcessor
+from training.arguments import RunArguments
+from training.rows import Skipped, caption_table, decode_image, tables_fingerprint
+from training.sources import Source, open_source
+from training.step import MicroBatch, micro_batches, padding_share
 
 
-def load_splits(
-    dataset: str, splits: list[str], language_of_split: dict[str, list[str]], image_column: str
-) -> dict[str, Dataset]:
-    """The splits of a saved or published data set, with every row checked.
+@dataclass
+class Split:
+    """The usable pairs of one split of one data set.
 
-    Args:
-        dataset: folder of a saved `DatasetDict`, or a Hub id.
-        splits: names.
-        language_of_split: for each split, the languages whose captions are used.
-        image_column: column of the images.
+    Attributes:
+        source: the rows.
+        table: `row`, `digest` and `captions` of each pair.
+        image_column: of the source.
+    """
+
+    source: Source
+    table: Dataset
+    image_column: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def image(self, place: int) -> PIL.Image.Image:
+        return decode_image(self.source.row(self.table[int(place)]["row"])[self.image_column])
+
+    def images(self) -> "Sequence[PIL.Image.Image]":
+        """All images, decoded one by one as they are asked for."""
+        return _Images(self)
+
+    def captions(self) -> list[list[str]]:
+        return self.table["captions"][:]
+
+    @property
+    def fingerprint(self) -> str:
+        return tables_fingerprint(self.table)
+
+
+@dataclass
+class _Images:
+    split: Split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, place: int) -> PIL.Image.Image:
+        if not 0 <= place < len(self.split):
+            raise IndexError(place)
+        return self.split.image(place)
+
+
+def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
+    """The training split of every data set; what can't be used is appended to `skipped`.
 
     Raises:
-        ValueError: a split or column is missing (those that are there are named), an image can't be read, or a
-            caption is empty; the row is named.
+        ValueError: a data set, split or column is missing; those that are there are named.
     """
-    loaded = load_from_disk(dataset) if Path(dataset).is_dir() else load_dataset(dataset)
-    if not isinstance(loaded, DatasetDict):
-        raise ValueError(f"{dataset} holds a single split; a DatasetDict with {splits} is needed.")
+    choice = CaptionChoice(args.caption_strategy, args.caption_count, args.min_similarity)
+
+    def choose(row: dict) -> list[str]:
+        if args.min_pair_similarity is not None and not pair_passes(row, args.language, args.min_pair_similarity):
+            return []
+        return choose_captions(row, args.language, choice)
+
+    columns = choice.columns(args.language)
+    if args.min_pair_similarity is not None:
+        columns = list(dict.fromkeys([*columns, f"similarities-{args.language}"]))
+    sources = [open_source(name, args.train_split, args.image_column, args.streaming) for name in args.dataset]
+    for source in sources:  # before the long pass over the first
+        check_columns(source, [args.image_column, *columns])
+    return [
+        Split(source, caption_table(source, args.image_column, columns, choose, skipped), args.image_column)
+        for source in sources
+    ]
+
+
+def evaluation_split(dataset: str, split: str, image_column: str, languages: list[str]) -> dict[str, Split]:
+    """Language -> a split that is measured on: every row must be good, since a figure must not depend on what is left.
+
+    Raises:
+        ValueError: a row can't be used; it is named.
+    """
+    source = open_source(dataset, split, image_column)
     result = {}
-    for split in splits:
-        if split not in loaded:
-            raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(loaded)}.")
-        _check_columns(loaded[split], f"{dataset}, split {split!r}", language_of_split[split], image_column)
-        _check_captions(loaded[split], f"{dataset}, split {split!r}", language_of_split[split])
-        result[split] = loaded[split]
-    for split, rows in result.items():  # last, since it is the long part
-        _check_images(rows, f"{dataset}, split {split!r}", image_column)
+    for language in languages:
+        skipped: list[Skipped] = []
+        column = caption_column(language)
+        table = caption_table(source, image_column, [column], lambda row, c=column: _complete(row[c]), skipped)
+        if skipped:
+            first = skipped[0]
+            raise ValueError(
+                f"{source.where}: row {first.row} can't be used, {first.reason} ({first.detail}). A split that is "
+                f"measured on must be whole; fill it, or remove the row. {len(skipped)} rows are like this."
+            )
+        result[language] = Split(source, table, image_column)
     return result
+
+
+def check_columns(source: Source, columns: list[str]) -> None:
+    for column in columns:
+        if column not in source.columns:
+            raise ValueError(f"{source.where} has no column {column!r}; there are {source.columns}.")
 
 
 def caption_column(language: str) -> str:
     return f"captions-{language}"
+
+
+def batch_counts(batch_size: int, sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Pairs of a batch from each of several data sets: by weight, by size where there are no weights.
+
+    Raises:
+        ValueError: a data set would give none, or more than it has.
+    """
+    weights = weights or sizes
+    exact = [batch_size * weight / sum(weights) for weight in weights]
+    counts = [int(share) for share in exact]
+    by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
+    for i in by_rest[: batch_size - sum(counts)]:
+        counts[i] += 1
+    for count, size in zip(counts, sizes, strict=True):
+        if count > size:
+            raise ValueError(
+                f"effective_batch_size ({batch_size}) takes {count} pairs from a data set that has {size} usable ones; "
+                f"an image would be its own negative. Choose a smaller batch{' or other weights' * (len(sizes) > 1)}."
+            )
+        if count == 0:
+            raise ValueError(
+                f"A batch of {batch_size} has no place for a data set of {size} pairs; raise its weight or the batch."
+            )
+    return counts
 
 
 def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndarray:
@@ -51,50 +151,94 @@ def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndar
     """
     batches_per_epoch = number // batch_size
     epoch, position = divmod(step, batches_per_epoch)
-    permutation = np.random.default_rng([seed, epoch]).permutation(number)
-    return permutation[position * batch_size : (position + 1) * batch_size]
+    return _permutation(seed, epoch, number)[position * batch_size : (position + 1) * batch_size]
 
 
-def drawn_captions(captions: list[list[str]], rows: np.ndarray, step: int, seed: int) -> list[str]:
+@lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, number: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(number)
+
+
+def drawn_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, seed: int) -> list[str]:
     """One caption of each row, drawn at random: each step draws anew (CAPIVARA, arXiv 2310.13683, section 3)."""
     generator = np.random.default_rng([seed, step, 1])  # 1: a stream apart from that of `batch_indices`
     draws = generator.random(len(rows))
-    return [captions[row][int(draw * len(captions[row]))] for row, draw in zip(rows, draws, strict=True)]
+    return [texts[int(draw * len(texts))] for texts, draw in zip(_at(captions, rows), draws, strict=True)]
 
 
-def _check_columns(dataset: Dataset, where: str, languages: list[str], image_column: str) -> None:
-    for column in [image_column, *map(caption_column, languages)]:
-        if column not in dataset.column_names:
-            raise ValueError(f"{where} has no column {column!r}; there are {dataset.column_names}.")
-    if not len(dataset):
-        raise ValueError(f"{where} is empty.")
+def drawn_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
+    """(number,), a view of each image of a step; the step itself, a fresh view, where `views` is 0."""
+    if views == 0:
+        return np.full(number, step)
+    return np.random.default_rng([seed, step, 2]).integers(views, size=number)
 
 
-def _check_captions(dataset: Dataset, where: str, languages: list[str]) -> None:
-    for language in languages:
-        for row, texts in enumerate(dataset[caption_column(language)]):
-            if not isinstance(texts, list):
-                raise ValueError(
-                    f"{where}: column {caption_column(language)!r} must hold lists of captions, row {row} holds "
-                    f"{texts!r}."
-                )
-            if not texts or any(not isinstance(text, str) or not repair_text(text) for text in texts):
-                raise ValueError(
-                    f"{where}: row {row} has no caption or an empty one in {caption_column(language)!r}: {texts!r}. "
-                    "Fill it, or remove the row."
-                )
+def _at(captions: Sequence[list[str]], rows: np.ndarray) -> list[list[str]]:
+    if isinstance(captions, list):
+        return [captions[row] for row in rows]
+    return captions[[int(row) for row in rows]]  # a column of `datasets` reads many rows at once
 
 
-def _check_images(dataset: Dataset, where: str, image_column: str) -> None:
-    """Decode every image once: a broken one must not end a run in its middle."""
-    if not isinstance(dataset.features[image_column], Image):
-        raise ValueError(
-            f"{where}: column {image_column!r} must be of type Image, it is {dataset.features[image_column]}."
-        )
-    for row in tqdm(range(len(dataset)), desc=f"Checking images, {where}", unit="image", leave=False):
-        try:
-            image = dataset[row][image_column]
-        except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
-            raise ValueError(f"{where}: the image of row {row} can't be read ({error}). Remove the row.") from error
-        if image is None:
-            raise ValueError(f"{where}: row {row} has no image. Remove the row.")
+@dataclass
+class StepPlan:
+    """All that is drawn for a step, in the order of its micro-batches.
+
+    Attributes:
+        step: counted from 0.
+        sources: (pairs,), which data set each pair is from.
+        places: (pairs,), its place there.
+        views: (pairs,), the view of its image.
+        batches: all micro-batches, of all processes.
+        tokens: of the batch, padding left out.
+        padding: share of the tokens that are padding, 0 to 1.
+    """
+
+    step: int
+    sources: np.ndarray
+    places: np.ndarray
+    views: np.ndarray
+    batches: list[MicroBatch]
+    tokens: int
+    padding: float
+
+
+@dataclass
+class Planner:
+    """Draws the batches of a run; step n is the same whatever was drawn before.
+
+    Attributes:
+        captions: data set -> pair -> captions.
+        counts: pairs of a batch from each data set.
+        processor: the model's own.
+        micro_batch_size: texts of a micro-batch.
+        augmented_views: of every image.
+        seed: of the run.
+    """
+
+    captions: list[Sequence[list[str]]]
+    counts: list[int]
+    processor: CapivaraProcessor
+    micro_batch_size: int
+    augmented_views: int
+    seed: int
+
+    def __call__(self, step: int) -> StepPlan:
+        sources, places, texts = [], [], []
+        for number, (captions, count) in enumerate(zip(self.captions, self.counts, strict=True)):
+            seed = self.seed + (number << 32)  # the first data set is drawn from as if it were alone
+            rows = batch_indices(step, count, len(captions), seed)
+            sources.append(np.full(count, number))
+            places.append(rows)
+            texts += drawn_captions(captions, rows, step, seed)
+        views = drawn_views(self.augmented_views, len(texts), step, self.seed)
+        batches, order = micro_batches(self.processor, texts, self.micro_batch_size)
+        tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+        return StepPlan(
+            step, np.concatenate(sources)[order], np.concatenate(places)[order], views[order], batches, tokens,
+            padding_share(batches),
+        )  # fmt: skip
+
+
+def _complete(texts: list[str]) -> list[str]:
+    """`texts`, none where one is empty: the row is then not measured on, and said to be bad."""
+    return texts if all(isinstance(text, str) and text.strip() for text in texts) else []

@@ -1,101 +1,319 @@
-"""The loop over optimiser steps."""
+"""The loop over optimiser steps: plan, images, gradients, optimiser, measurement, checkpoint."""
 
 import math
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
+from artifacts import write_json
+from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
-from training.data import batch_indices, drawn_captions
-from training.step import build_optimizer, clamp_logit_scale, learning_rate_at, micro_batches, text_embeddings
+from training.checkpoints import Checkpoints, TrainerState
+from training.data import Planner, StepPlan
+from training.images import TrainingImages, embed_pixels, loading_workers
+from training.memory import used_memory
+from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
+from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradients
+from training.trainable import set_training_mode
 
 
-def train(
-    args: RunArguments,
-    seed: int,
-    model: CapivaraModel,
-    processor: CapivaraProcessor,
-    captions: list[list[str]],
-    image_embeds: Tensor,
-    accelerator: Accelerator,
-    validate: Callable[[CapivaraModel], dict[str, float]],
-) -> list[dict]:
-    """Fine-tune the text tower of `model`, in place, against the embeddings of a frozen image tower.
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C: the run is saved and can go on.
 
-    Everything random is a function of seed and step, so that step n is the same whatever was computed before it.
+    Attributes:
+        signal: its number.
+        step: that is saved.
+    """
 
-    Args:
+    def __init__(self, number: int, step: int):
+        super().__init__(f"Stopped at step {step}, which is saved.")
+        self.signal, self.step = number, step
+
+
+@dataclass
+class Trainer:
+    """One run of the engine.
+
+    Attributes:
         args: of the run.
-        seed: of order, captions and dropout.
-        model: its image tower is frozen here.
-        processor: the model's own.
-        captions: a list of captions for each image.
-        image_embeds: (images, projection_dim), unit length.
+        seed: of order, captions, views and dropout.
+        model: the plain model; its adapters, where there are any, are in it.
+        wrapped: what is trained: the model, or peft's wrapper around it.
+        planner: draws the batches.
+        images: of the pairs.
         accelerator: device, precision and processes.
-        validate: measures the model, direction -> share; called before the first step and every `eval_steps`.
-
-    Returns:
-        The curve: an entry a step, see `eval.plots.plot_training_curves`.
-
-    Raises:
-        FloatingPointError: the loss is no longer finite.
+        validate: measures the model: direction -> recall, and `loss`; only the main process calls it.
+        checkpoints: of this run.
+        state: where the run is.
     """
-    model.freeze_image_tower()
-    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, args))
-    image_embeds = image_embeds.to(accelerator.device)
-    curve = [{"step": 0, "validation": validate(model)}]
-    pairs = args.max_steps * args.effective_batch_size
-    with tqdm(total=pairs, desc=f"Training, seed {seed}", unit="pair", unit_scale=True) as bar:
-        for step in range(args.max_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, args)
-            rows = batch_indices(step, args.effective_batch_size, len(captions), seed)
-            drawn = drawn_captions(captions, rows, step, seed)
-            batches, order = micro_batches(processor, drawn, args.micro_batch_size)
-            images = image_embeds[torch.as_tensor(rows[order])]  # (pairs, width), in the order of the texts
-            torch.manual_seed((seed << 32) + step)  # dropout
-            loss = optimiser_step(prepared, model.logit_scale, batches, images, optimizer, accelerator)
-            curve.append({"step": step + 1, "loss": loss, "learning_rate": learning_rate_at(step, args)})
-            curve[-1]["logit_scale"] = model.logit_scale.item()
-            if (step + 1) % args.eval_steps == 0 or step + 1 == args.max_steps:
-                curve[-1]["validation"] = validate(model)
-            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{curve[-1]['learning_rate']:.1e}")
-            bar.update(args.effective_batch_size)
-    # Without Accelerate's autocast around `forward`: base and result are measured in the same precision.
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False).eval()
-    accelerator.free_memory()
-    return curve
+
+    args: RunArguments
+    seed: int
+    model: CapivaraModel
+    wrapped: nn.Module
+    planner: Planner
+    images: TrainingImages
+    accelerator: Accelerator
+    validate: Callable[[CapivaraModel], dict[str, float]]
+    checkpoints: Checkpoints
+    state: TrainerState
+    stopped_early: bool = field(default=False, init=False)
+    told: bool = field(default=False, init=False)
+
+    def train(self, resume: Path | None = None) -> TrainerState:
+        """Train to `max_steps`, or until the recall has stopped rising for `patience` measurements.
+
+        Args:
+            resume: checkpoint to go on from.
+
+        Raises:
+            Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.
+            FloatingPointError: the loss is not finite; the batch is written beside the checkpoints.
+            OSError: the disk is full; earlier checkpoints are whole.
+        """
+        args, accelerator = self.args, self.accelerator
+        self.prepared = accelerator.prepare_model(self.wrapped, evaluation_mode=True)  # autocast; see ExactStep
+        self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped, args))
+        if resume:
+            self.state = self.checkpoints.load(resume)
+        self.step = ExactStep(self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation)
+        if not self.state.curve:
+            self.state.curve.append({"step": 0, "validation": self._measured()})
+        self.started = time.perf_counter() - self.state.seconds
+        with _signals() as received, sparse_embedding_gradients(self.model), self._plans() as plans, self._bar() as bar:
+            pixels = self._pixels(plans)
+            while self.state.step < args.max_steps and not self.stopped_early:
+                point = self._one_step(plans.pop(self.state.step), pixels)
+                bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
+                bar.update(args.effective_batch_size)
+                self._after_step(point)
+                if number := self._agreed(received):
+                    self._save()
+                    raise Interrupted(number, self.state.step)
+        if self.stopped_early and self.state.best_step != self.state.step:
+            curve, seconds = self.state.curve, self.state.seconds
+            logger.info("The recall has stopped rising; going back to step %s.", self.state.best_step)
+            self.state = self.checkpoints.load(self.checkpoints.path(self.state.best_step))
+            self.state.curve, self.state.seconds = curve, seconds
+        # Without Accelerate's autocast around `forward`: base and result are measured in the same precision.
+        accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False).eval()
+        accelerator.free_memory()
+        return self.state
+
+    def _one_step(self, plan: StepPlan, pixels: Iterator[Tensor] | None) -> dict:
+        """One optimiser step; returns its entry of the curve."""
+        args, started = self.args, time.perf_counter()
+        own = self._own(plan)
+        image_embeds = self._image_embeds(plan, own, pixels)
+        waited = time.perf_counter() - started
+        set_training_mode(self.wrapped)
+        self.optimizer.zero_grad(set_to_none=False)
+        try:
+            report = self.step(plan.step, own, len(plan.places), image_embeds)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
+        if not self.told:
+            self._tell(report.graphs_kept, len(own))
+        norm = self._update(learning_rate_at(plan.step, args))
+        seconds = time.perf_counter() - started
+        return {
+            "step": plan.step + 1,
+            "loss": report.loss,
+            "learning_rate": learning_rate_at(plan.step, args),
+            "logit_scale": self.model.logit_scale.item(),
+            "gradient_norm": norm,
+            "padding_share": plan.padding,
+            "pairs_per_second": len(plan.places) / seconds,
+            "tokens_per_second": plan.tokens / seconds,
+            "images_share_of_time": waited / seconds,
+            "memory_bytes": used_memory(self.accelerator.device),
+        }
+
+    def _update(self, learning_rate: float) -> float:
+        """The optimiser's step and the clamp; returns the norm of the gradient."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        self.optimizer.step()
+        if self.model.logit_scale.requires_grad:
+            clamp_logit_scale(self.model.logit_scale)
+        return norm if math.isfinite(norm) else -1.0  # fp16 overflow, whose step the scaler leaves out
+
+    def _after_step(self, point: dict) -> None:
+        """Measure, keep the curve, write a checkpoint where one is due."""
+        args, state = self.args, self.state
+        state.step = point["step"]
+        due = state.step % args.save_steps == 0 and state.step < args.max_steps
+        if state.step % args.eval_steps == 0 or state.step == args.max_steps:
+            point["validation"] = self._measured()
+            recall = _recall(point["validation"])
+            is_best = state.best_recall is None or recall > state.best_recall
+            if is_best and (due or args.patience):
+                state.best_step, state.best_recall, due = state.step, recall, True
+        state.curve.append(point)
+        state.seconds = time.perf_counter() - self.started
+        self.accelerator.log(_flat(point), step=state.step)
+        if due:
+            self._save()
+        if args.patience and "validation" in point:
+            measured = [p for p in state.curve if "validation" in p]
+            best = max(range(len(measured)), key=lambda i: _recall(measured[i]["validation"]))
+            self.stopped_early = len(measured) - 1 - best >= args.patience and state.best_step is not None
+
+    def _image_embeds(self, plan: StepPlan, own: list[MicroBatch], pixels: Iterator[Tensor] | None) -> Tensor | None:
+        """(pairs, width) on the device; None where the image tower is trained, its pixels are then in `own`."""
+        if pixels is None:
+            embeds = self.images.cached_embeds(plan.sources, plan.places, plan.views)
+            return embeds.to(self.accelerator.device)
+        if self.args.towers == "both":
+            for batch in own:
+                batch.pixel_values = next(pixels)
+            return None
+        positions = torch.cat([batch.positions for batch in own]) if own else torch.empty(0, dtype=torch.long)
+        self.model.vision_model.eval()
+        parts = [
+            embed_pixels(self.prepared, next(pixels), self.accelerator)
+            for _ in positions.split(self.args.embedding_batch_size)
+            if len(positions)
+        ]
+        return self.step.of_all(parts, positions.to(self.accelerator.device), len(plan.places))
+
+    def _pixels(self, plans: "_PlansAhead") -> Iterator[Tensor] | None:
+        """The pixels of all steps to come, in order; None with a cache."""
+        if self.images.caches is not None:
+            return None
+        return self.images.pixel_batches(self._items(plans), loading_workers(self.args, self.accelerator))
+
+    def _items(self, plans: "_PlansAhead") -> Iterator[list[tuple[int, int, int]]]:
+        """Data set, pair and view of every image of this process, as they go through the tower at once."""
+        for step in range(self.state.step, self.args.max_steps):
+            plan = plans.get(step)
+            own = [batch.positions for batch in self._own(plan)]
+            if self.args.towers == "text" and own:
+                own = torch.cat(own).split(self.args.embedding_batch_size)
+            for positions in own:
+                yield [(plan.sources[i], plan.places[i], plan.views[i]) for i in positions.tolist()]
+
+    def _own(self, plan: StepPlan) -> list[MicroBatch]:
+        """Every n-th micro-batch: all processes get short and long ones."""
+        return plan.batches[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _measured(self) -> dict[str, float]:
+        results = [self.validate(self.model) if self.accelerator.is_main_process else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(results)
+        return results[0]
+
+    def _agreed(self, received: list[int]) -> int:
+        """The signal that any process has got, else 0: all stop after the same step."""
+        number = torch.tensor(received[-1] if received else 0, device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
+        return int(number)
+
+    def _save(self) -> None:
+        self.state.seconds = time.perf_counter() - self.started
+        self.checkpoints.save(self.state)
+
+    def _save_batch(self, plan: StepPlan) -> str:
+        """Write what the step was made of; returns a sentence that says where, and the way out."""
+        path = self.checkpoints.folder / f"bad-batch-step-{plan.step + 1}.json"
+        if self.accelerator.is_main_process:
+            texts = [t for batch in plan.batches for t in self.planner.processor.batch_decode(batch.input_ids)]
+            pairs = zip(plan.sources.tolist(), plan.places.tolist(), plan.views.tolist(), texts, strict=True)
+            rows = [{"data_set": self.args.dataset[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in pairs]
+            write_json(path, {"step": plan.step + 1, "seed": self.seed, "pairs": rows})
+        return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
+
+    def _tell(self, kept: int, batches: int) -> None:
+        """Say once how the batch is accumulated."""
+        self.told = True
+        if self.accelerator.is_main_process:
+            fitting = f" ({self.step.budget / 1e9:.1f} GB of them fit)" if self.args.accumulation == "auto" else ""
+            logger.info(
+                "Accumulation %s: the graphs of %s of %s micro-batches are kept%s, the others are run twice.",
+                self.args.accumulation, kept, batches, fitting,
+            )  # fmt: skip
+
+    def _bar(self) -> tqdm:
+        size = self.args.effective_batch_size
+        return tqdm(
+            total=self.args.max_steps * size, initial=self.state.step * size, desc=f"Training, seed {self.seed}",
+            unit="pair", unit_scale=True, disable=not self.accelerator.is_main_process,
+        )  # fmt: skip
+
+    @contextmanager
+    def _plans(self) -> Iterator["_PlansAhead"]:
+        with ThreadPoolExecutor(1) as executor:
+            yield _PlansAhead(self.planner, executor, self.args.max_steps)
 
 
-def optimiser_step(
-    model: torch.nn.Module,
-    logit_scale: Tensor,
-    batches: list[dict[str, Tensor]],
-    image_embeds: Tensor,
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-) -> float:
-    """One step on one contrastive batch; returns its loss in nats.
+class _PlansAhead:
+    """Plans by step; the next one is made while a step computes."""
 
-    Args:
-        model: as Accelerate prepared it.
-        logit_scale: the model's parameter.
-        batches: micro-batches of token ids and masks.
-        image_embeds: (pairs, width), unit length, in the order of the micro-batches.
-        optimizer: as Accelerate prepared it.
-        accelerator: of the run.
-    """
-    model.train()
-    batches = [batch.to(accelerator.device) for batch in batches]
-    loss = clip_loss(text_embeddings(model, batches), image_embeds, logit_scale)
-    if not math.isfinite(loss.item()):
-        raise FloatingPointError(f"The loss is {loss.item()}. Lower the learning rate or use --mixed_precision no.")
-    optimizer.zero_grad()
-    accelerator.backward(loss)
-    optimizer.step()
-    clamp_logit_scale(logit_scale)
-    return loss.item()
+    def __init__(self, planner: Planner, executor: ThreadPoolExecutor, max_steps: int):
+        self._planner, self._executor, self._max_steps = planner, executor, max_steps
+        self._plans: dict[int, Future] = {}
+
+    def get(self, step: int) -> StepPlan:
+        return self._future(step).result()
+
+    def pop(self, step: int) -> StepPlan:
+        """The plan of a step that is about to be run."""
+        plan = self.get(step)
+        del self._plans[step]
+        if step + 1 < self._max_steps:
+            self._future(step + 1)
+        return plan
+
+    def _future(self, step: int) -> Future:
+        if step not in self._plans:
+            self._plans[step] = self._executor.submit(self._planner, step)
+        return self._plans[step]
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Within it, SIGTERM and Ctrl-C are noted and end the run after its step; a second Ctrl-C ends it at once."""
+    received: list[int] = []
+
+    def note(number: int, frame) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        logger.info("Stopping after this step; the run will be saved.")
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread, where signals cannot be taken
+        before = {}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _recall(validation: dict[str, float]) -> float:
+    """Mean of both directions."""
+    values = [value for key, value in validation.items() if key != "loss"]
+    return sum(values) / max(len(values), 1)
+
+
+def _flat(point: dict) -> dict[str, float]:
+    """An entry of the curve as trackers take it."""
+    validation = {f"validation/{key}": value for key, value in point.get("validation", {}).items()}
+    return {key: value for key, value in point.items() if key not in ("step", "validation")} | validation

@@ -1,13 +1,20 @@
 """What a training run writes beside its weights: `run.json` and a first model card."""
 
 import html
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import Accelerator
 
 from artifacts import device_description, package_versions
 from training.arguments import RunArguments
+from training.checkpoints import TrainerState
+from training.rows import Skipped
 
 CARD = """---
 {metadata}
@@ -26,35 +33,69 @@ of the data set {dataset}, its image tower left as it was. `run.json` has every 
 def run_facts(
     args: RunArguments,
     seed: int,
-    fingerprints: dict[str, str],
-    device: Any,
-    curve: list[dict],
+    state: TrainerState,
+    accelerator: Accelerator,
     seconds: dict[str, float],
+    skipped: list[Skipped],
+    energy: dict[str, Any],
 ) -> dict[str, Any]:
     """Content of `run.json`: all that the run was and measured.
 
     Args:
         args: of the run.
         seed: the one that this repetition used.
-        fingerprints: split -> fingerprint of its rows, from `datasets`.
-        device: torch device.
-        curve: an entry a step, see `eval.plots.plot_training_curves`.
-        seconds: phase -> wall-clock seconds.
+        state: at the end of training.
+        accelerator: device and processes.
+        seconds: phase -> wall-clock seconds; "training" has the measurements of the validation split in it.
+        skipped: training rows that were left out.
+        energy: of `energy_of`; empty where it was not measured.
     """
-    steps = sum("loss" in point for point in curve)
+    pairs = state.step * args.effective_batch_size
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "config": args.to_dict(),
         "seed": seed,
-        "dataset_fingerprints": fingerprints,
+        "dataset_fingerprints": state.data,
+        "skipped_rows": dict(Counter(line.reason for line in skipped)),
         "versions": package_versions(),
-        "device": device_description(device),
-        "steps": steps,
-        "pairs": steps * args.effective_batch_size,
+        "device": device_description(accelerator.device),
+        "processes": accelerator.num_processes,
+        "steps": state.step,
+        "pairs": pairs,
         "seconds": seconds,
-        "pairs_per_second": steps * args.effective_batch_size / seconds["training"],
-        "curve": curve,
+        "pairs_per_second": pairs / seconds["training"],
+        "energy": energy,
+        "curve": state.curve,
     }
+
+
+@contextmanager
+def energy_of(args: RunArguments, folder: Path) -> Iterator[dict[str, Any]]:
+    """A dictionary that holds, after the block, what codecarbon measured within it; empty without `carbon_country`."""
+    energy: dict[str, Any] = {}
+    if not args.carbon_country:
+        yield energy
+        return
+    from codecarbon import OfflineEmissionsTracker
+
+    tracker = OfflineEmissionsTracker(
+        country_iso_code=args.carbon_country, save_to_file=False, log_level="error", tracking_mode="process"
+    )
+    tracker.start()
+    try:
+        yield energy
+    finally:
+        tracker.stop()
+        data = tracker.final_emissions_data
+        energy |= {
+            "kwh": data.energy_consumed,
+            "kg_co2e": data.emissions,
+            "hours": data.duration / 3600,
+            "country": args.carbon_country,
+            "cpu": data.cpu_model,
+            "gpu": data.gpu_model or None,
+            "method": f"codecarbon {metadata.version('codecarbon')}, offline; an estimate where no power meter is read",
+        }
 
 
 def model_card(args: RunArguments, title: str) -> str:
@@ -62,11 +103,15 @@ def model_card(args: RunArguments, title: str) -> str:
 
     The licence is that of the data set's own card, where it has one: a model trained on share-alike data inherits it.
     """
-    data_card = _front_matter(Path(args.dataset) / "README.md")
+    data_card = _front_matter(Path(args.dataset[0]) / "README.md")
+    others = [_front_matter(Path(name) / "README.md") for name in args.dataset[1:]]
     metadata = {"language": args.eval_languages, "library_name": "transformers"}
     metadata |= {"pipeline_tag": "zero-shot-image-classification", "tags": ["capivara", "clip"]}
     licence = "The data set states no licence; check it before you share this model."
-    if data_card.get("license"):
+    if others:
+        stated = [card.get("license") or "none" for card in (data_card, *others)]
+        licence = f"The data sets state these licences: {', '.join(stated)}. Check them before you share this model."
+    elif data_card.get("license"):
         metadata["license"] = data_card["license"]
         licence = f"The data set is licensed {data_card['license']}, and so is this model, made from it."
         if data_card.get("attribution"):
@@ -75,10 +120,14 @@ def model_card(args: RunArguments, title: str) -> str:
         metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
         title=html.escape(title),
         model=args.model if not Path(args.model).is_absolute() else Path(args.model).name,
-        dataset=html.escape(str(data_card.get("pretty_name", Path(args.dataset).name))),
+        dataset=html.escape(", ".join(_titles(args.dataset, [data_card, *others]))),
         language=args.language,
         licence=html.escape(licence, quote=False),
     )
+
+
+def _titles(names: list[str], cards: list[dict]) -> list[str]:
+    return [str(card.get("pretty_name", Path(name).name)) for name, card in zip(names, cards, strict=True)]
 
 
 def _front_matter(card: Path) -> dict[str, Any]:

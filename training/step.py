@@ -1,15 +1,27 @@
-"""One step: the whole contrastive batch under one loss, and the recipe's optimiser around it."""
+"""One optimiser step's gradients: the whole contrastive batch under one loss, in as little memory as there is.
 
-import math
+Every micro-batch is embedded, the loss and its gradient are taken over the embeddings of the whole batch, then each
+micro-batch gets the gradient of its own rows. Where the graphs of all micro-batches do not fit, those that do not are
+run a second time with the random state of the first: the result is the same to the bit.
+"""
 
+import logging
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
-from torch import Tensor
-from transformers import BatchFeature
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from modeling_capivara import CapivaraModel, CapivaraProcessor
-from training.arguments import RunArguments
+from modeling_capivara import CapivaraProcessor
+from training.contrastive import contrastive_gradients
+from training.memory import GraphMeter, free_memory
 
-MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
+BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
+logger = logging.getLogger("capivara")
 
 
 def resolve_precision(requested: str, device: torch.device) -> str:
@@ -25,56 +37,251 @@ def resolve_precision(requested: str, device: torch.device) -> str:
     return "bf16" if native else "no"
 
 
-def micro_batches(processor: CapivaraProcessor, captions: list[str], size: int) -> tuple[list[BatchFeature], list[int]]:
+@dataclass
+class MicroBatch:
+    """Texts that go through the tower at once.
+
+    Attributes:
+        index: of the micro-batch within the whole batch, over all processes; its random state derives from it.
+        start: place of its first row in the whole batch, which is in order of length.
+        input_ids: (texts, tokens).
+        attention_mask: (texts, tokens).
+        pixel_values: (texts, 3, height, width), where the image tower is trained; else None.
+    """
+
+    index: int
+    start: int
+    input_ids: Tensor
+    attention_mask: Tensor
+    pixel_values: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """(texts,), places of its rows in the whole batch."""
+        return torch.arange(self.start, self.start + len(self.input_ids))
+
+
+def micro_batches(processor: CapivaraProcessor, captions: Sequence[str], size: int) -> tuple[list[MicroBatch], list]:
     """Captions tokenised and cut in order of length, each micro-batch padded to its own longest.
 
     Returns:
-        The micro-batches, and the order: position in them -> index in `captions`.
+        The micro-batches, and the order: place in them -> index in `captions`.
     """
-    tokens = [processor(text=caption) for caption in captions]
-    order = sorted(range(len(captions)), key=lambda i: len(tokens[i]["input_ids"]))
+    tokens = processor(text=list(captions), padding=False)
+    order = sorted(range(len(captions)), key=lambda i: len(tokens["input_ids"][i]))
     batches = []
     for start in range(0, len(order), size):
-        rows = [dict(tokens[i]) for i in order[start : start + size]]
-        batches.append(processor.tokenizer.pad(rows, return_tensors="pt"))
+        rows = [{key: tokens[key][i] for key in ("input_ids", "attention_mask")} for i in order[start : start + size]]
+        padded = processor.tokenizer.pad(rows, return_tensors="pt")
+        batches.append(MicroBatch(len(batches), start, padded["input_ids"], padded["attention_mask"]))
     return batches, order
 
 
-def text_embeddings(model, batches: list[BatchFeature]) -> Tensor:
-    """Texts of all micro-batches in the shared space; the graph of all of them is kept.
+def padding_share(batches: Sequence[MicroBatch]) -> float:
+    """Share of the tokens that are padding, 0 to 1."""
+    kept = sum(int(batch.attention_mask.sum()) for batch in batches)
+    return 1 - kept / sum(batch.attention_mask.numel() for batch in batches)
 
-    Args:
-        model: as Accelerate prepared it; it is called, never a method of it, so that gradients are averaged.
-        batches: of `micro_batches`.
 
-    Returns:
-        (texts, width), unit length, in the order of the micro-batches.
+@dataclass(frozen=True)
+class StepReport:
+    """What one step gave beside the gradients.
+
+    Attributes:
+        loss: of the whole batch, in nats.
+        graphs_kept: micro-batches of this process whose graph was kept, not run again.
     """
-    return torch.cat([model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).text_embeds for b in batches])
+
+    loss: float
+    graphs_kept: int
 
 
-def build_optimizer(model: CapivaraModel, args: RunArguments) -> torch.optim.Adam:
-    """Adam with coupled L2 over everything that is trained (CAPIVARA, arXiv 2310.13683, appendix)."""
-    return torch.optim.Adam(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        fused=True,  # one pass over the 100 million word embeddings instead of ten
-    )
+@dataclass
+class ExactStep:
+    """Gradients of the contrastive loss over a whole batch, for every trained parameter of a model.
+
+    The model is called, but not wrapped for gradient averaging: the processes' gradients are summed once, at the end.
+    A wrapper would average them, at every micro-batch, and wait for ever where one process has fewer of them.
+
+    Attributes:
+        model: as Accelerate prepared it, in training mode.
+        logit_scale: the model's own parameter.
+        accelerator: device, precision and processes.
+        seed: of the run.
+        accumulation: "keep" the graphs of all micro-batches, "recompute" them all, or "auto": keep what fits.
+    """
+
+    model: nn.Module
+    logit_scale: nn.Parameter
+    accelerator: Accelerator
+    seed: int
+    accumulation: str = "auto"
+    budget: float | None = None  # bytes of graphs; found at the first step
+    _costs: tuple[float, float] | None = field(default=None, repr=False)  # bytes a token, bytes a text
+
+    def __call__(self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None) -> StepReport:
+        """Fill the gradients; they are zero or None before.
+
+        Args:
+            step: counted from 0.
+            batches: the micro-batches of this process.
+            pairs: of the whole batch, over all processes.
+            image_embeds: (pairs, width), unit length, in the order of the micro-batches; None where the image tower is
+                trained and each micro-batch has its pixels.
+
+        Raises:
+            FloatingPointError: the loss is not finite. No gradient was computed.
+        """
+        outputs, graphs = self._embed(step, batches)
+        own = torch.cat([batch.positions for batch in batches]) if batches else torch.empty(0, dtype=torch.long)
+        own = own.to(self.accelerator.device)
+        trained_images = image_embeds is None
+        if trained_images:
+            image_embeds = self.of_all([image for _, image in outputs], own, pairs)
+        gradients = contrastive_gradients(
+            torch.cat([text.detach().float() for text, _ in outputs]) if outputs else image_embeds[:0],
+            image_embeds.float(),
+            self.logit_scale.detach(),
+            own,
+            image_gradient=trained_images,
+            gather=self._gather,
+            total=self._total,
+        )
+        if not torch.isfinite(gradients.loss):
+            raise FloatingPointError(f"The loss is {gradients.loss.item()}.")
+        text_rows = gradients.text_embeds.split([len(batch.input_ids) for batch in batches])
+        image_rows = gradients.image_embeds[own].split([len(t) for t in text_rows]) if trained_images else None
+        with self.accelerator.autocast():
+            for i, batch in enumerate(batches):
+                text, image = outputs[i] if i < graphs else self._forward(step, batch)
+                outputs[i] = None  # its graph is freed with the backward pass
+                weighted = (text * text_rows[i]).sum()
+                if trained_images:
+                    weighted = weighted + (image * image_rows[i]).sum()
+                with torch.autocast(self.accelerator.device.type, enabled=False):
+                    self.accelerator.backward(weighted)
+        self._sum_over_processes()
+        if self.logit_scale.requires_grad:
+            scaler = self.accelerator.scaler
+            self.logit_scale.grad = gradients.logit_scale * (scaler.get_scale() if scaler else 1)
+        return StepReport(gradients.loss.item(), graphs)
+
+    def of_all(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
+        """(pairs, width), the embeddings of all processes in the order of the batch.
+
+        Args:
+            parts: (rows, width) each, the rows of this process.
+            own: (rows of all parts,), their places in the batch.
+            pairs: of the whole batch.
+        """
+        width = self.accelerator.unwrap_model(self.model).config.projection_dim
+        embeds = torch.zeros(pairs, width, device=self.accelerator.device)
+        if parts:
+            embeds[own] = torch.cat([part.detach().float() for part in parts])
+        return self._total(embeds)
+
+    def _embed(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
+        """Embeddings of all micro-batches, and how many of them, from the first on, have kept their graph."""
+        outputs, spent = [], 0.0
+        # Two contexts: under autocast a weight is cast once, and one cast without gradient must not serve a graph.
+        with self.accelerator.autocast():
+            for batch in batches:
+                spent += self._cost(step, batch)
+                if spent > self.budget:
+                    break
+                outputs.append(self._forward(step, batch))
+        graphs = len(outputs)
+        with torch.no_grad(), self.accelerator.autocast():
+            outputs += [self._forward(step, batch) for batch in batches[graphs:]]
+        return outputs, graphs
+
+    def _forward(self, step: int, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        state = np.random.SeedSequence([self.seed, step, batch.index]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(state >> np.uint64(1)))  # dropout: the same in both passes, on any number of processes
+        device = self.accelerator.device
+        pixels = {} if batch.pixel_values is None else {"pixel_values": batch.pixel_values.to(device)}
+        outputs = self.model(
+            input_ids=batch.input_ids.to(device), attention_mask=batch.attention_mask.to(device), **pixels
+        )
+        return outputs.text_embeds, outputs.image_embeds
+
+    def _cost(self, step: int, batch: MicroBatch) -> float:
+        """Bytes of a micro-batch's graph, in terms of the first one, which was measured."""
+        if self.budget is None:
+            self.budget = {"keep": float("inf"), "recompute": 0.0}.get(self.accumulation)
+        if self.budget in (0.0, float("inf")):
+            return 1.0
+        if self._costs is None:
+            with GraphMeter(self.model) as meter, self.accelerator.autocast():
+                outputs = self._forward(step, batch)
+            del outputs
+            self._costs = meter.bytes / batch.input_ids.numel(), meter.bytes / len(batch.input_ids)
+        if self.budget is None:
+            self.budget = BUDGET_SHARE * max(free_memory(self.accelerator.device) - self._state_bytes(), 0)
+        by_token, by_text = self._costs
+        return max(by_token * batch.input_ids.numel(), by_text * len(batch.input_ids))
+
+    def _state_bytes(self) -> int:
+        """Bytes of gradients and of Adam's moments that are still to be allocated."""
+        return sum(p.nbytes * (2 + (p.grad is None)) for p in self.model.parameters() if p.requires_grad)
+
+    def _sum_over_processes(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad and parameter is not self.logit_scale:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+
+    def _total(self, own: Tensor) -> Tensor:
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(own)
+        return own
+
+    def _gather(self, own: Tensor) -> Tensor:
+        return self.accelerator.gather(own.unsqueeze(0))
 
 
-def learning_rate_at(step: int, args: RunArguments) -> float:
-    """Learning rate of a step (counted from 0): linear from the floor to the top, then cosine back to the floor."""
-    low, high = args.min_learning_rate, args.learning_rate
-    if step < args.warmup_steps:
-        return low + (high - low) * step / args.warmup_steps
-    progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
-    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
+class _Lookup(torch.autograd.Function):
+    """Embedding lookup whose backward pass adds to the rows of `weight.grad` that were looked up, and to no other."""
+
+    @staticmethod
+    def forward(ctx, weight: nn.Parameter, ids: Tensor, padding_idx: int) -> Tensor:
+        ctx.weight, ctx.padding_idx = weight, padding_idx
+        ctx.save_for_backward(ids)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None, None]:
+        (ids,) = ctx.saved_tensors
+        weight = ctx.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        kept = ids.flatten() != ctx.padding_idx  # as in nn.Embedding: padding has no gradient
+        weight.grad.index_add_(0, ids.flatten()[kept], gradient.flatten(0, -2)[kept].to(weight.dtype))
+        return None, None, None
 
 
-@torch.no_grad()
-def clamp_logit_scale(logit_scale: Tensor) -> None:
-    """Keep the scale from 0 to ln 100, after every optimiser step."""
-    logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+@contextmanager
+def sparse_embedding_gradients(model: nn.Module, min_rows: int = 10_000):
+    """Within it, embeddings of `min_rows` and more cost a backward pass only the rows that were looked up.
+
+    Autograd makes a gradient of the whole table for every micro-batch: 768 MB for the 250,002 pieces of XLM-R. On the
+    CPU alone: a GPU's sum of rows would not be repeatable, and the table costs it a millisecond.
+    """
+    patched = []
+    for module in model.modules():
+        if (
+            isinstance(module, nn.Embedding)
+            and module.num_embeddings >= min_rows
+            and module.weight.device.type == "cpu"
+        ):
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            module.forward = lambda ids, m=module, pad=padding: _Lookup.apply(m.weight, ids, pad)
+            patched.append(module)
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward

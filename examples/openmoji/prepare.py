@@ -25,7 +25,8 @@ from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import embed_texts
 from training.data import batch_indices, drawn_captions
-from training.step import clamp_logit_scale, micro_batches, resolve_precision, text_embeddings
+from training.optimiser import clamp_logit_scale
+from training.step import micro_batches, resolve_precision
 
 # Chosen on the validation concepts, English captions; the test split played no part.
 RIDGE_PENALTY = 3.0  # times the number of training pictures
@@ -208,7 +209,7 @@ def align_step(
     image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)
     native = resolve_precision("auto", model.device) == "bf16"
     with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
-        text_embeds = text_embeddings(model, batches)
+        text_embeds = torch.cat([model(b.input_ids, b.attention_mask).text_embeds for b in batches])
     loss = clip_loss(text_embeds, image_embeds, model.logit_scale)
     optimizer.zero_grad()
     loss.backward()

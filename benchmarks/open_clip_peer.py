@@ -1,0 +1,189 @@
+"""Pairs per second and peak memory of open_clip's own trainer, on CAPIVARA's task: the image tower locked.
+
+    python -m benchmarks.open_clip_peer --pairs 16 --micro 8 --accum 2 --precision fp32 --steps 2
+
+`open_clip_train.train.train_one_epoch` runs as installed, at the full published size with random weights, with
+`--lock-image --grad-checkpointing --accum-freq`; every caption is padded to 77 tokens, as open_clip's tokenizer does.
+Memory is that of the whole process, so each measurement wants a process of its own. The output is one line of JSON.
+"""
+
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from open_clip import create_loss
+from open_clip.tokenizer import HFTokenizer
+from open_clip_train.data import DataInfo
+from open_clip_train.distributed import init_distributed_device
+from open_clip_train.main import random_seed
+from open_clip_train.params import parse_args
+from open_clip_train.scheduler import cosine_lr
+from open_clip_train.train import train_one_epoch
+from torch import Tensor, nn
+from transformers import HfArgumentParser
+
+from artifacts import device_description, package_versions, write_json
+from benchmarks.captions_pt import benchmark_captions
+from examples.openmoji.encoders import load_text_encoder
+from modeling_capivara import CapivaraConfig
+from modeling_capivara.open_clip_mapping import build_open_clip
+
+MODEL = "xlm-roberta-base-ViT-B-32"  # open_clip's name of CAPIVARA's architecture
+IMAGE_SIZE = 224  # pixels a side
+WARMUP_STEPS = 1  # untimed: the optimiser makes its state in the first step
+
+
+@dataclass
+class PeerArguments:
+    pairs: int = field(metadata={"help": "Pairs in memory, a multiple of micro x accum; steps go round them."})
+    micro: int = field(default=8, metadata={"help": "Pairs of a micro-batch: open_clip's --batch-size."})
+    accum: int = field(default=2, metadata={"help": "Micro-batches of a step: open_clip's --accum-freq."})
+    precision: Literal["fp32", "amp_bfloat16"] = field(default="fp32", metadata={"help": "open_clip's --precision."})
+    steps: int = field(default=2, metadata={"help": "Timed optimiser steps, after one untimed."})
+    tokens: int = field(default=20, metadata={"help": "Mean length of the captions before they are padded to 77."})
+    json: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+
+    def __post_init__(self):
+        for name in ("micro", "accum", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.pairs < 1 or self.pairs % (self.micro * self.accum):
+            raise ValueError(
+                f"pairs must be a multiple of micro x accum, {self.micro * self.accum}, lest a batch hold a pair "
+                f"twice; got {self.pairs}."
+            )
+
+
+class InMemoryBatches:
+    """Micro-batches as `train_one_epoch` reads them; notes when each optimiser step begins.
+
+    The trainer asks for the first micro-batch of a step when it is done with the step before, and once more after the
+    last step: so the differences of `started` are whole steps, optimiser included.
+    """
+
+    def __init__(self, pixels: Tensor, tokens: Tensor, args: PeerArguments) -> None:
+        self.pixels, self.tokens = pixels, tokens
+        self.micro, self.accum = args.micro, args.accum
+        self.num_batches = (WARMUP_STEPS + args.steps) * args.accum
+        self.num_samples = self.num_batches * args.micro
+        self.started: list[float] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in range(self.num_batches):
+            if batch % self.accum == 0:
+                self.started.append(time.perf_counter())
+            start = batch * self.micro % len(self.pixels)
+            yield self.pixels[start : start + self.micro], self.tokens[start : start + self.micro]
+        self.started.append(time.perf_counter())
+
+    def step_seconds(self) -> list[float]:
+        """Seconds of each timed step."""
+        seconds = [end - start for start, end in zip(self.started, self.started[1:], strict=False)]
+        return seconds[WARMUP_STEPS:]
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = HfArgumentParser(PeerArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    results = measure(args)
+    if args.json:
+        write_json(args.json, results)
+    print(json.dumps(results))
+
+
+def measure(args: PeerArguments) -> dict[str, Any]:
+    """One run of open_clip's trainer, with what it ran on.
+
+    Returns:
+        `pairs_per_second` (median over the timed steps), `step_s` (each of them), `peak_memory_bytes` (resident, of the
+        process), `setup_peak_memory_bytes` (before the first step: a higher figure would hide the training's), the
+        arguments, and the mean length of the captions before padding.
+    """
+    tokens, mean_tokens = caption_tokens(args)
+    pixels = torch.randn(args.pairs, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    theirs = open_clip_arguments(args)
+    model = open_clip_model(theirs)
+    optimizer = open_clip_optimizer(model, theirs)
+    batches = InMemoryBatches(pixels, tokens, args)
+    scheduler = cosine_lr(optimizer, theirs.lr, theirs.warmup, WARMUP_STEPS + args.steps)
+    setup_peak = peak_memory_bytes()
+    train_one_epoch(
+        model, {"train": DataInfo(batches)}, create_loss(theirs), 0, optimizer, None, scheduler, None, theirs
+    )
+    seconds, batch_size = batches.step_seconds(), args.micro * args.accum
+    settings = {name: value for name, value in asdict(args).items() if name != "json"}
+    return {
+        "program": "open_clip_train.train.train_one_epoch",
+        "device": device_description(),
+        "threads": torch.get_num_threads(),
+        "versions": package_versions(),
+        **settings,
+        "effective_batch": batch_size,
+        "mean_tokens": mean_tokens,
+        "padded_tokens": tokens.shape[1],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "pairs_per_second": batch_size / statistics.median(seconds),
+        "step_s": seconds,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "setup_peak_memory_bytes": setup_peak,
+        "pixel_bytes": pixels.nbytes,
+    }
+
+
+def caption_tokens(args: PeerArguments) -> tuple[Tensor, float]:
+    """Captions as open_clip's tokenizer hands them over, (pairs, 77), and their mean length before the padding."""
+    tokenizer = load_text_encoder()[1]
+    captions = benchmark_captions(args.pairs, tokenizer, args.tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        tokens = HFTokenizer(folder)(captions)
+    return tokens, (tokens != tokenizer.pad_token_id).sum(1).float().mean().item()
+
+
+def open_clip_arguments(args: PeerArguments) -> Any:
+    """open_clip's arguments by its own parser, with what its `main` adds to them."""
+    flags = f"--model {MODEL} --lock-image --grad-checkpointing --device cpu --dataset-type synthetic --epochs 1"
+    sizes = ["--batch-size", str(args.micro), "--accum-freq", str(args.accum), "--precision", args.precision]
+    theirs = parse_args([*flags.split(), *sizes])
+    init_distributed_device(theirs)  # one process
+    theirs.distill = theirs.wandb = False
+    return theirs
+
+
+def open_clip_model(theirs: Any) -> nn.Module:
+    """The model as open_clip's `main` makes it; only the text tower's configuration comes from here, not the Hub."""
+    random_seed(theirs.seed, theirs.rank)
+    model = build_open_clip(CapivaraConfig())  # its weights stay float32 under amp_bfloat16, as open_clip's do
+    model.output_dict = True
+    model.lock_image_tower(
+        unlocked_groups=theirs.lock_image_unlocked_groups, freeze_bn_stats=theirs.lock_image_freeze_bn_stats
+    )
+    model.set_grad_checkpointing()
+    return model
+
+
+def open_clip_optimizer(model: nn.Module, theirs: Any) -> torch.optim.AdamW:
+    """AdamW as in open_clip 3.3's `main`, which holds these lines in its midst and so cannot be called for them."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    gain_or_bias = {n for n, p in trained if p.ndim < 2 or any(w in n for w in ("bn", "ln", "bias", "logit_scale"))}
+    groups = [
+        {"params": [p for n, p in trained if n in gain_or_bias], "weight_decay": 0.0},
+        {"params": [p for n, p in trained if n not in gain_or_bias], "weight_decay": theirs.wd},
+    ]
+    return torch.optim.AdamW(groups, lr=theirs.lr, betas=(theirs.beta1, theirs.beta2), eps=theirs.eps)
+
+
+def peak_memory_bytes() -> int:
+    """Highest resident memory of this process so far; Linux counts it in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Pictures, captions and tars that test_rows.py and test_sources.py share."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import PIL.Image
+
+from training.rows import caption_table
+from training.sources import open_source
+
+ROWS = 7
+
+
+def encoded(image: PIL.Image.Image, form: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def picture(number: int, form: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+    return encoded(PIL.Image.fromarray(pixels), form)
+
+
+PICTURES = [picture(i, "PNG" if i % 2 else "JPEG") for i in range(ROWS)]
+CAPTIONS = [[f"uma foto {i}", f"São João {i}"][: 1 + i % 2] for i in range(ROWS)]
+
+
+def write_tar(path, members: list[tuple[str, bytes]]):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(number: int, data: bytes | None = None, folder: str = "", **fields) -> list[tuple[str, bytes]]:
+    """The members of a sample in the authors' layout; the image comes first, or last, by its number."""
+    fields = {"captions-pt": CAPTIONS[number], **fields}
+    data = PICTURES[number] if data is None else data
+    extension = "png" if data[:4] == b"\x89PNG" else "jpg"
+    members = [(f"{number:05d}.{extension}", data), (f"{number:05d}.json", json.dumps(fields).encode())]
+    return [(folder + name, content) for name, content in (members if number % 2 else members[::-1])]
+
+
+def tars_by_name(folder):
+    write_tar(folder / "shards" / "train-0001.tar", [m for i in range(4, ROWS) for m in sample(i, url=f"u{i}")])
+    write_tar(folder / "shards" / "train-0000.tar", [m for i in range(4) for m in sample(i)])
+    write_tar(folder / "shards" / "test-0000.tar", sample(6))
+    return str(folder / "shards")
+
+
+def table_of(source, skipped=None, columns=("captions-pt",), choose=lambda row: row["captions-pt"]):
+    return caption_table(source, "image", list(columns), choose, [] if skipped is None else skipped)
+
+
+def tar_source(tmp_path, members, streaming=False):
+    return open_source(str(write_tar(tmp_path / "x.tar", members)), "train", "image", streaming)

@@ -1,0 +1,59 @@
+"""The tiled loss is clip_loss, in memory that grows with the batch."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from modeling_capivara import clip_loss
+from training.contrastive import contrastive_gradients
+
+
+def sides(pairs: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(pairs)
+    both = torch.nn.functional.normalize(torch.randn(2, pairs, width, generator=generator), dim=-1)
+    return both[0].requires_grad_(), both[1].requires_grad_()
+
+
+@pytest.mark.parametrize("tile", [1, 3, 11, 100, None])
+def test_equals_clip_loss(tile):
+    texts, images = sides(11)
+    scale = torch.tensor(2.9, requires_grad=True)
+    loss = clip_loss(texts, images, scale)
+    loss.backward()
+    result = contrastive_gradients(
+        texts.detach(), images.detach(), scale.detach(), torch.arange(11), image_gradient=True, tile_rows=tile
+    )
+    torch.testing.assert_close(result.loss, loss.detach())
+    torch.testing.assert_close(result.text_embeds, texts.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(result.image_embeds, images.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(result.logit_scale, scale.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_no_image_gradient_unless_asked_for():
+    texts, images = (side.detach() for side in sides(4))
+    assert contrastive_gradients(texts, images, torch.tensor(2.0), torch.arange(4)).image_embeds is None
+
+
+def test_one_pair_has_nothing_to_tell_apart():
+    texts, images = (side.detach() for side in sides(1))
+    with pytest.raises(ValueError, match="at least 2 pairs, got 1"):
+        contrastive_gradients(texts, images, torch.tensor(2.0), torch.arange(1))
+
+
+@pytest.mark.slow
+def test_a_batch_of_32768_costs_under_a_gibibyte():
+    """In a process of its own: the most memory it has held, less what it held before."""
+    code = """
+import resource, torch
+from training.contrastive import contrastive_gradients
+torch.manual_seed(0)
+sides = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)
+torch.randn(64, 512) @ torch.randn(512, 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+contrastive_gradients(sides[0], sides[1], torch.tensor(4.6), torch.arange(32768), image_gradient=True)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**27 < int(done.stdout) < 2**30

@@ -1,0 +1,125 @@
+"""Which pairs a step trains on."""
+
+import numpy as np
+import pytest
+from datasets import DatasetDict, load_from_disk
+
+from training.arguments import parse_arguments
+from training.data import (
+    Planner,
+    batch_counts,
+    batch_indices,
+    drawn_captions,
+    drawn_views,
+    evaluation_split,
+    training_splits,
+)
+
+CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
+
+
+def arguments(*datasets, **values):
+    flags = [part for key, value in values.items() for part in (f"--{key}", str(value))]
+    return parse_arguments(["--model", "m", "--dataset", *map(str, datasets), *flags], "")
+
+
+def test_an_epoch_holds_every_image_at_most_once():
+    rows = np.concatenate([batch_indices(step, 4, 11, seed=0) for step in range(2)])
+    assert len(set(rows)) == 8
+    assert not np.array_equal(batch_indices(0, 4, 11, 0), batch_indices(2, 4, 11, 0)), "a new epoch, a new order"
+    assert not np.array_equal(batch_indices(0, 4, 11, 0), batch_indices(0, 4, 11, 1)), "a new seed, a new order"
+    assert np.array_equal(batch_indices(5, 4, 11, 0), batch_indices(5, 4, 11, 0))
+
+
+def test_all_captions_are_drawn_in_time():
+    captions = [["a", "b", "c"], ["d"]]
+    drawn = [drawn_captions(captions, np.array([0, 1]), step, seed=0) for step in range(300)]
+    shares = [sum(d[0] == text for d in drawn) / 300 for text in "abc"]
+    assert min(shares) > 0.25 and all(d[1] == "d" for d in drawn)
+
+
+def test_views_are_drawn_anew_at_every_step():
+    drawn = np.stack([drawn_views(3, 5, step, seed=0) for step in range(60)])
+    assert set(drawn.flatten()) == {0, 1, 2} and len({tuple(views) for views in drawn}) > 30
+    assert (drawn_views(1, 5, 7, seed=0) == 0).all()
+    assert (drawn_views(0, 5, 7, seed=0) == 7).all(), "a fresh view is named after its step"
+
+
+def test_counts_follow_the_weights():
+    assert batch_counts(10, [100, 100], [3, 1]) == [8, 2]
+    assert batch_counts(7, [10, 20, 40], []) == [1, 2, 4], "by size where there are no weights"
+    assert sum(batch_counts(2816, [999_999, 31_000, 5_000], [])) == 2816
+    with pytest.raises(ValueError, match="takes 9 pairs from a data set that has 8 usable"):
+        batch_counts(10, [8, 100], [9, 1])
+    with pytest.raises(ValueError, match="no place for a data set of 3 pairs"):
+        batch_counts(10, [1000, 3], [])
+
+
+def test_a_plan_is_a_function_of_step_and_seed(tiny_processor):
+    planner = Planner([CAPTIONS, CAPTIONS[:6]], [4, 2], tiny_processor, 4, 1, seed=3)
+    plans = [planner(5), Planner([CAPTIONS, CAPTIONS[:6]], [4, 2], tiny_processor, 4, 1, seed=3)(5)]
+    assert all(np.array_equal(plans[0].places, plan.places) for plan in plans)
+    assert sorted(plans[0].sources) == [0, 0, 0, 0, 1, 1]
+    assert not np.array_equal(planner(6).places, plans[0].places)
+    assert [len(batch.input_ids) for batch in plans[0].batches] == [4, 2]
+
+
+def test_texts_and_images_of_a_plan_belong_together(tiny_processor):
+    """Sorted by length, each text stays with the place of its own image."""
+    planner = Planner([CAPTIONS], [8], tiny_processor, 3, 1, seed=0)
+    for step in range(4):
+        plan = planner(step)
+        texts = [t for b in plan.batches for t in tiny_processor.batch_decode(b.input_ids, skip_special_tokens=True)]
+        assert [int(text.split()[-1]) for text in texts] == plan.places.tolist()
+
+
+def test_mixed_sources_and_a_missing_column_in_one(tiny_dataset_folder, tmp_path):
+    other = load_from_disk(tiny_dataset_folder)
+    DatasetDict(train=other["train"].select(range(5))).save_to_disk(tmp_path / "good")
+    DatasetDict(train=other["train"].remove_columns("captions-pt")).save_to_disk(tmp_path / "bad")
+    splits = training_splits(arguments(tiny_dataset_folder, tmp_path / "good"), [])
+    assert [len(split) for split in splits] == [12, 5] and splits[1].image(4).size == (36, 40)
+    with pytest.raises(ValueError, match=r"bad, split 'train' has no column 'captions-pt'; there are .*captions-en"):
+        training_splits(arguments(tiny_dataset_folder, tmp_path / "bad"), [])
+
+
+def with_captions(row: int, captions: list[str]):
+    """A data set whose Portuguese captions of one row are replaced."""
+    return lambda d: d.map(lambda _, i: {"captions-pt": captions if i == row else ["ok"]}, with_indices=True)
+
+
+BROKEN = {
+    "no split": (lambda d: DatasetDict(train=d["train"]), "no split 'validation'.*'train'"),
+    "no column": (lambda d: d.remove_columns("captions-pt"), "no column 'captions-pt'; there are .*'captions-en'"),
+    "empty caption": (with_captions(3, ["ok", " "]), "row 3 can't be used, no caption"),
+    "no caption": (with_captions(2, []), "row 2 can't be used, no caption"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_split_that_is_measured_on_must_be_whole(tiny_dataset_folder, tmp_path, fault):
+    break_it, message = BROKEN[fault]
+    break_it(load_from_disk(tiny_dataset_folder)).save_to_disk(tmp_path / "broken")
+    with pytest.raises(ValueError, match=message):
+        evaluation_split(str(tmp_path / "broken"), "validation", "image", ["pt"])
+
+
+def test_training_rows_without_captions_are_skipped_and_listed(tiny_dataset_folder, tmp_path):
+    with_captions(2, [])(load_from_disk(tiny_dataset_folder)).save_to_disk(tmp_path / "broken")
+    skipped = []
+    (split,) = training_splits(arguments(tmp_path / "broken"), skipped)
+    assert len(split) == 11 and [(line.row, line.reason) for line in skipped] == [(2, "no caption")]
+
+
+def test_pair_filter_and_strategy_read_the_authors_columns(tiny_dataset_folder, tmp_path):
+    data = load_from_disk(tiny_dataset_folder)["train"].remove_columns("captions-pt").select(range(4))
+    rows = [{"captions-pt": [f"original {i}"], "generated-captions-pt": ["um", "dois"]} for i in range(4)]
+    similarities = [[0.3, 0.1, 0.4], [0.1, 0.9, 0.9], [0.5, 0.2, 0.3], [0.2, 0.1, 0.1]]
+    for column in rows[0]:
+        data = data.add_column(column, [row[column] for row in rows])
+    DatasetDict(train=data.add_column("similarities-pt", similarities)).save_to_disk(tmp_path / "scored")
+    args = arguments(tmp_path / "scored", caption_strategy="rank", caption_count=2, min_pair_similarity=0.2)
+    skipped = []
+    (split,) = training_splits(args, skipped)
+    assert split.captions() == [["dois", "original 0"], ["original 2", "dois"], ["original 3", "um"]]
+    assert [line.row for line in skipped] == [1]

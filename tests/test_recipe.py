@@ -1,0 +1,172 @@
+"""The engine trains what the paper describes: beside a plain loop, and held to the published figures."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+from torch.nn import functional as F
+
+import train_accelerate
+from modeling_capivara.loading import load_model, load_processor
+from training.arguments import parse_arguments
+from training.data import Planner
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10
+# CAPIVARA, arXiv 2310.13683: section 4, appendix, and the released model's card.
+PUBLISHED = {
+    "towers": "text", "optimizer": "adam", "weight_decay": 0.2, "adam_beta1": 0.9, "adam_beta2": 0.98,
+    "caption_strategy": "rank", "caption_count": 5, "min_pair_similarity": 0.2, "augmented_views": 0,
+    "image_embedding_cache": "off", "interpolate": 1.0,
+}  # fmt: skip
+FULL = {
+    "effective_batch_size": 2816, "max_steps": 5863, "learning_rate": 5e-7, "min_learning_rate": 1e-7,
+    "warmup_steps": 500, "adam_epsilon": 1e-8, "lora_rank": 0, "gradient_checkpointing": False,
+}  # fmt: skip
+OPT = {
+    "effective_batch_size": 1000, "max_steps": 1500, "learning_rate": 1e-5, "warmup_steps": 250, "adam_epsilon": 1e-6,
+    "lora_rank": 8, "lora_alpha": 8, "lora_dropout": 0, "lora_targets": r"text_model\..*\.(query|value)",
+    "lora_modules_to_save": ["text_projection"], "gradient_checkpointing": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "published"), [("capivara", FULL), ("capivara_opt", OPT)])
+def test_configs_hold_the_published_recipe(name, published):
+    config = str(ROOT / "configs" / f"{name}.yaml")
+    args = parse_arguments(["--config", config, "--model", "m", "--dataset", "d"], "")
+    assert {key: getattr(args, key) for key in PUBLISHED | published} == PUBLISHED | published
+
+
+@pytest.fixture
+def model_without_dropout(tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
+    config["text_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (tiny_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tiny_folder
+
+
+def plain_loop(folder, dataset) -> tuple[list[float], dict]:
+    """The recipe in plain PyTorch: one forward of the whole batch, captions padded to 77, in the order of drawing."""
+    model, processor = load_model(folder), load_processor(folder)
+    rows = load_from_disk(dataset)["train"]
+    planner = Planner([rows["captions-pt"][:]], [BATCH], processor, BATCH, 1, seed=0)
+    for part in (model.vision_model, model.visual_projection):
+        part.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.Adam(trained, lr=1.0, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.2)
+
+    def rate(step: int) -> float:
+        if step < WARMUP:
+            return LOW + (HIGH - LOW) * step / WARMUP
+        return LOW + (HIGH - LOW) * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, rate)
+    losses = []
+    for step in range(STEPS):
+        plan = planner(step)
+        shuffled = np.random.default_rng(step).permutation(BATCH)
+        ids = plan.batches[0].input_ids[torch.as_tensor(shuffled)]
+        ids = F.pad(ids, (0, 77 - ids.shape[1]), value=1)
+        pixels = processor(images=[rows[int(i)]["image"] for i in plan.places[shuffled]], return_tensors="pt")
+        hidden = model.text_model(input_ids=ids, attention_mask=(ids != 1).long()).last_hidden_state
+        mask = (ids != 1).unsqueeze(-1).float()
+        texts = F.normalize(model.text_projection((hidden * mask).sum(1) / mask.sum(1)), dim=-1)
+        pooled = model.vision_model(pixel_values=pixels["pixel_values"]).pooler_output
+        images = F.normalize(model.visual_projection(pooled), dim=-1)
+        logits = model.logit_scale.exp() * texts @ images.T
+        loss = (F.cross_entropy(logits, torch.arange(BATCH)) + F.cross_entropy(logits.T, torch.arange(BATCH))) / 2
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        schedule.step()
+        model.logit_scale.data.clamp_(0, math.log(100))
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+def test_fifty_steps_equal_a_plain_loop(model_without_dropout, tiny_dataset_folder, tmp_path):
+    expected, weights = plain_loop(model_without_dropout, tiny_dataset_folder)
+    values = {"effective_batch_size": BATCH, "micro_batch_size": 3, "max_steps": STEPS, "warmup_steps": WARMUP}
+    values |= {"learning_rate": HIGH, "min_learning_rate": LOW, "image_embedding_cache": "off", "mixed_precision": "no"}
+    values |= {"model": model_without_dropout, "dataset": tiny_dataset_folder, "output_dir": tmp_path / "out"}
+    values |= {"num_threads": 1, "accumulation": "recompute"}
+    out = train_accelerate.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+    curve = json.loads((out / "run.json").read_text(encoding="utf-8"))["curve"]
+    assert [point["loss"] for point in curve[1:]] == pytest.approx(expected, rel=1e-4)
+    assert expected[-1] < 0.7 * expected[0], "nothing was learnt, which would prove nothing"
+    before, after = load_model(model_without_dropout).state_dict(), load_model(out).state_dict()
+    for name, weight in weights.items():
+        moved = (weight - before[name]).float().norm()
+        assert (after[name] - weight).float().norm() <= 1e-2 * moved, name
+
+
+def run(folder, dataset, output, **overrides):
+    values = {"model": folder, "dataset": dataset, "output_dir": output, "effective_batch_size": 10}
+    values |= {"micro_batch_size": 4, "max_steps": 4, "warmup_steps": 0, "learning_rate": 1e-2, "num_threads": 1}
+    values |= {"mixed_precision": "no", "min_learning_rate": 0, **overrides}
+    return train_accelerate.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
+
+
+def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_dataset_folder, tmp_path):
+    from peft import PeftModel
+
+    out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", lora_rank=2, gradient_checkpointing=True)
+    before, merged = load_model(tiny_folder).state_dict(), load_model(out).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], merged[name])}
+    assert moved and all(".query.weight" in n or ".value.weight" in n or "text_projection" in n for n in moved)
+    assert {n for n in before if "query.weight" in n} <= moved and "text_projection.0.weight" in moved
+    files = {path.name for path in (out / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+    reloaded = PeftModel.from_pretrained(load_model(tiny_folder), out / "adapter").merge_and_unload().state_dict()
+    for name, weight in merged.items():
+        torch.testing.assert_close(reloaded[name], weight, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lora_rank": 2, "lora_targets": "text_model.*q_proj"}, "lora_targets: .* matches no linear layer"),
+        ({"lora_rank": 2, "lora_modules_to_save": "text_projektion"}, "no module 'text_projektion'"),
+        ({"frozen_parameters": "text_tower.*"}, "frozen_parameters: .* matches no parameter"),
+        ({"frozen_parameters": ".*"}, "Nothing is left to train"),
+        ({"frozen_parameters": "("}, "is no regular expression"),
+        ({"interpolate": 1.5}, "interpolate must be from 0 to 1"),
+        ({"carbon_country": "Brasil"}, "three-letter ISO code"),
+        ({"dataset_weights": "0.5 0.5"}, "dataset_weights has 2 numbers for 1"),
+    ],
+)
+def test_bad_choices_end_before_training(tiny_folder, tiny_dataset_folder, tmp_path, overrides, message):
+    argv = {key: str(value).split() for key, value in overrides.items()}
+    with pytest.raises(SystemExit, match=message):
+        values = {"model": [tiny_folder], "dataset": [tiny_dataset_folder], "output_dir": [tmp_path / "out"], **argv}
+        values |= {"effective_batch_size": [10], "max_steps": [1], "warmup_steps": [0]}
+        train_accelerate.main([p for key, value in values.items() for p in (f"--{key}", *map(str, value))])
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_layers_can_be_left_as_they_are(tiny_folder, tiny_dataset_folder, tmp_path):
+    frozen = r"text_model\.(embeddings|encoder\.layer\.0)\..*"
+    out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", frozen_parameters=frozen)
+    before, after = load_model(tiny_folder).state_dict(), load_model(out).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not [n for n in moved if n.startswith(("text_model.embeddings", "text_model.encoder.layer.0"))]
+    assert any(n.startswith("text_model.encoder.layer.1") for n in moved) and "logit_scale" in moved
+
+
+def test_interpolation_is_half_way(tiny_folder, tiny_dataset_folder, tmp_path):
+    whole = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "whole")).state_dict()
+    half = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "half", interpolate=0.5)).state_dict()
+    for name, base in load_model(tiny_folder).state_dict().items():
+        if base.is_floating_point():
+            torch.testing.assert_close(half[name], (base + whole[name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_energy_is_in_the_run(tiny_folder, tiny_dataset_folder, tmp_path):
+    out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", carbon_country="BRA")
+    energy = json.loads((out / "run.json").read_text(encoding="utf-8"))["energy"]
+    assert energy["kwh"] > 0 and energy["kg_co2e"] > 0 and energy["hours"] > 0 and energy["country"] == "BRA"
+    assert "codecarbon" in energy["method"]

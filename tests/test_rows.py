@@ -1,0 +1,152 @@
+"""What of a row is used, and what can't be."""
+
+import io
+import json
+import pickle
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+from caption_tars import CAPTIONS, PICTURES, encoded, picture, sample, table_of, tar_source, tars_by_name
+from datasets import Image
+
+from training import rows
+from training.rows import BadImage, Skipped, check_bad_share, decode_image, tables_fingerprint, write_skipped
+from training.sources import open_source
+
+
+def bad_rows() -> list[tuple[str, list[tuple[str, bytes]]]]:
+    jpeg = picture(0, "JPEG")
+    return [
+        ("no image", [("a.json", b'{"captions-pt": ["x"]}')]),
+        ("no image", [("b.jpg", b""), ("b.json", b'{"captions-pt": ["x"]}')]),
+        ("missing column", [("c.jpg", jpeg)]),
+        ("missing column", [("d.jpg", jpeg), ("d.json", b'{"captions-en": ["x"]}')]),
+        ("missing column", [("e.jpg", jpeg), ("e.json", b'["captions-pt"]')]),
+        ("missing column", [("f.jpg", jpeg), ("f.json", b"[" * 100_000)]),
+        ("missing column", [("g.jpg", jpeg), ("g.json", b'{"captions-pt": ["' + b"x" * 1_000_000 + b'"]}')]),
+        ("no caption", [("h.jpg", jpeg), ("h.json", b'{"captions-pt": []}')]),
+        ("no caption", [("i.jpg", jpeg), ("i.json", b'{"captions-pt": null}')]),
+        ("no caption", [("j.jpg", jpeg), ("j.json", b'{"captions-pt": [" ", "&nbsp;", null, 7]}')]),
+        ("no caption", [("k.jpg", jpeg), ("k.json", b'{"captions-pt": {"pt": "x"}}')]),
+    ]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_rows_are_listed_and_left_out(tmp_path, streaming):
+    good = [*sample(0), ("s.jpg", PICTURES[2]), ("s.json", b'{"captions-pt": "lone"}')]
+    partly = [("t.jpg", PICTURES[4]), ("t.json", b'{"captions-pt": ["", "kept \\ud800", null]}')]
+    source = tar_source(tmp_path, good + [m for _, members in bad_rows() for m in members] + partly, streaming)
+    skipped = []
+    table = table_of(source, skipped)
+    assert [line.reason for line in skipped] == [reason for reason, _ in bad_rows()]
+    assert [line.row for line in skipped] == list(range(2, 13)) and max(len(line.detail) for line in skipped) <= 300
+    assert table["row"][:] == [0, 1, 13] and table["captions"][:] == [CAPTIONS[0], ["lone"], ["kept ?"]]
+    write_skipped(tmp_path / "skipped.jsonl", skipped)
+    lines = [Skipped(**json.loads(line)) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
+    assert lines == skipped and lines[0].source.endswith("x.tar") and lines[0].split == "train"
+    write_skipped(tmp_path / "none.jsonl", [])
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_row_that_the_choice_refuses_is_skipped(tmp_path):
+    def choose(row):
+        assert "image" not in row
+        if row["captions-pt"] == CAPTIONS[2]:
+            raise ValueError("1 similarity for 2 captions")
+        return row["captions-pt"]
+
+    skipped = []
+    table = table_of(tar_source(tmp_path, [m for i in range(4) for m in sample(i)]), skipped, choose=choose)
+    assert table["row"][:] == [0, 1, 3]
+    assert [(line.reason, line.detail) for line in skipped] == [("no caption", "1 similarity for 2 captions")]
+
+
+def test_decoding_reasons(monkeypatch):
+    def reason(data) -> str:
+        with pytest.raises(BadImage) as error:
+            decode_image({"bytes": data, "path": None})
+        return error.value.reason
+
+    whole = encoded(PIL.Image.effect_noise((64, 64), 80).convert("RGB"), "JPEG")
+    assert decode_image({"bytes": whole, "path": "x.jpg"}).size == (64, 64)
+    assert reason(whole[: len(whole) // 2]) == "unreadable image"
+    assert reason(b"no picture") == "unreadable image"
+    assert reason(encoded(PIL.Image.new("RGB", (9, 9)), "EPS")) == "unreadable image", "would start Ghostscript"
+    assert reason(encoded(PIL.Image.new("RGB", (9, 9)), "PCX")) == "unreadable image", "not a format of photographs"
+    assert reason(None) == reason(b"") == "no image"
+    assert reason(encoded(PIL.Image.new("L", (1, 60_000)))) == "absurd image size"
+    assert reason(encoded(PIL.Image.new("1", (30_001, 700)))) == "absurd image size", "the side alone"
+    assert reason(encoded(PIL.Image.new("1", (14_000, 13_000)))) == "absurd image size", "the pixels alone"
+    assert decode_image({"bytes": encoded(PIL.Image.new("L", (1, 50))), "path": None}).size == (1, 50)
+    monkeypatch.setattr(rows, "MAX_IMAGE_BYTES", len(whole) - 1)
+    assert reason(whole) == "absurd image size"
+
+
+def test_size_is_checked_before_pixels_are_decoded():
+    """A header that promises 2 x 10^9 pixels, and no pixels after it."""
+    png = bytearray(encoded(PIL.Image.new("1", (8, 8))))
+    png[16:24] = (40_000).to_bytes(4, "big") + (50_000).to_bytes(4, "big")
+    png[29:33] = zlib.crc32(bytes(png[12:29])).to_bytes(4, "big")
+    with pytest.raises(BadImage, match=r"absurd image size.*(40000 x 50000|2000000000)"):
+        decode_image({"bytes": bytes(png), "path": None})
+
+
+def test_image_is_upright_as_datasets_gives_it():
+    exif = PIL.Image.Exif()
+    exif[PIL.Image.ExifTags.Base.Orientation] = 6
+    image = {"bytes": encoded(PIL.Image.effect_noise((20, 10), 50), "JPEG", exif=exif), "path": None}
+    expected = Image().decode_example(image)
+    assert decode_image(image).size == (10, 20) and np.array_equal(
+        np.asarray(decode_image(image)), np.asarray(expected)
+    )
+
+
+def test_fingerprint(tmp_path):
+    def fingerprint(numbers, folder, change=None, captions=None):
+        members = [m for i in numbers for m in sample(i, *([change] if i == 1 and change else []), **(captions or {}))]
+        return tables_fingerprint(table_of(tar_source(tmp_path / folder, members)))
+
+    pixels = np.asarray(PIL.Image.open(io.BytesIO(PICTURES[1]))).copy()
+    pixels[3, 4, 1] ^= 1
+    first = fingerprint([0, 1, 2], "a")
+    assert first == fingerprint([0, 1, 2], "b"), "the place does not matter"
+    others = [
+        fingerprint([0, 2, 1], "c"),
+        fingerprint([0, 1], "d"),
+        fingerprint([0, 1, 2], "e", encoded(PIL.Image.fromarray(pixels))),
+        fingerprint([0, 1, 2], "f", captions={"captions-pt": ["a", "b"]}),
+        fingerprint([0, 1, 2], "g", captions={"captions-pt": ["a b"]}),
+    ]
+    assert len({first, *others}) == 6
+
+
+def test_table_is_written_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "ROWS_PER_CHUNK", 3)
+    source = open_source(tars_by_name(tmp_path), "train", "image")
+    table = table_of(source)
+    assert table.data.column("row").num_chunks == 3 and table["captions"][:] == CAPTIONS
+    assert table.cache_files, "memory-mapped"
+    fingerprint = tables_fingerprint(table)
+    monkeypatch.setattr(rows, "ROWS_PER_CHUNK", 1000)
+    assert tables_fingerprint(table_of(source)) == fingerprint
+    nothing = table_of(source, choose=lambda row: [])
+    assert len(nothing) == 0 and nothing.column_names == ["row", "digest", "captions"]
+
+
+def test_bad_share():
+    skipped = [Skipped("data", "train", row, "no caption" if row else "no image", "why") for row in range(4)]
+    check_bad_share(skipped, 400, 0.01)
+    check_bad_share([], 0, 0.0)
+    with pytest.raises(ValueError) as error:
+        check_bad_share(skipped, 399, 0.01)
+    message = str(error.value)
+    assert "4 of 399 rows (1.00%)" in message and "allows 1.00%" in message and "3 no caption, 1 no image" in message
+    assert "data, split 'train', row 0: no image (why)" in message and "row 3" not in message
+    assert "--max_bad_share" in message
+
+
+def test_bad_images_come_back_from_a_worker_process():
+    bad = pickle.loads(pickle.dumps(BadImage("unreadable image", "cut off")))
+    assert (type(bad), bad.reason, bad.detail) == (BadImage, "unreadable image", "cut off")

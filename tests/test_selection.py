@@ -1,0 +1,226 @@
+"""Caption strategies and the pair filter, on rows whose right answer can be read off."""
+
+import math
+
+import pytest
+
+from captions.selection import STRATEGIES, CaptionChoice, choose_captions, pair_passes
+
+ROW = {
+    "captions-pt": ["gato preto", "cão na praia"],
+    "generated-captions-pt": ["ônibus azul", "flores amarelas", "pão com queijo"],
+    "similarities-pt": [0.25, 0.1, 0.3, 0.19, 0.4],
+}
+# Each pair of near-copies shares three of four words; the copies come right after what they copy.
+NEAR_COPIES = {
+    "captions-pt": ["um gato preto dorme"],
+    "generated-captions-pt": ["um gato preto come", "um gato preto corre", "mesa verde", "céu azul", "fora daqui"],
+    "similarities-pt": [0.9, 0.8, 0.7, 0.6, 0.5, 0.1],
+}
+
+
+def row_of(captions: list[str], generated: list[str], similarities: list[float]) -> dict:
+    return {"captions-pt": captions, "generated-captions-pt": generated, "similarities-pt": similarities}
+
+
+def chosen(row: dict, strategy: str, **numbers) -> list[str]:
+    return choose_captions(row, "pt", CaptionChoice(strategy, **numbers))
+
+
+@pytest.mark.parametrize(
+    "choice, expected",
+    [
+        (CaptionChoice(), ["gato preto", "cão na praia"]),
+        (CaptionChoice("first", count=1), ["gato preto", "cão na praia", "ônibus azul"]),
+        (CaptionChoice("first", count=2), ["gato preto", "cão na praia", "ônibus azul", "flores amarelas"]),
+        (CaptionChoice("all", count=1), [*ROW["captions-pt"], *ROW["generated-captions-pt"]]),
+        (CaptionChoice("rank", count=2), ["pão com queijo", "ônibus azul"]),
+        (CaptionChoice("threshold"), ["pão com queijo", "ônibus azul", "gato preto"]),
+        (CaptionChoice("threshold", min_similarity=0.1), [
+            "pão com queijo", "ônibus azul", "gato preto", "flores amarelas", "cão na praia",
+        ]),
+        (CaptionChoice("diverse"), ["pão com queijo", "ônibus azul", "gato preto"]),
+    ],
+)  # fmt: skip
+def test_each_strategy_in_its_order(choice, expected):
+    assert choose_captions(ROW, "pt", choice) == expected
+
+
+def test_defaults_are_the_published_ones():
+    choice = CaptionChoice("rank")
+    assert (choice.count, choice.min_similarity, choice.max_overlap, choice.min_kept) == (5, 0.2, 0.3, 3)
+    assert CaptionChoice().strategy == "none"
+
+
+@pytest.mark.parametrize("strategy", ["first", "rank"])
+def test_a_count_beyond_the_list_takes_all(strategy):
+    assert sorted(chosen(ROW, strategy, count=99)) == sorted(chosen(ROW, "all"))
+
+
+def test_the_threshold_itself_passes():
+    row = row_of(["a"], ["b"], [0.2, math.nextafter(0.2, 0)])
+    assert chosen(row, "threshold") == ["a"]
+    assert pair_passes(row, "pt", 0.2) and not pair_passes(row, "pt", math.nextafter(0.2, 1))
+
+
+@pytest.mark.parametrize("strategy", ["threshold", "diverse"])
+def test_nothing_passes(strategy):
+    assert chosen(ROW, strategy, min_similarity=0.5) == []
+
+
+@pytest.mark.parametrize("strategy", ["rank", "threshold", "diverse"])
+def test_ties_keep_the_order_of_the_row(strategy):
+    row = row_of(["z", "a"], ["m", "b"], [0.5, 0.5, 0.6, 0.5])
+    assert chosen(row, strategy) == ["m", "z", "a", "b"]
+
+
+@pytest.mark.parametrize("unknown", [math.nan, None])
+def test_nan_counts_as_lowest(unknown):
+    row = row_of(["sem nota"], ["pior", "melhor"], [unknown, -0.9, 0.8])
+    assert chosen(row, "rank") == ["melhor", "pior", "sem nota"]
+    assert chosen(row, "rank", count=2) == ["melhor", "pior"]
+    assert chosen(row, "threshold", min_similarity=-1) == ["melhor", "pior"]
+    assert not pair_passes(row, "pt", -1)
+
+
+def test_a_repeated_caption_counts_once_at_its_first_place():
+    row = row_of(["a", "b", "a"], ["b", "c", "c", "d"], [0.3, 0.5, 0.9, 0.4, 0.6, 0.2, 0.1])
+    assert chosen(row, "none") == ["a", "b"]
+    assert chosen(row, "all") == ["a", "b", "c", "d"]
+    assert chosen(row, "first", count=1) == ["a", "b", "c"]
+    assert chosen(row, "first", count=2) == ["a", "b", "c", "d"]
+    assert chosen(row, "rank", count=3) == ["a", "c", "b"], "three different ones, the best of each one's places"
+    assert chosen(row, "threshold") == ["a", "c", "b"]
+
+
+def test_diverse_drops_near_copies():
+    kept = chosen(NEAR_COPIES, "diverse")
+    assert kept == ["um gato preto dorme", "mesa verde", "céu azul"]
+    assert chosen(NEAR_COPIES, "threshold")[:3] == ["um gato preto dorme", "um gato preto come", "um gato preto corre"]
+
+
+def test_diverse_fills_up_with_the_most_similar_dropped_ones():
+    assert chosen(NEAR_COPIES, "diverse", min_kept=4) == [
+        "um gato preto dorme", "um gato preto come", "mesa verde", "céu azul",
+    ]  # fmt: skip
+    assert len(chosen(NEAR_COPIES, "diverse", min_kept=99)) == 5, "never one below the threshold"
+    copies = row_of(["um gato"], ["um gato só", "um gato sim", "um gato não"], [0.5, 0.9, 0.8, 0.7])
+    assert chosen(copies, "diverse") == ["um gato só", "um gato sim", "um gato não"]
+    assert chosen(copies, "diverse", min_kept=1) == ["um gato só"]
+
+
+def test_diverse_compares_with_every_kept_caption():
+    """The third overlaps the first alone, the fourth the second alone: both go."""
+    captions = ["gato preto dorme", "mesa azul redonda", "gato preto come", "mesa azul grande", "praia"]
+    row = row_of(captions, [], [0.9, 0.8, 0.7, 0.6, 0.5])
+    assert chosen(row, "diverse", min_kept=1) == ["gato preto dorme", "mesa azul redonda", "praia"]
+
+
+def test_overlap_is_what_decides():
+    everything = chosen(NEAR_COPIES, "threshold")
+    assert chosen(NEAR_COPIES, "diverse", min_kept=1, max_overlap=1.0) == everything
+    copies = row_of(["Gato preto.", "gato preto", "praia"], [], [0.9, 0.8, 0.7])
+    assert len(chosen(copies, "diverse", min_kept=1, max_overlap=1.0)) == 3, "a cosine rounds to a little over 1"
+    strict = row_of(["um gato", "um pato", "uma casa", "rio"], [], [0.9, 0.8, 0.7, 0.6])
+    assert chosen(strict, "diverse", min_kept=1, max_overlap=0.0) == ["um gato", "uma casa", "rio"]
+
+
+def test_overlap_ignores_case_and_punctuation_and_uses_weights_of_the_whole_row():
+    row = row_of(["Gato preto!", "gato, preto", "rio"], [], [0.9, 0.8, 0.7])
+    assert chosen(row, "diverse", min_kept=1) == ["Gato preto!", "rio"]
+    # "uma foto de" is in every caption of the row, also in those below the threshold, so it weighs little.
+    passing, rest = ["uma foto de gato", "uma foto de rio"], [f"uma foto de {x}" for x in ("pão", "sol", "mar", "lua")]
+    weighed = row_of(passing, rest, [0.9, 0.8, *[0.0] * len(rest)])
+    assert chosen(weighed, "diverse", min_kept=1, max_overlap=0.5) == passing
+    assert chosen(row_of(passing, [], [0.9, 0.8]), "diverse", min_kept=1, max_overlap=0.5) == passing[:1]
+
+
+def test_diverse_with_letters_or_without_any_word():
+    letters = row_of(["a b", "a b c", "x", "y", "b a"], [], [0.9, 0.8, 0.7, 0.6, 0.5])
+    assert chosen(letters, "diverse", min_kept=1) == ["a b", "x", "y"]
+    signs = row_of(["!!!", "??", "", "..."], [], [0.9, 0.8, 0.7, 0.6])
+    assert chosen(signs, "diverse") == ["!!!", "??", "", "..."]
+    assert chosen(row_of(["!!!", "??", "gato", "um gato", "gato"], [], [0.9, 0.8, 0.7, 0.6, 0.5]), "diverse") == [
+        "!!!", "??", "gato",
+    ]  # fmt: skip
+
+
+def test_diverse_keeps_hindi_words_whole():
+    """Cut at their vowel signs, both would be the consonants ब and ल, and the second would go."""
+    row = row_of(["बिल्ली", "बाल"], [], [0.9, 0.8])
+    assert chosen(row, "diverse", min_kept=1) == ["बिल्ली", "बाल"]
+
+
+def test_columns_are_those_that_are_read():
+    for strategy in STRATEGIES:
+        choice = CaptionChoice(strategy, min_similarity=-1)
+        needed = choice.columns("pt")
+        choose_captions({name: ROW[name] for name in needed}, "pt", choice)
+        for name in needed:
+            with pytest.raises(ValueError, match=name):
+                choose_captions({other: ROW[other] for other in needed if other != name}, "pt", choice)
+    assert CaptionChoice().columns("hi") == ["captions-hi"]
+    assert CaptionChoice("rank").columns("hi") == ["captions-hi", "generated-captions-hi", "similarities-hi"]
+
+
+def test_language_picks_the_columns():
+    row = {**ROW, "captions-en": ["black cat"], "generated-captions-en": ["a bus"], "similarities-en": [0.1, 0.9]}
+    assert choose_captions(row, "en", CaptionChoice("rank", count=1)) == ["a bus"]
+    assert not pair_passes(row, "en", 0.2) and pair_passes(row, "pt", 0.2)
+
+
+def test_empty_lists_are_fine():
+    row = row_of(["gato"], [], [0.5])
+    assert [chosen(row, strategy) for strategy in STRATEGIES] == [["gato"]] * len(STRATEGIES)
+    assert [chosen(row_of([], [], []), strategy) for strategy in STRATEGIES] == [[]] * len(STRATEGIES)
+
+
+@pytest.mark.parametrize("numbers", [[0.5], [0.5] * 4, [0.5] * 6])
+@pytest.mark.parametrize("strategy", ["rank", "threshold", "diverse"])
+def test_wrong_number_of_similarities(strategy, numbers):
+    with pytest.raises(ValueError, match=rf"{len(numbers)} numbers for 5 captions .*Score the rows anew"):
+        chosen({**ROW, "similarities-pt": numbers}, strategy)
+    assert len(chosen({**ROW, "similarities-pt": numbers}, "all")) == 5, "not looked at"
+
+
+def test_a_text_is_not_a_list_of_captions():
+    with pytest.raises(ValueError, match="list"):
+        chosen({"captions-pt": "gato"}, "none")
+
+
+def test_choosing_leaves_the_row_alone():
+    before = {name: list(values) for name, values in NEAR_COPIES.items()}
+    for strategy in STRATEGIES:
+        chosen(NEAR_COPIES, strategy).append("mais uma")
+    assert before == NEAR_COPIES
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"strategy": "best"}, {"strategy": None}, {"count": 0}, {"count": 2.0}, {"count": True}, {"count": "5"},
+        {"min_similarity": 1.5}, {"min_similarity": math.nan}, {"min_similarity": "0.2"}, {"max_overlap": -0.1},
+        {"max_overlap": 1.1}, {"max_overlap": math.nan}, {"min_kept": 0},
+    ],
+)  # fmt: skip
+def test_bad_values_fail_when_made(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"{name} must be .*{value!r}"):
+        CaptionChoice(**wrong)
+
+
+def test_pair_filter_looks_at_the_first_original_caption_alone():
+    assert pair_passes(ROW, "pt", 0.25)
+    assert not pair_passes(ROW, "pt", 0.26), "others of the row reach 0.4"
+    assert not pair_passes(row_of([], ["gerada"], [0.9]), "pt", 0.2), "the only similarity is a generated one's"
+
+
+def test_pair_filter_does_without_generated_captions():
+    row = {"captions-pt": ROW["captions-pt"], "similarities-pt": ROW["similarities-pt"]}
+    assert pair_passes(row, "pt", 0.25)
+    with pytest.raises(ValueError, match="1 numbers for 2 captions"):
+        pair_passes({**row, "similarities-pt": [0.9]}, "pt", 0.2)
+    with pytest.raises(ValueError, match="4 numbers for 5 captions"):
+        pair_passes({**ROW, "similarities-pt": [0.9] * 4}, "pt", 0.2)
+    with pytest.raises(ValueError, match="similarities-pt"):
+        pair_passes({"captions-pt": ["gato"]}, "pt", 0.2)

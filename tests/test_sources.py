@@ -1,0 +1,242 @@
+"""Data sets of every form, and what of them can't be used."""
+
+import json
+import os
+import tarfile
+from hashlib import blake2b
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source, tars_by_name, write_tar
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+
+from training.rows import decode_image, image_bytes
+from training.sources import open_source
+
+
+def saved(folder):
+    features = Features({"image": Image(), "captions-pt": List(Value("string"))})
+    rows = {"image": [{"bytes": data, "path": None} for data in PICTURES], "captions-pt": CAPTIONS}
+    data = Dataset.from_dict(rows, features=features)
+    DatasetDict(train=data, test=data.select([6])).save_to_disk(folder / "saved")
+    return str(folder / "saved")
+
+
+def parquet_of_datasets(folder):
+    features = Features({"image": Image(), "captions-pt": List(Value("string"))})
+    rows = {"image": [{"bytes": data, "path": None} for data in PICTURES], "captions-pt": CAPTIONS}
+    (folder / "set [1]" / "data").mkdir(parents=True)  # as in a clone of a Hub repository; brackets are a pattern's
+    Dataset.from_dict(rows, features=features).to_parquet(folder / "set [1]" / "data" / "train-00000-of-00001.parquet")
+    Dataset.from_dict({"x": [1]}).to_parquet(folder / "set [1]" / "data" / "test-00000-of-00001.parquet")
+    return str(folder / "set [1]")
+
+
+def parquet_of_others(folder):
+    pq.write_table(pa.table({"image": PICTURES, "captions-pt": CAPTIONS}), folder / "plain.parquet")
+    return str(folder / "plain.parquet")
+
+
+def image_folder(folder):
+    for split, numbers in (("train", range(ROWS)), ("test", [6])):
+        lines = []
+        for number in numbers:
+            path = folder / "pictures" / split / "files" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(PICTURES[number])
+            lines.append(json.dumps({"file_name": f"files/{number}.png", "captions-pt": CAPTIONS[number]}) + "\n\n")
+        (folder / "pictures" / split / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    return str(folder / "pictures")
+
+
+def tars_by_folder(folder):
+    tars_by_name(folder)
+    for split in ("train", "test"):
+        (folder / "by_folder" / split).mkdir(parents=True)
+        for number, path in enumerate(sorted((folder / "shards").glob(f"{split}-*"))):
+            os.rename(path, folder / "by_folder" / split / f"{number:05d}.tar")
+    return str(folder / "by_folder")
+
+
+def tars_by_pattern(folder):
+    return tars_by_name(folder) + "/train-*.tar"
+
+
+FORMS = [saved, parquet_of_datasets, parquet_of_others, image_folder, tars_by_name, tars_by_folder, tars_by_pattern]
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def without_image(row: dict) -> tuple[bytes, list[str]]:
+    return image_bytes(row["image"]), row["captions-pt"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_same_rows(tmp_path, form, streaming):
+    source = open_source(form(tmp_path), "train", "image", streaming)
+    expected = list(zip(PICTURES, CAPTIONS, strict=True))
+    assert [without_image(row) for row in source.rows()] == expected
+    assert [without_image(row) for row in source.rows()] == expected, "a second pass"
+    assert [without_image(row) for row in source.rows(5)] == expected[5:]
+    assert list(source.rows(ROWS)) == [] and set(source.columns) >= {"image", "captions-pt"}
+    assert decode_image(next(source.rows(3))["image"]).size == (9, 12)
+    if streaming:
+        with pytest.raises(ValueError, match="no random access"):
+            source.row(0)
+        with pytest.raises(TypeError, match="no length"):
+            len(source)
+    else:
+        assert len(source) == ROWS and without_image(source.row(4)) == expected[4]
+        with pytest.raises(IndexError, match="has 7 rows, there is no row 7"):
+            source.row(7)
+    skipped = []
+    table = table_of(source, skipped)
+    assert not skipped and table["row"][:] == list(range(ROWS)) and table["captions"][:] == CAPTIONS
+    assert table["digest"][:] == [blake2b(data, digest_size=16).hexdigest() for data in PICTURES]
+
+
+@pytest.mark.parametrize("form", [saved, parquet_of_datasets, image_folder, tars_by_name, tars_by_folder])
+def test_missing_split_names_those_there(tmp_path, form):
+    with pytest.raises(ValueError, match=r"no split 'validation'; there are \['test', 'train'\]"):
+        open_source(form(tmp_path), "validation", "image")
+
+
+def test_files_of_no_split_are_train_alone(tmp_path):
+    path = write_tar(tmp_path / "cc3m" / "00000.tar", sample(1))
+    assert len(open_source(str(path.parent), "train", "image")) == 1
+    with pytest.raises(ValueError, match=r"no split 'test'; there are \['train'\].*start of its name"):
+        open_source(str(path.parent), "test", "image")
+    held_out = write_tar(tmp_path / "test" / "00000.tar", sample(1))
+    assert len(open_source(str(held_out), "test", "image")) == 1, "the folder itself is named for the split"
+    with pytest.raises(ValueError, match="no split 'train'"):
+        open_source(str(held_out.parent), "train", "image")
+    write_tar(tmp_path / "mixed" / "train-0.tar", sample(1))
+    write_tar(tmp_path / "mixed" / "trainer-0.tar", sample(2))
+    assert len(open_source(str(tmp_path / "mixed"), "train", "image")) == 1, "trainer is another word"
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./no", "no/such/deep", "no.tar", "no/*.tar"])
+def test_what_does_not_exist(name):
+    with pytest.raises(ValueError, match=r"does not exist, and is no Hub id|holds none of them"):
+        open_source(name, "train", "image")
+
+
+def test_unreachable_hub_id_is_a_value_error():
+    with pytest.raises(ValueError, match=r"no/such is no path here, and as a Hub id it can't be loaded: .+"):
+        open_source("no/such", "train", "image")
+
+
+def test_unusable_folders(tmp_path):
+    with pytest.raises(ValueError, match="holds none of them"):
+        open_source(str(tmp_path), "train", "image")
+    with tarfile.open(tmp_path / "train-0.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(ValueError, match=r"train-0.tar.gz is compressed.*Unpack"):
+        open_source(str(tmp_path), "train", "image")
+    parquet_of_others(tmp_path)
+    with pytest.raises(ValueError, match=r"\['plain.parquet', 'train-0.tar.gz'\]; a pattern"):
+        open_source(str(tmp_path), "train", "image")
+    (tmp_path / "rot.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match=r"rot.parquet can't be loaded: .+"):
+        open_source(str(tmp_path / "rot.parquet"), "train", "image")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_column_and_empty_source(tmp_path, streaming):
+    source = tar_source(tmp_path, [member for i in range(3) for member in sample(i)], streaming)
+    with pytest.raises(ValueError, match=r"has no column 'captions-xh'; there are \['image', 'captions-pt'\]"):
+        table_of(source, columns=["captions-xh"])
+    with pytest.raises(ValueError, match=r"x\.tar, split 'train' is empty"):
+        tar_source(tmp_path, [("readme.txt", b"")], streaming)
+    (tmp_path / "x.tar").write_bytes(b"garbage" * 1000)
+    with pytest.raises(ValueError, match=r"is empty, its archives are damaged: .*x.tar: .+"):
+        open_source(str(tmp_path / "x.tar"), "train", "image", streaming)
+
+
+def test_authors_layout(tmp_path):
+    """The key sets of the rows differ, members come in any order within a sample, other members are left alone."""
+    generated = {"generated-captions-pt": ["a", "b"], "similarities-pt": [0.1, 0.2, 0.3]}
+    members = [*sample(0), ("00000.pyd", b"cos\nsystem\n(S'false'\ntR."), *sample(1, **generated), (".DS_Store", b"x")]
+    source = tar_source(tmp_path, [*members, ("._00002.jpg", b"x"), *sample(2), ("00002.json.bak", b"{}")])
+    assert set(source.columns) == {"image", "captions-pt", *generated}
+    rows = list(source.rows())
+    assert [set(row) for row in rows] == [
+        {"image", "captions-pt"} | (set(generated) if i == 1 else set()) for i in range(3)
+    ]
+    assert rows[1]["image"]["path"].endswith("x.tar/00001.png") and rows[1]["similarities-pt"] == [0.1, 0.2, 0.3]
+    skipped = []
+    table = table_of(source, skipped, ["captions-pt", *generated], lambda row: row["generated-captions-pt"])
+    assert table["row"][:] == [1] and [(line.row, line.reason) for line in skipped] == [
+        (0, "missing column"), (2, "missing column"),
+    ]  # fmt: skip
+    assert "no 'generated-captions-pt'" in skipped[0].detail and "['captions-pt']" in skipped[0].detail
+
+
+def test_members_are_never_extracted(tmp_path):
+    """Paths that lead out of the folder, links and long names are names of samples and no more."""
+    folder = tmp_path / "inner" / "deep"
+    source = tar_source(
+        folder, [*sample(1, folder="../../"), *sample(2, folder="/tmp/"), *sample(3, folder="d" * 200 + "/")]
+    )
+    before = sorted(tmp_path.rglob("*"))
+    assert [without_image(row)[0] for row in source.rows()] == PICTURES[1:4]
+    assert len(table_of(source)) == 3 and sorted(tmp_path.rglob("*")) == before
+    link = tarfile.TarInfo("00009.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(folder / "x.tar", "a") as tar:
+        tar.addfile(link)
+    assert len(open_source(str(folder / "x.tar"), "train", "image")) == 3
+
+
+def test_a_repeated_name_begins_a_new_sample(tmp_path):
+    source = tar_source(tmp_path, [*sample(1), *sample(1, data=PICTURES[3]), *sample(1, folder="other/")])
+    assert [without_image(row)[0] for row in source.rows()] == [PICTURES[1], PICTURES[3], PICTURES[1]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("damage", ["in a file", "in a header", "at a border", "garbage header"])
+def test_damaged_archive_gives_what_comes_before(tmp_path, damage, streaming):
+    members = [member for i in range(4) for member in sample(i)]
+    path = write_tar(tmp_path / "train-0.tar", members)
+    write_tar(tmp_path / "train-1.tar", [member for i in range(4, ROWS) for member in sample(i)])
+    with tarfile.open(path) as tar:
+        third = [member for member in tar if member.name.startswith("00002")]
+    whole = path.read_bytes()
+    if damage == "garbage header":
+        path.write_bytes(whole[: third[0].offset] + b"\x07" * 512 + whole[third[0].offset + 512 :])
+    else:
+        cut = {
+            "in a file": third[1].offset_data + 5,
+            "in a header": third[0].offset + 100,
+            "at a border": third[0].offset,
+        }
+        path.write_bytes(whole[: cut[damage]])
+    source = open_source(str(tmp_path), "train", "image", streaming)
+    skipped = []
+    table = table_of(source, skipped)
+    assert table["captions"][:] == CAPTIONS[:2] + CAPTIONS[4:] and table["row"][:] == list(range(5))
+    assert [(line.row, line.reason) for line in skipped] == [(2, "damaged archive")]
+    assert "train-0.tar: " in skipped[0].detail and "byte" in skipped[0].detail
+
+
+def test_image_folder_faults(tmp_path):
+    (tmp_path / "a.png").write_bytes(PICTURES[1])
+    (tmp_path.parent / "outside.png").write_bytes(PICTURES[1])
+    lines = [
+        {"file_name": "a.png", "captions-pt": ["ok"]},
+        {"file_name": "gone.png", "captions-pt": ["x"]},
+        {"file_name": "../outside.png", "captions-pt": ["x"]},
+        {"captions-pt": ["x"]},
+        {"file_name": "a.png"},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + "no json"
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
+    skipped = []
+    assert len(table_of(open_source(str(tmp_path), "train", "image"), skipped)) == 1
+    assert [(line.row, line.reason) for line in skipped] == [
+        (1, "unreadable image"), (2, "no image"), (3, "no image"), (4, "missing column"), (5, "missing column"),
+    ]  # fmt: skip

@@ -1,0 +1,170 @@
+"""Checkpoints of a run: written by Accelerate into a temporary folder, renamed when whole, read without pickles.
+
+Everything random in a run derives from its seed and the number of the step, so weights, optimiser and the curve are
+all that a run needs to end with the same bits (Accelerate's own restored samplers and generators do not give that).
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from artifacts import no_space_left, write_json
+
+NAME = re.compile(r"step-(\d{8})")
+STATE = "trainer.json"
+# What may differ between a run and its continuation: it changes no weight.
+FREE = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
+FREE |= {"accumulation", "image_embedding_cache", "loading_workers", "num_threads", "streaming", "runs"}
+
+
+@dataclass
+class TrainerState:
+    """Where a run is.
+
+    Attributes:
+        step: optimiser steps done.
+        curve: an entry a step, see `eval.plots.plot_training_curves`.
+        config: arguments of the run.
+        data: name -> fingerprint of what it trains on.
+        best_step: of the highest validation recall so far; None before a measurement.
+        best_recall: mean of both directions, a share from 0 to 1.
+        seconds: of training so far.
+        threads: of the CPU; another number gives other last bits.
+    """
+
+    step: int = 0
+    curve: list[dict] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, str] = field(default_factory=dict)
+    best_step: int | None = None
+    best_recall: float | None = None
+    seconds: float = 0.0
+    threads: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of a run: `step-00000100`, …; whole ones only.
+
+    Attributes:
+        folder: of all of them.
+        keep_last: how many are kept beside the best.
+    """
+
+    def __init__(self, folder: Path, keep_last: int, accelerator: Accelerator):
+        self.folder, self.keep_last, self.accelerator = folder, keep_last, accelerator
+
+    def steps(self) -> list[int]:
+        """Numbers of the whole checkpoints, in order."""
+        names = [NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
+        return sorted(int(match[1]) for match in names if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def clean(self) -> None:
+        """Remove what a kill left half written."""
+        if self.accelerator.is_main_process:
+            for path in self.folder.glob("tmp-*"):
+                shutil.rmtree(path, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+    def save(self, state: TrainerState) -> None:
+        """Write a checkpoint of this step, unless it is there; then remove those that are no longer kept.
+
+        Raises:
+            OSError: the disk is full. The earlier checkpoints are untouched.
+        """
+        path = self.path(state.step)
+        if path.exists():
+            return
+        temporary = self.folder / f"tmp-{path.name}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.accelerator.save_state(str(temporary))  # every process
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                write_json(temporary / STATE, asdict(state))
+                _to_disk(temporary)
+                temporary.rename(path)
+                _sync_folder(self.folder)
+                self._remove_old(state)
+            self.accelerator.wait_for_everyone()
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if no_space_left(error):
+                kept = self.steps()
+                raise OSError(
+                    errno.ENOSPC,
+                    f"No space left on the disk for the checkpoint of step {state.step} in {self.folder}; "
+                    + (f"that of step {kept[-1]} is whole. Free some space" if kept else "there is none. Free space")
+                    + " and go on with --resume auto",
+                ) from error
+            raise
+
+    def load(self, path: Path) -> TrainerState:
+        """Weights and optimiser into what Accelerate has prepared; returns where the run was.
+
+        Raises:
+            ValueError: it is no checkpoint.
+        """
+        state = read_state(path)
+        self.accelerator.load_state(str(path))  # safetensors, and torch.load with weights_only
+        return state
+
+    def _remove_old(self, state: TrainerState) -> None:
+        kept = {*self.steps()[-self.keep_last :], state.best_step}
+        for step in set(self.steps()) - kept:
+            doomed = self.folder / f"tmp-old-{step:08d}"  # never a half-removed checkpoint under a good name
+            self.path(step).rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def read_state(path: Path) -> TrainerState:
+    """Where the run of a checkpoint was. Raises ValueError where `path` is none."""
+    if not (path / STATE).is_file():
+        raise ValueError(f"{path} is no checkpoint of a run: it has no {STATE}.")
+    return TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
+
+
+def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:
+    """Raise ValueError where a checkpoint is of other settings or data; every difference is named."""
+    differing = {
+        key: (state.config.get(key), config.get(key))
+        for key in sorted({*state.config, *config} - FREE)
+        if state.config.get(key) != config.get(key)
+    }
+    differing |= {f"data {key}": (state.data.get(key), data[key]) for key in data if state.data.get(key) != data[key]}
+    if differing:
+        lines = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items())
+        raise ValueError(
+            f"The checkpoint {path} is of another run. {lines}. Give the same settings, or another output_dir."
+        )
+
+
+def _to_disk(folder: Path) -> None:
+    """Every file of a folder on the disk, not in a cache, before its name says that it is whole."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def threads() -> int:
+    return torch.get_num_threads()

@@ -1,0 +1,388 @@
+"""The image side of training: pixels as they are needed, or a frozen tower's embeddings computed once.
+
+A view of an image is the image as it is (`augmented_views` 1), one of V fixed augmentations (V over 1), or a fresh
+augmentation at every step (0), as in the paper.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from artifacts import check_free_space, write_json
+from modeling_capivara import CapivaraModel, CapivaraProcessor
+from training.arguments import RunArguments
+from training.rows import BadImage, Skipped, decode_image
+from training.sources import Source
+
+SHARD_ROWS = 2048  # images of one file of the cache: what a kill can lose
+CACHE_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
+logger = logging.getLogger("capivara")
+
+
+def random_state(*numbers: int) -> int:
+    """A seed that depends on all `numbers`, each at least 0, and on nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
+    """The recipe's augmentation: 250 pixels, a crop of 90 to 100 % to 224 pixels, AugMix of severity 2.
+
+    Source: CAPIVARA (arXiv 2310.13683), section 4; the draws are a function of `state`.
+    """
+    from torchvision.transforms import v2 as transforms
+
+    torch.manual_seed(state)
+    chain = transforms.Compose(
+        [
+            transforms.Resize(250, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.RandomResizedCrop(224, scale=(0.9, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.AugMix(severity=2),
+        ]
+    )
+    return chain(image.convert("RGB"))
+
+
+@dataclass
+class Views:
+    """Pixels of any view of any image of a source; travels to the workers of a `DataLoader`.
+
+    Attributes:
+        source: of the images.
+        table: its rows, with `row` and `digest`.
+        image_column: of the source.
+        processor: the model's own.
+        augmented_views: see the module's text.
+        seed: of the augmentation.
+    """
+
+    source: Source
+    table: Dataset
+    image_column: str
+    processor: CapivaraProcessor
+    augmented_views: int
+    seed: int
+
+    def __getitem__(self, item: tuple[int, int]) -> Tensor | BadImage:
+        """(3, height, width) of an image (its place in the table) and a view; what is wrong with it where it is bad."""
+        place, view = item
+        try:
+            row = self.source.row(self.table[place]["row"])
+            return self.pixels(decode_image(row[self.image_column]), place, view)
+        except BadImage as bad:
+            return bad
+
+    def pixels(self, image: PIL.Image.Image, place: int, view: int) -> Tensor:
+        """(3, height, width). Raises BadImage where the processor refuses the image."""
+        if self.augmented_views != 1:
+            image = augmented(image, random_state(self.seed, place, view))
+        try:
+            return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:
+            raise BadImage("absurd image size", str(error)) from error
+
+    def batches(self, items: Sequence[Sequence[tuple[int, int]]] | Iterable, workers: int) -> Iterator[list]:
+        """Lists of what `__getitem__` gives, one a list of `items`, read ahead by `workers` processes."""
+        context = "spawn" if workers else None  # a fork would inherit torch's threads, and can hang
+        loader = DataLoader(
+            self, batch_sampler=items, num_workers=workers, collate_fn=list, multiprocessing_context=context,
+            prefetch_factor=4 if workers else None,
+        )  # fmt: skip
+        return iter(loader)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def streamed(self, places: Sequence[int], size: int, views: int) -> Iterator[list]:
+        """As `batches` over all `views` of increasing `places`, `size` at once, in one pass over the source."""
+        wanted = iter(places)
+        place, batch = next(wanted, None), []
+        first = 0 if place is None else self.table[place]["row"]
+        for number, row in enumerate(self.source.rows(first), start=first):
+            if place is None:
+                break
+            if number != self.table[place]["row"]:
+                continue
+            for view in range(views):
+                try:
+                    batch.append(self.pixels(decode_image(row[self.image_column]), place, view))
+                except BadImage as bad:
+                    batch.append(bad)
+                if len(batch) == size:
+                    yield batch
+                    batch = []
+            place = next(wanted, None)
+        if batch:
+            yield batch
+
+
+@torch.no_grad()
+def embed_pixels(model: CapivaraModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
+    """(images, width), unit length, float32, on the device: in the precision of the run."""
+    with accelerator.autocast():
+        return model(pixel_values=pixels.to(accelerator.device)).image_embeds.float()
+
+
+class EmbeddingCache:
+    """Embeddings of every view of every image of one source, float16, memory-mapped.
+
+    One `shard-*.npy` (images, views, width) for `SHARD_ROWS` images; a shard is there whole or not at all. What made
+    them is in `cache.json` and in the folder's name: weights, preprocessing, augmentation, precision, seed and images.
+
+    Attributes:
+        folder: of this cache.
+        bad: place in the table -> what is wrong with the image.
+    """
+
+    def __init__(self, folder: Path, images: int, views: int, width: int):
+        self.folder, self.images, self.views, self.width = folder, images, views, width
+        self.bad: dict[int, tuple[str, str]] = {}
+        self._shards: list[np.ndarray] = []
+
+    def paths(self) -> list[Path]:
+        return [self.folder / f"shard-{n:05d}.npy" for n in range(-(-self.images // SHARD_ROWS))]
+
+    def bytes_missing(self) -> int:
+        """On disk, of the shards that are still to be made."""
+        row = self.views * self.width * 2
+        return sum(row * len(self.places(n)) for n, path in enumerate(self.paths()) if not path.exists())
+
+    def places(self, shard: int) -> range:
+        return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, self.images))
+
+    def open(self) -> None:
+        """Map all shards. Raises ValueError where one is not what it should be."""
+        for number, path in enumerate(self.paths()):
+            shard = np.load(path, mmap_mode="r", allow_pickle=False)
+            expected = (len(self.places(number)), self.views, self.width)
+            if shard.shape != expected or shard.dtype != np.float16:
+                raise ValueError(f"{path} should be {expected} float16, it is {shard.shape} {shard.dtype}. Remove it.")
+            self._shards.append(shard)
+            for place, reason, detail in json.loads(path.with_suffix(".json").read_text(encoding="utf-8")):
+                self.bad[place] = (reason, detail)
+
+    def embeds(self, places: Sequence[int], views: Sequence[int]) -> Tensor:
+        """(places, width), float32, of a view of each."""
+        rows = [self._shards[p // SHARD_ROWS][p % SHARD_ROWS, v] for p, v in zip(places, views, strict=True)]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+    def write(self, shard: int, embeds: np.ndarray, bad: list[tuple[int, str, str]]) -> None:
+        """Put a shard in its place, in one piece."""
+        path = self.paths()[shard]
+        write_json(path.with_suffix(".json"), bad)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, embeds, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def cache_parts(model: CapivaraModel, views: Views, precision: str) -> dict[str, Any]:
+    """What the embeddings of a cache depend on; any change of one is another cache."""
+    weights = hashlib.blake2b(digest_size=16)
+    for module in ("vision_model", "visual_projection"):
+        for name, tensor in sorted(getattr(model, module).state_dict().items()):
+            weights.update(f"{module}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    images = hashlib.blake2b(digest_size=16)
+    for chunk in views.table.select_columns(["digest"]).iter(10_000):
+        images.update("".join(chunk["digest"]).encode())
+    return {
+        "version": CACHE_VERSION,
+        "tower_weights": weights.hexdigest(),
+        "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
+        "preprocessing": json.loads(views.processor.image_processor.to_json_string()),
+        "augmented_views": views.augmented_views,
+        "seed": views.seed,
+        "precision": precision,
+        "images": images.hexdigest(),
+    }
+
+
+def build_cache(
+    model: CapivaraModel, views: Views, root: Path, batch_size: int, workers: int, accelerator: Accelerator
+) -> EmbeddingCache:
+    """The cache of a source under `root`: what is missing of it is computed, by all processes, each its shards.
+
+    Args:
+        model: its image tower is frozen and in evaluation mode.
+        views: of the source; at least one view.
+        root: folder of all caches, or the folder of this very one.
+        batch_size: images that go through the tower at once.
+        workers: processes that decode.
+        accelerator: device, precision and processes.
+
+    Raises:
+        ValueError: `root` is the cache of something else; what differs is named.
+        OSError: the disk has too little space.
+    """
+    parts = cache_parts(model, views, accelerator.mixed_precision)
+    folder = _cache_folder(root, parts)
+    cache = EmbeddingCache(folder, len(views.table), views.augmented_views, model.config.projection_dim)
+    missing = [number for number, path in enumerate(cache.paths()) if not path.exists()]
+    if missing:
+        logger.info(
+            "Image-embedding cache: %s images x %s views x %s x 2 bytes, %s MB to write to %s.",
+            f"{cache.images:,}", cache.views, cache.width, f"{cache.bytes_missing() / 1e6:,.1f}", folder,
+        )  # fmt: skip
+        check_free_space(folder, cache.bytes_missing())
+        write_json(folder / "cache.json", parts)
+        own = missing[accelerator.process_index :: accelerator.num_processes]
+        total = sum(len(cache.places(number)) for number in own)
+        with tqdm(
+            total=total, desc=f"Images, {views.source.where}", unit="image", disable=not accelerator.is_main_process
+        ) as bar:
+            for number in own:
+                cache.write(number, *_embed_shard(model, views, cache, number, batch_size, workers, accelerator, bar))
+    accelerator.wait_for_everyone()
+    cache.open()
+    return cache
+
+
+def bad_images(bad: dict[int, tuple[str, str]], views: Views) -> list[Skipped]:
+    """The images that could not be used, as lines of `skipped.jsonl`."""
+    rows = views.table
+    return [
+        Skipped(views.source.name, views.source.split, rows[place]["row"], reason, detail)
+        for place, (reason, detail) in sorted(bad.items())
+    ]
+
+
+def _embed_shard(
+    model: CapivaraModel,
+    views: Views,
+    cache: EmbeddingCache,
+    number: int,
+    batch_size: int,
+    workers: int,
+    accelerator: Accelerator,
+    bar: tqdm,
+) -> tuple[np.ndarray, list[tuple[int, str, str]]]:
+    """(images, views, width) float16 of a shard, NaN where an image is bad, and the bad ones."""
+    places = cache.places(number)
+    items = [(place, view) for place in places for view in range(cache.views)]
+    embeds = np.full((len(items), cache.width), np.nan, dtype=np.float16)
+    bad: dict[int, tuple[int, str, str]] = {}
+    if views.source.streaming:
+        batches = views.streamed(places, batch_size, cache.views)
+    else:
+        batches = views.batches([items[i : i + batch_size] for i in range(0, len(items), batch_size)], workers)
+    start = 0
+    for batch in batches:
+        good = [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]
+        for i in set(range(len(batch))) - set(good):
+            place = items[start + i][0]
+            bad[place] = (place, batch[i].reason, batch[i].detail)
+        if good:
+            pixels = torch.stack([batch[i] for i in good])
+            embeds[[start + i for i in good]] = embed_pixels(model, pixels, accelerator).half().cpu().numpy()
+        start += len(batch)
+        bar.update(len(batch) / cache.views)
+    return embeds.reshape(len(places), cache.views, cache.width), sorted(bad.values())
+
+
+def _cache_folder(root: Path, parts: dict[str, Any]) -> Path:
+    """The folder for `parts`: one under `root` that is named after them, or `root` where it is a cache itself."""
+    if (root / "cache.json").is_file():
+        there = json.loads((root / "cache.json").read_text(encoding="utf-8"))
+        differing = [key for key in parts if there.get(key) != parts[key]]
+        if differing:
+            raise ValueError(
+                f"{root} is the image-embedding cache of something else: {', '.join(differing)} differ. Name its "
+                "parent folder, where caches lie side by side, or use --image_embedding_cache auto."
+            )
+        return root
+    name = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=12).hexdigest()
+    return root / name
+
+
+@dataclass
+class TrainingImages:
+    """The images of the usable pairs of all data sets.
+
+    Attributes:
+        views: of each data set, over its usable pairs.
+        caches: of each data set; None where every image is embedded at every step.
+        cache_places: pair of a data set -> its place in the cache.
+    """
+
+    views: list[Views]
+    caches: list[EmbeddingCache] | None = None
+    cache_places: list[np.ndarray] | None = None
+
+    def cached_embeds(self, sources: np.ndarray, places: np.ndarray, views: np.ndarray) -> Tensor:
+        """(pairs, width), float32: data set, pair and view of each; only with caches."""
+        embeds = torch.empty(len(sources), self.caches[0].width)
+        for number in np.unique(sources):
+            (at,) = np.nonzero(sources == number)
+            embeds[at] = self.caches[number].embeds(self.cache_places[number][places[at]], views[at])
+        return embeds
+
+    def pixel_batches(self, items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
+        """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes."""
+        loader = DataLoader(
+            _Pixels(self.views), batch_sampler=items, num_workers=workers,
+            multiprocessing_context="spawn" if workers else None, prefetch_factor=4 if workers else None,
+        )  # fmt: skip
+        return iter(loader)
+
+
+@dataclass
+class _Pixels:
+    views: list[Views]
+
+    def __getitem__(self, item: tuple[int, int, int]) -> Tensor:
+        pixels = self.views[item[0]][int(item[1]), int(item[2])]
+        if isinstance(pixels, BadImage):
+            raise pixels
+        return pixels
+
+    def __len__(self) -> int:
+        return sum(len(views) for views in self.views)
+
+
+def check_images(views: Views, root: Path) -> dict[int, tuple[str, str]]:
+    """Decode every image once, so that none ends a run in its middle; the outcome is remembered under `root`.
+
+    Returns:
+        Place in the table -> what is wrong with the image.
+    """
+    images = hashlib.blake2b(digest_size=12)
+    for chunk in views.table.select_columns(["digest"]).iter(10_000):
+        images.update("".join(chunk["digest"]).encode())
+    path = root / f"checked-{images.hexdigest()}.json"
+    if path.is_file():
+        return {place: (reason, detail) for place, reason, detail in json.loads(path.read_text(encoding="utf-8"))}
+    bad = []
+    for place in tqdm(range(len(views)), desc=f"Checking images, {views.source.where}", unit="image", leave=False):
+        try:
+            decode_image(views.source.row(views.table[place]["row"])[views.image_column])
+        except BadImage as error:
+            bad.append((place, error.reason, error.detail))
+    write_json(path, bad)
+    return {place: (reason, detail) for place, reason, detail in bad}
+
+
+def loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
+    """Processes that decode images: as asked for, else none beside a CPU that computes, up to 12 beside a GPU."""
+    if args.loading_workers is not None:
+        return args.loading_workers
+    return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)

@@ -1,0 +1,175 @@
+"""What a run starts from, checked: model, processor, splits and images; what is quick to fail comes first."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from torch import Tensor
+
+from artifacts import check_free_space
+from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.embedding import embed_images
+from modeling_capivara.loading import load_model, load_processor
+from training.arguments import RunArguments
+from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
+from training.images import TrainingImages, Views, bad_images, build_cache, check_images, loading_workers
+from training.rows import Skipped, check_bad_share
+from training.trainable import prepare_trainable
+
+
+@dataclass
+class Inputs:
+    """What a run starts from.
+
+    Attributes:
+        base: the model before training.
+        processor: its own.
+        training: the usable pairs of each data set.
+        counts: pairs of a batch from each.
+        images: of the training pairs.
+        validation: that choices are made on.
+        validation_embeds: (images, width) by the frozen image tower; None where it is trained.
+        test: language -> the split of the final table.
+        test_embeds: (images, width) by the base's image tower, float32.
+        skipped: training rows that were left out.
+    """
+
+    base: CapivaraModel
+    processor: CapivaraProcessor
+    training: list[Split]
+    counts: list[int]
+    images: TrainingImages
+    validation: Split
+    validation_embeds: Tensor | None
+    test: dict[str, Split]
+    test_embeds: Tensor
+    skipped: list[Skipped]
+
+    def planner(self, args: RunArguments, seed: int) -> Planner:
+        captions = [split.table["captions"] for split in self.training]
+        return Planner(captions, self.counts, self.processor, args.micro_batch_size, args.augmented_views, seed)
+
+    def fingerprints(self, args: RunArguments) -> dict[str, str]:
+        """Name of a data set and split -> digest of its images and captions."""
+        prints = {
+            f"{name} {args.train_split}": s.fingerprint for name, s in zip(args.dataset, self.training, strict=True)
+        }
+        prints[f"{args.dataset[0]} {args.validation_split}"] = self.validation.fingerprint
+        for language, split in self.test.items():
+            prints[f"{args.dataset[0]} {args.test_split} {language}"] = split.fingerprint
+        return prints
+
+
+def cache_root(args: RunArguments) -> Path:
+    """Where image-embedding caches lie."""
+    if args.image_embedding_cache not in ("auto", "off"):
+        return Path(args.image_embedding_cache)
+    home = os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara"
+    return Path(home) / "image_embeddings"
+
+
+def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
+    """Everything a run needs.
+
+    Raises:
+        ValueError: anything is missing or bad, the batch exceeds the pairs, or LoRA's names match nothing.
+        OSError: the disk has too little space.
+    """
+    processor = load_processor(args.model)
+    base = load_model(args.model)
+    check_free_space(output_dir, args.runs * sum(p.nbytes for p in base.parameters()))
+    prepare_trainable(load_model(args.model), args)  # its names match, before any long work
+    base.to(accelerator.device).eval()
+    languages = {args.validation_split: [args.language], args.test_split: args.eval_languages}
+    measured = {name: evaluation_split(args.dataset[0], name, args.image_column, languages[name]) for name in languages}
+    skipped: list[Skipped] = []
+    splits = training_splits(args, skipped)
+    rows = sum(map(len, splits)) + len(skipped)
+    check_bad_share(skipped, rows, args.max_bad_share)
+    batch_counts(args.effective_batch_size, list(map(len, splits)), args.dataset_weights)
+
+    validation, test = measured[args.validation_split][args.language], measured[args.test_split][args.language]
+    with accelerator.main_process_first():  # the first notes what it finds, the others read it
+        for split in (validation, test):
+            _require_good(split, processor, cache_root(args))
+    splits, images = _training_images(args, base, processor, splits, skipped, accelerator)
+    check_bad_share(skipped, rows, args.max_bad_share)
+    return Inputs(
+        base=base,
+        processor=processor,
+        training=splits,
+        counts=batch_counts(args.effective_batch_size, list(map(len, splits)), args.dataset_weights),
+        images=images,
+        validation=validation,
+        validation_embeds=_validation_embeds(args, base, processor, validation, accelerator),
+        test=measured[args.test_split],
+        test_embeds=embed_images(base, processor, test.images(), args.embedding_batch_size, "Images, test"),
+        skipped=skipped,
+    )
+
+
+def _training_images(
+    args: RunArguments,
+    base: CapivaraModel,
+    processor: CapivaraProcessor,
+    splits: list[Split],
+    skipped: list[Skipped],
+    accelerator: Accelerator,
+) -> tuple[list[Split], TrainingImages]:
+    """The splits without the pairs whose image is bad, and the images of the others."""
+    all_views = [
+        Views(split.source, split.table, split.image_column, processor, args.augmented_views, args.seed)
+        for split in splits
+    ]
+    caches, kept = [], []
+    for views in all_views:
+        if args.image_embedding_cache == "off":
+            with accelerator.main_process_first():
+                bad = check_images(views, cache_root(args))
+        else:
+            cache = build_cache(
+                base,
+                views,
+                cache_root(args),
+                args.embedding_batch_size,
+                loading_workers(args, accelerator),
+                accelerator,
+            )
+            caches.append(cache)
+            bad = cache.bad
+        skipped += bad_images(bad, views)
+        kept.append(np.array([place for place in range(len(views)) if place not in bad], dtype=np.int64))
+    good = [
+        Split(split.source, split.table.select(places) if len(places) < len(split) else split.table, split.image_column)
+        for split, places in zip(splits, kept, strict=True)
+    ]
+    if not caches:
+        for views, split in zip(all_views, good, strict=True):
+            views.table = split.table
+    return good, TrainingImages(all_views, caches or None, kept if caches else None)
+
+
+def _validation_embeds(
+    args: RunArguments, base: CapivaraModel, processor: CapivaraProcessor, split: Split, accelerator: Accelerator
+) -> Tensor | None:
+    if args.towers == "both":
+        return None
+    if args.image_embedding_cache == "off":
+        return embed_images(base, processor, split.images(), args.embedding_batch_size, "Images, validation")
+    views = Views(split.source, split.table, split.image_column, processor, augmented_views=1, seed=args.seed)
+    root = cache_root(args)
+    root = root.parent if (root / "cache.json").is_file() else root  # that of the training images alone
+    cache = build_cache(base, views, root, args.embedding_batch_size, loading_workers(args, accelerator), accelerator)
+    return cache.embeds(range(len(split)), [0] * len(split))
+
+
+def _require_good(split: Split, processor: CapivaraProcessor, root: Path) -> None:
+    """Raise ValueError where an image of a split that is measured on can't be used."""
+    views = Views(split.source, split.table, split.image_column, processor, augmented_views=1, seed=0)
+    for bad in bad_images(check_images(views, root), views):
+        raise ValueError(
+            f"{split.source.where}: the image of row {bad.row} can't be used, {bad.reason} ({bad.detail}). A split "
+            "that is measured on must be whole. Remove the row."
+        )

@@ -1,0 +1,41 @@
+"""The recipe's optimiser, its schedule and its clamp."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from training.arguments import RunArguments
+
+MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
+OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+
+
+def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimizer:
+    """The optimiser over everything that is trained.
+
+    "adam" is the paper's: Adam with coupled L2 (CAPIVARA, arXiv 2310.13683, appendix); "adamw" decouples it.
+    """
+    return OPTIMISERS[args.optimizer](
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        fused=True,  # one pass over the 190 million word embeddings instead of ten
+    )
+
+
+def learning_rate_at(step: int, args: RunArguments) -> float:
+    """Learning rate of a step (counted from 0): linear from the floor to the top, then cosine back to the floor."""
+    low, high = args.min_learning_rate, args.learning_rate
+    if step < args.warmup_steps:
+        return low + (high - low) * step / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
+    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+@torch.no_grad()
+def clamp_logit_scale(logit_scale: Tensor) -> None:
+    """Keep the scale from 0 to ln 100, after every optimiser step."""
+    logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -1,0 +1,233 @@
+"""What a run needs of a caption row, image and captions; a row that can't be used is listed, not fatal.
+
+    table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], skipped := [])
+
+The rows are those of a `training.sources.Source`.
+"""
+
+import atexit
+import io
+import itertools
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fsspec
+import PIL.Image
+import PIL.ImageOps
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+from tqdm.auto import tqdm
+
+from artifacts import write_text
+from modeling_capivara import repair_text
+
+if TYPE_CHECKING:  # sources imports this module
+    from training.sources import Source
+
+# A side of one pixel is allowed: the image processor takes it, and the aspect limit keeps out what is a mere line.
+MAX_IMAGE_SIDE = 30_000  # pixels; no camera or scanner of photographs reaches it, and JPEG ends at 65,535
+MAX_IMAGE_PIXELS = 178_956_970  # where PIL raises DecompressionBombError; about 0.5 GB as RGB
+MAX_ASPECT = 50  # long side by short side; the square crop of the image tower would see 2 % of the image
+MAX_IMAGE_BYTES = 100_000_000  # of a file; photographs have under 50 MB, and every row is held in memory
+# What photographs come in. Not all that PIL opens: EPS starts Ghostscript on the file.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+MAX_DETAIL = 300  # letters of a line of skipped.jsonl; a caption can be a book
+ROWS_PER_CHUNK = 1000  # of the table of captions; what of it is in memory while it is written
+TABLE_FEATURES = Features({"row": Value("int64"), "digest": Value("string"), "captions": List(Value("string"))})
+
+PIL.Image.init()
+_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One line of `skipped.jsonl`: a row, or the rest of an archive, that a run goes without."""
+
+    source: str
+    split: str
+    row: int
+    reason: str  # no image, unreadable image, absurd image size, no caption, missing column, damaged archive
+    detail: str
+
+
+class _BadRow(ValueError):
+    """A row that can't be used, with the reason and detail of its `Skipped`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail[:MAX_DETAIL]
+
+    def __reduce__(self):  # as a result of a worker process it is pickled
+        return type(self), (self.reason, self.detail)
+
+
+class BadImage(_BadRow):
+    """An image that can't be used."""
+
+
+def caption_table(
+    source: "Source",
+    image_column: str,
+    caption_columns: list[str],
+    choose: Callable[[dict], list[str]],
+    skipped: list[Skipped],
+) -> Dataset:
+    """One pass over the rows: what a run needs to know of each but its pixels, in a memory-mapped temporary file.
+
+    Args:
+        source: the rows.
+        image_column: column of the images.
+        caption_columns: columns that `choose` needs. A lone string in one of them becomes a list of one.
+        choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
+        skipped: rows that have no image or no caption are appended, and the archives that were damaged.
+
+    Returns:
+        Columns `row` (number in the source), `digest` (hex, BLAKE2b-128 of the file of the image) and `captions`
+        (not empty, none of them empty). It lasts as long as the process.
+
+    Raises:
+        ValueError: the source lacks a column; those that are there are named.
+    """
+    for column in [image_column, *caption_columns]:
+        if column not in source.columns:
+            raise ValueError(f"{source.where} has no column {column!r}; there are {source.columns}.")
+    folder = tempfile.mkdtemp(prefix="capivara-captions-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+    def entries() -> Iterator[dict]:
+        total = None if source.streaming else len(source)
+        rows = tqdm(source.rows(), desc=f"Captions, {source.where}", total=total, unit="row", leave=False)
+        for number, row in enumerate(rows):
+            try:
+                yield {"row": number, **_entry(row, image_column, caption_columns, choose)}
+            except _BadRow as bad:
+                skipped.append(Skipped(source.name, source.split, number, bad.reason, bad.detail))
+
+    table = _written(entries(), Path(folder) / "captions.arrow")
+    skipped += source.damaged
+    return table
+
+
+def image_bytes(row_image: dict | None) -> bytes:
+    """The file of the image of a row, from the row or from where its path points.
+
+    Raises:
+        BadImage: there is none, it can't be read, or it is over `MAX_IMAGE_BYTES`.
+    """
+    if not isinstance(row_image, dict | None):
+        raise BadImage("unreadable image", f"bytes or a path are needed, got {type(row_image).__name__}")
+    data, path = (row_image or {}).get("bytes"), (row_image or {}).get("path")
+    if data is None and path:
+        data = _file_bytes(path)
+    if not data:
+        raise BadImage("no image", f"the file {path!r} is empty" if path else "neither bytes nor a path")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadImage("absurd image size", f"{path!r} has more than {MAX_IMAGE_BYTES / 1e6:.0f} MB")
+    return data
+
+
+def decode_image(row_image: dict | None) -> PIL.Image.Image:
+    """The image of a row, loaded, upright by its EXIF orientation as `datasets` gives it; its mode is left as it is.
+
+    Raises:
+        BadImage: it can't be read, or its size is absurd, which its header tells before any pixel is decoded.
+    """
+    data = image_bytes(row_image)
+    where = repr(row_image.get("path")) if row_image.get("path") else f"{len(data)} bytes"
+    try:
+        image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+        _check_size(image, where)
+        image.load()
+        if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
+    except BadImage:
+        raise
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise BadImage("absurd image size", f"{where}: {error}") from error
+    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
+        raise BadImage("unreadable image", f"{where}: {error}") from error
+    return image
+
+
+def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) -> None:
+    """Raise ValueError when more than `max_bad_share` (0 to 1) of `total` rows were skipped."""
+    share = len(skipped) / max(total, 1)
+    if share <= max_bad_share:
+        return
+    counts = ", ".join(f"{number} {reason}" for reason, number in Counter(s.reason for s in skipped).most_common())
+    first = "\n".join(f"  {s.source}, split {s.split!r}, row {s.row}: {s.reason} ({s.detail})" for s in skipped[:3])
+    raise ValueError(
+        f"{len(skipped)} of {total} rows ({share:.2%}) can't be used, and max_bad_share allows {max_bad_share:.2%}: "
+        f"{counts}. The first of them:\n{first}\nMend or remove such rows, or raise --max_bad_share."
+    )
+
+
+def write_skipped(path: Path, skipped: list[Skipped]) -> None:
+    """One JSON object a line; no file where nothing was skipped."""
+    if skipped:  # ASCII: names of archive members can hold what is not UTF-8
+        write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in skipped))
+
+
+def tables_fingerprint(table: Dataset) -> str:
+    """Hex digest of the images, captions and order of a `caption_table`; where the files lie does not matter."""
+    digest = blake2b(digest_size=16)
+    for chunk in table.select_columns(["digest", "captions"]).iter(ROWS_PER_CHUNK):
+        for row in zip(chunk["digest"], chunk["captions"], strict=True):
+            digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Callable[[dict], list[str]]) -> dict:
+    image = row.pop(image_column, None)
+    for column in caption_columns:
+        if column not in row:
+            raise _BadRow("missing column", f"no {column!r} in a JSON object of at most 1 MB; there are {sorted(row)}")
+        values = [row[column]] if isinstance(row[column], str) else row[column] or []
+        if not isinstance(values, list):
+            raise _BadRow("no caption", f"{column!r} must be a list, it is {values!r}")
+        row[column] = ["" if value is None else value for value in values]
+    try:
+        chosen = choose(row)
+    except (ValueError, TypeError) as error:  # such as fewer similarities than captions
+        raise _BadRow("no caption", f"{error}") from error
+    captions = [text for text in chosen if isinstance(text, str) and repair_text(text)]
+    if not captions:
+        raise _BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
+    digest = blake2b(image_bytes(image), digest_size=16).hexdigest()
+    # JSON can hold lone surrogates, which no tokenizer and no Arrow file takes
+    return {"digest": digest, "captions": [text.encode("utf-8", "replace").decode() for text in captions]}
+
+
+def _file_bytes(path: str) -> bytes:
+    try:
+        if "://" not in path and not Path(path).is_file():
+            raise FileNotFoundError("there is no such file")
+        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
+            return file.read(MAX_IMAGE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise BadImage("unreadable image", f"{path!r}: {error}") from error
+
+
+def _check_size(image: PIL.Image.Image, where: str) -> None:
+    short, long = sorted(image.size)
+    if long > MAX_IMAGE_SIDE or short * long > MAX_IMAGE_PIXELS or long > MAX_ASPECT * short:
+        raise BadImage(
+            "absurd image size",
+            f"{where} has {image.width} x {image.height} pixels; the longer side may have {MAX_IMAGE_SIDE} and "
+            f"{MAX_ASPECT} times the shorter one, all {MAX_IMAGE_PIXELS}",
+        )
+
+
+def _written(entries: Iterator[dict], path: Path) -> Dataset:
+    schema = TABLE_FEATURES.arrow_schema
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        while chunk := list(itertools.islice(entries, ROWS_PER_CHUNK)):
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+    return Dataset.from_file(str(path))

@@ -1,0 +1,335 @@
+"""Caption data sets of every form, read row by row with images as bytes; `training.rows` makes use of them.
+
+    source = open_source("shards/train-*.tar", "train", "image", streaming=True)
+
+A data set is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` (an image is its
+`file_name`), WebDataset tars in the authors' layout (`jpg|png` and `json`), or a Hub id. A file is of the split that
+its innermost folder, or else the start of its name, names: one of the usual names, or the one asked for. Where no
+file names one, all are split "train", as on the Hub; they don't serve as "test" too, which would measure a model on
+what it was trained on.
+"""
+
+import glob
+import itertools
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from tqdm.auto import tqdm
+
+from training.rows import MAX_DETAIL, MAX_IMAGE_BYTES, Skipped
+
+MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
+IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}  # in tars
+FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
+SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
+HEAD_ROWS = 100  # that columns are judged from where no schema declares them
+COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd files begin
+
+
+class Source:
+    """One split of one data set, in a fixed order; images are left as bytes, `{"bytes", "path"}`."""
+
+    def __init__(self, name: str, split: str, streaming: bool):
+        self.name, self.split, self.streaming = name, split, streaming
+        self.columns: list[str] = []
+        self.damaged: list[Skipped] = []  # archives that end too early; complete once all rows were seen
+        self._items: Dataset | IterableDataset | np.ndarray | None = None  # what `_read` makes rows of
+
+    @property
+    def where(self) -> str:
+        return f"{self.name}, split {self.split!r}"
+
+    def rows(self, start: int = 0) -> Iterator[dict]:
+        """The rows from row `start` on."""
+        raise NotImplementedError
+
+    def row(self, index: int) -> dict:
+        """Row `index`, from 0. Raises ValueError when streaming, IndexError where there is none."""
+        if self.streaming:
+            raise ValueError(f"{self.where} is streamed and has no random access. Open it without streaming.")
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.where} has {len(self)} rows, there is no row {index}.")
+        return self._read(self._items[index])
+
+    def __len__(self) -> int:
+        if self.streaming:
+            raise TypeError(f"{self.where} is streamed and has no length. Open it without streaming.")
+        return len(self._items)
+
+    def _read(self, item: Any) -> dict:
+        raise NotImplementedError
+
+
+class _ArrowSource(Source):
+    """Rows of the `datasets` library."""
+
+    def __init__(self, name: str, split: str, streaming: bool, image_column: str, data: Dataset | IterableDataset):
+        super().__init__(name, split, streaming)
+        for column, feature in (data.features or {}).items():
+            if getattr(feature, "decode", False):
+                data = data.cast_column(column, replace(feature, decode=False))
+        self._items, self._image_column = data, image_column
+        self.columns = list(data.column_names or next(iter(data), {}))
+
+    def rows(self, start: int = 0) -> Iterator[dict]:
+        if isinstance(self._items, Dataset) and start >= len(self._items):
+            return iter(())  # where `skip` raises
+        return map(self._read, self._items.skip(start))
+
+    def _read(self, item: dict) -> dict:
+        image = item.get(self._image_column)
+        if isinstance(image, bytes | str):  # parquet files that others wrote
+            is_path = isinstance(image, str)
+            item[self._image_column] = {"bytes": None if is_path else image, "path": image if is_path else None}
+        return item
+
+
+class _FileSource(Source):
+    """Rows that lie in files: some integers, the number of the file first, say where each is."""
+
+    def __init__(self, name: str, split: str, streaming: bool, image_column: str, files: list[Path]):
+        super().__init__(name, split, streaming)
+        self._files, self._image_column = files, image_column
+        if not streaming:  # one array: a million rows are 40 MB, a tenth of what tuples take
+            numbers = np.fromiter(itertools.chain.from_iterable(self._places()), dtype=np.int64)
+            self._items = numbers.reshape(-1, self._width)
+        head = itertools.islice(self.rows(), HEAD_ROWS)
+        self.columns = list(dict.fromkeys(itertools.chain([image_column], *head)))
+
+    def rows(self, start: int = 0) -> Iterator[dict]:
+        places = itertools.islice(self._places(), start, None) if self.streaming else self._items[start:]
+        return map(self._read, places)
+
+    def _places(self) -> Iterator[tuple[int, ...]]:
+        raise NotImplementedError
+
+
+class _ImageFolderSource(_FileSource):
+    """Lines of `metadata.jsonl` files: JSON objects whose `file_name` is the image, relative to the file."""
+
+    _width = 3  # file, offset and length of the line
+
+    def _places(self) -> Iterator[tuple[int, ...]]:
+        for number, path in enumerate(self._files):
+            offset = 0
+            with path.open("rb") as file:
+                for line in file:
+                    if line.strip():
+                        yield number, offset, len(line)
+                    offset += len(line)
+
+    def _read(self, item: tuple[int, ...]) -> dict:
+        path = self._files[item[0]]
+        with path.open("rb") as file:
+            row = _json_object(_read_at(file, item[1], item[2], MAX_JSON_BYTES))
+        name, image = row.pop("file_name", None), None
+        if isinstance(name, str) and not name.startswith("/") and ".." not in name.split("/"):  # nothing outside
+            image = {"bytes": None, "path": str(path.parent / name)}
+        return {**row, self._image_column: image}
+
+
+class _TarSource(_FileSource):
+    """Samples of tars in WebDataset's layout, read in place: nothing is extracted, nothing is unpickled."""
+
+    _width = 5  # file, offset and size of the image, offset and size of the JSON; -1 where there is none
+
+    def _places(self) -> Iterator[tuple[int, ...]]:
+        row = 0
+        for number, path in enumerate(tqdm(self._files, desc=f"Tars, {self.where}", unit="tar", leave=False)):
+            try:
+                for sample in _samples(path):
+                    yield number, *sample.get("image", (-1, -1)), *sample.get("json", (-1, -1))
+                    row += 1
+            except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:  # of a header that is garbage
+                skipped = Skipped(self.name, self.split, row, "damaged archive", f"{path}: {error}"[:MAX_DETAIL])
+                if skipped not in self.damaged:  # of an earlier pass
+                    self.damaged.append(skipped)
+
+    def _read(self, item: tuple[int, ...]) -> dict:
+        number, image_offset, image_size, json_offset, json_size = item
+        image, row = None, {}
+        with self._files[number].open("rb") as file:
+            if image_offset >= 0:
+                header = _read_at(file, image_offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+                member = header[:100].rstrip(b"\0").decode("utf-8", "replace")
+                data = _read_at(file, image_offset, image_size, MAX_IMAGE_BYTES)
+                image = {"bytes": data, "path": f"{file.name}/{member}"}
+            if json_offset >= 0:
+                row = _json_object(_read_at(file, json_offset, json_size, MAX_JSON_BYTES))
+        return {**row, self._image_column: image}
+
+
+def open_source(dataset: str, split: str, image_column: str, streaming: bool = False) -> Source:
+    """One split of a data set.
+
+    Args:
+        dataset: folder of a saved `DatasetDict`; a file, glob or folder of parquet files or of uncompressed tars;
+            folder of images with `metadata.jsonl`; or a Hub id. The module's text says which file is of which split.
+        split: name.
+        image_column: column of the images; in tars and image folders, the name their images get.
+        streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub
+            are copied to the cache of `datasets`.
+
+    Raises:
+        ValueError: there is no such data set or split (those that are there are named), it is empty, or its tars are
+            compressed.
+    """
+    source = _opened(dataset, split, streaming, image_column)
+    if next(source.rows(), None) is None:
+        damages = "; ".join(damage.detail for damage in source.damaged[:3])
+        raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
+    return source
+
+
+def _opened(dataset: str, split: str, streaming: bool, image_column: str) -> Source:
+    path, options = Path(dataset), (split, streaming, image_column)
+    if (path / "dataset_dict.json").is_file():
+        return _ArrowSource(dataset, *options, _of_split(load_from_disk(dataset), dataset, split))
+    if not path.exists() and not glob.has_magic(dataset):
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(re.search(form, dataset) for form in FORMS):
+            raise ValueError(f"{dataset} does not exist, and is no Hub id such as 'laicsiifes/flickr30k-pt-br'.")
+        data = _load(f"{dataset} is no path here, and as a Hub id it", dataset, streaming=streaming)
+        return _ArrowSource(dataset, *options, _of_split(data, dataset, split))
+    rule = (
+        f" A file is of the split that its folder or the start of its name names, as {split}-0001 does; else of train."
+    )
+    files = _of_split(_files_by_split(*_local_files(dataset), split), dataset, split, rule)
+    if files[0].suffix == ".parquet":
+        names = {"train": [glob.escape(str(file)) for file in files]}
+        return _ArrowSource(
+            dataset, *options, _load(dataset, "parquet", data_files=names, split="train", streaming=streaming)
+        )
+    if files[0].suffix == ".jsonl":
+        return _ImageFolderSource(dataset, *options, files)
+    _refuse_compressed(files)
+    return _TarSource(dataset, *options, files)
+
+
+def _of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:
+    if split not in splits:
+        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
+    return splits[split]
+
+
+def _load(subject: str, *args: Any, **options: Any) -> Any:
+    try:
+        return load_dataset(*args, **options)
+    except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
+        raise ValueError(f"{subject} can't be loaded: {error.__cause__ or error}") from error
+
+
+def _local_files(dataset: str) -> tuple[Path, list[Path]]:
+    """The folder from which on names tell splits, and the files of the only form that there is."""
+    path = Path(dataset)
+    if path.is_dir():
+        root, found = path, [*path.glob("*"), *path.glob("*/*")]
+    elif path.exists():
+        root, found = path.parent, [path]
+    else:
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        found = [Path(name) for name in glob.iglob(dataset, recursive=True)]
+    by_form = [sorted(file for file in found if re.search(form, file.name) and file.is_file()) for form in FORMS]
+    there = [files for files in by_form if files]
+    if len(there) != 1:
+        raise ValueError(
+            f"{dataset} must be a saved DatasetDict, or hold files of one form, itself or in folders: parquet, tar, or "
+            f"images with metadata.jsonl. It holds {[files[0].name for files in there] or 'none of them'}; a pattern "
+            "such as 'folder/*.tar' chooses."
+        )
+    return root, there[0]
+
+
+def _files_by_split(root: Path, files: list[Path], split: str) -> dict[str, list[Path]]:
+    """Files by the split that their folder or name tells; the module's text has the rule."""
+    usual = [split, *SPLIT_NAMES]
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        *folders, name = file.relative_to(root).parts
+        starts = [word for word in usual if re.match(rf"{re.escape(word)}(?![^\W\d_])", name)]
+        told = [folder for folder in reversed(folders) if folder in usual] + starts
+        other = folders[-1] if folders else re.split(r"[\W\d_]", name)[0]
+        by_split.setdefault(told[0] if told else other, []).append(file)
+    if by_split.keys().isdisjoint(usual):
+        return {root.name if root.name in usual else "train": files}
+    return by_split
+
+
+def _refuse_compressed(files: list[Path]) -> None:
+    for path in files:
+        with path.open("rb") as file:
+            if file.read(8).startswith(COMPRESSED):
+                raise ValueError(
+                    f"{path} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
+                )
+
+
+def _samples(path: Path) -> Iterator[dict[str, tuple[int, int]]]:
+    """Samples of a tar: "image" and "json", as far as there are, with the offset and size of each.
+
+    Members in a row with one folder and one name up to its first dot are a sample; a repeated extension begins a new
+    one. A sample that the end of a damaged archive may have cut is left out.
+
+    Raises:
+        tarfile.ReadError: the archive is damaged; the samples before the damage were given.
+    """
+    key, extensions, sample = None, set(), {}
+    try:
+        for name, offset, size in _members(path):
+            folder, _, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            extension = extension.lower()
+            if (folder, stem) != key or extension in extensions:
+                if sample:
+                    yield sample
+                key, extensions, sample = (folder, stem), set(), {}
+            extensions.add(extension)
+            kind = "image" if extension in IMAGE_EXTENSIONS else extension
+            if stem and kind in ("image", "json"):  # files with no stem are hidden ones, such as macOS's
+                sample.setdefault(kind, (offset, size))
+    except tarfile.TarError:
+        if len(sample) == 2:
+            yield sample
+        raise
+    if sample:
+        yield sample
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of the plain files of a tar; tarfile alone takes most damages for the end."""
+    length = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # tarfile would keep all of them
+            if not member.offset_data <= member.offset_data + member.size <= length:
+                raise tarfile.ReadError(f"cut off at byte {length}, within {member.name!r}")
+            if member.isreg() and not member.issparse():
+                yield member.name, member.offset_data, member.size
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset} of {length}")
+
+
+def _read_at(file: BinaryIO, offset: int, length: int, limit: int) -> bytes:
+    """`length` bytes, but one more than `limit` at most, which tells that there are too many."""
+    file.seek(offset)
+    wanted = min(length, limit + 1)
+    data = file.read(wanted)
+    if len(data) < wanted:
+        raise OSError(f"{file.name} has become shorter while it was in use.")
+    return data
+
+
+def _json_object(data: bytes) -> dict:
+    """The object, or an empty one where `data` is something else or too long: its columns then count as missing."""
+    try:
+        value = json.loads(data) if len(data) <= MAX_JSON_BYTES else {}
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

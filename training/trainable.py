@@ -1,0 +1,113 @@
+"""What of the model is trained: towers, layers or adapters; and the way back towards the base."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from modeling_capivara import CapivaraModel
+from training.arguments import RunArguments
+
+
+def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
+    """Freeze what is not trained; with `lora_rank`, put adapters on the model.
+
+    Returns:
+        The model, or peft's wrapper around it. `model` itself has the adapters' layers then.
+
+    Raises:
+        ValueError: an expression matches nothing, a module does not exist, or nothing is left to train.
+    """
+    if args.towers == "text":
+        model.freeze_image_tower()
+    for expression in args.frozen_parameters:
+        matched = [p for name, p in model.named_parameters() if _full_match(expression, name, "frozen_parameters")]
+        if not matched:
+            raise ValueError(
+                f"frozen_parameters: {expression!r} matches no parameter. There are, among others, "
+                f"{_examples(name for name, _ in model.named_parameters())}."
+            )
+        for parameter in matched:
+            parameter.requires_grad_(False)
+    wrapped = _with_adapters(model, args) if args.lora_rank else model
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("Nothing is left to train: frozen_parameters match everything that is not frozen already.")
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return wrapped
+
+
+def set_training_mode(model: nn.Module) -> None:
+    """Training mode, but batch norms keep their statistics: a batch is run in parts, some of them twice."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def merge_adapters(wrapped: nn.Module) -> CapivaraModel:
+    """The plain model with the adapters' updates in its weights; the model itself where it has no adapters."""
+    return wrapped.merge_and_unload() if hasattr(wrapped, "merge_and_unload") else wrapped
+
+
+def save_adapters(wrapped: nn.Module, folder: Path) -> None:
+    """Adapters and trained modules in peft's own format, safetensors; nothing for a model without them."""
+    if hasattr(wrapped, "peft_config"):
+        wrapped.save_pretrained(folder / "adapter")
+
+
+@torch.no_grad()
+def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: float) -> None:
+    """Move the weights back towards the base: `share` of the trained ones, the rest of the base.
+
+    Source: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT, arXiv 2109.01903), section 3.
+
+    Args:
+        model: trained; changed in place.
+        base: state of the model before training.
+        share: 0 (the base) to 1 (unchanged).
+    """
+    if share == 1:
+        return
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.lerp(base[name].to(tensor.device), tensor, share))
+
+
+def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not any(_full_match(args.lora_targets, name, "lora_targets") for name in linear):
+        raise ValueError(
+            f"lora_targets: {args.lora_targets!r} matches no linear layer. There are, among others, "
+            f"{_examples(linear)}."
+        )
+    modules = dict(model.named_modules())
+    for name in args.lora_modules_to_save:  # peft passes over a typing error
+        if name not in modules:
+            children = [name for name, _ in model.named_children()]
+            raise ValueError(f"lora_modules_to_save: there is no module {name!r}. The outermost are {children}.")
+    config = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        bias="none",
+        target_modules=args.lora_targets,
+        modules_to_save=list(args.lora_modules_to_save) or None,
+    )
+    return get_peft_model(model, config)
+
+
+def _full_match(expression: str, name: str, key: str) -> bool:
+    try:
+        return re.fullmatch(expression, name) is not None
+    except re.error as error:
+        raise ValueError(f"{key}: {expression!r} is no regular expression ({error}).") from error
+
+
+def _examples(names) -> list[str]:
+    """A few names, from everywhere in the list."""
+    names = list(names)
+    return names[:: max(1, len(names) // 6)]
