@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -55,6 +56,7 @@ from training.step import resolve_precision
 from training.trainable import interpolate_weights, merge_adapters, prepare_trainable, save_adapters
 
 SHEET_QUERIES = 5
+GOES_ON = ("checkpoints/step-*", "records.json")  # in an unfinished run: what it can go on from
 logger = logging.getLogger("capivara")
 
 
@@ -63,10 +65,10 @@ def main(argv: list[str] | None = None) -> Path:
     try:
         args = parse_arguments(argv, __doc__)
         output_dir = choose_output_dir(args, join_processes())
-        accelerator = start(args, output_dir)
-        if args.resume == "auto" and (output_dir / "run.json").is_file():
+        if is_complete(args, output_dir):
             print(f"The run in {output_dir} is complete; there is nothing to go on with.")
             return output_dir
+        accelerator = start(args, output_dir)
         prepare(args, accelerator)
         inputs = load_inputs(args, accelerator, output_dir)
     except (ValueError, OSError, ImportError) as error:
@@ -74,10 +76,12 @@ def main(argv: list[str] | None = None) -> Path:
     except KeyboardInterrupt:
         sys.exit("Stopped before training. Image embeddings that are complete are kept.")
     with unfinished_work(output_dir, args, accelerator) as folder:
+        start_tracker(args, accelerator)
         run(args, inputs, accelerator, folder)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()  # the tracker's files are closed before their folder is renamed
         if accelerator.is_main_process:
             finish_folder(output_dir, args.overwrite_output_dir)
-    accelerator.end_training()
     if accelerator.is_main_process:
         table = (output_dir / "table.md").read_text(encoding="utf-8")
         print(f"\n{table}\nEverything is in {output_dir}.")
@@ -95,6 +99,9 @@ def run(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Pa
     for seed in range(args.seed, args.seed + args.runs):
         run_folder = folder / f"seed-{seed}" if args.runs > 1 else folder
         if (run_folder / "records.json").is_file():  # of a run that is resumed
+            done = read_json(run_folder / "run.json")
+            there = TrainerState(config=done["config"], data=done["dataset_fingerprints"])
+            check_same_run(there, args.to_dict(), inputs.fingerprints(args), run_folder)
             records += [Record(**fields) for fields in read_json(run_folder / "records.json")]
         else:
             records += train_and_score(args, seed, inputs, baseline, accelerator, run_folder, folder)
@@ -118,14 +125,17 @@ def join_processes() -> PartialState:
 
 
 def start(args: RunArguments, output_dir: Path) -> Accelerator:
-    """Accelerate's device, precision, processes and tracker."""
+    """Accelerate's device, precision, processes and tracker; nothing is written yet."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
     # `accelerate launch` starts a lone process with one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
     if args.mixed_precision == "fp16" and PartialState().device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU; use bf16, no or auto.")
+    if args.runs > 1 and args.resume not in (None, "auto"):
+        raise ValueError(f"The checkpoint {args.resume} is of one run, not of {args.runs}. Use --resume auto.")
     if PartialState().num_processes > args.effective_batch_size:
         raise ValueError(
             f"{PartialState().num_processes} processes can't share an effective_batch_size of "
@@ -138,15 +148,17 @@ def start(args: RunArguments, output_dir: Path) -> Accelerator:
     ):
         if wanted and find_spec(package) is None:
             raise ImportError(f"{package} is not installed: pip install {package}, or 'capivara[{extra}]'.")
-    if args.tracker == "none":
-        return Accelerator(mixed_precision=args.mixed_precision)
-    folder = partial_folder(output_dir) / "trackers"
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, log_with=args.tracker, project_dir=str(folder))
+    tracker = None if args.tracker == "none" else args.tracker
+    folder = str(partial_folder(output_dir) / "trackers") if tracker else None
+    return Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_dir=folder)
+
+
+def start_tracker(args: RunArguments, accelerator: Accelerator) -> None:
+    """Let the tracker write, into the folder of the run; nothing without one."""
     settings = {
         key: value if isinstance(value, int | float | str) else str(value) for key, value in args.to_dict().items()
     }
     accelerator.init_trackers("capivara", config=settings)
-    return accelerator
 
 
 def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
@@ -160,18 +172,24 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
         if state.num_processes > 1:
             broadcast_object_list(found)
         return found[0]
-    if args.resume != "auto" or not (args.output_dir / "run.json").is_file():
+    if not is_complete(args, args.output_dir):
         check_output_folder(args.output_dir, args.overwrite_output_dir)
     for kept in (Path.cwd(), Path(args.model), *map(Path, args.dataset)):
         if args.overwrite_output_dir and kept.resolve().is_relative_to(args.output_dir.resolve()):
             raise ValueError(f"The output folder {args.output_dir} holds {kept}, which the run needs. Choose another.")
     partial = partial_folder(args.output_dir)
-    if args.resume is None and not args.overwrite_output_dir and any(partial.rglob("step-*")):
+    if args.resume is None and not args.overwrite_output_dir and any(any(partial.rglob(name)) for name in GOES_ON):
         raise ValueError(
             f"{partial} holds an unfinished run. Go on with it by --resume auto, or start anew with "
             "--overwrite_output_dir."
         )
     return args.output_dir
+
+
+def is_complete(args: RunArguments, output_dir: Path) -> bool:
+    """Whether `--resume auto` finds a run that has ended; one that is to replace it may be unfinished."""
+    complete = (output_dir / "run.json").is_file() or (output_dir / "table.md").is_file()  # of one seed, of several
+    return args.resume == "auto" and complete and not partial_folder(output_dir).exists()
 
 
 @contextlib.contextmanager
@@ -185,14 +203,15 @@ def unfinished_work(output_dir: Path, args: RunArguments, accelerator: Accelerat
     accelerator.wait_for_everyone()
     try:
         yield folder
-    except Interrupted as stop:
-        print(f"\n{stop} Go on with --resume auto --output_dir {output_dir}.", file=sys.stderr)
-        sys.exit(128 + stop.signal)
+    except (Interrupted, KeyboardInterrupt) as stop:  # after a step; before, between and after the steps
+        said, number = (str(stop), stop.signal) if isinstance(stop, Interrupted) else ("Stopped.", signal.SIGINT)
+        print(f"\n{said} Go on with --resume auto --output_dir {output_dir}.", file=sys.stderr)
+        sys.exit(128 + number)
     except (ValueError, FloatingPointError, OSError, ImportError) as error:
         full = no_space_left(error) and "Free" not in str(error)
         sys.exit(f"error: {error}" + f". Free some space on the disk of {folder}" * full)
     finally:
-        kept = ("checkpoints/step-*", "checkpoints/bad-batch-*", "records.json")
+        kept = (*GOES_ON, "checkpoints/bad-batch-*")
         if accelerator.is_main_process and folder.exists() and not any(any(folder.rglob(name)) for name in kept):
             shutil.rmtree(folder, ignore_errors=True)
 

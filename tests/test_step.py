@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradScalerKwargs
 from conftest import tiny_tokenizer
 from exact_step_process import CAPTIONS, MICRO, SEED, STEP, build, gradients_of, make_batch
 
@@ -22,11 +23,11 @@ TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"no": 1e-5, "bf16": 1e-2}
 
 
-def reference_gradients(model, batches, image_embeds, precision="no"):
+def reference_gradients(model, batches, image_embeds, autocast: torch.dtype | None = None):
     """One graph over all micro-batches, their random states the engine's, one loss."""
     texts, images = [], []
     device = model.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         for batch in batches:
             state = np.random.SeedSequence([SEED, STEP, batch.index]).generate_state(1, np.uint64)[0]
             torch.manual_seed(int(state) >> 1)
@@ -59,7 +60,9 @@ def largest_error(actual: dict, expected: dict) -> float:
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_step_equals_one_graph(accumulation, trained_images, precision, checkpointing):
     batches, embeds = make_batch(trained_images)
-    loss, expected = reference_gradients(build(trained_images), batches, embeds, precision)
+    loss, expected = reference_gradients(
+        build(trained_images), batches, embeds, torch.bfloat16 if precision == "bf16" else None
+    )
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     model = build(trained_images, checkpointing)
     report, actual = gradients_of(model, accelerator, batches, embeds, accumulation)
@@ -195,3 +198,22 @@ def test_padding_share():
     kept = sum(int(b.attention_mask.sum()) for b in batches)
     assert padding_share(batches) == pytest.approx(1 - kept / sum(b.input_ids.numel() for b in batches))
     assert padding_share(batches) < 0.3 < 1 - kept / (7 * 77)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 1e-2), ("fp16", 1e-2)])
+@pytest.mark.parametrize("trained_images", [False, True], ids=["frozen image tower", "both towers"])
+def test_step_on_a_gpu(precision, tolerance, trained_images):
+    """With fp16 the scaler is on, its scale taken out of the gradients before they are compared."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    batches, embeds = make_batch(trained_images)
+    scaler = GradScalerKwargs(init_scale=256.0)  # the default overflows at the first step, which training leaves out
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[scaler])
+    autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    loss, expected = reference_gradients(build(trained_images).cuda(), batches, embeds, autocast)
+    embeds = None if embeds is None else embeds.cuda()
+    report, actual = gradients_of(build(trained_images).cuda(), accelerator, batches, embeds)
+    assert (accelerator.scaler is not None) == (precision == "fp16")
+    assert report.loss == pytest.approx(loss, rel=1e-4)
+    assert largest_error(actual, expected) < tolerance
