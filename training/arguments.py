@@ -209,7 +209,13 @@ class Output:
         },
     )
     save_steps: int = field(default=100, metadata={"help": "Steps between checkpoints of the run."})
-    keep_last: int = field(default=2, metadata={"help": "Checkpoints that are kept, beside the best by recall."})
+    keep_last: int = field(
+        default=2,
+        metadata={
+            "help": "Checkpoints that are kept, beside the best of them by validation recall; with `patience` every new "
+            "best is saved. They stay in the output folder."
+        },
+    )
     resume: str | None = field(
         default=None,
         metadata={

@@ -7,6 +7,7 @@ all that a run needs to end with the same bits (Accelerate's own restored sample
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -15,11 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from artifacts import no_space_left, write_json
 
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
+FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
 # What may differ between a run and its continuation: it changes no weight.
 FREE = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
 FREE |= {"accumulation", "image_embedding_cache", "loading_workers", "num_threads", "streaming", "runs"}
@@ -98,8 +101,10 @@ class Checkpoints:
                 self._remove_old(state)
             self.accelerator.wait_for_everyone()
         except BaseException as error:
+            # torch.save of a full disk says nothing of space.
+            full = no_space_left(error) or (isinstance(error, RuntimeError) and self._is_full())
             shutil.rmtree(temporary, ignore_errors=True)
-            if no_space_left(error):
+            if full:
                 kept = self.steps()
                 raise OSError(
                     errno.ENOSPC,
@@ -113,11 +118,20 @@ class Checkpoints:
         """Weights and optimiser into what Accelerate has prepared; returns where the run was.
 
         Raises:
-            ValueError: it is no checkpoint.
+            ValueError: it is no checkpoint, is damaged, or holds more than tensors.
         """
         state = read_state(path)
-        self.accelerator.load_state(str(path))  # safetensors, and torch.load with weights_only
+        try:
+            self.accelerator.load_state(str(path))  # safetensors, and torch.load with weights_only
+        except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"The checkpoint {path} can't be loaded ({str(error).splitlines()[0]}). Remove it, and --resume auto "
+                "goes on from an earlier one or from the start."
+            ) from error
         return state
+
+    def _is_full(self) -> bool:
+        return shutil.disk_usage(self.folder).free < FULL_BYTES
 
     def _remove_old(self, state: TrainerState) -> None:
         kept = {*self.steps()[-self.keep_last :], state.best_step}
@@ -131,7 +145,10 @@ def read_state(path: Path) -> TrainerState:
     """Where the run of a checkpoint was. Raises ValueError where `path` is none."""
     if not (path / STATE).is_file():
         raise ValueError(f"{path} is no checkpoint of a run: it has no {STATE}.")
-    return TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
+    try:
+        return TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path / STATE} is not the state of a run of this version: {error}.") from error
 
 
 def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:

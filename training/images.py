@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from artifacts import check_free_space, write_json
+from artifacts import check_free_space, read_json, write_json
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
 from training.rows import BadImage, Skipped, decode_image
@@ -79,22 +79,26 @@ class Views:
     def __getitem__(self, item: tuple[int, int]) -> Tensor | BadImage:
         """(3, height, width) of an image (its place in the table) and a view; what is wrong with it where it is bad."""
         place, view = item
+        entry = self.table[place]
         try:
-            row = self.source.row(self.table[place]["row"])
-            return self.pixels(decode_image(row[self.image_column]), place, view)
+            return self.pixels(decode_image(self.source.row(entry["row"])[self.image_column]), entry["digest"], view)
         except BadImage as bad:
             return bad
 
-    def pixels(self, image: PIL.Image.Image, place: int, view: int) -> Tensor:
-        """(3, height, width). Raises BadImage where the processor refuses the image."""
-        if self.augmented_views != 1:
-            image = augmented(image, random_state(self.seed, place, view))
+    def pixels(self, image: PIL.Image.Image, digest: str, view: int) -> Tensor:
+        """(3, height, width). Raises BadImage where the processor refuses the image.
+
+        An augmentation hangs on the image's digest, not on its place, which changes where other rows are left out.
+        """
         try:
+            if self.augmented_views != 1:
+                image = self.processor.image_processor.process_image(image)  # 16 bits to 8; PIL would clip them
+                image = augmented(image, random_state(self.seed, int(digest, 16), view))
             return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
         except ValueError as error:
-            raise BadImage("absurd image size", str(error)) from error
+            raise BadImage("unreadable image", str(error)) from error
 
-    def batches(self, items: Sequence[Sequence[tuple[int, int]]] | Iterable, workers: int) -> Iterator[list]:
+    def batches(self, items: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[list]:
         """Lists of what `__getitem__` gives, one a list of `items`, read ahead by `workers` processes."""
         context = "spawn" if workers else None  # a fork would inherit torch's threads, and can hang
         loader = DataLoader(
@@ -106,27 +110,24 @@ class Views:
     def __len__(self) -> int:
         return len(self.table)
 
-    def streamed(self, places: Sequence[int], size: int, views: int) -> Iterator[list]:
-        """As `batches` over all `views` of increasing `places`, `size` at once, in one pass over the source."""
-        wanted = iter(places)
-        place, batch = next(wanted, None), []
-        first = 0 if place is None else self.table[place]["row"]
-        for number, row in enumerate(self.source.rows(first), start=first):
-            if place is None:
-                break
-            if number != self.table[place]["row"]:
-                continue
-            for view in range(views):
+    def streamed(self, items: Iterable[Sequence[tuple[int, int]]]) -> Iterator[list]:
+        """As `batches` for increasing places, in one pass over the source; ValueError where it ends early."""
+        rows, number, image = None, -1, None
+        for batch in items:
+            pixels: list[Tensor | BadImage] = []
+            for place, view in batch:
+                entry = self.table[place]
+                if rows is None:
+                    rows, number = self.source.rows(entry["row"]), entry["row"] - 1
+                while number < entry["row"]:  # the views of an image come one after the other
+                    if (row := next(rows, None)) is None:
+                        raise ValueError(f"{self.source.where} has changed: row {entry['row']} is gone. Start anew.")
+                    number, image = number + 1, row[self.image_column]
                 try:
-                    batch.append(self.pixels(decode_image(row[self.image_column]), place, view))
+                    pixels.append(self.pixels(decode_image(image), entry["digest"], view))
                 except BadImage as bad:
-                    batch.append(bad)
-                if len(batch) == size:
-                    yield batch
-                    batch = []
-            place = next(wanted, None)
-        if batch:
-            yield batch
+                    pixels.append(bad)
+            yield pixels
 
 
 @torch.no_grad()
@@ -163,16 +164,24 @@ class EmbeddingCache:
     def places(self, shard: int) -> range:
         return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, self.images))
 
+    def item_batches(self, shard: int, size: int) -> list[list[tuple[int, int]]]:
+        """Place and view of all that a shard holds, `size` at once."""
+        items = [(place, view) for place in self.places(shard) for view in range(self.views)]
+        return [items[i : i + size] for i in range(0, len(items), size)]
+
     def open(self) -> None:
         """Map all shards. Raises ValueError where one is not what it should be."""
         for number, path in enumerate(self.paths()):
-            shard = np.load(path, mmap_mode="r", allow_pickle=False)
             expected = (len(self.places(number)), self.views, self.width)
+            try:
+                shard = np.load(path, mmap_mode="r", allow_pickle=False)
+                bad = read_json(path.with_suffix(".json"))
+            except (ValueError, EOFError, OSError) as error:
+                raise ValueError(f"{path} or its .json can't be read: {error}. Remove it.") from error
             if shard.shape != expected or shard.dtype != np.float16:
                 raise ValueError(f"{path} should be {expected} float16, it is {shard.shape} {shard.dtype}. Remove it.")
             self._shards.append(shard)
-            for place, reason, detail in json.loads(path.with_suffix(".json").read_text(encoding="utf-8")):
-                self.bad[place] = (reason, detail)
+            self.bad |= {place: (reason, detail) for place, reason, detail in bad}
 
     def embeds(self, places: Sequence[int], views: Sequence[int]) -> Tensor:
         """(places, width), float32, of a view of each."""
@@ -238,20 +247,18 @@ def build_cache(
     folder = _cache_folder(root, parts)
     cache = EmbeddingCache(folder, len(views.table), views.augmented_views, model.config.projection_dim)
     missing = [number for number, path in enumerate(cache.paths()) if not path.exists()]
+    accelerator.wait_for_everyone()  # all must see the same shards as missing: none is written before this line
     if missing:
-        logger.info(
-            "Image-embedding cache: %s images x %s views x %s x 2 bytes, %s MB to write to %s.",
-            f"{cache.images:,}", cache.views, cache.width, f"{cache.bytes_missing() / 1e6:,.1f}", folder,
-        )  # fmt: skip
+        if accelerator.is_main_process:
+            logger.info(
+                "Image-embedding cache: %s images x %s views x %s x 2 bytes, %s MB to write to %s.",
+                f"{cache.images:,}", cache.views, cache.width, f"{cache.bytes_missing() / 1e6:,.1f}", folder,
+            )  # fmt: skip
         check_free_space(folder, cache.bytes_missing())
         write_json(folder / "cache.json", parts)
         own = missing[accelerator.process_index :: accelerator.num_processes]
-        total = sum(len(cache.places(number)) for number in own)
-        with tqdm(
-            total=total, desc=f"Images, {views.source.where}", unit="image", disable=not accelerator.is_main_process
-        ) as bar:
-            for number in own:
-                cache.write(number, *_embed_shard(model, views, cache, number, batch_size, workers, accelerator, bar))
+        for number, embeds, bad in _embedded_shards(model, views, cache, own, batch_size, workers, accelerator):
+            cache.write(number, embeds, bad)
     accelerator.wait_for_everyone()
     cache.open()
     return cache
@@ -266,43 +273,48 @@ def bad_images(bad: dict[int, tuple[str, str]], views: Views) -> list[Skipped]:
     ]
 
 
-def _embed_shard(
+def _embedded_shards(
     model: CapivaraModel,
     views: Views,
     cache: EmbeddingCache,
-    number: int,
+    numbers: Sequence[int],
     batch_size: int,
     workers: int,
     accelerator: Accelerator,
-    bar: tqdm,
-) -> tuple[np.ndarray, list[tuple[int, str, str]]]:
-    """(images, views, width) float16 of a shard, NaN where an image is bad, and the bad ones."""
-    places = cache.places(number)
-    items = [(place, view) for place in places for view in range(cache.views)]
-    embeds = np.full((len(items), cache.width), np.nan, dtype=np.float16)
-    bad: dict[int, tuple[int, str, str]] = {}
-    if views.source.streaming:
-        batches = views.streamed(places, batch_size, cache.views)
-    else:
-        batches = views.batches([items[i : i + batch_size] for i in range(0, len(items), batch_size)], workers)
-    start = 0
-    for batch in batches:
-        good = [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]
-        for i in set(range(len(batch))) - set(good):
-            place = items[start + i][0]
-            bad[place] = (place, batch[i].reason, batch[i].detail)
-        if good:
-            pixels = torch.stack([batch[i] for i in good])
-            embeds[[start + i for i in good]] = embed_pixels(model, pixels, accelerator).half().cpu().numpy()
-        start += len(batch)
-        bar.update(len(batch) / cache.views)
-    return embeds.reshape(len(places), cache.views, cache.width), sorted(bad.values())
+) -> Iterator[tuple[int, np.ndarray, list[tuple[int, str, str]]]]:
+    """Number, (images, views, width) float16, NaN where an image is bad, and the bad ones, of each shard.
+
+    One pass over the source, and one set of workers, for all shards: opening either anew costs seconds, or all that
+    was read before. No batch has images of two shards, so that a shard does not depend on which others are made.
+    """
+    items = (batch for number in numbers for batch in cache.item_batches(number, batch_size))
+    batches = views.streamed(items) if views.source.streaming else views.batches(items, workers)
+    total = sum(len(cache.places(number)) for number in numbers)
+    with tqdm(
+        total=total, desc=f"Images, {views.source.where}", unit="image", disable=not accelerator.is_main_process
+    ) as bar:
+        for number in numbers:
+            places = cache.places(number)
+            embeds = np.full((len(places), cache.views, cache.width), np.nan, dtype=np.float16)
+            bad: dict[int, tuple[int, str, str]] = {}
+            for items_of_batch in cache.item_batches(number, batch_size):
+                batch = next(batches)
+                good = [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]
+                for (place, _), image in zip(items_of_batch, batch, strict=True):
+                    if isinstance(image, BadImage):
+                        bad[place] = (place, image.reason, image.detail)
+                if good:
+                    rows, columns = np.array([items_of_batch[i] for i in good]).T
+                    pixels = torch.stack([batch[i] for i in good])
+                    embeds[rows - places.start, columns] = embed_pixels(model, pixels, accelerator).half().cpu().numpy()
+                bar.update(len(batch) / cache.views)
+            yield number, embeds, sorted(bad.values())
 
 
 def _cache_folder(root: Path, parts: dict[str, Any]) -> Path:
     """The folder for `parts`: one under `root` that is named after them, or `root` where it is a cache itself."""
     if (root / "cache.json").is_file():
-        there = json.loads((root / "cache.json").read_text(encoding="utf-8"))
+        there = read_json(root / "cache.json")
         differing = [key for key in parts if there.get(key) != parts[key]]
         if differing:
             raise ValueError(
@@ -360,23 +372,23 @@ class _Pixels:
 
 
 def check_images(views: Views, root: Path) -> dict[int, tuple[str, str]]:
-    """Decode every image once, so that none ends a run in its middle; the outcome is remembered under `root`.
+    """Decode and preprocess every image once, so that none ends a run in its middle; kept in a file under `root`.
 
     Returns:
         Place in the table -> what is wrong with the image.
     """
     images = hashlib.blake2b(digest_size=12)
+    images.update(f"{CACHE_VERSION} {views.processor.image_processor.to_json_string()}".encode())
     for chunk in views.table.select_columns(["digest"]).iter(10_000):
         images.update("".join(chunk["digest"]).encode())
     path = root / f"checked-{images.hexdigest()}.json"
     if path.is_file():
         return {place: (reason, detail) for place, reason, detail in json.loads(path.read_text(encoding="utf-8"))}
-    bad = []
+    bad, plain = [], replace(views, augmented_views=1)  # what can be preprocessed can be augmented, which takes longer
     for place in tqdm(range(len(views)), desc=f"Checking images, {views.source.where}", unit="image", leave=False):
-        try:
-            decode_image(views.source.row(views.table[place]["row"])[views.image_column])
-        except BadImage as error:
-            bad.append((place, error.reason, error.detail))
+        pixels = plain[place, 0]
+        if isinstance(pixels, BadImage):
+            bad.append((place, pixels.reason, pixels.detail))
     write_json(path, bad)
     return {place: (reason, detail) for place, reason, detail in bad}
 

@@ -78,7 +78,7 @@ class Trainer:
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.
-            FloatingPointError: the loss is not finite; the batch is written beside the checkpoints.
+            FloatingPointError: loss or gradient is not finite; the batch is written beside the checkpoints.
             OSError: the disk is full; earlier checkpoints are whole.
         """
         args, accelerator = self.args, self.accelerator
@@ -89,14 +89,16 @@ class Trainer:
         self.step = ExactStep(self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation)
         if not self.state.curve:
             self.state.curve.append({"step": 0, "validation": self._measured()})
+        self.stopped_early = self._out_of_patience()  # of a run that was killed then
         self.started = time.perf_counter() - self.state.seconds
         with _signals() as received, sparse_embedding_gradients(self.model), self._plans() as plans, self._bar() as bar:
             pixels = self._pixels(plans)
             while self.state.step < args.max_steps and not self.stopped_early:
-                point = self._one_step(plans.pop(self.state.step), pixels)
+                plan = plans.pop(self.state.step)
+                point = self._one_step(plan, pixels)
                 bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
                 bar.update(args.effective_batch_size)
-                self._after_step(point)
+                self._after_step(point, plan)
                 if number := self._agreed(received):
                     self._save()
                     raise Interrupted(number, self.state.step)
@@ -120,11 +122,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=False)
         try:
             report = self.step(plan.step, own, len(plan.places), image_embeds)
+            norm = self._update(learning_rate_at(plan.step, args))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
         if not self.told:
             self._tell(report.graphs_kept, len(own))
-        norm = self._update(learning_rate_at(plan.step, args))
         seconds = time.perf_counter() - started
         return {
             "step": plan.step + 1,
@@ -140,25 +142,34 @@ class Trainer:
         }
 
     def _update(self, learning_rate: float) -> float:
-        """The optimiser's step and the clamp; returns the norm of the gradient."""
+        """The optimiser's step and the clamp; returns the norm of the gradient.
+
+        Raises:
+            FloatingPointError: it is not finite, and there is no scaler that leaves such a step out.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
+        if self.accelerator.scaler is None and not math.isfinite(norm):
+            raise FloatingPointError(f"The norm of the gradient is {norm}.")
         self.optimizer.step()
         if self.model.logit_scale.requires_grad:
             clamp_logit_scale(self.model.logit_scale)
         return norm if math.isfinite(norm) else -1.0  # fp16 overflow, whose step the scaler leaves out
 
-    def _after_step(self, point: dict) -> None:
+    def _after_step(self, point: dict, plan: StepPlan) -> None:
         """Measure, keep the curve, write a checkpoint where one is due."""
         args, state = self.args, self.state
         state.step = point["step"]
         due = state.step % args.save_steps == 0 and state.step < args.max_steps
         if state.step % args.eval_steps == 0 or state.step == args.max_steps:
-            point["validation"] = self._measured()
+            try:
+                point["validation"] = self._measured()
+            except ValueError as error:  # of numbers: the same measurement was taken before the first step
+                raise FloatingPointError(f"After step {state.step}: {error} {self._save_batch(plan)}") from error
             recall = _recall(point["validation"])
             is_best = state.best_recall is None or recall > state.best_recall
             if is_best and (due or args.patience):
@@ -168,10 +179,14 @@ class Trainer:
         self.accelerator.log(_flat(point), step=state.step)
         if due:
             self._save()
-        if args.patience and "validation" in point:
-            measured = [p for p in state.curve if "validation" in p]
-            best = max(range(len(measured)), key=lambda i: _recall(measured[i]["validation"]))
-            self.stopped_early = len(measured) - 1 - best >= args.patience and state.best_step is not None
+        self.stopped_early = self._out_of_patience()
+
+    def _out_of_patience(self) -> bool:
+        """Whether the recall has stopped rising: a function of the curve, so that a resumed run stops there too."""
+        if not self.args.patience or self.state.best_step is None:
+            return False
+        recalls = [_recall(point["validation"]) for point in self.state.curve if "validation" in point]
+        return len(recalls) - 1 - recalls.index(max(recalls)) >= self.args.patience
 
     def _image_embeds(self, plan: StepPlan, own: list[MicroBatch], pixels: Iterator[Tensor] | None) -> Tensor | None:
         """(pairs, width) on the device; None where the image tower is trained, its pixels are then in `own`."""
@@ -287,12 +302,20 @@ class _PlansAhead:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Within it, SIGTERM and Ctrl-C are noted and end the run after its step; a second Ctrl-C ends it at once."""
+    """Within it, SIGTERM and Ctrl-C are noted and end the run after its step; a second Ctrl-C ends it at once.
+
+    A launcher passes on what the terminal has sent already: what comes within a second is the same Ctrl-C.
+    """
     received: list[int] = []
+    first = 0.0
 
     def note(number: int, frame) -> None:
+        nonlocal first
         if received:
-            raise KeyboardInterrupt
+            if number == signal.SIGINT and time.monotonic() - first > 1:
+                raise KeyboardInterrupt
+            return
+        first = time.monotonic()
         received.append(number)
         logger.info("Stopping after this step; the run will be saved.")
 

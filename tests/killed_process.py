@@ -1,0 +1,91 @@
+"""`train_accelerate.py` in a process that kills itself, as `kill -9` would, or that is slow enough to be signalled.
+
+    python tests/killed_process.py PHASE COUNT --model MODEL --dataset DATA …
+
+The COUNT-th time (from 1) that PHASE is reached, the process gets SIGKILL. `slow` waits COUNT ms at every forward pass.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import accelerate.checkpointing
+import torch
+
+import train_accelerate
+import training.checkpoints
+from modeling_capivara import CapivaraModel
+from training.step import ExactStep
+
+
+def main(phase: str, count: int, argv: list[str]) -> None:
+    die = countdown(count)
+    if phase == "slow":
+        replace(ExactStep, "_forward", before=lambda *_: time.sleep(count / 1000))
+    elif phase == "forward":
+        replace(ExactStep, "_forward", before=die)
+    elif phase in ("step-before", "step-after"):
+        replace(torch.optim.Adam, "step", **{phase.split("-")[1]: die})
+    elif phase == "save":  # after the model's file, in the middle of the optimiser's
+        replace(accelerate.checkpointing, "save", before=lambda state, path, **_: cut(path, die))
+    elif phase == "save-state":  # all but the state
+        replace(training.checkpoints, "write_json", before=die)
+    elif phase == "end":  # after training, in the middle of the result
+        replace(CapivaraModel, "save_pretrained", before=die)
+    elif phase == "finish":  # all is written, but has not got its name
+        replace(train_accelerate, "finish_folder", before=die)
+    elif phase == "old":  # an old checkpoint, half removed
+        replace(shutil, "rmtree", before=lambda path, **_: half_removed(Path(path), die))
+    else:  # of a shard of the cache, or of a checkpoint
+        thing, moment = phase.split("-")
+        prefix = {"cache": ".shard-", "rename": "tmp-step-"}[thing]
+        hit = lambda path, target: die() if path.name.startswith(prefix) else None  # noqa: E731
+        replace(Path, "rename", **{moment: hit})
+    train_accelerate.main(argv)
+
+
+def countdown(count: int) -> Callable[..., None]:
+    """A function whose `count`-th call is the process's end."""
+    left = [count]
+
+    def call(*args, **kwargs) -> None:
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return call
+
+
+def replace(owner: object, name: str, before: Callable | None = None, after: Callable | None = None) -> None:
+    """Call `before` and `after` around `owner.name`, with its arguments."""
+    original = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        if before:
+            before(*args, **kwargs)
+        result = original(*args, **kwargs)
+        if after:
+            after(*args, **kwargs)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def cut(path: Path, die: Callable[[], None]) -> None:
+    if path.name == "optimizer.bin":
+        path.write_bytes(b"PK\x03\x04, and no more")
+        die()
+
+
+def half_removed(path: Path, die: Callable[[], None]) -> None:
+    if path.name.startswith("tmp-old-"):
+        (path / "optimizer.bin").unlink()
+        die()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,184 @@
+"""Checkpoints: whole or not there, the last ones and the best, read without running what is in them."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+import training.checkpoints
+from training.arguments import RunArguments
+from training.checkpoints import FREE, STATE, Checkpoints, TrainerState, check_same_run, read_state
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Of a small model after one step of Adam; `model` and `optimizer` are what is saved."""
+    torch.manual_seed(0)
+    accelerator = Accelerator()
+    model = accelerator.prepare_model(nn.Linear(5, 3), evaluation_mode=True)
+    optimizer = accelerator.prepare_optimizer(torch.optim.Adam(model.parameters(), lr=0.1, fused=True))
+    found = Checkpoints(tmp_path / "checkpoints", keep_last=2, accelerator=accelerator)
+    found.model, found.optimizer = model, optimizer
+    one_step(found)
+    return found
+
+
+def one_step(checkpoints: Checkpoints) -> None:
+    checkpoints.optimizer.zero_grad()
+    checkpoints.model(torch.ones(4, 5)).square().sum().backward()
+    checkpoints.optimizer.step()
+
+
+def names(checkpoints: Checkpoints) -> list[str]:
+    return sorted(path.name for path in checkpoints.folder.iterdir())
+
+
+def test_what_is_loaded_is_what_was_saved(checkpoints):
+    curve = [{"step": 0, "validation": {"loss": 1.5}}, {"step": 1, "loss": 0.1 + 0.2}]
+    state = TrainerState(1, curve, {"seed": 7}, {"data train": "abc"}, 1, 0.25, 12.5, 3)
+    checkpoints.save(state)
+    one_step(checkpoints)
+    expected = {name: tensor.clone() for name, tensor in checkpoints.model.state_dict().items()}
+    one_step(checkpoints)
+    assert checkpoints.load(checkpoints.path(1)) == state
+    one_step(checkpoints)  # from the loaded moments of Adam
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in checkpoints.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "best", "kept"),
+    [(1, None, [5]), (2, None, [4, 5]), (9, None, [1, 2, 3, 4, 5]), (1, 2, [2, 5]), (2, 4, [4, 5])],
+)
+def test_the_last_ones_and_the_best_are_kept(checkpoints, keep_last, best, kept):
+    checkpoints.keep_last = keep_last
+    for step in range(1, 6):
+        checkpoints.save(TrainerState(step, best_step=best if best and step >= best else None))
+    assert checkpoints.steps() == kept
+    assert names(checkpoints) == [f"step-{step:08d}" for step in kept], "nothing else is left"
+
+
+def test_a_better_one_replaces_the_best(checkpoints):
+    checkpoints.keep_last = 1
+    for step, best in ((1, 1), (2, 1), (3, 3), (4, 3)):
+        checkpoints.save(TrainerState(step, best_step=best))
+    assert checkpoints.steps() == [3, 4]
+
+
+def test_what_a_kill_left_is_no_checkpoint_and_is_removed(checkpoints):
+    checkpoints.save(TrainerState(3))
+    shutil.copytree(checkpoints.path(3), checkpoints.folder / "tmp-step-00000004")
+    shutil.copytree(checkpoints.path(3), checkpoints.folder / "tmp-old-00000002")
+    (checkpoints.folder / "bad-batch-step-9.json").write_text("{}")
+    assert checkpoints.steps() == [3]
+    checkpoints.clean()
+    assert names(checkpoints) == ["bad-batch-step-9.json", "step-00000003"]
+
+
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(checkpoints, monkeypatch):
+    events = []
+    fsync, rename = training.checkpoints.os.fsync, Path.rename
+    monkeypatch.setattr(training.checkpoints.os, "fsync", lambda handle: (events.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append(Path(to).name), rename(path, to))[1])
+    checkpoints.save(TrainerState(1))
+    files = len(list(checkpoints.path(1).iterdir()))
+    assert files >= 4, "weights, optimiser, random states and trainer.json"
+    assert events == ["fsync"] * (files + 1) + ["step-00000001", "fsync"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("x")])
+def test_a_failed_save_leaves_the_one_before(checkpoints, monkeypatch, error):
+    checkpoints.keep_last = 1
+    checkpoints.save(TrainerState(1))
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(training.checkpoints, "write_json", fail)
+    with pytest.raises(type(error)) as raised:
+        checkpoints.save(TrainerState(2))
+    assert names(checkpoints) == ["step-00000001"]
+    if isinstance(error, OSError):
+        assert "that of step 1 is whole" in str(raised.value) and "--resume auto" in str(raised.value)
+
+
+class Malicious:
+    """Runs code where it is unpickled without care."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
+@pytest.mark.parametrize("kind", ["torch", "pickle"])
+def test_code_in_a_checkpoint_is_not_run(checkpoints, tmp_path, name, kind):
+    checkpoints.save(TrainerState(1))
+    proof, path = tmp_path / "proof", checkpoints.path(1) / name
+    torch.save(Malicious(proof), path) if kind == "torch" else path.write_bytes(pickle.dumps(Malicious(proof)))
+    if name == "random_states_0.pkl":  # Accelerate passes over it; no result depends on it
+        checkpoints.load(checkpoints.path(1))
+    else:
+        with pytest.raises(ValueError, match=r"step-00000001 can't be loaded.*earlier"):
+            checkpoints.load(checkpoints.path(1))
+    assert not proof.exists()
+    torch.load(path, weights_only=False) if kind == "torch" else pickle.loads(path.read_bytes())
+    assert proof.exists(), "the file would have run its code"
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors"])
+def test_a_damaged_checkpoint_is_named(checkpoints, name):
+    checkpoints.save(TrainerState(1))
+    path = checkpoints.path(1) / name
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"step-00000001 can't be loaded.*earlier"):
+        checkpoints.load(checkpoints.path(1))
+
+
+def test_nothing_is_loaded_with_pickles(checkpoints, monkeypatch):
+    checkpoints.save(TrainerState(1))
+    given, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (given.append(kwargs), load(*args, **kwargs))[1])
+    checkpoints.load(checkpoints.path(1))
+    assert len(given) == 2 and all(kwargs["weights_only"] is True for kwargs in given)
+
+
+def test_no_checkpoint_is_an_error(checkpoints, tmp_path):
+    with pytest.raises(ValueError, match=r"is no checkpoint of a run: it has no trainer\.json"):
+        read_state(tmp_path)
+    (tmp_path / STATE).write_text(json.dumps({"step": 1, "colour": "blue"}))
+    with pytest.raises(ValueError, match=r"trainer\.json.*colour"):
+        read_state(tmp_path)
+
+
+def test_every_difference_is_listed(tmp_path):
+    there = TrainerState(config={"learning_rate": 1e-3, "seed": 0, "towers": "text"}, data={"a train": "1", "b": "2"})
+    check_same_run(there, dict(there.config), dict(there.data), tmp_path)
+    with pytest.raises(ValueError) as raised:
+        check_same_run(
+            there, {"learning_rate": 1e-4, "seed": 1, "towers": "text"}, {"a train": "3", "b": "2"}, tmp_path
+        )
+    message = str(raised.value)
+    for part in ("learning_rate: 0.001 there, 0.0001 now", "seed: 0 there, 1 now", "data a train: '1' there, '3' now"):
+        assert part in message
+    assert "towers" not in message and "data b" not in message and str(tmp_path) in message
+
+
+def test_a_setting_or_data_set_that_only_one_run_has_is_a_difference(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"new: None there, 1 now; old: 2 there, None now; data c: None there, '3' now"
+    ):
+        check_same_run(TrainerState(config={"old": 2}), {"new": 1}, {"c": "3"}, tmp_path)
+
+
+def test_what_changes_no_weight_may_differ(tmp_path):
+    check_same_run(TrainerState(config=dict.fromkeys(FREE, 1)), dict.fromkeys(FREE, 2), {}, tmp_path)
+    fields = set(RunArguments.__dataclass_fields__)
+    assert fields >= FREE, f"no such settings: {FREE - fields}"
+    assert not FREE & {"seed", "effective_batch_size", "micro_batch_size", "learning_rate", "max_steps", "language"}

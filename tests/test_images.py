@@ -1,0 +1,516 @@
+"""The image side of training: a cache that is never stale, and training that is the same with it and without."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from caption_tars import encoded, write_tar
+from datasets import Dataset, Image, load_from_disk
+from test_train_accelerate import ROOT, flags
+
+import train_accelerate
+import training.images
+from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
+from modeling_capivara.embedding import embed_images
+from modeling_capivara.loading import load_model
+from training.images import Views, augmented, build_cache, random_state
+from training.rows import caption_table, decode_image
+from training.sources import open_source
+
+IMAGES = 12  # of the training split of `tiny_dataset_folder`
+BROKEN = b"\x89PNG\r\n\x1a\n no picture"
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path, monkeypatch) -> Path:
+    """Every test starts with no cache; runs draw no pictures, which would take most of their time."""
+    monkeypatch.setattr(train_accelerate, "plot_training_curves", lambda *args: None)
+    monkeypatch.setattr(train_accelerate, "draw_sheet", lambda *args: None)
+    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "home"))
+    return tmp_path / "home" / "image_embeddings"
+
+
+def altered(dataset, folder, images=None, captions=None):
+    """A copy of a saved data set; row -> file of its image, or its captions, in the training split."""
+    data = load_from_disk(dataset)
+    features = data["train"].features
+    rows = data["train"].cast_column("image", Image(decode=False)).to_list()
+    for row, content in (images or {}).items():
+        rows[row]["image"] = {"bytes": content, "path": None}
+    for row, texts in (captions or {}).items():
+        rows[row]["captions-pt"] = texts
+    data["train"] = Dataset.from_list(rows, features=features)
+    data.save_to_disk(folder)
+    return folder
+
+
+def image_files(dataset) -> list[bytes]:
+    return [row["bytes"] for row in load_from_disk(dataset)["train"].cast_column("image", Image(decode=False))["image"]]
+
+
+def with_one_pixel_changed(data: bytes) -> bytes:
+    image = PIL.Image.open(io.BytesIO(data))
+    red, green, blue = image.getpixel((17, 20))
+    image.putpixel((17, 20), (red ^ 1, green, blue))
+    return encoded(image)
+
+
+def views_of(dataset, processor, augmented_views=1, seed=0, streaming=False) -> Views:
+    source = open_source(str(dataset), "train", "image", streaming)
+    table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], [])
+    return Views(source, table, "image", processor, augmented_views, seed)
+
+
+def cache_of(model, views, root, precision="no", batch_size=4, workers=0):
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision, cpu=True)
+    return build_cache(model, views, root, batch_size, workers, accelerator)
+
+
+def shards(folder) -> dict[str, bytes]:
+    """Name -> bytes of all that a cache holds, but what a kill left of a file that was being written."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name.startswith("shard-")}
+
+
+def train(*args, **overrides) -> tuple[dict[str, torch.Tensor], list[float], Path]:
+    """Weights, losses and folder of a run."""
+    out = train_accelerate.main(flags(*args, **overrides))
+    curve = json.loads((out / "run.json").read_text(encoding="utf-8"))["curve"]
+    return load_model(out).state_dict(), [point["loss"] for point in curve if "loss" in point], out
+
+
+def largest_difference(one, other, before) -> float:
+    """Over all tensors that moved: how far two results are apart, as a share of how far training moved them.
+
+    But the biases of keys: softmax takes them out, and Adam makes whole steps of what rounding leaves of a gradient.
+    """
+    shares = [
+        float((one[name] - other[name]).norm() / (one[name] - before[name]).norm())
+        for name in one
+        if not torch.equal(one[name], before[name]) and not name.endswith("key.bias")
+    ]
+    assert len(shares) > 10, "a run that moves nothing would prove nothing"
+    return max(shares)
+
+
+@contextlib.contextmanager
+def counted_images(monkeypatch):
+    """A list that gets the number of images of every call of the frozen tower."""
+    counts, embed_pixels = [], training.images.embed_pixels
+    with monkeypatch.context() as patch:
+        patch.setattr(training.images, "embed_pixels", lambda m, p, a: counts.append(len(p)) or embed_pixels(m, p, a))
+        yield counts
+
+
+# --- what a cache is of ---
+
+
+def test_what_another_cache_is_made_for(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
+    views = views_of(tiny_dataset_folder, tiny_processor)
+    root, folders = tmp_path / "caches", {}
+    folders["first"] = cache_of(tiny_model, views, root).folder
+    assert cache_of(tiny_model, views, root).folder == folders["first"]
+    folders["seed"] = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor, seed=1), root).folder
+    folders["views"] = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor, 2), root).folder
+    folders["precision"] = cache_of(tiny_model, views, root, "bf16").folder
+    image_processor = CapivaraImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=(0.48, 0.46, 0.41)
+    )
+    other_processor = CapivaraProcessor(image_processor, tiny_processor.tokenizer)
+    folders["preprocessing"] = cache_of(tiny_model, views_of(tiny_dataset_folder, other_processor), root).folder
+    pixel = {7: with_one_pixel_changed(image_files(tiny_dataset_folder)[7])}
+    other_pixel = altered(tiny_dataset_folder, tmp_path / "pixel", pixel)
+    folders["pixel"] = cache_of(tiny_model, views_of(other_pixel, tiny_processor), root).folder
+    for name in ("vision_model.encoder.layers.1.mlp.fc1.weight", "visual_projection.weight"):
+        weights = tiny_model.state_dict()[name].view(-1)
+        weights[5] = torch.nextafter(weights[5], torch.tensor(9.0))  # the last bit of one number
+        folders[name] = cache_of(tiny_model, views, root).folder
+    assert len(set(folders.values())) == len(folders), folders
+    assert all(len(shards(folder)) == 2 for folder in folders.values())
+
+
+def test_what_the_cache_does_not_depend_on(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
+    folder = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor), tmp_path / "caches").folder
+    for name in ("text_model.embeddings.word_embeddings.weight", "text_projection.0.weight", "logit_scale"):
+        tiny_model.state_dict()[name].add_(1)
+    other_caption = altered(tiny_dataset_folder, tmp_path / "caption", captions={3: ["outra foto"]})
+    assert cache_of(tiny_model, views_of(other_caption, tiny_processor), tmp_path / "caches").folder == folder
+
+
+def test_the_embeddings_are_those_of_the_tower(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
+    cache = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor), tmp_path)
+    images = load_from_disk(tiny_dataset_folder)["train"]["image"]
+    expected = embed_images(tiny_model, tiny_processor, images)
+    assert torch.pdist(expected).min() > 0.01, "images that are alike would hide a swapped row"
+    order = [5, 0, 11, 5]
+    torch.testing.assert_close(cache.embeds(order, [0] * 4), expected[order], rtol=2**-11, atol=2e-6)
+    assert all(isinstance(shard, np.memmap) and shard.dtype == np.float16 for shard in cache._shards)
+    assert sum(shard.shape[0] for shard in cache._shards) == IMAGES
+
+
+def test_every_view_is_an_augmentation_of_its_own(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
+    cache = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor, 3), tmp_path)
+    plain = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor), tmp_path)
+    for place in (0, IMAGES - 1):
+        embeds = torch.cat([cache.embeds([place] * 3, range(3)), plain.embeds([place], [0])])
+        assert torch.pdist(embeds).min() > 1e-3
+
+
+# --- the pass ---
+
+
+def test_training_with_a_cache_decodes_no_image(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise AssertionError("an image was decoded")
+
+    options = {"augmented_views": 2, "max_steps": 3}
+    first, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "first", **options)
+    monkeypatch.setattr(training.images, "decode_image", refuse)  # of all but the test split's table and pictures
+    with counted_images(monkeypatch) as counts:
+        second, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "second", **options)
+    assert not counts
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_kill_leaves_whole_shards_and_the_pass_goes_on(
+    tiny_model, tiny_folder, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch
+):
+    script = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import numpy as np
+import training.images
+from test_images import Path, cache_of, load_model, views_of
+from modeling_capivara.loading import load_processor
+training.images.SHARD_ROWS = 3
+save, saved = np.save, []
+def dying(file, *args, **options):
+    if len(saved) < 2:
+        saved.append(save(file, *args, **options))
+        return
+    file.write(b"half a shard")
+    file.flush()
+    os.kill(os.getpid(), {int(signal.SIGKILL)})
+np.save = dying
+views = views_of({str(tiny_dataset_folder)!r}, load_processor({str(tiny_folder)!r}), 2)
+cache_of(load_model({str(tiny_folder)!r}).eval(), views, Path({str(tmp_path / "killed")!r}))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    (folder,) = (tmp_path / "killed").iterdir()
+    left = shards(folder)
+    assert {name for name in left if name.endswith("npy")} == {"shard-00000.npy", "shard-00001.npy"}
+
+    monkeypatch.setattr(training.images, "SHARD_ROWS", 3)
+    views = views_of(tiny_dataset_folder, tiny_processor, 2)
+    with counted_images(monkeypatch) as counts:
+        resumed = cache_of(tiny_model, views, tmp_path / "killed")
+    assert sum(counts) == 2 * 6, "two views of the six images that are missing"
+    with counted_images(monkeypatch) as counts:
+        undisturbed = cache_of(tiny_model, views, tmp_path / "undisturbed")
+    assert sum(counts) == 2 * IMAGES
+    assert resumed.folder == folder and folder.name == undisturbed.folder.name
+    assert left.items() <= shards(folder).items() and shards(folder) == shards(undisturbed.folder)
+
+
+def cut(length):
+    return lambda path: path.write_bytes(path.read_bytes()[:length])
+
+
+def saved_as(change):
+    return lambda path: np.save(path, change(np.load(path)))
+
+
+DAMAGES = {
+    "truncated": cut(-10),
+    "empty": cut(0),
+    "cut in the header": cut(9),
+    "garbage": lambda path: path.write_bytes(b"no array" * 99),
+    "an image too few": saved_as(lambda shard: shard[1:]),
+    "another width": saved_as(lambda shard: shard[..., 1:]),
+    "float32": saved_as(lambda shard: shard.astype(np.float32)),
+    "its list of bad images": lambda path: path.with_suffix(".json").write_text("[[1"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_refused_by_name(
+    tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, damage
+):
+    monkeypatch.setattr(training.images, "SHARD_ROWS", 6)
+    views = views_of(tiny_dataset_folder, tiny_processor)
+    path = cache_of(tiny_model, views, tmp_path).folder / "shard-00001.npy"
+    DAMAGES[damage](path)
+    with pytest.raises(ValueError, match=r"shard-00001\.(npy|json).*Remove it"):
+        cache_of(tiny_model, views, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_pass(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
+    script = tmp_path / "two.py"
+    script.write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import training.images
+import train_accelerate
+training.images.SHARD_ROWS = 3
+write = training.images.EmbeddingCache.write
+def noted(cache, shard, *args):
+    if cache.images == {IMAGES}:
+        with open({str(tmp_path)!r} + "/rank-" + os.environ["RANK"], "a") as file:
+            file.write(str(shard))
+    write(cache, shard, *args)
+training.images.EmbeddingCache.write = noted
+cache_parts = training.images.cache_parts
+def slow(*args):  # one process comes late; the other must not have written shards by then
+    time.sleep(int(os.environ["RANK"]))
+    return cache_parts(*args)
+training.images.cache_parts = slow
+train_accelerate.main()
+""")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CAPIVARA_CACHE": str(tmp_path / "two-home")}
+    command += flags(tiny_folder, tiny_dataset_folder, tmp_path / "two", max_steps=2)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["02", "13"]
+    monkeypatch.setattr(training.images, "SHARD_ROWS", 3)
+    one, losses, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "one", max_steps=2)
+    caches = [
+        {folder.name: shards(folder) for folder in home.glob("image_embeddings/*/")}
+        for home in (tmp_path / "home", tmp_path / "two-home")
+    ]
+    assert sorted(len(files) for files in caches[0].values()) == [2 * 2, 2 * 4], "of validation and training images"
+    assert caches[0] == caches[1]
+    run = json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))
+    assert run["processes"] == 2
+    assert [p["loss"] for p in run["curve"] if "loss" in p] == pytest.approx(losses, rel=1e-4)
+    before = load_model(tiny_folder).state_dict()
+    assert largest_difference(one, load_model(tmp_path / "two").state_dict(), before) < 0.02
+
+
+@pytest.mark.slow
+def test_workers_make_the_same_cache(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.images, "SHARD_ROWS", 5)
+    views = views_of(tiny_dataset_folder, tiny_processor, 2)
+    caches = [cache_of(tiny_model, views, tmp_path / str(workers), workers=workers) for workers in (0, 1)]
+    assert shards(caches[0].folder) == shards(caches[1].folder) and len(shards(caches[0].folder)) == 2 * 3
+
+
+@pytest.mark.parametrize("form", ["saved", "tars"])
+def test_streaming_is_one_pass_to_the_same_cache(
+    tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, form
+):
+    monkeypatch.setattr(training.images, "SHARD_ROWS", 5)
+    dataset = tiny_dataset_folder
+    if form == "tars":
+        files = image_files(dataset)
+        members = [
+            [(f"{i:05d}.png", files[i]), (f"{i:05d}.json", json.dumps({"captions-pt": texts}).encode())]
+            for i, texts in enumerate([["foto"], ["azul"], [], *([["verde"]] * (IMAGES - 3))])
+        ]  # row 2 has no caption: places and rows differ
+        for number, part in enumerate((members[:5], members[5:])):
+            write_tar(tmp_path / "tars" / f"train-{number:04d}.tar", [m for pair in part for m in pair])
+        dataset = tmp_path / "tars"
+    views = [views_of(dataset, tiny_processor, 2, streaming=streaming) for streaming in (False, True)]
+    expected = cache_of(tiny_model, views[0], tmp_path / "random access")
+    passes, rows = [], views[1].source.rows
+    monkeypatch.setattr(views[1].source, "rows", lambda start=0: passes.append(start) or rows(start))
+    streamed = cache_of(tiny_model, views[1], tmp_path / "streamed")
+    assert streamed.folder.name == expected.folder.name and shards(streamed.folder) == shards(expected.folder)
+    assert passes == [0]
+    streamed.paths()[1].unlink()
+    passes.clear()
+    assert shards(cache_of(tiny_model, views[1], tmp_path / "streamed").folder) == shards(expected.folder)
+    assert passes == [5 + (form == "tars")], "from the first row that is missing"
+
+
+def test_a_run_that_streams(tiny_folder, tiny_dataset_folder, tmp_path, cache_home):
+    one, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "one", max_steps=2)
+    folders = set(cache_home.iterdir())
+    two, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "two", max_steps=2, streaming="true")
+    assert all(torch.equal(one[name], two[name]) for name in one) and set(cache_home.iterdir()) == folders
+
+
+def test_a_source_that_has_become_shorter(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch):
+    views = views_of(tiny_dataset_folder, tiny_processor, streaming=True)
+    rows = views.source.rows
+    monkeypatch.setattr(views.source, "rows", lambda start=0: (row for row, _ in zip(rows(start), range(7))))  # noqa: B905
+    with pytest.raises(ValueError, match="squares, split 'train' has changed"):
+        cache_of(tiny_model, views, tmp_path)
+    assert not list(tmp_path.rglob("shard-*.npy"))
+
+
+def test_the_size_is_told_before_the_work(
+    tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(training.images, "SHARD_ROWS", 5)
+    asked = []
+    monkeypatch.setattr(training.images, "check_free_space", lambda path, needed: asked.append((path, needed)))
+    caplog.set_level("INFO", "capivara")
+    views = views_of(tiny_dataset_folder, tiny_processor, 3)
+    cache = cache_of(tiny_model, views, tmp_path)
+    needed = IMAGES * 3 * 24 * 2
+    assert asked == [(cache.folder, needed)]
+    assert caplog.messages == [
+        f"Image-embedding cache: 12 images x 3 views x 24 x 2 bytes, 0.0 MB to write to {cache.folder}."
+    ]
+    assert needed <= sum(path.stat().st_size for path in cache.paths()) < needed + 3 * 200  # and the files' headers
+    cache_of(tiny_model, views, tmp_path)
+    assert len(caplog.messages) == 1, "nothing is to be written"
+    cache.paths()[2].unlink()
+    cache_of(tiny_model, views, tmp_path)
+    assert asked[1:] == [(cache.folder, 2 * 3 * 24 * 2)], "only what is missing"
+
+
+def test_a_full_disk_ends_the_run_before_the_work(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch, caplog):
+    def full(path, needed):
+        raise OSError(28, f"{path} needs {needed}")
+
+    caplog.set_level("INFO", "capivara")
+    monkeypatch.setattr(training.images, "check_free_space", full)
+    with counted_images(monkeypatch) as counts, pytest.raises(SystemExit, match="needs 576"):
+        train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))
+    assert not counts and not list(tmp_path.rglob("shard-*")) and not list(tmp_path.rglob("cache.json"))
+    assert "12 images x 1 views" in caplog.text and not list(tmp_path.glob("out*"))
+
+
+# --- bad images ---
+
+
+@pytest.mark.parametrize("cache", ["auto", "off"])
+def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tmp_path, cache):
+    negative = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN, 7: negative})
+    options = {"image_embedding_cache": cache, "max_steps": 2}
+    weights, losses, out = train(tiny_folder, dataset, tmp_path / "out", max_bad_share=0.2, **options)
+    lines = [json.loads(line) for line in (out / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["row"] for line in lines] == [0, 7]
+    assert all((line["source"], line["split"]) == (str(dataset), "train") for line in lines)
+    assert lines[0]["reason"] == "unreadable image" and all(line["reason"] and line["detail"] for line in lines)
+    assert all(np.isfinite(losses)) and all(w.isfinite().all() for w in weights.values())
+    assert sum(json.loads((out / "run.json").read_text())["skipped_rows"].values()) == 2
+    with pytest.raises(SystemExit, match=r"2 of 12 rows .* can't be used.*(?s:.*)row 0: unreadable image"):
+        train_accelerate.main(flags(tiny_folder, dataset, tmp_path / "over", max_bad_share=0.1, **options))
+    assert not list(tmp_path.glob("over*"))
+
+
+def test_a_bad_image_does_not_hide_behind_augmentation(tiny_processor, tiny_dataset_folder):
+    views = views_of(tiny_dataset_folder, tiny_processor, 2)
+    with pytest.raises(training.images.BadImage):
+        views.pixels(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "0", 0)
+    deep = PIL.Image.fromarray((np.linspace(0, 65535, 40 * 36).reshape(40, 36)).astype(np.uint16))
+    assert views.pixels(deep, "0", 0).std() > 0.3, "16 bits were clipped to white"
+
+
+# --- training with and without ---
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_training_is_the_same_with_and_without_cache(tiny_folder, tiny_dataset_folder, tmp_path, views):
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN})  # places and rows differ
+    options = {"augmented_views": views, "max_bad_share": 0.2, "mixed_precision": "no", "max_steps": 4}
+    cached, losses, _ = train(tiny_folder, dataset, tmp_path / "cached", **options)
+    plain, plain_losses, _ = train(tiny_folder, dataset, tmp_path / "plain", image_embedding_cache="off", **options)
+    assert losses == pytest.approx(plain_losses, abs=1e-3)
+    before = load_model(tiny_folder).state_dict()
+    assert largest_difference(cached, plain, before) < 0.05
+    if views == 2:
+        other, other_losses, _ = train(tiny_folder, dataset, tmp_path / "other", **options | {"augmented_views": 1})
+        assert largest_difference(cached, other, before) > 0.1, "the bound above would not tell one view from another"
+        assert max(abs(a - b) for a, b in zip(losses, other_losses, strict=True)) > 1e-2
+
+
+def test_fresh_augmentations_and_workers(tiny_folder, tiny_dataset_folder, tmp_path):
+    options = {"image_embedding_cache": "off", "max_steps": 2, "warmup_steps": 1, "effective_batch_size": 6}
+    plain, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "plain", **options)
+    fresh = [
+        train(tiny_folder, tiny_dataset_folder, tmp_path / str(n), augmented_views=0, loading_workers=n, **options)[0]
+        for n in (0, 1)
+    ]
+    before = load_model(tiny_folder).state_dict()
+    assert largest_difference(fresh[0], plain, before) > 0.05
+    assert all(torch.equal(fresh[0][name], fresh[1][name]) for name in plain)
+
+
+def test_fresh_augmentations_differ_from_step_to_step(tiny_processor, tiny_dataset_folder):
+    views = views_of(tiny_dataset_folder, tiny_processor, 0)
+    assert torch.equal(views[3, 5], views[3, 5])
+    assert not torch.equal(views[3, 5], views[3, 6]) and not torch.equal(views[3, 5], views[4, 5])
+    other_seed = views_of(tiny_dataset_folder, tiny_processor, 0, seed=1)
+    assert not torch.equal(views[3, 5], other_seed[3, 5])
+
+
+def test_an_augmentation_is_a_function_of_its_state(tiny_dataset_folder):
+    image = decode_image({"bytes": image_files(tiny_dataset_folder)[0], "path": None})
+    pixels = []
+    for state in (1, 1, 2):
+        torch.manual_seed(len(pixels))  # no other generator has a say
+        np.random.seed(len(pixels))
+        random.seed(len(pixels))
+        result = augmented(image, state)
+        assert (result.mode, result.size) == ("RGB", (224, 224))
+        pixels.append(np.asarray(result))
+    assert (pixels[0] == pixels[1]).all() and (pixels[0] != pixels[2]).any()
+    assert augmented(image.convert("L"), 1).mode == "RGB"
+    assert len({random_state(*numbers) for numbers in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 2))}) == 3
+
+
+def test_both_towers(tiny_folder, tiny_dataset_folder, tmp_path):
+    options = {"towers": "both", "image_embedding_cache": "off", "augmented_views": 0, "max_steps": 2}
+    after, losses, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "out", **options)
+    before = load_model(tiny_folder).state_dict()
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert not [name for name in still if name.startswith(("vision_model", "visual_projection"))]
+    assert all(tensor.isfinite().all() for tensor in after.values()) and all(np.isfinite(losses))
+
+
+# --- settings that can't be ---
+
+
+BAD_SETTINGS = {
+    "both towers from a cache": ({"towers": "both"}, "towers: both .* use --image_embedding_cache off"),
+    "fresh views from a cache": ({"augmented_views": 0}, "augmented_views 0 .* --image_embedding_cache off"),
+    "streaming without": (
+        {"streaming": "true", "image_embedding_cache": "off"},
+        "streaming .* needs the image-embedding cache",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_SETTINGS)
+def test_settings_that_exclude_each_other(tiny_folder, tiny_dataset_folder, tmp_path, fault):
+    overrides, message = BAD_SETTINGS[fault]
+    with pytest.raises(SystemExit, match=message):
+        train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", **overrides))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
+
+
+def test_the_cache_of_another_model(
+    tiny_folder, tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch
+):
+    views = views_of(tiny_dataset_folder, tiny_processor)
+    own = cache_of(tiny_model, views, tmp_path / "own").folder
+    tiny_model.visual_projection.weight.data[0, 0] += 1
+    other = cache_of(tiny_model, views, tmp_path / "other").folder
+    options = {"mixed_precision": "no", "max_steps": 2}
+    with pytest.raises(SystemExit, match=rf"{other} is the .* of something else: tower_weights differ"):
+        train(tiny_folder, tiny_dataset_folder, tmp_path / "out", image_embedding_cache=other, **options)
+    assert not list(tmp_path.glob("out*"))
+    with counted_images(monkeypatch) as counts:  # the right one, named directly, serves
+        train(tiny_folder, tiny_dataset_folder, tmp_path / "out", image_embedding_cache=own, **options)
+    assert sum(counts) == 6, "of validation images; their cache lies beside"
+    assert len(list(own.glob("shard-*.npy"))) == 1

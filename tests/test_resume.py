@@ -1,0 +1,622 @@
+"""A run that is killed, stopped or fails can go on, and ends with the bits of an undisturbed one.
+
+The moments of the kills come from a seed that is printed; CAPIVARA_KILL_SEED=N draws others.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import randomise, tiny_config
+from datasets import DatasetDict, load_from_disk
+from safetensors.torch import load_file
+from test_train_accelerate import flags
+
+import train_accelerate
+import training.step
+from modeling_capivara import CapivaraModel
+from training.checkpoints import Checkpoints
+from training.loop import Trainer
+from training.step import ExactStep
+
+ROOT = Path(__file__).resolve().parent.parent
+KILL_SEED = int(os.environ.get("CAPIVARA_KILL_SEED", "0"))
+MICRO_BATCHES = 3 * 6  # of 10 pairs in fours, in six steps
+# Phase -> how often an undisturbed run reaches it.
+PHASES = {
+    "cache-before": 2, "cache-after": 2, "forward": MICRO_BATCHES, "step-before": 6, "step-after": 6, "save": 2,
+    "save-state": 2, "rename-before": 2, "rename-after": 2, "old": 1, "end": 1, "finish": 1,
+}  # fmt: skip
+
+
+class Killed(BaseException):
+    """Ends a run within this process, which is quicker than to start another."""
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory, tiny_processor):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    model = randomise(CapivaraModel(tiny_config()))
+    assert model.config.text_config.hidden_dropout_prob > 0, "without dropout the random states would not matter"
+    model.save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run(base_folder, tiny_dataset_folder):
+    """Flags of a run that saves every second step and keeps one checkpoint."""
+
+    def make(output, **overrides) -> list[str]:
+        return flags(base_folder, tiny_dataset_folder, output, **{"save_steps": 2, "keep_last": 1, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base_folder, tiny_dataset_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    train_accelerate.main(flags(base_folder, tiny_dataset_folder, out, save_steps=2, keep_last=1))
+    return out
+
+
+def process(argv: list[str], *phase, cache: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run(command(argv, *phase), **surroundings(cache), capture_output=True, text=True, timeout=120)
+
+
+def command(argv: list[str], *phase) -> list[str]:
+    script = ["tests/killed_process.py", *map(str, phase)] if phase else ["train_accelerate.py"]
+    return [sys.executable, *script, *argv]
+
+
+def surroundings(cache: Path | None = None) -> dict:
+    own = {"CAPIVARA_CACHE": str(cache)} if cache else {}
+    return {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **own}}
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They are proven elsewhere, and take longer than a run; those of other processes are drawn."""
+    for name in ("plot_training_curves", "plot_retrieval_sheet"):
+        monkeypatch.setattr(train_accelerate, name, lambda *args: None)
+
+
+def kill_at(monkeypatch, owner, name: str, count: int) -> None:
+    """Within the block, the `count`-th call of `owner.name` raises Killed."""
+    counter, original = itertools.count(1), getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        if next(counter) == count:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def killed_run(argv: list[str], owner, name: str, count: int) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, owner, name, count)
+        train_accelerate.main(argv)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def run_json(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+
+
+def assert_as_undisturbed(out: Path, expected: Path) -> None:
+    assert weights(out) == weights(expected)
+    curves = [
+        [{key: p[key] for key in ("step", "loss", "gradient_norm", "validation") if key in p} for p in curve]
+        for curve in (run_json(out)["curve"], run_json(expected)["curve"])
+    ]
+    assert curves[0] == curves[1], "each step once, with the same figures"
+    assert [point["step"] for point in curves[0]] == list(range(len(curves[0])))
+    assert not out.with_name(f"{out.name}.partial").exists()
+    assert not list(out.rglob("tmp-*"))
+
+
+# Killed
+
+
+def case(phase: str) -> object:
+    return phase if phase in ("forward", "save") else pytest.param(phase, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("phase", map(case, PHASES))
+def test_sigkill(run, undisturbed, tmp_path, phase):
+    count = random.Random(f"{KILL_SEED} {phase}").randint(1, PHASES[phase])
+    print(f"CAPIVARA_KILL_SEED={KILL_SEED}: killed at number {count} of {phase}")
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    killed = process(run(out), phase, count, cache=cache)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    resumed = process(run(out, resume="auto"), cache=cache)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_as_undisturbed(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_sigkill_again_and_again(run, undisturbed, tmp_path):
+    """Every attempt is killed, at moments that go on; the last one is left alone."""
+    generator = random.Random(f"{KILL_SEED} again")
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    for phase, most in (
+        ("cache-after", 2),
+        ("forward", 6),
+        ("rename-after", 1),
+        ("step-after", 2),
+        ("save", 1),
+        ("end", 1),
+    ):
+        count = generator.randint(1, most)
+        print(f"CAPIVARA_KILL_SEED={KILL_SEED}: killed at number {count} of {phase}")
+        killed = process(run(out, resume="auto"), phase, count, cache=cache)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert process(run(out, resume="auto"), cache=cache).returncode == 0
+    assert_as_undisturbed(out, undisturbed)
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(8, marks=pytest.mark.slow), 13, 19])
+def test_killed_at_any_forward_pass(run, undisturbed, tmp_path, count):
+    out = tmp_path / "out"
+    killed_run(run(out), ExactStep, "_forward", count)
+    train_accelerate.main(run(out, resume="auto"))
+    assert_as_undisturbed(out, undisturbed)
+
+
+VARIANTS = {
+    "lora": {"lora_rank": 2, "lora_dropout": 0.1},
+    "interpolation": {"interpolate": 0.5},
+    "adamw, decay": {"optimizer": "adamw", "weight_decay": 0.3},
+    "both towers": {"towers": "both", "image_embedding_cache": "off"},
+    "views": {"augmented_views": 3},
+    "fresh views": {"augmented_views": 0, "image_embedding_cache": "off"},
+    "recomputed": {"accumulation": "recompute"},
+    "checkpointing": {"gradient_checkpointing": "true"},
+    "all captions": {"language": "en", "eval_languages": "en"},
+}
+
+
+QUICK = ("lora", "interpolation")
+
+
+@pytest.mark.parametrize("variant", [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
+def test_every_kind_of_training_resumes(run, tmp_path, variant):
+    expected, out = tmp_path / "expected", tmp_path / "out"
+    if "lora_rank" in VARIANTS[variant]:
+        pytest.importorskip("peft")
+    train_accelerate.main(run(expected, **VARIANTS[variant]))
+    killed_run(run(out, **VARIANTS[variant]), Trainer, "_update", 6)
+    assert [p.name for p in (tmp_path / "out.partial/checkpoints").iterdir()] == ["step-00000004"]
+    train_accelerate.main(run(out, resume="auto", **VARIANTS[variant]))
+    assert_as_undisturbed(out, expected)
+    if variant == "lora":
+        adapters = [folder / "adapter" / "adapter_model.safetensors" for folder in (out, expected)]
+        assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_of_several_seeds_those_that_are_done_are_not_trained_again(run, tmp_path, monkeypatch):
+    train_accelerate.main(run(tmp_path / "expected", runs=2))
+    killed_run(run(tmp_path / "out", runs=2), Trainer, "_one_step", 6 + 4)
+    first = tmp_path / "out.partial" / "seed-0"
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    seeds = []
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, resume: (seeds.append(self.seed), train(self, resume))[1])
+    finish = train_accelerate.finish_folder
+    after = {}
+
+    def note(*args):
+        after.update({path: path.stat().st_mtime_ns for path in before if path.exists()})
+        finish(*args)
+
+    monkeypatch.setattr(train_accelerate, "finish_folder", note)
+    out = train_accelerate.main(run(tmp_path / "out", runs=2, resume="auto"))
+    assert seeds == [1]
+    assert {path: t for path, t in before.items() if path.name != "records.json" and path.is_file()} == {
+        path: t for path, t in after.items() if path.is_file()
+    }
+    for seed in ("seed-0", "seed-1"):
+        assert_as_undisturbed(out / seed, tmp_path / "expected" / seed)
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert table.replace(str(out), "") == (tmp_path / "expected" / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_finished_seed_of_other_settings_is_refused(run, tmp_path):
+    """Also where the second seed has no checkpoint that would tell."""
+    killed_run(run(tmp_path / "out", runs=2), Trainer, "_one_step", 6 + 1)
+    with pytest.raises(SystemExit, match=r"learning_rate: 0\.001 there, 0\.002 now"):
+        train_accelerate.main(run(tmp_path / "out", runs=2, learning_rate=2e-3, resume="auto"))
+    assert (tmp_path / "out.partial/seed-0/records.json").is_file()
+
+
+# Stopped
+
+
+@contextlib.contextmanager
+def started(argv: list[str], until: Path, launcher: tuple[str, ...] = (), slow_ms: int = 300):
+    """A slow run in a process group of its own, that has got as far as `until`."""
+    line = [sys.executable, *launcher, *command(argv, "slow", slow_ms)[1:]]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(line, **surroundings(), **pipes, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not until.exists() and running.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert until.exists(), "the run did not get that far"
+        yield running
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
+        running.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatch, capsys, number):
+    out, update, calls = tmp_path / "out", Trainer._update, itertools.count(1)
+
+    def signalled(*args):
+        if next(calls) == 3:
+            os.kill(os.getpid(), number)
+        return update(*args)
+
+    monkeypatch.setattr(Trainer, "_update", signalled)
+    with pytest.raises(SystemExit) as stop:
+        train_accelerate.main(run(out))
+    assert stop.value.code == 128 + number
+    assert "Stopped at step 3, which is saved. Go on with --resume auto --output_dir" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out.partial/checkpoints").iterdir()] == ["step-00000003"]
+    train_accelerate.main(run(out, resume="auto"))
+    assert_as_undisturbed(out, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_the_process(run, undisturbed, tmp_path, number):
+    out, checkpoints = tmp_path / "out", tmp_path / "out.partial" / "checkpoints"
+    with started(run(out), until=checkpoints / "step-00000002") as running:
+        running.send_signal(number)
+        _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 128 + number, stderr
+    assert "Traceback" not in stderr
+    (saved,) = checkpoints.iterdir()
+    step = int(saved.name.split("-")[1])
+    assert 2 <= step < 6 and f"Stopped at step {step}, which is saved. Go on with --resume auto --output_dir" in stderr
+    train_accelerate.main(run(out, resume="auto"))
+    assert_as_undisturbed(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_signal_to_two_processes_and_their_launcher(run, tmp_path):
+    """Ctrl-C reaches the processes twice: from the terminal, and from torchrun."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    subprocess.run(
+        [sys.executable, *launcher, *command(run(tmp_path / "expected"))[1:]],
+        **surroundings(), check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    out, checkpoints = tmp_path / "out", tmp_path / "out.partial" / "checkpoints"
+    with started(run(out), checkpoints / "step-00000002", launcher) as running:
+        os.killpg(running.pid, signal.SIGINT)
+        _, stderr = running.communicate(timeout=60)
+    assert "which is saved. Go on with --resume auto" in stderr, stderr
+    (saved,) = checkpoints.iterdir()
+    assert saved.name > "step-00000002"
+    subprocess.run(
+        [sys.executable, *launcher, *command(run(out, resume="auto"))[1:]],
+        **surroundings(), check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert_as_undisturbed(out, tmp_path / "expected")
+
+
+def test_ctrl_c_outside_of_the_steps(run, undisturbed, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_accelerate, "report", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            train_accelerate.main(run(out))
+    assert stop.value.code == 130
+    train_accelerate.main(run(out, resume="auto"))
+    assert_as_undisturbed(out, undisturbed)
+
+
+# Failed
+
+
+def test_a_loss_that_is_not_finite_stops_and_its_batch_is_saved(run, tmp_path, monkeypatch, tiny_dataset_folder):
+    original, calls = training.step.contrastive_gradients, itertools.count(1)
+
+    def bad(*args, **kwargs):
+        gradients = original(*args, **kwargs)
+        if next(calls) == 4:
+            gradients.loss.fill_(float("nan"))
+        return gradients
+
+    monkeypatch.setattr(training.step, "contrastive_gradients", bad)
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"The loss is nan.*bad-batch-step-4\.json.*learning rate"):
+        train_accelerate.main(run(out))
+    checkpoints = tmp_path / "out.partial" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["bad-batch-step-4.json", "step-00000002"]
+    batch = json.loads((checkpoints / "bad-batch-step-4.json").read_text(encoding="utf-8"))
+    assert batch["step"] == 4 and batch["seed"] == 0 and len(batch["pairs"]) == 10
+    captions = load_from_disk(tiny_dataset_folder)["train"]["captions-pt"]
+    for pair in batch["pairs"]:
+        assert pair["data_set"] == str(tiny_dataset_folder)
+        spelt = pair["tokens"].replace("<s>", "").replace("</s>", "").replace("<pad>", "").strip()
+        assert spelt in captions[pair["pair"]]
+    assert len({pair["pair"] for pair in batch["pairs"]}) == 10
+
+
+@pytest.mark.parametrize("eval_steps", [1, 100])
+def test_a_real_divergence(run, tmp_path, eval_steps):
+    """Whichever notices it first, a loss or the measurement: the error says what happened, and nothing is poisoned."""
+    argv = run(tmp_path / "out", learning_rate=1e30, warmup_steps=0, eval_steps=eval_steps, save_steps=1)
+    with pytest.raises(SystemExit, match=r"( is |is )(nan|inf|NaN).*learning rate"):
+        train_accelerate.main(argv)
+    assert list((tmp_path / "out.partial").rglob("bad-batch-step-*.json"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 8 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, text=True, timeout=20
+    )
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True, timeout=20)
+
+
+@pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
+@pytest.mark.parametrize("full_in", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer.json"])
+def test_disk_full_while_saving_keeps_the_checkpoint_before(run, undisturbed, small_disk, monkeypatch, full_in):
+    out, checkpoints = small_disk / "out", small_disk / "out.partial" / "checkpoints"
+    save = Checkpoints.save
+
+    def with_little_room(self, state):
+        if state.step == 4:
+            sizes = {path.name: path.stat().st_size for path in (checkpoints / "step-00000002").iterdir()}
+            names = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer.json"]
+            room = sum(-(-sizes[name] // 4096) for name in names[: names.index(full_in)]) * 4096
+            room += sizes[full_in] // 2 // 4096 * 4096
+            fill(small_disk, room)
+        save(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", with_little_room)
+    with pytest.raises(SystemExit) as stop:
+        train_accelerate.main(run(out))
+    for part in ("No space left on the disk", "step 4", "that of step 2 is whole", "--resume auto"):
+        assert part in stop.value.code, stop.value.code
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000002"]
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True, timeout=20)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    train_accelerate.main(run(out, resume="auto"))
+    assert_as_undisturbed(out, undisturbed)
+
+
+def fill(disk: Path, room: int) -> None:
+    """Leave so many bytes of a tmpfs."""
+    with (disk / "ballast").open("wb") as file:
+        file.write(bytes(max(shutil.disk_usage(disk).free - room, 0)))
+    assert shutil.disk_usage(disk).free == room
+
+
+# Not the same run
+
+
+def test_other_settings_are_listed(run, tmp_path):
+    killed_run(run(tmp_path / "out"), Trainer, "_one_step", 4)
+    before = sorted(path.name for path in (tmp_path / "out.partial").rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        train_accelerate.main(run(tmp_path / "out", resume="auto", learning_rate=2e-3, seed=5, micro_batch_size=2))
+    for part in (
+        "step-00000002 is of another run", "learning_rate: 0.001 there, 0.002 now", "seed: 0 there, 5 now",
+        "micro_batch_size: 4 there, 2 now",
+    ):  # fmt: skip
+        assert part in stop.value.code
+    assert "max_steps" not in stop.value.code and "save_steps" not in stop.value.code
+    assert sorted(path.name for path in (tmp_path / "out.partial").rglob("*")) == before
+
+
+def test_one_other_caption_is_another_data_set(run, base_folder, tiny_dataset_folder, tmp_path):
+    dataset = tmp_path / "squares"
+    shutil.copytree(tiny_dataset_folder, dataset)
+    argv = flags(base_folder, dataset, tmp_path / "out", save_steps=2)
+    killed_run(argv, Trainer, "_one_step", 4)
+    splits = load_from_disk(tiny_dataset_folder)
+    captions = splits["train"]["captions-pt"][:]
+    captions[3] = ["foto 3 azul branca"]
+    column = splits["train"].features["captions-pt"]
+    changed = splits["train"].remove_columns("captions-pt").add_column("captions-pt", captions, feature=column)
+    shutil.rmtree(dataset)
+    DatasetDict(splits | {"train": changed}).save_to_disk(dataset)
+    with pytest.raises(SystemExit) as stop:
+        train_accelerate.main([*argv, "--resume", "auto"])
+    assert f"data {dataset} train: '" in stop.value.code and "validation" not in stop.value.code
+
+
+def test_settings_that_change_no_weight_may_change(run, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    killed_run(run(out), Trainer, "_one_step", 4)
+    train_accelerate.main(run(out, resume="auto", keep_last=3, save_steps=1, accumulation="recompute"))
+    assert_as_undisturbed(out, undisturbed)
+
+
+def test_another_number_of_threads_is_said(run, tmp_path, caplog, monkeypatch):
+    killed_run(run(tmp_path / "out"), Trainer, "_one_step", 4)
+    monkeypatch.setattr(train_accelerate, "threads", lambda: 2)
+    train_accelerate.main(run(tmp_path / "out", resume="auto"))
+    assert "with 1 CPU threads, now there are 2" in caplog.text and "--num_threads 1 keeps them" in caplog.text
+
+
+def test_a_checkpoint_by_its_name(run, undisturbed, tmp_path):
+    killed_run(run(tmp_path / "first", keep_last=9), Trainer, "_one_step", 6)
+    checkpoint = tmp_path / "first.partial" / "checkpoints" / "step-00000002"
+    train_accelerate.main(run(tmp_path / "out", resume=checkpoint))
+    assert_as_undisturbed(tmp_path / "out", undisturbed)
+    with pytest.raises(SystemExit, match=r"no checkpoint of a run: it has no trainer\.json"):
+        train_accelerate.main(run(tmp_path / "other", resume=tmp_path))
+    with pytest.raises(SystemExit, match=r"of one run.*--resume auto"):  # else each seed would go on from it
+        train_accelerate.main(run(tmp_path / "other", resume=checkpoint, runs=2))
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_a_complete_run_is_left_as_it_is(run, undisturbed, capsys):
+    def state():
+        return {path: path.stat().st_mtime_ns for path in [undisturbed.parent, *undisturbed.parent.rglob("*")]}
+
+    before = state()
+    assert train_accelerate.main(run(undisturbed, resume="auto")) == undisturbed
+    assert "is complete; there is nothing to go on with" in capsys.readouterr().out
+    assert state() == before
+
+
+def test_a_run_that_shall_replace_a_complete_one_goes_on(run, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    train_accelerate.main(run(out, max_steps=2))
+    killed_run(run(out, overwrite_output_dir="true"), Trainer, "_one_step", 4)
+    with pytest.raises(SystemExit, match=r"not empty.*--overwrite_output_dir"):
+        train_accelerate.main(run(out, resume="auto"))
+    assert len(run_json(out)["curve"]) == 3
+    train_accelerate.main(run(out, resume="auto", overwrite_output_dir="true"))
+    assert_as_undisturbed(out, undisturbed)
+
+
+def test_an_unfinished_run_is_not_started_over_by_mistake(run, tmp_path):
+    killed_run(run(tmp_path / "out"), Trainer, "_one_step", 4)
+    with pytest.raises(
+        SystemExit, match=r"out\.partial holds an unfinished run.*--resume auto.*--overwrite_output_dir"
+    ):
+        train_accelerate.main(run(tmp_path / "out"))
+    assert (tmp_path / "out.partial/checkpoints/step-00000002").is_dir()
+
+
+def test_a_finished_seed_is_not_thrown_away_by_mistake(run, tmp_path):
+    killed_run(run(tmp_path / "out", runs=2, save_steps=100), Trainer, "_one_step", 6 + 1)
+    assert not list((tmp_path / "out.partial").rglob("step-*"))
+    with pytest.raises(SystemExit, match="holds an unfinished run"):
+        train_accelerate.main(run(tmp_path / "out", runs=2, save_steps=100))
+    assert (tmp_path / "out.partial/seed-0/records.json").is_file()
+
+
+# The best
+
+
+def recalls(monkeypatch, values: list[float]) -> None:
+    """The recall that is measured at the start and then every time."""
+    left = iter(values)
+
+    def validate(args, model, inputs):
+        return dict.fromkeys(("text_to_image", "image_to_text"), next(left)) | {"loss": 1.0}
+
+    monkeypatch.setattr(train_accelerate, "validate", validate)
+
+
+def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
+    recalls(monkeypatch, [0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))
+    steps = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert steps == ["step-00000002", "step-00000006", "step-00000007"]
+
+
+def test_patience_ends_with_the_best(run, tmp_path, monkeypatch):
+    recalls(monkeypatch, [0.1, 0.2, 0.5, 0.4, 0.3])
+    argv = {"eval_steps": 1, "patience": 2, "save_steps": 100}
+    out = train_accelerate.main(run(tmp_path / "out", **argv))
+    assert [point["step"] for point in run_json(out)["curve"]] == [0, 1, 2, 3, 4]
+    assert run_json(out)["steps"] == 2
+    saved = load_file(out / "model.safetensors")
+    best = load_file(out / "checkpoints" / "step-00000002" / "model.safetensors")
+    assert saved.keys() == best.keys() and all(torch.equal(saved[name], best[name]) for name in saved)
+
+
+def test_patience_that_ran_out_before_a_kill_is_not_given_again(run, tmp_path, monkeypatch):
+    values = [0.1, 0.5, 0.4, 0.3, 0.9, 0.9, 0.9]
+    argv = {"eval_steps": 1, "patience": 2, "save_steps": 1}
+    recalls(monkeypatch, values)
+    expected = train_accelerate.main(run(tmp_path / "expected", **argv))
+    recalls(monkeypatch, values)
+    killed_run(run(tmp_path / "out", **argv), train_accelerate, "save_adapters", 1)
+    assert (tmp_path / "out.partial/checkpoints/step-00000003").is_dir(), "the last, which was not the best"
+    recalls(monkeypatch, values[4:])
+    out = train_accelerate.main(run(tmp_path / "out", resume="auto", **argv))
+    assert weights(out) == weights(expected)
+    assert [point["step"] for point in run_json(out)["curve"]] == [0, 1, 2, 3]
+
+
+# Trackers, pickles
+
+
+def test_tensorboard(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = train_accelerate.main(run(tmp_path / "out", tracker="tensorboard"))
+    (events,) = {path.parent for path in out.rglob("events.out.tfevents.*") if path.parent.name == "capivara"}
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    tags = set(accumulator.Tags()["scalars"])
+    assert {"loss", "validation/loss", "learning_rate", "gradient_norm", "logit_scale", "pairs_per_second"} <= tags
+    assert any(tag.startswith("validation/") and tag != "validation/loss" for tag in tags)
+    losses = {event.step: event.value for event in accumulator.Scalars("loss")}
+    curve = {point["step"]: point["loss"] for point in run_json(out)["curve"] if "loss" in point}
+    assert losses == pytest.approx(curve)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    train_accelerate.main(run(out, tracker="tensorboard", resume="auto"))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def test_a_tracker_leaves_nothing_where_the_run_can_not_start(run, tmp_path):
+    pytest.importorskip("tensorboard")
+    with pytest.raises(SystemExit, match="no column"):
+        train_accelerate.main(run(tmp_path / "out", tracker="tensorboard", language="xh"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_is_not_installed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_accelerate, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="wandb is not installed: pip install wandb"):
+        train_accelerate.main(run(tmp_path / "out", tracker="wandb"))
+
+
+def test_a_run_goes_on_without_pickles(run, undisturbed, tmp_path, monkeypatch):
+    killed_run(run(tmp_path / "out"), Trainer, "_one_step", 6)
+    given, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (given.append(kwargs), load(*args, **kwargs))[1])
+    out = train_accelerate.main(run(tmp_path / "out", resume="auto"))
+    assert given and all(kwargs["weights_only"] is True for kwargs in given)
+    assert_as_undisturbed(out, undisturbed)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(run, tmp_path):
+    from test_checkpoints import Malicious
+
+    killed_run(run(tmp_path / "out"), Trainer, "_one_step", 6)
+    path = tmp_path / "out.partial/checkpoints/step-00000004/optimizer.bin"
+    torch.save(Malicious(tmp_path / "proof"), path)
+    with pytest.raises(SystemExit, match=r"step-00000004 can't be loaded"):
+        train_accelerate.main(run(tmp_path / "out", resume="auto"))
+    assert not (tmp_path / "proof").exists() and path.is_file()
