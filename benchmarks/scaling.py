@@ -1,0 +1,188 @@
+"""How the cost of a training step grows with its batch: towers at full size, then the loss alone.
+
+    python -m benchmarks.scaling
+    python -m benchmarks.scaling --device cuda
+
+The towers' cost a pair is measured from 256 to 2816 pairs, on cached image embeddings, no graph kept (a small batch
+could keep all and would be cheaper), one step each in one process after an untimed one. The optimiser's seconds do not
+depend on the batch: the cost a pair is given with and without them. Beyond, to 32,768 pairs, the loss is measured by
+itself on random embeddings of width 512, each size in its own process, and set against a step of that size, which is
+extrapolated from the largest one measured. The last line of the output is JSON.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from artifacts import device_description, package_versions, write_json
+from benchmarks.captions_pt import benchmark_captions
+from benchmarks.train_step import (
+    ROOT,
+    Engine,
+    TrainStepArguments,
+    in_own_process,
+    peak_memory_bytes,
+    random_batch,
+    seconds_of,
+)
+from examples.openmoji.encoders import load_text_encoder
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraProcessor
+from training.contrastive import contrastive_gradients
+from training.step import padding_share, resolve_precision, sparse_embedding_gradients
+
+
+@dataclass
+class ScalingArguments:
+    step_pairs: list[int] = field(default_factory=lambda: [256, 512, 1024, 2816], metadata={"help": "Whole steps."})
+    loss_pairs: list[int] = field(
+        default_factory=lambda: [2816, 4096, 8192, 16384, 32768], metadata={"help": "The loss alone."}
+    )
+    micro: int = field(
+        default=16,
+        metadata={"help": "Pairs of a micro-batch; with more, small batches are padded more than large ones."},
+    )
+    tokens: int = field(default=20, metadata={"help": "Mean tokens of a caption, begin and end included."})
+    precision: Literal["auto", "no", "bf16"] = field(default="auto", metadata={"help": "auto: bf16 where native."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
+    output: Path = field(default=ROOT / "benchmarks/results/scaling.json", metadata={"help": "JSON file."})
+    plot: Path = field(default=ROOT / "docs/scaling.png", metadata={"help": "PNG file."})
+    worker: Literal["steps", "loss"] | None = field(default=None, metadata={"help": "Measure in this process."})
+
+    def __post_init__(self) -> None:
+        for name in ("step_pairs", "loss_pairs"):
+            if not getattr(self, name) or min(getattr(self, name)) < 2:
+                raise ValueError(f"{name} must be numbers of at least 2 pairs, got {getattr(self, name)}.")
+        self.precision = resolve_precision(self.precision, torch.device(self.device))
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = HfArgumentParser(ScalingArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    if args.worker:
+        print(json.dumps(measure_steps(args) if args.worker == "steps" else measure_loss(args.loss_pairs[0], args)))
+        return
+    from eval.plots import plot_scaling  # here: the workers' memory shall not hold matplotlib
+
+    flags = ["--micro", str(args.micro), "--tokens", str(args.tokens), "--precision", args.precision]
+    module = ["benchmarks.scaling", "--device", args.device, *flags, "--worker"]
+    steps = in_own_process([*module, "steps", "--step_pairs", *map(str, args.step_pairs)])
+    losses = [
+        in_own_process([*module, "loss", "--loss_pairs", str(pairs)]) for pairs in tqdm(args.loss_pairs, desc="Losses")
+    ]
+    results = {
+        "device": device_description(args.device),
+        "threads": torch.get_num_threads(),
+        "versions": package_versions(),
+        **{name: getattr(args, name) for name in ("micro", "tokens", "precision")},
+        **summary(steps, losses),
+    }
+    write_json(args.output, results)
+    plot_scaling(results, args.plot)
+    print(markdown_table(results))
+    print(json.dumps(results))
+
+
+def measure_steps(args: ScalingArguments, config: CapivaraConfig | None = None, tokenizer=None) -> list[dict[str, Any]]:
+    """One whole step of every size, in increasing order: the peak of the memory is that of the largest so far."""
+    config, tokenizer = config or CapivaraConfig(), tokenizer or load_text_encoder()[1]
+    processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
+    sizes = sorted(args.step_pairs)
+    captions = benchmark_captions(sizes[-1], tokenizer, args.tokens)
+    engine = Engine(
+        config,
+        TrainStepArguments(
+            worker="ours", pairs=sizes[0], micro=args.micro, precision=args.precision, device=args.device,
+            accumulation="recompute",
+        ),
+    )  # fmt: skip
+    measured = []
+    with sparse_embedding_gradients(engine.model):
+        for number, pairs in enumerate([sizes[0], *sizes]):
+            batch = random_batch(config, processor, captions[:pairs], args.micro, cached=True)
+            step = engine(number, batch)
+            measured.append(
+                {
+                    "pairs": pairs,
+                    **step,
+                    "tokens": batch.tokens,
+                    "padding_share": padding_share(batch.texts),
+                    "peak_memory_bytes": peak_memory_bytes(args.device),
+                }
+            )
+    return measured[1:]
+
+
+def measure_loss(pairs: int, args: ScalingArguments, width: int = 512) -> dict[str, Any]:
+    """Seconds of the loss and its gradients, and the memory they take beside the embeddings they are given."""
+    noise = torch.Generator().manual_seed(0)
+    texts, images = (F.normalize(torch.randn(pairs, width, generator=noise), dim=-1).to(args.device) for _ in range(2))
+    scale, own = torch.tensor(2.66, device=args.device), torch.arange(pairs, device=args.device)
+    cuda = args.device.startswith("cuda")
+    contrastive_gradients(texts[:64], images[:64], scale, own[:64])  # warm-up
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
+    seconds = seconds_of(lambda: contrastive_gradients(texts, images, scale, own), args.device)
+    return {
+        "pairs": pairs,
+        "width": width,
+        "loss_s": seconds,
+        "memory_over_embeddings_bytes": peak_memory_bytes(args.device) - before,
+        "all_logits_bytes": 4 * pairs**2,
+    }
+
+
+def summary(steps: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[str, Any]:
+    """Cost a pair and its spread over the sizes; the loss's share of a step, measured or extrapolated."""
+    for step in steps:
+        step["seconds_per_pair"] = step["step_s"] / step["pairs"]
+        step["seconds_per_pair_without_optimiser"] = (step["step_s"] - step["optimiser_s"]) / step["pairs"]
+        step["seconds_per_token_without_optimiser"] = (step["step_s"] - step["optimiser_s"]) / step["tokens"]
+    names = [name for name in steps[0] if name.startswith("seconds_per_")]
+    largest = steps[-1]
+    for loss in losses:
+        # The towers' cost a pair is the largest measured step's, which holds that step's own small loss as well.
+        towers_s = loss["pairs"] * largest["seconds_per_pair_without_optimiser"]
+        loss["extrapolated_step_s"] = towers_s + largest["optimiser_s"] + loss["loss_s"]
+        loss["loss_share_of_extrapolated_step"] = loss["loss_s"] / loss["extrapolated_step_s"]
+    return {
+        "steps": steps,
+        "spread": {name: max(s[name] for s in steps) / min(s[name] for s in steps) - 1 for name in names},
+        "loss_alone": losses,
+    }
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """The README's tables, out of the JSON."""
+    lines = ["| pairs | ms a pair | without optimiser | padding | peak memory, GiB |", "|---:|---:|---:|---:|---:|"]
+    for step in results["steps"]:
+        lines.append(
+            f"| {step['pairs']:,} | {1e3 * step['seconds_per_pair']:.1f} "
+            f"| {1e3 * step['seconds_per_pair_without_optimiser']:.1f} | {step['padding_share']:.0%} "
+            f"| {step['peak_memory_bytes'] / 2**30:.1f} |"
+        )
+    lines += ["", "| loss of pairs | seconds | MiB beside the embeddings | share of a step (extrapolated) |"]
+    lines.append("|---:|---:|---:|---:|")
+    for loss in results["loss_alone"]:
+        lines.append(
+            f"| {loss['pairs']:,} | {loss['loss_s']:.2f} | {loss['memory_over_embeddings_bytes'] / 2**20:.0f} "
+            f"| {loss['loss_share_of_extrapolated_step']:.1%} |"
+        )
+    spread = results["spread"]
+    facts = (
+        f"Full size, random weights, {results['precision']}, micro-batches of {results['micro']}, {results['tokens']} "
+        f"tokens a caption, no graph kept, on {results['device']}; torch {results['versions']['torch']}. From the "
+        f"cheapest to the dearest size a pair costs {spread['seconds_per_pair']:.0%} more, "
+        f"{spread['seconds_per_pair_without_optimiser']:.0%} without the optimiser."
+    )
+    return "\n".join([*lines, "", facts])
+
+
+if __name__ == "__main__":
+    main()
