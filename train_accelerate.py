@@ -8,6 +8,7 @@ Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--re
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -15,15 +16,18 @@ import signal
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
+from safetensors import SafetensorError
 
 from artifacts import (
     check_output_folder,
+    device_description,
     finish_folder,
     next_numbered_folder,
     no_space_left,
@@ -33,7 +37,7 @@ from artifacts import (
     write_text,
 )
 from eval.plots import plot_retrieval_sheet, plot_training_curves, similarity_scores
-from eval.results import Record, write_records
+from eval.results import Record, header, write_records
 from eval.retrieval import (
     RetrievalEmbeddings,
     dataset_name,
@@ -50,12 +54,13 @@ from training.arguments import RunArguments, parse_arguments
 from training.checkpoints import Checkpoints, TrainerState, check_same_run, read_state, threads
 from training.inputs import Inputs, load_inputs
 from training.loop import Interrupted, Trainer
-from training.outputs import energy_of, model_card, run_facts
+from training.outputs import check_country, energy_of, model_card, run_facts
 from training.rows import write_skipped
 from training.step import resolve_precision
 from training.trainable import interpolate_weights, merge_adapters, prepare_trainable, save_adapters
 
 SHEET_QUERIES = 5
+WAIT = timedelta(hours=24)
 GOES_ON = ("checkpoints/step-*", "records.json")  # in an unfinished run: what it can go on from
 logger = logging.getLogger("capivara")
 
@@ -69,13 +74,11 @@ def main(argv: list[str] | None = None) -> Path:
             print(f"The run in {output_dir} is complete; there is nothing to go on with.")
             return output_dir
         accelerator = start(args, output_dir)
-        prepare(args, accelerator)
-        inputs = load_inputs(args, accelerator, output_dir)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("Stopped before training. Image embeddings that are complete are kept.")
     with unfinished_work(output_dir, args, accelerator) as folder:
+        prepare(args, accelerator)
+        inputs = load_inputs(args, accelerator, output_dir)
         start_tracker(args, accelerator)
         run(args, inputs, accelerator, folder)
         accelerator.wait_for_everyone()
@@ -106,7 +109,7 @@ def run(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Pa
         else:
             records += train_and_score(args, seed, inputs, baseline, accelerator, run_folder, folder)
     if main_process:
-        report(args, records, folder)
+        report(args, records, inputs, accelerator, folder)
         for path in folder.rglob("records.json"):
             path.unlink()
 
@@ -115,7 +118,9 @@ def join_processes() -> PartialState:
     """Accelerate's processes. Raises ValueError where it has not joined those that were started."""
     started = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun and of accelerate launch
     # Accelerate joins processes without a GPU only where it is told that they have none.
-    state = PartialState(cpu=True) if started > 1 and not torch.cuda.is_available() else PartialState()
+    # The others wait while the main one prepares, checks and measures, which can take longer than ten minutes.
+    options = {"timeout": WAIT} if started > 1 else {}
+    state = PartialState(cpu=started > 1 and not torch.cuda.is_available(), **options)
     if state.num_processes != started:
         raise ValueError(
             f"{started} processes were started, but Accelerate has joined {state.num_processes}: each would train on a "
@@ -136,11 +141,14 @@ def start(args: RunArguments, output_dir: Path) -> Accelerator:
         raise ValueError("mixed_precision fp16 needs a GPU; use bf16, no or auto.")
     if args.runs > 1 and args.resume not in (None, "auto"):
         raise ValueError(f"The checkpoint {args.resume} is of one run, not of {args.runs}. Use --resume auto.")
-    if PartialState().num_processes > args.effective_batch_size:
+    processes, parts = PartialState().num_processes, -(-args.effective_batch_size // args.micro_batch_size)
+    if processes > parts:
         raise ValueError(
-            f"{PartialState().num_processes} processes can't share an effective_batch_size of "
-            f"{args.effective_batch_size}: each needs a pair. Start fewer."
+            f"{processes} processes can't share the {parts} micro-batches of {args.micro_batch_size} in an "
+            f"effective_batch_size of {args.effective_batch_size}: each needs one. Use a smaller --micro_batch_size."
         )
+    if args.carbon_country and find_spec("codecarbon"):
+        check_country(args.carbon_country)
     for package, wanted, extra in (
         (args.tracker, args.tracker != "none", "trackers"),
         ("codecarbon", args.carbon_country, "carbon"),
@@ -174,7 +182,7 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
         return found[0]
     if not is_complete(args, args.output_dir):
         check_output_folder(args.output_dir, args.overwrite_output_dir)
-    for kept in (Path.cwd(), Path(args.model), *map(Path, args.dataset)):
+    for kept in map(Path, (Path.cwd(), args.model, args.evaluation_dataset, *args.dataset)):
         if args.overwrite_output_dir and kept.resolve().is_relative_to(args.output_dir.resolve()):
             raise ValueError(f"The output folder {args.output_dir} holds {kept}, which the run needs. Choose another.")
     partial = partial_folder(args.output_dir)
@@ -196,24 +204,59 @@ def is_complete(args: RunArguments, output_dir: Path) -> bool:
 def unfinished_work(output_dir: Path, args: RunArguments, accelerator: Accelerator):
     """The folder a run works in. It stays where it holds something to go on from, and faults end in one line."""
     folder = partial_folder(output_dir)
-    if accelerator.is_main_process:
-        if args.resume is None:
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True, exist_ok=True)
+    lock = claimed(folder) if accelerator.is_main_process else None
+    if accelerator.is_main_process and args.resume is None:
+        for path in folder.iterdir():
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     accelerator.wait_for_everyone()
     try:
-        yield folder
+        with sigterm_as_ctrl_c():
+            yield folder
     except (Interrupted, KeyboardInterrupt) as stop:  # after a step; before, between and after the steps
-        said, number = (str(stop), stop.signal) if isinstance(stop, Interrupted) else ("Stopped.", signal.SIGINT)
+        if isinstance(stop, Interrupted):
+            said, number = str(stop), stop.signal
+        else:
+            said, number = "Stopped.", stop.args[0] if stop.args else signal.SIGINT
         print(f"\n{said} Go on with --resume auto --output_dir {output_dir}.", file=sys.stderr)
         sys.exit(128 + number)
-    except (ValueError, FloatingPointError, OSError, ImportError) as error:
+    except (ValueError, FloatingPointError, OSError, ImportError, SafetensorError) as error:
         full = no_space_left(error) and "Free" not in str(error)
         sys.exit(f"error: {error}" + f". Free some space on the disk of {folder}" * full)
     finally:
         kept = (*GOES_ON, "checkpoints/bad-batch-*")
         if accelerator.is_main_process and folder.exists() and not any(any(folder.rglob(name)) for name in kept):
             shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c():
+    """Within it SIGTERM ends the work as Ctrl-C does, temporary files removed; the steps have a way of their own."""
+
+    def stop(number: int, frame) -> None:
+        raise KeyboardInterrupt(number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not in the main thread, where signals cannot be taken
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def claimed(folder: Path) -> int:
+    """A lock on the folder of a run, held until this process ends; the folder is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"error: another process is at work in {folder}. Wait for it, or choose another output_dir.")
+    return handle
 
 
 def prepare(args: RunArguments, accelerator: Accelerator) -> None:
@@ -239,13 +282,14 @@ def train_and_score(
     model = load_model(args.model)
     wrapped = prepare_trainable(model, args)
     fingerprints = inputs.fingerprints(args)
-    state = TrainerState(config=args.to_dict(), data=fingerprints, threads=threads())
+    device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
+    state = TrainerState(config=args.to_dict(), data=fingerprints, threads=threads(), device=device)
     checkpoints = Checkpoints(run_folder / "checkpoints", args.keep_last, accelerator)
     trainer = Trainer(
         args, seed, model, wrapped, inputs.planner(args, seed), inputs.images, accelerator,
         lambda trained: validate(args, trained, inputs), checkpoints, state,
     )  # fmt: skip
-    with energy_of(args, run_folder) as energy:
+    with energy_of(args, accelerator) as energy:
         state = trainer.train(checkpoint_to_resume(args, checkpoints, state))
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
@@ -282,6 +326,8 @@ def checkpoint_to_resume(args: RunArguments, checkpoints: Checkpoints, now: Trai
     there = read_state(path)
     check_same_run(there, now.config, now.data, path)
     logger.info("Going on from %s.", path)
+    if there.device != now.device:
+        logger.warning("The run was computed on %s, now on %s: its last bits will differ.", there.device, now.device)
     if there.threads != now.threads:
         logger.warning(
             "The run was computed with %s CPU threads, now there are %s: its last bits will differ. "
@@ -327,7 +373,7 @@ def record_facts(args: RunArguments, language: str, model: str, model_folder: st
     """The fields of a record that its measurement does not know; the baseline's folder is the base itself."""
     folder = args.model if model == "baseline" else model_folder
     return {
-        "dataset": dataset_name(args.dataset[0]),
+        "dataset": dataset_name(args.evaluation_dataset),
         "split": args.test_split,
         "language": language,
         "model": model,
@@ -361,11 +407,18 @@ def draw_sheet(
     )
 
 
-def report(args: RunArguments, records: list[Record], folder: Path) -> None:
+def report(args: RunArguments, records: list[Record], inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:
     """Result files, one a language, and the table of all."""
     for language in args.eval_languages:
-        name = f"retrieval_{dataset_name(args.dataset[0]).replace('/', '_')}_{args.test_split}_{language}.json"
-        write_records(folder / "results" / name, [record for record in records if record.language == language])
+        facts = header(
+            dataset=args.evaluation_dataset,
+            dataset_fingerprint=inputs.test[language].fingerprint,
+            model=".",
+            device=device_description(accelerator.device),
+            precision="float32",
+        )
+        name = f"retrieval_{dataset_name(args.evaluation_dataset).replace('/', '_')}_{args.test_split}_{language}.json"
+        write_records(folder / "results" / name, [record for record in records if record.language == language], facts)
     write_text(folder / "table.md", retrieval_table(records))
 
 

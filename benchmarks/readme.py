@@ -10,10 +10,12 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from artifacts import write_json, write_text
-from eval.results import Record
+from benchmarks import scaling, train_step
+from eval.results import Record, read_records
 from eval.tables import retrieval_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,11 +26,36 @@ BLOCK = "<!-- {name}: made by `python -m benchmarks.readme` -->\n{text}\n<!-- en
 
 def blocks() -> dict[str, str]:
     """Name of a block of the README -> its text."""
-    return {"demo": demo_block(), "encode": encode_block()}
+    return {
+        "demo": demo_block(),
+        "encode": encode_block(),
+        "train_step": train_step.markdown_table(_results("train_step")),
+        "scaling": scaling.markdown_table(_results("scaling")),
+        "loading": loading_block(),
+    }
+
+
+def _results(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def loading_block() -> str:
+    loading = _results("loading")
+    lines = ["| what | images/s | waiting for images |", "|---|---:|---:|"]
+    for name, measured in loading["measured"].items():
+        lines.append(
+            f"| {name.replace('_', ' ')} | {measured['images_per_second']:.1f} | {measured['share_waiting']:.0%} |"
+        )
+    width, height = loading["image_size"]
+    facts = (
+        f"{loading['images']} JPEG files of {width} x {height} pixels out of a tar, {loading['workers']} loading "
+        f"process(es), the image tower at full size in {loading['precision']}, on {loading['device']}."
+    )
+    return "\n".join([*lines, "", facts])
 
 
 def demo_block() -> str:
-    demo = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))
+    demo = _results("demo")
     records = [Record(**record) for record in demo["records"]]
     minutes = sum(demo["runs"][0]["seconds"].values()) / 60
     run = demo["runs"][0]
@@ -41,7 +68,7 @@ def demo_block() -> str:
 
 
 def encode_block() -> str:
-    encode = json.loads((RESULTS / "encode.json").read_text(encoding="utf-8"))
+    encode = _results("encode")
     lines = ["| what | open_clip | ours | ratio |", "|---|---:|---:|---:|"]
     for name, measured in encode["measured"].items():
         what, precision = name.split("_")
@@ -60,9 +87,8 @@ def encode_block() -> str:
 
 def take_over(run: Path) -> None:
     """Copy records, run facts and pictures of a run of the demo to where they are committed."""
-    records = [
-        r for path in sorted((run / "results").glob("*.json"), reverse=True) for r in json.loads(path.read_text())
-    ]
+    paths = sorted((run / "results").glob("*.json"), reverse=True)
+    records = [asdict(record) for path in paths for record in read_records(path)]
     folders = sorted(run.glob("seed-*")) or [run]
     runs = [json.loads((folder / "run.json").read_text(encoding="utf-8")) for folder in folders]
     write_json(RESULTS / "demo.json", {"records": records, "runs": runs})

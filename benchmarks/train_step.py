@@ -348,6 +348,7 @@ def seconds_of(call: Callable[[], Any], device: str) -> float:
 
 def compare(args: TrainStepArguments) -> dict[str, Any]:
     """All programs in alternating runs, the matmul peak before each round, and the recipe's step."""
+    recipe = {"recipe": recipe_step(args)} if args.recipe else {}
     programs = [name for name in PROGRAMS if args.device == "cpu" or name != PEER]
     runs: dict[str, dict[str, list[dict]]] = {p: {name: [] for name in programs} for p in PRECISIONS.values()}
     peaks = []
@@ -370,9 +371,7 @@ def compare(args: TrainStepArguments) -> dict[str, Any]:
         for name, found in results["measured"]["bfloat16"].items():
             found["ratio_to_open_clip_float32"] = median_ratio(runs["bfloat16"][name], runs["float32"][PEER])
         results |= {"peer_micro": args.peer_micro, "peer_accum": args.pairs // args.peer_micro}
-    if args.recipe:
-        results["recipe"] = recipe_step(args)
-    return results
+    return results | recipe
 
 
 def command(name: str, precision: str, args: TrainStepArguments, profile: bool) -> list[str]:

@@ -1,27 +1,29 @@
-"""Retrieval metrics: pure functions of embeddings and ranks."""
+"""Metrics of retrieval and classification: pure functions of embeddings, scores and ranks."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+BLOCK_ELEMENTS = 2**25  # scores that are held at once, 128 MiB in float32
 RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
 
 
 def retrieval_ranks(
-    query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor, block_size: int = 1024
+    query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor, block_size: int | None = None
 ) -> Tensor:
     """For every query, how many wrong items score at least as high as its best right one.
 
     An item is right when its group is the query's: an image and all of its captions share a group. Queries go through
-    in blocks, so memory grows with `block_size` x items.
+    in blocks, so that never more than `BLOCK_ELEMENTS` scores are there at once.
 
     Args:
         query_embeds: (queries, width), unit length.
         item_embeds: (items, width), unit length.
         query_groups: (queries,), integers.
         item_groups: (items,), integers.
-        block_size: queries scored at once.
+        block_size: queries scored at once; as many as `BLOCK_ELEMENTS` allows where None.
 
     Returns:
         (queries,), integers; 0 is a hit at rank 1. A tie with a wrong item counts against the query.
@@ -35,13 +37,21 @@ def retrieval_ranks(
     missing = ~torch.isin(query_groups, item_groups)
     if missing.any():
         raise ValueError(f"Queries {missing.nonzero().flatten()[:10].tolist()} have no right item to find.")
-    ranks = []
+    block_size = block_size or max(1, BLOCK_ELEMENTS // len(item_embeds))
+    sorted_groups, order = item_groups.sort(stable=True)
+    ranks = torch.empty(len(query_embeds), dtype=torch.long, device=query_embeds.device)
     for start in range(0, len(query_embeds), block_size):
         scores = query_embeds[start : start + block_size] @ item_embeds.T  # (block, items)
-        right = query_groups[start : start + block_size, None] == item_groups  # (block, items)
-        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((scores >= best) & ~right).sum(dim=1))
-    return torch.cat(ranks)
+        groups = query_groups[start : start + block_size].contiguous()
+        first = torch.searchsorted(sorted_groups, groups)
+        counts = torch.searchsorted(sorted_groups, groups, right=True) - first
+        rows = torch.arange(len(groups), device=groups.device).repeat_interleave(counts)  # a right pair each
+        within = torch.arange(len(rows), device=groups.device) - (counts.cumsum(0) - counts)[rows]
+        right = scores[rows, order[first[rows] + within]]  # (right pairs,)
+        best = scores.new_full((len(groups),), -torch.inf).scatter_reduce(0, rows, right, "amax")
+        as_good = (scores >= best[:, None]).sum(dim=1)
+        ranks[start : start + block_size] = as_good.index_add(0, rows, (right >= best[rows]).long(), alpha=-1)
+    return ranks
 
 
 def recall_at_k(ranks: Tensor, k: int) -> float:
@@ -124,3 +134,146 @@ def paired_bootstrap(
         means[i] = sums[drawn].sum() / counts[drawn].sum()
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
     return difference.mean().item(), low, high
+
+
+def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Tensor:
+    """`retrieval_ranks` out of scores that are there already.
+
+    Args:
+        scores: (queries, items).
+        right_items: for each query, the indices of its right items, at least one.
+
+    Returns:
+        (queries,), integers; 0 is a hit at rank 1, a tie with a wrong item counts against the query.
+
+    Raises:
+        ValueError: a score is not finite, a query has no right item, or an index is outside the items.
+    """
+    if not torch.isfinite(scores).all():
+        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
+    if len(scores) != len(right_items):
+        raise ValueError(f"There are {len(scores)} rows of scores for {len(right_items)} queries.")
+    right = torch.zeros(scores.shape, dtype=torch.bool)
+    for query, items in enumerate(right_items):
+        if not len(items):
+            raise ValueError(f"Query {query} has no right item to find.")
+        if not all(0 <= item < scores.shape[1] for item in items):
+            raise ValueError(f"Query {query} has a right item outside the {scores.shape[1]} items: {list(items)}.")
+        right[query, list(items)] = True
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~right).sum(dim=1)
+
+
+def median_rank(ranks: Tensor) -> float:
+    """Median over the queries of the rank of the best right item, 1 for the first place."""
+    if not len(ranks):
+        raise ValueError("There is no query to take a median of; is the split empty?")
+    return ranks.double().quantile(0.5).item() + 1
+
+
+def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Share of images whose class is among the k best-scored ones; a tie with a wrong class counts against it.
+
+    Args:
+        scores: (images, classes).
+        labels: (images,), index of the right class.
+        k: from 1 to the number of classes.
+
+    Raises:
+        ValueError: k or a label is outside the classes, or a score is not finite.
+    """
+    _check_classes(scores, labels)
+    if k > scores.shape[1]:
+        raise ValueError(f"k must be at most the number of classes, {scores.shape[1]}, got {k}.")
+    return recall_at_k(_class_ranks(scores, labels), k)
+
+
+def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
+    """Mean of the accuracies within each class that occurs: small classes count as much as large ones."""
+    return per_class_accuracy(scores, labels).nanmean().item()
+
+
+def per_class_accuracy(scores: Tensor, labels: Tensor) -> Tensor:
+    """(classes,), top-1 accuracy within each class, NaN for a class without images; ties as in `top_k_accuracy`."""
+    _check_classes(scores, labels)
+    hits = (_class_ranks(scores, labels) == 0).double()
+    classes = scores.shape[1]
+    counts = torch.bincount(labels, minlength=classes)
+    return torch.zeros(classes, dtype=torch.double).index_add_(0, labels, hits) / counts
+
+
+def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
+    """(classes, classes), how many images of the row's class are taken for the column's."""
+    _check_classes(scores, labels)
+    classes = scores.shape[1]
+    return torch.bincount(labels * classes + scores.argmax(dim=1), minlength=classes**2).reshape(classes, classes)
+
+
+def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
+    """Mean over classes of the average precision at the recalls 0, 0.1, …, 1; images can have several classes.
+
+    Source: Everingham et al., The PASCAL Visual Object Classes Challenge (2010), section 4.2. Images of equal score
+    enter together.
+
+    Args:
+        scores: (images, classes).
+        targets: (images, classes), 1 where the image has the class. A class without images is left out.
+
+    Raises:
+        ValueError: shapes differ, a score is not finite, or no class has an image.
+    """
+    if scores.shape != targets.shape:
+        raise ValueError(f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} must have the same shape.")
+    if not torch.isfinite(scores).all():
+        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
+    present = targets.sum(dim=0).nonzero().flatten().tolist()
+    if not present:
+        raise ValueError("No class has an image; are the targets empty?")
+    return sum(_eleven_point_precision(scores[:, c], targets[:, c].bool()) for c in present) / len(present)
+
+
+def roc_auc(scores: Tensor, labels: Tensor) -> float:
+    """Chance that a positive scores above a negative, a tie counting half: the area under the ROC curve.
+
+    Args:
+        scores: (images,), higher for the positive class.
+        labels: (images,), 1 for positive and 0 for negative.
+
+    Raises:
+        ValueError: only one of the two kinds occurs, or a score is not finite.
+    """
+    positives = labels.bool()
+    if not positives.any() or positives.all():
+        raise ValueError("ROC AUC needs positives and negatives; only one of them occurs.")
+    if not torch.isfinite(scores).all():
+        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
+    _, places, counts = scores.double().unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks = (last - (counts - 1) / 2)[places]  # mean rank of the images of equal score, from 1
+    number = positives.sum().double()
+    return ((ranks[positives].sum() - number * (number + 1) / 2) / (number * (~positives).sum())).item()
+
+
+def _check_classes(scores: Tensor, labels: Tensor) -> None:
+    if len(scores) != len(labels):
+        raise ValueError(f"There are {len(scores)} rows of scores for {len(labels)} labels.")
+    if not torch.isfinite(scores).all():
+        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
+    outside = labels[(labels < 0) | (labels >= scores.shape[1])].unique().tolist()
+    if outside:
+        raise ValueError(f"Labels {outside[:10]} are outside the {scores.shape[1]} classes that have a name.")
+
+
+def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """(images,), how many wrong classes score at least as high as the right one."""
+    right = scores.gather(1, labels[:, None])
+    return (scores >= right).sum(dim=1) - 1
+
+
+def _eleven_point_precision(scores: Tensor, positives: Tensor) -> float:
+    thresholds, places = scores.unique(return_inverse=True)
+    shown = torch.bincount(places, minlength=len(thresholds)).flip(0).cumsum(0).double()  # best score first
+    found = torch.bincount(places[positives], minlength=len(thresholds)).flip(0).cumsum(0).double()
+    precision, recall = found / shown, found / positives.sum()
+    best = [precision[recall >= point - 1e-12].max() for point in torch.linspace(0, 1, 11, dtype=torch.double)]
+    return torch.stack(best).mean().item()

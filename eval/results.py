@@ -1,9 +1,13 @@
-"""Result records: what was measured, in the one form that tables, plots and the model card read."""
+"""Result files: what was measured, and on what, in the one form that tables, plots and the model card read."""
 
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from artifacts import write_json
+from artifacts import package_versions, read_json, write_json
+
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -11,15 +15,15 @@ class Record:
     """One measured figure.
 
     Attributes:
-        task: "retrieval".
+        task: "retrieval", "classification" or "linear_probe".
         dataset: name of the data set.
         split: "test" and so on.
-        language: code of the captions' language, such as "pt".
+        language: code of the captions' or prompts' language, such as "pt".
         protocol: what was compared with what; figures of different protocols are not comparable.
-        direction: "text_to_image" or "image_to_text".
-        metric: "recall@1", "recall@5", "recall@10", "mean_recall", or "mean_recall_gain" (model minus baseline).
-        value: a share from 0 to 1.
-        n: queries averaged over.
+        direction: "text_to_image" or "image_to_text" of retrieval, else "".
+        metric: such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline).
+        value: a share from 0 to 1; of "median_rank" a rank from 1.
+        n: queries or images averaged over.
         model: "baseline" or "capivara".
         model_folder: the model's folder, relative to the run's.
         seed: of the training run, None for a model that was not trained in it.
@@ -43,6 +47,75 @@ class Record:
     interval_95: tuple[float, float] | None = None
 
 
-def write_records(path: Path, records: list[Record]) -> None:
-    """Write records as a JSON list, in one piece."""
-    write_json(path, [asdict(record) for record in records])
+def header(
+    *,
+    dataset: str,
+    dataset_fingerprint: str | None,
+    model: str,
+    device: str,
+    precision: str,
+    seconds: float | None = None,
+    dataset_revision: str | None = None,
+    model_revision: str | None = None,
+    skipped: int = 0,
+) -> dict[str, Any]:
+    """What the figures of a file depend on.
+
+    Args:
+        dataset: name.
+        dataset_fingerprint: digest of its images and captions.
+        model: folder, relative where it lies under the current one, or Hub id.
+        device: in words.
+        precision: "float32", or the type of autocast.
+        seconds: of the measurement; None where other work is in them.
+        dataset_revision: commit on the Hub; None for a local one.
+        model_revision: commit on the Hub; None for a local one.
+        skipped: rows that could not be used and are not in the figures.
+    """
+    command = " ".join(["python", "-m", _module_name(), *map(_relative, sys.argv[1:])])
+    return {
+        "dataset": _relative(dataset),
+        "dataset_revision": dataset_revision,
+        "dataset_fingerprint": dataset_fingerprint,
+        "model": _relative(model),
+        "model_revision": model_revision,
+        "versions": package_versions(),
+        "device": device,
+        "precision": precision,
+        "seconds": seconds,
+        "skipped_rows": skipped,
+        "command": command,
+    }
+
+
+def write_records(path: Path, records: list[Record], facts: dict[str, Any], **parts: Any) -> None:
+    """Write a result file in one piece: the header `facts`, the records, and further `parts` such as a matrix."""
+    content = {"schema_version": SCHEMA_VERSION, **facts, "records": [asdict(record) for record in records], **parts}
+    write_json(path, content)
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a result file.
+
+    Raises:
+        ValueError: the file has another form.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"{path} is no result file of schema version {SCHEMA_VERSION}.")
+    names = {field.name for field in fields(Record)}
+    return [Record(**{key: value for key, value in record.items() if key in names}) for record in content["records"]]
+
+
+def _relative(text: str) -> str:
+    """A path under the current folder relative to it, another absolute one as its last part: none names a machine."""
+    if not str(text).startswith("/"):
+        return str(text)
+    path = Path(text)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+
+def _module_name() -> str:
+    module = sys.modules.get("__main__")
+    spec = getattr(module, "__spec__", None)
+    return spec.name if spec else Path(sys.argv[0]).stem

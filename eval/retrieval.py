@@ -5,6 +5,7 @@
 """
 
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from torch import Tensor
 from transformers import HfArgumentParser
 
+from artifacts import device_description
 from eval.metrics import (
     RECALL_CUTOFFS,
     chance_recall,
@@ -23,7 +25,7 @@ from eval.metrics import (
     recall_at_k,
     retrieval_ranks,
 )
-from eval.results import Record, write_records
+from eval.results import Record, header, write_records
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
@@ -179,11 +181,20 @@ def main(argv: list[str] | None = None) -> None:
         processor, model = load_processor(args.model), load_model(args.model).eval()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    started = time.perf_counter()
     image_embeds = embed_images(model, processor, dataset[args.image_column], args.batch_size, "Images")
     embeddings = embed_captions(model, processor, dataset[f"captions-{args.language}"], image_embeds)
     facts = {"dataset": dataset_name(args.dataset), "split": args.split, "language": args.language}
     records = retrieval_records(embeddings, **facts, model=args.role, model_folder=args.model)
-    write_records(args.output, records)
+    about = header(
+        dataset=args.dataset,
+        dataset_fingerprint=dataset._fingerprint,
+        model=args.model,
+        device=device_description(model.device),
+        precision="float32",
+        seconds=time.perf_counter() - started,
+    )
+    write_records(args.output, records, about)
     for record in records:
         print(
             f"{record.direction:14} {record.metric:12} {100 * record.value:6.2f} %   chance {100 * record.chance:.2f} %"

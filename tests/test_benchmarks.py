@@ -1,5 +1,7 @@
 """Timings that users were promised, measured small."""
 
+import json
+
 import pytest
 
 from benchmarks.import_time import measure
@@ -12,8 +14,6 @@ def test_import_costs_little_over_transformers():
 
 @pytest.mark.slow
 def test_encode_embeds_the_same_as_open_clip(tmp_path):
-    import json
-
     from benchmarks.encode import main
 
     flags = ["--images", "2", "--captions", "4", "--runs", "1", "--output", str(tmp_path / "encode.json")]
@@ -21,3 +21,19 @@ def test_encode_embeds_the_same_as_open_clip(tmp_path):
     measured = json.loads((tmp_path / "encode.json").read_text())["measured"]
     assert set(measured) == {f"{what}_{p}" for what in ("images", "captions") for p in ("float32", "bfloat16")}
     assert all(measured[f"{what}_float32"]["largest_difference"] < 1e-5 for what in ("images", "captions"))
+
+
+def test_eval_retrieval_at_small_size(tmp_path):
+    from benchmarks.eval_retrieval import main
+
+    main(["--images", "40", "--captions", "3", "--runs", "1", "--output", str(tmp_path / "r.json")])
+    result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert result["largest_difference_of_a_recall"] < 1e-6 and result["ratio"] > 0 and result["captions"] == 120
+
+
+def test_loading_at_small_size(tmp_path):
+    from benchmarks.loading import main
+
+    main(["--images", "40", "--workers", "0", "--device", "cpu", "--output", str(tmp_path / "l.json")])
+    measured = json.loads((tmp_path / "l.json").read_text(encoding="utf-8"))["measured"]
+    assert all(found["images_per_second"] > 0 and 0 <= found["share_waiting"] <= 1 for found in measured.values())

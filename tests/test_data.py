@@ -14,6 +14,7 @@ from training.data import (
     evaluation_split,
     training_splits,
 )
+from training.rows import check_bad_share
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 
@@ -101,7 +102,7 @@ def test_a_split_that_is_measured_on_must_be_whole(tiny_dataset_folder, tmp_path
     break_it, message = BROKEN[fault]
     break_it(load_from_disk(tiny_dataset_folder)).save_to_disk(tmp_path / "broken")
     with pytest.raises(ValueError, match=message):
-        evaluation_split(str(tmp_path / "broken"), "validation", "image", ["pt"])
+        evaluation_split(arguments(tmp_path / "broken"), "validation", ["pt"])
 
 
 def test_training_rows_without_captions_are_skipped_and_listed(tiny_dataset_folder, tmp_path):
@@ -122,4 +123,17 @@ def test_pair_filter_and_strategy_read_the_authors_columns(tiny_dataset_folder, 
     skipped = []
     (split,) = training_splits(args, skipped)
     assert split.captions() == [["dois", "original 0"], ["original 2", "dois"], ["original 3", "um"]]
-    assert [line.row for line in skipped] == [1]
+    assert [(line.row, line.reason) for line in skipped] == [(1, "not chosen")]
+    check_bad_share(skipped, 4, max_bad_share=0)  # what is not chosen is not bad
+
+
+def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):
+    data = load_from_disk(tiny_dataset_folder)["train"].rename_column("captions-pt", "caption")
+    DatasetDict(train=data, validation=data).save_to_disk(tmp_path / "hub")
+    args = arguments(tmp_path / "hub", caption_column="caption")
+    (split,) = training_splits(args, [])
+    assert split.captions() == data["caption"][:]
+    assert evaluation_split(args, "validation", ["pt"])["pt"].captions() == split.captions()
+    args = arguments(tiny_dataset_folder, evaluation_dataset=tmp_path / "hub", caption_column="captions-{language}")
+    with pytest.raises(ValueError, match="hub, split 'validation' has no column 'captions-pt'"):
+        evaluation_split(args, "validation", ["pt"])

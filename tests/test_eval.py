@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from eval.plots import plot_retrieval_sheet, plot_training_curves
-from eval.results import Record, write_records
+from eval.results import Record, header, read_records, write_records
 from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, load_split, retrieval_records
 from eval.retrieval import main as evaluate
 from eval.tables import retrieval_table
@@ -60,8 +60,16 @@ def test_table_of_several_seeds():
 
 def test_records_survive_json(tmp_path):
     records = retrieval_records(embeddings(0, 1.0), **FACTS)
-    write_records(tmp_path / "r.json", records)
-    assert [Record(**r) for r in json.loads((tmp_path / "r.json").read_text())] == records
+    facts = header(
+        dataset=str(tmp_path / "d"), dataset_fingerprint="f", model="m", device="cpu", precision="float32", seconds=1.0
+    )
+    write_records(tmp_path / "r.json", records, facts)
+    assert read_records(tmp_path / "r.json") == records
+    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert content["schema_version"] == 2 and content["versions"]["torch"] and str(tmp_path) not in str(content)
+    (tmp_path / "old.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ValueError, match="no result file of schema version 2"):
+        read_records(tmp_path / "old.json")
 
 
 def test_captions_are_flattened_in_order():
@@ -74,7 +82,7 @@ def test_captions_are_flattened_in_order():
 def test_command(tiny_folder, tiny_dataset_folder, tmp_path, capsys):
     flags = ["--model", str(tiny_folder), "--dataset", str(tiny_dataset_folder), "--output", str(tmp_path / "r.json")]
     evaluate([*flags, "--language", "en"])
-    records = [Record(**r) for r in json.loads((tmp_path / "r.json").read_text())]
+    records = read_records(tmp_path / "r.json")
     assert len(records) == 8 and {r.language for r in records} == {"en"}
     assert "text_to_image  mean_recall" in capsys.readouterr().out
 

@@ -39,3 +39,10 @@ def test_commands_exist(command):
 def test_linked_files_exist():
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
         assert (ROOT / target).is_file(), target
+
+
+def test_the_metric_example_runs(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    code = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
+    exec(compile(code, "README.md", "exec"), {})
+    assert "{'recall_at_k': 0.5}" in capsys.readouterr().out

@@ -136,6 +136,7 @@ def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_
         ({"frozen_parameters": "("}, "is no regular expression"),
         ({"interpolate": 1.5}, "interpolate must be from 0 to 1"),
         ({"carbon_country": "Brasil"}, "three-letter ISO code"),
+        ({"carbon_country": "BRZ"}, "'BRZ' is unknown to codecarbon"),
         ({"dataset_weights": "0.5 0.5"}, "dataset_weights has 2 numbers for 1"),
     ],
 )

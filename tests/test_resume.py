@@ -58,7 +58,9 @@ def run(base_folder, tiny_dataset_folder):
     """Flags of a run that saves every second step and keeps one checkpoint."""
 
     def make(output, **overrides) -> list[str]:
-        return flags(base_folder, tiny_dataset_folder, output, **{"save_steps": 2, "keep_last": 1, **overrides})
+        return flags(
+            base_folder, tiny_dataset_folder, output, **{"save_steps": 2, "eval_steps": 6, "keep_last": 1, **overrides}
+        )
 
     return make
 
@@ -66,7 +68,7 @@ def run(base_folder, tiny_dataset_folder):
 @pytest.fixture(scope="module")
 def undisturbed(base_folder, tiny_dataset_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "out"
-    train_accelerate.main(flags(base_folder, tiny_dataset_folder, out, save_steps=2, keep_last=1))
+    train_accelerate.main(flags(base_folder, tiny_dataset_folder, out, save_steps=2, eval_steps=6, keep_last=1))
     return out
 
 
@@ -539,7 +541,7 @@ def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
     recalls(monkeypatch, [0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))
     steps = sorted(path.name for path in (out / "checkpoints").iterdir())
-    assert steps == ["step-00000002", "step-00000006", "step-00000007"]
+    assert steps == ["step-00000002", "step-00000007", "step-00000008"]
 
 
 def test_patience_ends_with_the_best(run, tmp_path, monkeypatch):

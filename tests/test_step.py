@@ -102,12 +102,29 @@ def test_float16_cache_costs_a_thousandth_at_most():
     assert 0 < largest_error(actual, expected) < 1e-3
 
 
-def test_kept_and_recomputed_graphs_agree_to_the_bit():
+def test_auto_keeps_what_fits(monkeypatch):
+    """Its measure of a graph, against the memory that is said to be free."""
+    batches, embeds = make_batch(False)
+    model, accelerator = build(False), Accelerator(cpu=True)
+    step = ExactStep(accelerator.prepare_model(model, evaluation_mode=True), model.logit_scale, accelerator, SEED)
+    assert step(STEP, batches, 7, embeds).graphs_kept == 4, "there is memory enough"
+    with GraphMeter(model) as meter:
+        outputs = model(batches[0].input_ids, batches[0].attention_mask)
+    assert step._costs[0] * batches[0].input_ids.numel() == pytest.approx(meter.bytes, rel=0.1)
+    del outputs
+    step.budget, step._costs = None, None
+    enough_for_two = 2.5 * meter.bytes * max(b.input_ids.numel() for b in batches[:2]) / batches[0].input_ids.numel()
+    monkeypatch.setattr("training.step.free_memory", lambda device: (enough_for_two / 0.6) + step._state_bytes())
+    assert 1 <= step(STEP, batches, 7, embeds).graphs_kept <= 3
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
     """What fits in memory may then differ between a run and its continuation."""
     results = {}
     for budget in (0.0, float("inf"), "half"):
         batches, embeds = make_batch(False)
-        model, accelerator = build(False), Accelerator(cpu=True)
+        model, accelerator = build(False), Accelerator(cpu=True, mixed_precision=precision)
         step = ExactStep(accelerator.prepare_model(model, evaluation_mode=True), model.logit_scale, accelerator, SEED)
         step.budget = budget
         if budget == "half":

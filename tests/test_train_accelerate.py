@@ -1,6 +1,7 @@
 """The whole run at toy width, as a user starts it, and the slips that end it early."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 from PIL import Image
 
 import train_accelerate
@@ -43,9 +44,9 @@ def test_a_run_and_all_that_it_leaves(tiny_folder, tiny_dataset_folder, tmp_path
     assert [p["step"] for p in run["curve"] if "validation" in p] == [0, 3, 6]
     assert run["seconds"]["training"] > 0 and run["versions"]["torch"] and run["device"]
     names = {" ".join(key.split()[1:]) for key in run["dataset_fingerprints"]}
-    assert names == {"train", "validation", "test pt", "test en"}
+    assert names == {"model", "train", "validation", "test pt", "test en"}
     for name in results:
-        records = json.loads((out / name).read_text(encoding="utf-8"))
+        records = json.loads((out / name).read_text(encoding="utf-8"))["records"]
         assert all(set(record) >= RECORD_FIELDS for record in records)
         assert {(r["model"], r["direction"]) for r in records if r["metric"] == "mean_recall"} == {
             (model, direction) for model in ("baseline", "capivara") for direction in ("text_to_image", "image_to_text")
@@ -68,9 +69,11 @@ def test_the_saved_model_is_the_trained_one(tiny_folder, tiny_dataset_folder, tm
     evaluate(
         ["--model", str(out), "--dataset", str(tiny_dataset_folder), "--output", str(tmp_path / "again.json")]
     )  # the folder alone gives the figures of the run
-    again = {(r["direction"], r["metric"]): r["value"] for r in json.loads((tmp_path / "again.json").read_text())}
+    again = {
+        (r["direction"], r["metric"]): r["value"] for r in json.loads((tmp_path / "again.json").read_text())["records"]
+    }
     (results,) = (out / "results").glob("*_pt.json")
-    for record in json.loads(results.read_text()):
+    for record in json.loads(results.read_text())["records"]:
         if record["model"] == "capivara" and record["metric"] in ("recall@1", "mean_recall"):
             assert record["value"] == pytest.approx(again[record["direction"], record["metric"]])
 
@@ -190,5 +193,58 @@ def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, t
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_splits_are_read_from_disk(tiny_dataset_folder):
-    assert set(load_from_disk(tiny_dataset_folder)) == {"train", "validation", "test"}
+def test_two_data_sets_are_mixed_in_every_batch(tiny_folder, tiny_dataset_folder, tmp_path):
+    """Image and caption of a pair stay together over both: without dropout, the loss is that of one data set."""
+    config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
+    config["text_config"] |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (tiny_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    whole = load_from_disk(tiny_dataset_folder)
+    one_caption = whole["train"].map(lambda row: {"captions-pt": row["captions-pt"][:1]})
+    parts = {"whole": range(12), "a": range(5), "b": range(5, 12)}
+    for name, rows in parts.items():
+        DatasetDict({**whole, "train": one_caption.select(rows)}).save_to_disk(tmp_path / name)
+    values = {"effective_batch_size": 12, "micro_batch_size": 5, "max_steps": 1, "warmup_steps": 0}
+    losses = []
+    for names in (["whole"], ["a", "b"]):
+        folders = [tmp_path / name for name in names]
+        out = train_accelerate.main(flags(tiny_folder, folders, tmp_path / "-".join(["out", *names]), **values))
+        losses.append(json.loads((out / "run.json").read_text(encoding="utf-8"))["curve"][1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_clamp_binds_in_a_run(tiny_folder, tiny_dataset_folder, tmp_path):
+    """CAPIVARA's own code has the clamp in a hook that is never called."""
+    model = load_model(tiny_folder)
+    model.logit_scale.data.fill_(4.6)  # ln 100 is 4.605
+    model.save_pretrained(tmp_path / "hot")
+    load_processor(tiny_folder).save_pretrained(tmp_path / "hot")
+    out = train_accelerate.main(
+        flags(
+            tmp_path / "hot", tiny_dataset_folder, tmp_path / "out", learning_rate=0.1, warmup_steps=0, weight_decay=0
+        )
+    )
+    scales = [point["logit_scale"] for point in json.loads((out / "run.json").read_text())["curve"][1:]]
+    assert max(scales) <= math.log(100) + 1e-6 and len({round(scale, 4) for scale in scales}) > 1
+
+
+def test_a_folder_at_work_is_not_taken(tiny_folder, tiny_dataset_folder, tmp_path):
+    handle = train_accelerate.claimed(tmp_path / "out.partial")
+    try:
+        with pytest.raises(SystemExit, match="another process is at work"):
+            train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))
+        assert (tmp_path / "out.partial").is_dir()
+    finally:
+        os.close(handle)
+
+
+def test_interpolation_of_a_finished_run(tiny_folder, tiny_dataset_folder, tmp_path):
+    from training.interpolate import main as interpolate
+
+    out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=2))
+    interpolate([str(tiny_folder), str(out), "--share", "0.25", "--output", str(tmp_path / "quarter")])
+    base, trained = load_model(tiny_folder).state_dict(), load_model(out).state_dict()
+    for name, weight in load_model(tmp_path / "quarter").state_dict().items():
+        if weight.is_floating_point():
+            torch.testing.assert_close(weight, 0.75 * base[name] + 0.25 * trained[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(SystemExit, match="share must be from 0 to 1"):
+        interpolate([str(tiny_folder), str(out), "--share", "2", "--output", str(tmp_path / "no")])

@@ -22,8 +22,13 @@ class ModelAndData:
         default_factory=list,
         metadata={
             "help": "Where the pairs are: folder of a saved HF DatasetDict, of parquet files, of images with "
-            "metadata.jsonl or of WebDataset tars, or a Hub id. Required. Several are mixed in every batch; validation "
-            "and test splits are those of the first."
+            "metadata.jsonl or of WebDataset tars, or a Hub id. Required. Several are mixed in every batch."
+        },
+    )
+    evaluation_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data set of the validation and test splits, in the same forms; the first `dataset` if none."
         },
     )
     dataset_weights: list[float] = field(
@@ -65,6 +70,10 @@ class ModelAndData:
         metadata={
             "help": "Leave out images whose first caption is less similar to them; all stay where none is given."
         },
+    )
+    caption_column: str = field(
+        default="captions-{language}",
+        metadata={"help": "Column of the captions, a list or one text; {language} stands for the language's code."},
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     train_split: str = field(default="train", metadata={"help": "Split that is trained on."})
@@ -212,8 +221,8 @@ class Output:
     keep_last: int = field(
         default=2,
         metadata={
-            "help": "Checkpoints that are kept, beside the best of them by validation recall; with `patience` every new "
-            "best is saved. They stay in the output folder."
+            "help": "Checkpoints that are kept beside the best by validation recall, saved when it is measured. "
+            "They stay in the output folder. A run of no more than `save_steps` steps has none."
         },
     )
     resume: str | None = field(
@@ -259,6 +268,7 @@ class RunArguments(Output, Trained, Optimisation, Batch, ModelAndData):
             )
         self._check_images()
         self._check_sources()
+        self.evaluation_dataset = self.evaluation_dataset or self.dataset[0]
         if not 0 <= self.min_learning_rate <= self.learning_rate < float("inf") or not self.learning_rate:
             raise ValueError(
                 f"learning_rate must be above 0 and not below min_learning_rate, got {self.learning_rate:g} and "

@@ -25,7 +25,7 @@ STATE = "trainer.json"
 FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
 # What may differ between a run and its continuation: it changes no weight.
 FREE = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
-FREE |= {"accumulation", "image_embedding_cache", "loading_workers", "num_threads", "streaming", "runs"}
+FREE |= {"accumulation", "loading_workers", "num_threads", "streaming", "runs", "interpolate"}
 
 
 @dataclass
@@ -41,6 +41,7 @@ class TrainerState:
         best_recall: mean of both directions, a share from 0 to 1.
         seconds: of training so far.
         threads: of the CPU; another number gives other last bits.
+        device: in words, and the number of processes; others give other last bits, too.
     """
 
     step: int = 0
@@ -51,6 +52,7 @@ class TrainerState:
     best_recall: float | None = None
     seconds: float = 0.0
     threads: int = 0
+    device: str = ""
 
 
 class Checkpoints:
@@ -153,10 +155,12 @@ def read_state(path: Path) -> TrainerState:
 
 def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:
     """Raise ValueError where a checkpoint is of other settings or data; every difference is named."""
+    # Where the cache lies changes nothing; whether there is one does: its embeddings are float16.
+    old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
     differing = {
         key: (state.config.get(key), config.get(key))
-        for key in sorted({*state.config, *config} - FREE)
-        if state.config.get(key) != config.get(key)
+        for key in sorted({*old, *new} - FREE)
+        if old.get(key) != new.get(key)
     }
     differing |= {f"data {key}": (state.data.get(key), data[key]) for key in data if state.data.get(key) != data[key]}
     if differing:

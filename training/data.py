@@ -69,12 +69,15 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
     """
     choice = CaptionChoice(args.caption_strategy, args.caption_count, args.min_similarity)
 
+    column = caption_column(args, args.language)
+
     def choose(row: dict) -> list[str]:
+        row = {**row, f"captions-{args.language}": row[column]}
         if args.min_pair_similarity is not None and not pair_passes(row, args.language, args.min_pair_similarity):
             return []
         return choose_captions(row, args.language, choice)
 
-    columns = choice.columns(args.language)
+    columns = [column if name == f"captions-{args.language}" else name for name in choice.columns(args.language)]
     if args.min_pair_similarity is not None:
         columns = list(dict.fromkeys([*columns, f"similarities-{args.language}"]))
     sources = [open_source(name, args.train_split, args.image_column, args.streaming) for name in args.dataset]
@@ -86,25 +89,25 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
     ]
 
 
-def evaluation_split(dataset: str, split: str, image_column: str, languages: list[str]) -> dict[str, Split]:
+def evaluation_split(args: RunArguments, split: str, languages: list[str]) -> dict[str, Split]:
     """Language -> a split that is measured on: every row must be good, since a figure must not depend on what is left.
 
     Raises:
         ValueError: a row can't be used; it is named.
     """
-    source = open_source(dataset, split, image_column)
+    source = open_source(args.evaluation_dataset, split, args.image_column)
     result = {}
     for language in languages:
         skipped: list[Skipped] = []
-        column = caption_column(language)
-        table = caption_table(source, image_column, [column], lambda row, c=column: _complete(row[c]), skipped)
+        column = caption_column(args, language)
+        table = caption_table(source, args.image_column, [column], lambda row, c=column: _complete(row[c]), skipped)
         if skipped:
             first = skipped[0]
             raise ValueError(
                 f"{source.where}: row {first.row} can't be used, {first.reason} ({first.detail}). A split that is "
                 f"measured on must be whole; fill it, or remove the row. {len(skipped)} rows are like this."
             )
-        result[language] = Split(source, table, image_column)
+        result[language] = Split(source, table, args.image_column)
     return result
 
 
@@ -114,8 +117,8 @@ def check_columns(source: Source, columns: list[str]) -> None:
             raise ValueError(f"{source.where} has no column {column!r}; there are {source.columns}.")
 
 
-def caption_column(language: str) -> str:
-    return f"captions-{language}"
+def caption_column(args: RunArguments, language: str) -> str:
+    return args.caption_column.replace("{language}", language)
 
 
 def batch_counts(batch_size: int, sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -240,5 +243,7 @@ class Planner:
 
 
 def _complete(texts: list[str]) -> list[str]:
-    """`texts`, none where one is empty: the row is then not measured on, and said to be bad."""
-    return texts if all(isinstance(text, str) and text.strip() for text in texts) else []
+    """`texts`. Raises ValueError where one is empty."""
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"an empty caption in {texts!r}")
+    return texts

@@ -9,7 +9,9 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from training.sources import Source
 
 SHARD_ROWS = 2048  # images of one file of the cache: what a kill can lose
 CACHE_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
+AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
 logger = logging.getLogger("capivara")
 
 
@@ -46,11 +49,12 @@ def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
     from torchvision.transforms import v2 as transforms
 
     torch.manual_seed(state)
+    bicubic = transforms.InterpolationMode.BICUBIC
     chain = transforms.Compose(
         [
-            transforms.Resize(250, interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.RandomResizedCrop(224, scale=(0.9, 1.0), interpolation=transforms.InterpolationMode.BICUBIC),
-            transforms.AugMix(severity=2),
+            transforms.Resize(AUGMENTATION["resize"], interpolation=bicubic),
+            transforms.RandomResizedCrop(AUGMENTATION["crop"], scale=AUGMENTATION["scale"], interpolation=bicubic),
+            transforms.AugMix(severity=AUGMENTATION["augmix_severity"]),
         ]
     )
     return chain(image.convert("RGB"))
@@ -204,22 +208,28 @@ class EmbeddingCache:
             raise
 
 
+def weights_digest(model: CapivaraModel, prefixes: tuple[str, ...] = ("",)) -> str:
+    """Hex digest of the tensors of a model whose name starts with one of `prefixes`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(prefixes):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def cache_parts(model: CapivaraModel, views: Views, precision: str) -> dict[str, Any]:
     """What the embeddings of a cache depend on; any change of one is another cache."""
-    weights = hashlib.blake2b(digest_size=16)
-    for module in ("vision_model", "visual_projection"):
-        for name, tensor in sorted(getattr(model, module).state_dict().items()):
-            weights.update(f"{module}.{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     images = hashlib.blake2b(digest_size=16)
     for chunk in views.table.select_columns(["digest"]).iter(10_000):
         images.update("".join(chunk["digest"]).encode())
     return {
         "version": CACHE_VERSION,
-        "tower_weights": weights.hexdigest(),
+        "tower_weights": weights_digest(model, ("vision_model.", "visual_projection.")),
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
         "preprocessing": json.loads(views.processor.image_processor.to_json_string()),
         "augmented_views": views.augmented_views,
+        "augmentation": None if views.augmented_views == 1 else AUGMENTATION | {"torchvision": version("torchvision")},
         "seed": views.seed,
         "precision": precision,
         "images": images.hexdigest(),
@@ -256,7 +266,8 @@ def build_cache(
             )  # fmt: skip
         check_free_space(folder, cache.bytes_missing())
         write_json(folder / "cache.json", parts)
-        own = missing[accelerator.process_index :: accelerator.num_processes]
+        # A run of shards each: a streamed source is read to its end only by the last.
+        own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index].tolist()
         for number, embeds, bad in _embedded_shards(model, views, cache, own, batch_size, workers, accelerator):
             cache.write(number, embeds, bad)
     accelerator.wait_for_everyone()
@@ -385,10 +396,13 @@ def check_images(views: Views, root: Path) -> dict[int, tuple[str, str]]:
     if path.is_file():
         return {place: (reason, detail) for place, reason, detail in json.loads(path.read_text(encoding="utf-8"))}
     bad, plain = [], replace(views, augmented_views=1)  # what can be preprocessed can be augmented, which takes longer
-    for place in tqdm(range(len(views)), desc=f"Checking images, {views.source.where}", unit="image", leave=False):
-        pixels = plain[place, 0]
-        if isinstance(pixels, BadImage):
-            bad.append((place, pixels.reason, pixels.detail))
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as executor:  # PIL decodes and resizes side by side
+        chunks = (range(start, min(start + 1000, len(views))) for start in range(0, len(views), 1000))
+        checked = (pixels for chunk in chunks for pixels in executor.map(lambda place: plain[place, 0], chunk))
+        bar = tqdm(checked, f"Checking images, {views.source.where}", len(views), unit="image", leave=False)
+        for place, pixels in enumerate(bar):
+            if isinstance(pixels, BadImage):
+                bad.append((place, pixels.reason, pixels.detail))
     write_json(path, bad)
     return {place: (reason, detail) for place, reason, detail in bad}
 

@@ -1,5 +1,6 @@
 """What a run starts from, checked: model, processor, splits and images; what is quick to fail comes first."""
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
 from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
-from training.images import TrainingImages, Views, bad_images, build_cache, check_images, loading_workers
+from training.images import (
+    TrainingImages,
+    Views,
+    bad_images,
+    build_cache,
+    check_images,
+    loading_workers,
+    weights_digest,
+)
 from training.rows import Skipped, check_bad_share
 from training.trainable import prepare_trainable
 
@@ -34,6 +43,7 @@ class Inputs:
         test: language -> the split of the final table.
         test_embeds: (images, width) by the base's image tower, float32.
         skipped: training rows that were left out.
+        base_digest: of the base's weights.
     """
 
     base: CapivaraModel
@@ -46,19 +56,23 @@ class Inputs:
     test: dict[str, Split]
     test_embeds: Tensor
     skipped: list[Skipped]
+    base_digest: str
 
     def planner(self, args: RunArguments, seed: int) -> Planner:
         captions = [split.table["captions"] for split in self.training]
-        return Planner(captions, self.counts, self.processor, args.micro_batch_size, args.augmented_views, seed)
+        # A copy: it plans in a thread, and a tokenizer remembers padding and length from its last call.
+        processor = copy.deepcopy(self.processor)
+        return Planner(captions, self.counts, processor, args.micro_batch_size, args.augmented_views, seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
         """Name of a data set and split -> digest of its images and captions."""
-        prints = {
+        prints = {"base model": self.base_digest}
+        prints |= {
             f"{name} {args.train_split}": s.fingerprint for name, s in zip(args.dataset, self.training, strict=True)
         }
-        prints[f"{args.dataset[0]} {args.validation_split}"] = self.validation.fingerprint
+        prints[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.fingerprint
         for language, split in self.test.items():
-            prints[f"{args.dataset[0]} {args.test_split} {language}"] = split.fingerprint
+            prints[f"{args.evaluation_dataset} {args.test_split} {language}"] = split.fingerprint
         return prints
 
 
@@ -79,11 +93,13 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     """
     processor = load_processor(args.model)
     base = load_model(args.model)
-    check_free_space(output_dir, args.runs * sum(p.nbytes for p in base.parameters()))
-    prepare_trainable(load_model(args.model), args)  # its names match, before any long work
+    trial = load_model(args.model)
+    prepare_trainable(trial, args)  # its names match, before any long work
+    check_free_space(output_dir, _bytes_of_run(args, trial))
+    del trial
     base.to(accelerator.device).eval()
     languages = {args.validation_split: [args.language], args.test_split: args.eval_languages}
-    measured = {name: evaluation_split(args.dataset[0], name, args.image_column, languages[name]) for name in languages}
+    measured = {name: evaluation_split(args, name, languages[name]) for name in languages}
     skipped: list[Skipped] = []
     splits = training_splits(args, skipped)
     rows = sum(map(len, splits)) + len(skipped)
@@ -107,6 +123,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         test=measured[args.test_split],
         test_embeds=embed_images(base, processor, test.images(), args.embedding_batch_size, "Images, test"),
         skipped=skipped,
+        base_digest=weights_digest(base),
     )
 
 
@@ -163,6 +180,14 @@ def _validation_embeds(
     root = root.parent if (root / "cache.json").is_file() else root  # that of the training images alone
     cache = build_cache(base, views, root, args.embedding_batch_size, loading_workers(args, accelerator), accelerator)
     return cache.embeds(range(len(split)), [0] * len(split))
+
+
+def _bytes_of_run(args: RunArguments, model: CapivaraModel) -> int:
+    """Disk that the models of a run take, and its checkpoints: weights and Adam's two moments, one in the making."""
+    weights = sum(p.nbytes for p in model.parameters())
+    moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    checkpoints = args.keep_last + 2 if args.max_steps > args.save_steps else 0
+    return args.runs * (weights + checkpoints * (weights + moments))
 
 
 def _require_good(split: Split, processor: CapivaraProcessor, root: Path) -> None:

@@ -26,6 +26,8 @@ from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate
 from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradients
 from training.trainable import set_training_mode
 
+MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault
+
 
 class Interrupted(Exception):
     """SIGTERM or Ctrl-C: the run is saved and can go on.
@@ -69,6 +71,7 @@ class Trainer:
     state: TrainerState
     stopped_early: bool = field(default=False, init=False)
     told: bool = field(default=False, init=False)
+    overflows: int = field(default=0, init=False)  # in a row, of fp16
 
     def train(self, resume: Path | None = None) -> TrainerState:
         """Train to `max_steps`, or until the recall has stopped rising for `patience` measurements.
@@ -94,8 +97,9 @@ class Trainer:
         with _signals() as received, sparse_embedding_gradients(self.model), self._plans() as plans, self._bar() as bar:
             pixels = self._pixels(plans)
             while self.state.step < args.max_steps and not self.stopped_early:
+                started = time.perf_counter()
                 plan = plans.pop(self.state.step)
-                point = self._one_step(plan, pixels)
+                point = self._one_step(plan, pixels, started)
                 bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
                 bar.update(args.effective_batch_size)
                 self._after_step(point, plan)
@@ -112,9 +116,9 @@ class Trainer:
         accelerator.free_memory()
         return self.state
 
-    def _one_step(self, plan: StepPlan, pixels: Iterator[Tensor] | None) -> dict:
-        """One optimiser step; returns its entry of the curve."""
-        args, started = self.args, time.perf_counter()
+    def _one_step(self, plan: StepPlan, pixels: Iterator[Tensor] | None, started: float) -> dict:
+        """One optimiser step, of which the plan was asked for at `started`; returns its entry of the curve."""
+        args = self.args
         own = self._own(plan)
         image_embeds = self._image_embeds(plan, own, pixels)
         waited = time.perf_counter() - started
@@ -137,11 +141,11 @@ class Trainer:
             "padding_share": plan.padding,
             "pairs_per_second": len(plan.places) / seconds,
             "tokens_per_second": plan.tokens / seconds,
-            "images_share_of_time": waited / seconds,
+            "data_share_of_time": waited / seconds,
             "memory_bytes": used_memory(self.accelerator.device),
         }
 
-    def _update(self, learning_rate: float) -> float:
+    def _update(self, learning_rate: float) -> float | None:
         """The optimiser's step and the clamp; returns the norm of the gradient.
 
         Raises:
@@ -158,13 +162,17 @@ class Trainer:
         self.optimizer.step()
         if self.model.logit_scale.requires_grad:
             clamp_logit_scale(self.model.logit_scale)
-        return norm if math.isfinite(norm) else -1.0  # fp16 overflow, whose step the scaler leaves out
+        self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+        if self.overflows > MAX_OVERFLOWS:
+            raise FloatingPointError(f"The gradient overflowed fp16 at {self.overflows} steps in a row.")
+        return norm if math.isfinite(norm) else None  # the scaler has left this step out
 
     def _after_step(self, point: dict, plan: StepPlan) -> None:
         """Measure, keep the curve, write a checkpoint where one is due."""
         args, state = self.args, self.state
         state.step = point["step"]
-        due = state.step % args.save_steps == 0 and state.step < args.max_steps
+        checkpointed = args.max_steps > args.save_steps  # a shorter run has none, unless patience needs its best
+        due = checkpointed and (state.step % args.save_steps == 0 or state.step == args.max_steps)
         if state.step % args.eval_steps == 0 or state.step == args.max_steps:
             try:
                 point["validation"] = self._measured()
@@ -172,11 +180,11 @@ class Trainer:
                 raise FloatingPointError(f"After step {state.step}: {error} {self._save_batch(plan)}") from error
             recall = _recall(point["validation"])
             is_best = state.best_recall is None or recall > state.best_recall
-            if is_best and (due or args.patience):
+            if is_best and (checkpointed or args.patience):
                 state.best_step, state.best_recall, due = state.step, recall, True
         state.curve.append(point)
         state.seconds = time.perf_counter() - self.started
-        self.accelerator.log(_flat(point), step=state.step)
+        self.accelerator.log(self._logged(point), step=state.step)
         if due:
             self._save()
         self.stopped_early = self._out_of_patience()
@@ -187,6 +195,13 @@ class Trainer:
             return False
         recalls = [_recall(point["validation"]) for point in self.state.curve if "validation" in point]
         return len(recalls) - 1 - recalls.index(max(recalls)) >= self.args.patience
+
+    def _logged(self, point: dict) -> dict[str, float]:
+        """An entry of the curve as trackers take it; of several seeds, each under its own name."""
+        values = {f"validation/{key}": value for key, value in point.get("validation", {}).items()}
+        values |= {key: value for key, value in point.items() if key not in ("step", "validation")}
+        prefix = f"seed-{self.seed}/" if self.args.runs > 1 else ""
+        return {prefix + key: value for key, value in values.items() if value is not None}
 
     def _image_embeds(self, plan: StepPlan, own: list[MicroBatch], pixels: Iterator[Tensor] | None) -> Tensor | None:
         """(pairs, width) on the device; None where the image tower is trained, its pixels are then in `own`."""
@@ -334,9 +349,3 @@ def _recall(validation: dict[str, float]) -> float:
     """Mean of both directions."""
     values = [value for key, value in validation.items() if key != "loss"]
     return sum(values) / max(len(values), 1)
-
-
-def _flat(point: dict) -> dict[str, float]:
-    """An entry of the curve as trackers take it."""
-    validation = {f"validation/{key}": value for key, value in point.get("validation", {}).items()}
-    return {key: value for key, value in point.items() if key not in ("step", "validation")} | validation

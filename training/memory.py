@@ -1,5 +1,6 @@
 """How much memory there is, and how much a graph takes."""
 
+import os
 from pathlib import Path
 
 import psutil
@@ -13,10 +14,12 @@ def free_memory(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     free = psutil.virtual_memory().available
-    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        free = min(free, limit - used + (_cgroup_page_cache() or 0))
-    return max(free, 0)
+    for folder in _cgroup_folders():
+        for names in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            limit, used = (_number(folder / name) for name in names)
+            if limit is not None and used is not None:
+                free = min(free, limit - used + _page_cache(folder))
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one machine share it
 
 
 def used_memory(device: torch.device) -> int:
@@ -57,10 +60,24 @@ def _number(path: Path) -> int | None:
         return None
 
 
-def _cgroup_page_cache() -> int | None:
-    """Bytes of file pages in the container's account: the kernel gives them back when they are needed."""
+def _cgroup_folders() -> list[Path]:
+    """Where the kernel accounts for this process's memory: version 2, and the memory controller of version 1."""
     try:
-        lines = Path("/sys/fs/cgroup/memory.stat").read_text(encoding="ascii").splitlines()
+        lines = Path("/proc/self/cgroup").read_text(encoding="ascii").splitlines()
     except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), None)
+        return []
+    folders = [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory")]  # as a container sees its own
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            folders.append(Path("/sys/fs/cgroup") / controllers / path.lstrip("/"))
+    return folders
+
+
+def _page_cache(folder: Path) -> int:
+    """Bytes of file pages in an account: the kernel gives them back when they are needed."""
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)

@@ -1,5 +1,6 @@
 """What a training run writes beside its weights: `run.json` and a first model card."""
 
+import difflib
 import html
 from collections import Counter
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ CARD = """---
 
 # {title}
 
-A [CAPIVARA](https://arxiv.org/abs/2310.13683) model: the text tower of `{model}` fine-tuned on captions in "{language}"
-of the data set {dataset}, its image tower left as it was. `run.json` has every setting and measurement of the run,
+A [CAPIVARA](https://arxiv.org/abs/2310.13683) model: `{model}` fine-tuned on captions in "{language}" of the data set
+{dataset}; trained was {trained}. `run.json` has every setting and measurement of the run,
 `results/` the evaluation.
 
 {licence}
@@ -69,33 +70,46 @@ def run_facts(
     }
 
 
+def check_country(country: str) -> None:
+    """Raise ValueError where codecarbon has no figures of a country; it would take the world's without a word."""
+    from codecarbon.input import DataSource
+
+    known = DataSource().get_global_energy_mix_data()
+    if country not in known:
+        nearest = difflib.get_close_matches(country, list(known), n=3, cutoff=0.0)
+        raise ValueError(f"carbon_country {country!r} is unknown to codecarbon; the nearest are {nearest}.")
+
+
 @contextmanager
-def energy_of(args: RunArguments, folder: Path) -> Iterator[dict[str, Any]]:
-    """A dictionary that holds, after the block, what codecarbon measured within it; empty without `carbon_country`."""
+def energy_of(args: RunArguments, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
+    """A dictionary that holds, after the block, what codecarbon measured within it; empty without `carbon_country`.
+
+    Of the machine that the main process is on: one of several machines is not the whole.
+    """
     energy: dict[str, Any] = {}
-    if not args.carbon_country:
+    if not args.carbon_country or not accelerator.is_main_process:
         yield energy
         return
     from codecarbon import OfflineEmissionsTracker
 
-    tracker = OfflineEmissionsTracker(
-        country_iso_code=args.carbon_country, save_to_file=False, log_level="error", tracking_mode="process"
-    )
+    tracker = OfflineEmissionsTracker(country_iso_code=args.carbon_country, save_to_file=False, log_level="error")
     tracker.start()
     try:
         yield energy
     finally:
         tracker.stop()
-        data = tracker.final_emissions_data
-        energy |= {
-            "kwh": data.energy_consumed,
-            "kg_co2e": data.emissions,
-            "hours": data.duration / 3600,
-            "country": args.carbon_country,
-            "cpu": data.cpu_model,
-            "gpu": data.gpu_model or None,
-            "method": f"codecarbon {metadata.version('codecarbon')}, offline; an estimate where no power meter is read",
-        }
+        data = getattr(tracker, "final_emissions_data", None)
+        if data is not None:  # codecarbon reports its own failures and goes on
+            energy |= {
+                "kwh": data.energy_consumed,
+                "kg_co2e": data.emissions,
+                "hours": data.duration / 3600,
+                "country": args.carbon_country,
+                "cpu": data.cpu_model,
+                "gpu": data.gpu_model or None,
+                "covers": "this session of the run, on the machine of the main process",
+                "method": f"codecarbon {metadata.version('codecarbon')}, offline; estimated without a power meter",
+            }
 
 
 def model_card(args: RunArguments, title: str) -> str:
@@ -107,9 +121,12 @@ def model_card(args: RunArguments, title: str) -> str:
     others = [_front_matter(Path(name) / "README.md") for name in args.dataset[1:]]
     metadata = {"language": args.eval_languages, "library_name": "transformers"}
     metadata |= {"pipeline_tag": "zero-shot-image-classification", "tags": ["capivara", "clip"]}
+    trained = "the text tower, the image tower left as it was" if args.towers == "text" else "both towers"
+    if args.lora_rank:
+        trained += f", through LoRA adapters of rank {args.lora_rank}"
     licence = "The data set states no licence; check it before you share this model."
     if others:
-        stated = [card.get("license") or "none" for card in (data_card, *others)]
+        stated = [str(card.get("license") or "none") for card in (data_card, *others)]
         licence = f"The data sets state these licences: {', '.join(stated)}. Check them before you share this model."
     elif data_card.get("license"):
         metadata["license"] = data_card["license"]
@@ -122,6 +139,7 @@ def model_card(args: RunArguments, title: str) -> str:
         model=args.model if not Path(args.model).is_absolute() else Path(args.model).name,
         dataset=html.escape(", ".join(_titles(args.dataset, [data_card, *others]))),
         language=args.language,
+        trained=trained,
         licence=html.escape(licence, quote=False),
     )
 
@@ -136,4 +154,8 @@ def _front_matter(card: Path) -> dict[str, Any]:
     text = card.read_text(encoding="utf-8")
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
-    return yaml.safe_load(text[4 : text.index("\n---", 4)]) or {}
+    try:
+        content = yaml.safe_load(text[4 : text.index("\n---", 4)])
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}

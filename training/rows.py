@@ -38,6 +38,7 @@ MAX_ASPECT = 50  # long side by short side; the square crop of the image tower w
 MAX_IMAGE_BYTES = 100_000_000  # of a file; photographs have under 50 MB, and every row is held in memory
 # What photographs come in. Not all that PIL opens: EPS starts Ghostscript on the file.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+NOT_CHOSEN = "not chosen"  # by the pair filter or the caption strategy: left out, but not bad
 MAX_DETAIL = 300  # letters of a line of skipped.jsonl; a caption can be a book
 ROWS_PER_CHUNK = 1000  # of the table of captions; what of it is in memory while it is written
 TABLE_FEATURES = Features({"row": Value("int64"), "digest": Value("string"), "captions": List(Value("string"))})
@@ -53,7 +54,9 @@ class Skipped:
     source: str
     split: str
     row: int
-    reason: str  # no image, unreadable image, absurd image size, no caption, missing column, damaged archive
+    reason: (
+        str  # not chosen, no image, unreadable image, absurd image size, no caption, missing column, damaged archive
+    )
     detail: str
 
 
@@ -157,7 +160,8 @@ def decode_image(row_image: dict | None) -> PIL.Image.Image:
 
 
 def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) -> None:
-    """Raise ValueError when more than `max_bad_share` (0 to 1) of `total` rows were skipped."""
+    """Raise ValueError when more than `max_bad_share` (0 to 1) of `total` rows are bad; those not chosen are not."""
+    skipped = [line for line in skipped if line.reason != NOT_CHOSEN]
     share = len(skipped) / max(total, 1)
     if share <= max_bad_share:
         return
@@ -198,6 +202,8 @@ def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Cal
     except (ValueError, TypeError) as error:  # such as fewer similarities than captions
         raise _BadRow("no caption", f"{error}") from error
     captions = [text for text in chosen if isinstance(text, str) and repair_text(text)]
+    if not captions and any(_has_text(row[column]) for column in caption_columns):
+        raise _BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
         raise _BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
     digest = blake2b(image_bytes(image), digest_size=16).hexdigest()
@@ -205,7 +211,14 @@ def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Cal
     return {"digest": digest, "captions": [text.encode("utf-8", "replace").decode() for text in captions]}
 
 
+def _has_text(values: list) -> bool:
+    return any(isinstance(value, str) and repair_text(value) for value in values)
+
+
 def _file_bytes(path: str) -> bytes:
+    scheme = path.partition("://")[0] if "://" in path else ""
+    if scheme and "hf://" not in path:  # a data set must not send the trainer to any address
+        raise BadImage("unreadable image", f"{path!r} is neither a local file nor on the Hub")
     try:
         if "://" not in path and not Path(path).is_file():
             raise FileNotFoundError("there is no such file")

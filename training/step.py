@@ -213,9 +213,12 @@ class ExactStep:
             return 1.0
         if self._costs is None:
             with GraphMeter(self.model) as meter, self.accelerator.autocast():
-                outputs = self._forward(step, batch)
-            del outputs
-            self._costs = meter.bytes / batch.input_ids.numel(), meter.bytes / len(batch.input_ids)
+                first = self._forward(step, batch)  # its graph holds the weights' casts, too, which all graphs share
+                shared = meter.bytes
+                second = self._forward(step, batch)
+            own = meter.bytes - shared
+            del first, second
+            self._costs = own / batch.input_ids.numel(), own / len(batch.input_ids)
         if self.budget is None:
             self.budget = BUDGET_SHARE * max(free_memory(self.accelerator.device) - self._state_bytes(), 0)
         by_token, by_text = self._costs

@@ -1,0 +1,186 @@
+"""Logistic regression on frozen image embeddings, with all training images or a few of each class.
+
+    python -m eval.linear_probe --model MODEL --benchmark cifar-10 --images DATASET --output results/probe.json
+    python -m eval.linear_probe --model MODEL --benchmark cifar-10 --images DATASET --shots 1 2 4 8 16 --output p.json
+
+The penalty is chosen on the validation split, or on a fifth of the training images where there is none, then the
+regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot figures are means over draws.
+"""
+
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from artifacts import device_description
+from eval.classification import LabelledImages, classification_metrics, load_images
+from eval.models import Embedder, load_embedder
+from eval.prompts import load_prompts
+from eval.results import Record, header, write_records
+
+PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak
+MAX_ITERATIONS = 1000
+
+
+@dataclass
+class LinearProbeArguments:
+    model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline."})
+    benchmark: str = field(metadata={"help": "Key of the data set in eval/prompts/pt, such as cifar-10."})
+    images: str = field(metadata={"help": "Saved HF data set, folder of splits with a sub-folder a class, or Hub id."})
+    output: Path = field(metadata={"help": "JSON file for the result."})
+    shots: list[int] = field(default_factory=list, metadata={"help": "Images of each class; all where none is given."})
+    draws: int = field(default=3, metadata={"help": "Draws of the few images, averaged."})
+    seed: int = field(default=0, metadata={"help": "Seed of the draws and of the validation part."})
+    train_split: str = field(default="train", metadata={"help": "Split that is fitted to."})
+    validation_split: str | None = field(default=None, metadata={"help": "Split that the penalty is chosen on."})
+    split: str = field(default="test", metadata={"help": "Split that is measured."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label."})
+    role: Literal["baseline", "capivara"] = field(default="capivara", metadata={"help": "What records call the model."})
+    batch_size: int = field(default=32, metadata={"help": "Images that go through at once."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+
+    def __post_init__(self) -> None:
+        if any(shots < 1 for shots in self.shots) or self.draws < 1:
+            raise ValueError(f"shots and draws must be at least 1, got {self.shots} and {self.draws}.")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Embedded images (images, width) and their classes (images,)."""
+
+    embeds: np.ndarray
+    labels: np.ndarray
+
+    def subset(self, rows: np.ndarray) -> "Features":
+        return Features(self.embeds[rows], self.labels[rows])
+
+    def joined(self, other: "Features") -> "Features":
+        return Features(np.concatenate([self.embeds, other.embeds]), np.concatenate([self.labels, other.labels]))
+
+
+def embed(embedder: Embedder, images: LabelledImages, batch_size: int, description: str) -> Features:
+    embeds = embedder.images(images, batch_size, description)
+    labels = images.kept_labels()
+    if labels and isinstance(labels[0], list):
+        raise ValueError("A linear probe needs one class an image; this data set has several.")
+    return Features(embeds.numpy(), np.array(labels))
+
+
+def few_of_each(labels: np.ndarray, shots: int, generator: np.random.Generator) -> np.ndarray:
+    """Rows of `shots` images of each class, of all where a class has fewer."""
+    rows = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return np.concatenate([generator.permutation(of)[:shots] for of in rows])
+
+
+def held_out(labels: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to fit and rows to choose on: a fifth of each class, none of a class with a single image."""
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        chosen[rows[: max(len(rows) // 5, int(len(rows) > 1))]] = True
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
+
+
+def probe_scores(
+    train: Features, validation: Features | None, test: Features, classes: int, generator: np.random.Generator
+) -> tuple[torch.Tensor, float]:
+    """(images, classes) of the test images, and the chosen C.
+
+    Raises:
+        ValueError: fewer than two classes occur in training.
+    """
+    if len(np.unique(train.labels)) < 2:
+        raise ValueError("A linear probe needs training images of at least two classes.")
+    if validation is None:
+        fit, choose = held_out(train.labels, generator)
+        part, validation = train.subset(fit), train.subset(choose)
+    else:
+        part = train
+    best = _best_penalty(part, validation)
+    both = train if part is not train else train.joined(validation)
+    fitted = _fitted(both, best)
+    scores = torch.full((len(test.labels), classes), -1e9, dtype=torch.double)  # a class that was never seen
+    decision = fitted.decision_function(test.embeds)
+    decision = np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision
+    scores[:, torch.as_tensor(fitted.classes_)] = torch.from_numpy(decision).double()
+    return scores, best
+
+
+def _best_penalty(train: Features, validation: Features) -> float:
+    """The C of the highest accuracy, the strongest penalty of equal ones; 1 where there is nothing to choose on."""
+    if not len(validation.labels) or len(np.unique(train.labels)) < 2:
+        return 1.0
+    rights = [(_fitted(train, c).predict(validation.embeds) == validation.labels).mean() for c in PENALTIES]
+    return float(PENALTIES[int(np.argmax(rights))])
+
+
+def evaluate(args: LinearProbeArguments) -> list[Record]:
+    """Measure and write; returns the records."""
+    prompts = load_prompts(args.benchmark)
+    splits = [args.train_split, args.validation_split, args.split]
+    loaded = [
+        load_images(args.images, name, args.image_column, args.label_column, prompts.names_en) if name else None
+        for name in splits
+    ]
+    embedder = load_embedder(args.model, args.device, baseline=args.role == "baseline")
+    started = time.perf_counter()
+    train, validation, test = (
+        embed(embedder, images, args.batch_size, f"Images, {name}") if images else None
+        for name, images in zip(splits, loaded, strict=True)
+    )
+    records, chosen = [], {}
+    for shots in args.shots or [None]:
+        name = f"{shots}-shot" if shots else "full"
+        results, chosen[name] = [], []
+        for draw in tqdm(range(args.draws if shots else 1), desc=f"Regression, {name}", unit="draw"):
+            generator = np.random.default_rng([args.seed, draw, shots or 0])
+            part = train.subset(few_of_each(train.labels, shots, generator)) if shots else train
+            scores, penalty = probe_scores(part, validation if not shots else None, test, len(prompts.names), generator)
+            results.append(classification_metrics(scores, test.labels.tolist(), prompts.metric))
+            chosen[name].append(penalty)
+        for metric in results[0]:
+            records.append(
+                Record(
+                    task="linear_probe", dataset=args.benchmark, split=args.split, language="", protocol=name,
+                    direction="", metric=metric, value=statistics.fmean(result[metric] for result in results),
+                    n=len(test.labels), model=args.role, model_folder=args.model,
+                )
+            )  # fmt: skip
+    facts = header(
+        dataset=args.images,
+        dataset_fingerprint=loaded[2].rows._fingerprint,
+        model=args.model,
+        device=device_description(embedder.device),
+        precision="float32",
+        seconds=time.perf_counter() - started,
+        skipped=sum(len(images.skipped) for images in loaded if images),
+    )
+    write_records(args.output, records, facts, chosen_penalties=chosen)
+    return records
+
+
+def _fitted(features: Features, penalty: float) -> LogisticRegression:
+    return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(features.embeds, features.labels)
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        (args,) = HfArgumentParser(LinearProbeArguments, description=__doc__).parse_args_into_dataclasses(argv)
+        records = evaluate(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    for record in records:
+        print(f"{record.dataset:20} {record.protocol:8} {record.metric:24} {100 * record.value:6.2f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Class names and prompt templates, as data; three protocols of zero-shot classification.
+
+`ours` are the Portuguese names and templates in `pt/`, `authors` those that CAPIVARA's authors publish, read from their
+file, `babel` the names of Babel-ImageNet out of the package `clip-benchmark`, in any of its languages.
+"""
+
+import ast
+import json
+import urllib.request
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+ARTICLES = {("m", "s"): ("um", "o"), ("f", "s"): ("uma", "a"), ("m", "p"): ("uns", "os"), ("f", "p"): ("umas", "as")}
+MAX_AUTHORS_BYTES = 5_000_000  # of the authors' file; it has under 100 kB
+FOOD_FAULT = (
+    "The authors' list has 100 names for 101 classes: 'tacos' (index 96) is missing, so the last four names are "
+    "shifted by one and class 100 cannot be predicted."
+)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a classifier is made of.
+
+    Attributes:
+        benchmark: key of the data set, such as "cifar-10".
+        protocol: "ours", "authors" or "babel".
+        names: of the classes, in the order of the labels, as results show them.
+        names_en: English names in the same order, by which other orders are matched; empty where there are none.
+        filled: class -> its prompts.
+        metric: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
+        labels: class of these prompts -> label of the data set.
+        notes: what a reader of the figure must know.
+    """
+
+    benchmark: str
+    protocol: str
+    names: list[str]
+    names_en: list[str]
+    filled: list[list[str]]
+    metric: str
+    notes: tuple[str, ...] = ()
+
+
+def benchmarks() -> list[str]:
+    """Keys of the data sets that `ours` has."""
+    return sorted(path.stem for path in (FOLDER / "pt").glob("*.json") if path.stem != "review")
+
+
+def load_prompts(
+    benchmark: str, protocol: str = "ours", language: str = "pt", authors_file: str | None = None
+) -> Prompts:
+    """Names and prompts of a data set.
+
+    Args:
+        benchmark: key, of `benchmarks()`.
+        protocol: "ours", "authors" or "babel".
+        language: code of Babel-ImageNet; the other protocols are Portuguese.
+        authors_file: path or https address of the authors' `portuguese_prompts.py`; it is parsed, never executed.
+
+    Raises:
+        ValueError: benchmark, protocol or language is unknown (the nearest are named), or the file is not as expected.
+        ImportError: Babel-ImageNet without clip-benchmark.
+    """
+    if benchmark not in benchmarks():
+        nearest = get_close_matches(benchmark, benchmarks(), n=3, cutoff=0.0)
+        raise ValueError(f"Unknown benchmark {benchmark!r}; the nearest are {nearest}. There are {benchmarks()}.")
+    ours = _ours(benchmark)
+    if protocol == "ours":
+        return ours
+    if protocol == "authors":
+        if not authors_file:
+            raise ValueError("Protocol authors needs their file: give --authors_file, a path or an https address.")
+        return _authors(ours, authors_file)
+    if protocol == "babel":
+        return _babel(ours, language)
+    raise ValueError(f"Unknown protocol {protocol!r}; there are ours, authors and babel.")
+
+
+def fill(template: str, entry: dict) -> str:
+    """A template with a class's name in place of its placeholder, its article and contractions agreeing.
+
+    Args:
+        template: with one of {nome}, {um}, {o}, {do}, {no}.
+        entry: `pt`, `gender`, `number` and, for a name without article, `article` false.
+    """
+    name = entry["pt"]
+    indefinite, definite = ARTICLES[entry["gender"], entry["number"]]
+    forms = {"nome": name, "um": f"{indefinite} {name}", "o": f"{definite} {name}"}
+    forms |= {"do": f"d{definite} {name}", "no": f"n{definite} {name}"}
+    if entry.get("article", True) is False:
+        forms = {"nome": name, "um": name, "o": name, "do": f"de {name}", "no": f"em {name}"}
+    for placeholder, form in forms.items():
+        if f"{{{placeholder}}}" in template:
+            return template.replace(f"{{{placeholder}}}", form)
+    raise ValueError(f"The template {template!r} has none of the placeholders {sorted(forms)}.")
+
+
+def _ours(benchmark: str) -> Prompts:
+    data = json.loads((FOLDER / "pt" / f"{benchmark}.json").read_text(encoding="utf-8"))
+    filled = [[fill(template, entry) for template in data["templates"]] for entry in data["classes"]]
+    names = [entry["pt"] for entry in data["classes"]]
+    return Prompts(benchmark, "ours", names, [entry["en"] for entry in data["classes"]], filled, data["metric"])
+
+
+def _authors(ours: Prompts, source: str) -> Prompts:
+    values = assignments(_read(source))
+    key = ours.benchmark
+    if key not in values.get("class_map", {}) or key not in values.get("template_map", {}):
+        known = sorted(values.get("class_map", {}))
+        raise ValueError(f"The authors' file has no {key!r}; it has {known}.")
+    names, templates = values["class_map"][key], values["template_map"][key]
+    notes = ()
+    if len(names) != len(ours.names):
+        notes = (
+            FOOD_FAULT if key == "food-101" else f"The list has {len(names)} names for {len(ours.names)} classes.",
+        )
+    filled = [[template.replace("{}", name) for template in templates] for name in names]
+    return Prompts(key, "authors", names, ours.names_en, filled, ours.metric, notes)
+
+
+def assignments(text: str) -> dict:
+    """Plain assignments of a Python file, parsed and never executed: literals, and names assigned before.
+
+    Raises:
+        ValueError: the file is no Python, or holds anything else than literals and earlier names.
+    """
+    values: dict = {}
+
+    def value(node: ast.expr):
+        if isinstance(node, ast.Name) and node.id in values:
+            return values[node.id]
+        if isinstance(node, ast.Dict):
+            return {value(key): value(item) for key, item in zip(node.keys, node.values, strict=True)}
+        if isinstance(node, ast.List | ast.Tuple):
+            return [value(item) for item in node.elts]
+        if isinstance(node, ast.Lambda):  # a template written as a function of the name
+            return _template_of(node)
+        return ast.literal_eval(node)
+
+    try:
+        for statement in ast.parse(text).body:
+            if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+                values[statement.targets[0].id] = value(statement.value)
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"The authors' file is not what it is known to be, plain assignments: {error}.") from error
+    return values
+
+
+def _template_of(node: ast.Lambda) -> str:
+    """`lambda c: f"uma foto de {c}."` as "uma foto de {}."."""
+    if not isinstance(node.body, ast.JoinedStr):
+        raise ValueError("a function that is no template")
+    parts = [str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.body.values]
+    return "".join(parts)
+
+
+def _read(source: str) -> str:
+    if source.startswith("https://"):
+        with urllib.request.urlopen(source, timeout=30) as answer:
+            return answer.read(MAX_AUTHORS_BYTES).decode("utf-8")
+    if not Path(source).is_file():
+        raise ValueError(f"The authors' file {source} does not exist.")
+    return Path(source).read_text(encoding="utf-8")
+
+
+def _babel(ours: Prompts, language: str) -> Prompts:
+    if ours.benchmark != "imagenet-1k":
+        raise ValueError(f"Babel-ImageNet names the classes of imagenet-1k alone, not of {ours.benchmark}.")
+    try:
+        folder = files("clip_benchmark.datasets")
+    except ImportError as error:
+        raise ImportError("Babel-ImageNet comes with clip-benchmark: pip install clip-benchmark.") from error
+    data = json.loads((folder / "babel_imagenet.json").read_text(encoding="utf-8"))
+    key = language.upper()
+    if key not in data:
+        nearest = get_close_matches(key, sorted(data), n=3, cutoff=0.0)
+        raise ValueError(f"Babel-ImageNet has no language {language!r}; the nearest are {nearest}.")
+    indices, names = data[key]
+    templates = json.loads((folder / "nllb_dist13b_prompts.json").read_text(encoding="utf-8"))
+    filled = [[template.replace("{}", name) for template in templates.get(key, templates["EN"])] for name in names]
+    note = f"Babel-ImageNet names {len(indices)} of the 1000 classes in {language}; only their images are classified."
+    return Prompts("imagenet-1k", "babel", names, [ours.names_en[i] for i in indices], filled, "accuracy", (note,))

@@ -1,0 +1,124 @@
+"""Zero-shot classification, from folder to result file."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
+
+from eval.classification import class_embeddings, classification_metrics, load_images, main
+from eval.models import load_embedder
+from eval.prompts import load_prompts
+
+CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Three noisy pictures a class of CIFAR-10, a sub-folder a class."""
+    generator = np.random.default_rng(0)
+    for number, name in enumerate(CIFAR):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            colour = np.array([number * 25, 255 - number * 25, number * 13])
+            pixels = (generator.random((40, 40, 3)) * 40 + colour * 0.8).astype(np.uint8)
+            PIL.Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+def flags(folder, pictures, result, **more) -> list[str]:
+    values = {"model": folder, "benchmark": "cifar-10", "images": pictures, "output": result, **more}
+    return [part for key, value in values.items() for part in (f"--{key}", str(value))]
+
+
+def test_a_folder_of_images(tiny_folder, image_folder, tmp_path, capsys):
+    (image_folder / "cat" / "1.png").write_bytes(b"no picture")
+    main(flags(tiny_folder, image_folder, tmp_path / "r.json"))
+    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert content["skipped_rows"] == 1 and len(content["skipped"]) == 1
+    values = {record["metric"]: record for record in content["records"]}
+    assert set(values) == {"accuracy", "top_5_accuracy"} and values["accuracy"]["n"] == 29
+    matrix = torch.tensor(content["confusion_matrix"])
+    assert matrix.sum() == 29 and matrix.trace() / 29 == pytest.approx(values["accuracy"]["value"])
+    assert content["classes"][0] == "avião" and values["accuracy"]["chance"] == 0.1
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_scores_are_cosines_with_the_mean_of_the_prompts(tiny_folder):
+    embedder, prompts = load_embedder(str(tiny_folder)), load_prompts("cifar-10")
+    embeds = class_embeddings(embedder, prompts, 8)
+    each = embedder.texts(prompts.filled[3], 4)
+    torch.testing.assert_close(embeds[3], torch.nn.functional.normalize(each.mean(0), dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_classes_are_matched_by_name(image_folder, tmp_path):
+    shuffled = sorted(CIFAR, reverse=True)
+    features = Features({"image": Image(), "label": ClassLabel(names=shuffled)})
+    pictures = [str(image_folder / name / "0.png") for name in shuffled]
+    rows = Dataset.from_dict({"image": pictures, "label": list(range(10))}, features=features)
+    DatasetDict(test=rows).save_to_disk(tmp_path / "saved")
+    images = load_images(str(tmp_path / "saved"), "test", "image", "label", CIFAR)
+    assert images.labels == [CIFAR.index(name) for name in shuffled]
+    with pytest.raises(ValueError, match=r"don't match by name: \['airplane'.*'avião' are missing|are unknown"):
+        load_images(str(tmp_path / "saved"), "test", "image", "label", ["avião", *CIFAR[1:]])
+    with pytest.raises(ValueError, match="no split 'train'"):
+        load_images(str(tmp_path / "saved"), "train", "image", "label", CIFAR)
+    with pytest.raises(ValueError, match="no column 'class'; there are"):
+        load_images(str(tmp_path / "saved"), "test", "image", "class", CIFAR)
+
+
+def test_labels_without_a_name_are_refused(image_folder, tmp_path):
+    rows = Dataset.from_dict({"image": [str(image_folder / "cat" / "0.png")], "label": [10]})
+    DatasetDict(test=rows.cast_column("image", Image())).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"labels \[10\] are outside the 10 classes"):
+        load_images(str(tmp_path / "saved"), "test", "image", "label", CIFAR)
+
+
+def test_several_labels_an_image(image_folder, tmp_path):
+    features = Features({"image": Image(), "label": Sequence(ClassLabel(names=CIFAR))})
+    rows = {"image": [str(image_folder / "cat" / "0.png")] * 2, "label": [[0, 3], [2]]}
+    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "saved")
+    images = load_images(str(tmp_path / "saved"), "test", "image", "label", CIFAR)
+    assert images.labels == [[0, 3], [2]]
+    scores = torch.zeros(2, 10)
+    scores[0, [0, 3]] = scores[1, 2] = 1.0
+    assert classification_metrics(scores, images.labels, "11point_mAP") == {"11point_mAP": 1.0}
+
+
+def test_metrics_of_a_data_set():
+    scores, labels = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]), [1, 0, 0]
+    assert classification_metrics(scores, labels, "roc_auc") == {"roc_auc": 1.0, "accuracy": pytest.approx(2 / 3)}
+    found = classification_metrics(scores, labels, "mean-per-class")
+    assert found == {"mean_per_class_accuracy": 0.75, "accuracy": pytest.approx(2 / 3)}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"benchmark": "cifar-11"}, "Unknown benchmark 'cifar-11'; the nearest are"),
+        ({"images": "/nowhere/at/all"}, "nowhere"),
+        ({"model": "open_clip:ViT-B-32"}, "--baseline alone|no CAPIVARA model"),
+    ],
+)
+def test_slips_end_early(tiny_folder, image_folder, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message):
+        main(flags(tiny_folder, image_folder, tmp_path / "r.json", **more))
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_an_open_clip_baseline(tiny_folder, image_folder, tmp_path):
+    """The same weights in open_clip's format give the same figures."""
+    from modeling_capivara.convert_open_clip import main as convert
+
+    convert([str(tiny_folder), str(tmp_path / "open_clip"), "--to-open-clip"])
+    main(flags(tiny_folder, image_folder, tmp_path / "ours.json"))
+    name = f"open_clip:local-dir:{tmp_path / 'open_clip'}"
+    main(flags(name, image_folder, tmp_path / "theirs.json", role="baseline"))
+    values = [
+        [record["value"] for record in json.loads((tmp_path / f"{name}.json").read_text())["records"]]
+        for name in ("ours", "theirs")
+    ]
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
