@@ -102,6 +102,7 @@ def finish_folder(path: Path, overwrite: bool = False) -> None:
 
 def check_output_folder(path: Path, overwrite: bool = False) -> None:
     """Raise ValueError unless a folder can be written at `path` without losing anything."""
+    path = path.resolve()
     if path.is_mount():
         raise ValueError(f"The output folder {path} is a mount point and can't be replaced. Choose a folder inside it.")
     if path.is_dir():
@@ -136,6 +137,14 @@ def next_numbered_folder(parent: Path, name: str) -> Path:
     while (parent / f"{name}-{number:03d}").exists() or partial_folder(parent / f"{name}-{number:03d}").exists():
         number += 1
     return parent / f"{name}-{number:03d}"
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has held. Not of getrusage, which starts at what the parent had held."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("The kernel does not say how much memory this process has held.")
 
 
 def package_versions() -> dict[str, str]:

@@ -61,7 +61,12 @@ from training.trainable import interpolate_weights, merge_adapters, prepare_trai
 
 SHEET_QUERIES = 5
 WAIT = timedelta(hours=24)
-GOES_ON = ("checkpoints/step-*", "records.json")  # in an unfinished run: what it can go on from
+GOES_ON = (
+    "checkpoints/step-*",
+    "checkpoints/bad-batch-*",
+    "records.json",
+)  # in an unfinished run: what it can go on from
+MARK = ".capivara-run"  # a folder that a run may empty and rename
 logger = logging.getLogger("capivara")
 
 
@@ -70,13 +75,18 @@ def main(argv: list[str] | None = None) -> Path:
     try:
         args = parse_arguments(argv, __doc__)
         output_dir = choose_output_dir(args, join_processes())
+        args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
         if is_complete(args, output_dir):
+            if (output_dir / "run.json").is_file():
+                done = TrainerState(config=read_json(output_dir / "run.json")["config"])
+                check_same_run(done, args.to_dict(), {}, output_dir)
             print(f"The run in {output_dir} is complete; there is nothing to go on with.")
             return output_dir
         accelerator = start(args, output_dir)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     with unfinished_work(output_dir, args, accelerator) as folder:
+        check_settings_of_checkpoints(args, folder)
         prepare(args, accelerator)
         inputs = load_inputs(args, accelerator, output_dir)
         start_tracker(args, accelerator)
@@ -84,6 +94,7 @@ def main(argv: list[str] | None = None) -> Path:
         accelerator.wait_for_everyone()
         accelerator.end_training()  # the tracker's files are closed before their folder is renamed
         if accelerator.is_main_process:
+            (folder / MARK).unlink()
             finish_folder(output_dir, args.overwrite_output_dir)
     if accelerator.is_main_process:
         table = (output_dir / "table.md").read_text(encoding="utf-8")
@@ -136,7 +147,6 @@ def start(args: RunArguments, output_dir: Path) -> Accelerator:
     # `accelerate launch` starts a lone process with one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
     if args.mixed_precision == "fp16" and PartialState().device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU; use bf16, no or auto.")
     if args.runs > 1 and args.resume not in (None, "auto"):
@@ -206,7 +216,7 @@ def unfinished_work(output_dir: Path, args: RunArguments, accelerator: Accelerat
     folder = partial_folder(output_dir)
     lock = claimed(folder) if accelerator.is_main_process else None
     if accelerator.is_main_process and args.resume is None:
-        for path in folder.iterdir():
+        for path in [path for path in folder.iterdir() if path.name != MARK]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
     accelerator.wait_for_everyone()
     try:
@@ -223,8 +233,7 @@ def unfinished_work(output_dir: Path, args: RunArguments, accelerator: Accelerat
         full = no_space_left(error) and "Free" not in str(error)
         sys.exit(f"error: {error}" + f". Free some space on the disk of {folder}" * full)
     finally:
-        kept = (*GOES_ON, "checkpoints/bad-batch-*")
-        if accelerator.is_main_process and folder.exists() and not any(any(folder.rglob(name)) for name in kept):
+        if accelerator.is_main_process and folder.exists() and not any(any(folder.rglob(name)) for name in GOES_ON):
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
@@ -250,8 +259,14 @@ def sigterm_as_ctrl_c():
 
 def claimed(folder: Path) -> int:
     """A lock on the folder of a run, held until this process ends; the folder is made where it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / MARK).exists():
+            sys.exit(f"error: {folder}, where the run would work, holds files of something else. Move them.")
+        (folder / MARK).touch()
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        sys.exit(f"error: the folder {folder}, where the run would work, can't be made: {error}")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -335,6 +350,15 @@ def checkpoint_to_resume(args: RunArguments, checkpoints: Checkpoints, now: Trai
             there.threads, now.threads, there.threads,
         )  # fmt: skip
     return path
+
+
+def check_settings_of_checkpoints(args: RunArguments, folder: Path) -> None:
+    """Raise ValueError where what is to be resumed has other settings: before any long work, its data later."""
+    if args.resume is None:
+        return
+    paths = [Path(args.resume)] if args.resume != "auto" else sorted(folder.rglob("checkpoints/step-*"))[-1:]
+    for path in paths:
+        check_same_run(read_state(path), args.to_dict(), {}, path)
 
 
 def validate(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict[str, float]:

@@ -9,7 +9,6 @@ embeddings is taken in a process of its own. JSON is the last line.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from artifacts import device_description, package_versions, write_json
+from artifacts import device_description, package_versions, peak_resident_bytes, write_json
 from eval.metrics import RECALL_CUTOFFS, recall_at_k, retrieval_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,9 +82,9 @@ def memory_over_embeddings(images: int, captions: int) -> tuple[int, float]:
 def worker(images: int, captions: int) -> dict[str, float]:
     sides = made(images, captions)
     ours(*made(64, captions))  # libraries are loaded
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident_bytes()
     seconds, _ = timed(ours, *sides)
-    return {"bytes": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, "seconds": seconds}
+    return {"bytes": peak_resident_bytes() - before, "seconds": seconds}
 
 
 def run(images: int, captions: int, runs: int, large: bool) -> dict:

@@ -28,7 +28,6 @@ Scores of attention (0.4 % at 20 tokens), projections and loss are left out. The
 """
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -45,7 +44,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import device_description, package_versions, write_json
+from artifacts import device_description, package_versions, peak_resident_bytes, write_json
 from benchmarks.captions_pt import benchmark_captions
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -269,10 +268,10 @@ def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None,
 
 
 def peak_memory_bytes(device: str) -> int:
-    """The most this process has held: resident, which Linux counts in KiB, or allocated on the GPU."""
+    """The most this process has held: resident, or allocated on the GPU."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 def profile_of(step: Callable[[], Any], device: str) -> list[dict[str, Any]]:

@@ -131,6 +131,11 @@ def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_
     [
         ({"lora_rank": 2, "lora_targets": "text_model.*q_proj"}, "lora_targets: .* matches no linear layer"),
         ({"lora_rank": 2, "lora_modules_to_save": "text_projektion"}, "no module 'text_projektion'"),
+        ({"lora_rank": 2, "lora_targets": r"vision_model\..*\.q_proj"}, "matches the frozen image tower alone"),
+        ({"lora_rank": 2, "lora_modules_to_save": "visual_projection"}, "is of the image tower, which is frozen"),
+        ({"lora_rank": 2, "lora_modules_to_save": "text_model"}, "holds layers that get adapters"),
+        ({"lora_rank": 2, "lora_alpha": "nan"}, "lora_alpha a number above 0"),
+        ({"num_threads": 100_000_000}, "num_threads must be at most 1024"),
         ({"frozen_parameters": "text_tower.*"}, "frozen_parameters: .* matches no parameter"),
         ({"frozen_parameters": ".*"}, "Nothing is left to train"),
         ({"frozen_parameters": "("}, "is no regular expression"),
@@ -156,6 +161,14 @@ def test_layers_can_be_left_as_they_are(tiny_folder, tiny_dataset_folder, tmp_pa
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and not [n for n in moved if n.startswith(("text_model.embeddings", "text_model.encoder.layer.0"))]
     assert any(n.startswith("text_model.encoder.layer.1") for n in moved) and "logit_scale" in moved
+
+
+def test_frozen_parameters_hold_under_lora(tiny_folder, tiny_dataset_folder, tmp_path):
+    frozen = r"text_projection\..*"
+    out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", lora_rank=2, frozen_parameters=frozen)
+    before, after = load_model(tiny_folder).state_dict(), load_model(out).state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".query.weight" in name or ".value.weight" in name for name in moved)
 
 
 def test_interpolation_is_half_way(tiny_folder, tiny_dataset_folder, tmp_path):

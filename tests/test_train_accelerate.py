@@ -227,6 +227,39 @@ def test_clamp_binds_in_a_run(tiny_folder, tiny_dataset_folder, tmp_path):
     assert max(scales) <= math.log(100) + 1e-6 and len({round(scale, 4) for scale in scales}) > 1
 
 
+def test_files_of_others_are_not_removed(tiny_folder, tiny_dataset_folder, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(SystemExit, match="holds files of something else"):
+        train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))
+    assert (tmp_path / "out.partial" / "precious.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_folder_that_cannot_be_made(tiny_folder, tiny_dataset_folder, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="can't be made"):
+        train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "file" / "out"))
+
+
+def test_skipped_rows_are_listed_where_they_stop_the_run(tiny_folder, tiny_dataset_folder, tmp_path):
+    data = load_from_disk(tiny_dataset_folder)
+    data["train"] = data["train"].map(
+        lambda row, i: {"captions-pt": [] if i < 5 else row["captions-pt"]}, with_indices=True
+    )
+    data.save_to_disk(tmp_path / "data")
+    with pytest.raises(SystemExit, match=r"(?s)5 of 12 rows.*All of them are listed in .*out\.skipped\.jsonl"):
+        train_accelerate.main(flags(tiny_folder, tmp_path / "data", tmp_path / "out"))
+    assert len((tmp_path / "out.skipped.jsonl").read_text(encoding="utf-8").splitlines()) == 5
+
+
+def test_a_complete_run_of_other_settings_is_not_said_to_be_this_one(tiny_folder, tiny_dataset_folder, tmp_path):
+    out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=2))
+    with pytest.raises(SystemExit, match=r"learning_rate: 0\.001 there, 0\.5 now"):
+        train_accelerate.main(
+            flags(tiny_folder, tiny_dataset_folder, out, max_steps=2, learning_rate=0.5, resume="auto")
+        )
+
+
 def test_a_folder_at_work_is_not_taken(tiny_folder, tiny_dataset_folder, tmp_path):
     handle = train_accelerate.claimed(tmp_path / "out.partial")
     try:

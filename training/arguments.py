@@ -252,6 +252,7 @@ class RunArguments(Output, Trained, Optimisation, Batch, ModelAndData):
 
     def __post_init__(self) -> None:
         self.dataset = [self.dataset] if isinstance(self.dataset, str) else self.dataset
+        self.dataset = [name.rstrip("/") or name for name in self.dataset]
         for name in ("model", "dataset"):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: give --{name}, or a --config that has it.")
@@ -283,6 +284,11 @@ class RunArguments(Output, Trained, Optimisation, Batch, ModelAndData):
         for name, minimum in (("num_threads", 1), ("patience", 1), ("loading_workers", 0)):
             if getattr(self, name) is not None:
                 _at_least(self, minimum, name)
+        if (self.num_threads or 0) > 1024 or not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(
+                f"num_threads must be at most 1024 and lora_alpha a number above 0, got {self.num_threads} and "
+                f"{self.lora_alpha:g}."
+            )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name):g}.")

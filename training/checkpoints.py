@@ -127,8 +127,8 @@ class Checkpoints:
             self.accelerator.load_state(str(path))  # safetensors, and torch.load with weights_only
         except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, SafetensorError) as error:
             raise ValueError(
-                f"The checkpoint {path} can't be loaded ({str(error).splitlines()[0]}). Remove it, and --resume auto "
-                "goes on from an earlier one or from the start."
+                f"The checkpoint {path} can't be loaded: it is damaged, or holds more than tensors "
+                f"({type(error).__name__}). Remove it, and --resume auto goes on from an earlier one or from the start."
             ) from error
         return state
 
@@ -150,7 +150,9 @@ def read_state(path: Path) -> TrainerState:
     try:
         return TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path / STATE} is not the state of a run of this version: {error}.") from error
+        raise ValueError(
+            f"{path / STATE} is not the state of a run of this version: {error}. Remove the checkpoint."
+        ) from error
 
 
 def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:

@@ -24,7 +24,7 @@ from training.images import (
     loading_workers,
     weights_digest,
 )
-from training.rows import Skipped, check_bad_share
+from training.rows import Skipped, check_bad_share, write_skipped
 from training.trainable import prepare_trainable
 
 
@@ -103,7 +103,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     skipped: list[Skipped] = []
     splits = training_splits(args, skipped)
     rows = sum(map(len, splits)) + len(skipped)
-    check_bad_share(skipped, rows, args.max_bad_share)
+    _check_skipped(args, skipped, rows, output_dir)
     batch_counts(args.effective_batch_size, list(map(len, splits)), args.dataset_weights)
 
     validation, test = measured[args.validation_split][args.language], measured[args.test_split][args.language]
@@ -111,7 +111,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         for split in (validation, test):
             _require_good(split, processor, cache_root(args))
     splits, images = _training_images(args, base, processor, splits, skipped, accelerator)
-    check_bad_share(skipped, rows, args.max_bad_share)
+    _check_skipped(args, skipped, rows, output_dir)
     return Inputs(
         base=base,
         processor=processor,
@@ -180,6 +180,16 @@ def _validation_embeds(
     root = root.parent if (root / "cache.json").is_file() else root  # that of the training images alone
     cache = build_cache(base, views, root, args.embedding_batch_size, loading_workers(args, accelerator), accelerator)
     return cache.embeds(range(len(split)), [0] * len(split))
+
+
+def _check_skipped(args: RunArguments, skipped: list[Skipped], rows: int, output_dir: Path) -> None:
+    """Raise ValueError where too many rows are bad; all are then listed in a file beside the output folder."""
+    try:
+        check_bad_share(skipped, rows, args.max_bad_share)
+    except ValueError as error:
+        path = output_dir.with_name(f"{output_dir.name}.skipped.jsonl")
+        write_skipped(path, skipped)
+        raise ValueError(f"{error} All of them are listed in {path}.") from error
 
 
 def _bytes_of_run(args: RunArguments, model: CapivaraModel) -> int:

@@ -22,6 +22,8 @@ def interpolate(base: str, trained: str, share: float, output: Path) -> None:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be from 0 to 1, got {share:g}.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"The output folder {output} is not empty. Choose another one.")
     model, base_state = load_model(trained), load_model(base).state_dict()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in base_state.items()}:

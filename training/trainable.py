@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 
+_PEFT_NAMES = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")  # in names of a wrapped model
+
 
 def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
     """Freeze what is not trained; with `lora_rank`, put adapters on the model.
@@ -31,6 +33,12 @@ def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
         for parameter in matched:
             parameter.requires_grad_(False)
     wrapped = _with_adapters(model, args) if args.lora_rank else model
+    for name, parameter in model.named_parameters():  # also what peft has made trainable
+        if any(
+            _full_match(expression, _PEFT_NAMES.sub("", name), "frozen_parameters")
+            for expression in args.frozen_parameters
+        ):
+            parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing is left to train: frozen_parameters match everything that is not frozen already.")
     if args.gradient_checkpointing:
@@ -78,8 +86,14 @@ def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: fl
 def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    frozen = ("vision_model", "visual_projection") if args.towers == "text" else ()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not any(_full_match(args.lora_targets, name, "lora_targets") for name in linear):
+    matched = [name for name in linear if _full_match(args.lora_targets, name, "lora_targets")]
+    if matched and all(name.startswith(frozen) for name in matched if frozen) and frozen:
+        raise ValueError(
+            f"lora_targets: {args.lora_targets!r} matches the frozen image tower alone, such as {matched[0]!r}."
+        )
+    if not matched:
         raise ValueError(
             f"lora_targets: {args.lora_targets!r} matches no linear layer. There are, among others, "
             f"{_examples(linear)}."
@@ -89,6 +103,12 @@ def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
         if name not in modules:
             children = [name for name, _ in model.named_children()]
             raise ValueError(f"lora_modules_to_save: there is no module {name!r}. The outermost are {children}.")
+        if frozen and name.startswith(frozen):
+            raise ValueError(
+                f"lora_modules_to_save: {name!r} is of the image tower, which is frozen; use --towers both."
+            )
+        if any(target.startswith(f"{name}.") for target in matched):
+            raise ValueError(f"lora_modules_to_save: {name!r} holds layers that get adapters, such as {matched[0]!r}.")
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
