@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> Path:
         accelerator.wait_for_everyone()
         accelerator.end_training()  # the tracker's files are closed before their folder is renamed
         if accelerator.is_main_process:
-            (folder / MARK).unlink()
             finish_folder(output_dir, args.overwrite_output_dir)
+            (output_dir / MARK).unlink()  # after the rename: a kill in between must leave what can be gone on with
     if accelerator.is_main_process:
         table = (output_dir / "table.md").read_text(encoding="utf-8")
         print(f"\n{table}\nEverything is in {output_dir}.")
