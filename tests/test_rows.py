@@ -8,11 +8,21 @@ import zlib
 import numpy as np
 import PIL.Image
 import pytest
-from caption_tars import CAPTIONS, PICTURES, encoded, picture, sample, table_of, tar_source, tars_by_name
+from caption_tars import CAPTIONS, PICTURES, encoded, picture, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Image
 
 from training import rows
-from training.rows import BadImage, Skipped, check_bad_share, decode_image, tables_fingerprint, write_skipped
+from training.rows import (
+    BadImage,
+    Skipped,
+    caption_table,
+    check_bad_share,
+    decode_image,
+    joined_tables,
+    table_bytes,
+    tables_fingerprint,
+    write_skipped,
+)
 from training.sources import open_source
 
 
@@ -150,3 +160,23 @@ def test_bad_share():
 def test_bad_images_come_back_from_a_worker_process():
     bad = pickle.loads(pickle.dumps(BadImage("unreadable image", "cut off")))
     assert (type(bad), bad.reason, bad.detail) == (BadImage, "unreadable image", "cut off")
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 9])
+def test_parts_make_the_whole_table(tmp_path, number):
+    """As several processes read it: each row once, bad ones listed once, also where there are more parts than rows."""
+    good = [[(f"z{i}.jpg", picture(i, "JPEG")), (f"z{i}.json", b'{"captions-pt": ["x"]}')] for i in range(4)]
+    members = [member for of_row in [*(bad for _, bad in bad_rows()[:3]), *good] for member in of_row]
+    write_tar(tmp_path / "train-0.tar", members)
+    source = open_source(str(tmp_path), "train", "image")
+    all_skipped, part_skipped, parts = [], [], []
+    whole = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], all_skipped)
+    for i in range(number):
+        part = range(len(source) * i // number, len(source) * (i + 1) // number)
+        parts.append(
+            table_bytes(
+                caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], part_skipped, part)
+            )
+        )
+    assert joined_tables(parts)[:] == whole[:] and len(whole) == 4
+    assert part_skipped == all_skipped and len(all_skipped) == 3

@@ -1,17 +1,19 @@
 """Which pairs a step trains on: a function of seed and step alone, so that a run can go on anywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import PIL.Image
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 
 from captions.selection import CaptionChoice, choose_captions, pair_passes
 from modeling_capivara import CapivaraProcessor
 from training.arguments import RunArguments
-from training.rows import Skipped, caption_table, decode_image, tables_fingerprint
+from training.rows import Skipped, caption_table, decode_image, joined_tables, table_bytes, tables_fingerprint
 from training.sources import Source, open_source
 from training.step import MicroBatch, micro_batches, padding_share
 
@@ -84,9 +86,30 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
     for source in sources:  # before the long pass over the first
         check_columns(source, [args.image_column, *columns])
     return [
-        Split(source, caption_table(source, args.image_column, columns, choose, skipped), args.image_column)
+        Split(source, _shared_table(source, args.image_column, columns, choose, skipped), args.image_column)
         for source in sources
     ]
+
+
+def _shared_table(
+    source: Source,
+    image_column: str,
+    columns: list[str],
+    choose: Callable[[dict], list[str]],
+    skipped: list[Skipped],
+) -> Dataset:
+    """`caption_table` of all rows on every process, each of which reads its part; a streamed source is read by all."""
+    state = PartialState()
+    if state.num_processes == 1 or source.streaming:
+        return caption_table(source, image_column, columns, choose, skipped)
+    bounds = [len(source) * i // state.num_processes for i in range(state.num_processes + 1)]
+    part = range(bounds[state.process_index], bounds[state.process_index + 1])
+    own_skipped: list[Skipped] = []
+    own = caption_table(source, image_column, columns, choose, own_skipped, part)
+    parts = gather_object([(table_bytes(own), own_skipped)])
+    for _, lines in parts:
+        skipped += lines
+    return joined_tables([table for table, _ in parts])
 
 
 def evaluation_split(args: RunArguments, split: str, languages: list[str]) -> dict[str, Split]:

@@ -12,7 +12,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -81,6 +81,7 @@ def caption_table(
     caption_columns: list[str],
     choose: Callable[[dict], list[str]],
     skipped: list[Skipped],
+    part: range | None = None,
 ) -> Dataset:
     """One pass over the rows: what a run needs to know of each but its pixels, in a memory-mapped temporary file.
 
@@ -90,6 +91,7 @@ def caption_table(
         caption_columns: columns that `choose` needs. A lone string in one of them becomes a list of one.
         choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
         skipped: rows that have no image or no caption are appended, and the archives that were damaged.
+        part: the rows that are read, of a source that is not streamed; all where None.
 
     Returns:
         Columns `row` (number in the source), `digest` (hex, BLAKE2b-128 of the file of the image) and `captions`
@@ -101,21 +103,33 @@ def caption_table(
     for column in [image_column, *caption_columns]:
         if column not in source.columns:
             raise ValueError(f"{source.where} has no column {column!r}; there are {source.columns}.")
-    folder = tempfile.mkdtemp(prefix="capivara-captions-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if part is None and not source.streaming:
+        part = range(len(source))
 
     def entries() -> Iterator[dict]:
-        total = None if source.streaming else len(source)
-        rows = tqdm(source.rows(), desc=f"Captions, {source.where}", total=total, unit="row", leave=False)
-        for number, row in enumerate(rows):
+        rows = source.rows() if part is None else itertools.islice(source.rows(part.start), len(part))
+        total = None if part is None else len(part)
+        bar = tqdm(rows, desc=f"Captions, {source.where}", total=total, unit="row", leave=False)
+        for number, row in enumerate(bar, start=0 if part is None else part.start):
             try:
                 yield {"row": number, **_entry(row, image_column, caption_columns, choose)}
             except _BadRow as bad:
                 skipped.append(Skipped(source.name, source.split, number, bad.reason, bad.detail))
 
-    table = _written(entries(), Path(folder) / "captions.arrow")
-    skipped += source.damaged
+    table = _written(_batches(entries()))
+    if part is None or not part.start:  # every part sees the same archives
+        skipped += source.damaged
     return table
+
+
+def table_bytes(table: Dataset) -> bytes:
+    """The file of a `caption_table`, to be sent to another process."""
+    return Path(table.cache_files[0]["filename"]).read_bytes()
+
+
+def joined_tables(parts: list[bytes]) -> Dataset:
+    """One `caption_table` out of the files of its parts, in their order."""
+    return _written(batch for part in parts for batch in pa.ipc.open_stream(part))
 
 
 def image_bytes(row_image: dict | None) -> bytes:
@@ -238,9 +252,17 @@ def _check_size(image: PIL.Image.Image, where: str) -> None:
         )
 
 
-def _written(entries: Iterator[dict], path: Path) -> Dataset:
-    schema = TABLE_FEATURES.arrow_schema
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        while chunk := list(itertools.islice(entries, ROWS_PER_CHUNK)):
-            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+def _batches(entries: Iterator[dict]) -> Iterator[pa.RecordBatch]:
+    while chunk := list(itertools.islice(entries, ROWS_PER_CHUNK)):
+        yield pa.RecordBatch.from_pylist(chunk, schema=TABLE_FEATURES.arrow_schema)
+
+
+def _written(batches: Iterable[pa.RecordBatch]) -> Dataset:
+    """A memory-mapped table in a temporary file that lasts as long as the process."""
+    folder = tempfile.mkdtemp(prefix="capivara-captions-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = Path(folder) / "captions.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, TABLE_FEATURES.arrow_schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
     return Dataset.from_file(str(path))
