@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> Path:
         accelerator.end_training()  # the tracker's files are closed before their folder is renamed
         if accelerator.is_main_process:
             finish_folder(output_dir, args.overwrite_output_dir)
-            (output_dir / MARK).unlink()  # after the rename: a kill in between must leave what can be gone on with
+            for path in [output_dir / MARK, *output_dir.rglob("records.json")]:
+                path.unlink()  # after the rename: a fault or a kill before it must leave what can be gone on with
     if accelerator.is_main_process:
         table = (output_dir / "table.md").read_text(encoding="utf-8")
         print(f"\n{table}\nEverything is in {output_dir}.")
@@ -121,8 +122,6 @@ def run(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Pa
             records += train_and_score(args, seed, inputs, baseline, accelerator, run_folder, folder)
     if main_process:
         report(args, records, inputs, accelerator, folder)
-        for path in folder.rglob("records.json"):
-            path.unlink()
 
 
 def join_processes() -> PartialState:

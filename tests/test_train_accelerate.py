@@ -235,6 +235,28 @@ def test_files_of_others_are_not_removed(tiny_folder, tiny_dataset_folder, tmp_p
     assert (tmp_path / "out.partial" / "precious.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_a_finished_run_is_not_lost_where_its_folder_was_filled(
+    tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch
+):
+    """Another program writes to the output folder while the run trains."""
+    argv = flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=2)
+    report = train_accelerate.report
+
+    def fill(*args) -> None:
+        report(*args)
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs.txt").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_accelerate, "report", fill)
+        with pytest.raises(SystemExit, match="is not empty"):
+            train_accelerate.main(argv)
+    (tmp_path / "out" / "theirs.txt").unlink()
+    monkeypatch.setattr(train_accelerate.Trainer, "train", None)  # nothing is trained again
+    out = train_accelerate.main([*argv, "--resume", "auto"])
+    assert (out / "model.safetensors").is_file() and not list(out.rglob("records.json"))
+
+
 def test_a_folder_that_cannot_be_made(tiny_folder, tiny_dataset_folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="can't be made"):
