@@ -87,3 +87,10 @@ def test_help_has_groups_and_units(capsys):
         "Pairs of one contrastive",
     ):
         assert part in text
+
+
+def test_help_keeps_commands_on_their_lines(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"], "What it does.\n\n    first command\n    second command")
+    text = capsys.readouterr().out
+    assert "    first command\n    second command" in text and "(default: 2816)" in text

@@ -1,5 +1,6 @@
 """Arguments of a training run: a YAML file, and flags that override it."""
 
+import argparse
 import difflib
 import re
 import sys
@@ -338,7 +339,7 @@ def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:
         ValueError: a key or flag is unknown (the nearest name is given), or a value breaks its rule.
         SystemExit: `--help`, or a value is of the wrong type.
     """
-    parser = HfArgumentParser(GROUPS, description=description, allow_abbrev=False)
+    parser = HfArgumentParser(GROUPS, description=description, allow_abbrev=False, formatter_class=_Help)
     parser.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
     known, _ = parser.parse_known_args(argv)
     from_file = _as_flags(Path(known.config)) if known.config else []
@@ -351,6 +352,10 @@ def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:
     values = vars(namespace)
     values.pop("config")
     return RunArguments(**values)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and the commands of the description on lines of their own."""
 
 
 def _as_flags(path: Path) -> list[str]:
