@@ -36,6 +36,7 @@ from artifacts import (
     write_json,
     write_text,
 )
+from captions.rows import write_skipped
 from eval.plots import plot_retrieval_sheet, plot_training_curves, similarity_scores
 from eval.results import Record, header, write_records
 from eval.retrieval import (
@@ -55,7 +56,6 @@ from training.checkpoints import Checkpoints, TrainerState, check_same_run, read
 from training.inputs import Inputs, load_inputs
 from training.loop import Interrupted, Trainer
 from training.outputs import check_country, energy_of, model_card, run_facts
-from training.rows import write_skipped
 from training.step import resolve_precision
 from training.trainable import interpolate_weights, merge_adapters, prepare_trainable, save_adapters
 

@@ -9,22 +9,25 @@ A class is the normalised mean of the normalised embeddings of its filled templa
 section 4, after CLIP, arXiv 2103.00020, section 3.1.4).
 """
 
-import io
+import csv
+import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
-from artifacts import device_description
+from artifacts import device_description, read_json
+from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
 from eval.metrics import (
     confusion_matrix,
     eleven_point_map,
@@ -33,99 +36,132 @@ from eval.metrics import (
     roc_auc,
     top_k_accuracy,
 )
-from eval.models import Embedder, load_embedder
+from eval.models import load_embedder
+from eval.processes import processes
 from eval.prompts import Prompts, load_prompts
-from eval.results import Record, header, write_records
+from eval.results import Record, digest_of, header, hub_revision, write_records
+
+LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 
 
 @dataclass
-class ClassificationArguments:
+class ImageArguments:
+    """What classification and linear probe have in common."""
+
     model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline."})
     benchmark: str = field(metadata={"help": "Key of the data set in eval/prompts/pt, such as cifar-10."})
     images: str = field(
-        metadata={"help": "Folder with a sub-folder of images a class, a saved HF data set, or a Hub id."}
+        metadata={
+            "help": "Folder with a sub-folder of images a class, a saved HF data set, a folder of parquet files or "
+            "WebDataset tars (with classnames.txt, a name a line), or a Hub id."
+        }
     )
     output: Path = field(metadata={"help": "JSON file for the result."})
-    split: str = field(default="test", metadata={"help": "Split of the data set."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label, or of a list of labels."})
-    protocol: Literal["ours", "authors", "babel"] = field(default="ours", metadata={"help": "Names and templates."})
+    split: str = field(default="test", metadata={"help": "Split that is measured."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; the only one of images."})
+    label_column: str | None = field(
+        default=None, metadata={"help": f"Column of the label, or of a list of labels; one of {LABEL_COLUMNS}."}
+    )
+    role: Literal["baseline", "capivara"] = field(
+        default="capivara",
+        metadata={
+            "help": "What the records call the model. A baseline may also be open_clip:NAME:PRETRAINED, "
+            "open_clip:local-dir:FOLDER, or clip:FOLDER_OR_HUB_ID of transformers."
+        },
+    )
+    batch_size: int = field(default=32, metadata={"help": "Images that go through at once."})
+    precision: Literal["float32", "bf16"] = field(default="float32", metadata={"help": "bf16 is faster."})
+    cache_dir: str = field(
+        default="auto",
+        metadata={"help": "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."},
+    )
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
+
+
+@dataclass
+class ClassificationArguments(ImageArguments):
+    protocol: Literal["ours", "authors", "babel"] = field(
+        default="ours",
+        metadata={"help": "Names and templates: ours, the paper's authors', Babel-ImageNet's."},
+    )
     language: str = field(default="pt", metadata={"help": "Language of the protocol babel."})
     authors_file: str | None = field(default=None, metadata={"help": "Path or https address, for protocol authors."})
-    role: Literal["baseline", "capivara"] = field(default="capivara", metadata={"help": "What records call the model."})
-    batch_size: int = field(default=32, metadata={"help": "Images that go through at once."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of the training run, for the records."})
 
 
 @dataclass
 class LabelledImages:
-    """Images with their classes, read one by one; those that can't be read are left out and listed.
+    """Images with their classes.
 
     Attributes:
-        rows: of the data set, images undecoded.
+        images: of all rows.
         labels: of each row, a class or a list of classes.
-        image_column: of the rows.
-        skipped: row -> what is wrong with its image; complete once all were read.
     """
 
-    rows: Dataset
-    labels: list
-    image_column: str
+    images: ImageRows
+    labels: list[int] | list[list[int]]
 
-    def __post_init__(self) -> None:
-        self.skipped: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[PIL.Image.Image]:
-        for number in range(len(self.rows)):
-            image = self.rows[number][self.image_column]
-            try:
-                opened = PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-                opened.load()
-            except Exception as error:  # PIL raises a dozen kinds
-                self.skipped[number] = f"{type(error).__name__}: {error}"
-            else:
-                yield opened
-
-    def kept_labels(self) -> list:
-        """Of the images that were read."""
-        return [label for number, label in enumerate(self.labels) if number not in self.skipped]
+    def fingerprint(self) -> str:
+        return digest_of([self.images.digest, self.labels])
 
 
 def load_images(
-    source: str, split: str, image_column: str, label_column: str, names_en: Sequence[str]
+    source: str,
+    split: str,
+    names_en: Sequence[str],
+    image_column: str | None = None,
+    label_column: str | None = None,
+    order: Sequence[str] = (),
 ) -> LabelledImages:
     """Labelled images, their classes in the order of `names_en`.
 
     A data set that names its classes is matched by name, since orders differ; one of plain numbers is taken to have
-    the same order.
+    the order `order`.
+
+    Args:
+        source: as `--images` takes it.
+        split: name.
+        names_en: of the classes that are told apart.
+        image_column: found where None.
+        label_column: found where None.
+        order: names of all classes of the data set, `names_en` where empty. Where they are more, images of the others
+            are left out (Babel-ImageNet names a part of ImageNet).
 
     Raises:
         ValueError: split or column is missing, or the class names do not match; those that differ are named.
     """
     rows = _split_of(source, split)
+    image_column = image_column or _only_image_column(rows, source)
+    label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
     for column in (image_column, label_column):
         if column not in rows.column_names:
             raise ValueError(f"{source}, split {split!r} has no column {column!r}; there are {rows.column_names}.")
+    order = order or names_en
     feature = rows.features[label_column]
     feature = getattr(feature, "feature", feature)
-    mapping = _by_name(feature.names, names_en, source) if isinstance(feature, ClassLabel) else range(len(names_en))
+    names = feature.names if isinstance(feature, ClassLabel) else _class_names(source)
+    mapping = _by_name(names, order, source) if names else dict(enumerate(range(len(order))))
     labels = rows[label_column][:]
-    outside = {x for label in labels for x in (label if isinstance(label, list) else [label])} - set(
-        range(len(mapping))
-    )
+    outside = {x for label in labels for x in (label if isinstance(label, list) else [label])} - mapping.keys()
     if outside:
         raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
-    labels = [[mapping[x] for x in label] if isinstance(label, list) else mapping[label] for label in labels]
-    return LabelledImages(rows.cast_column(image_column, Image(decode=False)), labels, image_column)
+    place = {name: number for number, name in enumerate(names_en)}
+    classes = [
+        [place.get(order[mapping[x]]) for x in (label if isinstance(label, list) else [label])] for label in labels
+    ]
+    kept = [row for row, found in enumerate(classes) if None not in found]
+    if not kept:
+        raise ValueError(f"{source} has no image of the {len(names_en)} classes that have a name.")
+    undecoded = rows.cast_column(image_column, Image(decode=False))
+    images = ImageRows(lambda row: undecoded[kept[row]][image_column], len(kept))
+    return LabelledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
 
 
-def class_embeddings(embedder: Embedder, prompts: Prompts, batch_size: int) -> Tensor:
+def class_embeddings(store: EmbeddingStore, prompts: Prompts) -> Tensor:
     """(classes, width), unit length: the mean of each class's embedded prompts."""
     texts = [text for filled in prompts.filled for text in filled]
-    embeds = embedder.texts(texts, batch_size, "Prompts")
+    embeds = store.texts(texts, "Prompts")
     means = [part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts.filled])]
     return F.normalize(torch.stack(means), dim=-1)
 
@@ -157,57 +193,112 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
 def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    names_en = prompts.names_en
-    images = load_images(args.images, args.split, args.image_column, args.label_column, names_en)
-    embedder = load_embedder(args.model, args.device, baseline=args.role == "baseline")
+    order = load_prompts(args.benchmark).names_en
+    data = load_images(args.images, args.split, prompts.names_en, args.image_column, args.label_column, order)
+    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
-    image_embeds = embedder.images(images, args.batch_size, "Images")
-    scores = image_embeds @ class_embeddings(embedder, prompts, args.batch_size).T
-    labels = images.kept_labels()
+    store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
+    images = store.images(data.images)
+    scores = images.embeds @ class_embeddings(store, prompts).T
+    store.close()
+    labels = [data.labels[row] for row in images.rows.tolist()]
     values = classification_metrics(scores, labels, prompts.metric)
     shared = {"task": "classification", "dataset": args.benchmark, "split": args.split, "direction": ""}
-    shared |= {"language": "pt" if args.protocol != "babel" else args.language, "n": len(labels)}
+    shared |= {"language": "pt" if args.protocol != "babel" else args.language, "n": len(labels), "seed": args.seed}
     shared |= {"protocol": args.protocol, "model": args.role, "model_folder": args.model}
     records = [
         Record(**shared, metric=name, value=value, chance=1 / scores.shape[1] if name == "accuracy" else None)
         for name, value in values.items()
     ]
-    parts = {"classes": prompts.names, "notes": list(prompts.notes), "skipped": images.skipped}
-    if not isinstance(labels[0], list):
-        right = torch.tensor(labels)
-        per_class = [None if value != value else value for value in per_class_accuracy(scores, right).tolist()]
-        parts |= {"per_class_accuracy": per_class, "confusion_matrix": confusion_matrix(scores, right).tolist()}
-    facts = header(
-        dataset=args.images,
-        dataset_fingerprint=images.rows._fingerprint,
-        model=args.model,
-        device=device_description(embedder.device),
-        precision="float32",
-        seconds=time.perf_counter() - started,
-        skipped=len(images.skipped),
-    )
-    write_records(args.output, records, facts, **parts)
+    if processes().is_main_process:
+        facts = image_header(args, data, images.skipped, embedder.device, time.perf_counter() - started)
+        parts = {"classes": prompts.names, "notes": list(prompts.notes), "skipped": images.skipped}
+        write_records(args.output, records, facts, **parts, **per_class_parts(scores, labels))
     return records
+
+
+def per_class_parts(scores: Tensor, labels: list) -> dict[str, Any]:
+    """Accuracy of each class, None of one without images, and the confusion matrix; nothing for several labels."""
+    if isinstance(labels[0], list):
+        return {}
+    right = torch.tensor(labels)
+    accuracies = [None if value != value else value for value in per_class_accuracy(scores, right).tolist()]
+    return {"per_class_accuracy": accuracies, "confusion_matrix": confusion_matrix(scores, right).tolist()}
+
+
+def image_header(
+    args: ImageArguments, data: LabelledImages, skipped: dict[int, str], device: torch.device, seconds: float
+) -> dict[str, Any]:
+    """Header of a result on labelled images."""
+    return header(
+        dataset=args.images,
+        dataset_revision=hub_revision(args.images, "dataset"),
+        dataset_fingerprint=data.fingerprint(),
+        model=args.model,
+        model_revision=hub_revision(args.model, "model"),
+        device=device_description(device),
+        precision=args.precision,
+        seconds=seconds,
+        skipped=len(skipped),
+    )
 
 
 def _split_of(source: str, split: str) -> Dataset:
     path = Path(source)
-    if (path / "dataset_dict.json").is_file():
-        loaded = load_from_disk(source)
-    elif path.is_dir():
-        loaded = load_dataset("imagefolder", data_dir=source)
-        if list(loaded) == ["train"] and split not in loaded:  # no splits: the folder is the split
-            return loaded["train"]
-    elif path.exists():
-        raise ValueError(f"{source} is a file; a folder, a saved data set or a Hub id is needed.")
-    else:
-        loaded = load_dataset(source)
+    try:
+        if (path / "dataset_dict.json").is_file():
+            loaded = load_from_disk(source)
+        elif path.is_dir() and not any(path.rglob("*.tar")) and not any(path.rglob("*.parquet")):
+            _refuse_outside(path)
+            loaded = load_dataset("imagefolder", data_dir=source)
+        elif path.is_dir() or (not path.exists() and source.count("/") == 1 and not source.startswith((".", "/"))):
+            loaded = load_dataset(source)
+        else:
+            raise ValueError(f"{source} is no folder; a folder, a saved data set or a Hub id is needed.")
+    except ValueError:
+        raise
+    except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
+        raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}") from error
+    if isinstance(loaded, DatasetDict) and list(loaded) == ["train"] and split != "train" and path.is_dir():
+        return loaded["train"]  # no splits: the folder is the split
     if not isinstance(loaded, DatasetDict) or split not in loaded:
         raise ValueError(f"{source} has no split {split!r}; there are {sorted(loaded)}.")
     return loaded[split]
 
 
-def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> list[int]:
+def _refuse_outside(folder: Path) -> None:
+    """Raise ValueError where a list of the folder names a file outside of it, which `datasets` would open."""
+    for path in [*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+            names = [str(line.get("file_name")) for line in lines]
+        outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts]
+        if outside:
+            raise ValueError(f"{path.relative_to(folder)} names files outside its folder, refused: {outside[:3]}.")
+
+
+def _only_image_column(rows: Dataset, source: str) -> str:
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    if len(columns) != 1:
+        raise ValueError(f"{source} has {len(columns)} columns of images, {rows.column_names}; say --image_column.")
+    return columns[0]
+
+
+def _class_names(source: str) -> list[str]:
+    """Of `classnames.txt`, a line a label, which clip-benchmark's copies have; empty where there is none."""
+    if Path(source).is_dir():
+        path = Path(source) / "classnames.txt"
+        if not path.is_file():
+            return []
+    else:
+        try:
+            path = Path(hf_hub_download(source, "classnames.txt", repo_type="dataset"))
+        except EntryNotFoundError:
+            return []
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[int, int]:
     """Label of the data set -> class of the prompts."""
     place = {_plain(name): number for number, name in enumerate(wanted)}
     unknown = [name for name in names if _plain(name) not in place]
@@ -217,7 +308,7 @@ def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> list[i
             f"{source} has {len(names)} classes, the prompts {len(wanted)}, and they don't match by name: "
             f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, or choose another benchmark."
         )
-    return [place[_plain(name)] for name in names]
+    return {label: place[_plain(name)] for label, name in enumerate(names)}
 
 
 def _plain(name: str) -> str:
@@ -225,14 +316,22 @@ def _plain(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(ClassificationArguments, description=__doc__).parse_args_into_dataclasses(argv)
     try:
+        (args,) = HfArgumentParser(ClassificationArguments, description=__doc__).parse_args_into_dataclasses(argv)
         records = evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    if not processes().is_main_process:
+        return
     for record in records:
         chance = f"   chance {100 * record.chance:.2f} %" if record.chance else ""
         print(f"{record.dataset:20} {record.protocol:8} {record.metric:24} {100 * record.value:6.2f} %{chance}")
+    content = read_json(args.output)
+    for note in content["notes"]:
+        print(note)
+    if content["skipped"]:
+        count = len(content["skipped"])
+        print(f"{count} images could not be read and are not in these figures; {args.output} lists them.")
 
 
 if __name__ == "__main__":

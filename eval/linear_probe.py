@@ -11,8 +11,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,33 +18,24 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import device_description
-from eval.classification import LabelledImages, classification_metrics, load_images
-from eval.models import Embedder, load_embedder
+from eval.classification import ImageArguments, LabelledImages, classification_metrics, image_header, load_images
+from eval.embeddings import EmbeddingStore, cache_folder
+from eval.models import load_embedder
+from eval.processes import processes
 from eval.prompts import load_prompts
-from eval.results import Record, header, write_records
+from eval.results import Record, write_records
 
 PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak
 MAX_ITERATIONS = 1000
 
 
 @dataclass
-class LinearProbeArguments:
-    model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline."})
-    benchmark: str = field(metadata={"help": "Key of the data set in eval/prompts/pt, such as cifar-10."})
-    images: str = field(metadata={"help": "Saved HF data set, folder of splits with a sub-folder a class, or Hub id."})
-    output: Path = field(metadata={"help": "JSON file for the result."})
+class LinearProbeArguments(ImageArguments):
     shots: list[int] = field(default_factory=list, metadata={"help": "Images of each class; all where none is given."})
     draws: int = field(default=3, metadata={"help": "Draws of the few images, averaged."})
     seed: int = field(default=0, metadata={"help": "Seed of the draws and of the validation part."})
     train_split: str = field(default="train", metadata={"help": "Split that is fitted to."})
     validation_split: str | None = field(default=None, metadata={"help": "Split that the penalty is chosen on."})
-    split: str = field(default="test", metadata={"help": "Split that is measured."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the label."})
-    role: Literal["baseline", "capivara"] = field(default="capivara", metadata={"help": "What records call the model."})
-    batch_size: int = field(default=32, metadata={"help": "Images that go through at once."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
 
     def __post_init__(self) -> None:
         if any(shots < 1 for shots in self.shots) or self.draws < 1:
@@ -67,12 +56,17 @@ class Features:
         return Features(np.concatenate([self.embeds, other.embeds]), np.concatenate([self.labels, other.labels]))
 
 
-def embed(embedder: Embedder, images: LabelledImages, batch_size: int, description: str) -> Features:
-    embeds = embedder.images(images, batch_size, description)
-    labels = images.kept_labels()
-    if labels and isinstance(labels[0], list):
-        raise ValueError("A linear probe needs one class an image; this data set has several.")
-    return Features(embeds.numpy(), np.array(labels))
+def embed(store: EmbeddingStore, data: LabelledImages, description: str) -> tuple[Features, dict[int, str]]:
+    """The images that can be read, and why the others can't.
+
+    Raises:
+        ValueError: an image has several labels, which a regression for one label can't use.
+    """
+    images = store.images(data.images, description)
+    labels = [data.labels[row] for row in images.rows.tolist()]
+    if any(isinstance(label, list) for label in labels):
+        raise ValueError("The linear probe needs one label an image; this data set has lists of labels.")
+    return Features(images.embeds.numpy(), np.array(labels)), images.skipped
 
 
 def few_of_each(labels: np.ndarray, shots: int, generator: np.random.Generator) -> np.ndarray:
@@ -128,15 +122,19 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     prompts = load_prompts(args.benchmark)
     splits = [args.train_split, args.validation_split, args.split]
     loaded = [
-        load_images(args.images, name, args.image_column, args.label_column, prompts.names_en) if name else None
+        load_images(args.images, name, prompts.names_en, args.image_column, args.label_column) if name else None
         for name in splits
     ]
-    embedder = load_embedder(args.model, args.device, baseline=args.role == "baseline")
+    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
-    train, validation, test = (
-        embed(embedder, images, args.batch_size, f"Images, {name}") if images else None
-        for name, images in zip(splits, loaded, strict=True)
-    )
+    store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
+    embedded = [
+        embed(store, data, f"Images, {name}") if data else (None, {}) for name, data in zip(splits, loaded, strict=True)
+    ]
+    store.close()
+    if not processes().is_main_process:
+        return []
+    (train, _), (validation, _), (test, _) = embedded
     records, chosen = [], {}
     for shots in args.shots or [None]:
         name = f"{shots}-shot" if shots else "full"
@@ -155,16 +153,11 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
                     n=len(test.labels), model=args.role, model_folder=args.model,
                 )
             )  # fmt: skip
-    facts = header(
-        dataset=args.images,
-        dataset_fingerprint=loaded[2].rows._fingerprint,
-        model=args.model,
-        device=device_description(embedder.device),
-        precision="float32",
-        seconds=time.perf_counter() - started,
-        skipped=sum(len(images.skipped) for images in loaded if images),
-    )
-    write_records(args.output, records, facts, chosen_penalties=chosen)
+    skipped = {
+        f"{name} {row}": why for name, (_, bad) in zip(splits, embedded, strict=True) for row, why in bad.items()
+    }
+    facts = image_header(args, loaded[2], skipped, embedder.device, time.perf_counter() - started)
+    write_records(args.output, records, facts, chosen_penalties=chosen, skipped=skipped)
     return records
 
 

@@ -1,28 +1,38 @@
 """Models that figures are taken of: CAPIVARA's, and as baselines open_clip's and transformers' CLIP."""
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm.auto import tqdm
+from transformers import AutoModel, AutoProcessor
 
+from eval.processes import processes
+from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images, embed_texts
-from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.loading import load_model, load_processor, weights_digest
+
+OnBatch = Callable[[int], object] | None
 
 
 class Embedder(Protocol):
-    """Texts and images in one space, (rows, width), unit length, float32, on the CPU."""
+    """Texts and images in one space, (rows, width), unit length, float32, on the CPU.
+
+    `on_batch` is called after each batch with its size. `fingerprint` is a digest of all that the embeddings depend on.
+    """
 
     name: str
     device: torch.device
+    precision: str
+    fingerprint: str
 
-    def images(self, images: Iterable[Image.Image], batch_size: int, description: str | None = None) -> Tensor: ...
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor: ...
 
-    def texts(self, texts: Sequence[str], batch_size: int, description: str | None = None) -> Tensor: ...
+    def texts(self, texts: Sequence[str], batch_size: int = 64, on_batch: OnBatch = None) -> Tensor: ...
 
 
 @dataclass
@@ -30,18 +40,26 @@ class CapivaraEmbedder:
     """A CAPIVARA model with its processor."""
 
     name: str
-    model: Any
-    processor: Any
+    model: CapivaraModel
+    processor: CapivaraProcessor
+    precision: str
+
+    def __post_init__(self) -> None:
+        config = self.model.config.to_json_string() + self.processor.image_processor.to_json_string()
+        tokenizer = self.processor.tokenizer.backend_tokenizer.to_str() + str(self.processor.tokenizer.model_max_length)
+        self.fingerprint = _digest(weights_digest(self.model), config, tokenizer, self.precision)
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def images(self, images: Iterable[Image.Image], batch_size: int, description: str | None = None) -> Tensor:
-        return embed_images(self.model, self.processor, images, batch_size, description)
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor:
+        with _autocast(self):
+            return embed_images(self.model, self.processor, images, batch_size, on_batch=on_batch)
 
-    def texts(self, texts: Sequence[str], batch_size: int, description: str | None = None) -> Tensor:
-        return embed_texts(self.model, self.processor, texts, batch_size, description)
+    def texts(self, texts: Sequence[str], batch_size: int = 64, on_batch: OnBatch = None) -> Tensor:
+        with _autocast(self):
+            return embed_texts(self.model, self.processor, texts, batch_size, on_batch=on_batch)
 
 
 @dataclass
@@ -50,39 +68,62 @@ class PlainEmbedder:
 
     name: str
     device: torch.device
-    encode_images: Any
-    encode_texts: Any
+    precision: str
+    fingerprint: str
+    encode_images: Callable[[Sequence[Image.Image]], Tensor]
+    encode_texts: Callable[[Sequence[str]], Tensor]
 
-    def images(self, images: Iterable[Image.Image], batch_size: int, description: str | None = None) -> Tensor:
-        return _embedded(images, self.encode_images, batch_size, description, "image")
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor:
+        return self._embedded(images, self.encode_images, batch_size, on_batch)
 
-    def texts(self, texts: Sequence[str], batch_size: int, description: str | None = None) -> Tensor:
-        return _embedded(texts, self.encode_texts, batch_size, description, "text")
+    def texts(self, texts: Sequence[str], batch_size: int = 64, on_batch: OnBatch = None) -> Tensor:
+        return self._embedded(texts, self.encode_texts, batch_size, on_batch)
+
+    @torch.inference_mode()
+    def _embedded(self, items: Sequence, encode: Callable, batch_size: int, on_batch: OnBatch) -> Tensor:
+        embeds = []
+        with _autocast(self):
+            for start in range(0, len(items), batch_size):
+                batch = items[start : start + batch_size]
+                embeds.append(torch.nn.functional.normalize(encode(batch).float(), dim=-1).cpu())
+                if on_batch is not None:
+                    on_batch(len(batch))
+        return torch.cat(embeds)
 
 
-def load_embedder(model: str, device: str | None = None, baseline: bool = False) -> Embedder:
+def load_embedder(
+    model: str,
+    device: str | None = None,
+    baseline: bool = False,
+    precision: str = "float32",
+    trust_remote_code: bool = False,
+) -> Embedder:
     """A model by its folder or Hub id.
 
     Args:
         model: folder or Hub id of a CAPIVARA model. With `baseline` also `open_clip:NAME[:PRETRAINED]`,
             `open_clip:local-dir:FOLDER`, or folder or Hub id of a CLIP of transformers (`clip:…`).
-        device: the GPU where there is one, else the CPU, where None.
+        device: the process's GPU where there is one, else the CPU, where None.
         baseline: take the other kinds, too.
+        precision: "float32", or "bf16" for autocast.
+        trust_remote_code: execute code that a `clip:` model brings along.
 
     Raises:
         ValueError: it is no CAPIVARA model; the message says how other kinds are named.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = torch.device(device) if device else processes().device
     kind, _, rest = model.partition(":")
     if kind in ("open_clip", "clip") and rest:
         if not baseline:
             raise ValueError(f"{model} is no CAPIVARA model; other kinds are taken as --baseline alone.")
-        return _open_clip(rest, device) if kind == "open_clip" else _transformers_clip(rest, device)
+        if kind == "open_clip":
+            return _open_clip(rest, where, precision)
+        return _transformers_clip(rest, where, precision, trust_remote_code)
     processor = load_processor(model)
-    return CapivaraEmbedder(model, load_model(model).eval().to(device), processor)
+    return CapivaraEmbedder(model, load_model(model).eval().to(where), processor, precision)
 
 
-def _open_clip(source: str, device: torch.device) -> PlainEmbedder:
+def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedder:
     import open_clip
 
     name, pretrained = source, None
@@ -93,44 +134,34 @@ def _open_clip(source: str, device: torch.device) -> PlainEmbedder:
     return PlainEmbedder(
         f"open_clip:{source}",
         device,
+        precision,
+        _digest("open_clip", source, weights_digest(model), repr(preprocess), precision),
         lambda images: model.encode_image(torch.stack([preprocess(image) for image in images]).to(device)),
         lambda texts: model.encode_text(tokenizer(list(texts)).to(device)),
     )
 
 
-def _transformers_clip(source: str, device: torch.device) -> PlainEmbedder:
-    from transformers import AutoModel, AutoProcessor
-
+def _transformers_clip(source: str, device: torch.device, precision: str, trust_remote_code: bool) -> PlainEmbedder:
     if not Path(source).exists() and source.count("/") != 1:
         raise ValueError(f"{source!r} is neither a folder nor a Hub id such as 'openai/clip-vit-base-patch32'.")
-    processor, model = AutoProcessor.from_pretrained(source), AutoModel.from_pretrained(source).eval().to(device)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)
 
-    def encode_texts(texts):
+    def encode_texts(texts: Sequence[str]) -> Tensor:
         inputs = processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(device)
         return model.get_text_features(**inputs).pooler_output
 
-    def encode_images(images):
+    def encode_images(images: Sequence[Image.Image]) -> Tensor:
         inputs = processor(images=[image.convert("RGB") for image in images], return_tensors="pt").to(device)
         return model.get_image_features(**inputs).pooler_output
 
-    return PlainEmbedder(f"clip:{source}", device, encode_images, encode_texts)
+    fingerprint = _digest("clip", source, weights_digest(model), processor.to_json_string(), precision)
+    return PlainEmbedder(f"clip:{source}", device, precision, fingerprint, encode_images, encode_texts)
 
 
-@torch.inference_mode()
-def _embedded(items: Iterable, encode, batch_size: int, description: str | None, unit: str) -> Tensor:
-    embeds, batch = [], []
-    total = len(items) if hasattr(items, "__len__") else None
-    with tqdm(total=total, desc=description, unit=unit, disable=description is None) as bar:
+def _autocast(embedder: Embedder) -> torch.autocast:
+    return torch.autocast(embedder.device.type, dtype=torch.bfloat16, enabled=embedder.precision == "bf16")
 
-        def run() -> None:
-            embeds.append(torch.nn.functional.normalize(encode(batch).float(), dim=-1).cpu())
-            bar.update(len(batch))
-            batch.clear()
 
-        for item in items:
-            batch.append(item)
-            if len(batch) == batch_size:
-                run()
-        if batch:
-            run()
-    return torch.cat(embeds)
+def _digest(*parts: str) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()

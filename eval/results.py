@@ -1,9 +1,13 @@
 """Result files: what was measured, and on what, in the one form that tables, plots and the model card read."""
 
+import hashlib
+import json
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from artifacts import package_versions, read_json, write_json
 
@@ -105,6 +109,20 @@ def read_records(path: Path) -> list[Record]:
         raise ValueError(f"{path} is no result file of schema version {SCHEMA_VERSION}.")
     names = {field.name for field in fields(Record)}
     return [Record(**{key: value for key, value in record.items() if key in names}) for record in content["records"]]
+
+
+def digest_of(value: Any) -> str:
+    """Hex digest of a JSON value."""
+    return hashlib.blake2b(json.dumps(value, ensure_ascii=True).encode(), digest_size=16).hexdigest()
+
+
+def hub_revision(name: str, repo_type: str) -> str | None:
+    """Commit of a model or data set that was loaded from the Hub, as its cache tells; None for a local one."""
+    if Path(name).exists() or name.count("/") != 1:
+        return None
+    owner, repository = name.split("/")
+    reference = Path(HF_HUB_CACHE) / f"{repo_type}s--{owner}--{repository}" / "refs" / "main"
+    return reference.read_text(encoding="ascii").strip() if reference.is_file() else None
 
 
 def _relative(text: str) -> str:

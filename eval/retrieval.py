@@ -4,48 +4,99 @@
         --output retrieval_pt.json
 """
 
+import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import device_description
+from artifacts import device_description, read_json
+from captions.sources import Source, open_source
+from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
+from eval.gallery import write_gallery
 from eval.metrics import (
     RECALL_CUTOFFS,
     chance_recall,
     mean_hits,
     mean_recall,
+    median_rank,
     paired_bootstrap,
     recall_at_k,
     retrieval_ranks,
 )
-from eval.results import Record, header, write_records
+from eval.models import Embedder, load_embedder
+from eval.processes import processes
+from eval.results import Record, digest_of, header, hub_revision, write_records
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedding import embed_images, embed_texts
-from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.embedding import embed_texts
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
 DIRECTIONS = ("text_to_image", "image_to_text")
+PRECISION_CHECK_IMAGES = 256  # whose recall is measured in both precisions where bf16 is asked for
 
 
 @dataclass
 class RetrievalArguments:
-    model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model with its processor."})
-    dataset: str = field(metadata={"help": "Folder of a saved HF data set, or its Hub id."})
+    model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline."})
+    dataset: str = field(
+        metadata={
+            "help": "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
+            "metadata.jsonl, or Hub id."
+        }
+    )
     output: Path = field(metadata={"help": "JSON file for the result records."})
     role: Literal["baseline", "capivara"] = field(
-        default="capivara", metadata={"help": "What the records call the model: baseline or capivara."}
+        default="capivara",
+        metadata={
+            "help": "What the records call the model. A baseline may also be open_clip:NAME:PRETRAINED, "
+            "open_clip:local-dir:FOLDER, or clip:FOLDER_OR_HUB_ID of transformers."
+        },
     )
     split: str = field(default="test", metadata={"help": "Split that is searched."})
-    language: str = field(default="pt", metadata={"help": "Language of the captions: column `captions-<language>`."})
+    language: str = field(default="pt", metadata={"help": "Language of the captions."})
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    batch_size: int = field(default=32, metadata={"help": "Images that go through at once."})
+    caption_column: str = field(
+        default="captions-{language}", metadata={"help": "Column of a caption or a list of captions an image."}
+    )
+    caption_positions: str = field(
+        default="all",
+        metadata={
+            "help": "Which captions of an image: all, first, even, odd or numbers from 0 such as 0,2. In the paper's "
+            "files of ten captions, Marian's are even and Google's odd."
+        },
+    )
+    recall_at: list[int] = field(
+        default_factory=lambda: list(RECALL_CUTOFFS),
+        metadata={"help": "The k of recall@k; their mean comes, too."},
+    )
+    batch_size: int = field(default=32, metadata={"help": "Images that go through at once; twice as many captions."})
+    precision: Literal["float32", "bf16"] = field(
+        default="float32", metadata={"help": "bf16 is faster; its effect on recall is measured on a part and printed."}
+    )
+    cache_dir: str = field(
+        default="auto",
+        metadata={"help": "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."},
+    )
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+    gallery: int = field(default=8, metadata={"help": "Queries for the report, half of them misses."})
+    seed: int | None = field(default=None, metadata={"help": "Seed of the training run, for the records."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
+
+    def __post_init__(self) -> None:
+        _positions(self.caption_positions, 10)
+        if not self.recall_at or min(self.recall_at) < 1:
+            raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
+        if self.batch_size < 1 or self.gallery < 0:
+            raise ValueError(
+                f"batch_size must be at least 1, gallery at least 0, got {self.batch_size}, {self.gallery}."
+            )
 
 
 @dataclass(frozen=True)
@@ -103,23 +154,28 @@ def embed_captions(
     return RetrievalEmbeddings(embed_texts(model, processor, texts), image_embeds, image_of_text)
 
 
-def retrieval_records(embeddings: RetrievalEmbeddings, **facts) -> list[Record]:
-    """Recall at 1, 5, 10 and their mean in both directions, beside chance.
+def retrieval_records(
+    embeddings: RetrievalEmbeddings, cutoffs: Sequence[int] = RECALL_CUTOFFS, protocol: str = PROTOCOL, **facts: Any
+) -> list[Record]:
+    """Recall at each cut-off, their mean, and the median rank, in both directions, beside chance.
 
     Args:
         embeddings: of the split.
+        cutoffs: the k of recall@k.
+        protocol: in words.
         facts: the other fields of `Record`: dataset, split, language, model, model_folder and seed.
     """
     records = []
     for direction in DIRECTIONS:
         ranks = embeddings.ranks(direction)
-        values = {f"recall@{k}": (recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in RECALL_CUTOFFS}
+        values = {f"recall@{k}": (recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
         recalls, chances = zip(*values.values(), strict=True)
         values["mean_recall"] = (sum(recalls) / len(recalls), sum(chances) / len(chances))
+        values["median_rank"] = (median_rank(ranks), None)
         for metric, (value, chance) in values.items():
             records.append(
                 Record(
-                    task="retrieval", protocol=PROTOCOL, direction=direction, metric=metric, value=value, n=len(ranks),
+                    task="retrieval", protocol=protocol, direction=direction, metric=metric, value=value, n=len(ranks),
                     chance=chance, **facts,
                 )
             )  # fmt: skip
@@ -155,50 +211,149 @@ def dataset_name(dataset: str) -> str:
     return "/".join(Path(dataset).parts[-2:])
 
 
-def load_split(dataset: str, split: str, language: str, image_column: str) -> Dataset:
-    """A split of a saved data set or of one on the Hub, its columns checked.
+@dataclass(frozen=True)
+class RetrievalData:
+    """A split that is read: captions now, images when they are needed.
+
+    Attributes:
+        source: the rows.
+        captions: row -> its captions.
+        images: of the rows.
+    """
+
+    source: Source
+    captions: list[list[str]]
+    images: ImageRows
+
+    def embedded(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
+        """All images that can be read, with their captions, in the shared space."""
+        images = store.images(self.images)
+        texts, image_of_text = flat_captions([self.captions[row] for row in images.rows.tolist()])
+        return RetrievalEmbeddings(store.texts(texts, "Captions"), images.embeds, image_of_text), images
+
+    def first(self, rows: int) -> "RetrievalData":
+        images = ImageRows(self.images.row_image, min(rows, self.images.count))
+        return RetrievalData(self.source, self.captions[:rows], images)
+
+
+def load_data(args: RetrievalArguments) -> RetrievalData:
+    """The split of the arguments, its columns, captions and file names checked.
 
     Raises:
-        ValueError: the split or a column is missing; those that are there are named.
+        ValueError: split or column is missing (those that are there are named), an image has no caption, a file lies
+            outside its folder, or there are fewer items than the largest k.
     """
-    loaded = load_from_disk(dataset) if Path(dataset).is_dir() else load_dataset(dataset)
-    if not isinstance(loaded, DatasetDict):
-        raise ValueError(f"{dataset} holds a single split; a DatasetDict with {split!r} is needed.")
-    if split not in loaded:
-        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(loaded)}.")
-    columns = loaded[split].column_names
-    for column in (image_column, f"captions-{language}"):
-        if column not in columns:
-            raise ValueError(f"{dataset} has no column {column!r} in split {split!r}; there are {columns}.")
-    return loaded[split]
+    source = open_source(args.dataset, args.split, args.image_column)
+    column = args.caption_column.replace("{language}", args.language)
+    for name in (args.image_column, column):
+        if name not in source.columns:
+            raise ValueError(f"{source.where} has no column {name!r}; there are {source.columns}.")
+    quiet = not processes().is_main_process
+    rows = tqdm(source.rows(), total=len(source), desc="Reading captions", unit="row", disable=quiet)
+    captions = [_chosen(row.get(column), args.caption_positions, number) for number, row in enumerate(rows)]
+    if source.outside:
+        raise ValueError(f"{source.where} names files outside its folder, which are not read: {source.outside[:3]}.")
+    if source.damaged:
+        raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
+    flat_captions(captions)
+    if max(args.recall_at) > len(captions):
+        raise ValueError(
+            f"recall@{max(args.recall_at)} has no meaning among {len(captions)} images; give smaller ones, such as "
+            f"--recall_at 1 {min(5, len(captions))}."
+        )
+    return RetrievalData(source, captions, ImageRows(lambda row: source.row(row)[args.image_column], len(captions)))
+
+
+def evaluate(args: RetrievalArguments) -> list[Record]:
+    """Measure and write; returns the records."""
+    data = load_data(args)
+    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
+    started = time.perf_counter()
+    store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
+    embeddings, images = data.embedded(store)
+    facts = {"dataset": dataset_name(args.dataset), "split": args.split, "language": args.language, "seed": args.seed}
+    protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
+    records = retrieval_records(embeddings, args.recall_at, protocol, **facts, model=args.role, model_folder=args.model)
+    parts: dict[str, Any] = {"skipped": images.skipped}
+    if args.precision != "float32":
+        parts["precision_effect"] = precision_effect(args, data, embedder)
+    store.close()
+    if processes().is_main_process:
+        about = header(
+            dataset=args.dataset,
+            dataset_revision=hub_revision(args.dataset, "dataset"),
+            dataset_fingerprint=digest_of([data.images.digest, data.captions]),
+            model=args.model,
+            model_revision=hub_revision(args.model, "model"),
+            device=device_description(embedder.device),
+            precision=args.precision,
+            seconds=time.perf_counter() - started,
+            skipped=len(images.skipped),
+        )
+        if args.gallery:
+            parts["gallery"] = write_gallery(args.output, args.gallery, embeddings, data, images)
+        write_records(args.output, records, about, **parts)
+    return records
+
+
+def precision_effect(args: RetrievalArguments, data: RetrievalData, embedder: Embedder) -> dict[str, Any]:
+    """Mean recall of the first images in float32 and in the precision of `embedder`, among themselves."""
+    part = data.first(PRECISION_CHECK_IMAGES)
+    exact = load_embedder(args.model, args.device, args.role == "baseline", "float32", args.trust_remote_code)
+    effect: dict[str, Any] = {"images": part.images.count}
+    for used in (exact, embedder):
+        store = EmbeddingStore(used, None, args.batch_size)
+        embeddings, _ = part.embedded(store)
+        effect[used.precision] = {direction: mean_recall(embeddings.ranks(direction)) for direction in DIRECTIONS}
+        store.close()
+    return effect
+
+
+def _chosen(value: Any, positions: str, row: int) -> list[str]:
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not captions:
+        raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
+    chosen = [captions[place] for place in _positions(positions, len(captions)) if place < len(captions)]
+    if not chosen:
+        raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")
+    return chosen
+
+
+def _positions(text: str, captions: int) -> Sequence[int]:
+    """Which of an image's captions are meant."""
+    named = {"all": range(captions), "first": range(1), "even": range(0, captions, 2), "odd": range(1, captions, 2)}
+    if text in named:
+        return named[text]
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"caption_positions must be {', '.join(named)} or numbers from 0 such as 0,2; got {text!r}.")
+    return [int(place) for place in text.split(",")]
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(RetrievalArguments, description=__doc__).parse_args_into_dataclasses(argv)
     try:
-        dataset = load_split(args.dataset, args.split, args.language, args.image_column)
-        flat_captions(dataset[f"captions-{args.language}"])
-        processor, model = load_processor(args.model), load_model(args.model).eval()
-    except (ValueError, OSError) as error:
+        (args,) = HfArgumentParser(RetrievalArguments, description=__doc__).parse_args_into_dataclasses(argv)
+        records = evaluate(args)
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    started = time.perf_counter()
-    image_embeds = embed_images(model, processor, dataset[args.image_column], args.batch_size, "Images")
-    embeddings = embed_captions(model, processor, dataset[f"captions-{args.language}"], image_embeds)
-    facts = {"dataset": dataset_name(args.dataset), "split": args.split, "language": args.language}
-    records = retrieval_records(embeddings, **facts, model=args.role, model_folder=args.model)
-    about = header(
-        dataset=args.dataset,
-        dataset_fingerprint=dataset._fingerprint,
-        model=args.model,
-        device=device_description(model.device),
-        precision="float32",
-        seconds=time.perf_counter() - started,
-    )
-    write_records(args.output, records, about)
+    if not processes().is_main_process:
+        return
     for record in records:
-        print(
-            f"{record.direction:14} {record.metric:12} {100 * record.value:6.2f} %   chance {100 * record.chance:.2f} %"
-        )
+        value = f"{record.value:8.1f}" if record.metric == "median_rank" else f"{100 * record.value:6.2f} %"
+        chance = "" if record.chance is None else f"   chance {100 * record.chance:.2f} %"
+        print(f"{record.direction:14} {record.metric:12} {value}{chance}")
+    _print_faults(args.output)
+
+
+def _print_faults(path: Path) -> None:
+    """What a reader of the figures must know."""
+    content = read_json(path)
+    if content["skipped"]:
+        print(f"{len(content['skipped'])} images could not be read and are not in these figures; {path} lists them.")
+    if "precision_effect" in content:
+        effect = content["precision_effect"]
+        for direction in DIRECTIONS:
+            points = 100 * (effect["bf16"][direction] - effect["float32"][direction])
+            print(f"{direction:14} bf16 changes mean recall by {points:+.2f} points ({effect['images']} images)")
 
 
 if __name__ == "__main__":

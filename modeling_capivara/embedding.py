@@ -1,6 +1,6 @@
 """Many texts or images through a model, in batches: what search and evaluation need."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -19,6 +19,7 @@ def embed_texts(
     texts: Sequence[str],
     batch_size: int = 64,
     description: str | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Embeddings of `texts`, in their order.
 
@@ -30,6 +31,7 @@ def embed_texts(
         texts: at least one.
         batch_size: texts that go through at once.
         description: title of a progress bar; None shows none.
+        on_batch: called after each batch with its size, for a bar of the caller's.
 
     Returns:
         (texts, projection_dim), unit length, float32, on the CPU.
@@ -48,6 +50,7 @@ def embed_texts(
                 embeds = torch.empty(len(texts), output.text_embeds.shape[1])
             embeds[rows] = output.text_embeds.float().cpu()
             bar.update(len(rows))
+            _call(on_batch, len(rows))
     return embeds
 
 
@@ -58,6 +61,7 @@ def embed_images(
     images: Iterable[Image.Image],
     batch_size: int = 32,
     description: str | None = None,
+    on_batch: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Embeddings of `images`, in their order.
 
@@ -67,6 +71,7 @@ def embed_images(
         images: anything that yields PIL images, at least one; they are read batch by batch.
         batch_size: images that go through at once.
         description: title of a progress bar; None shows none.
+        on_batch: called after each batch with its size, for a bar of the caller's.
 
     Returns:
         (images, projection_dim), unit length, float32, on the CPU.
@@ -79,4 +84,10 @@ def embed_images(
             pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
             embeds.append(model(pixel_values=pixel_values.to(model.device)).image_embeds.float().cpu())
             bar.update(len(batch))
+            _call(on_batch, len(batch))
     return torch.cat(embeds)
+
+
+def _call(on_batch: Callable[[int], object] | None, size: int) -> None:
+    if on_batch is not None:
+        on_batch(size)

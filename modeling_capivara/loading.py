@@ -1,7 +1,10 @@
 """Model folders, loaded with every weight accounted for and errors that say what is wrong."""
 
+import hashlib
+import json
 from pathlib import Path
 
+import torch
 from transformers import AutoProcessor
 
 from .modeling_capivara import CapivaraModel
@@ -18,6 +21,7 @@ def load_model(source: str | Path) -> CapivaraModel:
             surplus; all of them are named.
     """
     _check_folder(source, "config.json", "is no model folder")
+    _check_kind(source)
     try:
         model, report = CapivaraModel.from_pretrained(
             source, dtype="float32", use_safetensors=True, output_loading_info=True
@@ -49,6 +53,32 @@ def load_processor(source: str | Path) -> CapivaraProcessor:
     if not isinstance(processor, CapivaraProcessor):
         raise ValueError(f"The processor of {source} is a {type(processor).__name__}, not a CapivaraProcessor.")
     return processor
+
+
+def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
+    """Hex digest of the tensors of a model whose name starts with one of `prefixes`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(prefixes):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _check_kind(source: str | Path) -> None:
+    """Raise ValueError where a local config names another kind of model, whose weights would not fit one by one."""
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        return
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        return  # transformers says what is wrong with it
+    if kind != "capivara":
+        raise ValueError(
+            f"The folder {source} is no CAPIVARA model, its config.json has model_type {kind!r}. An evaluation takes "
+            "other models as its baseline, named open_clip:local-dir:FOLDER or clip:FOLDER."
+        )
 
 
 def _check_folder(source: str | Path, needed: str, fault: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
 
 from eval.classification import class_embeddings, classification_metrics, load_images, main
+from eval.embeddings import EmbeddingStore
 from eval.models import load_embedder
 from eval.prompts import load_prompts
 
@@ -47,9 +48,9 @@ def test_a_folder_of_images(tiny_folder, image_folder, tmp_path, capsys):
     assert "accuracy" in capsys.readouterr().out
 
 
-def test_scores_are_cosines_with_the_mean_of_the_prompts(tiny_folder):
+def test_scores_are_cosines_with_the_mean_of_the_prompts(tiny_folder, tmp_path):
     embedder, prompts = load_embedder(str(tiny_folder)), load_prompts("cifar-10")
-    embeds = class_embeddings(embedder, prompts, 8)
+    embeds = class_embeddings(EmbeddingStore(embedder, tmp_path), prompts)
     each = embedder.texts(prompts.filled[3], 4)
     torch.testing.assert_close(embeds[3], torch.nn.functional.normalize(each.mean(0), dim=0), rtol=1e-4, atol=1e-5)
 
@@ -60,28 +61,28 @@ def test_classes_are_matched_by_name(image_folder, tmp_path):
     pictures = [str(image_folder / name / "0.png") for name in shuffled]
     rows = Dataset.from_dict({"image": pictures, "label": list(range(10))}, features=features)
     DatasetDict(test=rows).save_to_disk(tmp_path / "saved")
-    images = load_images(str(tmp_path / "saved"), "test", "image", "label", CIFAR)
+    images = load_images(str(tmp_path / "saved"), "test", CIFAR)
     assert images.labels == [CIFAR.index(name) for name in shuffled]
     with pytest.raises(ValueError, match=r"don't match by name: \['airplane'.*'avião' are missing|are unknown"):
-        load_images(str(tmp_path / "saved"), "test", "image", "label", ["avião", *CIFAR[1:]])
+        load_images(str(tmp_path / "saved"), "test", ["avião", *CIFAR[1:]])
     with pytest.raises(ValueError, match="no split 'train'"):
-        load_images(str(tmp_path / "saved"), "train", "image", "label", CIFAR)
+        load_images(str(tmp_path / "saved"), "train", CIFAR)
     with pytest.raises(ValueError, match="no column 'class'; there are"):
-        load_images(str(tmp_path / "saved"), "test", "image", "class", CIFAR)
+        load_images(str(tmp_path / "saved"), "test", CIFAR, label_column="class")
 
 
 def test_labels_without_a_name_are_refused(image_folder, tmp_path):
     rows = Dataset.from_dict({"image": [str(image_folder / "cat" / "0.png")], "label": [10]})
     DatasetDict(test=rows.cast_column("image", Image())).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"labels \[10\] are outside the 10 classes"):
-        load_images(str(tmp_path / "saved"), "test", "image", "label", CIFAR)
+        load_images(str(tmp_path / "saved"), "test", CIFAR)
 
 
 def test_several_labels_an_image(image_folder, tmp_path):
     features = Features({"image": Image(), "label": Sequence(ClassLabel(names=CIFAR))})
     rows = {"image": [str(image_folder / "cat" / "0.png")] * 2, "label": [[0, 3], [2]]}
     DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "saved")
-    images = load_images(str(tmp_path / "saved"), "test", "image", "label", CIFAR)
+    images = load_images(str(tmp_path / "saved"), "test", CIFAR)
     assert images.labels == [[0, 3], [2]]
     scores = torch.zeros(2, 10)
     scores[0, [0, 3]] = scores[1, 2] = 1.0

@@ -22,12 +22,13 @@ from test_train_accelerate import ROOT, flags
 
 import train_accelerate
 import training.images
+from captions.rows import decode_image
+from captions.sources import open_source
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
 from training.images import Views, augmented, build_cache, random_state
-from training.rows import caption_table, decode_image
-from training.sources import open_source
+from training.rows import caption_table
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 BROKEN = b"\x89PNG\r\n\x1a\n no picture"

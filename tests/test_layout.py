@@ -15,9 +15,9 @@ ALLOWED = {
     "artifacts": set(),
     "captions": {"artifacts", "modeling_capivara"},
     "training": {"artifacts", "modeling_capivara", "captions"},
-    "eval": {"artifacts", "modeling_capivara"},
+    "eval": {"artifacts", "modeling_capivara", "captions"},
     "hub_upload": {"artifacts", "modeling_capivara"},
-    "train_accelerate": {"artifacts", "training", "eval", "modeling_capivara", "examples"},
+    "train_accelerate": {"artifacts", "captions", "training", "eval", "modeling_capivara", "examples"},
     "examples": {"artifacts", "training", "eval", "modeling_capivara", "captions"},
     "benchmarks": {"artifacts", "training", "eval", "modeling_capivara", "captions", "examples", "train_accelerate"},
 }

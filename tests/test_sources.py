@@ -11,8 +11,8 @@ import pytest
 from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from training.rows import decode_image, image_bytes
-from training.sources import open_source
+from captions.rows import decode_image, image_bytes
+from captions.sources import open_source
 
 
 def saved(folder):

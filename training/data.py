@@ -10,11 +10,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
+from captions.rows import Skipped, decode_image
 from captions.selection import CaptionChoice, choose_captions, pair_passes
+from captions.sources import Source, open_source
 from modeling_capivara import CapivaraProcessor
 from training.arguments import RunArguments
-from training.rows import Skipped, caption_table, decode_image, joined_tables, table_bytes, tables_fingerprint
-from training.sources import Source, open_source
+from training.rows import caption_table, joined_tables, table_bytes, tables_fingerprint
 from training.step import MicroBatch, micro_batches, padding_share
 
 

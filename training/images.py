@@ -25,10 +25,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from artifacts import check_free_space, read_json, write_json
+from captions.rows import BadImage, Skipped, decode_image
+from captions.sources import Source
 from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.loading import weights_digest
 from training.arguments import RunArguments
-from training.rows import BadImage, Skipped, decode_image
-from training.sources import Source
 
 SHARD_ROWS = 2048  # images of one file of the cache: what a kill can lose
 CACHE_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
@@ -206,16 +207,6 @@ class EmbeddingCache:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-
-
-def weights_digest(model: CapivaraModel, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Hex digest of the tensors of a model whose name starts with one of `prefixes`."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(prefixes):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def cache_parts(model: CapivaraModel, views: Views, precision: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from artifacts import check_free_space
+from captions.rows import Skipped, write_skipped
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
-from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
 from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
 from training.images import (
@@ -22,9 +23,8 @@ from training.images import (
     build_cache,
     check_images,
     loading_workers,
-    weights_digest,
 )
-from training.rows import Skipped, check_bad_share, write_skipped
+from training.rows import check_bad_share
 from training.trainable import prepare_trainable
 
 

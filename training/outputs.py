@@ -13,9 +13,9 @@ import yaml
 from accelerate import Accelerator
 
 from artifacts import device_description, package_versions
+from captions.rows import Skipped
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
-from training.rows import Skipped
 
 CARD = """---
 {metadata}

@@ -2,81 +2,34 @@
 
     table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], skipped := [])
 
-The rows are those of a `training.sources.Source`.
+The rows are those of a `captions.sources.Source`.
 """
 
 import atexit
-import io
 import itertools
 import json
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import fsspec
-import PIL.Image
-import PIL.ImageOps
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
-from artifacts import write_text
+from captions.rows import BadRow, Skipped, image_bytes
+from captions.sources import Source
 from modeling_capivara import repair_text
 
-if TYPE_CHECKING:  # sources imports this module
-    from training.sources import Source
-
-# A side of one pixel is allowed: the image processor takes it, and the aspect limit keeps out what is a mere line.
-MAX_IMAGE_SIDE = 30_000  # pixels; no camera or scanner of photographs reaches it, and JPEG ends at 65,535
-MAX_IMAGE_PIXELS = 178_956_970  # where PIL raises DecompressionBombError; about 0.5 GB as RGB
-MAX_ASPECT = 50  # long side by short side; the square crop of the image tower would see 2 % of the image
-MAX_IMAGE_BYTES = 100_000_000  # of a file; photographs have under 50 MB, and every row is held in memory
-# What photographs come in. Not all that PIL opens: EPS starts Ghostscript on the file.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 NOT_CHOSEN = "not chosen"  # by the pair filter or the caption strategy: left out, but not bad
-MAX_DETAIL = 300  # letters of a line of skipped.jsonl; a caption can be a book
 ROWS_PER_CHUNK = 1000  # of the table of captions; what of it is in memory while it is written
 TABLE_FEATURES = Features({"row": Value("int64"), "digest": Value("string"), "captions": List(Value("string"))})
 
-PIL.Image.init()
-_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One line of `skipped.jsonl`: a row, or the rest of an archive, that a run goes without."""
-
-    source: str
-    split: str
-    row: int
-    reason: (
-        str  # not chosen, no image, unreadable image, absurd image size, no caption, missing column, damaged archive
-    )
-    detail: str
-
-
-class _BadRow(ValueError):
-    """A row that can't be used, with the reason and detail of its `Skipped`."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail[:MAX_DETAIL]
-
-    def __reduce__(self):  # as a result of a worker process it is pickled
-        return type(self), (self.reason, self.detail)
-
-
-class BadImage(_BadRow):
-    """An image that can't be used."""
-
 
 def caption_table(
-    source: "Source",
+    source: Source,
     image_column: str,
     caption_columns: list[str],
     choose: Callable[[dict], list[str]],
@@ -113,7 +66,7 @@ def caption_table(
         for number, row in enumerate(bar, start=0 if part is None else part.start):
             try:
                 yield {"row": number, **_entry(row, image_column, caption_columns, choose)}
-            except _BadRow as bad:
+            except BadRow as bad:
                 skipped.append(Skipped(source.name, source.split, number, bad.reason, bad.detail))
 
     table = _written(_batches(entries()))
@@ -132,47 +85,6 @@ def joined_tables(parts: list[bytes]) -> Dataset:
     return _written(batch for part in parts for batch in pa.ipc.open_stream(part))
 
 
-def image_bytes(row_image: dict | None) -> bytes:
-    """The file of the image of a row, from the row or from where its path points.
-
-    Raises:
-        BadImage: there is none, it can't be read, or it is over `MAX_IMAGE_BYTES`.
-    """
-    if not isinstance(row_image, dict | None):
-        raise BadImage("unreadable image", f"bytes or a path are needed, got {type(row_image).__name__}")
-    data, path = (row_image or {}).get("bytes"), (row_image or {}).get("path")
-    if data is None and path:
-        data = _file_bytes(path)
-    if not data:
-        raise BadImage("no image", f"the file {path!r} is empty" if path else "neither bytes nor a path")
-    if len(data) > MAX_IMAGE_BYTES:
-        raise BadImage("absurd image size", f"{path!r} has more than {MAX_IMAGE_BYTES / 1e6:.0f} MB")
-    return data
-
-
-def decode_image(row_image: dict | None) -> PIL.Image.Image:
-    """The image of a row, loaded, upright by its EXIF orientation as `datasets` gives it; its mode is left as it is.
-
-    Raises:
-        BadImage: it can't be read, or its size is absurd, which its header tells before any pixel is decoded.
-    """
-    data = image_bytes(row_image)
-    where = repr(row_image.get("path")) if row_image.get("path") else f"{len(data)} bytes"
-    try:
-        image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
-        _check_size(image, where)
-        image.load()
-        if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
-            image = PIL.ImageOps.exif_transpose(image)
-    except BadImage:
-        raise
-    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise BadImage("absurd image size", f"{where}: {error}") from error
-    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
-        raise BadImage("unreadable image", f"{where}: {error}") from error
-    return image
-
-
 def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) -> None:
     """Raise ValueError when more than `max_bad_share` (0 to 1) of `total` rows are bad; those not chosen are not."""
     skipped = [line for line in skipped if line.reason != NOT_CHOSEN]
@@ -185,12 +97,6 @@ def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) ->
         f"{len(skipped)} of {total} rows ({share:.2%}) can't be used, and max_bad_share allows {max_bad_share:.2%}: "
         f"{counts}. The first of them:\n{first}\nMend or remove such rows, or raise --max_bad_share."
     )
-
-
-def write_skipped(path: Path, skipped: list[Skipped]) -> None:
-    """One JSON object a line; no file where nothing was skipped."""
-    if skipped:  # ASCII: names of archive members can hold what is not UTF-8
-        write_text(path, "".join(json.dumps(asdict(line)) + "\n" for line in skipped))
 
 
 def tables_fingerprint(table: Dataset) -> str:
@@ -206,20 +112,20 @@ def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Cal
     image = row.pop(image_column, None)
     for column in caption_columns:
         if column not in row:
-            raise _BadRow("missing column", f"no {column!r} in a JSON object of at most 1 MB; there are {sorted(row)}")
+            raise BadRow("missing column", f"no {column!r} in a JSON object of at most 1 MB; there are {sorted(row)}")
         values = [row[column]] if isinstance(row[column], str) else row[column] or []
         if not isinstance(values, list):
-            raise _BadRow("no caption", f"{column!r} must be a list, it is {values!r}")
+            raise BadRow("no caption", f"{column!r} must be a list, it is {values!r}")
         row[column] = ["" if value is None else value for value in values]
     try:
         chosen = choose(row)
     except (ValueError, TypeError) as error:  # such as fewer similarities than captions
-        raise _BadRow("no caption", f"{error}") from error
+        raise BadRow("no caption", f"{error}") from error
     captions = [text for text in chosen if isinstance(text, str) and repair_text(text)]
     if not captions and any(_has_text(row[column]) for column in caption_columns):
-        raise _BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
+        raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
-        raise _BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
+        raise BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
     digest = blake2b(image_bytes(image), digest_size=16).hexdigest()
     # JSON can hold lone surrogates, which no tokenizer and no Arrow file takes
     return {"digest": digest, "captions": [text.encode("utf-8", "replace").decode() for text in captions]}
@@ -227,29 +133,6 @@ def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Cal
 
 def _has_text(values: list) -> bool:
     return any(isinstance(value, str) and repair_text(value) for value in values)
-
-
-def _file_bytes(path: str) -> bytes:
-    scheme = path.partition("://")[0] if "://" in path else ""
-    if scheme and "hf://" not in path:  # a data set must not send the trainer to any address
-        raise BadImage("unreadable image", f"{path!r} is neither a local file nor on the Hub")
-    try:
-        if "://" not in path and not Path(path).is_file():
-            raise FileNotFoundError("there is no such file")
-        with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:
-            return file.read(MAX_IMAGE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise BadImage("unreadable image", f"{path!r}: {error}") from error
-
-
-def _check_size(image: PIL.Image.Image, where: str) -> None:
-    short, long = sorted(image.size)
-    if long > MAX_IMAGE_SIDE or short * long > MAX_IMAGE_PIXELS or long > MAX_ASPECT * short:
-        raise BadImage(
-            "absurd image size",
-            f"{where} has {image.width} x {image.height} pixels; the longer side may have {MAX_IMAGE_SIDE} and "
-            f"{MAX_ASPECT} times the shorter one, all {MAX_IMAGE_PIXELS}",
-        )
 
 
 def _batches(entries: Iterator[dict]) -> Iterator[pa.RecordBatch]:

@@ -1,4 +1,4 @@
-"""Caption data sets of every form, read row by row with images as bytes; `training.rows` makes use of them.
+"""Caption data sets of every form, read row by row with images as bytes; `training.rows` and `eval` make use of them.
 
     source = open_source("shards/train-*.tar", "train", "image", streaming=True)
 
@@ -23,7 +23,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from tqdm.auto import tqdm
 
-from training.rows import MAX_DETAIL, MAX_IMAGE_BYTES, Skipped
+from captions.rows import MAX_DETAIL, MAX_IMAGE_BYTES, Skipped
 
 MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}  # in tars
@@ -40,6 +40,7 @@ class Source:
         self.name, self.split, self.streaming = name, split, streaming
         self.columns: list[str] = []
         self.damaged: list[Skipped] = []  # archives that end too early; complete once all rows were seen
+        self.outside: list[str] = []  # names of images outside their folder, which are not read; likewise
         self._items: Dataset | IterableDataset | np.ndarray | None = None  # what `_read` makes rows of
 
     @property
@@ -130,7 +131,9 @@ class _ImageFolderSource(_FileSource):
         with path.open("rb") as file:
             row = _json_object(_read_at(file, item[1], item[2], MAX_JSON_BYTES))
         name, image = row.pop("file_name", None), None
-        if isinstance(name, str) and not name.startswith("/") and ".." not in name.split("/"):  # nothing outside
+        if isinstance(name, str) and (name.startswith("/") or ".." in name.split("/")):
+            self.outside.append(name)
+        elif isinstance(name, str):
             image = {"bytes": None, "path": str(path.parent / name)}
         return {**row, self._image_column: image}
 

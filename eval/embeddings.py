@@ -1,0 +1,214 @@
+"""Embeddings of a data set: computed once, cached by what they depend on, shared by all processes of a launch.
+
+    store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_folder("auto"), batch_size=32)
+    images = store.images(ImageRows(rows.__getitem__, len(rows)))
+    text_embeds = store.texts(["uma foto de um gato"])
+
+Rows go through in shards, files of their own: an interrupted run goes on at the first one that is missing, and the
+processes of `accelerate launch` share them out. A shard's batches do not depend on who embeds it, so that one process
+and several give the same bits.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import PIL.Image
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from artifacts import write_bytes
+from captions.rows import BadImage, decode_image, image_bytes
+from eval.models import Embedder
+from eval.processes import processes
+
+VERSION = 1  # of the files; raise it when their content changes
+IMAGES_PER_SHARD, TEXTS_PER_SHARD = 1024, 4096
+DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36 MB
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Images that are read when they are needed.
+
+    Attributes:
+        row_image: number of a row -> its image as `datasets` gives it undecoded, `{"bytes", "path"}`.
+        count: rows.
+        digest: hex, of the files of all images in their order.
+    """
+
+    row_image: Callable[[int], dict | None]
+    count: int
+    digest: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        digest = hashlib.blake2b(digest_size=16)
+        for row in tqdm(range(self.count), desc="Reading images", unit="image", disable=_quiet()):
+            try:
+                digest.update(hashlib.blake2b(image_bytes(self.row_image(row)), digest_size=16).digest())
+            except BadImage as bad:
+                digest.update(bad.reason.encode())
+        object.__setattr__(self, "digest", digest.hexdigest())
+
+    def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+        """Rows with their images or what is wrong with them, decoded ahead by a few threads."""
+
+        def read(row: int) -> PIL.Image.Image | BadImage:
+            try:
+                return decode_image(self.row_image(row))
+            except BadImage as bad:
+                return bad
+
+        threads = max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))
+        with ThreadPoolExecutor(threads) as pool:
+            ahead = deque(pool.submit(read, row) for row in rows[: threads * DECODED_AHEAD])
+            for number, row in enumerate(rows):
+                following = number + threads * DECODED_AHEAD
+                if following < len(rows):
+                    ahead.append(pool.submit(read, rows[following]))
+                yield row, ahead.popleft().result()
+
+    def fault(self, row: int, bad: BadImage) -> str:
+        """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
+        path = (self.row_image(row) or {}).get("path") or ""
+        return str(bad).replace(path, Path(path).name) if path else str(bad)
+
+
+@dataclass(frozen=True)
+class EmbeddedImages:
+    """Images of a data set in the shared space.
+
+    Attributes:
+        embeds: (kept images, width), unit length, float32.
+        rows: (kept images,), the row of each.
+        skipped: row -> why its image is left out.
+    """
+
+    embeds: Tensor
+    rows: Tensor
+    skipped: dict[int, str]
+
+
+@dataclass
+class EmbeddingStore:
+    """A model whose embeddings are kept in files.
+
+    Attributes:
+        embedder: the model.
+        root: folder of all caches; None for a temporary one that lasts as long as this object.
+        batch_size: images that go through at once; twice as many texts.
+    """
+
+    embedder: Embedder
+    root: Path | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        self._temporary = None
+        if self.root is None:
+            made = [tempfile.mkdtemp(prefix="capivara-embeddings-") if processes().is_main_process else None]
+            self._temporary = Path(broadcast_object_list(made)[0])
+
+    def images(self, images: ImageRows, description: str = "Images") -> EmbeddedImages:
+        """Embeddings of images, without those that can't be read.
+
+        Raises:
+            ValueError: no image can be read.
+        """
+
+        def embed(rows: range, bar: tqdm) -> tuple[Tensor, Tensor, dict[int, str]]:
+            kept, parts, skipped = [], [], {}
+            decoded = images.decoded(rows)
+            while chunk := list(islice(decoded, self.batch_size)):  # by row, so that a bad one moves no other
+                good = [(row, image) for row, image in chunk if not isinstance(image, BadImage)]
+                skipped |= {row: images.fault(row, bad) for row, bad in chunk if isinstance(bad, BadImage)}
+                if good:
+                    kept += [row for row, _ in good]
+                    parts.append(self.embedder.images([image for _, image in good], self.batch_size))
+                bar.update(len(chunk))
+            return torch.cat(parts) if parts else torch.empty(0, 0), torch.tensor(kept, dtype=torch.long), skipped
+
+        shards = _shards(images.count, IMAGES_PER_SHARD)
+        parts = self._through_files("images", images.digest, shards, images.count, embed, description)
+        skipped = {row: reason for part in parts for row, reason in part[2].items()}
+        embeds = [part[0] for part in parts if len(part[1])]
+        if not embeds:
+            raise ValueError(f"None of the {images.count} images can be read: {next(iter(skipped.values()))}.")
+        return EmbeddedImages(torch.cat(embeds), torch.cat([part[1] for part in parts]), skipped)
+
+    def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
+        """(texts, width), unit length, float32. Equal texts are embedded once."""
+        distinct = sorted(set(texts), key=lambda text: (len(text), text))  # neighbours are padded to the same length
+        digest = hashlib.blake2b(json.dumps(distinct).encode(), digest_size=16).hexdigest()
+        shards = _shards(len(distinct), TEXTS_PER_SHARD)
+
+        def embed(rows: range, bar: tqdm) -> tuple[Tensor, Tensor, dict[int, str]]:
+            some = distinct[rows.start : rows.stop]
+            return self.embedder.texts(some, 2 * self.batch_size, bar.update), torch.tensor(list(rows)), {}
+
+        parts = self._through_files("texts", digest, shards, len(distinct), embed, description)
+        place = {text: number for number, text in enumerate(distinct)}
+        return torch.cat([part[0] for part in parts])[torch.tensor([place[text] for text in texts])]
+
+    def _through_files(self, kind, digest, shards, total, embed, description) -> list[tuple]:
+        """The shards' (embeds, rows, skipped): those without a file are embedded, each by one of the processes."""
+        parts = {"version": VERSION, "model": self.embedder.fingerprint, "batch_size": self.batch_size, kind: digest}
+        key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+        folder = (self.root or self._temporary) / "evaluation" / key
+        state = processes()
+        paths = [folder / f"{kind}-{number:05d}.safetensors" for number in range(len(shards))]
+        missing = [number for number, path in enumerate(paths) if not path.is_file()]
+        state.wait_for_everyone()  # before one of them writes what another would count as there
+        mine = missing[state.process_index :: state.num_processes]
+        rows = sum(len(shards[number]) for number in mine)
+        with tqdm(total=rows, desc=description, unit=kind[:-1], disable=not mine or _quiet()) as bar:
+            for number in mine:
+                write_bytes(paths[number], _packed(*embed(shards[number], bar)))
+        state.wait_for_everyone()
+        return [_unpacked(path) for path in paths]
+
+    def close(self) -> None:
+        """Remove the temporary folder, where there is one."""
+        if self._temporary is not None and processes().is_main_process:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def cache_folder(name: str) -> Path | None:
+    """Root of the caches of an argument: "auto" is $CAPIVARA_CACHE or ~/.cache/capivara, "off" is none."""
+    if name == "off":
+        return None
+    if name == "auto":
+        return Path(os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara")
+    return Path(name)
+
+
+def _shards(rows: int, size: int) -> list[range]:
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def _packed(embeds: Tensor, rows: Tensor, skipped: dict[int, str]) -> bytes:
+    """A shard's file."""
+    return save({"embeds": embeds.contiguous(), "rows": rows}, metadata={"skipped": json.dumps(skipped)})
+
+
+def _unpacked(path: Path) -> tuple[Tensor, Tensor, dict[int, str]]:
+    with safe_open(path, framework="pt") as file:
+        skipped = json.loads(file.metadata()["skipped"])
+        return file.get_tensor("embeds"), file.get_tensor("rows"), {int(row): why for row, why in skipped.items()}
+
+
+def _quiet() -> bool:
+    """One process shows its bars, the others do not."""
+    return not processes().is_main_process

@@ -1,0 +1,243 @@
+"""The retrieval task, from data set to result file."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from eval import models
+from eval.results import read_records
+from eval.retrieval import RetrievalArguments, _positions, evaluate, load_data, main
+from modeling_capivara import CapivaraModel, CapivaraProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBER = 14
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Pictures with a metadata.jsonl of four captions each."""
+    generator = np.random.default_rng(0)
+    made = tmp_path / "pictures" / "test"
+    made.mkdir(parents=True)
+    lines = []
+    for i in range(NUMBER):
+        pixels = (generator.random((40, 48, 3)) * 80 + generator.random(3) * 170).astype(np.uint8)
+        PIL.Image.fromarray(pixels).save(made / f"{i:02d}.png")
+        lines.append(
+            {"file_name": f"{i:02d}.png", "legendas": [f"foto {i} {word}" for word in ("gato", "casa", "céu", "pão")]}
+        )
+    (made / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return tmp_path / "pictures"
+
+
+def flags(model, dataset, output, *more) -> list[str]:
+    names = ["--model", model, "--dataset", dataset, "--output", output, "--caption_column", "legendas", *more]
+    return [str(part) for part in names]
+
+
+def test_a_folder_of_images(tiny_folder, folder, tmp_path, capsys):
+    main(flags(tiny_folder, folder, tmp_path / "r.json", "--gallery", 4))
+    records = {(r.direction, r.metric): r for r in read_records(tmp_path / "r.json")}
+    assert {metric for _, metric in records} == {"recall@1", "recall@5", "recall@10", "mean_recall", "median_rank"}
+    assert records["text_to_image", "recall@5"].n == 4 * NUMBER and records["image_to_text", "recall@5"].n == NUMBER
+    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert len(content["dataset_fingerprint"]) == 32 and str(tmp_path) not in json.dumps(content["command"])
+    assert len(content["gallery"]) == 4
+    for shown in content["gallery"]:
+        assert len(shown["best"]) == 5 and (tmp_path / shown["right"]).is_file()
+        place = [best["image"] for best in shown["best"]].index(shown["right"]) + 1 if shown["rank"] == 1 else 1
+        assert place == 1, "a hit's picture is the first"
+        PIL.Image.open(tmp_path / shown["best"][4]["image"]).load()
+    assert "median_rank" in capsys.readouterr().out
+
+
+def test_values_are_those_of_a_plain_computation(tiny_folder, folder, tmp_path):
+    main(flags(tiny_folder, folder, tmp_path / "r.json"))
+    model, processor = CapivaraModel.from_pretrained(tiny_folder).eval(), CapivaraProcessor.from_pretrained(tiny_folder)
+    lines = [json.loads(line) for line in (folder / "test" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    images = [PIL.Image.open(folder / "test" / line["file_name"]) for line in lines]
+    texts = [text for line in lines for text in line["legendas"]]
+    with torch.inference_mode():
+        output = model(**processor(text=texts, images=images, return_tensors="pt", padding=True))
+    right = torch.arange(NUMBER).repeat_interleave(4)
+    scores = output.text_embeds @ output.image_embeds.T
+    expected = (scores.topk(5).indices == right[:, None]).any(dim=1).float().mean()
+    (found,) = [
+        r.value for r in read_records(tmp_path / "r.json") if (r.direction, r.metric) == ("text_to_image", "recall@5")
+    ]
+    assert found == pytest.approx(float(expected))
+
+
+def test_second_run_embeds_nothing(tiny_folder, folder, tmp_path, monkeypatch):
+    more = ("--cache_dir", tmp_path / "cache")
+    main(flags(tiny_folder, folder, tmp_path / "a.json", *more))
+    monkeypatch.setattr("eval.models.embed_images", lambda *args, **kwargs: pytest.fail("embedded again"))
+    monkeypatch.setattr("eval.models.embed_texts", lambda *args, **kwargs: pytest.fail("embedded again"))
+    main(flags(tiny_folder, folder, tmp_path / "b.json", *more))
+    assert read_records(tmp_path / "a.json") == read_records(tmp_path / "b.json")
+
+
+def test_another_model_or_picture_is_another_cache(tiny_folder, folder, tmp_path):
+    more = ("--cache_dir", tmp_path / "cache")
+    main(flags(tiny_folder, folder, tmp_path / "a.json", *more))
+    first = set((tmp_path / "cache" / "evaluation").iterdir())
+    PIL.Image.new("RGB", (40, 40), (1, 2, 3)).save(folder / "test" / "03.png")
+    main(flags(tiny_folder, folder, tmp_path / "b.json", *more))
+    second = set((tmp_path / "cache" / "evaluation").iterdir())
+    assert len(second - first) == 1, "the pictures' embeddings, not the captions'"
+    model = CapivaraModel.from_pretrained(tiny_folder)
+    model.visual_projection.weight.data.mul_(-1)
+    model.save_pretrained(tiny_folder)
+    main(flags(tiny_folder, folder, tmp_path / "c.json", *more))
+    assert len(set((tmp_path / "cache" / "evaluation").iterdir()) - second) == 2
+
+
+def test_an_interrupted_run_goes_on(tiny_folder, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.embeddings.IMAGES_PER_SHARD", 4)
+    monkeypatch.setattr("eval.embeddings.TEXTS_PER_SHARD", 10)
+    real, done = models.embed_images, []
+
+    def fails_at_third(*args, **kwargs):
+        done.append(1)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("eval.models.embed_images", fails_at_third)
+    arguments = flags(tiny_folder, folder, tmp_path / "r.json", "--cache_dir", tmp_path / "cache")
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments)
+    main(arguments)
+    assert len(done) == 3 + 2, "two of the four shards were there"
+    main(flags(tiny_folder, folder, tmp_path / "whole.json", "--cache_dir", "off"))
+    assert read_records(tmp_path / "r.json") == read_records(tmp_path / "whole.json")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_bits_of_one(tiny_folder, folder, tmp_path):
+    (folder / "test" / "05.png").write_bytes(b"no picture")
+    script = (
+        "import sys\nfrom eval import embeddings as e\n"
+        "e.IMAGES_PER_SHARD, e.TEXTS_PER_SHARD = 4, 10\n"
+        "from eval.retrieval import main\nmain(sys.argv[1:])\n"
+    )
+    (tmp_path / "run.py").write_text(script, encoding="utf-8")
+    for name, launch in (("one", []), ("two", ["--standalone", "--nproc_per_node", "2"])):
+        start = [sys.executable, "-m", "torch.distributed.run", *launch] if launch else [sys.executable]
+        more = flags(tiny_folder, folder, tmp_path / f"{name}.json", "--cache_dir", tmp_path / name)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*start, str(tmp_path / "run.py"), *more], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("mean_recall") == 2, "one process prints"
+    assert read_records(tmp_path / "one.json") == read_records(tmp_path / "two.json")
+    for path in sorted((tmp_path / "one").rglob("*.safetensors")):
+        assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
+def test_positions():
+    assert [list(_positions(text, 5)) for text in ("all", "first", "even", "odd", "3,1")] == [
+        [0, 1, 2, 3, 4], [0], [0, 2, 4], [1, 3], [3, 1]
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="caption_positions must be all, first, even, odd or numbers"):
+        RetrievalArguments("m", "d", Path("o"), caption_positions="google")
+
+
+def test_google_captions_only(tiny_folder, folder, tmp_path):
+    main(flags(tiny_folder, folder, tmp_path / "r.json", "--caption_positions", "odd"))
+    records = read_records(tmp_path / "r.json")
+    assert {r.n for r in records} == {NUMBER, 2 * NUMBER} and all("captions: odd" in r.protocol for r in records)
+
+
+def test_bf16_prints_its_effect(tiny_folder, folder, tmp_path, capsys):
+    main(flags(tiny_folder, folder, tmp_path / "r.json", "--precision", "bf16"))
+    assert "bf16 changes mean recall by" in capsys.readouterr().out
+    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert content["precision"] == "bf16" and content["precision_effect"]["images"] == NUMBER
+
+
+def test_corrupt_images_are_counted_and_listed(tiny_folder, folder, tmp_path, capsys):
+    (folder / "test" / "05.png").write_bytes(b"no picture")
+    main(flags(tiny_folder, folder, tmp_path / "r.json"))
+    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert content["skipped_rows"] == 1 and list(content["skipped"]) == ["5"]
+    assert {record["n"] for record in content["records"]} == {NUMBER - 1, 4 * (NUMBER - 1)}
+    assert "1 images could not be read" in capsys.readouterr().out
+
+
+def edit(folder: Path, change) -> None:
+    path = folder / "test" / "metadata.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    change(lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[3].update(legendas=[]), "Row 3 has no caption"),
+        (lambda lines: lines[4].update(legendas=["a", " "]), "Row 4 has no caption or an empty one"),
+        (lambda lines: lines[1].update(file_name="../../secret.png"), r"files outside its folder.*secret"),
+        (lambda lines: lines[1].update(file_name="/etc/passwd"), r"files outside its folder.*passwd"),
+        (lambda lines: [line.pop("legendas") for line in lines], "no column 'legendas'; there are"),
+        (lambda lines: lines.__delitem__(slice(6, None)), r"recall@10 has no meaning among 6 images.*--recall_at 1 5"),
+    ],
+)
+def test_bad_data_is_refused_before_the_model_is_loaded(folder, tmp_path, change, message):
+    edit(folder, change)
+    with pytest.raises(SystemExit, match=message):
+        main(flags("no-model", folder, tmp_path / "r.json"))
+    assert not (tmp_path / "r.json").exists()
+
+
+def test_no_capivara_model(folder, tmp_path, tiny_folder):
+    config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
+    (tiny_folder / "config.json").write_text(json.dumps({**config, "model_type": "clip"}), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"is no CAPIVARA model.*clip:"):
+        main(flags(tiny_folder, folder, tmp_path / "r.json"))
+
+
+def test_nan_embeddings(tiny_folder, folder, tmp_path):
+    model = CapivaraModel.from_pretrained(tiny_folder)
+    model.visual_projection.weight.data.fill_(float("nan"))
+    model.save_pretrained(tiny_folder)
+    with pytest.raises(SystemExit, match="embedding is NaN or infinite"):
+        main(flags(tiny_folder, folder, tmp_path / "r.json"))
+
+
+def test_columns_and_splits_that_are_missing(tiny_dataset_folder, tmp_path):
+    arguments = RetrievalArguments("m", str(tiny_dataset_folder), tmp_path / "r.json", language="hi")
+    with pytest.raises(ValueError, match=r"no column 'captions-hi'; there are \["):
+        load_data(arguments)
+    arguments.split = "dev"
+    with pytest.raises(ValueError, match=r"no split 'dev'; there are \["):
+        load_data(arguments)
+
+
+def test_a_saved_data_set(tiny_folder, tiny_dataset_folder, tmp_path):
+    arguments = RetrievalArguments(
+        str(tiny_folder), str(tiny_dataset_folder), tmp_path / "r.json", language="en", recall_at=[1, 5], seed=3
+    )
+    records = evaluate(arguments)
+    assert {r.language for r in records} == {"en"} and {r.seed for r in records} == {3}
+    assert {r.n for r in records} == {8}
+
+
+def test_parquet(tiny_folder, tiny_dataset_folder, tmp_path):
+    rows = datasets.load_from_disk(str(tiny_dataset_folder))["test"]
+    (tmp_path / "parquet").mkdir()
+    rows.to_parquet(tmp_path / "parquet" / "test-0.parquet")
+    same = [
+        evaluate(RetrievalArguments(str(tiny_folder), str(source), tmp_path / "r.json", recall_at=[1, 5]))
+        for source in (tmp_path / "parquet", tiny_dataset_folder)
+    ]
+    assert [r.value for r in same[0]] == [r.value for r in same[1]]
