@@ -1,10 +1,12 @@
 """Recall at 1, 5 and 10 in both directions, against clip-benchmark's own functions on the same embeddings.
 
-    python -m benchmarks.eval_retrieval
+    python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
     python -m benchmarks.eval_retrieval --large   # also 1,000,000 captions x 100,000 images, ours alone; minutes
 
-Random unit embeddings of width 512, five captions an image. Alternating runs, medians; our peak memory over the
-embeddings is taken in a process of its own. JSON is the last line.
+Random unit embeddings of width 512, five captions an image. Then, with `--end_to_end N`, the whole way from N JPEG
+files and five captions of each to the recalls, by the published architecture at full size with random weights: our
+command beside clip-benchmark's `evaluate` on open_clip's model of the same weights, in float32, nothing cached.
+Alternating runs, medians; our peak memory over the embeddings is taken in a process of its own. JSON is the last line.
 """
 
 import argparse
@@ -12,18 +14,29 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from artifacts import device_description, package_versions, peak_resident_bytes, write_json
+from artifacts import device_description, package_versions, peak_resident_bytes, read_json, write_json
+from benchmarks.encode import caption_of
 from eval.metrics import RECALL_CUTOFFS, recall_at_k, retrieval_ranks
+from eval.retrieval import RetrievalArguments
+from eval.retrieval import evaluate as measure
+from examples.openmoji.encoders import load_text_encoder
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara.open_clip_mapping import build_open_clip, open_clip_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 512
+CAPTIONS, TOKENS, SIZE = 5, 20, (500, 375)  # of the whole way: captions an image, their tokens, pixels of an image
 
 
 def made(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +100,7 @@ def worker(images: int, captions: int) -> dict[str, float]:
     return {"bytes": peak_resident_bytes() - before, "seconds": seconds}
 
 
-def run(images: int, captions: int, runs: int, large: bool) -> dict:
+def run(images: int, captions: int, runs: int, large: bool, end_to_end: int) -> dict:
     sides = made(images, captions)
     seconds: dict[str, list[float]] = {"ours": [], "clip_benchmark": []}
     difference = 0.0
@@ -105,6 +118,8 @@ def run(images: int, captions: int, runs: int, large: bool) -> dict:
         "memory_over_embeddings_bytes": memory_over_embeddings(images, captions)[0],
         "device": device_description("cpu"), "versions": package_versions(),
     }  # fmt: skip
+    if end_to_end:
+        result["end_to_end"] = whole_way(end_to_end, runs)
     if large:
         taken, duration = memory_over_embeddings(100_000, 10)
         result["large"] = {
@@ -113,11 +128,88 @@ def run(images: int, captions: int, runs: int, large: bool) -> dict:
     return result
 
 
+def whole_way(images: int, runs: int) -> dict:
+    """Seconds from files to recalls of both programs, the ratio run by run, and how far their recalls are apart."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = made_files(folder, images)
+        theirs = clip_benchmark_program(folder, texts)
+        arguments = RetrievalArguments(
+            str(folder / "model"), str(folder / "data"), folder / "r.json", cache_dir="off", gallery=0
+        )
+        seconds: dict[str, list[float]] = {"ours": [], "clip_benchmark": []}
+        difference = 0.0
+        for _ in tqdm(range(runs + 1), desc="End to end", unit="run"):  # the first one warms up
+            first, expected = timed(theirs)
+            started = time.perf_counter()
+            records = measure(arguments)
+            own = time.perf_counter() - started
+            loading = own - read_json(arguments.output)["seconds"]  # of the model, which the other holds already
+            seconds["clip_benchmark"].append(first)
+            seconds["ours"].append(own - loading)
+            found = {f"{r.direction}@{r.metric[7:]}": r.value for r in records if r.metric.startswith("recall@")}
+            difference = max(difference, *(abs(found[key] - value) for key, value in expected.items()))
+    ratios = [their / own for their, own in zip(seconds["clip_benchmark"][1:], seconds["ours"][1:], strict=True)]
+    return {
+        "images": images, "captions": CAPTIONS * images, "tokens": TOKENS, "image_size": SIZE, "precision": "float32",
+        "runs": runs, "seconds": {name: statistics.median(values[1:]) for name, values in seconds.items()},
+        "ratio": statistics.median(ratios), "largest_difference_of_a_recall": difference,
+    }  # fmt: skip
+
+
+def made_files(folder: Path, images: int) -> list[list[str]]:
+    """Write model and data; returns the captions of each image."""
+    torch.manual_seed(0)
+    tokenizer = load_text_encoder()[1]
+    CapivaraModel(CapivaraConfig()).save_pretrained(folder / "model")
+    CapivaraProcessor(CapivaraImageProcessor(), tokenizer).save_pretrained(folder / "model")
+    noise = np.random.default_rng(0)
+    (folder / "data" / "test").mkdir(parents=True)
+    texts, lines = [], []
+    for number in range(images):
+        coarse = noise.integers(0, 256, (SIZE[1] // 20, SIZE[0] // 20, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"data/test/{number}.jpg")
+        texts.append([f"{number} {caption_of(TOKENS - 2, tokenizer, number * CAPTIONS + i)}" for i in range(CAPTIONS)])
+        lines.append(json.dumps({"file_name": f"{number}.jpg", "captions-pt": texts[-1]}))
+    (folder / "data" / "test" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return texts
+
+
+def clip_benchmark_program(folder: Path, texts: list[list[str]]) -> Callable[[], dict[str, float]]:
+    """clip-benchmark's evaluation on open_clip's model of the same weights, with its own preprocessing and loader."""
+    from clip_benchmark.metrics.zeroshot_retrieval import evaluate
+    from open_clip.tokenizer import HFTokenizer
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    config = CapivaraConfig()
+    model = build_open_clip(config).eval()
+    model.load_state_dict(open_clip_state_dict(CapivaraModel.from_pretrained(folder / "model")))
+    tokenizer = HFTokenizer(str(folder / "model"), tokenizer_type=None)
+    preprocess = image_transform_v2(PreprocessCfg(), is_train=False)
+
+    class Pictures(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return len(texts)
+
+        def __getitem__(self, number: int) -> tuple[Tensor, list[str]]:
+            return preprocess(Image.open(folder / f"data/test/{number}.jpg")), texts[number]
+
+    def program() -> dict[str, float]:
+        collate = lambda rows: (torch.stack([pixels for pixels, _ in rows]), [captions for _, captions in rows])  # noqa: E731
+        loader = torch.utils.data.DataLoader(Pictures(), batch_size=32, collate_fn=collate)
+        found = evaluate(model, loader, tokenizer, "cpu", amp=False, recall_k_list=list(RECALL_CUTOFFS))
+        names = {"image_retrieval_recall": "text_to_image", "text_retrieval_recall": "image_to_text"}
+        return {f"{names[key.split('@')[0]]}@{key.split('@')[1]}": value for key, value in found.items()}
+
+    return program
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--captions", type=int, default=5, help="of each image")
     parser.add_argument("--runs", type=int, default=5, help="alternating runs")
+    parser.add_argument("--end_to_end", type=int, default=64, help="images of the whole way, 0 for none")
     parser.add_argument("--large", action="store_true", help="also a million captions x 100,000 images")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
@@ -125,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         print(json.dumps(worker(args.images, args.captions)))
         return
-    result = run(args.images, args.captions, args.runs, args.large)
+    result = run(args.images, args.captions, args.runs, args.large, args.end_to_end)
     if args.output:
         write_json(args.output, result)
     print(json.dumps(result))

@@ -49,7 +49,9 @@ class ImageArguments:
     """What classification and linear probe have in common."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline."})
-    benchmark: str = field(metadata={"help": "Key of the data set in eval/prompts/pt, such as cifar-10."})
+    benchmark: str = field(
+        metadata={"help": "Key of the data set in eval/prompts/pt, such as cifar-10, or a JSON file of that form."}
+    )
     images: str = field(
         metadata={
             "help": "Folder with a sub-folder of images a class, a saved HF data set, a folder of parquet files or "
@@ -112,21 +114,21 @@ def load_images(
     names_en: Sequence[str],
     image_column: str | None = None,
     label_column: str | None = None,
-    order: Sequence[str] = (),
+    places: Sequence[int] | None = None,
 ) -> LabelledImages:
     """Labelled images, their classes in the order of `names_en`.
 
     A data set that names its classes is matched by name, since orders differ; one of plain numbers is taken to have
-    the order `order`.
+    that order.
 
     Args:
         source: as `--images` takes it.
         split: name.
-        names_en: of the classes that are told apart.
+        names_en: of all classes of the data set.
         image_column: found where None.
         label_column: found where None.
-        order: names of all classes of the data set, `names_en` where empty. Where they are more, images of the others
-            are left out (Babel-ImageNet names a part of ImageNet).
+        places: of the classes that are told apart, in `names_en`; all where None. Images of the others are left out
+            (Babel-ImageNet names a part of ImageNet).
 
     Raises:
         ValueError: split or column is missing, or the class names do not match; those that differ are named.
@@ -137,22 +139,21 @@ def load_images(
     for column in (image_column, label_column):
         if column not in rows.column_names:
             raise ValueError(f"{source}, split {split!r} has no column {column!r}; there are {rows.column_names}.")
-    order = order or names_en
     feature = rows.features[label_column]
     feature = getattr(feature, "feature", feature)
     names = feature.names if isinstance(feature, ClassLabel) else _class_names(source)
-    mapping = _by_name(names, order, source) if names else dict(enumerate(range(len(order))))
+    mapping = _by_name(names, names_en, source) if names else dict(enumerate(range(len(names_en))))
     labels = rows[label_column][:]
     outside = {x for label in labels for x in (label if isinstance(label, list) else [label])} - mapping.keys()
     if outside:
         raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
-    place = {name: number for number, name in enumerate(names_en)}
+    told_apart = {place: number for number, place in enumerate(range(len(names_en)) if places is None else places)}
     classes = [
-        [place.get(order[mapping[x]]) for x in (label if isinstance(label, list) else [label])] for label in labels
+        [told_apart.get(mapping[x]) for x in (label if isinstance(label, list) else [label])] for label in labels
     ]
     kept = [row for row, found in enumerate(classes) if None not in found]
     if not kept:
-        raise ValueError(f"{source} has no image of the {len(names_en)} classes that have a name.")
+        raise ValueError(f"{source} has no image of the {len(told_apart)} classes that have a name.")
     undecoded = rows.cast_column(image_column, Image(decode=False))
     images = ImageRows(lambda row: undecoded[kept[row]][image_column], len(kept))
     return LabelledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
@@ -193,8 +194,7 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
 def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    order = load_prompts(args.benchmark).names_en
-    data = load_images(args.images, args.split, prompts.names_en, args.image_column, args.label_column, order)
+    data = load_images(args.images, args.split, prompts.names_en, args.image_column, args.label_column, prompts.places)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
     store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
@@ -203,7 +203,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     store.close()
     labels = [data.labels[row] for row in images.rows.tolist()]
     values = classification_metrics(scores, labels, prompts.metric)
-    shared = {"task": "classification", "dataset": args.benchmark, "split": args.split, "direction": ""}
+    shared = {"task": "classification", "dataset": prompts.benchmark, "split": args.split, "direction": ""}
     shared |= {"language": "pt" if args.protocol != "babel" else args.language, "n": len(labels), "seed": args.seed}
     shared |= {"protocol": args.protocol, "model": args.role, "model_folder": args.model}
     records = [
@@ -299,16 +299,23 @@ def _class_names(source: str) -> list[str]:
 
 
 def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[int, int]:
-    """Label of the data set -> class of the prompts."""
-    place = {_plain(name): number for number, name in enumerate(wanted)}
-    unknown = [name for name in names if _plain(name) not in place]
+    """Label of the data set -> class of the prompts; a name that occurs twice, as in ImageNet, first to first."""
+    places: dict[str, list[int]] = {}
+    for number, name in enumerate(wanted):
+        places.setdefault(_plain(name), []).append(number)
+    unknown = [name for name in names if _plain(name) not in places]
     if unknown:
         missing = [name for name in wanted if _plain(name) not in set(map(_plain, names))]
         raise ValueError(
             f"{source} has {len(names)} classes, the prompts {len(wanted)}, and they don't match by name: "
             f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, or choose another benchmark."
         )
-    return {label: place[_plain(name)] for label, name in enumerate(names)}
+    found = {name: iter(numbers) for name, numbers in places.items()}
+    mapping = {label: next(found[_plain(name)], None) for label, name in enumerate(names)}
+    if None in mapping.values():
+        twice = [names[label] for label, number in mapping.items() if number is None]
+        raise ValueError(f"{source} names classes more often than the prompts do: {twice[:10]}. Rename them.")
+    return mapping
 
 
 def _plain(name: str) -> str:

@@ -148,7 +148,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
         for metric in results[0]:
             records.append(
                 Record(
-                    task="linear_probe", dataset=args.benchmark, split=args.split, language="", protocol=name,
+                    task="linear_probe", dataset=prompts.benchmark, split=args.split, language="", protocol=name,
                     direction="", metric=metric, value=statistics.fmean(result[metric] for result in results),
                     n=len(test.labels), model=args.role, model_folder=args.model,
                 )

@@ -4,11 +4,13 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
 )
 
 from .configuration_capivara import CapivaraConfig
+from .image_classification_capivara import CapivaraForImageClassification
 from .image_processing_capivara import CapivaraImageProcessor
 from .loss_capivara import clip_loss
 from .modeling_capivara import CapivaraModel, CapivaraOutput
@@ -18,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CapivaraConfig",
+    "CapivaraForImageClassification",
     "CapivaraImageProcessor",
     "CapivaraModel",
     "CapivaraOutput",
@@ -29,6 +32,7 @@ __all__ = [
 AutoConfig.register("capivara", CapivaraConfig)
 AutoModel.register(CapivaraConfig, CapivaraModel)
 AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
+AutoModelForImageClassification.register(CapivaraConfig, CapivaraForImageClassification)
 # One class, in both places: it is neither of transformers' two backends, and asking for either is right.
 AutoImageProcessor.register(
     CapivaraConfig, image_processor_classes={"pil": CapivaraImageProcessor, "torchvision": CapivaraImageProcessor}
@@ -38,5 +42,6 @@ AutoProcessor.register(CapivaraConfig, CapivaraProcessor)
 # From here on `save_pretrained` copies the model files into the folder, for users without the package.
 CapivaraConfig.register_for_auto_class()
 CapivaraModel.register_for_auto_class("AutoModel")
+CapivaraForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 CapivaraImageProcessor.register_for_auto_class()
 CapivaraProcessor.register_for_auto_class()

@@ -1,6 +1,8 @@
 """Zero-shot classification, from folder to result file."""
 
+import io
 import json
+import tarfile
 
 import numpy as np
 import PIL.Image
@@ -8,7 +10,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
 
-from eval.classification import class_embeddings, classification_metrics, load_images, main
+from eval.classification import _by_name, class_embeddings, classification_metrics, load_images, main
 from eval.embeddings import EmbeddingStore
 from eval.models import load_embedder
 from eval.prompts import load_prompts
@@ -123,3 +125,40 @@ def test_an_open_clip_baseline(tiny_folder, image_folder, tmp_path):
         for name in ("ours", "theirs")
     ]
     assert values[0] == pytest.approx(values[1], abs=1e-6)
+
+
+def test_names_that_occur_twice_are_matched_in_their_order(image_folder, tmp_path):
+    """ImageNet has two classes called "missile", and two called "sunglasses"."""
+    assert load_prompts("imagenet-1k").names_en.count("missile") == 2
+    wanted = ["missile", "cat", "missile"]
+    assert _by_name(["cat", "missile", "Missile"], wanted, "d") == {0: 1, 1: 0, 2: 2}
+    with pytest.raises(ValueError, match=r"more often than the prompts do: \['cat'\]"):
+        _by_name(["cat", "cat"], wanted, "d")
+
+
+def test_images_of_classes_without_a_name_are_left_out(image_folder, tmp_path):
+    images = load_images(str(image_folder), "test", CIFAR, places=[3, 0])
+    assert sorted(images.labels) == [0] * 3 + [1] * 3 and images.images.count == 6
+
+
+def test_a_list_that_names_files_outside_its_folder_is_refused(image_folder):
+    (image_folder / "metadata.jsonl").write_text('{"file_name": "../secret.png", "label": 0}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"names files outside its folder, refused: \['../secret.png'\]"):
+        load_images(str(image_folder), "test", CIFAR)
+
+
+def test_clip_benchmarks_tars(tiny_folder, image_folder, tmp_path):
+    """WebDataset tars of image and class number, with the names in a file of their own, in another order."""
+    shuffled = sorted(CIFAR, reverse=True)
+    (tmp_path / "wds" / "test").mkdir(parents=True)
+    (tmp_path / "wds" / "classnames.txt").write_text("\n".join(shuffled) + "\n", encoding="utf-8")
+    with tarfile.open(tmp_path / "wds" / "test" / "0.tar", "w") as tar:
+        for number, name in enumerate(shuffled):
+            for ending, data in (("png", (image_folder / name / "0.png").read_bytes()), ("cls", str(number).encode())):
+                member = tarfile.TarInfo(f"s{number:04d}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    images = load_images(str(tmp_path / "wds"), "test", CIFAR)
+    assert images.labels == [CIFAR.index(name) for name in shuffled]
+    main(flags(tiny_folder, tmp_path / "wds", tmp_path / "r.json"))
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["records"][0]["n"] == 10

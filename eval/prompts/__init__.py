@@ -12,6 +12,8 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 
+from artifacts import read_json
+
 FOLDER = Path(__file__).resolve().parent
 ARTICLES = {("m", "s"): ("um", "o"), ("f", "s"): ("uma", "a"), ("m", "p"): ("uns", "os"), ("f", "p"): ("umas", "as")}
 MAX_AUTHORS_BYTES = 5_000_000  # of the authors' file; it has under 100 kB
@@ -29,11 +31,11 @@ class Prompts:
         benchmark: key of the data set, such as "cifar-10".
         protocol: "ours", "authors" or "babel".
         names: of the classes, in the order of the labels, as results show them.
-        names_en: English names in the same order, by which other orders are matched; empty where there are none.
+        names_en: English names of all classes of the data set, by which its own order is matched.
         filled: class -> its prompts.
         metric: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
-        labels: class of these prompts -> label of the data set.
         notes: what a reader of the figure must know.
+        places: class of these prompts -> its place in `names_en`; None where they are the same.
     """
 
     benchmark: str
@@ -43,6 +45,7 @@ class Prompts:
     filled: list[list[str]]
     metric: str
     notes: tuple[str, ...] = ()
+    places: list[int] | None = None
 
 
 def benchmarks() -> list[str]:
@@ -56,7 +59,7 @@ def load_prompts(
     """Names and prompts of a data set.
 
     Args:
-        benchmark: key, of `benchmarks()`.
+        benchmark: key, of `benchmarks()`, or a JSON file of the same form as those in `pt/`, for one's own classes.
         protocol: "ours", "authors" or "babel".
         language: code of Babel-ImageNet; the other protocols are Portuguese.
         authors_file: path or https address of the authors' `portuguese_prompts.py`; it is parsed, never executed.
@@ -65,6 +68,10 @@ def load_prompts(
         ValueError: benchmark, protocol or language is unknown (the nearest are named), or the file is not as expected.
         ImportError: Babel-ImageNet without clip-benchmark.
     """
+    if benchmark.endswith(".json"):
+        if protocol != "ours":
+            raise ValueError(f"{benchmark} has prompts of its own; protocol {protocol!r} is for the known data sets.")
+        return _own(Path(benchmark))
     if benchmark not in benchmarks():
         nearest = get_close_matches(benchmark, benchmarks(), n=3, cutoff=0.0)
         raise ValueError(f"Unknown benchmark {benchmark!r}; the nearest are {nearest}. There are {benchmarks()}.")
@@ -88,11 +95,11 @@ def fill(template: str, entry: dict) -> str:
         entry: `pt`, `gender`, `number` and, for a name without article, `article` false.
     """
     name = entry["pt"]
-    indefinite, definite = ARTICLES[entry["gender"], entry["number"]]
-    forms = {"nome": name, "um": f"{indefinite} {name}", "o": f"{definite} {name}"}
-    forms |= {"do": f"d{definite} {name}", "no": f"n{definite} {name}"}
-    if entry.get("article", True) is False:
-        forms = {"nome": name, "um": name, "o": name, "do": f"de {name}", "no": f"em {name}"}
+    forms = {"nome": name, "um": name, "o": name, "do": f"de {name}", "no": f"em {name}"}
+    if entry.get("article", True) and "gender" in entry:
+        indefinite, definite = ARTICLES[entry["gender"], entry["number"]]
+        forms = {"nome": name, "um": f"{indefinite} {name}", "o": f"{definite} {name}"}
+        forms |= {"do": f"d{definite} {name}", "no": f"n{definite} {name}"}
     for placeholder, form in forms.items():
         if f"{{{placeholder}}}" in template:
             return template.replace(f"{{{placeholder}}}", form)
@@ -100,7 +107,35 @@ def fill(template: str, entry: dict) -> str:
 
 
 def _ours(benchmark: str) -> Prompts:
-    data = json.loads((FOLDER / "pt" / f"{benchmark}.json").read_text(encoding="utf-8"))
+    return _prompts(benchmark, read_json(FOLDER / "pt" / f"{benchmark}.json"))
+
+
+def _own(path: Path) -> Prompts:
+    """Prompts of a user's file."""
+    if not path.is_file():
+        raise ValueError(f"The file of classes {path} does not exist.")
+    try:
+        data = read_json(path)
+        known = ("accuracy", "mean-per-class", "11point_mAP", "roc_auc")
+        if data.setdefault("metric", "accuracy") not in known:
+            nearest = get_close_matches(str(data["metric"]), known, n=4, cutoff=0.0)
+            raise ValueError(f"unknown metric {data['metric']!r}, the known ones are {nearest}")
+        for entry in data["classes"]:
+            entry.setdefault("en", entry["pt"])
+        prompts = _prompts(data.get("dataset", path.stem), data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no file of classes: {type(error).__name__} {error}. Its form is that of the files in "
+            "eval/prompts/pt: "
+            '{"dataset", "metric", "classes": [{"pt", "en", "gender", "number"}], "templates"}.'
+        ) from error
+    repeated = sorted({name for name in prompts.names_en if prompts.names_en.count(name) > 1})
+    if repeated or not prompts.names or not all(prompts.filled):
+        raise ValueError(f"{path} needs classes, none of them twice, and templates; twice there are {repeated[:10]}.")
+    return prompts
+
+
+def _prompts(benchmark: str, data: dict) -> Prompts:
     filled = [[fill(template, entry) for template in data["templates"]] for entry in data["classes"]]
     names = [entry["pt"] for entry in data["classes"]]
     return Prompts(benchmark, "ours", names, [entry["en"] for entry in data["classes"]], filled, data["metric"])
@@ -183,4 +218,4 @@ def _babel(ours: Prompts, language: str) -> Prompts:
     templates = json.loads((folder / "nllb_dist13b_prompts.json").read_text(encoding="utf-8"))
     filled = [[template.replace("{}", name) for template in templates.get(key, templates["EN"])] for name in names]
     note = f"Babel-ImageNet names {len(indices)} of the 1000 classes in {language}; only their images are classified."
-    return Prompts("imagenet-1k", "babel", names, [ours.names_en[i] for i in indices], filled, "accuracy", (note,))
+    return Prompts("imagenet-1k", "babel", names, ours.names_en, filled, "accuracy", (note,), list(indices))

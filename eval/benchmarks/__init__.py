@@ -1,0 +1,185 @@
+"""Benchmarks as data: a JSON file each says where the data come from, how they are measured and what was published.
+
+    flickr = load_benchmarks()["flickr30k-pt"]
+    flickr.published_figure("baseline", "text_to_image")  # {"mean": 76.23}, per cent
+
+Published figures are those of CAPIVARA's model card and paper, in per cent; what was not published is absent. A Hub id
+that was not looked up is null: such data are taken from a local path alone.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+from artifacts import read_json
+
+FOLDER = Path(__file__).resolve().parent
+SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" has all of them
+DIRECTIONS = {"retrieval": ("text_to_image", "image_to_text"), "classification": ("",)}  # as in records
+METRICS = {  # of records, with the task that has them
+    "mean_recall": "retrieval",
+    "recall@1": "retrieval",
+    "recall@5": "retrieval",
+    "recall@10": "retrieval",
+    "median_rank": "retrieval",  # a rank from 1; all others are shares
+    "accuracy": "classification",
+    "mean_per_class_accuracy": "classification",
+    "top_5_accuracy": "classification",
+    "11point_mAP": "classification",
+    "roc_auc": "classification",
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is measured on which data.
+
+    Attributes:
+        key: name of the file, and of the data with --data.
+        title: as tables show it.
+        task: "retrieval" or "classification".
+        suite: the suites that it belongs to, of `SUITES`.
+        source: `hub_id` (None where it was not looked up), `local_layout` in words, `url` of where people get it, and
+            `reader`, the reader of `eval.layouts` for a layout of its own.
+        split: that is measured.
+        language: that the published figures are of.
+        metric: of `METRICS`, that the published figures are in.
+        protocol: "ours" or "babel" for names and prompts; "captions" for retrieval.
+        protocol_note: what a reader of the figures must know.
+        published: "baseline", "capivara" or "capivara_opt" -> `mean` and `std` in per cent, of retrieval by direction.
+        test_images: of the published split, None where unknown; on other numbers figures are not like for like.
+        image_column: None for the only column of images.
+        label_column: None for one of the usual names.
+        caption_column: of retrieval, a pattern with `{language}`.
+        caption_positions: of retrieval, as `eval.retrieval` takes them.
+        prompts: of classification, key in `eval/prompts/pt`.
+        other_languages: that are measured, too.
+        known_languages: that may be asked for; those above where empty.
+        data_of: key of the benchmark whose local data serve where there are none of this key.
+        like_for_like: whether the published figures are of the same texts and images.
+    """
+
+    key: str
+    title: str
+    task: str
+    suite: tuple[str, ...]
+    source: dict[str, str | None]
+    split: str
+    language: str
+    metric: str
+    protocol: str
+    protocol_note: str
+    published: dict[str, dict[str, Any]]
+    test_images: int | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    caption_column: str = ""
+    caption_positions: str = "all"
+    prompts: str | None = None
+    other_languages: tuple[str, ...] = ()
+    known_languages: tuple[str, ...] = ()
+    data_of: str | None = None
+    like_for_like: bool = True
+
+    @property
+    def languages(self) -> tuple[str, ...]:
+        """Those that are measured where none are asked for."""
+        return (self.language, *self.other_languages)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return DIRECTIONS[self.task]
+
+    def published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
+        """`mean`, and `std` where it was published, in per cent, of the benchmark's metric and language."""
+        figure = self.published.get(model)
+        return figure.get(direction) if figure and self.task == "retrieval" else figure
+
+
+@dataclass(frozen=True)
+class Average:
+    """A published average over the benchmarks of a suite, which is given only where all were measured.
+
+    Attributes:
+        key, title, suite, protocol_note, published: as those of a benchmark.
+        of: the suite.
+        count: of its benchmarks.
+    """
+
+    key: str
+    title: str
+    suite: tuple[str, ...]
+    of: str
+    count: int
+    protocol_note: str
+    published: dict[str, dict[str, float]]
+
+
+def load_benchmarks() -> dict[str, Benchmark]:
+    """All benchmarks by key, in the order of tables: retrieval, ELEVATER, ImageNet, and those beyond the paper.
+
+    Raises:
+        ValueError: a file has another form than this module describes.
+    """
+    found = [read_benchmark(path) for path in sorted(FOLDER.glob("*.json"))]
+    kept = [benchmark for benchmark in found if isinstance(benchmark, Benchmark)]
+
+    def place(benchmark: Benchmark) -> tuple:
+        suite = benchmark.suite
+        return "beyond" in suite, benchmark.task != "retrieval", "elevater" not in suite, benchmark.title.casefold()
+
+    return {benchmark.key: benchmark for benchmark in sorted(kept, key=place)}
+
+
+def load_averages() -> list[Average]:
+    found = [read_benchmark(path) for path in sorted(FOLDER.glob("*.json"))]
+    return [average for average in found if isinstance(average, Average)]
+
+
+def read_benchmark(path: Path) -> Benchmark | Average:
+    """The benchmark, or average, of a file.
+
+    Raises:
+        ValueError: the file has another form than the classes here.
+    """
+    try:
+        data = read_json(path)
+        kind = Average if data.get("task") == "average" else Benchmark
+        if kind is Average:
+            data = {key: value for key, value in data.items() if key not in ("task", "metric")}
+        unknown = data.keys() - {field.name for field in fields(kind)}
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)}")
+        read = kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    except (json.JSONDecodeError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path.name} is no benchmark: {error}.") from error
+    faults = _faults(read, path)
+    if faults:
+        raise ValueError(f"{path.name} is no benchmark: {'; '.join(faults)}.")
+    return read
+
+
+def must_be_known(what: str, names: list[str], known: list[str]) -> None:
+    """Raise ValueError for the first of `names` that is not `known`; the known ones are listed, nearest first."""
+    for name in names:
+        if name not in known:
+            ranked = sorted(known, key=lambda other: -SequenceMatcher(None, name.casefold(), other.casefold()).ratio())
+            raise ValueError(f"Unknown {what} {name!r}. Known, nearest first: {', '.join(ranked)}.")
+
+
+def _faults(read: Benchmark | Average, path: Path) -> list[str]:
+    faults = [] if read.key == path.stem else [f"the key {read.key!r} is not the file's name"]
+    faults += [f"unknown suite {suite!r}" for suite in read.suite if suite not in SUITES]
+    figures = list(read.published.values())
+    if isinstance(read, Benchmark):
+        if read.task not in DIRECTIONS:
+            return [*faults, f"unknown task {read.task!r}"]
+        if METRICS.get(read.metric) != read.task:
+            faults.append(f"no metric {read.metric!r} of {read.task}; there are {', '.join(METRICS)}")
+        if read.task == "retrieval":
+            figures = [figure for by_direction in figures for figure in by_direction.values()]
+    if not all(isinstance(figure, dict) and isinstance(figure.get("mean"), float) for figure in figures):
+        faults.append("a published figure has no mean")
+    return faults

@@ -1,0 +1,233 @@
+"""Where a benchmark's data are, and published layouts of their own made readable by `eval.retrieval`.
+
+    folder = adapted("xm3600", Path("data/xm3600"), "test", "hi", Path("results/layouts/xm3600-hi"))
+
+A reader gives the folder of images and, for each, its file and captions. They become a `metadata.jsonl` beside a link
+to the images, so that nothing is copied. File names that point out of the folder are refused.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import constants, get_session
+
+from artifacts import read_json, write_text
+from eval.benchmarks import Benchmark, load_benchmarks, must_be_known
+from eval.results import digest_of
+
+Rows = list[tuple[str, list[str]]]  # file within the folder of images, and its captions
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a benchmark's data are: a local path or Hub id, or the reason why they can't be had."""
+
+    name: str = ""
+    local: bool = False
+    reason: str = ""
+
+    def digest(self) -> str:
+        """Of the names, sizes and times of the files; of a Hub id, its text."""
+        if not self.local:
+            return digest_of(self.name)
+        walked = os.walk(self.name) if Path(self.name).is_dir() else [("", [], [self.name])]
+        paths = [Path(folder) / name for folder, _, names in walked for name in names]
+        found = [(os.path.relpath(path, self.name), path.stat()) for path in paths if path.exists()]  # not dead links
+        return digest_of(sorted((name, about.st_size, about.st_mtime_ns) for name, about in found))
+
+
+def local_data(items: list[str]) -> dict[str, Path]:
+    """Key -> path, of items KEY=PATH.
+
+    Raises:
+        ValueError: an item is no KEY=PATH, its key is unknown, or there is no such path.
+    """
+    given = {}
+    for item in items:
+        key, separator, path = item.partition("=")
+        if not separator or not path:
+            raise ValueError(f"--data takes KEY=PATH, such as food-101=data/food-101; got {item!r}.")
+        must_be_known("benchmark", [key], list(load_benchmarks()))
+        if not Path(path).exists():
+            raise ValueError(f"--data {item}: there is no {path}.")
+        given[key] = Path(path)
+    return given
+
+
+def place_of(
+    benchmark: Benchmark, given: dict[str, Path], folder: Path | None, offline: bool, hub_fault: Callable[[], str]
+) -> Place:
+    """Where the data of a benchmark are.
+
+    Args:
+        benchmark: whose.
+        given: key -> path.
+        folder: with other data, each under its key.
+        offline: take local data alone.
+        hub_fault: says why the Hub can't be used, or ""; asked where it is needed.
+    """
+    keys = [key for key in (benchmark.key, benchmark.data_of) if key]
+    paths = [given[key] for key in keys if key in given]
+    paths += [folder / key for key in keys if (folder / key).exists()] if folder else []
+    if paths:
+        return Place(str(paths[0]), local=True)
+    identity, url = benchmark.source["hub_id"], benchmark.source["url"]
+    way = f"give --data {benchmark.key}=PATH{f', from {url}' if url else ''}"
+    if identity is None:
+        return Place(reason=f"no local data, and no Hub id is known; {way}")
+    fault = "offline" if offline else hub_fault()
+    return Place(reason=f"no local data, and {fault}; {way}") if fault else Place(identity)
+
+
+def hub_fault() -> str:
+    """Why the Hub can't be used, or "": asked before the first data set, each of which waits half a minute in vain."""
+    if constants.HF_HUB_OFFLINE:
+        return ""  # what the Hub's cache lacks fails at once
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of the HTTP client, which huggingface_hub may exchange
+        return f"the Hub can't be reached ({type(error).__name__})"
+    return ""
+
+
+def adapted(reader: str, folder: Path, split: str, language: str, target: Path) -> Path:
+    """`folder`, or what was made of it at `target` where it has the reader's own layout.
+
+    Args:
+        reader: key of `READERS`.
+        folder: as people get it, or in a form that `eval.retrieval` reads anyhow.
+        split: that is wanted.
+        language: code; the captions become the column `captions-<language>`.
+        target: folder that is made anew.
+
+    Raises:
+        ValueError: a file has another form, a language is missing, or a file name points out of the folder.
+    """
+    try:
+        read = READERS[reader](folder, split, language)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"A file of {folder.name} is no JSON: {error}.") from error
+    if read is None:
+        return folder
+    images, rows = read
+    if not images.is_dir():
+        raise ValueError(f"{folder} has no folder of images {images.relative_to(folder)}.")
+    shutil.rmtree(target, ignore_errors=True)
+    (target / split).mkdir(parents=True)
+    (target / split / "images").symlink_to(images.resolve(), target_is_directory=True)
+    lines = []
+    for name, captions in rows:
+        row = {"file_name": f"images/{_inside(name)}", f"captions-{language}": captions}
+        lines.append(json.dumps(row, ensure_ascii=False))
+    write_text(target / split / "metadata.jsonl", "".join(line + "\n" for line in lines))
+    return target
+
+
+def pracegover(folder: Path, split: str, language: str) -> tuple[Path, Rows] | None:
+    """PraCegoVer: `pracegover_400k.json`, lists of posts by split, or a file with the list of one split.
+
+    The form of `pracegover_400k.json` is the one that the paper's authors read (`dataset[split]`,
+    clip_pt/src/utils/dataset/pracegover_dataset.py of hiaac-nlp/CAPIVARA).
+    """
+    of_split = [f"{split}.json", f"{split}/dataset.json"]
+    path = next((folder / name for name in ("pracegover_400k.json", *of_split) if (folder / name).is_file()), None)
+    if path is None:
+        if (folder / "dataset.json").is_file():
+            raise ValueError(
+                f"{folder.name}/dataset.json holds all posts and names no split. Take pracegover_400k.json of the "
+                f"release, or put the list of the split into {of_split[0]}."
+            )
+        return None
+    posts = read_json(path)
+    if isinstance(posts, dict):
+        if split not in posts:
+            raise ValueError(f"{path.name} has no split {split!r}; there are {sorted(posts)}.")
+        posts = posts[split]
+    if not isinstance(posts, list):
+        raise ValueError(f"{path.name} must hold a list of posts.")
+    rows = []
+    for number, post in enumerate(posts):
+        name, caption = (post.get("filename"), post.get("caption")) if isinstance(post, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(caption, str):
+            raise ValueError(f"{path.name}: post {number} needs the texts `filename` and `caption`.")
+        rows.append((name, [caption]))
+    images = path.parent / "images"
+    return images if images.is_dir() else folder / "images", rows
+
+
+def xm3600(folder: Path, split: str, language: str) -> tuple[Path, Rows] | None:
+    """XM3600: `captions.jsonl`, a line an image, and `images/<key>.jpg`, as CLIP_benchmark reads them."""
+    path = folder / "captions.jsonl"
+    if not path.is_file():
+        return None
+    rows = []
+    for number, line in enumerate(_json_lines(path)):
+        key = line.get("image/key")
+        if not isinstance(key, str):
+            raise ValueError(f"{path.name}: line {number} has no `image/key`.")
+        rows.append((f"{key}.jpg", _captions(line, language, f"{path.name}: line {number}")))
+    return folder / "images", rows
+
+
+def flickr30k_200(folder: Path, split: str, language: str) -> tuple[Path, Rows] | None:
+    """Flickr30k-200: `filenames.txt` and `<language>.txt`, or what CLIP_benchmark makes of them."""
+    made = folder / f"flickr30k_200-{language}.json"
+    if (folder / "filenames.txt").is_file():
+        names, captions = _text_lines(folder / "filenames.txt"), _text_lines(folder / f"{language}.txt")
+    elif made.is_file():
+        names, captions = _annotations(made)
+    else:
+        return None
+    if len(captions) != len(names):
+        raise ValueError(f"{folder.name}: {len(captions)} captions of {language} for {len(names)} images.")
+    rows = [(name, [caption]) for name, caption in zip(names, captions, strict=True)]
+    images = folder / "flickr30k-200" / "images"
+    return images if images.is_dir() else folder / "images", rows
+
+
+READERS = {"pracegover": pracegover, "xm3600": xm3600, "flickr30k_200": flickr30k_200}
+
+
+def _inside(name: str) -> str:
+    """The file name, if it stays within its folder."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"The file name {name!r} points out of the folder of images and is refused.")
+    return name
+
+
+def _captions(line: dict, language: str, where: str) -> list[str]:
+    captions = line.get(language, {}).get("caption") if isinstance(line.get(language), dict) else None
+    if not isinstance(captions, list):
+        there = sorted(key for key, value in line.items() if isinstance(value, dict))
+        raise ValueError(f"{where} has no captions of {language!r}; there are {', '.join(there) or 'none'}.")
+    return captions
+
+
+def _annotations(path: Path) -> tuple[list[str], list[str]]:
+    """File names and captions; of the paths of CLIP_benchmark, which start at its root, the last part is taken."""
+    content = read_json(path)
+    columns = [content.get(key) for key in ("image_paths", "annotations")] if isinstance(content, dict) else [None]
+    if not all(isinstance(column, list) and all(isinstance(text, str) for text in column) for column in columns):
+        raise ValueError(f"{path.name} needs `image_paths` and `annotations`, lists of texts.")
+    return [PurePosixPath(name).name for name in columns[0]], columns[1]
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for line in filter(str.strip, file):
+            content = json.loads(line)
+            if not isinstance(content, dict):
+                raise ValueError(f"{path.name} must hold an object a line.")
+            yield content
+
+
+def _text_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"There is no {path.name} in {path.parent.name}.")
+    return path.read_text(encoding="utf-8").rstrip("\n").split("\n")

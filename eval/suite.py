@@ -1,0 +1,207 @@
+r"""The paper's benchmarks in one command, beside its published figures; what can't be reached is said, never counted.
+
+    python -m eval.suite paper --model capivara --baseline open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k \
+        --data_dir data/benchmarks --output results/paper
+    python -m eval.suite elevater --runs runs/a runs/b runs/c --protocol authors --authors_file portuguese_prompts.py
+    python -m eval.suite beyond --model capivara --only xm3600 --languages pt hi --data xm3600=data/xm3600
+    python -m eval.suite --list
+
+The suite "paper" has all benchmarks, with those beyond the paper (XM3600, Flickr30k-200, Babel-ImageNet); elevater,
+beyond, retrieval and classification are parts of it. Data are looked for at --data KEY=PATH, in --data_dir under the
+benchmark's key, and on the Hub where its id is known; --list says in which layout.
+
+A suite that was interrupted goes on: a result in the output folder is taken again while the model's weights, the
+arguments, and the names, sizes and times of the data's files are what they were, and is replaced otherwise; so give
+every protocol a folder of its own. What lies on the Hub counts as unchanged; --overwrite measures anew.
+"""
+
+import argparse
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import HfArgumentParser
+
+from artifacts import package_versions, read_json, write_json, write_text
+from eval.benchmarks import SUITES, Benchmark, load_averages, load_benchmarks
+from eval.classification import ClassificationArguments
+from eval.classification import evaluate as evaluate_classification
+from eval.layouts import hub_fault, local_data, place_of
+from eval.processes import processes
+from eval.results import Record, read_records
+from eval.retrieval import RetrievalArguments
+from eval.retrieval import evaluate as evaluate_retrieval
+from eval.suite_plan import (
+    SUMMARY_VERSION,
+    Measurement,
+    Model,
+    SuiteArguments,
+    all_languages,
+    chosen,
+    file_digest,
+    plan,
+    protocol_of,
+    shown,
+    without_paths,
+)
+from eval.tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and the commands of the description on lines of their own."""
+
+
+def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measurement: Measurement) -> list[Record]:
+    """Run a task; it writes its result file."""
+    shared = {"model": model.name, "output": args.output / measurement.file, "split": benchmark.split}
+    shared |= {"role": model.role, "language": measurement.language, "seed": model.seed}
+    shared |= {key: getattr(args, key) for key in ("batch_size", "precision", "cache_dir", "device")}
+    if benchmark.task == "retrieval":
+        columns = {"image_column": benchmark.image_column, "caption_column": benchmark.caption_column}
+        columns |= {"caption_positions": benchmark.caption_positions, "gallery": args.gallery}
+        return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared))
+    columns = {"image_column": benchmark.image_column, "label_column": benchmark.label_column}
+    columns |= {"benchmark": benchmark.prompts, "protocol": protocol_of(benchmark, args)}
+    return evaluate_classification(
+        ClassificationArguments(images=measurement.data, authors_file=args.authors_file, **columns, **shared)
+    )
+
+
+def run(args: SuiteArguments, suite: str) -> dict[str, Any] | None:
+    """Measure what is planned; the summary, on the main process.
+
+    Every process of a launch takes part in a task, so all go through the same plan, which the main one made.
+    """
+    models, measurements, earlier = _on_main(lambda: plan(args, suite))
+    benchmarks, by_role = load_benchmarks(), {(model.role, model.run): model for model in models}
+    main = processes().is_main_process
+    for number, measurement in enumerate(measurements):
+        said = "measured before" if measurement.status == "measured" else ""
+        if measurement.status == "planned":
+            benchmark, model = benchmarks[measurement.benchmark], by_role[measurement.role, measurement.run]
+            _attempt(lambda b=benchmark, m=model, it=measurement: measure(args, b, m, it), measurement)
+            if main and measurement.status == "measured":
+                measurement.digest = file_digest(args.output / measurement.file)
+                measurement.skipped = read_json(args.output / measurement.file)["skipped_rows"]
+                write_json(args.output / "suite.json", _head(args, suite, models, measurements, earlier))
+        if main:
+            said = said or measurement.status + (f": {measurement.reason}" if measurement.reason else "")
+            print(f"[{number + 1}/{len(measurements)}] {measurement.file.removesuffix('.json')}: {said}", flush=True)
+    if not main:
+        return None
+    shutil.rmtree(args.output / "layouts", ignore_errors=True)
+    summary = _head(args, suite, models, measurements, earlier) | _tables(args, models, measurements)
+    write_json(args.output / "suite.json", summary)
+    write_text(args.output / "table.md", suite_table(summary))
+    return summary
+
+
+def _attempt(task: Callable[[], list[Record]], measurement: Measurement) -> None:
+    """Run a task, and note what became of it: one that fails does not end the suite."""
+    try:
+        task()
+        measurement.status = "measured"
+    except (ValueError, OSError, ImportError) as error:
+        measurement.status, measurement.reason = "not run", without_paths(str(error), measurement.data)
+    except Exception as error:  # want of memory, or a fault of ours: the others are measured all the same
+        traceback.print_exc()
+        measurement.status, measurement.reason = "not run", f"{type(error).__name__}: {error}"
+
+
+def _on_main(work: Callable[[], Any]) -> Any:
+    """The result of `work` on the main process, or its error, on all processes."""
+    outcome: list[Any] = [None]
+    if processes().is_main_process:
+        try:
+            outcome = [work()]
+        except (ValueError, OSError, ImportError) as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def _head(
+    args: SuiteArguments, suite: str, models: list[Model], measurements: list[Measurement], earlier: list[Measurement]
+) -> dict[str, Any]:
+    """What suite.json has from the first measurement on, so that an interrupted suite can go on."""
+    return {
+        "summary_version": SUMMARY_VERSION,
+        "suite": suite,
+        "protocol": args.protocol,
+        "published": args.published,
+        "precision": args.precision,
+        "versions": package_versions(),
+        "models": [asdict(model) | {"name": shown(model.name)} for model in models],
+        "measurements": [asdict(m) | {"data": shown(m.data)} for m in measurements],
+        "earlier": [asdict(m) for m in earlier],
+    }
+
+
+def _tables(args: SuiteArguments, models: list[Model], measurements: list[Measurement]) -> dict[str, Any]:
+    """All that the table says, as data."""
+    figures = [
+        Figure(m.benchmark, m.language, record.direction, record.metric, m.role, m.run, record.value, record.n)
+        for m in measurements
+        if m.status == "measured"
+        for record in read_records(args.output / m.file)
+    ]
+    runs = {role: sum(model.role == role for model in models) for role in ("baseline", "capivara")}
+    measured, known = SuiteFigures(figures, runs), load_benchmarks()
+    pairs = [(known[key], language) for key, language in dict.fromkeys((m.benchmark, m.language) for m in measurements)]
+    rows = suite_rows(pairs, measured, args.metrics, args.published, args.protocol)
+    left_out = []
+    for average in load_averages():
+        members = [benchmark for benchmark, _ in pairs if average.of in benchmark.suite]
+        row = average_row(average, rows, members, measured, args.published)
+        if row is not None:
+            last = max(place for place, other in enumerate(rows) if other["benchmark"] == members[-1].key)
+            rows.insert(last + 1, row)
+        elif members:
+            there = sum(any(row["benchmark"] == m.key and row["capivara"]["measured"] for row in rows) for m in members)
+            left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
+    return {"rows": rows, "averages_left_out": left_out, "notes": {b.key: (b.title, b.protocol_note) for b, _ in pairs}}
+
+
+def listing(args: SuiteArguments, suite: str) -> str:
+    """The benchmarks of a suite, a line of their data each."""
+    given, lines = local_data(args.data), []
+    for benchmark in chosen(args, suite):
+        place = place_of(benchmark, given, args.data_dir, True, hub_fault)
+        others = [language for language in all_languages(benchmark) if language not in benchmark.languages]
+        lines += [
+            f"{benchmark.key}: {benchmark.title}, {benchmark.task}, {benchmark.metric}, split {benchmark.split}",
+            f"    languages {' '.join(benchmark.languages)}{f'; also {chr(32).join(others)}' if others else ''}",
+            f"    Hub {benchmark.source['hub_id'] or 'unknown'}; from {benchmark.source['url'] or 'its makers'}",
+            f"    local {place.name if place.local else 'not found'}; layout: {benchmark.source['local_layout']}",
+        ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(SuiteArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
+    parser.add_argument("suite", nargs="?", default="paper", help=f"Which benchmarks: {', '.join(SUITES)}.")
+    parser.add_argument("--list", action="store_true", help="Show the suite's benchmarks and where their data are.")
+    args, given = parser.parse_args_into_dataclasses(argv)
+    try:
+        if given.list:
+            print(listing(args, given.suite))
+            return
+        summary = run(args, given.suite)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    if summary is None:
+        return
+    print(suite_table(summary))
+    faulty = {m["benchmark"] for m in summary["measurements"] if m["status"] == "not run" and m["local"]}
+    if faulty:
+        sys.exit(f"error: {', '.join(sorted(faulty))} could not be measured although data were given; see above.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""From zero-shot to fine-tuned: an image classifier that starts with Portuguese class names and learns from labels.
+
+    python -m examples.fine_tune_classifier --image_size 96 --output_dir runs/classifier
+    python -m examples.fine_tune_classifier --model MODEL --learning_rate 1e-5 --images DATA --benchmark cifar-10 \
+        --output_dir runs/cifar-10
+
+The first command takes scikit-learn's 1,797 handwritten digits and the base that `python -m examples.openmoji.prepare`
+makes. `--images` is a folder of splits with a sub-folder of images a class, a saved HF data set or a Hub id. Then
+
+    from transformers import pipeline
+    import modeling_capivara
+
+    print(pipeline("image-classification", "runs/classifier")("digit.png"))
+"""
+
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
+
+from artifacts import device_description, package_versions, whole_folder, write_json, write_text
+from captions.rows import BadImage, decode_image
+from eval.classification import LabelledImages, load_images
+from eval.metrics import top_k_accuracy
+from eval.prompts import Prompts, load_prompts
+from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor
+from modeling_capivara.loading import load_model, load_processor
+from training.step import resolve_precision
+
+DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
+HELD_OUT_DIGITS = 450  # of 1,797, a quarter
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-classification
+language: [pt]
+tags: [capivara]
+---
+
+# Classifier of {benchmark}
+
+`{model}` fine-tuned on the images of {images}; `results.json` has settings and accuracies. It inherits the licences of
+that model and of those images.
+"""
+
+
+@dataclass
+class ClassifierArguments:
+    model: str = field(default="data/openmoji/base", metadata={"help": "Folder or Hub id of a CAPIVARA model."})
+    benchmark: str = field(default=DIGITS, metadata={"help": "Key in eval/prompts/pt: class names and templates."})
+    images: str | None = field(default=None, metadata={"help": "Labelled images; scikit-learn's digits where none."})
+    output_dir: Path = field(default=Path("runs/classifier"), metadata={"help": "Folder for model and processor."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in the output folder."})
+    train_split: str = field(default="train", metadata={"help": "Split of --images that is learnt from."})
+    split: str = field(default="test", metadata={"help": "Split of --images that is measured."})
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found where none."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found where none."})
+    head_only: bool = field(default=False, metadata={"help": "Keep the image tower as it is."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Pixels a side, for a convolutional tower, which takes any; the processor's where none."},
+    )
+    epochs: float = field(default=3.0, metadata={"help": "Passes over the training images."})
+    batch_size: int = field(default=32, metadata={"help": "Images a step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "At its height; 1e-5 suits a large ViT better."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order, and of the digits that are held out."})
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}.")
+
+
+def digits(names: list[str], seed: int) -> DatasetDict:
+    """scikit-learn's digits, 8 x 8 pixels of 17 greys, as images with `labels`."""
+    from sklearn.datasets import load_digits
+
+    pictures, labels = load_digits(return_X_y=True)
+    pixels = (pictures.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    columns = {"image": [PIL.Image.fromarray(picture) for picture in pixels], "labels": labels}
+    rows = Dataset.from_dict(columns, features=Features({"image": Image(), "labels": ClassLabel(names=names)}))
+    return rows.train_test_split(HELD_OUT_DIGITS, stratify_by_column="labels", seed=seed)
+
+
+class LabelledRows:
+    """Images with `labels`, decoded when the trainer asks for them; those that can't be read are left out."""
+
+    def __init__(self, found: LabelledImages):
+        self.found = found
+        decoded = found.images.decoded(range(found.images.count))
+        self.rows = [row for row, image in decoded if not isinstance(image, BadImage)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        row = self.rows[number]
+        return {"image": decode_image(self.found.images.row_image(row)), "labels": self.found.labels[row]}
+
+
+def labelled_rows(args: ClassifierArguments, split: str, names_en: list[str]) -> LabelledRows:
+    """A split of `--images`, its labels in the order of the prompts."""
+    found = load_images(args.images, split, names_en, args.image_column, args.label_column)
+    if isinstance(found.labels[0], list):
+        raise ValueError(f"{args.images} has several labels an image; this example takes one. Choose another data set.")
+    return LabelledRows(found)
+
+
+Rows = Dataset | LabelledRows  # number of a row -> its `image` and its class, `labels`
+
+
+def load_splits(args: ClassifierArguments, prompts: Prompts) -> tuple[Rows, Rows]:
+    """Training images and held-out ones."""
+    if args.images is None:
+        if args.benchmark != DIGITS:
+            raise ValueError(f"--benchmark {args.benchmark} needs its images, a folder or data set: give --images.")
+        splits = digits(prompts.names, args.seed)
+        return splits["train"], splits["test"]
+    train, test = (labelled_rows(args, split, prompts.names_en) for split in (args.train_split, args.split))
+    return train, test
+
+
+def make_trainer(
+    args: ClassifierArguments,
+    model: CapivaraForImageClassification,
+    processor: CapivaraProcessor,
+    train: Rows,
+    test: Rows,
+    folder: Path,
+) -> Trainer:
+    """transformers' own `Trainer`: nothing in it is CAPIVARA's but the images' way into the model."""
+
+    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+        pixels = processor(images=[row["image"] for row in rows], return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+        scores, labels = torch.tensor(prediction.predictions), torch.tensor(prediction.label_ids)
+        return {"accuracy": top_k_accuracy(scores, labels)}
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    training = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,  # share of all steps
+        seed=args.seed,
+        remove_unused_columns=False,  # the model takes pixels, `collate` takes the images
+        save_strategy="no",
+        logging_steps=10,
+        use_cpu=device.type == "cpu",
+        bf16=resolve_precision("auto", device) == "bf16",
+        dataloader_pin_memory=device.type != "cpu",
+        report_to="none",
+    )
+    return Trainer(model, training, collate, train, test, compute_metrics=accuracy)
+
+
+def fine_tune(args: ClassifierArguments) -> dict[str, float]:
+    """Measure, fine-tune, measure again, and save model, processor and figures; returns the two accuracies."""
+    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+        prompts = load_prompts(args.benchmark)
+        train, test = load_splits(args, prompts)
+        processor = load_processor(args.model)
+        if args.image_size:
+            processor.image_processor.size = {"shortest_edge": args.image_size}
+            processor.image_processor.crop_size = {"height": args.image_size, "width": args.image_size}
+        # The prompts of `prompts` are whole sentences with articles that agree, so the template is the prompt itself.
+        labels = dict(zip(prompts.names, prompts.filled, strict=True))
+        model = CapivaraForImageClassification.from_zero_shot(load_model(args.model).eval(), processor, labels, ["{}"])
+        if args.head_only:
+            model.freeze_image_tower()
+        trainer = make_trainer(args, model, processor, train, test, folder)
+        found = {"zero_shot": trainer.evaluate()["eval_accuracy"]}
+        seconds = trainer.train().metrics["train_runtime"]
+        found["fine_tuned"] = trainer.evaluate()["eval_accuracy"]
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        facts = {"accuracy": found, "train_images": len(train), "test_images": len(test), "training_s": seconds}
+        facts |= {"config": asdict(args) | {"output_dir": str(args.output_dir)}}
+        facts |= {"device": device_description(model.device), "versions": package_versions()}
+        write_json(folder / "results.json", facts)
+        source = args.images or "scikit-learn's digits"
+        write_text(folder / "README.md", CARD.format(benchmark=args.benchmark, model=args.model, images=source))
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        (args,) = HfArgumentParser(ClassifierArguments, description=__doc__).parse_args_into_dataclasses(argv)
+        found = fine_tune(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.benchmark}, accuracy on held-out images")
+    print(f"  zero-shot   {100 * found['zero_shot']:6.2f} %")
+    print(f"  fine-tuned  {100 * found['fine_tuned']:6.2f} %   {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

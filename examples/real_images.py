@@ -1,0 +1,193 @@
+"""Evaluation on real pictures that install from PyPI: what a model can be measured on where no Hub is reached.
+
+    python -m examples.real_images --baseline data/openmoji/base --model runs/openmoji-pt-001 --output runs/real_images
+    python -m eval.report runs/real_images --output report
+
+Retrieval on OpenMoji's test split (Portuguese and English), zero-shot classification of its concepts, of the digits of
+scikit-learn and of the photographs of scikit-image (Portuguese labels), Babel-ImageNet's Portuguese names on those
+photographs that show one of them, and a linear probe on the digits. Data sets are written below `data/real_images`, a
+result file a task and model below the output folder, and all records together as `real_images.json` there.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_from_disk
+from transformers import HfArgumentParser
+
+from artifacts import device_description, package_versions, read_json, whole_folder, write_json
+from eval import classification, linear_probe, retrieval
+from eval.prompts import load_prompts
+from eval.results import Record
+
+# Photographs of scikit-image that its wheel holds: function -> class in English, in Portuguese, gender and number.
+PHOTOS = {
+    "astronaut": ("astronaut", "astronauta", "f", "s"),
+    "brick": ("brick wall", "parede de tijolos", "f", "s"),
+    "camera": ("cameraman", "cinegrafista", "m", "s"),
+    "chelsea": ("cat", "gato", "m", "s"),
+    "clock": ("clock", "relógio", "m", "s"),
+    "coffee": ("cup of coffee", "xícara de café", "f", "s"),
+    "coins": ("old coins", "moedas antigas", "f", "p"),
+    "colorwheel": ("colour wheel", "círculo cromático", "m", "s"),
+    "grass": ("grass", "grama", "f", "s"),
+    "gravel": ("gravel", "cascalho", "m", "s"),
+    "horse": ("horse", "cavalo", "m", "s"),
+    "hubble_deep_field": ("galaxies", "galáxias", "f", "p"),
+    "immunohistochemistry": ("tissue under the microscope", "tecido ao microscópio", "m", "s"),
+    "moon": ("surface of the Moon", "superfície da Lua", "f", "s"),
+    "page": ("page of a book", "página de livro", "f", "s"),
+    "retina": ("retina", "retina", "f", "s"),
+    "rocket": ("rocket", "foguete", "m", "s"),
+    "stereo_motorcycle": ("motorcycle", "motocicleta", "f", "s"),
+}
+# Those that show a class of ImageNet for which Babel-ImageNet has a Portuguese name, by ImageNet's English name.
+BABEL_PHOTOS = {"clock": "analog clock", "coffee": "espresso", "camera": "tripod", "rocket": "missile"}
+TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
+DIGIT_SIDE = 96  # pixels; the pictures have 8, and are enlarged without smoothing
+
+
+@dataclass
+class RealImagesArguments:
+    model: str = field(metadata={"help": "Folder of the trained model, as a run of configs/openmoji.yaml leaves it."})
+    baseline: str = field(default="data/openmoji/base", metadata={"help": "What it is compared with."})
+    openmoji: str = field(default="data/openmoji/dataset", metadata={"help": "OpenMoji data set, as prepared."})
+    data: Path = field(default=Path("data/real_images"), metadata={"help": "Where the data sets are written, once."})
+    output: Path = field(default=Path("runs/real_images"), metadata={"help": "Folder of the result files."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+
+
+def prepare(folder: Path, openmoji: str) -> None:
+    """Write the data sets that are not there yet, each with the file of its classes."""
+    makers: dict[str, Callable[[], tuple[DatasetDict, dict | None]]] = {
+        "digits": digits,
+        "photos": lambda: photos(PHOTOS.keys(), {name: words[0] for name, words in PHOTOS.items()}, photo_classes()),
+        "babel": lambda: photos(BABEL_PHOTOS.keys(), BABEL_PHOTOS, None),
+        "concepts": lambda: concepts(openmoji),
+    }
+    for name, make in makers.items():
+        if (folder / name).exists():
+            continue
+        with whole_folder(folder / name) as made:
+            data, classes = make()
+            data.save_to_disk(made / "data")
+            if classes:
+                write_json(made / "classes.json", classes)
+
+
+def digits() -> tuple[DatasetDict, dict]:
+    """scikit-learn's 1,797 handwritten digits, every fourth for the test, and MNIST's names for them."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    names = load_prompts("mnist").names_en
+    classes = _prompts_file("mnist") | {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
+    pixels = np.rint(255 - found.images * (255 / 16)).astype(np.uint8)  # dark on white, as on paper
+    side = (DIGIT_SIDE, DIGIT_SIDE)
+    images = [PIL.Image.fromarray(one).resize(side, PIL.Image.Resampling.NEAREST).convert("RGB") for one in pixels]
+    test = np.arange(len(images)) % 4 == 0
+    splits = {
+        name: _labelled([images[i] for i in np.flatnonzero(rows)], found.target[rows].tolist(), names)
+        for name, rows in (("train", ~test), ("test", test))
+    }
+    return DatasetDict(splits), classes
+
+
+def photos(names, labels: dict[str, str], classes: dict | None) -> tuple[DatasetDict, dict | None]:
+    """scikit-image's photographs, one a class."""
+    import skimage.data
+
+    images = []
+    for name in names:
+        pixels = getattr(skimage.data, name)()
+        pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a stereo pair: the left one
+        pixels = pixels if pixels.dtype == np.uint8 else (255 * (pixels / pixels.max())).astype(np.uint8)
+        images.append(PIL.Image.fromarray(pixels).convert("RGB"))
+    order = [entry["en"] for entry in (classes or _prompts_file("imagenet-1k"))["classes"]]
+    numbers = [order.index(labels[name]) for name in names]
+    return DatasetDict(test=_labelled(images, numbers, order if classes else None)), classes
+
+
+def photo_classes() -> dict:
+    classes = [dict(zip(("en", "pt", "gender", "number"), words, strict=True)) for words in PHOTOS.values()]
+    return _classes_file("skimage-photos", "Photographs of scikit-image", classes, TEMPLATES)
+
+
+def concepts(openmoji: str) -> tuple[DatasetDict, dict]:
+    """OpenMoji's test pictures, a class each, named by their first Portuguese caption."""
+    rows = load_from_disk(openmoji)["test"]
+    classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
+    data = _labelled(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
+    return DatasetDict(test=data), _classes_file("openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"])
+
+
+def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
+    """All tasks of one model; a result file each."""
+    records = []
+    for language in ("pt", "en"):
+        records += retrieval.evaluate(
+            retrieval.RetrievalArguments(
+                model, args.openmoji, args.output / f"openmoji-{language}-{role}.json", role, language=language,
+                device=args.device,
+            )
+        )  # fmt: skip
+    for name, protocol in (("concepts", "ours"), ("digits", "ours"), ("photos", "ours"), ("babel", "babel")):
+        folder = args.data / name
+        benchmark = "imagenet-1k" if protocol == "babel" else str(folder / "classes.json")
+        records += classification.evaluate(
+            classification.ClassificationArguments(
+                model, benchmark, str(folder / "data"), args.output / f"{name}-{role}.json", protocol=protocol,
+                role=role, device=args.device,
+            )
+        )  # fmt: skip
+    return records
+
+
+def probe(args: RealImagesArguments) -> list[Record]:
+    """Linear probe on the digits; the image tower is frozen in training, so that one model stands for both."""
+    folder, output = args.data / "digits", args.output / "digits-probe.json"
+    records = []
+    for shots in ([], [1, 2, 4, 8, 16]):
+        records += linear_probe.evaluate(
+            linear_probe.LinearProbeArguments(
+                args.baseline, str(folder / "classes.json"), str(folder / "data"),
+                output.with_stem(f"{output.stem}-{'few' if shots else 'full'}"), role="baseline", device=args.device,
+                shots=shots,
+            )
+        )  # fmt: skip
+    return records
+
+
+def _labelled(images: list, labels: list[int], names: list[str] | None) -> Dataset:
+    """Without names, plain numbers: ImageNet has names twice, which a ClassLabel refuses."""
+    features = Features({"image": Image(), "label": ClassLabel(names=names) if names else Value("int64")})
+    return Dataset.from_dict({"image": images, "label": labels}, features=features)
+
+
+def _classes_file(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
+    shared = {"dataset": dataset, "language": "pt", "title": title, "metric": "accuracy"}
+    return {**shared, "classes": classes, "templates": templates}
+
+
+def _prompts_file(benchmark: str) -> dict:
+    return read_json(Path(__file__).resolve().parent.parent / "eval" / "prompts" / "pt" / f"{benchmark}.json")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = HfArgumentParser(RealImagesArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    try:
+        prepare(args.data, args.openmoji)
+        records = measure(args, args.baseline, "baseline") + measure(args, args.model, "capivara") + probe(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    facts = {"device": device_description(args.device or "cpu"), "versions": package_versions()}
+    write_json(args.output / "real_images.json", facts | {"records": [asdict(record) for record in records]})
+    print(f"Results: {args.output}. As a page: python -m eval.report {args.output} --output report")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Small folders of data in the layout of each benchmark, which test_suite.py and test_layouts.py share."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+
+from eval.benchmarks import load_benchmarks
+from eval.prompts import load_prompts
+
+BENCHMARKS = load_benchmarks()
+ELEVATER = [key for key, benchmark in BENCHMARKS.items() if "elevater" in benchmark.suite]
+IMAGES = 12  # a retrieval with recall@10 needs ten
+
+
+def picture(number: int) -> PIL.Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 256, (34, 38, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(pixels)
+
+
+def save_pictures(folder: Path) -> list[str]:
+    folder.mkdir(parents=True)
+    names = [f"{number:03d}.jpg" for number in range(IMAGES)]
+    for number, name in enumerate(names):
+        picture(number).save(folder / name)
+    return names
+
+
+def make_captions(folder: Path, column: str, captions: int = 5) -> None:
+    """A saved data set of the columns that the Hub's copies have."""
+    features = Features({"image": Image(), column: List(Value("string"))})
+    texts = [[f"foto {row} azul {i}" for i in range(captions)] for row in range(IMAGES)]
+    rows = Dataset.from_dict({"image": list(map(picture, range(IMAGES))), column: texts}, features=features)
+    DatasetDict(test=rows).save_to_disk(folder)
+
+
+def make_pracegover(folder: Path) -> None:
+    posts = [
+        {"user": "u", "filename": name, "raw_caption": "#PraCegoVer", "caption": f"foto {name}", "date": "2020-01-01"}
+        for name in save_pictures(folder / "images")
+    ]
+    content = {"train": [], "validation": [], "test": posts}
+    (folder / "pracegover_400k.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+def make_xm3600(folder: Path, languages=("pt", "en", "es", "hi", "sw")) -> None:
+    keys = [name.removesuffix(".jpg") for name in save_pictures(folder / "images")]
+    lines = [
+        {"image/key": key} | {code: {"caption": [f"{code} foto {key}", f"casa {key}"]} for code in languages}
+        for key in keys
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+
+
+def make_flickr30k_200(folder: Path) -> None:
+    names = save_pictures(folder / "images")
+    (folder / "filenames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    for code in ("por_Latn", "hin_Deva", "xho_Latn"):
+        (folder / f"{code}.txt").write_text("".join(f"{code} {name}\n" for name in names), encoding="utf-8")
+
+
+def make_classes(folder: Path, key: str, classes: int = 3) -> None:
+    """A sub-folder of two images a class, of the last classes whose names can be folders."""
+    names = [name for name in load_prompts(BENCHMARKS[key].prompts).names_en if "/" not in name][-classes:]
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(2):
+            picture(10 * number + i).save(folder / name / f"{i}.png")
+
+
+def make_several_labels(folder: Path, key: str) -> None:
+    names = load_prompts(key).names_en
+    features = Features({"image": Image(), "label": List(ClassLabel(names=names))})
+    labels = [[number % len(names), (number + 3) % len(names)] for number in range(len(names))]
+    rows = {"image": [picture(number) for number in range(len(names))], "label": labels}
+    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(folder)
+
+
+def make_data(folder: Path, key: str) -> None:
+    """A small folder of the benchmark's layout."""
+    if key in ("flickr30k-pt", "coco-pt"):
+        make_captions(folder, "caption")
+    elif key in ("pracegover", "xm3600", "flickr30k_200"):
+        {"pracegover": make_pracegover, "xm3600": make_xm3600, "flickr30k_200": make_flickr30k_200}[key](folder)
+    elif key == "voc-2007-classification":
+        make_several_labels(folder, key)
+    else:
+        make_classes(folder, key, classes=2 if len(load_prompts(BENCHMARKS[key].prompts).names_en) == 2 else 3)

@@ -1,0 +1,86 @@
+"""The data files of the benchmarks: their form, their counts, and the figures that the model card publishes."""
+
+import json
+
+import pytest
+from made_benchmarks import BENCHMARKS, ELEVATER
+
+from artifacts import read_json
+from eval.benchmarks import FOLDER, METRICS, load_averages, must_be_known, read_benchmark
+from eval.prompts import load_prompts
+
+RECORD_METRICS = {
+    "accuracy": "accuracy",
+    "mean-per-class": "mean_per_class_accuracy",
+    "11point_mAP": "11point_mAP",
+    "roc_auc": "roc_auc",
+}
+
+
+def test_every_benchmark_is_described():
+    assert len(ELEVATER) == 20 and len(BENCHMARKS) == 28
+    assert {b.key for b in BENCHMARKS.values() if "beyond" not in b.suite} == {
+        *("flickr30k-pt", "coco-pt", "pracegover", "imagenet-1k", *ELEVATER)
+    }
+    assert all("paper" in benchmark.suite for benchmark in BENCHMARKS.values())
+    for benchmark in BENCHMARKS.values():
+        assert benchmark.source["local_layout"] and METRICS[benchmark.metric] == benchmark.task
+        if benchmark.task == "classification":
+            assert benchmark.metric == RECORD_METRICS[load_prompts(benchmark.prompts).metric]
+    assert [BENCHMARKS[key].language for key in ("pracegover", "flickr30k_200")] == ["pt", "por_Latn"]
+
+
+def test_ids_of_the_hub_are_those_that_were_looked_up():
+    unknown = {key for key, benchmark in BENCHMARKS.items() if benchmark.source["hub_id"] is None}
+    captions = {"pracegover", "xm3600", "xm3600-first", "flickr30k_200"}
+    assert unknown == captions | {"food-101", "hateful-memes", "voc-2007-classification"}
+    known = {benchmark.source["hub_id"] for benchmark in BENCHMARKS.values()} - {None}
+    assert {name.rsplit("/", 1)[0] for name in known} == {"laicsiifes", "clip-benchmark"}
+    assert BENCHMARKS["resisc45_clip"].source["hub_id"] == "clip-benchmark/wds_vtab-resisc45"
+
+
+def test_published_figures_are_those_of_the_card():
+    def means(key, direction=""):
+        return [BENCHMARKS[key].published_figure(model, direction)["mean"] for model in ("baseline", "capivara")]
+
+    assert means("flickr30k-pt", "text_to_image") == [76.23, 79.56]
+    assert means("coco-pt", "image_to_text") == [66.55, 71.24]
+    assert means("pracegover", "image_to_text") == [69.43, 64.75], "fine-tuning makes it worse; so it was published"
+    assert means("caltech-101") == [84.53, 82.97] and means("country211") == [17.82, 17.61]
+    assert means("kitti-distance") == [28.41, 33.94] and means("oxford-iiit-pets") == [81.56, 79.37]
+    assert means("stanford-cars") == [84.93, 85.10] and means("voc-2007-classification") == [82.09, 82.29]
+    assert means("imagenet-1k") == [45.84, 46.06]
+    assert BENCHMARKS["kitti-distance"].published_figure("capivara")["std"] == 0.13
+    assert BENCHMARKS["flickr30k-pt"].published_figure("capivara_opt", "image_to_text") == {"mean": 89.13}
+    assert BENCHMARKS["food-101"].published_figure("capivara_opt") is None, "it was not published in our sources"
+    (average,) = load_averages()
+    assert average.published["baseline"]["mean"] == 56.97 and average.published["capivara"]["mean"] == 57.51
+    for model in ("baseline", "capivara"):  # the card's average is that of its twenty figures
+        figures = [BENCHMARKS[key].published_figure(model)["mean"] for key in ELEVATER]
+        assert sum(figures) / 20 == pytest.approx(average.published[model]["mean"], abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metric": "acuracy"}, "no metric 'acuracy' of classification"),
+        ({"task": "detection"}, "unknown task"),
+        ({"suite": ["papr"]}, "unknown suite 'papr'"),
+        ({"splits": "test"}, r"unknown keys \['splits'\]"),
+        ({"published": {"baseline": {"std": 0.0}}}, "has no mean"),
+        ({"key": "mnist"}, "is not the file's name"),
+    ],
+)
+def test_a_data_file_of_another_form_is_refused(tmp_path, changes, message):
+    content = read_json(FOLDER / "cifar-10.json") | changes
+    (tmp_path / "cifar-10.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_benchmark(tmp_path / "cifar-10.json")
+
+
+def test_unknown_names_list_the_known_ones_nearest_first():
+    must_be_known("metric", ["accuracy"], ["accuracy"])
+    with pytest.raises(
+        ValueError, match=r"Unknown metric 'recal@1'. Known, nearest first: recall@1, recall@10, recall@5"
+    ):
+        must_be_known("metric", ["recal@1"], list(METRICS))

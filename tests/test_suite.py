@@ -1,0 +1,380 @@
+"""The suite: every benchmark on made data of its layout, and what is said of what was not run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from caption_tars import encoded, write_tar
+from conftest import randomise, tiny_config
+from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, picture
+
+from artifacts import read_json
+from eval.benchmarks import load_averages
+from eval.prompts import load_prompts
+from eval.results import read_records
+from eval.suite import main
+from eval.tables import Figure, SuiteFigures, average_row, suite_rows
+from modeling_capivara import CapivaraModel
+
+
+def flags(model, output, *more, **options) -> list[str]:
+    values = {"model": model, "output": output, **options}
+    return ["paper", *(part for key, value in values.items() for part in (f"--{key}", str(value))), "--offline", *more]
+
+
+def summary_of(output: Path) -> dict:
+    return read_json(output / "suite.json")
+
+
+def rows_of(output: Path) -> dict[tuple, dict]:
+    return {(r["benchmark"], r["language"], r["direction"], r["metric"]): r for r in summary_of(output)["rows"]}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_processor) -> list[str]:
+    """Four tiny models with weights of their own; the last three stand for runs."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in range(4):
+        randomise(CapivaraModel(tiny_config()), seed).save_pretrained(folder / str(seed))
+        tiny_processor.save_pretrained(folder / str(seed))
+        (folder / str(seed) / "run.json").write_text(json.dumps({"seed": 40 + seed}), encoding="utf-8")
+    return [str(folder / str(seed)) for seed in range(4)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Data of every benchmark that has its own, each under its key."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for key, benchmark in BENCHMARKS.items():
+        if not benchmark.data_of:
+            make_data(folder / key, key)
+    return folder
+
+
+FAST = ["flickr30k-pt", "pracegover", "mnist", "hateful-memes", "voc-2007-classification", "flickr30k_200"]
+
+
+def test_benchmarks_of_every_kind(models, data, tmp_path, capsys):
+    main(flags(models[0], tmp_path, "--only", *FAST, data_dir=data))
+    rows = rows_of(tmp_path)
+    assert {key for key, *_ in rows} == set(FAST)
+    assert all(0 <= row["capivara"]["measured"]["mean"] <= 100 for row in rows.values())
+    assert {code for key, code, *_ in rows if key == "flickr30k_200"} == {"por_Latn", "hin_Deva", "xho_Latn"}
+    assert ("voc-2007-classification", "pt", "", "11point_mAP") in rows and (
+        "hateful-memes",
+        "pt",
+        "",
+        "roc_auc",
+    ) in rows
+    records = {
+        r.direction: r for r in read_records(tmp_path / "pracegover-pt-capivara-0.json") if r.metric == "mean_recall"
+    }
+    row = rows["pracegover", "pt", "text_to_image", "mean_recall"]["capivara"]
+    assert row["measured"]["mean"] == pytest.approx(100 * records["text_to_image"].value)
+    assert row["difference"] == pytest.approx(100 * records["text_to_image"].value - 66.40)
+    assert records["text_to_image"].n == IMAGES and records["text_to_image"].seed == 40
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table in capsys.readouterr().out and "65.36" in table and "66.40 ± 0.01" in table
+    assert "not like for like" in table and "Beyond the paper" in table
+    assert not (tmp_path / "layouts").exists() and str(data) not in table + str(summary_of(tmp_path))
+
+
+def test_protocols_of_xm3600(models, data, tmp_path):
+    more = ["--only", "xm3600", "xm3600-first", "--languages", "pt", "hi", "--metrics", "recall@1"]
+    main(flags(models[0], tmp_path, *more, data_dir=data))
+    rows = rows_of(tmp_path)
+    assert {(key, code) for key, code, *_ in rows} == {(k, c) for k in ("xm3600", "xm3600-first") for c in ("pt", "hi")}
+    counts = {key: read_records(tmp_path / f"{key}-pt-capivara-0.json")[0].n for key in ("xm3600", "xm3600-first")}
+    assert counts == {"xm3600": 2 * IMAGES, "xm3600-first": IMAGES}
+    assert rows["xm3600-first", "pt", "text_to_image", "mean_recall"]["baseline"]["published"] == {"mean": 73.02}
+    assert rows["xm3600-first", "hi", "text_to_image", "mean_recall"]["baseline"]["published"] is None
+    assert rows["xm3600", "hi", "image_to_text", "recall@1"]["capivara"]["published"] is None
+
+
+def test_babel_takes_the_images_of_imagenet(models, tmp_path):
+    names = load_prompts("imagenet-1k", "babel", language="xh").names_en
+    for number, name in enumerate([*names[:3], "tench", "goldfish"]):
+        (tmp_path / "data" / name.replace("/", "-")).mkdir(parents=True)
+        picture(number).save(tmp_path / "data" / name / "0.png")
+    images = f"imagenet-1k={tmp_path / 'data'}"
+    main(flags(models[0], tmp_path / "out", "--only", "babel-imagenet", "--languages", "xh", data=images))
+    (record, *_) = read_records(tmp_path / "out" / "babel-imagenet-xh-capivara-0.json")
+    assert record.protocol == "babel" and record.language == "xh"
+    assert record.n == sum(name in names for name in [*names[:3], "tench", "goldfish"])
+
+
+@pytest.mark.slow
+def test_every_benchmark_on_its_layout(models, data, tmp_path):
+    keys = [key for key in BENCHMARKS if key != "babel-imagenet"]  # has a test of its own
+    main(flags(models[0], tmp_path, "--only", *keys, data_dir=data))
+    summary = summary_of(tmp_path)
+    assert {m["status"] for m in summary["measurements"]} == {"measured"}
+    assert {m["benchmark"] for m in summary["measurements"]} == set(keys)
+    rows = rows_of(tmp_path)
+    figures = [rows[key, "pt", "", BENCHMARKS[key].metric]["capivara"]["measured"]["mean"] for key in ELEVATER]
+    average = rows["elevater", "pt", "", "average"]["capivara"]
+    assert average["measured"]["mean"] == pytest.approx(sum(figures) / 20)
+    assert average["published"] == {"mean": 57.51, "std": 0.02}
+    assert "| ELEVATER average | average |" in (tmp_path / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_clip_benchmark_copy(models, tmp_path):
+    """WebDataset tars of images and `cls`, and the names of the classes in another order than ours."""
+    names = sorted(load_prompts("cifar-10").names_en, reverse=True)
+    members = []
+    for number in range(4):
+        data = encoded(picture(number), "WEBP", lossless=True)
+        members += [(f"s{number:07d}.webp", data), (f"s{number:07d}.cls", str(number).encode())]
+    write_tar(tmp_path / "data" / "test" / "0.tar", members)
+    (tmp_path / "data" / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    main(flags(models[0], tmp_path / "out", "--only", "cifar-10", data=f"cifar-10={tmp_path / 'data'}"))
+    matrix = np.array(read_json(tmp_path / "out" / "cifar-10-pt-capivara-0.json")["confusion_matrix"])
+    ours = load_prompts("cifar-10").names_en
+    assert sorted(np.flatnonzero(matrix.sum(axis=1))) == sorted(ours.index(name) for name in names[:4])
+
+
+def test_mean_and_deviation_over_runs(models, data, tmp_path):
+    more = ["--runs", *models[1:], "--only", "mnist", "flickr30k-pt"]
+    main(flags(models[1], tmp_path, *more, baseline=models[0], data_dir=data))  # --model is one of --runs
+    row = rows_of(tmp_path)["flickr30k-pt", "pt", "text_to_image", "mean_recall"]
+    values = [
+        next(
+            r.value
+            for r in read_records(tmp_path / f"flickr30k-pt-pt-capivara-{run}.json")
+            if r.metric == "mean_recall"
+        )
+        for run in range(3)
+    ]
+    measured = row["capivara"]["measured"]
+    assert measured["runs"] == 3 and measured["mean"] == pytest.approx(100 * np.mean(values))
+    assert measured["std"] == pytest.approx(100 * np.std(values, ddof=1)) and measured["std"] > 0
+    assert row["baseline"]["measured"]["runs"] == 1 and row["baseline"]["measured"]["std"] is None
+    assert row["baseline"]["difference"] == pytest.approx(row["baseline"]["measured"]["mean"] - 76.23)
+    assert [m["seed"] for m in summary_of(tmp_path)["models"]] == [None, 41, 42, 43]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert f"{measured['mean']:.2f} ± {measured['std']:.2f}" in table
+    copy = shutil.copytree(models[2], tmp_path / "copy")
+    with pytest.raises(SystemExit, match="Two of --runs hold the same model"):
+        main(flags(models[1], tmp_path / "other", "--runs", *models[1:], str(copy), data_dir=data))
+
+
+def test_a_folder_of_runs(models, data, tmp_path):
+    for seed in (1, 2):
+        shutil.copytree(models[seed], tmp_path / "runs" / f"seed-{seed}")
+    given = [
+        "paper",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--output",
+        str(tmp_path / "out"),
+        "--only",
+        "mnist",
+        "--offline",
+    ]
+    main([*given, "--data_dir", str(data)])
+    assert rows_of(tmp_path / "out")["mnist", "pt", "", "accuracy"]["capivara"]["measured"]["runs"] == 2
+
+
+def test_what_is_not_reached_is_not_run_and_never_zero(models, tmp_path, capsys):
+    main(["paper", "--model", models[0], "--output", str(tmp_path), "--offline"])
+    summary = summary_of(tmp_path)
+    assert len({m["benchmark"] for m in summary["measurements"]}) == 28
+    assert {m["status"] for m in summary["measurements"]} == {"not run"}
+    assert all(row["capivara"]["measured"] is row["capivara"]["difference"] is None for row in summary["rows"])
+    assert not any(row["benchmark"] == "elevater" for row in summary["rows"])
+    table = capsys.readouterr().out
+    assert "| Food-101 | accuracy | 65.06 ± 0.00 | – |  | 64.58 ± 0.01 | not run |  |" in table
+    assert "food-101: not run: no local data, and no Hub id is known; give --data food-101=PATH" in table
+    assert "cifar-10: not run: no local data, and offline" in table and "0.00 |  |" not in table
+    assert "ELEVATER average: left out, since 0 of its 20 sets ran" in table
+
+
+def test_a_hub_that_is_not_reached(models, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.layouts.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("eval.layouts.constants.ENDPOINT", "http://127.0.0.1:9")
+    main(["elevater", "--model", models[0], "--output", str(tmp_path), "--only", "cifar-10", "food-101"])
+    reasons = {m["benchmark"]: m["reason"] for m in summary_of(tmp_path)["measurements"]}
+    assert reasons["cifar-10"].startswith("no local data, and the Hub can't be reached (")
+    assert reasons["food-101"].startswith("no local data, and no Hub id is known")
+
+
+def test_a_hub_in_offline_mode(models, tmp_path):
+    """Its cache is asked, and what it lacks is not run."""
+    main(["paper", "--model", models[0], "--output", str(tmp_path), "--only", "cifar-10", "flickr30k-pt"])
+    for measurement in summary_of(tmp_path)["measurements"]:
+        assert measurement["status"] == "not run" and "can't be loaded" in measurement["reason"]
+
+
+def test_a_broken_folder_does_not_end_the_suite(models, data, tmp_path):
+    broken = tmp_path / "xm3600"
+    broken.mkdir()
+    (broken / "captions.jsonl").write_text('{"image/key": "../../secret"', encoding="utf-8")
+    for name in ("no digit", "nor this"):
+        (tmp_path / "mnist" / name).mkdir(parents=True)
+        picture(0).save(tmp_path / "mnist" / name / "0.png")
+    given = [f"xm3600={broken}", f"mnist={tmp_path / 'mnist'}", f"hateful-memes={data / 'hateful-memes'}"]
+    with pytest.raises(SystemExit, match="mnist, xm3600 could not be measured although data were given"):
+        main(flags(models[0], tmp_path / "out", "--only", "xm3600", "mnist", "hateful-memes", "--data", *given))
+    status = {m["benchmark"]: m for m in summary_of(tmp_path / "out")["measurements"]}
+    assert status["hateful-memes"]["status"] == "measured"
+    assert status["mnist"]["status"] == "not run" and "don't match by name" in status["mnist"]["reason"]
+    assert "A file of xm3600 is no JSON" in status["xm3600"]["reason"] and str(tmp_path) not in str(status)
+
+
+def test_an_interrupted_suite_goes_on(models, data, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    given = flags(models[0], tmp_path, "--only", "mnist", "hateful-memes", data_dir=data)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        from eval import suite
+
+        first = suite.measure
+        patch.setattr(suite, "measure", lambda a, b, *more: stop() if b.key == "mnist" else first(a, b, *more))
+        main(given)
+    assert [m["status"] for m in summary_of(tmp_path)["measurements"]] == ["measured", "planned"]
+    written = (tmp_path / "hateful-memes-pt-capivara-0.json").stat().st_mtime_ns
+    capsys.readouterr()
+    main(given)
+    said = capsys.readouterr().out
+    assert "hateful-memes-pt-capivara-0: measured before" in said and "mnist-pt-capivara-0: measured\n" in said
+    assert (tmp_path / "hateful-memes-pt-capivara-0.json").stat().st_mtime_ns == written
+
+
+def test_results_are_taken_again_only_while_they_hold(models, data, tmp_path, capsys):
+    images = shutil.copytree(data / "mnist", tmp_path / "mnist")
+    given = flags(models[0], tmp_path / "out", "--only", "mnist", data=f"mnist={images}")
+
+    def measured_anew(*arguments) -> bool:
+        capsys.readouterr()
+        main([*arguments])
+        return "measured before" not in capsys.readouterr().out
+
+    assert measured_anew(*given) and not measured_anew(*given)
+    assert not measured_anew(
+        *flags(models[0], tmp_path / "out", "--only", "hateful-memes", "mnist", data=f"mnist={images}")
+    )
+    assert measured_anew(*given, "--overwrite") and not measured_anew(*given)
+    picture(77).save(next(images.glob("*/0.png")))
+    assert measured_anew(*given), "another image"
+    result = tmp_path / "out" / "mnist-pt-capivara-0.json"
+    result.write_text(result.read_text(encoding="utf-8").replace("mnist", "mnixt"), encoding="utf-8")
+    assert measured_anew(*given), "another result"
+    assert measured_anew(*flags(models[1], tmp_path / "out", "--only", "mnist", data=f"mnist={images}")), (
+        "another model"
+    )
+    (tmp_path / "out" / "suite.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(SystemExit, match="can't be gone on from"):
+        main(given)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--only", "food101"], "Unknown benchmark 'food101'. Known, nearest first: food-101, "),
+        (["--data", "cifar10=."], "Unknown benchmark 'cifar10'. Known, nearest first: cifar-10, cifar-100, "),
+        (["--data", "cifar-10"], "--data takes KEY=PATH"),
+        (["--data", "cifar-10=nowhere"], "there is no nowhere"),
+        (["--data_dir", "nowhere"], "--data_dir nowhere is no folder"),
+        (["--metrics", "acuracy"], "Unknown metric 'acuracy'. Known, nearest first: accuracy, "),
+        (["--languages", "ptt"], "Unknown language 'ptt'. Known, nearest first: pt, "),
+        (["--only", "cifar-10", "--languages", "hi"], "None of the benchmarks has one of the languages"),
+        (["--protocol", "authors"], "needs --authors_file"),
+        (["--baseline", "nowhere/at/all"], "nowhere"),
+    ],
+)
+def test_slips_end_early(models, tmp_path, more, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(flags(models[0], tmp_path / "out", *more))
+    assert message in str(stopped.value) and not (tmp_path / "out").exists()
+
+
+def test_a_suite_or_model_that_is_missing(models, tmp_path):
+    with pytest.raises(SystemExit, match=r"Unknown suite 'papers'. Known, nearest first: paper,"):
+        main(["papers", "--model", models[0]])
+    with pytest.raises(SystemExit, match="No model is given"):
+        main(["paper", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match="nowhere"):
+        main(["paper", "--model", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
+
+
+def test_the_list(data, capsys):
+    main(["elevater", "--list", "--data", f"food-101={data / 'food-101'}"])
+    said = capsys.readouterr().out
+    assert said.count("classification,") == 20 and f"local {data / 'food-101'}" in said
+    assert "Hub clip-benchmark/wds_gtsrb" in said and "Hub unknown" in said
+
+
+def test_the_average_needs_all_twenty_of_every_model():
+    (average,) = load_averages()
+    members = [BENCHMARKS[key] for key in ELEVATER]
+    pairs = [(benchmark, "pt") for benchmark in members]
+    figures = [
+        Figure(b.key, "pt", "", b.metric, role, run, (place + run) / 100, 5)
+        for place, b in enumerate(members)
+        for role, run in (("baseline", 0), ("capivara", 0), ("capivara", 1))
+    ]
+    measured = SuiteFigures(figures, {"baseline": 1, "capivara": 2})
+    rows = suite_rows(pairs, measured, protocol="authors")
+    row = average_row(average, rows, members, measured)
+    assert row["baseline"]["measured"]["mean"] == pytest.approx(9.5)
+    assert row["capivara"]["measured"] == {"mean": pytest.approx(10.0), "std": pytest.approx(0.5**0.5), "runs": 2}
+    for missing in (figures[0], figures[-1]):
+        fewer = SuiteFigures([figure for figure in figures if figure is not missing], measured.runs)
+        assert average_row(average, suite_rows(pairs, fewer), members, fewer) is None
+    assert average_row(average, rows, members[:19], measured) is None
+
+
+def test_what_is_like_for_like():
+    """Only the authors' prompts on as many images as were published compare with the published figure."""
+    pair = [(BENCHMARKS["dtd"], "pt")]
+    for images, protocol, expected in ((1880, "authors", True), (1880, "ours", False), (1879, "authors", False)):
+        measured = SuiteFigures([Figure("dtd", "pt", "", "accuracy", "capivara", 0, 0.5, images)], {"capivara": 1})
+        (row,) = suite_rows(pair, measured, protocol=protocol)
+        assert row["like_for_like"] is expected and row["capivara"]["difference"] == pytest.approx(50 - 42.34)
+
+
+def test_the_figures_of_the_light_recipe(models, data, tmp_path):
+    main(flags(models[0], tmp_path, "--only", "pracegover", data_dir=data, published="capivara_opt"))
+    assert "CAPIVARA + Opt., published" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    row = rows_of(tmp_path)["pracegover", "pt", "image_to_text", "mean_recall"]
+    assert row["capivara"]["published"] == {"mean": 67.93}
+
+
+def test_the_authors_protocol(models, data, tmp_path):
+    text = (
+        "c = ['zero', 'um', 'dois', 'três', 'quatro', 'cinco', 'seis', 'sete', 'oito', 'nove']\nt = ['o número {}.']\n"
+    )
+    text += "class_map = {'mnist': c}\ntemplate_map = {'mnist': t}\n"
+    (tmp_path / "prompts.py").write_text(text, encoding="utf-8")
+    more = ["--only", "mnist", "--protocol", "authors", "--authors_file", str(tmp_path / "prompts.py")]
+    main(flags(models[0], tmp_path / "out", *more, data_dir=data))
+    assert read_records(tmp_path / "out" / "mnist-pt-capivara-0.json")[0].protocol == "authors"
+    assert "Names and prompts: authors" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(models, data, tmp_path):
+    """They share a task out between them; one of them writes."""
+    given = ["--only", "mnist", "pracegover"]
+    main(flags(models[0], tmp_path / "one", *given, data_dir=data, cache_dir="off"))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "eval.suite",
+    ]
+    command += flags(models[0], tmp_path / "two", *given, data_dir=data, cache_dir="off", device="cpu")
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("one", "two")]
+    assert tables[0] == tables[1] and done.stdout.count("## The paper's benchmarks") == 1
