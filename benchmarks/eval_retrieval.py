@@ -1,12 +1,12 @@
 """Recall at 1, 5 and 10 in both directions, against clip-benchmark's own functions on the same embeddings.
 
     python -m benchmarks.eval_retrieval --output benchmarks/results/eval_retrieval.json
-    python -m benchmarks.eval_retrieval --large   # also 1,000,000 captions x 100,000 images, ours alone; minutes
+    python -m benchmarks.eval_retrieval --parts large   # 1,000,000 captions x 100,000 images, ours alone; half an hour
 
-Random unit embeddings of width 512, five captions an image. Then, with `--end_to_end N`, the whole way from N JPEG
-files and five captions of each to the recalls, by the published architecture at full size with random weights: our
-command beside clip-benchmark's `evaluate` on open_clip's model of the same weights, in float32, nothing cached.
-Alternating runs, medians; our peak memory over the embeddings is taken in a process of its own. JSON is the last line.
+Random unit embeddings of width 512, five captions an image. Then the whole way from 64 JPEG files and five
+captions of each to the recalls, by the published architecture at full size with random weights: our command beside
+clip-benchmark's `evaluate` on open_clip's model of the same weights, in float32, nothing cached. Alternating runs,
+medians; our peak memory over the embeddings is taken in a process of its own. JSON is the last line.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from modeling_capivara.open_clip_mapping import build_open_clip, open_clip_state
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 512
+PARTS = ("scores", "end_to_end", "large")
 CAPTIONS, TOKENS, SIZE = 5, 20, (500, 375)  # of the whole way: captions an image, their tokens, pixels of an image
 
 
@@ -100,7 +101,8 @@ def worker(images: int, captions: int) -> dict[str, float]:
     return {"bytes": peak_resident_bytes() - before, "seconds": seconds}
 
 
-def run(images: int, captions: int, runs: int, large: bool, end_to_end: int) -> dict:
+def scores(images: int, captions: int, runs: int) -> dict:
+    """Recalls out of embeddings, by both."""
     sides = made(images, captions)
     seconds: dict[str, list[float]] = {"ours": [], "clip_benchmark": []}
     difference = 0.0
@@ -111,21 +113,21 @@ def run(images: int, captions: int, runs: int, large: bool, end_to_end: int) -> 
         seconds["ours"].append(second)
         difference = max(difference, *(abs(found[name] - expected[name]) for name in expected))
     ratios = [theirs / own for theirs, own in zip(seconds["clip_benchmark"], seconds["ours"], strict=True)]
-    result = {
+    return {
         "images": images, "captions": images * captions, "width": WIDTH, "runs": runs,
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "ratio": statistics.median(ratios), "largest_difference_of_a_recall": difference,
         "memory_over_embeddings_bytes": memory_over_embeddings(images, captions)[0],
-        "device": device_description("cpu"), "versions": package_versions(),
     }  # fmt: skip
-    if end_to_end:
-        result["end_to_end"] = whole_way(end_to_end, runs)
-    if large:
-        taken, duration = memory_over_embeddings(100_000, 10)
-        result["large"] = {
-            "images": 100_000, "captions": 1_000_000, "seconds": duration, "memory_over_embeddings_bytes": taken
-        }  # fmt: skip
-    return result
+
+
+def large(images: int = 100_000, captions: int = 10) -> dict:
+    """Ours alone, where all scores would take 400 GB."""
+    taken, seconds = memory_over_embeddings(images, captions)
+    return {
+        "images": images, "captions": images * captions, "seconds": seconds, "memory_over_embeddings_bytes": taken,
+        "all_scores_bytes": 4 * images * images * captions,
+    }  # fmt: skip
 
 
 def whole_way(images: int, runs: int) -> dict:
@@ -209,17 +211,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--captions", type=int, default=5, help="of each image")
     parser.add_argument("--runs", type=int, default=5, help="alternating runs")
-    parser.add_argument("--end_to_end", type=int, default=64, help="images of the whole way, 0 for none")
-    parser.add_argument("--large", action="store_true", help="also a million captions x 100,000 images")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:2], help="what is measured")
+    parser.add_argument("--end_to_end_images", type=int, default=64)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--output", type=Path, help="also put the parts into this JSON file, beside those it has")
     args = parser.parse_args(argv)
     if args.worker:
         print(json.dumps(worker(args.images, args.captions)))
         return
-    result = run(args.images, args.captions, args.runs, args.large, args.end_to_end)
+    facts = {"device": device_description("cpu"), "versions": package_versions()}
+    measure_part = {
+        "scores": lambda: scores(args.images, args.captions, args.runs),
+        "end_to_end": lambda: whole_way(args.end_to_end_images, args.runs),
+        "large": large,
+    }
+    result = {part: measure_part[part]() | facts for part in args.parts}
     if args.output:
-        write_json(args.output, result)
+        write_json(args.output, (read_json(args.output) if args.output.is_file() else {}) | result)
     print(json.dumps(result))
 
 

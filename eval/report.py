@@ -1,0 +1,95 @@
+"""A page for people: every result file of a folder as one HTML file that needs nothing else, and its pictures as PNGs.
+
+    python -m eval.report results/ --output report/
+    python -m eval.report runs/openmoji-pt-001/ --output report/ --overwrite_output_dir
+
+A run's folder holds its `results/` and its `run.json`, which gives the training curves.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+from transformers import HfArgumentParser
+
+from artifacts import check_output_folder, whole_folder, write_text
+from eval.report_page.compare import pairs_of, series_by_condition
+from eval.report_page.details import class_sections, gallery_sections
+from eval.report_page.files import Found, read_folder
+from eval.report_page.pictures import Pictures
+from eval.report_page.sections import benchmarks, gains, headlines, left_out, measured, protocols, training
+
+TEMPLATES = Path(__file__).parent / "report_page"
+
+
+@dataclass
+class ReportArguments:
+    output: Path = field(metadata={"help": "Folder of the report: index.html and PNGs. Must be missing or empty."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the output folder."})
+
+
+def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
+    """Write the report of the folder `results` to the folder `output`, whole or not at all.
+
+    Raises:
+        ValueError: there is no result file, or `output` would overwrite something.
+        OSError: it can't be written.
+    """
+    check_output_folder(output, overwrite)
+    for kept in (results.resolve(), Path.cwd()):
+        if kept.is_relative_to(output.resolve()):
+            raise ValueError(f"The output folder {output} holds {kept}, which would be replaced. Choose another one.")
+    found = read_folder(results)
+    with whole_folder(output, overwrite) as folder:
+        page = render(found, Pictures(folder))
+        write_text(folder / "index.html", page.encode("utf-8", "replace").decode())  # half a surrogate pair
+    return found
+
+
+def render(found: Found, pictures: Pictures) -> str:
+    """The page; its pictures are drawn into the folder of `pictures`."""
+    series = series_by_condition(found)
+    pairs = pairs_of(series)
+    parts = {
+        "measured": measured(found),
+        "headlines": headlines(pairs),
+        "benchmarks": benchmarks(pairs, found, pictures),
+        "gains": gains(found, pictures),
+        "protocols": protocols(series),
+        "classes": class_sections(found, pictures),
+        "galleries": gallery_sections(found, pictures),
+        "training": training(found, pictures),
+        "left_out": left_out(found),
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,  # names, queries and messages are anybody's text
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # After the parts: drawing them finds problems too.
+    return environment.get_template("page.html.j2").render(**parts, unread=found.unread, problems=found.problems)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and the commands of the description on lines of their own."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(ReportArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
+    parser.add_argument("results", type=Path, help="Folder of result files, those of folders in it too.")
+    try:
+        args, rest = parser.parse_args_into_dataclasses(argv)
+        found = write_report(rest.results, args.output, args.overwrite_output_dir)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for name, reason in found.unread + found.problems:
+        print(f"{name}: {reason}", file=sys.stderr)
+    print(f"{len(found.results)} result files, {len(found.runs)} runs: {args.output / 'index.html'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `python -m eval.report` is made of."""

@@ -1,0 +1,24 @@
+"""The helper that opens pages in tests: what it notes, and when it skips."""
+
+import browser
+import pytest
+from browser import open_browser, require_chromium
+
+
+def test_a_missing_browser_is_a_failure_in_ci(monkeypatch):
+    monkeypatch.setattr(browser.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CI_REQUIRES_CHROMIUM", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="chromium"):
+        require_chromium()
+    monkeypatch.setenv("CI_REQUIRES_CHROMIUM", "1")
+    with pytest.raises(pytest.fail.Exception, match="chromium"):
+        require_chromium()
+
+
+def test_the_browser_notes_what_a_page_should_not_do(tmp_path):
+    page = "<img src='http://example.org/a.png'><script>alert(1); console.error('no'); throw Error('thrown')</script>"
+    (tmp_path / "page.html").write_text(f"<!doctype html><div style='width: 3000px'>wide</div>{page}", encoding="utf-8")
+    with open_browser() as opened:
+        opened.open_file(tmp_path / "page.html")
+        assert opened.refused == ["http://example.org/a.png"] and opened.dialogs == ["1"]
+        assert "no" in opened.errors and "thrown" in opened.errors and opened.scrolls_sideways()
