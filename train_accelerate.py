@@ -8,6 +8,7 @@ Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--re
 """
 
 import contextlib
+import copy
 import fcntl
 import logging
 import os
@@ -15,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
@@ -48,6 +50,7 @@ from eval.retrieval import (
     validation_measures,
 )
 from eval.tables import retrieval_table
+from hub_upload.publish import check_access, publish_checkpoint, publish_run
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
@@ -81,8 +84,12 @@ def main(argv: list[str] | None = None) -> Path:
                 done = TrainerState(config=read_json(output_dir / "run.json")["config"])
                 check_same_run(done, args.to_dict(), {}, output_dir)
             print(f"The run in {output_dir} is complete; there is nothing to go on with.")
+            set_up_logging()
+            publish(args, output_dir)
             return output_dir
         accelerator = start(args, output_dir)
+        if args.push_to_hub and accelerator.is_main_process:
+            check_access(args.hub_model_id, args.hub_private)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     with unfinished_work(output_dir, args, accelerator) as folder:
@@ -100,6 +107,7 @@ def main(argv: list[str] | None = None) -> Path:
     if accelerator.is_main_process:
         table = (output_dir / "table.md").read_text(encoding="utf-8")
         print(f"\n{table}\nEverything is in {output_dir}.")
+    publish(args, output_dir)
     return output_dir
 
 
@@ -124,6 +132,32 @@ def run(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Pa
         report(args, records, inputs, accelerator, folder)
 
 
+def publish(args: RunArguments, output_dir: Path) -> None:
+    """Send a complete run to the Hub, where that is asked for; a failure is told and changes nothing."""
+    if args.push_to_hub and PartialState().is_main_process:
+        publish_run(output_dir, args.hub_model_id, args.hub_private, "pt" if args.language == "pt" else "en")
+
+
+def checkpoint_publisher(
+    args: RunArguments, wrapped: torch.nn.Module, inputs: Inputs, run_folder: Path
+) -> Callable[[int], bool] | None:
+    """What sends the model of a step to the Hub; None where that is not asked for."""
+    if not args.push_to_hub or args.hub_strategy != "checkpoint":
+        return None
+
+    def publish_step(step: int) -> bool:
+        def save(path: Path) -> None:
+            # Merging changes the weights that are being trained, so that it is done to a copy.
+            model = merge_adapters(copy.deepcopy(wrapped)) if args.lora_rank else wrapped
+            model.save_pretrained(path)
+            inputs.processor.save_pretrained(path)
+            write_text(path / "README.md", model_card(args, f"CAPIVARA ({args.language}), step {step} of a run"))
+
+        return publish_checkpoint(save, run_folder / "checkpoints", args.hub_model_id, step)
+
+    return publish_step
+
+
 def join_processes() -> PartialState:
     """Accelerate's processes. Raises ValueError where it has not joined those that were started."""
     started = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun and of accelerate launch
@@ -139,10 +173,16 @@ def join_processes() -> PartialState:
     return state
 
 
+def set_up_logging() -> None:
+    """What the run tells goes to the terminal, one line each; libraries only warn."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("accelerate", "httpx", "httpx2"):  # the client of the Hub would show every request
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def start(args: RunArguments, output_dir: Path) -> Accelerator:
     """Accelerate's device, precision, processes and tracker; nothing is written yet."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
+    set_up_logging()
     # `accelerate launch` starts a lone process with one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -302,6 +342,7 @@ def train_and_score(
     trainer = Trainer(
         args, seed, model, wrapped, inputs.planner(args, seed), inputs.images, accelerator,
         lambda trained: validate(args, trained, inputs), checkpoints, state,
+        checkpoint_publisher(args, wrapped, inputs, run_folder),
     )  # fmt: skip
     with energy_of(args, accelerator) as energy:
         state = trainer.train(checkpoint_to_resume(args, checkpoints, state))

@@ -2,6 +2,7 @@
 
 python -m benchmarks.readme           # rewrites the blocks between the markers
 python -m benchmarks.readme --demo runs/openmoji-pt-001   # takes over the results of a run of the demo first
+python -m benchmarks.readme --real_images runs/real_images   # and of examples.real_images
 python -m benchmarks.readme --check   # fails where a block is not what the JSON says
 """
 
@@ -32,6 +33,8 @@ def blocks() -> dict[str, str]:
         "train_step": train_step.markdown_table(_results("train_step")),
         "scaling": scaling.markdown_table(_results("scaling")),
         "loading": loading_block(),
+        "real_images": real_images_block(),
+        "eval_retrieval": eval_retrieval_block(),
     }
 
 
@@ -52,6 +55,60 @@ def loading_block() -> str:
         f"process(es), the image tower at full size in {loading['precision']}, on {loading['device']}."
     )
     return "\n".join([*lines, "", facts])
+
+
+def real_images_block() -> str:
+    found = _results("real_images")
+    records = [Record(**record) for record in found["records"]]
+    wanted = {"retrieval": ("mean_recall",), "classification": ("accuracy",), "linear_probe": ("accuracy",)}
+    keys = dict.fromkeys(
+        (r.task, r.dataset, r.language, r.protocol, r.direction, r.metric)
+        for r in records
+        if r.metric in wanted[r.task]
+    )
+    lines = ["| Task | Data set | Measure | n | Baseline | CAPIVARA | Chance |", "|---|---|---|---:|---:|---:|---:|"]
+    for key in keys:
+        same = [r for r in records if (r.task, r.dataset, r.language, r.protocol, r.direction, r.metric) == key]
+        values = {r.model: f"{100 * r.value:.1f}" for r in same}
+        task, dataset, language, protocol, direction, metric = key
+        what = f"{metric.replace('_', ' ')}, {direction.replace('_', ' ')}, {language}" if direction else metric
+        what = f"{metric}, {protocol}" if task == "linear_probe" else what
+        chance = "" if same[0].chance is None else f"{100 * same[0].chance:.1f}"
+        cells = [task.replace("_", " "), dataset, what, str(same[0].n), values["baseline"], values.get("capivara", "")]
+        lines.append("| " + " | ".join([*cells, chance]) + " |")
+    versions = found["versions"]
+    facts = (
+        f"Models of the demo, measured on {found['device']}; torch {versions['torch']}, transformers "
+        f"{versions['transformers']}. In per cent; the linear probe sees the image tower alone, which both share."
+    )
+    return "\n".join([*lines, "", facts])
+
+
+def eval_retrieval_block() -> str:
+    found = _results("eval_retrieval")
+    scores, way = found["scores"], found["end_to_end"]
+    lines = ["| what | clip-benchmark, s | ours, s | ratio |", "|---|---:|---:|---:|"]
+    names = {
+        "scores": f"recall at 1, 5, 10 of {scores['images']:,} images x {scores['captions']:,} captions",
+        "end_to_end": f"decode, embed and score {way['images']} images x {way['captions']} captions, full size",
+    }
+    for part, name in names.items():
+        seconds = found[part]["seconds"]
+        lines.append(
+            f"| {name} | {seconds['clip_benchmark']:.2f} | {seconds['ours']:.2f} | {found[part]['ratio']:.1f} |"
+        )
+    memory = (
+        f"Medians of {scores['runs']} alternating runs on {scores['device']}, recalls equal; over the embeddings ours "
+        f"holds {scores['memory_over_embeddings_bytes'] / 2**20:.0f} MiB."
+    )
+    if "large" in found:
+        large = found["large"]
+        memory += (
+            f" {large['images']:,} images x {large['captions']:,} captions take {large['seconds'] / 60:.0f} minutes, "
+            f"with {large['memory_over_embeddings_bytes'] / 2**20:.0f} MiB over the embeddings, where all scores would "
+            f"be {large['all_scores_bytes'] / 1e9:.0f} GB."
+        )
+    return "\n".join([*lines, "", memory])
 
 
 def demo_block() -> str:
@@ -110,10 +167,13 @@ def filled(text: str) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, help="folder of a run of configs/openmoji.yaml")
+    parser.add_argument("--real_images", type=Path, help="output folder of examples.real_images")
     parser.add_argument("--check", action="store_true", help="change nothing, fail where a figure is not the JSON's")
     args = parser.parse_args(argv)
     if args.demo:
         take_over(args.demo)
+    if args.real_images:
+        shutil.copyfile(args.real_images / "real_images.json", RESULTS / "real_images.json")
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     if not args.check:

@@ -19,6 +19,7 @@ MAX_IMAGE_BYTES = 100_000_000  # of a file; photographs have under 50 MB, and ev
 # What photographs come in. Not all that PIL opens: EPS starts Ghostscript on the file.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 MAX_DETAIL = 300  # letters of a line of skipped.jsonl; a caption can be a book
+NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy; left out, but not bad
 
 PIL.Image.init()
 _FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF

@@ -9,28 +9,34 @@ file names one, all are split "train", as on the Hub; they don't serve as "test"
 what it was trained on.
 """
 
+import bisect
 import glob
 import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from tqdm.auto import tqdm
 
+from captions.parts import STAGE_FILE, check_all_there
 from captions.rows import MAX_DETAIL, MAX_IMAGE_BYTES, Skipped
+from captions.tars import refuse_compressed, samples
 
 MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
-IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}  # in tars
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 HEAD_ROWS = 100  # that columns are judged from where no schema declares them
-COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd files begin
+READ_ROWS = 16  # of a parquet file at once
+SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fingerprint of a source
 
 
 class Source:
@@ -39,6 +45,7 @@ class Source:
     def __init__(self, name: str, split: str, streaming: bool):
         self.name, self.split, self.streaming = name, split, streaming
         self.columns: list[str] = []
+        self.features: Features | None = None  # where the data set declares them
         self.damaged: list[Skipped] = []  # archives that end too early; complete once all rows were seen
         self.outside: list[str] = []  # names of images outside their folder, which are not read; likewise
         self._items: Dataset | IterableDataset | np.ndarray | None = None  # what `_read` makes rows of
@@ -47,8 +54,16 @@ class Source:
     def where(self) -> str:
         return f"{self.name}, split {self.split!r}"
 
-    def rows(self, start: int = 0) -> Iterator[dict]:
-        """The rows from row `start` on."""
+    def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
+        """The rows from row `start` on; where it saves reading, with none but the columns `only`."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Hex digest that tells one content from another, and is the same wherever the files lie.
+
+        It is cheap: of a large file its size and pieces all over it, of a data set of `datasets` the fingerprint that
+        the library keeps.
+        """
         raise NotImplementedError
 
     def row(self, index: int) -> dict:
@@ -73,23 +88,70 @@ class _ArrowSource(Source):
 
     def __init__(self, name: str, split: str, streaming: bool, image_column: str, data: Dataset | IterableDataset):
         super().__init__(name, split, streaming)
+        self.features, self._fingerprint = data.features, getattr(data, "_fingerprint", None)
         for column, feature in (data.features or {}).items():
             if getattr(feature, "decode", False):
                 data = data.cast_column(column, replace(feature, decode=False))
         self._items, self._image_column = data, image_column
         self.columns = list(data.column_names or next(iter(data), {}))
 
-    def rows(self, start: int = 0) -> Iterator[dict]:
+    def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
         if isinstance(self._items, Dataset) and start >= len(self._items):
             return iter(())  # where `skip` raises
-        return map(self._read, self._items.skip(start))
+        items = self._items if only is None else self._items.select_columns(list(only))
+        return map(self._read, items.skip(start))
+
+    def fingerprint(self) -> str:
+        return str(self._fingerprint)  # of a saved data set, or of a revision on the Hub
 
     def _read(self, item: dict) -> dict:
-        image = item.get(self._image_column)
-        if isinstance(image, bytes | str):  # parquet files that others wrote
-            is_path = isinstance(image, str)
-            item[self._image_column] = {"bytes": None if is_path else image, "path": image if is_path else None}
-        return item
+        return _with_image_dict(item, self._image_column)
+
+
+class _ParquetSource(Source):
+    """Rows of parquet files, read in place a few at a time, where `datasets` would copy all of them to its cache."""
+
+    def __init__(self, name: str, split: str, image_column: str, files: list[Path]):
+        super().__init__(name, split, streaming=False)
+        self._image_column, groups, schema = image_column, [], None
+        for path in tqdm(files, desc=f"Parquet files, {self.where}", unit="file", leave=False):
+            try:
+                with pq.ParquetFile(path) as file:
+                    schema = file.schema_arrow if schema is None else schema
+                    if not file.schema_arrow.equals(schema):
+                        raise ValueError(f"{path} has other columns than {files[0]}; make them alike.")
+                    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            except (pa.ArrowException, OSError) as error:
+                raise ValueError(f"{path} can't be loaded: {error}") from error
+            groups += [(path, group, size) for group, size in enumerate(sizes)]
+        self._groups, self._files = groups, files
+        self._starts = list(itertools.accumulate((size for *_, size in groups), initial=0))
+        self.features = Features.from_arrow_schema(schema)
+        self.columns = list(self.features)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def row(self, index: int) -> dict:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.where} has {len(self)} rows, there is no row {index}.")
+        return next(self.rows(index))
+
+    def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
+        if start >= len(self):
+            return
+        first = bisect.bisect_right(self._starts, start) - 1
+        surplus = start - self._starts[first]  # rows of the first group that come before
+        for path, groups in itertools.groupby(self._groups[first:], key=lambda group: group[0]):
+            with pq.ParquetFile(path) as file:
+                numbers, columns = [number for _, number, _ in groups], None if only is None else list(only)
+                for batch in file.iter_batches(READ_ROWS, row_groups=numbers, columns=columns):
+                    rows = batch.slice(min(surplus, len(batch))).to_pylist()
+                    surplus -= len(batch) - len(rows)
+                    yield from (_with_image_dict(row, self._image_column) for row in rows)
+
+    def fingerprint(self) -> str:
+        return _files_fingerprint(self._files)
 
 
 class _FileSource(Source):
@@ -104,9 +166,12 @@ class _FileSource(Source):
         head = itertools.islice(self.rows(), HEAD_ROWS)
         self.columns = list(dict.fromkeys(itertools.chain([image_column], *head)))
 
-    def rows(self, start: int = 0) -> Iterator[dict]:
+    def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
         places = itertools.islice(self._places(), start, None) if self.streaming else self._items[start:]
         return map(self._read, places)
+
+    def fingerprint(self) -> str:
+        return _files_fingerprint(self._files)
 
     def _places(self) -> Iterator[tuple[int, ...]]:
         raise NotImplementedError
@@ -147,7 +212,7 @@ class _TarSource(_FileSource):
         row = 0
         for number, path in enumerate(tqdm(self._files, desc=f"Tars, {self.where}", unit="tar", leave=False)):
             try:
-                for sample in _samples(path):
+                for sample in samples(path):
                     yield number, *sample.get("image", (-1, -1)), *sample.get("json", (-1, -1))
                     row += 1
             except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:  # of a header that is garbage
@@ -169,7 +234,7 @@ class _TarSource(_FileSource):
         return {**row, self._image_column: image}
 
 
-def open_source(dataset: str, split: str, image_column: str, streaming: bool = False) -> Source:
+def open_source(dataset: str, split: str, image_column: str, streaming: bool = False, in_place: bool = False) -> Source:
     """One split of a data set.
 
     Args:
@@ -179,20 +244,23 @@ def open_source(dataset: str, split: str, image_column: str, streaming: bool = F
         image_column: column of the images; in tars and image folders, the name their images get.
         streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub
             are copied to the cache of `datasets`.
+        in_place: parquet files are not copied: good for few passes in order, slow for many rows here and there.
 
     Raises:
-        ValueError: there is no such data set or split (those that are there are named), it is empty, or its tars are
-            compressed.
+        ValueError: there is no such data set or split (those that are there are named), it is empty, its tars are
+            compressed, or it is the output of a stage that is unfinished.
     """
-    source = _opened(dataset, split, streaming, image_column)
+    source = _opened(dataset, split, streaming, image_column, in_place)
     if next(source.rows(), None) is None:
         damages = "; ".join(damage.detail for damage in source.damaged[:3])
         raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
     return source
 
 
-def _opened(dataset: str, split: str, streaming: bool, image_column: str) -> Source:
+def _opened(dataset: str, split: str, streaming: bool, image_column: str, in_place: bool) -> Source:
     path, options = Path(dataset), (split, streaming, image_column)
+    if (path / STAGE_FILE).is_file():
+        check_all_there(path)
     if (path / "dataset_dict.json").is_file():
         return _ArrowSource(dataset, *options, _of_split(load_from_disk(dataset), dataset, split))
     if not path.exists() and not glob.has_magic(dataset):
@@ -204,6 +272,8 @@ def _opened(dataset: str, split: str, streaming: bool, image_column: str) -> Sou
         f" A file is of the split that its folder or the start of its name names, as {split}-0001 does; else of train."
     )
     files = _of_split(_files_by_split(*_local_files(dataset), split), dataset, split, rule)
+    if files[0].suffix == ".parquet" and in_place:
+        return _ParquetSource(dataset, split, image_column, files)
     if files[0].suffix == ".parquet":
         names = {"train": [glob.escape(str(file)) for file in files]}
         return _ArrowSource(
@@ -211,7 +281,7 @@ def _opened(dataset: str, split: str, streaming: bool, image_column: str) -> Sou
         )
     if files[0].suffix == ".jsonl":
         return _ImageFolderSource(dataset, *options, files)
-    _refuse_compressed(files)
+    refuse_compressed(files)
     return _TarSource(dataset, *options, files)
 
 
@@ -264,59 +334,29 @@ def _files_by_split(root: Path, files: list[Path], split: str) -> dict[str, list
     return by_split
 
 
-def _refuse_compressed(files: list[Path]) -> None:
-    for path in files:
+def _with_image_dict(row: dict, image_column: str) -> dict:
+    image = row.get(image_column)
+    if isinstance(image, bytes | str):  # parquet files that others wrote
+        is_path = isinstance(image, str)
+        row[image_column] = {"bytes": None if is_path else image, "path": image if is_path else None}
+    return row
+
+
+def _files_fingerprint(files: list[Path]) -> str:
+    """Of their names, sizes and pieces all over them; a list of captions is read as a whole."""
+    digest = blake2b(digest_size=16)
+    for path in tqdm(files, desc="Fingerprint", unit="file", leave=False):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
         with path.open("rb") as file:
-            if file.read(8).startswith(COMPRESSED):
-                raise ValueError(
-                    f"{path} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
-                )
-
-
-def _samples(path: Path) -> Iterator[dict[str, tuple[int, int]]]:
-    """Samples of a tar: "image" and "json", as far as there are, with the offset and size of each.
-
-    Members in a row with one folder and one name up to its first dot are a sample; a repeated extension begins a new
-    one. A sample that the end of a damaged archive may have cut is left out.
-
-    Raises:
-        tarfile.ReadError: the archive is damaged; the samples before the damage were given.
-    """
-    key, extensions, sample = None, set(), {}
-    try:
-        for name, offset, size in _members(path):
-            folder, _, base = name.rpartition("/")
-            stem, _, extension = base.partition(".")
-            extension = extension.lower()
-            if (folder, stem) != key or extension in extensions:
-                if sample:
-                    yield sample
-                key, extensions, sample = (folder, stem), set(), {}
-            extensions.add(extension)
-            kind = "image" if extension in IMAGE_EXTENSIONS else extension
-            if stem and kind in ("image", "json"):  # files with no stem are hidden ones, such as macOS's
-                sample.setdefault(kind, (offset, size))
-    except tarfile.TarError:
-        if len(sample) == 2:
-            yield sample
-        raise
-    if sample:
-        yield sample
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the plain files of a tar; tarfile alone takes most damages for the end."""
-    length = path.stat().st_size
-    with tarfile.open(path, "r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep all of them
-            if not member.offset_data <= member.offset_data + member.size <= length:
-                raise tarfile.ReadError(f"cut off at byte {length}, within {member.name!r}")
-            if member.isreg() and not member.issparse():
-                yield member.name, member.offset_data, member.size
-        tar.fileobj.seek(tar.offset)
-        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset} of {length}")
+            if path.suffix == ".jsonl" or size <= SAMPLED_PIECES * SAMPLED_BYTES:
+                while data := file.read(1 << 20):
+                    digest.update(data)
+                continue
+            for piece in range(SAMPLED_PIECES):  # the first and the last one included, where footers are
+                file.seek((size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1))
+                digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()
 
 
 def _read_at(file: BinaryIO, offset: int, length: int, limit: int) -> bytes:

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser
 
 from artifacts import device_description, read_json
+from embedders import load_embedder
 from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
 from eval.metrics import (
     confusion_matrix,
@@ -36,10 +37,9 @@ from eval.metrics import (
     roc_auc,
     top_k_accuracy,
 )
-from eval.models import load_embedder
-from eval.processes import processes
 from eval.prompts import Prompts, load_prompts
 from eval.results import Record, digest_of, header, hub_revision, write_records
+from processes import processes
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 

@@ -31,8 +31,8 @@ from tqdm.auto import tqdm
 
 from artifacts import write_bytes
 from captions.rows import BadImage, decode_image, image_bytes
-from eval.models import Embedder
-from eval.processes import processes
+from embedders import Embedder
+from processes import processes
 
 VERSION = 1  # of the files; raise it when their content changes
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 1024, 4096
@@ -164,7 +164,8 @@ class EmbeddingStore:
 
     def _through_files(self, kind, digest, shards, total, embed, description) -> list[tuple]:
         """The shards' (embeds, rows, skipped): those without a file are embedded, each by one of the processes."""
-        parts = {"version": VERSION, "model": self.embedder.fingerprint, "batch_size": self.batch_size, kind: digest}
+        model = self.embedder.image_fingerprint if kind == "images" else self.embedder.fingerprint
+        parts = {"version": VERSION, "model": model, "batch_size": self.batch_size, kind: digest}
         key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
         folder = (self.root or self._temporary) / "evaluation" / key
         state = processes()

@@ -18,12 +18,12 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from embedders import load_embedder
 from eval.classification import ImageArguments, LabelledImages, classification_metrics, image_header, load_images
 from eval.embeddings import EmbeddingStore, cache_folder
-from eval.models import load_embedder
-from eval.processes import processes
 from eval.prompts import load_prompts
 from eval.results import Record, write_records
+from processes import processes
 
 PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak
 MAX_ITERATIONS = 1000

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from artifacts import device_description, read_json
 from captions.sources import Source, open_source
+from embedders import Embedder, load_embedder
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
 from eval.gallery import write_gallery
 from eval.metrics import (
@@ -31,11 +32,10 @@ from eval.metrics import (
     recall_at_k,
     retrieval_ranks,
 )
-from eval.models import Embedder, load_embedder
-from eval.processes import processes
 from eval.results import Record, digest_of, header, hub_revision, write_records
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import embed_texts
+from processes import processes
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
 DIRECTIONS = ("text_to_image", "image_to_text")

@@ -31,7 +31,6 @@ from eval.benchmarks import SUITES, Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.layouts import hub_fault, local_data, place_of
-from eval.processes import processes
 from eval.results import Record, read_records
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
@@ -49,6 +48,7 @@ from eval.suite_plan import (
     without_paths,
 )
 from eval.tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
+from processes import processes
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from artifacts import read_json
+from embedders import load_embedder
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
 from eval.layouts import Place, adapted, hub_fault, local_data, place_of
-from eval.models import load_embedder
 from eval.results import digest_of
 
 SUMMARY_VERSION = 1

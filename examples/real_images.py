@@ -10,13 +10,13 @@ result file a task and model below the output folder, and all records together a
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_from_disk
 from transformers import HfArgumentParser
 
 from artifacts import device_description, package_versions, read_json, whole_folder, write_json
@@ -46,7 +46,7 @@ PHOTOS = {
     "stereo_motorcycle": ("motorcycle", "motocicleta", "f", "s"),
 }
 # Those that show a class of ImageNet for which Babel-ImageNet has a Portuguese name, by ImageNet's English name.
-BABEL_PHOTOS = {"clock": "analog clock", "coffee": "espresso", "camera": "tripod", "rocket": "missile"}
+BABEL_PHOTOS = {"clock": "analog clock", "coffee": "espresso", "camera": "tripod", "rocket": "missile (657)"}
 TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
 DIGIT_SIDE = 96  # pixels; the pictures have 8, and are enlarged without smoothing
 
@@ -63,10 +63,10 @@ class RealImagesArguments:
 
 def prepare(folder: Path, openmoji: str) -> None:
     """Write the data sets that are not there yet, each with the file of its classes."""
-    makers: dict[str, Callable[[], tuple[DatasetDict, dict | None]]] = {
+    makers: dict[str, Callable[[], tuple[DatasetDict, dict]]] = {
         "digits": digits,
         "photos": lambda: photos(PHOTOS.keys(), {name: words[0] for name, words in PHOTOS.items()}, photo_classes()),
-        "babel": lambda: photos(BABEL_PHOTOS.keys(), BABEL_PHOTOS, None),
+        "babel": lambda: photos(BABEL_PHOTOS.keys(), BABEL_PHOTOS, babel_classes()),
         "concepts": lambda: concepts(openmoji),
     }
     for name, make in makers.items():
@@ -75,8 +75,7 @@ def prepare(folder: Path, openmoji: str) -> None:
         with whole_folder(folder / name) as made:
             data, classes = make()
             data.save_to_disk(made / "data")
-            if classes:
-                write_json(made / "classes.json", classes)
+            write_json(made / "classes.json", classes)
 
 
 def digits() -> tuple[DatasetDict, dict]:
@@ -97,8 +96,8 @@ def digits() -> tuple[DatasetDict, dict]:
     return DatasetDict(splits), classes
 
 
-def photos(names, labels: dict[str, str], classes: dict | None) -> tuple[DatasetDict, dict | None]:
-    """scikit-image's photographs, one a class."""
+def photos(names: Iterable[str], labels: dict[str, str], classes: dict) -> tuple[DatasetDict, dict]:
+    """scikit-image's photographs by the names of its functions, with their class by its English name."""
     import skimage.data
 
     images = []
@@ -107,14 +106,28 @@ def photos(names, labels: dict[str, str], classes: dict | None) -> tuple[Dataset
         pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a stereo pair: the left one
         pixels = pixels if pixels.dtype == np.uint8 else (255 * (pixels / pixels.max())).astype(np.uint8)
         images.append(PIL.Image.fromarray(pixels).convert("RGB"))
-    order = [entry["en"] for entry in (classes or _prompts_file("imagenet-1k"))["classes"]]
-    numbers = [order.index(labels[name]) for name in names]
-    return DatasetDict(test=_labelled(images, numbers, order if classes else None)), classes
+    order = [entry["en"] for entry in classes["classes"]]
+    return DatasetDict(test=_labelled(images, [order.index(labels[name]) for name in names], order)), classes
 
 
 def photo_classes() -> dict:
     classes = [dict(zip(("en", "pt", "gender", "number"), words, strict=True)) for words in PHOTOS.values()]
     return _classes_file("skimage-photos", "Photographs of scikit-image", classes, TEMPLATES)
+
+
+def babel_classes() -> dict:
+    """Babel-ImageNet's Portuguese names of ImageNet's classes, all that it has, in one template of ours.
+
+    Its own templates are eighty, a quarter of an hour for four photographs; `--protocol babel` has them.
+    """
+    found = load_prompts("imagenet-1k", "babel", "pt")
+    english = [found.names_en[place] for place in found.places]
+    repeated = {name for name in english if english.count(name) > 1}
+    classes = [
+        {"en": f"{name} ({place})" if name in repeated else name, "pt": word}
+        for name, place, word in zip(english, found.places, found.names, strict=True)
+    ]
+    return _classes_file("babel-imagenet-photos", "Babel-ImageNet's names", classes, ["uma foto de {nome}."])
 
 
 def concepts(openmoji: str) -> tuple[DatasetDict, dict]:
@@ -135,15 +148,13 @@ def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
                 device=args.device,
             )
         )  # fmt: skip
-    for name, protocol in (("concepts", "ours"), ("digits", "ours"), ("photos", "ours"), ("babel", "babel")):
-        folder = args.data / name
-        benchmark = "imagenet-1k" if protocol == "babel" else str(folder / "classes.json")
+    for name in ("concepts", "digits", "photos", "babel"):
+        folder, output = args.data / name, args.output / f"{name}-{role}.json"
         records += classification.evaluate(
             classification.ClassificationArguments(
-                model, benchmark, str(folder / "data"), args.output / f"{name}-{role}.json", protocol=protocol,
-                role=role, device=args.device,
+                model, str(folder / "classes.json"), str(folder / "data"), output, role=role, device=args.device
             )
-        )  # fmt: skip
+        )
     return records
 
 
@@ -162,9 +173,8 @@ def probe(args: RealImagesArguments) -> list[Record]:
     return records
 
 
-def _labelled(images: list, labels: list[int], names: list[str] | None) -> Dataset:
-    """Without names, plain numbers: ImageNet has names twice, which a ClassLabel refuses."""
-    features = Features({"image": Image(), "label": ClassLabel(names=names) if names else Value("int64")})
+def _labelled(images: list, labels: list[int], names: list[str]) -> Dataset:
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
     return Dataset.from_dict({"image": images, "label": labels}, features=features)
 
 

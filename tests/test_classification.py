@@ -10,9 +10,9 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
 
+from embedders import load_embedder
 from eval.classification import _by_name, class_embeddings, classification_metrics, load_images, main
 from eval.embeddings import EmbeddingStore
-from eval.models import load_embedder
 from eval.prompts import load_prompts
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

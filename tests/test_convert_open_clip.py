@@ -3,17 +3,13 @@
 import argparse
 import collections
 import errno
-import hashlib
-import http.server
 import json
 import os
 import pathlib
 import pickle
-import re
 import runpy
 import subprocess
 import sys
-import threading
 import types
 import typing
 from pathlib import Path
@@ -22,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
@@ -225,50 +222,8 @@ def test_text_model_name_for_publishing(tiny_folder, tmp_path, capsys):
     assert "Largest difference" in printed
 
 
-class HubHandler(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as a download asks for: `server.repos` is repository id -> folder."""
-
-    COMMIT = "c" * 40
-
-    def do_GET(self):
-        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/.+", self.path.partition("?")[0])
-        if not found:
-            return self.send_file()
-        if found[1] not in self.server.repos:
-            return self.reply(404, {"X-Error-Code": "RepoNotFound"})
-        files = [p for p in sorted(self.server.repos[found[1]].iterdir()) if p.is_file()]
-        if found[2] == "tree":
-            answer = [{"type": "file", "path": p.name, "oid": "0" * 40, "size": p.stat().st_size} for p in files]
-        else:
-            answer = {"id": found[1], "sha": self.COMMIT, "siblings": [{"rfilename": p.name} for p in files]}
-        return self.reply(200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
-
-    do_HEAD = do_GET
-
-    def send_file(self):
-        found = re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", self.path)
-        path = self.server.repos.get(found[1], Path("/nowhere")) / found[2] if found else Path("/nowhere")
-        if not path.is_file():
-            return self.reply(404, {"X-Error-Code": "EntryNotFound"})
-        if self.command == "GET":
-            self.server.fetched.append(f"{found[1]}/{found[2]}")
-        etag = hashlib.sha1(path.read_bytes()).hexdigest()
-        return self.reply(200, {"X-Repo-Commit": self.COMMIT, "ETag": f'"{etag}"'}, path.read_bytes())
-
-    def reply(self, status, headers, body=b""):
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": len(body)}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
 def test_both_directions_from_the_hub_fetch_what_they_need(open_clip_folder, tiny_folder, tmp_path):
-    """The real client in a process of its own, as it reads its settings at import, against a small server here."""
+    """The real client in a process of its own, as it reads its settings at import, against a server here."""
     (open_clip_folder / "text").rename(tmp_path / "text")
     change_config(open_clip_folder, "text_cfg", hf_model_name="them/text")
     (open_clip_folder / "open_clip_model.safetensors").rename(open_clip_folder / "open_clip_pytorch_model.safetensors")
@@ -279,27 +234,24 @@ def test_both_directions_from_the_hub_fetch_what_they_need(open_clip_folder, tin
         (tiny_folder, "photo.png"),
     ]:
         (folder / name).write_bytes(b"not to be fetched")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    server.repos = {"us/open": open_clip_folder, "us/model": tiny_folder, "them/text": tmp_path / "text"}
-    server.fetched = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     code = (
         "import sys; from modeling_capivara.convert_open_clip import main\n"
         "main(['hf-hub:us/open', sys.argv[1] + '/there'])\n"
         "main(['us/model', sys.argv[1] + '/back', '--to-open-clip'])\n"
         "main(['hf-hub:us/none', sys.argv[1] + '/none'])"
     )
-    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf")}
-    settings |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(conversion.__file__).parents[1])}
-    try:
+    with HubServer(tmp_path / "hub") as server:
+        for name, folder in (
+            ("us/open", open_clip_folder),
+            ("us/model", tiny_folder),
+            ("them/text", tmp_path / "text"),
+        ):
+            server.store(name, folder)
         result = subprocess.run(
             [sys.executable, "-c", code, str(tmp_path)],
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env={**os.environ, **settings},
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+            env={**os.environ, **server.environment(tmp_path / "hf")},
         )  # fmt: skip
-    finally:
-        server.shutdown()
-        server.server_close()
     assert result.stdout.count("Largest difference") == 2, result.stderr
     assert result.stderr.rstrip().splitlines()[-1].startswith("convert_open_clip: us/none could not be fetched"), (
         result.stderr

@@ -41,6 +41,17 @@ def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["dataset"]
 
 
+def test_another_data_set_is_left_alone(tmp_path, monkeypatch):
+    """`--config configs/openmoji.yaml --dataset DATA` trains on what somebody else made, in any form."""
+    for name, file in (("built", "train-0.parquet"), ("base", "config.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("kept")
+    monkeypatch.setattr(prepare, "build_dataset", lambda: pytest.fail("a data set was made"))
+    prepare.prepare(tmp_path / "built", tmp_path / "base")
+    prepare.prepare(tmp_path / "built" / "train-0.parquet", tmp_path / "base")
+    assert [path.name for path in (tmp_path / "built").iterdir()] == ["train-0.parquet"]
+
+
 def test_what_is_there_is_kept(tmp_path, monkeypatch):
     for name, file in (("dataset", "dataset_dict.json"), ("base", "config.json")):
         (tmp_path / name).mkdir()

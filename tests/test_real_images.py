@@ -39,14 +39,14 @@ def test_command(tiny_folder, openmoji, tmp_path):
     main([str(flag) for flag in [*flags, "--output", tmp_path / "out"]])
     content = json.loads((tmp_path / "out" / "real_images.json").read_text(encoding="utf-8"))
     records = content["records"]
-    sets = {"openmoji", "openmoji-concepts", "sklearn-digits", "skimage-photos", "imagenet-1k"}
+    sets = {"openmoji", "openmoji-concepts", "sklearn-digits", "skimage-photos", "babel-imagenet-photos"}
     assert {record["dataset"].split("/")[-1] for record in records} == sets and content["versions"]["torch"]
     images = {r["dataset"]: r["n"] for r in records if r["task"] == "classification"}
     assert images == {
         "openmoji-concepts": 12,
         "sklearn-digits": 450,
         "skimage-photos": len(PHOTOS),
-        "imagenet-1k": len(BABEL_PHOTOS),
+        "babel-imagenet-photos": len(BABEL_PHOTOS),
     }
     assert {r["protocol"] for r in records if r["task"] == "linear_probe"} == {"full"} | {
         f"{shots}-shot" for shots in (1, 2, 4, 8, 16)

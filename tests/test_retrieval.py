@@ -12,7 +12,7 @@ import PIL.Image
 import pytest
 import torch
 
-from eval import models
+import embedders
 from eval.results import read_records
 from eval.retrieval import RetrievalArguments, _positions, evaluate, load_data, main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
@@ -79,8 +79,8 @@ def test_values_are_those_of_a_plain_computation(tiny_folder, folder, tmp_path):
 def test_second_run_embeds_nothing(tiny_folder, folder, tmp_path, monkeypatch):
     more = ("--cache_dir", tmp_path / "cache")
     main(flags(tiny_folder, folder, tmp_path / "a.json", *more))
-    monkeypatch.setattr("eval.models.embed_images", lambda *args, **kwargs: pytest.fail("embedded again"))
-    monkeypatch.setattr("eval.models.embed_texts", lambda *args, **kwargs: pytest.fail("embedded again"))
+    monkeypatch.setattr("embedders.embed_images", lambda *args, **kwargs: pytest.fail("embedded again"))
+    monkeypatch.setattr("embedders.embed_texts", lambda *args, **kwargs: pytest.fail("embedded again"))
     main(flags(tiny_folder, folder, tmp_path / "b.json", *more))
     assert read_records(tmp_path / "a.json") == read_records(tmp_path / "b.json")
 
@@ -97,13 +97,19 @@ def test_another_model_or_picture_is_another_cache(tiny_folder, folder, tmp_path
     model.visual_projection.weight.data.mul_(-1)
     model.save_pretrained(tiny_folder)
     main(flags(tiny_folder, folder, tmp_path / "c.json", *more))
-    assert len(set((tmp_path / "cache" / "evaluation").iterdir()) - second) == 2
+    third = set((tmp_path / "cache" / "evaluation").iterdir())
+    assert len(third - second) == 2
+    model.text_projection[0].weight.data.mul_(-1)
+    model.save_pretrained(tiny_folder)
+    main(flags(tiny_folder, folder, tmp_path / "d.json", *more))
+    fourth = set((tmp_path / "cache" / "evaluation").iterdir())
+    assert len(fourth - third) == 1, "a model with the same image tower embeds texts alone"
 
 
 def test_an_interrupted_run_goes_on(tiny_folder, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.embeddings.IMAGES_PER_SHARD", 4)
     monkeypatch.setattr("eval.embeddings.TEXTS_PER_SHARD", 10)
-    real, done = models.embed_images, []
+    real, done = embedders.embed_images, []
 
     def fails_at_third(*args, **kwargs):
         done.append(1)
@@ -111,7 +117,7 @@ def test_an_interrupted_run_goes_on(tiny_folder, folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("eval.models.embed_images", fails_at_third)
+    monkeypatch.setattr("embedders.embed_images", fails_at_third)
     arguments = flags(tiny_folder, folder, tmp_path / "r.json", "--cache_dir", tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
         main(arguments)

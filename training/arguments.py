@@ -11,6 +11,8 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
+from training.hub import Hub
+
 
 @dataclass
 class ModelAndData:
@@ -244,11 +246,11 @@ class Output:
     )
 
 
-GROUPS = (ModelAndData, Batch, Optimisation, Trained, Output)
+GROUPS = (ModelAndData, Batch, Optimisation, Trained, Output, Hub)
 
 
 @dataclass
-class RunArguments(Output, Trained, Optimisation, Batch, ModelAndData):
+class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
     """All arguments of a run, flat. Raises ValueError where a value breaks its rule."""
 
     def __post_init__(self) -> None:
@@ -293,6 +295,7 @@ class RunArguments(Output, Trained, Optimisation, Batch, ModelAndData):
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name):g}.")
+        self.check_hub(self.runs)
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 
     def _check_images(self) -> None:

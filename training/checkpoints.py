@@ -26,6 +26,7 @@ FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more t
 # What may differ between a run and its continuation: it changes no weight.
 FREE = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
 FREE |= {"accumulation", "loading_workers", "num_threads", "streaming", "runs", "interpolate"}
+FREE |= {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private"}
 
 
 @dataclass

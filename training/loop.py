@@ -57,6 +57,7 @@ class Trainer:
         validate: measures the model: direction -> recall, and `loss`; only the main process calls it.
         checkpoints: of this run.
         state: where the run is.
+        after_checkpoint: called on the main process with the number of a step whose checkpoint was written.
     """
 
     args: RunArguments
@@ -69,6 +70,7 @@ class Trainer:
     validate: Callable[[CapivaraModel], dict[str, float]]
     checkpoints: Checkpoints
     state: TrainerState
+    after_checkpoint: Callable[[int], object] | None = None
     stopped_early: bool = field(default=False, init=False)
     told: bool = field(default=False, init=False)
     overflows: int = field(default=0, init=False)  # in a row, of fp16
@@ -187,6 +189,10 @@ class Trainer:
         self.accelerator.log(self._logged(point), step=state.step)
         if due:
             self._save()
+            if self.after_checkpoint and self.accelerator.is_main_process:
+                before = time.perf_counter()
+                self.after_checkpoint(state.step)
+                self.started += time.perf_counter() - before  # of the pushes, not of training
         self.stopped_early = self._out_of_patience()
 
     def _out_of_patience(self) -> bool:

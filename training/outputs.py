@@ -2,20 +2,27 @@
 
 import difflib
 import html
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from artifacts import device_description, package_versions
 from captions.rows import Skipped
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
+
+# Licences that let what is made of several works carry the licence of the other ones, their notices kept.
+PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
+PERMISSIVE |= {"postgresql", "unlicense", "zlib"}
 
 CARD = """---
 {metadata}
@@ -25,7 +32,7 @@ CARD = """---
 
 A [CAPIVARA](https://arxiv.org/abs/2310.13683) model: `{model}` fine-tuned on captions in "{language}" of the data set
 {dataset}; trained was {trained}. `run.json` has every setting and measurement of the run,
-`results/` the evaluation.
+`results/` the evaluation. `python -m hub_upload.card` makes the full card of both.
 
 {licence}
 """
@@ -55,6 +62,7 @@ def run_facts(
     return {
         "schema_version": 2,
         "config": args.to_dict(),
+        "origins": origins(args),
         "seed": seed,
         "dataset_fingerprints": state.data,
         "skipped_rows": dict(Counter(line.reason for line in skipped)),
@@ -112,46 +120,111 @@ def energy_of(args: RunArguments, accelerator: Accelerator) -> Iterator[dict[str
             }
 
 
-def model_card(args: RunArguments, title: str) -> str:
-    """A card that states where the model comes from and under which licence; no figures.
+def origins(args: RunArguments) -> dict[str, Any]:
+    """What the base and the data sets say of themselves on their own cards: titles, licences, Hub ids and commits.
 
-    The licence is that of the data set's own card, where it has one: a model trained on share-alike data inherits it.
+    Returns:
+        Under "license" what the model inherits from all of them: the one licence that binds it, or None where one of
+        them states none, or where several bind it.
     """
-    data_card = _front_matter(Path(args.dataset[0]) / "README.md")
-    others = [_front_matter(Path(name) / "README.md") for name in args.dataset[1:]]
+    found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in args.dataset]}
+    stated = [of["licenses"] for of in (found["model"], *found["datasets"])]
+    evaluation = origin(args.evaluation_dataset, "dataset")
+    return {"license": inherited_license(stated), **found, "evaluation_dataset": evaluation}
+
+
+def inherited_license(stated: list[list[str]]) -> str | None:
+    """The licence of a model made from works under these licences; None where it does not follow from them.
+
+    Args:
+        stated: the licences of each work, none where its card states none.
+    """
+    if not all(stated):
+        return None
+    named = {licence for licences in stated for licence in licences}
+    binding = named - PERMISSIVE or named
+    return binding.pop() if len(binding) == 1 else None
+
+
+def origin(name: str, repo_type: str) -> dict[str, Any]:
+    """What the card of a model or data set says.
+
+    Args:
+        name: folder, pattern of files, or Hub id; of a local one no more than the last two parts are kept.
+        repo_type: "model" or "dataset".
+
+    Returns:
+        `name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub ids),
+        `licenses`, `attribution`; None or an empty list for what is not said.
+    """
+    of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    path = _card_from_hub(name, repo_type) if of_hub else Path(name) / "README.md"
+    card = _front_matter(path) if path else {}
+    return {
+        "name": "/".join(PurePosixPath(name).parts[-2:]).lstrip("/"),
+        "title": str(card.get("pretty_name") or (name if of_hub else _heading(path) or PurePosixPath(name).name)),
+        "hub_id": name if path and of_hub else None,
+        "revision": path.parent.name if path and of_hub else None,
+        "base_model": _texts(card.get("base_model")),
+        "licenses": _texts(card.get("license")),
+        "attribution": str(card["attribution"]) if card.get("attribution") else None,
+    }
+
+
+def model_card(args: RunArguments, title: str) -> str:
+    """A first card, that states where the model comes from and under which licence; no figures.
+
+    The licence is the one of `origins`: a model trained on share-alike data inherits it.
+    """
+    of = origins(args)
     metadata = {"language": args.eval_languages, "library_name": "transformers"}
     metadata |= {"pipeline_tag": "zero-shot-image-classification", "tags": ["capivara", "clip"]}
     trained = "the text tower, the image tower left as it was" if args.towers == "text" else "both towers"
     if args.lora_rank:
         trained += f", through LoRA adapters of rank {args.lora_rank}"
-    licence = "The data set states no licence; check it before you share this model."
-    if others:
-        stated = [str(card.get("license") or "none") for card in (data_card, *others)]
-        licence = f"The data sets state these licences: {', '.join(stated)}. Check them before you share this model."
-    elif data_card.get("license"):
-        metadata["license"] = data_card["license"]
-        licence = f"The data set is licensed {data_card['license']}, and so is this model, made from it."
-        if data_card.get("attribution"):
-            licence += f" {data_card['attribution']}"
+    parts = [of["model"], *of["datasets"]]
+    stated = [f"{part['title']}: {', '.join(part['licenses']) or 'no licence stated'}." for part in parts]
+    licence = "Base and data state these licences, check them before you share this model:"
+    if of["license"]:
+        metadata["license"] = of["license"]
+        licence = f"This model is licensed {of['license']}, as follows from the licences of its base and data:"
+    credits = [part["attribution"] for part in parts if part["attribution"]]
     return CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
         title=html.escape(title),
-        model=args.model if not Path(args.model).is_absolute() else Path(args.model).name,
-        dataset=html.escape(", ".join(_titles(args.dataset, [data_card, *others]))),
+        model=html.escape(of["model"]["name"]),
+        dataset=html.escape(", ".join(part["title"] for part in of["datasets"])),
         language=args.language,
         trained=trained,
-        licence=html.escape(licence, quote=False),
+        licence=html.escape(" ".join([licence, *stated, *credits]), quote=False),
     )
 
 
-def _titles(names: list[str], cards: list[dict]) -> list[str]:
-    return [str(card.get("pretty_name", Path(name).name)) for name, card in zip(names, cards, strict=True)]
+@cache  # asked for twice at the end of a run
+def _card_from_hub(name: str, repo_type: str) -> Path | None:
+    """The card of what was loaded from the Hub before; None where it has none, or the Hub can't be reached."""
+    try:
+        cached = try_to_load_from_cache(name, "README.md", repo_type=repo_type)  # of the commit that was loaded
+        return Path(cached if isinstance(cached, str) else hf_hub_download(name, "README.md", repo_type=repo_type))
+    except (OSError, ValueError):
+        return None
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
+
+
+def _heading(card: Path) -> str | None:
+    """The first heading of a card."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^# +(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else None
 
 
 def _front_matter(card: Path) -> dict[str, Any]:
     if not card.is_file():
         return {}
-    text = card.read_text(encoding="utf-8")
+    text = card.read_text(encoding="utf-8", errors="replace")
     if not text.startswith("---\n") or "\n---" not in text[4:]:
         return {}
     try:

@@ -19,11 +19,10 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
-from captions.rows import BadRow, Skipped, image_bytes
+from captions.rows import NOT_CHOSEN, BadRow, Skipped, image_bytes
 from captions.sources import Source
 from modeling_capivara import repair_text
 
-NOT_CHOSEN = "not chosen"  # by the pair filter or the caption strategy: left out, but not bad
 ROWS_PER_CHUNK = 1000  # of the table of captions; what of it is in memory while it is written
 TABLE_FEATURES = Features({"row": Value("int64"), "digest": Value("string"), "captions": List(Value("string"))})
 
@@ -116,7 +115,9 @@ def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Cal
         values = [row[column]] if isinstance(row[column], str) else row[column] or []
         if not isinstance(values, list):
             raise BadRow("no caption", f"{column!r} must be a list, it is {values!r}")
-        row[column] = ["" if value is None else value for value in values]
+        if not column.startswith("similarities-"):  # there, None is that of an empty caption
+            values = ["" if value is None else value for value in values]
+        row[column] = values
     try:
         chosen = choose(row)
     except (ValueError, TypeError) as error:  # such as fewer similarities than captions

@@ -71,14 +71,15 @@ def prepare(dataset_dir: Path, model_dir: Path) -> None:
     """Make what is missing of the data set and the base model; each appears whole or not at all.
 
     Args:
-        dataset_dir: of the `DatasetDict` on disk.
+        dataset_dir: of the `DatasetDict` on disk, or another data set to train on.
         model_dir: of the base checkpoint with its processor.
 
     Raises:
         ImportError: a package of the `demo` extra is missing.
         ValueError: a folder is there but holds something else.
     """
-    if not (dataset_dir / "dataset_dict.json").is_file():
+    there = dataset_dir.is_file() or (dataset_dir.is_dir() and any(dataset_dir.iterdir()))
+    if not there:  # a data set of another form, such as a build's, is left alone
         logger.info("Preparing the data set in %s (once).", dataset_dir)
         save_dataset(build_dataset(), dataset_dir)
     if not (model_dir / "config.json").is_file():

@@ -1,6 +1,7 @@
 """Models that figures are taken of: CAPIVARA's, and as baselines open_clip's and transformers' CLIP."""
 
 import hashlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from eval.processes import processes
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor, weights_digest
+from processes import processes
 
 OnBatch = Callable[[int], object] | None
 
@@ -22,13 +23,15 @@ OnBatch = Callable[[int], object] | None
 class Embedder(Protocol):
     """Texts and images in one space, (rows, width), unit length, float32, on the CPU.
 
-    `on_batch` is called after each batch with its size. `fingerprint` is a digest of all that the embeddings depend on.
+    `on_batch` is called after each batch with its size. `fingerprint` is a digest of all that the embeddings depend on,
+    `image_fingerprint` of what those of images do: models that share their image tower share these.
     """
 
     name: str
     device: torch.device
     precision: str
     fingerprint: str
+    image_fingerprint: str
 
     def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor: ...
 
@@ -48,6 +51,9 @@ class CapivaraEmbedder:
         config = self.model.config.to_json_string() + self.processor.image_processor.to_json_string()
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str() + str(self.processor.tokenizer.model_max_length)
         self.fingerprint = _digest(weights_digest(self.model), config, tokenizer, self.precision)
+        vision = self.model.config.vision_config.to_json_string() + self.processor.image_processor.to_json_string()
+        image_side = weights_digest(self.model, ("vision_model.", "visual_projection."))
+        self.image_fingerprint = _digest(image_side, vision, self.precision)
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +78,10 @@ class PlainEmbedder:
     fingerprint: str
     encode_images: Callable[[Sequence[Image.Image]], Tensor]
     encode_texts: Callable[[Sequence[str]], Tensor]
+
+    @property
+    def image_fingerprint(self) -> str:
+        return self.fingerprint
 
     def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor:
         return self._embedded(images, self.encode_images, batch_size, on_batch)
@@ -147,8 +157,13 @@ def _transformers_clip(source: str, device: torch.device, precision: str, trust_
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)
 
+    # A tokenizer that was saved without a limit would give more tokens than the model has positions for.
+    text_config = getattr(model.config, "text_config", model.config)
+    longest = min(processor.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", sys.maxsize))
+    limit = {"truncation": True, "max_length": longest}
+
     def encode_texts(texts: Sequence[str]) -> Tensor:
-        inputs = processor(text=list(texts), return_tensors="pt", padding=True, truncation=True).to(device)
+        inputs = processor(text=list(texts), return_tensors="pt", padding=True, **limit).to(device)
         return model.get_text_features(**inputs).pooler_output
 
     def encode_images(images: Sequence[Image.Image]) -> Tensor:

@@ -1,0 +1,353 @@
+"""Rows per second of the stages that build a caption data set, and what encoding an image once is worth.
+
+    python -m benchmarks.captions --output benchmarks/results/captions.json
+    python -m benchmarks.captions --parts generate --images 8 --runs 3
+
+**generate**: BLIP-2 with random weights, in the proportions of `Salesforce/blip2-opt-2.7b-coco`, widths, heads and
+vocabulary divided by 4 and layers by 6 (`benchmarks/blip2_proportions.py` has the formulas), goes on from the ten
+prefixes by 12 tokens. Measured are, in alternating runs on the same images,
+
+- `plain`: `Blip2ForConditionalGeneration.generate`, an image encoded once a prefix;
+- `encoded_once`: the image encoded once, its query block given to `language_model.generate` with each prefix;
+- `ours`: `captions.captioner`, where the language model reads the block once, too; its bare calls, with pixels ready;
+- `stage`: the whole stage around them, parquet to parquet, which decodes, prepares, and writes texts.
+
+A gain is that over `plain`, run by run; the predicted one is the ratio of their FLOP. The overhead is that of `stage`
+over `ours`. Prefixes are padded to the longest in all four.
+
+**translate**: a Marian model of a quarter of the paper's widths, on sentences that are all different (`distinct`), of
+which a share are repetitions (`repeated`: at most 1 / (1 - share) times as fast), and that an earlier run has
+translated (`known`). **score**: CAPIVARA at full size, one caption and ten generated ones an image. **select**: the
+five captions that are most similar. The last line of the output is JSON.
+"""
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
+from transformers import logging as transformers_logging
+
+from artifacts import device_description, package_versions, write_json
+from benchmarks import blip2_proportions as blip2
+from benchmarks.encode import seconds_of
+from benchmarks.loading import SIZE, write_tar
+from captions.captioner import Blip2Captioner, Decoding
+from captions.columns import CAPTIONS, SIMILARITIES
+from captions.generate import COLUMN, PREFIXES, GenerateProcess, read_prefixes
+from captions.memory import TranslationMemory
+from captions.score import ScoreProcess
+from captions.select import SelectArguments, Selection
+from captions.sources import open_source
+from captions.stages import StageArguments, run_stage
+from captions.translate import CaptionTranslator, TranslateArguments
+from captions.translators.local import Seq2SeqTranslator
+from embedders import CapivaraEmbedder
+from examples.openmoji.encoders import load_text_encoder
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+
+PARTS = ("generate", "translate", "score", "select")
+WIDTHS, LAYERS = 4, 6  # that BLIP-2's are divided by
+PROGRAMS = ("plain", "encoded_once", "ours", "stage")
+WORDS = "a the of two old red small happy dog cat house tree child boat street table sits runs plays under near with"
+SENTENCE_WORDS, TRANSLATED_TOKENS = 10, 16  # of a caption and of its translation; about COCO's
+ORIGINALS, GENERATED = 1, 10  # captions an image
+
+
+@dataclass
+class CaptionsArguments:
+    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
+    images: int = field(default=16, metadata={"help": "Rows of generate, all in one batch."})
+    new_tokens: int = field(default=12, metadata={"help": "Tokens of every generated text."})
+    translated_rows: int = field(default=32, metadata={"help": "Rows of translate, of eleven captions."})
+    repeated: float = field(default=0.5, metadata={"help": "Share of the sentences that repeat others, below 1."})
+    scored_rows: int = field(default=8, metadata={"help": "Rows of score, of eleven captions."})
+    selected_rows: int = field(default=1000, metadata={"help": "Rows of select, of eleven captions."})
+    runs: int = field(default=5, metadata={"help": "Runs of everything; of programs that are compared, alternating."})
+    widths: int = field(default=WIDTHS, metadata={"help": "What BLIP-2's widths, heads and vocabulary are divided by."})
+    layers: int = field(default=LAYERS, metadata={"help": "What BLIP-2's layers are divided by."})
+    device: str = field(default="cpu", metadata={"help": "cpu or cuda, for generate; the others are on the CPU."})
+    precision: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16, of generate."})
+    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+
+    def __post_init__(self) -> None:
+        if not set(self.parts) <= set(PARTS):
+            raise ValueError(f"parts must be of {', '.join(PARTS)}, got {self.parts}.")
+        if min(self.images, self.new_tokens, self.translated_rows, self.scored_rows, self.selected_rows, self.runs) < 1:
+            raise ValueError("Numbers of rows, tokens and runs must be at least 1.")
+        if not 0 <= self.repeated < 1:
+            raise ValueError(f"repeated must be a share from 0 to below 1, got {self.repeated}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = HfArgumentParser(CaptionsArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    transformers_logging.set_verbosity_error()
+    measure = {"generate": generation, "translate": translation, "score": scoring, "select": selecting}
+    results: dict[str, Any] = {"device": device_description(args.device), "versions": package_versions()}
+    results |= {"runs": args.runs, "measured": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in args.parts:
+            results["measured"][part] = measure[part](args, Path(folder) / part)
+    if args.output:
+        write_json(args.output, results)
+    print(markdown_table(results))
+    print(json.dumps(results))
+
+
+def timed_runs(steps: dict[str, Callable[[int], object]], runs: int, device: str, what: str) -> dict[str, list[float]]:
+    """Seconds of every step in every run, alternating, after one run that is not counted; a step gets the run's number.
+
+    Args:
+        steps: name -> what is timed.
+        runs: that are counted.
+        device: whose queue is drained before and after.
+        what: title of the progress bar.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for run in tqdm(range(runs + 1), desc=what, unit="run"):
+        for name, step in steps.items():
+            seconds[name].append(seconds_of(lambda step=step, run=run: step(run), device))
+    return {name: all_runs[1:] for name, all_runs in seconds.items()}
+
+
+def rates(rows: int, seconds: list[float]) -> dict[str, float]:
+    """Rows per second."""
+    return {"median": rows / statistics.median(seconds), "slowest": rows / max(seconds), "fastest": rows / min(seconds)}
+
+
+def median_ratio(slow: list[float], fast: list[float]) -> float:
+    """Of the seconds, run by run."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def write_rows(folder: Path, columns: dict[str, list], rows: int) -> str:
+    """A parquet file of JPEG images of a photo's size, as loading's, beside some columns; returns its folder."""
+    folder.mkdir(parents=True)
+    write_tar(folder / "train-0.tar", min(rows, 64))
+    images = [row["image"] for row in open_source(str(folder), "train", "image").rows()]
+    (folder / "train-0.tar").unlink()
+    features = Features({"image": Image()} | {name: _feature(name) for name in columns})
+    data = {"image": [images[row % len(images)] for row in range(rows)], **columns}
+    Dataset.from_dict(data, features=features).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def sentences(number: int, seed: int = 0) -> list[str]:
+    """Different English word sequences."""
+    draw, words = np.random.default_rng(seed), np.array(WORDS.split())
+    found: dict[str, None] = {}
+    while len(found) < number:
+        found[" ".join(draw.choice(words, SENTENCE_WORDS))] = None
+    return list(found)
+
+
+def caption_lists(texts: list[str], language: str) -> dict[str, list[list[str]]]:
+    """The columns of originals and generated captions, an image's in a row."""
+    width = ORIGINALS + GENERATED
+    rows = [texts[start : start + width] for start in range(0, len(texts), width)]
+    return {
+        f"captions-{language}": [row[:ORIGINALS] for row in rows],
+        f"generated-captions-{language}": [row[ORIGINALS:] for row in rows],
+    }
+
+
+# ---- generate ----
+
+
+def generation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
+    """Rates of the four programs, measured and predicted gains, the overhead of the stage."""
+    prefixes = read_prefixes(PREFIXES)
+    tokenizer, sizes = blip2.build_tokenizer(prefixes), blip2.REAL.scaled(args.widths, args.layers)
+    model = blip2.build_model(sizes, tokenizer).to(args.device, getattr(torch, args.precision))
+    decoding = Decoding(args.new_tokens, len(prefixes) * args.images)
+    captioner = Blip2Captioner(model, blip2.build_image_processor(), tokenizer, decoding)
+    steps = generation_steps(captioner, prefixes, args.images)
+    tokens = [steps[name](0).tolist() for name in PROGRAMS[:3]]
+    dataset, columns = write_rows(folder / "rows", {}, args.images), {COLUMN: CAPTIONS}
+
+    def stage(run: int) -> None:
+        process = GenerateProcess(captioner, prefixes, "image")
+        stage_args = StageArguments(dataset, folder / f"run-{run}", batch_rows=args.images)
+        run_stage(stage_args, columns, {}, process)
+
+    seconds = timed_runs(steps | {"stage": stage}, args.runs, args.device, "generate")
+    prefix_tokens = max(len(captioner.prompt(prefix)) for prefix in prefixes)
+    found: dict[str, Any] = {
+        "rows_per_second": {name: rates(args.images, seconds[name]) for name in PROGRAMS},
+        "overhead": median_ratio(seconds["stage"], seconds["ours"]) - 1,
+        "same_tokens": tokens[0] == tokens[1] == tokens[2],
+        "images": args.images, "image_size": SIZE, "prefixes": len(prefixes), "prefix_tokens": prefix_tokens,
+        "new_tokens": args.new_tokens, "precision": args.precision,
+        "divided": {"widths": args.widths, "layers": args.layers}, "sizes": vars(sizes),
+    }  # fmt: skip
+    for name in ("encoded_once", "ours"):
+        predicted = blip2.gains(sizes, prefix_tokens, args.new_tokens)[name]
+        gain = median_ratio(seconds["plain"], seconds[name])
+        at_full_size = blip2.gains(blip2.REAL, prefix_tokens, args.new_tokens)[name]
+        found[f"gain_{name}"] = {
+            "measured": gain, "predicted": predicted, "share": gain / predicted, "predicted_at_full_size": at_full_size
+        }  # fmt: skip
+    return found
+
+
+def generation_steps(captioner: Blip2Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[int], Tensor]]:
+    """Program -> the new token ids (images x prefixes, new tokens) of random pixels."""
+    model, new_tokens = captioner.model, captioner.decoding.max_new_tokens
+    pixels = torch.randn(images, 3, blip2.IMAGE_SIDE, blip2.IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(captioner.device, captioner.writer.dtype)
+    prompts = [captioner.prompt(prefix) for prefix in prefixes] * images
+    image_of_text = torch.arange(images, device=captioner.device).repeat_interleave(len(prefixes))
+    prefix_ids, mask = captioner.padded(prompts, left=True)
+    block = torch.full((len(prompts), blip2.QUERIES), model.config.image_token_index, device=captioner.device)
+    ids, mask = torch.cat([block, prefix_ids], 1), torch.cat([torch.ones_like(block), mask], 1)
+    options = {"max_new_tokens": new_tokens, "do_sample": False}
+
+    @torch.inference_mode()
+    def plain(run: int) -> Tensor:
+        output = model.generate(pixel_values=pixels[image_of_text], input_ids=ids, attention_mask=mask, **options)
+        return output[:, ids.shape[1] :]
+
+    @torch.inference_mode()
+    def encoded_once(run: int) -> Tensor:
+        blocks = model.get_image_features(pixel_values=pixels).pooler_output[image_of_text]
+        embeds = torch.cat([blocks, model.get_input_embeddings()(prefix_ids)], 1)
+        return model.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+
+    @torch.inference_mode()
+    def ours(run: int) -> Tensor:
+        return captioner.continued(captioner.encode(pixels), image_of_text, prompts, **options)
+
+    return {"plain": plain, "encoded_once": encoded_once, "ours": ours}
+
+
+# ---- translate, score, select ----
+
+
+def translation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
+    """Rates on different, repeated and known sentences, and the gain of the memory."""
+    translator = scaled_translator()
+    number = args.translated_rows * (ORIGINALS + GENERATED)
+    different = sentences(number)
+    originals = different[: max(1, round(number * (1 - args.repeated)))]
+    mixed = [originals[i % len(originals)] for i in range(number)]
+    mixed = [mixed[i] for i in np.random.default_rng(1).permutation(number)]
+    folders = {
+        name: write_rows(folder / name, caption_lists(texts, "en"), args.translated_rows)
+        for name, texts in (("distinct", different), ("repeated", mixed))
+    }
+    columns = {"captions-en": "captions-pt", "generated-captions-en": "generated-captions-pt"}
+
+    def step(name: str) -> Callable[[int], None]:
+        def stage(run: int) -> None:
+            output = folder / f"{name}-{run}"
+            memory_folder = folder / f"memory-{'distinct' if name == 'known' else name}-{run}"
+            stage_args = TranslateArguments(folders["distinct" if name == "known" else name], output, language="pt")
+            with TranslationMemory(memory_folder, 0, 1, translator.fingerprint) as memory:
+                process = CaptionTranslator(stage_args, columns, translator, memory)
+                run_stage(stage_args, dict.fromkeys(columns.values(), CAPTIONS), {}, process)
+            expected = {"distinct": number, "repeated": len(originals), "known": 0}[name]
+            if process.translated != expected:
+                raise RuntimeError(f"{name}: {process.translated} sentences were translated, not {expected}.")
+
+        return stage
+
+    seconds = timed_runs(
+        {name: step(name) for name in ("distinct", "repeated", "known")}, args.runs, "cpu", "translate"
+    )
+    gain, predicted = median_ratio(seconds["distinct"], seconds["repeated"]), number / len(originals)
+    return {
+        "rows_per_second": {name: rates(args.translated_rows, own) for name, own in seconds.items()},
+        "gain_memory": {"measured": gain, "predicted": predicted, "share": gain / predicted},
+        "rows": args.translated_rows, "captions_per_row": ORIGINALS + GENERATED, "repeated_share": args.repeated,
+        "translated_tokens": TRANSLATED_TOKENS, "sizes": {"width": 256, "layers": 6, "vocabulary": 13_600},
+    }  # fmt: skip
+
+
+def scaled_translator() -> Seq2SeqTranslator:
+    """Marian with random weights: opus-mt-tc-big's layers, and a quarter of its widths, heads and vocabulary."""
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *WORDS.split()])}
+    vocabulary |= {f"w{number}": number for number in range(len(vocabulary), 13_600)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+    )
+    sizes = {"d_model": 256, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": len(vocabulary)}
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
+    torch.manual_seed(0)
+    model = MarianMTModel(MarianConfig(**sizes, **ids, max_position_embeddings=512)).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = None  # every translation has the same length
+    options = {"max_new_tokens": TRANSLATED_TOKENS, "num_beams": 1, "do_sample": False}
+    return Seq2SeqTranslator(model, tokenizer, "pt", source_prefix="", options=options, identity={"model": "random"})
+
+
+def scoring(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
+    """Rate of the similarities."""
+    texts = sentences(args.scored_rows * (ORIGINALS + GENERATED))
+    dataset = write_rows(folder / "rows", caption_lists(texts, "pt"), args.scored_rows)
+    torch.manual_seed(0)
+    processor = CapivaraProcessor(CapivaraImageProcessor(), load_text_encoder()[1])
+    embedder = CapivaraEmbedder("random", CapivaraModel(CapivaraConfig()).eval(), processor, "float32")
+    process = ScoreProcess(embedder, ["captions-pt", "generated-captions-pt"], "similarities-pt", "image", 32)
+
+    def stage(run: int) -> None:
+        run_stage(StageArguments(dataset, folder / f"run-{run}"), {"similarities-pt": SIMILARITIES}, {}, process)
+
+    seconds = timed_runs({"score": stage}, args.runs, "cpu", "score")["score"]
+    return {"rows_per_second": {"score": rates(args.scored_rows, seconds)}, "rows": args.scored_rows}
+
+
+def selecting(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
+    """Rate of the choice; its report is left out."""
+    width = ORIGINALS + GENERATED
+    columns: dict[str, list] = caption_lists(sentences(args.selected_rows * width), "pt")
+    columns["similarities-pt"] = np.random.default_rng(0).random((args.selected_rows, width)).tolist()
+    dataset = write_rows(folder / "rows", columns, args.selected_rows)
+
+    def stage(run: int) -> None:
+        stage_args = SelectArguments(dataset, folder / f"run-{run}", caption_strategy="rank")
+        run_stage(stage_args, {"captions-pt": CAPTIONS}, {}, Selection(stage_args))
+
+    seconds = timed_runs({"select": stage}, args.runs, "cpu", "select")["select"]
+    return {"rows_per_second": {"select": rates(args.selected_rows, seconds)}, "rows": args.selected_rows}
+
+
+def _feature(column: str) -> Any:
+    return SIMILARITIES if column.startswith("similarities") else CAPTIONS
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """The README's tables, out of the JSON."""
+    lines = ["| stage | what | rows/s | gain | predicted | share |", "|---|---|---:|---:|---:|---:|"]
+    for part, found in results["measured"].items():
+        for name, rate in found["rows_per_second"].items():
+            gain = found.get(f"gain_{name}") or (found.get("gain_memory") if name == "repeated" else None)
+            cells = f"{gain['measured']:.2f} | {gain['predicted']:.2f} | {gain['share']:.0%}" if gain else "- | - | -"
+            lines.append(f"| {part} | {name.replace('_', ' ')} | {rate['median']:.2f} | {cells} |")
+    facts = f"Random weights, median of {results['runs']} alternating runs on {results['device']}; torch "
+    facts += f"{results['versions']['torch']}, transformers {results['versions']['transformers']}."
+    if found := results["measured"].get("generate"):
+        full = found["gain_ours"]["predicted_at_full_size"]
+        facts += (
+            f" generate: BLIP-2 in real proportions, widths / {found['divided']['widths']}, layers / "
+            f"{found['divided']['layers']}, {found['images']} images, ten prefixes, {found['new_tokens']} new tokens, "
+            f"{found['precision']}; the stage takes {found['overhead']:.1%} longer than its model's calls; the "
+            f"gain predicted at full size is {full:.2f}."
+        )
+    return "\n".join([*lines, "", facts])
+
+
+if __name__ == "__main__":
+    main()

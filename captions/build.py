@@ -1,0 +1,191 @@
+"""A caption data set from images to a folder that is ready for the Hub: all stages of a config, each resumable.
+
+    python -m captions.build --config configs/captions_pt.yaml --dataset "shards/*.tar" --output data/cc3m-pt
+    python -m captions.build --config configs/captions_pt.yaml --dataset "shards/*.tar" --output data/cc3m-pt --dry_run
+    python -m captions.build … --shard 0/4        # and 1/4, 2/4, 3/4 on other machines that see the same disk
+
+The stages generate, translate, score and select run in this order, those that the config has a section for; each writes
+OUTPUT/<number>-<stage>/<split>, and the last one's rows become OUTPUT/dataset: parquet files with a data set card. The
+same command goes on where it was interrupted. docs/your_language.md says how to write a config.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from captions.build_plan import READ, Plan, Step, read_plan
+from captions.dataset_folder import DATASET_FOLDER, write_dataset
+from captions.generate import generate
+from captions.parts import STAGE_FILE, check_complete, remove_leftovers, stage_record, unfinished
+from captions.quality_report import write_quality_report
+from captions.score import score
+from captions.select import select, write_missing_report
+from captions.sources import open_source
+from captions.stages import Shard, StageArguments, StageHelp, StageReport, run_stage
+from captions.translate import translate
+
+POLL_S = 10.0  # between looks for what other shards have done
+
+logger = logging.getLogger("capivara")
+
+
+@dataclass
+class BuildArguments:
+    config: Path = field(metadata={"help": "YAML file of the stages, such as configs/captions_pt.yaml."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "The images, in any form that a stage takes; goes before the config's."}
+    )
+    output: Path | None = field(
+        default=None, metadata={"help": "Folder of all that is made; goes before the config's."}
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "Code of the language of the captions; goes before the config's."}
+    )
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "i/n: the i-th of n shares of the work, from 0; that of the process in a launch by Accelerate or "
+            "torchrun where none is given. A shard waits for the others between stages; shard 0 makes the data set."
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check the config, say what would be done, and end."})
+
+    def __post_init__(self) -> None:
+        Shard.of(self.shard)
+
+
+class Awaited(Exception):
+    """A build can't go on before somebody has done something; the text says what."""
+
+
+def build(args: BuildArguments) -> Path | None:
+    """Run what is not done yet; returns the folder of the data set, or None where another shard makes it.
+
+    Raises:
+        Awaited: a table has to be translated.
+        ValueError: the config breaks a rule, or a folder is of other settings.
+        OSError: the disk is full; the same command goes on.
+    """
+    plan = read_plan(args.config, dataset=args.dataset, output=args.output, language=args.language)
+    shard = Shard.of(args.shard)
+    for line in described(plan):
+        logger.info("%s", line)
+    if args.dry_run:
+        return None
+    awaited = []
+    for steps in plan.steps.values():
+        try:
+            for step in steps:
+                report = run_step(step, shard)
+                logger.info("%s: %s", step.title, report)
+        except Awaited as table:  # those of all splits are written, so that they can be translated at once
+            awaited.append(str(table))
+    if awaited:
+        raise Awaited("\n".join(awaited))
+    if shard.index:
+        return None
+    return write_dataset(plan)
+
+
+def described(plan: Plan) -> list[str]:
+    """What will be done, a line a stage."""
+    lines = [
+        f"{step.title}: {_state(step)}\n    {step.args.command()}" for some in plan.steps.values() for step in some
+    ]
+    there = (plan.output / DATASET_FOLDER).is_dir()
+    return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if there else 'to be made'}"]
+
+
+def run_step(step: Step, shard: Shard) -> StageReport:
+    """One stage of one split: this shard's share, then the wait for the others."""
+    args = replace(step.args, shard=f"{shard.index}/{shard.count}")
+    if not is_done(step):
+        _run(step, args, shard)
+    if shard.index == 0 and step.name in ENDS:
+        ENDS[step.name](args)
+    remove_leftovers(args.output)
+    return check_complete(args.output)
+
+
+def _run(step: Step, args: StageArguments, shard: Shard) -> None:
+    if step.table is not None and not step.table.is_file():
+        if shard.index == 0:
+            step.table.parent.mkdir(parents=True, exist_ok=True)
+            translate(replace(args, export=step.table, import_file=None))
+        raise Awaited(
+            f"{step.table} has the sentences of {step.title}. Translate its last column, then run this again."
+        )
+    RUNS[step.name](args)
+    _wait_for_others(step, shard)
+
+
+def is_done(step: Step) -> bool:
+    """Whether a stage is complete, by the same command and from the same rows; if so its model need not be loaded."""
+    output = step.args.output
+    if not (output / STAGE_FILE).is_file() or unfinished(output):
+        return False
+    record = stage_record(output)
+    source = open_source(step.args.dataset, step.args.split, step.args.image_column, in_place=True)
+    same_rows = record["source"]["rows"] == len(source) and record["source"]["fingerprint"] == source.fingerprint()
+    return same_rows and record["command"] == step.args.command()
+
+
+def _wait_for_others(step: Step, shard: Shard) -> None:
+    said = False
+    while shard.count > 1 and unfinished(step.args.output):
+        if not said:
+            logger.info("%s: shard %d is done, and waits for the others.", step.title, shard.index)
+            said = True
+        time.sleep(POLL_S)
+
+
+def _state(step: Step) -> str:
+    output = step.args.output
+    if not (output / STAGE_FILE).is_file():
+        return "to be done"
+    left = sum(map(len, unfinished(output)))
+    return f"{left:,} rows to be done" if left else "done"
+
+
+def _read(args: StageArguments) -> None:
+    run_stage(args, {}, {}, lambda rows: [{} for _ in rows], "Rows")
+
+
+RUNS: dict[str, Callable] = {
+    "generate": generate,
+    "translate": translate,
+    "score": score,
+    "select": select,
+    READ: _read,
+}
+# What belongs to a stage that is complete, and may be missing after a kill.
+ENDS: dict[str, Callable] = {
+    "translate": lambda args: write_quality_report(args.output, args.language),
+    "select": write_missing_report,
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = HfArgumentParser(BuildArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        folder = build(args)
+    except Awaited as awaited:
+        sys.exit(f"waiting: {awaited}")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    if folder is not None:
+        print(
+            f"The data set is in {folder}; its README.md is the data set card. Train on it with --dataset {folder}, "
+            f"publish it with: hf upload YOU/NAME {folder} --repo-type dataset"
+        )
+
+
+if __name__ == "__main__":
+    main()

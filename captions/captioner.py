@@ -1,0 +1,330 @@
+"""Captions that go on from a prefix: BLIP-2 with what an image's prefixes share computed once, others by plain calls.
+
+captioner = Blip2Captioner(model, image_processor, tokenizer, Decoding(max_new_tokens=20))
+captioner.captions([image], ["a photo of", "the picture shows"])
+"""
+
+import hashlib
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    DynamicLayer,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopPLogitsWarper,
+)
+
+from captions.rows import BadRow
+
+NOT_FINITE = "no finite scores"  # reason of a `BadRow`
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are written.
+
+    Attributes:
+        max_new_tokens: of a text, at least 1.
+        micro_batch_size: texts that are generated at once, at least 1.
+        sampling: draw every token; without it the likeliest is taken, and the three below mean nothing.
+        temperature: of the draw, above 0.
+        top_p: share of the probability that is drawn from, above 0 and at most 1.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    max_new_tokens: int = 50
+    micro_batch_size: int = 160
+    sampling: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; leave out --sampling for none.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+
+    def uniforms(self, key: bytes, prefix: str) -> np.ndarray:
+        """(max_new_tokens,) in [0, 1): of seed, key and prefix alone, whatever batch, shard or machine they are on."""
+        digest = hashlib.sha256(f"{self.seed}\0{prefix}\0".encode() + key).digest()
+        return np.random.default_rng(int.from_bytes(digest, "big")).random(self.max_new_tokens, dtype=np.float32)
+
+
+class DrawnTokens(LogitsProcessor):
+    """Leaves one token of a text's scores: the one that its random number of this step falls on."""
+
+    def __init__(self, uniforms: Tensor, decoding: Decoding):
+        self.uniforms, self.temperature, self.step = uniforms, decoding.temperature, 0  # (texts, steps)
+        self.top_p = TopPLogitsWarper(decoding.top_p) if decoding.top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores = scores.float() / self.temperature  # (texts, vocabulary)
+        if self.top_p:
+            scores = self.top_p(input_ids, scores)
+        reached = scores.softmax(-1).cumsum(-1)
+        goal = self.uniforms[:, self.step, None] * reached[:, -1:]
+        token = torch.searchsorted(reached, goal, right=True).clamp(max=scores.shape[-1] - 1)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class FiniteScores(LogitsProcessor):
+    """Notes the texts with a score that is no number: what they say is noise."""
+
+    def __init__(self, texts: int, device: torch.device):
+        self.broken = torch.zeros(texts, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.broken |= scores.isnan().any(-1)
+        return scores
+
+
+class Captioner:
+    """An image-to-text model in its plain call, which encodes an image anew for every prefix.
+
+    Attributes:
+        model: in `eval()`, on the device where it shall work.
+        image_processor: gives `pixel_values`.
+        tokenizer: of prefixes and texts.
+        decoding: how texts are written.
+    """
+
+    pads = False  # whether prefixes of several lengths go into one call
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: Decoding | None = None,
+    ):
+        self.model, self.image_processor, self.tokenizer = model, image_processor, tokenizer
+        self.decoding, self.device, self.kind = decoding or Decoding(), model.device, model.config.model_type
+        config = self.writer.generation_config
+        config.max_length = None  # else `generate` warns at every call that it has two limits
+        if config.pad_token_id is None:  # a batch's texts end at different steps
+            config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @property
+    def writer(self) -> PreTrainedModel:
+        """The part whose `generate` writes the text."""
+        return self.model.text_decoder if self.kind == "blip" else self.model
+
+    def captions(
+        self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str], keys: Sequence[bytes] | None = None
+    ) -> list[list[str] | BadRow]:
+        """Every prefix, a blank and the text that goes on from it, for every image.
+
+        Args:
+            images: RGB.
+            prefixes: what captions begin with.
+            keys: one an image, which its random numbers depend on; the images' numbers where None.
+
+        Returns:
+            For every image one caption a prefix, or why it has none.
+        """
+        return self.written(self.pixels(images), prefixes, keys) if images else []
+
+    def written(
+        self, pixel_values: Tensor, prefixes: Sequence[str], keys: Sequence[bytes] | None = None
+    ) -> list[list[str] | BadRow]:
+        """`captions` of what `pixels` has prepared, (images, 3, height, width)."""
+        return [self._texts(tokens, prefixes) for tokens in self.new_tokens(pixel_values, prefixes, keys)]
+
+    def pixels(self, images: Sequence[PIL.Image.Image]) -> Tensor:
+        """(images, 3, height, width)."""
+        pixels = self.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return pixels.to(self.device, self.writer.dtype)
+
+    @torch.inference_mode()
+    def new_tokens(
+        self, pixel_values: Tensor, prefixes: Sequence[str], keys: Sequence[bytes] | None = None
+    ) -> list[list[Tensor | None]]:
+        """Token ids that go on from every prefix, for every image.
+
+        Args:
+            pixel_values: (images, 3, height, width).
+            prefixes: what captions begin with.
+            keys: as those of `captions`.
+
+        Returns:
+            For every image and prefix (steps,), end token and padding included; None where a score was no number.
+        """
+        encoded = self.encode(pixel_values)
+        prompts = [self.prompt(prefix) for prefix in prefixes]
+        keys = [str(image).encode() for image in range(len(pixel_values))] if keys is None else keys
+        found: list[list[Tensor | None]] = [[None] * len(prefixes) for _ in range(len(pixel_values))]
+        for pairs in self._micro_batches(len(pixel_values), prompts):
+            finite = FiniteScores(len(pairs), self.device)
+            processors = LogitsProcessorList([finite])
+            if self.decoding.sampling:
+                uniforms = np.stack([self.decoding.uniforms(keys[i], prefixes[p]) for i, p in pairs])
+                processors.append(DrawnTokens(torch.from_numpy(uniforms).to(self.device), self.decoding))
+            images = torch.tensor([image for image, _ in pairs], device=self.device)
+            tokens = self.continued(
+                encoded, images, [prompts[prefix] for _, prefix in pairs], logits_processor=processors,
+                max_new_tokens=self.decoding.max_new_tokens, do_sample=False, num_beams=1,
+            )  # fmt: skip
+            for (image, prefix), row, broken in zip(pairs, tokens.cpu(), finite.broken.tolist(), strict=True):
+                found[image][prefix] = None if broken else row
+        return found
+
+    def encode(self, pixel_values: Tensor) -> Any:
+        """What all prefixes of an image share: here no more than its pixels."""
+        return pixel_values
+
+    def prompt(self, prefix: str) -> list[int]:
+        """Token ids that a text begins with: the start token, and no end."""
+        config = self.model.config
+        if self.kind == "vision-encoder-decoder":
+            start = config.decoder_start_token_id
+        else:
+            start = config.text_config.bos_token_id if self.kind == "blip" else self.tokenizer.cls_token_id
+        return [start, *self.tokenizer(prefix, add_special_tokens=False)["input_ids"]]
+
+    def continued(self, encoded: Any, images: Tensor, prompts: list[list[int]], **options: Any) -> Tensor:
+        """Generate.
+
+        Args:
+            encoded: of `encode`.
+            images: (texts,), the number of each text's image.
+            prompts: one a text, all of one length unless `pads`.
+            options: of `generate`.
+
+        Returns:
+            (texts, steps), the new token ids.
+        """
+        ids = torch.tensor(prompts, device=self.device)
+        name = "decoder_input_ids" if self.kind == "vision-encoder-decoder" else "input_ids"
+        # BLIP drops the last token, which it takes for the end of a text.
+        given = torch.cat([ids, ids[:, -1:]], 1) if self.kind == "blip" else ids
+        output = self.model.generate(pixel_values=encoded[images], **{name: given}, **options)
+        return output[:, ids.shape[1] :]
+
+    def _micro_batches(self, images: int, prompts: list[list[int]]) -> Iterator[list[tuple[int, int]]]:
+        """Numbers of image and prefix, in order of the prefix's length, so that little is padded."""
+        pairs = sorted(itertools.product(range(images), range(len(prompts))), key=lambda pair: len(prompts[pair[1]]))
+        for _, group in itertools.groupby(pairs, key=lambda pair: 0 if self.pads else len(prompts[pair[1]])):
+            while batch := list(itertools.islice(group, self.decoding.micro_batch_size)):
+                yield batch
+
+    def _texts(self, tokens: list[Tensor | None], prefixes: Sequence[str]) -> list[str] | BadRow:
+        if any(row is None for row in tokens):
+            return BadRow(NOT_FINITE, "the model's scores were no numbers; bf16 and float32 reach further than fp16")
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [f"{prefix} {text.strip()}".strip() for prefix, text in zip(prefixes, texts, strict=True)]
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with room for the texts, where the library's copies all of them at every step.
+
+    Args:
+        read: the layer after the images were read, (images, heads, queries, head width).
+        images: (texts,), the number of each text's image.
+        room: positions that are to come.
+    """
+
+    def __init__(self, read: DynamicLayer, images: Tensor, room: int):
+        super().__init__()
+        self.lazy_initialization(read.keys, read.values)
+        self.length = read.keys.shape[-2]
+        self.whole = [
+            states.new_empty(len(images), states.shape[1], self.length + room, states.shape[3])
+            for states in (read.keys, read.values)
+        ]
+        for whole, states in zip(self.whole, (read.keys, read.values), strict=True):
+            whole[:, :, : self.length] = states[images]
+        self.keys, self.values = (whole[:, :, : self.length] for whole in self.whole)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        for whole, states in zip(self.whole, (key_states, value_states), strict=True):
+            whole[:, :, start : self.length] = states
+        self.keys, self.values = (whole[:, :, : self.length] for whole in self.whole)
+        return self.keys, self.values
+
+
+class Blip2Captioner(Captioner):
+    """BLIP-2, whose vision encoder, Q-Former and reading of the image run once an image.
+
+    The language model is given what the plain call gives it: the image's query block, padding, the prefix. It does not
+    look ahead, so that keys and values of the block are the same for all prefixes, and are computed before them. An
+    encoder-decoder such as T5 looks at block and prefix together and shares the block alone; its padding comes last,
+    since it counts distances across the padding.
+    """
+
+    pads = True
+
+    @property
+    def writer(self) -> PreTrainedModel:
+        return self.model.language_model
+
+    def encode(self, pixel_values: Tensor) -> tuple[Tensor, DynamicCache | None]:
+        """(images, queries, text width), and the keys and values of a language model that reads forward alone."""
+        blocks = self.model.get_image_features(pixel_values=pixel_values).pooler_output
+        if self.writer.config.is_encoder_decoder:
+            return blocks, None
+        cache = DynamicCache(config=self.writer.config)
+        self.writer.base_model(inputs_embeds=blocks, use_cache=True, **{self._cache_name: cache})
+        return blocks, cache
+
+    def prompt(self, prefix: str) -> list[int]:
+        return self.tokenizer(prefix)["input_ids"]
+
+    def continued(
+        self, encoded: tuple[Tensor, DynamicCache | None], images: Tensor, prompts: list[list[int]], **options: Any
+    ) -> Tensor:
+        blocks, cache = encoded
+        ids, mask = self.padded(prompts, left=cache is not None)
+        embeds = self.model.get_input_embeddings()(ids).to(blocks.dtype)
+        inputs_embeds = torch.cat([blocks[images], embeds], 1)  # (texts, tokens, text width)
+        attention_mask = torch.cat([mask.new_ones(len(mask), blocks.shape[1]), mask], 1)
+        if cache is not None:
+            options[self._cache_name] = own = DynamicCache()
+            own.layers = [RoomyLayer(layer, images, ids.shape[1] + options["max_new_tokens"]) for layer in cache.layers]
+        # The states of the prefixes' last tokens are a slice, for which torch would go through the vocabulary's weights
+        # once a text instead of once a batch.
+        hook = self.writer.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].contiguous(),)
+        )
+        try:
+            output = self.writer.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
+        finally:
+            hook.remove()
+        return output if cache is not None else output[:, 1:]  # an encoder-decoder's start token
+
+    def padded(self, prompts: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
+        """(texts, tokens), token ids and their mask."""
+        pad, longest = self.writer.generation_config.pad_token_id, max(map(len, prompts))
+        ids, mask = [], []
+        for prompt in prompts:
+            gap = longest - len(prompt)
+            ids.append([pad] * gap + prompt if left else prompt + [pad] * gap)
+            mask.append([0] * gap + [1] * len(prompt) if left else [1] * len(prompt) + [0] * gap)
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+
+    @property
+    def _cache_name(self) -> str:
+        """What this release of transformers calls keys and values."""
+        return "cache" if "cache" in inspect.signature(self.writer.forward).parameters else "past_key_values"
+
+
+KINDS = {"blip-2": Blip2Captioner, "blip": Captioner, "git": Captioner, "vision-encoder-decoder": Captioner}

@@ -1,0 +1,236 @@
+"""The data set card of a build: facts out of the stages' JSON, sources and licences out of the config."""
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import DatasetCardData
+
+from artifacts import read_json
+from captions.columns import CAPTION_COLUMN
+from captions.parts import StageReport
+from captions.report import escaped
+
+TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+NOT_SHOWN = re.compile(
+    r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)"
+)  # digests and long lists of settings
+MEANINGS = {
+    "image": "picture, as the bytes of its source",
+    "captions": "captions in {language}, of the source or translated",
+    "generated-captions": "captions in {language} that a model generated, or translations of such",
+    "similarities": "cosine of the image and each of its captions in {language}, captions first, then generated ones",
+    "quality": "translations into {language} that look wrong, and why",
+}
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What a stage says of itself."""
+
+    name: str
+    settings: dict[str, Any]
+    rows_in: int
+    rows_out: int
+    left_out: dict[str, int]
+    quality: dict[str, int] | None
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, name: str, record: dict[str, Any], report: StageReport, quality: Path) -> "StepFacts":
+        """Of `stage.json`, the parts, and the counts of a translation's quality."""
+        counts = None
+        if quality.is_file():
+            found = read_json(quality)
+            counts = {key: found[key] for key in ("captions", "flagged")}
+        return cls(
+            name,
+            _without_folders(record["settings"]),
+            record["source"]["rows"],
+            report.rows,
+            report.skipped,
+            counts,
+            record["versions"],
+        )
+
+
+@dataclass(frozen=True)
+class SplitFacts:
+    """A split: rows, captions that are not blank by column, and the stages that it went through."""
+
+    rows: int
+    captions: dict[str, int]
+    steps: list[StepFacts]
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """All that a card says.
+
+    Attributes:
+        card: of the config.
+        language: of the build.
+        splits: name -> facts.
+        columns: of all splits.
+    """
+
+    card: dict[str, Any]
+    language: str
+    splits: dict[str, SplitFacts]
+    columns: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def languages(self) -> list[str]:
+        """Of the captions that there are, the built one first."""
+        found = {name.split("captions-", 1)[1] for split in self.splits.values() for name in _filled(split)}
+        return sorted(found, key=lambda code: (code != self.language, code))
+
+
+def dataset_card(facts: DatasetFacts, picture: str | None) -> str:
+    """The text of the data set's README.md.
+
+    Args:
+        facts: of the build.
+        picture: file of the similarities, beside the card.
+    """
+    card, rows = facts.card, sum(split.rows for split in facts.splits.values())
+    data = DatasetCardData(
+        # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
+        language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in facts.languages)),
+        license=card["license"],
+        license_name=card.get("license_name"),
+        license_link=card.get("license_link"),
+        pretty_name=card.get("pretty_name"),
+        size_categories=[next((name for limit, name in SIZES if rows < limit), "n>10M")],
+        task_categories=["image-to-text", "zero-shot-image-classification"],
+        tags=["capivara", "image-text", *(["translated"] if _used(facts, "translate") else [])],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": name, "path": f"data/{name}-*"} for name in facts.splits],
+            }
+        ],
+    )
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=False)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**_filled_in(facts, picture))
+    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+
+
+def _filled_in(facts: DatasetFacts, picture: str | None) -> dict[str, Any]:
+    """What the template asks for; all text of others is escaped."""
+    card = facts.card
+    names = list(dict.fromkeys(name for split in facts.splits.values() for name in _filled(split)))
+    return {
+        "title": escaped(card.get("pretty_name") or f"Images with captions in {', '.join(facts.languages)}"),
+        "description": escaped(card.get("description") or "Images with captions, to train image-text models on."),
+        "attribution": escaped(card.get("attribution") or ""),
+        "sources": [{"name": _source(source), "license": escaped(source["license"])} for source in card["sources"]],
+        "captions_head": " | ".join(f"`{escaped_code(name)}`" for name in names),
+        "captions_rule": "---:|" * len(names),
+        "splits": [_split(name, split, names) for name, split in facts.splits.items()],
+        "columns": [(f"`{escaped_code(name)}`", _meaning(name)) for name in facts.columns],
+        "first_split": next(iter(facts.splits)),
+        "picture": picture,
+        "limits": _limits(facts),
+    }
+
+
+def escaped_code(name: str) -> str:
+    """A name inside backticks."""
+    return re.sub(r"[`|\s]", "_", name)
+
+
+def _split(name: str, split: SplitFacts, columns: list[str]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "rows": f"{split.rows:,}",
+        "captions": " | ".join(f"{split.captions.get(column, 0):,}" for column in columns),
+        "steps": [
+            {
+                "name": step.name,
+                "rows_in": f"{step.rows_in:,}",
+                "rows_out": f"{step.rows_out:,}",
+                "left_out": escaped(", ".join(f"{n:,} {reason}" for reason, n in step.left_out.items()) or "none"),
+                "settings": _settings(step.settings),
+            }
+            for step in split.steps
+        ],
+        "quality": [
+            f"Of {step.quality['captions']:,} translations {step.quality['flagged']:,} look wrong by their letters; "
+            "the column of their quality lists them."
+            for step in split.steps
+            if step.quality
+        ],
+    }
+
+
+def _settings(settings: dict[str, Any], prefix: str = "") -> str:
+    """Settings in words, the model first; digests and long lists are left to build.json."""
+    shown = []
+    for key, value in sorted(_leaves(settings), key=lambda leaf: not leaf[0].endswith("model")):
+        if value is None or value is False or NOT_SHOWN.search(key):
+            continue
+        shown.append(f"{key.rpartition('.')[2].replace('_', ' ')} {value}")
+    return escaped(", ".join(shown))
+
+
+def _leaves(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    leaves = []
+    for key, value in settings.items():
+        leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return leaves
+
+
+def _without_folders(settings: Any) -> Any:
+    """Settings whose paths are names: a published file names no machine's folders."""
+    if isinstance(settings, dict):
+        return {key: _without_folders(value) for key, value in settings.items()}
+    if isinstance(settings, list):
+        return [_without_folders(value) for value in settings]
+    if isinstance(settings, str):
+        kind, colon, rest = settings.rpartition(":")
+        if Path(rest).is_absolute() or rest.startswith(("~", ".")) or Path(rest).exists():
+            return kind + colon + "/".join(Path(rest).parts[-2:])
+    return settings
+
+
+def _source(source: dict[str, str]) -> str:
+    name, url = escaped(source["name"]), source.get("url", "")
+    return f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name
+
+
+def _meaning(column: str) -> str:
+    kind, _, language = next(
+        ((kind, "", column.removeprefix(kind + "-")) for kind in MEANINGS if column.startswith(kind + "-")),
+        (column, "", ""),
+    )
+    return MEANINGS.get(kind, "as in the source").format(language=f"`{escaped_code(language)}`")
+
+
+def _limits(facts: DatasetFacts) -> str:
+    said = []
+    if _used(facts, "generate"):
+        said.append("Generated captions can name what is not in the picture, and carry the bias of their model.")
+    if _used(facts, "translate"):
+        said.append(
+            "Captions were translated by machine, unless the table above says otherwise; nobody has read all of them."
+        )
+    if _used(facts, "select"):
+        said.append(
+            "What was kept is what the model that scored it finds similar: its blind spots are those of the data."
+        )
+    return " ".join([*said, "The pictures are those of the sources, with whatever bias these have."])
+
+
+def _used(facts: DatasetFacts, name: str) -> bool:
+    return any(step.name == name for split in facts.splits.values() for step in split.steps)
+
+
+def _filled(split: SplitFacts) -> list[str]:
+    return [name for name, number in split.captions.items() if number and CAPTION_COLUMN.fullmatch(name)]

@@ -1,0 +1,198 @@
+"""Captions of images, each begun by a prefix: BLIP-2 with its image encoder run once an image, or another captioner.
+
+    python -m captions.generate --dataset data/images --output data/generated
+    python -m captions.generate --dataset data/images --output data/generated --precision fp16 --shard 0/4
+
+Every row gets `generated-captions-en`: one caption a prefix, which is the prefix, a blank and the generated text. The
+ten prefixes of CAPIVARA's authors are in captions/prefixes.json; --prefixes takes another file of that form. Rows whose
+image can't be used are left out and listed. The same command goes on where it was ended, with the same captions.
+
+What an image's prefixes share is computed once: of BLIP-2 the vision encoder, the Q-Former, and the language model's
+reading of the image. BLIP, GIT and vision-encoder-decoder models encode the image anew for every prefix.
+"""
+
+import hashlib
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
+
+from artifacts import read_json
+from captions.captioner import KINDS, Captioner, Decoding
+from captions.rows import BadImage, BadRow, decode_image, image_bytes
+from captions.stages import CAPTIONS, StageArguments, StageHelp, StageReport, run_stage
+from modeling_capivara.loading import weights_digest
+
+PREFIXES = Path(__file__).parent / "prefixes.json"
+COLUMN = "generated-captions-en"
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DECODERS = 4  # threads that decode images; PIL lets them run side by side
+
+
+@dataclass
+class GenerateArguments(StageArguments):
+    model: str = field(
+        default="Salesforce/blip2-opt-2.7b-coco",
+        metadata={"help": "Folder or Hub id of a BLIP-2, BLIP, GIT or vision-encoder-decoder model of transformers."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
+    prefixes: Path = field(default=PREFIXES, metadata={"help": "JSON file of the form of captions/prefixes.json."})
+    max_new_tokens: int = field(default=50, metadata={"help": "Tokens of a generated text at most."})
+    precision: Literal["float32", "bf16", "fp16"] = field(
+        default="float32",
+        metadata={"help": "Of weights and activations; the authors had fp16, with BLIP-2's Q-Former in float32."},
+    )
+    micro_batch_size: int = field(
+        default=160, metadata={"help": "Captions that are generated at once; fewer need less memory and more time."}
+    )
+    sampling: bool = field(default=False, metadata={"help": "Draw every token at random, instead of the likeliest."})
+    temperature: float = field(default=1.0, metadata={"help": "With --sampling: above 1 is wilder, below 1 tamer."})
+    top_p: float = field(default=1.0, metadata={"help": "With --sampling: share of the probability drawn from."})
+    seed: int = field(default=0, metadata={"help": "With --sampling: seed, image and prefix determine the text."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+
+    def decoding(self) -> Decoding:
+        return Decoding(
+            self.max_new_tokens, self.micro_batch_size, self.sampling, self.temperature, self.top_p, self.seed
+        )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.prefixes = Path(self.prefixes)
+        self.decoding()  # refuses what is out of range
+
+
+def generate(args: GenerateArguments) -> StageReport:
+    """Write the parts of this shard that are missing."""
+    prefixes = read_prefixes(args.prefixes)
+    captioner = load_captioner(args)
+    settings = {
+        "model": Path(args.model).name if Path(args.model).is_dir() else args.model,  # whatever folder it is in
+        "revision": getattr(captioner.model.config, "_commit_hash", None),
+        "weights": weights_digest(captioner.model),
+        "prefixes": prefixes,
+        "max_new_tokens": args.max_new_tokens,
+        "precision": args.precision,
+        "sampling": {name: getattr(args, name) for name in ("temperature", "top_p", "seed")} if args.sampling else None,
+    }
+    process = GenerateProcess(captioner, prefixes, args.image_column)
+    return run_stage(args, {COLUMN: CAPTIONS}, settings, process, "Captions")
+
+
+def load_captioner(args: GenerateArguments) -> Captioner:
+    """The model of the arguments, from a folder or the Hub.
+
+    Raises:
+        ValueError: it is of a kind that continues no prefix, or the device is none.
+        OSError: there is no such model.
+    """
+    kind = AutoConfig.from_pretrained(args.model, revision=args.revision).model_type
+    if kind not in KINDS:
+        raise ValueError(
+            f"{args.model} is a model of the kind {kind!r}, which captions.generate does not know. Take one of "
+            f"{', '.join(KINDS)}, such as {GenerateArguments.model}."
+        )
+    device, dtype = _device(args.device), DTYPES[args.precision]
+    model = AutoModelForImageTextToText.from_pretrained(args.model, revision=args.revision, dtype=dtype)
+    return KINDS[kind](
+        model.eval().to(device),
+        AutoImageProcessor.from_pretrained(args.model, revision=args.revision),
+        AutoTokenizer.from_pretrained(args.model, revision=args.revision),
+        args.decoding(),
+    )
+
+
+def read_prefixes(path: Path) -> list[str]:
+    """What captions begin with, from a file of the form of captions/prefixes.json.
+
+    Raises:
+        ValueError: it is of another form, or holds no prefix, a blank one or one twice.
+        OSError: it can't be read.
+    """
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}. Write it as captions/prefixes.json is written.") from error
+    prefixes = content.get("prefixes") if isinstance(content, dict) else None
+    if not isinstance(prefixes, list) or not all(isinstance(prefix, str) for prefix in prefixes):
+        raise ValueError(f'{path} must hold {{"prefixes": [texts]}}, as captions/prefixes.json does.')
+    prefixes = [prefix.strip() for prefix in prefixes]
+    if not prefixes or not all(prefixes) or len(set(prefixes)) < len(prefixes):
+        raise ValueError(f"{path} must hold one prefix at least, none blank and none twice; it holds {prefixes}.")
+    return prefixes
+
+
+class GenerateProcess:
+    """Rows with an image -> their captions; what `run_stage` calls."""
+
+    def __init__(self, captioner: Captioner, prefixes: list[str], image_column: str):
+        self.captioner, self.prefixes, self.image_column = captioner, prefixes, image_column
+        self.threads = ThreadPoolExecutor(DECODERS)
+        self.any_caption = False
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+        """One result a row.
+
+        Raises:
+            ValueError: the memory does not suffice, or no image has got a caption since the start.
+        """
+        prepared = list(self.threads.map(self._prepared, rows))
+        good = [image for image in prepared if not isinstance(image, BadRow)]
+        if not good:
+            return prepared
+        try:
+            pixel_values = torch.cat([pixels for pixels, _ in good])
+            captions = self.captioner.written(pixel_values, self.prefixes, [key for _, key in good])
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ValueError(
+                f"Out of memory with {len(good)} images and {self.captioner.decoding.micro_batch_size} captions at "
+                f"once. Lower --micro_batch_size, then --batch_rows, or take --precision bf16 or fp16. ({error})"
+            ) from error
+        self.any_caption = self.any_caption or any(not isinstance(texts, BadRow) for texts in captions)
+        if not self.any_caption:
+            raise ValueError(f"No image has got a caption: {captions[0]}. Does the model work in this --precision?")
+        rest = iter(captions)
+        found = [image if isinstance(image, BadRow) else next(rest) for image in prepared]
+        return [texts if isinstance(texts, BadRow) else {COLUMN: texts} for texts in found]
+
+    def _prepared(self, row: dict[str, Any]) -> tuple[Tensor, bytes] | BadRow:
+        """Pixels (1, 3, height, width) with the digest of the file, or why there are none; the image is not kept."""
+        try:
+            data = image_bytes(row[self.image_column])
+            image = decode_image({"bytes": data, "path": row[self.image_column].get("path")})
+            image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
+            return self.captioner.pixels([image.convert("RGB")]), hashlib.sha256(data).digest()
+        except BadRow as error:
+            return error
+        except (ValueError, OSError) as error:
+            return BadImage("unreadable image", str(error))
+
+
+def _device(name: str | None) -> torch.device:
+    """The named one, or the GPU of this process of a launch, or the CPU."""
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without CUDA
+        raise ValueError(f"device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(GenerateArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        report = generate(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.output}: {report}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""The folder that a stage writes: its parts, what they were made from, and whether all of them are there.
+
+    python -c "from captions.parts import check_complete; print(check_complete('data/pt/3-score/train'))"
+
+A part is a parquet file of consecutive rows of the source, named by their numbers, with the rows that were left out in
+a list beside it. Where parts begin depends on `stage.json` alone, not on who writes them: any number of machines can
+share the work, and another number can go on with it. Nothing but the names of whole files tells what is done.
+"""
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from artifacts import read_json, write_json
+
+STAGE_FILE = "stage.json"
+IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
+NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
+DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of its stage.json
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What of a stage is done.
+
+    Attributes:
+        rows: those that were written.
+        skipped: reason -> number of the rows that were left out.
+        missing: ranges of rows that nobody has worked on yet.
+    """
+
+    rows: int
+    skipped: dict[str, int]
+    missing: list[range] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
+        left = sum(map(len, self.missing))
+        return (
+            f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out"
+            + f" ({reasons})" * bool(reasons)
+            + f", {left:,} not done yet" * bool(left)
+        )
+
+
+def all_parts(rows: int, rows_per_part: int) -> list[range]:
+    """The rows of every part of a stage."""
+    return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
+
+
+def part_path(output: Path, split: str, part: range) -> Path:
+    return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
+
+
+def skipped_path(path: Path) -> Path:
+    """Where the rows that a part goes without are listed; there is no file where there is none."""
+    return path.with_suffix(".skipped.jsonl")
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what killed runs left of parts that are there by now; other files may be of runs that go on."""
+    for path in output.glob(".*.parquet.*.tmp"):
+        if (output / re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
+            path.unlink(missing_ok=True)
+
+
+def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Make `output` the folder of this stage, or see that it is; returns the record that is there.
+
+    Raises:
+        ValueError: it is of another stage, and what differs is named, or it holds other parquet files.
+    """
+    path = output / STAGE_FILE
+    if not path.is_file():
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"The output folder {output} is a file. Choose another name.")
+        if output.is_dir() and any(output.glob("*.parquet")):
+            raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
+        write_json(path, record)  # several at once write the same; where not, the comparison below tells
+    there = read_json(path)
+    old, new = _flat(identity(there)), _flat(identity(json.loads(json.dumps(record))))
+    differences = [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{output} was made from {there['source']['name']} with other settings, and parts of two kinds must not "
+            f"mix. {'; '.join(differences)}. Give these as they were, or choose another --output."
+        )
+    return there
+
+
+def identity(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a `stage.json` two runs must have in common."""
+    kept = {key: record.get(key) for key in IDENTITY}
+    return kept | {"source": {key: value for key, value in record["source"].items() if key not in NOT_COMPARED}}
+
+
+def identity_digest(record: dict[str, Any]) -> str:
+    return blake2b(json.dumps(identity(record), sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
+    """What of some parts is done.
+
+    Raises:
+        ValueError: a part is broken, is of other settings, or has lost rows.
+    """
+    rows, skipped, missing = 0, Counter(), []
+    for part in parts:
+        path = part_path(output, record["source"]["split"], part)
+        if not path.is_file():
+            missing.append(part)
+            continue
+        written, reasons = _checked(path, record), _reasons(skipped_path(path))
+        if written + sum(reasons.values()) != len(part):
+            raise ValueError(
+                f"{path} has {written} rows and a list of {sum(reasons.values())} that were left out, of "
+                f"{len(part)}. Remove both, and go on with: {record['command']}"
+            )
+        rows, skipped = rows + written, skipped + reasons
+    return StageReport(rows, dict(skipped.most_common()), _joined(missing))
+
+
+def check_complete(output: Path | str) -> StageReport:
+    """Of a stage that is done: all its rows.
+
+    Raises:
+        ValueError: there is no stage, parts of it are missing or broken; the command that goes on is named.
+    """
+    output, record = Path(output), stage_record(output)
+    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
+    report = progress(output, record, parts)
+    if report.missing:
+        raise ValueError(missing_rows(output, record, report.missing))
+    return report
+
+
+def unfinished(output: Path) -> list[range]:
+    """Rows of a stage that nobody has worked on yet, by the names of its files alone."""
+    record = stage_record(output)
+    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
+    there = {path.name for path in output.glob("*.parquet")}
+    return _joined([part for part in parts if part_path(output, record["source"]["split"], part).name not in there])
+
+
+def check_all_there(output: Path) -> None:
+    """`check_complete` by the names of the files alone, for readers of a large folder."""
+    missing = unfinished(output)
+    if missing:
+        raise ValueError(missing_rows(output, stage_record(output), missing))
+
+
+def stage_record(output: Path | str) -> dict[str, Any]:
+    """`stage.json` of a folder. Raises ValueError where there is none."""
+    path = Path(output) / STAGE_FILE
+    if not path.is_file():
+        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
+    return read_json(path)
+
+
+def missing_rows(output: Path, record: dict[str, Any], missing: list[range]) -> str:
+    """The sentence that names them, and how to go on."""
+    named = ", ".join(f"{part.start} to {part.stop - 1}" for part in missing[:5]) + ", …" * (len(missing) > 5)
+    return (
+        f"{output} is unfinished: of its {record['source']['rows']} rows, {sum(map(len, missing))} are missing "
+        f"({named}). Other shards may be at work on them; this goes on with all of them: {record['command']}"
+    )
+
+
+def command_line(module: str, flags: dict[str, Any]) -> str:
+    """`python -m module --flag value …`, for a shell. Flags that are None, False or empty are left out."""
+    words = ["python", "-m", module]
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False and value != []:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _joined(parts: list[range]) -> list[range]:
+    """Neighbours as one range."""
+    joined: list[range] = []
+    for part in parts:
+        if joined and joined[-1].stop == part.start:
+            joined[-1] = range(joined[-1].start, part.stop)
+        else:
+            joined.append(part)
+    return joined
+
+
+def _checked(path: Path, record: dict[str, Any]) -> int:
+    """Rows of a part, which is one of this stage."""
+    try:
+        with pq.ParquetFile(path) as file:
+            digest, rows = (file.schema_arrow.metadata or {}).get(DIGEST_KEY, b""), file.metadata.num_rows
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is broken ({error}). Remove it, and go on with: {record['command']}") from error
+    if digest.decode() != identity_digest(record):
+        raise ValueError(
+            f"{path} was made with other settings than those of {STAGE_FILE} beside it, or for another stage. Remove "
+            f"it, and go on with: {record['command']}"
+        )
+    return rows
+
+
+def _reasons(path: Path) -> Counter[str]:
+    if not path.is_file():
+        return Counter()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return Counter(json.loads(line)["reason"] for line in lines)

@@ -1,0 +1,241 @@
+"""What a selection kept and what it dropped: counts, histograms of similarity, and the pictures at the cut.
+
+`captions.select` writes it into the folder `report` of its output: `report.md` to read, `selection.json` with every
+number of it, `similarities.png` and `examples.png`. It is made of one pass over the captions, without the images, so
+that it says the same however the selection was shared out, killed or resumed.
+"""
+
+import heapq
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+
+from artifacts import write_json, write_text
+from captions.columns import caption_texts
+from captions.parts import StageReport, skipped_path
+from captions.plots import Example, Histogram, one_line, plot_examples, plot_similarities
+from captions.rows import NOT_CHOSEN, BadRow, decode_image
+from captions.sources import Source, open_source
+
+if TYPE_CHECKING:
+    from captions.select import SelectArguments, Selection
+
+BINS = 200  # of cosine -1 to 1
+EXAMPLES = 6  # on either side of the cut
+CUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # of the table that helps to choose one; CAPIVARA has 0.2
+SHOWN = 300  # letters of a caption in report.md
+MARKDOWN = "\\`*_[]<>|~$#&"
+
+
+@dataclass
+class Side:
+    """Captions, or first captions, that were kept or dropped."""
+
+    count: int = 0
+    total: float = 0.0
+    lowest: float | None = None
+    highest: float | None = None
+    bins: list[int] = field(default_factory=lambda: [0] * BINS)
+
+    def add(self, similarity: float) -> None:
+        self.count, self.total = self.count + 1, self.total + similarity
+        self.lowest = similarity if self.lowest is None else min(self.lowest, similarity)
+        self.highest = similarity if self.highest is None else max(self.highest, similarity)
+        self.bins[min(max(int((similarity + 1) / 2 * BINS), 0), BINS - 1)] += 1
+
+    def facts(self) -> dict[str, Any]:
+        mean = self.total / self.count if self.count else None
+        return {"count": self.count, "mean": mean, "lowest": self.lowest, "highest": self.highest, "bins": self.bins}
+
+
+@dataclass
+class Summary:
+    """What one pass over the captions found.
+
+    Attributes:
+        kept, not_chosen: images.
+        captions, captions_kept: of the images that could be used; what occurs twice in one counts once.
+        pairs: whether kept -> first captions of such images, by similarity.
+        all: whether kept -> captions.
+        passing: cut -> images whose first caption is at least that similar.
+        at_the_cut: whether kept -> (nearness, row, caption, similarity), the nearest to the other side.
+    """
+
+    kept: int = 0
+    not_chosen: int = 0
+    captions: int = 0
+    captions_kept: int = 0
+    pairs: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})
+    all: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})
+    passing: Counter[float] = field(default_factory=Counter)
+    at_the_cut: dict[bool, list[tuple]] = field(default_factory=lambda: {True: [], False: []})
+
+    def add(self, row: int, chosen: list[str], scored: list[tuple[str, float | None]], first: float | None) -> None:
+        """An image with what was chosen of its captions, and the similarity of the first one."""
+        scored = list({text: (text, similarity) for text, similarity in reversed(scored)}.values())
+        self.kept, self.not_chosen = self.kept + bool(chosen), self.not_chosen + (not chosen)
+        self.captions, self.captions_kept = self.captions + len(scored), self.captions_kept + len(chosen)
+        if first is not None:
+            self.pairs[bool(chosen)].add(first)
+            self.passing.update(cut for cut in CUTS if first >= cut)
+        for text, similarity in scored:
+            if similarity is not None and text.strip():
+                self.all[text in chosen].add(similarity)
+                self._remember(text in chosen, row, text, similarity)
+
+    def _remember(self, kept: bool, row: int, text: str, similarity: float) -> None:
+        nearest, entry = self.at_the_cut[kept], (-similarity if kept else similarity, -row, text, similarity)
+        if not any(-entry[1] == -known[1] and text == known[2] for known in nearest):
+            (heapq.heappush if len(nearest) < EXAMPLES else heapq.heappushpop)(nearest, entry)
+
+
+def write_report(args: "SelectArguments", selection: "Selection", whole: StageReport) -> None:
+    """The folder `report` of a selection that is complete."""
+    columns = list(args.columns().values())
+    source = open_source(args.dataset, args.split, args.image_column, in_place=True)
+    names = args.renamed()
+    present = [old for old in source.columns if names.get(old, old) in columns]
+    summary, unusable = Summary(), _unusable(args.output, args.split)
+    for number, row in enumerate(source.rows(only=present)):
+        row = {names.get(old, old): row.get(old) for old in present}
+        if number not in unusable:
+            row |= {name: caption_texts(row[name], name) for name in row.keys() & set(columns[:2])}
+            summary.add(number, selection.chosen(row), selection.scored(row), selection.first(row))
+    facts = _facts(args, summary, whole)
+    examples = {kept: _examples(source, args.image_column, summary.at_the_cut[kept]) for kept in (False, True)}
+    folder = args.output / "report"
+    folder.mkdir(exist_ok=True)
+    if summary.all[True].count or summary.all[False].count:
+        plot_similarities(_histograms(args, summary), folder / "similarities.png")
+        plot_examples(examples[False], examples[True], folder / "examples.png")
+    facts["examples"] = [
+        {"row": example.row, "caption": example.caption, "similarity": example.similarity, "kept": kept}
+        for kept, found in examples.items()
+        for example in found
+    ]
+    write_json(folder / "selection.json", facts)
+    write_text(folder / "report.md", _markdown(facts))
+
+
+def escaped(text: str) -> str:
+    """Text of the data as Markdown that shows it, on one line, in a table, too."""
+    text = one_line(text, SHOWN)
+    text = "".join("\\" + letter if letter in MARKDOWN else letter for letter in text)
+    return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda mark: f"\\{mark[1]}" if mark[1] else f"{mark[2]}\\", text)
+
+
+def _unusable(output: Path, split: str) -> set[int]:
+    """Rows that were left out for another reason than the choice."""
+    rows = set()
+    for part in output.glob(f"{split}-*.parquet"):
+        if skipped_path(part).is_file():
+            lines = map(json.loads, skipped_path(part).read_text(encoding="utf-8").splitlines())
+            rows |= {line["row"] for line in lines if line["reason"] != NOT_CHOSEN}
+    return rows
+
+
+def _facts(args: "SelectArguments", summary: Summary, whole: StageReport) -> dict[str, Any]:
+    """`selection.json`, but for the examples."""
+    unusable = {reason: number for reason, number in whole.skipped.items() if reason != NOT_CHOSEN}
+    return {
+        "dataset": "/".join(Path(args.dataset).parts[-2:]),
+        "split": args.split,
+        "language": args.language,
+        "caption_strategy": args.caption_strategy,
+        "caption_count": args.caption_count,
+        "min_similarity": args.min_similarity,
+        "min_pair_similarity": args.min_pair_similarity,
+        "images": {"kept": summary.kept, "not chosen": summary.not_chosen, "can't be used": unusable},
+        "captions": {"of these images": summary.captions, "kept": summary.captions_kept},
+        "first_captions": {"kept": summary.pairs[True].facts(), "dropped": summary.pairs[False].facts()},
+        "all_captions": {"kept": summary.all[True].facts(), "dropped": summary.all[False].facts()},
+        "images_passing": {f"{cut:g}": summary.passing[cut] for cut in CUTS},
+    }
+
+
+def _histograms(args: "SelectArguments", summary: Summary) -> list[Histogram]:
+    strategy_cut = args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None
+    shown = [
+        ("Images, by their first caption", "images", summary.pairs, args.min_pair_similarity),
+        ("All captions", "captions", summary.all, strategy_cut),
+    ]
+    if summary.captions == summary.kept + summary.not_chosen and strategy_cut is None:
+        shown = shown[:1]  # one caption an image: the second would be the first
+    return [
+        Histogram(title, unit, sides[True].bins, sides[False].bins, cut)
+        for title, unit, sides, cut in shown
+        if sides[True].count or sides[False].count
+    ]
+
+
+def _examples(source: Source, image_column: str, nearest: list[tuple]) -> list[Example]:
+    """The nearest to the cut first."""
+
+    def image(row: int) -> PIL.Image.Image | None:
+        try:
+            return decode_image(source.row(row)[image_column])
+        except BadRow:
+            return None
+
+    found = sorted(nearest, reverse=True)
+    return [Example(-row, text, similarity, image(-row)) for _, row, text, similarity in found]
+
+
+def _markdown(facts: dict[str, Any]) -> str:
+    images, captions = facts["images"], facts["captions"]
+    usable = images["kept"] + images["not chosen"]
+    lines = [
+        f"# Selection of captions, {escaped(facts['language'])}",
+        "",
+        f"Data set `{facts['dataset']}`, split `{facts['split']}`, strategy `{facts['caption_strategy']}`"
+        + (f" with {facts['caption_count']}" if facts["caption_strategy"] in ("first", "rank") else "")
+        + (f" from {facts['min_similarity']:g}" if facts["caption_strategy"] in ("threshold", "diverse") else "")
+        + ", "
+        + (
+            "no pair filter."
+            if facts["min_pair_similarity"] is None
+            else f"pair filter from {facts['min_pair_similarity']:g}."
+        ),
+        "",
+        "| | read | kept | share |",
+        "|---|---:|---:|---:|",
+        f"| images | {usable:,} | {images['kept']:,} | {_share(images['kept'], usable)} |",
+        f"| captions | {captions['of these images']:,} | {captions['kept']:,} "
+        f"| {_share(captions['kept'], captions['of these images'])} |",
+        *(f"| images that can't be used: {escaped(k)} | {n:,} | 0 | |" for k, n in images["can't be used"].items()),
+    ]
+    if not facts["all_captions"]["kept"]["count"] and not facts["all_captions"]["dropped"]["count"]:
+        return "\n".join([*lines, "", "The data set has no similarities; `python -m captions.score` adds them.", ""])
+    return "\n".join([*lines, *_similarity_lines(facts, usable), ""])
+
+
+def _similarity_lines(facts: dict[str, Any], usable: int) -> Iterator[str]:
+    yield from ("", "## Similarities", "", "![Histograms of what was kept and dropped](similarities.png)", "")
+    yield from ("| | number | mean | lowest | highest |", "|---|---:|---:|---:|---:|")
+    for kind, name in (("first_captions", "first captions of images"), ("all_captions", "captions")):
+        for side in ("kept", "dropped"):
+            found = facts[kind][side]
+            if found["count"]:
+                values = " | ".join(f"{found[key]:.3f}" for key in ("mean", "lowest", "highest"))
+                yield f"| {name} {side} | {found['count']:,} | {values} |"
+    yield from ("", "Images that a pair filter would keep:", "")
+    yield from ("| `--min_pair_similarity` | images | share |", "|---|---:|---:|")
+    for cut, number in facts["images_passing"].items():
+        yield f"| {cut} | {number:,} | {_share(number, usable)} |"
+    yield from ("", "## At the cut", "")
+    yield "The most similar of what was dropped, and the least similar of what was kept."
+    yield from ("", "![Pictures with their captions](examples.png)", "")
+    yield from ("| | row | similarity | caption |", "|---|---:|---:|---|")
+    for example in facts["examples"]:
+        side, text = "kept" if example["kept"] else "dropped", escaped(example["caption"])
+        yield f"| {side} | {example['row']} | {example['similarity']:.3f} | {text} |"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else ""

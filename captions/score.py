@@ -1,0 +1,140 @@
+"""How similar every caption is to its image: cosines under a CAPIVARA model, or a CLIP of open_clip or transformers.
+
+    python -m captions.score --dataset data/translated --output data/scored --language pt --model data/openmoji/base
+    python -m captions.score --dataset data/translated --output data/scored --language pt --shard 0/4 \\
+        --model open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k
+
+Every row gets `similarities-<language>`: a number for each of `captions-<language>`, then for each of
+`generated-captions-<language>`, in their order; none where a caption is empty. `captions.select` and the caption
+strategies of the training go by them. Rows whose image can't be used, or without any caption, are left out and listed.
+The same command goes on where it ended.
+"""
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import PIL.Image
+from torch import Tensor
+from transformers import HfArgumentParser
+
+from captions.rows import BadImage, BadRow, decode_image
+from captions.stages import SIMILARITIES, StageArguments, StageHelp, StageReport, run_stage
+from embedders import Embedder, load_embedder
+
+DECODERS = 4  # threads that decode images; PIL lets them run side by side
+
+
+@dataclass
+class ScoreArguments(StageArguments):
+    language: str = field(default="pt", metadata={"help": "Language of the captions, the end of their columns' names."})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Required: folder or Hub id of a CAPIVARA model; open_clip:NAME:PRETRAINED or "
+            "open_clip:local-dir:FOLDER; or clip:FOLDER_OR_HUB_ID of transformers. It must know the language."
+        },
+    )
+    embedding_batch_size: int = field(
+        default=32, metadata={"help": "Images that go through at once; twice as many captions."}
+    )
+    precision: Literal["float32", "bf16"] = field(default="float32", metadata={"help": "bf16 is faster on most GPUs."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
+        if self.embedding_batch_size < 1:
+            raise ValueError(f"embedding_batch_size must be at least 1, got {self.embedding_batch_size}.")
+
+
+class ScoreProcess:
+    """Rows with their similarities; what `run_stage` calls.
+
+    Args:
+        embedder: the model.
+        columns: of captions, in the order of the similarities.
+        result: name of the new column.
+        image_column: of the images.
+        batch_size: images that go through at once.
+    """
+
+    def __init__(self, embedder: Embedder, columns: list[str], result: str, image_column: str, batch_size: int):
+        self.embedder, self.columns, self.result = embedder, columns, result
+        self.image_column, self.batch_size = image_column, batch_size
+        self.threads = ThreadPoolExecutor(DECODERS)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+        captions = [[text for column in self.columns for text in row.get(column) or []] for row in rows]
+        images = list(self.threads.map(self._image, rows, captions))
+        good = [place for place, image in enumerate(images) if not isinstance(image, BadRow)]
+        if not good:
+            return images
+        image_embeds = self._embedded([images[place] for place in good])
+        distinct = sorted({text for place in good for text in captions[place] if text.strip()}, key=_by_length)
+        text_embeds = self.embedder.texts(distinct, 2 * self.batch_size)  # (distinct, width)
+        number = {text: place for place, text in enumerate(distinct)}
+        results: list[dict[str, Any] | BadRow] = list(images)
+        for embed, place in zip(image_embeds, good, strict=True):
+            if not isinstance(embed, BadRow):
+                embed = {self.result: _similarities(embed, text_embeds, captions[place], number)}
+            results[place] = embed
+        return results
+
+    def _embedded(self, images: list[PIL.Image.Image]) -> list[Tensor | BadRow]:
+        """(width,) of each image; one that the model refuses must not end the work on all others."""
+        try:
+            return list(self.embedder.images(images, self.batch_size))
+        except ValueError as error:
+            if len(images) == 1:
+                return [BadImage("unreadable image", f"the model refuses it: {error}")]
+        return [embed for image in images for embed in self._embedded([image])]
+
+    def _image(self, row: dict[str, Any], captions: list[str]) -> PIL.Image.Image | BadRow:
+        if not any(text.strip() for text in captions):
+            return BadRow("no caption", f"all of {', '.join(self.columns)} are empty")
+        try:
+            return decode_image(row[self.image_column])
+        except BadImage as bad:
+            return bad
+
+
+def score(args: ScoreArguments) -> StageReport:
+    """Write the parts of this shard that are missing.
+
+    Raises:
+        ValueError: there is no caption in the language, or no such model.
+        OSError: the disk is full.
+    """
+    columns = [f"captions-{args.language}", f"generated-captions-{args.language}"]
+    embedder = load_embedder(args.model, args.device, True, args.precision, args.trust_remote_code)
+    settings = {"language": args.language, "model": args.model, "fingerprint": embedder.fingerprint}
+    result = f"similarities-{args.language}"
+    process = ScoreProcess(embedder, columns, result, args.image_column, args.embedding_batch_size)
+    return run_stage(args, {result: SIMILARITIES}, settings, process, f"Similarities, {args.language}", columns)
+
+
+def _similarities(image: Tensor, texts: Tensor, captions: list[str], number: dict[str, int]) -> list[float | None]:
+    """Cosines of one image (width,) and its captions; None where one is empty."""
+    return [float(texts[number[text]] @ image) if text.strip() else None for text in captions]
+
+
+def _by_length(text: str) -> tuple[int, str]:
+    return len(text), text
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(ScoreArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        report = score(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.output}: {report}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Keep the captions that a strategy picks and the images whose caption fits them, and show what that does.
+
+    python -m captions.select --dataset data/scored --output data/selected --language pt \\
+        --caption_strategy rank --caption_count 5 --min_pair_similarity 0.2
+
+The strategies and the pair filter are those of the training (`captions/selection.py`), under the names that it has for
+them: here the choice is made once, can be looked at, and makes the data set small. In the output `captions-<language>`
+holds what was picked, in the order of the strategy, `similarities-<language>` belongs to it, and
+`generated-captions-<language>` is empty; other languages stay as they were. Images that are left with nothing are left
+out and listed. The folder `report` in the output has the counts, the histograms, and the pictures at the cut.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import HfArgumentParser
+
+from captions.parts import StageReport, check_complete, unfinished
+from captions.report import write_report
+from captions.rows import NOT_CHOSEN, BadRow
+from captions.selection import WITH_SIMILARITIES, CaptionChoice, choose_captions, pair_passes
+from captions.stages import CAPTIONS, StageArguments, StageHelp, run_stage
+
+REPORT = Path("report") / "report.md"  # in the output; it is written last
+
+
+@dataclass
+class SelectArguments(StageArguments):
+    language: str = field(default="pt", metadata={"help": "Language of the captions, the end of their columns' names."})
+    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = field(
+        default="none",
+        metadata={
+            "help": "Which captions of an image are kept: none = the originals; first = these and the first "
+            "`caption_count` generated; all; rank = the `caption_count` most similar to the image; threshold = those "
+            "of `min_similarity` at least; diverse = of these, those unlike each other."
+        },
+    )
+    caption_count: int = field(default=5, metadata={"help": "Captions of the strategies first and rank."})
+    min_similarity: float = field(
+        default=0.2, metadata={"help": "Image-caption cosine that threshold and diverse ask for."}
+    )
+    min_pair_similarity: float | None = field(
+        default=None,
+        metadata={"help": "Leave out images whose first caption is less similar to them; all stay without."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.choice()
+        if self.min_pair_similarity is not None and not -1 <= self.min_pair_similarity <= 1:
+            raise ValueError(f"min_pair_similarity must be a number from -1 to 1, got {self.min_pair_similarity}.")
+
+    def choice(self) -> CaptionChoice:
+        return CaptionChoice(self.caption_strategy, self.caption_count, self.min_similarity)
+
+    def columns(self) -> dict[str, str]:
+        """What the choice looks at: captions, generated and similarities -> column."""
+        names = ("captions", "generated-captions", "similarities")
+        return {name: f"{name}-{self.language}" for name in names}
+
+
+class Selection:
+    """The choice of a row, for the data set and for its report.
+
+    Args:
+        args: of the command.
+    """
+
+    def __init__(self, args: SelectArguments):
+        self.args, self.choice = args, args.choice()
+        self.captions, self.generated, self.similarities = args.columns().values()
+
+    def chosen(self, row: dict[str, Any]) -> list[str]:
+        """Captions that are kept, none where the image is left out; a column that the row lacks counts as empty.
+
+        Raises:
+            BadRow: the row has no caption, or other than one similarity for each.
+        """
+        args, row = self.args, {self.captions: [], self.generated: [], **row}
+        if not any(text.strip() for text in [*row[self.captions], *row[self.generated]]):
+            raise BadRow("no caption", f"{self.captions!r} and {self.generated!r} are empty")
+        try:
+            if args.min_pair_similarity is not None and not pair_passes(row, args.language, args.min_pair_similarity):
+                return []
+            return [text for text in choose_captions(row, args.language, self.choice) if text.strip()]
+        except ValueError as error:
+            raise BadRow("no caption", f"{error}") from error
+
+    def scored(self, row: dict[str, Any]) -> list[tuple[str, float | None]]:
+        """Captions of a row with their similarities; None, also for NaN, where there is none."""
+        captions = [*(row.get(self.captions) or []), *(row.get(self.generated) or [])]
+        known = [None if value is None or math.isnan(value) else value for value in row.get(self.similarities) or []]
+        return list(zip(captions, [*known, *[None] * len(captions)], strict=False))
+
+    def first(self, row: dict[str, Any]) -> float | None:
+        """What the pair filter looks at: the similarity of the first original caption."""
+        return self.scored(row)[0][1] if row.get(self.captions) else None
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+        return [self._new_columns(row) for row in rows]
+
+    def _new_columns(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+        try:
+            chosen = self.chosen(row)
+        except BadRow as bad:
+            return bad
+        if not chosen:
+            return BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
+        of_text: dict[str, float | None] = {}
+        for text, similarity in self.scored(row):
+            of_text.setdefault(text, similarity)
+        similarities = [of_text[text] for text in chosen]
+        return {self.captions: chosen, self.generated: [], self.similarities: similarities}
+
+
+def select(args: SelectArguments) -> StageReport:
+    """Write the parts of this shard that are missing, and the report once no part of any shard is missing.
+
+    Raises:
+        ValueError: there is no such column.
+        OSError: the disk is full.
+    """
+    selection = Selection(args)
+    scored = args.caption_strategy in WITH_SIMILARITIES or args.min_pair_similarity is not None
+    settings = {
+        "language": args.language,
+        "caption_strategy": args.caption_strategy,
+        "caption_count": args.caption_count if args.caption_strategy in ("first", "rank") else None,
+        "min_similarity": args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None,
+        "min_pair_similarity": args.min_pair_similarity,
+    }
+    needed = [selection.similarities] if scored else [selection.captions, selection.generated]
+    report = run_stage(args, {selection.captions: CAPTIONS}, settings, selection, "Selection", needed)
+    if not unfinished(args.output):
+        write_missing_report(args)
+    return report
+
+
+def write_missing_report(args: SelectArguments) -> None:
+    """The report of a selection that is complete, where a run ended before it was written."""
+    if not (args.output / REPORT).is_file():
+        write_report(args, Selection(args), check_complete(args.output))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(SelectArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        report = select(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{args.output}: {report}")
+    if (args.output / REPORT).is_file():
+        print(f"Report with pictures: {args.output / REPORT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+"""One stage of building a caption data set: rows in, the same rows with more columns out, in parts written whole.
+
+    run_stage(StageArguments("images", Path("generated")), {"captions-pt": CAPTIONS}, {"model": "…"}, process)
+
+The parts of a folder (`captions.parts`) are one data set for `captions.sources.open_source`, and for the next stage.
+Machines share a stage by `--shard i/n`, with nothing between them but the file system: each writes the parts of its
+rows. What was killed goes on at the first part that is missing, so that no row is doubled or lost. Images pass through
+as their original bytes, and no more rows are in memory than are worked on at once.
+"""
+
+import argparse
+import itertools
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Features
+from tqdm.auto import tqdm
+
+from artifacts import no_space_left, package_versions
+from captions.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, SIMILARITIES, caption_texts, fitting, passed_features
+from captions.parts import (
+    DIGEST_KEY,
+    StageReport,
+    all_parts,
+    check_complete,
+    claim,
+    command_line,
+    identity_digest,
+    part_path,
+    progress,
+    remove_leftovers,
+    skipped_path,
+)
+from captions.rows import BadRow, Skipped, image_bytes, write_skipped
+from captions.sources import Source, open_source
+
+__all__ = [
+    "CAPTIONS",
+    "SIMILARITIES",
+    "Process",
+    "Shard",
+    "StageArguments",
+    "StageHelp",
+    "StageReport",
+    "caption_texts",
+    "check_complete",
+    "run_stage",
+]
+
+logger = logging.getLogger("capivara")
+
+STAGE_VERSION = 1  # of the folder's form; raise it when parts change
+ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
+# What a stage does with some rows: for each, its new columns, or why it is left out.
+Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
+
+
+class StageHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and the commands of the description on lines of their own."""
+
+
+@dataclass
+class StageArguments:
+    """What every stage is told. Raises ValueError where a value breaks its rule."""
+
+    dataset: str = field(
+        metadata={
+            "help": "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
+            "metadata.jsonl, Hub id, or the output of another stage."
+        }
+    )
+    output: Path = field(metadata={"help": "Folder of the parts; the same command goes on with an unfinished one."})
+    split: str = field(default="train", metadata={"help": "Split that is read, and that the parts are named by."})
+    image_column: str = field(default=IMAGE, metadata={"help": "Column of the images; `image` in the output."})
+    rename: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets."},
+    )
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "i/n: the i-th of n shares of the rows, from 0; that of the process in a launch by Accelerate or "
+            "torchrun where none is given. Any number of machines may share a stage, or go on with it."
+        },
+    )
+    batch_rows: int = field(default=16, metadata={"help": "Rows that are worked on at once."})
+    rows_per_part: int = field(
+        default=500, metadata={"help": "Rows of a file: at most what a kill loses, at least what a machine takes."}
+    )
+
+    def __post_init__(self) -> None:
+        self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
+        for name in ("batch_rows", "rows_per_part"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not re.fullmatch(r"\w+([.-]\w+)*", self.split):
+            raise ValueError(f"split must be a name such as train, got {self.split!r}.")
+        folder, output = Path(self.dataset).resolve(), self.output.resolve()
+        if Path(self.dataset).exists() and folder in (output, output.parent):  # its parts would be rows of the data set
+            raise ValueError(f"The output folder {self.output} is the data set or lies in it. Choose another one.")
+        Shard.of(self.shard)
+        self.renamed()
+
+    def renamed(self) -> dict[str, str]:
+        """Old name -> new name, of `rename`."""
+        pairs = [pair.split("=") for pair in self.rename]
+        names = dict(pair for pair in pairs if len(pair) == 2 and all(pair))
+        if len(names) < len(pairs) or len(set(names.values())) < len(names) or self.image_column in names:
+            raise ValueError(
+                f"rename must be different OLD=NEW such as caption=captions-en, none of the images, got {self.rename}."
+            )
+        return names
+
+    def command(self) -> str:
+        """The command of this stage for all its rows."""
+        module = type(self).__module__
+        if module == "__main__" and sys.modules["__main__"].__spec__ is not None:
+            module = sys.modules["__main__"].__spec__.name  # as `python -m` was told
+        given = asdict(self)
+        for known in fields(self):
+            default = known.default_factory() if known.default_factory is not MISSING else known.default
+            if known.name == "shard" or given[known.name] == default:
+                del given[known.name]
+        return command_line(module, given)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The `index`-th of `count` shares of the parts."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def of(cls, text: str | None) -> "Shard":
+        """Of the argument, or of the processes that Accelerate or torchrun launched.
+
+        Raises:
+            ValueError: it is no `i/n` with 0 <= i < n.
+        """
+        if text is None:
+            text = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not found or int(found[1]) >= int(found[2]):
+            raise ValueError(f"shard must be i/n with i from 0 to n - 1, such as 0/4 or 3/4; got {text!r}.")
+        return cls(int(found[1]), int(found[2]))
+
+    def of_parts(self, parts: list[range]) -> list[range]:
+        """Its share: neighbours, so that files are read in order."""
+        return parts[len(parts) * self.index // self.count : len(parts) * (self.index + 1) // self.count]
+
+
+def run_stage(
+    args: StageArguments,
+    columns: dict[str, Any],
+    settings: dict[str, Any],
+    process: Process,
+    title: str = "Rows",
+    any_of: Sequence[str] = (),
+) -> StageReport:
+    """Write the parts of this shard that are missing.
+
+    Args:
+        args: of the command.
+        columns: new column -> its feature of `datasets`. A column of the same name is replaced.
+        settings: what the new columns depend on, such as the model; a folder holds parts of the same settings only.
+        process: called with at most `args.batch_rows` rows. Their image is `{"bytes", "path"}`, undecoded but there;
+            columns of captions are lists of texts, where the source has the column. It must not depend on how rows
+            are batched, but in rounding.
+        title: of the progress bar.
+        any_of: columns of which the source must have one.
+
+    Returns:
+        Of this shard.
+
+    Raises:
+        ValueError: the folder is of other settings or another source (what differs is named), the source is an
+            unfinished stage, it lacks the images or the columns, or a shard is no shard.
+        OSError: the disk is full; the parts that are there are whole, and the same command goes on.
+    """
+    StageArguments.__post_init__(args)  # a subclass may have checks of its own in its place
+    source, features = _opened(args, columns, any_of)
+    record = claim(args.output, _record(args, source, features, settings))
+    parts = Shard.of(args.shard).of_parts(all_parts(len(source), record["rows_per_part"]))
+    try:
+        _write_missing(_Writer(args, source, features, record, process), parts, title)
+    except BaseException as error:
+        if no_space_left(error):
+            raise OSError(
+                f"No space left on the disk while writing {args.output}. What is there is whole; free some space, and "
+                "run the same command again"
+            ) from error
+        raise
+    return progress(args.output, record, parts)
+
+
+def _opened(args: StageArguments, columns: dict[str, Any], any_of: Sequence[str]) -> tuple[Source, Features]:
+    """The rows, and the columns of the output."""
+    source = open_source(args.dataset, args.split, args.image_column, in_place=True)
+    for damage in source.damaged:
+        logger.warning("A damaged archive, read up to there: %s", damage.detail)
+    passed = passed_features(source, args.image_column, args.renamed())
+    if any_of and passed.keys().isdisjoint(any_of):
+        raise ValueError(
+            f"{source.where} has no column {' or '.join(any_of)}; there are {list(passed)}. A column of another name "
+            f"becomes one by --rename OLD={any_of[0]}."
+        )
+    return source, Features(passed | columns)
+
+
+def _write_missing(writer: "_Writer", parts: list[range], title: str) -> None:
+    args = writer.args
+    with tqdm(total=sum(map(len, parts)), desc=title, unit="row") as bar:
+        for part in parts:
+            if part_path(args.output, args.split, part).is_file():
+                bar.update(len(part))
+            else:
+                writer.write(part, bar)
+    remove_leftovers(args.output)
+
+
+@dataclass
+class _Writer:
+    """Writes parts; see `run_stage`."""
+
+    args: StageArguments
+    source: Source
+    features: Features
+    record: dict[str, Any]
+    process: Process
+
+    def write(self, part: range, bar: tqdm) -> None:
+        """One part and the list of its rows that were left out, whole or not at all."""
+        path = part_path(self.args.output, self.args.split, part)
+        temporary = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}-{os.getpid()}.tmp")
+        skipped: list[Skipped] = []
+        schema = self.features.arrow_schema
+        schema = schema.with_metadata({**schema.metadata, DIGEST_KEY: identity_digest(self.record).encode()})
+        try:
+            # No dictionary and no statistics: of images they cost time and serve nobody.
+            options = {"use_dictionary": False, "write_statistics": False}
+            with temporary.open("wb") as file:
+                with pq.ParquetWriter(file, schema, **options) as parquet:
+                    rows = self._rows(part, skipped, bar)
+                    while group := list(itertools.islice(rows, ROWS_PER_GROUP)):
+                        parquet.write_table(pa.Table.from_pylist(group, schema=schema))
+                file.flush()
+                os.fsync(file.fileno())
+            if path.is_file():  # another process was quicker
+                return
+            if skipped:
+                write_skipped(skipped_path(path), skipped)
+            else:
+                skipped_path(path).unlink(missing_ok=True)  # of a killed run that left out others
+            temporary.rename(path)
+        except FileNotFoundError:
+            if not path.is_file():
+                raise
+            # Another process has written the same part meanwhile, and cleaned up.
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _rows(self, part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
+        """What is written, batch by batch; rows that are left out are appended to `skipped`."""
+        rows = itertools.islice(self.source.rows(part.start), len(part))
+        numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
+        while batch := list(itertools.islice(numbered, self.args.batch_rows)):
+            results: list[dict[str, Any] | BadRow] = [self._prepared(row) for _, row in batch]
+            good = [place for place, row in enumerate(results) if not isinstance(row, BadRow)]
+            if good:
+                done = self.process([dict(results[place]) for place in good])
+                for place, new in zip(good, done, strict=True):
+                    results[place] = new if isinstance(new, BadRow) else results[place] | new
+            for (number, _), result in zip(batch, results, strict=True):
+                if isinstance(result, BadRow):
+                    line = (self.source.name, self.source.split, number, result.reason, result.detail)
+                    skipped.append(Skipped(*line))
+                else:
+                    yield self._output(result)
+            bar.update(len(batch))
+
+    def _prepared(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+        """A row of the source with the bytes of its image, its captions as lists of texts; or what is wrong with it."""
+        names = self.args.renamed()
+        row = {names.get(old, old): value for old, value in row.items()}
+        try:
+            image = row.get(self.args.image_column)
+            row[self.args.image_column] = {
+                "bytes": image_bytes(image),
+                "path": Path(image.get("path") or "").name or None,
+            }
+            for name in row:
+                if CAPTION_COLUMN.fullmatch(name):
+                    row[name] = caption_texts(row[name], name)
+        except BadRow as bad:
+            return bad
+        return row
+
+    def _output(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = row | {IMAGE: row[self.args.image_column]}
+        if self.source.features is not None:
+            return {name: row.get(name) for name in self.features}
+        return {name: fitting(row.get(name), feature) for name, feature in self.features.items()}
+
+
+def _record(args: StageArguments, source: Source, features: Features, settings: dict[str, Any]) -> dict[str, Any]:
+    """`stage.json`."""
+    return {
+        "version": STAGE_VERSION,
+        "command": args.command(),
+        "source": {
+            "name": args.dataset,
+            "split": args.split,
+            "rows": len(source),
+            "fingerprint": source.fingerprint(),
+            "damaged": [damage.detail for damage in source.damaged],
+        },
+        "rows_per_part": args.rows_per_part,
+        "settings": settings,
+        "columns": {name: repr(feature) for name, feature in features.items()},
+        "versions": package_versions(),
+    }

@@ -1,0 +1,97 @@
+"""OpenMoji through the caption pipeline: English captions out, Portuguese ones in, scored, selected, with a card.
+
+    python -m examples.openmoji.captions
+    accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
+
+What a person does between the two runs of `captions.build`, translating the tables, is done here with the Portuguese
+Unicode names of the same emoji. The second command trains on what was selected; `python -m
+benchmarks.captions_selection` trains on the selected captions and on all of them, and compares.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import DatasetDict, load_from_disk
+from transformers import HfArgumentParser
+
+from artifacts import whole_folder, write_text
+from captions.build import Awaited, BuildArguments, build
+from captions.build_plan import read_plan
+from captions.tsv import escape, unescape
+
+CONFIG = Path("configs/openmoji_captions.yaml")
+
+
+@dataclass
+class OpenMojiCaptionsArguments:
+    source: Path = field(
+        default=Path("data/openmoji/dataset"),
+        metadata={"help": "OpenMoji data set as `examples.openmoji.prepare` makes it."},
+    )
+    config: Path = field(default=CONFIG, metadata={"help": "Config of the build."})
+
+
+def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
+    """The data set of the config; returns its folder.
+
+    Raises:
+        ValueError: the data set or the base model is missing, or a folder is of other settings.
+    """
+    if not (args.source / "dataset_dict.json").is_file():
+        raise ValueError(f"{args.source} is no data set. Make it first: python -m examples.openmoji.prepare")
+    plan = read_plan(args.config)
+    source = load_from_disk(args.source)
+    english = Path(next(iter(plan.steps.values()))[0].args.dataset)
+    if not english.exists():
+        with whole_folder(english) as folder:
+            _english(source).save_to_disk(folder)
+    try:
+        return build(BuildArguments(args.config))
+    except Awaited:
+        fill_tables([step.table for steps in plan.steps.values() for step in steps if step.table], source)
+    return build(BuildArguments(args.config))
+
+
+def fill_tables(tables: list[Path], source: DatasetDict) -> None:
+    """Put the Portuguese name of its emoji beside every English one, in those tables that are there."""
+    portuguese = {
+        row["captions-en"][0]: row["captions-pt"][0]
+        for split in source.values()
+        for row in split.select_columns(["captions-en", "captions-pt"])
+    }
+    for table in tables:
+        if table.is_file():
+            head, *lines = table.read_text(encoding="utf-8").splitlines()
+            filled = [_filled(line, portuguese) for line in lines]
+            write_text(table, "\n".join([head, *filled]) + "\n")
+
+
+def _english(source: DatasetDict) -> DatasetDict:
+    """Without Portuguese, and without English aliases: Unicode has no Portuguese ones to translate them by."""
+    official = source.remove_columns(["captions-pt"])
+    return official.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
+
+
+def _filled(line: str, portuguese: dict[str, str]) -> str:
+    name, sentence, _ = line.split("\t")
+    return f"{name}\t{sentence}\t{escape(portuguese[unescape(sentence)])}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    (args,) = HfArgumentParser(OpenMojiCaptionsArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    try:
+        folder = build_openmoji(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    report = folder.parent / "3-select" / "train" / "report" / "report.md"
+    print(
+        f"Data set: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "
+        f"--config configs/openmoji.yaml --dataset {folder}"
+    )
+
+
+if __name__ == "__main__":
+    main()

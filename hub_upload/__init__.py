@@ -1,0 +1,1 @@
+"""Publishing: the model card, the export, the upload, and the demo page."""

@@ -1,0 +1,350 @@
+"""One repository that every loader opens: transformers, open_clip, sentence-transformers and onnxruntime.
+
+    python -m hub_upload.export --model runs/openmoji-pt-001 --output repository
+    python -m hub_upload.export --model MODEL --output repository --formats transformers,open_clip,sentence_transformers
+    python -m hub_upload.export --model MODEL --output repository --recall_dataset data/openmoji/dataset
+
+A format that can read another's weights gets no copy of its own. Weights are not loaded but mapped, and what open_clip
+will read is compared with the model tensor by tensor. Nothing is written but what ALLOWED_FILES names, and no file may
+hold a path of a machine or an access token.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+
+import modeling_capivara
+from artifacts import check_free_space, check_output_folder, read_json, whole_folder, write_json, write_text
+from hub_upload.allowed_files import (
+    ALLOWED_FILES,
+    MODEL_CODE,
+    RUN_PICTURES,
+    TOKENIZER_FILES,
+    allowed_files,
+    check_contents,
+    without_private_paths,
+)
+from hub_upload.open_clip_files import (
+    OPEN_CLIP_WEIGHTS,
+    TEXT_MODEL,
+    OpenClipPlan,
+    plan_open_clip,
+    write_open_clip_config,
+    write_open_clip_weights,
+    written_tensors,
+)
+from hub_upload.sentence_transformers_files import write_sentence_transformers
+from hub_upload.source_model import (
+    WEIGHTS,
+    check_tensors,
+    mapped_model,
+    mapped_tensors,
+    read_config,
+    tensor_digests,
+    weight_files,
+)
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
+from modeling_capivara.loading import load_processor
+
+__all__ = ["ALLOWED_FILES", "FORMATS", "allowed_files", "check_contents", "export"]
+FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES)
+ONNX_SHARE = 1.3  # of the weights, that graphs in float32 and int8 take
+GIT_ATTRIBUTES = "".join(
+    f"{name} filter=lfs diff=lfs merge=lfs -text\n"
+    for name in ("*.safetensors", "*.onnx", "*.onnx.data", "tokenizer.json", "*.model", "*.png")
+)
+logger = logging.getLogger("capivara")
+
+
+@dataclass
+class ExportArguments:
+    model: Path = field(
+        metadata={"help": "Folder of a CAPIVARA model, as a training run or `save_pretrained` leaves it."}
+    )
+    output: Path = field(metadata={"help": "Folder of the repository. Must be missing or empty."})
+    formats: str = field(
+        default=",".join(FORMATS),
+        metadata={
+            "help": f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
+            "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
+            "minutes."
+        },
+    )
+    text_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where open_clip finds the text tower's configuration. The published architecture needs none: it "
+            "is that of XLM-RoBERTa base, on the Hub. For any other: a Hub id; or a folder that holds it, such as the "
+            "model's own, to be copied to text_model/ in the repository, where open_clip finds it only when started "
+            "in the downloaded folder, as local-dir:. Without it open_clip is left out."
+        },
+    )
+    repo_id: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id, OWNER/NAME, under which the repository will be published. hf-hub: of open_clip then takes "
+            "its tokenizer from there; without it, that of the text tower's Hub id."
+        },
+    )
+    recall_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Data set with images and captions, in the forms that eval.retrieval reads, on which the recall of "
+            "the int8 graphs is measured beside the float32 ones; not measured without it."
+        },
+    )
+    recall_split: str = field(default="test", metadata={"help": "Split of it."})
+    recall_language: str = field(default="pt", metadata={"help": "Language of its captions."})
+    recall_caption_column: str = field(
+        default="captions-{language}", metadata={"help": "Column of a caption or a list of captions an image."}
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the output folder."})
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and the commands of the description on lines of their own."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(ExportArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        files = export(
+            args.model, args.output, args.formats.split(","), args.text_config, args.overwrite_output_dir,
+            repo_id=args.repo_id, recall=_recall_arguments(args),
+        )  # fmt: skip
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    for name, size in files:
+        print(f"{size / 1e6:12,.2f} MB  {name}")
+    print(f"{sum(size for _, size in files) / 1e6:12,.2f} MB  in {args.output}")
+
+
+def export(
+    model: Path,
+    output: Path,
+    formats: Sequence[str] = FORMATS,
+    text_config: str | None = None,
+    overwrite: bool = False,
+    *,
+    repo_id: str | None = None,
+    recall: Any = None,
+) -> list[tuple[str, int]]:
+    """Write a repository's folder, whole or not at all.
+
+    Args:
+        model: folder of a CAPIVARA model.
+        output: the folder to be made.
+        formats: of `FORMATS`, transformers among them.
+        text_config: Hub id or folder of the text tower's configuration, for open_clip; see `text_config_source`.
+        overwrite: replace what is at `output`.
+        repo_id: where it will be published; open_clip then takes the tokenizer from there.
+        recall: `RetrievalArguments` of the data set on which int8 is measured.
+
+    Returns:
+        Path relative to the folder and size in bytes of every file, in order.
+
+    Raises:
+        ValueError: an argument is wrong, the model is broken or can't be said in a format, or a file holds a path of a
+            machine or an access token.
+        ImportError: a package that a format needs is missing.
+        OSError: the disk is full.
+    """
+    formats = _checked_formats(formats, recall)
+    check_output_folder(output, overwrite)
+    for kept in (model.resolve(), Path.cwd()):
+        if kept.is_relative_to(output.resolve()):
+            raise ValueError(f"The output folder {output} holds {kept}, which would be replaced. Choose another one.")
+    config, image_processor = read_config(model), _read_image_processor(model)
+    plan = plan_open_clip(config, image_processor, text_config, repo_id) if "open_clip" in formats else None
+    if "open_clip" in formats:
+        _tell_about_open_clip(plan, repo_id)
+    _check_space(model, output, formats, plan)
+    with whole_folder(output, overwrite) as folder:
+        _write_loaders_files(model, folder, config, formats, plan)
+        if "onnx" in formats:
+            _write_onnx(folder, recall)
+        _write_records(model, folder)
+        return _finished(folder)
+
+
+def _checked_formats(formats: Sequence[str], recall: Any) -> list[str]:
+    formats = [name.strip() for name in formats if name.strip()]
+    for name in formats:
+        if name not in FORMATS:
+            near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"There is no format {name!r}; did you mean {near}? There are {', '.join(FORMATS)}.")
+    if "transformers" not in formats:
+        raise ValueError(f"formats must hold transformers, whose files the others read, got {','.join(formats)!r}.")
+    if recall is not None and "onnx" not in formats:
+        raise ValueError("recall_dataset is for the int8 graphs of onnx; add onnx to --formats, or leave it out.")
+    if "onnx" in formats:
+        from hub_upload.onnx_files import check_packages
+
+        check_packages()
+    return formats
+
+
+def _recall_arguments(args: ExportArguments) -> Any:
+    if args.recall_dataset is None:
+        return None
+    from eval.retrieval import RetrievalArguments  # datasets and accelerate: only where something is measured
+
+    return RetrievalArguments(
+        model=str(args.model), dataset=args.recall_dataset, output=args.output, split=args.recall_split,
+        language=args.recall_language, caption_column=args.recall_caption_column,
+    )  # fmt: skip
+
+
+def _read_image_processor(model: Path) -> CapivaraImageProcessor:
+    path = model / "processor_config.json"
+    if not path.is_file():
+        raise ValueError(
+            f"The folder {model} has no processor ({path.name} is missing); save one there with "
+            "`CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`."
+        )
+    try:
+        has_code = "auto_map" in read_json(path)
+        processor = CapivaraImageProcessor.from_pretrained(model)
+    except (ValueError, TypeError, OSError) as error:
+        raise ValueError(f"The processor of {model} can't be loaded: {' '.join(str(error).split())}") from error
+    if not has_code:
+        raise ValueError(f"{path} names no code (auto_map), so nobody could load it; save the processor again.")
+    return processor
+
+
+def _tell_about_open_clip(plan: OpenClipPlan | None, repo_id: str | None) -> None:
+    if plan is None:
+        logger.info(
+            "open_clip is left out: the text tower is not XLM-RoBERTa base, so that open_clip can't take its "
+            "configuration from there. Name a Hub id that has it by --text_config; or the model's own folder, for a "
+            "repository that open_clip loads from inside its folder alone."
+        )
+    elif plan.source == TEXT_MODEL:
+        logger.info(
+            "open_clip: the text tower has no Hub id; its configuration lies in %s/. Users download the repository, "
+            "start in its folder, and load local-dir:. (hf-hub: can't find it).", TEXT_MODEL,
+        )  # fmt: skip
+    else:
+        hint = "" if repo_id else "; --repo_id makes it the repository's own"
+        logger.info(
+            "open_clip, hf-hub: configuration of the text tower from %s, tokenizer from %s%s.",
+            plan.source, plan.tokenizer, hint,
+        )  # fmt: skip
+
+
+def _check_space(model: Path, output: Path, formats: Sequence[str], plan: OpenClipPlan | None) -> None:
+    weights = sum(file.stat().st_size for file in weight_files(model))
+    check_free_space(output, int(weights * (1 + (plan is not None) + ONNX_SHARE * ("onnx" in formats))))
+
+
+def _write_loaders_files(
+    model: Path, folder: Path, config: CapivaraConfig, formats: Sequence[str], plan: OpenClipPlan | None
+) -> None:
+    """All that transformers, open_clip and sentence-transformers read."""
+    _write_weights(model, folder, config, with_open_clip=plan is not None)
+    _write_processor(model, folder)
+    try:
+        tokenizer = load_processor(folder).tokenizer  # after the weights: with them, it would be the peak of memory
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(folder), str(model))) from error
+    if plan:
+        write_open_clip_config(folder, config, plan, tokenizer)
+    if "sentence_transformers" in formats:
+        write_sentence_transformers(folder)
+
+
+def _write_weights(model: Path, folder: Path, config: CapivaraConfig, with_open_clip: bool) -> None:
+    """Configuration, code and weights, for transformers and open_clip, each compared with the model by tensor.
+
+    Memory holds one copy of the weights at a time: pages of the file that is read or compared.
+    """
+    mapped = mapped_model(model, config)
+    expected = tensor_digests(mapped.state_dict())
+    mapped.save_pretrained(folder)
+    if with_open_clip:
+        write_open_clip_weights(mapped, folder)
+    del mapped
+    check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
+    if with_open_clip:
+        check_tensors(folder / OPEN_CLIP_WEIGHTS, written_tensors(folder), expected)
+        logger.info("transformers and open_clip: %d tensors compared, all equal.", len(expected))
+
+
+def _write_processor(model: Path, folder: Path) -> None:
+    """The processor's files as they are, and all code; a path of this machine in them is made relative."""
+    for name in PROCESSOR_FILES:
+        if not (model / name).is_file():
+            continue
+        shutil.copyfile(model / name, folder / name)
+        if name.endswith("_config.json"):
+            settings = without_private_paths(read_json(model / name))
+            for told in ("is_local", "local_files_only"):  # how it was loaded, not what it is
+                settings.pop(told, None)
+            write_json(folder / name, settings)
+    package = Path(modeling_capivara.__file__).parent
+    for name in MODEL_CODE:
+        shutil.copyfile(package / name, folder / name)
+
+
+def _write_onnx(folder: Path, recall: Any) -> None:
+    from hub_upload.onnx_files import write_onnx
+
+    write_onnx(folder)
+    if recall is None:
+        logger.info("ONNX: what int8 changes was not measured; --recall_dataset names a data set for it.")
+        return
+    from hub_upload.onnx_recall import measure_int8, recall_lines
+
+    for line in recall_lines(measure_int8(folder, recall)):
+        logger.info("%s", line)
+
+
+def _write_records(model: Path, folder: Path) -> None:
+    """What the card is made of, as far as the model's folder has it; paths of this machine are made relative."""
+    results = model / "results"
+    if not results.is_dir() and model.name.startswith("seed-"):
+        results = model.parent / "results"  # of all seeds of a run
+    records = {f"results/{path.name}": path for path in sorted(results.glob("*.json"))}
+    if (model / "run.json").is_file():
+        records["run.json"] = model / "run.json"
+    for name, path in records.items():
+        try:
+            write_json(folder / name, without_private_paths(read_json(path)))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    for name in ("README.md", "LICENSE"):
+        if (model / name).is_file():
+            shutil.copyfile(model / name, folder / name)
+    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
+    for path in sorted(model.glob("*.png")):
+        if path.name in RUN_PICTURES or path.name in card:
+            shutil.copyfile(path, folder / path.name)
+    write_text(folder / ".gitattributes", GIT_ATTRIBUTES)
+
+
+def _finished(folder: Path) -> list[tuple[str, int]]:
+    """Name and bytes of all files, which may all leave this machine and can be read by others."""
+    check_contents(folder)
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    if surplus := set(names) - set(allowed_files(folder)):
+        raise ValueError(f"{', '.join(map(str, sorted(surplus)))} would be written, which ALLOWED_FILES does not name.")
+    for name in names:
+        (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
+    return [(name.as_posix(), (folder / name).stat().st_size) for name in names]
+
+
+if __name__ == "__main__":
+    main()

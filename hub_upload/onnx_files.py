@@ -1,0 +1,250 @@
+"""ONNX's part of a repository: each tower as a graph of its own, in float32 and in int8, compared with the model.
+
+    onnx/vision_model.onnx  pixel_values (images, 3, side, side)               -> image_embeds (images, width)
+    onnx/text_model.onnx    input_ids, attention_mask (texts, tokens), int64   -> text_embeds (texts, width)
+
+Embeddings have unit length. Float32 weights lie beside their graph in `.onnx.data`; an int8 graph is one file.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from artifacts import package_versions, write_json
+from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.convert_open_clip import random_images, random_texts
+from modeling_capivara.loading import load_model, load_processor
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-4  # of an embedding's numbers between model and float32 graph; they differ by some 1e-7
+# Embeddings (Gather), too: they are most of a multilingual text tower. Convolutions stay float32: quantised by the
+# range of each batch they lose the image (worst cosine 0.56 with EfficientNet-Lite0's, whose weights are 16 MB).
+QUANTISED_OPERATIONS = ("MatMul", "Gemm", "Gather")
+WORTH_IT = 0.8  # an int8 graph whose weights take more than this share of the float32 bytes is not kept
+METHOD = (
+    "dynamic quantisation by onnxruntime: weights in 8 bits with a scale and a zero point a channel, activations by "
+    "the range of each batch"
+)
+logger = logging.getLogger("capivara")
+
+
+class VisionTower(nn.Module):
+    """Images to embeddings of unit length."""
+
+    def __init__(self, model: CapivaraModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).image_embeds
+
+
+class TextTower(nn.Module):
+    """Tokens to embeddings of unit length."""
+
+    def __init__(self, model: CapivaraModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).text_embeds
+
+
+@dataclass
+class OnnxModel:
+    """Both graphs in onnxruntime, on the CPU, behind the model's own processor.
+
+    Attributes:
+        processor: the model's.
+        vision: path of the image tower's graph.
+        text: path of the text tower's graph.
+    """
+
+    processor: CapivaraProcessor
+    vision: Path
+    text: Path
+
+    def __post_init__(self) -> None:
+        self._vision, self._text = _session(self.vision), _session(self.text)
+
+    def embed_images(self, images: list[Image.Image]) -> Tensor:
+        """(images, width), unit length."""
+        pixels = self.processor(images=images, return_tensors="np")["pixel_values"]
+        return torch.from_numpy(self._vision.run(None, {"pixel_values": pixels.astype(np.float32)})[0])
+
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """(texts, width), unit length."""
+        batch = self.processor(text=list(texts), return_tensors="np")
+        inputs = {name: batch[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+        return torch.from_numpy(self._text.run(None, inputs)[0])
+
+
+def check_packages() -> None:
+    """Raise ImportError where a package that ONNX needs is missing."""
+    if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
+        raise ImportError(
+            f"{' and '.join(missing)} missing: pip install {' '.join(missing)}, or 'capivara[onnx]'; or leave onnx out "
+            "of --formats."
+        )
+
+
+def write_onnx(folder: Path) -> dict[str, Any]:
+    """Write the graphs of the model in `folder` to its `onnx/`, and `onnx/quantisation.json` about the int8 ones.
+
+    Returns:
+        The content of that file: for every graph its bytes, and for int8 the lowest cosine to the model.
+
+    Raises:
+        ValueError: a float32 graph differs from the model by more than `TOLERANCE`.
+    """
+    model, processor = load_model(folder).eval(), load_processor(folder)
+    onnx = folder / "onnx"
+    onnx.mkdir()
+    side = processor.image_processor.crop_size["height"]
+    batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
+    pixels = {"pixel_values": torch.zeros(2, 3, side, side)}
+    _write_graph(VisionTower(model), pixels, {"pixel_values": {0: batch}}, "image_embeds", onnx / "vision_model.onnx")
+    tokens = {name: torch.ones(2, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    shapes = {name: {0: batch, 1: length} for name in tokens}
+    _write_graph(TextTower(model), tokens, shapes, "text_embeds", onnx / "text_model.onnx")
+    facts: dict[str, Any] = {"method": METHOD, "operations": list(QUANTISED_OPERATIONS), "graphs": {}}
+    for kind in ("vision", "text"):
+        facts["graphs"] |= _quantised(onnx, kind)
+    _compare(model, processor, onnx, facts["graphs"])
+    facts |= {"recall": None, "versions": {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}}
+    write_json(onnx / "quantisation.json", facts)
+    return facts
+
+
+def graphs(folder: Path, precision: str) -> dict[str, Path]:
+    """Tower -> graph in "float32" or "int8"; the float32 one stands in where a tower has none in int8."""
+    suffix = {"float32": "", "int8": "_int8"}[precision]
+    found = {}
+    for kind in ("vision", "text"):
+        path = folder / "onnx" / f"{kind}_model{suffix}.onnx"
+        found[kind] = path if path.is_file() else folder / "onnx" / f"{kind}_model.onnx"
+    return found
+
+
+def _write_graph(tower: nn.Module, inputs: dict[str, Tensor], shapes: dict, output: str, path: Path) -> None:
+    """Export one tower.
+
+    Args:
+        tower: to be put in evaluation mode here: the exporter restores what it finds, and would leave dropout on.
+        inputs: an example.
+        shapes: input -> dimension -> its name; the others are fixed.
+        output: name of the result.
+        path: of the graph; its weights come beside it.
+    """
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            tower.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, input_names=list(inputs),
+            output_names=[output], verbose=False,
+        )  # fmt: skip
+        program.save(path, external_data=True)
+    _strip(path)
+
+
+def _strip(path: Path) -> None:
+    """Take the exporter's notes out of a graph: they hold the stack of every operation, with this machine's paths."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    owners = [model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]
+    for function in model.functions:
+        owners += [function, *function.node, *function.value_info]
+    for owner in owners:
+        owner.ClearField("metadata_props")
+        owner.ClearField("doc_string")
+    onnx.save(model, path)
+
+
+def _quantised(onnx: Path, kind: str) -> dict[str, dict[str, int]]:
+    """Make a tower's int8 graph, unless it would save little; name of each graph that there is -> its bytes."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    source, target = onnx / f"{kind}_model.onnx", onnx / f"{kind}_model_int8.onnx"
+    with _quiet():
+        # Unsigned: a processor without 8-bit dot products clips the products of signed weights.
+        quantize_dynamic(
+            source, target, op_types_to_quantize=list(QUANTISED_OPERATIONS), per_channel=True,
+            weight_type=QuantType.QUInt8,
+        )  # fmt: skip
+    share = _weight_bytes(target) / _weight_bytes(source)
+    if share > WORTH_IT:
+        target.unlink()
+        logger.info(
+            "ONNX: no int8 graph of the %s tower. Convolutions stay float32, and the rest would save %.0f %% of it.",
+            kind, 100 * (1 - share),
+        )  # fmt: skip
+    files = [path for path in (source, target) if path.is_file()]
+    return {path.name: {"bytes": sum(part.stat().st_size for part in onnx.glob(f"{path.name}*"))} for path in files}
+
+
+def _weight_bytes(path: Path) -> int:
+    import onnx
+
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    sizes = {kind: onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize for kind in {t.data_type for t in tensors}}
+    return sum(int(np.prod(tensor.dims)) * sizes[tensor.data_type] for tensor in tensors)
+
+
+@torch.inference_mode()
+def _compare(model: CapivaraModel, processor: CapivaraProcessor, onnx: Path, found: dict[str, dict]) -> None:
+    """Add to every graph its distance to the model on random images and texts, one alone and all at once."""
+    images, texts = random_images(), random_texts()
+    # An image alone, a short text alone, and all of them: other sizes than the exporter has seen.
+    expected = {
+        "vision": [model(**processor(images=some, return_tensors="pt")).image_embeds for some in (images, images[:1])],
+        "text": [model(**processor(text=some, return_tensors="pt")).text_embeds for some in (texts, texts[:1])],
+    }
+    for precision in ("float32", "int8"):
+        paths = graphs(onnx.parent, precision)
+        runs = OnnxModel(processor, paths["vision"], paths["text"])
+        embeds = {"vision": [runs.embed_images(some) for some in (images, images[:1])]}
+        embeds["text"] = [runs.embed_texts(some) for some in (texts, texts[:1])]
+        for kind, path in paths.items():
+            ours, theirs = torch.cat(expected[kind]), torch.cat(embeds[kind])
+            if path.name.endswith("_int8.onnx"):
+                found[path.name]["lowest_cosine"] = (ours * theirs).sum(dim=-1).min().item()
+                continue
+            difference = (ours - theirs).abs().max().item()
+            if not difference <= TOLERANCE:  # also when it is not a number
+                raise ValueError(
+                    f"The graph {path.name} differs from the model by {difference:.3g}, above {TOLERANCE:g}; nothing "
+                    "was kept. Leave onnx out of --formats."
+                )
+            found[path.name]["largest_difference"] = difference
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's and the quantiser's remarks on their own workings."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,83 @@
+"""What int8 costs: recall of the float32 and the int8 graphs on the same captions and images, by eval's own measure."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from artifacts import device_description, read_json, write_json
+from embedders import PlainEmbedder
+from eval.embeddings import EmbeddingStore
+from eval.results import digest_of
+from eval.retrieval import PROTOCOL, RetrievalArguments, RetrievalEmbeddings, dataset_name, load_data, retrieval_records
+from hub_upload.onnx_files import OnnxModel, graphs
+from modeling_capivara.loading import load_processor
+
+
+def measure_int8(folder: Path, args: RetrievalArguments) -> dict[str, Any]:
+    """Measure the recall of both precisions and write it to `onnx/quantisation.json` of a repository.
+
+    Args:
+        folder: the repository's, with `onnx/` in it.
+        args: data set, split, language and columns; the model and the output are not looked at.
+
+    Returns:
+        What was added to the file as `recall`: about the data, and for "float32" and "int8" direction -> metric ->
+        share from 0 to 1.
+
+    Raises:
+        ValueError: as `eval.retrieval.load_data`.
+    """
+    data, processor = load_data(args), load_processor(folder)
+    found: dict[str, Any] = {
+        "dataset": dataset_name(args.dataset),
+        "dataset_fingerprint": digest_of([data.images.digest, data.captions]),
+        "split": args.split,
+        "language": args.language,
+        "protocol": PROTOCOL,
+        "device": device_description(),
+    }
+    for precision in ("float32", "int8"):
+        paths = graphs(folder, precision)
+        runs = OnnxModel(processor, paths["vision"], paths["text"])
+        store = EmbeddingStore(_embedder(runs, precision), None, args.batch_size)
+        try:
+            embeddings, images = data.embedded(store)
+        finally:
+            store.close()
+        found |= {"images": len(images.rows), "captions": len(embeddings.text_embeds)}
+        found[precision] = _recalls(embeddings, args.recall_at)
+    path = folder / "onnx" / "quantisation.json"
+    write_json(path, {**read_json(path), "recall": found})
+    return found
+
+
+def _recalls(embeddings: RetrievalEmbeddings, cutoffs: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Direction -> metric -> share."""
+    facts = dict.fromkeys(("dataset", "split", "language", "model", "model_folder"), "")
+    found: dict[str, dict[str, float]] = {"text_to_image": {}, "image_to_text": {}}
+    for record in retrieval_records(embeddings, cutoffs, **facts):
+        if record.metric != "median_rank":
+            found[record.direction][record.metric] = record.value
+    return found
+
+
+def recall_lines(recall: dict[str, Any]) -> list[str]:
+    """The change of mean recall in words, one line a direction."""
+    lines = []
+    for direction, before in recall["float32"].items():
+        exact, rounded = 100 * before["mean_recall"], 100 * recall["int8"][direction]["mean_recall"]
+        lines.append(
+            f"int8, {direction.replace('_', '-')}: mean recall {rounded:.2f} % against {exact:.2f} % in float32, "
+            f"{rounded - exact:+.2f} points ({recall['images']} images, {recall['dataset']} {recall['split']})"
+        )
+    return lines
+
+
+def _embedder(runs: OnnxModel, precision: str) -> PlainEmbedder:
+    """The graphs, as eval takes a model; nothing it computes is kept, so the fingerprint need only differ."""
+    fingerprint = hashlib.blake2b(f"onnx {precision}".encode(), digest_size=16).hexdigest()
+    # "float32" is the autocast of torch, which has no part in it.
+    return PlainEmbedder("onnx", torch.device("cpu"), "float32", fingerprint, runs.embed_images, runs.embed_texts)

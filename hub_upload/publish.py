@@ -1,0 +1,103 @@
+"""A training run on the Hub: its right to write, checked before the run; its repository, made and pushed after it.
+
+No fault of a push costs the run anything: it is told in one line, with the way out.
+"""
+
+import inspect
+import logging
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import HfApi
+
+from hub_upload.card import write_card
+from hub_upload.export import export
+from hub_upload.push import NO_TOKEN, push
+from hub_upload.push_plan import check_visibility, plan
+from hub_upload.remote import PushError, check_repo_id, hub_errors, look, one_line, plain, plain_line, tried, user_name
+
+REPOSITORY = "repository"  # folder in that of the run, until it is on the Hub
+CHECKPOINTS = "checkpoints"  # branch
+FORMATS = ("transformers", "open_clip", "sentence_transformers")  # onnx takes minutes, and packages of its own
+logger = logging.getLogger("capivara")
+
+
+def check_access(repo_id: str, private: bool = False) -> None:
+    """Make sure, before hours of work, that a model can be pushed; the repository is made where there is none.
+
+    Raises:
+        ValueError: the name is not one of the Hub.
+        PushError: there is no token, it is refused, it may not write, or the repository is public and should not be.
+    """
+    check_repo_id(repo_id)
+    if user_name(repo_id, "model") is None:
+        raise PushError(NO_TOKEN)
+    remote, api = look(repo_id, "model", "main"), HfApi()
+    check_visibility(repo_id, remote, private)
+    with hub_errors(repo_id, "model"):
+        if not remote.exists:
+            api.create_repo(repo_id, private=private or None)
+        elif "write" in inspect.signature(api.auth_check).parameters:  # not in the first releases of 2.x
+            tried(lambda: api.auth_check(repo_id, write=True))
+
+
+def publish_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
+    """Make the repository of a finished run, with its card, and push it.
+
+    Args:
+        run: folder of the run. The repository stays in it where the push fails, to be pushed later.
+        repo_id: owner/name.
+        private: whether a new repository is.
+        card_language: "en" or "pt".
+
+    Returns:
+        Whether the Hub has it now.
+    """
+    repository = run / REPOSITORY
+    words = ["python", "-m", "hub_upload.push", "--model", str(repository), "--repo-id", repo_id, "--push"]
+    try:
+        export(run, repository, FORMATS, overwrite=True, repo_id=repo_id)
+        write_card(repository, repo_id, card_language)
+        url = push(plan(repository, repo_id, private=private))
+    except (Exception, KeyboardInterrupt) as error:  # of whatever kind: the run is complete, and must not seem to fail
+        way_out = "Make its repository by `python -m hub_upload.export`, and push that by `python -m hub_upload.push`."
+        if repository.is_dir():
+            way_out = f"Push it later: {shlex.join(words + ['--private'] * private)}"
+        logger.warning("NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, _said(error), run, way_out)
+        return False
+    shutil.rmtree(repository, ignore_errors=True)
+    logger.info("Pushed to %s.", plain_line(url)) if url else logger.info("%s has all of it already.", repo_id)
+    return True
+
+
+def publish_checkpoint(save: Callable[[Path], None], folder: Path, repo_id: str, step: int) -> bool:
+    """Push the model as it is after a step to the branch `checkpoints`, one commit a checkpoint.
+
+    Args:
+        save: writes a model folder.
+        folder: where there is room for it, twice.
+        repo_id: owner/name, of a repository that exists.
+        step: for the title of the commit.
+
+    Returns:
+        Whether the Hub has it now; the run goes on in any case.
+    """
+    try:
+        with TemporaryDirectory(dir=folder, prefix="tmp-hub-") as temporary:
+            save(Path(temporary) / "model")
+            export(Path(temporary) / "model", Path(temporary) / REPOSITORY, ("transformers",))
+            push(plan(Path(temporary) / REPOSITORY, repo_id, revision=CHECKPOINTS, message=f"Step {step}"))
+    except Exception as error:  # of whatever kind: the run matters more
+        logger.warning("Step %s was not pushed to %s: %s The run goes on.", step, repo_id, _said(error))
+        return False
+    logger.info("Pushed step %s to the branch %s of %s.", step, CHECKPOINTS, repo_id)
+    return True
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "Stopped."
+    return " ".join(plain(str(error)).split()) if isinstance(error, ValueError | OSError) else one_line(error)

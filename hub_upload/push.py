@@ -1,0 +1,204 @@
+"""Send a model or data set folder to the Hugging Face Hub, in one commit; without --push, show what it would change.
+
+    python -m hub_upload.export --model runs/mine --output repository   # the folder that is sent
+    python -m hub_upload.push --model repository --repo-id my-name/my-model
+    python -m hub_upload.push --model repository --repo-id my-name/my-model --push --private --tag v1.0
+    python -m hub_upload.push --model repository --repo-id an-org/its-model --push --pull-request
+    python -m hub_upload.push --model data/mine --repo-id my-name/my-data --repo-type dataset --push
+
+The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` has saved. Only files that belong to a model or a
+data set are sent; files on the Hub that the folder does not have stay. After a broken connection, run the same command
+again: files that have arrived are not sent a second time, and what has not changed makes no commit.
+"""
+
+import argparse
+import sys
+import time
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub.errors import HTTPError
+from transformers import HfArgumentParser
+
+from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, check_visibility, plan, readable_size, report
+from hub_upload.remote import (
+    WAITS_S,
+    PushError,
+    explained,
+    files_at,
+    hub_errors,
+    is_passing,
+    look,
+    newer_commits,
+    one_line,
+    plain,
+    plain_line,
+)
+
+NO_TOKEN = "There is no token. Save one that may write by `hf auth login`, or set HF_TOKEN."
+
+
+def push(planned: PushPlan) -> str | None:
+    """Send what was planned, in one commit.
+
+    Returns:
+        The address of the commit or pull request; None where the Hub has everything, and no commit was made.
+
+    Raises:
+        PushError: it was not made, or not as planned; the message has the way out.
+    """
+    args = planned.args
+    with hub_errors(args.repo_id, args.repo_type):
+        if get_token() is None:
+            raise PushError(NO_TOKEN)
+        parent = _made_ready(planned)
+        commit = _checked_commit(planned, parent) if planned.makes_commit else None
+        if planned.makes_tag:
+            _tag(planned, commit.oid if commit else parent)
+    return None if commit is None else commit.pr_url or commit.commit_url
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = _Parser(PushArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
+    try:
+        args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if rest:
+            names = [word.split("=")[0] for word in rest if word.startswith("-")] or ["a value without a flag"]
+            raise ValueError(f"Unknown: {', '.join(names)}. --help lists all flags; a token is not given by one.")
+        options = {name: value for name, value in vars(args).items() if name not in ("model", "repo_id")}
+        planned = plan(args.model, args.repo_id, **options)
+        print(report(planned), flush=True)
+        _finish(planned)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {plain(str(error))}")
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on: files that have arrived are not sent again.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _finish(planned: PushPlan) -> None:
+    """Push if it was asked for, and say what was done."""
+    args, sent = planned.args, planned.sent
+    if not (planned.makes_commit or planned.makes_branch or planned.makes_tag):
+        print("The Hub has all of it already; there is nothing to send.")
+        return
+    if not args.push:
+        size = readable_size(sum(file.size for file in sent))
+        print(f"Nothing was sent. With --push, {len(sent)} files ({size}) are sent in one commit.")
+        return
+    url = push(planned)
+    print(f"Pushed in one commit: {plain_line(url)}" if url else "All files were there already; no commit was made.")
+    if planned.makes_tag:
+        print(f"Tagged {args.tag}.")
+
+
+def _made_ready(planned: PushPlan) -> str:
+    """Make repository and branch where they are missing; returns the commit to go on from."""
+    args, remote, api = planned.args, planned.remote, HfApi()
+    if not remote.exists:
+        api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None)
+        remote = look(args.repo_id, args.repo_type, args.revision)
+        check_visibility(args.repo_id, remote, args.private)
+    if remote.head is None:
+        api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
+    return str(remote.start)
+
+
+def _checked_commit(planned: PushPlan, parent: str) -> CommitInfo:
+    """The commit, of which the Hub's list of files says that all has arrived."""
+    args = planned.args
+    additions = [CommitOperationAdd(file.path, str(file.source)) for file in planned.sent]
+    deletions = [CommitOperationDelete(path, is_folder=False) for path in planned.deleted]
+    commit = _committed(planned, [*additions, *deletions], parent)
+    for file, addition in zip(planned.sent, additions, strict=True):
+        file.sha256 = addition.upload_info.sha256.hex()  # known by now: a large file is not read once more
+    there = files_at(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
+    missing = [file.path for file in planned.sent if not file.equals(there.get(file.path))]
+    if missing:
+        raise PushError(
+            f"The commit was made ({commit.commit_url}), but without {', '.join(missing[:SHOWN])}. Has the repository "
+            "a .gitignore that leaves it out, or did the folder change meanwhile?"
+        )
+    return commit
+
+
+def _committed(planned: PushPlan, operations: list, parent: str) -> CommitInfo:
+    """The commit on top of `parent`, tried again where the line broke or the Hub was in trouble.
+
+    It may have been made all the same, so the Hub is asked before the next try. Uploads are repeated by the client.
+    """
+    args = planned.args
+    for wait in (*WAITS_S, None):
+        try:
+            return HfApi().create_commit(
+                args.repo_id, operations, commit_message=args.message or _title(planned), repo_type=args.repo_type,
+                revision=args.revision, create_pr=args.pull_request, parent_commit=parent,
+            )  # fmt: skip
+        except (HTTPError, OSError) as error:
+            if getattr(getattr(error, "response", None), "status_code", None) == 412:
+                raise PushError(_overtaken(planned, parent)) from None
+            if args.pull_request and is_passing(error):
+                raise PushError(
+                    f"{one_line(error)} Whether the pull request was opened is not known: look at the page of "
+                    f"{args.repo_id} before you run the same command again."
+                ) from None
+            if wait is None or not is_passing(error):
+                raise
+            print(f"{one_line(error)} Trying again in {wait} s.", file=sys.stderr)
+        time.sleep(wait)
+        if made := _made_by_now(planned, parent):
+            return made
+    raise AssertionError("the last try returns or raises")
+
+
+def _made_by_now(planned: PushPlan, parent: str) -> CommitInfo | None:
+    """The commit of a try whose answer was lost; None where the branch is as it was."""
+    args = planned.args
+    remote = look(args.repo_id, args.repo_type, args.revision)
+    if remote.head == parent:
+        return None
+    arrived = all(file.equals(remote.files.get(file.path)) for file in planned.sent)
+    if not arrived or {*planned.deleted} & {*remote.files}:
+        raise PushError(_overtaken(planned, parent))
+    kind = constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, "")
+    url = f"{constants.ENDPOINT}/{kind}{args.repo_id}/commit/{remote.head}"
+    return CommitInfo(commit_url=url, commit_message="", commit_description="", oid=str(remote.head))
+
+
+def _overtaken(planned: PushPlan, parent: str) -> str:
+    args = planned.args
+    newer = newer_commits(args.repo_id, args.repo_type, args.revision, parent)
+    return (
+        f"{args.repo_id} ({args.revision}) was changed meanwhile (412)"
+        + (f" by {newer}" if newer else "")
+        + ". Nothing of yours was committed. Run the command without --push to see what is there, then with it."
+    )
+
+
+def _tag(planned: PushPlan, commit: str) -> None:
+    args = planned.args
+    try:
+        HfApi().create_tag(args.repo_id, tag=str(args.tag), revision=commit, repo_type=args.repo_type)
+    except (HTTPError, OSError) as error:
+        reason = explained(error, args.repo_id, args.repo_type)
+        raise PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
+
+
+def _title(planned: PushPlan) -> str:
+    """Of the commit, where none was given."""
+    names = [file.path for file in planned.sent] + planned.deleted
+    verb = "Update" if planned.changed else "Add" if planned.added else "Delete"
+    return f"{verb} {names[0]}" if len(names) == 1 else f"{verb} {len(names)} files"
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> None:
+        """One line, in which no value is a token."""
+        self.exit(2, f"error: {plain(message)} (--help lists all)\n")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and the commands of the description on lines of their own."""
+
+
+if __name__ == "__main__":
+    main()

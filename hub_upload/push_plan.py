@@ -1,0 +1,325 @@
+"""What a push would change: the files of a folder against those of a repository, by their hashes, and the card."""
+
+import difflib
+import hashlib
+import mmap
+import re
+import struct
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub.hf_api import RepoFile
+
+from hub_upload.allowed_files import allowed_files, check_contents
+from hub_upload.remote import (
+    TOKEN,
+    PushError,
+    Remote,
+    check_repo_id,
+    known_tokens,
+    look,
+    plain_line,
+    remote_text,
+    user_name,
+)
+
+CARD = "README.md"
+HUBS_OWN = {".gitattributes"}  # made by the Hub in every repository
+DATA_SUFFIXES = {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".png", ".jpg", ".jpeg", ".webp"}
+DATA_NAMES = {CARD, "LICENSE", "LICENSE.txt", "LICENSE.md"}
+READABLE = {".json", ".jsonl", ".md", ".py", ".txt", ".yaml", ".csv", ".tsv", ".html"}  # searched for tokens
+REF_NAME = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$|[./]$))[A-Za-z0-9_][\w.+/-]{0,200}")
+PULL_REQUEST = re.compile(r"refs/pr/\d+")
+SHOWN = 20  # names of one kind
+
+
+@dataclass
+class PushArguments:
+    model: Path = field(metadata={"help": "Folder to send: of a model or, with --repo-type dataset, of a data set."})
+    repo_id: str = field(metadata={"help": "Repository on the Hub, owner/name. It is made where there is none."})
+    push: bool = field(default=False, metadata={"help": "Send it. Without this flag nothing is changed on the Hub."})
+    repo_type: Literal["model", "dataset"] = field(default="model", metadata={"help": "Kind of the repository."})
+    revision: str = field(
+        default="main",
+        metadata={"help": "Branch, made from main where it is missing; or an open pull request, as refs/pr/1."},
+    )
+    pull_request: bool = field(default=False, metadata={"help": "Open a pull request to main instead of changing it."})
+    private: bool = field(default=False, metadata={"help": "Make a new repository private; a public one is refused."})
+    tag: str | None = field(default=None, metadata={"help": "Name for the commit, such as v1.0; a new one."})
+    message: str | None = field(default=None, metadata={"help": "Title of the commit."})
+    delete: list[str] = field(
+        default_factory=list, metadata={"help": "Files on the Hub that the same commit removes; all others stay."}
+    )
+
+    def __post_init__(self) -> None:
+        self.model = Path(self.model)
+        check_repo_id(self.repo_id)
+        if not self.model.is_dir():
+            raise ValueError(f"The folder {self.model} does not exist.")
+        for name, value in (("revision", self.revision), ("tag", self.tag)):
+            is_commit = re.fullmatch("[0-9a-f]{40}", value or "")
+            known = REF_NAME.fullmatch(value or "v1") and not str(value).startswith("refs/") and not is_commit
+            if not known and not (name == "revision" and PULL_REQUEST.fullmatch(value)):
+                raise ValueError(f"{name} {value!r} is no name for a {'branch' if name == 'revision' else 'tag'}.")
+        if self.pull_request and (self.tag or self.revision != "main"):
+            raise ValueError("A pull request goes to main and gets no tag: leave out --revision and --tag.")
+
+
+@dataclass
+class LocalFile:
+    """A file that would be sent.
+
+    Attributes:
+        path: in the repository.
+        source: on this machine.
+    """
+
+    path: str
+    source: Path
+
+    @cached_property
+    def size(self) -> int:
+        return self.source.stat().st_size
+
+    @cached_property
+    def sha256(self) -> str:
+        with self.source.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @cached_property
+    def git_oid(self) -> str:
+        """Hash of a git blob, under which a small file is known to the Hub."""
+        digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        with self.source.open("rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def equals(self, there: RepoFile | None) -> bool:
+        """Whether the Hub has this content; nothing is downloaded for it."""
+        if there is None or there.size != self.size:
+            return False
+        return self.sha256 == there.lfs.sha256 if there.lfs else self.git_oid == there.blob_id
+
+
+@dataclass
+class PushPlan:
+    """What a push would do.
+
+    Attributes:
+        args: what was asked for.
+        user: whose token it is; None without one.
+        remote: what is on the Hub.
+        added, changed, same: files of the folder, against the Hub.
+        deleted: files on the Hub that go.
+        stay: files on the Hub that the folder does not have.
+        metadata: of the card.
+        card_diff: lines of the card that change; empty for a new one.
+        notes: what the user should know.
+    """
+
+    args: PushArguments
+    user: str | None
+    remote: Remote
+    added: list[LocalFile] = field(default_factory=list)
+    changed: list[LocalFile] = field(default_factory=list)
+    same: list[LocalFile] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)
+    stay: list[str] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    card_diff: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sent(self) -> list[LocalFile]:
+        return self.added + self.changed
+
+    @property
+    def makes_commit(self) -> bool:
+        return bool(self.sent or self.deleted)
+
+    @property
+    def makes_branch(self) -> bool:
+        return self.remote.exists and self.remote.head is None
+
+    @property
+    def makes_tag(self) -> bool:
+        return self.args.tag is not None and self.args.tag not in self.remote.tags
+
+
+def plan(folder: Path, repo_id: str, **options: Any) -> PushPlan:
+    """Compare a folder with a repository; nothing is changed anywhere.
+
+    Args:
+        folder: to be sent.
+        repo_id: owner/name.
+        options: further fields of `PushArguments`.
+
+    Raises:
+        ValueError: a name or the folder is not what it should be.
+        PushError: the Hub can't be asked, or the push would be refused.
+    """
+    args = PushArguments(folder, repo_id, **options)
+    files = files_to_send(args.model, args.repo_type)
+    card = next((file for file in files if file.path == CARD), None)
+    metadata = card_metadata(card.source.read_text(encoding="utf-8")) if card else {}
+    found = PushPlan(args, user_name(repo_id, args.repo_type), look(repo_id, args.repo_type, args.revision))
+    found.metadata = metadata
+    for file in files:
+        there = found.remote.files.get(file.path)
+        (found.added if there is None else found.same if file.equals(there) else found.changed).append(file)
+    found.deleted = [path for path in args.delete if path in found.remote.files]
+    found.stay = sorted({*found.remote.files} - {file.path for file in files} - {*found.deleted} - HUBS_OWN)
+    _check_plan(found)
+    if card in found.changed:
+        found.card_diff = _card_diff(found, card)
+    found.notes = _notes(found, card)
+    return found
+
+
+def files_to_send(folder: Path, repo_type: str) -> list[LocalFile]:
+    """The files of a folder that may leave this machine: those of the list for its kind, and no token in them."""
+    paths = allowed_files(folder) if repo_type == "model" else _data_files(folder)
+    files = [LocalFile(path.as_posix(), folder / path) for path in sorted(paths)]
+    if not files:
+        raise ValueError(f"{folder} holds no file of a {repo_type}.")
+    for file in files:
+        if not file.source.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{file.source} is a link to a file outside of the folder. Copy it, or remove it.")
+        if file.source.suffix in READABLE and file.size and _holds_token(file.source):
+            raise ValueError(f"{file.source} holds what looks like a token of the Hub. Remove it.")
+    if repo_type == "model":
+        try:
+            check_contents(folder)
+        except ValueError as error:
+            raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
+        except (struct.error, MemoryError, OverflowError) as error:
+            raise ValueError(f"A safetensors file in {folder} is damaged: its header can't be read.") from error
+    return files
+
+
+def card_metadata(text: str) -> dict[str, Any]:
+    """The YAML block that a card starts with. Raises ValueError where it is none."""
+    found = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", text, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(found[1]) if found else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"The metadata of {CARD} is not valid YAML: {error}") from error
+    if not isinstance(metadata, dict | None):
+        raise ValueError(f"The metadata of {CARD} must be `key: value` lines, got a {type(metadata).__name__}.")
+    return metadata or {}
+
+
+def report(planned: PushPlan) -> str:
+    """What would be sent and changed, to be read before it is."""
+    args, remote = planned.args, planned.remote
+    state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
+    if not remote.exists:
+        state = f"does not exist, will be made{', private' if args.private else ''}"
+    branch = "a pull request to main" if args.pull_request else args.revision
+    if remote.exists and remote.head is None:
+        branch += ", will be made from main"
+    lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}; token of {planned.user or 'nobody'}"]
+    for kind, files in (("add", planned.added), ("change", planned.changed)):
+        for file in files:
+            before = f", was {readable_size(remote.files[file.path].size)}" if kind == "change" else ""
+            lines.append(f"  {kind:6}  {plain_line(file.path)}  ({readable_size(file.size)}{before})")
+    lines += [f"  delete  {plain_line(path)}  ({readable_size(remote.files[path].size)})" for path in planned.deleted]
+    lines += [f"  same    {len(planned.same)} files"] if planned.same else []
+    lines += [f"  stays   {plain_line(path)}  (on the Hub, not in the folder)" for path in planned.stay[:SHOWN]]
+    lines += [f"  stays   {len(planned.stay) - SHOWN} more"] if len(planned.stay) > SHOWN else []
+    if planned.metadata:
+        lines.append("Card metadata:")
+        lines += [plain_line(f"  {key}: {_shortened(value)}") for key, value in planned.metadata.items()]
+    lines += ["Changes of the card:", *(plain_line(line) for line in planned.card_diff)] if planned.card_diff else []
+    lines += [f"note: {plain_line(note)}" for note in planned.notes]
+    return "\n".join(lines)
+
+
+def check_visibility(repo_id: str, remote: Remote, private: bool) -> None:
+    """Raise PushError where what shall be private would be seen by everybody."""
+    if private and remote.exists and not remote.private:
+        raise PushError(
+            f"{repo_id} is public, and --private makes new repositories private only. Change it in the settings of the "
+            "repository first, or take another name."
+        )
+
+
+def readable_size(size: int) -> str:
+    """Bytes in words, of a thousand each."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size = size / 1000
+    return f"{size:.2f} GB"
+
+
+def _check_plan(planned: PushPlan) -> None:
+    """Raise PushError where the push would be refused, or would not be what was meant."""
+    args, remote = planned.args, planned.remote
+    check_visibility(args.repo_id, remote, args.private)
+    if args.pull_request and not remote.exists:
+        raise PushError(f"There is no {args.repo_id}, or the token does not see it: a pull request needs one.")
+    if args.revision.startswith("refs/") and remote.head is None:
+        raise PushError(f"{args.repo_id} has no open pull request {args.revision}.")
+    if args.revision in remote.tags and remote.head is None:
+        raise PushError(f"{args.revision} is a tag of {args.repo_id}, and tags stay where they are. Name a branch.")
+    both = {*args.delete} & {file.path for file in planned.added + planned.changed + planned.same}
+    if both:
+        raise PushError(f"--delete names {min(both)}, which the folder has. Remove it there first.")
+    tagged = remote.tags.get(args.tag or "")
+    if tagged and (planned.makes_commit or tagged != remote.head):
+        raise PushError(
+            f"The tag {args.tag} of {args.repo_id} exists already, at {tagged[:7]}. Nothing was sent. Take another "
+            "name, or delete the tag on the Hub."
+        )
+
+
+def _notes(planned: PushPlan, card: LocalFile | None) -> list[str]:
+    args, notes = planned.args, []
+    if card is None:
+        notes.append(f"there is no {CARD}: the page on the Hub will be empty.")
+    elif "license" not in planned.metadata:
+        notes.append("the card states no license, and without one nobody may use what is published.")
+    if planned.user is None:
+        notes.append("there is no token, which --push needs: `hf auth login`, or HF_TOKEN.")
+    notes += [f"--delete {path}: it is not on the Hub." for path in args.delete if path not in planned.remote.files]
+    if args.repo_type == "dataset" and any(file.path.endswith(".arrow") for file in planned.sent):
+        notes.append("Arrow files are read by load_from_disk; load_dataset needs parquet, or data_files in the card.")
+    return notes
+
+
+def _card_diff(planned: PushPlan, card: LocalFile) -> list[str]:
+    args, remote = planned.args, planned.remote
+    before = remote_text(args.repo_id, args.repo_type, CARD, remote.files[CARD], str(remote.start))
+    if before is None:
+        return [f"(the one on the Hub has {readable_size(remote.files[CARD].size)}, too much to compare)"]
+    after = card.source.read_text(encoding="utf-8")
+    names = (f"{CARD} on the Hub", f"{CARD} in {args.model}")
+    # splitlines would also break at characters that only a hostile text has
+    return list(difflib.unified_diff(before.split("\n"), after.split("\n"), *names, lineterm="", n=1))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Of a data set: rows, pictures, card and licence. Hidden files stay, and whatever else lies there."""
+    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return [
+        path
+        for path in found
+        if (path.suffix in DATA_SUFFIXES or path.name in DATA_NAMES)
+        and not any(part.startswith((".", "__")) for part in path.parts)
+    ]
+
+
+def _holds_token(path: Path) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        patterns = [TOKEN, *map(re.escape, known_tokens())]
+        return any(re.search(pattern.encode(), content) for pattern in patterns)
+
+
+def _shortened(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,292 @@
+"""The Hub as a push sees it: what a repository holds, calls that try again, and errors that say the way out.
+
+Whatever comes from the Hub is shown without control characters, and no message holds a token.
+"""
+
+import itertools
+import logging
+import os
+import re
+import sys
+import time
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
+
+T = TypeVar("T")
+WAITS_S = (1, 2, 4)  # before the second, third and fourth try of a call that the client itself does not repeat
+TIMEOUT_S = 300  # of silence; the client's own is none, and a line that died would hold a run for ever
+TRY_AGAIN = {408, 429, 500, 502, 503, 504}
+FULL = {402, 413, 507}  # the Hub itself says 403, with words
+CARD_BYTES = 2**21  # of a card on the Hub that is compared line by line
+TOKEN = r"hf_(?:oauth_[\w.\-]{20,}|[A-Za-z0-9]{20,})"
+SECRETS = re.compile(
+    rf"{TOKEN}|(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|(?<=X-Amz-Signature=)[^&\s]+|(?<=X-Amz-Credential=)[^&\s]+|(?<=X-Amz-Security-Token=)[^&\s]+"
+)
+
+
+class PushError(OSError):
+    """A push that was not made, in one line: why, and the way out. It holds no token."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(plain(message).split()))
+
+
+@dataclass
+class Remote:
+    """What a repository on the Hub holds.
+
+    Attributes:
+        exists: whether there is one that the token sees.
+        private: its visibility.
+        head: commit of the branch or pull request that is looked at; None where there is none of that name.
+        start: commit that the branch would start at, which is the head of one that exists.
+        tags: name -> commit.
+        files: path -> size and hashes, at `start`.
+    """
+
+    exists: bool = False
+    private: bool = False
+    head: str | None = None
+    start: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    files: dict[str, RepoFile] = field(default_factory=dict)
+
+
+def look(repo_id: str, repo_type: str, revision: str) -> Remote:
+    """What is on the Hub. Raises PushError where it can't be asked."""
+    api = HfApi()
+    with hub_errors(repo_id, repo_type):
+        try:
+            info = tried(lambda: api.repo_info(repo_id, repo_type=repo_type))
+        except GatedRepoError:
+            raise
+        except RepositoryNotFoundError:
+            return Remote()
+        refs = tried(lambda: api.list_repo_refs(repo_id, repo_type=repo_type, include_pull_requests=True))
+        heads = {ref.name: ref.target_commit for ref in refs.branches}
+        heads |= {ref.ref: ref.target_commit for ref in refs.pull_requests or []}
+        tags = {ref.name: ref.target_commit for ref in refs.tags}
+        start = heads.get(revision) or heads.get("main") or info.sha
+        there = files_at(repo_id, repo_type, start)
+        return Remote(True, bool(info.private), heads.get(revision), start, tags, there)
+
+
+def files_at(repo_id: str, repo_type: str, revision: str) -> dict[str, RepoFile]:
+    """Path -> size and hashes, at a revision; the client repeats this call by itself."""
+    listed = HfApi().list_repo_tree(repo_id, repo_type=repo_type, revision=revision, recursive=True)
+    return {file.path: file for file in listed if isinstance(file, RepoFile)}
+
+
+def user_name(repo_id: str, repo_type: str) -> str | None:
+    """Whose token is used; None without one. Raises PushError where the Hub refuses it."""
+    with hub_errors(repo_id, repo_type):
+        token = get_token()
+        return None if token is None else _name_of(token)
+
+
+def remote_text(repo_id: str, repo_type: str, path: str, file: RepoFile, revision: str) -> str | None:
+    """The text of a small file on the Hub; None where it is a large one."""
+    if file.size > CARD_BYTES:
+        return None
+    url = hf_hub_url(repo_id, path, repo_type=repo_type, revision=revision)
+    with hub_errors(repo_id, repo_type):
+        answer = tried(lambda: get_session().get(url, headers=build_hf_headers()))
+        hf_raise_for_status(answer)
+        return answer.content.decode("utf-8", errors="replace")
+
+
+def newer_commits(repo_id: str, repo_type: str, revision: str, known: str | None) -> str:
+    """Who has changed a branch since a commit, in words; empty where the Hub does not tell."""
+    try:
+        commits = HfApi().list_repo_commits(repo_id, repo_type=repo_type, revision=revision)
+    except (HTTPError, OSError, ValueError):
+        return ""
+    newer = list(itertools.takewhile(lambda commit: commit.commit_id != known, commits))
+    return "; ".join(f'{", ".join(c.authors) or "somebody"}: "{c.title}" ({c.commit_id[:7]})' for c in newer[:3])
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError unless it is `owner/name` as the Hub takes it."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(plain(f"The repository id {repo_id!r} is not one of the Hub: {error}")) from None
+    if repo_id.count("/") != 1:
+        raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {plain(repo_id)!r}.")
+
+
+def tried(call: Callable[[], T]) -> T:
+    """The answer of a call that changes nothing, which is made again where the line broke or the Hub is in trouble."""
+    for wait in (*WAITS_S, None):
+        try:
+            return call()
+        except (HTTPError, OSError) as error:
+            if wait is None or not is_passing(error):
+                raise
+            print(f"{one_line(error)} Trying again in {wait} s.", file=sys.stderr)
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same call may succeed a little later."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in TRY_AGAIN
+    return isinstance(error, HTTPError)  # of the transport: no connection, a broken one, a time-out
+
+
+@contextmanager
+def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
+    """What goes wrong on the way to the Hub, as PushError; within it logs and warnings are plain."""
+    get_session().timeout = TIMEOUT_S
+    with _plain_logs():
+        try:
+            yield
+        except PushError:
+            raise
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+            raise PushError(explained(_cause(error), repo_id, repo_type)) from None
+
+
+def explained(error: BaseException, repo_id: str, repo_type: str) -> str:
+    """Why a call failed, and the way out."""
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing is asked of the Hub. Unset it to push."
+    if isinstance(error, HfHubHTTPError):
+        return _explained_answer(error, repo_id, repo_type)
+    if isinstance(error, HTTPError):
+        return (
+            f"The connection to the Hub broke ({type(error).__name__}: {error}). Run the same command again: files "
+            "that have arrived are not sent a second time."
+        )
+    if isinstance(error, RuntimeError):  # of Xet
+        return f"The upload failed: {error}. Run the same command again: what has arrived is not sent twice."
+    return str(error) or type(error).__name__
+
+
+def _explained_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> str:
+    """Of a Hub that has answered, and refused."""
+    status, said = error.response.status_code, _said(error)
+    tokens = f"{constants.ENDPOINT}/settings/tokens"
+    if status == 401 and not (isinstance(error, RepositoryNotFoundError) and get_token() is None):
+        return (
+            f"The Hub refuses the token (401): it is wrong, or no longer valid. Make one that may write at {tokens}, "
+            "and save it by `hf auth login` or set HF_TOKEN."
+        )
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated (403), and the token has no access to it. Ask for it on the repository's page."
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"There is no {repo_type} repository {repo_id} ({status}), or the token does not see it. Check the name, "
+            "and that the token is of a member of its organisation."
+        )
+    if status in FULL or (status == 403 and re.search("storage|quota", said, re.IGNORECASE)):
+        return (
+            f"The Hub has no more space for {repo_id} ({status}): {said}. Delete old files or repositories, or ask for "
+            "more storage; then run the same command again."
+        )
+    if status == 403:
+        return (
+            f"The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of "
+            f"{repo_id.split('/')[0]} ({tokens})."
+        )
+    if status == 429:
+        return f"The Hub takes no more requests for now (429): {said}. Run the same command again later."
+    if status in TRY_AGAIN:
+        return f"The Hub is in trouble ({status}): {said}. Run the same command again later."
+    return f"The Hub refused ({status}): {said}."
+
+
+def plain(text: str) -> str:
+    """Text that can be shown: no token, and no character but line breaks that a terminal would obey."""
+    return "".join(sign if _shown(sign) else f"\\u{ord(sign):04x}" for sign in redact(text))
+
+
+def plain_line(text: str) -> str:
+    """As `plain`, and on one line: a name."""
+    return plain(text.replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def redact(text: str) -> str:
+    """`text` without tokens and signatures: those of this machine, and whatever looks like one."""
+    for secret in known_tokens():
+        text = text.replace(secret, "hf_***")
+    return SECRETS.sub(lambda found: "hf_***" if found[0].startswith("hf_") else "***", text)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, to be shown."""
+    lines = str(error).strip().splitlines()
+    return plain(f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")).removesuffix(".") + "."
+
+
+@cache
+def _name_of(token: str) -> str:
+    """Asked once: the Hub takes few such questions, and a run asks at every checkpoint."""
+    return str(tried(lambda: HfApi().whoami(token))["name"])
+
+
+def known_tokens() -> list[str]:
+    """From the places where huggingface_hub looks; nothing is asked of anybody."""
+    found = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    with suppress(OSError, ValueError):
+        found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
+    return [token.strip() for token in found if len(token.strip()) >= 8]
+
+
+def _shown(sign: str) -> bool:
+    return sign in "\n\t" or unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def _said(error: HfHubHTTPError) -> str:
+    text = error.server_message or str(error)
+    return " ".join(text.split()).rstrip(".")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Of an upload, which the client wraps into a RuntimeError."""
+    while isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+@contextmanager
+def _plain_logs() -> Iterator[None]:
+    """Log records and warnings of any library go through `plain`: those of the client hold addresses and answers."""
+    make = logging.getLogRecordFactory()
+
+    def made(*args, **kwargs) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        with suppress(TypeError, ValueError):  # a message that does not fit its values; logging says so itself
+            record.msg, record.args = plain(record.getMessage()), None
+        return record
+
+    def show(message, *args, **kwargs) -> None:
+        print(f"warning: {plain(str(message))}", file=sys.stderr)
+
+    logging.setLogRecordFactory(made)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        logging.setLogRecordFactory(make)

@@ -1,0 +1,148 @@
+"""A page to try a CAPIVARA model: search pictures by text or picture, classify, find captions, compare two models.
+
+    python -m hub_upload.space --model data/openmoji/base
+    python -m hub_upload.space --model runs/mine --compare data/openmoji/base --pictures data/openmoji/dataset
+    python -m hub_upload.space --model runs/mine --pictures ~/Pictures --port 8000
+    python -m hub_upload.space --model runs/mine --repo_id org/demo         # lists what a Space would get
+    python -m hub_upload.space --model runs/mine --repo_id org/demo --push  # and sends it
+
+The page opens on this machine alone, at http://127.0.0.1:7860, and asks nothing of the network; Ctrl-C ends it. The
+index of the pictures is built once, with progress, and kept in $CAPIVARA_CACHE or ~/.cache/capivara.
+"""
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import HfArgumentParser
+
+if TYPE_CHECKING:
+    from hub_upload.space.answers import Demo
+
+
+@dataclass
+class SpaceArguments:
+    model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model."})
+    compare: str | None = field(default=None, metadata={"help": "A second model, whose answers stand beside."})
+    pictures: str = field(
+        default="data/openmoji/dataset",
+        metadata={
+            "help": "Folder of pictures, data set (saved, parquet, metadata.jsonl, WebDataset tars, Hub id), or an "
+            "index that was kept."
+        },
+    )
+    split: list[str] = field(
+        default_factory=lambda: ["all"], metadata={"help": "Splits of a data set that are searched, or all."}
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of the pictures, of a data set."})
+    caption_column: str | None = field(
+        default=None, metadata={"help": "Column of the captions; captions-pt, caption, captions or text where there."}
+    )
+    host: str = field(
+        default="127.0.0.1", metadata={"help": "Address of the page. Any other is open to the network around you."}
+    )
+    port: int = field(default=7860, metadata={"help": "Port of the page, 1 to 65535."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+    batch_size: int = field(default=32, metadata={"help": "Pictures that are embedded at once."})
+    cache_dir: str = field(
+        default="auto", metadata={"help": "Folder of the index; auto = $CAPIVARA_CACHE or ~/.cache/capivara."}
+    )
+    space: Path | None = field(
+        default=None, metadata={"help": "Write the folder of a Space here, and list its files; opens no page."}
+    )
+    repo_id: str | None = field(
+        default=None,
+        metadata={"help": "Space on the Hub, such as org/demo. Without --push its files are only listed; no page."},
+    )
+    push: bool = field(default=False, metadata={"help": "Send the Space to --repo_id, with the token of `hf`."})
+    private: bool = field(default=False, metadata={"help": "A new Space is seen by its owner alone."})
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535 or self.batch_size < 1:
+            raise ValueError(f"port must be 1 to 65535, batch_size at least 1, got {self.port}, {self.batch_size}.")
+        if self.push and self.repo_id is None:
+            raise ValueError("--push needs --repo_id, the Space on the Hub, such as org/demo.")
+        if self.cache_dir == "off":
+            raise ValueError("The index is kept; cache_dir must be auto or a folder, got 'off'.")
+
+
+def load_demo(args: SpaceArguments) -> "Demo":
+    """The index of every model that is asked for, built where it is not kept."""
+    from embedders import load_embedder
+    from eval.embeddings import cache_folder
+    from hub_upload.space.answers import Demo
+    from hub_upload.space.index import build_index, is_album, open_album, read_album
+    from hub_upload.space.pictures import open_pictures
+
+    cache, kept = cache_folder(args.cache_dir), is_album(Path(args.pictures))
+    options = (args.split, args.image_column, args.caption_column)
+    pictures = None if kept else open_pictures(args.pictures, *options)  # before the models, for its errors
+    embedders = [load_embedder(model, args.device) for model in (args.model, args.compare) if model]
+    for embedder in embedders:
+        embedder.name = "/".join(Path(embedder.name).parts[-2:])
+    album = read_album(Path(args.pictures)) if kept else open_album(pictures, cache)
+    return Demo([build_index(album, embedder, cache, args.batch_size) for embedder in embedders])
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags, and the commands of the description on lines of their own."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(
+        SpaceArguments,
+        prog="python -m hub_upload.space",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=_Help,
+    )
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        run(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where the index was.", file=sys.stderr)
+        sys.exit(130)
+
+
+def run(args: SpaceArguments) -> None:
+    demo = load_demo(args)
+    album = demo.album
+    print(f"{len(album.captions) - len(album.skipped)} pictures, index in {album.folder}.")
+    for row, reason in list(album.skipped.items())[:5]:
+        print(f"Left out, row {row}: {reason}")
+    if len(album.skipped) > 5:
+        print(f"Left out as well: {len(album.skipped) - 5} more; {album.folder / 'index.json'} lists them.")
+    if args.space or args.repo_id:
+        publish(demo, args)
+        return
+    from hub_upload.space.app import is_loopback, serve
+
+    blocks = serve(demo, args.host, args.port)
+    whom = "this machine alone" if is_loopback(args.host) else "everybody who reaches this machine"
+    print(f"http://{args.host}:{args.port} is open, to {whom}; Ctrl-C ends it.", flush=True)
+    blocks.block_thread()
+
+
+def publish(demo: "Demo", args: SpaceArguments) -> None:
+    """Write the folder of the Space, list it, and send it if that was asked for."""
+    from hub_upload.space.publish import listing, push_space, write_space
+
+    models = [model for model in (args.model, args.compare) if model]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.space or Path(temporary) / "space"
+        print(listing(folder, write_space(demo, models, folder)))
+        if args.space:
+            print(f"The Space is in {folder}; `python app.py` there starts it.")
+        if args.push:
+            print(f"Sent: {push_space(folder, args.repo_id, args.private)}")
+        elif args.repo_id:
+            print(f"Nothing was sent. With --push, these files go to {args.repo_id}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""The page itself: gradio's components in Portuguese, wired to `Demo`, and a server that stays on this machine."""
+
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.data_classes import ImageData
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from hub_upload.space import page
+from hub_upload.space.answers import MAX_LABELS, MAX_UPLOAD_BYTES, Demo
+from hub_upload.space.guard import Guard
+
+RESULTS = (6, 12, 24, 48)  # pictures that are shown; the second number at first
+UPLOADS_KEPT_S = 1200  # gradio keeps them as files, for its preview
+QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}  # tokenizers are no good in two threads at once
+QUERIES = ["gato", "um gato sorrindo", "bicicleta", "um dia de chuva", "pizza", "alguém jogando bola"]
+LABELS = "gato\ncachorro\npássaro\ncomida\nmeio de transporte\npessoa"
+SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
+MONO_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+EMPTY = '<p class="cap-empty">Os resultados aparecem aqui.</p>'
+
+
+def theme() -> gr.themes.Base:
+    """Green of the grass, plain labels, the fonts of the visitor's system: nothing is fetched."""
+    plain = {"background_fill": "transparent", "text_color": "*body_text_color", "padding": "0", "text_weight": "600"}
+    titles = {f"block_title_{name}": value for name, value in plain.items()}
+    titles |= {"block_title_text_color_dark": "*body_text_color", "block_title_background_fill_dark": "transparent"}
+    return gr.themes.Soft(
+        primary_hue="emerald", secondary_hue="emerald", neutral_hue="stone", font=SYSTEM_FONTS, font_mono=MONO_FONTS
+    ).set(
+        **titles,
+        block_label_background_fill="*background_fill_primary",
+        block_label_text_color="*body_text_color_subdued",
+        button_primary_background_fill="*primary_700",  # white text on it has a contrast of 5.5, on gradio's 500 of 2.5
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_border_color="*primary_700",
+        button_large_text_size="*text_md",
+        button_large_padding="*spacing_md *spacing_sm",
+        checkbox_label_background_fill_selected="*primary_700",
+        checkbox_label_background_fill_selected_dark="*primary_700",
+        body_text_color_subdued="*neutral_500",
+        input_border_color="*neutral_300",
+        input_border_width="1px",
+        block_border_width="1px",
+    )
+
+
+def build_page(demo: Demo) -> gr.Blocks:
+    """All tabs; that of the captions only where the pictures have some."""
+    album = demo.album
+    names = [index.embedder.name for index in demo.indexes]
+    title = "CAPIVARA: busca de imagens em português"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(UPLOADS_KEPT_S // 4, UPLOADS_KEPT_S)) as blocks:
+        gr.HTML(page.header(names, len(album.captions) - len(album.skipped), len(album.skipped)))
+        with gr.Tabs(overflow_behavior="wrap"):  # on a phone, gradio's other way hides them in a menu
+            with gr.Tab("Buscar por texto"):
+                _text_tab(demo)
+            with gr.Tab("Buscar por imagem"):
+                _image_tab(demo)
+            with gr.Tab("Classificar"):
+                _label_tab(demo)
+            if album.distinct_captions:
+                with gr.Tab("Legendas parecidas"):
+                    _caption_tab(demo)
+        gr.HTML(page.footer(album.credit))
+    return blocks
+
+
+def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
+    """Open the page on `host` and `port`; `block_thread` of the result waits for Ctrl-C.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    blocks = build_page(demo).queue(api_open=False, max_size=32, default_concurrency_limit=1)
+    guards = [Middleware(Guard)]
+    if is_loopback(host):  # a page of another name that resolves to this machine must not read the pictures
+        guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
+    blocks.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        footer_links=[],
+        run_history=False,
+        allowed_paths=[],
+        max_file_size=MAX_UPLOAD_BYTES,
+        enable_monitoring=False,
+        strict_cors=True,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        css=page.STYLE,
+        head=page.head(MAX_UPLOAD_BYTES // 1_000_000),
+        app_kwargs={"middleware": guards, "docs_url": None, "redoc_url": None, "openapi_url": None},
+    )
+    return blocks
+
+
+def _text_tab(demo: Demo) -> None:
+    with gr.Row(elem_classes="cap-ask"):
+        text = gr.Textbox(
+            label="O que você procura?",
+            placeholder="Por exemplo: um gato dormindo",
+            lines=1,
+            max_lines=4,
+            scale=5,
+            min_width=220,
+            elem_id="cap-query",
+        )
+        button = gr.Button("Buscar", variant="primary", scale=1, min_width=110, elem_id="cap-search")
+    gr.Examples(
+        [[query] for query in QUERIES], text, label="Experimente", cache_examples=False, api_visibility="private"
+    )
+    count = _count("Quantas imagens mostrar")
+    result = gr.HTML(EMPTY, elem_id="cap-text-result")
+    gr.on([button.click, text.submit], demo.search_by_text, [text, count], result, **_event())
+
+
+def _image_tab(demo: Demo) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            upload, random, button = _upload(demo, "Buscar", "cap-image")
+            count = _count("Quantas imagens mostrar")
+        with gr.Column(scale=2, min_width=320):
+            result = gr.HTML(EMPTY, elem_id="cap-image-result")
+    _ask(demo.search_by_image, upload, random, button, [count], result)
+
+
+def _label_tab(demo: Demo) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            upload, random, button = _upload(demo, "Classificar", "cap-label")
+            labels = gr.Textbox(
+                LABELS, label="Seus rótulos", info=f"Um por linha, de 2 a {MAX_LABELS}.", lines=5, elem_id="cap-labels"
+            )
+            template = gr.Textbox(
+                "uma imagem de {}",
+                label="Frase-modelo",
+                info="Cada rótulo entra no lugar de {}.",
+                elem_id="cap-template",
+            )
+        with gr.Column(scale=2, min_width=320):
+            result = gr.HTML(EMPTY, elem_id="cap-label-result")
+    _ask(demo.classify, upload, random, button, [labels, template], result)
+
+
+def _caption_tab(demo: Demo) -> None:
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            upload, random, button = _upload(demo, "Achar legendas", "cap-caption")
+            count = _count("Quantas legendas mostrar")
+        with gr.Column(scale=2, min_width=320):
+            result = gr.HTML(EMPTY, elem_id="cap-caption-result")
+    _ask(demo.similar_captions, upload, random, button, [count], result)
+
+
+def _count(label: str) -> gr.Radio:
+    return gr.Radio(list(RESULTS), value=RESULTS[1], label=label, elem_classes="cap-count")
+
+
+def _upload(demo: Demo, action: str, name: str) -> tuple[gr.Image, gr.Button, gr.Button]:
+    """Where a picture is given, as bytes that nobody has decoded yet; a random one; the button that asks."""
+    upload = gr.Image(
+        label="Sua imagem",
+        sources=["upload", "clipboard"],
+        type="filepath",
+        image_mode=None,
+        format="png",
+        height=260,
+        placeholder="Solte uma imagem aqui\nou toque para escolher",
+        buttons=[],
+        elem_id=f"{name}-upload",
+    )
+    upload.preprocess = _uploaded_bytes  # gradio's own decodes with PIL, without our limits and words
+    with gr.Row():
+        random = gr.Button("Sortear imagem", min_width=120, elem_id=f"{name}-random")
+        button = gr.Button(action, variant="primary", min_width=140, elem_id=f"{name}-ask")
+    return upload, random, button
+
+
+def _uploaded_bytes(payload: ImageData | None) -> bytes | None:
+    """The file of an upload, which gradio has found to lie in its own folder of uploads; cut above the limit."""
+    if payload is None or not payload.path:
+        return None
+    with Path(payload.path).open("rb") as file:
+        return file.read(MAX_UPLOAD_BYTES + 1)
+
+
+def _ask(
+    answer: Any, upload: gr.Image, random: gr.Button, button: gr.Button, more: list[gr.components.Component], result
+) -> None:
+    """A question about a picture is asked when one is given, drawn, or the button pressed."""
+    inputs = [upload, *more]
+    gr.on([upload.upload, button.click], answer, inputs, result, **_event())
+    drawn = random.click(answer.__self__.random_picture, None, upload, **_event())
+    drawn.then(answer, inputs, result, **_event())
+    upload.clear(lambda: EMPTY, None, result, **_event())
+
+
+def _event() -> dict[str, Any]:
+    return {**QUEUE, "api_visibility": "private", "show_progress": "minimal"}
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,167 @@
+"""The pictures that the page searches: a plain folder, or a data set of any form that training reads.
+
+    pictures = open_pictures("data/openmoji/dataset")
+    print(len(pictures), pictures.captions[0])
+
+Whose pictures they are is read from the README of their folder, in the form that the Hub gives it.
+"""
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import yaml
+from huggingface_hub.repocard import metadata_load
+from tqdm.auto import tqdm
+
+from captions.sources import FORMS, SPLIT_NAMES, Source, open_source
+
+CAPTION_COLUMNS = ("captions-pt", "caption", "captions", "text")  # where none is named, the first that there is
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}  # of a plain folder's pictures
+MAX_SHOWN = 300  # letters of a caption; one can be a book
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Whose pictures they are, as the data set's README says; empty where it says nothing.
+
+    Attributes:
+        name: of the data set.
+        licence: identifier, such as "cc-by-sa-4.0".
+        attribution: the sentence that the licence asks for.
+    """
+
+    name: str
+    licence: str = ""
+    attribution: str = ""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that are read when they are needed.
+
+    Attributes:
+        row_image: number of a picture -> its image as `datasets` gives it undecoded, `{"bytes", "path"}`.
+        captions: of each picture; an empty list where it has none.
+        titles: of each picture, shown where it has no caption: the name of its file, or "".
+        credit: whose they are.
+    """
+
+    row_image: Callable[[int], dict | None]
+    captions: list[list[str]]
+    titles: list[str]
+    credit: Credit
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def open_pictures(
+    where: str, splits: Sequence[str] = ("all",), image_column: str = "image", caption_column: str | None = None
+) -> Pictures:
+    """Pictures with their captions.
+
+    Args:
+        where: folder of pictures, itself or in folders; or a data set as `captions.sources.open_source` takes it.
+        splits: of a data set; "all" stands for those of the usual names that it has.
+        image_column: column of the pictures.
+        caption_column: column of a caption or a list of captions; the first of `CAPTION_COLUMNS` where None.
+
+    Raises:
+        ValueError: there is no such folder, data set, split or column, or no picture in it.
+    """
+    credit = _credit(Path(where))
+    if _is_plain_folder(Path(where)):
+        files = _files(Path(where))
+        if not files:
+            raise ValueError(f"{where} holds no picture. Pictures end in {', '.join(sorted(SUFFIXES))}.")
+        images = [{"bytes": None, "path": str(file)} for file in files]
+        return Pictures(images.__getitem__, [[] for _ in files], [file.stem for file in files], credit)
+    sources = _sources(where, splits, image_column)
+    column = _caption_column(sources, image_column, caption_column)
+    captions, titles = [], []
+    for source in sources:
+        for row in tqdm(source.rows(), total=len(source), desc=f"Reading captions, {source.split}", unit="row"):
+            captions.append(_texts(row.get(column)) if column else [])
+            titles.append(Path((row[image_column] or {}).get("path") or "").stem)
+    return Pictures(_row_image(sources, image_column), captions, titles, credit)
+
+
+def _is_plain_folder(path: Path) -> bool:
+    """A folder without any file that a data set is made of."""
+    if not path.is_dir() or (path / "dataset_dict.json").is_file():
+        return False
+    return not any(re.search(form, file.name) for file in [*path.glob("*"), *path.glob("*/*")] for form in FORMS)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Pictures in a folder and its folders, by name; neither hidden ones nor links that lead out of it."""
+    root = folder.resolve()
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    return sorted(
+        file
+        for file in found
+        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.resolve().is_relative_to(root)
+    )
+
+
+def _sources(where: str, splits: Sequence[str], image_column: str) -> list[Source]:
+    saved = Path(where) / "dataset_dict.json"
+    if list(splits) == ["all"] and saved.is_file():
+        splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
+    if list(splits) != ["all"]:
+        return [open_source(where, split, image_column) for split in dict.fromkeys(splits)]
+    sources, fault = [], None
+    for split in SPLIT_NAMES:
+        try:
+            sources.append(open_source(where, split, image_column))
+        except ValueError as error:
+            if "has no split" not in str(error):
+                raise
+            fault = error
+    if not sources:
+        raise fault
+    return sources
+
+
+def _caption_column(sources: list[Source], image_column: str, asked: str | None) -> str | None:
+    """The column of the captions; None where the data set has none and none was asked for."""
+    for source in sources:
+        for name in (image_column, asked):
+            if name is not None and name not in source.columns:
+                raise ValueError(f"{source.where} has no column {name!r}; there are {source.columns}.")
+    there = [name for name in CAPTION_COLUMNS if all(name in source.columns for source in sources)]
+    return asked or next(iter(there), None)
+
+
+def _row_image(sources: list[Source], image_column: str) -> Callable[[int], dict | None]:
+    ends = list(accumulate(len(source) for source in sources))
+
+    def row_image(number: int) -> dict | None:
+        place = bisect_right(ends, number)
+        start = ends[place - 1] if place else 0
+        return sources[place].row(number - start)[image_column]
+
+    return row_image
+
+
+def _texts(value: object) -> list[str]:
+    """Captions of a row, cut; what is no text is left out."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return [text.strip()[:MAX_SHOWN] for text in texts if isinstance(text, str) and text.strip()]
+
+
+def _credit(path: Path) -> Credit:
+    readme = path / "README.md"
+    try:
+        told = metadata_load(readme) if readme.is_file() else None
+    except (ValueError, OSError, yaml.YAMLError):  # of a README that is none of the Hub's
+        told = None
+    told = told or {}
+    texts = {key: value for key in ("pretty_name", "license", "attribution") if isinstance(value := told.get(key), str)}
+    return Credit(texts.get("pretty_name", path.name), texts.get("license", ""), texts.get("attribution", ""))

@@ -1,0 +1,93 @@
+"""A tiny training run whose base and data have cards, and folders made from it, for the tests of the model card."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import randomise, tiny_config
+
+import train_accelerate
+from modeling_capivara import CapivaraModel, CapivaraProcessor
+
+BASE_CARD = "---\nlicense: mit\n---\n\n# A tiny base\n"
+DATA_CARD = """---
+license: cc-by-sa-4.0
+pretty_name: Quadrados coloridos
+attribution: Squares by nobody in particular.
+---
+"""
+
+
+_made: list[Path] = []
+
+
+def trained_run(tmp_path_factory: pytest.TempPathFactory, dataset: Path, processor: CapivaraProcessor) -> Path:
+    """Folder of a run, trained once in a session; tests change copies of it."""
+    if not _made:
+        _made.append(_train(tmp_path_factory.mktemp("trained"), dataset, processor))
+    return _made[0]
+
+
+def _train(folder: Path, dataset: Path, processor: CapivaraProcessor) -> Path:
+    """Train for a moment, from within `folder`, so that no path of the machine is in it."""
+    randomise(CapivaraModel(tiny_config())).save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    (folder / "base" / "README.md").write_text(BASE_CARD, encoding="utf-8")
+    shutil.copytree(dataset, folder / "data" / "squares")
+    (folder / "data" / "squares" / "README.md").write_text(DATA_CARD, encoding="utf-8")
+    values = {"model": "base", "dataset": "data/squares", "output_dir": "run"}
+    values |= {"effective_batch_size": 10, "micro_batch_size": 4, "max_steps": 4, "warmup_steps": 1, "eval_steps": 2}
+    values |= {"learning_rate": 1e-3, "min_learning_rate": 0, "weight_decay": 0, "num_threads": 1}
+    argv = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    with contextlib.chdir(folder):
+        train_accelerate.main([*argv, "--eval_languages", "pt", "en"])
+    return folder / "run"
+
+
+def change(path: Path, edit: Callable[[Any], Any]) -> None:
+    """Edit a JSON file in place; `edit` changes what it is given."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    edit(content)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def results_of(folder: Path, language: str = "pt") -> Path:
+    return next((folder / "results").glob(f"*_{language}.json"))
+
+
+def record_of(folder: Path, metric: str, direction: str = "text_to_image", model: str = "capivara") -> dict:
+    records = json.loads(results_of(folder).read_text(encoding="utf-8"))["records"]
+    return next(r for r in records if (r["metric"], r["direction"], r["model"]) == (metric, direction, model))
+
+
+def three_seeds(run: Path, folder: Path) -> Path:
+    """A run of the seeds 0, 1 and 2, as the trainer lays it out, made of a run of one: its figures 0.1 apart."""
+    content = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    for seed in range(3):
+        (folder / f"seed-{seed}").mkdir(parents=True)
+        (folder / f"seed-{seed}" / "run.json").write_text(json.dumps({**content, "seed": seed}), encoding="utf-8")
+        shutil.copyfile(run / "config.json", folder / f"seed-{seed}" / "config.json")
+    shutil.copytree(run / "results", folder / "results")
+    for path in (folder / "results").glob("*.json"):
+        change(path, lambda results: results.update(records=_of_seeds(results["records"])))
+    return folder
+
+
+def _of_seeds(records: list[dict]) -> list[dict]:
+    found = []
+    for record in records:
+        if record["model"] == "baseline":
+            found.append(record)
+        else:
+            step = 1 if record["metric"] == "median_rank" else 0.1
+            value = record["value"] if step == 1 else 0.2
+            found += [{**record, "seed": seed, "value": value + step * seed} for seed in range(3)]
+    return found

@@ -1,0 +1,136 @@
+"""A stand-in for version 2 of Google's translation service, on loopback: what it answers, and how it fails."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+KEY = "AIzaTest-key_0123456789"
+TOKEN = "ya29.test-token"  # that a service account gets
+LANGUAGES = ("en", "es", "hi", "pt", "pt-PT", "xh", "yo", "zh-CN", "zh-TW")
+PATH = "/language/translate/v2"
+
+
+@dataclass
+class GoogleService:
+    """What the server shall do, and what it was asked.
+
+    Attributes:
+        faults: of the next translation requests, in order; then it works. A number is an HTTP status; `timeout`
+            answers too late, `cut` in the middle of the JSON, `html` with a page, `list` with other JSON; `fewer`
+            leaves out an entry, `null` the text of one, `quota` and `daily` are Google's two refusals of a quota.
+        requests: bodies of the translation requests that came with the right key.
+        headers: of all requests.
+        paths: of all requests, with their queries.
+        answered: how often each sentence was translated in a complete answer.
+        delay_s: how late `timeout` answers.
+    """
+
+    url: str = ""
+    faults: list[int | str] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+    answered: Counter[str] = field(default_factory=Counter)
+    delay_s: float = 1.0
+
+    def sentences(self) -> list[str]:
+        """All that was sent to be translated, in order."""
+        return [text for request in self.requests for text in request["q"]]
+
+
+def translated(text: str, target: str) -> str:
+    """What the server makes of a sentence."""
+    return f"{target}: {text[::-1]}"
+
+
+@contextmanager
+def google_service() -> Iterator[GoogleService]:
+    service = GoogleService()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"service": service}))
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    service.url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        yield service
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    service: GoogleService
+
+    def do_GET(self) -> None:
+        if self._is_allowed():
+            self._send(200, {"data": {"languages": [{"language": code} for code in LANGUAGES]}})
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/token":
+            return self._send(200, {"access_token": TOKEN, "expires_in": 3600, "token_type": "Bearer"})
+        body = json.loads(content)
+        if not self._is_allowed():
+            return
+        self.service.requests.append(body)
+        entries = [{"translatedText": translated(text, body["target"])} for text in body["q"]]
+        fault = self.service.faults.pop(0) if self.service.faults else None
+        if fault == "timeout":
+            time.sleep(self.service.delay_s)
+        elif fault == "fewer":
+            entries.pop(len(entries) // 2)
+        elif fault == "null":
+            entries[len(entries) // 2] = {"translatedText": None}
+        elif fault == "quota":
+            return self._fail(403, "User Rate Limit Exceeded", "userRateLimitExceeded")
+        elif fault == "daily":
+            return self._fail(403, "Daily Limit Exceeded", "dailyLimitExceeded")
+        elif fault == "html":
+            return self._send_bytes(200, b"<html>a proxy's page</html>", "text/html")
+        elif fault == "list":
+            return self._send(200, [1, 2])
+        elif isinstance(fault, int):
+            return self._fail(fault, f"status {fault} for {self.headers['x-goog-api-key']}", "backendError")
+        self.service.answered.update(body["q"] if fault in (None, "none") else [])
+        self._send(200, {"data": {"translations": entries}}, cut=fault == "cut")
+
+    def _is_allowed(self) -> bool:
+        self.service.headers.append(dict(self.headers))
+        self.service.paths.append(self.path)
+        if not self.path.startswith(PATH):
+            self._fail(404, f"no such path {self.path}", "notFound")
+        elif self.headers.get("Authorization") == f"Bearer {TOKEN}":
+            return True
+        elif (key := self.headers.get("x-goog-api-key")) != KEY:  # as Google does, and worse: it says the key again
+            self._fail(400, f"API key not valid: {key}. Please pass a valid API key.", "badRequest")
+        else:
+            return True
+        return False
+
+    def _fail(self, status: int, message: str, reason: str) -> None:
+        error = {"code": status, "message": message, "errors": [{"message": message, "reason": reason}]}
+        self._send(status, {"error": error})
+
+    def _send(self, status: int, content: Any, cut: bool = False) -> None:
+        self._send_bytes(status, json.dumps(content).encode(), "application/json", cut)
+
+    def _send_bytes(self, status: int, data: bytes, kind: str, cut: bool = False) -> None:
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(data)))
+            if status == 302:
+                self.send_header("Location", "http://localhost:9/elsewhere")
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2] if cut else data)
+            self.close_connection = cut
+        except (BrokenPipeError, ConnectionResetError):  # the client has stopped waiting
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass

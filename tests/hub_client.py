@@ -1,0 +1,78 @@
+"""Commands that speak to the stand-in for the Hub, as their users run them, with an eye on the token."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hub_server import READ_TOKEN, SIGNATURE, TOKEN, HubServer
+
+
+@dataclass
+class Done:
+    """How a command ended: exit status, what it printed, and how long it would have waited before each new try."""
+
+    code: int
+    out: str
+    err: str
+    waits_s: list[float]
+
+
+class HubCommands:
+    """A process (`push_process.py`) that takes a server for the Hub, and runs commands one after the other."""
+
+    def __init__(self, hub: HubServer, home: Path):
+        self.hub, self.home = hub, home
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("push_process.py"))],
+            env={**os.environ, **hub.environment(home)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def __call__(self, *argv, token: str | None = TOKEN, call: str = "hub_upload.push:main", **environment) -> Done:
+        request = {"call": call, "argv": list(map(str, argv)), "environment": {"HF_TOKEN": token or "", **environment}}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        done = Done(**json.loads(self._process.stdout.readline()))
+        for secret in (TOKEN, READ_TOKEN, SIGNATURE, token or TOKEN):
+            assert secret not in done.out + done.err, "a secret was printed"
+        return done
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+
+
+PEAK = """
+import sys
+from artifacts import peak_resident_bytes
+from hub_upload.push import main
+before = peak_resident_bytes()
+main(["--model", sys.argv[1], "--repo-id", "us/large", "--push"])
+main(["--model", sys.argv[1], "--repo-id", "us/large", "--push"])  # compared by its hash
+print(before, peak_resident_bytes())
+"""
+
+
+def peak_of_a_push(hub: HubServer, folder: Path, home: Path) -> tuple[int, int]:
+    """Bytes that a process has held at most: after its imports, and after it has pushed a folder twice."""
+    environment = {**os.environ, **hub.environment(home)}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder)], env=environment, capture_output=True, text=True, check=True
+    )
+    before, peak = done.stdout.splitlines()[-1].split()
+    return int(before), int(peak)
+
+
+@contextmanager
+def hub_commands(folder: Path) -> Iterator[HubCommands]:
+    """A server and a process for it, both gone after the block."""
+    with HubServer(folder / "hub") as hub:
+        commands = HubCommands(hub, folder / "home")
+        try:
+            yield commands
+        finally:
+            commands.close()

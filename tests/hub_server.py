@@ -1,0 +1,381 @@
+"""A stand-in for the Hugging Face Hub on loopback: the real client speaks to it over HTTP, it keeps the real bytes.
+
+    with HubServer(tmp_path / "hub") as hub:
+        hub.store("us/model", folder)
+        subprocess.run(command, env={**os.environ, **hub.environment(tmp_path / "home")})
+
+The calls are those of huggingface_hub 2.4 with Xet off. It stops with the block, and with the process.
+"""
+
+import json
+import os
+import re
+import threading
+import time
+import urllib.parse
+from base64 import b64decode
+from pathlib import Path
+
+import yaml
+from hub_http import CHUNK, Dropped, HttpHandler, HttpServer
+from hub_storage import Faults, Refused, Repo, Storage
+
+TOKEN = "hf_" + "AnaMayWriteToUs" * 2 + "0000"  # of ana, of the organisation us; looks like a real one, and is none
+READ_TOKEN = "hf_" + "BobMayReadOnly0" * 2 + "0000"
+SIGNATURE = "5162ed" * 8  # in the addresses that uploads go to, as the Hub's store has it
+PROJECT = Path(__file__).resolve().parents[1]
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".arrow", ".tar", ".onnx", ".data")
+SILENCE_S = 3
+LFS_BYTES = 10 * 2**20  # a larger file goes to LFS, whatever its name
+QUOTA = "Private repository storage limit reached, please upgrade your plan to increase your private storage limit."
+REPO = r"/api/(?P<kind>models|datasets)/(?P<name>[^/]+/[^/]+)"
+ROUTES = [
+    (method, re.compile(path), action)
+    for method, path, action in (
+        ("GET", r"/api/whoami-v2", "whoami"),
+        ("POST", r"/api/repos/create", "create"),
+        ("POST", r"/api/validate-yaml", "validate_yaml"),
+        ("GET", REPO, "info"),
+        ("GET", REPO + r"/revision/(?P<revision>[^/]+)", "info"),
+        ("GET", REPO + r"/auth-check(?P<write>/write)?", "auth_check"),
+        ("GET", REPO + r"/refs", "refs"),
+        ("GET", REPO + r"/commits/(?P<revision>[^/]+)", "commits"),
+        ("GET", REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
+        ("POST", REPO + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
+        ("POST", REPO + r"/preupload/(?P<revision>[^/]+)", "preupload"),
+        ("POST", REPO + r"/commit/(?P<revision>[^/]+)", "commit"),
+        ("POST", REPO + r"/branch/(?P<branch>[^/]+)", "create_branch"),
+        ("POST", REPO + r"/tag/(?P<revision>[^/]+)", "create_tag"),
+        ("POST", r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("PUT", r"/lfs-upload/(?P<sha256>[0-9a-f]{64})", "lfs_put"),
+        ("POST", r"/lfs-verify/(?P<sha256>[0-9a-f]{64})", "lfs_verify"),
+        ("GET", r"/(?P<kind>datasets/)?(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+    )
+]
+
+
+class HubServer:
+    """A running stand-in.
+
+    Attributes:
+        url: of the server, for `HF_ENDPOINT`.
+        storage: repositories and objects.
+        faults: what shall go wrong; may be changed at any time.
+        users: token -> name.
+        writable: name of a user -> namespaces that it may write to.
+        requests: (method, path) of all, in order.
+        uploaded: bytes that PUT requests have brought, broken ones included.
+        fetched: "owner/name/path" of every file that was downloaded.
+        page_size: entries of a tree that one answer holds.
+    """
+
+    def __init__(self, folder: Path):
+        self.storage, self.faults = Storage(folder), Faults()
+        self.users = {TOKEN: "ana", READ_TOKEN: "bob"}
+        self.writable = {"ana": {"ana", "us"}, "bob": {"bob"}}
+        self.requests: list[tuple[str, str]] = []
+        self.fetched: list[str] = []
+        self.uploaded, self.page_size, self.lock = 0, 1000, threading.RLock()
+
+    def __enter__(self) -> "HubServer":
+        self._server = HttpServer(("127.0.0.1", 0), _Handler)
+        self._server.hub = self
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def environment(self, home: Path, token: str | None = TOKEN) -> dict[str, str]:
+        """What a process needs to take this server for the Hub, with an empty cache; `token=None` leaves it out."""
+        found = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        path = os.pathsep.join([str(PROJECT), os.environ.get("PYTHONPATH", "")])
+        found |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        return found | {"HF_TOKEN": token or ""}
+
+    def store(self, name: str, folder: Path, kind: str = "models") -> Repo:
+        """Put a folder on the server as its files lie there, without HTTP."""
+        repo = self.storage.create(kind, name, private=False)
+        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        added = {path: self.storage.add(data, is_lfs(path, data[:512], len(data))) for path, data in files.items()}
+        repo.commit("main", "stored", "ana", added)
+        return repo
+
+    def repo(self, name: str, kind: str = "models") -> Repo:
+        return self.storage.repos[kind, name]
+
+    def files(self, name: str, revision: str = "main", kind: str = "models") -> dict[str, bytes]:
+        """Path -> content of a revision, save the `.gitattributes` of the Hub."""
+        files = self.repo(name, kind).at(revision).files
+        return {path: self.storage.path(blob).read_bytes() for path, blob in files.items() if path != ".gitattributes"}
+
+    def commits(self, name: str, revision: str = "main", kind: str = "models") -> list[str]:
+        """Titles, newest first, save the Hub's own initial commit."""
+        return [commit.title for commit in self.repo(name, kind).history(revision)][:-1]
+
+
+def is_lfs(path: str, sample: bytes, size: int) -> bool:
+    """Whether the Hub keeps a file out of git."""
+    return size > LFS_BYTES or path.endswith(LFS_SUFFIXES) or b"\0" in sample
+
+
+class _Handler(HttpHandler):
+    """One connection. Every method below is one call of the protocol; it answers, or raises `Refused`."""
+
+    def answer(self) -> None:
+        self.hub: HubServer = self.server.hub
+        path, _, query = self.path.partition("?")
+        self.query, self.left = dict(urllib.parse.parse_qsl(query)), self.chunks()
+        self.hub.requests.append((self.command, path))
+        try:
+            action, groups = self._action(path)
+            self._authenticate()
+            if action == "lfs_put":  # several come at once, and are not held in memory
+                return self.lfs_put(**groups)
+            self.body = b"".join(self.left)
+            with self.hub.lock:
+                getattr(self, action)(**groups)
+        except Refused as refused:
+            for _ in self.left:  # the connection is used again
+                pass
+            self.json({"error": refused.message, **refused.more}, refused.status, refused.headers())
+        except (ConnectionError, Dropped):
+            self.close_connection = True
+
+    do_GET = do_HEAD = do_POST = do_PUT = answer
+
+    def _action(self, path: str) -> tuple[str, dict[str, str]]:
+        method = "GET" if self.command == "HEAD" else self.command
+        for wanted, pattern, action in ROUTES:
+            if wanted == method and (match := pattern.fullmatch(path)):
+                groups = {key: urllib.parse.unquote(value) for key, value in match.groupdict().items() if value}
+                if "kind" in pattern.groupindex:
+                    groups["kind"] = groups.get("kind", "models").rstrip("/")
+                return action, groups
+        raise Refused(404, "Sorry, we can't find the page you are looking for.")
+
+    def _authenticate(self) -> None:
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in self.hub.users:
+            raise Refused(401, "Invalid credentials in Authorization header")
+        self.user = self.hub.users.get(token)
+
+    def _repo(self, kind: str, name: str, write: bool = False) -> Repo:
+        repo = self.hub.storage.repos.get((kind, name))
+        owned = name.split("/")[0] in self.hub.writable.get(self.user, ())
+        if repo is None or (repo.private and not owned):
+            # Without a token the Hub does not say whether there is none or a private one.
+            raise Refused(404 if self.user else 401, "Repository not found", "RepoNotFound")
+        if write and (not owned or name in self.hub.faults.forbidden):
+            raise Refused(403, "You don't have the rights to write to this repository.")
+        return repo
+
+    # --- Accounts and repositories -----------------------------------------------------------------------------------
+
+    def whoami(self) -> None:
+        if self.user is None:
+            raise Refused(401, "Invalid credentials in Authorization header")
+        orgs = [{"name": name} for name in sorted(self.hub.writable[self.user] - {self.user})]
+        self.json({"type": "user", "name": self.user, "orgs": orgs})
+
+    def create(self) -> None:
+        asked = json.loads(self.body)
+        kind = asked.get("type", "model") + "s"
+        namespace = asked.get("organization") or self.user
+        name = f"{namespace}/{asked['name']}"
+        if self.user is None:
+            raise Refused(401, "Invalid username or password.")
+        if namespace not in self.hub.writable[self.user] or name in self.hub.faults.forbidden:
+            raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{namespace}"')
+        url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        if (kind, name) in self.hub.storage.repos:
+            raise Refused(409, f"You already created this {kind[:-1]} repo", url=url)
+        self.hub.storage.create(kind, name, private=asked.get("visibility") == "private")
+        self.json({"url": url, "name": name})
+
+    def info(self, kind: str, name: str, revision: str = "main") -> None:
+        repo = self._repo(kind, name)
+        files = repo.at(revision).files
+        answer = {"id": name, "modelId": name, "sha": repo.at(revision).oid, "private": repo.private, "tags": []}
+        answer |= {"downloads": 0, "likes": 0, "gated": False, "disabled": False, "lastModified": repo.at("main").date}
+        answer |= {"createdAt": repo.at("main").date, "siblings": [{"rfilename": path} for path in sorted(files)]}
+        self.json(answer)
+
+    def auth_check(self, kind: str, name: str, write: str = "") -> None:
+        self._repo(kind, name, write=bool(write))
+        self.json({})
+
+    def refs(self, kind: str, name: str) -> None:
+        repo = self._repo(kind, name)
+
+        def listed(refs: dict[str, str], prefix: str) -> list[dict[str, str]]:
+            return [{"name": key, "ref": prefix + key, "targetCommit": oid} for key, oid in refs.items()]
+
+        answer = {"branches": listed(repo.branches, "refs/heads/"), "tags": listed(repo.tags, "refs/tags/")}
+        self.json(answer | {"converts": [], "pullRequests": listed(repo.pulls, "")})
+
+    def commits(self, kind: str, name: str, revision: str) -> None:
+        found = self._repo(kind, name).history(revision)
+        self.json(
+            [
+                {"id": c.oid, "title": c.title, "message": "", "date": c.date, "authors": [{"user": c.author}]}
+                for c in found
+            ]
+        )
+
+    def create_branch(self, kind: str, name: str, branch: str) -> None:
+        repo = self._repo(kind, name, write=True)
+        if branch in repo.branches:
+            raise Refused(409, f"Reference already exists: {branch}")
+        repo.branches[branch] = repo.at(json.loads(self.body or b"{}").get("startingPoint", "main")).oid
+        self.json({})
+
+    def create_tag(self, kind: str, name: str, revision: str) -> None:
+        repo, tag = self._repo(kind, name, write=True), json.loads(self.body)["tag"]
+        if tag in repo.tags:
+            raise Refused(409, f"Tag already exists: {tag}")
+        repo.tags[tag] = repo.at(revision).oid
+        self.json({})
+
+    # --- Files -------------------------------------------------------------------------------------------------------
+
+    def tree(self, kind: str, name: str, revision: str, path: str = "") -> None:
+        files = self._repo(kind, name).at(revision).files
+        prefix = f"{path}/" if path else ""
+        inside = {p: blob.entry(p) for p, blob in files.items() if p.startswith(prefix)}
+        if path and not inside:
+            raise Refused(404, f"{path} does not exist", "EntryNotFound")
+        folders = {p[: len(prefix) + at] for p in inside for at in _slashes(p[len(prefix) :])}
+        entries = {f: {"type": "directory", "path": f, "oid": "0" * 40, "size": 0} for f in folders} | inside
+        if self.query.get("recursive", "false").lower() != "true":
+            entries = {p: entry for p, entry in entries.items() if "/" not in p[len(prefix) :]}
+        start, size = int(self.query.get("cursor", 0)), self.hub.page_size
+        more = {}
+        if start + size < len(entries):
+            query = urllib.parse.urlencode({**self.query, "cursor": start + size})
+            more = {"Link": f'<{self.hub.url}{self.path.partition("?")[0]}?{query}>; rel="next"'}
+        self.json([entry for _, entry in sorted(entries.items())][start : start + size], headers=more)
+
+    def paths_info(self, kind: str, name: str, revision: str) -> None:
+        files = self._repo(kind, name).at(revision).files
+        asked = [value for key, value in urllib.parse.parse_qsl(self.body.decode()) if key == "paths"]
+        self.json([files[path].entry(path) for path in asked if path in files])
+
+    def resolve(self, kind: str, name: str, revision: str, path: str) -> None:
+        repo = self._repo(kind, name)
+        commit = repo.at(revision)
+        if path not in commit.files:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        blob = commit.files[path]
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{blob.sha256 or blob.oid}"', "Accept-Ranges": "bytes"}
+        if blob.sha256:
+            headers |= {"X-Linked-Etag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size)}
+        start, end, status = 0, blob.size - 1, 200
+        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, end, status = int(match[1]), min(int(match[2] or end), end), 206
+            headers["Content-Range"] = f"bytes {start}-{end}/{blob.size}"
+        self.head(status, {**headers, "Content-Type": "application/octet-stream"}, end - start + 1)
+        if self.command == "HEAD":
+            return
+        self.hub.fetched.append(f"{name}/{path}")
+        with self.hub.storage.path(blob).open("rb") as file:
+            file.seek(start)
+            for at in range(start, end + 1, CHUNK):
+                self.wfile.write(file.read(min(CHUNK, end + 1 - at)))
+
+    # --- Uploads -----------------------------------------------------------------------------------------------------
+
+    def validate_yaml(self) -> None:
+        content = json.loads(self.body)["content"]
+        found = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+        try:
+            metadata = yaml.safe_load(found[1]) if found else {}
+            errors = [] if isinstance(metadata, dict) else ["metadata is no mapping"]
+        except yaml.YAMLError as error:
+            errors = [str(error).splitlines()[0]]
+        if errors:
+            raise Refused(400, "Invalid metadata", errors=[{"message": message} for message in errors])
+        warned = [] if found else [{"message": "empty or missing yaml metadata in repo card"}]
+        self.json({"errors": [], "warnings": warned})
+
+    def preupload(self, kind: str, name: str, revision: str) -> None:
+        repo = self._repo(kind, name, write="create_pr" not in self.query)
+        there, answers = repo.at(revision).files, []
+        for file in json.loads(self.body)["files"]:
+            mode = "lfs" if is_lfs(file["path"], b64decode(file["sample"]), file["size"]) else "regular"
+            blob = there.get(file["path"])
+            answers.append({"path": file["path"], "uploadMode": mode, "oid": blob and (blob.sha256 or blob.oid)})
+            answers[-1]["shouldIgnore"] = file["path"] in self.hub.faults.ignored
+        self.json({"files": answers})
+
+    def lfs_batch(self, kind: str, name: str) -> None:
+        self._repo(kind, name)
+        if self.user is None:
+            raise Refused(401, "Invalid username or password.")
+        objects, missing = [], 0
+        for asked in json.loads(self.body)["objects"]:
+            found = {"oid": asked["oid"], "size": asked["size"]}
+            if not self.hub.storage.has(asked["oid"]):
+                missing += asked["size"]
+                found["actions"] = {
+                    "upload": {"href": f"{self.hub.url}/lfs-upload/{asked['oid']}?X-Amz-Signature={SIGNATURE}"},
+                    "verify": {"href": f"{self.hub.url}/lfs-verify/{asked['oid']}"},
+                }
+            objects.append(found)
+        quota = self.hub.faults.quota_bytes
+        if quota is not None and self.hub.storage.lfs_bytes() + missing > quota:
+            raise Refused(self.hub.faults.quota_status, QUOTA)
+        self.json({"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, sha256: str) -> None:
+        faults = self.hub.faults
+        limit = faults.fail_upload_after_bytes if faults.failing_uploads else None
+        self.hub.storage.receive(sha256, self._counted(limit))
+        if faults.silent_uploads:
+            faults.silent_uploads -= 1
+            time.sleep(SILENCE_S)
+        self.json({})
+
+    def _counted(self, limit: int | None):
+        """The body, chunk by chunk; the connection is dropped once `limit` bytes have come."""
+        received = 0
+        for chunk in self.left:
+            received += len(chunk)
+            self.hub.uploaded += len(chunk)
+            if limit is not None and received >= limit:
+                self.hub.faults.failing_uploads -= 1
+                self.drop()
+            yield chunk
+
+    def lfs_verify(self, sha256: str) -> None:
+        if not self.hub.storage.has(sha256):
+            raise Refused(404, "The object was not uploaded")
+        self.json({})
+
+    def commit(self, kind: str, name: str, revision: str) -> None:
+        pull = "create_pr" in self.query
+        repo, faults = self._repo(kind, name, write=not pull), self.hub.faults
+        lines = [json.loads(line) for line in self.body.splitlines()]
+        header = lines[0]["value"]
+        if faults.commit_statuses:
+            raise Refused(faults.commit_statuses.pop(0), faults.commit_message)
+        if faults.concurrent_commit:
+            added, faults.concurrent_commit = self.hub.storage.add(b"theirs", False), None
+            repo.commit(revision, "A line of \x1b[31mtheirs", "bob", {"theirs.txt": added})
+        if not pull and header.get("parentCommit", repo.at(revision).oid) != repo.at(revision).oid:
+            raise Refused(412, "A commit has happened since. Please refresh and try again.")
+        target = repo.open_pull(header.get("parentCommit", revision)) if pull else revision
+        deleted = {line["value"]["path"] for line in lines if line["key"] == "deletedFile"}
+        made = repo.commit(target, header["summary"], self.user, self.hub.storage.blobs_of(lines), deleted)
+        if faults.lost_commit_replies:
+            faults.lost_commit_replies -= 1
+            self.drop()
+        url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
+        answer = {"success": True, "commitOid": made.oid, "commitUrl": f"{url}/commit/{made.oid}"}
+        self.json(answer | ({"pullRequestUrl": f"{url}/discussions/{target.split('/')[-1]}"} if pull else {}))
+
+
+def _slashes(path: str) -> list[int]:
+    return [at for at, sign in enumerate(path) if sign == "/"]

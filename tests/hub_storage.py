@@ -1,0 +1,197 @@
+"""What the stand-in for the Hub keeps: objects in a folder, by their hash, and repositories with their commits."""
+
+import hashlib
+import tempfile
+from base64 import b64decode
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DATE = "2026-01-01T00:00:00.000Z"
+
+
+class Refused(Exception):
+    """An answer that is no success, with what the Hub puts into headers and body."""
+
+    def __init__(self, status: int, message: str, code: str | None = None, **more: Any):
+        super().__init__(message)
+        self.status, self.message, self.code, self.more = status, message, code, more
+
+    def headers(self) -> dict[str, str]:
+        found = {"X-Error-Message": self.message, "X-Request-Id": "Root=1-test"}
+        return found | ({"X-Error-Code": self.code} if self.code else {})
+
+
+@dataclass
+class Faults:
+    """What shall go wrong on a server.
+
+    Attributes:
+        fail_upload_after_bytes: of a PUT, after which the connection is dropped.
+        failing_uploads: how many are; 0 = none any more.
+        silent_uploads: how many PUTs are answered so late that a client should have lost patience.
+        quota_bytes: that all LFS objects may take.
+        quota_status: of the refusal.
+        forbidden: repositories that nobody may write to.
+        concurrent_commit: somebody else commits to the branch, just before the next commit.
+        commit_statuses: answers of the next commits, none of which is made.
+        commit_message: what they say.
+        lost_commit_replies: how many commits are made without the client getting to know it.
+        ignored: paths that a `.gitignore` leaves out.
+    """
+
+    fail_upload_after_bytes: int | None = None
+    failing_uploads: int = 1_000_000
+    silent_uploads: int = 0
+    quota_bytes: int | None = None
+    quota_status: int = 403
+    forbidden: set[str] = field(default_factory=set)
+    concurrent_commit: bool | None = None
+    commit_statuses: list[int] = field(default_factory=list)
+    commit_message: str = "Internal Server Error"
+    lost_commit_replies: int = 0
+    ignored: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A version of a file: its git hash, or that of its pointer; `sha256` where it lies in LFS."""
+
+    oid: str
+    size: int
+    sha256: str | None = None
+
+    def entry(self, path: str) -> dict[str, Any]:
+        """As a tree lists it."""
+        found: dict[str, Any] = {"type": "file", "path": path, "oid": self.oid, "size": self.size}
+        if self.sha256:
+            found["lfs"] = {"oid": self.sha256, "size": self.size, "pointerSize": 134}
+        return found
+
+
+@dataclass(frozen=True)
+class Commit:
+    oid: str
+    parent: str | None
+    title: str
+    author: str
+    files: Mapping[str, Blob]
+    date: str = DATE
+
+
+@dataclass
+class Repo:
+    """Refs are name -> commit; a pull request's name is `refs/pr/1`."""
+
+    private: bool
+    commits_by_oid: dict[str, Commit] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    pulls: dict[str, str] = field(default_factory=dict)
+
+    def at(self, revision: str) -> Commit:
+        oid = {**self.tags, **self.branches, **self.pulls}.get(revision, revision)
+        if oid not in self.commits_by_oid:
+            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return self.commits_by_oid[oid]
+
+    def commit(
+        self, revision: str, title: str, author: str, added: Mapping[str, Blob], deleted: Iterable[str] = ()
+    ) -> Commit:
+        refs = self.pulls if revision in self.pulls else self.branches
+        if revision not in refs:
+            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        parent = self.at(revision)
+        if missing := set(deleted) - set(parent.files):
+            raise Refused(404, f"A file with this name doesn't exist: {missing.pop()}", "EntryNotFound")
+        files = {path: blob for path, blob in {**parent.files, **added}.items() if path not in set(deleted)}
+        made = self._add(parent.oid, title, author, files)
+        refs[revision] = made.oid
+        return made
+
+    def open_pull(self, revision: str) -> str:
+        """The name of a new pull request that starts at a revision."""
+        name = f"refs/pr/{len(self.pulls) + 1}"
+        self.pulls[name] = self.at(revision).oid
+        return name
+
+    def history(self, revision: str) -> list[Commit]:
+        """Newest first."""
+        found = [self.at(revision)]
+        while found[-1].parent:
+            found.append(self.commits_by_oid[found[-1].parent])
+        return found
+
+    def start(self, files: Mapping[str, Blob]) -> None:
+        self.branches["main"] = self._add(None, "initial commit", "system", files).oid
+
+    def _add(self, parent: str | None, title: str, author: str, files: Mapping[str, Blob]) -> Commit:
+        content = repr((parent, title, author, sorted(files.items()), len(self.commits_by_oid)))
+        made = Commit(hashlib.sha1(content.encode()).hexdigest(), parent, title, author, files)
+        self.commits_by_oid[made.oid] = made
+        return made
+
+
+class Storage:
+    """Objects in `folder`, named after their hash, and (kind, "owner/name") -> repository."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for name in ("git", "lfs"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        self.repos: dict[tuple[str, str], Repo] = {}
+
+    def create(self, kind: str, name: str, private: bool) -> Repo:
+        """An empty repository, which on the Hub has one file."""
+        repo = self.repos[kind, name] = Repo(private)
+        repo.start({".gitattributes": self.add(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", lfs=False)})
+        return repo
+
+    def add(self, data: bytes, lfs: bool) -> Blob:
+        if lfs:
+            sha256 = hashlib.sha256(data).hexdigest()
+            (self.folder / "lfs" / sha256).write_bytes(data)
+            return self._lfs_blob(sha256)
+        blob = Blob(hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(), len(data))
+        self.path(blob).write_bytes(data)
+        return blob
+
+    def receive(self, sha256: str, chunks: Iterable[bytes]) -> None:
+        """Store an object as its bytes come; refuse it where they have another hash."""
+        digest = hashlib.sha256()
+        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+            for chunk in chunks:
+                digest.update(chunk)
+                file.write(chunk)
+        if digest.hexdigest() != sha256:
+            Path(file.name).unlink()
+            raise Refused(400, "The SHA-256 of what was sent is not the one that was announced")
+        Path(file.name).rename(self.folder / "lfs" / sha256)
+
+    def blobs_of(self, lines: list[dict[str, Any]]) -> dict[str, Blob]:
+        """Path -> object of the operations of a commit."""
+        found = {}
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                found[value["path"]] = self.add(b64decode(value["content"]), lfs=False)
+            elif line["key"] == "lfsFile":
+                if not self.has(value["oid"]):
+                    raise Refused(400, f"LFS object {value['oid']} of {value['path']} was not uploaded")
+                found[value["path"]] = self._lfs_blob(value["oid"])
+        return found
+
+    def has(self, sha256: str) -> bool:
+        return (self.folder / "lfs" / sha256).is_file()
+
+    def lfs_bytes(self) -> int:
+        return sum(path.stat().st_size for path in (self.folder / "lfs").iterdir())
+
+    def path(self, blob: Blob) -> Path:
+        return self.folder / "lfs" / blob.sha256 if blob.sha256 else self.folder / "git" / blob.oid
+
+    def _lfs_blob(self, sha256: str) -> Blob:
+        size = (self.folder / "lfs" / sha256).stat().st_size
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
+        return Blob(hashlib.sha1(b"blob %d\0" % len(pointer) + pointer).hexdigest(), size, sha256)

@@ -1,0 +1,107 @@
+"""A stage, or a build, that is killed again and again, alone or with other shards at its side, until it is complete.
+
+    python tests/killed_stage.py stage DATASET OUTPUT 1,3,2 …
+    python tests/killed_stage.py build CONFIG
+
+A process gets SIGKILL after some of the things that it does (a row batch, a row group, a list, a rename), how many is
+random. `stage`: each list makes a folder OUTPUT-0, OUTPUT-1, … of its own; its numbers say how many shards run at once
+in each round, the last one in all further rounds; -2 is two runs of all rows at the same time. Prints how many were
+killed. The processes are forks of one that has computed nothing yet.
+"""
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+import captions.stages
+from captions.parts import unfinished
+from captions.rows import BadRow
+from captions.stages import CAPTIONS, StageArguments, run_stage
+
+MAX_ROUNDS = 200
+
+
+def shout(rows: list[dict]) -> list[dict | BadRow]:
+    """Captions in capitals; a row whose number ends in 5 is left out."""
+    return [
+        BadRow("ends in five", str(row["number"]))
+        if row["number"] % 10 == 5
+        else {"captions-xx": [text.upper() for text in row["captions-pt"]]}
+        for row in rows
+    ]
+
+
+def arguments(dataset: str, output: str, shard: str | None = None) -> StageArguments:
+    return StageArguments(dataset, Path(output), shard=shard, batch_rows=3, rows_per_part=7)
+
+
+def run(dataset: str, output: str, shard: str | None = None, process=shout):
+    return run_stage(arguments(dataset, output, shard), {"captions-xx": CAPTIONS}, {"voice": "loud"}, process)
+
+
+def child(call: Callable[[], object], count: int) -> int:
+    """A process that does `call` until `count` things are done, or to the end; returns its number."""
+    number = os.fork()
+    if number:
+        return number
+    left = [count]
+
+    def counted(function):
+        def wrapped(*args, **kwargs):
+            result = function(*args, **kwargs)
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return wrapped
+
+    pq.ParquetWriter.write_table = counted(pq.ParquetWriter.write_table)
+    captions.stages.write_skipped = counted(captions.stages.write_skipped)
+    captions.stages._Writer._prepared = counted(captions.stages._Writer._prepared)
+    Path.rename = counted(Path.rename)
+    Path.unlink = counted(Path.unlink)
+    sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - the progress bars; it lasts as long as the process
+    try:
+        call()
+    finally:
+        os._exit(0)
+
+
+def was_killed(number: int) -> bool:
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL
+
+
+def kill_stage(dataset: str, output: str, generator: random.Random, shards: list[int]) -> int:
+    kills = 0
+    for number in range(MAX_ROUNDS):
+        together = shards[min(number, len(shards) - 1)]
+        names = [f"{index}/{together}" for index in range(together)] or ["0/1"] * -together
+        calls = [lambda name=name: run(dataset, output, name) for name in names]
+        kills += sum([was_killed(number) for number in [child(call, generator.randint(1, 16)) for call in calls]])
+        if (Path(output) / "stage.json").is_file() and not unfinished(Path(output)):
+            return kills
+    sys.exit(f"{output} is not complete after {MAX_ROUNDS} rounds")
+
+
+def kill_build(config: str, generator: random.Random) -> int:
+    import captions.build
+
+    for kills in range(MAX_ROUNDS):
+        if not was_killed(child(lambda: captions.build.main(["--config", config]), generator.randint(4, 24))):
+            return kills
+    sys.exit(f"not complete after {MAX_ROUNDS} rounds")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "build":
+        print(kill_build(sys.argv[2], random.Random(0)))
+    else:
+        for place, text in enumerate(sys.argv[4:]):
+            wanted = [int(number) for number in text.split(",")]
+            print(kill_stage(sys.argv[2], f"{sys.argv[3]}-{place}", random.Random(place), wanted))

@@ -1,0 +1,94 @@
+"""Embeds pictures and captions by one loader, as its users would, in a process that may know nothing of this project.
+
+    python loader_process.py LOADER REPOSITORY INPUTS OUTPUT
+
+INPUTS is a folder of `*.png` and `texts.json`; OUTPUT an .npz file with `images` and `texts`, as the loader gives them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+HIDDEN = "editable"  # the finder of an editable install
+sys.meta_path = [finder for finder in sys.meta_path if HIDDEN not in str(finder)]
+
+import numpy as np
+import torch
+from PIL import Image
+
+LOADER, REPOSITORY, INPUTS, OUTPUT = sys.argv[1:]
+PICTURES = [Image.open(path) for path in sorted(Path(INPUTS).glob("*.png"))]
+TEXTS = json.loads((Path(INPUTS) / "texts.json").read_text(encoding="utf-8"))
+
+
+def transformers(**code):
+    from transformers import AutoModel, AutoProcessor, pipeline
+
+    model, report = AutoModel.from_pretrained(REPOSITORY, output_loading_info=True, **code)
+    assert not [fault for fault in report.values() if fault], report
+    processor = AutoProcessor.from_pretrained(REPOSITORY, **code)
+    output = model(**processor(text=TEXTS, images=PICTURES, return_tensors="pt"))
+    classify = pipeline("zero-shot-image-classification", REPOSITORY, **code)
+    scores = classify(PICTURES[0].convert("RGB"), candidate_labels=["gato", "carro"], hypothesis_template="um {}")
+    assert abs(sum(score["score"] for score in scores) - 1) < 1e-5
+    return output.image_embeds, output.text_embeds
+
+
+def without_package():
+    assert not any((Path(entry) / "modeling_capivara").exists() for entry in sys.path), "the package is in reach"
+    return transformers(trust_remote_code=True)
+
+
+def with_package():
+    import modeling_capivara  # noqa: F401  registers the Auto classes
+
+    return transformers()
+
+
+def open_clip():
+    import open_clip
+
+    model, _, preprocess = open_clip.create_model_and_transforms(REPOSITORY)
+    tokenizer = open_clip.get_tokenizer(REPOSITORY)
+    model.eval()
+    pixels = torch.stack([preprocess(picture) for picture in PICTURES])
+    return model.encode_image(pixels, normalize=True), model.encode_text(tokenizer(TEXTS), normalize=True)
+
+
+def sentence_transformers():
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(REPOSITORY, trust_remote_code=True, device="cpu")
+    images, texts = model.encode(PICTURES), model.encode(TEXTS)
+    assert model.similarity(texts, images).shape == (len(texts), len(images))
+    return torch.from_numpy(images), torch.from_numpy(texts)
+
+
+def onnx(suffix=""):
+    import onnxruntime
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(REPOSITORY, trust_remote_code=True)
+    vision, text = (
+        onnxruntime.InferenceSession(f"{REPOSITORY}/onnx/{kind}_model{suffix}.onnx") for kind in ("vision", "text")
+    )
+    pixels = processor(images=PICTURES, return_tensors="np")["pixel_values"]
+    # By themselves and together: other batches and lengths than the exporter saw.
+    batches = [TEXTS[:1], TEXTS[1:]]
+    tokens = [dict(processor(text=batch, return_tensors="np")) for batch in batches]
+    texts = [text.run(["text_embeds"], batch)[0] for batch in tokens]
+    images = [vision.run(["image_embeds"], {"pixel_values": part})[0] for part in (pixels[:1], pixels[1:])]
+    return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(texts))
+
+
+def onnx_int8():
+    return onnx("_int8")
+
+
+LOADERS = {
+    function.__name__: function
+    for function in (without_package, with_package, open_clip, sentence_transformers, onnx, onnx_int8)
+}
+with torch.no_grad():
+    image_embeds, text_embeds = LOADERS[LOADER]()
+np.savez(OUTPUT, images=image_embeds.float().numpy(), texts=text_embeds.float().numpy())

@@ -1,0 +1,63 @@
+"""What the tests of the page search: thirty pictures of coloured areas, and a tiny model that has learnt them."""
+
+from pathlib import Path
+
+import torch
+from conftest import randomise, tiny_config
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as Pictures
+
+from modeling_capivara import CapivaraModel, CapivaraProcessor
+
+COLOURS = {
+    "azul": (20, 40, 230), "verde": (20, 200, 40), "vermelho": (230, 20, 30), "branco": (250, 250, 250),
+    "preto": (10, 10, 10), "amarelo": (240, 230, 20),
+}  # fmt: skip
+PLACES = {  # on grey: left, top, right, bottom
+    "inteiro": (0, 0, 32, 32), "em cima": (0, 0, 32, 16), "embaixo": (0, 16, 32, 32), "na esquerda": (0, 0, 16, 32),
+    "na direita": (16, 0, 32, 32),
+}  # fmt: skip
+CAPTIONS = [f"{colour} {place}" for colour in COLOURS for place in PLACES]
+STEPS = 260
+
+
+def made_pictures() -> list[Pictures.Image]:
+    """One picture of each caption."""
+    pictures = []
+    for colour in COLOURS.values():
+        for place in PLACES.values():
+            picture = Pictures.new("RGB", (32, 32), (128, 128, 128))
+            picture.paste(colour, place)
+            pictures.append(picture)
+    return pictures
+
+
+def save_dataset(folder: Path, about: str = "") -> None:
+    """The pictures as a saved DatasetDict of two splits; `about` is the front matter of its README."""
+    features = Features({"image": Image(), "captions-pt": List(Value("string"))})
+    pictures = made_pictures()
+
+    def split(rows: range) -> Dataset:
+        columns = {"image": [pictures[i] for i in rows], "captions-pt": [[CAPTIONS[i]] for i in rows]}
+        return Dataset.from_dict(columns, features=features)
+
+    DatasetDict(train=split(range(20)), test=split(range(20, 30))).save_to_disk(folder)
+    (folder / "README.md").write_text(f"---\n{about}---\n", encoding="utf-8")
+
+
+def save_trained_model(folder: Path, processor: CapivaraProcessor) -> None:
+    """A tiny model that finds each of the pictures by its caption, trained here and now."""
+    torch.manual_seed(0)
+    model = randomise(CapivaraModel(tiny_config())).train()
+    texts = processor(text=CAPTIONS, return_tensors="pt")
+    pixel_values = processor(images=made_pictures(), return_tensors="pt")["pixel_values"]
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(STEPS):
+        optimiser.zero_grad()
+        model(**texts, pixel_values=pixel_values, return_loss=True).loss.backward()
+        optimiser.step()
+    with torch.inference_mode():
+        best = model.eval()(**texts, pixel_values=pixel_values).logits_per_text.argmax(dim=1)
+    assert best.tolist() == list(range(len(CAPTIONS))), "the model has not learnt its pictures"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,371 @@
+"""The whole chain from a config: checked before it runs, resumable anywhere, ending in a data set with a card."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from caption_tars import picture
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from huggingface_hub import DatasetCard
+
+from benchmarks import captions_selection
+from captions import build as build_module
+from captions.build import Awaited, BuildArguments, build, main
+from captions.build_plan import STAGES, read_plan
+from captions.columns import CAPTIONS, SIMILARITIES
+from captions.sources import open_source
+from captions.tsv import escape, unescape
+from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
+from training.arguments import RunArguments
+from training.data import evaluation_split, training_splits
+
+ROOT = Path(__file__).resolve().parent.parent
+CARD = {
+    "pretty_name": "Squares | *of* <colour>",
+    "license": "cc-by-4.0",
+    "sources": [{"name": "Noise", "url": "https://example.org/noise", "license": "CC BY 4.0"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def config(tmp_path, tiny_folder):
+    """A config over thirteen images, two of which can't be used; the table of its translation is there and filled."""
+    features = Features(
+        {"picture": Image(), "captions-en": CAPTIONS, "generated-captions-en": CAPTIONS, "url": Value("string")}
+    )
+
+    def split(number: int, broken: bool) -> Dataset:
+        rows = {
+            "picture": [{"bytes": picture(i), "path": f"{i}.png"} for i in range(number)],
+            "captions-en": [[f"a cat {i}"] for i in range(number)],
+            "generated-captions-en": [[f"a photo of {i}", "a dog"] for i in range(number)],
+            "url": [f"https://example.org/{i}" for i in range(number)],
+        }
+        if broken:
+            rows["picture"][3] = {"bytes": b"no image", "path": None}
+            rows["captions-en"][5] = rows["generated-captions-en"][5] = []
+        return Dataset.from_dict(rows, features=features)
+
+    DatasetDict(train=split(13, True), test=split(4, False)).save_to_disk(tmp_path / "data")
+    content = {
+        "dataset": str(tmp_path / "data"),
+        "output": str(tmp_path / "built"),
+        "language": "xh",
+        "image_column": "picture",
+        "evaluation_splits": ["test"],
+        "translate": {
+            "backend": "file",
+            "import": str(tmp_path / "tables" / "{split}.tsv"),
+            "rows_per_part": 5,
+            "batch_rows": 4,
+        },
+        "score": {"model": str(tiny_folder), "device": "cpu", "rows_per_part": 4},
+        "select": {"caption_strategy": "rank", "caption_count": 2, "rows_per_part": 6},
+        "card": CARD,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(Awaited, match=r"train\.tsv has the sentences of 1-translate, train.*\n.*test\.tsv"):
+        build(BuildArguments(path))
+    fill(tmp_path / "tables")
+    return path
+
+
+def fill(tables: Path) -> None:
+    for path in tables.glob("*.tsv"):
+        head, *lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [line.split("\t")[:2] for line in lines]
+        filled = [f"{name}\t{text}\t{escape(xhosa(unescape(text)))}" for name, text in rows]
+        path.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
+
+
+def xhosa(text: str) -> str:
+    return text.replace("a cat", "ikati").replace("a dog", "inja").replace("a photo of", "ifoto ye")
+
+
+def changed(path: Path, **changes) -> Path:
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) | changes
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
+    return path
+
+
+def files(folder: Path) -> dict[str, str]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and "memory" not in path.parts]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def test_from_images_to_a_data_set_with_its_card(config, tmp_path):
+    folder = build(BuildArguments(config))
+    assert folder == tmp_path / "built" / "dataset"
+    data = datasets.load_dataset(str(folder))
+    assert {split: rows.num_rows for split, rows in data.items()} == {"train": 11, "test": 4}
+    features = {
+        "image": Image(),
+        "captions-xh": CAPTIONS,
+        "generated-captions-xh": CAPTIONS,
+        "similarities-xh": SIMILARITIES,
+    }
+    assert features.items() <= data["train"].features.items() and data["train"].features["url"] == Value("string")
+    rows = list(open_source(str(folder), "train", "image", in_place=True).rows())
+    kept = [i for i in range(13) if i not in (3, 5)]
+    assert [hashlib.sha256(row["image"]["bytes"]).digest() for row in rows] == [
+        hashlib.sha256(picture(i)).digest() for i in kept
+    ]
+    for i, row in zip(kept, rows, strict=True):
+        assert len(row["captions-xh"]) == 2 == len(row["similarities-xh"])
+        assert set(row["captions-xh"]) < {f"ikati {i}", f"ifoto ye {i}", "inja"}
+        assert row["similarities-xh"] == sorted(row["similarities-xh"], reverse=True)
+        assert row["captions-en"] == [f"a cat {i}"] and row["generated-captions-en"] == [f"a photo of {i}", "a dog"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    meta = DatasetCard(card).data.to_dict()
+    assert meta["license"] == "cc-by-4.0" and meta["language"] == ["xh", "en"] and meta["size_categories"] == ["n<1K"]
+    assert meta["configs"][0]["data_files"] == [
+        {"split": "train", "path": "data/train-*"}, {"split": "test", "path": "data/test-*"},
+    ]  # fmt: skip
+    assert "# Squares \\| \\*of\\* \\<colour\\>" in card and "[Noise](<https://example.org/noise>) | CC BY 4.0" in card
+    assert "| train | 11 | 11 | 22 | 22 | 0 |" in card or "| train | 11 | 11 | 22 | 22 |" in card
+    assert "| translate | 13 | 13 | none |" in card and "| select | 11 | 11 | none |" in card
+    assert "| score | 13 | 11 | " in card and "1 unreadable image" in card and "1 no caption" in card
+    assert str(tmp_path) not in card and str(tmp_path) not in (folder / "build.json").read_text(), (
+        "no folder of a machine"
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "build.json", "data", "similarities.png"]
+
+
+def test_training_reads_it(config):
+    folder = build(BuildArguments(config))
+    args = RunArguments(model="m", dataset=[str(folder)], language="xh", caption_strategy="all")
+    (split,) = training_splits(args, [])
+    assert len(split) == 11 and all(len(captions) == 2 for captions in split.captions())
+    assert len(evaluation_split(args, "test", ["xh"])["xh"]) == 4
+
+
+def test_what_is_done_is_not_done_again_and_no_model_is_loaded(config, tmp_path, monkeypatch, caplog):
+    build(BuildArguments(config))
+    before = files(tmp_path / "built")
+    monkeypatch.setattr("captions.score.load_embedder", lambda *a: pytest.fail("the model was loaded"))
+    with caplog.at_level("INFO", "capivara"):
+        build(BuildArguments(config))
+    assert files(tmp_path / "built") == before
+    assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
+
+
+def test_killed_again_and_again_it_ends_in_the_same_bytes(config, tmp_path):
+    build(BuildArguments(config))
+    (tmp_path / "built").rename(tmp_path / "undisturbed")
+    done = subprocess.run(
+        [sys.executable, "tests/killed_stage.py", "build", str(config)],
+        cwd=ROOT, capture_output=True, text=True, timeout=500,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 4, "hardly anything was killed"
+    build(BuildArguments(config))
+    expected, found = files(tmp_path / "undisturbed"), files(tmp_path / "built")
+    assert found.keys() == expected.keys(), "nothing half-made stays"
+    assert {name for name in expected if found[name] != expected[name]} == set()
+
+
+def test_shards_wait_for_each_other(config, tmp_path, monkeypatch):
+    build(BuildArguments(config))
+    expected = files(tmp_path / "built" / "dataset")
+    changed(config, output=str(tmp_path / "shared"))
+    monkeypatch.setattr(build_module, "POLL_S", 0.05)
+
+    def late(index: int):
+        time.sleep(index / 4)
+        return build(BuildArguments(config, shard=f"{index}/2"))
+
+    with ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(late, range(2)))
+    assert folders == [tmp_path / "shared" / "dataset", None]
+    assert files(tmp_path / "shared" / "dataset") == expected
+
+
+def test_a_dry_run_says_what_it_would_do(config, tmp_path, caplog):
+    before = files(tmp_path)
+    with caplog.at_level("INFO", "capivara"):
+        main(["--config", str(config), "--dry_run"])
+    assert files(tmp_path) == before
+    for text in ("1-translate, train: to be done", "python -m captions.score --dataset", "dataset: to be made"):
+        assert text in caplog.text
+    assert f"--import_file {tmp_path}/tables/test.tsv" in caplog.text and "--rows_per_part 6" in caplog.text
+
+
+def test_another_setting_is_another_output(config, tmp_path):
+    build(BuildArguments(config))
+    changed(config, select={"caption_strategy": "rank", "caption_count": 1, "rows_per_part": 6})
+    with pytest.raises(ValueError, match=r"settings.caption_count: 2 there, 1 now"):
+        build(BuildArguments(config))
+    shutil.rmtree(tmp_path / "built" / "3-select")
+    with pytest.raises(ValueError, match=r"dataset was made from other stages.*Remove it"):
+        build(BuildArguments(config))
+    shutil.rmtree(tmp_path / "built" / "dataset")
+    build(BuildArguments(config))
+    assert all(
+        len(row["captions-xh"]) == 1
+        for row in open_source(str(tmp_path / "built" / "dataset"), "train", "image").rows()
+    )
+
+
+def test_stages_may_be_left_out(config, tmp_path):
+    """English alone is only scored and selected; a split that no stage works on passes as it is."""
+    changed(config, translate=None, language="en")
+    folder = build(BuildArguments(config))
+    assert sorted(path.name for path in (tmp_path / "built").iterdir() if path.is_dir()) == [
+        "0-read", "1-score", "2-select", "dataset",
+    ]  # fmt: skip
+    data = datasets.load_dataset(str(folder))
+    assert data["train"].num_rows == 11 and data["test"]["captions-en"][:] == [[f"a cat {i}"] for i in range(4)]
+    assert data["test"][0]["similarities-en"] is None and data["test"][0]["image"].size == (9, 12)
+
+
+def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr("captions.dataset_folder._with_all_columns", full)
+        with pytest.raises(
+            SystemExit, match=r"error: No space left on the disk while writing .*; the same command goes on"
+        ):
+            main(["--config", str(config)])
+    assert not (tmp_path / "built" / "dataset").exists()
+    assert datasets.load_dataset(str(build(BuildArguments(config))))["train"].num_rows == 11
+    assert not (tmp_path / "built" / "dataset.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"langage": "pt"}, r"unknown key `langage`\. Did you mean `language`"),
+        ({"score": {"modle": "x"}}, r"section score: unknown key `modle`\. Did you mean `model`"),
+        ({"score": {"model": "x", "batch_rows": "many"}}, r"section score: argument --batch_rows.*: invalid int value"),
+        ({"score": {}}, r"section score: model is missing"),
+        ({"select": {"caption_strategy": "best"}}, r"section select: .*invalid choice: 'best'"),
+        ({"select": {"min_similarity": "7"}}, r"section select: min_similarity must be a number from -1 to 1"),
+        ({"select": ["rank"]}, r"`select` must hold `key: value` lines"),
+        ({"dataset": None}, r"lacks `dataset`.*give --dataset"),
+        ({"language": None}, r"lacks `language`"),
+        ({"card": None}, r"lacks `card`.*no data set without its sources"),
+        ({"card": CARD | {"sources": []}}, r"card.sources must list the sources"),
+        ({"card": CARD | {"sources": [{"name": "x"}]}}, r"needs a name and a license"),
+        ({"card": CARD | {"license": "Free for all"}}, r"card.license must be an identifier of the Hub"),
+        ({"card": CARD | {"licence": "mit"}}, r"unknown key `licence`\. Did you mean `license`"),
+        ({"evaluation_splits": ["train"]}, r"evaluation_splits has 'train'"),
+        ({"translate": None, "score": None, "select": None}, r"there is nothing to do"),
+        ({"translate": {"backend": "file"}}, r"section translate: --backend file needs"),
+    ],
+)
+def test_slips_in_a_config_are_found_before_any_work(config, tmp_path, changes, message):
+    changed(config, **changes)
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main(["--config", str(config)])
+    assert not list(tmp_path.glob("built/*/*/*.parquet"))
+
+
+def test_files_that_are_no_config(tmp_path):
+    for text, message in ((None, "does not exist"), ("a: [", "is not valid YAML"), ("- a", "got a list")):
+        if text:
+            (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_plan(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("language", ["pt", "hi", "xh"])
+def test_the_papers_configs_are_whole(language, tmp_path):
+    config = ROOT / "configs" / f"captions_{language}.yaml"
+    plan = read_plan(config, dataset="shards/*.tar", output=tmp_path / "out")
+    assert [step.name for step in plan.steps["train"]] == ["generate", "translate", "score", "select"]
+    generate, translate, score, select = (step.args for step in plan.steps["train"])
+    assert generate.model == "Salesforce/blip2-opt-2.7b-coco" and generate.max_new_tokens == 50
+    assert translate.language == score.language == select.language == language == plan.language
+    assert score.model == "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"
+    assert (select.caption_strategy, select.caption_count, select.min_pair_similarity) == ("rank", 5, 0.2)
+    assert score.dataset == str(tmp_path / "out" / "2-translate" / "train")
+    with pytest.raises(ValueError, match="lacks `dataset`"):
+        read_plan(config)
+
+
+@pytest.mark.parametrize("language", ["es", "yo"])
+def test_another_language_by_a_flag(language, tmp_path):
+    plan = read_plan(ROOT / "configs" / "captions_hi.yaml", dataset="d", output=tmp_path, language=language)
+    assert {step.args.language for step in plan.steps["train"] if hasattr(step.args, "language")} == {language}
+
+
+@pytest.mark.slow
+def test_the_comparison_of_selected_and_all_captions(config, tmp_path, tiny_folder):
+    changed(config, select={"caption_strategy": "rank", "min_pair_similarity": 0.0})
+    build(BuildArguments(config))
+    (tmp_path / "train.yaml").write_text(f"model: {tiny_folder}\nlanguage: xh\nvalidation_split: test\n")
+    flags = ["--effective_batch_size", "4", "--micro_batch_size", "4", "--max_steps", "2", "--warmup_steps", "0"]
+    work = ["--work", str(tmp_path / "runs"), "--output", str(tmp_path / "result.json"), "--runs", "2"]
+    built = ["--built", str(tmp_path / "built"), "--config", str(tmp_path / "train.yaml")]
+    captions_selection.main([*built, *work, *flags, "--num_threads", "1"])
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    images = result["selection"]["images"]
+    assert images["kept"] > 3 and images["kept"] + images["not chosen"] == 11
+    for name in ("selected", "all"):
+        trained = [r for r in result[name]["recalls"] if r["model"] == "capivara"]
+        assert {(r["direction"], r["seed"]) for r in trained} == {
+            (direction, seed) for direction in ("text_to_image", "image_to_text") for seed in (0, 1)
+        }
+    table = captions_selection.markdown_table(result)
+    assert f"| selected captions | {images['kept']} | xh |" in table and " ± " in table
+
+
+def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_dataset_folder):
+    """At toy width: the Portuguese captions go out as a table of English ones and come back exactly."""
+    source = datasets.load_from_disk(tiny_dataset_folder)
+    content = yaml.safe_load((ROOT / "configs" / "openmoji_captions.yaml").read_text(encoding="utf-8"))
+    content |= {"dataset": str(tmp_path / "english"), "output": str(tmp_path / "built")}
+    content["translate"]["import"] = str(tmp_path / "tables" / "{split}.tsv")
+    content["score"] = {"model": str(tiny_folder), "device": "cpu"}
+    content["select"]["min_pair_similarity"] = -1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    folder = build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, tmp_path / "config.yaml"))
+    for split, rows in source.items():
+        built = list(open_source(str(folder), split, "image", in_place=True).rows())
+        assert [row["captions-pt"] for row in built] == [captions[:1] for captions in rows["captions-pt"]]
+    assert "All emojis designed by OpenMoji" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+GUIDE = (ROOT / "docs" / "your_language.md").read_text(encoding="utf-8")
+
+
+def test_the_guides_config_is_one(tmp_path):
+    (tmp_path / "my.yaml").write_text(re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1], encoding="utf-8")
+    plan = read_plan(tmp_path / "my.yaml")
+    assert list(plan.steps) == ["train", "validation", "test"] and len(plan.steps["train"]) == 4
+
+
+@pytest.mark.parametrize("command", re.findall(r"python -m (captions\.\w+) ([^#\n]*(?:\\\n[^#\n]*)*)", GUIDE))
+def test_the_guides_commands_have_these_flags(command):
+    module, flags = command
+    kind = {"build": BuildArguments, **STAGES}[module.removeprefix("captions.")]
+    known = {field.name for field in fields(kind)} | {"help", "import"}
+    assert {flag for flag in re.findall(r"--(\w+)", flags)} <= known
+
+
+def test_the_guide_names_what_there_is():
+    modules = set(re.findall(r"python -m ([\w.]+)", GUIDE))
+    assert modules and all((ROOT / name.replace(".", "/")).with_suffix(".py").is_file() for name in modules)
+    assert all((ROOT / name).is_file() for name in re.findall(r"configs/\w+\.yaml", GUIDE))

@@ -1,0 +1,267 @@
+"""The model card states what its files say, in both languages, and `--check` sees every digit that does not."""
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from card_run import card_of, change, record_of, results_of, trained_run
+from huggingface_hub import ModelCard, ModelCardData
+
+from hub_upload.card import main, render, write_card
+from hub_upload.card_check import check
+from hub_upload.card_facts import card_facts
+from hub_upload.card_render import TEMPLATES, marked_card
+from hub_upload.card_schema import read_yaml, split_card
+from hub_upload.card_text import figures, plain
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = ("How to use", "Model details", "Uses", "Bias, risks and limitations", "Ethical considerations", "Training",
+            "Evaluation", "Environmental impact", "Technical facts", "Licence", "Citation")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_dataset_folder, tiny_processor):
+    return trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, with its card."""
+    shutil.copytree(trained, tmp_path / "run")
+    write_card(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_run_gets_a_card_with_all_sections(run):
+    data, body = split_card(card_of(run))
+    assert check(run) == []
+    assert re.findall(r"^## (.*)$", body, re.MULTILINE)[: len(SECTIONS)] == list(SECTIONS)
+    assert data["language"] == ["pt", "en"] and data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "zero-shot-image-classification" and "multilingual" in data["tags"]
+    assert data["license"] == "cc-by-sa-4.0" and "base_model" not in data and "datasets" not in data
+    assert "![" in body and "(retrieval.png)" in body and "(curves.png)" in body
+    for text in ("Quadrados coloridos", "A tiny base", "`mit`", "`cc-by-sa-4.0`", "Squares by nobody in particular."):
+        assert text in body
+    baseline, model = (record_of(run, "recall@1", model=role)["value"] for role in ("baseline", "capivara"))
+    row = f"| Text → image, R@1 | {100 * baseline:.2f} | {100 * model:.2f} | {100 * (model - baseline):+.2f} |"
+    assert row in body.replace("**", "")
+    gain = record_of(run, "mean_recall_gain")
+    low, high = (f"{100 * end:+.2f}" for end in gain["interval_95"])
+    assert f"mean recall: {100 * gain['value']:+.2f} points; 95 % interval {low} to {high}" in body
+    assert "| `learning_rate` | `0.001` |" in body and "all 10 pairs" in body
+
+
+def test_metadata_are_those_of_the_json_and_survive_the_hubs_own_classes(run):
+    data, _ = split_card(card_of(run))
+    values = {
+        (r["language"], r["direction"], r["metric"]): r["value"]
+        for path in (run / "results").glob("*.json")
+        for r in json.loads(path.read_text(encoding="utf-8"))["records"]
+        if r["model"] == "capivara" and not r["metric"].endswith("_gain")
+    }
+    (index,) = data["model-index"]
+    found = {
+        (r["dataset"]["config"], r["task"]["type"].replace("-retrieval", "").replace("-", "_"), m["type"]): m["value"]
+        for r in index["results"]
+        for m in r["metrics"]
+    }
+    assert found == values
+    assert ModelCardData(**data).to_dict() == data
+    assert ModelCard(card_of(run)).data.to_dict() == data
+    assert str(ModelCard(card_of(run))).strip() == card_of(run).strip()
+
+
+def test_the_portuguese_card_has_the_same_figures(run):
+    facts = card_facts(run)
+    _, _, english = marked_card(facts, "en", None, facts.formats)
+    _, _, portuguese = marked_card(facts, "pt", None, facts.formats)
+    sources = [[source for _, source in figures(text)] for text in (english, portuguese)]
+    assert sources[0] == sources[1]
+    swapped = str.maketrans(",.", ".,")
+    for (one, source), (other, _) in zip(figures(english), figures(portuguese), strict=True):
+        if re.fullmatch(r"[-+±\d., to]+", one) and "versions" not in source:
+            assert one.replace("to", "a") in (other, other.translate(swapped)), source
+    headings = [re.findall(r"^#+ ", text, re.MULTILINE) for text in (english, portuguese)]
+    assert headings[0] == headings[1]
+    text = plain(portuguese)
+    assert "revocação média" in text and "Licença" in text and "## Considerações éticas" in text
+    assert not re.search(
+        r"\b(the|of|and|with|from)\b", re.sub(r"```.*?```|`[^`]*`|\[.*?\]\(.*?\)|<!--.*", "", text, flags=re.S)
+    )
+    write_card(run, language="pt")
+    assert check(run) == []
+
+
+def test_templates_hold_no_figure():
+    """Digits in them are names, not measurements: every other number must come through a fact."""
+    allowed = (
+        r"arxiv\.org/abs/2310\.13683|95 ?%|8 bits|int8|CO2e|santos2023capivara|\{2023\}|model_type|\(320, 240\)|R@k"
+    )
+    for path in TEMPLATES.iterdir():
+        text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", "", path.read_text(encoding="utf-8"), flags=re.S)
+        text = re.sub(r"dim=-1|a11y", "", text)
+        assert not re.findall(r".*\d.*", re.sub(allowed, "", text)), path.name
+
+
+def test_one_changed_digit_in_the_card_fails(run):
+    text = card_of(run)
+    places = [match.start() for match in re.finditer(r"\d", text)]
+    generator = random.Random(0)
+    for place in generator.sample(places, 40):
+        digit = str((int(text[place]) + generator.randint(1, 9)) % 10)
+        (run / "README.md").write_text(text[:place] + digit + text[place + 1 :], encoding="utf-8")
+        assert check(run), f"{text[max(0, place - 60) : place + 20]!r} changed to {digit}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "source"),
+    [
+        ("| Text → image, R@1 | ", "results/.*_pt.json#/records/0/value"),
+        ("| `learning_rate` | `", "run.json#/config/learning_rate"),
+        ("- **Parameters:** ", "model.safetensors"),
+        ("taken over all ", "run.json#/config/effective_batch_size"),
+        ("      value: ", "model-index/0/results/0/metrics/0/value: .* results/.*#/records/\\d+/value gives"),
+    ],
+)
+def test_the_changed_figure_is_named(run, shown, source):
+    text = card_of(run)
+    place = re.search(re.escape(shown) + r"(?=\d)", text).end()
+    digit = str((int(text[place]) + 1) % 10)
+    (run / "README.md").write_text(text[:place] + digit + text[place + 1 :], encoding="utf-8")
+    faults = check(run)
+    assert len(faults) == 1 and re.search(source, faults[0]), faults
+
+
+def test_one_changed_digit_in_a_json_file_fails(run):
+    generator = random.Random(1)
+    for path in [run / "run.json", *(run / "results").glob("*.json"), run / "config.json"]:
+        text = path.read_text(encoding="utf-8")
+        for place in generator.sample([match.start() for match in re.finditer(r"\d", text)], 12):
+            digit = str((int(text[place]) + generator.randint(1, 9)) % 10)
+            path.write_text(text[:place] + digit + text[place + 1 :], encoding="utf-8")
+            faults = check(run)
+            assert any(path.name in fault for fault in faults), f"{text[max(0, place - 60) : place + 20]!r}"
+        path.write_text(text, encoding="utf-8")
+    assert check(run) == []
+
+
+def test_a_changed_measurement_is_named(run):
+    def edit(results):
+        results["records"][3]["value"] = 0.123456
+
+    change(results_of(run), edit)
+    faults = check(run)
+    assert any("#/records/3/value gives '12.35'" in fault for fault in faults)
+    assert any("`" in fault and "results/" in fault for fault in faults), "its digest differs, too"
+
+
+def test_what_is_added_by_hand(run):
+    text = card_of(run)
+    marker = "## Technical facts\n"
+    for added in (
+        "Also tried: recall 99.9.",
+        "Dez por cento (１０ %) melhor.",
+        "½ better.",
+        "<!--",
+        "```",
+        "## Results",
+    ):
+        (run / "README.md").write_text(text.replace(marker, f"{added}\n\n{marker}"), encoding="utf-8")
+        assert check(run), added
+    (run / "README.md").write_text(text.replace(marker, f"We thank our annotators.\n\n{marker}"), encoding="utf-8")
+    assert check(run) == []
+    for gone in ("| Text → image, R@1 ", "- The figures hold", "## Results"[3:], "license: "):
+        lines = [line for line in text.split("\n") if gone not in line]
+        (run / "README.md").write_text("\n".join(lines), encoding="utf-8")
+        assert check(run), gone
+
+
+def test_a_front_matter_that_was_changed(run):
+    text = card_of(run)
+    changes = {
+        "license: cc-by-sa-4.0": ("license: mit", "license: the card says 'mit'"),
+        "- multilingual\n": ("- multilingual\n- state-of-the-art\n", "no file says 'state-of-the-art'"),
+        "library_name: transformers\n": (
+            "library_name: transformers\nlicense: mit\n",
+            "the key 'license' stands twice",
+        ),
+        "      split: test\n": ("", "split is missing"),
+    }
+    for old, (new, fault) in changes.items():
+        assert old in text
+        (run / "README.md").write_text(text.replace(old, new, 1), encoding="utf-8")
+        assert any(fault in said for said in check(run)), (new, check(run))
+
+
+def test_the_last_digit_of_a_number_that_is_read_as_the_same_one(run):
+    def edit(results):
+        next(r for r in results["records"] if r["model"] == "capivara").update(value=0.26571428571428574)
+
+    change(results_of(run, "en"), edit)
+    write_card(run)
+    text = card_of(run)
+    assert float("0.26571428571428575") == 0.26571428571428574 and text.count("0.26571428571428574") == 1
+    (run / "README.md").write_text(text.replace("0.26571428571428574", "0.26571428571428575"), encoding="utf-8")
+    assert len(check(run)) == 1 and "0.26571428571428575" in check(run)[0]
+
+
+def test_a_card_that_was_not_made_here(run):
+    (run / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n", encoding="utf-8")
+    assert check(run) == [
+        "README.md: it was not made by `python -m hub_upload.card`, so its figures have no known source."
+    ]
+    name = '{"language": "en", "repo_id": null, "name": "x\\"); import os; (\\""}'
+    (run / "README.md").write_text(f"---\na: b\n---\n\n# Mine\n\n<!-- made by hub_upload.card with {name} -->\n")
+    assert "no name of a folder" in check(run)[0]
+    (run / "README.md").unlink()
+    with pytest.raises(ValueError, match=r"has no README\.md"):
+        check(run)
+
+
+def test_no_path_of_a_machine(run):
+    def lead_away(content):
+        content["config"] |= {"model": "/home/ana/base", "image_embedding_cache": "/home/ana/cache"}
+        content["origins"]["model"]["title"] = "/home/ana/base"
+        content["device"] = "/home/ana/gpu"
+
+    change(run / "run.json", lead_away)
+    change(results_of(run), lambda results: [r.update(dataset="/home/ana/squares") for r in results["records"]])
+    write_card(run)
+    assert "ana" not in card_of(run) and "squares" in card_of(run) and check(run) == []
+
+
+def test_the_citation_is_the_readmes():
+    assert (TEMPLATES / "citation.bib").read_text(encoding="utf-8") in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_command(run, tmp_path, capsys):
+    before = card_of(run)
+    main(["--model", str(run), "--language", "pt", "--output", str(tmp_path / "ficha.md")])
+    assert "Considerações éticas" in (tmp_path / "ficha.md").read_text(encoding="utf-8") and card_of(run) == before
+    main(["--check", str(run)])
+    assert "Every figure" in capsys.readouterr().out
+    (run / "README.md").write_text(before.replace("all 10 pairs", "all 11 pairs"), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"run\.json#/config/effective_batch_size gives '10'"):
+        main(["--check", str(run)])
+    for argv, message in (
+        ([], "Give --model FOLDER"),
+        (["--model", str(run), "--check", str(run)], "Give --model FOLDER"),
+        (["--model", str(run), "--repo_id", "../x"], "repo_id"),
+        (["--model", str(run), "--repo_id", "justaname"], "owner/name"),
+        (["--model", str(tmp_path / "none")], "is no folder"),
+        (["--model", str(run), "--modell", "x"], "modell"),
+    ):
+        with pytest.raises(SystemExit, match=rf"^error: [^\n]*{message}[^\n]*$"):
+            main(argv)
+
+
+def test_a_card_without_formats_or_with_fewer(run):
+    facts = card_facts(run)
+    assert "### ONNX" in str(render(facts, "en", None, frozenset({"onnx"})))
+    assert "### ONNX" not in str(render(facts))
+    with pytest.raises(ValueError, match="language must be one of"):
+        render(facts, "de")
+    assert read_yaml("a: 1") == {"a": 1}

@@ -1,0 +1,105 @@
+"""The code of a card runs as it is printed, in a process that knows nothing of this project unless the card says so."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from card_run import trained_run
+from hub_server import HubServer
+
+from hub_upload.card import write_card
+from hub_upload.card_check import check
+from hub_upload.card_schema import card_faults, split_card
+from hub_upload.export import FORMATS, export
+from modeling_capivara import CapivaraConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDED = ("open_clip", "sentence_transformers", "onnxruntime", "onnxscript")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not all(map(importlib.util.find_spec, NEEDED)), reason=f"needs {', '.join(NEEDED)}"),
+]
+BLOCKS = ("package", "remote code", "pipeline", "open_clip", "sentence-transformers", "ONNX")  # in the card's order
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_dataset_folder, tiny_processor):
+    return trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)
+
+
+def blocks(folder: Path) -> dict[str, str]:
+    _, body = split_card((folder / "README.md").read_text(encoding="utf-8"))
+    return dict(zip(BLOCKS, re.findall(r"```python\n(.*?)```", body, re.DOTALL), strict=True))
+
+
+def numbers_printed(code: str, cwd: Path, folder: Path, **environment: str) -> list[float]:
+    """Run a block of code as a script; the numbers that it prints."""
+    (folder / "scripts").mkdir(exist_ok=True)
+    script = folder / "scripts" / "block.py"
+    script.write_text(code, encoding="utf-8")
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules"), **environment}
+    if "import modeling_capivara" in code:
+        kept["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=cwd, env=kept, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
+    return [float(number) for number in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", done.stdout)]
+
+
+def assert_blocks_agree(found: dict[str, list[float]]) -> None:
+    """Two loaders' probabilities are equal, and two loaders' cosines; what the others print has its shape."""
+    assert len(found["package"]) == 4 and sum(found["package"]) == pytest.approx(2, abs=1e-3)
+    assert found["open_clip"] == pytest.approx(found["package"], abs=2e-3)  # printed to four digits
+    assert len(found["ONNX"]) == 4 and found["sentence-transformers"] == pytest.approx(found["ONNX"], abs=2e-3)
+    assert found["remote code"] == [2, 24]
+    assert sum(found["pipeline"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_code_for_a_folder(run, tmp_path):
+    export(run, tmp_path / "modelo", FORMATS, text_config=str(run))
+    write_card(tmp_path / "modelo", language="pt")
+    portuguese = blocks(tmp_path / "modelo")
+    write_card(tmp_path / "modelo")
+    assert check(tmp_path / "modelo") == []
+    english = blocks(tmp_path / "modelo")
+    without_comments = [re.sub(r"# .*", "", "".join(texts.values())) for texts in (english, portuguese)]
+    assert without_comments[0] == without_comments[1] and english != portuguese
+    assert_blocks_agree({name: numbers_printed(code, tmp_path, tmp_path) for name, code in english.items()})
+
+
+def test_code_for_a_repository_on_the_hub(run, tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        environment = {key: value for key, value in hub.environment(tmp_path / "home").items() if key != "PYTHONPATH"}
+        CapivaraConfig.from_pretrained(run).text_config.save_pretrained(tmp_path / "text")
+        hub.store("us/text-tower", tmp_path / "text")
+        command = [sys.executable, "-m", "hub_upload.export", "--model", str(run), "--output", str(tmp_path / "made")]
+        command += ["--text_config", "us/text-tower", "--repo_id", "us/model"]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **environment, "PYTHONPATH": str(ROOT)}, check=True)
+        write_card(tmp_path / "made", repo_id="us/model")
+        assert check(tmp_path / "made") == []
+        hub.store("us/model", tmp_path / "made")
+        (tmp_path / "elsewhere").mkdir()
+        found = {
+            name: numbers_printed(code, tmp_path / "elsewhere", tmp_path, **environment)
+            for name, code in blocks(tmp_path / "made").items()
+        }
+    assert_blocks_agree(found)
+
+
+def test_the_exported_folder_keeps_its_card(run, tmp_path):
+    """What was measured travels with the repository, and nothing of the machine."""
+    export(run, tmp_path / "made", ("transformers",))
+    write_card(tmp_path / "made")
+    assert check(tmp_path / "made") == []
+    shutil.copytree(tmp_path / "made", tmp_path / "copy")
+    assert check(tmp_path / "copy") == []
+    text = (tmp_path / "copy" / "README.md").read_text(encoding="utf-8")
+    assert card_faults(text) == [] and "Quadrados coloridos" in text and str(run.parent) not in text

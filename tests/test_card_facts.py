@@ -1,0 +1,234 @@
+"""What a card may state: each figure from a file, of seeds their mean, of the Hub what was loaded from there."""
+
+import json
+import re
+import shutil
+import statistics
+
+import pytest
+import yaml
+from card_run import card_of, change, record_of, results_of, three_seeds, trained_run
+from huggingface_hub import parse_eval_result_entries
+
+from hub_upload.card import main, write_card
+from hub_upload.card_check import check
+from hub_upload.card_facts import card_facts
+from hub_upload.card_schema import split_card
+
+HUB_DATA = "laicsiifes/flickr30k-pt-br"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_dataset_folder, tiny_processor):
+    return trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of the run, with its card."""
+    shutil.copytree(trained, tmp_path / "run")
+    write_card(tmp_path / "run")
+    return tmp_path / "run"
+
+
+MISSING = {
+    "run.json without steps": ("run.json", lambda run: run.pop("steps"), r"run\.json# has no 'steps'"),
+    "no config": ("run.json", lambda run: run.pop("config"), "has no 'config'"),
+    "a record without a value": ("pt", lambda r: r["records"][2].pop("value"), r"records/2 has no 'value'"),
+    "a share above 1": ("pt", lambda r: r["records"][0].update(value=8.3), "must be a share, got 8.3"),
+    "a value that is text": ("pt", lambda r: r["records"][0].update(value="0.5"), "must be a number"),
+    "another schema": ("pt", lambda r: r.update(schema_version=1), "no result file of schema version 2"),
+    "another role": ("pt", lambda r: r["records"][0].update(model="best"), "model must be one of"),
+    "two values": (
+        "pt",
+        lambda r: r["records"].append({**r["records"][0], "value": 0.9}),
+        "give one figure two values",
+    ),
+    "a token": (
+        "run.json",
+        lambda run: run["config"].update(model="hf_" + "a" * 34),
+        "what looks like an access token",
+    ),
+    "energy of unknown origin": (
+        "run.json",
+        lambda run: run.update(energy={"kwh": 1, "kg_co2e": 1, "hours": 1, "method": "a guess"}),
+        "must say whether energy was measured or estimated",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MISSING)
+def test_a_figure_without_a_source_is_an_error(run, fault):
+    name, edit, message = MISSING[fault]
+    change(run / name if name == "run.json" else results_of(run, name), edit)
+    with pytest.raises(ValueError, match=message):
+        write_card(run)
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
+        main(["--model", str(run)])
+
+
+def test_files_that_are_no_json_of_ours(run):
+    results_of(run).write_text('{"schema_version": 2, "records": [NaN]}', encoding="utf-8")
+    with pytest.raises(ValueError, match="it holds NaN"):
+        card_facts(run)
+    results_of(run).write_text('{"a": 1, "a": 2}', encoding="utf-8")
+    with pytest.raises(ValueError, match="a key stands twice"):
+        card_facts(run)
+    results_of(run).write_text('{"benchmarks": 3}', encoding="utf-8")  # such as a suite's summary
+    assert {series.first.language for series in card_facts(run).series} == {"en"}
+    shutil.rmtree(run / "results")
+    with pytest.raises(ValueError, match="states what was measured"):
+        card_facts(run)
+    (run / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"no run\.json"):
+        card_facts(run)
+
+
+def test_several_seeds(trained, tmp_path):
+    folder = three_seeds(trained, tmp_path / "seeds")
+    write_card(folder)
+    assert check(folder) == []
+    text = card_of(folder)
+    shares = [0.2, 0.30000000000000004, 0.4]
+    assert f"{100 * statistics.mean(shares):.2f} ± {100 * statistics.stdev(shares):.2f}" in text
+    assert "3 training runs, seeds 0, 1, 2" in text and "(seed 2)" in text
+    assert 'name = "seeds/seed-0"' in text
+    values = {m["value"] for r in split_card(text)[0]["model-index"][0]["results"] for m in r["metrics"]}
+    assert 0.2 in values and 0.4 not in values
+    with pytest.raises(ValueError, match="a repository has one"):
+        write_card(folder, repo_id="us/model")
+    # One of them, as the export makes a repository of it: its weights and run, the results of all.
+    shutil.copytree(folder / "seed-1", tmp_path / "one")
+    shutil.copytree(folder / "results", tmp_path / "one" / "results")
+    write_card(tmp_path / "one", repo_id="us/model")
+    text = card_of(tmp_path / "one")
+    assert "± 10.00" in text and check(tmp_path / "one") == []
+    metrics = [m for r in split_card(text)[0]["model-index"][0]["results"] for m in r["metrics"]]
+    assert {m["args"]["seed"] for m in metrics} == {1} and 0.30000000000000004 in {m["value"] for m in metrics}
+
+
+def test_energy_is_marked_as_estimated_or_measured(run):
+    energy = {"kwh": 6.49, "kg_co2e": 0.5, "hours": 31, "country": "BRA", "cpu": "A CPU", "gpu": "1 x A GPU"}
+    energy |= {"covers": "the run", "method": "codecarbon 3.3.2, offline; estimated without a power meter"}
+    change(run / "run.json", lambda content: content.update(energy=energy))
+    write_card(run)
+    data, body = split_card(card_of(run))
+    assert data["co2_eq_emissions"] == {
+        "emissions": 500.0, "source": energy["method"], "training_type": "fine-tuning", "geographical_location": "BRA",
+        "hardware_used": "1 x A GPU",
+    }  # fmt: skip
+    assert "Estimated: codecarbon 3.3.2" in body and "6.49 kWh" in body and "500 g" in body and "31.0 hours" in body
+    assert check(run) == []
+    change(run / "run.json", lambda content: content["energy"].update(method="a power meter; measured"))
+    write_card(run, language="pt")
+    assert "Medido: a power meter" in card_of(run)
+    change(run / "run.json", lambda content: content.update(energy={}))
+    write_card(run)
+    assert "co2_eq_emissions" not in card_of(run) and "were not recorded" in card_of(run)
+
+
+@pytest.fixture
+def on_the_hub(run):
+    """The run, as if base and data had been loaded from the Hub; the Portuguese captions alone."""
+
+    def of_hub(content):
+        content["origins"]["model"] |= {"hub_id": "laion/base", "revision": COMMIT, "title": "laion/base"}
+        content["origins"]["datasets"][0] |= {"hub_id": HUB_DATA, "revision": COMMIT}
+        content["origins"]["evaluation_dataset"] |= {"name": HUB_DATA}
+
+    assert not (run / ".eval_results").exists()
+    change(run / "run.json", of_hub)
+    change(results_of(run), lambda results: [record.update(dataset=HUB_DATA) for record in results["records"]])
+    change(results_of(run), lambda results: results.update(dataset_revision=COMMIT))
+    write_card(run)
+    return run
+
+
+def test_only_what_is_on_the_hub_is_named_as_such(on_the_hub):
+    data, body = split_card(card_of(on_the_hub))
+    assert (data["base_model"], data["datasets"]) == ("laion/base", [HUB_DATA])
+    assert f"https://huggingface.co/datasets/{HUB_DATA}" in body
+    assert {r["dataset"].get("revision") for r in data["model-index"][0]["results"]} == {COMMIT, None}
+    (path,) = (on_the_hub / ".eval_results").iterdir()
+    entries = parse_eval_result_entries(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert [(entry.dataset_id, entry.dataset_revision) for entry in entries] == [(HUB_DATA, COMMIT)] * 2
+    values = [record_of(on_the_hub, "mean_recall", to)["value"] for to in ("text_to_image", "image_to_text")]
+    assert [entry.value for entry in entries] == values
+    text = path.read_text(encoding="utf-8")
+    change(results_of(on_the_hub), lambda results: results.update(dataset_revision=None))  # as the trainer leaves it
+    noted = {"hub_id": HUB_DATA, "revision": COMMIT}
+    change(on_the_hub / "run.json", lambda content: content["origins"]["evaluation_dataset"].update(noted))
+    write_card(on_the_hub)
+    assert path.read_text(encoding="utf-8") == text and check(on_the_hub) == []
+    change(results_of(on_the_hub), lambda results: results.update(dataset_fingerprint="of other data"))
+    write_card(on_the_hub)
+    assert "no result file" in check(on_the_hub)[0], "a file that was right before"
+
+
+def test_one_changed_digit_in_eval_results_fails(on_the_hub):
+    (path,) = (on_the_hub / ".eval_results").iterdir()
+    assert check(on_the_hub) == []
+    text = path.read_text(encoding="utf-8")
+    for place in [match.start() for match in re.finditer(r"\d", text)][::9]:
+        path.write_text(f"{text[:place]}{(int(text[place]) + 1) % 10}{text[place + 1 :]}", encoding="utf-8")
+        assert any(path.name in fault for fault in check(on_the_hub)), text[place - 30 : place + 5]
+    path.unlink()
+    (path.parent / "mine.yaml").write_text("- dataset: {id: a/b, task_id: c}\n  value: 1\n", encoding="utf-8")
+    assert len(check(on_the_hub)) == 2
+
+
+def test_a_licence_that_does_not_follow_is_left_out(run):
+    change(run / "run.json", lambda content: content["origins"].update(license=None))
+    write_card(run)
+    assert "license" not in split_card(card_of(run))[0] and "No licence is stated" in card_of(run)
+    change(run / "run.json", lambda content: content.pop("origins"))  # of an older run
+    write_card(run)
+    assert "license" not in split_card(card_of(run))[0] and check(run) == []
+
+
+def test_classification_and_linear_probe(run):
+    common = {
+        "dataset": "cifar-10",
+        "split": "test",
+        "direction": "",
+        "n": 100,
+        "model_folder": ".",
+        "metric": "accuracy",
+    }
+    rows = [("classification", "pt", "ours", "baseline", 0.5), ("classification", "pt", "ours", "capivara", 0.45)]
+    rows += [("linear_probe", "", "16 shots", "capivara", 0.75)]
+    records = [
+        {**common, "task": task, "language": language, "protocol": protocol, "model": model, "value": value}
+        for task, language, protocol, model, value in rows
+    ]
+    head = json.loads(results_of(run).read_text(encoding="utf-8"))
+    (run / "results" / "cifar.json").write_text(json.dumps({**head, "records": records}), encoding="utf-8")
+    write_card(run)
+    text = card_of(run)
+    assert "| `cifar-10` | `ours` | accuracy | 100 | **50.00** | 45.00 | -5.00 |" in text
+    assert "| `cifar-10` | `16 shots` | accuracy | 100 | 75.00 |" in text
+    assert "It does worse than the baseline on:\n  - accuracy, `cifar-10`, `ours`: 45.00, baseline 50.00" in text
+    assert check(run) == []
+
+
+def test_files_for_other_loaders_bring_their_code(run):
+    names = ("open_clip_config.json", "open_clip_model.safetensors", "modules.json", "onnx/text_model.onnx")
+    for name in (*names, "onnx/vision_model.onnx"):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    graphs = {"text_model.onnx": {"bytes": 2_500_000, "largest_difference": 2e-7}}
+    graphs |= {"text_model_int8.onnx": {"bytes": 700_000, "lowest_cosine": 0.9974}}
+    (run / "onnx" / "quantisation.json").write_text(json.dumps({"graphs": graphs, "recall": None}), encoding="utf-8")
+    assert any("is missing" in fault for fault in check(run)), "the card is older than these files"
+    write_card(run, repo_id="us/model")
+    data, body = split_card(card_of(run))
+    assert {"open_clip", "sentence-transformers", "onnx"} <= set(data["tags"])
+    assert 'name = "hf-hub:us/model"' in body and 'SentenceTransformer("us/model", trust_remote_code=True)' in body
+    assert 'snapshot_download("us/model"' in body and "# model" in body
+    assert "| `onnx/text_model.onnx` | 2.5 MB | 2.0e-07 | – |" in body and "| 0.7 MB | – | 0.9974 |" in body
+    (run / "text_model").mkdir()
+    (run / "text_model" / "config.json").touch()
+    write_card(run)
+    assert 'os.chdir("run")' in card_of(run) and 'name = "local-dir:."' in card_of(run)
+    assert check(run) == []

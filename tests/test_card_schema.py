@@ -1,0 +1,218 @@
+"""Broken cards are refused, and texts of configs and data stay texts: in Markdown, in HTML and in YAML."""
+
+import shutil
+
+import pytest
+from browser import open_browser
+from card_run import change, trained_run
+
+from hub_upload.card import write_card
+from hub_upload.card_check import check
+from hub_upload.card_schema import card_faults, split_card
+from hub_upload.card_text import Writer, code, escaped, figures, mark, plain
+from training.outputs import inherited_license, origin
+
+GOOD = """---
+license: mit
+language:
+- pt
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+base_model: owner/base
+datasets:
+- owner/pairs
+tags:
+- clip
+co2_eq_emissions:
+  emissions: 12.5
+  source: codecarbon, estimated
+model-index:
+- name: CAPIVARA
+  results:
+  - task:
+      type: text-to-image-retrieval
+    dataset:
+      name: Squares
+      type: squares
+    metrics:
+    - type: recall@1
+      value: 0.25
+---
+
+# A card
+
+Text with `code <b>`, a [link](https://example.org/a) and 3 &lt; 4.
+
+```python
+print("<script>")
+```
+"""
+BROKEN = {
+    "licence unknown to the Hub": ("license: mit", "license: my-own-terms", "no identifier of the Hub's"),
+    "other without a name": ("license: mit", "license: other", "needs a license_name"),
+    "language by name": ("- pt\n", "- portuguese\n", "no ISO 639 code"),
+    "unknown task": ("pipeline_tag: zero-shot-image-classification", "pipeline_tag: magic", "pipeline_tag must be"),
+    "unknown library": ("library_name: transformers", "library_name: 5", "library_name must be"),
+    "base model on a disk": ("base_model: owner/base", "base_model: ./models/base", "no Hub id"),
+    "absolute base model": ("base_model: owner/base", "base_model: /models/base", "no Hub id"),
+    "data sets no list": ("datasets:\n- owner/pairs\n", "datasets: owner/pairs\n", "datasets must be a list"),
+    "data set without owner": ("- owner/pairs", "- pairs", "no Hub id"),
+    "negative emissions": ("emissions: 12.5", "emissions: -12.5", "grams from 0 on"),
+    "emissions without source": ("  source: codecarbon, estimated\n", "", "needs a `source`"),
+    "result without data set": ("    dataset:\n      name: Squares\n      type: squares\n", "", "dataset needs a type"),
+    "result without a task": ("    task:\n      type: text-to-image-retrieval\n    dataset", "    dataset", "task"),
+    "value that is text": ("value: 0.25", "value: 0.25 ± 0.01", "must be a number"),
+    "value that is none": ("value: 0.25", "value: .nan", "must be a number"),
+    "key twice": ("license: mit\n", "license: mit\nlicense: apache-2.0\n", "stands twice"),
+    "no YAML": ("license: mit", "license: 'mit", "front matter"),
+    "no front matter": ("---\nlicense", "license", "must begin with a front matter"),
+    "script": ("# A card", "# A card\n\n<script>alert(1)</script>", "HTML must be written as text"),
+    "event handler": ("# A card", "# A card\n\n<img src=x onerror=alert(1)>", "HTML must be written as text"),
+    "open comment": ("# A card", "# A card\n\n<!-- hidden", "HTML must be written as text"),
+    "script behind a link": ("https://example.org/a", "javascript:alert(1)", "must lead to a page"),
+    "path of a machine": ("# A card", "# A card\n\nFrom /home/ana/model.", "a path of a machine"),
+    "access token": ("# A card", f"# A card\n\nhf_{'a' * 34}", "access token"),
+    "no title": ("# A card", "A card", "no title"),
+}
+HOSTILE = (
+    "</table><script>alert(1)</script>",
+    "[x](javascript:alert(1))",
+    "a\nlicense: mit\n---\n# New",
+    "| a | b |",
+    "`code` **bold** <!-- hidden -->",
+    "{{ 7 * 7 }} {% raw %}",
+    "<img src=x onerror=alert(1)>",
+    "\ue000 1\ue001run.json\ue002\u202e",
+    "![x](http://127.0.0.1:1/spy.png)",
+)
+
+
+def markdown():
+    """A renderer that lets HTML through, as the worst one does."""
+    return pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True}).enable("table")
+
+
+def test_a_good_card():
+    assert card_faults(GOOD) == []
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_card(fault):
+    old, new, message = BROKEN[fault]
+    if fault == "result without a task":
+        old, new = "  - task:\n      type: text-to-image-retrieval\n    dataset:", "  - dataset:"
+    assert GOOD.count(old) >= 1
+    faults = card_faults(GOOD.replace(old, new, 1))
+    assert faults and any(message in said for said in faults), faults
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_are_escaped(text):
+    reader = markdown()
+    for written in (escaped(text), code(text)):
+        assert "\n" not in written and figures(written) == []
+        tokens = [t.type for t in reader.parseInline(written)[0].children]
+        assert set(tokens) <= {"text", "text_special", "code_inline"}, written
+        assert [t.type for t in reader.parse(f"| a | {written} |\n|---|---|\n")].count("th_open") == 2, written
+
+
+def test_what_escaping_keeps_and_drops():
+    assert escaped("/home/ana/pairs and ~/x/y, C:\\Users\\ana\\z") == "pairs and y, z"
+    assert escaped("https://example.org/a/b") == "https://example.org/a/b"
+    assert escaped("São João é o que há") == "São João é o que há" and escaped("- item") == "\\- item"
+    assert len(escaped("a" * 1000)) == 300
+    assert code("captions-pt") == "`captions-pt`" and code("a`b") == "a\\`b"
+    assert plain(mark("1.5", "run.json#/a")) == "1.5" and figures(mark("1.5", "f")) == [("1.5", "f")]
+
+
+@pytest.mark.parametrize(("language", "expected"), [("en", "1,234.50"), ("pt", "1.234,50")])
+def test_numbers_are_written_as_a_language_does(language, expected):
+    assert Writer(language).number(1234.5, 2) == expected
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory, tiny_dataset_folder, tiny_processor):
+    """A run whose texts are all hostile."""
+    run = tmp_path_factory.mktemp("hostile") / "run"
+    shutil.copytree(trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor), run)
+    texts = list(HOSTILE)
+
+    def edit(content):
+        content["device"], content["config"]["caption_strategy"] = texts[0], texts[1]
+        content["config"]["language"] = content["config"]["eval_languages"][0] = texts[2]
+        content["versions"] = {texts[3]: texts[4]}
+        content["skipped_rows"] = {texts[5]: 3}
+        for origin_of in (content["origins"]["model"], content["origins"]["datasets"][0]):
+            origin_of |= {"title": texts[0], "licenses": [texts[2], texts[1]], "attribution": texts[6]}
+            origin_of |= {"hub_id": texts[1], "base_model": [texts[2]]}
+        content["origins"] |= {"license": texts[2]}
+        content["energy"] = {"kwh": 1, "kg_co2e": 1, "hours": 1, "country": texts[2], "cpu": texts[0], "gpu": texts[8]}
+        content["energy"] |= {"covers": texts[6], "method": f"estimated {texts[2]}"}
+
+    change(run / "run.json", edit)
+    for path, text in zip(sorted((run / "results").glob("*.json")), (texts[0], texts[2]), strict=True):
+        change(path, lambda r, text=text: [record.update(dataset=text, protocol=text) for record in r["records"]])
+        change(path, lambda r, text=text: [record.update(split=text, language=text) for record in r["records"]])
+        change(path, lambda r: r["records"][0].update(metric=texts[7]))
+    return run
+
+
+@pytest.mark.parametrize("language", ["en", "pt"])
+def test_hostile_texts_stay_texts(hostile, tmp_path, language):
+    shutil.copytree(hostile, tmp_path / "run")
+    write_card(tmp_path / "run", language=language)
+    text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    data, body = split_card(text)
+    assert card_faults(text) == [] and check(tmp_path / "run") == []
+    assert not {"license", "base_model", "datasets"} & set(data) and "<script" not in body
+    assert "alert(1)" in body and "{{ 7 \\* 7 }}" in body and "# New" not in body.split("\n")
+
+
+def test_nothing_of_it_runs_in_a_browser(hostile, tmp_path):
+    shutil.copytree(hostile, tmp_path / "run")
+    write_card(tmp_path / "run")
+    _, body = split_card((tmp_path / "run" / "README.md").read_text(encoding="utf-8"))
+    page = markdown().render(body)
+    (tmp_path / "run" / "card.html").write_text(f"<!doctype html><meta charset=utf-8>{page}", encoding="utf-8")
+    with open_browser() as browser:
+        browser.open_file(tmp_path / "run" / "card.html")
+        assert not browser.dialogs and not browser.errors and not browser.refused
+        assert browser.page.evaluate("document.querySelectorAll('script, img[onerror]').length") == 0
+        assert {picture.rsplit("/", 1)[1] for picture in browser.requests} == {
+            "card.html",
+            "curves.png",
+            "retrieval.png",
+        }
+        links = browser.page.evaluate("[...document.links].map(link => link.protocol)")
+        assert set(links) <= {"https:", "file:"}
+
+
+@pytest.mark.parametrize(
+    ("stated", "licence"),
+    [
+        ([["mit"], ["cc-by-sa-4.0"]], "cc-by-sa-4.0"),
+        ([["mit"], ["mit"]], "mit"),
+        ([["mit"], []], None),
+        ([["mit"], ["apache-2.0"]], None),
+        ([["cc-by-nc-4.0"], ["cc-by-sa-4.0"]], None),
+        ([["mit"], ["mit", "cc-by-4.0"]], "cc-by-4.0"),
+    ],
+)
+def test_the_inherited_licence(stated, licence):
+    assert inherited_license(stated) == licence
+
+
+def test_where_base_and_data_come_from(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "README.md").write_text(
+        "---\nlicense: [mit, cc-by-4.0]\nbase_model: owner/base\n---\n\n# Pairs\n", encoding="utf-8"
+    )
+    found = origin(str(tmp_path / "data"), "dataset")
+    assert found["licenses"] == ["mit", "cc-by-4.0"] and found["base_model"] == ["owner/base"]
+    assert (found["title"], found["hub_id"], found["attribution"]) == ("Pairs", None, None)
+    (tmp_path / "data" / "README.md").write_bytes(b"---\nlicense: mit\n---\n# \xff\n")
+    assert origin(str(tmp_path / "data"), "dataset")["licenses"] == ["mit"]
+    unknown = origin("owner/not-in-the-cache", "dataset")  # offline
+    assert unknown["hub_id"] is None and unknown["licenses"] == [] and unknown["title"] == "owner/not-in-the-cache"
+    assert origin("shards/*.tar", "dataset")["hub_id"] is None
+    assert not origin("/work/elsewhere/data", "dataset")["name"].startswith("/")

@@ -1,0 +1,344 @@
+"""One repository: loaded by every loader in a process of its own, with the numbers of the model it was made of."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
+from hub_server import HubServer
+from safetensors.torch import load_file
+
+from hub_upload import open_clip_files
+from hub_upload.export import FORMATS, export
+from hub_upload.open_clip_files import text_config_source
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara.convert_open_clip import random_images
+from modeling_capivara.open_clip_mapping import TimmWrapperConfig, capivara_state_dict, open_clip_state_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+LOADER = ROOT / "tests" / "loader_process.py"
+PLAIN_PUSH = """
+import sys
+from transformers import AutoModel, AutoProcessor
+
+folder, repo_id = sys.argv[1:]
+code = {"trust_remote_code": "modeling_capivara" not in sys.modules}
+AutoModel.from_pretrained(folder, **code).push_to_hub(repo_id)
+AutoProcessor.from_pretrained(folder, **code).push_to_hub(repo_id)
+"""
+TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
+TOLERANCE = {"onnx": 1e-4}  # of the others 1e-5
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Pictures and captions, as files."""
+    folder = tmp_path_factory.mktemp("inputs")
+    for number, image in enumerate(random_images()):
+        image.save(folder / f"{number}.png")
+    (folder / "texts.json").write_text(json.dumps(TEXTS), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tiny_processor):
+    """A saved tiny model."""
+    folder = tmp_path_factory.mktemp("source") / "model"
+    randomise(CapivaraModel(tiny_config())).save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repository(source, tmp_path_factory):
+    """That model in every format."""
+    folder = tmp_path_factory.mktemp("repository") / "all"
+    export(source, folder, FORMATS, text_config=str(source))
+    return folder
+
+
+@torch.no_grad()
+def embeddings_of(source: Path) -> dict[str, np.ndarray]:
+    model, processor = CapivaraModel.from_pretrained(source).eval(), CapivaraProcessor.from_pretrained(source)
+    output = model(**processor(text=TEXTS, images=random_images(), return_tensors="pt"))
+    return {"images": output.image_embeds.numpy(), "texts": output.text_embeds.numpy()}
+
+
+def quick(source: Path, output: Path, **arguments) -> list[tuple[str, int]]:
+    """An export without ONNX."""
+    return export(source, output, FORMATS[:3], **{"text_config": str(source), **arguments})
+
+
+def nothing_left(output: Path) -> bool:
+    return not output.exists() and not [path for path in output.parent.iterdir() if ".tmp-" in path.name]
+
+
+def loaded(loader: str, name: str, inputs: Path, folder: Path, cwd: Path | None = None, **environment):
+    """Embeddings by a loader in a clean process: without the package, unless it is the loader's own condition."""
+    (folder / "elsewhere").mkdir(exist_ok=True)
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    kept |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(folder / "modules"), **environment}
+    isolated = ["-I"]
+    if loader == "with_package":
+        isolated, kept["PYTHONPATH"] = [], str(ROOT)
+    done = subprocess.run(
+        [sys.executable, *isolated, str(LOADER), loader, name, str(inputs), str(folder / f"{loader}.npz")],
+        cwd=cwd or folder / "elsewhere", env=kept, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return np.load(folder / f"{loader}.npz")
+
+
+def assert_same(found, expected: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
+    for part, embeds in expected.items():
+        assert np.abs(embeds).max() > 0.01 and np.ptp(embeds, axis=0).max() > 0.01, "equal rows would prove nothing"
+        np.testing.assert_allclose(found[part], embeds, rtol=0, atol=tolerance, err_msg=part)
+        np.testing.assert_allclose(np.linalg.norm(found[part], axis=1), 1, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["without_package", "with_package", "sentence_transformers", "onnx"])
+def test_each_loader_gives_the_models_embeddings(source, repository, inputs, tmp_path, loader):
+    assert_same(loaded(loader, str(repository), inputs, tmp_path), embeddings_of(source), TOLERANCE.get(loader, 1e-5))
+
+
+@pytest.mark.slow
+def test_int8_graphs_stay_near(source, repository, inputs, tmp_path):
+    found = loaded("onnx_int8", str(repository), inputs, tmp_path)
+    for part, embeds in embeddings_of(source).items():
+        cosines = (found[part] * embeds).sum(axis=1)
+        assert 0.97 < cosines.min() < 0.9999999, "equal to the last bit would mean that nothing was rounded"
+
+
+@pytest.mark.slow
+def test_open_clip_loads_it_from_inside_its_folder(source, repository, inputs, tmp_path):
+    found = loaded("open_clip", "local-dir:.", inputs, tmp_path, cwd=repository)
+    assert_same(found, embeddings_of(source))
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        yield hub
+
+
+def of_hub(hub: HubServer, home: Path) -> dict[str, str]:
+    """Environment of a process that knows the server and an empty cache, and not this project."""
+    return {name: value for name, value in hub.environment(home).items() if name != "PYTHONPATH"}
+
+
+@pytest.mark.slow
+def test_every_loader_by_the_hub_id(source, inputs, hub, tmp_path):
+    CapivaraConfig.from_pretrained(source).text_config.save_pretrained(tmp_path / "text")
+    hub.store("us/text-tower", tmp_path / "text")
+    command = ["hub_upload.export", "--model", str(source), "--output", str(tmp_path / "repository")]
+    command += ["--formats", "transformers,open_clip,sentence_transformers"]
+    command += ["--text_config", "us/text-tower", "--repo_id", "us/model"]
+    environment = {**os.environ, **hub.environment(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "MB  open_clip_model.safetensors" in done.stdout and "0.00 MB  modules.json" in done.stdout
+    assert "text tower from us/text-tower, tokenizer from us/model." in done.stderr
+    hub.store("us/model", tmp_path / "repository")
+    for loader in ("open_clip", "without_package", "sentence_transformers"):
+        name = "hf-hub:us/model" if loader == "open_clip" else "us/model"
+        environment = of_hub(hub, tmp_path / f"home-{loader}")
+        assert_same(loaded(loader, name, inputs, tmp_path, **environment), embeddings_of(source))
+    assert hub.fetched.count("us/model/open_clip_model.safetensors") == 1
+    assert hub.fetched.count("us/model/model.safetensors") == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", [True, False])
+def test_plain_push_to_hub_of_model_and_processor(source, repository, inputs, hub, tmp_path, package):
+    environment = {**os.environ, **of_hub(hub, tmp_path / "home")}
+    environment["PYTHONPATH"] = str(ROOT) if package else ""
+    code = "import modeling_capivara\n" + PLAIN_PUSH if package else PLAIN_PUSH
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(repository), "us/plain"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {"modeling_capivara.py", "processing_capivara.py", "tokenizer.json"} <= hub.files("us/plain").keys()
+    found = loaded("without_package", "us/plain", inputs, tmp_path, **of_hub(hub, tmp_path / "home-2"))
+    assert_same(found, embeddings_of(source))
+
+
+# --- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def as_one_file(model: CapivaraModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+
+
+def as_shards(model: CapivaraModel, folder: Path) -> None:
+    model.save_pretrained(folder, max_shard_size="40KB")
+    assert len(list(folder.glob("model-*-of-*.safetensors"))) > 3
+
+
+def in_bfloat16(model: CapivaraModel, folder: Path) -> None:
+    model.bfloat16().save_pretrained(folder)
+
+
+def after_training_mode(model: CapivaraModel, folder: Path) -> None:
+    model.train().save_pretrained(folder)
+
+
+@pytest.mark.parametrize("save", [as_one_file, as_shards, in_bfloat16, after_training_mode])
+def test_every_tensor_is_the_models_in_both_files(tmp_path, tiny_processor, save, caplog):
+    model = randomise(CapivaraModel(tiny_config()))
+    save(model, tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    caplog.set_level("INFO")
+    quick(tmp_path / "model", tmp_path / "repository")
+    ours = load_file(tmp_path / "repository" / "model.safetensors")
+    theirs = load_file(tmp_path / "repository" / "open_clip_model.safetensors")
+    for found in (ours, capivara_state_dict(theirs, model.config)):
+        assert found.keys() == model.state_dict().keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    assert f"{len(ours)} tensors compared, all equal" in caplog.text
+    assert json.loads((tmp_path / "repository" / "config.json").read_text())["dtype"] == str(model.dtype)[6:]
+
+
+def test_a_wrong_tensor_is_named_and_nothing_is_kept(source, tmp_path, monkeypatch):
+    def swapped(model):
+        state = open_clip_state_dict(model)
+        pre, post = "visual.ln_pre.weight", "visual.ln_post.weight"
+        return {**state, pre: state[post], post: state[pre]}
+
+    monkeypatch.setattr(open_clip_files, "open_clip_state_dict", swapped)
+    wrong = (
+        "open_clip_model.safetensors does not hold the model.* vision_model.post_layernorm.weight, vision_model.pre_lay"
+    )
+    with pytest.raises(ValueError, match=wrong):
+        quick(source, tmp_path / "repository")
+    assert nothing_left(tmp_path / "repository")
+
+
+def test_weights_are_never_loaded_whole(source, tmp_path, monkeypatch):
+    """The mapped model is written, not a loaded one: `from_pretrained` is not called without ONNX."""
+
+    def refuse(*arguments, **options):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(CapivaraModel, "from_pretrained", refuse)
+    files = quick(source, tmp_path / "repository")
+    assert [name for name, _ in files if name.endswith("safetensors")] == [
+        "model.safetensors",
+        "open_clip_model.safetensors",
+    ]
+
+
+def test_timm_tower_in_transformers_and_open_clip(inputs, tmp_path):
+    config = tiny_config(vision_config=TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
+    randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
+    size = {"shortest_edge": 32}, {"height": 32, "width": 32}
+    processor = CapivaraImageProcessor(size=size[0], crop_size=size[1], image_mean=[0.5] * 3)
+    CapivaraProcessor(processor, tiny_tokenizer()).save_pretrained(tmp_path / "model")
+    quick(tmp_path / "model", tmp_path / "repository")
+    expected = embeddings_of(tmp_path / "model")
+    found = open_clip_embeddings(tmp_path / "repository")
+    for part, embeds in expected.items():
+        np.testing.assert_allclose(found[part], embeds, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def open_clip_embeddings(repository: Path) -> dict[str, np.ndarray]:
+    import open_clip
+
+    settings = json.loads((repository / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    settings |= {"hf_model_name": str(repository / "text_model"), "hf_model_pretrained": False}
+    name = f"local-dir:{repository}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name, text_cfg=settings)
+    pixels = torch.stack([preprocess(image) for image in random_images()])
+    model.eval()
+    texts = model.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True)
+    return {"images": model.encode_image(pixels, normalize=True).numpy(), "texts": texts.numpy()}
+
+
+# --- What open_clip needs --------------------------------------------------------------------------------------------
+
+
+def test_published_architecture_takes_its_text_tower_from_the_hub():
+    assert text_config_source(CapivaraConfig(), None) == "FacebookAI/xlm-roberta-base"
+    assert text_config_source(CapivaraConfig(), "FacebookAI/xlm-roberta-base") == "FacebookAI/xlm-roberta-base"
+    changed = CapivaraConfig(text_config={"layer_norm_eps": 1e-6})
+    assert text_config_source(changed, None) is None
+    with pytest.raises(ValueError, match=r"layer_norm_eps is 1e-05, not 1e-06"):
+        text_config_source(changed, "FacebookAI/xlm-roberta-base")
+
+
+def test_without_a_text_config_open_clip_is_left_out_and_that_is_said(source, tmp_path, caplog):
+    caplog.set_level("INFO")
+    names = [name for name, _ in quick(source, tmp_path / "repository", text_config=None)]
+    assert "model.safetensors" in names and not [name for name in names if "open_clip" in name]
+    assert "open_clip is left out" in caplog.text and "--text_config" in caplog.text
+
+
+def test_text_config_must_be_the_models(source, tmp_path):
+    tiny_config(text_config={**TINY_TEXT, "num_attention_heads": 2}).save_pretrained(tmp_path / "other")
+    for named, message in [
+        (str(tmp_path / "other"), "num_attention_heads is 2, not 4"),
+        ("FacebookAI/xlm-roberta-base", "vocab_size is 250002, not 300"),
+        ("nobody/nothing", "no folder and no Hub id with a configuration"),
+        (str(tmp_path), "no folder and no Hub id with a configuration"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            quick(source, tmp_path / "repository", text_config=named)
+        assert nothing_left(tmp_path / "repository")
+
+
+def test_a_whole_model_on_the_hub_is_no_text_tower(source, monkeypatch):
+    config = CapivaraConfig.from_pretrained(source)
+    monkeypatch.setattr(open_clip_files, "_named_config", lambda name: config)
+    with pytest.raises(ValueError, match="is a whole CAPIVARA model"):
+        text_config_source(config, "us/capivara")
+
+
+def test_tokenizer_kind_is_the_one_that_gives_the_models_ids(source, tmp_path):
+    quick(source, tmp_path / "repository")
+    settings = json.loads((tmp_path / "repository" / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
+    assert settings["tokenizer_kwargs"] == {"tokenizer_type": "xlm-roberta-xl"}
+    ours = CapivaraProcessor.from_pretrained(source).tokenizer
+    theirs = transformers.AutoTokenizer.from_pretrained(source, tokenizer_type="xlm-roberta")
+    assert ours("ﬁm").input_ids != theirs("ﬁm").input_ids, "XLM-R's own kind would have done"
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁um", -5.0), ("▁", -9.0), ("<mask>", 0.0)]
+    own = transformers.XLMRobertaTokenizer(vocab=pieces)
+    own.save_pretrained(tmp_path / "own")
+    assert open_clip_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), own) == "xlm-roberta"
+    with pytest.raises(ValueError, match="would read the tokenizer"):
+        open_clip_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), ours)
+
+
+def test_what_open_clip_cannot_build_is_refused_before_anything_is_written(tmp_path, tiny_processor):
+    config = tiny_config(vision_config=TimmWrapperConfig(architecture="mobilenetv3_small_050"))
+    CapivaraModel(config).save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="open_clip does not build this model"):
+        quick(tmp_path / "model", tmp_path / "repository")
+    assert nothing_left(tmp_path / "repository")
+
+
+@pytest.mark.slow
+def test_published_size(tmp_path):
+    """Full size, random weights: what is written, how long it takes, and open_clip's own load of it."""
+    model = CapivaraModel(CapivaraConfig())
+    model.save_pretrained(tmp_path / "model")
+    CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer()).save_pretrained(tmp_path / "model")
+    sizes = dict(export(tmp_path / "model", tmp_path / "repository", FORMATS[:3]))
+    assert sizes["model.safetensors"] > 4 * 366_121_473 and sizes["open_clip_model.safetensors"] > 4 * 366_121_473
+    settings = json.loads((tmp_path / "repository" / "open_clip_config.json").read_text())["model_cfg"]
+    assert settings["text_cfg"]["hf_model_name"] == "FacebookAI/xlm-roberta-base"
+    del model
+    ours = load_file(tmp_path / "repository" / "model.safetensors")
+    theirs = capivara_state_dict(load_file(tmp_path / "repository" / "open_clip_model.safetensors"), CapivaraConfig())
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

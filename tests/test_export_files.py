@@ -1,0 +1,355 @@
+"""What a repository holds and what stays on the machine; input that is not what it should be."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from test_layout import MODEL_FILES
+
+from hub_upload import export as export_module
+from hub_upload.allowed_files import (
+    ALLOWED_FILES,
+    MODEL_CODE,
+    allowed_files,
+    check_contents,
+    private_paths,
+    without_private_paths,
+)
+from hub_upload.export import FORMATS, export, main
+
+TOKEN = "hf_" + "a1B2c3" * 6
+STRAY = [
+    *("optimizer.bin", "training_args.bin", "trainer.log", "skipped.jsonl", "records.json", "table.md", "notes.txt"),
+    *("checkpoints/step-1/model.safetensors", "checkpoints/step-1/optimizer.bin", "trackers/events.out", "secret.png"),
+    *(".cache/huggingface/token", "adapter/adapter_model.safetensors", "results/a.gallery/000001.jpg", "x/config.json"),
+    *("my_capivara.py", "pytorch_model.bin", "model.safetensors.tmp", ".env", "results/deep/b.json"),
+]
+
+
+@pytest.fixture
+def run_folder(tiny_folder):
+    """A model as a training run leaves it, with much beside it."""
+    for name in STRAY:
+        (tiny_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (tiny_folder / name).write_bytes(b"private")
+    home, here = Path.home(), Path.cwd()
+    run = {
+        "config": {
+            "model": str(here / "data/openmoji/base"),
+            "dataset": [f"{home}/my data/squares", "laicsiifes/flickr30k-pt-br"],
+            "output_dir": "/srv/runs/mine",
+            "image_embedding_cache": "auto",
+            "learning_rate": 1e-4,
+        },
+        "note": f"see {home}/notes.txt, and https://example.org/home/page or 3 images/s",
+    }
+    (tiny_folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    (tiny_folder / "results/a.json").write_text(
+        json.dumps({"command": f"python -m eval.retrieval --model={here}/runs/x", "records": [{"text": "ação"}]})
+    )
+    (tiny_folder / "README.md").write_text("---\nlicense: mit\n---\n\n![Hits](hits.png)\n", encoding="utf-8")
+    for name in ("curves.png", "retrieval.png", "hits.png"):
+        (tiny_folder / name).write_bytes(b"\x89PNG")
+    return tiny_folder
+
+
+def exported(folder: Path, output: Path, **arguments) -> list[str]:
+    return [name for name, _ in export(folder, output, ["transformers"], **arguments)]
+
+
+def test_only_files_of_the_list_are_written(run_folder, tmp_path):
+    names = exported(run_folder, tmp_path / "repository")
+    assert names == [
+        *(".gitattributes", "README.md", "config.json", "configuration_capivara.py", "curves.png", "hits.png"),
+        *("image_classification_capivara.py", "image_processing_capivara.py", "loss_capivara.py", "model.safetensors"),
+        *("modeling_capivara.py", "processing_capivara.py", "processor_config.json", "results/a.json"),
+        *("retrieval.png", "run.json", "tokenizer.json", "tokenizer_config.json"),
+    ]
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "repository").rglob("*") if path.is_file()} == {0o644}
+    assert set(map(str, allowed_files(tmp_path / "repository"))) == set(names)
+    for name in STRAY:  # the run's own folder, were it sent as it is
+        assert Path(name) not in allowed_files(run_folder)
+
+
+def test_files_lists_paths_and_true_sizes(tiny_folder, tmp_path):
+    for name, size in export(tiny_folder, tmp_path / "repository", ["transformers"]):
+        assert (tmp_path / "repository" / name).stat().st_size == size
+
+
+def test_paths_in_records_are_made_relative(run_folder, tmp_path):
+    exported(run_folder, tmp_path / "repository")
+    run = json.loads((tmp_path / "repository" / "run.json").read_text(encoding="utf-8"))
+    assert run["config"] == {
+        "model": "data/openmoji/base",
+        "dataset": ["squares", "laicsiifes/flickr30k-pt-br"],
+        "output_dir": "mine",
+        "image_embedding_cache": "auto",
+        "learning_rate": 1e-4,
+    }
+    assert run["note"] == "see notes.txt, and https://example.org/home/page or 3 images/s"
+    result = (tmp_path / "repository" / "results" / "a.json").read_text(encoding="utf-8")
+    assert "--model=runs/x" in result and "ação" in result
+    for path in (tmp_path / "repository").rglob("*"):
+        if path.is_file():
+            assert os.getcwd().encode() not in path.read_bytes(), path
+
+
+def test_records_of_a_run_of_several_seeds(run_folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    run_folder.rename(run / "seed-1")
+    (run / "seed-1" / "results").rename(run / "results")
+    assert "results/a.json" in exported(run / "seed-1", tmp_path / "repository")
+    with pytest.raises(ValueError, match=r"several seeds; name one of seed-1 in it"):
+        exported(run, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "README.md",
+            "# A\n\nTrained in {home}/runs.",
+            r"README\.md, line 3, names a place .*'{home}/runs\.'",
+        ),
+        ("README.md", "model = '/home/ana/capivara'", r"README\.md, line 1, .*'/home/ana/capivara'"),
+        ("README.md", "see file:///tmp/x", r"'/tmp/x'"),
+        ("README.md", r"C:\Users\ana\model", r"Users"),
+        ("README.md", f"\n\ntoken {TOKEN}", r"README\.md, line 3, holds what looks like an access token, hf_a1B2…"),
+        ("run.json", json.dumps({"a": 1, "token": TOKEN}, indent=1), r"run\.json, line 3, .*token"),
+        ("results/a.json", json.dumps({"hub": f"Bearer {TOKEN}"}), r"results/a\.json, line 2, .*token"),
+    ],
+)
+def test_a_path_or_a_token_in_a_text_is_refused_by_file_and_line(run_folder, tmp_path, name, text, message):
+    home = str(Path.home())
+    (run_folder / name).write_text(text.replace("{home}", home), encoding="utf-8")
+    with pytest.raises(ValueError, match=message.replace("{home}", home)) as caught:
+        exported(run_folder, tmp_path / "repository")
+    assert TOKEN not in str(caught.value)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_what_is_no_path_of_a_machine():
+    for text in (
+        *("https://huggingface.co/home/x", "a/home/b", "pairs/s", "/", "and/or", "../tmp/x", "~/tmp/x", "1/2"),
+        *("text_cfg.hf_model_name", "R@1 / R@5", "data/tmp/x", "/ home"),
+    ):
+        assert not private_paths().search(text), text
+        assert without_private_paths(text) == text
+    assert without_private_paths({"a": ["/srv/x/y", {"b": "/tmp/z.json"}], "c": 3}) == {
+        "a": ["y", {"b": "z.json"}],
+        "c": 3,
+    }
+
+
+def test_a_path_in_a_binary_file_is_noticed(tiny_folder):
+    path = str(Path.cwd() / "modeling.py").encode()
+    check_contents(tiny_folder)
+    (tiny_folder / "onnx").mkdir()
+    (tiny_folder / "onnx/text_model.onnx").write_bytes(b"\0" * 100 + path)
+    with pytest.raises(ValueError, match=r"onnx/text_model\.onnx names a place on this machine"):
+        check_contents(tiny_folder)
+    (tiny_folder / "onnx/text_model.onnx").unlink()
+    weights = load_file(tiny_folder / "model.safetensors")
+    save_file(weights, tiny_folder / "model.safetensors", metadata={"from": path.decode()})
+    with pytest.raises(ValueError, match=r"model\.safetensors names a place"):
+        check_contents(tiny_folder)
+
+
+def test_a_path_across_two_parts_of_a_large_file(tiny_folder, monkeypatch):
+    monkeypatch.setattr("hub_upload.allowed_files.CHUNK_BYTES", 64)
+    path = f"{Path.cwd()}/x".encode()
+    (tiny_folder / "onnx").mkdir()
+    (tiny_folder / "onnx/text_model.onnx").write_bytes(b"\0" * (64 - len(path) // 2) + path + b"\0" * 300)
+    with pytest.raises(ValueError, match=r"text_model\.onnx names a place"):
+        check_contents(tiny_folder)
+
+
+def test_header_of_the_source_is_not_taken_over(run_folder, tmp_path):
+    weights = load_file(run_folder / "model.safetensors")
+    save_file(weights, run_folder / "model.safetensors", metadata={"from": str(Path.cwd()), "format": "pt"})
+    exported(run_folder, tmp_path / "repository")
+    assert os.getcwd().encode() not in (tmp_path / "repository/model.safetensors").read_bytes()
+
+
+def test_links_are_not_sent(run_folder):
+    (run_folder / "results/outside.json").symlink_to("/etc/hostname")
+    assert Path("results/outside.json") not in allowed_files(run_folder)
+
+
+def test_the_list_names_the_model_files_of_the_package():
+    assert sorted(MODEL_CODE) == sorted(Path(name).name for name in MODEL_FILES)
+    assert set(MODEL_CODE) <= set(ALLOWED_FILES)
+    assert not [name for name in ALLOWED_FILES if name.endswith((".bin", ".pt", ".pkl", ".ckpt", ".pth"))]
+
+
+def test_code_is_the_packages_and_not_the_sources(tiny_folder, tmp_path):
+    (tiny_folder / "modeling_capivara.py").write_text("raise SystemExit", encoding="utf-8")
+    exported(tiny_folder, tmp_path / "repository")
+    for name in MODEL_CODE:
+        own = Path(export_module.__file__).parents[1] / "modeling_capivara" / name
+        assert (tmp_path / "repository" / name).read_bytes() == own.read_bytes()
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def of_another_kind(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+
+
+def with_broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "capivara"')
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def with_truncated_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+
+
+def with_missing_and_surplus_tensors(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["surplus"] = weights.pop("logit_scale")
+    save_file(weights, folder / "model.safetensors")
+
+
+def with_a_shard_missing(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"logit_scale": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def without_processor(folder: Path) -> None:
+    (folder / "processor_config.json").unlink()
+
+
+def with_a_processor_without_code(folder: Path) -> None:
+    path = folder / "processor_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "auto_map"}))
+
+
+def with_a_broken_processor(folder: Path) -> None:
+    (folder / "processor_config.json").write_text('{"image_processor":')
+
+
+def with_a_broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version":')
+
+
+def without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def with_a_torn_run(folder: Path) -> None:
+    (folder / "run.json").write_text('{"config":')
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (gone, "does not exist"),
+        (without_config, r"holds no model \(config.json is missing\)"),
+        (of_another_kind, "model_type is 'clip', not 'capivara'"),
+        (with_broken_config, "config.json of .* is of no CAPIVARA model"),
+        (without_weights, r"holds no model.safetensors. Weights in another format"),
+        (with_truncated_weights, "model.safetensors can't be read"),
+        (with_missing_and_surplus_tensors, 'do not fit its config.*"logit_scale".*"surplus"'),
+        (with_a_shard_missing, "lacks the weights model-00001-of-00001.safetensors"),
+        (without_processor, "has no processor"),
+        (with_a_processor_without_code, "names no code"),
+        (with_a_broken_processor, "The processor of .* can't be loaded"),
+        (with_a_broken_tokenizer, "The processor of .* can't be loaded"),
+        (without_tokenizer, "The processor of .* can't be loaded"),
+        (with_a_torn_run, "run.json is not JSON"),
+    ],
+)
+def test_a_folder_that_is_no_whole_model(tiny_folder, tmp_path, capsys, change, message):
+    change(tiny_folder)
+    output = tmp_path / "repository"
+    with pytest.raises(SystemExit) as end:
+        main(["--model", str(tiny_folder), "--output", str(output), "--formats", "transformers"])
+    assert str(end.value.code).startswith("error: ") and "\n" not in str(end.value.code)
+    assert ".tmp-" not in str(end.value.code)
+    with pytest.raises(ValueError, match=message):
+        exported(tiny_folder, output)
+    assert not output.exists() and not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("formats", "message"),
+    [
+        ("transformers,openclip", "no format 'openclip'; did you mean open_clip"),
+        ("transformers,sentence-transformers", "did you mean sentence_transformers"),
+        ("pytorch", "no format 'pytorch'; did you mean"),
+        ("open_clip", "must hold transformers"),
+        ("", "must hold transformers"),
+    ],
+)
+def test_unknown_formats(tiny_folder, tmp_path, formats, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["--model", str(tiny_folder), "--output", str(tmp_path / "repository"), "--formats", formats])
+    assert not (tmp_path / "repository").exists()
+
+
+def test_output_is_replaced_only_when_asked(tiny_folder, tmp_path, capsys):
+    output = tmp_path / "repository"
+    output.mkdir()
+    (output / "mine").write_text("mine")
+    command = ["--model", str(tiny_folder), "--output", str(output), "--formats", "transformers"]
+    with pytest.raises(SystemExit, match=r"error: .*is not empty.*--overwrite_output_dir"):
+        main(command)
+    assert [path.name for path in output.iterdir()] == ["mine"]
+    main([*command, "--overwrite_output_dir"])
+    assert not (output / "mine").exists() and (output / "model.safetensors").is_file()
+    printed = capsys.readouterr().out
+    assert "MB  model.safetensors" in printed and f"MB  in {output}" in printed
+
+
+def test_the_model_itself_is_not_overwritten(tiny_folder):
+    for output in (tiny_folder, tiny_folder.parent):
+        with pytest.raises(ValueError, match="which would be replaced"):
+            exported(tiny_folder, output, overwrite=True)
+    assert (tiny_folder / "model.safetensors").is_file()
+
+
+def test_a_full_disk_is_said_before_anything_is_written(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("artifacts.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(OSError, match="MB free"):
+        exported(tiny_folder, tmp_path / "repository")
+
+
+def test_a_missing_extra_says_how_to_get_it(tiny_folder, tmp_path, monkeypatch):
+    from hub_upload import onnx_files
+
+    monkeypatch.setattr(onnx_files, "find_spec", lambda name: None if name == "onnxscript" else True)
+    with pytest.raises(ImportError, match=r"onnxscript missing: pip install onnxscript, or 'capivara\[onnx\]'"):
+        export(tiny_folder, tmp_path / "repository", FORMATS)
+    assert not (tmp_path / "repository").exists()
+
+
+def test_recall_needs_the_graphs(tiny_folder, tmp_path):
+    command = ["--model", str(tiny_folder), "--output", str(tmp_path / "repository"), "--formats", "transformers"]
+    with pytest.raises(SystemExit, match="recall_dataset is for the int8 graphs of onnx"):
+        main([*command, "--recall_dataset", "somewhere"])
+
+
+def test_help_keeps_commands_on_their_lines(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "    python -m hub_upload.export --model runs/openmoji-pt-001 --output repository\n" in text
+    assert "(default: transformers,open_clip,sentence_transformers,onnx)" in " ".join(text.split())

@@ -1,0 +1,120 @@
+"""ONNX graphs: those of the model in evaluation mode, for any batch and length, with the price of int8 measured."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import randomise, tiny_config
+from safetensors.torch import load_file
+
+from eval.retrieval import RetrievalArguments
+from hub_upload.export import export, main
+from hub_upload.onnx_files import OnnxModel, graphs
+from hub_upload.onnx_recall import measure_int8, recall_lines
+from modeling_capivara import CapivaraModel
+from modeling_capivara.convert_open_clip import random_images, random_texts
+from modeling_capivara.loading import load_processor
+from modeling_capivara.open_clip_mapping import TimmWrapperConfig
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, tiny_processor):
+    """Saved in training mode, with dropout that would show."""
+    folder = tmp_path_factory.mktemp("source") / "model"
+    config = tiny_config()
+    config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.5
+    randomise(CapivaraModel(config)).train().save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def repository(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("onnx") / "repository"
+    export(source, folder, ["transformers", "onnx"])
+    return folder
+
+
+def runs(repository, precision: str) -> OnnxModel:
+    paths = graphs(repository, precision)
+    return OnnxModel(load_processor(repository), paths["vision"], paths["text"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("images", "texts"), [(1, 1), (2, 5), (6, 6)])
+def test_float32_is_the_model_for_any_batch_and_length(source, repository, images, texts):
+    model, processor = CapivaraModel.from_pretrained(source).eval(), load_processor(source)
+    pictures, captions = random_images()[:images], ["", *random_texts()][:texts]
+    found = runs(repository, "float32")
+    expected = model(**processor(images=pictures, text=captions, return_tensors="pt"))
+    torch.testing.assert_close(found.embed_images(pictures), expected.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.embed_texts(captions), expected.text_embeds, rtol=0, atol=1e-5)
+
+
+def test_padding_does_not_change_a_text(repository):
+    found = runs(repository, "float32")
+    alone, beside = found.embed_texts(["um gato"])[0], found.embed_texts(["um gato", random_texts()[-1]])[0]
+    torch.testing.assert_close(alone, beside, rtol=0, atol=1e-6)
+
+
+def test_int8_is_smaller_and_near(source, repository):
+    exact, rounded = runs(repository, "float32"), runs(repository, "int8")
+    for embed in ("embed_images", "embed_texts"):
+        items = random_images() if embed == "embed_images" else random_texts()
+        cosines = (getattr(exact, embed)(items) * getattr(rounded, embed)(items)).sum(dim=-1)
+        assert 0.97 < cosines.min() < 0.99999999, "equal to the last bit would mean that nothing was rounded"
+    kinds = {
+        tensor.data_type for path in graphs(repository, "int8").values() for tensor in onnx.load(path).graph.initializer
+    }
+    assert onnx.TensorProto.UINT8 in kinds
+    facts = json.loads((repository / "onnx" / "quantisation.json").read_text())
+    assert set(facts["graphs"]) == {f"{kind}_model{end}.onnx" for kind in ("vision", "text") for end in ("", "_int8")}
+    assert facts["graphs"]["text_model.onnx"]["largest_difference"] < 1e-5 and facts["recall"] is None
+    assert {"onnx", "onnxruntime", "onnxscript", "torch"} <= facts["versions"].keys()
+
+
+def test_embeddings_of_words_are_rounded_too(repository):
+    graph = onnx.load(repository / "onnx" / "text_model_int8.onnx").graph
+    words = load_file(repository / "model.safetensors")["text_model.embeddings.word_embeddings.weight"]
+    shaped = [tensor for tensor in graph.initializer if tuple(tensor.dims) == tuple(words.shape)]
+    assert [tensor.data_type for tensor in shaped] == [onnx.TensorProto.UINT8]
+
+
+def test_graphs_say_nothing_of_this_machine(repository):
+    for path in (repository / "onnx").glob("*.onnx"):
+        model = onnx.load(path, load_external_data=False)
+        assert not [node.name for node in model.graph.node if node.metadata_props or node.doc_string]
+        assert b"stack_trace" not in path.read_bytes() and b".py" not in path.read_bytes()
+        names = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
+        assert names[0] == "batch" and ("text" not in path.name or names[1] == "length")
+        onnx.checker.check_model(str(path))
+
+
+def test_recall_of_both_precisions_is_measured(repository, tiny_dataset_folder, tmp_path):
+    arguments = RetrievalArguments(str(repository), str(tiny_dataset_folder), tmp_path / "x.json", split="train")
+    found = measure_int8(repository, arguments)
+    assert (found["images"], found["captions"], found["split"], found["language"]) == (12, 18, "train", "pt")
+    for precision in ("float32", "int8"):
+        for direction in ("text_to_image", "image_to_text"):
+            recalls = found[precision][direction]
+            assert set(recalls) == {"recall@1", "recall@5", "recall@10", "mean_recall"}
+            assert np.isclose(recalls["mean_recall"], np.mean([recalls[f"recall@{k}"] for k in (1, 5, 10)]))
+    assert json.loads((repository / "onnx" / "quantisation.json").read_text())["recall"] == found
+    assert len(recall_lines(found)) == 2 and "points (12 images" in recall_lines(found)[0]
+
+
+def test_tower_of_convolutions_has_no_int8_graph(tmp_path, tiny_processor, tiny_dataset_folder, caplog):
+    config = tiny_config(vision_config=TimmWrapperConfig(architecture="test_efficientnet"))
+    randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    caplog.set_level("INFO")
+    command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "repository"), "--recall_split", "train"]
+    main([*command, "--formats", "transformers,onnx", "--recall_dataset", str(tiny_dataset_folder)])
+    assert "no int8 graph of the vision tower" in caplog.text and "int8, text-to-image: mean recall" in caplog.text
+    names = {path.name for path in (tmp_path / "repository" / "onnx").iterdir()}
+    assert "text_model_int8.onnx" in names and "vision_model_int8.onnx" not in names
+    assert graphs(tmp_path / "repository", "int8")["vision"].name == "vision_model.onnx"

@@ -1,0 +1,433 @@
+"""Generated captions: the real BLIP-2 at toy width goes on from every prefix as in its plain call."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import randomise
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipImageProcessor,
+    GitConfig,
+    GitForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from captions.captioner import NOT_FINITE, Blip2Captioner, Captioner, Decoding, DrawnTokens
+from captions.generate import COLUMN, PREFIXES, GenerateArguments, GenerateProcess, load_captioner, main, read_prefixes
+from captions.rows import BadRow
+
+SIDE, QUERIES, IMAGE_TOKEN, STEPS = 28, 4, 299, 9
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION |= {"image_size": SIDE, "patch_size": 14}
+QFORMER = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+# 12 ends a text: a likely token of these weights, so that texts of a batch end at different steps.
+OPT = {"model_type": "opt", "vocab_size": 300, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64}
+OPT |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128, "bos_token_id": 2}
+OPT |= {"eos_token_id": 12, "pad_token_id": 1, "tie_word_embeddings": False}
+T5 = {"model_type": "t5", "vocab_size": 300, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+T5 |= {"eos_token_id": 2, "pad_token_id": 1, "decoder_start_token_id": 1, "tie_word_embeddings": False}
+TEN = read_prefixes(PREFIXES)
+
+
+def opt_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 299 pieces that begins a text with </s>, as OPT's does, and knows no <image>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=299, special_tokens=["<s>", "<pad>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEN, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", cls_token="<s>"
+    )
+
+
+def image_processor() -> BlipImageProcessor:
+    return BlipImageProcessor(size={"height": SIDE, "width": SIDE})
+
+
+def tiny_blip2(text: dict) -> Blip2ForConditionalGeneration:
+    """Weights that are large enough for texts to depend on image and prefix."""
+    config = Blip2Config(
+        vision_config=VISION, qformer_config=QFORMER, text_config=text, num_query_tokens=QUERIES,
+        image_token_index=IMAGE_TOKEN,
+    )  # fmt: skip
+    model = randomise(Blip2ForConditionalGeneration(config)).eval()
+    for parameter in model.language_model.parameters() if text is OPT else ():
+        parameter.data.mul_(3 if parameter.ndim == 2 else 1)
+    return model
+
+
+def pictures(number: int) -> list[PIL.Image.Image]:
+    noise = np.random.default_rng(0)
+    return [PIL.Image.fromarray(noise.integers(0, 256, (40, 36, 3), dtype=np.uint8)) for _ in range(number)]
+
+
+def captioner_of(model, **decoding) -> Blip2Captioner:
+    return Blip2Captioner(model, image_processor(), opt_tokenizer(), Decoding(**{"max_new_tokens": STEPS, **decoding}))
+
+
+def until_end(tokens, model) -> list[int]:
+    """Without what a batch pads behind the end of a text."""
+    tokens, end = [int(token) for token in tokens], model.config.text_config.eos_token_id
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def new_tokens(captioner: Captioner, images: list) -> list[list[list[int]]]:
+    found = captioner.new_tokens(captioner.pixels(images), TEN)
+    return [[until_end(row, captioner.model) for row in rows] for rows in found]
+
+
+def plain_tokens(model, images: list) -> list[list[list[int]]]:
+    """Token ids by processor and plain call, every image encoded once a prefix."""
+    tokenizer, encoder_decoder = opt_tokenizer(), model.config.is_encoder_decoder
+    tokenizer.padding_side = "right" if encoder_decoder else "left"
+    processor = Blip2Processor(image_processor(), tokenizer, num_query_tokens=QUERIES)
+    assert tokenizer.convert_tokens_to_ids("<image>") == IMAGE_TOKEN
+    found = []
+    for image in images:
+        inputs = processor(images=[image] * len(TEN), text=TEN, return_tensors="pt", padding=True)
+        output = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
+        start = 1 if encoder_decoder else inputs["input_ids"].shape[1]
+        found.append([until_end(row, model) for row in output[:, start:]])
+    return found
+
+
+@pytest.fixture(scope="module", params=[OPT, T5], ids=["opt", "t5"])
+def plain(request):
+    """A model, and what its plain call gives for three pictures and ten prefixes."""
+    model = tiny_blip2(request.param)
+    return model, plain_tokens(model, pictures(3))
+
+
+@pytest.fixture(scope="module")
+def blip2() -> Blip2ForConditionalGeneration:
+    return tiny_blip2(OPT)
+
+
+@pytest.fixture(scope="module")
+def blip2_folder(blip2, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("blip2")
+    blip2.save_pretrained(folder)
+    Blip2Processor(image_processor(), opt_tokenizer(), num_query_tokens=QUERIES).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 16, 160])  # 160 holds all
+def test_tokens_equal_those_of_the_plain_call(plain, micro_batch_size):
+    model, expected = plain
+    texts = [tuple(row) for rows in expected for row in rows]
+    assert len(set(texts)) > 15, "texts that depend on neither image nor prefix would prove nothing"
+    assert new_tokens(captioner_of(model, micro_batch_size=micro_batch_size), pictures(3)) == expected
+
+
+def test_texts_of_a_batch_end_at_different_steps(blip2):
+    lengths = {len(row) for rows in new_tokens(captioner_of(blip2), pictures(3)) for row in rows}
+    assert len(lengths) > 2 and STEPS in lengths
+
+
+def test_images_one_by_one_give_the_same(blip2):
+    captioner, images = captioner_of(blip2), pictures(5)
+    alone = [captioner.captions([image], TEN)[0] for image in images]
+    assert captioner.captions(images, TEN) == alone
+    assert captioner.captions([], TEN) == []
+
+
+def test_a_caption_is_prefix_blank_and_text(blip2):
+    captioner = captioner_of(blip2)
+    (tokens,), (captions,) = new_tokens(captioner, pictures(1)), captioner.captions(pictures(1), TEN)
+    for prefix, row, caption in zip(TEN, tokens, captions, strict=True):
+        text = captioner.tokenizer.decode(row, skip_special_tokens=True).strip()
+        assert caption == f"{prefix} {text}".strip()
+    assert sum(caption.startswith(f"{prefix} ") for prefix, caption in zip(TEN, captions, strict=True)) > 5
+
+
+def test_an_old_checkpoint_without_an_image_token_gives_the_same(blip2):
+    expected = new_tokens(captioner_of(blip2), pictures(1))
+    blip2.config.image_token_index = None  # the plain call fails then
+    try:
+        assert new_tokens(captioner_of(blip2), pictures(1)) == expected
+    finally:
+        blip2.config.image_token_index = IMAGE_TOKEN
+
+
+def test_every_image_is_encoded_once(blip2):
+    rows = {"vision": 0, "qformer": 0, "block": 0}
+
+    def count(name, of):
+        def hook(module, args, kwargs):
+            rows[name] += of(args, kwargs)
+
+        return hook
+
+    def block(args, kwargs):  # the language model reads the query block, which no prefix is shorter than
+        embeds = kwargs.get("inputs_embeds")
+        return 0 if embeds is None or embeds.shape[1] != QUERIES else len(embeds)
+
+    hooks = [
+        (blip2.vision_model, count("vision", lambda args, kwargs: len(kwargs["pixel_values"]))),
+        (blip2.qformer, count("qformer", lambda args, kwargs: len(kwargs["query_embeds"]))),
+        (blip2.language_model.model, count("block", block)),
+    ]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+    captioner_of(blip2, micro_batch_size=7).captions(pictures(3), TEN)
+    for handle in handles:
+        handle.remove()
+    assert rows == {"vision": 3, "qformer": 3, "block": 3}
+
+
+def test_scores_that_are_no_numbers_cost_one_row_its_captions(blip2, monkeypatch):
+    captioner, images = captioner_of(blip2), pictures(3)
+    expected = captioner.captions(images, TEN)
+    pixels = captioner.pixels(images)
+    pixels[1] = torch.nan
+    monkeypatch.setattr(captioner, "pixels", lambda images: pixels)
+    first, bad, last = captioner.captions(images, TEN)
+    assert isinstance(bad, BadRow) and bad.reason == NOT_FINITE and "bf16" in bad.detail
+    assert [first, last] == [expected[0], expected[2]]
+
+
+def test_drawn_tokens_follow_the_probabilities():
+    scores = torch.tensor([2.0, 0.5, -torch.inf, 1.0]).repeat(20_000, 1)
+    uniforms = torch.from_numpy(np.random.default_rng(0).random((20_000, 2), dtype=np.float32))
+    for temperature, top_p in ((1.0, 1.0), (0.5, 1.0), (1.0, 0.6)):
+        draw = DrawnTokens(uniforms, Decoding(temperature=temperature, top_p=top_p))
+        expected = (scores[0] / temperature).softmax(-1)
+        if top_p < 1:  # the likeliest alone has more than 0.6
+            expected = torch.tensor([1.0, 0, 0, 0]) if expected[0] >= top_p else expected
+            assert expected[0] == 1
+        for _ in range(2):  # every step has numbers of its own
+            share = draw(torch.empty(0), scores).softmax(-1).mean(0)
+            torch.testing.assert_close(share, expected, atol=0.015, rtol=0)
+
+
+def test_sampling_depends_on_seed_image_and_prefix_alone(blip2):
+    images, keys = pictures(4), [b"a", b"b", b"c", b"d"]
+    options = {"sampling": True, "temperature": 2.0, "top_p": 0.9}
+    whole = captioner_of(blip2, **options).captions(images, TEN, keys)
+    pieces = captioner_of(blip2, micro_batch_size=3, **options)
+    assert pieces.captions(images[2:], TEN[::-1], keys[2:]) == [captions[::-1] for captions in whole[2:]]
+    assert captioner_of(blip2, seed=1, **options).captions(images, TEN, keys) != whole
+    assert captioner_of(blip2).captions(images, TEN, keys) != whole
+    twice = captioner_of(blip2, **options).captions([images[0]] * 2, TEN, [b"a", b"e"])
+    assert twice[0] == whole[0] and twice[1] != whole[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(blip2_folder, precision):
+    captioner = load_captioner(arguments(blip2_folder, precision=precision))
+    assert captioner.model.vision_model.dtype == captioner.writer.dtype != torch.float32
+    assert captioner.model.qformer.dtype == (torch.float32 if precision == "fp16" else torch.bfloat16)
+    (captions,) = captioner.captions(pictures(1), TEN)
+    assert [caption.startswith(prefix) for prefix, caption in zip(TEN, captions, strict=True)] == [True] * len(TEN)
+
+
+# ---- other kinds ----
+
+
+def tiny_blip() -> BlipForConditionalGeneration:
+    text = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 2, "sep_token_id": 2, "pad_token_id": 1}
+    text |= {"encoder_hidden_size": 32, "max_position_embeddings": 64}
+    return BlipForConditionalGeneration(BlipConfig(vision_config=VISION, text_config=text))
+
+
+def tiny_git() -> GitForCausalLM:
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    ids = {"num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
+    return GitForCausalLM(GitConfig(vision_config=VISION, **sizes, **ids, max_position_embeddings=64))
+
+
+def tiny_vit_gpt2() -> VisionEncoderDecoderModel:
+    decoder = GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=2,
+        add_cross_attention=True, is_decoder=True,
+    )  # fmt: skip
+    model = VisionEncoderDecoderModel(encoder=ViTModel(ViTConfig(**VISION)), decoder=GPT2LMHeadModel(decoder))
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 0
+    model.config.pad_token_id = model.generation_config.pad_token_id = 1
+    return model
+
+
+@pytest.mark.parametrize("build", [tiny_blip, tiny_git, tiny_vit_gpt2])
+def test_other_kinds_go_through_their_plain_call(build, tmp_path):
+    model = randomise(build()).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(2 if parameter.ndim == 2 else 1)
+    model.save_pretrained(tmp_path)
+    image_processor().save_pretrained(tmp_path)
+    opt_tokenizer().save_pretrained(tmp_path)
+    captioner = load_captioner(arguments(tmp_path, max_new_tokens=STEPS))
+    assert type(captioner) is Captioner and not captioner.pads
+    some = TEN[2:5]
+    found = captioner.captions(pictures(2), some)
+    tokenizer = captioner.tokenizer
+    for image, captions in zip(pictures(2), found, strict=True):
+        pixels = image_processor()(images=image, return_tensors="pt")["pixel_values"]
+        for prefix, caption in zip(some, captions, strict=True):
+            ids = tokenizer(prefix, add_special_tokens=False)["input_ids"]
+            begun = [0, *ids, 2] if build is tiny_blip else [0, *ids]  # BLIP drops the end
+            name = "decoder_input_ids" if build is tiny_vit_gpt2 else "input_ids"
+            inputs = {name: torch.tensor([begun])}
+            output = model.generate(pixel_values=pixels, **inputs, max_new_tokens=STEPS, do_sample=False)[0]
+            assert output[: len(ids) + 1].tolist() == [0, *ids]
+            assert caption == f"{prefix} {tokenizer.decode(output[len(ids) + 1 :], skip_special_tokens=True).strip()}"
+    assert found[0] != found[1]
+
+
+def test_an_unknown_kind_is_refused(tiny_folder):
+    with pytest.raises(ValueError, match=r"of the kind 'capivara'.*blip-2, blip, git, vision-encoder-decoder"):
+        load_captioner(arguments(tiny_folder))
+
+
+# ---- the command ----
+
+
+def arguments(model: Path, **options) -> GenerateArguments:
+    return GenerateArguments("data", Path("generated"), model=str(model), device="cpu", **options)
+
+
+@pytest.fixture
+def images_folder(tmp_path) -> Path:
+    """Seven rows: a broken image at 2, none at 4."""
+    folder = tmp_path / "images" / "train"
+    folder.mkdir(parents=True)
+    lines = []
+    for number, picture in enumerate(pictures(7)):
+        picture.save(folder / f"{number}.png")
+        lines.append({"file_name": f"{number}.png", "captions-en": [f"picture {number}"]})
+    (folder / "2.png").write_bytes(b"no image")
+    lines[4]["file_name"] = None
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder.parent
+
+
+def flags(images: Path, output: Path, model: Path, *more: str) -> list[str]:
+    given = ["--dataset", images, "--output", output, "--model", model, "--max_new_tokens", STEPS, "--device", "cpu"]
+    return [*map(str, given), "--batch_rows", "2", "--rows_per_part", "3", *more]
+
+
+def rows_of(output: Path) -> dict[str, dict]:
+    rows = [row for path in sorted(output.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    return {row["captions-en"][0]: row for row in rows}
+
+
+def test_the_command(images_folder, blip2_folder, tmp_path, capsys):
+    output = tmp_path / "generated"
+    main(flags(images_folder, output, blip2_folder))
+    said = capsys.readouterr().out
+    assert "5 rows written, 2 left out" in said and "unreadable image" in said and "no image" in said
+    rows = rows_of(output)
+    captioner = load_captioner(arguments(blip2_folder, max_new_tokens=STEPS))
+    for number in (0, 1, 3, 5, 6):
+        row = rows[f"picture {number}"]
+        assert row["image"]["bytes"] == (images_folder / "train" / f"{number}.png").read_bytes()
+        assert [row[COLUMN]] == captioner.captions([pictures(7)[number]], TEN)
+    listed = [json.loads(line) for path in output.glob("*.skipped.jsonl") for line in path.read_text().splitlines()]
+    assert sorted((line["row"], line["reason"]) for line in listed) == [(2, "unreadable image"), (4, "no image")]
+    settings = json.loads((output / "stage.json").read_text())["settings"]
+    assert settings["prefixes"] == TEN and settings["model"] == blip2_folder.name and settings["sampling"] is None
+    assert (settings["max_new_tokens"], settings["precision"]) == (STEPS, "float32")
+
+
+def test_sampling_goes_on_with_the_same_captions(images_folder, blip2_folder, tmp_path):
+    sampling = ["--sampling", "--temperature", "2", "--top_p", "0.95", "--seed", "7"]
+    main(flags(images_folder, tmp_path / "once", blip2_folder, *sampling))
+    whole = rows_of(tmp_path / "once")
+    parts = sorted((tmp_path / "once").glob("*.parquet"))
+    assert len(parts) == 3
+    parts[1].unlink()
+    main(flags(images_folder, tmp_path / "once", blip2_folder, *sampling))
+    assert rows_of(tmp_path / "once") == whole
+    for shard in ("0/2", "1/2"):
+        more = [*sampling, "--shard", shard, "--batch_rows", "3", "--micro_batch_size", "7"]
+        main(flags(images_folder, tmp_path / "shared", blip2_folder, *more))
+    assert rows_of(tmp_path / "shared") == whole
+
+
+def test_own_prefixes(images_folder, blip2_folder, tmp_path):
+    (tmp_path / "own.json").write_text('{"prefixes": ["a drawing of ", "here we see"]}')
+    main(flags(images_folder, tmp_path / "out", blip2_folder, "--prefixes", str(tmp_path / "own.json")))
+    for row in rows_of(tmp_path / "out").values():
+        assert [caption[:11] for caption in row[COLUMN]] == ["a drawing o", "here we see"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no JSON"),
+        ("[]", "must hold"),
+        ('{"prefixes": "a photo of"}', "must hold"),
+        ('{"prefixes": []}', "at least"),
+        ('{"prefixes": ["a", " "]}', "none blank"),
+        ('{"prefixes": ["a", "a "]}', "twice"),
+    ],
+)
+def test_prefixes_that_are_none(text, said, tmp_path):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_prefixes(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--max_new_tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["--micro_batch_size", "0"], "micro_batch_size must be at least 1"),
+        (["--temperature", "0"], "temperature must be above 0"),
+        (["--top_p", "1.5"], "top_p must be above 0 and at most 1"),
+        (["--prefixes", "no/such.json"], "no/such.json"),
+        (["--device", "abacus"], "device must be cpu"),
+        (["--shard", "2/2"], "shard must be"),
+    ],
+)
+def test_the_command_refuses_in_one_line(images_folder, blip2_folder, tmp_path, more, said):
+    with pytest.raises(SystemExit) as ended:
+        main(flags(images_folder, tmp_path / "out", blip2_folder, *more))
+    assert said in str(ended.value) and str(ended.value).startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_faults_of_the_model_end_the_run(blip2_folder, monkeypatch):
+    captioner = load_captioner(arguments(blip2_folder))
+    process = GenerateProcess(captioner, TEN, "image")
+    png = io.BytesIO()
+    pictures(1)[0].save(png, "PNG")
+    picture = {"image": {"bytes": png.getvalue(), "path": None}}
+    captioner.model.vision_model.post_layernorm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"No image has got a caption.*precision"):
+        process([picture])
+    process.any_caption = True  # later it is the row's own fault
+    (bad,) = process([picture])
+    assert isinstance(bad, BadRow) and bad.reason == NOT_FINITE
+
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(captioner, "written", no_memory)
+    with pytest.raises(ValueError, match=r"1 images and 160 captions at once.*--micro_batch_size"):
+        process([picture])
+
+
+def test_the_authors_prefixes_are_ten():
+    content = json.loads(PREFIXES.read_text(encoding="utf-8"))
+    assert len(TEN) == 10 and "hiaac-nlp/CAPIVARA" in content["source"]

@@ -1,0 +1,454 @@
+"""A push shows first, sends once, survives a bad line, and keeps the token to itself: by the real client, over HTTP."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_client import hub_commands
+from hub_server import QUOTA, READ_TOKEN, TOKEN
+from hub_storage import Faults
+
+from hub_upload.push_plan import PushArguments, card_metadata, readable_size
+from hub_upload.remote import plain, plain_line, redact
+
+ROOT = Path(__file__).resolve().parent.parent
+CARD = "---\nlicense: mit\nlanguage: [pt, en]\n---\n\n# Capivara\n\nA model.\n"
+
+
+def weights(letter: bytes, size: int) -> bytes:
+    """A safetensors file of so many bytes."""
+    number = size - 100
+    header = json.dumps({"w": {"dtype": "U8", "shape": [number], "data_offsets": [0, number]}}).encode().ljust(92)
+    return len(header).to_bytes(8, "little") + header + letter * number
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory):
+    with hub_commands(tmp_path_factory.mktemp("push")) as found:
+        yield found
+
+
+@pytest.fixture
+def hub(commands):
+    """The server, empty and in order."""
+    commands.hub.faults, commands.hub.page_size, commands.hub.uploaded = Faults(), 1000, 0
+    commands.hub.storage.repos.clear()
+    for path in (commands.hub.storage.folder / "lfs").iterdir():
+        path.unlink()
+    commands.hub.requests.clear()
+    return commands.hub
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two large files as the Hub sees them, and small ones."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "README.md").write_text(CARD, encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "capivara"}', encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(weights(b"m", 300_000))
+    (folder / "open_clip_model.safetensors").write_bytes(weights(b"o", 100_000))
+    return folder
+
+
+@pytest.fixture
+def push(commands, hub, folder):
+    """The command on the folder; `push("--push")` sends."""
+
+    def run(*flags, **options):
+        return commands("--model", folder, "--repo-id", "us/model", *flags, **options)
+
+    return run
+
+
+def written(hub) -> list[str]:
+    """Paths of the requests that change something."""
+    return [path for method, path in hub.requests if method != "GET" and not path.endswith("validate-yaml")]
+
+
+# --- What is sent ----------------------------------------------------------------------------------------------------
+
+
+def test_without_push_it_shows_and_changes_nothing(hub, push):
+    done = push()
+    assert done.code == 0 and not written(hub) and not hub.storage.repos
+    for shown in ("us/model (does not exist, will be made)", "add     README.md", "model.safetensors  (300.0 kB)"):
+        assert shown in done.out
+    assert "license: mit" in done.out and "language: pt, en" in done.out and "token of ana" in done.out
+    assert "Nothing was sent. With --push, 4 files (400.1 kB)" in done.out
+
+
+def test_create_push_and_push_again(hub, push, folder):
+    done = push("--push", "--message", "First")
+    assert done.code == 0 and f"{hub.url}/us/model/commit/" in done.out, done.err
+    assert hub.files("us/model") == {path.name: path.read_bytes() for path in folder.iterdir()}
+    blob = hub.repo("us/model").at("main").files["model.safetensors"]
+    assert blob.sha256 == hashlib.sha256(weights(b"m", 300_000)).hexdigest() and hub.uploaded == 400_000
+    assert hub.commits("us/model") == ["First"] and not hub.repo("us/model").private
+    hub.requests.clear()
+    again = push("--push")
+    assert again.code == 0 and "nothing to send" in again.out and not written(hub)
+    assert hub.commits("us/model") == ["First"]
+
+
+def test_only_what_changed_is_sent_and_what_others_have_put_there_stays(hub, push, folder):
+    hub.page_size = 2  # of the Hub's list of files: all of its pages are read
+    push("--push")
+    there = hub.storage.add(b"of others", lfs=False)
+    hub.repo("us/model").commit("main", "theirs", "bob", {"notes.txt": there, "old.bin": there})
+    (folder / "README.md").write_text(CARD.replace("mit", "apache-2.0"), encoding="utf-8")
+    (folder / "config.json").unlink()
+    hub.uploaded = 0
+    done = push("--push", "--delete", "old.bin", "gone.bin")
+    assert done.code == 0, done.err
+    for shown in (
+        "change  README.md",
+        "same    2 files",
+        "delete  old.bin",
+        "stays   config.json",
+        "stays   notes.txt",
+    ):
+        assert shown in done.out
+    assert "\n-license: mit\n+license: apache-2.0\n" in done.out and "gone.bin: it is not on the Hub" in done.out
+    assert ".gitattributes" not in done.out
+    files = hub.files("us/model")
+    assert set(files) == {"README.md", "config.json", "model.safetensors", "open_clip_model.safetensors", "notes.txt"}
+    assert b"apache" in files["README.md"] and hub.uploaded == 0
+    assert hub.commits("us/model") == ["Update 2 files", "theirs", "Add 4 files"]
+
+
+def test_only_files_of_a_model_are_sent(hub, push, folder):
+    (folder.parent / "secret.json").write_text("{}", encoding="utf-8")
+    (folder / ".env").write_text("HF_TOKEN=x", encoding="utf-8")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "training_args.bin").write_bytes(b"a pickle")
+    assert push("--push").code == 0
+    assert set(hub.files("us/model")) == {
+        "README.md", "config.json", "model.safetensors", "open_clip_model.safetensors",
+    }  # fmt: skip
+
+
+def test_a_path_of_this_machine_is_not_sent(hub, push, folder):
+    (folder / "run.json").write_text(json.dumps({"config": {"dataset": [str(folder)]}}), encoding="utf-8")
+    done = push("--push")
+    assert done.code == 1 and "run.json, line 1, names a place" in done.err and "hub_upload.export" in done.err
+    assert not written(hub)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(hub, push, folder):
+    (folder.parent / "secret.json").write_text('{"secret": 1}', encoding="utf-8")
+    (folder / "processor_config.json").symlink_to(folder.parent / "secret.json")
+    push("--push")
+    assert ("models", "us/model") not in hub.storage.repos or "processor_config.json" not in hub.files("us/model")
+
+
+def test_private(hub, push):
+    assert push("--push", "--private").code == 0
+    assert hub.repo("us/model").private
+    assert push("--push", "--private").code == 0
+    hub.repo("us/model").private = False
+    done = push("--push", "--private")
+    assert done.code == 1 and "us/model is public" in done.err
+
+
+def test_branch(hub, push, folder):
+    push("--push")
+    assert (
+        "next, will be made from main" in push("--revision", "next").out and "next" not in hub.repo("us/model").branches
+    )
+    assert "no commit was made" in push("--revision", "next", "--push").out  # nothing differs, and the branch is made
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    assert push("--revision", "next", "--push").code == 0
+    assert hub.commits("us/model", "next") == ["Update config.json", "Add 4 files"]
+    assert hub.commits("us/model") == ["Add 4 files"]
+    other = push("--repo-id", "us/other", "--revision", "v2", "--push")  # the last flag counts
+    assert other.code == 0 and hub.commits("us/other", "v2") == ["Add 4 files"] and not hub.commits("us/other")
+
+
+def test_tag(hub, push, folder):
+    assert "Tagged v1.0" in push("--push", "--tag", "v1.0").out
+    repo = hub.repo("us/model")
+    assert repo.tags == {"v1.0": repo.branches["main"]}
+    assert "nothing to send" in push("--push", "--tag", "v1.0").out
+    (folder / "model.safetensors").write_bytes(weights(b"n", 300_000))
+    hub.requests.clear()
+    done = push("--push", "--tag", "v1.0")
+    assert done.code == 1 and "The tag v1.0 of us/model exists already" in done.err and not written(hub)
+    assert push("--push").code == 0
+    late = push("--push", "--tag", "v1.1")  # of what is there already
+    assert "no commit was made" in late.out and repo.tags["v1.1"] == repo.branches["main"] != repo.tags["v1.0"]
+    assert "v1.0 is a tag" in push("--push", "--revision", "v1.0").err
+
+
+def test_pull_request_of_somebody_who_may_only_read(hub, push, folder):
+    assert "a pull request needs one" in push("--push", "--pull-request", token=READ_TOKEN).err
+    push("--push")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "model.safetensors").write_bytes(weights(b"n", 300_000))
+    done = push("--push", "--pull-request", token=READ_TOKEN)
+    assert done.code == 0 and f"{hub.url}/us/model/discussions/1" in done.out, done.err
+    assert hub.files("us/model")["config.json"] != b"{}" == hub.files("us/model", "refs/pr/1")["config.json"]
+    (folder / "config.json").write_text("[]", encoding="utf-8")
+    assert push("--push", "--revision", "refs/pr/1").code == 0  # further commits to it
+    assert hub.files("us/model", "refs/pr/1")["config.json"] == b"[]" and len(hub.commits("us/model")) == 1
+    assert "no open pull request refs/pr/7" in push("--push", "--revision", "refs/pr/7").err
+
+
+def test_data_set(commands, hub, tmp_path):
+    data = tmp_path / "data"
+    (data / "train").mkdir(parents=True)
+    (data / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Fotos\n", encoding="utf-8")
+    (data / "train" / "rows.parquet").write_bytes(b"PAR1" * 10)
+    (data / "train" / "build.sh").write_text("rm -r /", encoding="utf-8")
+    (data / ".cache").mkdir()
+    (data / ".cache" / "x.json").write_text("{}", encoding="utf-8")
+    flags = ("--model", data, "--repo-id", "us/data", "--repo-type", "dataset")
+    assert commands(*flags, "--push", "--tag", "v1").code == 0
+    assert set(hub.files("us/data", kind="datasets")) == {"README.md", "train/rows.parquet"}
+    assert "nothing to send" in commands(*flags, "--push").out and "v1" in hub.repo("us/data", "datasets").tags
+    assert ("models", "us/data") not in hub.storage.repos
+
+
+# --- What goes wrong -------------------------------------------------------------------------------------------------
+
+
+def test_wrong_token_is_refused_before_anything(hub, push):
+    for flags in ((), ("--push",)):
+        done = push(*flags, token="hf_" + "w" * 34)
+        assert done.code == 1 and re.search(r"error: The Hub refuses the token \(401\)", done.err)
+    assert not written(hub)
+
+
+def test_no_token(hub, push):
+    assert "there is no token, which --push needs" in push(token=None).out
+    done = push("--push", token=None)
+    assert done.code == 1 and "There is no token. Save one" in done.err and not written(hub)
+
+
+def test_token_from_the_token_file(commands, hub, push):
+    (commands.home / "token").parent.mkdir(exist_ok=True)
+    (commands.home / "token").write_text(TOKEN, encoding="utf-8")
+    try:
+        assert push("--push", token=None).code == 0
+    finally:
+        (commands.home / "token").unlink()
+    assert hub.commits("us/model") == ["Add 4 files"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_forbidden(hub, push, folder, there):
+    if there:
+        push("--push")
+        (folder / "config.json").write_text("{}", encoding="utf-8")
+    done = push("--push", token=READ_TOKEN)
+    assert done.code == 1 and "The token may not write to us/model (403)" in done.err
+    assert "member of us" in done.err and done.err.strip().count("\n") == 0
+
+
+def test_a_private_repository_of_others_is_not_there(hub, push):
+    push("--push", "--private")
+    done = push("--pull-request", "--push", token=READ_TOKEN)
+    assert done.code == 1 and "There is no us/model, or the token does not see it" in done.err
+
+
+def test_a_connection_that_drops_is_tried_again(hub, push, folder):
+    hub.faults = Faults(fail_upload_after_bytes=200_000, failing_uploads=2)
+    done = push("--push")
+    assert done.code == 0 and done.waits_s, done.err
+    assert hub.files("us/model")["model.safetensors"] == weights(b"m", 300_000)
+
+
+def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, push, folder):
+    hub.faults = Faults(fail_upload_after_bytes=200_000)  # the smaller file arrives, the larger one never
+    done = push("--push")
+    assert done.code == 1 and "The connection to the Hub broke" in done.err and "not sent a second time" in done.err
+    assert 5 <= len(done.waits_s) <= 10 and sum(done.waits_s) < 60  # bounded
+    assert not hub.commits("us/model") and hub.storage.lfs_bytes() == 100_000
+    hub.faults, hub.uploaded = Faults(), 0
+    assert push("--push").code == 0
+    assert hub.uploaded == 300_000  # and not a byte of the smaller one
+    assert hub.files("us/model") == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert hub.commits("us/model") == ["Add 4 files"]
+
+
+def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
+    hub.faults = Faults(silent_uploads=1)
+    code = "import time; time.sleep = lambda s: None; import hub_upload.remote as remote; remote.TIMEOUT_S = 0.5\n"
+    code += "from hub_upload.push import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--model", str(folder), "--repo-id", "us/model", "--push"],
+        cwd=ROOT, env={**os.environ, **hub.environment(tmp_path / "home")}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "timed out' thrown while requesting PUT" in done.stderr, done.stderr
+    assert hub.commits("us/model") == ["Add 4 files"]
+
+
+def test_nobody_listens(folder):
+    code = "import time; time.sleep = lambda s: None; from hub_upload.push import main; main()"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--model", str(folder), "--repo-id", "us/model"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 1 and "error: The connection to the Hub broke (ConnectError" in done.stderr
+    assert done.stderr.count("Trying again") == 3 and TOKEN not in done.stdout + done.stderr
+
+
+def test_offline(folder):
+    command = [sys.executable, "-m", "hub_upload.push", "--model", str(folder), "--repo-id", "us/model"]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_TOKEN": TOKEN}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == (
+        "error: HF_HUB_OFFLINE is set, so nothing is asked of the Hub. Unset it to push.\n"
+    )
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, push):
+    hub.faults = Faults(lost_commit_replies=1)
+    done = push("--push", "--tag", "v1")
+    assert done.code == 0, done.err
+    assert hub.commits("us/model") == ["Add 4 files"]
+    assert hub.repo("us/model").tags["v1"] == hub.repo("us/model").branches["main"]
+
+
+def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, push, folder):
+    push("--push")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    hub.faults = Faults(lost_commit_replies=9)
+    done = push("--push", "--pull-request")
+    assert done.code == 1 and "Whether the pull request was opened is not known" in done.err
+    assert len(hub.repo("us/model").pulls) == 1
+
+
+def test_a_hub_in_trouble_is_asked_again_and_not_for_ever(hub, push):
+    hub.faults = Faults(commit_statuses=[503, 500])
+    assert push("--push").code == 0
+    hub.storage.repos.clear()
+    hub.faults = Faults(commit_statuses=[500] * 99)
+    done = push("--push")
+    assert done.code == 1 and "The Hub is in trouble (500)" in done.err and sum(done.waits_s) < 60
+
+
+@pytest.mark.parametrize("status", [403, 413, 507])
+def test_full_quota(hub, push, status):
+    hub.faults = Faults(quota_bytes=350_000, quota_status=status)
+    done = push("--push")
+    assert done.code == 1 and f"no more space for us/model ({status}): {QUOTA.rstrip('.')}" in done.err
+    assert hub.uploaded == 0 and not hub.commits("us/model")
+    hub.faults = Faults()
+    assert push("--push").code == 0
+
+
+def test_somebody_else_commits_meanwhile(hub, push, folder):
+    push("--push")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    hub.faults = Faults(concurrent_commit=True)
+    done = push("--push")
+    assert done.code == 1 and 'was changed meanwhile (412) by bob: "A line of \\u001b[31mtheirs"' in done.err
+    assert hub.commits("us/model")[0] == "A line of \x1b[31mtheirs"
+    done = push("--push")  # run again, as the message says
+    assert done.code == 0 and "stays   theirs.txt" in done.out and hub.files("us/model")["config.json"] == b"{}"
+
+
+def test_a_file_that_the_repository_ignores_is_said_to_be_missing(hub, push):
+    hub.faults = Faults(ignored={"config.json"})
+    done = push("--push")
+    assert done.code == 1 and "but without config.json" in done.err and ".gitignore" in done.err
+
+
+def test_damaged_weights_are_refused(hub, push, folder):
+    (folder / "model.safetensors").write_bytes(b"m" * 1000)
+    done = push("--push")
+    assert done.code == 1 and "damaged" in done.err and not written(hub)
+
+
+def test_a_card_that_is_no_card_is_refused_before_the_upload(hub, push, folder):
+    (folder / "README.md").write_text("---\nlicense: [mit\n---\n", encoding="utf-8")
+    done = push("--push")
+    assert done.code == 1 and "not valid YAML" in done.err and not written(hub)
+
+
+# --- Secrets and terminals -------------------------------------------------------------------------------------------
+
+
+def test_what_the_hub_says_is_shown_without_the_token_and_as_plain_text(hub, push, folder):
+    hub.faults = Faults(commit_statuses=[400], commit_message=f"no {TOKEN} \x1b[2J")
+    hub.faults.commit_message = hub.faults.commit_message.encode().decode("latin-1")
+    done = push("--push")
+    assert done.code == 1 and "no hf_***" in done.err and "\x1b[2J" not in done.err
+    push("--push")
+    hostile = hub.storage.add("---\nlicense: mit\n---\n\x1b]0;owned\x07\u202eevil\n".encode(), lfs=False)
+    hub.repo("us/model").commit("main", "theirs", "bob", {"README.md": hostile, "a\x1b[31m\nb.txt": hostile})
+    done = push()
+    assert "-\\u001b]0;owned\\u0007\\u202eevil\n" in done.out and "a\\u001b[31m\\nb.txt" in done.out
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e]", done.out)
+
+
+def test_a_token_in_a_file_or_a_flag_goes_nowhere(hub, push, folder):
+    for flags in (("--token", TOKEN), (f"--token={TOKEN}",), ("--repo-type", TOKEN), ("--repo-id", TOKEN)):
+        done = push(*flags)  # that it is not printed is seen to at every command
+        assert done.code in (1, 2) and "error: " in done.err
+    (folder / "config.json").write_text(json.dumps({"note": TOKEN}), encoding="utf-8")
+    done = push("--push")
+    assert done.code == 1 and "config.json holds what looks like a token" in done.err and not written(hub)
+
+
+def test_redaction():
+    token = "hf_" + "a1B2" * 9
+    assert redact(f"Bearer xyz {token}: https://me:pass@host/x?X-Amz-Signature=ab12&b=1") == (
+        "Bearer *** hf_***: https://***@host/x?X-Amz-Signature=***&b=1"
+    )
+    assert redact("hf_hub_download of hf_modules") == "hf_hub_download of hf_modules"
+    assert plain("pão\x1b[31m\r\u202e\x9b\n") == "pão\\u001b[31m\\u000d\\u202e\\u009b\n"
+    assert plain_line("a\nb\tc") == "a\\nb\\tc"
+
+
+def test_sizes():
+    sizes = (0, 999, 1_000, 1_400_000_000)
+    assert [readable_size(size) for size in sizes] == ["0 bytes", "999 bytes", "1.0 kB", "1.40 GB"]
+
+
+# --- Flags -----------------------------------------------------------------------------------------------------------
+
+BAD_ARGUMENTS = {
+    "one part": ({"repo_id": "model"}, "must be owner/name"),
+    "three parts": ({"repo_id": "a/b/c"}, "not one of the Hub"),
+    "not a name": ({"repo_id": "a/b?c"}, "not one of the Hub"),
+    "no folder": ({"model": "/nowhere/model"}, "does not exist"),
+    "commit": ({"revision": "0" * 40}, "no name for a branch"),
+    "dots": ({"revision": "a..b"}, "no name for a branch"),
+    "ref": ({"revision": "refs/heads/x"}, "no name for a branch"),
+    "tag": ({"tag": "-x"}, "no name for a tag"),
+    "tag of a pull request": ({"tag": "v1", "pull_request": True}, "goes to main and gets no tag"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ARGUMENTS)
+def test_bad_arguments(tmp_path, fault):
+    overrides, message = BAD_ARGUMENTS[fault]
+    with pytest.raises(ValueError, match=message):
+        PushArguments(**{"model": tmp_path, "repo_id": "us/model", **overrides})
+
+
+def test_good_names(tmp_path):
+    for revision in ("main", "v1.0", "feature/x-1", "refs/pr/12"):
+        assert PushArguments(tmp_path, "us/model", revision=revision)
+
+
+def test_card_metadata():
+    assert card_metadata(CARD)["license"] == "mit" and card_metadata("# no metadata\n") == {}
+    with pytest.raises(ValueError, match="`key: value` lines"):
+        card_metadata("---\n- a\n---\n")
+
+
+def test_it_is_a_program_and_its_help_teaches():
+    done = subprocess.run(
+        [sys.executable, "-m", "hub_upload.push", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for taught in ("--repo-id my-name/my-model --push --private --tag v1.0", "hf auth login", "refs/pr/1", "--delete"):
+        assert taught in done.stdout

@@ -1,0 +1,142 @@
+"""What looks wrong in a translation, and what people write and must not be called wrong."""
+
+import json
+
+import pytest
+
+from captions.quality import FLAGS, flags
+from captions.translators.languages import find_code, same_language, scripts_of
+
+GOOD = [
+    ("a cat on a mat", "um gato em um tapete", "pt"),
+    ("cat", "um gato doméstico pequeno", "pt"),
+    ("Rio de Janeiro", "Rio de Janeiro", "pt"),
+    ("a photo of Taj Mahal", "uma foto do Taj Mahal", "pt"),
+    ("no no no, the dog ran", "não não não, o cachorro correu", "pt"),
+    ("a very very big dog", "um cachorro muito, muito grande", "pt"),
+    ("prices from 3 < 5 & more <3", "preços de 3 < 5 & mais <3", "pt"),
+    ("hahahahaha", "kkkkkkkkkk", "pt"),
+    ("a row of dots ........", "uma fileira de pontos ........", "pt"),
+    ("a man in a hat, a man in a coat, a man in a car", "um homem de chapéu, um homem de casaco, um homem no", "pt"),
+    ("a man riding a horse on the beach", "समुद्र तट पर घोड़े की सवारी करता एक आदमी", "hi"),
+    ("an iPhone 12 and a MacBook", "एक iPhone 12 और एक MacBook मेज़ पर", "hi"),
+    ("a woman is walking slowly", "ibhinqa lihamba kancinci kancinci", "xh"),
+    ("cat", "ikati yasekhaya", "xh"),
+    ("two children play in the park", "abantwana ababini badlala epakini", "xh"),
+    ("a dog runs in the park", "ajá kan ń sáré nínú ọgbà ìtura", "yo"),
+    ("a man riding a brown horse on a sandy beach at sunset", "日落时分，一名男子骑着棕色的马在沙滩上", "zh"),
+    ("a cat on a mat", "マットの上の猫", "ja"),
+    ("a cat", "мачка", "sr"),
+    ("a cat", "mačka", "sr"),
+    ("a cat", "anything", "xx"),
+    ("", "", "pt"),
+    ("   ", "", "pt"),
+    (":)", ":)", "pt"),
+]
+
+
+@pytest.mark.parametrize(("source", "translation", "language"), GOOD)
+def test_what_people_write_gets_no_flag(source, translation, language):
+    assert flags(source, translation, language) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "translation", "language", "expected"),
+    [
+        ("a cat on a mat", "", "pt", ["empty"]),
+        ("a cat on a mat", " \n", "pt", ["empty"]),
+        ("a cat on a mat", "...", "hi", ["empty"]),
+        ("a cat on a mat", "a cat on a mat", "pt", ["copy"]),
+        ("a cat on a mat", "A cat, on a mat!", "xh", ["copy"]),
+        ("a man riding a horse", "a man riding a horse", "hi", ["copy", "wrong script"]),
+        ("a cat", "кошка на ковре", "pt", ["wrong script"]),
+        ("a cat", "ikati", "hi", ["wrong script"]),
+        ("a cat", "बिल्ली", "xh", ["wrong script"]),
+        ("a cat on a mat", "貓", "zh-Latn", ["wrong script"]),
+        ("a cat", "um gato que se senta em cima de um tapete vermelho", "pt", ["length"]),
+        ("a man riding a brown horse on a sandy beach at sunset with a dog beside", "um homem", "pt", ["length"]),
+        ("a man riding a brown horse on a sandy beach at sunset", "马", "zh", ["length"]),
+        ("a man on a beach in summer", "um homem na praia na praia na praia", "pt", ["repetition"]),
+        ("a man on a beach in summer", "um um um homem", "pt", ["repetition"]),
+        ("a red horse in a meadow", "घोड़ा घोड़ा घोड़ा घोड़ा", "hi", ["repetition"]),
+        ("the woman in a red dress", "ibhinqa elinxibe ilokhwe ilokhwe ilokhwe", "xh", ["repetition"]),
+        ("a wide and empty street", "ruaruaruaruarua", "pt", ["repetition"]),
+        ("a fox in a den", "raposa na toca e a raposa na toca com a raposa na toca", "pt", ["repetition"]),
+        ("Tom & Jerry", "Tom &amp; Jerry", "pt", ["markup"]),
+        ("it's a cat", "&#39;é um gato", "pt", ["markup"]),
+        ("a cat", "um <b>gato</b>", "pt", ["markup"]),
+        ("a cat", "um gato<br/>", "pt", ["markup"]),
+        ("a cat", ">>por<< um gato", "pt", ["markup"]),
+        ("a cat", "um <unk> gato", "pt", ["markup"]),
+        ("a cat", "__pt__ um gato", "pt", ["markup"]),
+        ("a cat", "um ⁇ gato", "pt", ["markup"]),
+    ],
+)
+def test_what_translators_do_when_they_fail(source, translation, language, expected):
+    assert flags(source, translation, language) == expected
+    assert set(expected) <= set(FLAGS)
+
+
+def test_a_long_caption_takes_no_time(benchmark_s=2.0):
+    import time
+
+    start = time.perf_counter()
+    flags("a cat on a mat. " * 700, "um gato em um tapete e " * 700, "pt")
+    flags("a" * 10_000, "ab" * 5_000, "pt")
+    flags("<" * 10_000, "<a " * 3_000, "pt")
+    assert time.perf_counter() - start < benchmark_s
+
+
+@pytest.mark.parametrize(
+    ("language", "codes", "expected"),
+    [
+        ("pt", ["por", "spa"], "por"),
+        ("por", ["pt", "es"], "pt"),
+        ("pt", ["pt_BR", "pt", "pob"], "pt"),
+        ("pt-BR", ["pt_br", "pt_PT", "pt"], "pt_br"),
+        ("pt-BR", ["pt-PT", "pt"], "pt"),
+        ("PT", ["por_Latn"], "por_Latn"),
+        ("pt", ["en_XX", "pt_XX"], "pt_XX"),
+        ("hi", ["hin_Deva", "urd_Arab"], "hin_Deva"),
+        ("xh", ["xho_Latn", "xh"], "xh"),
+        ("zh-Hant", ["zho_Hans", "zho_Hant"], "zho_Hant"),
+        ("sw", ["swh_Latn"], "swh_Latn"),
+        ("fa", ["pes_Arab", "prs_Arab"], "pes_Arab"),
+        ("por_Latn", ["por_Latn", "por"], "por_Latn"),
+    ],
+)
+def test_the_code_of_a_language(language, codes, expected):
+    assert find_code(language, codes) == expected
+
+
+def test_unknown_and_unclear_languages():
+    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
+
+    with pytest.raises(ValueError, match=r"does not know the language 'pr'; of its 3 codes the nearest are pt"):
+        find_code("pr", ["pt", "es", "hi"])
+    with pytest.raises(ValueError, match=r"'zh' as several: zho_Hans, zho_Hant. Say which"):
+        find_code("zh", FAIRSEQ_LANGUAGE_CODES)
+    with pytest.raises(ValueError, match=r"does not know the language 'zh-Hant'"):
+        find_code("zh-Hant", ["zho_Hans"])
+    with pytest.raises(ValueError, match=r"'portuguese'.*por_Latn"):
+        find_code("portuguese", FAIRSEQ_LANGUAGE_CODES)
+    for language in ("pt", "hi", "xh", "es", "yo", "ar", "sw", "ne", "sq", "uz"):
+        assert find_code(language, FAIRSEQ_LANGUAGE_CODES)
+
+
+def test_scripts_agree_with_those_that_nllb_names():
+    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
+
+    checked = 0
+    for code in FAIRSEQ_LANGUAGE_CODES:
+        by_language, by_script = scripts_of(code[:3]), scripts_of(code)
+        if by_language and len(by_script) == 1:
+            checked += by_script <= by_language
+            assert by_script <= by_language or code in ("min_Arab", "zho_Hans", "bjn_Arab"), code
+    assert checked > 90
+
+
+def test_codes_of_a_language_are_those_of_its_group():
+    assert same_language("arb") == same_language("ar") == {"ar", "ara", "arb"}
+    assert {"zh", "zho", "cmn"} == same_language("cmn") and scripts_of("zh-Latn") == {"LATIN"}
+    assert json.dumps(sorted(same_language("pt-BR"))) == '["por", "pt"]'

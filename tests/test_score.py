@@ -1,0 +1,179 @@
+"""Similarities of images and captions: the authors' order, each caption and image embedded once."""
+
+import json
+
+import pytest
+import torch
+from caption_tars import PICTURES, picture
+from datasets import Dataset, DatasetDict, Features, Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+import embedders
+from captions.parts import stage_record
+from captions.rows import decode_image
+from captions.score import ScoreArguments, main, score
+from captions.sources import open_source
+from captions.stages import CAPTIONS, SIMILARITIES
+from embedders import load_embedder
+
+LONG = "uma foto de " + "gato " * 2000  # 10,000 letters
+ROWS = [
+    (PICTURES[0], ["uma foto de um gato", "um cachorro azul"], ["casa", "uma foto de um gato"]),
+    (PICTURES[1], ["uma foto de um gato"], []),
+    (PICTURES[2], [LONG, ""], [" ", "carro"]),
+    (b"no image", ["um carro"], []),
+    (PICTURES[4], ["", " "], []),
+    (PICTURES[5], [], ["água"]),
+]
+
+
+def saved(folder, rows=ROWS, names=("captions-pt", "generated-captions-pt")):
+    features = Features({"image": Image(), names[0]: CAPTIONS, names[1]: CAPTIONS})
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    data = dict(zip(features, [[{"bytes": b, "path": None} for b in columns[0]], *columns[1:]], strict=True))
+    DatasetDict(train=Dataset.from_dict(data, features=features)).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def arguments(tmp_path, tiny_folder):
+    return ScoreArguments(
+        saved(tmp_path / "data"), tmp_path / "out", model=str(tiny_folder), device="cpu", batch_rows=4
+    )
+
+
+def rows_of(args):
+    return list(open_source(str(args.output), "train", "image", in_place=True).rows())
+
+
+def test_captions_then_generated_ones_each_against_its_image(arguments):
+    report = score(arguments)
+    assert (report.rows, report.skipped) == (4, {"unreadable image": 1, "no caption": 1})
+    embedder = load_embedder(arguments.model, "cpu")
+    rows = rows_of(arguments)
+    assert [row["captions-pt"] for row in rows] == [ROWS[i][1] for i in (0, 1, 2, 5)], "captions stay as they were"
+    for row in rows:
+        texts = [*row["captions-pt"], *row["generated-captions-pt"]]
+        assert len(row["similarities-pt"]) == len(texts)
+        image = embedder.images([decode_image(row["image"])])
+        for text, similarity in zip(texts, row["similarities-pt"], strict=True):
+            if text.strip():
+                torch.testing.assert_close(similarity, (embedder.texts([text]) @ image[0]).item(), rtol=1e-4, atol=1e-5)
+            else:
+                assert similarity is None
+    first = rows[0]["similarities-pt"]
+    assert first[0] == first[3] and len(set(first)) == 3, "or the order would prove nothing"
+    source = open_source(str(arguments.output), "train", "image", in_place=True)
+    assert source.features["similarities-pt"] == SIMILARITIES
+
+
+def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
+    embed = embedders.embed_images
+
+    def refuses(model, processor, images, *args, **options):
+        if any(image.size == (9, 12) and image.format == "PNG" for image in images):
+            raise ValueError("no such picture")
+        return embed(model, processor, images, *args, **options)
+
+    monkeypatch.setattr("embedders.embed_images", refuses)
+    report = score(arguments)
+    assert report.rows == 2 and report.skipped == {"unreadable image": 3, "no caption": 1}
+    assert [row["image"]["bytes"] for row in rows_of(arguments)] == [PICTURES[0], PICTURES[2]], "the JPEGs stay"
+
+
+def test_each_caption_and_image_of_a_batch_is_embedded_once(arguments, monkeypatch):
+    texts, images = [], []
+    embed_texts, embed_images = (getattr(__import__("embedders"), name) for name in ("embed_texts", "embed_images"))
+    monkeypatch.setattr(
+        "embedders.embed_texts", lambda m, p, some, *a, **k: (texts.append(some), embed_texts(m, p, some, *a, **k))[1]
+    )
+    monkeypatch.setattr(
+        "embedders.embed_images",
+        lambda m, p, some, *a, **k: (images.append(some), embed_images(m, p, some, *a, **k))[1],
+    )
+    score(arguments)
+    assert [sorted(some) for some in texts] == [
+        sorted({"uma foto de um gato", "um cachorro azul", "casa", LONG, "carro"}),
+        ["água"],
+    ]
+    assert [len(some) for some in images] == [3, 1], "not the broken one, nor the one without a caption"
+
+
+def test_shards_give_the_same_bytes_and_what_is_done_is_not_done_again(arguments, tmp_path, monkeypatch):
+    rows = [(picture(i), [f"foto {i}"], [f"gato {i}", "gato"]) for i in range(9)]
+    dataset = saved(tmp_path / "nine", rows)
+
+    def run(output, shard=None):
+        args = ScoreArguments(dataset, output, model=arguments.model, rows_per_part=4, batch_rows=3, shard=shard)
+        score(args)
+        return {path.name: path.read_bytes() for path in output.glob("*.parquet")}
+
+    whole = run(tmp_path / "one")
+    run(tmp_path / "two", "1/2")
+    assert run(tmp_path / "two", "0/2") == whole and len(whole) == 3
+    monkeypatch.setattr("embedders.embed_images", lambda *a, **k: pytest.fail("embedded again"))
+    assert run(tmp_path / "two") == whole
+
+
+def test_another_model_is_another_data_set(arguments, tiny_model):
+    score(arguments)
+    assert stage_record(arguments.output)["settings"]["model"] == arguments.model
+    with torch.no_grad():
+        tiny_model.text_projection[0].weight.mul_(1.5)
+    tiny_model.save_pretrained(arguments.model)
+    with pytest.raises(ValueError, match=r"settings.fingerprint: .* there, .* now"):
+        score(arguments)
+
+
+def test_the_command(tmp_path, tiny_folder, capsys):
+    dataset = saved(tmp_path / "data")
+    flags = ["--dataset", dataset, "--output", str(tmp_path / "out"), "--model", str(tiny_folder), "--device", "cpu"]
+    main(flags)
+    assert "4 rows written, 2 left out (1 unreadable image, 1 no caption)" in capsys.readouterr().out
+    lines = next((tmp_path / "out").glob("*.skipped.jsonl")).read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--language", "xh"], r"has no column captions-xh or generated-captions-xh; there are \['image'"),
+        (["--model", ""], r"model is missing"),
+        (["--model", "no/such/folder"], r"does not exist"),
+        (["--shard", "2/2"], r"shard must be i/n with i from 0 to n - 1.*'2/2'"),
+        (["--embedding_batch_size", "0"], r"embedding_batch_size must be at least 1"),
+        (["--split", "test"], r"no split 'test'; there are \['train'\]"),
+        (["--image_column", "picture"], r"no image column 'picture'"),
+    ],
+)
+def test_slips_are_one_line(tmp_path, tiny_folder, flags, message, capsys):
+    given = ["--dataset", saved(tmp_path / "data"), "--output", str(tmp_path / "out"), "--model", str(tiny_folder)]
+    with pytest.raises(SystemExit, match=rf"error: .*{message}"):
+        main([*given, "--device", "cpu", *flags])
+    assert not list(tmp_path.glob("out/*.parquet"))
+
+
+def test_a_clip_of_transformers(tmp_path):
+    """With a tokenizer that knows no limit, which a caption of 10,000 letters would exceed."""
+    pieces = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"]
+    pieces += [f"{piece}</w>" for piece in pieces[2:]]
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = tower | {"vocab_size": len(pieces), "bos_token_id": 0, "eos_token_id": 1}
+    config = CLIPConfig(text_config=text, vision_config=tower | {"image_size": 32, "patch_size": 16}, projection_dim=16)
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    tokenizer = CLIPTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(tmp_path / "clip")
+    args = ScoreArguments(saved(tmp_path / "data"), tmp_path / "out", model=f"clip:{tmp_path / 'clip'}", device="cpu")
+    assert score(args).rows == 4
+    similarities = [value for row in rows_of(args) for value in row["similarities-pt"] if value is not None]
+    assert len(similarities) == 8 and all(-1 <= value <= 1 for value in similarities)
+
+
+def test_captions_under_another_name(tmp_path, tiny_folder):
+    dataset = saved(tmp_path / "data", ROWS[:2], ("caption", "other"))
+    args = ScoreArguments(
+        dataset, tmp_path / "out", model=str(tiny_folder), device="cpu", rename=["caption=captions-es"], language="es"
+    )
+    assert score(args).rows == 2
+    assert [len(row["similarities-es"]) for row in rows_of(args)] == [2, 1]

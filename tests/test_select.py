@@ -1,0 +1,176 @@
+"""What a selection keeps is what the training would draw from, and its report says so."""
+
+import json
+import re
+
+import numpy as np
+import PIL.Image
+import pytest
+from caption_tars import picture
+from datasets import Dataset, DatasetDict, Features, Image
+
+from captions.columns import CAPTIONS, SIMILARITIES
+from captions.report import escaped
+from captions.select import SelectArguments, main, select
+from captions.selection import STRATEGIES
+from captions.sources import open_source
+from training.arguments import RunArguments
+from training.data import training_splits
+
+# Captions, generated ones, similarities: below, at and above CAPIVARA's 0.2, a caption twice, an image with none.
+ROWS = [
+    (["um gato"], ["uma foto de um gato", "um cachorro", "um gato"], [0.30, 0.35, 0.05, 0.30]),
+    (["uma casa"], ["a casa azul", "um gato preto"], [0.19, 0.40, 0.21]),
+    (["céu $x_1$ \\frac"], [], [0.2]),
+    (["<b>água</b> | *verde*"], ["rio"], [0.1, None]),
+    ([], ["só gerada", "outra"], [0.5, 0.1]),
+    (["longa " * 2000], ["curta"], [0.6, 0.22]),
+    ([""], [" "], [None, None]),
+    (["sem número"], ["x"], [0.3]),
+    (["árvore"], [], [float("nan")]),
+]
+FLAGS = [
+    {"caption_strategy": strategy, **pair} for strategy in STRATEGIES for pair in ({}, {"min_pair_similarity": 0.2})
+]
+
+
+def saved(folder, rows=ROWS, scored=True) -> str:
+    columns = {"captions-pt": CAPTIONS, "generated-captions-pt": CAPTIONS} | (
+        {"similarities-pt": SIMILARITIES} if scored else {}
+    )
+    features = Features({"image": Image(), **columns})
+    images = [{"bytes": picture(i), "path": None} for i in range(len(rows))]
+    data = {"image": images} | dict(zip(columns, map(list, zip(*rows, strict=True)), strict=False))
+    DatasetDict(train=Dataset.from_dict(data, features=features)).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory) -> str:
+    return saved(tmp_path_factory.mktemp("scored") / "data")
+
+
+def rows_of(output):
+    return list(open_source(str(output), "train", "image", in_place=True).rows())
+
+
+def facts_of(output):
+    return json.loads((output / "report" / "selection.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(map(str, flags.values())))
+def test_it_keeps_what_the_training_draws_from(scored, tmp_path, flags, monkeypatch):
+    for name in ("plot_similarities", "plot_examples"):  # other tests look at them
+        monkeypatch.setattr(f"captions.report.{name}", lambda *_: None)
+    select(SelectArguments(scored, tmp_path / "out", **flags))
+    skipped = []
+    (split,) = training_splits(RunArguments(model="m", dataset=[scored], **flags), skipped)
+    rows = rows_of(tmp_path / "out")
+    assert [row["captions-pt"] for row in rows] == split.captions() and rows
+    # Trained on without any flag, the output gives the same again.
+    (again,) = training_splits(RunArguments(model="m", dataset=[str(tmp_path / "out")]), [])
+    assert again.captions() == split.captions() and again.table["digest"][:] == split.table["digest"][:]
+
+
+def test_similarities_stay_with_their_captions(scored, tmp_path):
+    report = select(SelectArguments(scored, tmp_path / "out", caption_strategy="rank", caption_count=2))
+    rows = rows_of(tmp_path / "out")
+    assert report.skipped == {"no caption": 2} and report.rows == len(rows) == 7
+    assert [row["captions-pt"] for row in rows[:2]] == [
+        ["uma foto de um gato", "um gato"],
+        ["a casa azul", "um gato preto"],
+    ]
+    assert rows[0]["similarities-pt"] == pytest.approx([0.35, 0.30]) and rows[0]["generated-captions-pt"] == []
+    assert [row["image"]["bytes"] for row in rows[:2]] == [picture(0), picture(1)]
+
+
+def test_the_report_counts_each_image_and_caption(scored, tmp_path):
+    args = SelectArguments(scored, tmp_path / "out", caption_strategy="threshold", min_pair_similarity=0.2)
+    select(args)
+    facts = facts_of(tmp_path / "out")
+    assert facts["images"] == {"kept": 3, "not chosen": 4, "can't be used": {"no caption": 2}}
+    assert facts["first_captions"]["kept"]["count"] == 3 and facts["first_captions"]["dropped"]["count"] == 2
+    assert facts["first_captions"]["kept"]["lowest"] == pytest.approx(0.2)
+    assert facts["captions"] == {"of these images": 14, "kept": 5}, "an image's caption that occurs twice counts once"
+    assert facts["all_captions"]["dropped"]["highest"] == pytest.approx(0.5), "of the image without an original"
+    assert facts["images_passing"]["0.2"] == 3 and facts["images_passing"]["0.1"] == 5
+    kept = [example for example in facts["examples"] if example["kept"]]
+    dropped = [example["similarity"] for example in facts["examples"] if not example["kept"]]
+    assert [example["row"] for example in kept] == [2, 5, 0, 0, 5], "the least similar first"
+    assert dropped == sorted(dropped, reverse=True) and dropped[0] == pytest.approx(0.5)
+    for name, least in (("similarities.png", (900, 300)), ("examples.png", (900, 600))):
+        size = PIL.Image.open(tmp_path / "out" / "report" / name).size
+        assert size[0] >= least[0] and size[1] >= least[1]
+    text = (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
+    assert "| images | 7 | 3 | 42.9 % |" in text and "| images that can't be used: no caption | 2 | 0 | |" in text
+    assert "céu \\$x\\_1\\$ \\\\frac" in text and max(map(len, text.splitlines())) < 500
+
+
+def test_texts_of_the_data_are_shown_and_not_obeyed(tmp_path):
+    texts = [
+        "$\\frac{1}$",
+        "$x_1",
+        "a\nb\tc",
+        "<script>alert(1)</script>",
+        "हिन्दी में",
+        "[x](http://y) | `code`",
+        "\u202eabc",
+    ]
+    rows = [([text], [], [0.1 * number]) for number, text in enumerate(texts)]
+    select(SelectArguments(saved(tmp_path / "data", rows), tmp_path / "out", min_pair_similarity=0.35))
+    assert PIL.Image.open(tmp_path / "out" / "report" / "examples.png").size[0] > 900
+    text = (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
+    assert "\\<script\\>" in text and "हिन्दी में" in text and "\u202e" not in text and "a b c" in text
+    for line in text.splitlines():
+        if line.startswith("| kept"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
+    assert escaped("1. um") == "1\\. um" and escaped("- a") == "\\- a" and escaped("12) b") == "12\\) b"
+
+
+def test_without_similarities(tmp_path):
+    dataset = saved(tmp_path / "data", scored=False)
+    report = select(SelectArguments(dataset, tmp_path / "out", caption_strategy="all"))
+    assert report.rows == 8
+    assert "`python -m captions.score` adds them" in (tmp_path / "out" / "report" / "report.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "out" / "report").iterdir()) == ["report.md", "selection.json"]
+    with pytest.raises(ValueError, match=r"no column similarities-pt; there are"):
+        select(SelectArguments(dataset, tmp_path / "x", caption_strategy="rank"))
+
+
+def test_shards_report_what_one_run_reports(scored, tmp_path):
+    flags = {"caption_strategy": "rank", "min_pair_similarity": 0.2, "rows_per_part": 2}
+    select(SelectArguments(scored, tmp_path / "one", **flags))
+    for index in (2, 0):
+        select(SelectArguments(scored, tmp_path / "three", shard=f"{index}/3", **flags))
+        assert not (tmp_path / "three" / "report").exists()
+    select(SelectArguments(scored, tmp_path / "three", shard="1/3", **flags))
+    for path in (tmp_path / "one" / "report").iterdir():
+        assert (tmp_path / "three" / "report" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_command_and_its_slips(scored, tmp_path, capsys):
+    flags = ["--dataset", scored, "--output", str(tmp_path / "out"), "--min_pair_similarity", "0.2"]
+    main(flags)
+    said = capsys.readouterr().out
+    assert "3 rows written, 6 left out" in said and "report.md" in said
+    for more, message in (
+        (["--min_pair_similarity", "2"], "min_pair_similarity must be a number from -1 to 1"),
+        (["--caption_count", "0"], "count must be a whole number from 1"),
+        (["--language", "xh"], "no column similarities-xh"),
+        (["--min_pair_similarity", "0.3"], "settings.min_pair_similarity: 0.2 there, 0.3 now"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            main([*flags, *more])
+
+
+def test_a_large_selection_is_quick_to_report(tmp_path):
+    """Examples are the nearest to the cut out of all rows, not the first ones."""
+    similarities = np.random.default_rng(0).permutation(np.linspace(0, 0.5, 400))
+    rows = [([f"foto {i}"], [], [float(value)]) for i, value in enumerate(similarities)]
+    select(SelectArguments(saved(tmp_path / "data", rows), tmp_path / "out", min_pair_similarity=0.2))
+    facts = facts_of(tmp_path / "out")
+    kept = [e["similarity"] for e in facts["examples"] if e["kept"]]
+    dropped = [e["similarity"] for e in facts["examples"] if not e["kept"]]
+    assert kept == pytest.approx(sorted(s for s in similarities if s >= 0.2)[:6])
+    assert dropped == pytest.approx(sorted((s for s in similarities if s < 0.2), reverse=True)[:6])
+    assert sum(facts["first_captions"]["kept"]["bins"]) == facts["images"]["kept"] == (similarities >= 0.2).sum()

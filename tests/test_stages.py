@@ -1,0 +1,400 @@
+"""A stage: no row doubled or lost, whatever is killed, shared out or full; images as they were."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from caption_tars import CAPTIONS as TEXTS
+from caption_tars import PICTURES, ROWS, sample, write_tar
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from killed_stage import arguments, run, shout
+from test_sources import FORMS
+
+from captions.parts import check_complete, stage_record, unfinished
+from captions.rows import BadRow
+from captions.sources import open_source
+from captions.stages import CAPTIONS, SIMILARITIES, Shard, StageArguments, run_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBER = 40
+
+
+@pytest.fixture(autouse=True)
+def cache_in_tmp(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory) -> str:
+    """A saved data set of 40 rows with their numbers."""
+    features = Features({"image": Image(), "captions-pt": CAPTIONS, "number": Value("int32")})
+    rows = {
+        "image": [{"bytes": PICTURES[i % ROWS], "path": f"{i}.png"} for i in range(NUMBER)],
+        "captions-pt": [[f"foto {i}", f"São João {i}"][: 1 + i % 2] for i in range(NUMBER)],
+        "number": list(range(NUMBER)),
+    }
+    folder = tmp_path_factory.mktemp("numbered") / "data"
+    DatasetDict(train=Dataset.from_dict(rows, features=features)).save_to_disk(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(numbered, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    run(numbered, folder)
+    return folder
+
+
+def parts(folder: Path) -> dict[str, bytes]:
+    """Name -> bytes of all that a stage leaves but its stage.json, hidden files included."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "stage.json"}
+
+
+def rows_of(folder: Path, split: str = "train") -> list[dict]:
+    return list(open_source(str(folder), split, "image", in_place=True).rows())
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_bytes(numbered, undisturbed, tmp_path):
+    """SIGKILL after every kind of thing that a run does, to one run, shards at once, changing numbers, and twins."""
+    rounds = ["1", "1,3,2", "4,1", "-2"]
+    done = subprocess.run(
+        [sys.executable, "tests/killed_stage.py", "stage", numbered, str(tmp_path / "out"), *rounds],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kills = [int(line) for line in done.stdout.split()]
+    assert len(kills) == len(rounds) and min(kills) >= 3, "hardly anything was killed"
+    for place in range(len(rounds)):
+        folder = tmp_path / f"out-{place}"
+        report = check_complete(folder)
+        assert (report.rows, report.skipped, report.missing) == (NUMBER - 4, {"ends in five": 4}, [])
+        run(numbered, folder)  # a run with nothing to do cleans up
+        assert parts(folder) == parts(undisturbed)
+        assert [row["number"] for row in rows_of(folder)] == [i for i in range(NUMBER) if i % 10 != 5]
+
+
+def test_shards_make_what_one_run_makes_and_another_number_goes_on(numbered, undisturbed, tmp_path):
+    first = run(numbered, tmp_path / "out", "2/3")
+    assert sorted(parts(tmp_path / "out")) == [
+        "train-000000028-000000035.parquet",
+        "train-000000035-000000040.parquet", "train-000000035-000000040.skipped.jsonl",
+    ]  # fmt: skip
+    assert (first.rows, first.skipped) == (11, {"ends in five": 1})
+    assert unfinished(tmp_path / "out") == [range(0, 28)]
+    calls = Counter()
+
+    def counting(rows):
+        calls.update(row["number"] for row in rows)
+        return shout(rows)
+
+    for index in range(2):
+        run(numbered, tmp_path / "out", f"{index}/2", counting)
+    assert calls == Counter(range(28)), "done parts are not done again, and no other one twice"
+    assert parts(tmp_path / "out") == parts(undisturbed)
+    many = [run(numbered, tmp_path / "many", f"{index}/100") for index in range(100)]
+    assert sum(report.rows for report in many) == NUMBER - 4 and parts(tmp_path / "many") == parts(undisturbed)
+
+
+def test_a_shard_out_of_range_and_that_of_a_launch(numbered, tmp_path, monkeypatch):
+    for text in ("4/4", "-1/4", "1", "a/b", "0/0", "1/2/3", "1.0/2"):
+        with pytest.raises(ValueError, match=r"shard must be i/n with i from 0 to n - 1"):
+            arguments(numbered, tmp_path / "out", text)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert Shard.of(None) == Shard(1, 3) and Shard.of("0/2") == Shard(0, 2)
+    assert run(numbered, tmp_path / "out").rows == 12
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_of_every_form_pass_as_their_bytes(tmp_path, form):
+    args = StageArguments(form(tmp_path), tmp_path / "out", rows_per_part=3, batch_rows=2)
+    run_stage(args, {"captions-xh": CAPTIONS}, {}, lambda rows: [{"captions-xh": ["x", ""]} for _ in rows])
+    rows = rows_of(tmp_path / "out")
+    digests = [hashlib.sha256(row["image"]["bytes"]).hexdigest() for row in rows]
+    assert digests == [hashlib.sha256(data).hexdigest() for data in PICTURES]
+    assert [row["captions-pt"] for row in rows] == TEXTS and rows[0]["captions-xh"] == ["x", ""]
+    assert all("/" not in (row["image"]["path"] or "") for row in rows), "names no folder"
+    loaded = datasets.load_dataset("parquet", data_files=str(tmp_path / "out" / "*.parquet"), split="train")
+    assert loaded.features["image"] == Image() and loaded.features["captions-xh"] == CAPTIONS
+    assert loaded[3]["image"].size == (9, 12)
+
+
+def test_a_stage_reads_what_a_stage_wrote_without_a_copy(numbered, undisturbed, tmp_path):
+    run(str(undisturbed), tmp_path / "again")
+    assert not (tmp_path / "cache").exists()
+    source = open_source(str(undisturbed), "train", "image", in_place=True)
+    expected = [row["number"] for row in source.rows()]
+    assert len(source) == NUMBER - 4 == len(expected)
+    for start in (0, 1, 6, 13, 35, 36, 99):
+        assert [row["number"] for row in source.rows(start, only=["number"])] == expected[start:]
+    assert [source.row(i)["number"] for i in (35, 0, 17)] == [expected[i] for i in (35, 0, 17)]
+    assert list(next(source.rows(only=["number", "captions-xx"]))) == ["number", "captions-xx"]
+    with pytest.raises(IndexError, match="there is no row 36"):
+        source.row(36)
+
+
+def test_all_columns_with_a_feature_pass_and_old_ones_are_replaced(tmp_path):
+    features = Features(
+        {
+            "picture": Image(),
+            "label": ClassLabel(names=["a", "b"]),
+            "grid": datasets.Array2D((2, 2), "float32"),
+            "caption": Value("string"),
+            "similarities-pt": List(Value("float64")),
+            "nested": {"a": Value("int8"), "b": List(Value("string"))},
+        }
+    )
+    rows = {
+        "picture": [{"bytes": PICTURES[0], "path": None}] * 2,
+        "label": [1, None],
+        "grid": [[[1, 2], [3, 4]]] * 2,
+        "caption": ["um gato", None],
+        "similarities-pt": [[0.5], []],
+        "nested": [{"a": 1, "b": ["x"]}, None],
+    }
+    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "data")
+    args = StageArguments(
+        str(tmp_path / "data"), tmp_path / "out", split="test", image_column="picture", rename=["caption=captions-pt"]
+    )
+    seen = []
+
+    def process(batch):
+        seen.extend(batch)
+        return [{"similarities-pt": [0.25], "unknown": 1} for _ in batch]
+
+    run_stage(args, {"similarities-pt": SIMILARITIES}, {}, process)
+    source = open_source(str(tmp_path / "out"), "test", "image", in_place=True)
+    assert dict(source.features) == {
+        "image": Image(), "label": features["label"], "captions-pt": CAPTIONS, "similarities-pt": SIMILARITIES,
+        "nested": features["nested"],
+    }  # fmt: skip
+    written = list(source.rows())
+    assert [row["captions-pt"] for row in written] == [["um gato"], []] == [row["captions-pt"] for row in seen]
+    assert [row["label"] for row in written] == [1, None] and written[0]["nested"] == {"a": 1, "b": ["x"]}
+    assert written[0]["similarities-pt"] == [0.25] and seen[0]["picture"]["bytes"] == PICTURES[0]
+    for rename, message in (
+        (["caption"], "OLD=NEW"),
+        (["no=captions-pt"], "no column 'no'"),
+        (["caption=label"], "two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_stage(
+                StageArguments(args.dataset, tmp_path / "x", "test", "picture", rename), {}, {}, lambda rows: rows
+            )
+
+
+def test_what_json_can_hold(tmp_path):
+    """In tars nothing declares the columns: they are judged by the first rows, and what is of another kind is empty."""
+    fields = [
+        {"captions-pt": "só um texto", "url": "u", "width": 3, "share": 1, "ok": True, "deep": {"a": 1}, "key": "0"},
+        {
+            "captions-pt": ["a\ud800b", None],
+            "url": 5,
+            "width": 2**70,
+            "share": 0.5,
+            "ok": 1,
+            "similarities-pt": [1, "x"],
+        },
+        {"captions-pt": [], "url": None, "width": True},
+        {"captions-pt": [3], "url": "u"},
+        {"captions-pt": {"a": "b"}},
+    ]
+    members = [member for number, some in enumerate(fields) for member in sample(number, **some)]
+    args = StageArguments(str(write_tar(tmp_path / "x.tar", members)), tmp_path / "out")
+    report = run_stage(args, {}, {}, lambda rows: [{} for _ in rows])
+    assert report.skipped == {"no caption": 2}
+    rows = rows_of(tmp_path / "out")
+    assert [row["captions-pt"] for row in rows] == [["só um texto"], ["a?b", ""], []]
+    assert [row["url"] for row in rows] == ["u", None, None] and [row["width"] for row in rows] == [3, None, None]
+    assert [row["share"] for row in rows] == [1.0, 0.5, None] and [row["ok"] for row in rows] == [True, None, None]
+    assert rows[1]["similarities-pt"] == [1.0, None] and rows[0]["key"] == "0" and "deep" not in rows[0]
+
+
+def test_rows_that_cannot_be_used_are_listed(tmp_path):
+    features = Features({"image": Image(), "captions-pt": CAPTIONS})
+    images = [
+        None,
+        {"bytes": b"", "path": None},
+        {"bytes": None, "path": "/no/such.png"},
+        {"bytes": b"no", "path": "a/b"},
+    ]
+    rows = {"image": images, "captions-pt": [["x"], ["x"], ["x"], ["y" * 10_000]]}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(rows, schema=features.arrow_schema), tmp_path / "data" / "train.parquet")
+    args = StageArguments(str(tmp_path / "data"), tmp_path / "out", batch_rows=2)
+    report = run_stage(args, {}, {}, lambda batch: [{} for _ in batch])
+    assert report.rows == 1 and report.skipped == {"no image": 2, "unreadable image": 1}
+    assert str(report) == "1 rows written, 3 left out (2 no image, 1 unreadable image)"
+    (row,) = rows_of(tmp_path / "out")
+    assert row["captions-pt"] == ["y" * 10_000] and row["image"] == {"bytes": b"no", "path": "b"}, "never decoded"
+    lines = (tmp_path / "out" / "train-000000000-000000004.skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [0, 1, 2] and "/no/such.png" in lines[2]
+    args = StageArguments(str(tmp_path / "data"), tmp_path / "none")
+    assert run_stage(args, {}, {}, lambda batch: [BadRow("bad", "") for _ in batch]).rows == 0
+    with pytest.raises(ValueError, match=r"none, split 'train' is empty"):
+        run_stage(StageArguments(str(tmp_path / "none"), tmp_path / "x"), {}, {}, shout)
+
+
+def test_no_more_rows_are_held_than_asked_for(numbered, tmp_path):
+    sizes = []
+
+    def process(rows):
+        sizes.append(len(rows))
+        return shout(rows)
+
+    run(numbered, tmp_path / "out", process=process)
+    assert set(sizes) == {3, 1, 2} and sum(sizes) == NUMBER  # parts of seven, and one of five
+    with pq.ParquetFile(tmp_path / "out" / "train-000000000-000000007.parquet") as file:
+        assert file.num_row_groups == 1
+
+
+def test_other_settings_are_refused_and_named(numbered, tmp_path):
+    run(numbered, tmp_path / "out", "0/2")
+    there = parts(tmp_path / "out")
+
+    def again(**changes):
+        kept = {"columns": {"captions-xx": CAPTIONS}, "settings": {"voice": "loud"}, "args": {}}
+        kept |= changes
+        args = {"dataset": numbered, "output": tmp_path / "out", "rows_per_part": 7, **kept["args"]}
+        run_stage(StageArguments(**args), kept["columns"], kept["settings"], shout)
+
+    with pytest.raises(ValueError, match=r"settings.voice: 'loud' there, 'low' now"):
+        again(settings={"voice": "low"})
+    with pytest.raises(ValueError, match=r"rows_per_part: 7 there, 8 now"):
+        again(args={"rows_per_part": 8})
+    with pytest.raises(ValueError, match=r"columns.captions-xh: None there"):
+        again(columns={"captions-xx": CAPTIONS, "captions-xh": CAPTIONS})
+    data = datasets.load_from_disk(numbered)
+    shorter = DatasetDict(train=data["train"].select(range(30)))
+    shorter.save_to_disk(tmp_path / "shorter")
+    with pytest.raises(ValueError, match=r"source.rows: 40 there, 30 now; source.fingerprint"):
+        again(args={"dataset": str(tmp_path / "shorter")})
+    assert parts(tmp_path / "out") == there, "nothing is touched"
+    again(args={"batch_rows": 5}, settings={"voice": "loud"})
+    check_complete(tmp_path / "out")
+
+
+def test_a_moved_data_set_is_the_same_one(tmp_path):
+    members = [member for number in range(ROWS) for member in sample(number)]
+    write_tar(tmp_path / "a" / "train-0.tar", members)
+    args = StageArguments(str(tmp_path / "a"), tmp_path / "out", shard="0/2", rows_per_part=2)
+    run_stage(args, {}, {}, lambda rows: [{} for _ in rows])
+    (tmp_path / "a").rename(tmp_path / "b")
+    args = StageArguments(str(tmp_path / "b"), tmp_path / "out", rows_per_part=2)
+    assert run_stage(args, {}, {}, lambda rows: [{} for _ in rows]).rows == ROWS
+    write_tar(tmp_path / "b" / "train-0.tar", [*members[2:], *sample(0, data=PICTURES[4])])
+    with pytest.raises(ValueError, match=r"source\.fingerprint"):
+        run_stage(args, {}, {}, lambda rows: [{} for _ in rows])
+
+
+def test_folders_that_are_no_output(numbered, undisturbed, tmp_path):
+    with pytest.raises(ValueError, match="is the data set or lies in it"):
+        StageArguments(str(undisturbed), undisturbed)
+    with pytest.raises(ValueError, match="is the data set or lies in it"):
+        StageArguments(str(undisturbed), undisturbed / "new")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(ValueError, match=r"holds parquet files but no stage.json"):
+        run(numbered, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"is a file"):
+        run(numbered, tmp_path / "file")
+    for change, message in (({"batch_rows": 0}, "batch_rows"), ({"split": "a/b"}, "split must be a name")):
+        with pytest.raises(ValueError, match=message):
+            StageArguments(numbered, tmp_path / "x", **change)
+    with pytest.raises(ValueError, match=r"no image column 'img'; there are"):
+        run_stage(StageArguments(numbered, tmp_path / "x", image_column="img"), {}, {}, shout)
+    with pytest.raises(ValueError, match=r"no column captions-xh or .*--rename OLD=captions-xh"):
+        run_stage(
+            StageArguments(numbered, tmp_path / "x"), {}, {}, shout, any_of=["captions-xh", "generated-captions-xh"]
+        )
+
+
+def test_a_full_disk_leaves_whole_parts_and_the_command_goes_on(numbered, undisturbed, tmp_path, monkeypatch):
+    write, left = pq.ParquetWriter.write_table, [3]
+
+    def full(*args, **kwargs):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, "write_table", full)
+        with pytest.raises(OSError, match=r"No space left on the disk while writing .*out.*run the same command again"):
+            run(numbered, tmp_path / "out")
+    assert {name for name in parts(tmp_path / "out") if name.endswith(".parquet")} == {
+        "train-000000000-000000007.parquet", "train-000000007-000000014.parquet",
+    }  # fmt: skip
+    assert not [name for name in parts(tmp_path / "out") if name.startswith(".")], "the broken one is gone"
+    run(numbered, tmp_path / "out")
+    assert parts(tmp_path / "out") == parts(undisturbed)
+
+
+def test_an_unfinished_stage_is_no_data_set(numbered, tmp_path):
+    run(numbered, tmp_path / "out", "1/3")
+    command = (
+        r"of its 40 rows, 26 are missing \(0 to 13, 28 to 39\).*python -m captions.stages "
+        rf"--dataset {numbered} --output {tmp_path}/out --batch_rows 3 --rows_per_part 7"
+    )
+    for read in (check_complete, lambda out: open_source(str(out), "train", "image")):
+        with pytest.raises(ValueError, match=command):
+            read(tmp_path / "out")
+    with pytest.raises(ValueError, match=command):
+        run(str(tmp_path / "out"), tmp_path / "next")
+    with pytest.raises(ValueError, match="is no output of a stage"):
+        check_complete(tmp_path)
+
+
+def test_broken_parts_are_named(numbered, undisturbed, tmp_path):
+    run(numbered, tmp_path / "out")
+    path, listed = (tmp_path / "out" / f"train-000000000-000000007.{end}" for end in ("parquet", "skipped.jsonl"))
+    whole, lines = path.read_bytes(), listed.read_text()
+    for data, message in (
+        (whole[:-20], r"train-000000000-000000007.parquet is broken .*Remove it"),
+        ((undisturbed / "train-000000007-000000014.parquet").read_bytes(), r"has 7 rows and a list of 1"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            check_complete(tmp_path / "out")
+    path.write_bytes(whole)
+    listed.unlink()
+    with pytest.raises(ValueError, match=r"has 6 rows and a list of 0 that were left out, of 7"):
+        check_complete(tmp_path / "out")
+    listed.write_text(lines)
+    check_complete(tmp_path / "out")
+    run_stage(arguments(numbered, tmp_path / "low"), {"captions-xx": CAPTIONS}, {"voice": "low"}, shout)
+    path.write_bytes((tmp_path / "low" / path.name).read_bytes())
+    with pytest.raises(ValueError, match=r"was made with other settings"):
+        check_complete(tmp_path / "out")
+
+
+def test_a_list_of_a_killed_run_does_not_outlive_it(numbered, undisturbed, tmp_path):
+    """Killed between the list and its part, then run again where nothing is left out."""
+    run(numbered, tmp_path / "out")
+    (tmp_path / "out" / "train-000000000-000000007.parquet").unlink()
+    stale = tmp_path / "out" / "train-000000007-000000014.skipped.jsonl"
+    assert not stale.exists()
+    (tmp_path / "out" / "train-000000007-000000014.parquet").unlink()
+    stale.write_text(json.dumps({"row": 8, "reason": "was broken"}) + "\n")
+    (tmp_path / "out" / ".train-000000000-000000007.parquet.gone-1.tmp").write_bytes(b"half a part")
+    run(numbered, tmp_path / "out")
+    assert parts(tmp_path / "out") == parts(undisturbed)
+
+
+def test_what_a_stage_says_of_itself(numbered, undisturbed):
+    record = stage_record(undisturbed)
+    assert record["source"] | {"fingerprint": ""} == {
+        "name": numbered, "split": "train", "rows": NUMBER, "fingerprint": "", "damaged": [],
+    }  # fmt: skip
+    assert record["settings"] == {"voice": "loud"} and record["versions"]["datasets"] and record["rows_per_part"] == 7
+    assert list(record["columns"]) == ["image", "captions-pt", "number", "captions-xx"]

@@ -1,0 +1,506 @@
+"""Captions out, translations in: each sentence once, on any number of machines, whatever is killed."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from google_server import KEY, google_service, translated
+from seq2seq_models import m2m100_folder, marian_folder
+
+from artifacts import read_json
+from captions.memory import MERGED, TranslationMemory
+from captions.parts import check_complete
+from captions.quality_report import write_quality_report
+from captions.sources import open_source
+from captions.translate import TranslateArguments, main, translate
+from captions.tsv import read_translations, unescape
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = 24
+LONG = " ".join(f"Cat {i} sits on mat {i}." for i in range(430))  # over 10,000 characters
+NASTY = 'it\'s "a cat"\ton a mat\r\nand \\n a dog\u2028'
+
+
+def rows() -> list[dict]:
+    """Sentences of which most occur in several rows, in both columns, and some of which are hard."""
+    return [
+        {
+            "captions-en": [f"a photo of thing {i % 7}"] + ["a cat on a mat"] * (i % 2),
+            "generated-captions-en": [f"thing {i} in a park", f"a photo of thing {i % 5}", ["", NASTY, LONG][i % 3]],
+        }
+        for i in range(ROWS)
+    ]
+
+
+def distinct() -> set[str]:
+    return {text for row in rows() for column in row.values() for text in column if text}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> str:
+    """A saved data set of one-pixel pictures."""
+    texts = List(Value("string"))
+    features = Features({"image": Image(), "id": Value("int32"), "captions-en": texts, "generated-captions-en": texts})
+    data = [row | {"image": picture(i), "id": i} for i, row in enumerate(rows())]
+    folder = tmp_path_factory.mktemp("translate") / "data"
+    DatasetDict(train=Dataset.from_list(data, features=features)).save_to_disk(folder)
+    return str(folder)
+
+
+def picture(number: int) -> dict:
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (2, 2), (number, 0, 0)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": f"{number}.png"}
+
+
+@pytest.fixture
+def service(monkeypatch):
+    monkeypatch.setenv("GOOGLE_API_KEY", KEY)
+    with google_service() as service:
+        yield service
+
+
+def google_flags(service, dataset: str, output: Path, *more: str) -> list[str]:
+    return [
+        *("--dataset", dataset, "--output", str(output), "--language", "pt", "--backend", "google"),
+        *("--google_endpoint", service.url, "--price_per_million", "20", "--max_cost", "10"),
+        *("--characters_per_second", "1e9", "--first_wait_s", "0.01"),
+        *("--batch_rows", "3", "--rows_per_part", "6", "--batch_size", "4", *more),
+    ]
+
+
+def written(output: Path) -> list[dict]:
+    return list(open_source(str(output), "train", "image").rows())
+
+
+def check_rows(output: Path, language: str = "pt") -> None:
+    """All rows once and in order, with the pictures and all translations in their places."""
+    there, expected = written(output), rows()
+    assert [row["id"] for row in there] == list(range(ROWS))
+    for number, (row, source) in enumerate(zip(there, expected, strict=True)):
+        assert row["image"]["bytes"] == picture(number)["bytes"]
+        for column, texts in source.items():
+            assert row[column] == texts, "what was there stays"
+            for text, translation in zip(texts, row[column.removesuffix("en") + language], strict=True):
+                if text == LONG:  # in pieces, each turned around
+                    assert len(translation.replace(f"{language}: ", "")) == pytest.approx(len(LONG), abs=3)
+                else:
+                    assert translation == (translated(text, language) if text else "")
+
+
+def test_each_distinct_sentence_is_translated_once(service, dataset, tmp_path, capsys):
+    main(google_flags(service, dataset, tmp_path / "pt"))
+    check_rows(tmp_path / "pt")
+    sent = Counter(service.sentences())
+    assert set(sent.values()) == {1}
+    assert {text for text in sent if text in distinct()} == distinct() - {LONG}, "and the long one in pieces"
+    assert "24 rows written, 0 left out" in capsys.readouterr().out
+    main(google_flags(service, dataset, tmp_path / "again", "--memory", str(tmp_path / "pt.memory")))
+    check_rows(tmp_path / "again")
+    assert Counter(service.sentences()) == sent, "another run with the same memory sends nothing"
+    main(google_flags(service, dataset, tmp_path / "es", "--memory", str(tmp_path / "pt.memory"), "--language", "es"))
+    check_rows(tmp_path / "es", "es")
+    assert len(service.sentences()) == 2 * sum(sent.values()), "another language is another translation"
+
+
+DIES = """
+import os, signal, sys
+from captions import memory, stages, translate
+
+left = [int(sys.argv[2])]
+
+def dying(function, before):
+    def call(*args, **kwargs):
+        left[0] -= 1
+        if before and left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+
+owner, name, before = {
+    "before the memory": (memory.TranslationMemory, "add", True),
+    "after the memory": (memory.TranslationMemory, "add", False),
+    "before a part has its name": (stages.Path, "rename", True),
+    "after a part has its name": (stages.Path, "rename", False),
+}[sys.argv[1]]
+setattr(owner, name, dying(getattr(owner, name), before))
+translate.main(sys.argv[3:])
+"""
+
+
+SLOW = pytest.mark.slow  # every process loads torch and transformers
+
+
+@pytest.mark.parametrize(
+    ("moment", "count"),
+    [
+        ("before the memory", 5),
+        pytest.param("after the memory", 1, marks=SLOW),
+        pytest.param("after the memory", 6, marks=SLOW),
+        ("before a part has its name", 2),
+        pytest.param("after a part has its name", 2, marks=SLOW),
+    ],
+)
+def test_a_killed_shard_goes_on_without_loss(service, dataset, tmp_path, moment, count):
+    flags = google_flags(service, dataset, tmp_path / "pt")
+    done = subprocess.run(
+        [sys.executable, "-c", DIES, moment, str(count), *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert service.sentences(), "it died before its work"
+    assert KEY not in done.stdout + done.stderr
+    with pytest.raises(ValueError, match="is unfinished"):
+        open_source(str(tmp_path / "pt"), "train", "image")
+    before = service.sentences()
+    main(flags)
+    check_rows(tmp_path / "pt")
+    twice = [text for text, number in Counter(service.sentences()).items() if number > 1]
+    if moment == "before the memory":  # Google had answered, and nobody had written it down: one batch, no more
+        assert 0 < len(twice) <= 4 and set(twice) <= set(before[-4:])
+    else:
+        assert twice == []
+    report = read_json(tmp_path / "pt" / "quality.json")
+    assert (report["rows"], report["captions"]) == (ROWS, sum(len(texts) for row in rows() for texts in row.values()))
+
+
+@pytest.mark.slow
+def test_two_shards_at_once_share_a_memory(service, dataset, tmp_path):
+    flags = google_flags(service, dataset, tmp_path / "pt", "--memory", str(tmp_path / "memory"))
+    command = [sys.executable, "-m", "captions.translate", *flags, "--shard"]
+    shards = [
+        subprocess.Popen([*command, f"{i}/2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for i in range(2)
+    ]
+    said = [shard.communicate(timeout=120)[0] for shard in shards]
+    assert [shard.returncode for shard in shards] == [0, 0], said
+    check_rows(tmp_path / "pt")
+    assert max(Counter(service.sentences()).values()) <= 2, "at most once a shard"
+    assert "files of the memory are merged" in said[0] + said[1], "the last one does it"
+    assert (tmp_path / "memory" / MERGED).is_file()
+    report = read_json(tmp_path / "pt" / "quality.json")
+    assert report["rows"] == ROWS, "the last to finish counts the parts of both"
+    count = len(service.requests)
+    for path in (tmp_path / "memory").glob("*-of-*"):
+        path.unlink()
+    main([*flags, "--output", str(tmp_path / "again")])
+    assert len(service.requests) == count, "the merged file knows everything"
+
+
+def test_a_shard_of_which_another_process_is_at_work_is_refused(service, dataset, tmp_path, capsys):
+    with (
+        TranslationMemory(tmp_path / "pt.memory", 0, 1, {}),
+        pytest.raises(SystemExit, match=r"0-of-1.sqlite is being written by process \d+ on "),
+    ):
+        main(google_flags(service, dataset, tmp_path / "pt"))
+    assert service.requests == []
+
+
+def test_accelerate_s_environment_gives_the_shard(service, dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    main(google_flags(service, dataset, tmp_path / "pt"))
+    assert [path.name for path in (tmp_path / "pt.memory").glob("*.sqlite")] == ["1-of-4.sqlite"]
+    assert len(list((tmp_path / "pt").glob("*.parquet"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--max_cost", "0.2"],
+            r"11,\d+ characters .*about 0.2\d at 20 a million; --max_cost allows 0.20. Nothing was",
+        ),
+        (
+            ["--max_cost", "0.3", "--shard", "0/2"],
+            r"characters to translate for shard 0 of 2, .*allows 0.15 for shard 0",
+        ),
+    ],
+)
+def test_what_costs_more_than_allowed_is_not_begun(service, dataset, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        main(google_flags(service, dataset, tmp_path / "pt", *flags))
+    assert service.requests == [] and not (tmp_path / "pt").exists()
+
+
+def test_the_estimate_is_of_what_the_memory_does_not_know(service, dataset, tmp_path, caplog):
+    flags = google_flags(service, dataset, tmp_path / "pt")
+    without = [flag for flag in flags if flag not in ("--max_cost", "10")]
+    with pytest.raises(SystemExit, match=r"no --max_cost is given. Nothing was sent"):
+        main(without)
+    main(flags)
+    estimate = f"{sum(map(len, distinct())):,} characters to translate, about"
+    assert estimate in caplog.text
+    assert sum(map(len, service.sentences())) <= sum(map(len, distinct()))
+    main([*without, "--output", str(tmp_path / "again"), "--memory", str(tmp_path / "pt.memory")])
+    assert "0 characters to translate, about 0.00" in caplog.text
+
+
+def test_google_stops_and_goes_on(service, dataset, tmp_path):
+    flags = google_flags(service, dataset, tmp_path / "pt", "--max_tries", "2")
+    service.faults[:] = ["none", 429, "none", "none", 500, "none", "none", 503, 503]
+    with pytest.raises(SystemExit, match=r"Google has failed 2 times, at last so: .*503") as caught:
+        main(flags)
+    assert KEY not in str(caught.value)
+    main(flags)
+    check_rows(tmp_path / "pt")
+    assert sum(service.answered.values()) == len(service.answered), "what was answered was not asked for again"
+
+
+def test_languages_and_keys_are_refused_before_any_work(service, dataset, tmp_path, monkeypatch):
+    for flags, message in [
+        (["--language", "kk"], "does not know the language 'kk'; of its 9 codes the nearest are"),
+        (["--language", "p!t"], "language must be a code such as pt"),
+        (["--language", "en"], "there is nothing to translate"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            main(google_flags(service, dataset, tmp_path / "pt", *flags))
+    monkeypatch.setenv("GOOGLE_API_KEY", "wrong")
+    with pytest.raises(SystemExit, match=r"Google refuses the request.*API key not valid: <key>"):
+        main(google_flags(service, dataset, tmp_path / "pt"))
+    monkeypatch.delenv("GOOGLE_API_KEY")
+    with pytest.raises(SystemExit, match="needs a key"):
+        main(google_flags(service, dataset, tmp_path / "pt"))
+    assert service.requests == [] and list(tmp_path.iterdir()) == []
+
+
+# Models
+
+
+@pytest.mark.parametrize("kind", ["marian", "m2m100"])
+def test_a_model_translates_a_data_set(dataset, tmp_path, kind, capsys):
+    model = marian_folder(tmp_path / "m" / "model") if kind == "marian" else m2m100_folder(tmp_path / "m" / "model")
+    flags = ["--dataset", dataset, "--output", str(tmp_path / "xh"), "--language", "xh", "--model", str(model)]
+    flags += ["--max_new_tokens", "4", "--num_beams", "1", "--batch_size", "16", "--rows_per_part", "10"]
+    main([*flags, "--shard", "1/2"])
+    main([*flags, "--shard", "0/2"])
+    there = written(tmp_path / "xh")
+    assert [row["id"] for row in there] == list(range(ROWS))
+    for row in there:
+        for column in ("captions", "generated-captions"):
+            assert len(row[f"{column}-xh"]) == len(row[f"{column}-en"])
+    by_sentence = {
+        (source, translation)
+        for row in there
+        for source, translation in zip(row["captions-en"], row["captions-xh"], strict=True)
+    }
+    assert len(by_sentence) == 8, "one sentence, one translation"
+    assert check_complete(tmp_path / "xh").rows == ROWS
+    assert "translations look wrong" in capsys.readouterr().out
+
+
+def test_a_model_is_needed_for_other_languages(dataset, tmp_path):
+    with pytest.raises(SystemExit, match=r"--model is needed for en to hi, such as facebook/nllb"):
+        main(["--dataset", dataset, "--output", str(tmp_path / "hi"), "--language", "hi"])
+
+
+# Tables
+
+
+def file_flags(dataset: str, output: Path, *more: str) -> list[str]:
+    return [
+        *("--dataset", dataset, "--output", str(output), "--language", "yo", "--backend", "file"),
+        *("--batch_rows", "3", "--rows_per_part", "6", *more),
+    ]
+
+
+def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
+    table = tmp_path / "yo.tsv"
+    main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
+    assert f"has {len(distinct())} sentences" in caplog.text and not (tmp_path / "yo").exists()
+    head, *lines = table.read_text(encoding="utf-8").split("\n")[:-1]
+    assert {unescape(line.split("\t")[1]) for line in lines} == distinct()
+    with pytest.raises(SystemExit, match="is there already, and may hold translations"):
+        main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
+
+    filled = [line + "yo: " + line.split("\t")[1] for line in lines]
+    table.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
+    for shard in ("1/2", "0/2"):  # a table is for all shards
+        main(file_flags(dataset, tmp_path / "yo", "--import", str(table), "--shard", shard))
+    for row, source in zip(written(tmp_path / "yo"), rows(), strict=True):
+        for column, texts in source.items():
+            assert row[column.removesuffix("en") + "yo"] == [text and f"yo: {text}" for text in texts]
+
+    table.write_text("\n".join([head, *filled[:2], *filled[3:], filled[0]]) + "\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"does not fit these captions. 1 doubled: line \d+ .* 1 missing: s3_"):
+        main(file_flags(dataset, tmp_path / "other", "--import", str(table)))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_corrected_table_is_another_translator(dataset, tmp_path):
+    table = tmp_path / "yo.tsv"
+    main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
+    text = table.read_text(encoding="utf-8")
+    table.write_text(text.replace("\t\n", "\told\n"), encoding="utf-8")
+    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
+    table.write_text(text.replace("\t\n", "\tnew\n"), encoding="utf-8")
+    with pytest.raises(SystemExit, match="other settings"):
+        main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
+    flags = ["--import", str(table), "--memory", str(tmp_path / "yo.memory")]
+    main(file_flags(dataset, tmp_path / "corrected", *flags))
+    assert written(tmp_path / "corrected")[0]["captions-yo"] == ["new"]
+
+
+# Quality, columns, errors
+
+
+def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, capsys):
+    table = tmp_path / "yo.tsv"
+    main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
+    lines = table.read_text(encoding="utf-8").split("\n")[:-1]
+    wrong = {
+        "a cat on a mat": "a cat on a mat",
+        "thing 3 in a park": "",
+        "thing 4 in a park": "&amp; кошка кошка",
+    }
+    for number, line in enumerate(lines[1:], 1):
+        source = unescape(line.split("\t")[1])
+        lines[number] += wrong.get(source, line.split("\t")[1][::-1].replace("\\", "/"))
+    table.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    main(file_flags(dataset, tmp_path / "kept", "--import", str(table)))
+    report = read_json(tmp_path / "kept" / "quality.json")
+    assert {flag: kind["captions"] for flag, kind in report["flags"].items() if kind["captions"]} == {
+        "copy": ROWS // 2,
+        "empty": 1,
+        "markup": 1,
+        "wrong script": 1,
+    }
+    assert report["flagged"] == ROWS // 2 + 2 and report["script_is_checked"]
+    example = {"source": "thing 3 in a park", "translation": ""}
+    assert report["flags"]["empty"]["examples"] == [example]
+    assert "12  copy" in capsys.readouterr().out
+    assert written(tmp_path / "kept")[3]["generated-captions-yo"][0] == ""
+
+    main(file_flags(dataset, tmp_path / "dropped", "--import", str(table), "--drop_flagged"))
+    there = written(tmp_path / "dropped")
+    assert [len(row["captions-yo"]) for row in there] == [1] * ROWS, "the copies are gone"
+    assert len(there[3]["generated-captions-yo"]) == 2
+    (flagged,) = [one for one in there[3]["quality-yo"]["flagged"] if one["column"] == "generated-captions-yo"]
+    assert flagged == {"column": "generated-captions-yo", "position": 0, "flags": ["empty"]} | example
+    assert read_json(tmp_path / "dropped" / "quality.json")["flags"] == report["flags"]
+
+
+def test_the_report_counts_what_appears_while_it_is_made(service, dataset, tmp_path, monkeypatch):
+    flags = google_flags(service, dataset, tmp_path / "pt")
+    main([*flags, "--shard", "0/2"])
+    real, calls = write_quality_report.__globals__["quality_of"], []
+
+    def slow(parts, language):
+        if not calls:
+            calls.append(len(parts))
+            translate(arguments(flags, shard="1/2"))
+        return real(parts, language)
+
+    monkeypatch.setitem(write_quality_report.__globals__, "quality_of", slow)
+    write_quality_report(tmp_path / "pt", "pt")
+    assert calls == [2] and read_json(tmp_path / "pt" / "quality.json")["rows"] == ROWS
+
+
+def arguments(flags: list[str], **more) -> TranslateArguments:
+    names = [name.removeprefix("--") for name in flags[::2]]
+    values = dict(zip(names, flags[1::2], strict=True))
+    for name in ("batch_rows", "rows_per_part", "batch_size"):
+        values[name] = int(values[name])
+    for name in ("price_per_million", "max_cost", "characters_per_second", "first_wait_s"):
+        values[name] = float(values[name])
+    return TranslateArguments(**values | more)
+
+
+def test_columns_that_are_there(service, dataset, tmp_path):
+    main(google_flags(service, dataset, tmp_path / "pt"))
+    first = str(tmp_path / "pt")
+    with pytest.raises(SystemExit, match=r"has captions-pt, generated-captions-pt already. Say --existing append"):
+        main(google_flags(service, first, tmp_path / "two"))
+    main(google_flags(service, first, tmp_path / "two", "--existing", "append", "--language", "pt-PT"))
+    for language, there in (("pt", written(tmp_path / "two")), ("pt-PT", written(tmp_path / "two"))):
+        assert there[0][f"captions-{language}"] == [translated("a photo of thing 0", language)]
+    main(google_flags(service, first, tmp_path / "both", "--existing", "append"))
+    assert written(tmp_path / "both")[0]["captions-pt"] == [translated("a photo of thing 0", "pt")] * 2
+    main(google_flags(service, first, tmp_path / "new", "--existing", "replace"))
+    check_rows(tmp_path / "new")
+
+
+def test_columns_of_other_names_and_forms(service, tmp_path):
+    """A list of images, one caption a row under another name, one of them no text and one with half a letter."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    captions = ["a cat", ["a dog", "a cat"], None, "half \ud83e", 7, ["a", 3]]
+    lines = []
+    for number, caption in enumerate(captions):
+        (folder / f"{number}.png").write_bytes(picture(number)["bytes"])
+        lines.append(json.dumps({"file_name": f"{number}.png", "caption": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    flags = google_flags(service, str(folder), tmp_path / "pt", "--rename", "caption=captions-en")
+    main(flags)
+    there = written(tmp_path / "pt")
+    assert [row["captions-pt"] for row in there] == [
+        [translated("a cat", "pt")],
+        [translated("a dog", "pt"), translated("a cat", "pt")],
+        [],
+        [translated("half ?", "pt")],
+    ]
+    assert sorted(service.sentences()) == ["a cat", "a dog", "half ?"]
+    assert check_complete(tmp_path / "pt").skipped == {"no caption": 2}
+    with pytest.raises(SystemExit, match=r"has none of captions-en, generated-captions-en; .*--rename caption="):
+        main(google_flags(service, str(folder), tmp_path / "other"))
+
+
+def test_similarities_of_other_captions_are_not_kept(service, tmp_path):
+    data = {"image": [picture(0)], "captions-en": [["a cat"]], "similarities-pt": [[0.5]]}
+    DatasetDict(train=Dataset.from_dict(data)).save_to_disk(tmp_path / "data")
+    with pytest.raises(SystemExit, match="Translate first, then score"):
+        main(google_flags(service, str(tmp_path / "data"), tmp_path / "pt"))
+
+
+def test_a_full_disk_keeps_what_is_done(service, dataset, tmp_path, monkeypatch):
+    add, calls = TranslationMemory.add, []
+
+    def full(self, translations):
+        calls.append(len(translations))
+        if len(calls) == 3:
+            self._own.execute("PRAGMA max_page_count = 1")  # SQLite's own way to be full
+            translations = {text * 5000: text for text in translations}
+        add(self, translations)
+
+    monkeypatch.setattr(TranslationMemory, "add", full)
+    with pytest.raises(SystemExit, match=r"error: .*No space left on the disk"):
+        main(google_flags(service, dataset, tmp_path / "pt"))
+    monkeypatch.setattr(TranslationMemory, "add", add)
+    main(google_flags(service, dataset, tmp_path / "pt"))
+    check_rows(tmp_path / "pt")
+    assert sum(number - 1 for number in Counter(service.sentences()).values()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backend", "file"], "one of the two"),
+        (["--export", "x.tsv"], "are of --backend file"),
+        (["--backend", "google"], "needs --price_per_million"),
+        (["--backend", "google", "--price_per_million", "-1"], "price_per_million must be a number from 0"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--shard", "2/2"], "shard must be i/n"),
+    ],
+)
+def test_bad_arguments(dataset, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        main(["--dataset", dataset, "--output", str(tmp_path / "pt"), "--language", "pt", *flags])
+
+
+def test_a_table_can_be_read_by_what_wrote_it(tmp_path, dataset):
+    """The sentences of the data set round-trip exactly, tabs, quotes and line breaks included."""
+    main(file_flags(dataset, tmp_path / "yo", "--export", str(tmp_path / "yo.tsv")))
+    head, *lines = (tmp_path / "yo.tsv").read_text(encoding="utf-8").split("\n")[:-1]
+    filled = [line + line.split("\t")[1] for line in lines]
+    (tmp_path / "yo.tsv").write_text("\r\n".join([head, *filled]), encoding="utf-8")
+    sentences = [unescape(line.split("\t")[1]) for line in lines]
+    assert read_translations(tmp_path / "yo.tsv", sentences) == {text: text for text in distinct()}

@@ -1,0 +1,398 @@
+"""Back ends: real classes at toy width for the models, and a server on loopback for Google."""
+
+import json
+import logging
+import os
+import traceback
+
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from google_server import KEY, google_service, translated
+from seq2seq_models import m2m100_folder, marian_folder
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer, T5Config, T5ForConditionalGeneration
+
+from captions.translators.google_cloud import MAX_CHARACTERS, GoogleTranslator, Limits
+from captions.translators.local import Seq2SeqTranslator, load
+from captions.translators.pieces import cut, groups
+
+SHORT = {"max_new_tokens": 6, "num_beams": 2}
+
+
+@pytest.fixture(scope="module")
+def marian(tmp_path_factory):
+    return marian_folder(tmp_path_factory.mktemp("marian") / "model")
+
+
+@pytest.fixture(scope="module")
+def m2m100(tmp_path_factory):
+    return m2m100_folder(tmp_path_factory.mktemp("m2m100") / "model")
+
+
+@pytest.fixture(scope="module")
+def nllb(tmp_path_factory):
+    return m2m100_folder(tmp_path_factory.mktemp("nllb") / "model", NllbTokenizer)
+
+
+# Models
+
+
+@pytest.mark.parametrize(("language", "code"), [("pt", "por"), ("por", "por"), ("es", "spa"), ("xh", "xho")])
+def test_marian_is_told_the_language_by_its_token(marian, language, code):
+    translator = load(str(marian), language, options=SHORT)
+    plain = AutoTokenizer.from_pretrained(marian)
+    assert translator.code == code
+    assert translator.token_ids("a cat on a mat.") == plain(f">>{code}<< a cat on a mat.")["input_ids"]
+    assert plain.convert_ids_to_tokens(translator.token_ids("a cat"))[0] == f">>{code}<<"
+
+
+def test_marian_translates_as_the_model_itself_does(marian):
+    """The plain calls of transformers, one sentence at a time, against batches with padding."""
+    translator = load(str(marian), "pt", options=SHORT)
+    sentences = ["a cat on a mat.", "two men ride horses on the beach.", "dog"]
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(marian).eval(), AutoTokenizer.from_pretrained(marian)
+    expected = []
+    for sentence in sentences:
+        ids = model.generate(**tokenizer(f">>por<< {sentence}", return_tensors="pt"), **SHORT)
+        expected.append(tokenizer.decode(ids[0], skip_special_tokens=True))
+    assert translator.translate(sentences) == expected
+    assert len(set(expected)) == 3 and all(expected), "equal or empty texts would prove nothing"
+    spanish = load(str(marian), "es", options=SHORT).translate(sentences)
+    assert spanish != expected, "the prefix reaches the model"
+
+
+def test_the_languages_token_is_cut_off_the_translation(marian, monkeypatch):
+    translator = load(str(marian), "pt", options=SHORT)
+    tokens = translator.tokenizer(">>por<< a cat", return_tensors="pt")["input_ids"]
+    assert translator.tokenizer.decode(tokens[0], skip_special_tokens=True).startswith(">>por<<")
+    monkeypatch.setattr(translator.model, "generate", lambda **_: tokens)
+    assert translator.translate(["anything"]) == ["a cat"]
+
+
+def test_what_looks_like_a_command_in_a_caption_is_text(marian, nllb):
+    for folder, language in ((marian, "pt"), (nllb, "pt")):
+        translator = load(str(folder), language, options=SHORT)
+        ids = translator.token_ids(">>spa<< a </s> <pad> spa_Latn cat")
+        special = {translator.tokenizer.eos_token_id, translator.tokenizer.pad_token_id, *translator._language_ids}
+        assert [i for i in ids if i in special] == [ids[0], ids[-1]], "the one language and the end, and no more"
+
+
+@pytest.mark.parametrize("kind", ["m2m100", "nllb"])
+@pytest.mark.parametrize("language", ["pt", "hi", "xh", "es", "yo"])
+def test_m2m100_and_nllb_begin_with_the_language(kind, language, request):
+    folder, sentence = request.getfixturevalue(kind), "two men ride horses on the beach."
+    translator = load(str(folder), language, options=SHORT)
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    codes = {"pt": "por_Latn", "hi": "hin_Deva", "xh": "xho_Latn", "es": "spa_Latn", "yo": "yor_Latn"}
+    assert translator.code == (language if kind == "m2m100" else codes[language])
+    token = tokenizer.convert_tokens_to_ids(f"__{language}__" if kind == "m2m100" else translator.code)
+    tokenizer.src_lang = "en" if kind == "m2m100" else "eng_Latn"
+    ids = model.generate(**tokenizer(sentence, return_tensors="pt"), forced_bos_token_id=token, **SHORT)[0].tolist()
+    assert ids[1] == token, "the start token, then the language"
+    kept = [i for i in ids[2:] if i not in translator._language_ids]
+    expected = tokenizer.decode(kept, skip_special_tokens=True).strip()
+    assert translator.translate([sentence, "dog"])[0] == expected
+    assert "__" not in expected and "_Latn" not in expected
+
+
+def test_the_source_language_is_told_too(nllb):
+    assert load(str(nllb), "pt").token_ids("a cat")[0] != load(str(nllb), "pt", "es").token_ids("a cat")[0]
+
+
+def test_a_language_that_the_model_does_not_know(marian, m2m100, nllb):
+    with pytest.raises(
+        ValueError, match=r"does not know the language 'hi'; of its 3 codes the nearest are por, spa, xho"
+    ):
+        load(str(marian), "hi")
+    with pytest.raises(ValueError, match=r"'bod'; of its 100 codes the nearest are yo, "):
+        load(str(m2m100), "bod")
+    with pytest.raises(ValueError, match=r"does not know the language 'prt'; of its \d+ codes the nearest are .*_"):
+        load(str(nllb), "prt")
+    with pytest.raises(ValueError, match=r"does not know the language 'qq'"):
+        load(str(nllb), "pt", "qq")
+
+
+def test_a_model_of_one_language(tmp_path):
+    folder = marian_folder(tmp_path / "german", codes=(), target="deu")
+    assert load(str(folder), "de", options=SHORT).translate(["a cat"])
+    with pytest.raises(ValueError, match=r"translates into 'deu' only, not into 'pt'"):
+        load(str(folder), "pt")
+
+
+def t5(tokenizer):
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, pad_token_id=1,
+        eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def test_a_model_that_takes_its_task_in_words():
+    tokenizer = tiny_tokenizer()
+    model = t5(tokenizer)
+    with pytest.raises(ValueError, match=r"has no codes of languages.*--source_prefix"):
+        Seq2SeqTranslator(model, tokenizer, "pt")
+    translator = Seq2SeqTranslator(model, tokenizer, "pt", source_prefix="the cat of: ", options=SHORT)
+    prefix = tokenizer("the cat of: ", add_special_tokens=False)["input_ids"]
+    assert translator.token_ids("a dog of the cat") == prefix + tokenizer("a dog of the cat")["input_ids"]
+    assert len(translator.translate(["a dog", "the cat"])) == 2
+
+
+def test_madlad_s_token_goes_before_the_sentence():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<2pt>", "<2hi>", "<2xh>"])
+    translator = Seq2SeqTranslator(t5(tokenizer), tokenizer, "xho", options=SHORT)
+    assert translator.code == "xh"
+    assert tokenizer.convert_ids_to_tokens(translator.token_ids("a cat"))[:2] == ["<2xh>", "<s>"]
+
+
+def test_a_caption_of_ten_thousand_characters(marian, m2m100):
+    for folder in (marian, m2m100):
+        translator = load(str(folder), "pt", options={"max_new_tokens": 2, "num_beams": 1}, batch_size=64)
+        for long in ("a cat on a mat. " * 625, "a" * 10_000, "cat " * 2_500):
+            pieces = cut(long, translator._fits)
+            assert all(len(translator.token_ids(piece)) <= 64 for piece in pieces), "the model has 64 positions"
+            assert "".join(pieces).replace(" ", "") == long.replace(" ", ""), "nothing is lost"
+            short, translation = translator.translate(["dog", long])
+            assert translation.count(" ") <= 4 * len(pieces) and short == translator.translate(["dog"])[0]
+
+
+def test_where_a_long_text_is_cut():
+    def fits(text: str) -> bool:
+        return len(text) <= 12
+
+    assert cut("One two. Three four! Five?", fits) == ["One two.", "Three four!", "Five?"]
+    assert cut("One. Two. Three, and four.", fits) == ["One. Two.", "Three,", "and four."]
+    assert cut("एक बिल्ली। एक कुत्ता। दो", fits) == ["एक बिल्ली।", "एक कुत्ता।", "दो"]
+    assert cut("日本語の文。日本語の長い文。", fits) == ["日本語の文。", "日本語の長い文。"]
+    assert cut("x" * 30, fits) == ["x" * 7, "x" * 8, "x" * 7, "x" * 8]
+    assert cut("short", fits) == ["short"] and cut("", fits) == [""]
+    assert cut("ab", lambda text: False) == ["a", "b"]
+
+
+def test_groups_are_as_large_as_they_may_be():
+    assert list(groups(["aa", "bb", "cc", "dddddd", "e", "f"], 2, 5)) == [["aa", "bb"], ["cc"], ["dddddd"], ["e", "f"]]
+    assert list(groups([], 2, 5)) == []
+
+
+def test_what_a_translation_depends_on_is_in_the_fingerprint(marian, m2m100, tmp_path):
+    base = load(str(marian), "pt", options=SHORT).fingerprint
+    assert base == load(str(marian), "por", options=SHORT, batch_size=3).fingerprint
+    others = [
+        load(str(marian), "es", options=SHORT),
+        load(str(marian), "pt", options=SHORT | {"num_beams": 1}),
+        load(str(marian), "pt", options=SHORT, precision="bf16"),
+        load(str(marian), "pt", options=SHORT, source_prefix="a "),
+        load(str(marian_folder(tmp_path / "model", codes=("por",))), "pt", options=SHORT),  # same name, other files
+    ]
+    assert all(other.fingerprint != base for other in others)
+    assert str(marian.parent) not in str(base), "a memory moves to another machine"
+
+
+def test_out_of_memory_is_tried_again_with_fewer(marian, monkeypatch):
+    translator = load(str(marian), "pt", options=SHORT)
+    expected, generate, sizes = translator.translate(["a cat", "a dog", "horses"]), translator.model.generate, []
+
+    def small(input_ids, **options):
+        sizes.append(len(input_ids))
+        if len(input_ids) > 1:
+            raise torch.OutOfMemoryError("too many")
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(translator.model, "generate", small)
+    assert translator.translate(["a cat", "a dog", "horses"]) == expected and sizes == [3, 1, 2, 1, 1]
+
+
+def test_what_is_no_translation_model(tmp_path, tiny_folder):
+    for name in (str(tmp_path / "nothing"), str(tiny_folder), "owner/no-such-model"):
+        with pytest.raises(ValueError, match="can't be loaded as a translation model"):
+            load(name, "pt")
+
+
+# Google
+
+
+@pytest.fixture
+def service(monkeypatch):
+    monkeypatch.setenv("GOOGLE_API_KEY", KEY)
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    with google_service() as service:
+        yield service
+
+
+def google(service, language="pt", waits=None, **limits):
+    limits = Limits(**{"max_characters": 10**6, "characters_per_second": 1e9, "timeout_s": 5.0} | limits)
+    wait = (lambda seconds: None) if waits is None else waits.append
+    return GoogleTranslator(language, "en", limits, service.url, wait)
+
+
+def test_google_translates_in_requests_that_it_allows(service):
+    sentences = [f"sentence {i}" for i in range(300)] + ["word " * 400 for _ in range(5)]
+    assert google(service).translate(sentences) == [translated(text, "pt") for text in sentences]
+    assert all(len(body["q"]) <= 128 and sum(map(len, body["q"])) <= MAX_CHARACTERS for body in service.requests)
+    assert len(service.requests) == 5
+    assert all((body["source"], body["target"], body["format"]) == ("en", "pt", "text") for body in service.requests)
+
+
+def test_a_long_caption_is_sent_in_pieces(service):
+    long = "a cat on a mat. " * 625
+    (translation,) = google(service).translate([long])
+    assert len(service.requests) == 3 and translation.count("pt: ") == 3
+    assert sum(map(len, service.sentences())) <= len(long)
+
+
+@pytest.mark.parametrize("fault", [429, 500, 502, 503, "quota", "timeout", "cut", "html", "list"])
+def test_what_passes_is_tried_again(service, fault):
+    translator = google(service, timeout_s=0.3)
+    service.faults[:], service.delay_s = [fault, fault], 0.5
+    assert translator.translate(["a cat", "a dog"]) == [translated("a cat", "pt"), translated("a dog", "pt")]
+    assert len(service.requests) == 3
+
+
+def test_pauses_double_and_end(service):
+    waits = []
+    translator = google(service, waits=waits, max_tries=9, first_wait_s=1.0)
+    service.faults[:] = [503] * 9
+    with pytest.raises(OSError, match=r"Google has failed 9 times, at last so: .*503.*What is translated is kept"):
+        translator.translate(["a cat"])
+    assert len(waits) == 8 and all(
+        min(2**number, 60) / 2 <= wait <= min(2**number, 60) for number, wait in enumerate(waits)
+    )
+    assert translator.translate(["a cat"]) == [translated("a cat", "pt")]
+
+
+@pytest.mark.parametrize("faults", [["fewer"], ["null"], ["fewer", "fewer", "null"], [429, "null", "fewer", 500]])
+def test_what_an_answer_leaves_out_is_asked_for_again(service, faults):
+    translator = google(service)
+    service.faults[:] = faults
+    sentences = [f"sentence {i}" for i in range(7)]
+    assert translator.translate(sentences) == [translated(text, "pt") for text in sentences], "no text moves to another"
+    assert service.faults == []
+
+
+def test_one_missing_text_costs_one_sentence(service):
+    translator = google(service)
+    service.faults[:] = ["null"]
+    translator.translate(["a", "b", "c"])
+    assert service.sentences() == ["a", "b", "c", "b"]
+
+
+def test_an_answer_that_is_always_incomplete_ends(service):
+    translator = google(service, max_tries=3)
+    service.faults[:] = ["null"] * 50
+    with pytest.raises(OSError, match="failed 3 times, at last so: it answered without a translation"):
+        translator.translate(["a", "b"])
+
+
+@pytest.mark.parametrize(("fault", "said"), [("daily", "Daily Limit Exceeded"), (401, "401"), (302, "302")])
+def test_what_does_not_pass_ends_at_once(service, fault, said):
+    translator = google(service)
+    service.faults[:] = [fault] * 3
+    with pytest.raises(ValueError, match=said):
+        translator.translate(["a cat"])
+    assert len(service.requests) == 1
+
+
+def test_the_rate_is_kept(service):
+    waits = []
+    translator = google(service, waits=waits, characters_per_second=100)
+    for _ in range(4):
+        translator.translate(["x" * 50])
+    assert sum(waits) == pytest.approx(0.5 + 1.0 + 1.5, abs=0.3), "nobody slept, so the debt grows"
+
+
+def test_no_more_is_sent_than_may_be_paid(service):
+    translator = google(service, max_characters=100)
+    translator.translate(["x" * 60])
+    with pytest.raises(ValueError, match=r"60 characters were sent .* 50 more would cost more than --max_cost"):
+        translator.translate(["y" * 50])
+    assert translator.sent_characters == 60 == sum(map(len, service.sentences()))
+    service.faults[:] = [503, 429]  # which Google does not charge
+    translator.translate(["z" * 40])
+    assert translator.sent_characters == 100
+
+
+def test_what_is_lost_on_the_way_may_be_charged(service):
+    translator = google(service, max_characters=25, timeout_s=0.2)
+    service.faults[:], service.delay_s = ["timeout"] * 3, 0.3
+    with pytest.raises(ValueError, match="20 characters were sent"):
+        translator.translate(["x" * 10])
+
+
+def test_languages_are_google_s(service):
+    assert google(service, "por").code == "pt" and google(service, "pt-PT").code == "pt-PT"
+    assert google(service, "xh").fingerprint["target"] == "xh"
+    with pytest.raises(ValueError, match=r"Google Translate does not know the language 'tlh'.* the nearest are"):
+        google(service, "tlh")
+    with pytest.raises(ValueError, match=r"knows 'zh' as several: zh-CN, zh-TW"):
+        google(service, "zh")
+    assert service.requests == [], "to ask for the languages costs nothing"
+
+
+def test_the_key_is_nowhere(service, caplog, capfd, monkeypatch):
+    caplog.set_level(logging.DEBUG)
+    secret = "AIza/wrong+key=%41'\"<&>"
+    monkeypatch.setenv("GOOGLE_API_KEY", secret)
+    caught = [failure(lambda: google(service))]
+    monkeypatch.setenv("GOOGLE_API_KEY", KEY)
+    for fault in (400, 401, 403, 404, 500, "timeout", "cut", "html", "list", 302):
+        translator = google(service, max_tries=2, timeout_s=0.2)
+        service.faults[:], service.delay_s = [fault] * 2, 0.3
+        caught.append(failure(lambda translator=translator: translator.translate(["a cat"])))
+    service.url = "http://127.0.0.1:9"
+    caught.append(failure(lambda: google(service, max_tries=2)))
+    monkeypatch.setenv("GOOGLE_API_KEY", "two words")
+    caught.append(failure(lambda: google(service)))
+    shown = "\n".join(caught) + caplog.text + "".join(capfd.readouterr())
+    assert "<key>" in caught[0] and "refuses the request" in caught[0], "the server said it, and it was removed"
+    for text in (KEY, secret, "AIza", "two words", repr(secret)[1:-1]):
+        assert text not in shown
+    assert not any("key" in path.lower() for path in service.paths), "it travels in a header"
+    assert any(headers.get("x-goog-api-key") == KEY for headers in service.headers)
+
+
+def failure(call) -> str:
+    """All that a traceback and the objects behind it show."""
+    with pytest.raises((ValueError, OSError)) as caught:
+        call()
+    error, texts = caught.value, []
+    while error is not None:
+        texts += [str(error), repr(error.args), *traceback.format_exception(error, chain=False)]
+        error = error.__cause__ or error.__context__
+    return "\n".join(texts)
+
+
+def test_a_key_that_is_missing_or_unprotected(service, monkeypatch):
+    with pytest.raises(ValueError, match="must begin with https://"):
+        GoogleTranslator("pt", "en", Limits(0), "http://translation.example.org")
+    monkeypatch.delenv("GOOGLE_API_KEY")
+    with pytest.raises(ValueError, match=r"needs a key .* GOOGLE_API_KEY.*GOOGLE_APPLICATION_CREDENTIALS"):
+        google(service)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", os.devnull + "/account.json")
+    with pytest.raises(ValueError, match="GOOGLE_APPLICATION_CREDENTIALS names no usable account"):
+        google(service)
+    assert service.paths == []
+
+
+def test_a_service_account(service, monkeypatch, tmp_path):
+    """What GOOGLE_APPLICATION_CREDENTIALS names signs for a token, with which the service is asked."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    text = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    account = {
+        "type": "service_account",
+        "project_id": "p",
+        "private_key_id": "1",
+        "private_key": text.decode(),
+        "client_email": "translator@p.iam.gserviceaccount.com",
+        "token_uri": f"{service.url}/token",
+    }
+    (tmp_path / "account.json").write_text(json.dumps(account), encoding="utf-8")
+    monkeypatch.delenv("GOOGLE_API_KEY")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "account.json"))
+    assert google(service).translate(["a cat"]) == [translated("a cat", "pt")]
+    assert not any("x-goog-api-key" in headers for headers in service.headers)

@@ -1,0 +1,139 @@
+"""Sentences out to a table and back: nothing inside them breaks it, and every wrong row is named."""
+
+import random
+import re
+
+import pytest
+
+from captions.tsv import escape, read_translations, sentence_id, unescape, write_sentences
+
+NASTY = [
+    "a cat\ton a mat",
+    "she said \"hello\", and 'bye'",
+    '"all of it is quoted"',
+    "two\nlines",
+    "Windows\r\nline\rends",
+    "back\\slash \\t \\n \\u0041 \\",
+    "  blanks around  ",
+    "\ufeffa mark at the start",
+    "\u2028 \u2029 \x85 \x0b \x0c \x00 \x1c",
+    "=HYPERLINK(1)",
+    "नमस्ते, 世界, ẹ̀kọ́, 🦫",
+    "half a letter \ud83e",
+    "\t",
+    "\\",
+    "x" * 10_000,
+]
+
+
+def test_what_is_escaped_comes_back_and_stays_on_one_line():
+    letters = ["\t", "\n", "\r", "\\", "t", "n", "u", "0041", '"', "a", " ", "\u2028", "\x00", "é", "🦫", "\ufeff"]
+    generator = random.Random(0)
+    texts = NASTY + ["".join(generator.choices(letters, k=generator.randrange(12))) for _ in range(3000)]
+    for text in texts:
+        assert unescape(escape(text)) == text
+        assert "\t" not in escape(text) and len(escape(text).splitlines()) <= 1, repr(text)
+    assert escape("plain text, “quoted”: ção") == "plain text, “quoted”: ção", "what is harmless stays readable"
+
+
+@pytest.mark.parametrize("text", ["\\", "a\\", "\\x", "\\u12", "\\ n"])
+def test_other_backslashes_are_refused(text):
+    with pytest.raises(ValueError, match="is none of"):
+        unescape(text)
+
+
+@pytest.mark.parametrize("kind", ["plain", "Windows", "only two columns", "other order of columns"])
+def test_a_table_round_trips(tmp_path, kind):
+    path = tmp_path / "sentences.tsv"
+    write_sentences(path, NASTY)
+    translations = [text[::-1] for text in NASTY]
+    fill(path, translations)
+    data = path.read_bytes()
+    if kind == "Windows":
+        data = b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n")
+    elif kind != "plain":
+        order = [0, 2] if kind == "only two columns" else [2, 0, 1]
+        cells = [line.split(b"\t") for line in data.split(b"\n") if line]
+        data = b"\n".join(b"\t".join(line[i] for i in order) for line in cells)
+    path.write_bytes(data)
+    assert read_translations(path, NASTY) == dict(zip(NASTY, translations, strict=True))
+
+
+SENTENCES = ["a cat", "a dog", "two men", "a red car", "the sea"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda lines: lines[:2] + lines[3:], r"1 missing: s2_\w+ \('a dog'\)"),
+        (lambda lines: lines[:1], r"5 missing: s1_\w+ \('a cat'\), .*s5"),
+        (lambda lines: [*lines[:3], lines[1], *lines[3:]], r"1 doubled: line 4 \(s1_\w+, as line 2\)"),
+        (
+            lambda lines: [lines[0], lines[5], *lines[1:5]],
+            r"1 out of order: line 3 \(s1_\w+ after s5_\w+\) \(sort the rows",
+        ),
+        (
+            lambda lines: [lines[i] for i in (0, 1, 3, 2, 5, 4)],
+            r"2 out of order: line 4 \(s2_\w+ after s3_\w+\), line 6 ",
+        ),
+        (lambda lines: [*lines, "s9_00000000\tnew\tnovo"], r"1 unknown: line 7 \('s9_00000000'\)"),
+        (
+            lambda lines: [lines[0], lines[1].replace("a cat", "A cat"), *lines[2:]],
+            r"1 with another source: line 2 \(s1_\w+, 'A cat' for 'a cat'\)",
+        ),
+        (lambda lines: [*lines[:5], lines[5] + "\tmore"], r"1 broken: line 6 \(4 columns, the first line has 3\)"),
+        (lambda lines: [*lines[:5], lines[5] + "\\q"], r"1 broken: line 6 \('\\q' is none of"),
+        (lambda lines: lines[1:], r"The first line of .* must name the columns id and translation.*s1_"),
+        (lambda lines: [], "must name the columns"),
+    ],
+)
+def test_wrong_rows_are_named(tmp_path, change, message):
+    path = tmp_path / "sentences.tsv"
+    write_sentences(path, SENTENCES)
+    fill(path, SENTENCES)
+    path.write_text("\n".join(change(path.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_translations(path, SENTENCES)
+
+
+def test_all_kinds_of_faults_are_told_at_once_and_many_of_a_kind_are_counted(tmp_path):
+    path = tmp_path / "sentences.tsv"
+    many = [f"sentence {i}" for i in range(40)]
+    write_sentences(path, many)
+    fill(path, many)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0], *lines[20:], lines[30]]), encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_translations(path, many)
+    assert "1 doubled" in str(caught.value)
+    assert re.search(r"19 missing: s1_.*s5_\w+ \('sentence 4'\), and 14 more", str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_table_of_other_sentences_does_not_fit(tmp_path):
+    """The number alone would pass: the digest does not."""
+    path = tmp_path / "sentences.tsv"
+    write_sentences(path, SENTENCES)
+    with pytest.raises(ValueError, match=r"1 unknown: line 2 .* 1 missing: s1_\w+ \('a hat'\)"):
+        read_translations(path, ["a hat", *SENTENCES[1:]])
+
+
+def test_a_file_that_is_no_utf8(tmp_path):
+    path = tmp_path / "sentences.tsv"
+    path.write_bytes("id\ttranslation\ns1_0\tção\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"is no UTF-8, line 2.*Save it as UTF-8"):
+        read_translations(path, [])
+    path.write_bytes("id\ttranslation\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="is no UTF-8"):
+        read_translations(path, [])
+
+
+def test_an_id_is_no_date_or_number_to_a_spreadsheet():
+    assert re.fullmatch(r"s12_[0-9a-f]{8}", sentence_id(12, "a cat"))
+
+
+def fill(path, translations: list[str]) -> None:
+    """What a translator does: put something into the last column."""
+    head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    filled = [line + escape(text) for line, text in zip(lines, translations, strict=True)]
+    path.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
