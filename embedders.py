@@ -121,16 +121,30 @@ def load_embedder(
     Raises:
         ValueError: it is no CAPIVARA model; the message says how other kinds are named.
     """
-    where = torch.device(device) if device else processes().device
+    where = _device(device)
     kind, _, rest = model.partition(":")
     if kind in ("open_clip", "clip") and rest:
         if not baseline:
-            raise ValueError(f"{model} is no CAPIVARA model; other kinds are taken as --baseline alone.")
+            raise ValueError(
+                f"{model} is no CAPIVARA model; other kinds are taken as the baseline alone: --role baseline, or "
+                "eval.suite's --baseline."
+            )
         if kind == "open_clip":
             return _open_clip(rest, where, precision)
         return _transformers_clip(rest, where, precision, trust_remote_code)
     processor = load_processor(model)
     return CapivaraEmbedder(model, load_model(model).eval().to(where), processor, precision)
+
+
+def _device(name: str | None) -> torch.device:
+    """Raises ValueError where there is no such device."""
+    try:
+        device = torch.device(name) if name else processes().device
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {name!r}; use cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"Device {name!r} was asked for, but there is no GPU that torch can use; use cpu.")
+    return device
 
 
 def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedder:
@@ -139,8 +153,14 @@ def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedd
     name, pretrained = source, None
     if not source.startswith(("local-dir:", "hf-hub:")):
         name, _, pretrained = source.partition(":")
-    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
-    model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
+        if not pretrained:  # open_clip would draw random weights
+            known = open_clip.list_pretrained_tags_by_model(name)
+            raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG, with a tag of {known}.")
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
+        model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
+    except (RuntimeError, KeyError, AttributeError) as error:  # of open_clip, for a name or tag that it does not know
+        raise ValueError(f"open_clip can't load {source!r}: {error}") from error
     return PlainEmbedder(
         f"open_clip:{source}",
         device,
@@ -156,6 +176,10 @@ def _transformers_clip(source: str, device: torch.device, precision: str, trust_
         raise ValueError(f"{source!r} is neither a folder nor a Hub id such as 'openai/clip-vit-base-patch32'.")
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)
+    if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
+        raise ValueError(
+            f"clip:{source} is a {type(model).__name__}, which does not embed texts and images as CLIP does."
+        )
 
     # A tokenizer that was saved without a limit would give more tokens than the model has positions for.
     text_config = getattr(model.config, "text_config", model.config)

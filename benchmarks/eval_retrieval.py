@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from artifacts import device_description, package_versions, peak_resident_bytes, read_json, write_json
 from benchmarks.encode import caption_of
-from eval.metrics import RECALL_CUTOFFS, recall_at_k, retrieval_ranks
+from eval.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as measure
 from examples.openmoji.encoders import load_text_encoder
@@ -52,8 +52,7 @@ def made(images: int, captions_per_image: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def ours(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> dict[str, float]:
     images = torch.arange(len(image_embeds))
-    text_to_image = retrieval_ranks(text_embeds, image_embeds, image_of_text, images)
-    image_to_text = retrieval_ranks(image_embeds, text_embeds, images, image_of_text)
+    text_to_image, image_to_text = cross_modal_ranks(text_embeds, image_embeds, image_of_text, images)
     recalls = {f"text_to_image@{k}": recall_at_k(text_to_image, k) for k in RECALL_CUTOFFS}
     return recalls | {f"image_to_text@{k}": recall_at_k(image_to_text, k) for k in RECALL_CUTOFFS}
 

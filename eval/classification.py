@@ -11,6 +11,7 @@ section 4, after CLIP, arXiv 2103.00020, section 3.1.4).
 
 import csv
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import HfArgumentParser
@@ -41,6 +42,8 @@ from eval.prompts import Prompts, load_prompts
 from eval.results import Record, digest_of, header, hub_revision, write_records
 from processes import processes
 
+CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
+SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 
 
@@ -79,6 +82,10 @@ class ImageArguments:
     )
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
 
 
 @dataclass
@@ -144,6 +151,9 @@ def load_images(
     names = feature.names if isinstance(feature, ClassLabel) else _class_names(source)
     mapping = _by_name(names, names_en, source) if names else dict(enumerate(range(len(names_en))))
     labels = rows[label_column][:]
+    kinds = {type(x).__name__ for label in labels for x in (label if isinstance(label, list) else [label])} - {"int"}
+    if kinds:
+        raise ValueError(f"{source}: labels must be whole numbers or lists of them; there are {sorted(kinds)}.")
     outside = {x for label in labels for x in (label if isinstance(label, list) else [label])} - mapping.keys()
     if outside:
         raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
@@ -175,11 +185,17 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
         labels: a class of each image, or a list of classes.
         metric: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
     """
+    several = isinstance(labels[0], list)
+    if several != (metric == "11point_mAP"):
+        raise ValueError(
+            f"{metric} needs {'one label' if several else 'a list of labels'} an image; look at --label_column."
+        )
     if metric == "11point_mAP":
         targets = torch.zeros(scores.shape)
         for row, classes in enumerate(labels):
             targets[row, classes] = 1
-        return {"11point_mAP": eleven_point_map(scores, targets)}
+        # of each image's probabilities, as published: cosines of different images are not compared as they are
+        return {"11point_mAP": eleven_point_map((CLIP_SCALE * scores).softmax(dim=-1), targets)}
     right = torch.tensor(labels)
     if metric == "roc_auc":
         return {"roc_auc": roc_auc(scores[:, 1] - scores[:, 0], right), "accuracy": top_k_accuracy(scores, right)}
@@ -202,6 +218,8 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     scores = images.embeds @ class_embeddings(store, prompts).T
     store.close()
     labels = [data.labels[row] for row in images.rows.tolist()]
+    unnamed = max(0, prompts.classes - scores.shape[1])  # classes that the list has no name for can't be predicted
+    scores = F.pad(scores, (0, unnamed), value=-2.0)  # below any cosine
     values = classification_metrics(scores, labels, prompts.metric)
     shared = {"task": "classification", "dataset": prompts.benchmark, "split": args.split, "direction": ""}
     shared |= {"language": "pt" if args.protocol != "babel" else args.language, "n": len(labels), "seed": args.seed}
@@ -212,7 +230,11 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     ]
     if processes().is_main_process:
         facts = image_header(args, data, images.skipped, embedder.device, time.perf_counter() - started)
-        parts = {"classes": prompts.names, "notes": list(prompts.notes), "skipped": images.skipped}
+        parts = {
+            "classes": [*prompts.names, *["(sem nome)"] * unnamed],
+            "notes": list(prompts.notes),
+            "skipped": images.skipped,
+        }
         write_records(args.output, records, facts, **parts, **per_class_parts(scores, labels))
     return records
 
@@ -250,6 +272,8 @@ def _split_of(source: str, split: str) -> Dataset:
             loaded = load_from_disk(source)
         elif path.is_dir() and not any(path.rglob("*.tar")) and not any(path.rglob("*.parquet")):
             _refuse_outside(path)
+            if {folder.name.casefold() for folder in path.iterdir() if folder.is_dir()} - SPLIT_FOLDERS:
+                return load_dataset("imagefolder", data_files={split: str(path / "**")})[split]  # a folder a class
             loaded = load_dataset("imagefolder", data_dir=source)
         elif path.is_dir() or (not path.exists() and source.count("/") == 1 and not source.startswith((".", "/"))):
             loaded = load_dataset(source)
@@ -259,8 +283,6 @@ def _split_of(source: str, split: str) -> Dataset:
         raise
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
         raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}") from error
-    if isinstance(loaded, DatasetDict) and list(loaded) == ["train"] and split != "train" and path.is_dir():
-        return loaded["train"]  # no splits: the folder is the split
     if not isinstance(loaded, DatasetDict) or split not in loaded:
         raise ValueError(f"{source} has no split {split!r}; there are {sorted(loaded)}.")
     return loaded[split]
@@ -293,6 +315,8 @@ def _class_names(source: str) -> list[str]:
     else:
         try:
             path = Path(hf_hub_download(source, "classnames.txt", repo_type="dataset"))
+        except LocalEntryNotFoundError:  # offline: whether there is one is not known, and the order must not be guessed
+            raise
         except EntryNotFoundError:
             return []
     return path.read_text(encoding="utf-8").splitlines()
@@ -319,7 +343,8 @@ def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[i
 
 
 def _plain(name: str) -> str:
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    """Case, and the signs that stand for others in names of files, don't tell classes apart."""
+    return " ".join(re.sub(r"[_/-]", " ", name.casefold()).split())
 
 
 def main(argv: list[str] | None = None) -> None:

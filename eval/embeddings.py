@@ -24,7 +24,7 @@ from pathlib import Path
 import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -35,7 +35,7 @@ from embedders import Embedder
 from processes import processes
 
 VERSION = 1  # of the files; raise it when their content changes
-IMAGES_PER_SHARD, TEXTS_PER_SHARD = 1024, 4096
+IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
 DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36 MB
 
 
@@ -170,7 +170,7 @@ class EmbeddingStore:
         folder = (self.root or self._temporary) / "evaluation" / key
         state = processes()
         paths = [folder / f"{kind}-{number:05d}.safetensors" for number in range(len(shards))]
-        missing = [number for number, path in enumerate(paths) if not path.is_file()]
+        missing = [number for number, path in enumerate(paths) if not _is_whole(path)]
         state.wait_for_everyone()  # before one of them writes what another would count as there
         mine = missing[state.process_index :: state.num_processes]
         rows = sum(len(shards[number]) for number in mine)
@@ -181,7 +181,8 @@ class EmbeddingStore:
         return [_unpacked(path) for path in paths]
 
     def close(self) -> None:
-        """Remove the temporary folder, where there is one."""
+        """Remove the temporary folder, where there is one, once all processes have read it."""
+        processes().wait_for_everyone()
         if self._temporary is not None and processes().is_main_process:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
@@ -208,6 +209,15 @@ def _unpacked(path: Path) -> tuple[Tensor, Tensor, dict[int, str]]:
     with safe_open(path, framework="pt") as file:
         skipped = json.loads(file.metadata()["skipped"])
         return file.get_tensor("embeds"), file.get_tensor("rows"), {int(row): why for row, why in skipped.items()}
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the shard is there and its header fits its size; a damaged one is made anew."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "skipped" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _quiet() -> bool:

@@ -35,10 +35,19 @@ class Place:
         """Of the names, sizes and times of the files; of a Hub id, its text."""
         if not self.local:
             return digest_of(self.name)
-        walked = os.walk(self.name) if Path(self.name).is_dir() else [("", [], [self.name])]
-        paths = [Path(folder) / name for folder, _, names in walked for name in names]
+        paths = _files_below(Path(self.name)) if Path(self.name).is_dir() else [Path(self.name)]
         found = [(os.path.relpath(path, self.name), path.stat()) for path in paths if path.exists()]  # not dead links
         return digest_of(sorted((name, about.st_size, about.st_mtime_ns) for name, about in found))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files, through links too, where large data sets often lie; a folder that was seen is not entered again."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
+        files += [Path(place) / name for name in names]
+    return files
 
 
 def local_data(items: list[str]) -> dict[str, Path]:

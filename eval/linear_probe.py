@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from artifacts import read_json
 from embedders import load_embedder
 from eval.classification import ImageArguments, LabelledImages, classification_metrics, image_header, load_images
 from eval.embeddings import EmbeddingStore, cache_folder
@@ -38,6 +39,7 @@ class LinearProbeArguments(ImageArguments):
     validation_split: str | None = field(default=None, metadata={"help": "Split that the penalty is chosen on."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if any(shots < 1 for shots in self.shots) or self.draws < 1:
             raise ValueError(f"shots and draws must be at least 1, got {self.shots} and {self.draws}.")
 
@@ -125,6 +127,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
         load_images(args.images, name, prompts.names_en, args.image_column, args.label_column) if name else None
         for name in splits
     ]
+    _check_apart(dict(zip(splits, loaded, strict=True)))
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
     store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
@@ -161,6 +164,17 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     return records
 
 
+def _check_apart(data: dict[str | None, LabelledImages | None]) -> None:
+    """Raise ValueError where two splits are the same images: such a figure would be of what was fitted."""
+    seen: dict[str, str] = {}
+    for name, images in data.items():
+        if images is not None and seen.setdefault(images.images.digest, name) != name:
+            raise ValueError(
+                f"The splits {seen[images.images.digest]!r} and {name!r} hold the same images. A linear probe needs a "
+                "folder of splits, such as train/ and test/ with a folder a class in each."
+            )
+
+
 def _fitted(features: Features, penalty: float) -> LogisticRegression:
     return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(features.embeds, features.labels)
 
@@ -171,6 +185,8 @@ def main(argv: list[str] | None = None) -> None:
         records = evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
+    if skipped := read_json(args.output)["skipped"] if records else {}:
+        print(f"{len(skipped)} images could not be read and are not in these figures; {args.output} lists them.")
     for record in records:
         print(f"{record.dataset:20} {record.protocol:8} {record.metric:24} {100 * record.value:6.2f} %")
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**23  # scores that are held at once, 32 MiB in float32; `benchmarks.eval_retrieval` was fastest so
+KEPT_ELEMENTS = 2**27  # scores that are kept for both directions, 512 MiB in float32; more are computed twice
 RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
 
 
@@ -32,32 +33,92 @@ def retrieval_ranks(
     Raises:
         ValueError: a query has no right item, or an embedding is not finite.
     """
+    _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
+    block_size = max(1, min(block_size or BLOCK_ELEMENTS // len(item_embeds), len(query_embeds)))
+    # One buffer for all blocks: fresh memory, page by page, costs as much as the comparison.
+    buffer = query_embeds.new_empty(block_size, len(item_embeds))
+    find_right = _RightPairs(item_groups)
+    ranks = torch.empty(len(query_embeds), dtype=torch.long, device=query_embeds.device)
+    for start in range(0, len(query_embeds), block_size):
+        queries = query_embeds[start : start + block_size]
+        scores = torch.mm(queries, item_embeds.T, out=buffer[: len(queries)])  # (block, items)
+        rows, columns = find_right(query_groups[start : start + block_size])
+        ranks[start : start + block_size] = _row_ranks(scores, rows, columns)
+    return ranks
+
+
+@torch.no_grad()
+def cross_modal_ranks(
+    query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`retrieval_ranks` of the queries among the items, and of the items among the queries.
+
+    Where all scores fit into `KEPT_ELEMENTS`, they are computed once for both.
+
+    Args, Raises: as `retrieval_ranks`; in addition, every item needs a right query.
+
+    Returns:
+        (queries,) and (items,), integers.
+    """
+    if len(query_embeds) * len(item_embeds) > KEPT_ELEMENTS:
+        return (
+            retrieval_ranks(query_embeds, item_embeds, query_groups, item_groups),
+            retrieval_ranks(item_embeds, query_embeds, item_groups, query_groups),
+        )
+    _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
+    _check_embeddings(item_embeds, query_embeds, item_groups, query_groups)
+    scores = query_embeds.new_empty(len(query_embeds), len(item_embeds))
+    step = max(1, BLOCK_ELEMENTS // len(item_embeds))
+    blocks = [slice(start, start + step) for start in range(0, len(query_embeds), step)]
+    find_right = _RightPairs(item_groups)
+    of_queries, right_rows, right_columns = [], [], []
+    for block in blocks:
+        torch.mm(query_embeds[block], item_embeds.T, out=scores[block])
+        rows, columns = find_right(query_groups[block])
+        of_queries.append(_row_ranks(scores[block], rows, columns))
+        right_rows.append(rows + block.start)
+        right_columns.append(columns)
+    rows, columns = torch.cat(right_rows), torch.cat(right_columns)
+    right = scores[rows, columns]
+    best = scores.new_full((len(item_embeds),), -torch.inf).scatter_reduce(0, columns, right, "amax")
+    as_good = torch.zeros(len(item_embeds), dtype=torch.long, device=scores.device)
+    for block in blocks:
+        as_good += (scores[block] >= best).sum(dim=0, dtype=torch.int32)
+    of_items = as_good.index_add(0, columns, (right >= best[columns]).long(), alpha=-1)
+    return torch.cat(of_queries), of_items
+
+
+class _RightPairs:
+    """Finds the items of each query's group."""
+
+    def __init__(self, item_groups: Tensor):
+        self.sorted_groups, self.order = item_groups.sort(stable=True)
+
+    def __call__(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """(right pairs,) twice: row of the query, and column of the item."""
+        groups = groups.contiguous()
+        first = torch.searchsorted(self.sorted_groups, groups)
+        counts = torch.searchsorted(self.sorted_groups, groups, right=True) - first
+        rows = torch.arange(len(groups), device=groups.device).repeat_interleave(counts)
+        within = torch.arange(len(rows), device=groups.device) - (counts.cumsum(0) - counts)[rows]
+        return rows, self.order[first[rows] + within]
+
+
+def _row_ranks(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(queries,), of scores (queries, items) and their right pairs."""
+    right = scores[rows, columns]  # (right pairs,)
+    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, right, "amax")
+    as_good = (scores >= best[:, None]).sum(dim=1, dtype=torch.int32).long()
+    return as_good.index_add(0, rows, (right >= best[rows]).long(), alpha=-1)
+
+
+def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> None:
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
         if not torch.isfinite(embeds).all():
             raise ValueError(f"A {name} embedding is NaN or infinite; the model's weights or precision are at fault.")
     missing = ~torch.isin(query_groups, item_groups)
     if missing.any():
         raise ValueError(f"Queries {missing.nonzero().flatten()[:10].tolist()} have no right item to find.")
-    block_size = block_size or max(1, BLOCK_ELEMENTS // len(item_embeds))
-    sorted_groups, order = item_groups.sort(stable=True)
-    ranks = torch.empty(len(query_embeds), dtype=torch.long, device=query_embeds.device)
-    block_size = max(1, min(block_size, len(query_embeds)))
-    # One buffer for all blocks: fresh memory, page by page, costs as much as the comparison.
-    all_scores = query_embeds.new_empty(block_size, len(item_embeds))
-    all_as_good = torch.empty(block_size, len(item_embeds), dtype=torch.bool, device=query_embeds.device)
-    for start in range(0, len(query_embeds), block_size):
-        queries = query_embeds[start : start + block_size]
-        scores = torch.mm(queries, item_embeds.T, out=all_scores[: len(queries)])  # (block, items)
-        groups = query_groups[start : start + block_size].contiguous()
-        first = torch.searchsorted(sorted_groups, groups)
-        counts = torch.searchsorted(sorted_groups, groups, right=True) - first
-        rows = torch.arange(len(groups), device=groups.device).repeat_interleave(counts)  # a right pair each
-        within = torch.arange(len(rows), device=groups.device) - (counts.cumsum(0) - counts)[rows]
-        right = scores[rows, order[first[rows] + within]]  # (right pairs,)
-        best = scores.new_full((len(groups),), -torch.inf).scatter_reduce(0, rows, right, "amax")
-        as_good = torch.ge(scores, best[:, None], out=all_as_good[: len(queries)]).sum(dim=1, dtype=torch.int32).long()
-        ranks[start : start + block_size] = as_good.index_add(0, rows, (right >= best[rows]).long(), alpha=-1)
-    return ranks
 
 
 def recall_at_k(ranks: Tensor, k: int) -> float:

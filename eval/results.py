@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -94,7 +95,8 @@ def header(
 
 def write_records(path: Path, records: list[Record], facts: dict[str, Any], **parts: Any) -> None:
     """Write a result file in one piece: the header `facts`, the records, and further `parts` such as a matrix."""
-    content = {"schema_version": SCHEMA_VERSION, **facts, "records": [asdict(record) for record in records], **parts}
+    listed = [asdict(record) | {"model_folder": _relative(record.model_folder)} for record in records]
+    content = {"schema_version": SCHEMA_VERSION, **facts, "records": listed, **parts}
     write_json(path, content)
 
 
@@ -126,11 +128,16 @@ def hub_revision(name: str, repo_type: str) -> str | None:
 
 
 def _relative(text: str) -> str:
-    """A path under the current folder relative to it, another absolute one as its last part: none names a machine."""
-    if not str(text).startswith("/"):
-        return str(text)
-    path = Path(text)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+    """Paths under the current folder relative to it, other absolute ones as their last part: none names a machine.
+
+    Also behind `--flag=`, `KEY=` and `open_clip:local-dir:`.
+    """
+
+    def short(found: re.Match) -> str:
+        path = Path(found[0])
+        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
+
+    return re.sub(r"(?<![^=:,])/(?!/)[^=:,]*", short, str(text))
 
 
 def _module_name() -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,12 @@ from eval.gallery import write_gallery
 from eval.metrics import (
     RECALL_CUTOFFS,
     chance_recall,
+    cross_modal_ranks,
     mean_hits,
     mean_recall,
     median_rank,
     paired_bootstrap,
     recall_at_k,
-    retrieval_ranks,
 )
 from eval.results import Record, digest_of, header, hub_revision, write_records
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
@@ -88,6 +89,7 @@ class RetrievalArguments:
     gallery: int = field(default=8, metadata={"help": "Queries for the report, half of them misses."})
     seed: int | None = field(default=None, metadata={"help": "Seed of the training run, for the records."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
+    dataset_name: str | None = field(default=None, metadata={"help": "What records call the data set; its last parts."})
 
     def __post_init__(self) -> None:
         _positions(self.caption_positions, 10)
@@ -115,8 +117,11 @@ class RetrievalEmbeddings:
 
     def ranks(self, direction: str) -> Tensor:
         """(queries,), ranks as `retrieval_ranks` defines them."""
-        queries, items, query_groups, item_groups = self._sides(direction)
-        return retrieval_ranks(queries, items, query_groups, item_groups)
+        return self._ranks[direction]
+
+    @cached_property
+    def _ranks(self) -> dict[str, Tensor]:
+        return dict(zip(DIRECTIONS, cross_modal_ranks(*self._sides("text_to_image")), strict=True))
 
     def chance(self, direction: str, k: int) -> float:
         _, _, query_groups, item_groups = self._sides(direction)
@@ -170,7 +175,8 @@ def retrieval_records(
         ranks = embeddings.ranks(direction)
         values = {f"recall@{k}": (recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
         recalls, chances = zip(*values.values(), strict=True)
-        values["mean_recall"] = (sum(recalls) / len(recalls), sum(chances) / len(chances))
+        if tuple(cutoffs) == RECALL_CUTOFFS:  # of others it would be another figure of the same name
+            values["mean_recall"] = (sum(recalls) / len(recalls), sum(chances) / len(chances))
         values["median_rank"] = (median_rank(ranks), None)
         for metric, (value, chance) in values.items():
             records.append(
@@ -256,11 +262,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
-    if max(args.recall_at) > len(captions):
-        raise ValueError(
-            f"recall@{max(args.recall_at)} has no meaning among {len(captions)} images; give smaller ones, such as "
-            f"--recall_at 1 {min(5, len(captions))}."
-        )
+    _check_cutoffs(args.recall_at, len(captions))
     return RetrievalData(source, captions, ImageRows(lambda row: source.row(row)[args.image_column], len(captions)))
 
 
@@ -271,7 +273,13 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     started = time.perf_counter()
     store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
     embeddings, images = data.embedded(store)
-    facts = {"dataset": dataset_name(args.dataset), "split": args.split, "language": args.language, "seed": args.seed}
+    _check_cutoffs(args.recall_at, len(images.rows))
+    facts = {
+        "dataset": args.dataset_name or dataset_name(args.dataset),
+        "split": args.split,
+        "language": args.language,
+        "seed": args.seed,
+    }
     protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
     records = retrieval_records(embeddings, args.recall_at, protocol, **facts, model=args.role, model_folder=args.model)
     parts: dict[str, Any] = {"skipped": images.skipped}
@@ -309,10 +317,22 @@ def precision_effect(args: RetrievalArguments, data: RetrievalData, embedder: Em
     return effect
 
 
+def _check_cutoffs(cutoffs: Sequence[int], images: int) -> None:
+    if max(cutoffs) > images:
+        raise ValueError(
+            f"recall@{max(cutoffs)} has no meaning among {images} images; give smaller ones, such as "
+            f"--recall_at 1 {min(5, images)}."
+        )
+
+
 def _chosen(value: Any, positions: str, row: int) -> list[str]:
     captions = [value] if isinstance(value, str) else value
     if not isinstance(captions, list) or not captions:
         raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
+    if not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(
+            f"Row {row} has captions that are no text: {str(captions)[:100]}. Name another --caption_column."
+        )
     chosen = [captions[place] for place in _positions(positions, len(captions)) if place < len(captions)]
     if not chosen:
         raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")

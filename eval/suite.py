@@ -63,6 +63,7 @@ def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measuremen
     if benchmark.task == "retrieval":
         columns = {"image_column": benchmark.image_column, "caption_column": benchmark.caption_column}
         columns |= {"caption_positions": benchmark.caption_positions, "gallery": args.gallery}
+        columns |= {"dataset_name": benchmark.key}
         return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared))
     columns = {"image_column": benchmark.image_column, "label_column": benchmark.label_column}
     columns |= {"benchmark": benchmark.prompts, "protocol": protocol_of(benchmark, args)}

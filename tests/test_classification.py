@@ -103,7 +103,11 @@ def test_metrics_of_a_data_set():
     [
         ({"benchmark": "cifar-11"}, "Unknown benchmark 'cifar-11'; the nearest are"),
         ({"images": "/nowhere/at/all"}, "nowhere"),
-        ({"model": "open_clip:ViT-B-32"}, "--baseline alone|no CAPIVARA model"),
+        ({"model": "open_clip:ViT-B-32"}, "--role baseline"),
+        ({"model": "open_clip:ViT-B-32", "role": "baseline"}, "names no weights; say open_clip:ViT-B-32:TAG"),
+        ({"model": "open_clip:foo:bar", "role": "baseline"}, "open_clip can't load 'foo:bar'"),
+        ({"device": "tpuu"}, "Unknown device 'tpuu'; use cpu or cuda"),
+        ({"batch_size": "0"}, "batch_size must be at least 1, got 0"),
     ],
 )
 def test_slips_end_early(tiny_folder, image_folder, tmp_path, more, message):
@@ -162,3 +166,48 @@ def test_clip_benchmarks_tars(tiny_folder, image_folder, tmp_path):
     assert images.labels == [CIFAR.index(name) for name in shuffled]
     main(flags(tiny_folder, tmp_path / "wds", tmp_path / "r.json"))
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["records"][0]["n"] == 10
+
+
+def test_a_lone_train_split_is_not_measured_as_test(image_folder, tmp_path):
+    (tmp_path / "splits").mkdir()
+    image_folder.rename(tmp_path / "splits" / "train")
+    with pytest.raises(ValueError, match="has no split 'test'; there are \\['train'\\]"):
+        load_images(str(tmp_path / "splits"), "test", CIFAR)
+
+
+def test_a_class_may_be_called_train(image_folder):
+    names = ["train" if name == "truck" else name for name in CIFAR]  # as CIFAR-100 has one
+    (image_folder / "truck").rename(image_folder / "train")
+    images = load_images(str(image_folder), "test", names)
+    assert sorted(images.labels) == sorted(list(range(10)) * 3)
+
+
+def test_signs_in_names_of_folders():
+    assert _by_name(["F-16A_B", "Boeing 737-200"], ["Boeing 737-200", "F-16A/B"], "d") == {0: 1, 1: 0}
+
+
+def test_authors_list_without_a_name_counts_its_class_as_wrong(tiny_folder, tmp_path):
+    """Food-101's list has 100 names for 101 classes; FER-2013's names are lists, of which the first counts."""
+    names = load_prompts("food-101").names_en
+    listed = repr([[name, "x"] for name in names[:100]])
+    (tmp_path / "authors.py").write_text(
+        f'food_classes = {listed}\nfood_templates = ["uma foto de {{}}"]\n'
+        'class_map = {"food-101": food_classes}\ntemplate_map = {"food-101": food_templates}\n',
+        encoding="utf-8",
+    )
+    for name in (names[0], names[100]):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        PIL.Image.new("RGB", (40, 40), (len(name), 9, 9)).save(tmp_path / "d" / name / "0.png")
+    more = {"benchmark": "food-101", "protocol": "authors", "authors_file": tmp_path / "authors.py"}
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    rows = {"image": [str(tmp_path / "d" / name / "0.png") for name in (names[0], names[100])], "label": [0, 100]}
+    DatasetDict(test=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "saved")
+    main(flags(tiny_folder, tmp_path / "saved", tmp_path / "r.json", **more))
+    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert content["per_class_accuracy"][100] == 0 and "tacos" in content["notes"][0]
+
+
+def test_results_name_no_place_of_the_machine(tiny_folder, image_folder, tmp_path):
+    main(flags(tiny_folder, image_folder, tmp_path / "r.json"))
+    text = (tmp_path / "r.json").read_text(encoding="utf-8")
+    assert str(tmp_path) not in text and '"model_folder": "model"' in text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
+from conftest import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from hub_server import HubServer
 from safetensors.torch import load_file
 
@@ -50,7 +50,9 @@ def inputs(tmp_path_factory):
 def source(tmp_path_factory, tiny_processor):
     """A saved tiny model."""
     folder = tmp_path_factory.mktemp("source") / "model"
-    randomise(CapivaraModel(tiny_config())).save_pretrained(folder)
+    # Wide enough for int8, which rounds blocks of 128 numbers.
+    config = tiny_config(vision_config={**TINY_VISION, "hidden_size": 128, "intermediate_size": 256})
+    randomise(CapivaraModel(config)).save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
     return folder
 
@@ -114,7 +116,7 @@ def test_int8_graphs_stay_near(source, repository, inputs, tmp_path):
     found = loaded("onnx_int8", str(repository), inputs, tmp_path)
     for part, embeds in embeddings_of(source).items():
         cosines = (found[part] * embeds).sum(axis=1)
-        assert 0.97 < cosines.min() < 0.9999999, "equal to the last bit would mean that nothing was rounded"
+        assert 0.995 < cosines.min() < 0.9999999, "equal to the last bit would mean that nothing was rounded"
 
 
 @pytest.mark.slow

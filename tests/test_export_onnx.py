@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import randomise, tiny_config
+from conftest import TINY_VISION, randomise, tiny_config
 from safetensors.torch import load_file
 
 from eval.retrieval import RetrievalArguments
@@ -19,13 +19,14 @@ from modeling_capivara.loading import load_processor
 from modeling_capivara.open_clip_mapping import TimmWrapperConfig
 
 pytestmark = pytest.mark.slow
+BLOCKS_WIDE = {**TINY_VISION, "hidden_size": 128, "intermediate_size": 256}  # narrower ones would fill no block
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory, tiny_processor):
     """Saved in training mode, with dropout that would show."""
     folder = tmp_path_factory.mktemp("source") / "model"
-    config = tiny_config()
+    config = tiny_config(vision_config=BLOCKS_WIDE)
     config.text_config.hidden_dropout_prob = config.text_config.attention_probs_dropout_prob = 0.5
     randomise(CapivaraModel(config)).train().save_pretrained(folder)
     tiny_processor.save_pretrained(folder)
@@ -61,12 +62,19 @@ def test_padding_does_not_change_a_text(repository):
     torch.testing.assert_close(alone, beside, rtol=0, atol=1e-6)
 
 
+def test_export_leaves_logging_as_it_was(repository):
+    import logging
+
+    assert not [handler for handler in logging.root.handlers if "onnxruntime" in str(handler.formatter)]
+    assert logging.root.level == logging.WARNING and logging.root.manager.disable == logging.NOTSET
+
+
 def test_int8_is_smaller_and_near(source, repository):
     exact, rounded = runs(repository, "float32"), runs(repository, "int8")
     for embed in ("embed_images", "embed_texts"):
         items = random_images() if embed == "embed_images" else random_texts()
         cosines = (getattr(exact, embed)(items) * getattr(rounded, embed)(items)).sum(dim=-1)
-        assert 0.97 < cosines.min() < 0.99999999, "equal to the last bit would mean that nothing was rounded"
+        assert 0.995 < cosines.min() < 0.99999999, "equal to the last bit would mean that nothing was rounded"
     kinds = {
         tensor.data_type for path in graphs(repository, "int8").values() for tensor in onnx.load(path).graph.initializer
     }

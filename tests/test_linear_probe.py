@@ -92,3 +92,13 @@ def test_slips(tiny_folder, colours, tmp_path):
         main([*flags, "--shots", "0", "--output", str(tmp_path / "p.json")])
     with pytest.raises(SystemExit, match="no split 'validation'"):
         main([*flags, "--validation_split", "validation", "--output", str(tmp_path / "p.json")])
+
+
+def test_the_same_images_are_not_fitted_and_measured(tiny_folder, tmp_path):
+    for name in CIFAR[:3]:
+        (tmp_path / "d" / name).mkdir(parents=True)
+        for number in range(3):
+            PIL.Image.new("RGB", (40, 40), (60 * number, 9, len(name))).save(tmp_path / "d" / name / f"{number}.png")
+    flags = ["--model", str(tiny_folder), "--benchmark", "cifar-10", "--images", str(tmp_path / "d")]
+    with pytest.raises(SystemExit, match="splits 'train' and 'test' hold the same images"):
+        main([*flags, "--output", str(tmp_path / "p.json")])

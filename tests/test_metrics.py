@@ -7,6 +7,7 @@ import torch
 
 from eval.metrics import (
     chance_recall,
+    cross_modal_ranks,
     mean_hits,
     mean_recall,
     paired_bootstrap,
@@ -104,3 +105,23 @@ def test_bad_k_and_empty_split():
         recall_at_k(torch.tensor([0]), 0)
     with pytest.raises(ValueError, match="no query"):
         mean_recall(torch.tensor([]))
+
+
+@pytest.mark.parametrize("kept", [0, 2**27])  # computed twice, and kept
+@pytest.mark.parametrize("block", [7, 2**23])
+def test_both_directions_at_once_are_each_alone(monkeypatch, kept, block):
+    monkeypatch.setattr("eval.metrics.KEPT_ELEMENTS", kept)
+    monkeypatch.setattr("eval.metrics.BLOCK_ELEMENTS", block)
+    generator = torch.Generator().manual_seed(0)
+    texts, images = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (23, 9))  # many ties
+    groups = torch.cat([torch.arange(9), torch.randint(0, 9, (14,), generator=generator)])[torch.randperm(23)]
+    of_texts, of_images = cross_modal_ranks(texts, images, groups, torch.arange(9))
+    scores = texts @ images.T
+    for text, rank in enumerate(of_texts.tolist()):
+        wrong = [scores[text, i] for i in range(9) if i != groups[text]]
+        assert rank == sum(score >= scores[text, groups[text]] for score in wrong)
+    for image, rank in enumerate(of_images.tolist()):
+        best = max(scores[t, image] for t in range(23) if groups[t] == image)
+        assert rank == sum(scores[t, image] >= best for t in range(23) if groups[t] != image)
+    with pytest.raises(ValueError, match=r"Queries \[9\] have no right item"):
+        cross_modal_ranks(texts, torch.zeros(10, 3), groups, torch.arange(10))

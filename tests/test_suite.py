@@ -97,7 +97,8 @@ def test_protocols_of_xm3600(models, data, tmp_path):
 
 
 def test_babel_takes_the_images_of_imagenet(models, tmp_path):
-    names = load_prompts("imagenet-1k", "babel", language="xh").names_en
+    prompts = load_prompts("imagenet-1k", "babel", language="xh")
+    names = [prompts.names_en[place] for place in prompts.places]
     for number, name in enumerate([*names[:3], "tench", "goldfish"]):
         (tmp_path / "data" / name.replace("/", "-")).mkdir(parents=True)
         picture(number).save(tmp_path / "data" / name / "0.png")

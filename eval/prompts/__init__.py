@@ -6,11 +6,13 @@ file, `babel` the names of Babel-ImageNet out of the package `clip-benchmark`, i
 
 import ast
 import json
+import re
 import urllib.request
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from artifacts import read_json
 
@@ -46,6 +48,11 @@ class Prompts:
     metric: str
     notes: tuple[str, ...] = ()
     places: list[int] | None = None
+
+    @property
+    def classes(self) -> int:
+        """Classes that images may be of; more than `names` where a list lacks some."""
+        return len(self.names) if self.places is not None else max(len(self.names), len(self.names_en))
 
 
 def benchmarks() -> list[str]:
@@ -144,10 +151,15 @@ def _prompts(benchmark: str, data: dict) -> Prompts:
 def _authors(ours: Prompts, source: str) -> Prompts:
     values = assignments(_read(source))
     key = ours.benchmark
-    if key not in values.get("class_map", {}) or key not in values.get("template_map", {}):
-        known = sorted(values.get("class_map", {}))
+    maps = [values.get(name) for name in ("class_map", "template_map")]
+    if not all(isinstance(one, dict) for one in maps):
+        raise ValueError("The authors' file has no class_map and template_map.")
+    if key not in maps[0] or key not in maps[1]:
+        known = sorted(map(str, maps[0]))
         raise ValueError(f"The authors' file has no {key!r}; it has {known}.")
-    names, templates = values["class_map"][key], values["template_map"][key]
+    names = [name[0] if isinstance(name, list) and name else name for name in values["class_map"][key]]  # as they do
+    templates = values["template_map"][key]
+    _check_authors(names, templates, key)
     notes = ()
     if len(names) != len(ours.names):
         notes = (
@@ -155,6 +167,15 @@ def _authors(ours: Prompts, source: str) -> Prompts:
         )
     filled = [[template.replace("{}", name) for template in templates] for name in names]
     return Prompts(key, "authors", names, ours.names_en, filled, ours.metric, notes)
+
+
+def _check_authors(names: Any, templates: Any, key: str) -> None:
+    """Raise ValueError unless both are lists of texts, and the templates have a place for the name."""
+    for what, values in (("classes", names), ("templates", templates)):
+        if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
+            raise ValueError(f"The authors' {what} of {key!r} are not a list of texts.")
+    if lacking := [template for template in templates if "{}" not in template]:
+        raise ValueError(f"The authors' templates of {key!r} have no {{}} for the name: {lacking[:3]}.")
 
 
 def assignments(text: str) -> dict:
@@ -194,7 +215,9 @@ def _template_of(node: ast.Lambda) -> str:
 
 
 def _read(source: str) -> str:
-    if source.startswith("https://"):
+    if re.match(r"\w+://", source):
+        if not re.fullmatch(r"https://[\w.-]+(:\d+)?/[^\s]*", source):
+            raise ValueError(f"The authors' file must be a path or an https address, got {source!r}.")
         with urllib.request.urlopen(source, timeout=30) as answer:
             return answer.read(MAX_AUTHORS_BYTES).decode("utf-8")
     if not Path(source).is_file():
@@ -218,4 +241,7 @@ def _babel(ours: Prompts, language: str) -> Prompts:
     templates = json.loads((folder / "nllb_dist13b_prompts.json").read_text(encoding="utf-8"))
     filled = [[template.replace("{}", name) for template in templates.get(key, templates["EN"])] for name in names]
     note = f"Babel-ImageNet names {len(indices)} of the 1000 classes in {language}; only their images are classified."
-    return Prompts("imagenet-1k", "babel", names, ours.names_en, filled, "accuracy", (note,), list(indices))
+    notes = (note,)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        notes += (f"{len(twice)} names stand for several classes, whose images count as wrong: {', '.join(twice)}.",)
+    return Prompts("imagenet-1k", "babel", names, ours.names_en, filled, "accuracy", notes, list(indices))

@@ -36,4 +36,6 @@ class RecallAtK(evaluate.Metric):
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features)
 
     def _compute(self, predictions, references, k: int = 1) -> dict[str, float]:
+        if k > len(predictions[0]):
+            raise ValueError(f"k must be at most the number of items, {len(predictions[0])}, got {k}.")
         return {"recall_at_k": recall_at_k(ranks_of_scores(torch.tensor(predictions), references), k)}
