@@ -89,9 +89,11 @@ def load_captioner(args: GenerateArguments) -> Captioner:
     """The model of the arguments, from a folder or the Hub.
 
     Raises:
-        ValueError: it is of a kind that continues no prefix, or the device is none.
-        OSError: there is no such model.
+        ValueError: it is no model, or of a kind that continues no prefix, or the device is none.
+        OSError: the Hub has no such model, or can't be reached.
     """
+    if not Path(args.model).exists() and args.model.count("/") != 1:
+        raise ValueError(f"{args.model!r} is neither a folder nor a Hub id such as {GenerateArguments.model}.")
     kind = AutoConfig.from_pretrained(args.model, revision=args.revision).model_type
     if kind not in KINDS:
         raise ValueError(

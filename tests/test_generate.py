@@ -397,6 +397,7 @@ def test_prefixes_that_are_none(text, said, tmp_path):
         (["--top_p", "1.5"], "top_p must be above 0 and at most 1"),
         (["--prefixes", "no/such.json"], "no/such.json"),
         (["--device", "abacus"], "device must be cpu"),
+        (["--model", "no/such/folder"], "'no/such/folder' is neither a folder nor a Hub id"),
         (["--shard", "2/2"], "shard must be"),
     ],
 )
