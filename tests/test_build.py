@@ -15,6 +15,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 import yaml
 from caption_tars import picture
 from datasets import Dataset, DatasetDict, Features, Image, Value
@@ -173,7 +174,8 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(config, tmp_path):
     done = subprocess.run(
         [sys.executable, "tests/killed_stage.py", "build", str(config)],
         cwd=ROOT, capture_output=True, text=True, timeout=500,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        # As many threads as here: with others a model rounds otherwise.
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 4, "hardly anything was killed"
