@@ -135,7 +135,6 @@ class GenerateProcess:
 
     def __init__(self, captioner: Captioner, prefixes: list[str], image_column: str):
         self.captioner, self.prefixes, self.image_column = captioner, prefixes, image_column
-        self.threads = ThreadPoolExecutor(DECODERS)
         self.any_caption = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
@@ -144,7 +143,8 @@ class GenerateProcess:
         Raises:
             ValueError: the memory does not suffice, or no image has got a caption since the start.
         """
-        prepared = list(self.threads.map(self._prepared, rows))
+        with ThreadPoolExecutor(DECODERS) as threads:  # ended before the model computes, whose own threads they slow
+            prepared = list(threads.map(self._prepared, rows))
         good = [image for image in prepared if not isinstance(image, BadRow)]
         if not good:
             return prepared

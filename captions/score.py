@@ -65,11 +65,11 @@ class ScoreProcess:
     def __init__(self, embedder: Embedder, columns: list[str], result: str, image_column: str, batch_size: int):
         self.embedder, self.columns, self.result = embedder, columns, result
         self.image_column, self.batch_size = image_column, batch_size
-        self.threads = ThreadPoolExecutor(DECODERS)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         captions = [[text for column in self.columns for text in row.get(column) or []] for row in rows]
-        images = list(self.threads.map(self._image, rows, captions))
+        with ThreadPoolExecutor(DECODERS) as threads:  # ended before the model computes, whose own threads they slow
+            images = list(threads.map(self._image, rows, captions))
         good = [place for place, image in enumerate(images) if not isinstance(image, BadRow)]
         if not good:
             return images
