@@ -62,6 +62,15 @@ PARTS = ("generate", "translate", "score", "select")
 WIDTHS, LAYERS = 4, 6  # that BLIP-2's are divided by
 BATCHES = 4  # that `ours` and `stage` are timed over
 PROGRAMS = ("plain", "encoded_once", "ours", "stage")
+ROW_TITLES = {
+    "plain": "plain call: image encoded once a prefix",
+    "encoded_once": "image encoded once",
+    "ours": "and read once by the language model",
+    "stage": "the whole stage around it",
+    "distinct": "different sentences",
+    "repeated": "a share of them repeated",
+    "known": "all in the memory",
+}
 WORDS = "a the of two old red small happy dog cat house tree child boat street table sits runs plays under near with"
 SENTENCE_WORDS, TRANSLATED_TOKENS = 10, 16  # of a caption and of its translation; about COCO's
 ORIGINALS, GENERATED = 1, 10  # captions an image
@@ -340,7 +349,7 @@ def markdown_table(results: dict[str, Any]) -> str:
         for name, rate in found["rows_per_second"].items():
             gain = found.get(f"gain_{name}") or (found.get("gain_memory") if name == "repeated" else None)
             cells = f"{gain['measured']:.2f} | {gain['predicted']:.2f} | {gain['share']:.0%}" if gain else "- | - | -"
-            lines.append(f"| {part} | {name.replace('_', ' ')} | {rate['median']:.2f} | {cells} |")
+            lines.append(f"| {part} | {ROW_TITLES.get(name, '')} | {rate['median']:.2f} | {cells} |")
     facts = f"Random weights, median of {results['runs']} alternating runs on {results['device']}; torch "
     facts += f"{results['versions']['torch']}, transformers {results['versions']['transformers']}."
     if found := results["measured"].get("generate"):

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from artifacts import write_json, write_text
-from benchmarks import scaling, train_step
+from benchmarks import captions, scaling, train_step
 from eval.results import Record, read_records
 from eval.tables import retrieval_table
 
@@ -35,6 +35,9 @@ def blocks() -> dict[str, str]:
         "loading": loading_block(),
         "real_images": real_images_block(),
         "eval_retrieval": eval_retrieval_block(),
+        "export": export_block(),
+        "space": space_block(),
+        "captions": captions.markdown_table(_results("captions")),
     }
 
 
@@ -109,6 +112,32 @@ def eval_retrieval_block() -> str:
             f"be {large['all_scores_bytes'] / 1e9:.0f} GB."
         )
     return "\n".join([*lines, "", memory])
+
+
+def export_block() -> str:
+    found = _results("export")
+    lines = ["| what | open_clip, s | ours, s | ratio |", "|---|---:|---:|---:|"]
+    for name, what in (("load", "cold load"), ("load_and_read", "cold load, every weight read once")):
+        load = found["load"][name]
+        seconds = " | ".join(f"{load[who]['median_s']:.2f}" for who in ("open_clip", "ours"))
+        lines.append(f"| {what} | {seconds} | {load['ratio']:.2f} |")
+    facts = (
+        f"Full size, {found['weights_bytes'] / 1e9:.2f} GB of weights, median of {found['runs']} alternating runs on "
+        f"{found['device']}; page cache: {found['load']['page_cache']}. Over the imports, the export holds "
+        f"{found['export']['ratio_to_weights']:.2f} times the weights at its peak, the push "
+        f"{found['push']['ratio_to_weights']:.2f} times."
+    )
+    return "\n".join([*lines, "", facts])
+
+
+def space_block() -> str:
+    found = _results("space")
+    demo, full = (found["milliseconds"][name]["answer"]["wall"]["median"] for name in ("demo", "full_size"))
+    return (
+        f"Among {found['pictures']:,} pictures a text of {found['tokens']} tokens is answered in {demo:.0f} ms by the "
+        f"demo's model and in {full:.0f} ms at full size (medians of {found['questions']}, page included, on "
+        f"{found['device']})."
+    )
 
 
 def demo_block() -> str:
