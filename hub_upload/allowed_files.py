@@ -1,7 +1,6 @@
 """What may leave this machine: an allow-list of a repository's files, and a look into them for what must stay here."""
 
 import re
-import struct
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ NOT_SEARCHED = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 PRIVATE_FOLDERS = ("home", "Users", "root", "mnt", "media", "tmp", "private", "scratch", "workspace")
 TOKEN = re.compile(r"\b(?:hf|api_org|ghp|github_pat)_[A-Za-z0-9]{16,}")
 CHUNK_BYTES = 2**24
+MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
 
 
 def allowed_files(folder: Path) -> list[Path]:
@@ -54,7 +54,8 @@ def allowed_files(folder: Path) -> list[Path]:
 
 
 def check_contents(folder: Path) -> None:
-    """Raise ValueError, naming file and line, where an allowed file holds a path of a machine or an access token.
+    """Raise ValueError, naming file and line, where an allowed file holds a path of a machine or an access token, or
+    is no whole safetensors file.
 
     Weights are searched in their header alone, vocabularies not at all; other binary files for this machine's paths.
     """
@@ -139,7 +140,10 @@ def _chunks(path: Path) -> Iterator[bytes]:
     """The bytes of a file that can hold text, in overlapping parts."""
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
-            yield file.read(struct.unpack("<Q", file.read(8))[0])
+            size = int.from_bytes(file.read(8), "little")
+            if not 0 < size <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+                raise ValueError(f"{path} is no whole safetensors file: its header can't be read. Make it anew.")
+            yield file.read(size)
             return
         tail = b""
         while part := file.read(CHUNK_BYTES):

@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import mmap
 import re
-import struct
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -196,8 +195,6 @@ def files_to_send(folder: Path, repo_type: str) -> list[LocalFile]:
             check_contents(folder)
         except ValueError as error:
             raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
-        except (struct.error, MemoryError, OverflowError) as error:
-            raise ValueError(f"A safetensors file in {folder} is damaged: its header can't be read.") from error
     return files
 
 

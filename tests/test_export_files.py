@@ -168,6 +168,13 @@ def test_a_path_across_two_parts_of_a_large_file(tiny_folder, monkeypatch):
         check_contents(tiny_folder)
 
 
+@pytest.mark.parametrize("content", [b"", b"m" * 1000, b"\xff" * 8, (2000).to_bytes(8, "little") + b"{}"])
+def test_a_damaged_header_is_named(tiny_folder, content):
+    (tiny_folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is no whole safetensors file"):
+        check_contents(tiny_folder)
+
+
 def test_header_of_the_source_is_not_taken_over(run_folder, tmp_path):
     weights = load_file(run_folder / "model.safetensors")
     save_file(weights, run_folder / "model.safetensors", metadata={"from": str(Path.cwd()), "format": "pt"})
