@@ -19,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ from .open_clip_mapping import (
     refuse,
     square,
 )
+from .open_clip_origin import origin_card
 from .processing_capivara import CapivaraProcessor
 
 TOLERANCE = 1e-4  # of cosines and logits in float32; the two programs differ by some 1e-6, a wrong layer by 1e-3 and up
@@ -89,12 +90,16 @@ class OpenClipSource:
         preprocess_cfg: as in open_clip_config.json.
         weights: the checkpoint file.
         tokenizer: folder or Hub id.
+        folder: that holds it; None for a bare checkpoint file.
+        repo_id: of the Hub, where it was fetched from there.
     """
 
     model_cfg: dict | None
     preprocess_cfg: dict
     weights: Path
     tokenizer: str
+    folder: Path | None = None
+    repo_id: str | None = None
 
 
 # --- Command ---------------------------------------------------------------------------------------------------------
@@ -193,6 +198,8 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
         ours = capivara_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, config)
         CapivaraModel.from_pretrained(None, config=config, state_dict=ours).save_pretrained(folder)
         processor.save_pretrained(folder)
+        if found.folder and (card := origin_card(found.folder, found.repo_id)):
+            (folder / "README.md").write_text(card, encoding="utf-8")
         del ours, state
         reference = _reference_folder(Path(scratch), found, config, processor.tokenizer)
         difference = _checked_difference(folder, reference, found.weights)
@@ -278,7 +285,8 @@ def find_open_clip(source: str, tokenizer: str | None = None) -> OpenClipSource:
         ValueError: there is no such model, or it is not open_clip's.
     """
     if source.startswith("hf-hub:"):
-        return _find_in_folder(_download_open_clip(source.removeprefix("hf-hub:")), tokenizer)
+        repo_id = source.removeprefix("hf-hub:")
+        return replace(_find_in_folder(_download_open_clip(repo_id), tokenizer), repo_id=repo_id)
     if source.startswith("local-dir:"):
         return _find_in_folder(Path(source.removeprefix("local-dir:")), tokenizer)
     path = Path(source)
@@ -308,11 +316,11 @@ def _find_in_folder(folder: Path, tokenizer: str | None) -> OpenClipSource:
     has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
     named = model_cfg["text_cfg"].get("hf_tokenizer_name")
     name = str(folder) if has_tokenizer else named or tokenizer or BASE_TEXT_MODEL
-    return OpenClipSource(model_cfg, settings.get("preprocess_cfg") or {}, weights, name)
+    return OpenClipSource(model_cfg, settings.get("preprocess_cfg") or {}, weights, name, folder)
 
 
 def _download_open_clip(repo_id: str) -> Path:
-    folder = _download(repo_id, [OPEN_CLIP_CONFIG, *TOKENIZER_FILES, WEIGHT_FILES[0]])
+    folder = _download(repo_id, [OPEN_CLIP_CONFIG, "README.md", *TOKENIZER_FILES, WEIGHT_FILES[0]])
     for name in WEIGHT_FILES[1:]:  # one at a time: a second file of the same weights is over a gigabyte
         if any((folder / found).is_file() for found in WEIGHT_FILES):
             break

@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from hub_server import HubServer
+from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
@@ -33,6 +34,8 @@ from modeling_capivara.open_clip_mapping import (
     capivara_state_dict,
     open_clip_model_cfg,
 )
+from modeling_capivara.open_clip_origin import origin_card
+from training.outputs import origin
 
 TIMM = {"vision_config": mapping.TimmWrapperConfig(architecture="tf_efficientnet_lite0")}
 ARCHITECTURES = {
@@ -257,11 +260,37 @@ def test_both_directions_from_the_hub_fetch_what_they_need(open_clip_folder, tin
         result.stderr
     )
     assert (tmp_path / "there" / "model.safetensors").exists()
+    assert metadata_load(tmp_path / "there" / "README.md")["base_model"] == "us/open"
     assert (tmp_path / "back" / "open_clip_model.safetensors").exists()
     assert set(server.fetched) >= {"us/open/open_clip_pytorch_model.safetensors", "us/model/model.safetensors"}
     assert not [
         name for name in server.fetched if name.endswith((".bin", ".png")) or name == "us/open/model.safetensors"
     ]
+
+
+def test_the_source_and_its_licence_are_on_the_first_card(open_clip_folder, tmp_path):
+    front = "license: mit\nbase_model: [us/base]\nlanguage: pt\nattribution: {no: text}\ntags: [theirs]"
+    (open_clip_folder / "README.md").write_text(f"---\n{front}\n---\n# Theirs\n", encoding="utf-8")
+    convert(f"local-dir:{open_clip_folder}", tmp_path / "there")
+    assert metadata_load(tmp_path / "there/README.md") == {
+        "base_model": ["us/base"],
+        "license": "mit",
+        "language": "pt",
+        "library_name": "transformers",
+        "pipeline_tag": "zero-shot-image-classification",
+    }
+    of = origin(str(tmp_path / "there"), "model")
+    assert (of["base_model"], of["licenses"]) == (["us/base"], ["mit"])
+
+
+@pytest.mark.parametrize(
+    "card", [None, "# No front matter\n", "---\nlicense: [mit\n---\n", "---\n- mit\n---\n", "\xff"]
+)
+def test_where_the_source_says_nothing_there_is_no_card(tmp_path, card):
+    if card is not None:
+        (tmp_path / "README.md").write_bytes(card.encode("latin-1"))
+    assert origin_card(tmp_path) is None
+    assert "base_model: us/open\n" in origin_card(tmp_path, "us/open")
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
