@@ -43,6 +43,7 @@ from hub_upload.open_clip_files import (
     write_open_clip_weights,
     written_tensors,
 )
+from hub_upload.remote import check_repo_id
 from hub_upload.sentence_transformers_files import write_sentence_transformers
 from hub_upload.source_model import (
     WEIGHTS,
@@ -118,9 +119,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(ExportArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
-    (args,) = parser.parse_args_into_dataclasses(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
         files = export(
             args.model, args.output, args.formats.split(","), args.text_config, args.overwrite_output_dir,
             repo_id=args.repo_id, recall=_recall_arguments(args),
@@ -163,6 +164,8 @@ def export(
         OSError: the disk is full.
     """
     formats = _checked_formats(formats, recall)
+    if repo_id is not None:
+        check_repo_id(repo_id)
     check_output_folder(output, overwrite)
     for kept in (model.resolve(), Path.cwd()):
         if kept.is_relative_to(output.resolve()):
@@ -172,10 +175,11 @@ def export(
     if "open_clip" in formats:
         _tell_about_open_clip(plan, repo_id)
     _check_space(model, output, formats, plan)
+    recall_data = _recall_data(recall)
     with whole_folder(output, overwrite) as folder:
         _write_loaders_files(model, folder, config, formats, plan)
         if "onnx" in formats:
-            _write_onnx(folder, recall)
+            _write_onnx(folder, recall, recall_data)
         _write_records(model, folder)
         return _finished(folder)
 
@@ -206,6 +210,15 @@ def _recall_arguments(args: ExportArguments) -> Any:
         model=str(args.model), dataset=args.recall_dataset, output=args.output, split=args.recall_split,
         language=args.recall_language, caption_column=args.recall_caption_column,
     )  # fmt: skip
+
+
+def _recall_data(recall: Any) -> Any:
+    """The data on which int8 is measured, opened before the graphs, which take minutes, for its errors."""
+    if recall is None:
+        return None
+    from eval.retrieval import load_data
+
+    return load_data(recall)
 
 
 def _read_image_processor(model: Path) -> CapivaraImageProcessor:
@@ -299,7 +312,7 @@ def _write_processor(model: Path, folder: Path) -> None:
         shutil.copyfile(package / name, folder / name)
 
 
-def _write_onnx(folder: Path, recall: Any) -> None:
+def _write_onnx(folder: Path, recall: Any, data: Any) -> None:
     from hub_upload.onnx_files import write_onnx
 
     write_onnx(folder)
@@ -308,7 +321,7 @@ def _write_onnx(folder: Path, recall: Any) -> None:
         return
     from hub_upload.onnx_recall import measure_int8, recall_lines
 
-    for line in recall_lines(measure_int8(folder, recall)):
+    for line in recall_lines(measure_int8(folder, recall, data)):
         logger.info("%s", line)
 
 

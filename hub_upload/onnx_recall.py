@@ -11,26 +11,31 @@ from artifacts import device_description, read_json, write_json
 from embedders import PlainEmbedder
 from eval.embeddings import EmbeddingStore
 from eval.results import digest_of
-from eval.retrieval import PROTOCOL, RetrievalArguments, RetrievalEmbeddings, dataset_name, load_data, retrieval_records
+from eval.retrieval import (
+    PROTOCOL,
+    RetrievalArguments,
+    RetrievalData,
+    RetrievalEmbeddings,
+    dataset_name,
+    retrieval_records,
+)
 from hub_upload.onnx_files import OnnxModel, graphs
 from modeling_capivara.loading import load_processor
 
 
-def measure_int8(folder: Path, args: RetrievalArguments) -> dict[str, Any]:
+def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) -> dict[str, Any]:
     """Measure the recall of both precisions and write it to `onnx/quantisation.json` of a repository.
 
     Args:
         folder: the repository's, with `onnx/` in it.
         args: data set, split, language and columns; the model and the output are not looked at.
+        data: what `eval.retrieval.load_data` gives for them.
 
     Returns:
         What was added to the file as `recall`: about the data, and for "float32" and "int8" direction -> metric ->
         share from 0 to 1.
-
-    Raises:
-        ValueError: as `eval.retrieval.load_data`.
     """
-    data, processor = load_data(args), load_processor(folder)
+    processor = load_processor(folder)
     found: dict[str, Any] = {
         "dataset": dataset_name(args.dataset),
         "dataset_fingerprint": digest_of([data.images.digest, data.captions]),

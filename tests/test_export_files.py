@@ -312,6 +312,16 @@ def test_unknown_formats(tiny_folder, tmp_path, formats, message):
     assert not (tmp_path / "repository").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--format", "onnx"], r"error: .*--format"), (["--repo_id", "my-model"], r"error: .* must be owner/name")],
+)
+def test_wrong_flags_are_one_line(tiny_folder, tmp_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["--model", str(tiny_folder), "--output", str(tmp_path / "repository"), *flags])
+    assert not (tmp_path / "repository").exists()
+
+
 def test_output_is_replaced_only_when_asked(tiny_folder, tmp_path, capsys):
     output = tmp_path / "repository"
     output.mkdir()

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY_VISION, randomise, tiny_config
 from safetensors.torch import load_file
 
-from eval.retrieval import RetrievalArguments
+from eval.retrieval import RetrievalArguments, load_data
 from hub_upload.export import export, main
 from hub_upload.onnx_files import OnnxModel, graphs
 from hub_upload.onnx_recall import measure_int8, recall_lines
@@ -104,7 +104,7 @@ def test_graphs_say_nothing_of_this_machine(repository):
 
 def test_recall_of_both_precisions_is_measured(repository, tiny_dataset_folder, tmp_path):
     arguments = RetrievalArguments(str(repository), str(tiny_dataset_folder), tmp_path / "x.json", split="train")
-    found = measure_int8(repository, arguments)
+    found = measure_int8(repository, arguments, load_data(arguments))
     assert (found["images"], found["captions"], found["split"], found["language"]) == (12, 18, "train", "pt")
     for precision in ("float32", "int8"):
         for direction in ("text_to_image", "image_to_text"):
@@ -113,6 +113,14 @@ def test_recall_of_both_precisions_is_measured(repository, tiny_dataset_folder, 
             assert np.isclose(recalls["mean_recall"], np.mean([recalls[f"recall@{k}"] for k in (1, 5, 10)]))
     assert json.loads((repository / "onnx" / "quantisation.json").read_text())["recall"] == found
     assert len(recall_lines(found)) == 2 and "points (12 images" in recall_lines(found)[0]
+
+
+def test_a_data_set_that_cannot_be_read_is_said_before_the_graphs_are_made(repository, tmp_path, monkeypatch):
+    monkeypatch.setattr("hub_upload.onnx_files.write_onnx", None)
+    command = ["--model", str(repository), "--output", str(tmp_path / "out"), "--formats", "transformers,onnx"]
+    with pytest.raises(SystemExit, match=r"error: .*nowhere"):
+        main([*command, "--recall_dataset", str(tmp_path / "nowhere")])
+    assert not list(tmp_path.iterdir())
 
 
 def test_tower_of_convolutions_has_no_int8_graph(tmp_path, tiny_processor, tiny_dataset_folder, caplog):
