@@ -143,3 +143,17 @@ def test_errors_are_one_line(flags, more, message):
     with pytest.raises(SystemExit, match=message) as error:
         main([*flags, *more])
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("more", [["--repo_id", "demo"], ["--space", "."]])
+def test_a_wrong_target_is_said_before_the_index_is_built(flags, tmp_path, more):
+    with pytest.raises(SystemExit, match=r"error: .*(must be owner/name|not empty)"):
+        main([*flags, *more])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_missing_extra_says_how_to_get_it(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("hub_upload.space.__main__.find_spec", lambda name: None if name == "gradio" else True)
+    with pytest.raises(SystemExit, match=r"error: The page needs gradio: pip install 'capivara\[app\]'"):
+        main(flags)
+    assert not (tmp_path / "cache").exists()

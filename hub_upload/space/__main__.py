@@ -14,6 +14,7 @@ import argparse
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from transformers import HfArgumentParser
 
 if TYPE_CHECKING:
     from hub_upload.space.answers import Demo
+
+PACKAGES = ("gradio", "accelerate", "datasets")  # of the extra `app`
 
 
 @dataclass
@@ -110,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: SpaceArguments) -> None:
+    check_before_work(args)
     demo = load_demo(args)
     album = demo.album
     print(f"{len(album.captions) - len(album.skipped)} pictures, index in {album.folder}.")
@@ -126,6 +130,21 @@ def run(args: SpaceArguments) -> None:
     whom = "this machine alone" if is_loopback(args.host) else "everybody who reaches this machine"
     print(f"http://{args.host}:{args.port} is open, to {whom}; Ctrl-C ends it.", flush=True)
     blocks.block_thread()
+
+
+def check_before_work(args: SpaceArguments) -> None:
+    """What would be noticed only after the index is built, which can take an hour.
+
+    Raises:
+        ImportError: a package of the page is missing.
+        ValueError: the Space has no name of the Hub, or its folder holds something.
+    """
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        raise ImportError(f"The page needs {' and '.join(missing)}: pip install 'capivara[app]'.")
+    if args.space or args.repo_id:
+        from hub_upload.space.publish import check_target
+
+        check_target(args.space, args.repo_id)
 
 
 def publish(demo: "Demo", args: SpaceArguments) -> None:

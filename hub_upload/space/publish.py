@@ -91,6 +91,14 @@ def write_space(demo: Demo, models: list[str], folder: Path, title: str = "CAPIV
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
+def check_target(folder: Path | None, repo_id: str | None) -> None:
+    """Raise ValueError where a Space can't be written to `folder`, or `repo_id` is none of the Hub."""
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--space {folder} is a file or not empty. Choose another one, or remove it.")
+    if repo_id is not None:
+        check_repo_id(repo_id)
+
+
 def listing(folder: Path, files: list[Path]) -> str:
     """The files with their sizes, small ones of the program as one line."""
     shown = [file for file in files if file.suffix not in (".py", ".js", ".css") or file == Path("app.py")]
