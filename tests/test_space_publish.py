@@ -67,6 +67,13 @@ def test_the_folder_of_a_space(flags, tmp_path, capsys):
         main([*flags, "--space", str(space)])
 
 
+def test_a_broken_card_of_the_model_is_one_without_a_licence(flags, tiny_folder, tmp_path):
+    (tiny_folder / "README.md").write_text("---\nlicense: [mit\n---\n", encoding="utf-8")
+    main([*flags, "--space", str(tmp_path / "space")])
+    readme = (tmp_path / "space/README.md").read_text(encoding="utf-8")
+    assert "as imagens" in readme.lower() and "o modelo" not in readme.lower().split("licenças")[1]
+
+
 def test_a_model_that_names_this_machine_is_not_copied(flags, tiny_folder, tmp_path):
     config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
     (tiny_folder / "config.json").write_text(json.dumps({**config, "from": str(tmp_path / "x")}), encoding="utf-8")

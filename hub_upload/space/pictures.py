@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub.repocard import metadata_load
@@ -156,12 +157,15 @@ def _texts(value: object) -> list[str]:
     return [text.strip()[:MAX_SHOWN] for text in texts if isinstance(text, str) and text.strip()]
 
 
-def _credit(path: Path) -> Credit:
-    readme = path / "README.md"
+def stated(card: Path) -> dict[str, Any]:
+    """The front matter of a README; empty of one that is none of the Hub's."""
     try:
-        told = metadata_load(readme) if readme.is_file() else None
-    except (ValueError, OSError, yaml.YAMLError):  # of a README that is none of the Hub's
-        told = None
-    told = told or {}
+        return (metadata_load(card) if card.is_file() else None) or {}
+    except (ValueError, OSError, yaml.YAMLError):
+        return {}
+
+
+def _credit(path: Path) -> Credit:
+    told = stated(path / "README.md")
     texts = {key: value for key in ("pretty_name", "license", "attribution") if isinstance(value := told.get(key), str)}
     return Credit(texts.get("pretty_name", path.name), texts.get("license", ""), texts.get("attribution", ""))

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.repocard import metadata_load
 
 from artifacts import whole_folder, write_text
 from hub_upload.allowed_files import TOKENIZER_FILES, check_contents
@@ -28,6 +27,7 @@ from hub_upload.push_plan import readable_size
 from hub_upload.remote import PushError, check_repo_id, hub_errors
 from hub_upload.space.answers import Demo
 from hub_upload.space.index import embeddings_path
+from hub_upload.space.pictures import stated
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTS = "hub_upload/space/__main__.py"
@@ -220,6 +220,4 @@ def _name(model: str) -> str:
 
 def _model_licence(model: str) -> str:
     """What the card of a model in a folder says; the Hub shows that of others."""
-    card = Path(model) / "README.md"
-    told = metadata_load(card) if card.is_file() else None
-    return str((told or {}).get("license") or "")
+    return str(stated(Path(model) / "README.md").get("license") or "")
