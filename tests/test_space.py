@@ -6,6 +6,7 @@ import shutil
 import struct
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import made_space
 import numpy as np
@@ -19,7 +20,7 @@ from eval import embeddings
 from hub_upload.space import index as index_module
 from hub_upload.space.answers import MAX_LABELS, MAX_UPLOAD_BYTES, Demo
 from hub_upload.space.index import build_index, is_album, open_album, read_album, thumbnail_file
-from hub_upload.space.page import decimal, thousands
+from hub_upload.space.page import decimal, model_name, thousands
 from hub_upload.space.pictures import open_pictures
 
 ATTACK = "<img src=x onerror=alert(1)>\"'${alert(1)}"
@@ -381,6 +382,17 @@ def test_text_of_visitors_and_data_is_text(embedder, tmp_path):
 def test_a_random_picture_is_one_of_the_collection(demo):
     assert demo.random_picture().size == (48, 40)
     assert demo.search_by_image(thumbnail_file(demo.random_picture()), 1).count("<img") == 1
+
+
+def test_a_models_name_is_none_of_a_person(tmp_path, monkeypatch):
+    home = tmp_path / "home" / "ana"
+    (home / "runs" / "mine").mkdir(parents=True)
+    assert model_name(str(home / "runs" / "mine")) == "runs/mine"
+    assert model_name(str(home / "runs")) == "runs"
+    monkeypatch.setattr(Path, "home", lambda: home / "runs")
+    assert model_name(str(home / "runs" / "mine")) == "mine"
+    monkeypatch.chdir(home / "runs")
+    assert (model_name("mine"), model_name("org/model")) == ("mine", "org/model")
 
 
 def test_numbers_are_written_as_in_portuguese():

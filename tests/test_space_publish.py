@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,14 @@ def test_a_wrong_target_is_said_before_the_index_is_built(flags, tmp_path, more)
     with pytest.raises(SystemExit, match=r"error: .*(must be owner/name|not empty)"):
         main([*flags, *more])
     assert not (tmp_path / "cache").exists()
+
+
+def test_two_models_of_one_name_do_not_become_one(flags, tmp_path):
+    one, other = (tmp_path / where / "runs" / "mine" for where in "ab")
+    for folder in (one, other):
+        shutil.copytree(flags[1], folder)
+    with pytest.raises(SystemExit, match=r"error: .* would both be runs/mine"):
+        main([*flags, "--model", str(one), "--compare", str(other), "--space", str(tmp_path / "space")])
 
 
 def test_a_missing_extra_says_how_to_get_it(flags, tmp_path, monkeypatch):

@@ -78,6 +78,7 @@ def load_demo(args: SpaceArguments) -> "Demo":
     from eval.embeddings import cache_folder
     from hub_upload.space.answers import Demo
     from hub_upload.space.index import build_index, is_album, open_album, read_album
+    from hub_upload.space.page import model_name
     from hub_upload.space.pictures import open_pictures
 
     cache, kept = cache_folder(args.cache_dir), is_album(Path(args.pictures))
@@ -85,7 +86,7 @@ def load_demo(args: SpaceArguments) -> "Demo":
     pictures = None if kept else open_pictures(args.pictures, *options)  # before the models, for its errors
     embedders = [load_embedder(model, args.device) for model in (args.model, args.compare) if model]
     for embedder in embedders:
-        embedder.name = "/".join(Path(embedder.name).parts[-2:])
+        embedder.name = model_name(embedder.name)
     album = read_album(Path(args.pictures)) if kept else open_album(pictures, cache)
     return Demo([build_index(album, embedder, cache, args.batch_size) for embedder in embedders])
 
@@ -137,14 +138,14 @@ def check_before_work(args: SpaceArguments) -> None:
 
     Raises:
         ImportError: a package of the page is missing.
-        ValueError: the Space has no name of the Hub, or its folder holds something.
+        ValueError: the Space has no name of the Hub, its folder holds something, or two models have one name.
     """
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         raise ImportError(f"The page needs {' and '.join(missing)}: pip install 'capivara[app]'.")
     if args.space or args.repo_id:
         from hub_upload.space.publish import check_target
 
-        check_target(args.space, args.repo_id)
+        check_target([args.model, args.compare or ""], args.space, args.repo_id)
 
 
 def publish(demo: "Demo", args: SpaceArguments) -> None:
