@@ -10,7 +10,8 @@ from hub_upload.card import write_card
 from hub_upload.card_check import check
 from hub_upload.card_schema import card_faults, split_card
 from hub_upload.card_text import Writer, code, escaped, figures, mark, plain
-from training.outputs import inherited_license, origin
+from training.arguments import RunArguments
+from training.outputs import inherited_license, model_card, origin
 
 GOOD = """---
 license: mit
@@ -216,3 +217,11 @@ def test_where_base_and_data_come_from(tmp_path):
     assert unknown["hub_id"] is None and unknown["licenses"] == [] and unknown["title"] == "owner/not-in-the-cache"
     assert origin("shards/*.tar", "dataset")["hub_id"] is None
     assert not origin("/work/elsewhere/data", "dataset")["name"].startswith("/")
+
+
+def test_the_first_card_of_a_run_names_the_base_of_a_converted_model(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/README.md").write_text("---\nbase_model: owner/base\nlicense: mit\n---\n", encoding="utf-8")
+    args = RunArguments(model=str(tmp_path / "base"), dataset=[str(tmp_path / "data")])
+    front_matter, _ = split_card(model_card(args, "Mine"))
+    assert front_matter["base_model"] == ["owner/base"]

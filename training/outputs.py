@@ -179,6 +179,8 @@ def model_card(args: RunArguments, title: str) -> str:
     of = origins(args)
     metadata = {"language": args.eval_languages, "library_name": "transformers"}
     metadata |= {"pipeline_tag": "zero-shot-image-classification", "tags": ["capivara", "clip"]}
+    if base := [of["model"]["hub_id"]] if of["model"]["hub_id"] else of["model"]["base_model"]:
+        metadata["base_model"] = base
     trained = "the text tower, the image tower left as it was" if args.towers == "text" else "both towers"
     if args.lora_rank:
         trained += f", through LoRA adapters of rank {args.lora_rank}"
