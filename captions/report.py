@@ -65,8 +65,11 @@ class Summary:
         all: whether kept -> captions.
         passing: cut -> images whose first caption is at least that similar.
         at_the_cut: whether kept -> (nearness, row, caption, similarity), the nearest to the other side.
+        by_first: whether the cut is that of the first captions, not of all: `rank` drops captions of images that fit
+            well, and they would hide those that the pair filter has dropped.
     """
 
+    by_first: bool = False
     kept: int = 0
     not_chosen: int = 0
     captions: int = 0
@@ -78,6 +81,8 @@ class Summary:
 
     def add(self, row: int, chosen: list[str], scored: list[tuple[str, float | None]], first: float | None) -> None:
         """An image with what was chosen of its captions, and the similarity of the first one."""
+        if self.by_first and first is not None:
+            self._remember(bool(chosen), row, scored[0][0], first)
         scored = list({text: (text, similarity) for text, similarity in reversed(scored)}.values())
         self.kept, self.not_chosen = self.kept + bool(chosen), self.not_chosen + (not chosen)
         self.captions, self.captions_kept = self.captions + len(scored), self.captions_kept + len(chosen)
@@ -87,7 +92,8 @@ class Summary:
         for text, similarity in scored:
             if similarity is not None and text.strip():
                 self.all[text in chosen].add(similarity)
-                self._remember(text in chosen, row, text, similarity)
+                if not self.by_first:
+                    self._remember(text in chosen, row, text, similarity)
 
     def _remember(self, kept: bool, row: int, text: str, similarity: float) -> None:
         nearest, entry = self.at_the_cut[kept], (-similarity if kept else similarity, -row, text, similarity)
@@ -101,7 +107,8 @@ def write_report(args: "SelectArguments", selection: "Selection", whole: StageRe
     source = open_source(args.dataset, args.split, args.image_column, in_place=True)
     names = args.renamed()
     present = [old for old in source.columns if names.get(old, old) in columns]
-    summary, unusable = Summary(), _unusable(args.output, args.split)
+    by_first = args.min_pair_similarity is not None and _strategy_cut(args) is None
+    summary, unusable = Summary(by_first), _unusable(args.output, args.split)
     for number, row in enumerate(source.rows(only=present)):
         row = {names.get(old, old): row.get(old) for old in present}
         if number not in unusable:
@@ -156,11 +163,17 @@ def _facts(args: "SelectArguments", summary: Summary, whole: StageReport) -> dic
         "first_captions": {"kept": summary.pairs[True].facts(), "dropped": summary.pairs[False].facts()},
         "all_captions": {"kept": summary.all[True].facts(), "dropped": summary.all[False].facts()},
         "images_passing": {f"{cut:g}": summary.passing[cut] for cut in CUTS},
+        "examples_of": "images, by their first caption" if summary.by_first else "all captions",
     }
 
 
+def _strategy_cut(args: "SelectArguments") -> float | None:
+    """The similarity that a strategy asks of every caption; None where it asks for none."""
+    return args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None
+
+
 def _histograms(args: "SelectArguments", summary: Summary) -> list[Histogram]:
-    strategy_cut = args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None
+    strategy_cut = _strategy_cut(args)
     shown = [
         ("Images, by their first caption", "images", summary.pairs, args.min_pair_similarity),
         ("All captions", "captions", summary.all, strategy_cut),
@@ -229,7 +242,7 @@ def _similarity_lines(facts: dict[str, Any], usable: int) -> Iterator[str]:
     for cut, number in facts["images_passing"].items():
         yield f"| {cut} | {number:,} | {_share(number, usable)} |"
     yield from ("", "## At the cut", "")
-    yield "The most similar of what was dropped, and the least similar of what was kept."
+    yield f"Of {facts['examples_of']}, the most similar that were dropped, and the least similar that were kept."
     yield from ("", "![Pictures with their captions](examples.png)", "")
     yield from ("| | row | similarity | caption |", "|---|---:|---:|---|")
     for example in facts["examples"]:

@@ -106,6 +106,18 @@ def test_the_report_counts_each_image_and_caption(scored, tmp_path):
     assert "céu \\$x\\_1\\$ \\\\frac" in text and max(map(len, text.splitlines())) < 500
 
 
+def test_the_cut_of_the_pair_filter_is_shown_under_rank_too(tmp_path):
+    """What `rank` drops is more similar than what it keeps of other images, and would be all that is shown."""
+    rows = [([f"foto {i}"], [f"melhor {i}", f"boa {i}"], [0.05 * i, 0.9, 0.8]) for i in range(8)]
+    flags = {"caption_strategy": "rank", "caption_count": 1, "min_pair_similarity": 0.2}
+    select(SelectArguments(saved(tmp_path / "data", rows), tmp_path / "out", **flags))
+    shown = {True: [], False: []}
+    for example in facts_of(tmp_path / "out")["examples"]:
+        shown[example["kept"]].append(example["caption"])
+    assert shown[False] == ["foto 3", "foto 2", "foto 1", "foto 0"]
+    assert shown[True] == ["foto 4", "foto 5", "foto 6", "foto 7"]
+
+
 def test_texts_of_the_data_are_shown_and_not_obeyed(tmp_path):
     texts = [
         "$\\frac{1}$",
