@@ -4,9 +4,10 @@ r"""Sentences on their way to a translation made elsewhere, and back: a TSV that
     s1_8d4a53c0     a cat\ton a mat
 
 One line a sentence, UTF-8, and no quoting: a tab, a line break, a backslash and whatever an editor may take for one of
-them is written as `\t`, `\n`, `\r`, `\\` or `\u` and four hex digits. The id has the number of the sentence and a
-digest of its text, so that a translation can't reach another sentence. Back come the columns id and translation, in the
-order that they went; a source column is compared where there is one.
+them is written as `\t`, `\n`, `\r`, `\\` or `\u` and four hex digits; so is the first sign of a sentence that a
+spreadsheet would take for a formula. The id has the number of the sentence and a digest of its text, so that a
+translation can't reach another sentence. Back come the columns id and translation, in the order that they went; a
+source column is compared where there is one.
 """
 
 import hashlib
@@ -24,10 +25,13 @@ _LONG = {short: text for text, short in _SHORT.items()}
 # Line ends of other systems, marks that editors drop or take for the start of a file, and halves of a letter, which
 # UTF-8 has no bytes for.
 _RISKY = ("Cc", "Zl", "Zp", "Cs")
+_FORMULA = tuple("=+-@")  # a cell that begins so is computed, and may fetch an address or start a program
 
 
 def escape(text: str) -> str:
-    """`text` on one line, without a tab; `unescape` gives it back exactly."""
+    """`text` on one line, without a tab, no formula to a spreadsheet; `unescape` gives it back exactly."""
+    if text.startswith(_FORMULA):
+        return _code(text[0]) + "".join(map(_escaped, text[1:]))
     return "".join(map(_escaped, text))
 
 
@@ -137,8 +141,12 @@ def _escaped(letter: str) -> str:
     if letter in _SHORT:
         return _SHORT[letter]
     if letter == "\ufeff" or unicodedata.category(letter) in _RISKY:
-        return f"\\u{ord(letter):04x}"  # all of these have at most four digits
+        return _code(letter)
     return letter
+
+
+def _code(letter: str) -> str:
+    return f"\\u{ord(letter):04x}"  # all that come here have at most four digits
 
 
 def _unescaped(found: re.Match) -> str:

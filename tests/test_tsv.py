@@ -36,6 +36,12 @@ def test_what_is_escaped_comes_back_and_stays_on_one_line():
     assert escape("plain text, “quoted”: ção") == "plain text, “quoted”: ção", "what is harmless stays readable"
 
 
+@pytest.mark.parametrize("text", ["=HYPERLINK(1)", "=cmd|' /C calc'!A0", "+1", "-a dash", "@SUM(1)", "="])
+def test_no_sentence_is_a_formula_to_a_spreadsheet(text):
+    assert escape(text)[0] == "\\" and unescape(escape(text)) == text
+    assert escape(f"a {text}") == f"a {text}", "inside a sentence the sign is harmless"
+
+
 @pytest.mark.parametrize("text", ["\\", "a\\", "\\x", "\\u12", "\\ n"])
 def test_other_backslashes_are_refused(text):
     with pytest.raises(ValueError, match="is none of"):
