@@ -5,6 +5,8 @@ import math
 import re
 import textwrap
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 KEPT_COLOUR, DROPPED_COLOUR, INK, FAINT = "#1b7f5c", "#b9bec6", "#1f2933", "#6b7280"
 COLUMNS = 6  # pictures side by side
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
-LINE, LINES = 22, 3  # letters, and lines of a caption
+LINE, LINES, LETTER = 22, 3, 8.5  # letters at most and lines of a caption; points of a letter
 # Matplotlib's own font has no letters of most scripts; of these, where they are installed, it takes what is missing.
 OTHER_FONTS = ("Noto Sans", "Noto Serif", "FreeSans", "Lohit", "Nirmala UI", "Mangal", "Arial Unicode", "WenQuanYi")
 
@@ -125,11 +127,24 @@ def _draw(axis: plt.Axes, example: Example, colour: str) -> None:
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(color=colour, linewidth=2.5)
-    lines = textwrap.wrap(one_line(example.caption, 2 * LINE * LINES), LINE)
+    lines = _wrapped(one_line(example.caption, 2 * LINE * LINES), axis)
     if len(lines) > LINES:
-        lines = [*lines[: LINES - 1], lines[LINES - 1][: LINE - 1] + "…"]
+        lines = [*lines[: LINES - 1], lines[LINES - 1] + "…"]
     label = f"{example.similarity:.3f}\n" + "\n".join(lines)
-    axis.set_xlabel(label, fontsize=8.5, color=INK, parse_math=False)
+    axis.set_xlabel(label, fontsize=LETTER, color=INK, parse_math=False)
+
+
+def _wrapped(text: str, axis: plt.Axes) -> list[str]:
+    """Lines that are no wider than the picture above them: signs of Chinese are twice as wide as Latin letters."""
+    renderer, font = axis.figure.canvas.get_renderer(), font_manager.FontProperties(size=LETTER)
+    lines: list[str] = []
+    with _missing_glyphs_ignored():
+        for letters in range(LINE, 0, -1):
+            lines = textwrap.wrap(text, letters)
+            widths = [renderer.get_text_width_height_descent(line, font, False)[0] for line in lines]
+            if max(widths, default=0) <= axis.get_window_extent().width:
+                break
+    return lines
 
 
 def _sides(histogram: Histogram) -> tuple[list[int], list[int]]:
@@ -142,9 +157,15 @@ def _fonts() -> list[str]:
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")  # a caption in another script
-        file = io.BytesIO()
+    file = io.BytesIO()
+    with _missing_glyphs_ignored():
         figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
     write_bytes(path, file.getvalue())
+
+
+@contextmanager
+def _missing_glyphs_ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(?s)Glyph .* missing from font")  # a caption in another script
+        yield

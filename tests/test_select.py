@@ -10,6 +10,7 @@ from caption_tars import picture
 from datasets import Dataset, DatasetDict, Features, Image
 
 from captions.columns import CAPTIONS, SIMILARITIES
+from captions.plots import Example, plot_examples
 from captions.report import escaped
 from captions.select import SelectArguments, main, select
 from captions.selection import STRATEGIES
@@ -137,6 +138,19 @@ def test_texts_of_the_data_are_shown_and_not_obeyed(tmp_path):
         if line.startswith("| kept"):
             assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
     assert escaped("1. um") == "1\\. um" and escaped("- a") == "\\- a" and escaped("12) b") == "12\\) b"
+
+
+@pytest.mark.filterwarnings("ignore:Glyph .* missing")  # of fonts that this machine may lack
+def test_captions_of_wide_letters_do_not_run_into_their_neighbours(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("captions.plots._save", lambda figure, path: figures.append(figure))
+    texts = ["W" * 60, "桌子上有一只猫和一条狗在公园里玩耍，旁边还有一个红色的球和许多人", "a cat on a mat in the park"]
+    plot_examples([Example(i, text, 0.2, None) for i, text in enumerate(texts)], [], tmp_path / "x.png")
+    renderer = figures[0].canvas.get_renderer()
+    for axis in figures[0].axes:
+        label = axis.xaxis.label
+        assert label.get_window_extent(renderer).width < 1.08 * axis.get_window_extent().width, label.get_text()
+    assert "a cat on a mat in the\npark" in label.get_text(), "letters of usual width fill the line as before"
 
 
 def test_without_similarities(tmp_path):
