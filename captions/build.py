@@ -10,6 +10,7 @@ same command goes on where it was interrupted. docs/your_language.md says how to
 """
 
 import logging
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -181,9 +182,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     if folder is not None:
+        word = shlex.quote(str(folder))
         print(
-            f"The data set is in {folder}; its README.md is the data set card. Train on it with --dataset {folder}, "
-            f"publish it with: hf upload YOU/NAME {folder} --repo-type dataset"
+            f"The data set is in {folder}; its README.md is the data set card. Train on it with --dataset {word}, "
+            f"publish it with: hf upload YOU/NAME {word} --repo-type dataset"
         )
 
 

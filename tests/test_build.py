@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -237,6 +238,14 @@ def test_stages_may_be_left_out(config, tmp_path):
     data = datasets.load_dataset(str(folder))
     assert data["train"].num_rows == 11 and data["test"]["captions-en"][:] == [[f"a cat {i}"] for i in range(4)]
     assert data["test"][0]["similarities-en"] is None and data["test"][0]["image"].size == (9, 12)
+
+
+def test_the_commands_that_it_prints_can_be_pasted(config, tmp_path, capsys):
+    changed(config, output=str(tmp_path / "meus dados"))
+    main(["--config", str(config)])
+    words = shlex.split(capsys.readouterr().out)
+    folder = str(tmp_path / "meus dados" / "dataset")
+    assert words[words.index("upload") + 2] == folder and words[words.index("--dataset") + 1] == f"{folder},"
 
 
 def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
