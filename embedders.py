@@ -148,7 +148,10 @@ def _device(name: str | None) -> torch.device:
 
 
 def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedder:
-    import open_clip
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(f"open_clip:{source} needs open_clip: pip install -e '.[open_clip]' ({error})") from error
 
     name, pretrained = source, None
     if not source.startswith(("local-dir:", "hf-hub:")):

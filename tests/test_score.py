@@ -1,6 +1,8 @@
 """Similarities of images and captions: the authors' order, each caption and image embedded once."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -151,6 +153,12 @@ def test_slips_are_one_line(tmp_path, tiny_folder, flags, message, capsys):
     with pytest.raises(SystemExit, match=rf"error: .*{message}"):
         main([*given, "--device", "cpu", *flags])
     assert not list(tmp_path.glob("out/*.parquet"))
+
+
+def test_open_clip_that_is_not_there_names_the_extra(arguments, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ImportError, match=r"needs open_clip: pip install -e '\.\[open_clip\]'"):
+        score(replace(arguments, model="open_clip:ViT-B-32:openai"))
 
 
 def test_a_clip_of_transformers(tmp_path):

@@ -3,7 +3,10 @@
 import json
 import logging
 import os
+import subprocess
+import sys
 import traceback
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from captions.translators.google_cloud import MAX_CHARACTERS, GoogleTranslator, 
 from captions.translators.local import Seq2SeqTranslator, load
 from captions.translators.pieces import cut, groups
 
+ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"max_new_tokens": 6, "num_beams": 2}
 
 
@@ -204,6 +208,13 @@ def test_out_of_memory_is_tried_again_with_fewer(marian, monkeypatch):
 
     monkeypatch.setattr(translator.model, "generate", small)
     assert translator.translate(["a cat", "a dog", "horses"]) == expected and sizes == [3, 1, 2, 1, 1]
+
+
+def test_a_tokenizer_without_its_package_names_the_extra(marian):
+    code = "import sys; sys.modules['sentencepiece'] = None; from captions.translators.local import load; "
+    command = [sys.executable, "-c", f"{code}load({str(marian)!r}, 'pt')"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "SentencePiece" in run.stderr and run.stderr.strip().endswith("pip install -e '.[translate]'")
 
 
 def test_what_is_no_translation_model(tmp_path, tiny_folder):

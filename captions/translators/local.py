@@ -145,6 +145,7 @@ def load(
 
     Raises:
         ValueError: there is no such model, it is none that translates, or it does not know a language.
+        ImportError: its tokenizer needs a package that is not there.
     """
     target = _device(device)
     try:
@@ -152,7 +153,10 @@ def load(
             warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # which the tokenizer never calls
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
+    except ImportError as error:
+        said = str(error).strip().split(". ")[0]  # transformers adds where else to read on
+        raise ImportError(f"{said}. What translators need: pip install -e '.[translate]'") from error
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} can't be loaded as a translation model: {said}") from error
     identity = {"model": Path(name).name if Path(name).is_dir() else name, "revision": _revision(name, model)}
