@@ -216,7 +216,9 @@ def test_where_base_and_data_come_from(tmp_path):
     unknown = origin("owner/not-in-the-cache", "dataset")  # offline
     assert unknown["hub_id"] is None and unknown["licenses"] == [] and unknown["title"] == "owner/not-in-the-cache"
     assert origin("shards/*.tar", "dataset")["hub_id"] is None
-    assert not origin("/work/elsewhere/data", "dataset")["name"].startswith("/")
+    assert origin("/srv/ana/data", "dataset")["name"] == "data", "nothing of a person's folder is published"
+    assert origin("../ana/data", "dataset")["name"] == "data"
+    assert origin(f"{Path.cwd()}/data/openmoji/base", "model")["name"] == "openmoji/base"
 
 
 def test_the_first_card_of_a_run_names_the_base_of_a_converted_model(tmp_path):
