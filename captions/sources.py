@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
 from tqdm.auto import tqdm
 
+from captions.links import Bounds, refuse_links_out
 from captions.parts import STAGE_FILE, check_all_there
 from captions.rows import MAX_DETAIL, MAX_IMAGE_BYTES, Skipped
 from captions.tars import refuse_compressed, samples
@@ -47,7 +48,9 @@ class Source:
         self.columns: list[str] = []
         self.features: Features | None = None  # where the data set declares them
         self.damaged: list[Skipped] = []  # archives that end too early; complete once all rows were seen
-        self.outside: list[str] = []  # names of images outside their folder, which are not read; likewise
+        self.outside: list[
+            str
+        ] = []  # names of images outside their folder, also by a link, none of them read; likewise
         self._items: Dataset | IterableDataset | np.ndarray | None = None  # what `_read` makes rows of
 
     @property
@@ -182,6 +185,10 @@ class _ImageFolderSource(_FileSource):
 
     _width = 3  # file, offset and length of the line
 
+    def __init__(self, name: str, split: str, streaming: bool, image_column: str, files: list[Path], bounds: Bounds):
+        self._bounds = bounds
+        super().__init__(name, split, streaming, image_column, files)
+
     def _places(self) -> Iterator[tuple[int, ...]]:
         for number, path in enumerate(self._files):
             offset = 0
@@ -196,10 +203,10 @@ class _ImageFolderSource(_FileSource):
         with path.open("rb") as file:
             row = _json_object(_read_at(file, item[1], item[2], MAX_JSON_BYTES))
         name, image = row.pop("file_name", None), None
-        if isinstance(name, str) and (name.startswith("/") or ".." in name.split("/")):
-            self.outside.append(name)
-        elif isinstance(name, str):
-            image = {"bytes": None, "path": str(path.parent / name)}
+        if isinstance(name, str):
+            inside = not name.startswith("/") and ".." not in name.split("/") and self._bounds.hold(path.parent / name)
+            image = {"bytes": None, "path": str(path.parent / name)} if inside else None
+            self.outside += [] if inside else [name]
         return {**row, self._image_column: image}
 
 
@@ -234,7 +241,14 @@ class _TarSource(_FileSource):
         return {**row, self._image_column: image}
 
 
-def open_source(dataset: str, split: str, image_column: str, streaming: bool = False, in_place: bool = False) -> Source:
+def open_source(
+    dataset: str,
+    split: str,
+    image_column: str,
+    streaming: bool = False,
+    in_place: bool = False,
+    links_into: Sequence[Path] = (),
+) -> Source:
     """One split of a data set.
 
     Args:
@@ -245,23 +259,27 @@ def open_source(dataset: str, split: str, image_column: str, streaming: bool = F
         streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub
             are copied to the cache of `datasets`.
         in_place: parquet files are not copied: good for few passes in order, slow for many rows here and there.
+        links_into: folders outside of the data set that links in it may lead into.
 
     Raises:
         ValueError: there is no such data set or split (those that are there are named), it is empty, its tars are
-            compressed, or it is the output of a stage that is unfinished.
+            compressed, a file of it is a link out of it, or it is the output of a stage that is unfinished.
     """
-    source = _opened(dataset, split, streaming, image_column, in_place)
+    source = _opened(dataset, split, streaming, image_column, in_place, links_into)
     if next(source.rows(), None) is None:
         damages = "; ".join(damage.detail for damage in source.damaged[:3])
         raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
     return source
 
 
-def _opened(dataset: str, split: str, streaming: bool, image_column: str, in_place: bool) -> Source:
+def _opened(
+    dataset: str, split: str, streaming: bool, image_column: str, in_place: bool, links_into: Sequence[Path]
+) -> Source:
     path, options = Path(dataset), (split, streaming, image_column)
     if (path / STAGE_FILE).is_file():
         check_all_there(path)
     if (path / "dataset_dict.json").is_file():
+        refuse_links_out(path)
         return _ArrowSource(dataset, *options, _of_split(load_from_disk(dataset), dataset, split))
     if not path.exists() and not glob.has_magic(dataset):
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(re.search(form, dataset) for form in FORMS):
@@ -271,7 +289,10 @@ def _opened(dataset: str, split: str, streaming: bool, image_column: str, in_pla
     rule = (
         f" A file is of the split that its folder or the start of its name names, as {split}-0001 does; else of train."
     )
-    files = _of_split(_files_by_split(*_local_files(dataset), split), dataset, split, rule)
+    root, found = _local_files(dataset)
+    files, bounds = _of_split(_files_by_split(root, found, split), dataset, split, rule), Bounds(root, links_into)
+    if not path.is_file():  # the one that is named may lie anywhere
+        bounds.check(files)
     if files[0].suffix == ".parquet" and in_place:
         return _ParquetSource(dataset, split, image_column, files)
     if files[0].suffix == ".parquet":
@@ -280,7 +301,7 @@ def _opened(dataset: str, split: str, streaming: bool, image_column: str, in_pla
             dataset, *options, _load(dataset, "parquet", data_files=names, split="train", streaming=streaming)
         )
     if files[0].suffix == ".jsonl":
-        return _ImageFolderSource(dataset, *options, files)
+        return _ImageFolderSource(dataset, *options, files, bounds)
     refuse_compressed(files)
     return _TarSource(dataset, *options, files)
 

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser
 
 from artifacts import device_description, read_json
+from captions.links import refuse_links_out
 from embedders import load_embedder
 from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
 from eval.metrics import (
@@ -267,6 +268,8 @@ def image_header(
 
 def _split_of(source: str, split: str) -> Dataset:
     path = Path(source)
+    if path.is_dir():
+        refuse_links_out(path)
     try:
         if (path / "dataset_dict.json").is_file():
             loaded = load_from_disk(source)

@@ -17,6 +17,7 @@ from typing import Any
 from huggingface_hub import constants, get_session
 
 from artifacts import read_json, write_text
+from captions.links import Bounds, refuse_links_out
 from eval.benchmarks import Benchmark, load_benchmarks, must_be_known
 from eval.results import digest_of
 
@@ -41,11 +42,12 @@ class Place:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files, through links too, where large data sets often lie; a folder that was seen is not entered again."""
-    files, seen = [], set()
+    """All files; links to folders are followed within `folder`, and a folder that was seen is not entered again."""
+    files, seen, bounds = [], set(), Bounds(folder)
     for place, folders, names in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(place, name)) not in seen]
+        inside = [name for name in folders if bounds.hold(Path(place) / name)]
+        folders[:] = [name for name in inside if os.path.realpath(os.path.join(place, name)) not in seen]
         files += [Path(place) / name for name in names]
     return files
 
@@ -115,8 +117,10 @@ def adapted(reader: str, folder: Path, split: str, language: str, target: Path) 
         target: folder that is made anew.
 
     Raises:
-        ValueError: a file has another form, a language is missing, or a file name points out of the folder.
+        ValueError: a file has another form, a language is missing, or a file name or link points out of the folder.
     """
+    if folder.is_dir():
+        refuse_links_out(folder)
     try:
         read = READERS[reader](folder, split, language)
     except json.JSONDecodeError as error:
@@ -135,6 +139,11 @@ def adapted(reader: str, folder: Path, split: str, language: str, target: Path) 
         lines.append(json.dumps(row, ensure_ascii=False))
     write_text(target / split / "metadata.jsonl", "".join(line + "\n" for line in lines))
     return target
+
+
+def linked_images(made: Path, split: str) -> Path:
+    """Where the link to the images leads, in what `adapted` made."""
+    return (made / split / "images").resolve()
 
 
 def pracegover(folder: Path, split: str, language: str) -> tuple[Path, Rows] | None:

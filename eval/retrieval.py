@@ -242,14 +242,18 @@ class RetrievalData:
         return RetrievalData(self.source, self.captions[:rows], images)
 
 
-def load_data(args: RetrievalArguments) -> RetrievalData:
+def load_data(args: RetrievalArguments, links_into: Sequence[Path] = ()) -> RetrievalData:
     """The split of the arguments, its columns, captions and file names checked.
+
+    Args:
+        args: what is measured.
+        links_into: folders outside of the data set that links in it may lead into.
 
     Raises:
         ValueError: split or column is missing (those that are there are named), an image has no caption, a file lies
             outside its folder, or there are fewer items than the largest k.
     """
-    source = open_source(args.dataset, args.split, args.image_column)
+    source = open_source(args.dataset, args.split, args.image_column, links_into=links_into)
     column = args.caption_column.replace("{language}", args.language)
     for name in (args.image_column, column):
         if name not in source.columns:
@@ -258,7 +262,10 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     rows = tqdm(source.rows(), total=len(source), desc="Reading captions", unit="row", disable=quiet)
     captions = [_chosen(row.get(column), args.caption_positions, number) for number, row in enumerate(rows)]
     if source.outside:
-        raise ValueError(f"{source.where} names files outside its folder, which are not read: {source.outside[:3]}.")
+        raise ValueError(
+            f"{source.where} names files outside its folder, or links to such, which are not read: "
+            f"{list(dict.fromkeys(source.outside))[:3]}. Copy them into it."
+        )
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
@@ -266,9 +273,9 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     return RetrievalData(source, captions, ImageRows(lambda row: source.row(row)[args.image_column], len(captions)))
 
 
-def evaluate(args: RetrievalArguments) -> list[Record]:
-    """Measure and write; returns the records."""
-    data = load_data(args)
+def evaluate(args: RetrievalArguments, links_into: Sequence[Path] = ()) -> list[Record]:
+    """Measure and write; returns the records. `links_into` as of `load_data`."""
+    data = load_data(args, links_into)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
     store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)

@@ -21,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -30,7 +31,7 @@ from artifacts import package_versions, read_json, write_json, write_text
 from eval.benchmarks import SUITES, Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
-from eval.layouts import hub_fault, local_data, place_of
+from eval.layouts import hub_fault, linked_images, local_data, place_of
 from eval.results import Record, read_records
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
@@ -64,7 +65,9 @@ def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measuremen
         columns = {"image_column": benchmark.image_column, "caption_column": benchmark.caption_column}
         columns |= {"caption_positions": benchmark.caption_positions, "gallery": args.gallery}
         columns |= {"dataset_name": benchmark.key}
-        return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared))
+        made = Path(measurement.data)
+        links = [linked_images(made, benchmark.split)] if made.parent == args.output / "layouts" else []
+        return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared), links)
     columns = {"image_column": benchmark.image_column, "label_column": benchmark.label_column}
     columns |= {"benchmark": benchmark.prompts, "protocol": protocol_of(benchmark, args)}
     return evaluate_classification(

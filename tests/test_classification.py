@@ -151,6 +151,18 @@ def test_a_list_that_names_files_outside_its_folder_is_refused(image_folder):
         load_images(str(image_folder), "test", CIFAR)
 
 
+@pytest.mark.parametrize("name", ["cat/1.png", "cat"])
+def test_links_out_of_the_folder_are_refused(image_folder, tmp_path, name):
+    (image_folder / name).rename(tmp_path / "elsewhere")
+    (image_folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"links to files outside of it, refused: \['{name}'\]"):
+        load_images(str(image_folder), "test", CIFAR)
+    (tmp_path / "link").symlink_to(image_folder)
+    (image_folder / name).unlink()
+    (tmp_path / "elsewhere").rename(image_folder / name)
+    assert load_images(str(tmp_path / "link"), "test", CIFAR).images.count == 30
+
+
 def test_clip_benchmarks_tars(tiny_folder, image_folder, tmp_path):
     """WebDataset tars of image and class number, with the names in a file of their own, in another order."""
     shuffled = sorted(CIFAR, reverse=True)

@@ -8,12 +8,12 @@ from made_benchmarks import BENCHMARKS, IMAGES, make_captions, make_flickr30k_20
 
 from captions.rows import decode_image
 from captions.sources import open_source
-from eval.layouts import Place, adapted, local_data, place_of
+from eval.layouts import Place, adapted, linked_images, local_data, place_of
 
 
 def captions_of(folder, language: str) -> list:
     """Of the rows that `eval.retrieval` would read, whose images can be opened."""
-    rows = list(open_source(str(folder), "test", "image").rows())
+    rows = list(open_source(str(folder), "test", "image", links_into=[linked_images(folder, "test")]).rows())
     assert all(decode_image(row["image"]).size == (38, 34) for row in rows)
     return [row[f"captions-{language}"] for row in rows]
 
@@ -91,6 +91,15 @@ def test_names_that_point_outside_are_refused(tmp_path, name):
         adapted("pracegover", tmp_path / "data", "test", "pt", tmp_path / "made")
 
 
+@pytest.mark.parametrize("name", ["images/003.jpg", "images"])
+def test_links_that_point_outside_are_refused(tmp_path, name):
+    make_pracegover(tmp_path / "data")
+    (tmp_path / "data" / name).rename(tmp_path / "elsewhere")
+    (tmp_path / "data" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"links to files outside of it, refused: \['{name}'\]"):
+        adapted("pracegover", tmp_path / "data", "test", "pt", tmp_path / "made")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -138,6 +147,7 @@ def test_where_data_are_looked_for(tmp_path):
 def test_a_folder_is_the_same_while_its_files_are(tmp_path):
     make_pracegover(tmp_path / "data")
     digest = Place(str(tmp_path / "data"), local=True).digest()
+    (tmp_path / "data" / "out").symlink_to("..")  # not followed, wherever it leads
     (tmp_path / "data").rename(tmp_path / "moved")
     (tmp_path / "moved" / "dead").symlink_to(tmp_path / "nowhere")
     assert Place(str(tmp_path / "moved"), local=True).digest() == digest

@@ -205,6 +205,15 @@ def test_bad_data_is_refused_before_the_model_is_loaded(folder, tmp_path, change
     assert not (tmp_path / "r.json").exists()
 
 
+def test_a_picture_that_is_a_link_out_of_the_folder_is_refused(folder, tmp_path):
+    (folder / "test" / "03.png").rename(tmp_path / "secret.png")
+    (folder / "test" / "03.png").symlink_to(tmp_path / "secret.png")
+    with pytest.raises(SystemExit, match=r"outside its folder, or links to such, which are not read: \['03.png'\]"):
+        main(flags("no-model", folder, tmp_path / "r.json"))
+    args = RetrievalArguments("m", str(folder), tmp_path / "r.json", caption_column="legendas")
+    assert load_data(args, [tmp_path]).images.count == NUMBER
+
+
 def test_no_capivara_model(folder, tmp_path, tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
     (tiny_folder / "config.json").write_text(json.dumps({**config, "model_type": "clip"}), encoding="utf-8")

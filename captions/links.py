@@ -1,0 +1,55 @@
+"""Links in a data set: one that leads out of it is refused, as the name of a file outside of it is.
+
+A folder that is itself reached by a link is fine, and so are links within it. A snapshot of the Hub's cache is made of
+links into the folder `blobs` of its repository, which counts as part of it.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class Bounds:
+    """Where the files of a data set may lie.
+
+    Args:
+        folder: of the data set; it may be reached by links.
+        others: folders that links in it may lead into, too.
+    """
+
+    def __init__(self, folder: Path, others: Sequence[Path] = ()):
+        self.folder = folder
+        places = [Path(os.path.realpath(place)) for place in (folder, *others)]
+        for place in (places[0], *places[0].parents):
+            if place.name == "snapshots":
+                places.append(place.parent / "blobs")
+        self._places = places
+
+    def hold(self, path: Path) -> bool:
+        """Whether a path ends within, all links followed."""
+        try:
+            real = Path(os.path.realpath(path))
+        except ValueError:  # a name that no file can have: opening it says so
+            return True
+        return any(real.is_relative_to(place) for place in self._places)
+
+    def check(self, paths: Sequence[Path]) -> None:
+        """Raise ValueError where a path leads out."""
+        out = [os.path.relpath(path, self.folder) for path in paths if not self.hold(path)]
+        if out:
+            raise ValueError(
+                f"{self.folder} holds links to files outside of it, refused: {out[:3]}. Copy the files into it."
+            )
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Raise ValueError where a link anywhere below the folder leads out of it; for what others read as a whole."""
+    links, waiting = [], [folder]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    links.append(Path(entry.path))
+                elif entry.is_dir():
+                    waiting.append(Path(entry.path))
+    Bounds(folder).check(links)

@@ -1,0 +1,98 @@
+"""Links out of a data set are refused; what people reach by links goes on working."""
+
+import json
+
+import pytest
+from caption_tars import PICTURES, sample, write_tar
+from datasets import Dataset, DatasetDict
+
+from captions.links import Bounds, refuse_links_out
+from captions.sources import open_source
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A picture with its list, and a secret beside the folder."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.png").write_bytes(PICTURES[1])
+    (tmp_path / "secret.png").write_bytes(PICTURES[2])
+    names = ["a.png", "b.png"]
+    lines = "".join(json.dumps({"file_name": name, "captions-pt": ["x"]}) + "\n" for name in names)
+    (tmp_path / "data" / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    return tmp_path / "data"
+
+
+def images_of(folder) -> list:
+    source = open_source(str(folder), "train", "image")
+    return [row["image"] and row["image"]["path"] for row in source.rows()]
+
+
+def test_a_picture_that_is_a_link_out_is_not_read(folder):
+    (folder / "b.png").symlink_to("../secret.png")
+    source = open_source(str(folder), "train", "image")
+    assert [row["image"] is None for row in source.rows()] == [False, True]
+    assert "b.png" in source.outside
+    with pytest.raises(ValueError, match=r"links to files outside of it, refused: \['b.png'\]"):
+        refuse_links_out(folder)
+
+
+def test_a_folder_within_that_is_a_link_out(folder):
+    (folder / "more").symlink_to("..", target_is_directory=True)
+    with pytest.raises(ValueError, match=r"refused: \['more'\]"):
+        refuse_links_out(folder)
+    assert not Bounds(folder).hold(folder / "more" / "secret.png")
+    assert Bounds(folder, [folder.parent]).hold(folder / "more" / "secret.png")
+
+
+def test_links_within_and_a_folder_reached_by_a_link(folder):
+    (folder / "b.png").symlink_to("a.png")
+    (folder.parent / "link").symlink_to("data", target_is_directory=True)
+    for path in (folder, folder.parent / "link"):
+        refuse_links_out(path)
+        assert images_of(path) == [str(path / "a.png"), str(path / "b.png")]
+
+
+@pytest.mark.parametrize("inner", ["", "train"])
+def test_a_snapshot_of_the_hubs_cache(folder, inner):
+    repository = folder.parent / "datasets--me--mine"
+    snapshot = repository / "snapshots" / "0a1b" / inner
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (folder / "b.png").write_bytes(PICTURES[2])
+    for number, file in enumerate(folder.iterdir()):
+        file.rename(repository / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(repository / "blobs" / str(number))
+    refuse_links_out(snapshot)
+    assert None not in images_of(snapshot)
+    (snapshot / "c.png").symlink_to(folder.parent / "secret.png")
+    with pytest.raises(ValueError, match=r"c\.png"):
+        refuse_links_out(snapshot)
+
+
+def test_lists_and_archives_that_are_links_out(folder, tmp_path):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "metadata.jsonl").symlink_to(folder / "metadata.jsonl")
+    with pytest.raises(ValueError, match=r"refused: \['metadata.jsonl'\]"):
+        open_source(str(tmp_path / "lists"), "train", "image")
+    write_tar(tmp_path / "0.tar", sample(1))
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").symlink_to(tmp_path / "0.tar")
+    for dataset in (tmp_path / "shards", tmp_path / "shards" / "*.tar"):
+        with pytest.raises(ValueError, match=r"refused: \['0.tar'\]"):
+            open_source(str(dataset), "train", "image")
+    assert len(open_source(str(tmp_path / "shards" / "0.tar"), "train", "image")) == 1, "the file itself was named"
+
+
+def test_a_saved_data_set_with_a_link_out(tmp_path):
+    DatasetDict(train=Dataset.from_dict({"image": [PICTURES[1]]})).save_to_disk(tmp_path / "saved")
+    table = next((tmp_path / "saved" / "train").glob("*.arrow"))
+    table.rename(tmp_path / "elsewhere.arrow")
+    table.symlink_to(tmp_path / "elsewhere.arrow")
+    with pytest.raises(ValueError, match="links to files outside of it"):
+        open_source(str(tmp_path / "saved"), "train", "image")
+
+
+def test_names_that_no_file_can_have(folder):
+    (folder / "loop").symlink_to("loop")
+    for name in ("a\0b", "\ud800", "x" * 5000, "loop"):
+        assert Bounds(folder).hold(folder / name)
