@@ -270,10 +270,16 @@ def per_class_accuracy(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
-    """(classes, classes), how many images of the row's class are taken for the column's."""
+    """(classes, classes), how many images of the row's class are taken for the column's.
+
+    A tie with a wrong class goes to that one, so that the diagonal holds what `top_k_accuracy` counts.
+    """
     _check_classes(scores, labels)
     classes = scores.shape[1]
-    return torch.bincount(labels * classes + scores.argmax(dim=1), minlength=classes**2).reshape(classes, classes)
+    floating = scores.to(torch.promote_types(scores.dtype, torch.float))
+    wrong = floating.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
+    taken = torch.where(_class_ranks(scores, labels) == 0, labels, wrong)
+    return torch.bincount(labels * classes + taken, minlength=classes**2).reshape(classes, classes)
 
 
 def eleven_point_map(scores: Tensor, targets: Tensor) -> float:

@@ -49,6 +49,17 @@ def test_confusion_matrix_counts():
 def test_ties_count_against_the_class():
     scores = torch.tensor([[0.5, 0.5, 0.1]])
     assert top_k_accuracy(scores, torch.tensor([0]), 1) == 0 and top_k_accuracy(scores, torch.tensor([0]), 2) == 1
+    assert confusion_matrix(scores, torch.tensor([0])).tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", [torch.float, torch.double, torch.long])
+def test_the_diagonal_of_the_confusion_matrix_is_the_accuracy(kind):
+    scores = torch.randint(3, (200, 7), generator=GENERATOR).to(kind)  # three values: ties in every row
+    matrix = confusion_matrix(scores, LABELS)
+    assert matrix.sum() == 200 and matrix.trace() / 200 == pytest.approx(top_k_accuracy(scores, LABELS))
+    torch.testing.assert_close(matrix.diag() / matrix.sum(dim=1), per_class_accuracy(scores, LABELS).float())
+    alone = confusion_matrix(torch.ones(2, 1).to(kind), torch.tensor([0, 0]))
+    assert alone.tolist() == [[2]], "a single class ties with none"
 
 
 @pytest.mark.parametrize("scores", [SCORES[:, 0], TIED], ids=["distinct", "tied"])
