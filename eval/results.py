@@ -77,12 +77,12 @@ def header(
         model_revision: commit on the Hub; None for a local one.
         skipped: rows that could not be used and are not in the figures.
     """
-    command = " ".join(["python", "-m", _module_name(), *map(_relative, sys.argv[1:])])
+    command = " ".join(["python", "-m", _module_name(), *map(without_machine, sys.argv[1:])])
     return {
-        "dataset": _relative(dataset),
+        "dataset": without_machine(dataset),
         "dataset_revision": dataset_revision,
         "dataset_fingerprint": dataset_fingerprint,
-        "model": _relative(model),
+        "model": without_machine(model),
         "model_revision": model_revision,
         "versions": package_versions(),
         "device": device,
@@ -95,7 +95,7 @@ def header(
 
 def write_records(path: Path, records: list[Record], facts: dict[str, Any], **parts: Any) -> None:
     """Write a result file in one piece: the header `facts`, the records, and further `parts` such as a matrix."""
-    listed = [asdict(record) | {"model_folder": _relative(record.model_folder)} for record in records]
+    listed = [asdict(record) | {"model_folder": without_machine(record.model_folder)} for record in records]
     content = {"schema_version": SCHEMA_VERSION, **facts, "records": listed, **parts}
     write_json(path, content)
 
@@ -127,7 +127,7 @@ def hub_revision(name: str, repo_type: str) -> str | None:
     return reference.read_text(encoding="ascii").strip() if reference.is_file() else None
 
 
-def _relative(text: str) -> str:
+def without_machine(text: str) -> str:
     """Paths under the current folder relative to it, other absolute ones as their last part: none names a machine.
 
     Also behind `--flag=`, `KEY=` and `open_clip:local-dir:`.

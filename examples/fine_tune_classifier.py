@@ -1,4 +1,4 @@
-"""From zero-shot to fine-tuned: an image classifier that starts with Portuguese class names and learns from labels.
+r"""From zero-shot to fine-tuned: an image classifier that starts with Portuguese class names and learns from labels.
 
     python -m examples.fine_tune_classifier --image_size 96 --output_dir runs/classifier
     python -m examples.fine_tune_classifier --model MODEL --learning_rate 1e-5 --images DATA --benchmark cifar-10 \
@@ -25,9 +25,11 @@ from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArgu
 
 from artifacts import device_description, package_versions, whole_folder, write_json, write_text
 from captions.rows import BadImage, decode_image
+from captions.stages import StageHelp
 from eval.classification import LabelledImages, load_images
 from eval.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
+from eval.results import without_machine
 from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from training.step import resolve_precision
@@ -184,17 +186,20 @@ def fine_tune(args: ClassifierArguments) -> dict[str, float]:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         facts = {"accuracy": found, "train_images": len(train), "test_images": len(test), "training_s": seconds}
-        facts |= {"config": asdict(args) | {"output_dir": str(args.output_dir)}}
+        told = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+        told |= {name: without_machine(value) for name, value in told.items() if isinstance(value, str)}
+        facts |= {"config": told}
         facts |= {"device": device_description(model.device), "versions": package_versions()}
         write_json(folder / "results.json", facts)
-        source = args.images or "scikit-learn's digits"
-        write_text(folder / "README.md", CARD.format(benchmark=args.benchmark, model=args.model, images=source))
+        told["images"] = told["images"] or "scikit-learn's digits"
+        write_text(folder / "README.md", CARD.format(**told))
     return found
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(ClassifierArguments, description=__doc__, formatter_class=StageHelp)
     try:
-        (args,) = HfArgumentParser(ClassifierArguments, description=__doc__).parse_args_into_dataclasses(argv)
+        (args,) = parser.parse_args_into_dataclasses(argv)
         found = fine_tune(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

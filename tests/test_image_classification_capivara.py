@@ -415,6 +415,9 @@ def test_example_with_a_folder_of_images(tiny_folder, tmp_path):
     fine_tune_classifier.main([*flags, "--head_only", "--epochs", "1"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["train_images"], results["test_images"]) == (19, 20)
+    told = [path for path in (tmp_path / "out").iterdir() if path.suffix in (".json", ".md", ".bin")]
+    assert not [path.name for path in told if str(tmp_path).encode() in path.read_bytes()], "a place of this machine"
+    assert f"`{tiny_folder.name}` fine-tuned on the images of images;" in (tmp_path / "out" / "README.md").read_text()
     whole = CapivaraModel.from_pretrained(tiny_folder)
     tuned = CapivaraForImageClassification.from_pretrained(tmp_path / "out")
     assert torch.equal(whole.visual_projection.weight, tuned.visual_projection.weight)
