@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image takes the class whose prompts lie nearest to it.
+r"""Zero-shot classification: an image takes the class whose prompts lie nearest to it.
 
     python -m eval.classification --model data/openmoji/base --benchmark cifar-10 --images FOLDER \
         --output results/cifar-10.json
@@ -29,6 +29,7 @@ from transformers import HfArgumentParser
 
 from artifacts import device_description, read_json
 from captions.links import refuse_links_out
+from captions.stages import StageHelp
 from embedders import load_embedder
 from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
 from eval.metrics import (
@@ -351,8 +352,9 @@ def _plain(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(ClassificationArguments, description=__doc__, formatter_class=StageHelp)
     try:
-        (args,) = HfArgumentParser(ClassificationArguments, description=__doc__).parse_args_into_dataclasses(argv)
+        (args,) = parser.parse_args_into_dataclasses(argv)
         records = evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from artifacts import read_json
+from captions.stages import StageHelp
 from embedders import load_embedder
 from eval.classification import ImageArguments, LabelledImages, classification_metrics, image_header, load_images
 from eval.embeddings import EmbeddingStore, cache_folder
@@ -180,8 +181,9 @@ def _fitted(features: Features, penalty: float) -> LogisticRegression:
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(LinearProbeArguments, description=__doc__, formatter_class=StageHelp)
     try:
-        (args,) = HfArgumentParser(LinearProbeArguments, description=__doc__).parse_args_into_dataclasses(argv)
+        (args,) = parser.parse_args_into_dataclasses(argv)
         records = evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -6,7 +6,6 @@
 A run's folder holds its `results/` and its `run.json`, which gives the training curves.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ import jinja2
 from transformers import HfArgumentParser
 
 from artifacts import check_output_folder, whole_folder, write_text
+from captions.stages import StageHelp
 from eval.report_page.compare import pairs_of, series_by_condition
 from eval.report_page.details import class_sections, gallery_sections
 from eval.report_page.files import Found, read_folder
@@ -74,12 +74,8 @@ def render(found: Found, pictures: Pictures) -> str:
     return environment.get_template("page.html.j2").render(**parts, unread=found.unread, problems=found.problems)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the commands of the description on lines of their own."""
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(ReportArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
+    parser = HfArgumentParser(ReportArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
     parser.add_argument("results", type=Path, help="Folder of result files, those of folders in it too.")
     try:
         args, rest = parser.parse_args_into_dataclasses(argv)

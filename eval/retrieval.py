@@ -1,4 +1,4 @@
-"""Cross-modal retrieval: texts find their image, images find one of their texts.
+r"""Cross-modal retrieval: texts find their image, images find one of their texts.
 
     python -m eval.retrieval --model data/openmoji/base --dataset data/openmoji/dataset --split test --language pt \
         --output retrieval_pt.json
@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 
 from artifacts import device_description, read_json
 from captions.sources import Source, open_source
+from captions.stages import StageHelp
 from embedders import Embedder, load_embedder
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
 from eval.gallery import write_gallery
@@ -357,8 +358,9 @@ def _positions(text: str, captions: int) -> Sequence[int]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(RetrievalArguments, description=__doc__, formatter_class=StageHelp)
     try:
-        (args,) = HfArgumentParser(RetrievalArguments, description=__doc__).parse_args_into_dataclasses(argv)
+        (args,) = parser.parse_args_into_dataclasses(argv)
         records = evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

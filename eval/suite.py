@@ -15,7 +15,6 @@ arguments, and the names, sizes and times of the data's files are what they were
 every protocol a folder of its own. What lies on the Hub counts as unchanged; --overwrite measures anew.
 """
 
-import argparse
 import shutil
 import sys
 import traceback
@@ -28,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import HfArgumentParser
 
 from artifacts import package_versions, read_json, write_json, write_text
+from captions.stages import StageHelp
 from eval.benchmarks import SUITES, Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
@@ -50,10 +50,6 @@ from eval.suite_plan import (
 )
 from eval.tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
 from processes import processes
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the commands of the description on lines of their own."""
 
 
 def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measurement: Measurement) -> list[Record]:
@@ -188,11 +184,11 @@ def listing(args: SuiteArguments, suite: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(SuiteArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
+    parser = HfArgumentParser(SuiteArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
     parser.add_argument("suite", nargs="?", default="paper", help=f"Which benchmarks: {', '.join(SUITES)}.")
     parser.add_argument("--list", action="store_true", help="Show the suite's benchmarks and where their data are.")
-    args, given = parser.parse_args_into_dataclasses(argv)
     try:
+        args, given = parser.parse_args_into_dataclasses(argv)
         if given.list:
             print(listing(args, given.suite))
             return

@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_fro
 from transformers import HfArgumentParser
 
 from artifacts import device_description, package_versions, read_json, whole_folder, write_json
+from captions.stages import StageHelp
 from eval import classification, linear_probe, retrieval
 from eval.prompts import load_prompts
 from eval.results import Record
@@ -188,8 +189,9 @@ def _prompts_file(benchmark: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(RealImagesArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(RealImagesArguments, description=__doc__, formatter_class=StageHelp)
     try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
         prepare(args.data, args.openmoji)
         records = measure(args, args.baseline, "baseline") + measure(args, args.model, "capivara") + probe(args)
     except (ValueError, OSError, ImportError) as error:

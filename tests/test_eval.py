@@ -1,16 +1,19 @@
 """Retrieval task, result records, table and pictures."""
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
 import torch
 from PIL import Image
 
+from eval import classification, linear_probe, report, retrieval, suite
 from eval.plots import plot_retrieval_sheet, plot_training_curves
 from eval.results import Record, header, read_records, write_records
 from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, retrieval_records
 from eval.tables import retrieval_table
+from examples import fine_tune_classifier, real_images
 
 FACTS = {"dataset": "d", "split": "test", "language": "pt", "model": "capivara", "model_folder": "."}
 
@@ -90,3 +93,18 @@ def test_pictures(tmp_path):
     for name in ("sheet.png", "curves.png"):
         colours = Image.open(tmp_path / name).convert("RGB").getcolors(1 << 20)
         assert len(colours) > 20, "an empty picture"
+
+
+@pytest.mark.parametrize(
+    "task", [classification, fine_tune_classifier, linear_probe, real_images, report, retrieval, suite]
+)
+def test_help_can_be_pasted_from_and_a_wrong_flag_is_named(task, capsys):
+    with pytest.raises(SystemExit) as done:
+        task.main(["--help"])
+    shown = capsys.readouterr().out
+    assert done.value.code == 0 and task.__doc__ in shown and "(default: " in shown
+    assert not re.search(r"\S {2,}--", task.__doc__), "lines of a command have become one"
+    needed = {"--model ": "m", "--dataset ": "d", "--benchmark ": "b", "--images ": "i", "--output ": "o"}
+    given = [part for flag, value in needed.items() if flag in shown for part in (flag.strip(), value)]
+    with pytest.raises(SystemExit, match="--modle"):
+        task.main([*(["results"] if task is report else []), *given, "--modle", "x"])
