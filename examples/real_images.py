@@ -49,6 +49,7 @@ PHOTOS = {
 # Those that show a class of ImageNet for which Babel-ImageNet has a Portuguese name, by ImageNet's English name.
 BABEL_PHOTOS = {"clock": "analog clock", "coffee": "espresso", "camera": "tripod", "rocket": "missile (657)"}
 TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
+SUMMARY_VERSION = 1  # of real_images.json, which is no result file of its own
 DIGIT_SIDE = 96  # pixels; the pictures have 8, and are enlarged without smoothing
 
 
@@ -196,7 +197,8 @@ def main(argv: list[str] | None = None) -> None:
         records = measure(args, args.baseline, "baseline") + measure(args, args.model, "capivara") + probe(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    facts = {"device": device_description(args.device or "cpu"), "versions": package_versions()}
+    facts = {"summary_version": SUMMARY_VERSION, "device": device_description(args.device or "cpu")}
+    facts |= {"versions": package_versions()}
     write_json(args.output / "real_images.json", facts | {"records": [asdict(record) for record in records]})
     print(f"Results: {args.output}. As a page: python -m eval.report {args.output} --output report")
 

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 
 from eval.prompts import load_prompts
+from eval.report_page.files import read_folder
 from examples.real_images import BABEL_PHOTOS, PHOTOS, main
 
 
@@ -39,6 +40,8 @@ def test_command(tiny_folder, openmoji, tmp_path):
     main([str(flag) for flag in [*flags, "--output", tmp_path / "out"]])
     content = json.loads((tmp_path / "out" / "real_images.json").read_text(encoding="utf-8"))
     records = content["records"]
+    found = read_folder(tmp_path / "out")
+    assert len(found.results) > 10 and not found.unread, "a report takes the folder as it is"
     sets = {"openmoji", "openmoji-concepts", "sklearn-digits", "skimage-photos", "babel-imagenet-photos"}
     assert {record["dataset"].split("/")[-1] for record in records} == sets and content["versions"]["torch"]
     images = {r["dataset"]: r["n"] for r in records if r["task"] == "classification"}

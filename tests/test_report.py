@@ -276,6 +276,14 @@ def test_confused_pairs():
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
+def test_summaries_of_the_results_beside_them_are_no_faults(tmp_path):
+    written(tmp_path, BASELINE, name="good.json")
+    for name, content in (("suite", {"rows": []}), ("real_images", {"records": [MODEL]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"summary_version": 1, **content}), encoding="utf-8")
+    found = read_folder(tmp_path)
+    assert [result.name for result in found.results] == ["good.json"] and not found.unread
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -161,6 +161,8 @@ def _sort_in(path: Path, name: str, found: Found) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"is not JSON: {error}") from error
+    if isinstance(content, dict) and "summary_version" in content:
+        return  # of a suite or of examples.real_images: the files that it sums up lie beside it
     if isinstance(content, dict) and "records" in content:
         found.results.append(_result(content, name, found.problems))
     elif isinstance(content, dict) and "curve" in content:
