@@ -14,11 +14,12 @@ import json
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow.parquet as pq
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from huggingface_hub import hf_hub_download
@@ -269,13 +270,13 @@ def image_header(
 
 def _split_of(source: str, split: str) -> Dataset:
     path = Path(source)
-    if path.is_dir():
-        refuse_links_out(path)
     try:
+        if path.is_dir():
+            refuse_links_out(path)
+            _refuse_outside(path)
         if (path / "dataset_dict.json").is_file():
             loaded = load_from_disk(source)
         elif path.is_dir() and not any(path.rglob("*.tar")) and not any(path.rglob("*.parquet")):
-            _refuse_outside(path)
             if {folder.name.casefold() for folder in path.iterdir() if folder.is_dir()} - SPLIT_FOLDERS:
                 return load_dataset("imagefolder", data_files={split: str(path / "**")})[split]  # a folder a class
             loaded = load_dataset("imagefolder", data_dir=source)
@@ -294,13 +295,27 @@ def _split_of(source: str, split: str) -> Dataset:
 
 def _refuse_outside(folder: Path) -> None:
     """Raise ValueError where a list of the folder names a file outside of it, which `datasets` would open."""
-    for path in [*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")]:
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
-            names = [str(line.get("file_name")) for line in lines]
-        outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts]
+    for path in folder.rglob("metadata.*"):
+        names = [name for line in _lines_of(path) for key, value in line.items() for name in _file_names(key, value)]
+        outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts or "://" in name]
         if outside:
             raise ValueError(f"{path.relative_to(folder)} names files outside its folder, refused: {outside[:3]}.")
+
+
+def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Of a list in one of the forms that `datasets` reads."""
+    if path.suffix == ".parquet":
+        yield from pq.read_table(path).to_pylist()
+    elif path.suffix in (".csv", ".jsonl"):
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+
+
+def _file_names(key: str | None, value: Any) -> list[str]:
+    """What `datasets` takes for names of files: of file_name, file_names, and with a word and _ before."""
+    if not re.fullmatch(r"(.*_)?file_names?", key or ""):
+        return []
+    return list(map(str, value)) if isinstance(value, list) else [str(value)]
 
 
 def _only_image_column(rows: Dataset, source: str) -> str:

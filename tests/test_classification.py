@@ -145,8 +145,15 @@ def test_images_of_classes_without_a_name_are_left_out(image_folder, tmp_path):
     assert sorted(images.labels) == [0] * 3 + [1] * 3 and images.images.count == 6
 
 
-def test_a_list_that_names_files_outside_its_folder_is_refused(image_folder):
-    (image_folder / "metadata.jsonl").write_text('{"file_name": "../secret.png", "label": 0}\n', encoding="utf-8")
+@pytest.mark.parametrize("key", ["file_name", "image_file_name", "file_names"])
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_a_list_that_names_files_outside_its_folder_is_refused(image_folder, form, key):
+    name = ["../secret.png"] if key == "file_names" and form != "csv" else "../secret.png"
+    row, path = {key: name, "label": 0}, image_folder / f"metadata.{form}"
+    if form == "parquet":
+        Dataset.from_list([row]).to_parquet(path)
+    else:
+        path.write_text(json.dumps(row) if form == "jsonl" else f"{key},label\n{name},0\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"names files outside its folder, refused: \['../secret.png'\]"):
         load_images(str(image_folder), "test", CIFAR)
 
