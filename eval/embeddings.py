@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from artifacts import write_bytes
-from captions.rows import BadImage, decode_image, image_bytes
+from captions.rows import BadImage, decode_image, image_digest
 from embedders import Embedder
 from processes import processes
 
@@ -52,15 +52,21 @@ class ImageRows:
     row_image: Callable[[int], dict | None]
     count: int
     digest: str = field(init=False)
+    _digests: bytes = field(init=False, repr=False)  # 16 each
 
     def __post_init__(self) -> None:
-        digest = hashlib.blake2b(digest_size=16)
+        digests = bytearray()
         for row in tqdm(range(self.count), desc="Reading images", unit="image", disable=_quiet()):
             try:
-                digest.update(hashlib.blake2b(image_bytes(self.row_image(row)), digest_size=16).digest())
+                digests += image_digest(self.row_image(row))
             except BadImage as bad:
-                digest.update(bad.reason.encode())
-        object.__setattr__(self, "digest", digest.hexdigest())
+                digests += hashlib.blake2b(bad.reason.encode(), digest_size=16).digest()
+        object.__setattr__(self, "_digests", bytes(digests))
+        object.__setattr__(self, "digest", hashlib.blake2b(digests, digest_size=16).hexdigest())
+
+    def row_digest(self, row: int) -> str:
+        """Hex, of the file of an image, or of what is wrong with it."""
+        return self._digests[16 * row : 16 * (row + 1)].hex()
 
     def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
         """Rows with their images or what is wrong with them, decoded ahead by a few threads."""

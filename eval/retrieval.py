@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from artifacts import device_description, read_json
+from captions.rows import rows_fingerprint
 from captions.sources import Source, open_source
 from captions.stages import StageHelp
 from embedders import Embedder, load_embedder
@@ -34,7 +35,7 @@ from eval.metrics import (
     paired_bootstrap,
     recall_at_k,
 )
-from eval.results import Record, digest_of, header, hub_revision, write_records
+from eval.results import Record, header, hub_revision, write_records
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import embed_texts
 from processes import processes
@@ -238,6 +239,10 @@ class RetrievalData:
         texts, image_of_text = flat_captions([self.captions[row] for row in images.rows.tolist()])
         return RetrievalEmbeddings(store.texts(texts, "Captions"), images.embeds, image_of_text), images
 
+    def fingerprint(self) -> str:
+        """The one that a training run gives the same images and captions."""
+        return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
+
     def first(self, rows: int) -> "RetrievalData":
         images = ImageRows(self.images.row_image, min(rows, self.images.count))
         return RetrievalData(self.source, self.captions[:rows], images)
@@ -298,7 +303,7 @@ def evaluate(args: RetrievalArguments, links_into: Sequence[Path] = ()) -> list[
         about = header(
             dataset=args.dataset,
             dataset_revision=hub_revision(args.dataset, "dataset"),
-            dataset_fingerprint=digest_of([data.images.digest, data.captions]),
+            dataset_fingerprint=data.fingerprint(),
             model=args.model,
             model_revision=hub_revision(args.model, "model"),
             device=device_description(embedder.device),

@@ -10,7 +10,6 @@ import torch
 from artifacts import device_description, read_json, write_json
 from embedders import PlainEmbedder
 from eval.embeddings import EmbeddingStore
-from eval.results import digest_of
 from eval.retrieval import (
     PROTOCOL,
     RetrievalArguments,
@@ -38,7 +37,7 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
     processor = load_processor(folder)
     found: dict[str, Any] = {
         "dataset": dataset_name(args.dataset),
-        "dataset_fingerprint": digest_of([data.images.digest, data.captions]),
+        "dataset_fingerprint": data.fingerprint(),
         "split": args.split,
         "language": args.language,
         "protocol": PROTOCOL,

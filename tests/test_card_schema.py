@@ -1,6 +1,7 @@
 """Broken cards are refused, and texts of configs and data stay texts: in Markdown, in HTML and in YAML."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from browser import open_browser

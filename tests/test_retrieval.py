@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -13,9 +14,11 @@ import pytest
 import torch
 
 import embedders
+from captions.sources import open_source
 from eval.results import read_records
 from eval.retrieval import RetrievalArguments, _positions, evaluate, load_data, main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
+from training.rows import caption_table, tables_fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 14
@@ -245,6 +248,17 @@ def test_a_saved_data_set(tiny_folder, tiny_dataset_folder, tmp_path):
     records = evaluate(arguments)
     assert {r.language for r in records} == {"en"} and {r.seed for r in records} == {3}
     assert {r.n for r in records} == {8}
+
+
+def test_training_gives_the_same_data_the_same_fingerprint(folder, tiny_dataset_folder, tmp_path):
+    """Otherwise a report doubts that a run's baseline and a model measured later saw the same data."""
+    for dataset, column in ((folder, "legendas"), (tiny_dataset_folder, "captions-pt")):
+        source = open_source(str(dataset), "test", "image")
+        table = caption_table(source, "image", [column], lambda row, name=column: row[name], [])
+        arguments = RetrievalArguments("m", str(dataset), tmp_path, caption_column=column, recall_at=[1])
+        assert load_data(arguments).fingerprint() == tables_fingerprint(table)
+    first = load_data(arguments).fingerprint()
+    assert first != load_data(replace(arguments, language="en", caption_column="captions-{language}")).fingerprint()
 
 
 def test_parquet(tiny_folder, tiny_dataset_folder, tmp_path):

@@ -7,19 +7,17 @@ The rows are those of a `captions.sources.Source`.
 
 import atexit
 import itertools
-import json
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from hashlib import blake2b
 from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
-from captions.rows import NOT_CHOSEN, BadRow, Skipped, image_bytes
+from captions.rows import NOT_CHOSEN, BadRow, Skipped, image_digest, rows_fingerprint
 from captions.sources import Source
 from modeling_capivara import repair_text
 
@@ -100,11 +98,8 @@ def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) ->
 
 def tables_fingerprint(table: Dataset) -> str:
     """Hex digest of the images, captions and order of a `caption_table`; where the files lie does not matter."""
-    digest = blake2b(digest_size=16)
-    for chunk in table.select_columns(["digest", "captions"]).iter(ROWS_PER_CHUNK):
-        for row in zip(chunk["digest"], chunk["captions"], strict=True):
-            digest.update(json.dumps(row).encode() + b"\n")
-    return digest.hexdigest()
+    chunks = table.select_columns(["digest", "captions"]).iter(ROWS_PER_CHUNK)
+    return rows_fingerprint(row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
 
 
 def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Callable[[dict], list[str]]) -> dict:
@@ -127,7 +122,7 @@ def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Cal
         raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
         raise BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
-    digest = blake2b(image_bytes(image), digest_size=16).hexdigest()
+    digest = image_digest(image).hex()
     # JSON can hold lone surrogates, which no tokenizer and no Arrow file takes
     return {"digest": digest, "captions": [text.encode("utf-8", "replace").decode() for text in captions]}
 
