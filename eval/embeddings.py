@@ -60,7 +60,8 @@ class ImageRows:
             try:
                 digests += image_digest(self.row_image(row))
             except BadImage as bad:
-                digests += hashlib.blake2b(bad.reason.encode(), digest_size=16).digest()
+                said = self.fault(row, bad).encode("utf-8", "replace")  # is kept, and must be of this data set
+                digests += hashlib.blake2b(said, digest_size=16).digest()
         object.__setattr__(self, "_digests", bytes(digests))
         object.__setattr__(self, "digest", hashlib.blake2b(digests, digest_size=16).hexdigest())
 
@@ -89,7 +90,8 @@ class ImageRows:
     def fault(self, row: int, bad: BadImage) -> str:
         """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
         path = (self.row_image(row) or {}).get("path") or ""
-        return str(bad).replace(path, Path(path).name) if path else str(bad)
+        folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
+        return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,15 @@ def test_corrupt_images_are_counted_and_listed(tiny_folder, folder, tmp_path, ca
     assert "1 images could not be read" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["gone.png", "a\0b.png", "é\\n.png", "'.png", "x" * 400])
+def test_faults_of_odd_names_name_no_place_of_the_machine(tiny_folder, folder, tmp_path, name):
+    edit(folder, lambda lines: lines[5].update(file_name=name))
+    main(flags(tiny_folder, folder, tmp_path / "r.json"))
+    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    said = content["skipped"]["5"]
+    assert said.startswith(f"unreadable image: {name!r}"[:200]) and str(tmp_path) not in json.dumps(content)
+
+
 def edit(folder: Path, change) -> None:
     path = folder / "test" / "metadata.jsonl"
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
