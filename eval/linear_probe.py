@@ -128,7 +128,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
         load_images(args.images, name, prompts.names_en, args.image_column, args.label_column) if name else None
         for name in splits
     ]
-    _check_apart(dict(zip(splits, loaded, strict=True)))
+    _check_apart(splits, loaded)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
     store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
@@ -165,14 +165,14 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     return records
 
 
-def _check_apart(data: dict[str | None, LabelledImages | None]) -> None:
+def _check_apart(names: list[str | None], data: list[LabelledImages | None]) -> None:
     """Raise ValueError where two splits are the same images: such a figure would be of what was fitted."""
-    seen: dict[str, str] = {}
-    for name, images in data.items():
-        if images is not None and seen.setdefault(images.images.digest, name) != name:
+    seen: dict[str, int] = {}
+    for place, images in enumerate(data):
+        if images is not None and seen.setdefault(images.images.digest, place) != place:
             raise ValueError(
-                f"The splits {seen[images.images.digest]!r} and {name!r} hold the same images. A linear probe needs a "
-                "folder of splits, such as train/ and test/ with a folder a class in each."
+                f"The splits {names[seen[images.images.digest]]!r} and {names[place]!r} hold the same images. A linear "
+                "probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
             )
 
 

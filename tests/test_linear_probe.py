@@ -102,3 +102,5 @@ def test_the_same_images_are_not_fitted_and_measured(tiny_folder, tmp_path):
     flags = ["--model", str(tiny_folder), "--benchmark", "cifar-10", "--images", str(tmp_path / "d")]
     with pytest.raises(SystemExit, match="splits 'train' and 'test' hold the same images"):
         main([*flags, "--output", str(tmp_path / "p.json")])
+    with pytest.raises(SystemExit, match="splits 'test' and 'test' hold the same images"):
+        main([*flags, "--train_split", "test", "--output", str(tmp_path / "p.json")])
