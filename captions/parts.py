@@ -96,8 +96,8 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
     if differences:
         raise ValueError(
             f"{output} was made from {there['source']['name']} with other settings, and parts of two kinds must not "
-            f"mix. {'; '.join(differences)}. Give these as they were, choose another --output, or remove this folder and "
-            "what was made from it."
+            f"mix. {'; '.join(differences)}. Give these as they were, choose another --output, or remove this "
+            "folder and what was made from it."
         )
     return there
 
