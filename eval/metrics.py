@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**23  # scores that are held at once, 32 MiB in float32; `benchmarks.eval_retrieval` was fastest so
+MIN_BLOCK = 64  # queries that are scored at once at least: with fewer, reading the items takes longer than scoring
 KEPT_ELEMENTS = 2**27  # scores that are kept for both directions, 512 MiB in float32; more are computed twice
 RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
 
@@ -18,14 +19,14 @@ def retrieval_ranks(
     """For every query, how many wrong items score at least as high as its best right one.
 
     An item is right when its group is the query's: an image and all of its captions share a group. Queries go through
-    in blocks, so that never more than `BLOCK_ELEMENTS` scores are there at once.
+    in blocks, so that never more than `BLOCK_ELEMENTS` scores, or those of `MIN_BLOCK` queries, are there at once.
 
     Args:
         query_embeds: (queries, width), unit length.
         item_embeds: (items, width), unit length.
         query_groups: (queries,), integers.
         item_groups: (items,), integers.
-        block_size: queries scored at once; as many as `BLOCK_ELEMENTS` allows where None.
+        block_size: queries scored at once; as many as `BLOCK_ELEMENTS` allows, and `MIN_BLOCK` at least, where None.
 
     Returns:
         (queries,), integers; 0 is a hit at rank 1. A tie with a wrong item counts against the query.
@@ -34,7 +35,8 @@ def retrieval_ranks(
         ValueError: a query has no right item, or an embedding is not finite.
     """
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
-    block_size = max(1, min(block_size or BLOCK_ELEMENTS // len(item_embeds), len(query_embeds)))
+    block_size = block_size or max(MIN_BLOCK, BLOCK_ELEMENTS // len(item_embeds))
+    block_size = max(1, min(block_size, len(query_embeds)))
     # One buffer for all blocks: fresh memory, page by page, costs as much as the comparison.
     buffer = query_embeds.new_empty(block_size, len(item_embeds))
     find_right = _RightPairs(item_groups)

@@ -54,6 +54,15 @@ def check(folder: Path) -> list[str]:
     return faults + list(_eval_results_faults(folder, facts))
 
 
+def outdated(folder: Path) -> list[str]:
+    """The faults of a folder's card, if there is one and `hub_upload.card` made it; others are their writers' word."""
+    try:
+        made_with(split_card((folder / CARD).read_text(encoding="utf-8"))[1])
+    except (ValueError, OSError):
+        return []
+    return check(folder)
+
+
 def made_with(body: str) -> dict[str, Any]:
     """The options that a card was made with. Raises ValueError where it does not say so."""
     found = MADE_WITH.findall(body)

@@ -19,6 +19,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HTTPError
 from transformers import HfArgumentParser
 
+from hub_upload.card_check import outdated
 from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, check_visibility, plan, readable_size, report
 from hub_upload.remote import (
     WAITS_S,
@@ -67,12 +68,25 @@ def main(argv: list[str] | None = None) -> None:
         options = {name: value for name, value in vars(args).items() if name not in ("model", "repo_id")}
         planned = plan(args.model, args.repo_id, **options)
         print(report(planned), flush=True)
+        check_card(planned.args)
         _finish(planned)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {plain(str(error))}")
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on: files that have arrived are not sent again.", file=sys.stderr)
         sys.exit(130)
+
+
+def check_card(args: PushArguments) -> None:
+    """Say where a card states other figures than its files. Raises ValueError where it was about to be sent."""
+    faults = outdated(args.model) if args.repo_type == "model" else []
+    if not faults:
+        return
+    said = "".join(f"\n  {plain_line(fault)}" for fault in faults[:SHOWN])
+    message = f"The card is not what its files say; make it anew with `python -m hub_upload.card`. {said}"
+    if args.push:
+        raise ValueError(f"Nothing was sent. {message}")
+    print(f"Warning: {message}", flush=True)
 
 
 def _finish(planned: PushPlan) -> None:

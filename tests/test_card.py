@@ -10,12 +10,14 @@ import pytest
 from card_run import card_of, change, record_of, results_of, trained_run
 from huggingface_hub import ModelCard, ModelCardData
 
+from hub_upload import push
 from hub_upload.card import main, render, write_card
-from hub_upload.card_check import check
+from hub_upload.card_check import check, outdated
 from hub_upload.card_facts import card_facts
 from hub_upload.card_render import TEMPLATES, marked_card
 from hub_upload.card_schema import read_yaml, split_card
 from hub_upload.card_text import figures, plain
+from hub_upload.push_plan import PushArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = ("How to use", "Model details", "Uses", "Bias, risks and limitations", "Ethical considerations", "Training",
@@ -219,6 +221,18 @@ def test_a_card_that_was_not_made_here(run):
     (run / "README.md").unlink()
     with pytest.raises(ValueError, match=r"has no README\.md"):
         check(run)
+
+
+def test_a_push_looks_at_cards_that_were_made_here(run):
+    args = PushArguments(model=run, repo_id="us/model")
+    assert outdated(run) == [] and push.check_card(args) is None
+    change(results_of(run), lambda content: content["records"][0].update(value=0.999))
+    assert outdated(run)
+    push.check_card(args)  # warns
+    with pytest.raises(ValueError, match="Nothing was sent"):
+        push.check_card(PushArguments(model=run, repo_id="us/model", push=True))
+    (run / "README.md").write_text("# Written by hand: 99 % right\n", encoding="utf-8")
+    assert outdated(run) == [] and push.check_card(args) is None
 
 
 def test_no_path_of_a_machine(run):
