@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from artifacts import write_json, write_text
-from benchmarks import captions, scaling, train_step
+from benchmarks import captions, captions_selection, scaling, train_step
 from eval.results import Record, read_records
 from eval.tables import retrieval_table
 
@@ -38,6 +38,7 @@ def blocks() -> dict[str, str]:
         "export": export_block(),
         "space": space_block(),
         "captions": captions.markdown_table(_results("captions")),
+        "captions_selection": captions_selection.markdown_table(_results("captions_selection")),
     }
 
 
