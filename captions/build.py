@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -70,9 +71,11 @@ def build(args: BuildArguments) -> Path | None:
     Raises:
         Awaited: a table has to be translated.
         ValueError: the config breaks a rule, or a folder is of other settings.
+        ImportError: a stage needs a package that is not there.
         OSError: the disk is full; the same command goes on.
     """
     plan = read_plan(args.config, dataset=args.dataset, output=args.output, language=args.language)
+    check_packages(plan)
     shard = Shard.of(args.shard)
     for line in described(plan):
         logger.info("%s", line)
@@ -91,6 +94,25 @@ def build(args: BuildArguments) -> Path | None:
     if shard.index:
         return None
     return write_dataset(plan)
+
+
+def check_packages(plan: Plan) -> None:
+    """Raise ImportError where an extra is missing that a stage would ask for, maybe after days of others."""
+    for step in (step for steps in plan.steps.values() for step in steps):
+        needs = ()
+        if step.name == "score" and step.args.model.startswith("open_clip:"):
+            needs = ("open_clip", "open_clip")
+        elif step.name == "translate" and step.args.backend == "google":
+            needs = ("google.cloud.translate_v2", "google")
+        if needs and not _installed(needs[0]):
+            raise ImportError(f"The stage {step.name} of the config needs {needs[0]}: pip install -e '.[{needs[1]}]'")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
 
 
 def described(plan: Plan) -> list[str]:

@@ -202,6 +202,15 @@ def test_shards_wait_for_each_other(config, tmp_path, monkeypatch):
     assert files(tmp_path / "shared" / "dataset") == expected
 
 
+def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    content["score"] = {"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"}
+    config.write_text(yaml.safe_dump(content), encoding="utf-8")
+    monkeypatch.setattr(build_module, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"stage score .* needs open_clip: pip install -e '\.\[open_clip\]'"):
+        build(BuildArguments(config, dry_run=True))
+
+
 def test_a_dry_run_says_what_it_would_do(config, tmp_path, caplog):
     before = files(tmp_path)
     with caplog.at_level("INFO", "capivara"):
