@@ -177,8 +177,15 @@ def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedd
 def _transformers_clip(source: str, device: torch.device, precision: str, trust_remote_code: bool) -> PlainEmbedder:
     if not Path(source).exists() and source.count("/") != 1:
         raise ValueError(f"{source!r} is neither a folder nor a Hub id such as 'openai/clip-vit-base-patch32'.")
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"clip:{source} can't be loaded; it must hold a CLIP of transformers with its processor, such as "
+            f"openai/clip-vit-base-patch32: {said}"
+        ) from error
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise ValueError(
             f"clip:{source} is a {type(model).__name__}, which does not embed texts and images as CLIP does."
