@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,19 +47,24 @@ def _results(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], facts: str) -> str:
+    """A table whose first column is text and whose others are numbers, and a paragraph under it."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(heads) - 1), *lines[1:], "", facts])
+
+
 def loading_block() -> str:
     loading = _results("loading")
-    lines = ["| what | images/s | waiting for images |", "|---|---:|---:|"]
-    for name, measured in loading["measured"].items():
-        lines.append(
-            f"| {name.replace('_', ' ')} | {measured['images_per_second']:.1f} | {measured['share_waiting']:.0%} |"
-        )
+    rows = [
+        (name.replace("_", " "), f"{measured['images_per_second']:.1f}", f"{measured['share_waiting']:.0%}")
+        for name, measured in loading["measured"].items()
+    ]
     width, height = loading["image_size"]
     facts = (
         f"{loading['images']} JPEG files of {width} x {height} pixels out of a tar, {loading['workers']} loading "
         f"process(es), the image tower at full size in {loading['precision']}, on {loading['device']}."
     )
-    return "\n".join([*lines, "", facts])
+    return _table(("what", "images/s", "waiting for images"), rows, facts)
 
 
 def real_images_block() -> str:
@@ -91,16 +97,18 @@ def real_images_block() -> str:
 def eval_retrieval_block() -> str:
     found = _results("eval_retrieval")
     scores, way = found["scores"], found["end_to_end"]
-    lines = ["| what | clip-benchmark, s | ours, s | ratio |", "|---|---:|---:|---:|"]
     names = {
         "scores": f"recall at 1, 5, 10 of {scores['images']:,} images x {scores['captions']:,} captions",
         "end_to_end": f"decode, embed and score {way['images']} images x {way['captions']} captions, full size",
     }
-    for part, name in names.items():
-        seconds = found[part]["seconds"]
-        lines.append(
-            f"| {name} | {seconds['clip_benchmark']:.2f} | {seconds['ours']:.2f} | {found[part]['ratio']:.1f} |"
+    rows = [
+        (
+            name,
+            *(f"{found[part]['seconds'][who]:.2f}" for who in ("clip_benchmark", "ours")),
+            f"{found[part]['ratio']:.1f}",
         )
+        for part, name in names.items()
+    ]
     memory = (
         f"Medians of {scores['runs']} alternating runs on {scores['device']}, recalls equal; over the embeddings ours "
         f"holds {scores['memory_over_embeddings_bytes'] / 2**20:.0f} MiB."
@@ -112,23 +120,23 @@ def eval_retrieval_block() -> str:
             f"with {large['memory_over_embeddings_bytes'] / 2**20:.0f} MiB over the embeddings, where all scores would "
             f"be {large['all_scores_bytes'] / 1e9:.0f} GB."
         )
-    return "\n".join([*lines, "", memory])
+    return _table(("what", "clip-benchmark, s", "ours, s", "ratio"), rows, memory)
 
 
 def export_block() -> str:
     found = _results("export")
-    lines = ["| what | open_clip, s | ours, s | ratio |", "|---|---:|---:|---:|"]
-    for name, what in (("load", "cold load"), ("load_and_read", "cold load, every weight read once")):
-        load = found["load"][name]
-        seconds = " | ".join(f"{load[who]['median_s']:.2f}" for who in ("open_clip", "ours"))
-        lines.append(f"| {what} | {seconds} | {load['ratio']:.2f} |")
+    loads = {"cold load": found["load"]["load"], "cold load, every weight read once": found["load"]["load_and_read"]}
+    rows = [
+        (name, *(f"{load[who]['median_s']:.2f}" for who in ("open_clip", "ours")), f"{load['ratio']:.2f}")
+        for name, load in loads.items()
+    ]
     facts = (
         f"Full size, {found['weights_bytes'] / 1e9:.2f} GB of weights, median of {found['runs']} alternating runs on "
         f"{found['device']}; page cache: {found['load']['page_cache']}. Over the imports, the export holds "
         f"{found['export']['ratio_to_weights']:.2f} times the weights at its peak, the push "
         f"{found['push']['ratio_to_weights']:.2f} times."
     )
-    return "\n".join([*lines, "", facts])
+    return _table(("what", "open_clip, s", "ours, s", "ratio"), rows, facts)
 
 
 def space_block() -> str:
@@ -156,11 +164,14 @@ def demo_block() -> str:
 
 def encode_block() -> str:
     encode = _results("encode")
-    lines = ["| what | open_clip | ours | ratio |", "|---|---:|---:|---:|"]
-    for name, measured in encode["measured"].items():
-        what, precision = name.split("_")
-        rates = " | ".join(f"{measured[who]['median']:.1f}" for who in ("open_clip", "ours"))
-        lines.append(f"| {what} per second, {precision} | {rates} | {measured['ratio']:.2f} |")
+    rows = [
+        (
+            name.replace("_", " per second, "),
+            *(f"{measured[who]['median']:.1f}" for who in ("open_clip", "ours")),
+            f"{measured['ratio']:.2f}",
+        )
+        for name, measured in encode["measured"].items()
+    ]
     versions = encode["versions"]
     width, height = encode["image_size"]
     facts = (
@@ -169,7 +180,7 @@ def encode_block() -> str:
         f"{encode['device']}; torch {versions['torch']}, transformers {versions['transformers']}, open_clip "
         f"{versions['open_clip_torch']}."
     )
-    return "\n".join([*lines, "", facts])
+    return _table(("what", "open_clip", "ours", "ratio"), rows, facts)
 
 
 def take_over(run: Path) -> None:
