@@ -119,6 +119,17 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
         raise ValueError(f"The output folder {path} is a file. Choose another name.")
 
 
+def check_output_file(path: Path) -> None:
+    """Raise ValueError unless a file can be written at `path`; one that is there may be replaced."""
+    path = path.absolute()
+    existing = next(parent for parent in path.parents if parent.exists())
+    if path.is_dir():
+        raise ValueError(f"The output file {path} is a folder. Name a file in it, such as {path / 'result.json'}.")
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        fault = "can't be written to" if existing.is_dir() else "is a file"
+        raise ValueError(f"The output file {path} can't be made: {existing} {fault}. Choose another place.")
+
+
 def check_free_space(path: Path, needed: int) -> None:
     """Raise OSError when the disk that will hold `path` has fewer than `needed` bytes free."""
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
@@ -150,6 +161,12 @@ def peak_resident_bytes() -> int:
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise OSError("The kernel does not say how much memory this process has held.")
+
+
+def restart_peak() -> int:
+    """Let `peak_resident_bytes` start anew from what is held now; returns that."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
+    return peak_resident_bytes()
 
 
 def package_versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import HfArgumentParser
 
-from artifacts import device_description, read_json
+from artifacts import check_output_file, device_description, read_json
 from captions.links import refuse_links_out
 from captions.stages import StageHelp
 from embedders import load_embedder
@@ -212,6 +212,7 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
 
 def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
+    check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_images(args.images, args.split, prompts.names_en, args.image_column, args.label_column, prompts.places)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)

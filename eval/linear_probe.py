@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import read_json
+from artifacts import check_output_file, read_json
 from captions.stages import StageHelp
 from embedders import load_embedder
 from eval.classification import ImageArguments, LabelledImages, classification_metrics, image_header, load_images
@@ -122,6 +122,7 @@ def _best_penalty(train: Features, validation: Features) -> float:
 
 def evaluate(args: LinearProbeArguments) -> list[Record]:
     """Measure and write; returns the records."""
+    check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
     splits = [args.train_split, args.validation_split, args.split]
     loaded = [

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import device_description, read_json
+from artifacts import check_output_file, device_description, read_json
 from captions.rows import rows_fingerprint
 from captions.sources import Source, open_source
 from captions.stages import StageHelp
@@ -281,6 +281,7 @@ def load_data(args: RetrievalArguments, links_into: Sequence[Path] = ()) -> Retr
 
 def evaluate(args: RetrievalArguments, links_into: Sequence[Path] = ()) -> list[Record]:
     """Measure and write; returns the records. `links_into` as of `load_data`."""
+    check_output_file(args.output)
     data = load_data(args, links_into)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()

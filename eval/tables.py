@@ -173,7 +173,7 @@ def _suite_row(
     if direction == "text_to_image":
         images = None  # n counts captions
     same_images = benchmark.test_images is None or images in (None, benchmark.test_images)
-    same_prompts = benchmark.task == "retrieval" or protocol == "authors"
+    same_prompts = benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors"
     return {
         "benchmark": benchmark.key,
         "title": benchmark.title if benchmark.languages == (language,) else f"{benchmark.title} ({language})",

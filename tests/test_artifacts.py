@@ -9,6 +9,7 @@ import pytest
 
 from artifacts import (
     check_free_space,
+    check_output_file,
     next_numbered_folder,
     package_versions,
     whole_folder,
@@ -90,6 +91,22 @@ def test_free_space_is_checked_beforehand(tmp_path):
     check_free_space(tmp_path / "not" / "there" / "yet", 1)
     with pytest.raises(OSError, match=r"needs about .* MB"):
         check_free_space(tmp_path, 2**60)
+
+
+def test_an_output_file_that_cannot_be(tmp_path):
+    (tmp_path / "notes").write_text("")
+    for path in (tmp_path / "notes", tmp_path / "new" / "x.json"):
+        check_output_file(path)
+    for path, fault in ((tmp_path, "is a folder"), (tmp_path / "notes" / "x.json", "notes is a file")):
+        with pytest.raises(ValueError, match=fault):
+            check_output_file(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+
+
+def test_a_folder_that_may_not_be_written_to(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(ValueError, match="can't be written to"):
+        check_output_file(small_disk / "new" / "x.json")
 
 
 def test_numbered_folders(tmp_path):

@@ -284,6 +284,16 @@ def test_summaries_of_the_results_beside_them_are_no_faults(tmp_path):
     assert [result.name for result in found.results] == ["good.json"] and not found.unread
 
 
+def test_the_files_of_a_model_are_no_faults(tiny_folder):
+    """A run's folder: its results lie below the model, whose configuration is no result."""
+    (tiny_folder / "results").mkdir()
+    written(tiny_folder / "results", BASELINE, name="good.json")
+    (tiny_folder / "results" / "wrong.json").write_text("{}", encoding="utf-8")
+    found = read_folder(tiny_folder)
+    assert [result.name for result in found.results] == ["results/good.json"]
+    assert [name for name, _ in found.unread] == ["results/wrong.json"]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

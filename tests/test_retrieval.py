@@ -15,6 +15,7 @@ import torch
 
 import embedders
 from captions.sources import open_source
+from eval import classification, linear_probe
 from eval.results import read_records
 from eval.retrieval import RetrievalArguments, _positions, evaluate, load_data, main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
@@ -215,6 +216,13 @@ def test_bad_data_is_refused_before_the_model_is_loaded(folder, tmp_path, change
     with pytest.raises(SystemExit, match=message):
         main(flags("no-model", folder, tmp_path / "r.json"))
     assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.parametrize("command", [main, classification.main, linear_probe.main])
+def test_a_result_that_cannot_be_written_is_said_before_any_work(command, tmp_path):
+    where = ["--dataset", "no-data"] if command is main else ["--benchmark", "cifar-10", "--images", "no-data"]
+    with pytest.raises(SystemExit, match=r"output file .* is a folder"):
+        command(["--model", "no-model", *where, "--output", str(tmp_path)])
 
 
 def test_a_picture_that_is_a_link_out_of_the_folder_is_refused(folder, tmp_path):

@@ -107,6 +107,9 @@ def test_babel_takes_the_images_of_imagenet(models, tmp_path):
     (record, *_) = read_records(tmp_path / "out" / "babel-imagenet-xh-capivara-0.json")
     assert record.protocol == "babel" and record.language == "xh"
     assert record.n == sum(name in names for name in [*names[:3], "tench", "goldfish"])
+    (row,) = rows_of(tmp_path / "out").values()
+    assert row["like_for_like"], "its names and prompts are those of the published figure"
+    assert row["capivara"]["published"] is None, "that is in Portuguese"
 
 
 @pytest.mark.slow
@@ -344,7 +347,7 @@ def test_the_figures_of_the_light_recipe(models, data, tmp_path):
     main(flags(models[0], tmp_path, "--only", "pracegover", data_dir=data, published="capivara_opt"))
     assert "CAPIVARA + Opt., published" in (tmp_path / "table.md").read_text(encoding="utf-8")
     row = rows_of(tmp_path)["pracegover", "pt", "image_to_text", "mean_recall"]
-    assert row["capivara"]["published"] == {"mean": 67.93}
+    assert row["capivara"]["published"] == {"mean": 67.93, "std": 0.01}
 
 
 def test_the_authors_protocol(models, data, tmp_path):

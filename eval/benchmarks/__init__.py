@@ -3,8 +3,9 @@
     flickr = load_benchmarks()["flickr30k-pt"]
     flickr.published_figure("baseline", "text_to_image")  # {"mean": 76.23}, per cent
 
-Published figures are those of CAPIVARA's model card and paper, in per cent; what was not published is absent. A Hub id
-that was not looked up is null: such data are taken from a local path alone.
+Published figures are those of CAPIVARA's model card and paper, and of a benchmark's own authors where `protocol_note`
+says so, in per cent; what was not published is absent. A Hub id that was not looked up is null: such data are taken
+from a local path alone.
 """
 
 import json

@@ -73,7 +73,7 @@ class Found:
         folder: resolved.
         results: in order of their names.
         runs: (name, content) of every `run.json`.
-        unread: (name, reason) of the other JSON files.
+        unread: (name, reason) of the other JSON files, those of a model's folder left out.
         problems: (name, what is wrong) of parts that are not shown although their file is.
     """
 
@@ -168,7 +168,7 @@ def _sort_in(path: Path, name: str, found: Found) -> None:
     elif isinstance(content, dict) and "curve" in content:
         _check_curve(content["curve"])
         found.runs.append((name, content))
-    else:
+    elif not (path.parent / "config.json").is_file():  # a model's folder: its configuration and tokenizer
         raise ValueError("holds neither records of a measurement nor the curve of a training run")
 
 
