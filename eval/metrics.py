@@ -1,13 +1,13 @@
 """Metrics of retrieval and classification: pure functions of embeddings, scores and ranks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 BLOCK_ELEMENTS = 2**23  # scores that are held at once, 32 MiB in float32; `benchmarks.eval_retrieval` was fastest so
-MIN_BLOCK = 64  # queries that are scored at once at least: with fewer, reading the items takes longer than scoring
+BLOCK_QUERIES = 1024  # of them: products of oblong blocks take up to twice as long
 KEPT_ELEMENTS = 2**27  # scores that are kept for both directions, 512 MiB in float32; more are computed twice
 RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
 
@@ -18,15 +18,15 @@ def retrieval_ranks(
 ) -> Tensor:
     """For every query, how many wrong items score at least as high as its best right one.
 
-    An item is right when its group is the query's: an image and all of its captions share a group. Queries go through
-    in blocks, so that never more than `BLOCK_ELEMENTS` scores, or those of `MIN_BLOCK` queries, are there at once.
+    An item is right when its group is the query's: an image and all of its captions share a group. Queries and items
+    go through in blocks, so that never more than `BLOCK_ELEMENTS` scores are there at once.
 
     Args:
         query_embeds: (queries, width), unit length.
         item_embeds: (items, width), unit length.
         query_groups: (queries,), integers.
         item_groups: (items,), integers.
-        block_size: queries scored at once; as many as `BLOCK_ELEMENTS` allows, and `MIN_BLOCK` at least, where None.
+        block_size: queries scored at once; `BLOCK_QUERIES` where None.
 
     Returns:
         (queries,), integers; 0 is a hit at rank 1. A tie with a wrong item counts against the query.
@@ -35,17 +35,22 @@ def retrieval_ranks(
         ValueError: a query has no right item, or an embedding is not finite.
     """
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
-    block_size = block_size or max(MIN_BLOCK, BLOCK_ELEMENTS // len(item_embeds))
-    block_size = max(1, min(block_size, len(query_embeds)))
+    block_size = max(1, min(block_size or BLOCK_QUERIES, len(query_embeds)))
+    tiles = -(-len(item_embeds) * block_size // BLOCK_ELEMENTS)
+    tile_size = -(-len(item_embeds) // max(1, tiles))  # of like width: equal items get equal scores in any of them
     # One buffer for all blocks: fresh memory, page by page, costs as much as the comparison.
-    buffer = query_embeds.new_empty(block_size, len(item_embeds))
+    buffer = query_embeds.new_empty(block_size * tile_size)
     find_right = _RightPairs(item_groups)
     ranks = torch.empty(len(query_embeds), dtype=torch.long, device=query_embeds.device)
     for start in range(0, len(query_embeds), block_size):
         queries = query_embeds[start : start + block_size]
-        scores = torch.mm(queries, item_embeds.T, out=buffer[: len(queries)])  # (block, items)
-        rows, columns = find_right(query_groups[start : start + block_size])
-        ranks[start : start + block_size] = _row_ranks(scores, rows, columns)
+
+        def scores(tile: int, queries: Tensor = queries) -> Tensor:
+            items = item_embeds[tile * tile_size : (tile + 1) * tile_size]
+            return torch.mm(queries, items.T, out=buffer[: len(queries) * len(items)].view(len(queries), len(items)))
+
+        right = find_right(query_groups[start : start + block_size])
+        ranks[start : start + block_size] = _block_ranks(scores, len(queries), len(item_embeds), tile_size, *right)
     return ranks
 
 
@@ -77,7 +82,8 @@ def cross_modal_ranks(
     for block in blocks:
         torch.mm(query_embeds[block], item_embeds.T, out=scores[block])
         rows, columns = find_right(query_groups[block])
-        of_queries.append(_row_ranks(scores[block], rows, columns))
+        kept, items = scores[block], len(item_embeds)
+        of_queries.append(_block_ranks(lambda _, kept=kept: kept, len(kept), items, items, rows, columns))
         right_rows.append(rows + block.start)
         right_columns.append(columns)
     rows, columns = torch.cat(right_rows), torch.cat(right_columns)
@@ -106,17 +112,45 @@ class _RightPairs:
         return rows, self.order[first[rows] + within]
 
 
-def _row_ranks(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(queries,), of scores (queries, items) and their right pairs."""
-    right = scores[rows, columns]  # (right pairs,)
-    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, right, "amax")
-    as_good = (scores >= best[:, None]).sum(dim=1, dtype=torch.int32).long()
-    return as_good.index_add(0, rows, (right >= best[rows]).long(), alpha=-1)
+def _block_ranks(
+    scores: Callable[[int], Tensor], queries: int, items: int, tile_size: int, rows: Tensor, columns: Tensor
+) -> Tensor:
+    """(queries,), of a block of queries.
+
+    Args:
+        scores: number of a tile -> (queries, items of the tile), which may be overwritten by the next call.
+        queries: of the block.
+        items: all.
+        tile_size: items of a tile.
+        rows: (right pairs,), query of each.
+        columns: (right pairs,), item of each.
+    """
+    tile_of = columns // tile_size  # few tiles, where captions lie beside each other as their images do
+    pairs = {tile: (tile_of == tile).nonzero().flatten() for tile in tile_of.unique().tolist()}
+
+    def right(tile: int, block: Tensor) -> tuple[Tensor, Tensor]:
+        of = rows[pairs[tile]]
+        return of, block[of, columns[pairs[tile]] - tile * tile_size]
+
+    best = None
+    for tile in pairs:
+        block = scores(tile)
+        best = block.new_full((queries,), -torch.inf) if best is None else best
+        best.scatter_reduce_(0, *right(tile, block), "amax")
+    as_good = torch.zeros(queries, dtype=torch.long, device=rows.device)
+    others = [other for other in range(-(-items // tile_size)) if other != tile]
+    for number in [tile, *others]:  # the last one computed is still there
+        block = block if number == tile else scores(number)
+        as_good += (block >= best[:, None]).sum(dim=1, dtype=torch.int32)
+        if number in pairs:
+            of, value = right(number, block)
+            as_good.index_add_(0, of, (value >= best[of]).long(), alpha=-1)
+    return as_good
 
 
 def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> None:
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
-        if not torch.isfinite(embeds).all():
+        if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():  # these pass NaN on, and copy nothing
             raise ValueError(f"A {name} embedding is NaN or infinite; the model's weights or precision are at fault.")
     missing = ~torch.isin(query_groups, item_groups)
     if missing.any():

@@ -52,6 +52,18 @@ def test_ranks_equal_a_plain_sort(block_size):
     assert ranks.tolist() == expected
 
 
+@pytest.mark.parametrize("block_size", [64, 100, 333])
+def test_equal_items_tie_wherever_they_stand(monkeypatch, block_size):
+    """A wrong item like the right one counts against the query, in whichever block of items it is scored."""
+    monkeypatch.setattr("eval.metrics.BLOCK_ELEMENTS", 2**16)
+    images, texts = unit(1009, 512, 0), unit(333, 512, 1)
+    twice = torch.cat([images, images.flip(0)])
+    groups = torch.cat([torch.arange(1009), torch.arange(1009, 2018)])
+    alone = retrieval_ranks(texts, images, torch.arange(333), torch.arange(1009), block_size)
+    among = retrieval_ranks(texts, twice, torch.arange(333), groups, block_size)
+    assert among.tolist() == (2 * alone + 1).tolist()
+
+
 def test_mean_recall_is_the_mean_of_three():
     ranks = torch.tensor([0, 3, 7, 20])
     assert mean_recall(ranks) == pytest.approx((1 / 4 + 2 / 4 + 3 / 4) / 3)
