@@ -122,11 +122,11 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
 def check_output_file(path: Path) -> None:
     """Raise ValueError unless a file can be written at `path`; one that is there may be replaced."""
     path = path.absolute()
-    existing = next(parent for parent in path.parents if parent.exists())
     if path.is_dir():
         raise ValueError(f"The output file {path} is a folder. Name a file in it, such as {path / 'result.json'}.")
+    existing = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        fault = "can't be written to" if existing.is_dir() else "is a file"
+        fault = "can't be written to" if existing.is_dir() else "is no folder"
         raise ValueError(f"The output file {path} can't be made: {existing} {fault}. Choose another place.")
 
 

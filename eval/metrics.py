@@ -37,7 +37,8 @@ def retrieval_ranks(
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
     block_size = max(1, min(block_size or BLOCK_QUERIES, len(query_embeds)))
     tiles = -(-len(item_embeds) * block_size // BLOCK_ELEMENTS)
-    tile_size = -(-len(item_embeds) // max(1, tiles))  # of like width: equal items get equal scores in any of them
+    # Tiles of like width: a product of another width may round otherwise, and lose a tie.
+    tile_size = -(-len(item_embeds) // max(1, tiles))
     # One buffer for all blocks: fresh memory, page by page, costs as much as the comparison.
     buffer = query_embeds.new_empty(block_size * tile_size)
     find_right = _RightPairs(item_groups)

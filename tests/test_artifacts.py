@@ -97,10 +97,13 @@ def test_an_output_file_that_cannot_be(tmp_path):
     (tmp_path / "notes").write_text("")
     for path in (tmp_path / "notes", tmp_path / "new" / "x.json"):
         check_output_file(path)
-    for path, fault in ((tmp_path, "is a folder"), (tmp_path / "notes" / "x.json", "notes is a file")):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    faults = {tmp_path: "is a folder", Path("/"): "is a folder"}
+    faults |= {tmp_path / name / "x.json": f"{name} is no folder" for name in ("notes", "link")}
+    for path, fault in faults.items():
         with pytest.raises(ValueError, match=fault):
             check_output_file(path)
-    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "notes"]
 
 
 def test_a_folder_that_may_not_be_written_to(small_disk):

@@ -106,7 +106,8 @@ def read_folder(folder: Path) -> Found:
         except ValueError as error:  # also text that is not UTF-8
             found.unread.append((name.as_posix(), str(error)))
     if not found.results:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.unread[:3]) or "there is no JSON file"
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in found.unread[:3])
+        reasons = reasons or "there is no JSON file but those of models"
         raise ValueError(f"{folder} holds no result file of schema version {SCHEMA_VERSION} ({reasons}).")
     return found
 
