@@ -19,7 +19,7 @@ def retrieval_ranks(
     """For every query, how many wrong items score at least as high as its best right one.
 
     An item is right when its group is the query's: an image and all of its captions share a group. Queries and items
-    go through in blocks, so that never more than `BLOCK_ELEMENTS` scores are there at once.
+    go through in blocks, so that no more than about `BLOCK_ELEMENTS` scores are there at once.
 
     Args:
         query_embeds: (queries, width), unit length.

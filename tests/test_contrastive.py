@@ -44,15 +44,15 @@ def test_one_pair_has_nothing_to_tell_apart():
 
 @pytest.mark.slow
 def test_a_batch_of_32768_costs_under_a_gibibyte():
-    """In a process of its own: the most memory it has held, less what it held before."""
+    """In a process of its own: the most memory it held, less what it held before."""
     code = """
 import torch
-from artifacts import peak_resident_bytes
+from artifacts import peak_resident_bytes, restart_peak
 from training.contrastive import contrastive_gradients
 torch.manual_seed(0)
 sides = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)
 torch.randn(64, 512) @ torch.randn(512, 64)
-before = peak_resident_bytes()
+before = restart_peak()
 contrastive_gradients(sides[0], sides[1], torch.tensor(4.6), torch.arange(32768), image_gradient=True)
 print(peak_resident_bytes() - before)
 """
