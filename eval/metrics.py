@@ -68,7 +68,7 @@ def cross_modal_ranks(
     Returns:
         (queries,) and (items,), integers.
     """
-    if len(query_embeds) * len(item_embeds) > KEPT_ELEMENTS:
+    if not 0 < len(query_embeds) * len(item_embeds) <= KEPT_ELEMENTS:
         return (
             retrieval_ranks(query_embeds, item_embeds, query_groups, item_groups),
             retrieval_ranks(item_embeds, query_embeds, item_groups, query_groups),

@@ -137,3 +137,5 @@ def test_both_directions_at_once_are_each_alone(monkeypatch, kept, block):
         assert rank == sum(scores[t, image] >= best for t in range(23) if groups[t] != image)
     with pytest.raises(ValueError, match=r"Queries \[9\] have no right item"):
         cross_modal_ranks(texts, torch.zeros(10, 3), groups, torch.arange(10))
+    none, no_groups = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
+    assert [ranks.tolist() for ranks in cross_modal_ranks(none, none, no_groups, no_groups)] == [[], []]
