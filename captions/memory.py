@@ -163,7 +163,8 @@ def merge(folder: Path) -> Merged:
     handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MERGED}.")
     os.close(handle)
     try:
-        locks += map(_claim, dict.fromkeys([target, *paths]))
+        locks.append(_claim(target, wait=True))  # two shards that end at once shall not give way to one another
+        locks += map(_claim, (path for path in paths if path != target))
         with closing(_opened(Path(name))) as connection, _told(target):
             conflicts = sum(_take_over(connection, path) for path in paths)
             (translations,) = connection.execute("SELECT count(*) FROM translations").fetchone()
@@ -192,12 +193,12 @@ def _take_over(connection: sqlite3.Connection, path: Path) -> int:
     return conflicts
 
 
-def _claim(path: Path) -> int:
-    """A lock on a file, held until it is closed or this process ends, however it ends."""
+def _claim(path: Path, wait: bool = False) -> int:
+    """A lock on a file, held until it is closed or this process ends, however it ends; ValueError where it is taken."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         owner = os.read(handle, 300).decode("utf-8", "replace")
         os.close(handle)

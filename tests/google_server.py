@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +21,12 @@ class GoogleService:
 
     Attributes:
         faults: of the next translation requests, in order; then it works. A number is an HTTP status; `timeout`
-            answers too late, `cut` in the middle of the JSON, `html` with a page, `list` with other JSON; `fewer`
+            never answers, `cut` in the middle of the JSON, `html` with a page, `list` with other JSON; `fewer`
             leaves out an entry, `null` the text of one, `quota` and `daily` are Google's two refusals of a quota.
         requests: bodies of the translation requests that came with the right key.
         headers: of all requests.
         paths: of all requests, with their queries.
         answered: how often each sentence was translated in a complete answer.
-        delay_s: how late `timeout` answers.
     """
 
     url: str = ""
@@ -37,7 +35,6 @@ class GoogleService:
     headers: list[dict[str, str]] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     answered: Counter[str] = field(default_factory=Counter)
-    delay_s: float = 1.0
 
     def sentences(self) -> list[str]:
         """All that was sent to be translated, in order."""
@@ -81,7 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
         entries = [{"translatedText": translated(text, body["target"])} for text in body["q"]]
         fault = self.service.faults.pop(0) if self.service.faults else None
         if fault == "timeout":
-            time.sleep(self.service.delay_s)
+            self.close_connection = not self.rfile.read(1)  # which comes when the client has gone
+            return
         elif fault == "fewer":
             entries.pop(len(entries) // 2)
         elif fault == "null":

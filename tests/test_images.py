@@ -209,7 +209,7 @@ views = views_of({str(tiny_dataset_folder)!r}, load_processor({str(tiny_folder)!
 cache_of(load_model({str(tiny_folder)!r}).eval(), views, Path({str(tmp_path / "killed")!r}))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, timeout=60)
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     (folder,) = (tmp_path / "killed").iterdir()
     left = shards(folder)
@@ -285,7 +285,7 @@ train_accelerate.main()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CAPIVARA_CACHE": str(tmp_path / "two-home")}
     command += flags(tiny_folder, tiny_dataset_folder, tmp_path / "two", max_steps=2)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=300)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     assert [(tmp_path / f"rank-{rank}").read_text() for rank in (0, 1)] == ["01", "23"]
     monkeypatch.setattr(training.images, "SHARD_ROWS", 3)

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,14 @@ def test_merge_waits_for_writers_and_says_what_is_missing(tmp_path):
     with TranslationMemory(tmp_path, 0, 2, MARIAN), pytest.raises(ValueError, match=r"0-of-2.sqlite is being written"):
         merge(tmp_path)
     assert not (tmp_path / MERGED).exists() and not list(tmp_path.glob(".merged*"))
+
+
+def test_of_two_merges_at_once_the_later_one_waits(tmp_path):
+    with TranslationMemory(tmp_path, 0, 2, MARIAN) as memory:
+        memory.add({"a": "1"})
+    other = captions.memory._claim(tmp_path / MERGED)
+    threading.Timer(0.3, os.close, [other]).start()
+    assert merge(tmp_path).translations == 1
 
 
 WRITES_AND_READS = f"""

@@ -1,8 +1,10 @@
 """The page: what it serves and to whom, and a visitor in a browser."""
 
+import contextlib
 import io
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -56,9 +58,12 @@ runpy.run_module("hub_upload.space", run_name="__main__", alter_sys=True)
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the system gives to connections, of which one might take it before the server does."""
+    for port in random.sample(range(12_000, 32_000), 50):
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port was found")
 
 
 # --- What is served --------------------------------------------------------------------------------------------------

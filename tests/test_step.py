@@ -170,7 +170,7 @@ def on_processes(number: int, folder: Path, *options: str) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
     subprocess.run(
         [*command, str(TESTS / "exact_step_process.py"), str(folder), *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(number)]
 

@@ -179,7 +179,7 @@ def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, t
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
         command += ["train_accelerate.py", *flags(tiny_folder, tiny_dataset_folder, tmp_path / name)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     one, two = load_model(tmp_path / "one").state_dict(), load_model(tmp_path / "two").state_dict()
     before = load_model(tiny_folder).state_dict()
     for name in one:

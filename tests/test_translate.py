@@ -181,7 +181,7 @@ def test_two_shards_at_once_share_a_memory(service, dataset, tmp_path):
         subprocess.Popen([*command, f"{i}/2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for i in range(2)
     ]
-    said = [shard.communicate(timeout=120)[0] for shard in shards]
+    said = [shard.communicate(timeout=300)[0] for shard in shards]
     assert [shard.returncode for shard in shards] == [0, 0], said
     check_rows(tmp_path / "pt")
     assert max(Counter(service.sentences()).values()) <= 2, "at most once a shard"

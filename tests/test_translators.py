@@ -235,7 +235,7 @@ def service(monkeypatch):
 
 
 def google(service, language="pt", waits=None, **limits):
-    limits = Limits(**{"max_characters": 10**6, "characters_per_second": 1e9, "timeout_s": 5.0} | limits)
+    limits = Limits(**{"max_characters": 10**6, "characters_per_second": 1e9, "timeout_s": 60.0} | limits)
     wait = (lambda seconds: None) if waits is None else waits.append
     return GoogleTranslator(language, "en", limits, service.url, wait)
 
@@ -257,8 +257,8 @@ def test_a_long_caption_is_sent_in_pieces(service):
 
 @pytest.mark.parametrize("fault", [429, 500, 502, 503, "quota", "timeout", "cut", "html", "list"])
 def test_what_passes_is_tried_again(service, fault):
-    translator = google(service, timeout_s=0.3)
-    service.faults[:], service.delay_s = [fault, fault], 0.5
+    translator = google(service, timeout_s=2.0 if fault == "timeout" else 60.0)
+    service.faults[:] = [fault, fault]
     assert translator.translate(["a cat", "a dog"]) == [translated("a cat", "pt"), translated("a dog", "pt")]
     assert len(service.requests) == 3
 
@@ -309,10 +309,10 @@ def test_what_does_not_pass_ends_at_once(service, fault, said):
 
 def test_the_rate_is_kept(service):
     waits = []
-    translator = google(service, waits=waits, characters_per_second=100)
+    translator = google(service, waits=waits, characters_per_second=0.1)
     for _ in range(4):
         translator.translate(["x" * 50])
-    assert sum(waits) == pytest.approx(0.5 + 1.0 + 1.5, abs=0.3), "nobody slept, so the debt grows"
+    assert sum(waits) == pytest.approx(500 + 1000 + 1500, abs=100), "nobody slept, so the debt grows"
 
 
 def test_no_more_is_sent_than_may_be_paid(service):
@@ -327,8 +327,8 @@ def test_no_more_is_sent_than_may_be_paid(service):
 
 
 def test_what_is_lost_on_the_way_may_be_charged(service):
-    translator = google(service, max_characters=25, timeout_s=0.2)
-    service.faults[:], service.delay_s = ["timeout"] * 3, 0.3
+    translator = google(service, max_characters=25, timeout_s=1.0)
+    service.faults[:] = ["timeout"] * 3
     with pytest.raises(ValueError, match="20 characters were sent"):
         translator.translate(["x" * 10])
 
@@ -350,8 +350,8 @@ def test_the_key_is_nowhere(service, caplog, capfd, monkeypatch):
     caught = [failure(lambda: google(service))]
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
     for fault in (400, 401, 403, 404, 500, "timeout", "cut", "html", "list", 302):
-        translator = google(service, max_tries=2, timeout_s=0.2)
-        service.faults[:], service.delay_s = [fault] * 2, 0.3
+        translator = google(service, max_tries=2, timeout_s=1.0 if fault == "timeout" else 60.0)
+        service.faults[:] = [fault] * 2
         caught.append(failure(lambda translator=translator: translator.translate(["a cat"])))
     service.url = "http://127.0.0.1:9"
     caught.append(failure(lambda: google(service, max_tries=2)))
