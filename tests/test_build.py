@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -169,15 +168,19 @@ def test_what_is_done_is_not_done_again_and_no_model_is_loaded(config, tmp_path,
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
 
 
+def surroundings() -> dict:
+    """Of a process with as many threads as this one: with others a model rounds otherwise."""
+    path, threads = f"{ROOT}:{ROOT / 'tests'}", str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    return {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+
+
 def test_killed_again_and_again_it_ends_in_the_same_bytes(config, tmp_path):
     build(BuildArguments(config))
     (tmp_path / "built").rename(tmp_path / "undisturbed")
     done = subprocess.run(
-        [sys.executable, "tests/killed_stage.py", "build", str(config)],
-        cwd=ROOT, capture_output=True, text=True, timeout=500,
-        # As many threads as here: with others a model rounds otherwise.
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
+        [sys.executable, "tests/killed_stage.py", "build", str(config)], **surroundings(), timeout=500
+    )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) >= 4, "hardly anything was killed"
     build(BuildArguments(config))
@@ -192,13 +195,12 @@ def test_shards_wait_for_each_other(config, tmp_path, monkeypatch):
     changed(config, output=str(tmp_path / "shared"))
     monkeypatch.setattr(build_module, "POLL_S", 0.05)
 
-    def late(index: int):
-        time.sleep(index / 4)
-        return build(BuildArguments(config, shard=f"{index}/2"))
-
-    with ThreadPoolExecutor(2) as pool:
-        folders = list(pool.map(late, range(2)))
-    assert folders == [tmp_path / "shared" / "dataset", None]
+    code = "import sys; from captions import build; build.POLL_S = 0.05; build.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--config", str(config), "--shard", "1/2"]
+    with ThreadPoolExecutor(1) as pool:  # a process: two threads that load models leave transformers patched
+        other = pool.submit(subprocess.run, command, **surroundings(), timeout=300)
+        assert build(BuildArguments(config, shard="0/2")) == tmp_path / "shared" / "dataset"
+    assert (other.result().returncode, other.result().stdout) == (0, ""), other.result().stderr
     assert files(tmp_path / "shared" / "dataset") == expected
 
 
