@@ -21,7 +21,7 @@ import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -149,31 +149,30 @@ def merge(folder: Path) -> Merged:
     """Put the translations of all files of a folder into `merged.sqlite`, which appears whole or not at all.
 
     Where two files translate a sentence differently, because two shards met it at the same moment, an earlier merge has
-    the first word, then the files have it by name. The files of the shards stay; nothing needs them any longer.
+    the first word, then the files have it by name. The files of the shards stay; nothing needs them any longer. Waits
+    for another merge of the folder to end: two shards that end at once shall not give way to one another.
 
     Raises:
         ValueError: there is none, or a process is still writing one.
         OSError: the disk is full.
     """
     target = folder / MERGED
-    paths = sorted(folder.glob("*.sqlite"), key=lambda path: (path != target, path.name))
-    if not paths:
+    if not any(folder.glob("*.sqlite")):
         raise ValueError(f"{folder} holds no translation memory, no file *.sqlite.")
-    locks: list[int] = []
-    handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MERGED}.")
-    os.close(handle)
-    try:
-        locks.append(_claim(target, wait=True))  # two shards that end at once shall not give way to one another
-        locks += map(_claim, (path for path in paths if path != target))
+    with ExitStack() as held:  # given up in reverse, so that who waits for the first finds all of them free
+        held.callback(os.close, _claim(target, wait=True))
+        paths = sorted(folder.glob("*.sqlite"), key=lambda path: (path != target, path.name))
+        for path in paths:
+            if path != target:
+                held.callback(os.close, _claim(path))
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MERGED}.")
+        os.close(handle)
+        held.callback(Path(name).unlink, missing_ok=True)
         with closing(_opened(Path(name))) as connection, _told(target):
             conflicts = sum(_take_over(connection, path) for path in paths)
             (translations,) = connection.execute("SELECT count(*) FROM translations").fetchone()
         os.chmod(name, 0o644)  # mkstemp makes files that only their owner can read
         os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
-        for lock in locks:
-            os.close(lock)
     return Merged(len(paths), translations, conflicts)
 
 
@@ -194,25 +193,39 @@ def _take_over(connection: sqlite3.Connection, path: Path) -> int:
 
 
 def _claim(path: Path, wait: bool = False) -> int:
-    """A lock on a file, held until it is closed or this process ends, however it ends; ValueError where it is taken."""
+    """A lock on a file, held until it is closed or this process ends, however it ends.
+
+    Where another process has it, this one waits if it shall, else that is a ValueError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        owner = os.read(handle, 300).decode("utf-8", "replace")
+        _lock(handle, path, wait)
+        os.ftruncate(handle, 0)
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%F %T} UTC"
+        os.write(handle, owner.encode())
+    except BaseException:
         os.close(handle)
-        if not isinstance(error, BlockingIOError):
-            raise OSError(
-                error.errno, f"{path.parent} is on a disk without locks ({error.strerror}); give another --memory"
-            ) from error
-        raise ValueError(
-            f"{path} is being written by {owner or 'another process'}, and a file has one writer. Wait for it, or give "
-            "another --shard or another --memory."
-        ) from error
-    os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now(UTC):%F %T} UTC".encode())
+        raise
     return handle
+
+
+def _lock(handle: int, path: Path, wait: bool) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(handle, 300, 0).decode("utf-8", "replace") or "another process"
+        if not wait:
+            raise ValueError(
+                f"{path} is being written by {owner}, and a file has one writer. Wait for it, or give another --shard "
+                "or another --memory."
+            ) from error
+        logger.info("%s is being written by %s. Waiting for it.", path, owner)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{path.parent} is on a disk without locks ({error.strerror}); give another --memory"
+        ) from error
 
 
 def _opened(path: Path) -> sqlite3.Connection:

@@ -78,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         entries = [{"translatedText": translated(text, body["target"])} for text in body["q"]]
         fault = self.service.faults.pop(0) if self.service.faults else None
         if fault == "timeout":
-            self.close_connection = not self.rfile.read(1)  # which comes when the client has gone
+            self.rfile.read(1)  # returns when the client has gone
             return
         elif fault == "fewer":
             entries.pop(len(entries) // 2)

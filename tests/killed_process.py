@@ -1,8 +1,9 @@
-"""`train_accelerate.py` in a process that kills itself, as `kill -9` would, or that is slow enough to be signalled.
+"""`train_accelerate.py` in a process that kills itself, as `kill -9` would, or that waits to be signalled.
 
     python tests/killed_process.py PHASE COUNT --model MODEL --dataset DATA …
 
-The COUNT-th time (from 1) that PHASE is reached, the process gets SIGKILL. `slow` waits COUNT ms at every forward pass.
+The COUNT-th time (from 1) that PHASE is reached, the process gets SIGKILL. `held` waits in the
+forward passes after the first checkpoint until `signalled` lies beside the output folder, for COUNT seconds at most.
 """
 
 import os
@@ -24,8 +25,9 @@ from training.step import ExactStep
 
 def main(phase: str, count: int, argv: list[str]) -> None:
     die = countdown(count)
-    if phase == "slow":
-        replace(ExactStep, "_forward", before=lambda *_: time.sleep(count / 1000))
+    if phase == "held":
+        output = Path(argv[argv.index("--output_dir") + 1])
+        replace(ExactStep, "_forward", before=lambda *_: hold(output, time.monotonic() + count))
     elif phase == "forward":
         replace(ExactStep, "_forward", before=die)
     elif phase in ("step-before", "step-after"):
@@ -46,6 +48,12 @@ def main(phase: str, count: int, argv: list[str]) -> None:
         hit = lambda path, target: die() if path.name.startswith(prefix) else None  # noqa: E731
         replace(Path, "rename", **{moment: hit})
     train_accelerate.main(argv)
+
+
+def hold(output: Path, deadline: float) -> None:
+    saved = any(output.with_name(f"{output.name}.partial").glob("checkpoints/step-*"))
+    while saved and not (output.parent / "signalled").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def countdown(count: int) -> Callable[..., None]:

@@ -137,7 +137,7 @@ def test_merge(tmp_path, capsys):
     assert not list(tmp_path.glob(".merged*"))
 
 
-def test_merge_waits_for_writers_and_says_what_is_missing(tmp_path):
+def test_merge_refuses_writers_and_says_what_is_missing(tmp_path):
     with pytest.raises(SystemExit, match="holds no translation memory"):
         main([str(tmp_path)])
     with pytest.raises(SystemExit, match="merges the files of a folder"):
@@ -150,9 +150,16 @@ def test_merge_waits_for_writers_and_says_what_is_missing(tmp_path):
 def test_of_two_merges_at_once_the_later_one_waits(tmp_path):
     with TranslationMemory(tmp_path, 0, 2, MARIAN) as memory:
         memory.add({"a": "1"})
-    other = captions.memory._claim(tmp_path / MERGED)
-    threading.Timer(0.3, os.close, [other]).start()
-    assert merge(tmp_path).translations == 1
+    other, ended = captions.memory._claim(tmp_path / MERGED), []
+
+    def end():
+        """As the other merge would, and somebody removes what nothing needs any longer."""
+        (tmp_path / "0-of-2.sqlite").rename(tmp_path / MERGED)
+        ended.append(True)
+        os.close(other)
+
+    threading.Timer(0.5, end).start()
+    assert merge(tmp_path).translations == 1 and ended
 
 
 WRITES_AND_READS = f"""

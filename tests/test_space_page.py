@@ -59,7 +59,7 @@ runpy.run_module("hub_upload.space", run_name="__main__", alter_sys=True)
 
 def free_port() -> int:
     """Below the ports that the system gives to connections, of which one might take it before the server does."""
-    for port in random.sample(range(12_000, 32_000), 50):
+    for port in random.SystemRandom().sample(range(12_000, 32_000), 50):
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(("127.0.0.1", port))
             return port

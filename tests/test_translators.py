@@ -257,7 +257,7 @@ def test_a_long_caption_is_sent_in_pieces(service):
 
 @pytest.mark.parametrize("fault", [429, 500, 502, 503, "quota", "timeout", "cut", "html", "list"])
 def test_what_passes_is_tried_again(service, fault):
-    translator = google(service, timeout_s=2.0 if fault == "timeout" else 60.0)
+    translator = google(service, timeout_s=5.0 if fault == "timeout" else 60.0)
     service.faults[:] = [fault, fault]
     assert translator.translate(["a cat", "a dog"]) == [translated("a cat", "pt"), translated("a dog", "pt")]
     assert len(service.requests) == 3
@@ -350,7 +350,7 @@ def test_the_key_is_nowhere(service, caplog, capfd, monkeypatch):
     caught = [failure(lambda: google(service))]
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
     for fault in (400, 401, 403, 404, 500, "timeout", "cut", "html", "list", 302):
-        translator = google(service, max_tries=2, timeout_s=1.0 if fault == "timeout" else 60.0)
+        translator = google(service, max_tries=2, timeout_s=3.0 if fault == "timeout" else 60.0)
         service.faults[:] = [fault] * 2
         caught.append(failure(lambda translator=translator: translator.translate(["a cat"])))
     service.url = "http://127.0.0.1:9"
