@@ -269,6 +269,7 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1 or arguments[0].startswith("-"):
         sys.exit(__doc__)

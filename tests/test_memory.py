@@ -147,7 +147,7 @@ def test_merge_refuses_writers_and_says_what_is_missing(tmp_path):
     assert not (tmp_path / MERGED).exists() and not list(tmp_path.glob(".merged*"))
 
 
-def test_of_two_merges_at_once_the_later_one_waits(tmp_path):
+def test_of_two_merges_at_once_the_later_one_waits(tmp_path, caplog):
     with TranslationMemory(tmp_path, 0, 2, MARIAN) as memory:
         memory.add({"a": "1"})
     other, ended = captions.memory._claim(tmp_path / MERGED), []
@@ -159,7 +159,9 @@ def test_of_two_merges_at_once_the_later_one_waits(tmp_path):
         os.close(other)
 
     threading.Timer(0.5, end).start()
-    assert merge(tmp_path).translations == 1 and ended
+    with caplog.at_level("INFO", "capivara"):
+        assert merge(tmp_path).translations == 1 and ended
+    assert f"merged.sqlite is being written by process {os.getpid()} on" in caplog.text
 
 
 WRITES_AND_READS = f"""
