@@ -27,8 +27,7 @@ from captions.parts import STAGE_FILE, check_complete, remove_leftovers, stage_r
 from captions.quality_report import write_quality_report
 from captions.score import score
 from captions.select import select, write_missing_report
-from captions.sources import open_source
-from captions.stages import Shard, StageArguments, StageHelp, StageReport, run_stage
+from captions.stages import Shard, StageArguments, StageHelp, StageReport, run_stage, stage_source
 from captions.translate import translate
 
 POLL_S = 10.0  # between looks for what other shards have done
@@ -153,7 +152,7 @@ def is_done(step: Step) -> bool:
     if not (output / STAGE_FILE).is_file() or unfinished(output):
         return False
     record = stage_record(output)
-    source = open_source(step.args.dataset, step.args.split, step.args.image_column, in_place=True)
+    source = stage_source(step.args)
     same_rows = record["source"]["rows"] == len(source) and record["source"]["fingerprint"] == source.fingerprint()
     return same_rows and record["command"] == step.args.command()
 

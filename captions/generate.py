@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 
 from artifacts import read_json
 from captions.captioner import KINDS, Captioner, Decoding
-from captions.rows import BadImage, BadRow, decode_image, image_bytes
+from captions.image_files import BYTES_ALONE, ImageFiles, decode_image
+from captions.rows import BadImage, BadRow
 from captions.stages import CAPTIONS, StageArguments, StageHelp, StageReport, run_stage
 from modeling_capivara.loading import weights_digest
 
@@ -81,7 +82,7 @@ def generate(args: GenerateArguments) -> StageReport:
         "precision": args.precision,
         "sampling": {name: getattr(args, name) for name in ("temperature", "top_p", "seed")} if args.sampling else None,
     }
-    process = GenerateProcess(captioner, prefixes, args.image_column)
+    process = GenerateProcess(captioner, prefixes, args.image_column, args.without_paths())
     return run_stage(args, {COLUMN: CAPTIONS}, settings, process, "Captions")
 
 
@@ -133,8 +134,8 @@ def read_prefixes(path: Path) -> list[str]:
 class GenerateProcess:
     """Rows with an image -> their captions; what `run_stage` calls."""
 
-    def __init__(self, captioner: Captioner, prefixes: list[str], image_column: str):
-        self.captioner, self.prefixes, self.image_column = captioner, prefixes, image_column
+    def __init__(self, captioner: Captioner, prefixes: list[str], image_column: str, files: ImageFiles = BYTES_ALONE):
+        self.captioner, self.prefixes, self.image_column, self.files = captioner, prefixes, image_column, files
         self.any_caption = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
@@ -166,10 +167,10 @@ class GenerateProcess:
     def _prepared(self, row: dict[str, Any]) -> tuple[Tensor, bytes] | BadRow:
         """Pixels (1, 3, height, width) with the digest of the file, or why there are none; the image is not kept."""
         try:
-            data = image_bytes(row[self.image_column])
-            image = decode_image({"bytes": data, "path": row[self.image_column].get("path")})
+            image = decode_image(row[self.image_column], self.files)
             image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
-            return self.captioner.pixels([image.convert("RGB")]), hashlib.sha256(data).digest()
+            digest = hashlib.sha256(row[self.image_column]["bytes"]).digest()
+            return self.captioner.pixels([image.convert("RGB")]), digest
         except BadRow as error:
             return error
         except (ValueError, OSError) as error:

@@ -18,10 +18,12 @@ import PIL.Image
 
 from artifacts import write_json, write_text
 from captions.columns import caption_texts
+from captions.image_files import decode_image
 from captions.parts import StageReport, skipped_path
 from captions.plots import Example, Histogram, one_line, plot_examples, plot_similarities
-from captions.rows import NOT_CHOSEN, BadRow, decode_image
-from captions.sources import Source, open_source
+from captions.rows import NOT_CHOSEN, BadRow
+from captions.sources import Source
+from captions.stages import stage_source
 
 if TYPE_CHECKING:
     from captions.select import SelectArguments, Selection
@@ -104,7 +106,7 @@ class Summary:
 def write_report(args: "SelectArguments", selection: "Selection", whole: StageReport) -> None:
     """The folder `report` of a selection that is complete."""
     columns = list(args.columns().values())
-    source = open_source(args.dataset, args.split, args.image_column, in_place=True)
+    source = stage_source(args)
     names = args.renamed()
     present = [old for old in source.columns if names.get(old, old) in columns]
     by_first = args.min_pair_similarity is not None and _strategy_cut(args) is None
@@ -192,7 +194,7 @@ def _examples(source: Source, image_column: str, nearest: list[tuple]) -> list[E
 
     def image(row: int) -> PIL.Image.Image | None:
         try:
-            return decode_image(source.row(row)[image_column])
+            return decode_image(source.row(row)[image_column], source.files)
         except BadRow:
             return None
 

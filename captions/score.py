@@ -19,7 +19,8 @@ import PIL.Image
 from torch import Tensor
 from transformers import HfArgumentParser
 
-from captions.rows import BadImage, BadRow, decode_image
+from captions.image_files import BYTES_ALONE, ImageFiles, decode_image
+from captions.rows import BadImage, BadRow
 from captions.stages import SIMILARITIES, StageArguments, StageHelp, StageReport, run_stage
 from embedders import Embedder, load_embedder
 
@@ -60,11 +61,20 @@ class ScoreProcess:
         result: name of the new column.
         image_column: of the images.
         batch_size: images that go through at once.
+        files: the limits of an image.
     """
 
-    def __init__(self, embedder: Embedder, columns: list[str], result: str, image_column: str, batch_size: int):
+    def __init__(
+        self,
+        embedder: Embedder,
+        columns: list[str],
+        result: str,
+        image_column: str,
+        batch_size: int,
+        files: ImageFiles = BYTES_ALONE,
+    ):
         self.embedder, self.columns, self.result = embedder, columns, result
-        self.image_column, self.batch_size = image_column, batch_size
+        self.image_column, self.batch_size, self.files = image_column, batch_size, files
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         captions = [[text for column in self.columns for text in row.get(column) or []] for row in rows]
@@ -97,7 +107,7 @@ class ScoreProcess:
         if not any(text.strip() for text in captions):
             return BadRow("no caption", f"all of {', '.join(self.columns)} are empty")
         try:
-            return decode_image(row[self.image_column])
+            return decode_image(row[self.image_column], self.files)
         except BadImage as bad:
             return bad
 
@@ -113,7 +123,9 @@ def score(args: ScoreArguments) -> StageReport:
     embedder = load_embedder(args.model, args.device, True, args.precision, args.trust_remote_code)
     settings = {"language": args.language, "model": args.model, "fingerprint": embedder.fingerprint}
     result = f"similarities-{args.language}"
-    process = ScoreProcess(embedder, columns, result, args.image_column, args.embedding_batch_size)
+    process = ScoreProcess(
+        embedder, columns, result, args.image_column, args.embedding_batch_size, args.without_paths()
+    )
     return run_stage(args, {result: SIMILARITIES}, settings, process, f"Similarities, {args.language}", columns)
 
 

@@ -21,15 +21,18 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, IterableDataset, load_dataset, load_from_disk
+from huggingface_hub.constants import HF_HUB_CACHE
 from tqdm.auto import tqdm
 
+from captions.image_files import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from captions.links import Bounds, refuse_links_out
 from captions.parts import STAGE_FILE, check_all_there
-from captions.rows import MAX_DETAIL, MAX_IMAGE_BYTES, Skipped
+from captions.rows import MAX_DETAIL, Skipped
 from captions.tars import refuse_compressed, samples
 
 MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
@@ -41,16 +44,16 @@ SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fi
 
 
 class Source:
-    """One split of one data set, in a fixed order; images are left as bytes, `{"bytes", "path"}`."""
+    """One split of one data set, in a fixed order.
 
-    def __init__(self, name: str, split: str, streaming: bool):
-        self.name, self.split, self.streaming = name, split, streaming
+    An image is left as it is, `{"bytes", "path"}`: `captions.image_files` opens it, with the `files` of the source.
+    """
+
+    def __init__(self, name: str, split: str, streaming: bool, files: ImageFiles):
+        self.name, self.split, self.streaming, self.files = name, split, streaming, files
         self.columns: list[str] = []
         self.features: Features | None = None  # where the data set declares them
         self.damaged: list[Skipped] = []  # archives that end too early; complete once all rows were seen
-        self.outside: list[
-            str
-        ] = []  # names of images outside their folder, also by a link, none of them read; likewise
         self._items: Dataset | IterableDataset | np.ndarray | None = None  # what `_read` makes rows of
 
     @property
@@ -89,12 +92,20 @@ class Source:
 class _ArrowSource(Source):
     """Rows of the `datasets` library."""
 
-    def __init__(self, name: str, split: str, streaming: bool, image_column: str, data: Dataset | IterableDataset):
-        super().__init__(name, split, streaming)
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        streaming: bool,
+        files: ImageFiles,
+        image_column: str,
+        data: Dataset | IterableDataset,
+    ):
+        super().__init__(name, split, streaming, files)
         self.features, self._fingerprint = data.features, getattr(data, "_fingerprint", None)
         for column, feature in (data.features or {}).items():
-            if getattr(feature, "decode", False):
-                data = data.cast_column(column, replace(feature, decode=False))
+            if (undecoded := _undecoded(feature)) != feature:
+                data = data.cast_column(column, undecoded)
         self._items, self._image_column = data, image_column
         self.columns = list(data.column_names or next(iter(data), {}))
 
@@ -114,20 +125,20 @@ class _ArrowSource(Source):
 class _ParquetSource(Source):
     """Rows of parquet files, read in place a few at a time, where `datasets` would copy all of them to its cache."""
 
-    def __init__(self, name: str, split: str, image_column: str, files: list[Path]):
-        super().__init__(name, split, streaming=False)
+    def __init__(self, name: str, split: str, files: ImageFiles, image_column: str, paths: list[Path]):
+        super().__init__(name, split, streaming=False, files=files)
         self._image_column, groups, schema = image_column, [], None
-        for path in tqdm(files, desc=f"Parquet files, {self.where}", unit="file", leave=False):
+        for path in tqdm(paths, desc=f"Parquet files, {self.where}", unit="file", leave=False):
             try:
                 with pq.ParquetFile(path) as file:
                     schema = file.schema_arrow if schema is None else schema
                     if not file.schema_arrow.equals(schema):
-                        raise ValueError(f"{path} has other columns than {files[0]}; make them alike.")
+                        raise ValueError(f"{path} has other columns than {paths[0]}; make them alike.")
                     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{path} can't be loaded: {error}") from error
             groups += [(path, group, size) for group, size in enumerate(sizes)]
-        self._groups, self._files = groups, files
+        self._groups, self._paths = groups, paths
         self._starts = list(itertools.accumulate((size for *_, size in groups), initial=0))
         self.features = Features.from_arrow_schema(schema)
         self.columns = list(self.features)
@@ -154,15 +165,15 @@ class _ParquetSource(Source):
                     yield from (_with_image_dict(row, self._image_column) for row in rows)
 
     def fingerprint(self) -> str:
-        return _files_fingerprint(self._files)
+        return _files_fingerprint(self._paths)
 
 
 class _FileSource(Source):
     """Rows that lie in files: some integers, the number of the file first, say where each is."""
 
-    def __init__(self, name: str, split: str, streaming: bool, image_column: str, files: list[Path]):
-        super().__init__(name, split, streaming)
-        self._files, self._image_column = files, image_column
+    def __init__(self, name: str, split: str, streaming: bool, files: ImageFiles, image_column: str, paths: list[Path]):
+        super().__init__(name, split, streaming, files)
+        self._paths, self._image_column = paths, image_column
         if not streaming:  # one array: a million rows are 40 MB, a tenth of what tuples take
             numbers = np.fromiter(itertools.chain.from_iterable(self._places()), dtype=np.int64)
             self._items = numbers.reshape(-1, self._width)
@@ -174,7 +185,7 @@ class _FileSource(Source):
         return map(self._read, places)
 
     def fingerprint(self) -> str:
-        return _files_fingerprint(self._files)
+        return _files_fingerprint(self._paths)
 
     def _places(self) -> Iterator[tuple[int, ...]]:
         raise NotImplementedError
@@ -185,12 +196,8 @@ class _ImageFolderSource(_FileSource):
 
     _width = 3  # file, offset and length of the line
 
-    def __init__(self, name: str, split: str, streaming: bool, image_column: str, files: list[Path], bounds: Bounds):
-        self._bounds = bounds
-        super().__init__(name, split, streaming, image_column, files)
-
     def _places(self) -> Iterator[tuple[int, ...]]:
-        for number, path in enumerate(self._files):
+        for number, path in enumerate(self._paths):
             offset = 0
             with path.open("rb") as file:
                 for line in file:
@@ -199,14 +206,12 @@ class _ImageFolderSource(_FileSource):
                     offset += len(line)
 
     def _read(self, item: tuple[int, ...]) -> dict:
-        path = self._files[item[0]]
+        path = self._paths[item[0]]
         with path.open("rb") as file:
             row = _json_object(_read_at(file, item[1], item[2], MAX_JSON_BYTES))
         name, image = row.pop("file_name", None), None
         if isinstance(name, str):
-            inside = not name.startswith("/") and ".." not in name.split("/") and self._bounds.hold(path.parent / name)
-            image = {"bytes": None, "path": str(path.parent / name)} if inside else None
-            self.outside += [] if inside else [name]
+            image = {"bytes": None, "path": name if "://" in name else str(path.parent / name)}
         return {**row, self._image_column: image}
 
 
@@ -217,7 +222,7 @@ class _TarSource(_FileSource):
 
     def _places(self) -> Iterator[tuple[int, ...]]:
         row = 0
-        for number, path in enumerate(tqdm(self._files, desc=f"Tars, {self.where}", unit="tar", leave=False)):
+        for number, path in enumerate(tqdm(self._paths, desc=f"Tars, {self.where}", unit="tar", leave=False)):
             try:
                 for sample in samples(path):
                     yield number, *sample.get("image", (-1, -1)), *sample.get("json", (-1, -1))
@@ -230,7 +235,7 @@ class _TarSource(_FileSource):
     def _read(self, item: tuple[int, ...]) -> dict:
         number, image_offset, image_size, json_offset, json_size = item
         image, row = None, {}
-        with self._files[number].open("rb") as file:
+        with self._paths[number].open("rb") as file:
             if image_offset >= 0:
                 header = _read_at(file, image_offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
                 member = header[:100].rstrip(b"\0").decode("utf-8", "replace")
@@ -247,7 +252,8 @@ def open_source(
     image_column: str,
     streaming: bool = False,
     in_place: bool = False,
-    links_into: Sequence[Path] = (),
+    image_roots: Sequence[Path] = (),
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Source:
     """One split of a data set.
 
@@ -259,13 +265,14 @@ def open_source(
         streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub
             are copied to the cache of `datasets`.
         in_place: parquet files are not copied: good for few passes in order, slow for many rows here and there.
-        links_into: folders outside of the data set that links in it may lead into.
+        image_roots: folders outside of the data set that image paths and links in it may lead into.
+        max_pixels: of an image.
 
     Raises:
         ValueError: there is no such data set or split (those that are there are named), it is empty, its tars are
             compressed, a file of it is a link out of it, or it is the output of a stage that is unfinished.
     """
-    source = _opened(dataset, split, streaming, image_column, in_place, links_into)
+    source = _opened(dataset, split, streaming, image_column, in_place, image_roots, max_pixels)
     if next(source.rows(), None) is None:
         damages = "; ".join(damage.detail for damage in source.damaged[:3])
         raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
@@ -273,37 +280,117 @@ def open_source(
 
 
 def _opened(
-    dataset: str, split: str, streaming: bool, image_column: str, in_place: bool, links_into: Sequence[Path]
+    dataset: str,
+    split: str,
+    streaming: bool,
+    image_column: str,
+    in_place: bool,
+    image_roots: Sequence[Path],
+    max_pixels: int,
 ) -> Source:
-    path, options = Path(dataset), (split, streaming, image_column)
+    path, options = Path(dataset), (dataset, split, streaming)
     if (path / STAGE_FILE).is_file():
         check_all_there(path)
     if (path / "dataset_dict.json").is_file():
-        refuse_links_out(path)
-        return _ArrowSource(dataset, *options, _of_split(load_from_disk(dataset), dataset, split))
+        files = ImageFiles(Bounds(path, image_roots), max_pixels)
+        data = _of_split(load_saved(path, image_roots), dataset, split)
+        return _ArrowSource(*options, files, image_column, data)
     if not path.exists() and not glob.has_magic(dataset):
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(re.search(form, dataset) for form in FORMS):
             raise ValueError(f"{dataset} does not exist, and is no Hub id such as 'laicsiifes/flickr30k-pt-br'.")
         data = _load(f"{dataset} is no path here, and as a Hub id it", dataset, streaming=streaming)
-        return _ArrowSource(dataset, *options, _of_split(data, dataset, split))
+        files = ImageFiles(copied_bounds(dataset, image_roots), max_pixels)
+        return _ArrowSource(*options, files, image_column, _of_split(data, dataset, split))
+    paths, bounds = files_of_split(dataset, split, image_roots)
+    files = ImageFiles(bounds, max_pixels)
+    if paths[0].suffix == ".parquet" and in_place:
+        return _ParquetSource(dataset, split, files, image_column, paths)
+    if paths[0].suffix == ".parquet":
+        data = load_files("parquet", paths, dataset, streaming)
+        return _ArrowSource(*options, files, image_column, data)
+    if paths[0].suffix == ".jsonl":
+        return _ImageFolderSource(*options, files, image_column, paths)
+    refuse_compressed(paths)
+    return _TarSource(*options, files, image_column, paths)
+
+
+def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -> tuple[list[Path], Bounds]:
+    """The files of a split, all of one form, and where they and their images may lie.
+
+    Raises:
+        ValueError: there are none, of several forms, or links out of the folder.
+    """
+    root, found = _local_files(dataset)
     rule = (
         f" A file is of the split that its folder or the start of its name names, as {split}-0001 does; else of train."
     )
-    root, found = _local_files(dataset)
-    files, bounds = _of_split(_files_by_split(root, found, split), dataset, split, rule), Bounds(root, links_into)
-    if not path.is_file():  # the one that is named may lie anywhere
-        bounds.check(files)
-    if files[0].suffix == ".parquet" and in_place:
-        return _ParquetSource(dataset, split, image_column, files)
-    if files[0].suffix == ".parquet":
-        names = {"train": [glob.escape(str(file)) for file in files]}
-        return _ArrowSource(
-            dataset, *options, _load(dataset, "parquet", data_files=names, split="train", streaming=streaming)
-        )
-    if files[0].suffix == ".jsonl":
-        return _ImageFolderSource(dataset, *options, files, bounds)
-    refuse_compressed(files)
-    return _TarSource(dataset, *options, files)
+    paths, bounds = _of_split(_files_by_split(root, found, split), dataset, split, rule), Bounds(root, image_roots)
+    if not Path(dataset).is_file():  # the one that is named may lie anywhere
+        bounds.check(paths)
+    return paths, bounds
+
+
+def load_files(form: str, paths: Sequence[Path], dataset: str, streaming: bool = False) -> Dataset | IterableDataset:
+    """Files by the loader `form` of `datasets`: named, since a README in their folder may name any file or address."""
+    names = {"train": [glob.escape(str(path)) for path in paths]}
+    return _load(dataset, form, data_files=names, split="train", streaming=streaming)
+
+
+def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
+    """A saved data set, its tables within its folder (or `image_roots`), by whatever path its files name them.
+
+    Raises:
+        ValueError: a link or a path leads out of the folder, or it can't be loaded.
+    """
+    refuse_links_out(folder)
+    try:
+        data = load_from_disk(str(folder))
+    except Exception as error:  # of datasets and pyarrow
+        raise ValueError(f"{folder} can't be loaded: {error.__cause__ or error}") from error
+    if not isinstance(data, DatasetDict):
+        raise ValueError(f"{folder} is one split of a data set; name the folder of the whole, {folder.parent}.")
+    tables = [Path(file["filename"]) for split in data.values() for file in split.cache_files]
+    Bounds(folder, image_roots).check(tables)
+    return data
+
+
+def copied_bounds(dataset: str, image_roots: Sequence[Path] = ()) -> Bounds:
+    """Where the files of a folder or Hub id that `datasets` reads lie: there, or in its cache; and what it unpacks."""
+    cached = Path(HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
+    folder = Path(dataset) if Path(dataset).exists() else cached
+    return Bounds(folder, [Path(datasets.config.EXTRACTED_DATASETS_PATH), *image_roots])
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Pictures in a folder and its folders, by name; neither hidden ones nor links that lead out of it."""
+    bounds = Bounds(folder)
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and bounds.hold(file)
+        and file.is_file()
+    )
+
+
+def form_hint(folder: Path) -> str:
+    """A sentence for where a folder of pictures was taken for something else; empty where it was not."""
+    listed = not folder.is_dir() or any(folder.rglob("metadata.*"))  # its pictures are rows of the list
+    if listed or not any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*")):
+        return ""
+    return " The folder holds pictures, too: --form images takes these, and leaves all else."
+
+
+def _undecoded(feature: Any) -> Any:
+    """A feature whose images, sounds and films, at any depth, are left as they are: `datasets` would open any path."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    if isinstance(feature, list):
+        return [_undecoded(inner) for inner in feature]
+    if hasattr(feature, "feature"):  # List and its kin
+        return replace(feature, feature=_undecoded(feature.feature))
+    return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
 
 
 def _of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from artifacts import no_space_left, package_versions
 from captions.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, SIMILARITIES, caption_texts, fitting, passed_features
+from captions.image_files import ImageFileArguments, image_bytes
 from captions.parts import (
     DIGEST_KEY,
     StageReport,
@@ -40,7 +41,7 @@ from captions.parts import (
     remove_leftovers,
     skipped_path,
 )
-from captions.rows import BadRow, Skipped, image_bytes, write_skipped
+from captions.rows import BadRow, Skipped, write_skipped
 from captions.sources import Source, open_source
 
 __all__ = [
@@ -69,7 +70,7 @@ class StageHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 @dataclass
-class StageArguments:
+class StageArguments(ImageFileArguments):
     """What every stage is told. Raises ValueError where a value breaks its rule."""
 
     dataset: str = field(
@@ -109,6 +110,7 @@ class StageArguments:
             raise ValueError(f"The output folder {self.output} is the data set or lies in it. Choose another one.")
         Shard.of(self.shard)
         self.renamed()
+        self.check_image_files()
 
     def renamed(self) -> dict[str, str]:
         """Old name -> new name, of `rename`."""
@@ -203,9 +205,14 @@ def run_stage(
     return progress(args.output, record, parts)
 
 
+def stage_source(args: StageArguments) -> Source:
+    """The rows that a stage reads. Raises ValueError as `open_source` does."""
+    return open_source(args.dataset, args.split, args.image_column, in_place=True, **args.limits())
+
+
 def _opened(args: StageArguments, columns: dict[str, Any], any_of: Sequence[str]) -> tuple[Source, Features]:
     """The rows, and the columns of the output."""
-    source = open_source(args.dataset, args.split, args.image_column, in_place=True)
+    source = stage_source(args)
     for damage in source.damaged:
         logger.warning("A damaged archive, read up to there: %s", damage.detail)
     passed = passed_features(source, args.image_column, args.renamed())
@@ -295,7 +302,7 @@ class _Writer:
         try:
             image = row.get(self.args.image_column)
             row[self.args.image_column] = {
-                "bytes": image_bytes(image),
+                "bytes": image_bytes(image, self.source.files),
                 "path": Path(image.get("path") or "").name or None,
             }
             for name in row:

@@ -33,8 +33,8 @@ from captions.parts import all_parts, part_path, unfinished
 from captions.quality import flags
 from captions.quality_report import QUALITY, write_quality_report
 from captions.sentences import distinct_sentences, sentences_of, unknown_characters
-from captions.sources import Source, open_source
-from captions.stages import Shard, StageArguments, StageHelp, StageReport, run_stage
+from captions.sources import Source
+from captions.stages import Shard, StageArguments, StageHelp, StageReport, run_stage, stage_source
 from captions.translators import Translator
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator, Limits
 from captions.translators.pieces import groups
@@ -245,7 +245,7 @@ def translate(args: TranslateArguments) -> StageReport | None:
             language, the table or the allowed cost does not suffice, or the folders are of something else.
         OSError: the disk is full, or Google can't be reached; what is done stays, and the same command goes on.
     """
-    source = open_source(args.dataset, args.split, args.image_column, in_place=True)
+    source = stage_source(args)
     columns = translated_columns(source, args)
     old_names = {new: old for old, new in args.renamed().items()}
     in_source = [old_names.get(column, column) for column in columns]

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, Image, load_dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
@@ -29,7 +29,9 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser
 
 from artifacts import check_output_file, device_description, read_json
+from captions.image_files import FORM_HELP, MAX_IMAGE_PIXELS, SUFFIXES, ImageFileArguments, ImageFiles
 from captions.links import refuse_links_out
+from captions.sources import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
 from captions.stages import StageHelp
 from embedders import load_embedder
 from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
@@ -51,7 +53,7 @@ LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named;
 
 
 @dataclass
-class ImageArguments:
+class ImageArguments(ImageFileArguments):
     """What classification and linear probe have in common."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline."})
@@ -66,6 +68,7 @@ class ImageArguments:
     )
     output: Path = field(metadata={"help": "JSON file for the result."})
     split: str = field(default="test", metadata={"help": "Split that is measured."})
+    form: Literal["auto", "images"] = field(default="auto", metadata={"help": FORM_HELP})
     image_column: str | None = field(default=None, metadata={"help": "Column of the images; the only one of images."})
     label_column: str | None = field(
         default=None, metadata={"help": f"Column of the label, or of a list of labels; one of {LABEL_COLUMNS}."}
@@ -87,8 +90,14 @@ class ImageArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
 
     def __post_init__(self) -> None:
+        self.check_image_files()
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+
+    def load(self, split: str, names_en: Sequence[str], places: Sequence[int] | None = None) -> "LabelledImages":
+        """A split of the images; `load_images` has the rest."""
+        columns = (self.image_column, self.label_column)
+        return load_images(self.images, split, names_en, *columns, places, self.form, **self.limits())
 
 
 @dataclass
@@ -125,6 +134,9 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     places: Sequence[int] | None = None,
+    form: str = "auto",
+    image_roots: Sequence[Path] = (),
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> LabelledImages:
     """Labelled images, their classes in the order of `names_en`.
 
@@ -139,11 +151,14 @@ def load_images(
         label_column: found where None.
         places: of the classes that are told apart, in `names_en`; all where None. Images of the others are left out
             (Babel-ImageNet names a part of ImageNet).
+        form: "auto", or "images" for a folder of pictures whatever else it holds.
+        image_roots: folders outside of the data set that image paths may lead into.
+        max_pixels: of an image.
 
     Raises:
         ValueError: split or column is missing, or the class names do not match; those that differ are named.
     """
-    rows = _split_of(source, split)
+    rows = _split_of(source, split, form)
     image_column = image_column or _only_image_column(rows, source)
     label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
     for column in (image_column, label_column):
@@ -167,8 +182,9 @@ def load_images(
     kept = [row for row, found in enumerate(classes) if None not in found]
     if not kept:
         raise ValueError(f"{source} has no image of the {len(told_apart)} classes that have a name.")
-    undecoded = rows.cast_column(image_column, Image(decode=False))
-    images = ImageRows(lambda row: undecoded[kept[row]][image_column], len(kept))
+    undecoded = rows.select_columns(image_column).cast_column(image_column, Image(decode=False))
+    files = ImageFiles(copied_bounds(source, image_roots), max_pixels)
+    images = ImageRows(lambda row: undecoded[kept[row]][image_column], len(kept), files)
     return LabelledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
 
 
@@ -214,7 +230,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    data = load_images(args.images, args.split, prompts.names_en, args.image_column, args.label_column, prompts.places)
+    data = args.load(args.split, prompts.names_en, prompts.places)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
     store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
@@ -269,28 +285,38 @@ def image_header(
     )
 
 
-def _split_of(source: str, split: str) -> Dataset:
+def _split_of(source: str, split: str, form: str) -> Dataset:
     path = Path(source)
+    pictures = path.is_dir() and not any([*path.rglob("*.tar"), *path.rglob("*.parquet")])
     try:
         if path.is_dir():
             refuse_links_out(path)
             _refuse_outside(path)
         if (path / "dataset_dict.json").is_file():
-            loaded = load_from_disk(source)
-        elif path.is_dir() and not any(path.rglob("*.tar")) and not any(path.rglob("*.parquet")):
+            loaded = load_saved(path)
+        elif form == "images" and path.is_dir():  # by name: an archive among them would be unpacked
+            root = path / split if (path / split).is_dir() else path
+            files = picture_files(root)
+            if not files:
+                raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(SUFFIXES)}.")
+            return load_files("imagefolder", files, source)
+        elif pictures:
             if {folder.name.casefold() for folder in path.iterdir() if folder.is_dir()} - SPLIT_FOLDERS:
                 return load_dataset("imagefolder", data_files={split: str(path / "**")})[split]  # a folder a class
             loaded = load_dataset("imagefolder", data_dir=source)
-        elif path.is_dir() or (not path.exists() and source.count("/") == 1 and not source.startswith((".", "/"))):
+        elif path.is_dir():
+            files, _ = files_of_split(source, split)
+            return load_files("parquet" if files[0].suffix == ".parquet" else "webdataset", files, source)
+        elif not path.exists() and source.count("/") == 1 and not source.startswith((".", "/")):
             loaded = load_dataset(source)
         else:
             raise ValueError(f"{source} is no folder; a folder, a saved data set or a Hub id is needed.")
     except ValueError:
         raise
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
-        raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}") from error
-    if not isinstance(loaded, DatasetDict) or split not in loaded:
-        raise ValueError(f"{source} has no split {split!r}; there are {sorted(loaded)}.")
+        raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}{form_hint(path)}") from error
+    if split not in loaded:
+        raise ValueError(f"{source} has no split {split!r}; there are {sorted(loaded)}.{form_hint(path)}")
     return loaded[split]
 
 

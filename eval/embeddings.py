@@ -30,7 +30,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from artifacts import write_bytes
-from captions.rows import BadImage, decode_image, image_digest
+from captions.image_files import BYTES_ALONE, ImageFiles, decode_image, image_digest
+from captions.rows import BadImage
 from embedders import Embedder
 from processes import processes
 
@@ -46,11 +47,13 @@ class ImageRows:
     Attributes:
         row_image: number of a row -> its image as `datasets` gives it undecoded, `{"bytes", "path"}`.
         count: rows.
+        files: which images may be opened.
         digest: hex, of the files of all images in their order.
     """
 
     row_image: Callable[[int], dict | None]
     count: int
+    files: ImageFiles = BYTES_ALONE
     digest: str = field(init=False)
     _digests: bytes = field(init=False, repr=False)  # 16 each
 
@@ -58,12 +61,16 @@ class ImageRows:
         digests = bytearray()
         for row in tqdm(range(self.count), desc="Reading images", unit="image", disable=_quiet()):
             try:
-                digests += image_digest(self.row_image(row))
+                digests += image_digest(self.row_image(row), self.files)
             except BadImage as bad:
                 said = self.fault(row, bad).encode("utf-8", "replace")  # is kept, and must be of this data set
                 digests += hashlib.blake2b(said, digest_size=16).digest()
         object.__setattr__(self, "_digests", bytes(digests))
         object.__setattr__(self, "digest", hashlib.blake2b(digests, digest_size=16).hexdigest())
+
+    def image(self, row: int) -> PIL.Image.Image:
+        """Decoded. Raises BadImage where it can't be used."""
+        return decode_image(self.row_image(row), self.files)
 
     def row_digest(self, row: int) -> str:
         """Hex, of the file of an image, or of what is wrong with it."""
@@ -74,7 +81,7 @@ class ImageRows:
 
         def read(row: int) -> PIL.Image.Image | BadImage:
             try:
-                return decode_image(self.row_image(row))
+                return self.image(row)
             except BadImage as bad:
                 return bad
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from captions.rows import decode_image
 from eval.embeddings import EmbeddedImages
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def write_gallery(
     def picture(index: int) -> str:
         path = folder / f"{int(images.rows[index]):06d}.jpg"
         if not path.is_file():
-            image = decode_image(data.images.row_image(int(images.rows[index]))).convert("RGB")
+            image = data.images.image(int(images.rows[index])).convert("RGB")
             image.thumbnail((SIDE, SIDE))
             image.save(path, quality=85)
         return f"{folder.name}/{path.name}"

@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from artifacts import check_output_file, read_json
 from captions.stages import StageHelp
 from embedders import load_embedder
-from eval.classification import ImageArguments, LabelledImages, classification_metrics, image_header, load_images
+from eval.classification import ImageArguments, LabelledImages, classification_metrics, image_header
 from eval.embeddings import EmbeddingStore, cache_folder
 from eval.prompts import load_prompts
 from eval.results import Record, write_records
@@ -125,10 +125,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
     splits = [args.train_split, args.validation_split, args.split]
-    loaded = [
-        load_images(args.images, name, prompts.names_en, args.image_column, args.label_column) if name else None
-        for name in splits
-    ]
+    loaded = [args.load(name, prompts.names_en) if name else None for name in splits]
     _check_apart(splits, loaded)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from artifacts import check_output_file, device_description, read_json
+from captions.image_files import ImageFileArguments
 from captions.rows import rows_fingerprint
 from captions.sources import Source, open_source
 from captions.stages import StageHelp
@@ -46,7 +47,7 @@ PRECISION_CHECK_IMAGES = 256  # whose recall is measured in both precisions wher
 
 
 @dataclass
-class RetrievalArguments:
+class RetrievalArguments(ImageFileArguments):
     model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline."})
     dataset: str = field(
         metadata={
@@ -94,6 +95,7 @@ class RetrievalArguments:
     dataset_name: str | None = field(default=None, metadata={"help": "What records call the data set; its last parts."})
 
     def __post_init__(self) -> None:
+        self.check_image_files()
         _positions(self.caption_positions, 10)
         if not self.recall_at or min(self.recall_at) < 1:
             raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
@@ -244,22 +246,18 @@ class RetrievalData:
         return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
 
     def first(self, rows: int) -> "RetrievalData":
-        images = ImageRows(self.images.row_image, min(rows, self.images.count))
+        images = ImageRows(self.images.row_image, min(rows, self.images.count), self.images.files)
         return RetrievalData(self.source, self.captions[:rows], images)
 
 
-def load_data(args: RetrievalArguments, links_into: Sequence[Path] = ()) -> RetrievalData:
-    """The split of the arguments, its columns, captions and file names checked.
-
-    Args:
-        args: what is measured.
-        links_into: folders outside of the data set that links in it may lead into.
+def load_data(args: RetrievalArguments) -> RetrievalData:
+    """The split of the arguments, its columns and captions checked.
 
     Raises:
-        ValueError: split or column is missing (those that are there are named), an image has no caption, a file lies
-            outside its folder, or there are fewer items than the largest k.
+        ValueError: split or column is missing (those that are there are named), an image has no caption, or there are
+            fewer items than the largest k.
     """
-    source = open_source(args.dataset, args.split, args.image_column, links_into=links_into)
+    source = open_source(args.dataset, args.split, args.image_column, **args.limits())
     column = args.caption_column.replace("{language}", args.language)
     for name in (args.image_column, column):
         if name not in source.columns:
@@ -267,22 +265,18 @@ def load_data(args: RetrievalArguments, links_into: Sequence[Path] = ()) -> Retr
     quiet = not processes().is_main_process
     rows = tqdm(source.rows(), total=len(source), desc="Reading captions", unit="row", disable=quiet)
     captions = [_chosen(row.get(column), args.caption_positions, number) for number, row in enumerate(rows)]
-    if source.outside:
-        raise ValueError(
-            f"{source.where} names files outside its folder, or links to such, which are not read: "
-            f"{list(dict.fromkeys(source.outside))[:3]}. Copy them into it."
-        )
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
     _check_cutoffs(args.recall_at, len(captions))
-    return RetrievalData(source, captions, ImageRows(lambda row: source.row(row)[args.image_column], len(captions)))
+    images = ImageRows(lambda row: source.row(row)[args.image_column], len(captions), source.files)
+    return RetrievalData(source, captions, images)
 
 
-def evaluate(args: RetrievalArguments, links_into: Sequence[Path] = ()) -> list[Record]:
-    """Measure and write; returns the records. `links_into` as of `load_data`."""
+def evaluate(args: RetrievalArguments) -> list[Record]:
+    """Measure and write; returns the records."""
     check_output_file(args.output)
-    data = load_data(args, links_into)
+    data = load_data(args)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
     store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)

@@ -62,8 +62,9 @@ def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measuremen
         columns |= {"caption_positions": benchmark.caption_positions, "gallery": args.gallery}
         columns |= {"dataset_name": benchmark.key}
         made = Path(measurement.data)
-        links = [linked_images(made, benchmark.split)] if made.parent == args.output / "layouts" else []
-        return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared), links)
+        if made.parent == args.output / "layouts":
+            columns["image_roots"] = [linked_images(made, benchmark.split)]
+        return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared))
     columns = {"image_column": benchmark.image_column, "label_column": benchmark.label_column}
     columns |= {"benchmark": benchmark.prompts, "protocol": protocol_of(benchmark, args)}
     return evaluate_classification(

@@ -24,7 +24,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
 
 from artifacts import device_description, package_versions, whole_folder, write_json, write_text
-from captions.rows import BadImage, decode_image
+from captions.rows import BadImage
 from captions.stages import StageHelp
 from eval.classification import LabelledImages, load_images
 from eval.metrics import top_k_accuracy
@@ -101,7 +101,7 @@ class LabelledRows:
 
     def __getitem__(self, number: int) -> dict:
         row = self.rows[number]
-        return {"image": decode_image(self.found.images.row_image(row)), "labels": self.found.labels[row]}
+        return {"image": self.found.images.image(row), "labels": self.found.labels[row]}
 
 
 def labelled_rows(args: ClassifierArguments, split: str, names_en: list[str]) -> LabelledRows:

@@ -22,7 +22,7 @@ from test_train_accelerate import ROOT, flags
 
 import train_accelerate
 import training.images
-from captions.rows import decode_image
+from captions.image_files import decode_image
 from captions.sources import open_source
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.embedding import embed_images

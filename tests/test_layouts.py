@@ -6,15 +6,16 @@ import os
 import pytest
 from made_benchmarks import BENCHMARKS, IMAGES, make_captions, make_flickr30k_200, make_pracegover, make_xm3600
 
-from captions.rows import decode_image
+from captions.image_files import decode_image
 from captions.sources import open_source
 from eval.layouts import Place, adapted, linked_images, local_data, place_of
 
 
 def captions_of(folder, language: str) -> list:
     """Of the rows that `eval.retrieval` would read, whose images can be opened."""
-    rows = list(open_source(str(folder), "test", "image", links_into=[linked_images(folder, "test")]).rows())
-    assert all(decode_image(row["image"]).size == (38, 34) for row in rows)
+    source = open_source(str(folder), "test", "image", image_roots=[linked_images(folder, "test")])
+    rows = list(source.rows())
+    assert all(decode_image(row["image"], source.files).size == (38, 34) for row in rows)
     return [row[f"captions-{language}"] for row in rows]
 
 

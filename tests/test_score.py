@@ -11,8 +11,8 @@ from datasets import Dataset, DatasetDict, Features, Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import embedders
+from captions.image_files import decode_image
 from captions.parts import stage_record
-from captions.rows import decode_image
 from captions.score import ScoreArguments, main, score
 from captions.sources import open_source
 from captions.stages import CAPTIONS, SIMILARITIES

@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+from collections.abc import Iterable
 from hashlib import blake2b
 
 import pyarrow as pa
@@ -11,8 +12,8 @@ import pytest
 from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from captions.rows import decode_image, image_bytes
-from captions.sources import open_source
+from captions.image_files import decode_image, image_bytes
+from captions.sources import Source, open_source
 
 
 def saved(folder):
@@ -70,8 +71,8 @@ def cache_in_tmp(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def without_image(row: dict) -> tuple[bytes, list[str]]:
-    return image_bytes(row["image"]), row["captions-pt"]
+def bytes_and_captions(source: Source, rows: Iterable[dict]) -> list[tuple[bytes, list[str]]]:
+    return [(image_bytes(row["image"], source.files), row["captions-pt"]) for row in rows]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -79,18 +80,18 @@ def without_image(row: dict) -> tuple[bytes, list[str]]:
 def test_every_form_gives_the_same_rows(tmp_path, form, streaming):
     source = open_source(form(tmp_path), "train", "image", streaming)
     expected = list(zip(PICTURES, CAPTIONS, strict=True))
-    assert [without_image(row) for row in source.rows()] == expected
-    assert [without_image(row) for row in source.rows()] == expected, "a second pass"
-    assert [without_image(row) for row in source.rows(5)] == expected[5:]
+    assert bytes_and_captions(source, source.rows()) == expected
+    assert bytes_and_captions(source, source.rows()) == expected, "a second pass"
+    assert bytes_and_captions(source, source.rows(5)) == expected[5:]
     assert list(source.rows(ROWS)) == [] and set(source.columns) >= {"image", "captions-pt"}
-    assert decode_image(next(source.rows(3))["image"]).size == (9, 12)
+    assert decode_image(next(source.rows(3))["image"], source.files).size == (9, 12)
     if streaming:
         with pytest.raises(ValueError, match="no random access"):
             source.row(0)
         with pytest.raises(TypeError, match="no length"):
             len(source)
     else:
-        assert len(source) == ROWS and without_image(source.row(4)) == expected[4]
+        assert len(source) == ROWS and bytes_and_captions(source, [source.row(4)]) == expected[4:5]
         with pytest.raises(IndexError, match="has 7 rows, there is no row 7"):
             source.row(7)
     skipped = []
@@ -183,7 +184,7 @@ def test_members_are_never_extracted(tmp_path):
         folder, [*sample(1, folder="../../"), *sample(2, folder="/tmp/"), *sample(3, folder="d" * 200 + "/")]
     )
     before = sorted(tmp_path.rglob("*"))
-    assert [without_image(row)[0] for row in source.rows()] == PICTURES[1:4]
+    assert [data for data, _ in bytes_and_captions(source, source.rows())] == PICTURES[1:4]
     assert len(table_of(source)) == 3 and sorted(tmp_path.rglob("*")) == before
     link = tarfile.TarInfo("00009.jpg")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -194,7 +195,7 @@ def test_members_are_never_extracted(tmp_path):
 
 def test_a_repeated_name_begins_a_new_sample(tmp_path):
     source = tar_source(tmp_path, [*sample(1), *sample(1, data=PICTURES[3]), *sample(1, folder="other/")])
-    assert [without_image(row)[0] for row in source.rows()] == [PICTURES[1], PICTURES[3], PICTURES[1]]
+    assert [data for data, _ in bytes_and_captions(source, source.rows())] == [PICTURES[1], PICTURES[3], PICTURES[1]]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -238,5 +239,5 @@ def test_image_folder_faults(tmp_path):
     skipped = []
     assert len(table_of(open_source(str(tmp_path), "train", "image"), skipped)) == 1
     assert [(line.row, line.reason) for line in skipped] == [
-        (1, "unreadable image"), (2, "no image"), (3, "no image"), (4, "missing column"), (5, "missing column"),
+        (1, "unreadable image"), (2, "unreadable image"), (3, "no image"), (4, "missing column"), (5, "missing column"),
     ]  # fmt: skip

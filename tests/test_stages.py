@@ -226,19 +226,20 @@ def test_rows_that_cannot_be_used_are_listed(tmp_path):
         None,
         {"bytes": b"", "path": None},
         {"bytes": None, "path": "/no/such.png"},
+        {"bytes": PICTURES[0], "path": "a/b"},
         {"bytes": b"no", "path": "a/b"},
     ]
-    rows = {"image": images, "captions-pt": [["x"], ["x"], ["x"], ["y" * 10_000]]}
+    rows = {"image": images, "captions-pt": [["x"], ["x"], ["x"], ["y" * 10_000], ["z"]]}
     (tmp_path / "data").mkdir()
     pq.write_table(pa.table(rows, schema=features.arrow_schema), tmp_path / "data" / "train.parquet")
     args = StageArguments(str(tmp_path / "data"), tmp_path / "out", batch_rows=2)
     report = run_stage(args, {}, {}, lambda batch: [{} for _ in batch])
-    assert report.rows == 1 and report.skipped == {"no image": 2, "unreadable image": 1}
-    assert str(report) == "1 rows written, 3 left out (2 no image, 1 unreadable image)"
+    assert report.rows == 1 and report.skipped == {"no image": 2, "unreadable image": 2}
+    assert str(report) == "1 rows written, 4 left out (2 no image, 2 unreadable image)"
     (row,) = rows_of(tmp_path / "out")
-    assert row["captions-pt"] == ["y" * 10_000] and row["image"] == {"bytes": b"no", "path": "b"}, "never decoded"
-    lines = (tmp_path / "out" / "train-000000000-000000004.skipped.jsonl").read_text().splitlines()
-    assert [json.loads(line)["row"] for line in lines] == [0, 1, 2] and "/no/such.png" in lines[2]
+    assert row["captions-pt"] == ["y" * 10_000] and row["image"] == {"bytes": PICTURES[0], "path": "b"}
+    lines = (tmp_path / "out" / "train-000000000-000000005.skipped.jsonl").read_text().splitlines()
+    assert [json.loads(line)["row"] for line in lines] == [0, 1, 2, 4] and "/no/such.png" in lines[2]
     args = StageArguments(str(tmp_path / "data"), tmp_path / "none")
     assert run_stage(args, {}, {}, lambda batch: [BadRow("bad", "") for _ in batch]).rows == 0
     with pytest.raises(ValueError, match=r"none, split 'train' is empty"):

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
+from captions.image_files import ImageFileArguments
 from training.hub import Hub
 
 
 @dataclass
-class ModelAndData:
+class ModelAndData(ImageFileArguments):
     _argument_group_name = "model and data"
 
     model: str | None = field(
@@ -270,6 +271,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
             raise ValueError(
                 f"carbon_country must be a three-letter ISO code such as BRA, got {self.carbon_country!r}."
             )
+        self.check_image_files()
         self._check_images()
         self._check_sources()
         self.evaluation_dataset = self.evaluation_dataset or self.dataset[0]

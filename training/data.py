@@ -10,7 +10,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from captions.rows import Skipped, decode_image
+from captions.image_files import decode_image
+from captions.rows import Skipped
 from captions.selection import CaptionChoice, choose_captions, pair_passes
 from captions.sources import Source, open_source
 from modeling_capivara import CapivaraProcessor
@@ -37,7 +38,7 @@ class Split:
         return len(self.table)
 
     def image(self, place: int) -> PIL.Image.Image:
-        return decode_image(self.source.row(self.table[int(place)]["row"])[self.image_column])
+        return decode_image(self.source.row(self.table[int(place)]["row"])[self.image_column], self.source.files)
 
     def images(self) -> "Sequence[PIL.Image.Image]":
         """All images, decoded one by one as they are asked for."""
@@ -83,7 +84,9 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
     columns = [column if name == f"captions-{args.language}" else name for name in choice.columns(args.language)]
     if args.min_pair_similarity is not None:
         columns = list(dict.fromkeys([*columns, f"similarities-{args.language}"]))
-    sources = [open_source(name, args.train_split, args.image_column, args.streaming) for name in args.dataset]
+    sources = [
+        open_source(name, args.train_split, args.image_column, args.streaming, **args.limits()) for name in args.dataset
+    ]
     for source in sources:  # before the long pass over the first
         check_columns(source, [args.image_column, *columns])
     return [
@@ -119,7 +122,7 @@ def evaluation_split(args: RunArguments, split: str, languages: list[str]) -> di
     Raises:
         ValueError: a row can't be used; it is named.
     """
-    source = open_source(args.evaluation_dataset, split, args.image_column)
+    source = open_source(args.evaluation_dataset, split, args.image_column, **args.limits())
     result = {}
     for language in languages:
         skipped: list[Skipped] = []

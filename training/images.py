@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from artifacts import check_free_space, read_json, write_json
-from captions.rows import BadImage, Skipped, decode_image
+from captions.image_files import decode_image
+from captions.rows import BadImage, Skipped
 from captions.sources import Source
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import weights_digest
@@ -86,7 +87,8 @@ class Views:
         place, view = item
         entry = self.table[place]
         try:
-            return self.pixels(decode_image(self.source.row(entry["row"])[self.image_column]), entry["digest"], view)
+            image = decode_image(self.source.row(entry["row"])[self.image_column], self.source.files)
+            return self.pixels(image, entry["digest"], view)
         except BadImage as bad:
             return bad
 
@@ -129,7 +131,7 @@ class Views:
                         raise ValueError(f"{self.source.where} has changed: row {entry['row']} is gone. Start anew.")
                     number, image = number + 1, row[self.image_column]
                 try:
-                    pixels.append(self.pixels(decode_image(image), entry["digest"], view))
+                    pixels.append(self.pixels(decode_image(image, self.source.files), entry["digest"], view))
                 except BadImage as bad:
                     pixels.append(bad)
             yield pixels

@@ -17,7 +17,8 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
-from captions.rows import NOT_CHOSEN, BadRow, Skipped, image_digest, rows_fingerprint
+from captions.image_files import ImageFiles, image_digest
+from captions.rows import NOT_CHOSEN, BadRow, Skipped, rows_fingerprint
 from captions.sources import Source
 from modeling_capivara import repair_text
 
@@ -62,7 +63,7 @@ def caption_table(
         bar = tqdm(rows, desc=f"Captions, {source.where}", total=total, unit="row", leave=False)
         for number, row in enumerate(bar, start=0 if part is None else part.start):
             try:
-                yield {"row": number, **_entry(row, image_column, caption_columns, choose)}
+                yield {"row": number, **_entry(row, image_column, caption_columns, choose, source.files)}
             except BadRow as bad:
                 skipped.append(Skipped(source.name, source.split, number, bad.reason, bad.detail))
 
@@ -102,7 +103,13 @@ def tables_fingerprint(table: Dataset) -> str:
     return rows_fingerprint(row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
 
 
-def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Callable[[dict], list[str]]) -> dict:
+def _entry(
+    row: dict,
+    image_column: str,
+    caption_columns: list[str],
+    choose: Callable[[dict], list[str]],
+    files: ImageFiles,
+) -> dict:
     image = row.pop(image_column, None)
     for column in caption_columns:
         if column not in row:
@@ -122,7 +129,7 @@ def _entry(row: dict, image_column: str, caption_columns: list[str], choose: Cal
         raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
         raise BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
-    digest = image_digest(image).hex()
+    digest = image_digest(image, files).hex()
     # JSON can hold lone surrogates, which no tokenizer and no Arrow file takes
     return {"digest": digest, "captions": [text.encode("utf-8", "replace").decode() for text in captions]}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from captions.rows import BadImage
 from eval.report_page.files import open_picture
 
 THUMBNAIL = 200  # pixels of the longer side
@@ -73,9 +74,9 @@ class Thumbnails:
             try:
                 self._small[inside] = open_picture(self.folder, inside)
                 self._small[inside].thumbnail((THUMBNAIL, THUMBNAIL))
-            except (ValueError, OSError) as error:
+            except ValueError as error:  # what a gallery's path says of this machine is not shown
                 self._small[inside] = None
-                self.refused[inside] = str(error) if isinstance(error, ValueError) else "it can't be opened"
+                self.refused[inside] = error.reason if isinstance(error, BadImage) else str(error)
         return self._small[inside]
 
     def picture(self, inside: str, alt: str) -> Picture | None:

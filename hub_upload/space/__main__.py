@@ -16,9 +16,11 @@ import tempfile
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from transformers import HfArgumentParser
+
+from captions.image_files import FORM_HELP, ImageFileArguments
 
 if TYPE_CHECKING:
     from hub_upload.space.answers import Demo
@@ -27,7 +29,7 @@ PACKAGES = ("gradio", "accelerate", "datasets")  # of the extra `app`
 
 
 @dataclass
-class SpaceArguments:
+class SpaceArguments(ImageFileArguments):
     model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model."})
     compare: str | None = field(default=None, metadata={"help": "A second model, whose answers stand beside."})
     pictures: str = field(
@@ -37,6 +39,7 @@ class SpaceArguments:
             "index that was kept."
         },
     )
+    form: Literal["auto", "images"] = field(default="auto", metadata={"help": FORM_HELP})
     split: list[str] = field(
         default_factory=lambda: ["all"], metadata={"help": "Splits of a data set that are searched, or all."}
     )
@@ -64,6 +67,7 @@ class SpaceArguments:
     private: bool = field(default=False, metadata={"help": "A new Space is seen by its owner alone."})
 
     def __post_init__(self) -> None:
+        self.check_image_files()
         if not 1 <= self.port <= 65535 or self.batch_size < 1:
             raise ValueError(f"port must be 1 to 65535, batch_size at least 1, got {self.port}, {self.batch_size}.")
         if self.push and self.repo_id is None:
@@ -82,8 +86,10 @@ def load_demo(args: SpaceArguments) -> "Demo":
     from hub_upload.space.pictures import open_pictures
 
     cache, kept = cache_folder(args.cache_dir), is_album(Path(args.pictures))
-    options = (args.split, args.image_column, args.caption_column)
-    pictures = None if kept else open_pictures(args.pictures, *options)  # before the models, for its errors
+    options = (args.split, args.image_column, args.caption_column, args.form)
+    pictures = (
+        None if kept else open_pictures(args.pictures, *options, **args.limits())
+    )  # before the models, for its errors
     embedders = [load_embedder(model, args.device) for model in (args.model, args.compare) if model]
     for embedder in embedders:
         embedder.name = model_name(embedder.name)

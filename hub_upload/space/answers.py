@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import PIL.Image
 import torch
 
-from captions.rows import IMAGE_FORMATS, BadImage, decode_image
+from captions.image_files import IMAGE_FORMATS, decode_image
+from captions.rows import BadImage
 from embedders import CapivaraEmbedder
 from hub_upload.space import page
 from hub_upload.space.index import Album, Index

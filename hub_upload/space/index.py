@@ -138,7 +138,7 @@ def open_album(pictures: Pictures, cache: Path) -> Album:
         pictures: those that are searched.
         cache: root of all caches.
     """
-    images = ImageRows(pictures.row_image, len(pictures))
+    images = ImageRows(pictures.row_image, len(pictures), pictures.files)
     about = {"captions": pictures.captions, "titles": pictures.titles, "credit": asdict(pictures.credit)}
     parts = [VERSION, THUMBNAIL_SIDE, THUMBNAIL_QUALITY, ROWS_PER_SHARD, images.digest, about]
     folder = cache / "space" / hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

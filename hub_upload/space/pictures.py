@@ -7,6 +7,7 @@ Whose pictures they are is read from the README of their folder, in the form tha
 """
 
 import json
+import logging
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -19,10 +20,13 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 from tqdm.auto import tqdm
 
-from captions.sources import FORMS, SPLIT_NAMES, Source, open_source
+from captions.image_files import BYTES_ALONE, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
+from captions.links import Bounds
+from captions.sources import FORMS, SPLIT_NAMES, Source, form_hint, open_source, picture_files
+
+logger = logging.getLogger("capivara")
 
 CAPTION_COLUMNS = ("captions-pt", "caption", "captions", "text")  # where none is named, the first that there is
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"}  # of a plain folder's pictures
 MAX_SHOWN = 300  # letters of a caption; one can be a book
 
 
@@ -50,19 +54,27 @@ class Pictures:
         captions: of each picture; an empty list where it has none.
         titles: of each picture, shown where it has no caption: the name of its file, or "".
         credit: whose they are.
+        files: which of them may be opened.
     """
 
     row_image: Callable[[int], dict | None]
     captions: list[list[str]]
     titles: list[str]
     credit: Credit
+    files: ImageFiles = BYTES_ALONE
 
     def __len__(self) -> int:
         return len(self.captions)
 
 
 def open_pictures(
-    where: str, splits: Sequence[str] = ("all",), image_column: str = "image", caption_column: str | None = None
+    where: str,
+    splits: Sequence[str] = ("all",),
+    image_column: str = "image",
+    caption_column: str | None = None,
+    form: str = "auto",
+    image_roots: Sequence[Path] = (),
+    max_pixels: int = MAX_IMAGE_PIXELS,
 ) -> Pictures:
     """Pictures with their captions.
 
@@ -71,25 +83,35 @@ def open_pictures(
         splits: of a data set; "all" stands for those of the usual names that it has.
         image_column: column of the pictures.
         caption_column: column of a caption or a list of captions; the first of `CAPTION_COLUMNS` where None.
+        form: "auto", or "images" for a folder of pictures whatever else it holds.
+        image_roots: folders outside of `where` that image paths and links in it may lead into.
+        max_pixels: of a picture.
 
     Raises:
         ValueError: there is no such folder, data set, split or column, or no picture in it.
     """
-    credit = _credit(Path(where))
-    if _is_plain_folder(Path(where)):
-        files = _files(Path(where))
-        if not files:
-            raise ValueError(f"{where} holds no picture. Pictures end in {', '.join(sorted(SUFFIXES))}.")
-        images = [{"bytes": None, "path": str(file)} for file in files]
-        return Pictures(images.__getitem__, [[] for _ in files], [file.stem for file in files], credit)
-    sources = _sources(where, splits, image_column)
+    folder, credit = Path(where), _credit(Path(where))
+    if form == "images" or _is_plain_folder(folder):
+        found = picture_files(folder)
+        if not found:
+            raise ValueError(f"{where} holds no picture. Names of pictures end in {', '.join(SUFFIXES)}.")
+        images = [{"bytes": None, "path": str(file.absolute())} for file in found]
+        files = ImageFiles(Bounds(folder, image_roots), max_pixels)
+        return Pictures(images.__getitem__, [[] for _ in found], [file.stem for file in found], credit, files)
+    limits = {"image_roots": image_roots, "max_pixels": max_pixels}
+    try:
+        sources = _sources(where, splits, image_column, limits)
+    except ValueError as error:
+        raise ValueError(f"{error}{form_hint(folder)}") from error
+    if hint := form_hint(folder):
+        logger.warning("%s is read as a data set.%s", where, hint)
     column = _caption_column(sources, image_column, caption_column)
     captions, titles = [], []
     for source in sources:
         for row in tqdm(source.rows(), total=len(source), desc=f"Reading captions, {source.split}", unit="row"):
             captions.append(_texts(row.get(column)) if column else [])
             titles.append(Path((row[image_column] or {}).get("path") or "").stem)
-    return Pictures(_row_image(sources, image_column), captions, titles, credit)
+    return Pictures(_row_image(sources, image_column), captions, titles, credit, sources[0].files)
 
 
 def _is_plain_folder(path: Path) -> bool:
@@ -99,28 +121,16 @@ def _is_plain_folder(path: Path) -> bool:
     return not any(re.search(form, file.name) for file in [*path.glob("*"), *path.glob("*/*")] for form in FORMS)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Pictures in a folder and its folders, by name; neither hidden ones nor links that lead out of it."""
-    root = folder.resolve()
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    return sorted(
-        file
-        for file in found
-        if not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.resolve().is_relative_to(root)
-    )
-
-
-def _sources(where: str, splits: Sequence[str], image_column: str) -> list[Source]:
+def _sources(where: str, splits: Sequence[str], image_column: str, limits: dict[str, Any]) -> list[Source]:
     saved = Path(where) / "dataset_dict.json"
     if list(splits) == ["all"] and saved.is_file():
         splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
     if list(splits) != ["all"]:
-        return [open_source(where, split, image_column) for split in dict.fromkeys(splits)]
+        return [open_source(where, split, image_column, **limits) for split in dict.fromkeys(splits)]
     sources, fault = [], None
     for split in SPLIT_NAMES:
         try:
-            sources.append(open_source(where, split, image_column))
+            sources.append(open_source(where, split, image_column, **limits))
         except ValueError as error:
             if "has no split" not in str(error):
                 raise

@@ -1,0 +1,221 @@
+"""The gate that every image of every row goes through: the one place where a path out of a row is opened.
+
+    image = decode_image(row["image"], source.files)
+
+A row may come from anybody, and so may the path or address in it. A local file is opened where it lies, links
+resolved, in the data set's own folder or in one that the user names; an address is followed where it is on the Hub.
+Whatever is opened must begin as an image within the limits before anything else is done with it.
+"""
+
+import io
+import os
+import stat
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+import PIL.Image
+import PIL.ImageOps
+
+from captions.links import Bounds
+from captions.rows import BadImage
+
+try:
+    import pillow_heif  # extra `heic`
+except ImportError:
+    pillow_heif = None
+else:
+    pillow_heif.register_heif_opener()
+
+# A side of one pixel is allowed: the image processor takes it, and the aspect limit keeps out what is a mere line.
+MAX_IMAGE_SIDE = 30_000  # pixels; no camera or scanner of photographs reaches it, and JPEG ends at 65,535
+MAX_IMAGE_PIXELS = 50_000_000  # of the default; 0.15 GB as RGB, and few cameras have more
+MAX_ASPECT = 50  # long side by short side; the square crop of the image tower would see 2 % of the image
+MAX_IMAGE_BYTES = 100_000_000  # of a file; photographs have under 50 MB, and every row is held in memory
+# What photographs come in. Not all that PIL opens: EPS starts Ghostscript on the file.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF")
+SUFFIXES = (  # of pictures in a folder, as names end
+    *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
+)
+FORM_HELP = "images: a folder of pictures, whatever else lies in it; auto: what the files in it make of it."
+HUB, ARCHIVES = "hf://", ("zip://", "tar://", "gzip://")  # addresses: a file on the Hub, or in an archive there
+
+PIL.Image.init()
+_FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Which images of a data set's rows may be opened.
+
+    Attributes:
+        bounds: where local files may lie; where None, no path is followed and a row must hold the bytes.
+        max_pixels: of an image.
+    """
+
+    bounds: Bounds | None = None
+    max_pixels: int = MAX_IMAGE_PIXELS
+
+
+BYTES_ALONE = ImageFiles()
+
+
+@dataclass(kw_only=True)
+class ImageFileArguments:
+    """The flags of every command that reads images. Raises ValueError where a value breaks its rule."""
+
+    image_roots: list[Path] = field(
+        default_factory=list,
+        metadata={
+            "help": "Folders outside of the data set that image paths and links in it may lead into; no other file is "
+            "opened."
+        },
+    )
+    max_pixels: int = field(
+        default=MAX_IMAGE_PIXELS,
+        metadata={"help": "Images of more pixels (width x height) are left out; each takes 3 bytes a pixel and more."},
+    )
+
+    def check_image_files(self) -> None:
+        self.image_roots = [Path(root).expanduser() for root in self.image_roots]
+        for root in self.image_roots:
+            if not root.is_dir():
+                raise ValueError(f"image_roots must be folders that are there, got {root}.")
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}.")
+
+    def limits(self) -> dict[str, Any]:
+        """As keyword arguments of `captions.sources.open_source`."""
+        return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
+
+    def without_paths(self) -> ImageFiles:
+        """For images whose bytes were read before."""
+        return ImageFiles(max_pixels=self.max_pixels)
+
+
+def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:
+    """The file of the image of a row, from the row or from where its path points.
+
+    Args:
+        row_image: `{"bytes", "path"}`.
+        files: which may be opened.
+
+    Returns:
+        The whole file, which begins as an image within the limits; its pixels may still be damaged.
+
+    Raises:
+        BadImage: there is none, it may not be opened, it can't be read, it is no image, or it is too large.
+    """
+    return _opened(row_image, files)[0]
+
+
+def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL.Image.Image:
+    """The image of a row, loaded, upright by its EXIF orientation as `datasets` gives it; its mode is left as it is.
+
+    Args and errors are those of `image_bytes`; one more is that its pixels can't be decoded.
+    """
+    data, image = _opened(row_image, files)
+    try:
+        image.load()
+        if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
+            image = PIL.ImageOps.exif_transpose(image)
+    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
+        raise BadImage("unreadable image", f"{_name(row_image, data)}: {error}") from error
+    return image
+
+
+def image_digest(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:
+    """BLAKE2b-128 of the file of the image of a row. Args and errors are those of `image_bytes`."""
+    return blake2b(image_bytes(row_image, files), digest_size=16).digest()
+
+
+def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image.Image]:
+    """The file, and the image with nothing but its header decoded."""
+    data = _read(row_image, files)
+    name = _name(row_image, data)
+    try:
+        image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
+    except PIL.UnidentifiedImageError as error:
+        raise BadImage("unreadable image", f"{name} is {_kind(data)}") from error
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+        raise BadImage("absurd image size", f"{name}: {error}") from error
+    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
+        raise BadImage("unreadable image", f"{name}: {error}") from error
+    _check_size(image, name, files.max_pixels)
+    return data, image
+
+
+def _read(row_image: dict | None, files: ImageFiles) -> bytes:
+    if not isinstance(row_image, dict | None):
+        raise BadImage("unreadable image", f"bytes or a path are needed, got {type(row_image).__name__}")
+    data, path = (row_image or {}).get("bytes"), (row_image or {}).get("path")
+    if data is None and path:
+        data = _file_bytes(path, files)
+    if not data:
+        raise BadImage("no image", f"the file {path!r} is empty" if path else "neither bytes nor a path")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadImage("absurd image size", f"{path!r} has more than {MAX_IMAGE_BYTES / 1e6:.0f} MB")
+    return data
+
+
+def _file_bytes(path: str, files: ImageFiles) -> bytes:
+    try:
+        with _followed(path, files.bounds) as file:
+            return file.read(MAX_IMAGE_BYTES + 1)
+    except BadImage:
+        raise
+    except Exception as error:  # of every file system that fsspec knows, and of what it installs them from
+        raise BadImage("unreadable image", f"{path!r}: {error}") from error
+
+
+def _followed(path: str, bounds: Bounds | None) -> AbstractContextManager[BinaryIO]:
+    """The file that a path or an address leads to, where it may be opened."""
+    if bounds is None:
+        raise BadImage("unreadable image", f"{path!r} is a path of a row that should hold the bytes")
+    if "://" not in path:
+        return _local_file(path, bounds)
+    *archives, last = path.split("::")
+    if not last.startswith(HUB) or not all(part.startswith(ARCHIVES) for part in archives):
+        raise BadImage("unreadable image", f"{path!r} is neither a local file nor on the Hub, and is not fetched")
+    return fsspec.open(path, "rb")  # opened by its block; the archives of a chain stay open with it
+
+
+def _local_file(path: str, bounds: Bounds) -> BinaryIO:
+    """A regular file within `bounds`; a relative path is one of the data set's folder, or else of the current one."""
+    inside = [place for place in (bounds.folder / path, Path(path)) if bounds.hold(place)]
+    if not inside:
+        raise BadImage(
+            "unreadable image",
+            f"{path!r} lies outside of the data set's folder; --image_roots names others that may be read",
+        )
+    real = os.path.realpath(next((place for place in inside if place.is_file()), inside[0]))
+    # Opening a FIFO would wait for a writer, and a device may never end; neither is waited for or read.
+    number = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise BadImage("unreadable image", f"{path!r} is no regular file")
+    return os.fdopen(number, "rb")
+
+
+def _check_size(image: PIL.Image.Image, name: str, max_pixels: int) -> None:
+    short, long = sorted(image.size)
+    if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT * short:
+        raise BadImage(
+            "absurd image size",
+            f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,} (--max_pixels raises it), "
+            f"the longer side {MAX_IMAGE_SIDE:,} and {MAX_ASPECT} times the shorter one",
+        )
+
+
+def _kind(data: bytes) -> str:
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1") and pillow_heif is None:
+        return 'HEIC, which the extra `heic` reads: pip install -e ".[heic]"'
+    return f"no image of {', '.join(_FORMATS)}"
+
+
+def _name(row_image: dict | None, data: bytes) -> str:
+    path = (row_image or {}).get("path")
+    return repr(path) if path else f"{len(data)} bytes"

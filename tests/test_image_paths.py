@@ -1,0 +1,440 @@
+"""Paths and addresses in rows: whatever a data set names, nothing outside of it is read, and nothing is fetched."""
+
+import base64
+import http.server
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import PIL.Image
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from caption_tars import write_tar
+from conftest import randomise
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+from hub_client import hub_commands
+from hub_server import HubServer
+from safetensors.torch import load_file
+from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
+
+import train_accelerate
+from captions.build import BuildArguments, build
+from captions.generate import main as generate
+from captions.image_files import ImageFiles, decode_image, image_bytes
+from captions.links import Bounds
+from captions.rows import BadImage
+from captions.score import main as score
+from captions.select import main as select
+from captions.sources import open_source
+from embedders import load_embedder
+from eval.classification import load_images
+from eval.classification import main as classify
+from eval.report import main as report
+from eval.retrieval import main as retrieve
+from hub_upload.space.answers import Demo
+from hub_upload.space.index import build_index, open_album
+from hub_upload.space.pictures import open_pictures
+from hub_upload.space.publish import write_space
+from modeling_capivara import CapivaraModel
+
+MARK = b"SENTINEL-0f3a9c"  # stands in every file that must not be read
+MAGENTA = (255, 0, 255)  # of the private photo, all of it; no other picture has it
+GOOD = 6
+
+
+class Counter(http.server.BaseHTTPRequestHandler):
+    """Gives an image for every path, and counts."""
+
+    def do_GET(self) -> None:
+        self.server.requests.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(self.server.picture)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+def png(colour: tuple[int, int, int], **options) -> bytes:
+    stream = io.BytesIO()
+    PIL.Image.new("RGB", (32, 32), colour).save(stream, "PNG", **options)
+    return stream.getvalue()
+
+
+def photo() -> bytes:
+    about = PIL.Image.Exif()
+    about[PIL.Image.ExifTags.Base.ImageDescription] = MARK.decode()
+    return png(MAGENTA, exif=about)
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counter) as found:
+        found.requests, found.picture = [], photo()
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+@pytest.fixture
+def hostile(tmp_path, server) -> list[str]:
+    """Paths and addresses that a row may name, none of which may be opened; a folder `data` to put the rows into."""
+    home, data = tmp_path / "home", tmp_path / "data"
+    for name, content in (
+        ("token", b"hf_" + MARK), (".ssh/id_ed25519", b"-----BEGIN OPENSSH PRIVATE KEY-----\n" + MARK),
+        ("private.png", photo()),
+    ):  # fmt: skip
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(content)
+    data.mkdir()
+    (data / "notes.txt").write_bytes(MARK)  # within the data set, but no image
+    (data / "link.png").symlink_to(home / "private.png")
+    os.mkfifo(data / "fifo.png")
+    os.mkfifo(home / "fifo")
+    local = [home / "token", home / ".ssh" / "id_ed25519", "/etc/passwd", home / "private.png", home / "fifo"]
+    local += ["/dev/zero", "/proc/self/fd/1", "../home/private.png", "link.png", "fifo.png", "notes.txt"]
+    web = f"127.0.0.1:{server.server_port}"
+    archive = tmp_path / "home" / "a.zip"
+    shutil.make_archive(str(archive.with_suffix("")), "zip", home, "private.png")
+    addresses = [
+        f"http://{web}/a.png", f"https://{web}/a.png", f"http://{web}/a.png?hf://", f"http://{web}/hf://a.png",
+        f"simplecache::http://{web}/a.png", f"filecache::http://{web}/a.png", f"blockcache::http://{web}/a.png",
+        f"reference://x::http://{web}/a.json", f"zip://private.png::http://{web}/a.zip",
+        f"zip://private.png::file://{archive}", f"zip://private.png::{archive}", f"file://{home}/private.png",
+        f"local://{home}/private.png", f"tar://{home}/private.png", f"generic://{home}/private.png",
+        f"sftp://{web}/a.png", f"ftp://{web}/a.png", f"hf://datasets/a/b/c.png::http://{web}/a.png",
+        f"HTTP://{web}/a.png", f"dir://x::http://{web}/", f"cached::hf://datasets/a/b::http://{web}/a.png",
+        f"data:;base64,{base64.b64encode(photo()).decode()}", "memory://a.png", "github://a:b@main/c.png",
+        f"hf::http://{web}/a.png", f"http://{web}/a.png#::hf://",
+    ]  # fmt: skip
+    return [*map(str, local), *addresses]
+
+
+def good() -> list[bytes]:
+    return [png((40 * i, 200 - 30 * i, 90)) for i in range(GOOD)]
+
+
+def rows_of(hostile: list[str]) -> dict[str, list]:
+    """Good rows with their bytes, then hostile ones with a path alone."""
+    images = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(good())]
+    images += [{"bytes": None, "path": path} for path in hostile]
+    return {"image": images, "captions-pt": [[f"foto {i}"] for i in range(len(images))]}
+
+
+FEATURES = Features({"image": Image(), "captions-pt": List(Value("string"))})
+
+
+def as_parquet(folder: Path, rows: dict[str, list], split: str = "train") -> None:
+    pq.write_table(pa.table(rows, schema=FEATURES.arrow_schema), folder / f"{split}.parquet")
+
+
+def as_list(folder: Path, rows: dict[str, list]) -> None:
+    lines = []
+    for number, image in enumerate(rows["image"]):
+        if image["bytes"]:
+            (folder / image["path"]).write_bytes(image["bytes"])
+        lines.append({"file_name": image["path"], "captions-pt": rows["captions-pt"][number]})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "metadata.jsonl").write_text(text, encoding="utf-8")
+
+
+def as_saved(folder: Path, rows: dict[str, list]) -> None:
+    shutil.rmtree(folder)  # links are refused as a whole in a saved data set; others are as in the fixture
+    image = {"bytes": Value("binary"), "path": Value("string")}  # an `Image` would be opened while it is saved
+    features = Features({"image": image, "captions-pt": List(Value("string"))})
+    DatasetDict(train=Dataset.from_dict(rows, features=features)).save_to_disk(folder)
+
+
+def as_tar(folder: Path, rows: dict[str, list]) -> None:
+    members = []
+    for number, image in enumerate(rows["image"]):
+        data = image["bytes"] or image["path"].encode()  # a tar has bytes alone: here those of a path
+        about = json.dumps({"captions-pt": rows["captions-pt"][number]}).encode()
+        members += [(f"{number:05d}.png", data), (f"{number:05d}.json", about)]
+    write_tar(folder / "train.tar", members)
+
+
+FORMS = [as_parquet, as_list, as_saved, as_tar]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write", FORMS)
+def test_no_form_of_a_data_set_leads_out(write, streaming, tmp_path, hostile, server, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write(tmp_path / "data", rows_of(hostile))
+    source = open_source(str(tmp_path / "data"), "train", "image", streaming)
+    read, refused = [], 0
+    for row in source.rows():
+        try:
+            read.append(image_bytes(row["image"], source.files))
+        except BadImage:
+            refused += 1
+    assert read == good() and refused == len(hostile) and not server.requests
+
+
+def test_a_path_is_followed_where_it_may_be(tmp_path, hostile):
+    """Within the data set's folder, absolute or relative, and in a folder that the user names; elsewhere it is not."""
+    (tmp_path / "data" / "in").mkdir()
+    (tmp_path / "data" / "in" / "a.png").write_bytes(good()[1])
+    inside = ImageFiles(Bounds(tmp_path / "data"))
+    for path in ("in/a.png", str(tmp_path / "data" / "in" / "a.png"), f"{tmp_path}/home/../data/in/a.png"):
+        assert image_bytes({"bytes": None, "path": path}, inside) == good()[1]
+    with pytest.raises(BadImage, match="a path of a row that should hold the bytes"):
+        image_bytes({"bytes": None, "path": str(tmp_path / "data" / "in" / "a.png")})
+    private = {"bytes": None, "path": str(tmp_path / "home" / "private.png")}
+    with pytest.raises(BadImage, match=r"lies outside of the data set's folder; --image_roots names others"):
+        image_bytes(private, inside)
+    assert image_bytes(private, ImageFiles(Bounds(tmp_path / "data", [tmp_path / "home"]))) == photo()
+    everywhere = ImageFiles(Bounds(tmp_path / "data", [Path("/")]))
+    for path in ("/dev/zero", "/proc/self/fd/1", str(tmp_path / "home" / "fifo"), "/etc/passwd", str(tmp_path)):
+        with pytest.raises(BadImage, match="unreadable image"):
+            image_bytes({"bytes": None, "path": path}, everywhere)
+
+
+def test_more_than_the_default_of_pixels_is_asked_for():
+    stream = io.BytesIO()
+    PIL.Image.new("1", (8000, 7000)).save(stream, "PNG")
+    row = {"bytes": stream.getvalue(), "path": None}
+    for read in (image_bytes, decode_image):
+        with pytest.raises(BadImage, match=r"8000 x 7000 pixels; all may be 50,000,000 \(--max_pixels raises it\)"):
+            read(row)
+    assert decode_image(row, ImageFiles(max_pixels=56_000_000)).size == (8000, 7000)
+
+
+HUB_READ = """
+from pathlib import Path
+from captions.image_files import ImageFiles, image_bytes
+from captions.links import Bounds
+from captions.sources import open_source
+import sys
+files = ImageFiles(Bounds(Path(sys.argv[1])))
+for path in ("hf://datasets/us/pictures/a.png", "zip://b.png::hf://datasets/us/pictures/b.zip"):
+    print(image_bytes({"bytes": None, "path": path}, files)[:4])
+"""
+
+
+def test_an_address_on_the_hub_is_followed(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("a.png", "b.png"):
+        (pictures / name).write_bytes(good()[0])
+    shutil.make_archive(str(pictures / "b"), "zip", pictures, "b.png")
+    with HubServer(tmp_path / "hub") as hub:
+        hub.store("us/pictures", pictures, kind="datasets")
+        environment = {**os.environ, **hub.environment(tmp_path / "user"), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", HUB_READ, str(tmp_path)],
+            env=environment, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+    assert done.stdout.split("\n")[:2] == ["b'\\x89PNG'", "b'\\x89PNG'"], done.stderr
+
+
+def test_what_datasets_would_open_by_itself(tmp_path, server, tiny_folder, monkeypatch):
+    """Lists of images in other columns, a README that names files, and tables outside of a saved data set."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    address = f"http://127.0.0.1:{server.server_port}/a.parquet"
+    features = Features({"image": Image(), "label": Value("int64"), "more": List(Image()), "other": Image()})
+    elsewhere = {"bytes": None, "path": address}
+    image = {"bytes": good()[0], "path": None}
+    rows = {"image": [image], "label": [0], "more": [[elsewhere]], "other": [elsewhere]}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(rows, schema=features.arrow_schema), tmp_path / "data" / "test.parquet")
+    head = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": [{"split": "test", "path": address}]}]})
+    (tmp_path / "data" / "README.md").write_text(f"---\n{head}---\n", encoding="utf-8")
+    for streaming in (False, True):
+        source = open_source(str(tmp_path / "data"), "test", "image", streaming)
+        assert [image_bytes(row["image"], source.files) for row in source.rows()] == [good()[0]]
+    command = ["--model", str(tiny_folder), "--benchmark", "cifar-10", "--images", str(tmp_path / "data")]
+    classify([*command, "--image_column", "image", "--output", str(tmp_path / "r.json")])
+    assert json.loads((tmp_path / "r.json").read_text())["skipped"] == {} and not server.requests
+    Dataset.from_dict({"image": [1]}).save_to_disk(tmp_path / "private")
+    DatasetDict(train=Dataset.from_dict({"image": [2]})).save_to_disk(tmp_path / "saved")
+    state = tmp_path / "saved" / "train" / "state.json"
+    content = json.loads(state.read_text(encoding="utf-8"))
+    content["_data_files"] = [{"filename": str(next((tmp_path / "private").glob("*.arrow")))}]
+    state.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match="files outside of it, refused"):
+        open_source(str(tmp_path / "saved"), "train", "image")
+
+
+# --- Through every command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blip2_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("blip2")
+    tiny_blip2(OPT).save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    opt_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def nothing_arrived(folder: Path) -> None:
+    """No file below holds the mark, or is a picture with a magenta pixel."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    for path in files:
+        content = path.read_bytes()
+        assert MARK not in content, path
+        if path.suffix in (".jpg", ".png", ".webp"):
+            assert not has_magenta(content), path
+
+
+def has_magenta(content: bytes) -> bool:
+    pixels = PIL.Image.open(io.BytesIO(content)).convert("RGB").getdata()
+    return any(red > 240 and green < 15 and blue > 240 for red, green, blue in pixels)
+
+
+def test_the_check_itself_sees_what_arrives(tmp_path):
+    for name, content in (("a.bin", b"x" + MARK), ("b.png", png(MAGENTA))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(AssertionError, match=name):
+            nothing_arrived(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_the_stages_and_a_build(tmp_path, hostile, server, tiny_folder, blip2_folder, capsys):
+    as_parquet(tmp_path / "data", rows_of(hostile))
+    out, number = tmp_path / "out", len(hostile)
+    generate(["--dataset", str(tmp_path / "data"), "--output", str(out / "generated"), "--model", str(blip2_folder),
+              "--max_new_tokens", "3", "--device", "cpu"])  # fmt: skip
+    for command, name, more in (
+        (score, "scored", ["--model", str(tiny_folder), "--device", "cpu"]),
+        (select, "selected", ["--caption_strategy", "none"]),
+    ):
+        command(["--dataset", str(tmp_path / "data"), "--output", str(out / name), *more])
+    assert capsys.readouterr().out.count(f"{GOOD} rows written, {number} left out ({number} unreadable image)") == 3
+    for name in ("generated", "scored", "selected"):
+        (skipped,) = (out / name).glob("*.skipped.jsonl")
+        listed = [json.loads(line) for line in skipped.read_text(encoding="utf-8").splitlines()]
+        assert [line["row"] for line in listed] == list(range(GOOD, GOOD + number))
+        skipped.unlink()  # it names the addresses, one of which has the photo in it
+    config = {
+        "dataset": str(tmp_path / "data"), "output": str(out / "built"), "language": "pt",
+        "select": {"caption_strategy": "none"},
+        "card": {"license": "mit", "sources": [{"name": "made here", "license": "mit"}]},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    built = build(BuildArguments(tmp_path / "config.yaml"))
+    assert [row["image"]["bytes"] for row in open_source(str(built), "train", "image").rows()] == good()
+    for skipped in out.rglob("*.skipped.jsonl"):
+        skipped.unlink()
+    nothing_arrived(out)
+    with hub_commands(tmp_path) as commands:
+        done = commands("--model", built, "--repo-id", "us/built", "--repo-type", "dataset", "--push")
+        assert done.code == 0, done.err
+        nothing_arrived(commands.hub.storage.folder)
+    assert not server.requests
+
+
+def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    as_parquet(tmp_path / "data", rows_of(hostile))
+    clean = {name: values[:GOOD] for name, values in rows_of([]).items()}
+    for split in ("validation", "test"):
+        as_parquet(tmp_path / "data", clean, split)
+    values = {"model": tiny_folder, "dataset": tmp_path / "data", "output_dir": tmp_path / "run", "max_steps": 1}
+    values |= {"effective_batch_size": 4, "micro_batch_size": 2, "warmup_steps": 0, "max_bad_share": 1}
+    values |= {"image_embedding_cache": tmp_path / "cache", "language": "pt", "eval_languages": "pt"}
+    train_accelerate.main([word for key, value in values.items() for word in (f"--{key}", str(value))])
+    lines = (tmp_path / "run" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(hostile) and not server.requests
+    (tmp_path / "run" / "skipped.jsonl").unlink()
+    nothing_arrived(tmp_path / "run")
+    shards = list((tmp_path / "cache").rglob("shard-*.npy"))
+    assert shards and MARK not in b"".join(path.read_bytes() for path in shards)
+
+
+def test_retrieval_its_gallery_and_the_report(tmp_path, hostile, server, tiny_folder, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    as_parquet(tmp_path / "data", rows_of(hostile), "test")
+    result = tmp_path / "results" / "r.json"
+    retrieve(["--model", str(tiny_folder), "--dataset", str(tmp_path / "data"), "--output", str(result),
+              "--recall_at", "1", "--cache_dir", str(tmp_path / "embeddings"), "--gallery", "6"])  # fmt: skip
+    content = json.loads(result.read_text(encoding="utf-8"))
+    assert len(content["skipped"]) == len(hostile) and {r["n"] for r in content["records"]} == {GOOD}
+    for entry in content["gallery"]:  # a result file that names pictures elsewhere
+        entry["right"] = str(tmp_path / "home" / "private.png")
+    (tmp_path / "results" / "link.png").symlink_to(tmp_path / "home" / "private.png")
+    content["gallery"][0]["best"][0]["image"] = "link.png"
+    content["skipped"] = {}
+    result.write_text(json.dumps(content), encoding="utf-8")
+    report([str(tmp_path / "results"), "--output", str(tmp_path / "report")])
+    (tmp_path / "results" / "link.png").unlink()
+    for folder in ("results", "report", "embeddings"):
+        nothing_arrived(tmp_path / folder)
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    uris = [part.split('"')[0] for part in page.split("base64,")[1:]]
+    assert uris and not any(has_magenta(base64.b64decode(uri)) for uri in uris) and not server.requests
+
+
+def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_processor, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    randomise(CapivaraModel(tiny_model.config)).save_pretrained(tmp_path / "model")
+    tiny_processor.save_pretrained(tmp_path / "model")
+    as_parquet(tmp_path / "data", rows_of(hostile), "test")
+    embedder, cache = load_embedder(str(tmp_path / "model"), "cpu"), tmp_path / "cache"
+    album = open_album(open_pictures(str(tmp_path / "data")), cache)
+    assert len(album.skipped) == len(hostile)
+    write_space(Demo([build_index(album, embedder, cache)]), [str(tmp_path / "model")], tmp_path / "space")
+    for path in (tmp_path / "space").rglob("thumbnails-*.safetensors"):
+        assert all(not has_magenta(album.thumbnail(row)) for row in range(GOOD)) and "files" in load_file(path)
+    assert not server.requests
+    for index in (tmp_path / "space").rglob("index.json"):
+        assert MARK.decode() not in index.read_text(encoding="utf-8")
+    (tmp_path / "data" / "a.png").write_bytes(good()[0])
+    plain = open_pictures(str(tmp_path / "data"), form="images")
+    assert plain.titles == ["a"], "neither a link that leads out nor a FIFO is a picture of the folder"
+
+
+# --- Pictures of phones, and folders that hold more than pictures ----------------------------------------------------
+
+WITHOUT_HEIF = """
+import sys
+sys.modules["pillow_heif"] = None  # as where the extra is not installed
+from captions.image_files import decode_image
+decode_image({"bytes": open(sys.argv[1], "rb").read(), "path": "a.heic"})
+"""
+
+
+def test_heic(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(PIL.Image.new("RGB", (64, 48), (200, 30, 30))).save(tmp_path / "a.heic")
+    image = decode_image({"bytes": (tmp_path / "a.heic").read_bytes(), "path": None})
+    red, green, blue = image.convert("RGB").getpixel((20, 20))
+    assert image.size == (64, 48) and red > 180 and max(green, blue) < 60
+    assert len(open_pictures(str(tmp_path))) == 1, "a folder's pictures are counted whether they can be read or not"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HEIF, str(tmp_path / "a.heic")],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert "BadImage: unreadable image: 'a.heic' is HEIC, which the extra `heic` reads: pip install" in done.stderr
+
+
+@pytest.mark.parametrize("other", ["a.tar.gz", "a.parquet"])
+def test_the_user_decides_what_a_folder_is(other, tmp_path, caplog):
+    """Photographs with an archive or a table among them."""
+    folder = tmp_path / "photos"
+    for number, name in enumerate(("cat", "dog") * 2):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / f"{number}.png").write_bytes(good()[number])
+    if other == "a.parquet":
+        pq.write_table(pa.table({"image": [b"x"]}), folder / other)
+        open_pictures(str(folder))
+        assert "is read as a data set. The folder holds pictures, too: --form images takes these" in caplog.text
+    else:
+        shutil.make_archive(str(folder / "a"), "gztar", folder, "cat")
+        with pytest.raises(ValueError, match=r"compressed.* --form images takes these"):
+            open_pictures(str(folder))
+    assert open_pictures(str(folder), form="images").titles == ["0", "2", "1", "3"]
+    images = load_images(str(folder), "test", ["cat", "dog"], form="images")
+    assert images.labels == [0, 0, 1, 1] and [images.images.image(row).size for row in range(4)] == [(32, 32)] * 4
