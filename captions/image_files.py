@@ -91,6 +91,11 @@ class ImageFileArguments:
         """As keyword arguments of `captions.sources.open_source`."""
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
+    def image_settings(self) -> dict[str, Any]:
+        """What of the flags tells which images are left out, without the folders of a machine; empty by default."""
+        roots = {"image_roots": [root.name for root in self.image_roots]} if self.image_roots else {}
+        return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
+
     def without_paths(self) -> ImageFiles:
         """For images whose bytes were read before."""
         return ImageFiles(max_pixels=self.max_pixels)
@@ -152,6 +157,8 @@ def _read(row_image: dict | None, files: ImageFiles) -> bytes:
     if not isinstance(row_image, dict | None):
         raise BadImage("unreadable image", f"bytes or a path are needed, got {type(row_image).__name__}")
     data, path = (row_image or {}).get("bytes"), (row_image or {}).get("path")
+    if not isinstance(data, bytes | None) or not isinstance(path, str | None):
+        raise BadImage("unreadable image", f"bytes and path are {type(data).__name__} and {type(path).__name__}")
     if data is None and path:
         data = _file_bytes(path, files)
     if not data:

@@ -191,7 +191,7 @@ def run_stage(
     """
     StageArguments.__post_init__(args)  # a subclass may have checks of its own in its place
     source, features = _opened(args, columns, any_of)
-    record = claim(args.output, _record(args, source, features, settings))
+    record = claim(args.output, _record(args, source, features, settings | args.image_settings()))
     parts = Shard.of(args.shard).of_parts(all_parts(len(source), record["rows_per_part"]))
     try:
         _write_missing(_Writer(args, source, features, record, process), parts, title)

@@ -166,6 +166,28 @@ def as_tar(folder: Path, rows: dict[str, list]) -> None:
 FORMS = [as_parquet, as_list, as_saved, as_tar]
 
 
+@pytest.mark.parametrize(
+    "image", [{"bytes": 5, "path": "a"}, {"bytes": "text", "path": None}, {"bytes": None, "path": 7}, "a.png", [b"x"],
+              {"bytes": None, "path": "x" * 5000}, {"bytes": None, "path": "a\0b"}, {"bytes": None, "path": "\ud800"},
+              {"bytes": None, "path": "zip://::hf://"}, {"bytes": None, "path": "hf://"}, {"more": 1}]
+)  # fmt: skip
+def test_what_is_no_image_is_a_bad_row(image, tmp_path):
+    with pytest.raises(BadImage):
+        image_bytes(image, ImageFiles(Bounds(tmp_path)))
+
+
+def test_a_stage_with_other_limits_is_another_stage(tmp_path):
+    as_parquet(tmp_path, {"image": [{"bytes": png((1, 2, 3)), "path": None}], "captions-pt": [["x"]]})
+    command = ["--dataset", str(tmp_path / "train.parquet"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"max_pixels must be at least 1, got 0"):
+        select([*command, "--max_pixels", "0"])
+    with pytest.raises(SystemExit, match=r"image_roots must be folders that are there, got .*nowhere"):
+        select([*command, "--image_roots", str(tmp_path / "nowhere")])
+    select(command)
+    with pytest.raises(SystemExit, match=r"other settings.*max_pixels: None there, 9 now"):
+        select([*command, "--max_pixels", "9"])
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("write", FORMS)
 def test_no_form_of_a_data_set_leads_out(write, streaming, tmp_path, hostile, server, monkeypatch):
