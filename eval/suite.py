@@ -56,14 +56,14 @@ def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measuremen
     """Run a task; it writes its result file."""
     shared = {"model": model.name, "output": args.output / measurement.file, "split": benchmark.split}
     shared |= {"role": model.role, "language": measurement.language, "seed": model.seed}
-    shared |= {key: getattr(args, key) for key in ("batch_size", "precision", "cache_dir", "device")}
+    shared |= {key: getattr(args, key) for key in ("batch_size", "precision", "cache_dir", "device")} | args.limits()
     if benchmark.task == "retrieval":
         columns = {"image_column": benchmark.image_column, "caption_column": benchmark.caption_column}
         columns |= {"caption_positions": benchmark.caption_positions, "gallery": args.gallery}
         columns |= {"dataset_name": benchmark.key}
         made = Path(measurement.data)
         if made.parent == args.output / "layouts":
-            columns["image_roots"] = [linked_images(made, benchmark.split)]
+            shared["image_roots"] = [*args.image_roots, linked_images(made, benchmark.split)]
         return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared))
     columns = {"image_column": benchmark.image_column, "label_column": benchmark.label_column}
     columns |= {"benchmark": benchmark.prompts, "protocol": protocol_of(benchmark, args)}

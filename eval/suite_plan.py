@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from artifacts import read_json
+from captions.image_files import ImageFileArguments
 from embedders import load_embedder
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
 from eval.layouts import Place, adapted, hub_fault, local_data, place_of
@@ -16,7 +17,7 @@ SUMMARY_VERSION = 1
 
 
 @dataclass
-class SuiteArguments:
+class SuiteArguments(ImageFileArguments):
     model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CAPIVARA model; the first run."})
     runs: list[str] = field(
         default_factory=list,
@@ -171,6 +172,7 @@ def plan(args: SuiteArguments, suite: str) -> tuple[list[Model], list[Measuremen
     Raises:
         ValueError: an argument is wrong; nothing has been measured yet.
     """
+    args.check_image_files()
     benchmarks, given = chosen(args, suite), local_data(args.data)
     if args.data_dir and not args.data_dir.is_dir():
         raise ValueError(f"--data_dir {args.data_dir} is no folder.")
@@ -220,6 +222,7 @@ def _facts(args: SuiteArguments, benchmark: Benchmark, model: Model, data: str) 
     told = ("key", "task", "split", "image_column", "label_column", "caption_column", "caption_positions")
     facts = {name: getattr(benchmark, name) for name in told}
     facts |= {"model": model.fingerprint, "seed": model.seed, "data": data, "gallery": args.gallery}
+    facts |= args.image_settings()
     if benchmark.task == "classification":
         facts["protocol"] = protocol_of(benchmark, args)
         facts["prompts"] = file_digest(Path(__file__).parent / "prompts" / "pt" / f"{benchmark.prompts}.json")
