@@ -9,6 +9,7 @@ Whatever is opened must begin as an image within the limits before anything else
 
 import io
 import os
+import re
 import stat
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -54,10 +55,12 @@ class ImageFiles:
     Attributes:
         bounds: where local files may lie; where None, no path is followed and a row must hold the bytes.
         max_pixels: of an image.
+        hub_id: of the data set, where it is one of the Hub: the user's token opens its own files, and no others.
     """
 
     bounds: Bounds | None = None
     max_pixels: int = MAX_IMAGE_PIXELS
+    hub_id: str | None = None
 
 
 BYTES_ALONE = ImageFiles()
@@ -170,7 +173,7 @@ def _read(row_image: dict | None, files: ImageFiles) -> bytes:
 
 def _file_bytes(path: str, files: ImageFiles) -> bytes:
     try:
-        with _followed(path, files.bounds) as file:
+        with _followed(path, files) as file:
             return file.read(MAX_IMAGE_BYTES + 1)
     except BadImage:
         raise
@@ -178,16 +181,19 @@ def _file_bytes(path: str, files: ImageFiles) -> bytes:
         raise BadImage("unreadable image", f"{path!r}: {error}") from error
 
 
-def _followed(path: str, bounds: Bounds | None) -> AbstractContextManager[BinaryIO]:
+def _followed(path: str, files: ImageFiles) -> AbstractContextManager[BinaryIO]:
     """The file that a path or an address leads to, where it may be opened."""
-    if bounds is None:
+    if files.bounds is None:
         raise BadImage("unreadable image", f"{path!r} is a path of a row that should hold the bytes")
     if "://" not in path:
-        return _local_file(path, bounds)
+        return _local_file(path, files.bounds)
     *archives, last = path.split("::")
-    if not last.startswith(HUB) or not all(part.startswith(ARCHIVES) for part in archives):
+    on_hub = last.startswith(HUB) and ".." not in last.split("/")
+    if not on_hub or not all(part.startswith(ARCHIVES) for part in archives):
         raise BadImage("unreadable image", f"{path!r} is neither a local file nor on the Hub, and is not fetched")
-    return fsspec.open(path, "rb")  # opened by its block; the archives of a chain stay open with it
+    own = files.hub_id and re.match(rf"{HUB}datasets/{re.escape(files.hub_id)}[/@]", last)
+    # Opened by its block, with the archives of a chain. A stranger's rows must not read what is private to the user.
+    return fsspec.open(path, "rb", hf={} if own else {"token": False})
 
 
 def _local_file(path: str, bounds: Bounds) -> BinaryIO:

@@ -299,7 +299,7 @@ def _opened(
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(re.search(form, dataset) for form in FORMS):
             raise ValueError(f"{dataset} does not exist, and is no Hub id such as 'laicsiifes/flickr30k-pt-br'.")
         data = _load(f"{dataset} is no path here, and as a Hub id it", dataset, streaming=streaming)
-        files = ImageFiles(copied_bounds(dataset, image_roots), max_pixels)
+        files = ImageFiles(copied_bounds(dataset, image_roots), max_pixels, dataset)
         return _ArrowSource(*options, files, image_column, _of_split(data, dataset, split))
     paths, bounds = files_of_split(dataset, split, image_roots)
     files = ImageFiles(bounds, max_pixels)

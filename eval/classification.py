@@ -183,7 +183,7 @@ def load_images(
     if not kept:
         raise ValueError(f"{source} has no image of the {len(told_apart)} classes that have a name.")
     undecoded = rows.select_columns(image_column).cast_column(image_column, Image(decode=False))
-    files = ImageFiles(copied_bounds(source, image_roots), max_pixels)
+    files = ImageFiles(copied_bounds(source, image_roots), max_pixels, None if Path(source).exists() else source)
     images = ImageRows(lambda row: undecoded[kept[row]][image_column], len(kept), files)
     return LabelledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
 

@@ -20,7 +20,7 @@ from caption_tars import write_tar
 from conftest import randomise
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from hub_client import hub_commands
-from hub_server import HubServer
+from hub_server import TOKEN, HubServer
 from safetensors.torch import load_file
 from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 
@@ -236,15 +236,20 @@ HUB_READ = """
 from pathlib import Path
 from captions.image_files import ImageFiles, image_bytes
 from captions.links import Bounds
-from captions.sources import open_source
+from captions.rows import BadImage
 import sys
-files = ImageFiles(Bounds(Path(sys.argv[1])))
-for path in ("hf://datasets/us/pictures/a.png", "zip://b.png::hf://datasets/us/pictures/b.zip"):
-    print(image_bytes({"bytes": None, "path": path}, files)[:4])
+for hub_id, name in ((None, "pictures"), ("us/private", "private"), (None, "private"), ("us/priv", "private")):
+    files = ImageFiles(Bounds(Path(sys.argv[1])), hub_id=hub_id)
+    for path in (f"hf://datasets/us/{name}/a.png", f"zip://b.png::hf://datasets/us/{name}@main/b.zip"):
+        try:
+            print(image_bytes({"bytes": None, "path": path}, files)[1:4])
+        except BadImage:
+            print("refused")
 """
 
 
 def test_an_address_on_the_hub_is_followed(tmp_path):
+    """The public ones; what the user's token opens is read for the data set that it belongs to alone."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for name in ("a.png", "b.png"):
@@ -252,12 +257,13 @@ def test_an_address_on_the_hub_is_followed(tmp_path):
     shutil.make_archive(str(pictures / "b"), "zip", pictures, "b.png")
     with HubServer(tmp_path / "hub") as hub:
         hub.store("us/pictures", pictures, kind="datasets")
-        environment = {**os.environ, **hub.environment(tmp_path / "user"), "HF_HUB_OFFLINE": "0"}
+        hub.store("us/private", pictures, kind="datasets").private = True
+        environment = {**os.environ, **hub.environment(tmp_path / "user"), "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
         done = subprocess.run(
             [sys.executable, "-c", HUB_READ, str(tmp_path)],
             env=environment, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[1],
         )  # fmt: skip
-    assert done.stdout.split("\n")[:2] == ["b'\\x89PNG'", "b'\\x89PNG'"], done.stderr
+    assert done.stdout.split() == ["b'PNG'"] * 4 + ["refused"] * 4, done.stderr
 
 
 def test_what_datasets_would_open_by_itself(tmp_path, server, tiny_folder, monkeypatch):
