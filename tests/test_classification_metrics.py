@@ -1,8 +1,12 @@
-"""Metrics of classification agree with scikit-learn and with cases done by hand; so do the `evaluate` modules."""
+"""Metrics of classification agree with scikit-learn and with cases done by hand; so does the `evaluate` module."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -21,7 +25,7 @@ from eval.metrics import (
     top_k_accuracy,
 )
 
-MODULES = Path(__file__).resolve().parent.parent / "eval" / "evaluate_modules"
+EVAL = Path(__file__).resolve().parent.parent / "eval"
 GENERATOR = torch.Generator().manual_seed(0)
 SCORES = torch.randn(200, 7, generator=GENERATOR)
 LABELS = torch.randint(7, (200,), generator=GENERATOR)
@@ -124,13 +128,41 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_evaluate_modules(name, tmp_path, monkeypatch):
-    scores, references, options, expected = CASES[name]
-    metric = evaluate.load(str(MODULES / name), cache_dir=str(tmp_path))
-    result = metric.compute(predictions=scores.tolist(), references=references, **options)
-    assert result == {name: pytest.approx(expected, rel=1e-6)}
-    assert sorted(path.name for path in MODULES.iterdir() if path.is_dir() and path.name[0] != "_") == sorted(CASES)
+ELSEWHERE = """
+import json, sys
+import evaluate
+
+path, cases = json.load(sys.stdin)
+found = {}
+for name, (scores, references, options) in cases.items():
+    metric = evaluate.load(path, name)
+    found |= metric.compute(predictions=scores, references=references, **options)
+try:
+    evaluate.load(path)
+except ValueError as error:
+    found["unnamed"] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["of the checkout", "copied"])
+def test_evaluate_loads_every_metric_away_from_the_checkout(copied, tmp_path):
+    """By its path alone: nothing of this project can be imported there."""
+    path = str(EVAL / "capivara_metrics.py")
+    if copied:
+        for name in ("capivara_metrics.py", "metrics.py"):
+            shutil.copy(EVAL / name, tmp_path)
+        path = "./capivara_metrics.py"
+    cases = {name: (scores.tolist(), references, options) for name, (scores, references, options, _) in CASES.items()}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", ELSEWHERE], input=json.dumps([path, cases]), cwd=tmp_path, text=True,
+        env=environment | {"HF_HOME": str(tmp_path / "hf")}, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert "Name one of recall_at_k, " in found.pop("unnamed")
+    assert found == {name: pytest.approx(expected, rel=1e-6) for name, (*_, expected) in CASES.items()}
 
 
 def test_recalls_equal_clip_benchmarks():
