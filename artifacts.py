@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,31 @@ def restart_peak() -> int:
     """Let `peak_resident_bytes` start anew from what is held now; returns that."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
     return peak_resident_bytes()
+
+
+def require(purpose: str, extra: str | None, *modules: str) -> None:
+    """Raise ImportError, which says how to get them, where some of `modules` are not installed.
+
+    Args:
+        purpose: what needs them, in words.
+        extra: of setup.cfg that brings them; None where users choose them for themselves.
+        modules: as they are imported, such as "google.auth".
+    """
+    if missing := [module for module in modules if not _installed(module)]:
+        how = how_to_install(extra) if extra else f"pip install {' '.join(missing)}"
+        raise ImportError(f"{purpose} needs {' and '.join(missing)}, not installed yet: {how}")
+
+
+def how_to_install(extra: str) -> str:
+    """The command that brings an extra; by the folder, since the tools that have extras are those of the checkout."""
+    return f'run in the checkout: pip install -e ".[{extra}]"'
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package above it
+        return False
 
 
 def package_versions() -> dict[str, str]:

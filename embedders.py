@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
+from artifacts import require
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor, weights_digest
@@ -148,10 +149,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedder:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(f"open_clip:{source} needs open_clip: pip install -e '.[open_clip]' ({error})") from error
+    require(f"open_clip:{source}", "open_clip", "open_clip")
+    import open_clip
 
     name, pretrained = source, None
     if not source.startswith(("local-dir:", "hf-hub:")):

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import timedelta
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,6 +34,7 @@ from artifacts import (
     no_space_left,
     partial_folder,
     read_json,
+    require,
     write_json,
     write_text,
 )
@@ -196,16 +196,14 @@ def start(args: RunArguments, output_dir: Path) -> Accelerator:
             f"{processes} processes can't share the {parts} micro-batches of {args.micro_batch_size} in an "
             f"effective_batch_size of {args.effective_batch_size}: each needs one. Use a smaller --micro_batch_size."
         )
-    if args.carbon_country and find_spec("codecarbon"):
+    if args.carbon_country:
+        require("--carbon_country", "carbon", "codecarbon")
         check_country(args.carbon_country)
-    for package, wanted, extra in (
-        (args.tracker, args.tracker != "none", "trackers"),
-        ("codecarbon", args.carbon_country, "carbon"),
-        ("peft", args.lora_rank, "lora"),
-    ):
-        if wanted and find_spec(package) is None:
-            raise ImportError(f"{package} is not installed: pip install {package}, or 'capivara[{extra}]'.")
+    if args.lora_rank:
+        require("--lora_rank", "lora", "peft")
     tracker = None if args.tracker == "none" else args.tracker
+    if tracker:
+        require(f"--tracker {tracker}", "trackers" if tracker == "tensorboard" else None, tracker)
     folder = str(partial_folder(output_dir) / "trackers") if tracker else None
     return Accelerator(mixed_precision=args.mixed_precision, log_with=tracker, project_dir=folder)
 

@@ -15,11 +15,11 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from artifacts import require
 from captions.build_plan import READ, Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER, write_dataset
 from captions.generate import generate
@@ -29,6 +29,7 @@ from captions.score import score
 from captions.select import select, write_missing_report
 from captions.stages import Shard, StageArguments, StageHelp, StageReport, run_stage, stage_source
 from captions.translate import translate
+from captions.translators.google_cloud import GOOGLE_MODULES
 
 POLL_S = 10.0  # between looks for what other shards have done
 
@@ -98,20 +99,10 @@ def build(args: BuildArguments) -> Path | None:
 def check_packages(plan: Plan) -> None:
     """Raise ImportError where an extra is missing that a stage would ask for, maybe after days of others."""
     for step in (step for steps in plan.steps.values() for step in steps):
-        needs = ()
         if step.name == "score" and step.args.model.startswith("open_clip:"):
-            needs = ("open_clip", "open_clip")
+            require("The stage score of the config", "open_clip", "open_clip")
         elif step.name == "translate" and step.args.backend == "google":
-            needs = ("google.cloud.translate_v2", "google")
-        if needs and not _installed(needs[0]):
-            raise ImportError(f"The stage {step.name} of the config needs {needs[0]}: pip install -e '.[{needs[1]}]'")
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package above it
-        return False
+            require("The stage translate of the config", "google", *GOOGLE_MODULES)
 
 
 def described(plan: Plan) -> list[str]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from artifacts import package_versions, write_json
+from artifacts import package_versions, require, write_json
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
@@ -94,11 +93,7 @@ class OnnxModel:
 
 def check_packages() -> None:
     """Raise ImportError where a package that ONNX needs is missing."""
-    if missing := [name for name in ONNX_PACKAGES if find_spec(name) is None]:
-        raise ImportError(
-            f"{' and '.join(missing)} missing: pip install {' '.join(missing)}, or 'capivara[onnx]'; or leave onnx out "
-            "of --formats."
-        )
+    require("onnx in --formats (leave it out to do without)", "onnx", *ONNX_PACKAGES)
 
 
 def write_onnx(folder: Path) -> dict[str, Any]:

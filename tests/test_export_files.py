@@ -350,10 +350,8 @@ def test_a_full_disk_is_said_before_anything_is_written(tiny_folder, tmp_path, m
 
 
 def test_a_missing_extra_says_how_to_get_it(tiny_folder, tmp_path, monkeypatch):
-    from hub_upload import onnx_files
-
-    monkeypatch.setattr(onnx_files, "find_spec", lambda name: None if name == "onnxscript" else True)
-    with pytest.raises(ImportError, match=r"onnxscript missing: pip install onnxscript, or 'capivara\[onnx\]'"):
+    monkeypatch.setattr("artifacts.find_spec", lambda name: None if name == "onnxscript" else True)
+    with pytest.raises(ImportError, match=r'needs onnxscript, .*: pip install -e "\.\[onnx\]"$'):
         export(tiny_folder, tmp_path / "repository", FORMATS)
     assert not (tmp_path / "repository").exists()
 

@@ -14,7 +14,8 @@ ALLOWED = {
     "modeling_capivara": set(),
     "artifacts": set(),
     "processes": set(),
-    "embedders": {"processes", "modeling_capivara"},  # apart: data are scored and figures are taken by the same models
+    # apart: data are scored and figures are taken by the same models
+    "embedders": {"artifacts", "processes", "modeling_capivara"},
     "captions": {"artifacts", "embedders", "modeling_capivara"},
     "training": {"artifacts", "modeling_capivara", "captions"},
     "eval": {"artifacts", "embedders", "processes", "modeling_capivara", "captions"},

@@ -214,7 +214,7 @@ def test_a_tokenizer_without_its_package_names_the_extra(marian):
     code = "import sys; sys.modules['sentencepiece'] = None; from captions.translators.local import load; "
     command = [sys.executable, "-c", f"{code}load({str(marian)!r}, 'pt')"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert "SentencePiece" in run.stderr and run.stderr.strip().endswith("pip install -e '.[translate]'")
+    assert "SentencePiece" in run.stderr and run.stderr.strip().endswith('pip install -e ".[translate]"')
 
 
 def test_what_is_no_translation_model(tmp_path, tiny_folder):

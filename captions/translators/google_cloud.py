@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from artifacts import require
 from captions.translators.languages import find_code
 from captions.translators.pieces import cut, groups
 
+GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
 KEY, ACCOUNT = "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"
 ENDPOINT = "https://translation.googleapis.com"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -204,11 +206,9 @@ def _client(endpoint: str, timeout_s: float, secrets: list[str]) -> Any:
     address = urllib.parse.urlsplit(endpoint)
     if address.scheme != "https" and not (address.scheme == "http" and address.hostname in LOOPBACK):
         raise ValueError(f"The key would travel unprotected to {endpoint!r}; it must begin with https://.")
-    try:
-        from google.auth.transport.requests import AuthorizedSession
-        from google.cloud import translate_v2
-    except ImportError as error:
-        raise ImportError(f"--backend google needs Google's client: pip install -e '.[google]' ({error})") from error
+    require("--backend google", "google", *GOOGLE_MODULES)
+    from google.auth.transport.requests import AuthorizedSession
+    from google.cloud import translate_v2
 
     class Session(AuthorizedSession):
         """The client sets no time-out of one's own, and `requests` would send the key on to where it is redirected."""

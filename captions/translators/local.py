@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from artifacts import how_to_install
 from captions.translators.languages import find_code, same_language
 from captions.translators.pieces import cut
 
@@ -155,7 +156,7 @@ def load(
         model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
     except ImportError as error:
         said = str(error).strip().split(". ")[0]  # transformers adds where else to read on
-        raise ImportError(f"{said}. What translators need: pip install -e '.[translate]'") from error
+        raise ImportError(f"{said}. What translators need: {how_to_install('translate')}") from error
     except (OSError, ValueError, KeyError, AttributeError) as error:
         said = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} can't be loaded as a translation model: {said}") from error

@@ -27,6 +27,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
+from artifacts import require
+
 NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150
 MAX_HELD_OUT_PICTURES = 3  # a person, a man and a woman
@@ -312,7 +314,5 @@ def demo_package(name: str) -> ModuleType:
     Raises:
         ImportError: it is not installed; the message says how to get it.
     """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f'{name} is not installed; run: pip install -e ".[demo]"') from error
+    require("The embedded default", "demo", name)
+    return importlib.import_module(name)

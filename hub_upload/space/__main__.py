@@ -14,12 +14,12 @@ import argparse
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from transformers import HfArgumentParser
 
+from artifacts import require
 from captions.image_files import FORM_HELP, ImageFileArguments
 
 if TYPE_CHECKING:
@@ -146,8 +146,7 @@ def check_before_work(args: SpaceArguments) -> None:
         ImportError: a package of the page is missing.
         ValueError: the Space has no name of the Hub, its folder holds something, or two models have one name.
     """
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise ImportError(f"The page needs {' and '.join(missing)}: pip install 'capivara[app]'.")
+    require("The page", "app", *PACKAGES)
     if args.space or args.repo_id:
         from hub_upload.space.publish import check_target
 
