@@ -13,7 +13,6 @@ from torch.nn import functional as F
 import train_accelerate
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import parse_arguments
-from training.data import Planner
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10
@@ -49,11 +48,23 @@ def model_without_dropout(tiny_folder):
     return tiny_folder
 
 
+def plain_batch(captions: list[list[str]], step: int) -> list[tuple[int, str]]:
+    """Rows and captions of a step under seed 0, drawn here and not by the engine, in a third order.
+
+    What is fixed are the streams: [seed, epoch] shuffles the rows, [seed, step, 1] draws a caption of each.
+    """
+    epoch, place = divmod(step, len(captions) // BATCH)
+    rows = np.random.default_rng([0, epoch]).permutation(len(captions))[place * BATCH :][:BATCH]
+    draws = np.random.default_rng([0, step, 1]).random(BATCH)
+    pairs = [(int(row), captions[row][int(draw * len(captions[row]))]) for row, draw in zip(rows, draws, strict=True)]
+    return [pairs[i] for i in np.random.default_rng(step).permutation(BATCH)]
+
+
 def plain_loop(folder, dataset) -> tuple[list[float], dict]:
-    """The recipe in plain PyTorch: one forward of the whole batch, captions padded to 77, in the order of drawing."""
+    """The recipe in plain PyTorch: one forward of the whole batch, captions padded to 77."""
     model, processor = load_model(folder), load_processor(folder)
     rows = load_from_disk(dataset)["train"]
-    planner = Planner([rows["captions-pt"][:]], [BATCH], processor, BATCH, 1, seed=0)
+    captions = rows["captions-pt"][:]
     for part in (model.vision_model, model.visual_projection):
         part.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -67,11 +78,9 @@ def plain_loop(folder, dataset) -> tuple[list[float], dict]:
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, rate)
     losses = []
     for step in range(STEPS):
-        plan = planner(step)
-        shuffled = np.random.default_rng(step).permutation(BATCH)
-        ids = plan.batches[0].input_ids[torch.as_tensor(shuffled)]
-        ids = F.pad(ids, (0, 77 - ids.shape[1]), value=1)
-        pixels = processor(images=[rows[int(i)]["image"] for i in plan.places[shuffled]], return_tensors="pt")
+        places, texts = zip(*plain_batch(captions, step), strict=True)
+        ids = processor.tokenizer(list(texts), padding="max_length", max_length=77, return_tensors="pt").input_ids
+        pixels = processor(images=[rows[place]["image"] for place in places], return_tensors="pt")
         hidden = model.text_model(input_ids=ids, attention_mask=(ids != 1).long()).last_hidden_state
         mask = (ids != 1).unsqueeze(-1).float()
         texts = F.normalize(model.text_projection((hidden * mask).sum(1) / mask.sum(1)), dim=-1)
