@@ -5,14 +5,17 @@ import math
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from datasets import load_from_disk
 from torch.nn import functional as F
+from torchvision.transforms import v2 as transforms
 
 import train_accelerate
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import parse_arguments
+from training.images import AUGMENTATION, augmented
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10
@@ -38,6 +41,25 @@ def test_configs_hold_the_published_recipe(name, published):
     config = str(ROOT / "configs" / f"{name}.yaml")
     args = parse_arguments(["--config", config, "--model", "m", "--dataset", "d"], "")
     assert {key: getattr(args, key) for key in PUBLISHED | published} == PUBLISHED | published
+
+
+def test_the_augmentation_is_the_published_one():
+    """To the bit, with the numbers written out: 250 pixels and the crop bicubic, AugMix of severity 2 as it comes."""
+    bicubic, bilinear = transforms.InterpolationMode.BICUBIC, transforms.InterpolationMode.BILINEAR
+    published = transforms.Compose(
+        [
+            transforms.Resize(250, interpolation=bicubic),
+            transforms.RandomResizedCrop(224, scale=(0.9, 1.0), interpolation=bicubic),
+            transforms.AugMix(severity=2, mixture_width=3, alpha=1.0, interpolation=bilinear),
+        ]
+    )
+    assert AUGMENTATION == {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}, "a cache's identity"
+    pixels = np.random.default_rng(0).integers(256, size=(60, 80, 3), dtype=np.uint8)
+    image = PIL.Image.fromarray(pixels).resize((320, 240), PIL.Image.Resampling.BICUBIC)
+    for state in range(8):  # AugMix draws its operations: few of them interpolate
+        torch.manual_seed(state)
+        expected = published(image)
+        assert augmented(image, state).tobytes() == expected.tobytes(), state
 
 
 @pytest.fixture

@@ -210,6 +210,20 @@ def test_graph_meter_counts_what_is_saved_and_not_the_weights():
     assert meter.bytes == (30 * 100 + 30 * 50) * 4  # the input and the sigmoid's result
 
 
+@pytest.mark.parametrize("size", [1, MICRO, 3, 7])
+def test_micro_batches_are_in_order_of_length_and_no_wider_than_their_longest(size):
+    processor = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())
+    ids = processor(text=CAPTIONS, padding=False)["input_ids"]
+    lengths = [len(tokens) for tokens in ids]
+    assert lengths != sorted(lengths), "captions that come in order would prove nothing"
+    batches, order = micro_batches(processor, CAPTIONS, size)
+    rows = [row[mask.bool()].tolist() for b in batches for row, mask in zip(b.input_ids, b.attention_mask, strict=True)]
+    assert rows == [ids[i] for i in order] and sorted(order) == list(range(len(CAPTIONS)))
+    assert [len(row) for row in rows] == sorted(lengths)
+    widths = [max(sorted(lengths)[start : start + size]) for start in range(0, len(lengths), size)]
+    assert [batch.input_ids.shape[1] for batch in batches] == widths
+
+
 def test_padding_share():
     batches, _ = micro_batches(CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer()), CAPTIONS, MICRO)
     kept = sum(int(b.attention_mask.sum()) for b in batches)
