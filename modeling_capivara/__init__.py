@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
+    AutoTokenizer,
 )
 
 from .configuration_capivara import CapivaraConfig
@@ -14,7 +15,8 @@ from .image_classification_capivara import CapivaraForImageClassification
 from .image_processing_capivara import CapivaraImageProcessor
 from .loss_capivara import clip_loss
 from .modeling_capivara import CapivaraModel, CapivaraOutput
-from .processing_capivara import CapivaraProcessor, repair_text
+from .processing_capivara import CapivaraProcessor
+from .tokenization_capivara import CapivaraTokenizer, repair_text
 
 __version__ = "0.1.0"
 
@@ -25,6 +27,7 @@ __all__ = [
     "CapivaraModel",
     "CapivaraOutput",
     "CapivaraProcessor",
+    "CapivaraTokenizer",
     "clip_loss",
     "repair_text",
 ]
@@ -37,6 +40,7 @@ AutoModelForImageClassification.register(CapivaraConfig, CapivaraForImageClassif
 AutoImageProcessor.register(
     CapivaraConfig, image_processor_classes={"pil": CapivaraImageProcessor, "torchvision": CapivaraImageProcessor}
 )
+AutoTokenizer.register(CapivaraConfig, CapivaraTokenizer)
 AutoProcessor.register(CapivaraConfig, CapivaraProcessor)
 
 # From here on `save_pretrained` copies the model files into the folder, for users without the package.
@@ -44,4 +48,5 @@ CapivaraConfig.register_for_auto_class()
 CapivaraModel.register_for_auto_class("AutoModel")
 CapivaraForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 CapivaraImageProcessor.register_for_auto_class()
+CapivaraTokenizer.register_for_auto_class()
 CapivaraProcessor.register_for_auto_class()

@@ -201,7 +201,7 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
         if found.folder and (card := origin_card(found.folder, found.repo_id)):
             (folder / "README.md").write_text(card, encoding="utf-8")
         del ours, state
-        reference = _reference_folder(Path(scratch), found, config, processor.tokenizer)
+        reference = _reference_folder(Path(scratch), found, config, processor.tokenizer.plain())
         difference = _checked_difference(folder, reference, found.weights)
     return Conversion(difference, notes)
 
@@ -220,7 +220,7 @@ def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conve
         _write_json(target / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
         save_file(tensors, target / WEIGHT_FILES[0], metadata={"format": "pt"})
         del tensors
-        processor.tokenizer.save_pretrained(target)
+        processor.tokenizer.plain().save_pretrained(target)  # open_clip repairs texts itself
         text_folder = Path(scratch) if hf_model_name else target / "text_model"
         config.text_config.save_pretrained(text_folder)
         difference = _checked_difference(folder, target, None, text_folder)

@@ -119,7 +119,7 @@ def test_seeded_mixtures_have_open_clips_ids(xlmr):
     pieces = [*PIECES, *extra]
     texts = ["".join(rng.choice(pieces, rng.integers(2, 7))) for _ in range(200)]
     assert torch.equal(processor(text=texts, padding="max_length", return_tensors="pt")["input_ids"], reference(texts))
-    unrepaired = processor.tokenizer(
+    unrepaired = processor.tokenizer.plain()(
         [text.encode(errors="replace").decode() for text in texts],
         padding="max_length", max_length=77, truncation=True, return_tensors="pt",
     )  # fmt: skip
