@@ -10,7 +10,15 @@ from typing import Any
 
 MODEL_CODE = tuple(
     f"{name}_capivara.py"
-    for name in ("configuration", "image_classification", "image_processing", "loss", "modeling", "processing", "tokenization")
+    for name in (
+        "configuration",
+        "image_classification",
+        "image_processing",
+        "loss",
+        "modeling",
+        "processing",
+        "tokenization",
+    )
 )
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -273,6 +273,8 @@ def _write_loaders_files(
         tokenizer = load_processor(folder).tokenizer  # after the weights: with them, it would be the peak of memory
     except ValueError as error:
         raise ValueError(str(error).replace(str(folder), str(model))) from error
+    if read_json(folder / "tokenizer_config.json").get("tokenizer_class") != type(tokenizer).__name__:
+        tokenizer.save_pretrained(folder)  # of an older folder: now it repairs texts also without the processor
     if plan:
         write_open_clip_config(folder, config, plan, tokenizer)
     if "sentence_transformers" in formats:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from artifacts import write_json
 from hub_upload.source_model import mapped_tensors, read_config
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraTokenizer
 from modeling_capivara.convert_open_clip import SIZES, random_texts
 from modeling_capivara.open_clip_mapping import (
     BASE_TEXT_MODEL,
@@ -140,7 +140,7 @@ def written_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def write_open_clip_config(
-    folder: Path, config: CapivaraConfig, plan: OpenClipPlan, tokenizer: PreTrainedTokenizerBase
+    folder: Path, config: CapivaraConfig, plan: OpenClipPlan, tokenizer: CapivaraTokenizer
 ) -> None:
     """Write open_clip_config.json, and the text tower's configuration where no Hub id has it.
 
@@ -159,14 +159,14 @@ def write_open_clip_config(
         config.text_config.save_pretrained(folder / TEXT_MODEL)
 
 
-def tokenizer_type(folder: Path, config: CapivaraConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_type(folder: Path, config: CapivaraConfig, tokenizer: CapivaraTokenizer) -> str:
     """The kind by which open_clip shall load the folder's tokenizer: the first that gives the model's own ids.
 
     Raises:
         ValueError: none does.
     """
     texts = [*random_texts(), *ODD_TEXTS]
-    expected = _ids(tokenizer, texts)
+    expected = _ids(tokenizer.plain(), texts)  # open_clip repairs them before
     for kind in (config.text_config.model_type, PLAIN_TOKENIZER_TYPE):
         if _ids(AutoTokenizer.from_pretrained(folder, tokenizer_type=kind), texts) == expected:
             return kind

@@ -41,6 +41,7 @@ class CapivaraConfig(PreTrainedConfig):
     """
 
     model_type = "capivara"
+    keys_to_ignore_at_inference = ["text_model_output", "vision_model_output"]  # `Trainer` gathers the rest
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(AutoConfig, "clip_vision_model", VISION_DEFAULTS),
         "text_config": SubConfigSpec(AutoConfig, "xlm-roberta", TEXT_DEFAULTS),

@@ -40,6 +40,7 @@ class CapivaraForImageClassification(PreTrainedModel):
     accepts_loss_kwargs = False  # the loss is a mean over the batch; `Trainer` averages it over accumulated ones
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\."]
     # Cosines of similar classes would be equal in bfloat16, which has 8 bits of precision.
     _keep_in_fp32_modules_strict = ["classifier"]
@@ -93,6 +94,7 @@ class CapivaraForImageClassification(PreTrainedModel):
 
     # One formula, one place: these use nothing but the image side, which both models have.
     get_image_features = CapivaraModel.get_image_features
+    _image_outputs = CapivaraModel._image_outputs
     freeze_image_tower = CapivaraModel.freeze_image_tower
 
     @torch.no_grad()

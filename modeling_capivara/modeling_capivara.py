@@ -26,6 +26,9 @@ class CapivaraOutput(ModelOutput):
         logits_per_text: (texts, images), its transpose.
         text_embeds: (texts, projection_dim), unit length, float32.
         image_embeds: (images, projection_dim), unit length, float32.
+        text_model_output: of the text tower; `pooler_output` is (texts, text width), the mean before the projection.
+        vision_model_output: of the image tower; `pooler_output` is (images, image width), before the projection.
+        pooler_output: `image_embeds` again where images alone are given, under the name that pipelines pool by.
     """
 
     loss: Tensor | None = None
@@ -33,6 +36,12 @@ class CapivaraOutput(ModelOutput):
     logits_per_text: Tensor | None = None
     text_embeds: Tensor | None = None
     image_embeds: Tensor | None = None
+    text_model_output: BaseModelOutputWithPooling | None = None
+    vision_model_output: BaseModelOutputWithPooling | None = None
+    pooler_output: Tensor | None = None
+
+    def to_tuple(self) -> tuple:
+        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 class CapivaraModel(PreTrainedModel):
@@ -50,6 +59,7 @@ class CapivaraModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
 
     def __init__(self, config: CapivaraConfig):
         super().__init__(config)
@@ -71,11 +81,15 @@ class CapivaraModel(PreTrainedModel):
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
-        """As in transformers; the folder also names this class for zero-shot image classification."""
-        # transformers writes the key of one Auto class; the pipeline looks for its own.
+        """As in transformers; the folder also names the classes for image classification, zero-shot and fine-tuned."""
+        # transformers writes the key of one Auto class, and the files that this one imports.
+        from .image_classification_capivara import CapivaraForImageClassification
+
         auto_map = getattr(self.config, "auto_map", None) or {}
-        zero_shot = {"AutoModelForZeroShotImageClassification": "modeling_capivara.CapivaraModel"}
-        self.config.auto_map = auto_map | zero_shot
+        for task, model_class in {"ZeroShotImage": CapivaraModel, "Image": CapivaraForImageClassification}.items():
+            where = f"{model_class.__module__.rpartition('.')[2]}.{model_class.__name__}"
+            auto_map = auto_map | {f"AutoModelFor{task}Classification": where}
+        self.config.auto_map = auto_map
         super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -121,6 +135,11 @@ class CapivaraModel(PreTrainedModel):
         Raises:
             ValueError: a row has no token that the mask keeps, or a shape is wrong.
         """
+        outputs = self._text_outputs(input_ids, attention_mask, **kwargs)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        return outputs
+
+    def _text_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> BaseModelOutputWithPooling:
         if input_ids.ndim != 2:
             raise ValueError(f"`input_ids` must be (texts, tokens), got shape {tuple(input_ids.shape)}.")
         if attention_mask is None:
@@ -132,7 +151,7 @@ class CapivaraModel(PreTrainedModel):
         pooled = mean_pooling(outputs.last_hidden_state, attention_mask)  # (texts, text width), float32
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.text_projection(pooled.to(outputs.last_hidden_state.dtype)),
+            pooler_output=pooled.to(outputs.last_hidden_state.dtype),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -152,16 +171,20 @@ class CapivaraModel(PreTrainedModel):
         Raises:
             ValueError: `pixel_values` is no batch of images, or the tower has no pooled output.
         """
+        outputs = self._image_outputs(pixel_values, **kwargs)
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        return outputs
+
+    def _image_outputs(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         if pixel_values.ndim != 4:
             raise ValueError(
                 f"`pixel_values` must be (images, 3, height, width), got shape {tuple(pixel_values.shape)}; "
                 "`CapivaraImageProcessor` makes them so."
             )
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        pooled = _pooler_output(outputs, self.config.vision_config)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self.visual_projection(pooled),
+            pooler_output=_pooler_output(outputs, self.config.vision_config),
             hidden_states=outputs.hidden_states,
             attentions=getattr(outputs, "attentions", None),
         )
@@ -192,13 +215,13 @@ class CapivaraModel(PreTrainedModel):
             raise ValueError("Give `input_ids`, `pixel_values` or both; got neither.")
         if return_loss and (input_ids is None or pixel_values is None):
             raise ValueError("`return_loss=True` needs both `input_ids` and `pixel_values`.")
-        text_embeds = image_embeds = logits_per_text = None
+        text_embeds = image_embeds = logits_per_text = text_outputs = image_outputs = None
         if input_ids is not None:
-            text_outputs = self.get_text_features(input_ids, attention_mask, return_dict=True, **kwargs)
-            text_embeds = unit_length(text_outputs.pooler_output)
+            text_outputs = self._text_outputs(input_ids, attention_mask, **kwargs)
+            text_embeds = unit_length(self.text_projection(text_outputs.pooler_output))
         if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True, **kwargs)
-            image_embeds = unit_length(image_outputs.pooler_output)
+            image_outputs = self._image_outputs(pixel_values, **kwargs)
+            image_embeds = unit_length(self.visual_projection(image_outputs.pooler_output))
         if text_embeds is not None and image_embeds is not None:
             logits_per_text = similarity_logits(text_embeds, image_embeds, self.logit_scale)
         return CapivaraOutput(
@@ -207,6 +230,9 @@ class CapivaraModel(PreTrainedModel):
             logits_per_text=logits_per_text,
             text_embeds=text_embeds,
             image_embeds=image_embeds,
+            text_model_output=text_outputs,
+            vision_model_output=image_outputs,
+            pooler_output=image_embeds if text_embeds is None else None,
         )
 
 
@@ -230,13 +256,14 @@ def unit_length(features: Tensor) -> Tensor:
 
 
 def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
-    if torch.compiler.is_compiling():  # a check on values cannot be traced
-        return
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, "
             f"got {tuple(attention_mask.shape)}; pass both as the tokenizer gave them."
         )
+    # Values are looked at on the CPU alone: a GPU would be waited for. There, a row of padding embeds as not a number.
+    if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
     empty = (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(

@@ -3,6 +3,7 @@
 import re
 import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Self
@@ -81,10 +82,12 @@ def load_checkpoint(path: Path) -> dict:
 
 def is_settings_class(name: str) -> bool:
     module, _, last = name.rpartition(".")
+    # As pickle reads Python 2's names: `commands.Popen` is `subprocess.Popen`. torch maps some of them alone.
+    module, last = NAME_MAPPING.get((module, last), (IMPORT_MAPPING.get(module, module), last))
     root = module.partition(".")[0]
     if root in sys.stdlib_module_names:
         return last in HARMLESS_STDLIB.get(module, ())
-    if root == "numpy" and NUMPY_DATA.fullmatch(name):
+    if root == "numpy" and NUMPY_DATA.fullmatch(f"{module}.{last}"):
         return module != "numpy" or last in NUMPY_TYPES or last[-1:].isdigit()  # numpy.int64, not numpy.load
     return CLASS_NAME.fullmatch(last) is not None and not module.startswith("torch.hub")
 

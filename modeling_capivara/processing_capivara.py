@@ -1,11 +1,23 @@
 """Texts and images to model inputs."""
 
-from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    BatchFeature,
+    ImageFeatureExtractionPipeline,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    ZeroShotImageClassificationPipeline,
+)
 
 from .tokenization_capivara import CONTEXT_LENGTH, CapivaraTokenizer, checked_texts, repair_text
 
 __all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "repair_text"]
 TEXT_DEFAULTS = {"padding": True, "truncation": True, "max_length": CONTEXT_LENGTH}
+
+# `pipeline(task, model=model, processor=processor)` would take tokenizer and image processor from the processor, but
+# looks for them by the model's name first and fails without one. None, of transformers too, makes that no failure.
+ZeroShotImageClassificationPipeline._load_tokenizer = None
+ZeroShotImageClassificationPipeline._load_image_processor = None
+ImageFeatureExtractionPipeline._load_image_processor = None
 
 
 class CapivaraProcessor(ProcessorMixin):

@@ -98,6 +98,19 @@ def tiny_processor() -> CapivaraProcessor:
     return CapivaraProcessor(image_processor, tiny_tokenizer())
 
 
+@pytest.fixture(scope="session")
+def xlmr(tmp_path_factory):
+    """A processor with the real XLM-R vocabulary, and open_clip's tokenizer of the same folder, plain as users have it."""
+    from open_clip.tokenizer import HFTokenizer
+
+    from examples.openmoji.encoders import load_text_encoder
+
+    folder = tmp_path_factory.mktemp("xlmr")
+    tokenizer = load_text_encoder()[1]
+    tokenizer.save_pretrained(folder)
+    return CapivaraProcessor(CapivaraImageProcessor(), tokenizer), HFTokenizer(str(folder))
+
+
 @pytest.fixture
 def tiny_folder(tmp_path, tiny_model, tiny_processor):
     """A saved tiny model with its processor."""

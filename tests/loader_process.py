@@ -22,7 +22,7 @@ TEXTS = json.loads((Path(INPUTS) / "texts.json").read_text(encoding="utf-8"))
 
 
 def transformers(**code):
-    from transformers import AutoModel, AutoProcessor, pipeline
+    from transformers import AutoModel, AutoProcessor, AutoTokenizer, pipeline
 
     model, report = AutoModel.from_pretrained(REPOSITORY, output_loading_info=True, **code)
     assert not [fault for fault in report.values() if fault], report
@@ -31,6 +31,8 @@ def transformers(**code):
     classify = pipeline("zero-shot-image-classification", REPOSITORY, **code)
     scores = classify(PICTURES[0].convert("RGB"), candidate_labels=["gato", "carro"], hypothesis_template="um {}")
     assert abs(sum(score["score"] for score in scores) - 1) < 1e-5
+    alone = AutoTokenizer.from_pretrained(REPOSITORY, **code)
+    assert dict(alone(TEXTS, padding=True)) == dict(processor(text=TEXTS)), "the tokenizer alone reads texts otherwise"
     return output.image_embeds, output.text_embeds
 
 

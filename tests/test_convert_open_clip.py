@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 import typing
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraMo
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara import open_clip_mapping as mapping
 from modeling_capivara.convert_open_clip import convert
-from modeling_capivara.open_clip_checkpoint import is_settings_class
+from modeling_capivara.open_clip_checkpoint import is_settings_class, load_checkpoint
 from modeling_capivara.open_clip_mapping import (
     build_open_clip,
     capivara_config,
@@ -402,12 +403,26 @@ def test_file_that_carries_code_is_refused_and_not_run(tmp_path, tokenizer_folde
         assert trace.exists(), "a harmless file would prove nothing"
 
 
+def test_names_of_python_2_are_refused_as_pickle_reads_them(tmp_path):
+    path = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "config": Code(subprocess.Popen, ["true"])}, path)
+    with zipfile.ZipFile(path) as source:
+        members = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w") as target:
+        for name, content in members.items():
+            target.writestr(name, content.replace(b"csubprocess\nPopen\n", b"ccommands\nPopen\n"))
+    assert b"ccommands" in path.read_bytes(), "else this test proves nothing"
+    with pytest.raises(ValueError, match=r"commands\.Popen, which is code"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     "name",
     [
         *("posix.system", "os.system", "subprocess.Popen", "builtins.eval", "builtins.getattr", "builtins.__import__"),
         *("functools.partial", "operator.attrgetter", "importlib.import_module", "runpy.run_path", "shutil.rmtree"),
         *("torch.hub.load", "torch.load", "numpy.load", "numpy.testing.runstring", "sys.exit", "types.FunctionType"),
+        *("commands.Popen", "commands.getoutput", "__builtin__.eval", "__builtin__.reduce", "itertools.imap"),
         *("pip.main", "some_package.function", "typing.get_type_hints", "pickle.loads", "codecs.encode"),
     ],
 )
@@ -419,7 +434,15 @@ def test_code_is_not_settings(name):
     "name",
     [
         *("omegaconf.dictconfig.DictConfig", "omegaconf.base.ContainerMetadata", "typing.Any", "builtins.dict"),
-        *("collections.defaultdict", "pathlib.PosixPath", "argparse.Namespace", "numpy.dtype", "numpy.float64"),
+        *(
+            "__builtin__.unicode",
+            "__builtin__.set",
+            "collections.defaultdict",
+            "pathlib.PosixPath",
+            "argparse.Namespace",
+            "numpy.dtype",
+            "numpy.float64",
+        ),
         *("numpy.core.multiarray.scalar", "numpy._core.multiarray._reconstruct", "__main__.Config"),
         *("lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint", "numpy.dtypes.Float64DType"),
     ],

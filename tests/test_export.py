@@ -17,7 +17,13 @@ from safetensors.torch import load_file
 from hub_upload import open_clip_files
 from hub_upload.export import FORMATS, export
 from hub_upload.open_clip_files import text_config_source
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara import (
+    CapivaraConfig,
+    CapivaraImageProcessor,
+    CapivaraModel,
+    CapivaraProcessor,
+    CapivaraTokenizer,
+)
 from modeling_capivara.convert_open_clip import random_images
 from modeling_capivara.open_clip_mapping import TimmWrapperConfig, capivara_state_dict, open_clip_state_dict
 
@@ -32,7 +38,7 @@ code = {"trust_remote_code": "modeling_capivara" not in sys.modules}
 AutoModel.from_pretrained(folder, **code).push_to_hub(repo_id)
 AutoProcessor.from_pretrained(folder, **code).push_to_hub(repo_id)
 """
-TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
+TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
 TOLERANCE = {"onnx": 1e-4}  # of the others 1e-5
 
 
@@ -311,12 +317,16 @@ def test_tokenizer_kind_is_the_one_that_gives_the_models_ids(source, tmp_path):
     settings = json.loads((tmp_path / "repository" / "open_clip_config.json").read_text())["model_cfg"]["text_cfg"]
     assert settings["tokenizer_kwargs"] == {"tokenizer_type": "xlm-roberta-xl"}
     ours = CapivaraProcessor.from_pretrained(source).tokenizer
+    plain = ours.plain()
     theirs = transformers.AutoTokenizer.from_pretrained(source, tokenizer_type="xlm-roberta")
-    assert ours("ﬁm").input_ids != theirs("ﬁm").input_ids, "XLM-R's own kind would have done"
+    assert plain("ﬁm").input_ids != theirs("ﬁm").input_ids, "XLM-R's own kind would have done"
     pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁um", -5.0), ("▁", -9.0), ("<mask>", 0.0)]
     own = transformers.XLMRobertaTokenizer(vocab=pieces)
     own.save_pretrained(tmp_path / "own")
-    assert open_clip_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), own) == "xlm-roberta"
+    assert (
+        open_clip_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), CapivaraTokenizer.from_tokenizer(own))
+        == "xlm-roberta"
+    )
     with pytest.raises(ValueError, match="would read the tokenizer"):
         open_clip_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), ours)
 

@@ -66,7 +66,7 @@ def test_only_files_of_the_list_are_written(run_folder, tmp_path):
         *(".gitattributes", "README.md", "config.json", "configuration_capivara.py", "curves.png", "hits.png"),
         *("image_classification_capivara.py", "image_processing_capivara.py", "loss_capivara.py", "model.safetensors"),
         *("modeling_capivara.py", "processing_capivara.py", "processor_config.json", "results/a.json"),
-        *("retrieval.png", "run.json", "tokenizer.json", "tokenizer_config.json"),
+        *("retrieval.png", "run.json", "tokenization_capivara.py", "tokenizer.json", "tokenizer_config.json"),
     ]
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "repository").rglob("*") if path.is_file()} == {0o644}
     assert set(map(str, allowed_files(tmp_path / "repository"))) == set(names)

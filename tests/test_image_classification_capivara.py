@@ -157,7 +157,9 @@ def test_what_a_folder_lacks_is_initialised_and_nothing_else(classifier, tmp_pat
 def test_each_folder_names_its_own_class(classifier, tiny_model, tmp_path):
     shared = CapivaraForImageClassification(tiny_model.config)  # the very same configuration object
     names = {
-        "model": {"AutoConfig", "AutoModel", "AutoModelForZeroShotImageClassification"},
+        "model": {
+            *("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForZeroShotImageClassification")
+        },
         "classifier": {"AutoConfig", "AutoModelForImageClassification"},
     }
     for number, (kind, model) in enumerate([("model", tiny_model), ("classifier", shared)] * 2):

@@ -32,7 +32,15 @@ ALLOWED = {
 # What travels to the Hub: these reach each other by `from .sibling import name` alone.
 MODEL_FILES = [
     f"modeling_capivara/{name}_capivara.py"
-    for name in ("configuration", "image_classification", "image_processing", "loss", "modeling", "processing", "tokenization")
+    for name in (
+        "configuration",
+        "image_classification",
+        "image_processing",
+        "loss",
+        "modeling",
+        "processing",
+        "tokenization",
+    )
 ]
 MODEL_PACKAGES = {"torch", "transformers", "PIL", "numpy", "huggingface_hub", "ftfy"}
 

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_TEXT, randomise, tiny_config
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
-from modeling_capivara.modeling_capivara import mean_pooling
+from modeling_capivara.modeling_capivara import _check_mask, mean_pooling
 
 TEXTS = ["um gato", "uma foto de uma capivara azul", "a casa"]
 
@@ -247,7 +247,7 @@ def test_return_dict_false_in_the_configuration(tiny_model, batch):
     expected = tiny_model(**batch, return_loss=True)
     tiny_model.config.return_dict = False
     actual = tiny_model(**batch, return_loss=True)
-    assert isinstance(actual, tuple) and len(actual) == 5
+    assert isinstance(actual, tuple) and len(actual) == 7
     assert torch.equal(actual[0], expected.loss)
     assert isinstance(tiny_model.get_text_features(batch["input_ids"]), tuple)
 
@@ -257,7 +257,6 @@ def test_hidden_states_of_both_towers(tiny_model, batch):
     image = tiny_model.get_image_features(batch["pixel_values"], output_hidden_states=True)
     assert [len(text.hidden_states), len(image.hidden_states)] == [3, 3]  # embeddings and two layers
     assert torch.equal(text.hidden_states[-1], text.last_hidden_state)
-    tiny_model(**batch, output_hidden_states=True)  # accepted, though nothing in the output holds them
 
 
 def test_positional_arguments(tiny_model, batch):
@@ -353,3 +352,53 @@ def test_wrong_shapes_are_refused_by_name(tiny_model, batch):
         tiny_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"][:1])
     with pytest.raises(ValueError, match=r"rows \[0, 1\] of 2 are all padding"):
         tiny_model(input_ids=torch.zeros(2, 0, dtype=torch.long))
+
+
+def test_outputs_of_both_towers_reach_the_caller(tiny_model, batch):
+    tiny_model.set_attn_implementation("eager")  # the others make no attention weights
+    output = tiny_model(**batch, output_hidden_states=True, output_attentions=True)
+    text, image = output.text_model_output, output.vision_model_output
+    assert [len(text.hidden_states), len(image.hidden_states)] == [3, 3]
+    assert [a.shape for a in text.attentions] == [(3, 4, *batch["input_ids"].shape[1:] * 2)] * 2
+    assert [a.shape for a in image.attentions] == [(3, 4, 5, 5)] * 2
+    mean = mean_pooling(text.last_hidden_state, batch["attention_mask"])
+    torch.testing.assert_close(text.pooler_output, mean)
+    for embeds, features in (
+        (output.text_embeds, tiny_model.text_projection(text.pooler_output)),
+        (output.image_embeds, tiny_model.visual_projection(image.pooler_output)),
+    ):
+        torch.testing.assert_close(embeds, torch.nn.functional.normalize(features, dim=-1))
+    assert output.pooler_output is None, "of two modalities there is no one pooled output"
+    parts = output.to_tuple()
+    assert [type(part) for part in parts] == [torch.Tensor] * 4 + [tuple] * 2
+    assert torch.equal(parts[4][0], text.last_hidden_state) and len(parts[4]) == len(parts[5]) == 4
+    assert tiny_model(**batch).text_model_output.hidden_states is None
+
+
+def test_the_check_of_the_mask_waits_for_no_device():
+    """A meta tensor has no values: looking at one is what a GPU would be waited for."""
+    ids = torch.ones(2, 5, dtype=torch.long, device="meta")
+    _check_mask(ids, ids)
+    with pytest.raises(ValueError, match="must have the shape of `input_ids`"):
+        _check_mask(ids[:, :4], ids)
+    with pytest.raises(ValueError, match="rows \\[1\\] of 2 are all padding"):
+        _check_mask(torch.tensor([[1] * 5, [0] * 5]), torch.ones(2, 5))
+
+
+def test_flex_attention_where_the_towers_have_it(tiny_model):
+    tiny_model.set_attn_implementation("flex_attention")
+    towers = (tiny_model.text_model, tiny_model.vision_model)
+    assert {tower.config._attn_implementation for tower in towers} == {"flex_attention"}
+    timm = CapivaraModel(tiny_config(vision_config={"model_type": "timm_wrapper", "architecture": "resnet18"}))
+    with pytest.raises(ValueError, match="TimmWrapperModel does not support"):
+        timm.set_attn_implementation("flex_attention")
+    timm.set_attn_implementation({"text_config": "flex_attention"})
+    assert timm.text_model.config._attn_implementation == "flex_attention"
+
+
+@pytest.mark.slow
+def test_flex_attention_gives_the_same(tiny_model, batch):
+    expected = tiny_model(**batch)
+    tiny_model.set_attn_implementation("flex_attention")
+    tiny_model.requires_grad_(False)  # torch has no backward pass of it on a CPU
+    torch.testing.assert_close(tiny_model(**batch).logits_per_text, expected.logits_per_text, rtol=0, atol=1e-4)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import randomise, tiny_config, tiny_tokenizer
-from open_clip.tokenizer import HFTokenizer
 from transformers import AutoProcessor, BertTokenizer
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text
@@ -20,16 +19,6 @@ PIECES = [
     *("مرحبا بالعالم", "שלום", "你好，世界", "हिन्दी में", "ᎣᏏᏲ", "𝕌𝕟𝕚", "\x00\x07\x1b[31m"),
     *("a" * 400, "uma foto " * 90, ""),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def xlmr(tmp_path_factory):
-    from examples.openmoji.encoders import load_text_encoder
-
-    folder = tmp_path_factory.mktemp("xlmr")
-    tokenizer = load_text_encoder()[1]
-    tokenizer.save_pretrained(folder)
-    return CapivaraProcessor(CapivaraImageProcessor(), tokenizer), HFTokenizer(str(folder))
 
 
 def awkward_strings() -> list[str]:

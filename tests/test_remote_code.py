@@ -18,21 +18,29 @@ from transformers import (
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 
-WITHOUT_PACKAGE = """
+LABELS = ["um gato", "SÃ£o JoÃ£o &amp;amp; cia", "um <pad> gato " * 40]
+WITHOUT_PACKAGE = (
+    f"""
+LABELS = {LABELS}
+"""
+    + """
 import json, sys
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoModelForZeroShotImageClassification, AutoProcessor, pipeline
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoTokenizer, pipeline
+from transformers import AutoModelForZeroShotImageClassification, AutoProcessor
 folder, copy = sys.argv[1:]
 kwargs = {"trust_remote_code": True}
 model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **kwargs)
 processor = AutoProcessor.from_pretrained(folder, **kwargs)
 parts = [model, processor, processor.image_processor, AutoImageProcessor.from_pretrained(folder, **kwargs)]
+parts += [AutoTokenizer.from_pretrained(folder, **kwargs), processor.tokenizer]
+parts.append(AutoModelForImageClassification.from_pretrained(folder, num_labels=3, **kwargs))
 parts.append(AutoModelForZeroShotImageClassification.from_pretrained(folder, **kwargs))
 image = Image.new("RGB", (40, 37), (200, 30, 30))
-inputs = processor(images=image, text=["um gato", "SÃ£o JoÃ£o"], return_tensors="pt")
+inputs = processor(images=image, text=LABELS, return_tensors="pt")
 zero_shot = pipeline("zero-shot-image-classification", folder, **kwargs)
-scores = zero_shot(image, candidate_labels=["gato", "carro"], hypothesis_template="uma foto de um {}")
+scores = zero_shot(image, candidate_labels=LABELS, hypothesis_template="{}")
 features = pipeline("image-feature-extraction", folder, **kwargs)(image)
 model.save_pretrained(copy)
 processor.save_pretrained(copy)
@@ -42,11 +50,14 @@ print(json.dumps({
     "modules": [type(part).__module__ for part in parts],
     "faults": [str(v) for v in report.values() if v],
     "logits": model(**inputs).logits_per_text.tolist(),
+    "classes": list(parts[-2](pixel_values=inputs["pixel_values"]).logits.shape),
+    "alone": dict(parts[-4](LABELS, padding=True)) == {key: inputs[key].tolist() for key in ("input_ids", "attention_mask")},
     "again": again(**inputs).logits_per_text.tolist(),
     "scores": {s["label"]: s["score"] for s in scores},
     "features": features,
 }))
 """
+)
 
 
 @pytest.fixture
@@ -71,12 +82,14 @@ def test_without_the_package(tiny_folder, tiny_model, tiny_processor, elsewhere,
     assert all(module.startswith("transformers_modules") for module in found["modules"]), found["modules"]
     assert not found["faults"]
     image = Image.new("RGB", (40, 37), (200, 30, 30))
-    inputs = tiny_processor(images=image, text=["um gato", "São João"], return_tensors="pt")
+    inputs = tiny_processor(images=image, text=LABELS, return_tensors="pt")
     expected = tiny_model(**inputs)
     torch.testing.assert_close(torch.tensor(found["logits"]), expected.logits_per_text)
     assert found["again"] == found["logits"]
     torch.testing.assert_close(torch.tensor(found["features"]), expected.image_embeds)
-    assert sum(found["scores"].values()) == pytest.approx(1)
+    scores = expected.logits_per_image.softmax(-1)[0].tolist()
+    assert [found["scores"][label] for label in LABELS] == pytest.approx(scores, abs=1e-5)
+    assert found["classes"] == [1, 3] and found["alone"]
     # What was loaded by `trust_remote_code` is saved with its code, for the next reader.
     auto_map = json.loads((tiny_folder / "config.json").read_text())["auto_map"]
     for copy in ("copy", "copy-zero-shot"):
@@ -107,4 +120,6 @@ def test_a_folder_holds_code_and_safetensors_alone(tiny_folder):
     kinds = {path.suffix for path in tiny_folder.iterdir()}
     assert kinds == {".json", ".py", ".safetensors"}
     auto_map = json.loads((tiny_folder / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", "AutoModel", "AutoModelForZeroShotImageClassification"}
+    assert set(auto_map) == {
+        *("AutoConfig", "AutoModel", "AutoModelForImageClassification", "AutoModelForZeroShotImageClassification")
+    }

@@ -1,0 +1,216 @@
+"""Texts, whoever tokenises them: open_clip's ids, at a cost that no text can drive up."""
+
+import copy
+import html
+import json
+import pickle
+import random
+import time
+
+import ftfy
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from PIL import Image
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, pipeline
+
+from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, CapivaraTokenizer, repair_text
+from modeling_capivara.tokenization_capivara import MAX_CHARACTERS
+
+PORTUGUESE = "Uma menina de vestido azul está à beira da água, com São João e o cão; a ação começou às três. "
+RUSSIAN = "Красивая девушка сидит на берегу реки и смотрит на воду. "
+HINDI = "नीली पोशाक में एक लड़की नदी के किनारे बैठी है। "
+LABELS = ["uma casa azul &amp;amp; ção", "um <pad> gato", "uma foto de um gato " * 40]
+
+
+def mojibake(text: str, levels: int = 1, encoding: str = "latin-1") -> str:
+    for _ in range(levels):
+        text = text.encode().decode(encoding, errors="replace")
+    return text
+
+
+def entities(text: str, nested: int = 0) -> str:
+    return "".join("&" + "amp;" * nested + f"#{ord(character)};" for character in text)
+
+
+LONG = {
+    "blanks before": " " * 1000 + PORTUGUESE,
+    "a hundred thousand blanks before": "\n \t\u3000" * 25_000 + PORTUGUESE,
+    "blanks between": ("\r\n\t " * 3000).join(PORTUGUESE.split()),
+    "a hard blank in mojibake": " " * 5000 + mojibake("à beira, à toa, Ã lá"),
+    "zero width": "\u200b" * 3000 + PORTUGUESE,
+    "control characters": "\0" * 3000 + PORTUGUESE,
+    "nested entity": "&" + "amp;" * 1000 + "lt; gato",
+    "nested entity, accents": "SÃ£o &" + "amp;" * 100 + "Atilde;&amp;pound; gato",
+    "nested entity beside a tag": "um <b> &" + "amp;" * 30 + "lt;b",
+    "entities": entities(RUSSIAN),
+    "entities of entities": entities(HINDI * 3, nested=1),
+    "entities named": "&Atilde;&pound;&eacute;" * 20,
+    "mojibake": mojibake(PORTUGUESE * 3),
+    "mojibake, twice": mojibake(HINDI * 5, 2),
+    "mojibake of long text": mojibake(RUSSIAN * 300),
+    "mojibake of long text, twice": mojibake(RUSSIAN * 300, 2, "cp1252"),
+    "long text": PORTUGUESE * 10_000,
+    "emoji": "👩‍🚀🏽❤️‍🔥 " * 5000,
+    "combining marks": "a" + "\u0301\u0323" * 1000 + " gato",
+    "lines": "gato\n" * 100_000,
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_long_texts_have_open_clips_ids(xlmr, kind):
+    processor, reference = xlmr
+    actual = processor(text=[LONG[kind]], padding="max_length", return_tensors="pt")["input_ids"]
+    assert torch.equal(actual, reference([LONG[kind]]))
+    assert (actual != 1).sum() > 3, "a text of which nothing is left would prove nothing"
+
+
+def test_a_text_that_fits_is_read_to_its_last_character(xlmr):
+    """Nothing is cut within the stated size: 75 of the longest pieces are a third of it."""
+    processor, reference = xlmr
+    tokenizer = processor.tokenizer
+    longest = sorted(tokenizer.get_vocab(), key=lambda piece: (len(piece), piece))[-75:]
+    text = " ".join(piece.removeprefix("▁") for piece in longest)
+    assert len(text) * 3 < MAX_CHARACTERS
+    assert torch.equal(
+        processor(text=[text], padding="max_length", return_tensors="pt")["input_ids"], reference([text])
+    )
+
+
+def test_repair_equals_open_clips_on_nested_mixtures():
+    pieces = [
+        "&",
+        "amp;",
+        "&amp;",
+        "&lt;",
+        "<",
+        "&#227;",
+        "&ccedil;",
+        "&Atilde;",
+        "&pound;",
+        "Ã£",
+        "Ã©",
+        "ã",
+        "â€™",
+        "“",
+    ]
+    pieces += [
+        "\n",
+        " ",
+        "a",
+        "&copy;",
+        "&semi;",
+        "#38;",
+        "&NewLine;",
+        "\x85",
+        "；",
+        "＆",
+        "ﬁ",
+        "&EACUTE;",
+        "Ã ",
+        "&nbsp;",
+    ]
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(pieces, k=draw.randint(5, 80))) for _ in range(1500)]
+    expected = [" ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()) for text in texts]
+    assert [repair_text(text) for text in texts] == expected
+
+
+HOSTILE = {
+    "nested entities": "&" + "amp;" * 10**6,
+    "nested entities behind mojibake": "Ã©&" + "amp;" * 10**6,
+    "nested at their end": "Ã©&amp" + "&semi" * 10**6 + ";",
+    "nested and hidden": "Ã©&" + "\0amp;" * 10**6,
+    "nested wide": "Ã©＆" + "amp；" * 10**6,
+    "few levels": "Ã©&" + "amp;" * 7 + "â€™”“" * 10**6,
+    "nested in lines": "Ã©&amp;amp;amp;\n" * 10**6,
+    "combining marks": "a" + "\u0301\u0323" * 10**6,
+    "blanks": " " * 10**6,
+    "blanks of a kind": "\xa0\u3000" * 10**6,
+    "newlines": "\n" * 10**6,
+    "lines": "Ã©\n" * 10**6,
+    "emoji": "👨\u200d👩\u200d👧" * 10**6,
+    "mojibake": mojibake(PORTUGUESE * 20_000),
+    "mojibake among others": "Ã©\u4e00" * 10**6,
+    "one word": "a" * 10**6,
+    "escape codes": "\x1b[31m" * 10**6,
+    "brackets": "<&" * 10**6,
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_megabyte_of_anything_costs_a_twentieth_of_a_second(tiny_processor, kind):
+    text, seconds = HOSTILE[kind][: 10**6], []
+    for _ in range(3):
+        start = time.process_time()
+        assert len(tiny_processor(text=text)["input_ids"]) <= 77
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.05
+
+
+def test_tokenizer_alone_reads_texts_as_the_processor_does(tiny_folder, tiny_processor):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    assert type(tokenizer) is CapivaraTokenizer
+    expected = dict(tiny_processor(text=LABELS))
+    assert dict(tokenizer(LABELS, padding=True)) == expected
+    assert max(map(len, expected["input_ids"])) == 77
+    one = tiny_processor(text=LABELS[0])["input_ids"]
+    assert one != tokenizer.plain()(LABELS[0])["input_ids"], "the repair must matter"
+    assert (
+        one == tokenizer(LABELS[0])["input_ids"] == tokenizer.encode(LABELS[0]) == tokenizer(LABELS[:1])["input_ids"][0]
+    )
+    assert tokenizer.tokenize(LABELS[0]) == tokenizer.convert_ids_to_tokens(one)[1:-1]
+    assert tokenizer.batch_decode([one], skip_special_tokens=True) == ["uma casa azul & ção"]
+    for again in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+        assert dict(again(LABELS, padding=True)) == expected
+
+
+def test_length_can_be_chosen(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    text = "gato " * 100
+    lengths = {77: {}, 102: {"truncation": False}, 9: {"max_length": 9}, 90: {"max_length": 90, "truncation": True}}
+    for length, options in lengths.items():
+        assert len(tokenizer(text, **options)["input_ids"]) == length
+    assert len(tokenizer("gato", padding="max_length")["input_ids"]) == 77
+    tokenizer.model_max_length = 10**30  # as a tokenizer without a limit has it
+    assert len(tokenizer(text)["input_ids"]) == 77
+
+
+@pytest.mark.parametrize("kind", ["folder", "parts"])
+def test_pipeline_gives_the_scores_of_model_and_processor(tiny_folder, tiny_model, tiny_processor, kind):
+    image = Image.new("RGB", (40, 37), (200, 30, 30))
+    parts = {"model": tiny_model, "processor": tiny_processor} if kind == "parts" else {"model": str(tiny_folder)}
+    classify = pipeline("zero-shot-image-classification", **parts)
+    scores = {row["label"]: row["score"] for row in classify(image, candidate_labels=LABELS, hypothesis_template="{}")}
+    expected = tiny_model(**tiny_processor(images=image, text=LABELS, return_tensors="pt")).logits_per_image
+    assert [scores[label] for label in LABELS] == pytest.approx(expected.softmax(-1)[0].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parts"])
+def test_image_features_are_pooled(tiny_folder, tiny_model, tiny_processor, kind):
+    image = Image.new("RGB", (40, 37), (200, 30, 30))
+    parts = {"model": tiny_model, "processor": tiny_processor} if kind == "parts" else {"model": str(tiny_folder)}
+    pooled = pipeline("image-feature-extraction", **parts)(image, pool=True)
+    expected = tiny_model(**tiny_processor(images=image, return_tensors="pt")).image_embeds
+    torch.testing.assert_close(torch.tensor(pooled), expected, rtol=0, atol=1e-6)
+
+
+def test_folder_of_an_older_version_loads(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    processor = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())
+    processor.save_pretrained(tmp_path / "new")
+    (tmp_path / "processor_config.json").write_bytes((tmp_path / "new/processor_config.json").read_bytes())
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] != "CapivaraTokenizer"
+    assert type(PreTrainedTokenizerFast.from_pretrained(tmp_path)) is PreTrainedTokenizerFast
+    old = CapivaraProcessor.from_pretrained(tmp_path)
+    assert type(old.tokenizer) is CapivaraTokenizer
+    assert old(text=LABELS) == processor(text=LABELS)
+    old.save_pretrained(tmp_path / "again")
+    assert dict(AutoTokenizer.from_pretrained(tmp_path / "again")(LABELS)) == dict(
+        processor(text=LABELS, padding=False)
+    )
+
+
+def test_only_fast_tokenizers_are_taken():
+    with pytest.raises(ValueError, match="must be one of the tokenizers library, got ByT5Tokenizer"):
+        CapivaraProcessor(CapivaraImageProcessor(), ByT5Tokenizer())
