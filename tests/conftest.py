@@ -100,7 +100,7 @@ def tiny_processor() -> CapivaraProcessor:
 
 @pytest.fixture(scope="session")
 def xlmr(tmp_path_factory):
-    """A processor with the real XLM-R vocabulary, and open_clip's tokenizer of the same folder, plain as users have it."""
+    """A processor with the real XLM-R vocabulary, and open_clip's tokenizer of it."""
     from open_clip.tokenizer import HFTokenizer
 
     from examples.openmoji.encoders import load_text_encoder
