@@ -55,7 +55,7 @@ def _short_blank(blank: re.Match) -> str:
 
 
 def _fixed(text: str) -> str:
-    """`ftfy.fix_text` in a bounded number of rounds; it takes one for each level of nested entities, a quadratic time."""
+    """`ftfy.fix_text` in a bounded number of rounds; its own are as many as entities are nested, a quadratic time."""
     if sum(map(text.count, "&;＆；")) <= MANY_ENTITY_SIGNS:
         return ftfy.fix_text(text)
     bracket = text.find("<")  # from its line on, ftfy leaves entities alone
