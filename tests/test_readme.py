@@ -4,11 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks import readme
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
 def test_figures_are_those_of_the_json():
@@ -30,6 +32,16 @@ def test_code_runs(tiny_folder, capsys):
     assert "vermelho" in capsys.readouterr().out
 
 
+def test_the_trainer_example_runs(tiny_model, tiny_processor, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for block in BLOCKS if "ExactBatchTrainer" in block)
+    captions = ["um gato", "a casa azul", "o carro", "pão"]
+    pairs = [{"caption": text, "image": Image.new("RGB", (40, 37), (40 * i, 9, 9))} for i, text in enumerate(captions)]
+    names = {"model": tiny_model, "processor": tiny_processor, "pairs": pairs}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["trainer"].state.global_step == 3
+
+
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m ([\w.]+)", TEXT)) - {"pip", "pytest"}))
 def test_commands_exist(command):
     path = ROOT / command.replace(".", "/")
@@ -43,6 +55,6 @@ def test_linked_files_exist():
 
 def test_the_metric_example_runs(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    code = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
+    (code,) = (block for block in BLOCKS if "evaluate.load" in block)
     exec(compile(code, "README.md", "exec"), {})
     assert "{'recall_at_k': 0.5}" in capsys.readouterr().out

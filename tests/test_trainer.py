@@ -1,0 +1,94 @@
+"""`Trainer` with an exact batch: its gradients are those of the whole batch at once, at every optimiser step."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_TEXT, randomise, tiny_config
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from modeling_capivara import CapivaraModel
+from training.trainer import ExactBatchTrainer
+
+CAPTIONS = ["gato", "uma foto de um gato azul", "a casa", "o carro verde e a árvore", "pão", "são joão", "água", "cão"]
+CAPTIONS += ["um céu azul", "a capivara"]
+MICRO, ACCUMULATED = 2, 4  # ten pairs: a step of eight, and one of the two that are left
+
+
+def pairs() -> list[dict]:
+    pixels = np.random.default_rng(0).integers(0, 256, (len(CAPTIONS), 40, 36, 3), dtype=np.uint8)
+    return [{"text": text, "image": image} for text, image in zip(CAPTIONS, pixels, strict=True)]
+
+
+def build(frozen: bool) -> CapivaraModel:
+    """Without dropout: the whole batch is then one forward pass."""
+    config = tiny_config(text_config={**TINY_TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    model = randomise(CapivaraModel(config))
+    if frozen:
+        model.freeze_image_tower()
+    return model.train()
+
+
+class Gradients(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def trained(kind: type[Trainer], model, processor, folder, data: list[dict], micro: int = MICRO, accumulated: int = 4):
+    """Gradients of every optimiser step of one epoch, in the order of the data, and the losses logged."""
+
+    def collate(rows: list[dict]) -> dict:
+        texts, images = [row["text"] for row in rows], [row["image"] for row in rows]
+        return {**processor(text=texts, images=images, return_tensors="pt"), "return_loss": True}
+
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=micro, gradient_accumulation_steps=accumulated, num_train_epochs=1,
+        optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0, logging_steps=1, use_cpu=True,
+        remove_unused_columns=False, report_to="none", save_strategy="no", disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    gradients = Gradients()
+    trainer = kind(model=model, args=arguments, train_dataset=data, data_collator=collate, callbacks=[gradients])
+    trainer.train()
+    return gradients.steps, [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def largest_difference(actual: dict, expected: dict) -> float:
+    assert actual.keys() == expected.keys()
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    return max((actual[name] - gradient).abs().max().item() for name, gradient in expected.items()) / scale.item()
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["both towers", "frozen image tower"])
+def test_gradients_are_those_of_the_whole_batch(tiny_processor, tmp_path, frozen):
+    data = pairs()
+    exact = trained(ExactBatchTrainer, build(frozen), tiny_processor, tmp_path, data)
+    # The same by transformers alone, with memory for the whole batch.
+    whole = trained(Trainer, build(frozen), tiny_processor, tmp_path, data, MICRO * ACCUMULATED, 1)
+    assert len(exact[0]) == len(whole[0]) == 2
+    for actual, expected in zip(exact[0], whole[0], strict=True):
+        assert largest_difference(actual, expected) < 1e-5
+    assert exact[1] == pytest.approx(whole[1], rel=1e-3)
+    parts = trained(Trainer, build(frozen), tiny_processor, tmp_path, data)
+    assert largest_difference(parts[0][0], whole[0][0]) > 0.1, "transformers' own accumulation is another loss"
+
+
+def test_evaluation_and_a_batch_that_lacks_something(tiny_processor, tmp_path):
+    arguments = TrainingArguments(
+        tmp_path, gradient_accumulation_steps=2, use_cpu=True, remove_unused_columns=False, report_to="none"
+    )
+    batch = tiny_processor(text=CAPTIONS, images=[row["image"] for row in pairs()], return_tensors="pt")
+
+    def without_mask(rows: list) -> dict:
+        return {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
+
+    def whole(rows: list) -> dict:
+        return {**batch, "return_loss": True}
+
+    trainer = ExactBatchTrainer(build(False), arguments, whole, train_dataset=pairs(), eval_dataset=pairs()[:3])
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.data_collator = without_mask
+    with pytest.raises(ValueError, match="attention_mask is missing from input_ids, pixel_values"):
+        trainer.train()

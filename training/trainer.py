@@ -1,0 +1,83 @@
+"""transformers' `Trainer` with an exact contrastive batch, for those whose training is built on it.
+
+`Trainer` takes the loss of every micro-batch by itself: with `gradient_accumulation_steps` each text is compared with
+the images of its own micro-batch alone. Here the micro-batches of an optimiser step are one batch under one loss.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from training.step import ExactStep, MicroBatch
+
+NEEDED = ("input_ids", "attention_mask", "pixel_values")
+
+
+class ExactBatchTrainer(Trainer):
+    """`Trainer` for `CapivaraModel`, on one device.
+
+    The contrastive batch is `per_device_train_batch_size` times `gradient_accumulation_steps` pairs; the former alone
+    decides how many go through the towers at once. The loss that is logged is that of the whole batch. Batches hold
+    what `CapivaraProcessor` gives for texts and images, padded each for itself, and `return_loss=True` where there is
+    an evaluation.
+
+    Raises:
+        ValueError: there are several devices or processes; `train_accelerate.py` is exact there.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.accelerator.num_processes > 1 or self.args.n_gpu > 1:
+            raise ValueError(
+                f"ExactBatchTrainer is for one device, got {self.accelerator.num_processes} processes of "
+                f"{self.args.n_gpu} GPUs; train_accelerate.py has one exact batch over several."
+            )
+        self._exact_step = None
+        self._samples, self._given = [], 0
+
+    def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
+        self._samples, items = super().get_batch_samples(*args, **kwargs)
+        self._given = 0
+        return self._samples, items
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None) -> Tensor:
+        """Gradients of the whole batch with its last micro-batch, nothing with those before; the loss likewise."""
+        self._given += 1
+        if self._given < len(self._samples):
+            return torch.zeros((), device=self.args.device)
+        model.train()
+        inner = self.accelerator.unwrap_model(model)
+        if self._exact_step is None:
+            self._exact_step = ExactStep(model, inner.logit_scale, self.accelerator, self.args.seed)
+        batches = _micro_batches(self._samples)
+        pairs, image_embeds = sum(len(batch.input_ids) for batch in batches), None
+        if not any(p.requires_grad for name, p in inner.named_parameters() if name.startswith(("vision_", "visual_"))):
+            image_embeds = self._frozen_images(model, batches)
+        report = self._exact_step(self.state.global_step, batches, pairs, image_embeds)
+        return torch.tensor(report.loss, device=self.args.device)
+
+    @torch.no_grad()
+    def _frozen_images(self, model: nn.Module, batches: Sequence[MicroBatch]) -> Tensor:
+        """(pairs, width), of an image tower that is not trained: embedded once, and not with the texts again."""
+        embeds = []
+        for batch in batches:
+            with self.accelerator.autocast():
+                embeds.append(model(pixel_values=batch.pixel_values.to(self.args.device)).image_embeds)
+            batch.pixel_values = None
+        return torch.cat(embeds)
+
+
+def _micro_batches(samples: Sequence[dict]) -> list[MicroBatch]:
+    batches, start = [], 0
+    for sample in samples:
+        if missing := [name for name in NEEDED if name not in sample]:
+            raise ValueError(
+                f"A batch must hold {', '.join(NEEDED)}, as CapivaraProcessor gives them; {', '.join(missing)} is "
+                f"missing from {', '.join(sample)}. With a collator of your own, set remove_unused_columns=False."
+            )
+        batches.append(MicroBatch(len(batches), start, *(sample[name] for name in NEEDED)))
+        start += len(sample["input_ids"])
+    return batches
