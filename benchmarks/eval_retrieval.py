@@ -164,6 +164,7 @@ def made_files(folder: Path, images: int) -> list[list[str]]:
     tokenizer = load_text_encoder()[1]
     CapivaraModel(CapivaraConfig()).save_pretrained(folder / "model")
     CapivaraProcessor(CapivaraImageProcessor(), tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "tokenizer")  # plain: open_clip repairs texts itself
     noise = np.random.default_rng(0)
     (folder / "data" / "test").mkdir(parents=True)
     texts, lines = [], []
@@ -185,7 +186,7 @@ def clip_benchmark_program(folder: Path, texts: list[list[str]]) -> Callable[[],
     config = CapivaraConfig()
     model = build_open_clip(config).eval()
     model.load_state_dict(open_clip_state_dict(CapivaraModel.from_pretrained(folder / "model")))
-    tokenizer = HFTokenizer(str(folder / "model"), tokenizer_type=None)
+    tokenizer = HFTokenizer(str(folder / "tokenizer"))
     preprocess = image_transform_v2(PreprocessCfg(), is_train=False)
 
     class Pictures(torch.utils.data.Dataset):

@@ -117,6 +117,8 @@ def test_open_clip_to_transformers_and_back_gives_the_same_numbers_and_weights(t
     assert (processor.image_mean, processor.image_std) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     assert (processor.size["shortest_edge"], int(processor.resample)) == (32, 2)
     assert {p.name for p in tmp_path.iterdir()} == {"source", "there", "back"}
+    # open_clip repairs texts itself, and asks on the terminal where a folder names code.
+    assert "auto_map" not in json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
 
 
 def open_clip_tools(folder: Path):

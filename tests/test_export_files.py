@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from test_layout import MODEL_FILES
+from transformers import AutoTokenizer
 
 from hub_upload import export as export_module
 from hub_upload.allowed_files import (
@@ -19,6 +21,7 @@ from hub_upload.allowed_files import (
     without_private_paths,
 )
 from hub_upload.export import FORMATS, export, main
+from modeling_capivara.loading import load_processor
 
 TOKEN = "hf_" + "a1B2c3" * 6
 STRAY = [
@@ -58,6 +61,18 @@ def run_folder(tiny_folder):
 
 def exported(folder: Path, output: Path, **arguments) -> list[str]:
     return [name for name, _ in export(folder, output, ["transformers"], **arguments)]
+
+
+def test_tokenizer_of_an_older_folder_is_written_anew(run_folder, tmp_path):
+    tiny_tokenizer().save_pretrained(run_folder)
+    exported(run_folder, tmp_path / "repository")
+    settings = json.loads((tmp_path / "repository/tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "CapivaraTokenizer"
+    assert settings["auto_map"] == {"AutoTokenizer": ["tokenization_capivara.CapivaraTokenizer", None]}
+    assert not {"is_local", "local_files_only", "name_or_path"} & settings.keys()
+    text = "SÃ£o JoÃ£o &amp;amp; ção"
+    expected = load_processor(run_folder)(text=text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "repository")(text)["input_ids"] == expected
 
 
 def test_only_files_of_the_list_are_written(run_folder, tmp_path):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from conftest import TINY_TEXT, randomise, tiny_config
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
