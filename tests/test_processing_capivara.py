@@ -205,7 +205,7 @@ def test_token_types_of_bert_tokenizers_are_accepted(kind):
 
 BAD_TEXTS = {
     "number": (3, "must be a string, got int: 3"),
-    "bytes": (b"gato", "must be a string, got int"),
+    "bytes": (b"gato", "must be a string, got bytes"),
     "missing caption": (["um gato", None], "must be a string, got NoneType: None"),
     "not a number": (["um gato", float("nan")], "must be a string, got float: nan"),
     "nested": ([["um gato"]], r"must be a string, got list: \['um gato'\]"),
