@@ -1,13 +1,16 @@
 """What a run leaves behind: files that are written whole or not at all, and the facts that make a figure repeatable."""
 
 import errno
+import fcntl
 import json
 import os
 import platform
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,7 +44,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` in one piece: a reader, or a crash, sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -76,7 +79,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path = path.resolve()  # through a link: the folder is replaced, not the link
     check_output_folder(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
+    temporary, lock = _temporary_folder(path)
     try:
         yield temporary
         temporary.chmod(0o755)
@@ -91,6 +94,8 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
                 errno.ENOSPC, f"No space left on the disk while writing {path}; nothing was kept. Free some space"
             ) from error
         raise
+    finally:
+        os.close(lock)
 
 
 def partial_folder(path: Path) -> Path:
@@ -101,14 +106,17 @@ def partial_folder(path: Path) -> Path:
 
 def finish_folder(path: Path, overwrite: bool = False) -> None:
     """Rename the partial folder of `path` to `path`, in place of what is there if `overwrite` is set."""
-    path = path.resolve()
+    path, partial = path.resolve(), partial_folder(path)
     check_output_folder(path, overwrite)
-    _replace_folder(partial_folder(path), path) if overwrite else partial_folder(path).rename(path)
+    for left in partial.rglob(".*.tmp"):
+        left.unlink()  # of writes that were killed
+    _replace_folder(partial, path) if overwrite else partial.rename(path)
 
 
 def check_output_folder(path: Path, overwrite: bool = False) -> None:
-    """Raise ValueError unless a folder can be written at `path` without losing anything."""
+    """Raise ValueError unless a folder can be written at `path` without losing anything; tidies up beside it."""
     path = path.resolve()
+    remove_leftovers(path)
     if path.is_mount():
         raise ValueError(f"The output folder {path} is a mount point and can't be replaced. Choose a folder inside it.")
     if path.is_dir():
@@ -118,6 +126,28 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
             )
     elif path.exists():
         raise ValueError(f"The output folder {path} is a file. Choose another name.")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Undo what killed processes left beside an output folder; one that was being replaced gets its name back.
+
+    What a process that is alive works in is locked, and stays. On a disk without locks, everything stays.
+    """
+    path = path.resolve()
+    name = re.compile(rf"\.{re.escape(path.name)}\.(old|tmp)-\w{{8}}")
+    for left in sorted(path.parent.glob(".*")):  # the old output before unfinished new ones
+        if not (match := name.fullmatch(left.name)):
+            continue
+        with suppress(OSError):  # it is locked, or another process has tidied up meanwhile
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if match[1] == "old" and not (path.exists() and any(path.iterdir())):
+                    left.rename(path)  # killed between the two renames of `_replace_folder`
+                else:
+                    _remove_old(left)
+            finally:
+                os.close(lock)
 
 
 def check_output_file(path: Path) -> None:
@@ -224,15 +254,43 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _temporary_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and the lock that keeps it from `remove_leftovers` of other processes."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
+        with suppress(FileNotFoundError):  # another process has removed it before it was locked
+            lock = os.open(temporary, os.O_RDONLY)
+            with suppress(OSError):  # a disk without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if temporary.exists():
+                return temporary, lock
+            os.close(lock)
+
+
 def _replace_folder(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; at any moment the old or the new folder is whole, see `remove_leftovers`."""
     if not path.exists():
         new.rename(path)
         return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
-    path.rename(old)  # onto an empty folder, which POSIX allows
+    old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+    lock = os.open(path, os.O_RDONLY)  # of the old folder, whatever it is called
     try:
-        new.rename(path)
-    except BaseException:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError):  # a disk without locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        with suppress(OSError):
+            _remove_old(old)
+    finally:
+        os.close(lock)
+
+
+def _remove_old(old: Path) -> None:
+    """Remove a folder that has been replaced, under a name that says that it is not whole."""
+    doomed = old.with_name(f"{old.name[: -len('old-01234567')]}tmp-{old.name[-8:]}")
+    old.rename(doomed)
+    shutil.rmtree(doomed)

@@ -34,6 +34,7 @@ from artifacts import (
     no_space_left,
     partial_folder,
     read_json,
+    remove_leftovers,
     require,
     write_json,
     write_text,
@@ -83,6 +84,8 @@ def main(argv: list[str] | None = None) -> Path:
             if (output_dir / "run.json").is_file():
                 done = TrainerState(config=read_json(output_dir / "run.json")["config"])
                 check_same_run(done, args.to_dict(), {}, output_dir)
+            if PartialState().is_main_process:
+                remove_work_files(output_dir)  # where a kill came first
             print(f"The run in {output_dir} is complete; there is nothing to go on with.")
             set_up_logging()
             publish(args, output_dir)
@@ -102,8 +105,7 @@ def main(argv: list[str] | None = None) -> Path:
         accelerator.end_training()  # the tracker's files are closed before their folder is renamed
         if accelerator.is_main_process:
             finish_folder(output_dir, args.overwrite_output_dir)
-            for path in [output_dir / MARK, *output_dir.rglob("records.json")]:
-                path.unlink()  # after the rename: a fault or a kill before it must leave what can be gone on with
+            remove_work_files(output_dir)  # after the rename: a kill before it must leave what can be gone on with
     if accelerator.is_main_process:
         table = (output_dir / "table.md").read_text(encoding="utf-8")
         print(f"\n{table}\nEverything is in {output_dir}.")
@@ -130,6 +132,12 @@ def run(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Pa
             records += train_and_score(args, seed, inputs, baseline, accelerator, run_folder, folder)
     if main_process:
         report(args, records, inputs, accelerator, folder)
+
+
+def remove_work_files(output_dir: Path) -> None:
+    """Of a run that has ended: what only one that goes on needs."""
+    for path in [output_dir / MARK, *output_dir.rglob("records.json")]:
+        path.unlink(missing_ok=True)
 
 
 def publish(args: RunArguments, output_dir: Path) -> None:
@@ -227,6 +235,9 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
         if state.num_processes > 1:
             broadcast_object_list(found)
         return found[0]
+    if state.is_main_process:
+        remove_leftovers(args.output_dir)  # before any process looks at what is there
+    state.wait_for_everyone()
     if not is_complete(args, args.output_dir):
         check_output_folder(args.output_dir, args.overwrite_output_dir)
     for kept in map(Path, (Path.cwd(), args.model, args.evaluation_dataset, *args.dataset)):

@@ -42,9 +42,9 @@ def main(phase: str, count: int, argv: list[str]) -> None:
         replace(train_accelerate, "finish_folder", before=die)
     elif phase == "old":  # an old checkpoint, half removed
         replace(shutil, "rmtree", before=lambda path, **_: half_removed(Path(path), die))
-    else:  # of a shard of the cache, or of a checkpoint
+    else:  # of a shard of the cache, of a checkpoint, or of the run that takes the place of another
         thing, moment = phase.split("-")
-        prefix = {"cache": ".shard-", "rename": "tmp-step-"}[thing]
+        prefix = {"cache": ".shard-", "rename": "tmp-step-", "replace": "out.partial"}[thing]
         hit = lambda path, target: die() if path.name.startswith(prefix) else None  # noqa: E731
         replace(Path, "rename", **{moment: hit})
     train_accelerate.main(argv)

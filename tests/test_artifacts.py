@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,13 @@ from artifacts import (
     check_output_file,
     next_numbered_folder,
     package_versions,
+    remove_leftovers,
     whole_folder,
     write_json,
 )
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def test_json_is_replaced_whole(tmp_path):
@@ -121,3 +127,43 @@ def test_numbered_folders(tmp_path):
 def test_versions():
     assert {"python", "torch", "transformers"} <= set(package_versions())
     assert Path(__file__).exists()
+
+
+def whole(word: str, folder: str = "out") -> dict[str, str]:
+    return {f"{folder}/{name}": word for name in ("a", "c", "inner/b")}
+
+
+@pytest.mark.parametrize("kind", ["whole", "finish"])
+def test_sigkill_at_any_step_of_a_replacement(tmp_path, kind):
+    """A whole output is there at any time, the next run finds it under its name, and nothing else stays."""
+    command = [sys.executable, "tests/killed_overwrite.py", kind, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) > 15, "steps"
+    for step, then in enumerate(found, 1):
+        folders = {name.removesuffix("/c") for name in then["killed"] if name.endswith("/c")}
+        assert any(
+            whole(word, folder).items() <= then["killed"].items()
+            for word in ("old", "new", "newer")
+            for folder in folders
+        ), (step, then["killed"])
+        unfinished = {name for name in then["failed"] if name.startswith("out.partial/")}
+        assert kind == "finish" or not unfinished
+        kept = {name: word for name, word in then["failed"].items() if name not in unfinished}
+        assert kept in [whole(word) for word in ("old", "new", "newer")], (step, then["failed"])
+        assert then["done"] == whole("newest"), (step, then["done"])
+
+
+def test_what_a_living_process_works_in_is_left_alone(tmp_path):
+    out = tmp_path / "out"
+    with whole_folder(out, overwrite=True) as first:
+        (first / "a").write_text("first")
+        with whole_folder(out, overwrite=True) as second:
+            (second / "a").write_text("second")
+            assert first.is_dir() and first != second
+    assert (out / "a").read_text() == "first"
+    (tmp_path / ".out.tmp-notes").mkdir()  # eight letters are needed
+    (tmp_path / ".out.old.tmp-01234567").mkdir()  # of another output, "out.old"
+    remove_leftovers(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.old.tmp-01234567", ".out.tmp-notes", "out"]

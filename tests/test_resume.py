@@ -509,6 +509,39 @@ def test_a_run_that_shall_replace_a_complete_one_goes_on(run, undisturbed, tmp_p
     assert_as_undisturbed(out, undisturbed)
 
 
+def test_a_kill_after_the_rename_leaves_nothing_for_ever(run, tmp_path, monkeypatch):
+    finish = train_accelerate.finish_folder
+
+    def finish_and_die(*args):
+        finish(*args)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train_accelerate, "finish_folder", finish_and_die)
+        train_accelerate.main(run(tmp_path / "out"))
+    work_files = ["records.json", train_accelerate.MARK]
+    assert all((tmp_path / "out" / name).is_file() for name in work_files)
+    train_accelerate.main(run(tmp_path / "out", resume="auto"))
+    assert not any((tmp_path / "out" / name).exists() for name in work_files)
+
+
+@pytest.mark.slow
+def test_sigkill_while_one_run_replaces_another(run, undisturbed, tmp_path):
+    """The old one is there again under its name, until the new one, which goes on, takes its place."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    train_accelerate.main(run(out, max_steps=2))
+    old = weights(out)
+    killed = process(run(out, overwrite_output_dir="true"), "replace-before", 1, cache=cache)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists(), "the moment between the two renames"
+    with pytest.raises(SystemExit, match="is not empty"):
+        train_accelerate.main(run(out))
+    assert weights(out) == old
+    train_accelerate.main(run(out, overwrite_output_dir="true", resume="auto"))
+    assert_as_undisturbed(out, undisturbed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
+
+
 def test_an_unfinished_run_is_not_started_over_by_mistake(run, tmp_path):
     killed_run(run(tmp_path / "out"), Trainer, "_one_step", 4)
     with pytest.raises(
