@@ -60,8 +60,22 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, **fields: type) -> Any:
+    """The JSON of a file; where `fields` are named, an object that has them, each of its type.
+
+    Raises:
+        ValueError: it is something else; the file is named.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
+    if fields and not isinstance(data, dict):
+        raise ValueError(f"{path} must hold an object with {', '.join(fields)}, it holds a {type(data).__name__}.")
+    for name, kind in fields.items():
+        if type(data.get(name)) is not kind:
+            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {str(data.get(name))[:80]!r}.")
+    return data
 
 
 @contextmanager

@@ -56,7 +56,7 @@ from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
 from training.arguments import RunArguments, parse_arguments
-from training.checkpoints import Checkpoints, TrainerState, check_same_run, read_state, threads
+from training.checkpoints import Checkpoints, TrainerState, check_files, check_same_run, read_state, threads
 from training.inputs import Inputs, load_inputs
 from training.loop import Interrupted, Trainer
 from training.outputs import check_country, energy_of, model_card, run_facts
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> Path:
         args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
         if is_complete(args, output_dir):
             if (output_dir / "run.json").is_file():
-                done = TrainerState(config=read_json(output_dir / "run.json")["config"])
+                done = TrainerState(config=read_json(output_dir / "run.json", config=dict)["config"])
                 check_same_run(done, args.to_dict(), {}, output_dir)
             if PartialState().is_main_process:
                 remove_work_files(output_dir)  # where a kill came first
@@ -124,7 +124,7 @@ def run(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Pa
     for seed in range(args.seed, args.seed + args.runs):
         run_folder = folder / f"seed-{seed}" if args.runs > 1 else folder
         if (run_folder / "records.json").is_file():  # of a run that is resumed
-            done = read_json(run_folder / "run.json")
+            done = read_json(run_folder / "run.json", config=dict, dataset_fingerprints=dict)
             there = TrainerState(config=done["config"], data=done["dataset_fingerprints"])
             check_same_run(there, args.to_dict(), inputs.fingerprints(args), run_folder)
             records += [Record(**fields) for fields in read_json(run_folder / "records.json")]
@@ -407,6 +407,7 @@ def check_settings_of_checkpoints(args: RunArguments, folder: Path) -> None:
         return
     paths = [Path(args.resume)] if args.resume != "auto" else sorted(folder.rglob("checkpoints/step-*"))[-1:]
     for path in paths:
+        check_files(path)
         check_same_run(read_state(path), args.to_dict(), {}, path)
 
 

@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,17 @@ from torch import nn
 
 import training.checkpoints
 from training.arguments import RunArguments
-from training.checkpoints import FREE, STATE, Checkpoints, TrainerState, check_same_run, read_state
+from training.checkpoints import (
+    FREE,
+    STATE,
+    SUMS,
+    Checkpoints,
+    TrainerState,
+    _sums,
+    check_files,
+    check_same_run,
+    read_state,
+)
 
 
 @pytest.fixture
@@ -86,7 +97,7 @@ def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(checkpoints, m
     monkeypatch.setattr(Path, "rename", lambda path, to: (events.append(Path(to).name), rename(path, to))[1])
     checkpoints.save(TrainerState(1))
     files = len(list(checkpoints.path(1).iterdir()))
-    assert files >= 4, "weights, optimiser, random states and trainer.json"
+    assert files >= 5, "weights, optimiser, random states, trainer.json and digests"
     assert events == ["fsync"] * (files + 1) + ["step-00000001", "fsync"]
 
 
@@ -122,6 +133,7 @@ def test_code_in_a_checkpoint_is_not_run(checkpoints, tmp_path, name, kind):
     checkpoints.save(TrainerState(1))
     proof, path = tmp_path / "proof", checkpoints.path(1) / name
     torch.save(Malicious(proof), path) if kind == "torch" else path.write_bytes(pickle.dumps(Malicious(proof)))
+    (path.parent / SUMS).write_bytes(_sums(path.parent))  # whoever means harm writes them, too
     if name == "random_states_0.pkl":  # Accelerate passes over it; no result depends on it
         checkpoints.load(checkpoints.path(1))
     else:
@@ -132,13 +144,85 @@ def test_code_in_a_checkpoint_is_not_run(checkpoints, tmp_path, name, kind):
     assert proof.exists(), "the file would have run its code"
 
 
+@pytest.mark.parametrize("with_sums", [True, False])
 @pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors"])
-def test_a_damaged_checkpoint_is_named(checkpoints, name):
+def test_a_damaged_checkpoint_is_named(checkpoints, name, with_sums):
     checkpoints.save(TrainerState(1))
     path = checkpoints.path(1) / name
     path.write_bytes(path.read_bytes()[:-100])
+    if not with_sums:
+        (path.parent / SUMS).unlink()
     with pytest.raises(ValueError, match=r"step-00000001 can't be loaded.*earlier"):
         checkpoints.load(checkpoints.path(1))
+
+
+def flipped(path: Path, place: int, mask: int = 1) -> None:
+    """Change a byte of a file in place; twice is not at all."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ mask]))
+
+
+def test_every_byte_of_a_checkpoint_flipped_in_turn_is_noticed(checkpoints):
+    checkpoints.save(TrainerState(1, [{"step": 0}], {"seed": 7}))
+    folder = checkpoints.path(1)
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert {"model.safetensors", "optimizer.bin", STATE, SUMS} < sizes.keys() and sum(sizes.values()) > 10_000
+    for name, size in sizes.items():
+        for place in range(size):
+            mask = 1 << place % 8
+            flipped(folder / name, place, mask)
+            with pytest.raises(ValueError, match="is not as it was written") as raised:
+                check_files(folder)
+            flipped(folder / name, place, mask)
+            assert name in str(raised.value) and "--resume auto goes on from an earlier" in str(raised.value)
+    check_files(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE, SUMS])
+def test_a_flipped_byte_is_not_loaded(checkpoints, name):
+    checkpoints.save(TrainerState(1))
+    before = {key: tensor.clone() for key, tensor in checkpoints.model.state_dict().items()}
+    one_step(checkpoints)
+    moved = {key: tensor.clone() for key, tensor in checkpoints.model.state_dict().items()}
+    path = checkpoints.path(1) / name
+    middle = path.stat().st_size // 2
+    flipped(path, middle)
+    with pytest.raises(ValueError, match=rf"step-00000001 can't be loaded: .*{name}.* earlier one"):
+        checkpoints.load(checkpoints.path(1))
+    assert all(torch.equal(tensor, moved[key]) for key, tensor in checkpoints.model.state_dict().items())
+    flipped(path, middle)
+    checkpoints.load(checkpoints.path(1))
+    assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoints.model.state_dict().items())
+
+
+def test_a_file_that_is_gone_or_not_of_the_checkpoint_is_named(checkpoints):
+    checkpoints.save(TrainerState(1))
+    path = checkpoints.path(1) / "optimizer.bin"
+    content = path.read_bytes()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"can't be loaded: optimizer\.bin or SHA256SUMS is not as"):
+        checkpoints.load(checkpoints.path(1))
+    path.write_bytes(content)
+    (path.parent / ".nfs0001").write_text("of a network disk")
+    checkpoints.load(checkpoints.path(1))
+    (path.parent / "custom_checkpoint_0.pkl").write_text("of somebody")
+    with pytest.raises(ValueError, match=r"can't be loaded: custom_checkpoint_0\.pkl or SHA256SUMS is not as"):
+        checkpoints.load(checkpoints.path(1))
+
+
+def test_digests_can_be_checked_without_this_program(checkpoints):
+    checkpoints.save(TrainerState(1))
+    subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=checkpoints.path(1), check=True, timeout=20)
+
+
+def test_a_checkpoint_without_digests_is_loaded_and_said_to_be_unchecked(checkpoints, caplog):
+    checkpoints.save(TrainerState(1))
+    (checkpoints.path(1) / SUMS).unlink()
+    assert checkpoints.load(checkpoints.path(1)) == TrainerState(1)
+    assert "step-00000001 has no SHA256SUMS" in caplog.text
 
 
 def test_nothing_is_loaded_with_pickles(checkpoints, monkeypatch):
@@ -154,6 +238,18 @@ def test_no_checkpoint_is_an_error(checkpoints, tmp_path):
         read_state(tmp_path)
     (tmp_path / STATE).write_text(json.dumps({"step": 1, "colour": "blue"}))
     with pytest.raises(ValueError, match=r"trainer\.json.*colour"):
+        read_state(tmp_path)
+
+
+STATES = ["", "[]", "{}", "null", "7", '{"step": "x"}', '{"step": -8}', '{"step": true}', '{"step": 1.5}']
+STATES += ['{"step": 1, "curve": {}}', '{"step": 1, "config": []}', '{"step": 1, "best_recall": "x"}', '{"step"']
+STATES += ["[" * 1000 + "]" * 1000]
+
+
+@pytest.mark.parametrize("content", STATES)
+def test_a_state_that_is_none_is_one_line_that_names_it(tmp_path, content):
+    (tmp_path / STATE).write_text(content)
+    with pytest.raises(ValueError, match=r"^[^\n]*trainer\.json is not the state[^\n]*Remove the checkpoint\.$"):
         read_state(tmp_path)
 
 

@@ -20,12 +20,13 @@ import torch
 from conftest import randomise, tiny_config
 from datasets import DatasetDict, load_from_disk
 from safetensors.torch import load_file
+from test_checkpoints import flipped
 from test_train_accelerate import flags
 
 import train_accelerate
 import training.step
 from modeling_capivara import CapivaraModel
-from training.checkpoints import Checkpoints
+from training.checkpoints import SUMS, Checkpoints, _sums
 from training.loop import Trainer
 from training.step import ExactStep
 
@@ -462,6 +463,33 @@ def test_one_other_caption_is_another_data_set(run, base_folder, tiny_dataset_fo
     assert f"data {dataset} train: '" in stop.value.code and "validation" not in stop.value.code
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin"])
+def test_a_flipped_byte_ends_the_run_before_any_work_and_an_earlier_checkpoint_goes_on(
+    run, undisturbed, tmp_path, monkeypatch, name
+):
+    out = tmp_path / "out"
+    killed_run(run(out, keep_last=2), Trainer, "_one_step", 6)
+    checkpoint = tmp_path / "out.partial/checkpoints/step-00000004"
+    flipped(checkpoint / name, (checkpoint / name).stat().st_size // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_accelerate, "load_inputs", None)
+        with pytest.raises(SystemExit, match=rf"^error: .*step-00000004 can't be loaded: {name} or .*--resume auto"):
+            train_accelerate.main(run(out, keep_last=2, resume="auto"))
+    shutil.rmtree(checkpoint)
+    train_accelerate.main(run(out, keep_last=2, resume="auto"))
+    assert_as_undisturbed(out, undisturbed)
+
+
+@pytest.mark.parametrize("step", ['"x"', "-8"])
+def test_a_state_that_cannot_be_is_one_line(run, tmp_path, step):
+    killed_run(run(tmp_path / "out"), Trainer, "_one_step", 6)
+    path = tmp_path / "out.partial/checkpoints/step-00000004/trainer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"step": 4', f'"step": {step}', 1), encoding="utf-8")
+    (path.parent / SUMS).unlink()
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*step-00000004/trainer\.json[^\n]*Remove the checkpoint\.$"):
+        train_accelerate.main(run(tmp_path / "out", resume="auto"))
+
+
 def test_settings_that_change_no_weight_may_change(run, undisturbed, tmp_path):
     out = tmp_path / "out"
     killed_run(run(out), Trainer, "_one_step", 4)
@@ -654,6 +682,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(run, tmp_path):
     killed_run(run(tmp_path / "out"), Trainer, "_one_step", 6)
     path = tmp_path / "out.partial/checkpoints/step-00000004/optimizer.bin"
     torch.save(Malicious(tmp_path / "proof"), path)
+    (path.parent / SUMS).write_bytes(_sums(path.parent))
     with pytest.raises(SystemExit, match=r"step-00000004 can't be loaded"):
         train_accelerate.main(run(tmp_path / "out", resume="auto"))
     assert not (tmp_path / "proof").exists() and path.is_file()

@@ -1,11 +1,14 @@
 """Checkpoints of a run: written by Accelerate into a temporary folder, renamed when whole, read without pickles.
 
+Digests of all files are kept beside them and compared before anything is loaded, so that no flipped byte goes unseen.
+
 Everything random in a run derives from its seed and the number of the step, so weights, optimiser and the curve are
 all that a run needs to end with the same bits (Accelerate's own restored samplers and generators do not give that).
 """
 
 import errno
-import json
+import hashlib
+import logging
 import os
 import pickle
 import re
@@ -16,19 +19,25 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from artifacts import no_space_left, write_json
+from artifacts import no_space_left, read_json, write_bytes, write_json
 
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
+SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
+DAMAGE = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)  # what torch.load says of it
 FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
 # What may differ between a run and its continuation: it changes no weight.
 FREE = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
 FREE |= {"accumulation", "loading_workers", "num_threads", "streaming", "runs", "interpolate"}
 FREE |= {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private"}
+logger = logging.getLogger("capivara")
 
 
+@strict
 @dataclass
 class TrainerState:
     """Where a run is.
@@ -54,6 +63,10 @@ class TrainerState:
     seconds: float = 0.0
     threads: int = 0
     device: str = ""
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step must be at least 0, got {self.step}")
 
 
 class Checkpoints:
@@ -98,6 +111,7 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
                 write_json(temporary / STATE, asdict(state))
+                write_bytes(temporary / SUMS, _sums(temporary))
                 _to_disk(temporary)
                 temporary.rename(path)
                 _sync_folder(self.folder)
@@ -123,10 +137,11 @@ class Checkpoints:
         Raises:
             ValueError: it is no checkpoint, is damaged, or holds more than tensors.
         """
+        check_files(path)
         state = read_state(path)
         try:
             self.accelerator.load_state(str(path))  # safetensors, and torch.load with weights_only
-        except (pickle.UnpicklingError, EOFError, KeyError, RuntimeError, SafetensorError) as error:
+        except (*DAMAGE, pickle.UnpicklingError, SafetensorError) as error:
             raise ValueError(
                 f"The checkpoint {path} can't be loaded: it is damaged, or holds more than tensors "
                 f"({type(error).__name__}). Remove it, and --resume auto goes on from an earlier one or from the start."
@@ -149,11 +164,41 @@ def read_state(path: Path) -> TrainerState:
     if not (path / STATE).is_file():
         raise ValueError(f"{path} is no checkpoint of a run: it has no {STATE}.")
     try:
-        return TrainerState(**json.loads((path / STATE).read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+        return TrainerState(**read_json(path / STATE, step=int))
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
         raise ValueError(
-            f"{path / STATE} is not the state of a run of this version: {error}. Remove the checkpoint."
+            f"{path / STATE} is not the state of a run of this version: {said}. Remove the checkpoint."
         ) from error
+
+
+def check_files(path: Path) -> None:
+    """Raise ValueError, naming the files, where a checkpoint is not as it was written.
+
+    It reads all of them once. A checkpoint of an earlier version has no digests, which is said.
+    """
+    if not (path / SUMS).is_file():
+        if (path / STATE).is_file():
+            logger.warning("%s has no %s: it is of an earlier version, and damage to it is not noticed.", path, SUMS)
+        return
+    written, found = (path / SUMS).read_bytes(), _sums(path)
+    if written != found:
+        names = {line[66:].decode("utf-8", "replace") for line in {*written.split(b"\n")} ^ {*found.split(b"\n")}}
+        raise ValueError(
+            f"The checkpoint {path} can't be loaded: {', '.join(sorted(names))} or {SUMS} is not as it was written. "
+            "Remove it, and --resume auto goes on from an earlier one or from the start."
+        )
+
+
+def _sums(folder: Path) -> bytes:
+    """A line a file, "digest, two blanks, name"; hidden files are of the file manager or the network disk."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != SUMS and not path.name.startswith("."):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
+    return "".join(lines).encode()
 
 
 def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:
