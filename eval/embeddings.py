@@ -4,13 +4,14 @@
     images = store.images(ImageRows(rows.__getitem__, len(rows)))
     text_embeds = store.texts(["uma foto de um gato"])
 
-Rows go through in shards, files of their own: an interrupted run goes on at the first one that is missing, and the
-processes of `accelerate launch` share them out. A shard's batches do not depend on who embeds it, so that one process
-and several give the same bits.
+Rows go through in shards, files of their own: an interrupted run goes on at the first one that is missing or damaged,
+which its digest tells, and the processes of `accelerate launch` share them out. A shard's batches do not depend on who
+embeds it, so that one process and several give the same bits.
 """
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,12 +25,11 @@ from pathlib import Path
 import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from artifacts import write_bytes
+from artifacts import DIGEST_BYTES, has_digest, write_with_digest
 from captions.image_files import BYTES_ALONE, ImageFiles, decode_image, image_digest
 from captions.rows import BadImage
 from embedders import Embedder
@@ -37,6 +37,7 @@ from processes import processes
 
 VERSION = 1  # of the files; raise it when their content changes
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
+logger = logging.getLogger("capivara")
 DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36 MB
 
 
@@ -185,13 +186,15 @@ class EmbeddingStore:
         folder = (self.root or self._temporary) / "evaluation" / key
         state = processes()
         paths = [folder / f"{kind}-{number:05d}.safetensors" for number in range(len(shards))]
-        missing = [number for number, path in enumerate(paths) if not _is_whole(path)]
+        missing = [number for number, path in enumerate(paths) if not has_digest(path)]
+        for path in [paths[number] for number in missing if paths[number].exists() and state.is_main_process]:
+            logger.warning("%s is damaged, or of an earlier version; it is made anew.", path)
         state.wait_for_everyone()  # before one of them writes what another would count as there
         mine = missing[state.process_index :: state.num_processes]
         rows = sum(len(shards[number]) for number in mine)
         with tqdm(total=rows, desc=description, unit=kind[:-1], disable=not mine or _quiet()) as bar:
             for number in mine:
-                write_bytes(paths[number], _packed(*embed(shards[number], bar)))
+                write_with_digest(paths[number], _packed(*embed(shards[number], bar)))
         state.wait_for_everyone()
         return [_unpacked(path) for path in paths]
 
@@ -217,22 +220,14 @@ def _shards(rows: int, size: int) -> list[range]:
 
 def _packed(embeds: Tensor, rows: Tensor, skipped: dict[int, str]) -> bytes:
     """A shard's file."""
-    return save({"embeds": embeds.contiguous(), "rows": rows}, metadata={"skipped": json.dumps(skipped)})
+    told = torch.frombuffer(bytearray(json.dumps(skipped).encode()), dtype=torch.uint8)
+    return save({"embeds": embeds.contiguous(), "rows": rows, "skipped": told})
 
 
 def _unpacked(path: Path) -> tuple[Tensor, Tensor, dict[int, str]]:
-    with safe_open(path, framework="pt") as file:
-        skipped = json.loads(file.metadata()["skipped"])
-        return file.get_tensor("embeds"), file.get_tensor("rows"), {int(row): why for row, why in skipped.items()}
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the shard is there and its header fits its size; a damaged one is made anew."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "skipped" in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
+    tensors = load(path.read_bytes()[:-DIGEST_BYTES])
+    skipped = json.loads(tensors["skipped"].numpy().tobytes())
+    return tensors["embeds"], tensors["rows"], {int(row): why for row, why in skipped.items()}
 
 
 def _quiet() -> bool:

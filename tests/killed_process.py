@@ -45,8 +45,8 @@ def main(phase: str, count: int, argv: list[str]) -> None:
     else:  # of a shard of the cache, of a checkpoint, or of the run that takes the place of another
         thing, moment = phase.split("-")
         prefix = {"cache": ".shard-", "rename": "tmp-step-", "replace": "out.partial"}[thing]
-        hit = lambda path, target: die() if path.name.startswith(prefix) else None  # noqa: E731
-        replace(Path, "rename", **{moment: hit})
+        hit = lambda path, target: die() if Path(path).name.startswith(prefix) else None  # noqa: E731
+        replace(*((os, "replace") if thing == "cache" else (Path, "rename")), **{moment: hit})
     train_accelerate.main(argv)
 
 

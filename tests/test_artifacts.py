@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 
 from artifacts import (
+    DIGEST_BYTES,
     check_free_space,
     check_output_file,
+    has_digest,
     next_numbered_folder,
     package_versions,
+    read_json,
     remove_leftovers,
     whole_folder,
     write_json,
+    write_with_digest,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +34,37 @@ def test_json_is_replaced_whole(tmp_path):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ação"}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_every_byte_of_a_file_with_a_digest_counts(tmp_path):
+    path, data = tmp_path / "x", bytes(range(200, 256))
+    assert not has_digest(path)
+    write_with_digest(path, data)
+    assert has_digest(path) and path.read_bytes()[:-DIGEST_BYTES] == data
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for mask in (1, 0x20, 0xFF):  # 0x20 makes a small letter of the digest a capital
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ mask]) + whole[place + 1 :])
+            assert not has_digest(path), (place, mask)
+        path.write_bytes(whole[:place])
+        assert not has_digest(path), f"{place} bytes"
+    path.write_bytes(whole + b"\0")
+    assert not has_digest(path)
+
+
+def test_json_that_is_none_is_named(tmp_path):
+    path = tmp_path / "x.json"
+    for content in ("", "{", "[" * 1000, '{"a": ' * 1000 + "1" + "}" * 1000, "\udc80"):
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ValueError, match=r"x\.json is damaged, or no JSON"):
+            read_json(path)
+    for content in ("[]", "null", "7", "{}", '{"a": null}', '{"a": "1"}', '{"a": true}'):
+        path.write_text(content)
+        read_json(path)
+        with pytest.raises(ValueError, match=r"x\.json(:| must hold).*\ba\b"):
+            read_json(path, a=int)
+    path.write_text('{"a": 1}')
+    assert read_json(path, a=int) == {"a": 1}
 
 
 def test_folder_appears_at_the_end(tmp_path):

@@ -18,16 +18,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from caption_tars import encoded, write_tar
 from datasets import Dataset, Image, load_from_disk
+from test_checkpoints import flipped
 from test_train_accelerate import ROOT, flags
 
 import train_accelerate
 import training.images
+from artifacts import DIGEST_BYTES, has_digest
 from captions.image_files import decode_image
 from captions.sources import open_source
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
-from training.images import Views, augmented, build_cache, random_state
+from training.images import Views, augmented, build_cache, check_images, random_state
 from training.rows import caption_table
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
@@ -139,7 +141,7 @@ def test_what_another_cache_is_made_for(tiny_model, tiny_processor, tiny_dataset
         weights[5] = torch.nextafter(weights[5], torch.tensor(9.0))  # the last bit of one number
         folders[name] = cache_of(tiny_model, views, root).folder
     assert len(set(folders.values())) == len(folders), folders
-    assert all(len(shards(folder)) == 2 for folder in folders.values())
+    assert all(len(shards(folder)) == 1 for folder in folders.values())
 
 
 def test_what_the_cache_does_not_depend_on(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
@@ -213,7 +215,7 @@ cache_of(load_model({str(tiny_folder)!r}).eval(), views, Path({str(tmp_path / "k
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     (folder,) = (tmp_path / "killed").iterdir()
     left = shards(folder)
-    assert {name for name in left if name.endswith("npy")} == {"shard-00000.npy", "shard-00001.npy"}
+    assert left.keys() == {"shard-00000.npy", "shard-00001.npy"}
 
     monkeypatch.setattr(training.images, "SHARD_ROWS", 3)
     views = views_of(tiny_dataset_folder, tiny_processor, 2)
@@ -236,27 +238,64 @@ def saved_as(change):
 
 
 DAMAGES = {
+    "a flipped byte of an embedding": lambda path: flipped(path, 200, 1),
+    "a flipped byte of the list of bad images": lambda path: flipped(path, path.stat().st_size - DIGEST_BYTES - 1),
+    "a flipped byte of the digest": lambda path: flipped(path, path.stat().st_size - 1),
     "truncated": cut(-10),
     "empty": cut(0),
     "cut in the header": cut(9),
     "garbage": lambda path: path.write_bytes(b"no array" * 99),
-    "an image too few": saved_as(lambda shard: shard[1:]),
-    "another width": saved_as(lambda shard: shard[..., 1:]),
-    "float32": saved_as(lambda shard: shard.astype(np.float32)),
-    "its list of bad images": lambda path: path.with_suffix(".json").write_text("[[1"),
+    "of an earlier version": saved_as(lambda shard: shard),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_refused_by_name(
-    tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, damage
+def test_a_damaged_shard_is_made_anew_and_said(
+    tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, caplog, damage
 ):
     monkeypatch.setattr(training.images, "SHARD_ROWS", 6)
     views = views_of(tiny_dataset_folder, tiny_processor)
-    path = cache_of(tiny_model, views, tmp_path).folder / "shard-00001.npy"
-    DAMAGES[damage](path)
-    with pytest.raises(ValueError, match=r"shard-00001\.(npy|json).*Remove it"):
+    folder = cache_of(tiny_model, views, tmp_path).folder
+    whole = shards(folder)
+    DAMAGES[damage](folder / "shard-00001.npy")
+    assert shards(folder) != whole
+    with counted_images(monkeypatch) as counts:
         cache_of(tiny_model, views, tmp_path)
+    assert sum(counts) == 6 and shards(folder) == whole
+    assert [line for line in caplog.messages if "shard-00001.npy is damaged, or of an earlier" in line]
+
+
+OTHERS = {
+    "an image too few": lambda shard: shard[1:],
+    "another width": lambda shard: shard[..., 1:],
+    "float32": lambda shard: shard.astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_a_shard_of_something_else_is_refused_by_name(
+    tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, change
+):
+    monkeypatch.setattr(training.images, "SHARD_ROWS", 6)
+    views = views_of(tiny_dataset_folder, tiny_processor)
+    cache = cache_of(tiny_model, views, tmp_path)
+    cache.write(1, OTHERS[change](np.load(cache.paths()[1])), [])
+    with pytest.raises(ValueError, match=r"shard-00001\.npy should be .*Remove it"):
+        cache_of(tiny_model, views, tmp_path)
+
+
+def test_a_damaged_note_of_bad_images_is_made_anew(tiny_processor, tiny_dataset_folder, tmp_path):
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {7: BROKEN})
+    views = views_of(dataset, tiny_processor)
+    expected = check_images(views, tmp_path / "notes")
+    (path,) = (tmp_path / "notes").iterdir()
+    content = path.read_bytes()
+    for place in range(len(content)):
+        flipped(path, place)
+        assert not has_digest(path)
+        flipped(path, place)
+    flipped(path, 2)
+    assert check_images(views, tmp_path / "notes") == expected and path.read_bytes() == content
 
 
 @pytest.mark.slow
@@ -294,7 +333,7 @@ train_accelerate.main()
         {folder.name: shards(folder) for folder in home.glob("image_embeddings/*/")}
         for home in (tmp_path / "home", tmp_path / "two-home")
     ]
-    assert sorted(len(files) for files in caches[0].values()) == [2 * 2, 2 * 4], "of validation and training images"
+    assert sorted(len(files) for files in caches[0].values()) == [2, 4], "of validation and training images"
     assert caches[0] == caches[1]
     run = json.loads((tmp_path / "two" / "run.json").read_text(encoding="utf-8"))
     assert run["processes"] == 2
@@ -308,7 +347,7 @@ def test_workers_make_the_same_cache(tiny_model, tiny_processor, tiny_dataset_fo
     monkeypatch.setattr(training.images, "SHARD_ROWS", 5)
     views = views_of(tiny_dataset_folder, tiny_processor, 2)
     caches = [cache_of(tiny_model, views, tmp_path / str(workers), workers=workers) for workers in (0, 1)]
-    assert shards(caches[0].folder) == shards(caches[1].folder) and len(shards(caches[0].folder)) == 2 * 3
+    assert shards(caches[0].folder) == shards(caches[1].folder) and len(shards(caches[0].folder)) == 3
 
 
 @pytest.mark.parametrize("form", ["saved", "tars"])

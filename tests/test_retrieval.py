@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from test_checkpoints import flipped
 
 import embedders
 from captions.sources import open_source
@@ -86,6 +87,18 @@ def test_second_run_embeds_nothing(tiny_folder, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("embedders.embed_images", lambda *args, **kwargs: pytest.fail("embedded again"))
     monkeypatch.setattr("embedders.embed_texts", lambda *args, **kwargs: pytest.fail("embedded again"))
     main(flags(tiny_folder, folder, tmp_path / "b.json", *more))
+    assert read_records(tmp_path / "a.json") == read_records(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("kind", ["images", "texts"])
+def test_a_flipped_byte_of_the_cache_is_noticed_and_made_anew(tiny_folder, folder, tmp_path, kind, caplog):
+    more = ("--cache_dir", tmp_path / "cache")
+    main(flags(tiny_folder, folder, tmp_path / "a.json", *more))
+    (path,) = (tmp_path / "cache").rglob(f"{kind}-*.safetensors")
+    whole = path.read_bytes()
+    flipped(path, len(whole) // 2, 0x40)  # of an embedding
+    main(flags(tiny_folder, folder, tmp_path / "b.json", *more))
+    assert path.read_bytes() == whole and f"{path} is damaged" in caplog.text
     assert read_records(tmp_path / "a.json") == read_records(tmp_path / "b.json")
 
 

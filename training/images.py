@@ -5,6 +5,7 @@ augmentation at every step (0), as in the paper.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -19,12 +20,13 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from artifacts import check_free_space, read_json, write_json
+from artifacts import DIGEST_BYTES, check_free_space, has_digest, read_json, write_json, write_with_digest
 from captions.image_files import decode_image
 from captions.rows import BadImage, Skipped
 from captions.sources import Source
@@ -147,8 +149,9 @@ def embed_pixels(model: CapivaraModel, pixels: Tensor, accelerator: Accelerator)
 class EmbeddingCache:
     """Embeddings of every view of every image of one source, float16, memory-mapped.
 
-    One `shard-*.npy` (images, views, width) for `SHARD_ROWS` images; a shard is there whole or not at all. What made
-    them is in `cache.json` and in the folder's name: weights, preprocessing, augmentation, precision, seed and images.
+    One `shard-*.npy` (images, views, width) for `SHARD_ROWS` images, followed by the list of the bad ones as JSON and a
+    digest of both; a shard is there whole or not at all. What made them is in `cache.json` and in the folder's name:
+    weights, preprocessing, augmentation, precision, seed and images.
 
     Attributes:
         folder: of this cache.
@@ -163,10 +166,13 @@ class EmbeddingCache:
     def paths(self) -> list[Path]:
         return [self.folder / f"shard-{n:05d}.npy" for n in range(-(-self.images // SHARD_ROWS))]
 
-    def bytes_missing(self) -> int:
-        """On disk, of the shards that are still to be made."""
-        row = self.views * self.width * 2
-        return sum(row * len(self.places(n)) for n, path in enumerate(self.paths()) if not path.exists())
+    def missing(self) -> list[int]:
+        """Shards that are still to be made, which one that is damaged or of an earlier version is, too."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
+            whole = list(executor.map(has_digest, self.paths()))
+        for path in [path for path, good in zip(self.paths(), whole, strict=True) if not good and path.exists()]:
+            logger.warning("%s is damaged, or of an earlier version; it is made anew.", path)
+        return [number for number, good in enumerate(whole) if not good]
 
     def places(self, shard: int) -> range:
         return range(shard * SHARD_ROWS, min((shard + 1) * SHARD_ROWS, self.images))
@@ -182,9 +188,11 @@ class EmbeddingCache:
             expected = (len(self.places(number)), self.views, self.width)
             try:
                 shard = np.load(path, mmap_mode="r", allow_pickle=False)
-                bad = read_json(path.with_suffix(".json"))
+                with path.open("rb") as file:
+                    file.seek(shard.offset + shard.nbytes)
+                    bad = json.loads(file.read()[:-DIGEST_BYTES])
             except (ValueError, EOFError, OSError) as error:
-                raise ValueError(f"{path} or its .json can't be read: {error}. Remove it.") from error
+                raise ValueError(f"{path} can't be read: {error}. Remove it.") from error
             if shard.shape != expected or shard.dtype != np.float16:
                 raise ValueError(f"{path} should be {expected} float16, it is {shard.shape} {shard.dtype}. Remove it.")
             self._shards.append(shard)
@@ -197,18 +205,10 @@ class EmbeddingCache:
 
     def write(self, shard: int, embeds: np.ndarray, bad: list[tuple[int, str, str]]) -> None:
         """Put a shard in its place, in one piece."""
-        path = self.paths()[shard]
-        write_json(path.with_suffix(".json"), bad)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                np.save(file, embeds, allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        file = io.BytesIO()
+        np.save(file, embeds, allow_pickle=False)
+        file.write(json.dumps(bad).encode())
+        write_with_digest(self.paths()[shard], file.getvalue())
 
 
 def cache_parts(model: CapivaraModel, views: Views, precision: str) -> dict[str, Any]:
@@ -249,15 +249,18 @@ def build_cache(
     parts = cache_parts(model, views, accelerator.mixed_precision)
     folder = _cache_folder(root, parts)
     cache = EmbeddingCache(folder, len(views.table), views.augmented_views, model.config.projection_dim)
-    missing = [number for number, path in enumerate(cache.paths()) if not path.exists()]
-    accelerator.wait_for_everyone()  # all must see the same shards as missing: none is written before this line
+    found = [cache.missing() if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    (missing,) = found
     if missing:
+        needed = sum(len(cache.places(number)) for number in missing) * cache.views * cache.width * 2
         if accelerator.is_main_process:
             logger.info(
                 "Image-embedding cache: %s images x %s views x %s x 2 bytes, %s MB to write to %s.",
-                f"{cache.images:,}", cache.views, cache.width, f"{cache.bytes_missing() / 1e6:,.1f}", folder,
+                f"{cache.images:,}", cache.views, cache.width, f"{needed / 1e6:,.1f}", folder,
             )  # fmt: skip
-        check_free_space(folder, cache.bytes_missing())
+        check_free_space(folder, needed)
         write_json(folder / "cache.json", parts)
         # A run of shards each: a streamed source is read to its end only by the last.
         own = np.array_split(missing, accelerator.num_processes)[accelerator.process_index].tolist()
@@ -318,7 +321,7 @@ def _embedded_shards(
 def _cache_folder(root: Path, parts: dict[str, Any]) -> Path:
     """The folder for `parts`: one under `root` that is named after them, or `root` where it is a cache itself."""
     if (root / "cache.json").is_file():
-        there = read_json(root / "cache.json")
+        there = read_json(root / "cache.json", version=int)
         differing = [key for key in parts if there.get(key) != parts[key]]
         if differing:
             raise ValueError(
@@ -386,8 +389,8 @@ def check_images(views: Views, root: Path) -> dict[int, tuple[str, str]]:
     for chunk in views.table.select_columns(["digest"]).iter(10_000):
         images.update("".join(chunk["digest"]).encode())
     path = root / f"checked-{images.hexdigest()}.json"
-    if path.is_file():
-        return {place: (reason, detail) for place, reason, detail in json.loads(path.read_text(encoding="utf-8"))}
+    if has_digest(path):
+        return {place: (reason, detail) for place, reason, detail in json.loads(path.read_bytes()[:-DIGEST_BYTES])}
     bad, plain = [], replace(views, augmented_views=1)  # what can be preprocessed can be augmented, which takes longer
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as executor:  # PIL decodes and resizes side by side
         chunks = (range(start, min(start + 1000, len(views))) for start in range(0, len(views), 1000))
@@ -396,7 +399,7 @@ def check_images(views: Views, root: Path) -> dict[int, tuple[str, str]]:
         for place, pixels in enumerate(bar):
             if isinstance(pixels, BadImage):
                 bad.append((place, pixels.reason, pixels.detail))
-    write_json(path, bad)
+    write_with_digest(path, json.dumps(bad).encode())
     return {place: (reason, detail) for place, reason, detail in bad}
 
 
