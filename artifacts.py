@@ -71,12 +71,12 @@ def read_json(path: Path, **fields: type) -> Any:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if fields and not isinstance(data, dict):
-        raise ValueError(f"{path} must hold an object with {', '.join(fields)}, it holds a {type(data).__name__}.")
+        raise ValueError(f"{path} must hold an object with {', '.join(fields)}, it holds a {type(data).__name__}")
     for name, kind in fields.items():
         if type(data.get(name)) is not kind:
-            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {str(data.get(name))[:80]!r}.")
+            raise ValueError(f"{path}: {name} must be of type {kind.__name__}, got {str(data.get(name))[:80]!r}")
     return data
 
 

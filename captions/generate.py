@@ -121,7 +121,7 @@ def read_prefixes(path: Path) -> list[str]:
     try:
         content = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}. Write it as captions/prefixes.json is written.") from error
+        raise ValueError(f"{error}. Write it as captions/prefixes.json is written.") from error
     prefixes = content.get("prefixes") if isinstance(content, dict) else None
     if not isinstance(prefixes, list) or not all(isinstance(prefix, str) for prefix in prefixes):
         raise ValueError(f'{path} must hold {{"prefixes": [texts]}}, as captions/prefixes.json does.')

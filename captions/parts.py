@@ -7,11 +7,13 @@ a list beside it. Where parts begin depends on `stage.json` alone, not on who wr
 share the work, and another number can go on with it. Nothing but the names of whole files tells what is done.
 """
 
+import itertools
 import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -23,8 +25,15 @@ import pyarrow.parquet as pq
 from artifacts import read_json, write_json
 
 STAGE_FILE = "stage.json"
+READ_ROWS = 16  # of a parquet file at once
 IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
 NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
+RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
+RECORD |= {"settings": dict, "columns": dict, "versions": dict}
+SOURCE = {"name": str, "split": str, "rows": int}
+SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
+MAX_ROWS = 10**9  # names of parts have nine digits
+MAX_SHOWN = 300  # letters of what a damaged file holds
 DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of its stage.json
 
 
@@ -86,7 +95,7 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
         if output.is_dir() and any(output.glob("*.parquet")):
             raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
         write_json(path, record)  # several at once write the same; where not, the comparison below tells
-    there = read_json(path)
+    there = stage_record(output)
     old, new = _flat(identity(there)), _flat(identity(json.loads(json.dumps(record))))
     differences = [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
@@ -164,11 +173,19 @@ def check_all_there(output: Path) -> None:
 
 
 def stage_record(output: Path | str) -> dict[str, Any]:
-    """`stage.json` of a folder. Raises ValueError where there is none."""
+    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
     path = Path(output) / STAGE_FILE
     if not path.is_file():
         raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
-    return read_json(path)
+    try:
+        record = read_json(path, **RECORD)
+        source, rows_per_part = record["source"], record["rows_per_part"]
+        good = all(type(source.get(name)) is kind for name, kind in SOURCE.items()) and rows_per_part > 0
+        if not good or not 0 <= source["rows"] < MAX_ROWS or not re.fullmatch(SPLIT, source["split"]):
+            raise ValueError(f"{path}: what it says of the source can't be, {str(source)[:MAX_SHOWN]}")
+    except ValueError as error:
+        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
+    return record
 
 
 def missing_rows(output: Path, record: dict[str, Any], missing: list[range]) -> str:
@@ -178,6 +195,40 @@ def missing_rows(output: Path, record: dict[str, Any], missing: list[range]) -> 
         f"{output} is unfinished: of its {record['source']['rows']} rows, {sum(map(len, missing))} are missing "
         f"({named}). Other shards may be at work on them; this goes on with all of them: {record['command']}"
     )
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says; pyarrow and `datasets` use several lines."""
+    return " ".join(str(error).split())
+
+
+def parquet_batches(
+    path: Path, groups: list[int] | None = None, columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a parquet file, of all its row groups or some, a few at once.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(READ_ROWS, row_groups=groups, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} can't be loaded: {one_line(error)}") from error
+
+
+@contextmanager
+def damage_named(paths: Sequence[Path]) -> Iterator[None]:
+    """Within it, where parquet files can't be read, the error names the one that is damaged. Raises ValueError."""
+    files = [path for path in paths if path.suffix == ".parquet"]
+    for file in files:
+        next(parquet_batches(file, []), None)  # opens it: a truncated one has no end
+    try:
+        yield
+    except ValueError:
+        for _ in itertools.chain.from_iterable(map(parquet_batches, files)):
+            pass
+        raise
 
 
 def command_line(module: str, flags: dict[str, Any]) -> str:
@@ -214,9 +265,11 @@ def _checked(path: Path, record: dict[str, Any]) -> int:
     try:
         with pq.ParquetFile(path) as file:
             digest, rows = (file.schema_arrow.metadata or {}).get(DIGEST_KEY, b""), file.metadata.num_rows
-    except pa.ArrowException as error:
-        raise ValueError(f"{path} is broken ({error}). Remove it, and go on with: {record['command']}") from error
-    if digest.decode() != identity_digest(record):
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is broken ({one_line(error)}). Remove it, and go on with: {record['command']}"
+        ) from error
+    if digest != identity_digest(record).encode():
         raise ValueError(
             f"{path} was made with other settings than those of {STAGE_FILE} beside it, or for another stage. Remove "
             f"it, and go on with: {record['command']}"
@@ -227,5 +280,8 @@ def _checked(path: Path, record: dict[str, Any]) -> int:
 def _reasons(path: Path) -> Counter[str]:
     if not path.is_file():
         return Counter()
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return Counter(json.loads(line)["reason"] for line in lines)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return Counter(str(json.loads(line)["reason"]) for line in lines)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Remove it and the part beside it, and go on.") from error

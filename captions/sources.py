@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from captions.image_files import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from captions.links import Bounds, refuse_links_out
-from captions.parts import STAGE_FILE, check_all_there
+from captions.parts import STAGE_FILE, check_all_there, damage_named, one_line, parquet_batches
 from captions.rows import MAX_DETAIL, Skipped
 from captions.tars import refuse_compressed, samples
 
@@ -39,7 +39,6 @@ MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities h
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 HEAD_ROWS = 100  # that columns are judged from where no schema declares them
-READ_ROWS = 16  # of a parquet file at once
 SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fingerprint of a source
 
 
@@ -136,7 +135,7 @@ class _ParquetSource(Source):
                         raise ValueError(f"{path} has other columns than {paths[0]}; make them alike.")
                     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{path} can't be loaded: {error}") from error
+                raise ValueError(f"{path} can't be loaded: {one_line(error)}") from error
             groups += [(path, group, size) for group, size in enumerate(sizes)]
         self._groups, self._paths = groups, paths
         self._starts = list(itertools.accumulate((size for *_, size in groups), initial=0))
@@ -157,12 +156,11 @@ class _ParquetSource(Source):
         first = bisect.bisect_right(self._starts, start) - 1
         surplus = start - self._starts[first]  # rows of the first group that come before
         for path, groups in itertools.groupby(self._groups[first:], key=lambda group: group[0]):
-            with pq.ParquetFile(path) as file:
-                numbers, columns = [number for _, number, _ in groups], None if only is None else list(only)
-                for batch in file.iter_batches(READ_ROWS, row_groups=numbers, columns=columns):
-                    rows = batch.slice(min(surplus, len(batch))).to_pylist()
-                    surplus -= len(batch) - len(rows)
-                    yield from (_with_image_dict(row, self._image_column) for row in rows)
+            numbers, columns = [number for _, number, _ in groups], None if only is None else list(only)
+            for batch in parquet_batches(path, numbers, columns):
+                rows = batch.slice(min(surplus, len(batch))).to_pylist()
+                surplus -= len(batch) - len(rows)
+                yield from (_with_image_dict(row, self._image_column) for row in rows)
 
     def fingerprint(self) -> str:
         return _files_fingerprint(self._paths)
@@ -333,7 +331,8 @@ def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -
 def load_files(form: str, paths: Sequence[Path], dataset: str, streaming: bool = False) -> Dataset | IterableDataset:
     """Files by the loader `form` of `datasets`: named, since a README in their folder may name any file or address."""
     names = {"train": [glob.escape(str(path)) for path in paths]}
-    return _load(dataset, form, data_files=names, split="train", streaming=streaming)
+    with damage_named(paths):
+        return _load(dataset, form, data_files=names, split="train", streaming=streaming)
 
 
 def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
@@ -346,7 +345,7 @@ def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
     try:
         data = load_from_disk(str(folder))
     except Exception as error:  # of datasets and pyarrow
-        raise ValueError(f"{folder} can't be loaded: {error.__cause__ or error}") from error
+        raise ValueError(f"{folder} can't be loaded: {one_line(error.__cause__ or error)}") from error
     if not isinstance(data, DatasetDict):
         raise ValueError(f"{folder} is one split of a data set; name the folder of the whole, {folder.parent}.")
     tables = [Path(file["filename"]) for split in data.values() for file in split.cache_files]
@@ -403,7 +402,7 @@ def _load(subject: str, *args: Any, **options: Any) -> Any:
     try:
         return load_dataset(*args, **options)
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
-        raise ValueError(f"{subject} can't be loaded: {error.__cause__ or error}") from error
+        raise ValueError(f"{subject} can't be loaded: {one_line(error.__cause__ or error)}") from error
 
 
 def _local_files(dataset: str) -> tuple[Path, list[Path]]:

@@ -30,6 +30,7 @@ from captions.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, SIMILARITIES, capt
 from captions.image_files import ImageFileArguments, image_bytes
 from captions.parts import (
     DIGEST_KEY,
+    SPLIT,
     StageReport,
     all_parts,
     check_complete,
@@ -103,7 +104,7 @@ class StageArguments(ImageFileArguments):
         for name in ("batch_rows", "rows_per_part"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not re.fullmatch(r"\w+([.-]\w+)*", self.split):
+        if not re.fullmatch(SPLIT, self.split):
             raise ValueError(f"split must be a name such as train, got {self.split!r}.")
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
         if Path(self.dataset).exists() and folder in (output, output.parent):  # its parts would be rows of the data set

@@ -11,7 +11,6 @@ hold a path of a machine or an access token.
 
 import argparse
 import difflib
-import json
 import logging
 import shutil
 import sys
@@ -336,10 +335,7 @@ def _write_records(model: Path, folder: Path) -> None:
     if (model / "run.json").is_file():
         records["run.json"] = model / "run.json"
     for name, path in records.items():
-        try:
-            write_json(folder / name, without_private_paths(read_json(path)))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
+        write_json(folder / name, without_private_paths(read_json(path)))
     for name in ("README.md", "LICENSE"):
         if (model / name).is_file():
             shutil.copyfile(model / name, folder / name)

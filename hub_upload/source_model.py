@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modeling_capivara import CapivaraConfig, CapivaraModel
+from modeling_capivara import CapivaraConfig, CapivaraModel, loading
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -28,15 +27,7 @@ def read_config(folder: Path) -> CapivaraConfig:
         seeds = sorted(path.name for path in folder.glob("seed-*") if (path / "config.json").is_file())
         hint = f" It is a run of several seeds; name one of {', '.join(seeds)} in it." if seeds else ""
         raise ValueError(f"The folder {folder} holds no model (config.json is missing).{hint}")
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-        if kind != "capivara":
-            raise ValueError(f"model_type is {kind!r}, not 'capivara'")
-        return CapivaraConfig.from_pretrained(folder)
-    except (ValueError, AttributeError, TypeError, OSError, StrictDataclassError) as error:
-        raise ValueError(
-            f"The config.json of {folder} is of no CAPIVARA model: {' '.join(str(error).split())}"
-        ) from error
+    return loading.read_config(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """CAPIVARA configuration: two towers, the size of the space they share, the temperature."""
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -18,6 +19,9 @@ TEXT_DEFAULTS = {
     "type_vocab_size": 1,
     "layer_norm_eps": 1e-5,
 }
+
+# No published model comes near. A file that asks for more is damaged or means harm: it would take hours, or all memory.
+LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 10**6, "image_size": 10**4, "num_labels": 10**6}
 
 
 @strict
@@ -36,8 +40,8 @@ class CapivaraConfig(PreTrainedConfig):
         logit_scale_init_value: natural logarithm of the scale that multiplies the cosines.
 
     Raises:
-        ValueError: a size is below 1, the scale is not finite, a tower's kind is unknown, or the text tower is an
-            encoder-decoder.
+        ValueError: a size is below 1 or over `LARGEST`, the scale is not finite, a tower's kind is unknown, or the text
+            tower is an encoder-decoder.
     """
 
     model_type = "capivara"
@@ -58,8 +62,9 @@ class CapivaraConfig(PreTrainedConfig):
             raise ValueError(f"projection_dim must be at least 1, got {self.projection_dim}.")
         if not math.isfinite(self.logit_scale_init_value):
             raise ValueError(f"logit_scale_init_value must be a finite number, got {self.logit_scale_init_value}.")
-        self.vision_config = _tower_config(self.vision_config, VISION_DEFAULTS)
-        self.text_config = _tower_config(self.text_config, TEXT_DEFAULTS)
+        _check_sizes("", kwargs.get)
+        self.vision_config = _tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
+        self.text_config = _tower_config("text_config", self.text_config, TEXT_DEFAULTS)
         if self.text_config.is_encoder_decoder:
             raise ValueError(
                 f"text_config must be an encoder, got the encoder-decoder {self.text_config.model_type!r}; "
@@ -68,11 +73,13 @@ class CapivaraConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-def _tower_config(config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:
+def _tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:
     """A tower's configuration object; a dictionary of the default kind is completed by the published values."""
     if isinstance(config, PreTrainedConfig):
+        _check_sizes(f"{name}.", lambda key: getattr(config, key, None))
         return config
     config = dict(config or {})
+    _check_sizes(f"{name}.", config.get)  # before the object is made, which writes a name for every label
     model_type = config.setdefault("model_type", defaults["model_type"])
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
@@ -84,4 +91,12 @@ def _tower_config(config: dict | PreTrainedConfig | None, defaults: dict) -> Pre
     if model_type == "timm_wrapper":
         config.setdefault("num_classes", 0)  # its `from_dict` fails without, and a tower has no classifier
     # `from_dict`, not the constructor: TimmWrapperConfig restores its labels there only.
-    return CONFIG_MAPPING[model_type].from_dict(config)
+    return _tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
+
+
+def _check_sizes(section: str, read: Callable[[str], Any]) -> None:
+    """Raise ValueError where a size that `read` gives by its name is over `LARGEST`."""
+    for key, most in LARGEST.items():
+        value = read(key)
+        if any(isinstance(size, int) and size > most for size in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{section}{key} must be at most {most}, got {value}.")

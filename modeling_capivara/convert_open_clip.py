@@ -25,14 +25,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .configuration_capivara import CapivaraConfig
-from .loading import load_model, load_processor
+from .loading import load_model, load_processor, read_config
 from .loss_capivara import similarity_logits
 from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import first_line, load_checkpoint
@@ -208,10 +207,9 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
 
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conversion:
     folder = _find_capivara(source)
-    processor = load_processor(folder)
+    config, processor = read_config(folder), load_processor(folder)
     # Whatever cannot be said in open_clip's configuration is refused here, before the weights are read.
     size, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
-    config = _load_config(folder)
     text_name = hf_model_name or str(output / "text_model")  # where it will be, not the temporary folder
     model_cfg = open_clip_model_cfg(config, text_name, size)
     model_cfg["text_cfg"]["hf_tokenizer_name"] = hf_model_name or BASE_TEXT_MODEL  # read for the Hub only
@@ -358,13 +356,6 @@ def _find_capivara(source: str) -> Path:
 def _is_capivara(folder: Path) -> bool:
     path = folder / "config.json"
     return path.is_file() and _read_json(path).get("model_type") == "capivara"
-
-
-def _load_config(folder: Path) -> CapivaraConfig:
-    try:
-        return CapivaraConfig.from_pretrained(folder)
-    except (StrictDataclassError, OSError, ValueError, TypeError) as error:
-        raise ValueError(f"The config.json of {folder} is not valid: {first_line(error)}") from error
 
 
 def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
@@ -553,7 +544,7 @@ def _open_clip() -> Any:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold fields, got a {type(content).__name__}.")

@@ -7,8 +7,27 @@ from pathlib import Path
 import torch
 from transformers import AutoProcessor
 
+from .configuration_capivara import CapivaraConfig
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
+
+
+def read_config(folder: str | Path) -> CapivaraConfig:
+    """The configuration of a model folder that is there.
+
+    Raises:
+        ValueError: its config.json is missing, damaged, of another kind of model, or asks for what can't be.
+    """
+    try:
+        content = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        kind = content.get("model_type") if isinstance(content, dict) else None
+        if kind != "capivara":
+            others = "; an evaluation takes other models as its baseline, as open_clip:local-dir:FOLDER or clip:FOLDER"
+            raise ValueError(f"model_type is {kind!r}, not 'capivara'" + others * isinstance(kind, str))
+        return CapivaraConfig.from_pretrained(folder)
+    except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
+        said = " ".join(str(error).split())
+        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {said}") from error
 
 
 def load_model(source: str | Path) -> CapivaraModel:
@@ -21,7 +40,7 @@ def load_model(source: str | Path) -> CapivaraModel:
             surplus; all of them are named.
     """
     _check_folder(source, "config.json", "is no model folder")
-    _check_kind(source)
+    _check_config(source)
     try:
         model, report = CapivaraModel.from_pretrained(
             source, dtype="float32", use_safetensors=True, output_loading_info=True
@@ -46,6 +65,7 @@ def load_processor(source: str | Path) -> CapivaraProcessor:
         "processor_config.json",
         "has no processor; save one there with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`",
     )
+    _check_config(source)
     try:
         processor = AutoProcessor.from_pretrained(source)
     except Exception as error:
@@ -65,20 +85,10 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
     return digest.hexdigest()
 
 
-def _check_kind(source: str | Path) -> None:
-    """Raise ValueError where a local config names another kind of model, whose weights would not fit one by one."""
-    path = Path(source) / "config.json"
-    if not path.is_file():
-        return
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        return  # transformers says what is wrong with it
-    if kind != "capivara":
-        raise ValueError(
-            f"The folder {source} is no CAPIVARA model, its config.json has model_type {kind!r}. An evaluation takes "
-            "other models as its baseline, named open_clip:local-dir:FOLDER or clip:FOLDER."
-        )
+def _check_config(source: str | Path) -> None:
+    """Raise ValueError where a local config.json is not as it should be; transformers' message would not name it."""
+    if (Path(source) / "config.json").is_file():
+        read_config(source)
 
 
 def _check_folder(source: str | Path, needed: str, fault: str) -> None:

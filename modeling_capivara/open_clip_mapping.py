@@ -194,13 +194,17 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
     _check_fields("text_cfg.tokenizer_kwargs", text_cfg.get("tokenizer_kwargs") or {}, TOKENIZER_FIXED, TOKENIZER_FREE)
     vision = _vision_config(model_cfg["vision_cfg"], bool(model_cfg.get("quick_gelu", False)))
     scale = {} if init_logit_scale is None else {"logit_scale_init_value": float(init_logit_scale)}
-    return CapivaraConfig(
-        vision_config=vision,
-        text_config=_text_config(text_cfg["hf_model_name"]),
-        projection_dim=model_cfg["embed_dim"],
-        text_projection_type=text_cfg.get("hf_proj_type", "mlp"),  # "mlp" is open_clip's default too
-        **scale,
-    )
+    text = _text_config(text_cfg["hf_model_name"])
+    try:
+        return CapivaraConfig(
+            vision_config=vision,
+            text_config=text,
+            projection_dim=model_cfg["embed_dim"],
+            text_projection_type=text_cfg.get("hf_proj_type", "mlp"),  # "mlp" is open_clip's default too
+            **scale,
+        )
+    except ValueError as error:
+        raise ValueError(f"model_cfg of {OPEN_CLIP_CONFIG} can't be: {error}") from error
 
 
 def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size: int | None = None) -> dict[str, Any]:
@@ -320,7 +324,7 @@ def _text_config(name: str) -> PreTrainedConfig | None:
         return CapivaraConfig().text_config  # known by heart: no network
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"text_cfg.hf_model_name of {OPEN_CLIP_CONFIG} is {name!r}; no text encoder's configuration is to be had "
             f"there ({first_line(error)}). If the folder has moved, write its new place into that file."

@@ -89,6 +89,20 @@ BAD_CONFIGS = {
     "unknown text tower": ({"text_config": {"model_type": "no_tower"}}, "'no_tower' is not known.*xlm-roberta"),
     "encoder and decoder": ({"text_config": {"model_type": "t5"}}, "'t5'.*'xlm-roberta'"),
     "no number": ({"logit_scale_init_value": math.nan}, "logit_scale_init_value must be a finite number, got nan"),
+    "too many layers": (
+        {"text_config": {"num_hidden_layers": 1001}},
+        r"^text_config.num_hidden_layers must be at most 1000, got 1001\.$",
+    ),
+    "as an object": ({"vision_config": ViTConfig(num_hidden_layers=10**7)}, "vision_config.num_hidden_layers must be"),
+    "by another name": (
+        {"text_config": {"model_type": "distilbert", "n_layers": 10**7}},
+        "text_config.num_hidden_layers must be at most 1000",
+    ),
+    "a side of many pixels": (
+        {"vision_config": {"model_type": "vit", "image_size": [224, 10**6]}},
+        "vision_config.image_size must be at most 10000",
+    ),
+    "too many labels": ({"num_labels": 10**10}, "^num_labels must be at most 1000000"),
     "infinite": ({"logit_scale_init_value": math.inf}, "logit_scale_init_value must be a finite number, got inf"),
 }
 

@@ -483,6 +483,7 @@ def test_missing_surplus_and_misshapen_tensors_are_all_named(tmp_path, tokenizer
         (None, "multimodal_cfg", {}),
         (None, "embed_dim", "wide"),
         ("vision_cfg", "layers", [3, 4, 6, 3]),
+        ("vision_cfg", "layers", 10**7),
         ("vision_cfg", "width", 50),
         ("vision_cfg", "image_size", [32, 64]),
         ("vision_cfg", "pool_type", "avg"),

@@ -220,6 +220,11 @@ def test_bad_texts_are_refused_by_name(tiny_processor, kind):
         tiny_processor(text=text)
 
 
+def test_an_image_that_is_none_is_refused(tiny_processor):
+    with pytest.raises(ValueError, match="got NoneType"):
+        tiny_processor(images=[None], text=["um gato"])
+
+
 def test_parts_in_the_wrong_order_are_refused():
     with pytest.raises(TypeError, match="image_processor"):
         CapivaraProcessor(tiny_tokenizer(), CapivaraImageProcessor())

@@ -253,7 +253,7 @@ def test_pictures_outside_of_the_folder_are_listed_and_not_read(tiny_folder, fol
 def test_no_capivara_model(folder, tmp_path, tiny_folder):
     config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
     (tiny_folder / "config.json").write_text(json.dumps({**config, "model_type": "clip"}), encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"is no CAPIVARA model.*clip:"):
+    with pytest.raises(SystemExit, match=r"is of no CAPIVARA model.*clip:"):
         main(flags(tiny_folder, folder, tmp_path / "r.json"))
 
 

@@ -1,0 +1,177 @@
+"""Damaged or harmful files at every entrance: one line that names the file, no traceback, and no long work."""
+
+import json
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from killed_stage import run
+from test_train_accelerate import flags
+
+import train_accelerate
+from captions import score, select
+from captions.parts import check_complete
+from eval import retrieval
+from hub_upload import export
+from modeling_capivara import convert_open_clip
+from modeling_capivara.loading import load_model
+from training import interpolate
+
+SECONDS = 20  # a config of 10^7 layers takes hours; the longest of these takes three
+
+
+def refused(main, argv: list) -> str:
+    """What a command says where it ends in an error, which is one line."""
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in argv])
+    said = str(end.value.code)
+    assert "\n" not in said and time.monotonic() - started < SECONDS, said
+    return said
+
+
+ENTRANCES = {
+    "train_accelerate": lambda model, data, out: (train_accelerate.main, flags(model, data, out)),
+    "eval.retrieval": lambda model, data, out: (
+        retrieval.main,
+        ["--model", model, "--dataset", data, "--output", out / "r.json", "--split", "test", "--recall_at", 1, 5],
+    ),
+    "captions.score": lambda model, data, out: (
+        score.main, ["--model", model, "--dataset", data, "--output", out, "--language", "pt"]
+    ),
+    "training.interpolate": lambda model, data, out: (interpolate.main, [model, model, "--output", out]),
+    "hub_upload.export": lambda model, data, out: (export.main, ["--model", model, "--output", out]),
+    "convert_open_clip": lambda model, data, out: (convert_open_clip.main, [model, out, "--to-open-clip"]),
+}  # fmt: skip
+
+
+def with_config(folder: Path, change) -> None:
+    path = folder / "config.json"
+    content = change(json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def with_tower(name: str, **settings):
+    return lambda config: config | {name: config[name] | settings}
+
+
+CONFIGS = {
+    "a thousand deep": lambda config: json.dumps(config)[:-1] + ', "x": ' + "[" * 1000 + "]" * 1000 + "}",
+    "ten million layers of text": with_tower("text_config", num_hidden_layers=10**7),
+    "ten million layers of vision": with_tower("vision_config", num_hidden_layers=10**7),
+    "ten thousand million positions": with_tower("text_config", max_position_embeddings=10**10),
+    "a picture of a million pixels a side": with_tower("vision_config", image_size=10**6),
+    "ten thousand million labels": lambda config: config | {"num_labels": 10**10},
+    "as many in a tower": with_tower("text_config", num_labels=10**10),
+    "empty": lambda config: "",
+    "a list": lambda config: "[]",
+    "a tower that is a list": lambda config: config | {"text_config": [1]},
+    "no layers": with_tower("text_config", num_hidden_layers="x"),
+}
+
+
+@pytest.mark.parametrize("fault", CONFIGS)
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_a_config_that_cannot_be(tiny_folder, tiny_dataset_folder, tmp_path, entrance, fault):
+    with_config(tiny_folder, CONFIGS[fault])
+    main, argv = ENTRANCES[entrance](tiny_folder, tiny_dataset_folder, tmp_path / "out")
+    assert f"{tiny_folder}" in (said := refused(main, argv)) and "config.json" in said
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("fault", CONFIGS)
+def test_load_model_names_the_config(tiny_folder, fault):
+    with_config(tiny_folder, CONFIGS[fault])
+    with pytest.raises(ValueError, match=r"^[^\n]*config\.json[^\n]*$"):
+        load_model(tiny_folder)
+
+
+@pytest.fixture
+def stage(tiny_dataset_folder, tmp_path, monkeypatch):
+    """The output of a stage with two parts of a split "train"; the second has a list of rows that were left out."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    run(numbered(tiny_dataset_folder, tmp_path), tmp_path / "stage")
+    assert len(list((tmp_path / "stage").glob("*.parquet"))) == 2
+    return tmp_path / "stage"
+
+
+def numbered(dataset: Path, folder: Path) -> str:
+    rows = datasets.load_from_disk(dataset)["train"]
+    rows = rows.add_column("number", range(2, len(rows) + 2))  # rows whose number ends in 5 are left out
+    datasets.DatasetDict(train=rows).save_to_disk(folder / "numbered")
+    return str(folder / "numbered")
+
+
+READERS = {
+    "captions.select": lambda model, stage, out: (
+        select.main, ["--dataset", stage, "--output", out, "--language", "pt", "--caption_strategy", "all"]
+    ),
+    "train_accelerate": lambda model, stage, out: (
+        train_accelerate.main, flags(model, stage, out, validation_split="train", test_split="train")
+    ),
+    "eval.retrieval": lambda model, stage, out: (
+        retrieval.main,
+        ["--model", model, "--dataset", stage, "--output", out / "r.json", "--split", "train", "--recall_at", 1, 5],
+    ),
+}  # fmt: skip
+
+
+def of_source(**values):
+    return lambda record: record | {"source": record["source"] | values}
+
+
+RECORDS = {
+    "a list": lambda record: [],
+    "no fields": lambda record: {},
+    "empty": lambda record: "",
+    "null": lambda record: None,
+    "a thousand deep": lambda record: "[" * 1000 + "]" * 1000,
+    "no source": lambda record: record | {"source": []},
+    "rows that are no number": of_source(rows="x"),
+    "rows below none": of_source(rows=-8),
+    "more rows than can be": of_source(rows=10**12),
+    "a split that is a path": of_source(split="../other/train"),
+    "parts of no row": lambda record: record | {"rows_per_part": 0},
+}
+
+
+@pytest.mark.parametrize("fault", RECORDS)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_stage_json_that_cannot_be(stage, tiny_folder, tmp_path, reader, fault):
+    path = stage / "stage.json"
+    changed = RECORDS[fault](json.loads(path.read_text(encoding="utf-8")))
+    path.write_text(changed if isinstance(changed, str) else json.dumps(changed), encoding="utf-8")
+    main, argv = READERS[reader](tiny_folder, stage, tmp_path / "out")
+    assert f"{path}" in (said := refused(main, argv)) and "run its stage again" in said
+    for step in (check_complete, lambda folder: run(str(tmp_path / "numbered"), folder)):
+        with pytest.raises(ValueError, match=r"^[^\n]*stage\.json[^\n]*run its stage again\.$"):
+            step(stage)
+
+
+def truncated(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
+def overwritten(path: Path) -> None:
+    """Noise in the first data page; the footer is whole."""
+    with path.open("r+b") as file:
+        file.seek(8)
+        file.write(b"\xff" * 60)
+
+
+@pytest.mark.parametrize("damage", [lambda path: truncated(path, -100), lambda path: truncated(path, 0), overwritten])
+@pytest.mark.parametrize("reader", READERS)
+def test_a_damaged_part_is_named(stage, tiny_folder, tmp_path, reader, damage):
+    path = sorted(stage.glob("*.parquet"))[0]
+    damage(path)
+    main, argv = READERS[reader](tiny_folder, stage, tmp_path / "out")
+    assert path.name in refused(main, argv)
+
+
+@pytest.mark.parametrize("content", ["{", "[]\n", "{}\n", "x" * 9, "[" * 1000])
+def test_a_damaged_list_of_rows_that_were_left_out_is_named(stage, content):
+    (path,) = stage.glob("*.skipped.jsonl")
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^[^\n]*skipped\.jsonl is damaged[^\n]*$"):
+        check_complete(stage)
