@@ -119,7 +119,9 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
     def close() -> None:
         decoder.close()
         shutil.rmtree(uploads.folder, ignore_errors=True)
-        os.environ |= {"GRADIO_TEMP_DIR": temporary} if temporary else {}
+        os.environ.pop("GRADIO_TEMP_DIR")
+        if temporary:
+            os.environ["GRADIO_TEMP_DIR"] = temporary
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -135,7 +137,7 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
     blocks = build_page(dataclasses.replace(demo, decode=decoder), uploads)
     try:
         _launch(blocks, host, port, {"lifespan": lifespan, "docs_url": None, "redoc_url": None, "openapi_url": None})
-    except OSError:
+    except BaseException:
         close()
         raise
     return blocks

@@ -17,7 +17,7 @@ RECEIVE_S = 60  # for an upload and for its turn, or for a question
 API = "/gradio_api"
 QUESTION, UPLOAD, PROGRESS, FILE = f"{API}/run/predict", f"{API}/upload", f"{API}/upload_progress", f"{API}/file="
 # The other routes of gradio are not the page's; among them are some that fetch addresses, or keep files for ever.
-PAGES = {"/", "/config", "/theme.css", "/favicon.ico"}
+PAGES = {"/", "/config", "/theme.css", "/favicon.ico", f"{API}/startup-events"}  # the last is asked by `launch` itself
 FOLDERS = ("/assets/", "/static/", FILE)
 # gradio's page has inline scripts and styles, and compiles templates.
 POLICY = (

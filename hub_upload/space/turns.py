@@ -36,7 +36,8 @@ class Turns:
             raise _error(BUSY)
         self._waiting += 1
         try:
-            await asyncio.wait_for(self._turn.acquire(), WAIT_S)
+            async with asyncio.timeout(WAIT_S):
+                await self._turn.acquire()
         except TimeoutError:
             raise _error(BUSY) from None
         finally:
@@ -50,9 +51,10 @@ class Turns:
         answer: Future[T] = Future()
         answer.set_running_or_notify_cancel()
         self._tasks.put((question, answer))
-        done, _ = await asyncio.wait([asyncio.wrap_future(answer)], timeout=QUERY_S)
-        if done:
-            return answer.result()
+        waited = asyncio.wrap_future(answer)
+        if (await asyncio.wait([waited], timeout=QUERY_S))[0]:
+            return waited.result()
+        waited.cancel()
         self._given_up += 1
         loop = asyncio.get_running_loop()
         answer.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended))
