@@ -284,7 +284,7 @@ def test_old_uploads_go(page, upload):
 
 def test_sessions_are_bounded(page):
     for number in range(3 * SESSIONS_KEPT):
-        assert page.ask("search_by_text", "azul", 48, session=f"visitor {number}")[0] == 200
+        assert page.ask("search_by_text", "azul", 48, session=f"visitor-{number}")[0] == 200
     assert len(page.blocks.app.state_holder.session_data) == SESSIONS_KEPT
     queue = page.blocks._queue
     assert not queue.pending_messages_per_session and not queue.event_analytics and not page.blocks.app.iterators
@@ -377,3 +377,17 @@ def test_the_decoding_process_gives_the_same_image():
         assert decode(file.getvalue()).size == (32, 32)
     finally:
         decode.close()
+
+
+@pytest.mark.slow
+def test_load_benchmark(tiny_folder, tmp_path):
+    from benchmarks.space_load import main
+
+    made_space.save_dataset(tmp_path / "areas")
+    flags = ["--model", str(tiny_folder), "--pictures", str(tmp_path / "areas"), "--output", str(tmp_path / "r.json")]
+    flags += ["--warm_up", "5", "--at_once", "30", "--sessions", "50", "--most_growth_mb", "-1000"]
+    with pytest.raises(SystemExit, match=r"error: grew by .* MB, 0 requests were not answered"):
+        main(flags)
+    figures = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert set(figures["answers"]) == {"200"} and figures["visitors"]["in_a_row"] == 50
+    assert figures["memory_mb"]["in_a_row"]["peak"] >= figures["memory_mb"]["in_a_row"]["after"] > 0
