@@ -245,10 +245,12 @@ def test_a_visit(trained, album_folder, tmp_path):
         fonts = opened.page.evaluate("getComputedStyle(document.querySelector('.cap-header h1')).fontFamily")
         assert fonts.startswith("system-ui")
         assert not opened.errors
-        visits_with_a_large_file(visitor)  # gradio asks for the progress of what it does not send, and gets a 404
+        visits_with_a_large_file(visitor)
+        visits_with_an_upload_that_is_gone(visitor, tmp_path / "gradio")
         assert not opened.refused and not opened.dialogs
         assert all(request.startswith((url, "data:", "blob:")) for request in opened.requests)
     assert network.read_text() == "", "the server asked something of the network"
+    assert not [*(tmp_path / "gradio").iterdir()], "uploads outlived the page"
 
 
 def visits_the_search(visitor: Visitor) -> None:
@@ -297,6 +299,15 @@ def visits_with_a_large_file(visitor: Visitor) -> None:
     visitor.tab("Buscar por imagem")
     visitor.upload("image", "grande.png", bytes(MAX_UPLOAD_BYTES + 1))
     visitor.sees(".toast-message-text", "o limite é de 20 MB")
+
+
+def visits_with_an_upload_that_is_gone(visitor: Visitor, folder: Path) -> None:
+    visitor.upload("image", "boa.png", png(3))
+    visitor.sees("#cap-image-result .cap-card:first-child .cap-title", made_space.CAPTIONS[3])
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    visitor.page.click("#cap-image-ask")
+    visitor.sees(".toast-message-text", "A imagem não está mais aqui")
 
 
 def visits_labels_and_captions(visitor: Visitor) -> None:

@@ -67,7 +67,7 @@ class Turns:
 
 
 def _error(message: str) -> gr.Error:
-    return gr.Error(message, title="Erro", print_exception=False)
+    return gr.Error(message, print_exception=False)
 
 
 def _thread() -> SimpleQueue:
