@@ -33,6 +33,7 @@ from hub_upload.space.guard import QUESTION, UPLOAD
 
 HANGS_S = 120  # a request without an answer: the page gives a question up after 50 s at most
 START_S = 1800  # the index is built where there is none
+SHOWN = 24  # pictures of an answer
 PICTURE_EVERY = 10  # visitors
 
 
@@ -127,15 +128,18 @@ async def visit(client: httpx.AsyncClient, numbers: dict[str, int], number: int,
             answers[type(error).__name__] += 1
             return None
 
-    async def asked(question: str, *data: object) -> None:
-        await sent("POST", QUESTION, json={"data": data, "fn_index": numbers[question], "session_hash": session})
+    async def asked(name: str, *data: object) -> None:
+        question = {"data": data, "fn_index": numbers[name], "session_hash": session}
+        answer = await sent("POST", QUESTION, json=question)
+        if answer is not None and answer.text.count("<data>") != SHOWN:
+            answers["without pictures"] += 1
 
     await sent("GET", "/")
-    await asked("search_by_text", f"um gato na casa número {number}", 48)
+    await asked("search_by_text", f"um gato na casa número {number}", SHOWN)
     if number % PICTURE_EVERY == 0:
         uploaded = await sent("POST", UPLOAD, files={"files": ("a.png", _picture(number))})
         if uploaded is not None and uploaded.status_code == 200:
-            await asked("search_by_image", {"path": uploaded.json()[0], "meta": {"_type": "gradio.FileData"}}, 48)
+            await asked("search_by_image", {"path": uploaded.json()[0], "meta": {"_type": "gradio.FileData"}}, SHOWN)
 
 
 def gradio_versions() -> dict[str, str]:

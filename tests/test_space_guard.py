@@ -16,7 +16,7 @@ from conftest import randomise, tiny_config
 from PIL import Image
 from test_space_page import asked, free_port
 
-from captions.rows import decode_image
+from captions.image_files import decode_image
 from embedders import CapivaraEmbedder
 from hub_upload.space.answers import Demo
 from hub_upload.space.index import Index, build_index, open_album

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import PIL.Image
 
-from captions.rows import BadImage, decode_image
+from captions.image_files import decode_image
+from captions.rows import BadImage
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE_S = 10  # a photograph of 50 million pixels takes under 2 s
 
 
 class Decoder:
-    """Called with the file of an upload, gives its image as `captions.rows.decode_image` does."""
+    """Called with the file of an upload, gives its image as `captions.image_files.decode_image` does."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
