@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import random
 import socket
@@ -102,12 +101,6 @@ def asked(url: str, data: bytes | None = None, **headers: str) -> tuple[int, dic
         return error.code, dict(error.headers), error.read()
 
 
-def question(path: str, number: int) -> bytes:
-    """What a visitor's browser sends for a picture, with a path of one's choice."""
-    file = {"path": path, "meta": {"_type": "gradio.FileData"}, "orig_name": "a.png"}
-    return json.dumps({"data": [file, 6], "fn_index": number, "session_hash": "abc"}).encode()
-
-
 def test_only_this_machine_and_only_the_page_is_served(served):
     _, blocks, url = served
     status, headers, page = asked(url)
@@ -117,45 +110,8 @@ def test_only_this_machine_and_only_the_page_is_served(served):
     assert blocks.max_file_size == MAX_UPLOAD_BYTES and not blocks.api_open
     for host in ("evil.example", "evil.example:7860"):
         assert asked(url, Host=host)[0] == 400, "a foreign name for this machine was answered"
-    for path in ("/docs", "/redoc", "/openapi.json"):
+    for path in ("/docs", "/redoc", "/openapi.json", "/gradio_api/info", "/gradio_api/openapi.json"):
         assert asked(url + path)[0] == 404
-    info = json.loads(asked(f"{url}/gradio_api/info")[2])
-    assert not info["named_endpoints"] and not info["unnamed_endpoints"]
-
-
-def test_no_file_outside_the_page_is_served(served, album_folder):
-    demo, _, url = served
-    paths = ["/etc/passwd", ROOT / "setup.cfg", album_folder / "README.md", demo.album.folder / "index.json"]
-    paths += [f"{demo.album.folder}/../../secret", "../../../../../../etc/passwd", "file:///etc/passwd"]
-    for path in map(str, paths):
-        status, _, body = asked(f"{url}/gradio_api/file={path}")
-        assert status in (403, 404) and b"root:" not in body, path
-    assert asked(f"{url}/gradio_api/proxy=http://127.0.0.1:9/")[0] in (400, 403, 404)
-
-
-def test_questions_that_are_refused(served):
-    _, blocks, url = served
-    ask = f"{url}/gradio_api/queue/join"
-    events = [number for number, event in blocks.fns.items() if "search_by_image" in str(event.name)]
-    json_type = {"Content_Type": "application/json"}
-    assert asked(ask, question("http://127.0.0.1:9/x.png", events[0]), **json_type)[0] == 400
-    assert asked(ask, question("https://example.org/x.png", events[0]), **json_type)[0] == 400
-    assert asked(ask, b"{" + b" " * 1_100_000, **json_type)[0] == 413
-    assert asked(ask, b"{", **json_type)[0] == 400
-    nested = b"[" * 100_000 + b"]" * 100_000
-    assert asked(ask, nested, **json_type)[0] in (400, 422)
-
-
-def test_a_path_of_ones_choice_is_not_read(served):
-    _, blocks, url = served
-    number = next(number for number, event in blocks.fns.items() if "search_by_image" in str(event.name))
-    joined = asked(f"{url}/gradio_api/queue/join", question("/etc/passwd", number), Content_Type="application/json")
-    assert joined[0] == 200
-    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=abc", timeout=30) as stream:
-        for line in stream:
-            if b"process_completed" in line:
-                break
-    assert json.loads(line.removeprefix(b"data: "))["success"] is False
 
 
 def test_an_upload_over_the_limit_is_not_kept(served):
@@ -170,15 +126,16 @@ def test_an_upload_over_the_limit_is_not_kept(served):
 
 def test_tabs_follow_the_pictures(demo, tmp_path):
     from hub_upload.space.app import build_page
+    from hub_upload.space.uploads import Uploads
 
     def tabs(blocks):
         return [block.label for block in blocks.blocks.values() if isinstance(block, gradio.Tab)]
 
-    assert tabs(build_page(demo)) == TABS
+    assert tabs(build_page(demo, Uploads(tmp_path))) == TABS
     (tmp_path / "plain").mkdir()
     made_space.made_pictures()[0].save(tmp_path / "plain" / "a.png")
     album = open_album(open_pictures(str(tmp_path / "plain")), tmp_path)
-    plain = build_page(Demo([build_index(album, demo.indexes[0].embedder, tmp_path)]))
+    plain = build_page(Demo([build_index(album, demo.indexes[0].embedder, tmp_path)]), Uploads(tmp_path))
     assert tabs(plain) == TABS[:3]
 
 
@@ -288,10 +245,12 @@ def test_a_visit(trained, album_folder, tmp_path):
         fonts = opened.page.evaluate("getComputedStyle(document.querySelector('.cap-header h1')).fontFamily")
         assert fonts.startswith("system-ui")
         assert not opened.errors
-        visits_with_a_large_file(visitor)  # gradio asks for the progress of what it does not send, and gets a 404
+        visits_with_a_large_file(visitor)
+        visits_with_an_upload_that_is_gone(visitor, tmp_path / "gradio")
         assert not opened.refused and not opened.dialogs
         assert all(request.startswith((url, "data:", "blob:")) for request in opened.requests)
     assert network.read_text() == "", "the server asked something of the network"
+    assert not [*(tmp_path / "gradio").iterdir()], "uploads outlived the page"
 
 
 def visits_the_search(visitor: Visitor) -> None:
@@ -340,6 +299,15 @@ def visits_with_a_large_file(visitor: Visitor) -> None:
     visitor.tab("Buscar por imagem")
     visitor.upload("image", "grande.png", bytes(MAX_UPLOAD_BYTES + 1))
     visitor.sees(".toast-message-text", "o limite é de 20 MB")
+
+
+def visits_with_an_upload_that_is_gone(visitor: Visitor, folder: Path) -> None:
+    visitor.upload("image", "boa.png", png(3))
+    visitor.sees("#cap-image-result .cap-card:first-child .cap-title", made_space.CAPTIONS[3])
+    for path in folder.rglob("*.png"):
+        path.unlink()
+    visitor.page.click("#cap-image-ask")
+    visitor.sees(".toast-message-text", "A imagem não está mais aqui")
 
 
 def visits_labels_and_captions(visitor: Visitor) -> None:

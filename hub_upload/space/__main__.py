@@ -11,6 +11,7 @@ index of the pictures is built once, with progress, and kept in $CAPIVARA_CACHE 
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
@@ -133,6 +134,7 @@ def run(args: SpaceArguments) -> None:
         return
     from hub_upload.space.app import is_loopback, serve
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what visitors have sent is removed
     blocks = serve(demo, args.host, args.port)
     whom = "this machine alone" if is_loopback(args.host) else "everybody who reaches this machine"
     print(f"http://{args.host}:{args.port} is open, to {whom}; Ctrl-C ends it.", flush=True)

@@ -13,9 +13,10 @@ from captions.rows import BadImage
 from embedders import CapivaraEmbedder
 from hub_upload.space import page
 from hub_upload.space.index import Album, Index
+from hub_upload.space.uploads import MAX_UPLOAD_BYTES
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH, repair_text
 
-MAX_UPLOAD_BYTES = 20_000_000  # photographs of telephones have under 15 MB
+Decode = Callable[[bytes], PIL.Image.Image]
 MAX_LETTERS = 2_000  # of a text; 77 tokens are at most some 400 letters, and the repair of a book takes minutes
 MAX_LABELS, MIN_LABELS = 50, 2
 COSINE = (
@@ -35,9 +36,15 @@ class Refusal(ValueError):
 
 @dataclass(frozen=True)
 class Demo:
-    """One index, or two of the same pictures with different models, and all questions that the page asks of them."""
+    """All questions that the page asks.
+
+    Attributes:
+        indexes: one, or two of the same pictures with different models.
+        decode: from the file of an upload to its image; raises BadImage.
+    """
 
     indexes: list[Index]
+    decode: Decode = lambda upload: decode_image({"bytes": upload, "path": None})
 
     @property
     def album(self) -> Album:
@@ -56,7 +63,7 @@ class Demo:
         """Pictures for a picture."""
 
         def answered() -> str:
-            image = _checked_image(upload)
+            image = _checked_image(upload, self.decode)
             return self._each(lambda index: page.gallery(self.album, index.search(index.embed_image(image), count)))
 
         return _or_refused(answered)
@@ -65,7 +72,7 @@ class Demo:
         """Captions of the collection for a picture."""
 
         def answered() -> str:
-            image = _checked_image(upload)
+            image = _checked_image(upload, self.decode)
             if not self.album.distinct_captions:
                 raise Refusal("Este acervo não tem legendas.")
             return self._each(lambda index: page.ranking(index.similar_captions(index.embed_image(image), count)))
@@ -76,7 +83,7 @@ class Demo:
         """Shares of the visitor's labels for a picture."""
 
         def answered() -> str:
-            image = _checked_image(upload)
+            image = _checked_image(upload, self.decode)
             names = _checked_labels(labels)
             prompts = [_checked_template(template).replace("{}", name) for name in names]
 
@@ -124,14 +131,14 @@ def _checked_text(text: str | None, embedder: CapivaraEmbedder) -> tuple[str, st
     )
 
 
-def _checked_image(upload: bytes | None) -> PIL.Image.Image:
+def _checked_image(upload: bytes | None, decode: Decode) -> PIL.Image.Image:
     """The picture of an upload, within the limits of `captions.rows`."""
     if not upload:
         raise Refusal("Envie uma imagem ou sorteie uma do acervo.")
     if len(upload) > MAX_UPLOAD_BYTES:
         raise Refusal(f"O arquivo é grande demais: o limite é de {MAX_UPLOAD_BYTES // 1_000_000} MB.")
     try:
-        return decode_image({"bytes": upload})
+        return decode(upload)
     except BadImage as bad:
         if bad.reason == "absurd image size":
             raise Refusal("A imagem tem pixels demais, ou é uma tira fina demais. Envie uma versão menor.") from bad

@@ -1,21 +1,32 @@
 """The page itself: gradio's components in Portuguese, wired to `Demo`, and a server that stays on this machine."""
 
+import asyncio
+import contextlib
+import dataclasses
 import ipaddress
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio.data_classes import ImageData
+import PIL.Image
+from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hub_upload.space import page
-from hub_upload.space.answers import MAX_LABELS, MAX_UPLOAD_BYTES, Demo
+from hub_upload.space.answers import MAX_LABELS, Demo
+from hub_upload.space.decoder import Decoder
 from hub_upload.space.guard import Guard
+from hub_upload.space.turns import Turns
+from hub_upload.space.uploads import MAX_UPLOAD_BYTES, Uploads
 
 RESULTS = (6, 12, 24, 48)  # pictures that are shown; the second number at first
-UPLOADS_KEPT_S = 1200  # gradio keeps them as files, for its preview
-QUEUE = {"concurrency_id": "model", "concurrency_limit": 1}  # tokenizers are no good in two threads at once
+TIDY_EVERY_S = 60
+SESSIONS_KEPT = 8  # by gradio, each with its last answers, some hundred kB; the page needs none of them
 QUERIES = ["gato", "um gato sorrindo", "bicicleta", "um dia de chuva", "pizza", "alguém jogando bola"]
 LABELS = "gato\ncachorro\npássaro\ncomida\nmeio de transporte\npessoa"
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
@@ -49,25 +60,46 @@ def theme() -> gr.themes.Base:
     )
 
 
-def build_page(demo: Demo) -> gr.Blocks:
+class InTurn:
+    """The questions that the page asks of a `Demo`, each in its turn, with pictures by the path of their upload."""
+
+    def __init__(self, demo: Demo, uploads: Uploads):
+        self._demo, self._read, self._ask = demo, uploads.read, Turns().ask
+
+    async def search_by_text(self, text: str, count: int) -> str:
+        return await self._ask(lambda: self._demo.search_by_text(text, count))
+
+    async def search_by_image(self, path: str | None, count: int) -> str:
+        return await self._ask(lambda: self._demo.search_by_image(self._read(path), count))
+
+    async def similar_captions(self, path: str | None, count: int) -> str:
+        return await self._ask(lambda: self._demo.similar_captions(self._read(path), count))
+
+    async def classify(self, path: str | None, labels: str, template: str) -> str:
+        return await self._ask(lambda: self._demo.classify(self._read(path), labels, template))
+
+    async def random_picture(self) -> PIL.Image.Image:
+        return await self._ask(self._demo.random_picture)
+
+
+def build_page(demo: Demo, uploads: Uploads) -> gr.Blocks:
     """All tabs; that of the captions only where the pictures have some."""
-    album = demo.album
+    album, asked = demo.album, InTurn(demo, uploads)
     names = [index.embedder.name for index in demo.indexes]
-    title = "CAPIVARA: busca de imagens em português"
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(UPLOADS_KEPT_S // 4, UPLOADS_KEPT_S)) as blocks:
+    with gr.Blocks(title="CAPIVARA: busca de imagens em português", analytics_enabled=False) as blocks:
         gr.HTML(page.header(names, len(album.captions) - len(album.skipped), len(album.skipped)))
         with gr.Tabs(overflow_behavior="wrap"):  # on a phone, gradio's other way hides them in a menu
             with gr.Tab("Buscar por texto"):
-                _text_tab(demo)
+                _text_tab(asked)
             with gr.Tab("Buscar por imagem"):
-                _image_tab(demo)
+                _image_tab(asked)
             with gr.Tab("Classificar"):
-                _label_tab(demo)
+                _label_tab(asked)
             if album.distinct_captions:
                 with gr.Tab("Legendas parecidas"):
-                    _caption_tab(demo)
+                    _caption_tab(asked)
         gr.HTML(page.footer(album.credit))
-    return blocks
+    return blocks.queue(api_open=False)
 
 
 def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
@@ -76,10 +108,42 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
     Raises:
         OSError: the port is taken.
     """
-    blocks = build_page(demo).queue(api_open=False, max_size=32, default_concurrency_limit=1)
-    guards = [Middleware(Guard)]
+    temporary = os.environ.get("GRADIO_TEMP_DIR")  # gradio's own is shared by all pages of a machine
+    if temporary:
+        os.makedirs(temporary, exist_ok=True)
+    uploads, decoder = Uploads(Path(tempfile.mkdtemp(prefix="capivara-page-", dir=temporary))), Decoder()
+    guards = [Middleware(Guard, uploads)]
     if is_loopback(host):  # a page of another name that resolves to this machine must not read the pictures
-        guards.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
+        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
+
+    def close() -> None:
+        decoder.close()
+        shutil.rmtree(uploads.folder, ignore_errors=True)
+        os.environ.pop("GRADIO_TEMP_DIR")
+        if temporary:
+            os.environ["GRADIO_TEMP_DIR"] = temporary
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        # gradio puts its own middleware, which answers preflights of any origin, before that of `app_kwargs`
+        app.user_middleware[:0] = guards
+        app.middleware_stack = app.build_middleware_stack()
+        tidying = asyncio.create_task(_tidy(uploads, blocks))
+        yield
+        tidying.cancel()
+        close()
+
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)  # read while the page is built, and at every question
+    blocks = build_page(dataclasses.replace(demo, decode=decoder), uploads)
+    try:
+        _launch(blocks, host, port, {"lifespan": lifespan, "docs_url": None, "redoc_url": None, "openapi_url": None})
+    except BaseException:
+        close()
+        raise
+    return blocks
+
+
+def _launch(blocks: gr.Blocks, host: str, port: int, app_kwargs: dict[str, Any]) -> None:
     blocks.launch(
         server_name=host,
         server_port=port,
@@ -90,6 +154,7 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
         footer_links=[],
         run_history=False,
         allowed_paths=[],
+        state_session_capacity=SESSIONS_KEPT,
         max_file_size=MAX_UPLOAD_BYTES,
         enable_monitoring=False,
         strict_cors=True,
@@ -99,12 +164,19 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
         theme=theme(),
         css=page.STYLE,
         head=page.head(MAX_UPLOAD_BYTES // 1_000_000),
-        app_kwargs={"middleware": guards, "docs_url": None, "redoc_url": None, "openapi_url": None},
+        app_kwargs=app_kwargs,
     )
-    return blocks
 
 
-def _text_tab(demo: Demo) -> None:
+async def _tidy(uploads: Uploads, blocks: gr.Blocks) -> None:
+    while True:
+        await asyncio.sleep(TIDY_EVERY_S)
+        await asyncio.to_thread(uploads.tidy)
+        for known in blocks.temp_file_sets:  # gradio's own notes of files to remove; they only grow
+            known.clear()
+
+
+def _text_tab(demo: InTurn) -> None:
     with gr.Row(elem_classes="cap-ask"):
         text = gr.Textbox(
             label="O que você procura?",
@@ -124,7 +196,7 @@ def _text_tab(demo: Demo) -> None:
     gr.on([button.click, text.submit], demo.search_by_text, [text, count], result, **_event())
 
 
-def _image_tab(demo: Demo) -> None:
+def _image_tab(demo: InTurn) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             upload, random, button = _upload(demo, "Buscar", "cap-image")
@@ -134,7 +206,7 @@ def _image_tab(demo: Demo) -> None:
     _ask(demo.search_by_image, upload, random, button, [count], result)
 
 
-def _label_tab(demo: Demo) -> None:
+def _label_tab(demo: InTurn) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             upload, random, button = _upload(demo, "Classificar", "cap-label")
@@ -152,7 +224,7 @@ def _label_tab(demo: Demo) -> None:
     _ask(demo.classify, upload, random, button, [labels, template], result)
 
 
-def _caption_tab(demo: Demo) -> None:
+def _caption_tab(demo: InTurn) -> None:
     with gr.Row():
         with gr.Column(scale=1, min_width=280):
             upload, random, button = _upload(demo, "Achar legendas", "cap-caption")
@@ -166,8 +238,8 @@ def _count(label: str) -> gr.Radio:
     return gr.Radio(list(RESULTS), value=RESULTS[1], label=label, elem_classes="cap-count")
 
 
-def _upload(demo: Demo, action: str, name: str) -> tuple[gr.Image, gr.Button, gr.Button]:
-    """Where a picture is given, as bytes that nobody has decoded yet; a random one; the button that asks."""
+def _upload(demo: InTurn, action: str, name: str) -> tuple[gr.Image, gr.Button, gr.Button]:
+    """Where a picture is given, by the path of a file that nobody has decoded yet; a random one; the button."""
     upload = gr.Image(
         label="Sua imagem",
         sources=["upload", "clipboard"],
@@ -179,19 +251,11 @@ def _upload(demo: Demo, action: str, name: str) -> tuple[gr.Image, gr.Button, gr
         buttons=[],
         elem_id=f"{name}-upload",
     )
-    upload.preprocess = _uploaded_bytes  # gradio's own decodes with PIL, without our limits and words
+    upload.preprocess = lambda given: given and given.path  # gradio's own decodes with PIL, without our limits
     with gr.Row():
         random = gr.Button("Sortear imagem", min_width=120, elem_id=f"{name}-random")
         button = gr.Button(action, variant="primary", min_width=140, elem_id=f"{name}-ask")
     return upload, random, button
-
-
-def _uploaded_bytes(payload: ImageData | None) -> bytes | None:
-    """The file of an upload, which gradio has found to lie in its own folder of uploads; cut above the limit."""
-    if payload is None or not payload.path:
-        return None
-    with Path(payload.path).open("rb") as file:
-        return file.read(MAX_UPLOAD_BYTES + 1)
 
 
 def _ask(
@@ -206,7 +270,8 @@ def _ask(
 
 
 def _event() -> dict[str, Any]:
-    return {**QUEUE, "api_visibility": "private", "show_progress": "minimal"}
+    # Without gradio's queue: it keeps a part of every session for ever, and the answers that nobody fetches
+    return {"queue": False, "api_visibility": "private", "show_progress": "minimal"}
 
 
 def is_loopback(host: str) -> bool:

@@ -4,7 +4,6 @@ const SAID = [
   [/^Error\s*$/, "Erro "],
   [/^File\(s\) exceed/, "O arquivo é grande demais: o limite é de {limit} MB."],
   [/^Invalid file type/, "Este arquivo não é uma imagem."],
-  [/^(Queue is full|This application is currently busy)/, "Há visitantes demais agora. Tente de novo em um minuto."],
   [/^Connection errored out|[Cc]onnection (to the server )?(was )?lost/, "A conexão caiu. Recarregue a página."],
 ];
 new MutationObserver(() => {

@@ -1,0 +1,175 @@
+"""The page under load: many visitors at once, then thousands one after another; its memory, and that no request hangs.
+
+    python -m benchmarks.space_load --output benchmarks/results/space_load.json
+
+Needs the embedded default (`python -m examples.openmoji.prepare`). The page is started as a user starts it, on this
+machine alone, and ended afterwards. A visitor opens the page, searches by a text of one's own, and every tenth by a
+picture of one's own as well; each is a session. Memory is what the page's processes hold together, sampled four times
+a second; the first visitors, for whom libraries load, come before it is measured. Ends with an error where memory has
+grown by more than `--most_growth_mb`, or a request was not answered. The last line of the output is JSON.
+"""
+
+import asyncio
+import io
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import numpy as np
+import PIL.Image
+import psutil
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from artifacts import device_description, package_versions, write_json
+from hub_upload.space.guard import QUESTION, UPLOAD
+
+HANGS_S = 120  # a request without an answer: the page gives a question up after 50 s at most
+START_S = 1800  # the index is built where there is none
+SHOWN = 24  # pictures of an answer
+PICTURE_EVERY = 10  # visitors
+
+
+@dataclass
+class SpaceLoadArguments:
+    model: str = field(default="data/openmoji/base", metadata={"help": "Folder of the page's model."})
+    pictures: str = field(default="data/openmoji/dataset", metadata={"help": "Pictures that are searched."})
+    warm_up: int = field(default=300, metadata={"help": "Visitors before memory is measured."})
+    at_once: int = field(default=200, metadata={"help": "Visitors at the same time."})
+    sessions: int = field(default=5000, metadata={"help": "Visitors one after another, after them."})
+    most_growth_mb: float = field(default=50, metadata={"help": "Most megabytes by which memory may grow."})
+    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    (args,) = HfArgumentParser(SpaceLoadArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    with started_page(args.model, args.pictures) as (process, url):
+        measured = asyncio.run(load(process, url, args))
+    results = {"device": device_description("cpu"), "versions": package_versions() | gradio_versions(), **measured}
+    if args.output:
+        write_json(args.output, results)
+    print(json.dumps(results))
+    if measured["growth_mb"] > args.most_growth_mb or measured["not_answered"]:
+        sys.exit(f"error: grew by {measured['growth_mb']} MB, {measured['not_answered']} requests were not answered.")
+
+
+@contextmanager
+def started_page(model: str, pictures: str):
+    """The page in a process of its own, and its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "hub_upload.space", "--model", model, "--pictures", pictures, "--port", str(port)]
+    process, url = subprocess.Popen(command), f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(START_S):
+            if process.poll() is not None:
+                raise RuntimeError(f"The page ended with {process.returncode}; its message is above.")
+            try:
+                httpx.get(f"{url}/config", timeout=10)
+                break
+            except httpx.HTTPError:
+                time.sleep(1)
+        yield psutil.Process(process.pid), url
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+async def load(process: psutil.Process, url: str, args: SpaceLoadArguments) -> dict:
+    """Statuses of all answers, and megabytes of memory before, at the peak of and after each part."""
+    answers: Counter[str] = Counter()
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=HANGS_S, limits=limits) as client:
+        found = (await client.get("/config")).json()["dependencies"]
+        numbers = {event["api_name"]: event["id"] for event in found}
+
+        async def visitors(first: int, count: int, at_once: bool) -> None:
+            visits = [visit(client, numbers, number, answers) for number in range(first, first + count)]
+            if at_once:
+                await asyncio.gather(*visits)
+            else:
+                for one in tqdm(visits, desc="One after another", unit="visitor", disable=None):
+                    await one
+
+        await visitors(0, args.warm_up, at_once=False)
+        parts = {}
+        for name, count, at_once in (("at_once", args.at_once, True), ("in_a_row", args.sessions, False)):
+            parts[name] = await _memory_during(process, visitors((1 + len(parts)) * 1_000_000, count, at_once))
+    return {
+        "visitors": {"warm_up": args.warm_up, "at_once": args.at_once, "in_a_row": args.sessions},
+        "answers": dict(answers),
+        "not_answered": sum(count for status, count in answers.items() if not status.isdecimal()),
+        "memory_mb": parts,
+        "growth_mb": round(parts["in_a_row"]["after"] - parts["at_once"]["before"], 1),
+    }
+
+
+async def visit(client: httpx.AsyncClient, numbers: dict[str, int], number: int, answers: Counter[str]) -> None:
+    """One session; the status of each answer, or the kind of error, is counted."""
+    session = f"visitor{number}"
+
+    async def sent(method: str, path: str, **content) -> httpx.Response | None:
+        try:
+            answer = await client.request(method, path, **content)
+            answers[str(answer.status_code)] += 1
+            return answer
+        except httpx.HTTPError as error:
+            answers[type(error).__name__] += 1
+            return None
+
+    async def asked(name: str, *data: object) -> None:
+        question = {"data": data, "fn_index": numbers[name], "session_hash": session}
+        answer = await sent("POST", QUESTION, json=question)
+        if answer is not None and answer.text.count("<data>") != SHOWN:
+            answers["without pictures"] += 1
+
+    await sent("GET", "/")
+    await asked("search_by_text", f"um gato na casa número {number}", SHOWN)
+    if number % PICTURE_EVERY == 0:
+        uploaded = await sent("POST", UPLOAD, files={"files": ("a.png", _picture(number))})
+        if uploaded is not None and uploaded.status_code == 200:
+            await asked("search_by_image", {"path": uploaded.json()[0], "meta": {"_type": "gradio.FileData"}}, SHOWN)
+
+
+def gradio_versions() -> dict[str, str]:
+    import gradio
+    import uvicorn
+
+    return {"gradio": gradio.__version__, "uvicorn": uvicorn.__version__}
+
+
+async def _memory_during(process: psutil.Process, work) -> dict[str, float]:
+    samples = [_megabytes(process)]
+    running = asyncio.ensure_future(work)
+    while not running.done():
+        await asyncio.wait([running], timeout=0.25)
+        samples.append(_megabytes(process))
+    await running
+    await asyncio.sleep(2)
+    return {"before": samples[0], "peak": max(samples), "after": _megabytes(process)}
+
+
+def _megabytes(process: psutil.Process) -> float:
+    found = [process, *process.children(recursive=True)]
+    return round(sum(one.memory_info().rss for one in found if one.is_running()) / 1e6, 1)
+
+
+def _picture(number: int) -> bytes:
+    pixels = np.random.default_rng(number).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    PIL.Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Uploads are decoded in a process of its own, which ends where a picture takes too long.
+
+A JPEG of 400 kB can take minutes, a JPEG 2000 of 2 kB stops all threads of its process for ten seconds, and no thread
+can be ended. `python -m hub_upload.space.decoder` is that process; the page starts it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import PIL.Image
+
+from captions.image_files import decode_image
+from captions.rows import BadImage
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURE_S = 10  # a photograph of 50 million pixels takes under 2 s
+
+
+class Decoder:
+    """Called with the file of an upload, gives its image as `captions.image_files.decode_image` does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._start()
+
+    def __call__(self, upload: bytes) -> PIL.Image.Image:
+        """Raises BadImage where it can't be read, has too many pixels, or takes longer than `PICTURE_S`."""
+        with self._lock:
+            try:
+                self._connection.send_bytes(upload)
+                answer = self._connection.recv()
+            except (EOFError, OSError):
+                self.close()
+                self._start()
+                answer = BadImage("unreadable image", f"it was not read within {PICTURE_S} s, or broke its reader")
+        if isinstance(answer, BadImage):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()
+
+    def _start(self) -> None:
+        self._connection, far = Pipe()
+        command = [sys.executable, "-m", "hub_upload.space.decoder", str(far.fileno()), str(PICTURE_S)]
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with far:  # a session of its own: Ctrl-C is the page's
+            self._process = subprocess.Popen(
+                command, pass_fds=[far.fileno()], env={**os.environ, "PYTHONPATH": path}, start_new_session=True
+            )
+
+
+def main(descriptor: int, seconds: float) -> None:
+    """Decode what comes, until the page has closed its end."""
+    with Connection(descriptor) as page:
+        while True:
+            try:
+                upload = page.recv_bytes()
+            except (EOFError, OSError):
+                return
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process, whatever that is doing
+            try:
+                answer = decode_image({"bytes": upload, "path": None}).copy()  # without the file
+            except BadImage as bad:
+                answer = bad
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            page.send(answer)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), float(sys.argv[2]))
