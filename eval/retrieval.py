@@ -23,6 +23,7 @@ from captions.image_files import ImageFileArguments
 from captions.rows import rows_fingerprint
 from captions.sources import Source, open_source
 from captions.stages import StageHelp
+from common.privacy import short_name
 from embedders import Embedder, load_embedder
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
 from eval.gallery import write_gallery
@@ -216,11 +217,6 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
     return records
 
 
-def dataset_name(dataset: str) -> str:
-    """Name of a data set in records: a Hub id as it is, a local folder by its last parts, `openmoji/dataset`."""
-    return "/".join(Path(dataset).parts[-2:])
-
-
 @dataclass(frozen=True)
 class RetrievalData:
     """A split that is read: captions now, images when they are needed.
@@ -283,7 +279,7 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     embeddings, images = data.embedded(store)
     _check_cutoffs(args.recall_at, len(images.rows))
     facts = {
-        "dataset": args.dataset_name or dataset_name(args.dataset),
+        "dataset": args.dataset_name or short_name(args.dataset),
         "split": args.split,
         "language": args.language,
         "seed": args.seed,

@@ -5,7 +5,6 @@ Whatever comes from the Hub is shown without control characters, and no message 
 
 import itertools
 import logging
-import os
 import re
 import sys
 import time
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
@@ -30,17 +28,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 
+from common.privacy import redact
+
 T = TypeVar("T")
 WAITS_S = (1, 2, 4)  # before the second, third and fourth try of a call that the client itself does not repeat
 TIMEOUT_S = 300  # of silence; the client's own is none, and a line that died would hold a run for ever
 TRY_AGAIN = {408, 429, 500, 502, 503, 504}
 FULL = {402, 413, 507}  # the Hub itself says 403, with words
 CARD_BYTES = 2**21  # of a card on the Hub that is compared line by line
-TOKEN = r"hf_(?:oauth_[\w.\-]{20,}|[A-Za-z0-9]{20,})"
-SECRETS = re.compile(
-    rf"{TOKEN}|(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-    r"|(?<=X-Amz-Signature=)[^&\s]+|(?<=X-Amz-Credential=)[^&\s]+|(?<=X-Amz-Security-Token=)[^&\s]+"
-)
 
 
 class PushError(OSError):
@@ -226,13 +221,6 @@ def plain_line(text: str) -> str:
     return plain(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
-def redact(text: str) -> str:
-    """`text` without tokens and signatures: those of this machine, and whatever looks like one."""
-    for secret in known_tokens():
-        text = text.replace(secret, "hf_***")
-    return SECRETS.sub(lambda found: "hf_***" if found[0].startswith("hf_") else "***", text)
-
-
 def one_line(error: BaseException) -> str:
     """The first line of what an error says, to be shown."""
     lines = str(error).strip().splitlines()
@@ -243,14 +231,6 @@ def one_line(error: BaseException) -> str:
 def _name_of(token: str) -> str:
     """Asked once: the Hub takes few such questions, and a run asks at every checkpoint."""
     return str(tried(lambda: HfApi().whoami(token))["name"])
-
-
-def known_tokens() -> list[str]:
-    """From the places where huggingface_hub looks; nothing is asked of anybody."""
-    found = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
-    with suppress(OSError, ValueError):
-        found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
-    return [token.strip() for token in found if len(token.strip()) >= 8]
 
 
 def _shown(sign: str) -> bool:
