@@ -14,6 +14,7 @@ from huggingface_hub.hf_api import RepoFile
 from common.privacy import machine_path_in, secret_in
 from hub_upload.allowed_files import allowed_files, check_contents
 from hub_upload.data_files import check_data, data_files
+from hub_upload.limits import DEADLINE_HOURS
 from hub_upload.remote import PushError, Remote, check_repo_id, look, plain_line, remote_text, user_name
 
 CARD = "README.md"
@@ -40,8 +41,14 @@ class PushArguments:
     delete: list[str] = field(
         default_factory=list, metadata={"help": "Files on the Hub that the same commit removes; all others stay."}
     )
+    deadline_hours: float = field(
+        default=DEADLINE_HOURS,
+        metadata={"help": "The push ends after so many hours, wherever it is; 300 s of silence end a call before."},
+    )
 
     def __post_init__(self) -> None:
+        if not 0 < self.deadline_hours <= 1000:
+            raise ValueError(f"deadline_hours must be above 0, 1000 at most, got {self.deadline_hours}.")
         self.model = Path(self.model)
         for name in ("repo_id", "revision", "tag", "message"):
             check_message(f"--{name.replace('_', '-')}", getattr(self, name))

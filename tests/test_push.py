@@ -281,7 +281,7 @@ def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, push, folder):
 
 def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
     hub.faults = Faults(silent_uploads=1)
-    code = "import time; time.sleep = lambda s: None; import hub_upload.remote as remote; remote.TIMEOUT_S = 2\n"
+    code = "import time; time.sleep = lambda s: None; import hub_upload.limits as limits; limits.TIMEOUT_S = 2\n"
     code += "from hub_upload.push import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--model", str(folder), "--repo-id", "us/model", "--push"],
