@@ -16,6 +16,7 @@ from eval.retrieval import (
     RetrievalArguments,
     RetrievalData,
     RetrievalEmbeddings,
+    check_cutoffs,
     retrieval_records,
 )
 from hub_upload.onnx_files import OnnxModel, graphs
@@ -51,6 +52,7 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
             embeddings, images = data.embedded(store)
         finally:
             store.close()
+        check_cutoffs(args.recall_at, len(images.rows))
         found |= {"images": len(images.rows), "captions": len(embeddings.text_embeds)}
         found[precision] = _recalls(embeddings, args.recall_at)
     path = folder / "onnx" / "quantisation.json"

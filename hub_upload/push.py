@@ -116,6 +116,8 @@ def _made_ready(planned: PushPlan) -> str:
         check_visibility(args.repo_id, remote, args.private)
     if remote.head is None:
         api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
+        if look(args.repo_id, args.repo_type, args.revision).head is None:
+            raise PushError(f"The Hub has answered, but made no branch {args.revision}. Run the same command again.")
     return str(remote.start)
 
 
@@ -195,6 +197,8 @@ def _tag(planned: PushPlan, commit: str) -> None:
     args = planned.args
     try:
         HfApi().create_tag(args.repo_id, tag=str(args.tag), revision=commit, repo_type=args.repo_type)
+        if look(args.repo_id, args.repo_type, args.revision).tags.get(args.tag) != commit:
+            raise PushError("The Hub has answered, but has no such tag. Run the same command again.")
     except Exception as error:  # of whatever kind: what is on the Hub must be said
         reason = explained(error, args.repo_id, args.repo_type)
         raise PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
