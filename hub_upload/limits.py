@@ -60,9 +60,10 @@ def limit(client: Any) -> None:
         return
     hooks = client.event_hooks
     client.event_hooks = {**hooks, "response": [*hooks["response"], _check_redirect]}
-    for transport in filter(None, (client._transport, *client._mounts.values())):  # the latter of proxies
-        # Its own limits are of one wait; a letter in a while would be waited for without end.
-        transport._pool._network_backend = _Limited(transport._pool._network_backend)
+    for transport in (client._transport, *client._mounts.values()):  # the latter of proxies
+        if pool := getattr(transport, "_pool", None):
+            # Its own limits are of one wait; a letter in a while would be waited for without end.
+            pool._network_backend = _Limited(pool._network_backend)
 
 
 class _Limited:
