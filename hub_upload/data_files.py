@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import PIL.Image
 
+from captions.image_files import IMAGE_FORMATS
 from captions.links import refuse_links_out
-from captions.rows import IMAGE_FORMATS
 from common.privacy import SECRET_RE2, known_tokens, secret_in
 from hub_upload.allowed_files import check_regular, check_text
 
