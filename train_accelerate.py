@@ -40,11 +40,11 @@ from artifacts import (
     write_text,
 )
 from captions.rows import write_skipped
+from common.privacy import short_name
 from eval.plots import plot_retrieval_sheet, plot_training_curves, similarity_scores
 from eval.results import Record, header, write_records
 from eval.retrieval import (
     RetrievalEmbeddings,
-    dataset_name,
     embed_captions,
     gain_records,
     retrieval_records,
@@ -447,7 +447,7 @@ def record_facts(args: RunArguments, language: str, model: str, model_folder: st
     """The fields of a record that its measurement does not know; the baseline's folder is the base itself."""
     folder = args.model if model == "baseline" else model_folder
     return {
-        "dataset": dataset_name(args.evaluation_dataset),
+        "dataset": short_name(args.evaluation_dataset),
         "split": args.test_split,
         "language": language,
         "model": model,
@@ -491,7 +491,7 @@ def report(args: RunArguments, records: list[Record], inputs: Inputs, accelerato
             device=device_description(accelerator.device),
             precision="float32",
         )
-        name = f"retrieval_{dataset_name(args.evaluation_dataset).replace('/', '_')}_{args.test_split}_{language}.json"
+        name = f"retrieval_{short_name(args.evaluation_dataset).replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(folder / "results" / name, [record for record in records if record.language == language], facts)
     write_text(folder / "table.md", retrieval_table(records))
 

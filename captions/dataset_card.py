@@ -12,6 +12,7 @@ from artifacts import read_json
 from captions.columns import CAPTION_COLUMN
 from captions.parts import StageReport
 from captions.report import escaped
+from common.privacy import hide_paths
 
 TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -48,7 +49,7 @@ class StepFacts:
             counts = {key: found[key] for key in ("captions", "flagged")}
         return cls(
             name,
-            _without_folders(record["settings"]),
+            hide_paths(record["settings"]),
             record["source"]["rows"],
             report.rows,
             report.skipped,
@@ -185,19 +186,6 @@ def _leaves(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     for key, value in settings.items():
         leaves += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
     return leaves
-
-
-def _without_folders(settings: Any) -> Any:
-    """Settings whose paths are names: a published file names no machine's folders."""
-    if isinstance(settings, dict):
-        return {key: _without_folders(value) for key, value in settings.items()}
-    if isinstance(settings, list):
-        return [_without_folders(value) for value in settings]
-    if isinstance(settings, str):
-        kind, colon, rest = settings.rpartition(":")
-        if Path(rest).is_absolute() or rest.startswith(("~", ".")) or Path(rest).exists():
-            return kind + colon + "/".join(Path(rest).parts[-2:])
-    return settings
 
 
 def _source(source: dict[str, str]) -> str:

@@ -24,6 +24,7 @@ from captions.plots import Example, Histogram, one_line, plot_examples, plot_sim
 from captions.rows import NOT_CHOSEN, BadRow
 from captions.sources import Source
 from captions.stages import stage_source
+from common.privacy import short_name
 
 if TYPE_CHECKING:
     from captions.select import SelectArguments, Selection
@@ -153,7 +154,7 @@ def _facts(args: "SelectArguments", summary: Summary, whole: StageReport) -> dic
     """`selection.json`, but for the examples."""
     unusable = {reason: number for reason, number in whole.skipped.items() if reason != NOT_CHOSEN}
     return {
-        "dataset": "/".join(Path(args.dataset).parts[-2:]),
+        "dataset": short_name(args.dataset),
         "split": args.split,
         "language": args.language,
         "caption_strategy": args.caption_strategy,

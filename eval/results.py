@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from artifacts import package_versions, read_json, write_json
+from common.privacy import hide_paths
 
 SCHEMA_VERSION = 2
 
@@ -77,12 +77,12 @@ def header(
         model_revision: commit on the Hub; None for a local one.
         skipped: rows that could not be used and are not in the figures.
     """
-    command = " ".join(["python", "-m", _module_name(), *map(without_machine, sys.argv[1:])])
+    command = " ".join(["python", "-m", _module_name(), *hide_paths(sys.argv[1:])])
     return {
-        "dataset": without_machine(dataset),
+        "dataset": hide_paths(dataset),
         "dataset_revision": dataset_revision,
         "dataset_fingerprint": dataset_fingerprint,
-        "model": without_machine(model),
+        "model": hide_paths(model),
         "model_revision": model_revision,
         "versions": package_versions(),
         "device": device,
@@ -95,7 +95,7 @@ def header(
 
 def write_records(path: Path, records: list[Record], facts: dict[str, Any], **parts: Any) -> None:
     """Write a result file in one piece: the header `facts`, the records, and further `parts` such as a matrix."""
-    listed = [asdict(record) | {"model_folder": without_machine(record.model_folder)} for record in records]
+    listed = [asdict(record) | {"model_folder": hide_paths(record.model_folder)} for record in records]
     content = {"schema_version": SCHEMA_VERSION, **facts, "records": listed, **parts}
     write_json(path, content)
 
@@ -127,17 +127,9 @@ def hub_revision(name: str, repo_type: str) -> str | None:
     return reference.read_text(encoding="ascii").strip() if reference.is_file() else None
 
 
-def without_machine(text: str) -> str:
-    """Paths under the current folder relative to it, other absolute ones as their last part: none names a machine.
-
-    Also behind `--flag=`, `KEY=` and `open_clip:local-dir:`.
-    """
-
-    def short(found: re.Match) -> str:
-        path = Path(found[0])
-        return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else path.name
-
-    return re.sub(r"(?<![^=:,])/(?!/)[^=:,]*", short, str(text))
+def one_line(error: Exception) -> str:
+    """What an error says, on one line and without the folders of this machine."""
+    return " ".join(hide_paths(str(error)).split())
 
 
 def _module_name() -> str:

@@ -23,6 +23,7 @@ from captions.image_files import ImageFileArguments
 from captions.rows import rows_fingerprint
 from captions.sources import Source, open_source
 from captions.stages import StageHelp
+from common.privacy import short_name
 from embedders import Embedder, load_embedder
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
 from eval.gallery import write_gallery
@@ -170,16 +171,16 @@ def retrieval_records(
 
     Args:
         embeddings: of the split.
-        cutoffs: the k of recall@k.
+        cutoffs: the k of recall@k, of which `reported_cutoffs` are.
         protocol: in words.
         facts: the other fields of `Record`: dataset, split, language, model, model_folder and seed.
     """
-    records = []
+    records, cutoffs = [], reported_cutoffs(cutoffs, len(embeddings.image_embeds))
     for direction in DIRECTIONS:
         ranks = embeddings.ranks(direction)
         values = {f"recall@{k}": (recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
-        recalls, chances = zip(*values.values(), strict=True)
         if tuple(cutoffs) == RECALL_CUTOFFS:  # of others it would be another figure of the same name
+            recalls, chances = zip(*values.values(), strict=True)
             values["mean_recall"] = (sum(recalls) / len(recalls), sum(chances) / len(chances))
         values["median_rank"] = (median_rank(ranks), None)
         for metric, (value, chance) in values.items():
@@ -202,8 +203,12 @@ def validation_measures(embeddings: RetrievalEmbeddings, logit_scale: Tensor) ->
 
 
 def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **facts) -> list[Record]:
-    """Mean recall after training minus that before, on the same split, with its paired-bootstrap interval."""
-    records = []
+    """Mean recall after training minus that before, on the same split, with its paired-bootstrap interval; none where
+    the split has too few images for a mean recall.
+    """
+    records: list[Record] = []
+    if reported_cutoffs(RECALL_CUTOFFS, len(after.image_embeds)) != RECALL_CUTOFFS:
+        return records
     for direction in DIRECTIONS:
         hits = [mean_hits(embeddings.ranks(direction)) for embeddings in (before, after)]
         gain, low, high = paired_bootstrap(*hits, after.groups(direction))
@@ -214,11 +219,6 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
             )
         )  # fmt: skip
     return records
-
-
-def dataset_name(dataset: str) -> str:
-    """Name of a data set in records: a Hub id as it is, a local folder by its last parts, `openmoji/dataset`."""
-    return "/".join(Path(dataset).parts[-2:])
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
 
     Raises:
         ValueError: split or column is missing (those that are there are named), an image has no caption, or there are
-            fewer items than the largest k.
+            no more images than the largest k.
     """
     source = open_source(args.dataset, args.split, args.image_column, **args.limits())
     column = args.caption_column.replace("{language}", args.language)
@@ -268,7 +268,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
-    _check_cutoffs(args.recall_at, len(captions))
+    check_cutoffs(args.recall_at, len(captions))
     images = ImageRows(lambda row: source.row(row)[args.image_column], len(captions), source.files)
     return RetrievalData(source, captions, images)
 
@@ -281,9 +281,9 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     started = time.perf_counter()
     store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
     embeddings, images = data.embedded(store)
-    _check_cutoffs(args.recall_at, len(images.rows))
+    check_cutoffs(args.recall_at, len(images.rows))
     facts = {
-        "dataset": args.dataset_name or dataset_name(args.dataset),
+        "dataset": args.dataset_name or short_name(args.dataset),
         "split": args.split,
         "language": args.language,
         "seed": args.seed,
@@ -325,11 +325,17 @@ def precision_effect(args: RetrievalArguments, data: RetrievalData, embedder: Em
     return effect
 
 
-def _check_cutoffs(cutoffs: Sequence[int], images: int) -> None:
-    if max(cutoffs) > images:
+def reported_cutoffs(cutoffs: Sequence[int], images: int) -> tuple[int, ...]:
+    """Those k whose recall@k says something among so many images: with k images or fewer, every query is a hit."""
+    return tuple(k for k in cutoffs if k < images)
+
+
+def check_cutoffs(cutoffs: Sequence[int], images: int) -> None:
+    """Raise ValueError where a k that was asked for is none of `reported_cutoffs`."""
+    if len(reported_cutoffs(cutoffs, images)) < len(cutoffs):
         raise ValueError(
-            f"recall@{max(cutoffs)} has no meaning among {images} images; give smaller ones, such as "
-            f"--recall_at 1 {min(5, images)}."
+            f"recall@{max(cutoffs)} has no meaning among {images} images; give smaller ones, such as --recall_at 1"
+            + (f" {min(5, images - 1)}." if images > 2 else ".")
         )
 
 

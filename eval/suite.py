@@ -28,11 +28,12 @@ from transformers import HfArgumentParser
 
 from artifacts import package_versions, read_json, write_json, write_text
 from captions.stages import StageHelp
+from common.privacy import hide_paths
 from eval.benchmarks import SUITES, Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.layouts import hub_fault, linked_images, local_data, place_of
-from eval.results import Record, read_records
+from eval.results import Record, one_line, read_records
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
 from eval.suite_plan import (
@@ -45,8 +46,6 @@ from eval.suite_plan import (
     file_digest,
     plan,
     protocol_of,
-    shown,
-    without_paths,
 )
 from eval.tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
 from processes import processes
@@ -107,7 +106,7 @@ def _attempt(task: Callable[[], list[Record]], measurement: Measurement) -> None
         task()
         measurement.status = "measured"
     except (ValueError, OSError, ImportError) as error:
-        measurement.status, measurement.reason = "not run", without_paths(str(error), measurement.data)
+        measurement.status, measurement.reason = "not run", one_line(error)
     except Exception as error:  # want of memory, or a fault of ours: the others are measured all the same
         traceback.print_exc()
         measurement.status, measurement.reason = "not run", f"{type(error).__name__}: {error}"
@@ -138,8 +137,8 @@ def _head(
         "published": args.published,
         "precision": args.precision,
         "versions": package_versions(),
-        "models": [asdict(model) | {"name": shown(model.name)} for model in models],
-        "measurements": [asdict(m) | {"data": shown(m.data)} for m in measurements],
+        "models": [asdict(model) | {"name": hide_paths(model.name)} for model in models],
+        "measurements": [asdict(m) | {"data": hide_paths(m.data)} for m in measurements],
         "earlier": [asdict(m) for m in earlier],
     }
 

@@ -11,7 +11,7 @@ from captions.image_files import ImageFileArguments
 from embedders import load_embedder
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
 from eval.layouts import Place, adapted, hub_fault, local_data, place_of
-from eval.results import digest_of
+from eval.results import digest_of, one_line
 
 SUMMARY_VERSION = 1
 
@@ -209,7 +209,7 @@ def _readable(benchmark: Benchmark, language: str, place: Place, output: Path) -
         target = output / "layouts" / f"{benchmark.key}-{language}"
         return str(adapted(reader, Path(place.name), benchmark.split, language, target)), ""
     except (ValueError, OSError) as error:
-        return place.name, without_paths(str(error), place.name)
+        return place.name, one_line(error)
 
 
 def _holds(old: Measurement, new: Measurement, output: Path) -> bool:
@@ -257,14 +257,3 @@ def _done(output: Path) -> dict[tuple, Measurement]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} can't be gone on from ({error}); choose another --output.") from error
     return {measurement.key: measurement for measurement in found if measurement.status == "measured"}
-
-
-def shown(name: str) -> str:
-    """A model or data set without the folders above it, which name a machine."""
-    kind, colon, path = name.rpartition(":")
-    return kind + colon + Path(path).name if Path(path).is_absolute() else name
-
-
-def without_paths(reason: str, name: str) -> str:
-    """A reason on one line, the path `name` in it as `shown`."""
-    return " ".join((reason.replace(name, shown(name)) if name else reason).split())

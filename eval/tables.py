@@ -30,7 +30,9 @@ def retrieval_table(records: list[Record]) -> str:
 
 
 def percent(values: list[float]) -> str:
-    """Shares as "12.3", or "12.3 ± 0.4" (mean and sample standard deviation) for several runs."""
+    """Shares as "12.3", "12.3 ± 0.4" (mean and sample standard deviation) for several runs, a dash where none is."""
+    if not values:
+        return "–"
     mean = f"{100 * statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
@@ -49,7 +51,7 @@ def _chance_row(records: list[Record], language: str) -> list[str]:
     cells = []
     for direction in ("text_to_image", "image_to_text"):
         for metric in COLUMNS:
-            cells.append(percent([next(r.chance for r in records if (r.direction, r.metric) == (direction, metric))]))
+            cells.append(percent([r.chance for r in records if (r.direction, r.metric) == (direction, metric)][:1]))
     return [language, "chance", *cells]
 
 

@@ -26,10 +26,10 @@ from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArgu
 from artifacts import device_description, package_versions, whole_folder, write_json, write_text
 from captions.rows import BadImage
 from captions.stages import StageHelp
+from common.privacy import hide_paths
 from eval.classification import LabelledImages, load_images
 from eval.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
-from eval.results import without_machine
 from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from training.step import resolve_precision
@@ -187,7 +187,7 @@ def fine_tune(args: ClassifierArguments) -> dict[str, float]:
         processor.save_pretrained(folder)
         facts = {"accuracy": found, "train_images": len(train), "test_images": len(test), "training_s": seconds}
         told = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-        told |= {name: without_machine(value) for name, value in told.items() if isinstance(value, str)}
+        told = hide_paths(told)
         facts |= {"config": told}
         facts |= {"device": device_description(model.device), "versions": package_versions()}
         write_json(folder / "results.json", facts)

@@ -56,6 +56,8 @@ def check(folder: Path) -> list[str]:
 
 def outdated(folder: Path) -> list[str]:
     """The faults of a folder's card, if there is one and `hub_upload.card` made it; others are their writers' word."""
+    if not (folder / CARD).is_file():
+        return []
     try:
         made_with(split_card((folder / CARD).read_text(encoding="utf-8"))[1])
     except (ValueError, OSError):
@@ -168,6 +170,9 @@ def _eval_results_faults(folder: Path, facts: CardFacts) -> Iterator[str]:
             continue
         if name not in wanted:
             yield f"{name}: no result file of a data set on the Hub has these figures."
+            continue
+        if not there[name].is_file():
+            yield f"{name} is no regular file."
             continue
         text = there[name].read_text(encoding="utf-8", errors="replace")
         try:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.privacy import secret_in
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
 RESULT_SCHEMA = 2  # of result files and of run.json
@@ -34,7 +35,6 @@ FORMATS = {
 }
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-TOKENS = re.compile(r"\b(hf_[A-Za-z0-9]{24,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16})\b")
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,8 @@ def _usable(name: str) -> str:
 def _read(path: Path, folder: Path, digests: dict[str, Fact]) -> Fact:
     """The content of a JSON file; its digest is noted."""
     name = path.relative_to(folder).as_posix()
+    if not path.is_file():  # to read a pipe would wait for ever
+        raise ValueError(f"{name} is no regular file. Remove it.")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"{name} is larger than {MAX_JSON_BYTES // 2**20} MiB.")
     data = path.read_bytes()
@@ -272,8 +274,8 @@ def _read(path: Path, folder: Path, digests: dict[str, Fact]) -> Fact:
         content = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is no JSON: {error}.") from error
-    if TOKENS.search(text):
-        raise ValueError(f"{name} holds what looks like an access token. Revoke it, and take it out before publishing.")
+    if secret := secret_in(text):
+        raise ValueError(f"{name} holds {secret[0]}. Revoke it, and take it out before publishing.")
     if not isinstance(content, dict):
         raise ValueError(f"{name} must hold an object.")
     return Fact(content, f"{name}#")

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from hub_upload.card_facts import HUB_ID, TOKENS, is_number
+from common.privacy import machine_path_in, secret_in
+from hub_upload.card_facts import HUB_ID, is_number
 
 LANGUAGE = re.compile(r"[a-z]{2,3}")  # ISO 639-1 or -3
 SPECIAL_LANGUAGES = ("multilingual", "code")
@@ -31,10 +32,6 @@ CODE = re.compile(r"^(```+)[^\n]*\n.*?^\1[ \t]*$|(`+)(?!`).+?(?<!`)\2(?!`)", re.
 COMMENT = re.compile(r"<!--(?!-?>)(?:(?!--).)*-->", re.DOTALL)
 TAG = re.compile(r"<[/!?A-Za-z][^>]*>?")
 LINK = re.compile(r"(?<!\\)\]\(\s*<?([^)\s>]*)")
-# Folders of a machine; what is after a letter or a point is part of a relative path or of an address.
-MACHINE_PATH = re.compile(
-    r"(?<![\w.:/-])(?:/(?:home|root|Users|tmp|var|mnt|media|data|work|opt|srv|private)/|[A-Z]:\\)\S+"
-)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -75,9 +72,10 @@ def card_faults(text: str) -> list[str]:
         return [f"front matter: {error}."]
     faults = [f"front matter: {fault}." for fault in _metadata_faults(data)]
     faults += [f"text: {fault}." for fault in _body_faults(body)]
-    faults += [f"text: a path of a machine: {path[:60]!r}." for path in MACHINE_PATH.findall(text)]
-    if TOKENS.search(text):
-        faults.append("text: it holds what looks like an access token.")
+    if path := machine_path_in(text):
+        faults.append(f"text: a path of a machine: {path[:60]!r}.")
+    if secret := secret_in(text):
+        faults.append(f"text: it holds {secret[0]}.")
     return faults
 
 

@@ -24,6 +24,7 @@ from transformers import HfArgumentParser
 
 import modeling_capivara
 from artifacts import check_free_space, check_output_folder, read_json, whole_folder, write_json, write_text
+from common.privacy import hide_paths
 from hub_upload.allowed_files import (
     ALLOWED_FILES,
     MODEL_CODE,
@@ -31,7 +32,7 @@ from hub_upload.allowed_files import (
     TOKENIZER_FILES,
     allowed_files,
     check_contents,
-    without_private_paths,
+    check_regular,
 )
 from hub_upload.open_clip_files import (
     OPEN_CLIP_WEIGHTS,
@@ -304,7 +305,7 @@ def _write_processor(model: Path, folder: Path) -> None:
             continue
         shutil.copyfile(model / name, folder / name)
         if name.endswith("_config.json"):
-            settings = without_private_paths(read_json(model / name))
+            settings = hide_paths(read_json(model / name))
             for told in ("is_local", "local_files_only"):  # how it was loaded, not what it is
                 settings.pop(told, None)
             write_json(folder / name, settings)
@@ -335,7 +336,8 @@ def _write_records(model: Path, folder: Path) -> None:
     if (model / "run.json").is_file():
         records["run.json"] = model / "run.json"
     for name, path in records.items():
-        write_json(folder / name, without_private_paths(read_json(path)))
+        check_regular(path)
+        write_json(folder / name, hide_paths(read_json(path)))
     for name in ("README.md", "LICENSE"):
         if (model / name).is_file():
             shutil.copyfile(model / name, folder / name)

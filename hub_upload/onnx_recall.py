@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from artifacts import device_description, read_json, write_json
+from common.privacy import short_name
 from embedders import PlainEmbedder
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import (
@@ -15,7 +16,7 @@ from eval.retrieval import (
     RetrievalArguments,
     RetrievalData,
     RetrievalEmbeddings,
-    dataset_name,
+    check_cutoffs,
     retrieval_records,
 )
 from hub_upload.onnx_files import OnnxModel, graphs
@@ -36,7 +37,7 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
     """
     processor = load_processor(folder)
     found: dict[str, Any] = {
-        "dataset": dataset_name(args.dataset),
+        "dataset": short_name(args.dataset),
         "dataset_fingerprint": data.fingerprint(),
         "split": args.split,
         "language": args.language,
@@ -51,6 +52,7 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
             embeddings, images = data.embedded(store)
         finally:
             store.close()
+        check_cutoffs(args.recall_at, len(images.rows))
         found |= {"images": len(images.rows), "captions": len(embeddings.text_embeds)}
         found[precision] = _recalls(embeddings, args.recall_at)
     path = folder / "onnx" / "quantisation.json"

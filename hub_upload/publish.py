@@ -15,6 +15,7 @@ from huggingface_hub import HfApi
 
 from hub_upload.card import write_card
 from hub_upload.export import export
+from hub_upload.limits import CHECKPOINT_HOURS, DEADLINE_HOURS, time_limit
 from hub_upload.push import NO_TOKEN, push
 from hub_upload.push_plan import check_visibility, plan
 from hub_upload.remote import PushError, check_repo_id, hub_errors, look, one_line, plain, plain_line, tried, user_name
@@ -61,7 +62,8 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
     try:
         export(run, repository, FORMATS, overwrite=True, repo_id=repo_id)
         write_card(repository, repo_id, card_language)
-        url = push(plan(repository, repo_id, private=private))
+        with time_limit(DEADLINE_HOURS):
+            url = push(plan(repository, repo_id, private=private))
     except (Exception, KeyboardInterrupt) as error:  # of whatever kind: the run is complete, and must not seem to fail
         way_out = "Make its repository by `python -m hub_upload.export`, and push that by `python -m hub_upload.push`."
         if repository.is_dir():
@@ -89,7 +91,8 @@ def publish_checkpoint(save: Callable[[Path], None], folder: Path, repo_id: str,
         with TemporaryDirectory(dir=folder, prefix="tmp-hub-") as temporary:
             save(Path(temporary) / "model")
             export(Path(temporary) / "model", Path(temporary) / REPOSITORY, ("transformers",))
-            push(plan(Path(temporary) / REPOSITORY, repo_id, revision=CHECKPOINTS, message=f"Step {step}"))
+            with time_limit(CHECKPOINT_HOURS):
+                push(plan(Path(temporary) / REPOSITORY, repo_id, revision=CHECKPOINTS, message=f"Step {step}"))
     except Exception as error:  # of whatever kind: the run matters more
         logger.warning("Step %s was not pushed to %s: %s The run goes on.", step, repo_id, _said(error))
         return False

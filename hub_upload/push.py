@@ -16,10 +16,10 @@ import sys
 import time
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import HTTPError
 from transformers import HfArgumentParser
 
 from hub_upload.card_check import outdated
+from hub_upload.limits import program_limit
 from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, check_visibility, plan, readable_size, report
 from hub_upload.remote import (
     WAITS_S,
@@ -27,6 +27,7 @@ from hub_upload.remote import (
     explained,
     files_at,
     hub_errors,
+    is_malformed,
     is_passing,
     look,
     newer_commits,
@@ -66,10 +67,11 @@ def main(argv: list[str] | None = None) -> None:
             names = [word.split("=")[0] for word in rest if word.startswith("-")] or ["a value without a flag"]
             raise ValueError(f"Unknown: {', '.join(names)}. --help lists all flags; a token is not given by one.")
         options = {name: value for name, value in vars(args).items() if name not in ("model", "repo_id")}
-        planned = plan(args.model, args.repo_id, **options)
-        print(report(planned), flush=True)
-        check_card(planned.args)
-        _finish(planned)
+        with program_limit(args.deadline_hours):
+            planned = plan(args.model, args.repo_id, **options)
+            print(report(planned), flush=True)
+            check_card(planned.args)
+            _finish(planned)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {plain(str(error))}")
     except KeyboardInterrupt:
@@ -114,6 +116,8 @@ def _made_ready(planned: PushPlan) -> str:
         check_visibility(args.repo_id, remote, args.private)
     if remote.head is None:
         api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
+        if look(args.repo_id, args.repo_type, args.revision).head is None:
+            raise PushError(f"The Hub has answered, but made no branch {args.revision}. Run the same command again.")
     return str(remote.start)
 
 
@@ -147,15 +151,16 @@ def _committed(planned: PushPlan, operations: list, parent: str) -> CommitInfo:
                 args.repo_id, operations, commit_message=args.message or _title(planned), repo_type=args.repo_type,
                 revision=args.revision, create_pr=args.pull_request, parent_commit=parent,
             )  # fmt: skip
-        except (HTTPError, OSError) as error:
+        except Exception as error:  # of whatever kind: an answer of another form ends in any
             if getattr(getattr(error, "response", None), "status_code", None) == 412:
                 raise PushError(_overtaken(planned, parent)) from None
-            if args.pull_request and is_passing(error):
+            is_unclear = is_passing(error) or is_malformed(error)
+            if args.pull_request and is_unclear:
                 raise PushError(
                     f"{one_line(error)} Whether the pull request was opened is not known: look at the page of "
                     f"{args.repo_id} before you run the same command again."
                 ) from None
-            if wait is None or not is_passing(error):
+            if wait is None or not is_unclear:
                 raise
             print(f"{one_line(error)} Trying again in {wait} s.", file=sys.stderr)
         time.sleep(wait)
@@ -192,7 +197,9 @@ def _tag(planned: PushPlan, commit: str) -> None:
     args = planned.args
     try:
         HfApi().create_tag(args.repo_id, tag=str(args.tag), revision=commit, repo_type=args.repo_type)
-    except (HTTPError, OSError) as error:
+        if look(args.repo_id, args.repo_type, args.revision).tags.get(args.tag) != commit:
+            raise PushError("The Hub has answered, but has no such tag. Run the same command again.")
+    except Exception as error:  # of whatever kind: what is on the Hub must be said
         reason = explained(error, args.repo_id, args.repo_type)
         raise PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
 

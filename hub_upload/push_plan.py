@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import mmap
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,24 +11,14 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub.hf_api import RepoFile
 
+from common.privacy import machine_path_in, secret_in
 from hub_upload.allowed_files import allowed_files, check_contents
-from hub_upload.remote import (
-    TOKEN,
-    PushError,
-    Remote,
-    check_repo_id,
-    known_tokens,
-    look,
-    plain_line,
-    remote_text,
-    user_name,
-)
+from hub_upload.data_files import check_data, data_files
+from hub_upload.limits import DEADLINE_HOURS
+from hub_upload.remote import PushError, Remote, check_repo_id, look, plain_line, remote_text, user_name
 
 CARD = "README.md"
 HUBS_OWN = {".gitattributes"}  # made by the Hub in every repository
-DATA_SUFFIXES = {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv", ".png", ".jpg", ".jpeg", ".webp"}
-DATA_NAMES = {CARD, "LICENSE", "LICENSE.txt", "LICENSE.md"}
-READABLE = {".json", ".jsonl", ".md", ".py", ".txt", ".yaml", ".csv", ".tsv", ".html"}  # searched for tokens
 REF_NAME = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$|[./]$))[A-Za-z0-9_][\w.+/-]{0,200}")
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
 SHOWN = 20  # names of one kind
@@ -52,9 +41,19 @@ class PushArguments:
     delete: list[str] = field(
         default_factory=list, metadata={"help": "Files on the Hub that the same commit removes; all others stay."}
     )
+    deadline_hours: float = field(
+        default=DEADLINE_HOURS,
+        metadata={"help": "The push ends after so many hours, wherever it is; 300 s of silence end a call before."},
+    )
 
     def __post_init__(self) -> None:
+        if not 0 < self.deadline_hours <= 1000:
+            raise ValueError(f"deadline_hours must be above 0, 1000 at most, got {self.deadline_hours}.")
         self.model = Path(self.model)
+        for name in ("repo_id", "revision", "tag", "message"):
+            check_message(f"--{name.replace('_', '-')}", getattr(self, name))
+        if place := machine_path_in(self.message or ""):
+            raise ValueError(f"--message names a place on a machine, {place!r}. Leave it out.")
         check_repo_id(self.repo_id)
         if not self.model.is_dir():
             raise ValueError(f"The folder {self.model} does not exist.")
@@ -180,22 +179,26 @@ def plan(folder: Path, repo_id: str, **options: Any) -> PushPlan:
 
 
 def files_to_send(folder: Path, repo_type: str) -> list[LocalFile]:
-    """The files of a folder that may leave this machine: those of the list for its kind, and no token in them."""
-    paths = allowed_files(folder) if repo_type == "model" else _data_files(folder)
-    files = [LocalFile(path.as_posix(), folder / path) for path in sorted(paths)]
-    if not files:
+    """The files of a folder that may leave this machine: those of the list for its kind, and no secret in them."""
+    paths = allowed_files(folder) if repo_type == "model" else data_files(folder)
+    if not paths:
         raise ValueError(f"{folder} holds no file of a {repo_type}.")
-    for file in files:
-        if not file.source.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{file.source} is a link to a file outside of the folder. Copy it, or remove it.")
-        if file.source.suffix in READABLE and file.size and _holds_token(file.source):
-            raise ValueError(f"{file.source} holds what looks like a token of the Hub. Remove it.")
-    if repo_type == "model":
+    for path in paths:
+        check_message("The name of a file", path.as_posix())
+    if repo_type == "dataset":
+        check_data(folder, paths)
+    else:
         try:
             check_contents(folder)
         except ValueError as error:
             raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
-    return files
+    return [LocalFile(path.as_posix(), folder / path) for path in sorted(paths)]
+
+
+def check_message(what: str, text: str | None) -> None:
+    """Raise ValueError where a text that everybody will read holds a secret, which is not shown."""
+    if found := secret_in(text or ""):
+        raise ValueError(f"{what} holds {found[0]}. Leave it out.")
 
 
 def card_metadata(text: str) -> dict[str, Any]:
@@ -298,23 +301,6 @@ def _card_diff(planned: PushPlan, card: LocalFile) -> list[str]:
     names = (f"{CARD} on the Hub", f"{CARD} in {args.model}")
     # splitlines would also break at characters that only a hostile text has
     return list(difflib.unified_diff(before.split("\n"), after.split("\n"), *names, lineterm="", n=1))
-
-
-def _data_files(folder: Path) -> list[Path]:
-    """Of a data set: rows, pictures, card and licence. Hidden files stay, and whatever else lies there."""
-    found = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    return [
-        path
-        for path in found
-        if (path.suffix in DATA_SUFFIXES or path.name in DATA_NAMES)
-        and not any(part.startswith((".", "__")) for part in path.parts)
-    ]
-
-
-def _holds_token(path: Path) -> bool:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        patterns = [TOKEN, *map(re.escape, known_tokens())]
-        return any(re.search(pattern.encode(), content) for pattern in patterns)
 
 
 def _shortened(value: Any) -> str:

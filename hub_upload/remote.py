@@ -4,8 +4,8 @@ Whatever comes from the Hub is shown without control characters, and no message 
 """
 
 import itertools
+import json
 import logging
-import os
 import re
 import sys
 import time
@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, get_session, get_token, hf_hub_url
@@ -29,18 +28,17 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
+from tqdm import tqdm
+
+from common.privacy import redact
+from hub_upload.limits import DEADLINE_HOURS, limit, time_limit
 
 T = TypeVar("T")
+logger = logging.getLogger("capivara")
 WAITS_S = (1, 2, 4)  # before the second, third and fourth try of a call that the client itself does not repeat
-TIMEOUT_S = 300  # of silence; the client's own is none, and a line that died would hold a run for ever
 TRY_AGAIN = {408, 429, 500, 502, 503, 504}
 FULL = {402, 413, 507}  # the Hub itself says 403, with words
 CARD_BYTES = 2**21  # of a card on the Hub that is compared line by line
-TOKEN = r"hf_(?:oauth_[\w.\-]{20,}|[A-Za-z0-9]{20,})"
-SECRETS = re.compile(
-    rf"{TOKEN}|(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-    r"|(?<=X-Amz-Signature=)[^&\s]+|(?<=X-Amz-Credential=)[^&\s]+|(?<=X-Amz-Security-Token=)[^&\s]+"
-)
 
 
 class PushError(OSError):
@@ -86,14 +84,19 @@ def look(repo_id: str, repo_type: str, revision: str) -> Remote:
         heads |= {ref.ref: ref.target_commit for ref in refs.pull_requests or []}
         tags = {ref.name: ref.target_commit for ref in refs.tags}
         start = heads.get(revision) or heads.get("main") or info.sha
+        _check_types(bool, info.private)
+        _check_types(str, start, *heads, *heads.values(), *tags, *tags.values())
         there = files_at(repo_id, repo_type, start)
-        return Remote(True, bool(info.private), heads.get(revision), start, tags, there)
+        return Remote(True, info.private, heads.get(revision), start, tags, there)
 
 
 def files_at(repo_id: str, repo_type: str, revision: str) -> dict[str, RepoFile]:
     """Path -> size and hashes, at a revision; the client repeats this call by itself."""
     listed = HfApi().list_repo_tree(repo_id, repo_type=repo_type, revision=revision, recursive=True)
-    return {file.path: file for file in listed if isinstance(file, RepoFile)}
+    files = {file.path: file for file in listed if isinstance(file, RepoFile)}
+    _check_types(str, *files, *(file.lfs.sha256 for file in files.values() if file.lfs))
+    _check_types(int, *(file.size for file in files.values()))
+    return files
 
 
 def user_name(repo_id: str, repo_type: str) -> str | None:
@@ -118,7 +121,7 @@ def newer_commits(repo_id: str, repo_type: str, revision: str, known: str | None
     """Who has changed a branch since a commit, in words; empty where the Hub does not tell."""
     try:
         commits = HfApi().list_repo_commits(repo_id, repo_type=repo_type, revision=revision)
-    except (HTTPError, OSError, ValueError):
+    except Exception:  # of whatever kind: it would be nice to know, no more
         return ""
     newer = list(itertools.takewhile(lambda commit: commit.commit_id != known, commits))
     return "; ".join(f'{", ".join(c.authors) or "somebody"}: "{c.title}" ({c.commit_id[:7]})' for c in newer[:3])
@@ -154,16 +157,26 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, HTTPError)  # of the transport: no connection, a broken one, a time-out
 
 
+def is_malformed(error: BaseException) -> bool:
+    """Whether an answer was none of the Hub: no JSON, or JSON of another form."""
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
+        return True
+    return not isinstance(error, HTTPError | OSError | ValueError | RuntimeError)
+
+
 @contextmanager
 def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
-    """What goes wrong on the way to the Hub, as PushError; within it logs and warnings are plain."""
-    get_session().timeout = TIMEOUT_S
-    with _plain_logs():
+    """What goes wrong on the way to the Hub, as PushError; within it logs are plain, and the time is limited."""
+    limit(get_session())
+    with _plain_logs(), time_limit(DEADLINE_HOURS):
         try:
             yield
-        except PushError:
-            raise
-        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # of whatever kind: an answer of another form ends in any
+            for bar in list(getattr(tqdm, "_instances", ())):
+                bar.close()  # what is printed next begins a line
+            if isinstance(error, PushError):
+                raise
+            logger.debug("A call to the Hub failed.", exc_info=True)
             raise PushError(explained(_cause(error), repo_id, repo_type)) from None
 
 
@@ -177,6 +190,12 @@ def explained(error: BaseException, repo_id: str, repo_type: str) -> str:
         return (
             f"The connection to the Hub broke ({type(error).__name__}: {error}). Run the same command again: files "
             "that have arrived are not sent a second time."
+        )
+    if is_malformed(error):
+        return (
+            f"{constants.ENDPOINT} has answered in another form than the Hub does ({type(error).__name__}: {error}). "
+            "Does a proxy or a log-in page answer in its place? Check HF_ENDPOINT and the network, then run the same "
+            "command again."
         )
     if isinstance(error, RuntimeError):  # of Xet
         return f"The upload failed: {error}. Run the same command again: what has arrived is not sent twice."
@@ -226,13 +245,6 @@ def plain_line(text: str) -> str:
     return plain(text.replace("\n", "\\n").replace("\t", "\\t"))
 
 
-def redact(text: str) -> str:
-    """`text` without tokens and signatures: those of this machine, and whatever looks like one."""
-    for secret in known_tokens():
-        text = text.replace(secret, "hf_***")
-    return SECRETS.sub(lambda found: "hf_***" if found[0].startswith("hf_") else "***", text)
-
-
 def one_line(error: BaseException) -> str:
     """The first line of what an error says, to be shown."""
     lines = str(error).strip().splitlines()
@@ -242,15 +254,14 @@ def one_line(error: BaseException) -> str:
 @cache
 def _name_of(token: str) -> str:
     """Asked once: the Hub takes few such questions, and a run asks at every checkpoint."""
-    return str(tried(lambda: HfApi().whoami(token))["name"])
+    name = tried(lambda: HfApi().whoami(token))["name"]
+    _check_types(str, name)
+    return name
 
 
-def known_tokens() -> list[str]:
-    """From the places where huggingface_hub looks; nothing is asked of anybody."""
-    found = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
-    with suppress(OSError, ValueError):
-        found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
-    return [token.strip() for token in found if len(token.strip()) >= 8]
+def _check_types(kind: type, *values: object) -> None:
+    if wrong := [value for value in values if not isinstance(value, kind)]:
+        raise TypeError(f"{wrong[0]!r:.60} is no {kind.__name__}")
 
 
 def _shown(sign: str) -> bool:

@@ -131,6 +131,8 @@ class _Handler(HttpHandler):
         self.hub.requests.append((self.command, path))
         try:
             action, groups = self._action(path)
+            if action in self.hub.faults.answers:
+                return self.canned(*self.hub.faults.answers[action])
             self._authenticate()
             if action == "lfs_put":  # several come at once, and are not held in memory
                 return self.lfs_put(**groups)
@@ -143,6 +145,19 @@ class _Handler(HttpHandler):
             self.json({"error": refused.message, **refused.more}, refused.status, refused.headers())
         except (ConnectionError, Dropped):
             self.close_connection = True
+
+    def canned(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        """An answer of something that is not the Hub, or of a Hub that is ill."""
+        for _ in self.left:
+            pass
+        pause = self.hub.faults.drip_s
+        if pause is None:
+            self.head(status, headers, len(body))
+            self.wfile.write(body if self.command != "HEAD" else b"")
+            return
+        for letter in f"HTTP/1.1 {status} OK\r\nX-Wait: {'.' * 10_000}\r\n".encode():
+            self.wfile.write(bytes([letter]))
+            time.sleep(pause)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 

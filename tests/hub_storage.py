@@ -39,6 +39,8 @@ class Faults:
         commit_message: what they say.
         lost_commit_replies: how many commits are made without the client getting to know it.
         ignored: paths that a `.gitignore` leaves out.
+        answers: call, such as "info" or "commit" -> status, headers and body that it is answered with, and not done.
+        drip_s: pause between the letters of such an answer's headers and body; None = they come at once.
     """
 
     fail_upload_after_bytes: int | None = None
@@ -52,6 +54,8 @@ class Faults:
     commit_message: str = "Internal Server Error"
     lost_commit_replies: int = 0
     ignored: set[str] = field(default_factory=set)
+    answers: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
+    drip_s: float | None = None
 
 
 @dataclass(frozen=True)

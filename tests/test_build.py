@@ -29,6 +29,7 @@ from captions.columns import CAPTIONS, SIMILARITIES
 from captions.sources import open_source
 from captions.tsv import escape, unescape
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
+from hub_upload.push_plan import files_to_send
 from training.arguments import RunArguments
 from training.data import evaluation_split, training_splits
 
@@ -148,6 +149,7 @@ def test_from_images_to_a_data_set_with_its_card(config, tmp_path):
         "no folder of a machine"
     )
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "build.json", "data", "similarities.png"]
+    assert len(files_to_send(folder, "dataset")) == 5, "it can be pushed as it is"
 
 
 def test_training_reads_it(config):

@@ -1,6 +1,7 @@
 """What a card may state: each figure from a file, of seeds their mean, of the Hub what was loaded from there."""
 
 import json
+import os
 import re
 import shutil
 import statistics
@@ -14,6 +15,7 @@ from hub_upload.card import main, write_card
 from hub_upload.card_check import check
 from hub_upload.card_facts import card_facts
 from hub_upload.card_schema import split_card
+from hub_upload.export import export
 
 HUB_DATA = "laicsiifes/flickr30k-pt-br"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -83,6 +85,18 @@ def test_files_that_are_no_json_of_ours(run):
     (run / "run.json").unlink()
     with pytest.raises(ValueError, match=r"no run\.json"):
         card_facts(run)
+
+
+@pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
+def test_a_result_that_is_no_file_is_refused_at_once(run, tmp_path, target):
+    path = run / "results" / "more.json"
+    os.mkfifo(path) if target == "pipe" else path.symlink_to(target)
+    assert "results/more.json is no regular file" in str(check(run))
+    for call in (card_facts, write_card):
+        with pytest.raises(ValueError, match=r"results/more\.json is no regular file"):
+            call(run)
+    with pytest.raises(ValueError, match=r"more\.json is no regular file"):
+        export(run, tmp_path / "made", ["transformers"])
 
 
 def test_several_seeds(trained, tmp_path):

@@ -17,8 +17,6 @@ from hub_upload.allowed_files import (
     MODEL_CODE,
     allowed_files,
     check_contents,
-    private_paths,
-    without_private_paths,
 )
 from hub_upload.export import FORMATS, export, main
 from modeling_capivara.loading import load_processor
@@ -133,7 +131,12 @@ def test_records_of_a_run_of_several_seeds(run_folder, tmp_path):
         ("README.md", "model = '/home/ana/capivara'", r"README\.md, line 1, .*'/home/ana/capivara'"),
         ("README.md", "see file:///tmp/x", r"'/tmp/x'"),
         ("README.md", r"C:\Users\ana\model", r"Users"),
-        ("README.md", f"\n\ntoken {TOKEN}", r"README\.md, line 3, holds what looks like an access token, hf_a1B2…"),
+        ("README.md", "in /data1/maria/runs", r"README\.md, line 1, .*'/data1/maria/runs'"),
+        (
+            "README.md",
+            f"\n\ntoken {TOKEN}",
+            r"README\.md, line 3, holds what looks like an access token or key \(hf_…\)",
+        ),
         ("run.json", json.dumps({"a": 1, "token": TOKEN}, indent=1), r"run\.json, line 3, .*token"),
         ("results/a.json", json.dumps({"hub": f"Bearer {TOKEN}"}), r"results/a\.json, line 2, .*token"),
     ],
@@ -147,17 +150,27 @@ def test_a_path_or_a_token_in_a_text_is_refused_by_file_and_line(run_folder, tmp
     assert not (tmp_path / "repository").exists()
 
 
-def test_what_is_no_path_of_a_machine():
-    for text in (
-        *("https://huggingface.co/home/x", "a/home/b", "pairs/s", "/", "and/or", "../tmp/x", "~/tmp/x", "1/2"),
-        *("text_cfg.hf_model_name", "R@1 / R@5", "data/tmp/x", "/ home"),
-    ):
-        assert not private_paths().search(text), text
-        assert without_private_paths(text) == text
-    assert without_private_paths({"a": ["/srv/x/y", {"b": "/tmp/z.json"}], "c": 3}) == {
-        "a": ["y", {"b": "z.json"}],
-        "c": 3,
-    }
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            json.dumps({"log": "failed\n/gpfs/users/maria/x"}),
+            "line 1, names a place on a machine, '/gpfs/users/maria/x'",
+        ),
+        (r'{"model": "\/srv\/maria\/x"}', "names a place on a machine, '/srv/maria/x'"),
+        ('{\n"dataset":\n"/data1/maria/fotos"}', "line 3, names a place on a machine, '/data1/maria/fotos'"),
+        (json.dumps({"key": "ghp_" + "a1B2" * 9}), r"line 1, holds what looks like an access token or key \(ghp_…\)"),
+        ("\n" + json.dumps({"key": "gho_" + "a1B2" * 9}), r"line 2, holds .*\(gho_…\)"),
+        (json.dumps({"key": "hf_oauth_" + "a1B2" * 9 + ".x"}), r"holds .*\(hf_…\)"),
+        (json.dumps({"key": "AKIA" + "ABCD" * 4}), r"holds .*\(AKIA…\)"),
+        (json.dumps({"key": "-----BEGIN RSA PRIVATE KEY-----\nMIIE"}), r"holds .*\(-----BEGIN …\)"),
+    ],
+)
+def test_a_path_or_a_secret_in_a_result_file(tiny_folder, text, message):
+    (tiny_folder / "results").mkdir()
+    (tiny_folder / "results" / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"results/a\.json, .*{message}"):
+        check_contents(tiny_folder)
 
 
 def test_a_path_in_a_binary_file_is_noticed(tiny_folder):

@@ -12,20 +12,23 @@ ROOT = Path(__file__).resolve().parent.parent
 # Folder or top-level file -> what of this project it may import, beside its own modules.
 ALLOWED = {
     "modeling_capivara": set(),
+    "common": set(),
     "artifacts": set(),
     "processes": set(),
     # apart: data are scored and figures are taken by the same models
     "embedders": {"artifacts", "processes", "modeling_capivara"},
-    "captions": {"artifacts", "embedders", "modeling_capivara"},
-    "training": {"artifacts", "modeling_capivara", "captions"},
-    "eval": {"artifacts", "embedders", "processes", "modeling_capivara", "captions"},
+    "captions": {"common", "artifacts", "embedders", "modeling_capivara"},
+    "training": {"common", "artifacts", "modeling_capivara", "captions"},
+    "eval": {"common", "artifacts", "embedders", "processes", "modeling_capivara", "captions"},
     # hub_upload/space searches: it keeps eval's embeddings, and reads pictures within the limits of captions
-    "hub_upload": {"artifacts", "modeling_capivara", "captions", "embedders", "eval"},
+    "hub_upload": {"common", "artifacts", "modeling_capivara", "captions", "embedders", "eval"},
     # hub_upload: a run can end with a push; `training` itself knows nothing of it
-    "train_accelerate": {"artifacts", "captions", "training", "eval", "modeling_capivara", "examples", "hub_upload"},
-    "examples": {"artifacts", "training", "eval", "modeling_capivara", "captions"},
+    "train_accelerate": {
+        *("common", "artifacts", "captions", "training", "eval", "modeling_capivara", "examples", "hub_upload"),
+    },
+    "examples": {"common", "artifacts", "training", "eval", "modeling_capivara", "captions"},
     "benchmarks": {
-        *("artifacts", "training", "eval", "modeling_capivara", "captions", "examples", "hub_upload"),
+        *("common", "artifacts", "training", "eval", "modeling_capivara", "captions", "examples", "hub_upload"),
         *("embedders", "train_accelerate"),
     },
 }

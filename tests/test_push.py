@@ -4,14 +4,18 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hub_client import hub_commands
 from hub_server import QUOTA, READ_TOKEN, TOKEN
 from hub_storage import Faults
+from pyarrow import parquet
 
 from hub_upload.push_plan import PushArguments, card_metadata, readable_size
 from hub_upload.remote import plain, plain_line, redact
@@ -204,7 +208,7 @@ def test_data_set(commands, hub, tmp_path):
     data = tmp_path / "data"
     (data / "train").mkdir(parents=True)
     (data / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Fotos\n", encoding="utf-8")
-    (data / "train" / "rows.parquet").write_bytes(b"PAR1" * 10)
+    parquet.write_table(pyarrow.table({"caption": ["um gato"]}), data / "train" / "rows.parquet")
     (data / "train" / "build.sh").write_text("rm -r /", encoding="utf-8")
     (data / ".cache").mkdir()
     (data / ".cache" / "x.json").write_text("{}", encoding="utf-8")
@@ -213,6 +217,12 @@ def test_data_set(commands, hub, tmp_path):
     assert set(hub.files("us/data", kind="datasets")) == {"README.md", "train/rows.parquet"}
     assert "nothing to send" in commands(*flags, "--push").out and "v1" in hub.repo("us/data", "datasets").tags
     assert ("models", "us/data") not in hub.storage.repos
+    hub.requests.clear()
+    secret = "github_pat_" + "a1B2c3" * 9
+    parquet.write_table(pyarrow.table({"captions": [["um gato"], ["a", f"b {secret}"]]}), data / "more.parquet")
+    done = commands(*flags, "--push")
+    assert done.code == 1 and "more.parquet, column 'captions', row 1, holds what looks like" in done.err
+    assert secret not in done.out + done.err and hub.requests == []
 
 
 # --- What goes wrong -------------------------------------------------------------------------------------------------
@@ -279,7 +289,7 @@ def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, push, folder):
 
 def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
     hub.faults = Faults(silent_uploads=1)
-    code = "import time; time.sleep = lambda s: None; import hub_upload.remote as remote; remote.TIMEOUT_S = 2\n"
+    code = "import time; time.sleep = lambda s: None; import hub_upload.limits as limits; limits.TIMEOUT_S = 2\n"
     code += "from hub_upload.push import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "--model", str(folder), "--repo-id", "us/model", "--push"],
@@ -395,7 +405,37 @@ def test_a_token_in_a_file_or_a_flag_goes_nowhere(hub, push, folder):
         assert done.code in (1, 2) and "error: " in done.err
     (folder / "config.json").write_text(json.dumps({"note": TOKEN}), encoding="utf-8")
     done = push("--push")
-    assert done.code == 1 and "config.json holds what looks like a token" in done.err and not written(hub)
+    assert done.code == 1 and "config.json, line 1, holds a token of this machine" in done.err and not written(hub)
+
+
+@pytest.mark.parametrize("flag", ["--message", "--tag", "--revision"])
+@pytest.mark.parametrize("secret", ["ghp_" + "a1B2" * 9, "hf_oauth_" + "a1B2" * 9, "AKIA" + "ABCD" * 4])
+def test_a_secret_in_what_everybody_reads_is_not_sent(hub, push, flag, secret):
+    done = push("--push", flag, secret)
+    assert done.code == 1 and f"{flag} holds what looks like an access token or key" in done.err
+    assert secret not in done.out + done.err and hub.requests == []
+
+
+def test_a_place_in_the_message_is_not_sent(hub, push):
+    done = push("--push", "--message", "Of /data1/maria/runs")
+    assert done.code == 1 and "--message names a place on a machine" in done.err and hub.requests == []
+    assert push("--push", "--message", "Of 12/05, see https://x.org/a/b").code == 0
+
+
+@pytest.mark.parametrize("name", ["results/a.json", "run.json", "README.md", ".eval_results/a.yaml", "curves.png"])
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_what_is_no_regular_file_is_refused_at_once(hub, push, folder, monkeypatch, name, kind):
+    path, started = folder / name, time.monotonic()
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        monkeypatch.chdir(path.parent)  # the name of a socket must be short
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    done = push("--push")
+    assert done.code == 1 and f"{name} is no regular file" in done.err and not written(hub)
+    assert time.monotonic() - started < 30
 
 
 def test_redaction():

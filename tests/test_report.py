@@ -198,7 +198,7 @@ def test_seeds_are_a_mean_and_a_sample_deviation(tmp_path):
         (".", 0, "r.json", ("this run", 0)),
         ("runs/a/seed-2", None, "x/r.json", ("runs/a", 2)),  # measured afterwards
         ("runs/a/seed-2", 2, "x/r.json", ("runs/a", 2)),
-        ("/home/maria/models/base/", None, "r.json", ("models/base", None)),
+        ("/home/maria/models/base/", None, "r.json", ("base", None)),
     ],
 )
 def test_whose_figure_it_is(folder, seed, file, expected):

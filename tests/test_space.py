@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from common.privacy import short_name
 from embedders import CapivaraEmbedder
 from eval import embeddings
 from hub_upload.space import index as index_module
 from hub_upload.space.answers import MAX_LABELS, MAX_UPLOAD_BYTES, Demo
 from hub_upload.space.index import build_index, is_album, open_album, read_album, thumbnail_file
-from hub_upload.space.page import decimal, model_name, thousands
+from hub_upload.space.page import decimal, thousands
 from hub_upload.space.pictures import open_pictures
 
 ATTACK = "<img src=x onerror=alert(1)>\"'${alert(1)}"
@@ -387,12 +388,11 @@ def test_a_random_picture_is_one_of_the_collection(demo):
 def test_a_models_name_is_none_of_a_person(tmp_path, monkeypatch):
     home = tmp_path / "home" / "ana"
     (home / "runs" / "mine").mkdir(parents=True)
-    assert model_name(str(home / "runs" / "mine")) == "runs/mine"
-    assert model_name(str(home / "runs")) == "runs"
+    assert short_name(str(home / "runs" / "mine")) == "mine"
     monkeypatch.setattr(Path, "home", lambda: home / "runs")
-    assert model_name(str(home / "runs" / "mine")) == "mine"
+    assert short_name(str(home / "runs" / "mine")) == "mine"
     monkeypatch.chdir(home / "runs")
-    assert (model_name("mine"), model_name("org/model")) == ("mine", "org/model")
+    assert (short_name("mine"), short_name("org/model")) == ("mine", "org/model")
 
 
 def test_numbers_are_written_as_in_portuguese():

@@ -164,7 +164,7 @@ def test_two_models_of_one_name_do_not_become_one(flags, tmp_path):
     one, other = (tmp_path / where / "runs" / "mine" for where in "ab")
     for folder in (one, other):
         shutil.copytree(flags[1], folder)
-    with pytest.raises(SystemExit, match=r"error: .* would both be runs/mine"):
+    with pytest.raises(SystemExit, match=r"error: .* would both be mine"):
         main([*flags, "--model", str(one), "--compare", str(other), "--space", str(tmp_path / "space")])
 
 

@@ -13,6 +13,9 @@ from datasets import DatasetDict, load_from_disk
 from PIL import Image
 
 import train_accelerate
+from common.privacy import short_name
+from hub_upload.card import write_card
+from hub_upload.card_check import check
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
 
@@ -33,8 +36,7 @@ def flags(folder, dataset, output, **overrides) -> list[str]:
 def test_a_run_and_all_that_it_leaves(tiny_folder, tiny_dataset_folder, tmp_path, capsys):
     out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    name = f"retrieval_{tiny_dataset_folder.parent.name}_squares_test"
-    results = {f"results/{name}_{language}.json" for language in ("pt", "en")}
+    results = {f"results/retrieval_squares_test_{language}.json" for language in ("pt", "en")}
     pictures = {"curves.png", "retrieval.png"}
     assert {"model.safetensors", "config.json", "processor_config.json", "run.json", "README.md", "table.md"} <= files
     assert results | pictures <= files
@@ -48,14 +50,20 @@ def test_a_run_and_all_that_it_leaves(tiny_folder, tiny_dataset_folder, tmp_path
     for name in results:
         records = json.loads((out / name).read_text(encoding="utf-8"))["records"]
         assert all(set(record) >= RECORD_FIELDS for record in records)
-        assert {(r["model"], r["direction"]) for r in records if r["metric"] == "mean_recall"} == {
+        assert {(r["model"], r["direction"]) for r in records if r["metric"] == "recall@5"} == {
             (model, direction) for model in ("baseline", "capivara") for direction in ("text_to_image", "image_to_text")
         }
-        assert all(0 <= r["value"] <= 1 for r in records if r["metric"] not in ("mean_recall_gain", "median_rank"))
+        metrics = {"recall@1", "recall@5", "median_rank"}  # of 8 pictures: those that eval reports
+        assert {r["metric"] for r in records} == metrics
+        assert {r["dataset"] for r in records} == {short_name(str(tiny_dataset_folder))} == {"squares"}
+        assert all(0 <= r["value"] <= 1 for r in records if r["metric"] != "median_rank")
     for name in pictures:
         assert min(Image.open(out / name).size) > 300
     table = (out / "table.md").read_text(encoding="utf-8")
-    assert "Baseline" in table and "CAPIVARA" in table and "95 % interval" in table
+    assert "Baseline" in table and "CAPIVARA" in table and "| – | – |" in table and "95 % interval" not in table
+    write_card(out)
+    assert "R@5" in (card := (out / "README.md").read_text(encoding="utf-8")) and "R@10" not in card
+    assert check(out) == []
     assert "CAPIVARA" in capsys.readouterr().out
 
 

@@ -17,6 +17,7 @@ from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from artifacts import device_description, package_versions
 from captions.rows import Skipped
+from common.privacy import short_name
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
 
@@ -150,8 +151,7 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
     """What the card of a model or data set says.
 
     Args:
-        name: folder, pattern of files, or Hub id; what is kept of a local one are its last two parts, or the last one
-            of a place outside the current folder, which may be named after a person.
+        name: folder, pattern of files, or Hub id; `short_name` of it is kept.
         repo_type: "model" or "dataset".
 
     Returns:
@@ -162,7 +162,7 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
     path = _card_from_hub(name, repo_type) if of_hub else Path(name) / "README.md"
     card = _front_matter(path) if path else {}
     return {
-        "name": _short_name(name),
+        "name": short_name(name),
         "title": str(card.get("pretty_name") or (name if of_hub else _heading(path) or PurePosixPath(name).name)),
         "hub_id": name if path and of_hub else None,
         "revision": path.parent.name if path and of_hub else None,
@@ -170,14 +170,6 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
         "licenses": _texts(card.get("license")),
         "attribution": str(card["attribution"]) if card.get("attribution") else None,
     }
-
-
-def _short_name(name: str) -> str:
-    path = PurePosixPath(name)
-    if path.is_relative_to(Path.cwd().as_posix()):
-        path = path.relative_to(Path.cwd().as_posix())
-    outside = path.is_absolute() or ".." in path.parts
-    return "/".join(path.parts[-1:] if outside else path.parts[-2:])
 
 
 def model_card(args: RunArguments, title: str) -> str:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from common.privacy import hide_paths
 from eval.report_page.files import RANK_METRICS, ClassFigures, Found, Query, ResultFile
 from eval.results import Record
 from eval.tables import MODEL_NAMES, percent
@@ -246,12 +247,7 @@ def identity(record: Record, file_name: str) -> tuple[str, str, int | None]:
         folder, seed = folder.parent, int(number)
     if str(folder) == ".":
         folder = PurePosixPath(file_name).parent
-    return record.model, "this run" if str(folder) == "." else shown_path(folder.as_posix()), seed
-
-
-def shown_path(path: str) -> str:
-    """A path without what names a machine: its last two parts where it is absolute."""
-    return "/".join(PurePosixPath(path).parts[-2:]) if path.startswith("/") else path
+    return record.model, "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
 
 
 def value_text(series: Series | None, is_rank: bool) -> str:

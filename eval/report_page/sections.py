@@ -6,6 +6,7 @@ Each function returns plain values for the template; the pictures are drawn on t
 from collections.abc import Iterable
 from typing import Any
 
+from common.privacy import hide_paths
 from eval.plots import BarRow, plot_bars, plot_gains, plot_training_curves
 from eval.report_page.compare import (
     Condition,
@@ -19,7 +20,6 @@ from eval.report_page.compare import (
     points,
     protocol_rows,
     reading_order,
-    shown_path,
     value_text,
 )
 from eval.report_page.files import Found, shorten
@@ -60,7 +60,7 @@ def measured(found: Found) -> dict[str, Any]:
         for package, version in (of_file if isinstance(of_file, dict) else {}).items():
             versions.setdefault(shorten(str(package), 60), {}).setdefault(shorten(str(version), 60))
     files = [
-        {"name": result.name, "model": shown_path(str(result.facts.get("model", ""))), "records": len(result.records)}
+        {"name": result.name, "model": hide_paths(str(result.facts.get("model", ""))), "records": len(result.records)}
         | {key: shorten(str(result.facts.get(key, "")), 400) for key in HEADER}
         for result in found.results
     ]
@@ -153,7 +153,7 @@ def training(found: Found, pictures: Pictures) -> list[dict[str, Any]]:
         alt = f"Loss and learning rate of {curve[-1]['step']:g} steps, and mean recall of the validation split."
         picture = pictures.draw(anchor, alt, lambda path, c=curve, la=language: plot_training_curves(c, la, path))
         facts = [
-            ("Base", shown_path(str(config.get("model", "")))),
+            ("Base", hide_paths(str(config.get("model", "")))),
             ("Data", ", ".join(map(str, config["dataset"])) if isinstance(config.get("dataset"), list) else ""),
             ("Captions in", language),
             ("Seed", str(run.get("seed", ""))),

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 
 from artifacts import require
 from captions.image_files import FORM_HELP, ImageFileArguments
+from common.privacy import short_name
 
 if TYPE_CHECKING:
     from hub_upload.space.answers import Demo
@@ -83,7 +84,6 @@ def load_demo(args: SpaceArguments) -> "Demo":
     from eval.embeddings import cache_folder
     from hub_upload.space.answers import Demo
     from hub_upload.space.index import build_index, is_album, open_album, read_album
-    from hub_upload.space.page import model_name
     from hub_upload.space.pictures import open_pictures
 
     cache, kept = cache_folder(args.cache_dir), is_album(Path(args.pictures))
@@ -93,7 +93,7 @@ def load_demo(args: SpaceArguments) -> "Demo":
     )  # before the models, for its errors
     embedders = [load_embedder(model, args.device) for model in (args.model, args.compare) if model]
     for embedder in embedders:
-        embedder.name = model_name(embedder.name)
+        embedder.name = short_name(embedder.name)
     album = read_album(Path(args.pictures)) if kept else open_album(pictures, cache)
     return Demo([build_index(album, embedder, cache, args.batch_size) for embedder in embedders])
 

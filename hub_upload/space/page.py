@@ -5,7 +5,6 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from hub_upload.allowed_files import PRIVATE_FOLDERS
 from hub_upload.space.index import Album, Hit
 from hub_upload.space.pictures import Credit
 
@@ -16,18 +15,6 @@ LICENCES = {  # identifier of the Hub -> name and address, of those that ask for
     "cc-by-sa-4.0": ("CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/deed.pt-br"),
     "cc0-1.0": ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/deed.pt-br"),
 }
-
-
-def model_name(model: str) -> str:
-    """How a model is called on the page and in the Space: a Hub id, or a folder's last two parts, without a person's.
-
-    The folder above is that of a person where it is one's home, or lies in a folder of such.
-    """
-    path = Path(model)
-    above = path.absolute().parent
-    is_persons = above == Path.home() or above.parent.name in PRIVATE_FOLDERS
-    parts = path.parts[-1:] if path.is_dir() and is_persons else path.parts[-2:]
-    return "/".join(part for part in parts if part not in ("/", "..", "."))
 
 
 def escaped(text: str) -> str:

@@ -21,13 +21,13 @@ import yaml
 from huggingface_hub import HfApi, get_token
 
 from artifacts import whole_folder, write_text
+from common.privacy import short_name
 from hub_upload.allowed_files import TOKENIZER_FILES, check_contents
 from hub_upload.push import NO_TOKEN
 from hub_upload.push_plan import readable_size
 from hub_upload.remote import PushError, check_repo_id, hub_errors
 from hub_upload.space.answers import Demo
 from hub_upload.space.index import embeddings_path
-from hub_upload.space.page import model_name
 from hub_upload.space.pictures import stated
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,8 +94,8 @@ def write_space(demo: Demo, models: list[str], folder: Path, title: str = "CAPIV
 
 def check_target(models: list[str], folder: Path | None, repo_id: str | None) -> None:
     """Raise ValueError where a Space of these models can't be written to `folder`, or `repo_id` is none of the Hub."""
-    if len(models) > len({model_name(model) for model in models}):
-        raise ValueError(f"{' and '.join(models)} would both be {model_name(models[0])} in the Space; rename one.")
+    if len(models) > len({short_name(model) for model in models}):
+        raise ValueError(f"{' and '.join(models)} would both be {short_name(models[0])} in the Space; rename one.")
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--space {folder} is a file or not empty. Choose another one, or remove it.")
     if repo_id is not None:
@@ -185,7 +185,7 @@ def _copied_model(model: str, made: Path) -> str:
     source = Path(model)
     if not source.is_dir():
         return model
-    target = Path("models", model_name(model))
+    target = Path("models", short_name(model))
     for file in sorted(source.iterdir()):
         if file.is_file() and any(fnmatchcase(file.name, pattern) for pattern in MODEL_FILES):
             _copy(file, made / target / file.name)
@@ -200,7 +200,7 @@ def _copy(source: Path, target: Path) -> None:
 
 def _readme(demo: Demo, models: list[str], title: str) -> str:
     credit = demo.album.credit
-    licences = {"as imagens": credit.licence, **{f"o modelo {model_name(m)}": _model_licence(m) for m in models}}
+    licences = {"as imagens": credit.licence, **{f"o modelo {short_name(m)}": _model_licence(m) for m in models}}
     known = {subject: licence for subject, licence in licences.items() if licence}
     about = {
         "title": title, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "gradio",
@@ -213,7 +213,7 @@ def _readme(demo: Demo, models: list[str], title: str) -> str:
     said = "; ".join(f"{subject}: {licence}" for subject, licence in known.items())
     said = f"{said[:1].upper()}{said[1:]}." if said else "Modelo e imagens não declaram licença."
     pictures = ". ".join(part for part in (credit.name, credit.attribution) if part)
-    body = BODY.format(title=title, models=", ".join(map(model_name, models)), pictures=pictures, licences=said)
+    body = BODY.format(title=title, models=", ".join(map(short_name, models)), pictures=pictures, licences=said)
     return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
 
 

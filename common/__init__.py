@@ -1,0 +1,1 @@
+"""What all folders of the project share; it imports none of them."""

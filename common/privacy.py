@@ -1,0 +1,145 @@
+"""What must not be published, decided here alone: how secrets look, and how a place is named without its machine."""
+
+import mmap
+import os
+import re
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import constants
+
+# How a secret begins -> how it goes on. The forms are of both `re` and RE2, which searches columns of parquet files.
+_FORMS = {
+    "hf_": r"(?:oauth_[\w.-]{20,}|jwt_[\w.-]{20,}|[A-Za-z0-9]{20,})",
+    "api_org_": r"[A-Za-z0-9]{16,}",
+    **{f"gh{kind}_": r"\w{20,}" for kind in "pousr"},
+    "github_pat_": r"\w{20,}",
+    "AKIA": r"[A-Z0-9]{16}\b",
+    "ASIA": r"[A-Z0-9]{16}\b",
+    **{name: r"[\"']?\s*[=:]\s*[\"']?[\w/+]{40}" for name in ("aws_secret_access_key", "AWS_SECRET_ACCESS_KEY")},
+    "AIza": r"[\w-]{35}",
+    "GOCSPX-": r"[\w-]{28}",
+    "ya29.": r"[\w-]{20,}",
+    "-----BEGIN ": r"(?:[A-Z0-9]+ )*PRIVATE KEY",
+}
+_SECRET = "|".join(re.escape(start) + rest for start, rest in _FORMS.items())
+SECRET_RE2 = rf"(?:^|[^A-Za-z0-9])(?:{_SECRET})"
+SECRETS = re.compile(rf"(?<![A-Za-z0-9])(?:{_SECRET})", re.ASCII)
+_SECRET_BYTES = re.compile(SECRETS.pattern.encode())
+# In addresses and headers, which only logs and messages hold.
+_IN_REQUESTS = re.compile(
+    r"(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|(?<=X-Amz-Signature=)[^&\s]+|(?<=X-Amz-Credential=)[^&\s]+|(?<=X-Amz-Security-Token=)[^&\s]+"
+)
+
+_PART = r"[^\s\"'`<>|;,)\]}:/\\]"  # a letter of a file's name, as far as one can tell in a text
+_URL = r"(?<![\w+.-])[A-Za-z][\w+.-]{0,30}://[^\s/](?:(?!::)[^\s\"'<>`|;,)\]}])*"
+# What stands before a path: no letter, point or slash, which would make it a part of something longer.
+_BEFORE = r"(?:(?<=://)|(?<=:///)|(?<![^\s\"'`“”‘’«=:(\[{<>,;|!@]))"
+_ABSOLUTE = (
+    rf"{_BEFORE}/(?!path/to\b|dev/null\b)(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/{_PART}(?:{_PART}|[/\\]|:(?!/))*"
+    r"|(?<=[\"'`])/[A-Za-z][\w.-]+/?(?=[\"'`])"
+    rf"|(?<!\w)[A-Za-z]:(?:\\{{1,2}}|/){_PART}+(?:\\{{1,2}}|/){_PART}(?:{_PART}|[/\\])*"
+)
+_WHOLE = re.compile(r"((?:[\w-]+[=:])*)(/[^\s/][^\n]*|[A-Za-z]:[\\/][^\\/\n][^\n]*)")  # also behind `--flag=`
+
+
+def secret_in(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
+    """The first secret of a kind in a text, or in a file that is mapped, which is never held in memory.
+
+    Returns:
+        What it is, in words that do not hold it, and where; None where there is none.
+    """
+    code = str if isinstance(content, str) else str.encode
+    for token in known_tokens():
+        if (place := content.find(code(token))) >= 0:
+            return "a token of this machine", place
+    for start in _FORMS:
+        place = content.find(code(start))
+        while place >= 0:
+            if (SECRETS if code is str else _SECRET_BYTES).match(content, place):
+                return f"what looks like an access token or key ({start}…)", place
+            place = content.find(code(start), place + 1)
+    return None
+
+
+def redact(text: str) -> str:
+    """A text without secrets: those of this machine, and whatever looks like one."""
+    for secret in known_tokens():
+        text = text.replace(secret, "hf_***")
+    text = SECRETS.sub(lambda found: "hf_***" if found[0].startswith("hf_") else "***", text)
+    return _IN_REQUESTS.sub("***", text)
+
+
+def known_tokens() -> list[str]:
+    """From the places where huggingface_hub looks; nothing is asked of anybody."""
+    found = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
+    with suppress(OSError, ValueError):
+        found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
+    return [token.strip() for token in found if len(token.strip()) >= 8]
+
+
+def machine_path_in(text: str) -> str | None:
+    """The first absolute path in a text, of whatever root; None where there is none.
+
+    A path has two parts at least, or stands in quotes. Addresses, Hub ids, fractions and dates are none.
+    """
+    return next((found[0] for found in _paths().finditer(text) if found["path"]), None)
+
+
+def hide_paths(value: Any) -> Any:
+    """A text, or the texts of a JSON value, in which absolute paths are relative to the current folder, or their last
+    part where they lie elsewhere: folders above may be named after a person.
+
+    Raises:
+        ValueError: two keys of an object are the same but for their folders.
+    """
+    if isinstance(value, dict):
+        cleaned = {hide_paths(key): hide_paths(item) for key, item in value.items()}
+        if len(cleaned) < len(value):
+            raise ValueError(f"{sorted(value)} are the same but for their folders; rename one of them.")
+        return cleaned
+    if isinstance(value, list):
+        return [hide_paths(item) for item in value]
+    if not isinstance(value, str) or not ("/" in value or "\\" in value):
+        return value
+    if whole := _WHOLE.fullmatch(value):  # it may hold blanks
+        return whole[1] + _hidden(whole[2])
+    return _paths().sub(lambda found: _hidden(found[0]) if found["path"] else found[0], value)
+
+
+def short_name(name: str) -> str:
+    """How records and cards call a model or data set: a Hub id as it is, a local place as `hide_paths` has it, and of
+    that its last two parts.
+
+    Args:
+        name: folder, pattern of files, or Hub id.
+    """
+    is_local = name.startswith(("/", "~")) or ".." in Path(name).parts or Path(name).exists()
+    return "/".join(PurePosixPath(_hidden(name) if is_local else name).parts[-2:]) or "."
+
+
+def own_paths() -> list[str]:
+    """Folders of this machine that a published file has no reason to name, longest first."""
+    checkout = Path(__file__).resolve().parents[1]
+    folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), Path(sys.prefix), checkout}
+    return sorted({str(folder) for folder in folders if len(folder.parts) > 1}, key=len, reverse=True)
+
+
+def _paths() -> re.Pattern[str]:
+    ours = "|".join(map(re.escape, own_paths()))
+    rest = rf"(?![\w.-])(?:{_PART}|[/\\]|:(?!/))*"
+    return re.compile(rf"{_URL}|(?P<path>{_BEFORE}(?:{ours}){rest}|{_ABSOLUTE})")
+
+
+def _hidden(path: str) -> str:
+    here = Path.cwd()
+    target = Path(os.path.normpath(here / path))
+    # What lies above the home folder, such as `/`, is no folder of work: below it are people.
+    is_inside = target.is_relative_to(here) and here not in Path.home().parents
+    if is_inside and not re.match(r"~|[A-Za-z]:[\\/]", path):
+        return target.relative_to(here).as_posix()
+    return re.split(r"[\\/]+", path.rstrip("\\/"))[-1]

@@ -1,0 +1,107 @@
+"""What a server may do to a push: it may not make it last for ever, nor send it on to another one."""
+
+import math
+import os
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from huggingface_hub import constants
+
+TIMEOUT_S = 300  # of silence; the client's own is none, and a line that died would hold a run for ever
+DEADLINE_HOURS = 12.0  # of a push as a whole: 1.5 GB take 3.5 hours on a line of 1 Mbit/s
+CHECKPOINT_HOURS = 1.0  # the training waits
+GRACE_S = 60.0  # to end by itself, after which a program ends itself
+WAITS = ("connect_tcp", "start_tls", "read", "write")  # of a connection
+TIME_UP = (
+    "The push has not ended in the time that it has (--deadline_hours, 12 if not given). Run the same command again: "
+    "files that have arrived are not sent a second time."
+)
+_ends = math.inf  # on the clock of time.monotonic
+
+
+@contextmanager
+def time_limit(hours: float) -> Iterator[None]:
+    """Within it no call to the Hub lasts beyond the limit, however slowly the server answers: it raises OSError."""
+    global _ends
+    before, _ends = _ends, min(_ends, time.monotonic() + 3600 * hours)
+    try:
+        yield
+    finally:
+        _ends = before
+
+
+@contextmanager
+def program_limit(hours: float) -> Iterator[None]:
+    """As `time_limit`, for a program of its own, which is ended where what waits is no call of ours, such as Xet's."""
+
+    def end() -> None:
+        print(f"\nerror: {TIME_UP}", file=sys.stderr, flush=True)
+        os._exit(1)  # threads of the client would be waited for
+
+    timer = threading.Timer(3600 * hours + GRACE_S, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        with time_limit(hours):
+            yield
+    finally:
+        timer.cancel()
+
+
+def limit(client: Any) -> None:
+    """Hold a client of the Hub to the limits of the time and of its silence, and to the Hub itself."""
+    client.timeout = TIMEOUT_S
+    if _check_redirect in client.event_hooks["response"]:
+        return
+    hooks = client.event_hooks
+    client.event_hooks = {**hooks, "response": [*hooks["response"], _check_redirect]}
+    for transport in (client._transport, *client._mounts.values()):  # the latter of proxies
+        if pool := getattr(transport, "_pool", None):
+            # Its own limits are of one wait; a letter in a while would be waited for without end.
+            pool._network_backend = _Limited(pool._network_backend)
+
+
+class _Limited:
+    """A connection, or what makes one, whose waits end with the time of the push."""
+
+    def __init__(self, inner: Any):
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        return (lambda *args, **options: self._limited(found, args, options)) if name in WAITS else found
+
+    def _limited(self, call: Any, args: tuple, options: dict[str, Any]) -> Any:
+        left = _ends - time.monotonic()
+        if left <= 0:
+            raise OSError(TIME_UP)
+        if left < math.inf:
+            options["timeout"] = min(left, options.get("timeout") or math.inf)
+        result = call(*args, **options)
+        return _Limited(result) if hasattr(result, "start_tls") else result
+
+
+def _check_redirect(response: Any) -> None:
+    """Raise OSError where what is sent, or an answer that is relied on, would come from elsewhere than the Hub."""
+    if _ends == math.inf or not response.has_redirect_location:
+        return
+    request, target = response.request, response.headers["location"]
+    host = urllib.parse.urlsplit(str(request.url)).netloc
+    try:
+        where = urllib.parse.urlsplit(urllib.parse.urljoin(str(request.url), target))
+    except ValueError:
+        where = urllib.parse.urlsplit("unknown:")
+    keeps_call = request.method in ("GET", "HEAD") or response.status_code in (307, 308)
+    is_file = request.method in ("GET", "HEAD") and "/resolve/" in request.url.path  # which lie in a store of their own
+    is_web = where.scheme in ("http", "https")
+    if request.method == "PUT" or not keeps_call or not is_web or (where.netloc != host and not is_file):
+        raise OSError(
+            f"{request.method} {request.url.path} was answered by a redirect ({response.status_code}) to "
+            f"{where.scheme}://{where.netloc}, which is not followed. Does a proxy or a log-in page answer in place of "
+            f"{constants.ENDPOINT}? Check HF_ENDPOINT and the network, then run the same command again."
+        )

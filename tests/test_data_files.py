@@ -1,0 +1,188 @@
+"""A data set that holds a secret, however deep, or what is no picture, or leads elsewhere, is not sent."""
+
+import json
+import os
+import socket
+import tarfile
+import time
+
+import PIL.Image
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from artifacts import peak_resident_bytes
+from hub_upload import data_files as module
+from hub_upload.data_files import check_data, data_files
+
+SECRET = "gho_" + "a1B2c3D4e5" * 4
+TEXTS = pyarrow.list_(pyarrow.string())
+PICTURE = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "README.md").write_text(
+        "# Fotos de 12/05/2020, em https://x.org/home/page\n", encoding="utf-8"
+    )
+    return tmp_path / "data"
+
+
+def checked(folder) -> None:
+    check_data(folder, data_files(folder))
+
+
+def png() -> bytes:
+    from io import BytesIO
+
+    stream = BytesIO()
+    PIL.Image.new("RGB", (3, 2)).save(stream, "png")
+    return stream.getvalue()
+
+
+def column(kind, value, good) -> pyarrow.Table:
+    """1,200 rows in several row groups; the value is that of row 1,000."""
+    return pyarrow.table({"n": range(1200), "x": pyarrow.array([good] * 1000 + [value] + [good] * 199, kind)})
+
+
+COLUMNS = {
+    "text": (pyarrow.string(), f"um gato {SECRET}", "um gato"),
+    "large text": (pyarrow.large_string(), SECRET, None),
+    "words of a list": (TEXTS, ["a", f"b {SECRET}"], ["a"]),
+    "list of lists": (pyarrow.list_(TEXTS), [[], ["a", SECRET]], [["b"], []]),
+    "struct": (pyarrow.struct([("a", pyarrow.struct([("b", TEXTS)]))]), {"a": {"b": [SECRET]}}, None),
+    "map": (pyarrow.map_(pyarrow.string(), pyarrow.string()), [("k", SECRET)], [("k", "v")]),
+    "categories": (pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), SECRET, "gato"),
+    "bytes": (pyarrow.binary(), SECRET.encode(), b"\0\xff"),
+    "path of a picture": (PICTURE, {"bytes": png(), "path": f"{SECRET}.png"}, {"bytes": png(), "path": "1.png"}),
+    "inside a picture": (PICTURE, {"bytes": png() + SECRET.encode(), "path": None}, {"bytes": png(), "path": None}),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_a_secret_in_any_column_is_named_by_its_row(folder, kind, suffix, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_BYTES", 2**12)  # several batches
+    path = folder / "train" / f"rows{suffix}"
+
+    def write(table: pyarrow.Table) -> None:
+        if suffix == ".parquet":
+            return parquet.write_table(table, path, row_group_size=500)
+        with pyarrow.ipc.new_stream(path, table.schema) as file:
+            file.write_table(table, max_chunksize=400)
+
+    kind, value, good = COLUMNS[kind]
+    write(column(kind, good, good))
+    checked(folder)
+    write(column(kind, value, good))
+    with pytest.raises(
+        ValueError, match=rf"train/rows\{suffix}, column 'x', row 1000, holds what looks like"
+    ) as caught:
+        checked(folder)
+    assert SECRET not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        ({"bytes": b"-----BEGIN OPENSSH", "path": None}, "row 1000, has bytes that are no picture"),
+        ({"bytes": b"root:x:0:0:root", "path": "1.png"}, "no picture"),
+        ({"bytes": None, "path": "/etc/passwd"}, "row 1000, names the file of a picture by a path outside"),
+        ({"bytes": png(), "path": "/data1/maria/1.png"}, "outside of the data set"),
+        ({"bytes": None, "path": "train/../../1.png"}, "outside of the data set"),
+        ({"bytes": None, "path": "C:\\Users\\ana\\1.png"}, "outside of the data set"),
+    ],
+)
+def test_a_picture_that_is_none_or_lies_elsewhere(folder, picture, message):
+    good = {"bytes": png(), "path": "train/1.png"}
+    parquet.write_table(column(PICTURE, picture, good), folder / "rows.parquet")
+    with pytest.raises(ValueError, match=rf"rows\.parquet, column 'x', .*{message}"):
+        checked(folder)
+    parquet.write_table(column(pyarrow.list_(PICTURE), [good, picture], [good]), folder / "rows.parquet")
+    with pytest.raises(ValueError, match=message):
+        checked(folder)
+
+
+def test_the_header_of_a_file_is_searched(folder):
+    table = pyarrow.table({"a": [1]})
+    for changed in (table.rename_columns([SECRET]), table.replace_schema_metadata({"by": SECRET})):
+        parquet.write_table(changed, folder / "rows.parquet")
+        with pytest.raises(ValueError, match=r"rows\.parquet, its header, holds what looks like") as caught:
+            checked(folder)
+        assert SECRET not in str(caught.value)
+
+
+def test_no_file_of_rows(folder):
+    for name in ("rows.parquet", "rows.arrow"):
+        (folder / name).write_bytes(b"PAR1" * 10)
+        with pytest.raises(ValueError, match=rf"{name} can't be read as a file of rows"):
+            checked(folder)
+        (folder / name).unlink()
+
+
+def test_texts_archives_and_records(folder):
+    (folder / "metadata.jsonl").write_text('{"text": "homem /mulher/criança"}\n' * 9, encoding="utf-8")
+    (folder / "1.png").write_bytes(png())
+    (folder / "record.json").write_text('{"licence": "mit", "share": "1/2"}', encoding="utf-8")
+    with tarfile.open(folder / "rows.tar", "w") as tar:
+        tar.add(folder / "1.png", "1.png")
+        tar.add(folder / "metadata.jsonl", "1.json")
+    checked(folder)
+    (folder / "captions.csv").write_text(f"a,b\n\n1,{SECRET}\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"captions\.csv, line 3, holds what looks like an access token or key \(gho_…\)"
+    ):
+        checked(folder)
+    with tarfile.open(folder / "rows.tar", "a") as tar:
+        tar.add(folder / "captions.csv", "2.txt")
+    (folder / "captions.csv").unlink()
+    with pytest.raises(ValueError, match=r"rows\.tar, line \d+, holds what looks like"):
+        checked(folder)
+    (folder / "rows.tar").unlink()
+    (folder / "record.json").write_text(json.dumps({"cache": "/gpfs/users/maria/x"}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"record\.json, line 1, names a place on a machine"):
+        checked(folder)
+    (folder / "record.json").unlink()
+    (folder / "1.png").write_text("-----BEGIN", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"1\.png is no picture"):
+        checked(folder)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "link out", "link of a folder"])
+def test_what_is_no_file_of_the_folder_is_refused_at_once(folder, tmp_path, kind):
+    path, started = folder / "train" / "rows.json", time.perf_counter()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "rows.json").write_text("{}", encoding="utf-8")
+    message = "no regular file"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        os.chdir(path.parent)
+        socket.socket(socket.AF_UNIX).bind(path.name)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "link out":
+        path.symlink_to(tmp_path / "elsewhere" / "rows.json")
+    else:
+        (folder / "test").symlink_to(tmp_path / "elsewhere")
+    if kind in ("device", "link out", "link of a folder"):
+        message = "links to files outside"
+    with pytest.raises(ValueError, match=message):
+        data_files(folder)
+    assert time.perf_counter() - started < 5
+
+
+def test_rows_are_never_all_in_memory(folder):
+    """200 MB of captions in one row group."""
+    caption = [f"uma foto de {n} gatos na praia com céu azul" * 25 for n in range(1000)]
+    schema = pyarrow.schema([("caption", pyarrow.string())])
+    with parquet.ParquetWriter(folder / "rows.parquet", schema, compression="zstd", use_dictionary=False) as file:
+        table = pyarrow.table({"caption": caption * 180}, schema)
+        file.write_table(table, row_group_size=len(table))
+    size = table.nbytes
+    del table
+    before, started = peak_resident_bytes(), time.perf_counter()
+    checked(folder)
+    assert size > 1.8e8 and peak_resident_bytes() - before < 0.5 * size
+    assert time.perf_counter() - started < 20

@@ -1,0 +1,134 @@
+"""One list of secrets, one way to hide a path: what is found, and what is left alone."""
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from common.privacy import SECRET_RE2, hide_paths, machine_path_in, redact, secret_in, short_name
+
+ROOT = Path(__file__).resolve().parent.parent
+LETTERS = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8s9T0"
+SECRETS = {
+    "hf": "hf_" + LETTERS[:34],
+    "hf oauth": "hf_oauth_" + LETTERS[:30] + ".x-y_z",
+    "hf organisation": "api_org_" + LETTERS[:34],
+    **{f"gh{kind}": f"gh{kind}_" + LETTERS[:36] for kind in "pousr"},
+    "github_pat": "github_pat_11" + LETTERS[:20] + "_" + LETTERS,
+    "AWS key": "AKIA" + "ABCDEFGH12345678",
+    "AWS temporary key": "ASIA" + "ABCDEFGH12345678",
+    "AWS secret": "aws_secret_access_key = " + LETTERS,
+    "Google": "AIza" + LETTERS[:35],
+    "Google client": "GOCSPX-" + LETTERS[:28],
+    "RSA": "-----BEGIN RSA PRIVATE KEY-----",
+    "OpenSSH": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "PKCS 8": "-----BEGIN PRIVATE KEY-----",
+    "PGP": "-----BEGIN PGP PRIVATE KEY BLOCK-----",
+}
+NO_SECRETS = (
+    "hf_hub_download of hf_modules", "ghp_", "github_pat_", "AKIA is a name", "https://hf.co/hf_x", "wolf_" + LETTERS,
+    "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "-----BEGIN PUBLIC KEY-----",
+    "HALFAKIAABCDEFGH12345678", "a capivara hf_ e o gato ghi",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SECRETS)
+@pytest.mark.parametrize("around", ["{}", "the key '{}' is mine", '{{"a": "{}"}}', "TOKEN_{}\nand more", "x={}&y"])
+def test_every_kind_of_secret_is_found_anywhere(kind, around):
+    import pyarrow.compute
+
+    text = around.format(SECRETS[kind])
+    words, place = secret_in(text)
+    start = re.fullmatch(r"what looks like an access token or key \((.+)…\)", words)[1]
+    assert SECRETS[kind].startswith(start) and len(start) <= 21 and text[place:].startswith(SECRETS[kind])
+    assert secret_in(text.encode()) == (words, place)
+    assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [True]
+    assert SECRETS[kind] not in redact(text) and "***" in redact(text)
+
+
+@pytest.mark.parametrize("text", NO_SECRETS)
+def test_what_is_no_secret(text):
+    import pyarrow.compute
+
+    assert secret_in(text) is secret_in(text.encode()) is None and redact(text) == text
+    assert pyarrow.compute.match_substring_regex(pyarrow.array([text]), SECRET_RE2).to_pylist() == [False]
+
+
+def test_the_token_of_this_machine_is_a_secret_whatever_its_form(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "of-another-form")
+    assert secret_in("see of-another-form") == secret_in(b"see of-another-form") == ("a token of this machine", 4)
+    assert redact("see of-another-form") == "see hf_***"
+
+
+PATHS = (
+    "/data1/maria/fotos", "/gpfs/home/x", "/srv/runs/mine", "/home/maria/captions", "/a/b", "/1tb/maria/x.json",
+    "/Volumes/Disco/fotos", "/lustre/scratch/m/x.parquet", "/nix/store/abc-x", "/été/maria/x", "C:\\Users\\ana\\x",
+    "D:\\dados\\fotos", "E:/dados/fotos/1.jpg", "/mnt/c/Users/ana/x/",
+)  # fmt: skip
+NO_PATHS = (
+    "https://huggingface.co/home/x", "see https://x.org/?next=/home/page", "hf://datasets/a/b/c", "s3://bucket/a/b",
+    "a/home/b", "laion/CLIP-ViT-B-32", "pairs/s", "km/h", "/", "//", "and/or", "e/ou", "../tmp/x", "./a/b/c", "~/tmp/x",
+    "1/2", "12/05/2020", "em 1/2/3", "image/png", "text/html, */*;q=0.8", "R@1 / R@5 / R@10", "data/tmp/x", "/ home",
+    "{endpoint}/api/models", "$HOME/x/y", "data/*/x.parquet", "</s>", "<a></b>", "C++/Java/Go", "run.json#/config/lr",
+    "/path/to/model", "> /dev/null", "homem /mulher", "😀/😂/🤣", "a: b/c", "//cdn.example.org/x/y", "\\frac{a}{b}",
+    "text_cfg.hf_model_name", "localhost:7860/gradio_api/x", "seu(s)/sua(s)/x", "zip://*.jpg::hf://datasets/a/b.zip",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("around", ["{}", "see {}, please", "'{}'", "--model={}", "x:{}", "({})", "<code>{}</code>"])
+def test_an_absolute_path_of_any_root_is_found_and_hidden(path, around):
+    text = around.format(path)
+    assert machine_path_in(text), text
+    hidden = hide_paths(text)
+    assert machine_path_in(hidden) is None and "maria" not in hidden and "ana" not in hidden, hidden
+
+
+@pytest.mark.parametrize("text", NO_PATHS)
+def test_what_is_no_path_of_a_machine(text):
+    assert machine_path_in(text) is None, text
+    assert hide_paths(text) in (text, text.rpartition("/")[2]), text
+
+
+def test_more_forms_of_paths():
+    for text in ("file:///tmp/x/y", "sqlite:////gpfs/maria/x.db", "zip://1.jpg::/data1/maria/x.zip", '"/data1"'):
+        assert machine_path_in(text), text
+    assert hide_paths("PATH=/usr/bin/x:/home/maria/bin") == "PATH=bin"
+    assert hide_paths("in /data1/maria/x:12") == "in x:12"
+    assert hide_paths("--model=/home/maria silva/run one") == "--model=run one"
+    assert hide_paths({"a": ["/srv/x/y", {"b": "/gpfs/z.json"}], "/a/c": 3}) == {"a": ["y", {"b": "z.json"}], "c": 3}
+    assert hide_paths(f"open_clip:local-dir:{Path.cwd()}/runs/x") == "open_clip:local-dir:runs/x"
+    with pytest.raises(ValueError, match="the same but for their folders"):
+        hide_paths({"/a/x": 1, "/b/x": 2})
+
+
+def test_this_project_and_its_cards_hold_no_path():
+    """No false alarm in all the prose and settings that are here."""
+    patterns = ("*.md", "docs/*.md", "configs/*.yaml", "hub_upload/**/*.j2", "modeling_capivara/*.py")
+    files = [path for pattern in patterns for path in ROOT.glob(pattern)]
+    found = {path.name: machine_path_in(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: path for name, path in found.items() if path} == {}
+    assert yaml.safe_load((ROOT / "configs/capivara.yaml").read_text(encoding="utf-8"))
+
+
+def test_one_name_for_a_data_set(monkeypatch, tmp_path):
+    home = tmp_path / "home" / "maria"
+    (home / "captions" / "train").mkdir(parents=True)
+    monkeypatch.setattr(Path, "home", lambda: home)
+    for here in (tmp_path, tmp_path / "home", home / "captions"):
+        monkeypatch.chdir(here)
+        assert short_name(str(home / "captions")) in ("captions", "."), here
+    monkeypatch.chdir(home)
+    assert short_name(str(home / "captions" / "train")) == short_name("captions/train") == "captions/train"
+    assert short_name("laicsiifes/flickr30k-pt-br") == "laicsiifes/flickr30k-pt-br"
+    assert short_name("/gpfs/users/maria/captions") == short_name("~maria/captions") == "captions"
+    assert short_name("../../maria/captions") == "captions" and short_name("a/b/*.parquet") == "b/*.parquet"
+
+
+def test_a_long_text_costs_little():
+    started = time.perf_counter()
+    for text in ("/a" * 50_000, "a/" * 50_000, "/" * 100_000, "C:\\" * 30_000, "hf_" * 30_000, "x:" * 50_000 + "/ "):
+        machine_path_in(text), hide_paths(text), secret_in(text), redact(text)
+    assert time.perf_counter() - started < 5
