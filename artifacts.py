@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "torch",
@@ -206,8 +207,10 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def device_description(device: torch.device | str = "cpu") -> str:
+def device_description(device: "torch.device | str" = "cpu") -> str:
     """The processor or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
+    import torch  # here: a command that reads its flags writes no device yet
+
     device = torch.device(device)
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda)"

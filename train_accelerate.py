@@ -7,6 +7,12 @@
 Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` goes on with it.
 """
 
+from common.cli import run_command, start_command
+from training.arguments import RunArguments, parse_arguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse_arguments, None, __doc__)
+
 import contextlib
 import copy
 import fcntl
@@ -54,7 +60,6 @@ from hub_upload.publish import check_access, publish_checkpoint, publish_run
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
-from training.arguments import RunArguments, parse_arguments
 from training.checkpoints import Checkpoints, TrainerState, check_same_run, read_state, threads
 from training.inputs import Inputs, load_inputs
 from training.loop import Interrupted, Trainer
@@ -485,4 +490,4 @@ def report(args: RunArguments, records: list[Record], inputs: Inputs, accelerato
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,15 +9,19 @@ OUTPUT/<number>-<stage>/<split>, and the last one's rows become OUTPUT/dataset: 
 same command goes on where it was interrupted. docs/your_language.md says how to write a config.
 """
 
+from captions.arguments import BuildArguments
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, BuildArguments, __doc__)
+
 import logging
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-
-from transformers import HfArgumentParser
 
 from artifacts import require
 from captions.build_plan import READ, Plan, Step, read_plan
@@ -27,38 +31,13 @@ from captions.parts import STAGE_FILE, check_complete, remove_leftovers, stage_r
 from captions.quality_report import write_quality_report
 from captions.score import score
 from captions.select import select, write_missing_report
-from captions.stages import Shard, StageArguments, StageHelp, StageReport, run_stage, stage_source
+from captions.stages import Shard, StageArguments, StageReport, run_stage, stage_source
 from captions.translate import translate
 from captions.translators.google_cloud import GOOGLE_MODULES
 
 POLL_S = 10.0  # between looks for what other shards have done
 
 logger = logging.getLogger("capivara")
-
-
-@dataclass
-class BuildArguments:
-    config: Path = field(metadata={"help": "YAML file of the stages, such as configs/captions_pt.yaml."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "The images, in any form that a stage takes; goes before the config's."}
-    )
-    output: Path | None = field(
-        default=None, metadata={"help": "Folder of all that is made; goes before the config's."}
-    )
-    language: str | None = field(
-        default=None, metadata={"help": "Code of the language of the captions; goes before the config's."}
-    )
-    shard: str | None = field(
-        default=None,
-        metadata={
-            "help": "i/n: the i-th of n shares of the work, from 0; that of the process in a launch by Accelerate or "
-            "torchrun where none is given. A shard waits for the others between stages; shard 0 makes the data set."
-        },
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Check the config, say what would be done, and end."})
-
-    def __post_init__(self) -> None:
-        Shard.of(self.shard)
 
 
 class Awaited(Exception):
@@ -185,9 +164,8 @@ ENDS: dict[str, Callable] = {
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = HfArgumentParser(BuildArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(BuildArguments, __doc__, argv)
         folder = build(args)
     except Awaited as awaited:
         sys.exit(f"waiting: {awaited}")
@@ -202,4 +180,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

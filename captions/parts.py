@@ -9,7 +9,6 @@ share the work, and another number can go on with it. Nothing but the names of w
 
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -178,17 +177,6 @@ def missing_rows(output: Path, record: dict[str, Any], missing: list[range]) -> 
         f"{output} is unfinished: of its {record['source']['rows']} rows, {sum(map(len, missing))} are missing "
         f"({named}). Other shards may be at work on them; this goes on with all of them: {record['command']}"
     )
-
-
-def command_line(module: str, flags: dict[str, Any]) -> str:
-    """`python -m module --flag value …`, for a shell. Flags that are None, False or empty are left out."""
-    words = ["python", "-m", module]
-    for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False and value != []:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,13 +11,16 @@ data set are sent; files on the Hub that the folder does not have stay. After a 
 again: files that have arrived are not sent a second time, and what has not changed makes no commit.
 """
 
-import argparse
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import sys
 import time
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import HTTPError
-from transformers import HfArgumentParser
 
 from hub_upload.card_check import outdated
 from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, check_visibility, plan, readable_size, report
@@ -59,12 +62,8 @@ def push(planned: PushPlan) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = _Parser(PushArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
     try:
-        args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if rest:
-            names = [word.split("=")[0] for word in rest if word.startswith("-")] or ["a value without a flag"]
-            raise ValueError(f"Unknown: {', '.join(names)}. --help lists all flags; a token is not given by one.")
+        args = parse(PushArguments, __doc__, argv, hide=plain)
         options = {name: value for name, value in vars(args).items() if name not in ("model", "repo_id")}
         planned = plan(args.model, args.repo_id, **options)
         print(report(planned), flush=True)
@@ -204,15 +203,5 @@ def _title(planned: PushPlan) -> str:
     return f"{verb} {names[0]}" if len(names) == 1 else f"{verb} {len(names)} files"
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:
-        """One line, in which no value is a token."""
-        self.exit(2, f"error: {plain(message)} (--help lists all)\n")
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the commands of the description on lines of their own."""
-
-
 if __name__ == "__main__":
-    main()
+    run_command(main)

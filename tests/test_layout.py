@@ -13,17 +13,20 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "modeling_capivara": set(),
     "artifacts": set(),
+    "common": set(),
     "processes": set(),
     # apart: data are scored and figures are taken by the same models
     "embedders": {"artifacts", "processes", "modeling_capivara"},
-    "captions": {"artifacts", "embedders", "modeling_capivara"},
-    "training": {"artifacts", "modeling_capivara", "captions"},
-    "eval": {"artifacts", "embedders", "processes", "modeling_capivara", "captions"},
+    "captions": {"artifacts", "common", "embedders", "modeling_capivara"},
+    "training": {"artifacts", "common", "modeling_capivara", "captions"},
+    "eval": {"artifacts", "common", "embedders", "processes", "modeling_capivara", "captions"},
     # hub_upload/space searches: it keeps eval's embeddings, and reads pictures within the limits of captions
-    "hub_upload": {"artifacts", "modeling_capivara", "captions", "embedders", "eval"},
+    "hub_upload": {"artifacts", "common", "modeling_capivara", "captions", "embedders", "eval"},
     # hub_upload: a run can end with a push; `training` itself knows nothing of it
-    "train_accelerate": {"artifacts", "captions", "training", "eval", "modeling_capivara", "examples", "hub_upload"},
-    "examples": {"artifacts", "training", "eval", "modeling_capivara", "captions"},
+    "train_accelerate": {
+        *("artifacts", "common", "captions", "training", "eval", "modeling_capivara", "examples", "hub_upload"),
+    },
+    "examples": {"artifacts", "common", "training", "eval", "modeling_capivara", "captions"},
     "benchmarks": {
         *("artifacts", "training", "eval", "modeling_capivara", "captions", "examples", "hub_upload"),
         *("embedders", "train_accelerate"),

@@ -6,9 +6,14 @@ The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is E
 multilingual-e5-small (`encoders.py`), aligned on the English captions only: what CAPIVARA starts from, in miniature.
 """
 
+from common.cli import parse, run_command, start_command
+from examples.openmoji.arguments import PrepareArguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, PrepareArguments, __doc__)
+
 import logging
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,7 +21,6 @@ from datasets import DatasetDict, load_from_disk
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from artifacts import check_free_space, whole_folder, write_json, write_text
 from eval.metrics import mean_recall, retrieval_ranks
@@ -59,12 +63,6 @@ this model.
 """
 
 logger = logging.getLogger("capivara")
-
-
-@dataclass
-class PrepareArguments:
-    dataset: Path = field(default=Path("data/openmoji/dataset"), metadata={"help": "Folder of the data set."})
-    model: Path = field(default=Path("data/openmoji/base"), metadata={"help": "Folder of the base model."})
 
 
 def prepare(dataset_dir: Path, model_dir: Path) -> None:
@@ -239,8 +237,8 @@ def _without_direction(vector: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (args,) = HfArgumentParser(PrepareArguments, description=__doc__).parse_args_into_dataclasses(argv)
     try:
+        args = parse(PrepareArguments, __doc__, argv)
         prepare(args.dataset, args.model)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -248,4 +246,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

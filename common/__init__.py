@@ -1,0 +1,1 @@
+"""What every command of this project has in common; it knows none of them."""
