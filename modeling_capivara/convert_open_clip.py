@@ -227,6 +227,8 @@ def _new_folder(output: Path) -> Iterator[Path]:
     try:
         folder.mkdir()
         yield folder
+        for path in folder.rglob("*.safetensors"):
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
         os.replace(folder, output)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)

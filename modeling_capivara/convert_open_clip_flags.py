@@ -53,6 +53,10 @@ def run(main: Callable[[], None]) -> None:
     """`main()`, which Ctrl-C ends in one line with the exit code 130, once it has cleaned up."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not sys.stderr.isatty():
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # bars are for terminals, not for logs
     try:
         main()
     except KeyboardInterrupt:
