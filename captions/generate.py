@@ -33,7 +33,7 @@ from captions.captioner import KINDS, Captioner
 from captions.image_files import BYTES_ALONE, ImageFiles, decode_image
 from captions.rows import BadImage, BadRow
 from captions.stages import CAPTIONS, StageReport, run_stage
-from modeling_capivara.loading import weights_digest
+from modeling_capivara.loading import check_reachable, weights_digest
 
 COLUMN = "generated-captions-en"
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,6 +66,7 @@ def load_captioner(args: GenerateArguments) -> Captioner:
     """
     if not Path(args.model).exists() and args.model.count("/") != 1:
         raise ValueError(f"{args.model!r} is neither a folder nor a Hub id such as {GenerateArguments.model}.")
+    check_reachable(args.model, revision=args.revision)
     kind = AutoConfig.from_pretrained(args.model, revision=args.revision).model_type
     if kind not in KINDS:
         raise ValueError(

@@ -20,6 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from artifacts import how_to_install
 from captions.translators.languages import find_code, same_language
 from captions.translators.pieces import cut
+from modeling_capivara.loading import check_reachable
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SOURCE_TOKENS = 256  # of a piece: translation models learn from sentences, and lose the rest of long paragraphs
@@ -149,6 +150,7 @@ def load(
         ImportError: its tokenizer needs a package that is not there.
     """
     target = _device(device)
+    check_reachable(name, revision=revision)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # which the tokenizer never calls
