@@ -259,10 +259,19 @@ class BuildArguments:
             "torchrun where none is given. A shard waits for the others between stages; shard 0 makes the data set."
         },
     )
+    wait_s: float = field(
+        default=3600,
+        metadata={
+            "help": "Seconds that a shard waits for others that write nothing, such as those nobody has started; then "
+            "it ends, and the same command goes on."
+        },
+    )
     dry_run: bool = field(default=False, metadata={"help": "Check the config, say what would be done, and end."})
 
     def __post_init__(self) -> None:
         Shard.of(self.shard)
+        if not self.wait_s >= 0:
+            raise ValueError(f"wait_s must be at least 0, got {self.wait_s:g}.")
 
 
 def command_line(module: str, flags: dict[str, Any]) -> str:

@@ -150,8 +150,8 @@ def load(
         ImportError: its tokenizer needs a package that is not there.
     """
     target = _device(device)
-    check_reachable(name, revision=revision)
     try:
+        check_reachable(name, revision=revision)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # which the tokenizer never calls
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
