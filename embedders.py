@@ -15,9 +15,14 @@ from transformers import AutoModel, AutoProcessor
 from artifacts import require
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images, embed_texts
-from modeling_capivara.loading import load_model, load_processor, weights_digest
+from modeling_capivara.loading import check_reachable, load_model, load_processor, weights_digest
 from processes import processes
 
+# One of which the Hub has of a model of open_clip.
+OPEN_CLIP_FILES = (
+    *("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    "open_clip_pytorch_model.bin",
+)
 OnBatch = Callable[[int], object] | None
 
 
@@ -158,6 +163,11 @@ def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedd
         if not pretrained:  # open_clip would draw random weights
             known = open_clip.list_pretrained_tags_by_model(name)
             raise ValueError(f"open_clip:{source} names no weights; say open_clip:{name}:TAG, with a tag of {known}.")
+        repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").strip("/")
+        if repository.count("/") == 1:
+            check_reachable(repository, *OPEN_CLIP_FILES)
+    elif source.startswith("hf-hub:"):
+        check_reachable(source.removeprefix("hf-hub:"), *OPEN_CLIP_FILES)
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
         model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
@@ -176,6 +186,7 @@ def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedd
 def _transformers_clip(source: str, device: torch.device, precision: str, trust_remote_code: bool) -> PlainEmbedder:
     if not Path(source).exists() and source.count("/") != 1:
         raise ValueError(f"{source!r} is neither a folder nor a Hub id such as 'openai/clip-vit-base-patch32'.")
+    check_reachable(source)
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)

@@ -7,6 +7,12 @@
 Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` goes on with it.
 """
 
+from common.cli import run_command, start_command
+from training.arguments import RunArguments, parse_arguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse_arguments, None, __doc__)
+
 import contextlib
 import copy
 import fcntl
@@ -55,10 +61,10 @@ from hub_upload.publish import check_access, publish_checkpoint, publish_run
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
-from training.arguments import RunArguments, parse_arguments
 from training.checkpoints import Checkpoints, TrainerState, check_files, check_same_run, read_state, threads
 from training.inputs import Inputs, load_inputs
 from training.loop import Interrupted, Trainer
+from training.optimiser import hopeless_rate
 from training.outputs import check_country, energy_of, model_card, run_facts
 from training.step import resolve_precision
 from training.trainable import interpolate_weights, merge_adapters, prepare_trainable, save_adapters
@@ -204,6 +210,8 @@ def start(args: RunArguments, output_dir: Path) -> Accelerator:
             f"{processes} processes can't share the {parts} micro-batches of {args.micro_batch_size} in an "
             f"effective_batch_size of {args.effective_batch_size}: each needs one. Use a smaller --micro_batch_size."
         )
+    if (warning := hopeless_rate(args)) and PartialState().is_main_process:
+        logger.warning("Warning: %s", warning)
     if args.carbon_country:
         require("--carbon_country", "carbon", "codecarbon")
         check_country(args.carbon_country)
@@ -244,7 +252,7 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
         if args.overwrite_output_dir and kept.resolve().is_relative_to(args.output_dir.resolve()):
             raise ValueError(f"The output folder {args.output_dir} holds {kept}, which the run needs. Choose another.")
     partial = partial_folder(args.output_dir)
-    if args.resume is None and not args.overwrite_output_dir and any(any(partial.rglob(name)) for name in GOES_ON):
+    if args.resume is None and not args.overwrite_output_dir and goes_on(partial):
         raise ValueError(
             f"{partial} holds an unfinished run. Go on with it by --resume auto, or start anew with "
             "--overwrite_output_dir."
@@ -256,6 +264,11 @@ def is_complete(args: RunArguments, output_dir: Path) -> bool:
     """Whether `--resume auto` finds a run that has ended; one that is to replace it may be unfinished."""
     complete = (output_dir / "run.json").is_file() or (output_dir / "table.md").is_file()  # of one seed, of several
     return args.resume == "auto" and complete and not partial_folder(output_dir).exists()
+
+
+def goes_on(folder: Path) -> bool:
+    """Whether an unfinished run has left something that --resume can go on from."""
+    return any(any(folder.rglob(name)) for name in GOES_ON)
 
 
 @contextlib.contextmanager
@@ -275,13 +288,16 @@ def unfinished_work(output_dir: Path, args: RunArguments, accelerator: Accelerat
             said, number = str(stop), stop.signal
         else:
             said, number = "Stopped.", stop.args[0] if stop.args else signal.SIGINT
-        print(f"\n{said} Go on with --resume auto --output_dir {output_dir}.", file=sys.stderr)
+        way = "Nothing was trained yet; run the same command again."
+        if goes_on(folder):
+            way = f"Go on with --resume auto --output_dir {output_dir}."
+        print(f"\n{said} {way}", file=sys.stderr)
         sys.exit(128 + number)
     except (ValueError, FloatingPointError, OSError, ImportError, SafetensorError) as error:
         full = no_space_left(error) and "Free" not in str(error)
         sys.exit(f"error: {error}" + f". Free some space on the disk of {folder}" * full)
     finally:
-        if accelerator.is_main_process and folder.exists() and not any(any(folder.rglob(name)) for name in GOES_ON):
+        if accelerator.is_main_process and folder.exists() and not goes_on(folder):
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)
@@ -497,4 +513,4 @@ def report(args: RunArguments, records: list[Record], inputs: Inputs, accelerato
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

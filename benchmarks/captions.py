@@ -44,9 +44,10 @@ from artifacts import device_description, package_versions, write_json
 from benchmarks import blip2_proportions as blip2
 from benchmarks.encode import seconds_of
 from benchmarks.loading import SIZE, write_tar
+from captions.arguments import PREFIXES
 from captions.captioner import Blip2Captioner, Decoding
 from captions.columns import CAPTIONS, SIMILARITIES
-from captions.generate import COLUMN, PREFIXES, GenerateProcess, read_prefixes
+from captions.generate import COLUMN, GenerateProcess, read_prefixes
 from captions.memory import TranslationMemory
 from captions.score import ScoreProcess
 from captions.select import SelectArguments, Selection

@@ -9,56 +9,38 @@ OUTPUT/<number>-<stage>/<split>, and the last one's rows become OUTPUT/dataset: 
 same command goes on where it was interrupted. docs/your_language.md says how to write a config.
 """
 
+from captions.arguments import BuildArguments
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, BuildArguments, __doc__)
+
+import contextlib
 import logging
 import shlex
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-
-from transformers import HfArgumentParser
 
 from artifacts import require
 from captions.build_plan import READ, Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER, write_dataset
 from captions.generate import generate
-from captions.parts import STAGE_FILE, check_complete, remove_leftovers, stage_record, unfinished
+from captions.parts import STAGE_FILE, all_parts, check_complete, remove_leftovers, stage_record, unfinished
 from captions.quality_report import write_quality_report
 from captions.score import score
 from captions.select import select, write_missing_report
-from captions.stages import Shard, StageArguments, StageHelp, StageReport, run_stage, stage_source
+from captions.stages import Shard, StageArguments, StageReport, run_stage, stage_source
 from captions.translate import translate
 from captions.translators.google_cloud import GOOGLE_MODULES
 
 POLL_S = 10.0  # between looks for what other shards have done
+TOLD_EVERY_S = 60.0  # who is waited for
+SHARDS_NAMED = 8
 
 logger = logging.getLogger("capivara")
-
-
-@dataclass
-class BuildArguments:
-    config: Path = field(metadata={"help": "YAML file of the stages, such as configs/captions_pt.yaml."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "The images, in any form that a stage takes; goes before the config's."}
-    )
-    output: Path | None = field(
-        default=None, metadata={"help": "Folder of all that is made; goes before the config's."}
-    )
-    language: str | None = field(
-        default=None, metadata={"help": "Code of the language of the captions; goes before the config's."}
-    )
-    shard: str | None = field(
-        default=None,
-        metadata={
-            "help": "i/n: the i-th of n shares of the work, from 0; that of the process in a launch by Accelerate or "
-            "torchrun where none is given. A shard waits for the others between stages; shard 0 makes the data set."
-        },
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Check the config, say what would be done, and end."})
-
-    def __post_init__(self) -> None:
-        Shard.of(self.shard)
 
 
 class Awaited(Exception):
@@ -72,7 +54,7 @@ def build(args: BuildArguments) -> Path | None:
         Awaited: a table has to be translated.
         ValueError: the config breaks a rule, or a folder is of other settings.
         ImportError: a stage needs a package that is not there.
-        OSError: the disk is full; the same command goes on.
+        OSError: the disk is full, or other shards write nothing for `wait_s` seconds; the same command goes on.
     """
     plan = read_plan(args.config, dataset=args.dataset, output=args.output, language=args.language)
     check_packages(plan)
@@ -85,7 +67,7 @@ def build(args: BuildArguments) -> Path | None:
     for steps in plan.steps.values():
         try:
             for step in steps:
-                report = run_step(step, shard)
+                report = run_step(step, shard, args.wait_s)
                 logger.info("%s: %s", step.title, report)
         except Awaited as table:  # those of all splits are written, so that they can be translated at once
             awaited.append(str(table))
@@ -114,11 +96,12 @@ def described(plan: Plan) -> list[str]:
     return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if there else 'to be made'}"]
 
 
-def run_step(step: Step, shard: Shard) -> StageReport:
-    """One stage of one split: this shard's share, then the wait for the others."""
+def run_step(step: Step, shard: Shard, wait_s: float) -> StageReport:
+    """One stage of one split: this shard's share, then the wait for the others. Raises TimeoutError as that does."""
     args = replace(step.args, shard=f"{shard.index}/{shard.count}")
     if not is_done(step):
         _run(step, args, shard)
+        _wait_for_others(step, shard, wait_s)
     if shard.index == 0 and step.name in ENDS:
         ENDS[step.name](args)
     remove_leftovers(args.output)
@@ -134,7 +117,6 @@ def _run(step: Step, args: StageArguments, shard: Shard) -> None:
             f"{step.table} has the sentences of {step.title}. Translate its last column, then run this again."
         )
     RUNS[step.name](args)
-    _wait_for_others(step, shard)
 
 
 def is_done(step: Step) -> bool:
@@ -148,13 +130,47 @@ def is_done(step: Step) -> bool:
     return same_rows and record["command"] == step.args.command()
 
 
-def _wait_for_others(step: Step, shard: Shard) -> None:
-    said = False
-    while shard.count > 1 and unfinished(step.args.output):
-        if not said:
-            logger.info("%s: shard %d is done, and waits for the others.", step.title, shard.index)
-            said = True
+def _wait_for_others(step: Step, shard: Shard, wait_s: float) -> None:
+    """Wait until all shards have done this stage. Raises TimeoutError where they write nothing for `wait_s` seconds."""
+    seen, since, told = None, 0.0, -TOLD_EVERY_S
+    while shard.count > 1 and (missing := unfinished(step.args.output)):
+        now = time.monotonic()
+        if (state := (missing, _being_written(step.args.output))) != seen:
+            seen, since = state, now
+        others = _missing_shards(step, shard.count, missing)
+        if now - since >= wait_s:
+            raise TimeoutError(
+                f"{step.title}: {others} have written nothing for {wait_s:,.0f} s, and the next stage needs their "
+                f"rows. Is each started, with --shard I/{shard.count}? Or do all that is left by --shard 0/1. What "
+                f"shard {shard.index} has done stays; the same command goes on."
+            )
+        if now - told >= TOLD_EVERY_S:
+            logger.info(
+                "%s: shard %d is done and waits for %s, at most %s s without a new row.",
+                step.title, shard.index, others, f"{wait_s - (now - since):,.0f}",
+            )  # fmt: skip
+            told = now
         time.sleep(POLL_S)
+
+
+def _being_written(output: Path) -> set[tuple[str, int]]:
+    """Name and time of the last change of the parts that others are at."""
+    found = set()
+    for path in output.glob(".*.parquet.*.tmp"):
+        with contextlib.suppress(FileNotFoundError):  # it is whole by now
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
+
+
+def _missing_shards(step: Step, count: int, missing: list[range]) -> str:
+    """Those whose rows are not there, such as "shard 0 (1,000 rows), shard 1 (250 rows)"."""
+    record = stage_record(step.args.output)
+    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
+    named = []
+    for index in range(count):
+        left = [part for part in Shard(index, count).of_parts(parts) if any(part.start in gap for gap in missing)]
+        named += [f"shard {index} ({sum(map(len, left)):,} rows)"] if left else []
+    return ", ".join(named[:SHARDS_NAMED]) + f" and {len(named) - SHARDS_NAMED} more" * (len(named) > SHARDS_NAMED)
 
 
 def _state(step: Step) -> str:
@@ -185,9 +201,8 @@ ENDS: dict[str, Callable] = {
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = HfArgumentParser(BuildArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(BuildArguments, __doc__, argv)
         folder = build(args)
     except Awaited as awaited:
         sys.exit(f"waiting: {awaited}")
@@ -202,4 +217,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,11 +4,9 @@ captioner = Blip2Captioner(model, image_processor, tokenizer, Decoding(max_new_t
 captioner.captions([image], ["a photo of", "the picture shows"])
 """
 
-import hashlib
 import inspect
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,47 +23,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from captions.arguments import Decoding
 from captions.rows import BadRow
 
 NOT_FINITE = "no finite scores"  # reason of a `BadRow`
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How texts are written.
-
-    Attributes:
-        max_new_tokens: of a text, at least 1.
-        micro_batch_size: texts that are generated at once, at least 1.
-        sampling: draw every token; without it the likeliest is taken, and the three below mean nothing.
-        temperature: of the draw, above 0.
-        top_p: share of the probability that is drawn from, above 0 and at most 1.
-        seed: of the draw.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-
-    max_new_tokens: int = 50
-    micro_batch_size: int = 160
-    sampling: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; leave out --sampling for none.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-
-    def uniforms(self, key: bytes, prefix: str) -> np.ndarray:
-        """(max_new_tokens,) in [0, 1): of seed, key and prefix alone, whatever batch, shard or machine they are on."""
-        digest = hashlib.sha256(f"{self.seed}\0{prefix}\0".encode() + key).digest()
-        return np.random.default_rng(int.from_bytes(digest, "big")).random(self.max_new_tokens, dtype=np.float32)
 
 
 class DrawnTokens(LogitsProcessor):

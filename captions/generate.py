@@ -11,62 +11,33 @@ What an image's prefixes share is computed once: of BLIP-2 the vision encoder, t
 reading of the image. BLIP, GIT and vision-encoder-decoder models encode the image anew for every prefix.
 """
 
+from captions.arguments import GenerateArguments
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, GenerateArguments, __doc__)
+
 import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from artifacts import read_json
-from captions.captioner import KINDS, Captioner, Decoding
+from captions.captioner import KINDS, Captioner
 from captions.image_files import BYTES_ALONE, ImageFiles, decode_image
 from captions.rows import BadImage, BadRow
-from captions.stages import CAPTIONS, StageArguments, StageHelp, StageReport, run_stage
-from modeling_capivara.loading import weights_digest
+from captions.stages import CAPTIONS, StageReport, run_stage
+from modeling_capivara.loading import check_reachable, weights_digest
 
-PREFIXES = Path(__file__).parent / "prefixes.json"
 COLUMN = "generated-captions-en"
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DECODERS = 4  # threads that decode images; PIL lets them run side by side
-
-
-@dataclass
-class GenerateArguments(StageArguments):
-    model: str = field(
-        default="Salesforce/blip2-opt-2.7b-coco",
-        metadata={"help": "Folder or Hub id of a BLIP-2, BLIP, GIT or vision-encoder-decoder model of transformers."},
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
-    prefixes: Path = field(default=PREFIXES, metadata={"help": "JSON file of the form of captions/prefixes.json."})
-    max_new_tokens: int = field(default=50, metadata={"help": "Tokens of a generated text at most."})
-    precision: Literal["float32", "bf16", "fp16"] = field(
-        default="float32",
-        metadata={"help": "Of weights and activations; the authors had fp16, with BLIP-2's Q-Former in float32."},
-    )
-    micro_batch_size: int = field(
-        default=160, metadata={"help": "Captions that are generated at once; fewer need less memory and more time."}
-    )
-    sampling: bool = field(default=False, metadata={"help": "Draw every token at random, instead of the likeliest."})
-    temperature: float = field(default=1.0, metadata={"help": "With --sampling: above 1 is wilder, below 1 tamer."})
-    top_p: float = field(default=1.0, metadata={"help": "With --sampling: share of the probability drawn from."})
-    seed: int = field(default=0, metadata={"help": "With --sampling: seed, image and prefix determine the text."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
-
-    def decoding(self) -> Decoding:
-        return Decoding(
-            self.max_new_tokens, self.micro_batch_size, self.sampling, self.temperature, self.top_p, self.seed
-        )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.prefixes = Path(self.prefixes)
-        self.decoding()  # refuses what is out of range
 
 
 def generate(args: GenerateArguments) -> StageReport:
@@ -95,6 +66,7 @@ def load_captioner(args: GenerateArguments) -> Captioner:
     """
     if not Path(args.model).exists() and args.model.count("/") != 1:
         raise ValueError(f"{args.model!r} is neither a folder nor a Hub id such as {GenerateArguments.model}.")
+    check_reachable(args.model, revision=args.revision)
     kind = AutoConfig.from_pretrained(args.model, revision=args.revision).model_type
     if kind not in KINDS:
         raise ValueError(
@@ -188,9 +160,8 @@ def _device(name: str | None) -> torch.device:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(GenerateArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(GenerateArguments, __doc__, argv)
         report = generate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -198,4 +169,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,6 +8,11 @@ it lives, and a second one is refused; all others read it. The command merges th
 settings) is part of its key.
 """
 
+from common.cli import run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import errno
 import fcntl
 import hashlib
@@ -284,4 +289,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,7 +10,6 @@ share the work, and another number can go on with it. Nothing but the names of w
 import itertools
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from artifacts import read_json, write_json
+from captions.arguments import SPLIT
 
 STAGE_FILE = "stage.json"
 READ_ROWS = 16  # of a parquet file at once
@@ -31,7 +31,6 @@ NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach i
 RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
 RECORD |= {"settings": dict, "columns": dict, "versions": dict}
 SOURCE = {"name": str, "split": str, "rows": int}
-SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
 MAX_ROWS = 10**9  # names of parts have nine digits
 MAX_SHOWN = 300  # letters of what a damaged file holds
 DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of its stage.json
@@ -229,17 +228,6 @@ def damage_named(paths: Sequence[Path]) -> Iterator[None]:
         for _ in itertools.chain.from_iterable(map(parquet_batches, files)):
             pass
         raise
-
-
-def command_line(module: str, flags: dict[str, Any]) -> str:
-    """`python -m module --flag value …`, for a shell. Flags that are None, False or empty are left out."""
-    words = ["python", "-m", module]
-    for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False and value != []:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,46 +10,25 @@ strategies of the training go by them. Rows whose image can't be used, or withou
 The same command goes on where it ended.
 """
 
+from captions.arguments import ScoreArguments
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, ScoreArguments, __doc__)
+
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import PIL.Image
 from torch import Tensor
-from transformers import HfArgumentParser
 
 from captions.image_files import BYTES_ALONE, ImageFiles, decode_image
 from captions.rows import BadImage, BadRow
-from captions.stages import SIMILARITIES, StageArguments, StageHelp, StageReport, run_stage
+from captions.stages import SIMILARITIES, StageReport, run_stage
 from embedders import Embedder, load_embedder
 
 DECODERS = 4  # threads that decode images; PIL lets them run side by side
-
-
-@dataclass
-class ScoreArguments(StageArguments):
-    language: str = field(default="pt", metadata={"help": "Language of the captions, the end of their columns' names."})
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Required: folder or Hub id of a CAPIVARA model; open_clip:NAME:PRETRAINED or "
-            "open_clip:local-dir:FOLDER; or clip:FOLDER_OR_HUB_ID of transformers. It must know the language."
-        },
-    )
-    embedding_batch_size: int = field(
-        default=32, metadata={"help": "Images that go through at once; twice as many captions."}
-    )
-    precision: Literal["float32", "bf16"] = field(default="float32", metadata={"help": "bf16 is faster on most GPUs."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.model:
-            raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
-        if self.embedding_batch_size < 1:
-            raise ValueError(f"embedding_batch_size must be at least 1, got {self.embedding_batch_size}.")
 
 
 class ScoreProcess:
@@ -139,9 +118,8 @@ def _by_length(text: str) -> tuple[int, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(ScoreArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(ScoreArguments, __doc__, argv)
         report = score(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -149,4 +127,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -10,56 +10,24 @@ holds what was picked, in the order of the strategy, `similarities-<language>` b
 out and listed. The folder `report` in the output has the counts, the histograms, and the pictures at the cut.
 """
 
+from captions.arguments import SelectArguments
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, SelectArguments, __doc__)
+
 import math
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers import HfArgumentParser
+from typing import Any
 
 from captions.parts import StageReport, check_complete, unfinished
 from captions.report import write_report
 from captions.rows import NOT_CHOSEN, BadRow
-from captions.selection import WITH_SIMILARITIES, CaptionChoice, choose_captions, pair_passes
-from captions.stages import CAPTIONS, StageArguments, StageHelp, run_stage
+from captions.selection import WITH_SIMILARITIES, choose_captions, pair_passes
+from captions.stages import CAPTIONS, run_stage
 
 REPORT = Path("report") / "report.md"  # in the output; it is written last
-
-
-@dataclass
-class SelectArguments(StageArguments):
-    language: str = field(default="pt", metadata={"help": "Language of the captions, the end of their columns' names."})
-    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = field(
-        default="none",
-        metadata={
-            "help": "Which captions of an image are kept: none = the originals; first = these and the first "
-            "`caption_count` generated; all; rank = the `caption_count` most similar to the image; threshold = those "
-            "of `min_similarity` at least; diverse = of these, those unlike each other."
-        },
-    )
-    caption_count: int = field(default=5, metadata={"help": "Captions of the strategies first and rank."})
-    min_similarity: float = field(
-        default=0.2, metadata={"help": "Image-caption cosine that threshold and diverse ask for."}
-    )
-    min_pair_similarity: float | None = field(
-        default=None,
-        metadata={"help": "Leave out images whose first caption is less similar to them; all stay without."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.choice()
-        if self.min_pair_similarity is not None and not -1 <= self.min_pair_similarity <= 1:
-            raise ValueError(f"min_pair_similarity must be a number from -1 to 1, got {self.min_pair_similarity}.")
-
-    def choice(self) -> CaptionChoice:
-        return CaptionChoice(self.caption_strategy, self.caption_count, self.min_similarity)
-
-    def columns(self) -> dict[str, str]:
-        """What the choice looks at: captions, generated and similarities -> column."""
-        names = ("captions", "generated-captions", "similarities")
-        return {name: f"{name}-{self.language}" for name in names}
 
 
 class Selection:
@@ -146,9 +114,8 @@ def write_missing_report(args: SelectArguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(SelectArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(SelectArguments, __doc__, argv)
         report = select(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -158,4 +125,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

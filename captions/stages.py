@@ -8,15 +8,12 @@ rows. What was killed goes on at the first part that is missing, so that no row 
 as their original bytes, and no more rows are in memory than are worked on at once.
 """
 
-import argparse
 import itertools
 import logging
 import os
-import re
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +23,15 @@ from datasets import Features
 from tqdm.auto import tqdm
 
 from artifacts import no_space_left, package_versions
+from captions.arguments import Shard, StageArguments
 from captions.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, SIMILARITIES, caption_texts, fitting, passed_features
-from captions.image_files import ImageFileArguments, image_bytes
+from captions.image_files import image_bytes
 from captions.parts import (
     DIGEST_KEY,
-    SPLIT,
     StageReport,
     all_parts,
     check_complete,
     claim,
-    command_line,
     identity_digest,
     part_path,
     progress,
@@ -51,7 +47,6 @@ __all__ = [
     "Process",
     "Shard",
     "StageArguments",
-    "StageHelp",
     "StageReport",
     "caption_texts",
     "check_complete",
@@ -64,102 +59,6 @@ STAGE_VERSION = 1  # of the folder's form; raise it when parts change
 ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
 # What a stage does with some rows: for each, its new columns, or why it is left out.
 Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
-
-
-class StageHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the commands of the description on lines of their own."""
-
-
-@dataclass
-class StageArguments(ImageFileArguments):
-    """What every stage is told. Raises ValueError where a value breaks its rule."""
-
-    dataset: str = field(
-        metadata={
-            "help": "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
-            "metadata.jsonl, Hub id, or the output of another stage."
-        }
-    )
-    output: Path = field(metadata={"help": "Folder of the parts; the same command goes on with an unfinished one."})
-    split: str = field(default="train", metadata={"help": "Split that is read, and that the parts are named by."})
-    image_column: str = field(default=IMAGE, metadata={"help": "Column of the images; `image` in the output."})
-    rename: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets."},
-    )
-    shard: str | None = field(
-        default=None,
-        metadata={
-            "help": "i/n: the i-th of n shares of the rows, from 0; that of the process in a launch by Accelerate or "
-            "torchrun where none is given. Any number of machines may share a stage, or go on with it."
-        },
-    )
-    batch_rows: int = field(default=16, metadata={"help": "Rows that are worked on at once."})
-    rows_per_part: int = field(
-        default=500, metadata={"help": "Rows of a file: at most what a kill loses, at least what a machine takes."}
-    )
-
-    def __post_init__(self) -> None:
-        self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
-        for name in ("batch_rows", "rows_per_part"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not re.fullmatch(SPLIT, self.split):
-            raise ValueError(f"split must be a name such as train, got {self.split!r}.")
-        folder, output = Path(self.dataset).resolve(), self.output.resolve()
-        if Path(self.dataset).exists() and folder in (output, output.parent):  # its parts would be rows of the data set
-            raise ValueError(f"The output folder {self.output} is the data set or lies in it. Choose another one.")
-        Shard.of(self.shard)
-        self.renamed()
-        self.check_image_files()
-
-    def renamed(self) -> dict[str, str]:
-        """Old name -> new name, of `rename`."""
-        pairs = [pair.split("=") for pair in self.rename]
-        names = dict(pair for pair in pairs if len(pair) == 2 and all(pair))
-        if len(names) < len(pairs) or len(set(names.values())) < len(names) or self.image_column in names:
-            raise ValueError(
-                f"rename must be different OLD=NEW such as caption=captions-en, none of the images, got {self.rename}."
-            )
-        return names
-
-    def command(self) -> str:
-        """The command of this stage for all its rows."""
-        module = type(self).__module__
-        if module == "__main__" and sys.modules["__main__"].__spec__ is not None:
-            module = sys.modules["__main__"].__spec__.name  # as `python -m` was told
-        given = asdict(self)
-        for known in fields(self):
-            default = known.default_factory() if known.default_factory is not MISSING else known.default
-            if known.name == "shard" or given[known.name] == default:
-                del given[known.name]
-        return command_line(module, given)
-
-
-@dataclass(frozen=True)
-class Shard:
-    """The `index`-th of `count` shares of the parts."""
-
-    index: int
-    count: int
-
-    @classmethod
-    def of(cls, text: str | None) -> "Shard":
-        """Of the argument, or of the processes that Accelerate or torchrun launched.
-
-        Raises:
-            ValueError: it is no `i/n` with 0 <= i < n.
-        """
-        if text is None:
-            text = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        if not found or int(found[1]) >= int(found[2]):
-            raise ValueError(f"shard must be i/n with i from 0 to n - 1, such as 0/4 or 3/4; got {text!r}.")
-        return cls(int(found[1]), int(found[2]))
-
-    def of_parts(self, parts: list[range]) -> list[range]:
-        """Its share: neighbours, so that files are read in order."""
-        return parts[len(parts) * self.index // self.count : len(parts) * (self.index + 1) // self.count]
 
 
 def run_stage(

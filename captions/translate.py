@@ -15,17 +15,19 @@ OUTPUT/quality.json, and listed in the column `quality-pt`; --drop_flagged leave
 where it ended.
 """
 
+from captions.translate_arguments import PAPER_MODEL, TranslateArguments
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, TranslateArguments, __doc__)
+
 import contextlib
 import itertools
 import logging
-import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers import HfArgumentParser
+from typing import Any
 
 from captions.columns import CAPTIONS
 from captions.memory import TranslationMemory, merge
@@ -34,7 +36,7 @@ from captions.quality import flags
 from captions.quality_report import QUALITY, write_quality_report
 from captions.sentences import distinct_sentences, sentences_of, unknown_characters
 from captions.sources import Source
-from captions.stages import Shard, StageArguments, StageHelp, StageReport, run_stage, stage_source
+from captions.stages import Shard, StageReport, run_stage, stage_source
 from captions.translators import Translator
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator, Limits
 from captions.translators.pieces import groups
@@ -43,143 +45,7 @@ from captions.tsv import write_sentences
 
 logger = logging.getLogger("capivara")
 
-PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 KINDS = ("captions", "generated-captions")  # the authors' names, before the language
-
-
-@dataclass(kw_only=True)
-class TranslateArguments(StageArguments):
-    language: str = field(
-        metadata={"help": "To translate into: pt, hi, xh, es, yo, zh-Hant, …; also the ending of the new columns."}
-    )
-    source_language: str = field(default="en", metadata={"help": "Of the captions that are there."})
-    backend: Literal["transformers", "google", "file"] = field(
-        default="transformers",
-        metadata={
-            "help": "transformers: a model, here. google: Google's service, for money; the key is read from "
-            "GOOGLE_API_KEY, or an account from GOOGLE_APPLICATION_CREDENTIALS. file: a table, translated elsewhere."
-        },
-    )
-    memory: Path | None = field(
-        default=None,
-        metadata={"help": "Folder of translations that are never made again; OUTPUT.memory where none is given."},
-    )
-    existing: Literal["refuse", "append", "replace"] = field(
-        default="refuse",
-        metadata={
-            "help": "What to do with columns of the language that the data set has already. append puts translations "
-            "behind them: the authors have Marian's and Google's of each caption."
-        },
-    )
-    drop_flagged: bool = field(
-        default=False,
-        metadata={"help": "Leave out translations that look wrong; the others close up, so positions change."},
-    )
-    batch_size: int | None = field(
-        default=None, metadata={"help": "Sentences that are translated at once: 32 by a model, 128 otherwise."}
-    )
-    batch_rows: int = field(
-        default=256, metadata={"help": "Rows whose sentences are sorted by length, so that little is padded."}
-    )
-    rows_per_part: int = field(default=1024, metadata={"help": "Rows of a file: at least what a machine takes."})
-
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": f"transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50, MADLAD or another seq2seq "
-            f"model; {PAPER_MODEL}, the paper's, for en to pt where none is given."
-        },
-    )
-    revision: str | None = field(default=None, metadata={"help": "transformers: branch, tag or commit of a Hub id."})
-    source_prefix: str | None = field(
-        default=None, metadata={"help": "transformers: goes before every sentence, for models without language codes."}
-    )
-    num_beams: int | None = field(
-        default=None, metadata={"help": "transformers: of the search; as the model's generation_config says."}
-    )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "transformers: tokens of a translation at most; 512 or what the model has."}
-    )
-    precision: Literal["float32", "bf16", "fp16"] = field(
-        default="float32", metadata={"help": "transformers: of weights and activations."}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "transformers: cpu or cuda; the GPU where there is one."}
-    )
-
-    price_per_million: float | None = field(
-        default=None,
-        metadata={
-            "help": "google: price of a million characters, as cloud.google.com/translate/pricing or your contract "
-            "says. The page has named 20 US dollars for version 2, which is used here."
-        },
-    )
-    max_cost: float | None = field(
-        default=None,
-        metadata={
-            "help": "google: what all shards of this command may cost together, in the currency of the price. Where it "
-            "does not cover the estimate, nothing is sent. A shard may spend its share of it."
-        },
-    )
-    characters_per_second: float = field(default=10_000, metadata={"help": "google: mean rate of this process."})
-    max_tries: int = field(
-        default=8, metadata={"help": "google: of a request, with pauses that double, before the run ends."}
-    )
-    first_wait_s: float = field(default=1.0, metadata={"help": "google: seconds of the first pause."})
-    timeout_s: float = field(default=60.0, metadata={"help": "google: seconds that an answer may take."})
-    google_endpoint: str | None = field(default=None, metadata={"help": "google: another address of the service."})
-
-    export: Path | None = field(
-        default=None, metadata={"help": "file: write the distinct sentences of all rows to this TSV, and end."}
-    )
-    import_file: Path | None = field(
-        default=None,
-        metadata={"aliases": ["--import"], "help": "file: the TSV with its last column filled, rows as they were."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("language", "source_language"):
-            if not re.fullmatch(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]+)*", getattr(self, name)):
-                raise ValueError(f"{name} must be a code such as pt or zh-Hant, got {getattr(self, name)!r}.")
-        if self.language == self.source_language:
-            raise ValueError(f"language and source_language are both {self.language!r}; there is nothing to translate.")
-        for name in ("batch_size", "num_beams", "max_new_tokens", "max_tries"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("characters_per_second", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-        for name in ("price_per_million", "max_cost", "first_wait_s"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a number from 0, got {getattr(self, name)}.")
-        self._check_backend()
-
-    def _check_backend(self) -> None:
-        languages = (self.source_language, self.language)
-        if self.backend == "transformers" and self.model is None and languages != ("en", "pt"):
-            raise ValueError(
-                f"--model is needed for {self.source_language} to {self.language}, such as "
-                f"facebook/nllb-200-distilled-600M; {PAPER_MODEL} is for en to pt."
-            )
-        if self.backend == "google" and self.price_per_million is None:
-            raise ValueError(
-                "--backend google needs --price_per_million, to know what this will cost: see "
-                "cloud.google.com/translate/pricing, or your contract. Nothing was sent."
-            )
-        tables = [self.export, self.import_file]
-        if self.backend == "file" and tables.count(None) != 1:
-            raise ValueError("--backend file needs --export FILE.tsv, and later --import FILE.tsv: one of the two.")
-        if self.backend != "file" and tables.count(None) != 2:
-            raise ValueError("--export and --import are of --backend file.")
-
-    @property
-    def sentences_at_once(self) -> int:
-        return self.batch_size or (32 if self.backend == "transformers" else 128)
-
-    @property
-    def memory_folder(self) -> Path:
-        return self.memory or self.output.with_name(self.output.name + ".memory")
 
 
 class CaptionTranslator:
@@ -374,9 +240,8 @@ def merge_if_last(args: TranslateArguments) -> None:
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    parser = HfArgumentParser(TranslateArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(TranslateArguments, __doc__, argv)
         report = translate(args)
         summary = report and write_quality_report(args.output, args.language)
     except (ValueError, OSError, ImportError) as error:
@@ -387,4 +252,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

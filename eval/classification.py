@@ -9,15 +9,21 @@ A class is the normalised mean of the normalised embeddings of its filled templa
 section 4, after CLIP, arXiv 2103.00020, section 3.1.4).
 """
 
+from common.cli import parse, run_command, start_command
+from eval.arguments import LABEL_COLUMNS, ClassificationArguments, ImageArguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, ClassificationArguments, __doc__)
+
 import csv
 import json
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -26,13 +32,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import HfArgumentParser
 
 from artifacts import check_output_file, device_description, read_json
-from captions.image_files import FORM_HELP, MAX_IMAGE_PIXELS, SUFFIXES, ImageFileArguments, ImageFiles
+from captions.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from captions.links import refuse_links_out
 from captions.sources import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
-from captions.stages import StageHelp
 from embedders import load_embedder
 from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
 from eval.metrics import (
@@ -49,66 +53,6 @@ from processes import processes
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
 SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
-LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
-
-
-@dataclass
-class ImageArguments(ImageFileArguments):
-    """What classification and linear probe have in common."""
-
-    model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline."})
-    benchmark: str = field(
-        metadata={"help": "Key of the data set in eval/prompts/pt, such as cifar-10, or a JSON file of that form."}
-    )
-    images: str = field(
-        metadata={
-            "help": "Folder with a sub-folder of images a class, a saved HF data set, a folder of parquet files or "
-            "WebDataset tars (with classnames.txt, a name a line), or a Hub id."
-        }
-    )
-    output: Path = field(metadata={"help": "JSON file for the result."})
-    split: str = field(default="test", metadata={"help": "Split that is measured."})
-    form: Literal["auto", "images"] = field(default="auto", metadata={"help": FORM_HELP})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images; the only one of images."})
-    label_column: str | None = field(
-        default=None, metadata={"help": f"Column of the label, or of a list of labels; one of {LABEL_COLUMNS}."}
-    )
-    role: Literal["baseline", "capivara"] = field(
-        default="capivara",
-        metadata={
-            "help": "What the records call the model. A baseline may also be open_clip:NAME:PRETRAINED, "
-            "open_clip:local-dir:FOLDER, or clip:FOLDER_OR_HUB_ID of transformers."
-        },
-    )
-    batch_size: int = field(default=32, metadata={"help": "Images that go through at once."})
-    precision: Literal["float32", "bf16"] = field(default="float32", metadata={"help": "bf16 is faster."})
-    cache_dir: str = field(
-        default="auto",
-        metadata={"help": "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."},
-    )
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
-
-    def __post_init__(self) -> None:
-        self.check_image_files()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
-
-    def load(self, split: str, names_en: Sequence[str], places: Sequence[int] | None = None) -> "LabelledImages":
-        """A split of the images; `load_images` has the rest."""
-        columns = (self.image_column, self.label_column)
-        return load_images(self.images, split, names_en, *columns, places, self.form, **self.limits())
-
-
-@dataclass
-class ClassificationArguments(ImageArguments):
-    protocol: Literal["ours", "authors", "babel"] = field(
-        default="ours",
-        metadata={"help": "Names and templates: ours, the paper's authors', Babel-ImageNet's."},
-    )
-    language: str = field(default="pt", metadata={"help": "Language of the protocol babel."})
-    authors_file: str | None = field(default=None, metadata={"help": "Path or https address, for protocol authors."})
-    seed: int | None = field(default=None, metadata={"help": "Seed of the training run, for the records."})
 
 
 @dataclass
@@ -125,6 +69,14 @@ class LabelledImages:
 
     def fingerprint(self) -> str:
         return digest_of([self.images.digest, self.labels])
+
+
+def load_split(
+    args: ImageArguments, split: str, names_en: Sequence[str], places: Sequence[int] | None = None
+) -> LabelledImages:
+    """A split of the images of the arguments; `load_images` has the rest."""
+    columns = (args.image_column, args.label_column)
+    return load_images(args.images, split, names_en, *columns, places, args.form, **args.limits())
 
 
 def load_images(
@@ -230,7 +182,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    data = args.load(args.split, prompts.names_en, prompts.places)
+    data = load_split(args, args.split, prompts.names_en, prompts.places)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
     store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
@@ -394,9 +346,8 @@ def _plain(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(ClassificationArguments, description=__doc__, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(ClassificationArguments, __doc__, argv)
         records = evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -414,4 +365,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,21 +7,25 @@ The penalty is chosen on the validation split, or on a fifth of the training ima
 regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot figures are means over draws.
 """
 
+from common.cli import parse, run_command, start_command
+from eval.arguments import LinearProbeArguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, LinearProbeArguments, __doc__)
+
 import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from artifacts import check_output_file, read_json
-from captions.stages import StageHelp
 from embedders import load_embedder
-from eval.classification import ImageArguments, LabelledImages, classification_metrics, image_header
+from eval.classification import LabelledImages, classification_metrics, image_header, load_split
 from eval.embeddings import EmbeddingStore, cache_folder
 from eval.prompts import load_prompts
 from eval.results import Record, write_records
@@ -29,20 +33,6 @@ from processes import processes
 
 PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak
 MAX_ITERATIONS = 1000
-
-
-@dataclass
-class LinearProbeArguments(ImageArguments):
-    shots: list[int] = field(default_factory=list, metadata={"help": "Images of each class; all where none is given."})
-    draws: int = field(default=3, metadata={"help": "Draws of the few images, averaged."})
-    seed: int = field(default=0, metadata={"help": "Seed of the draws and of the validation part."})
-    train_split: str = field(default="train", metadata={"help": "Split that is fitted to."})
-    validation_split: str | None = field(default=None, metadata={"help": "Split that the penalty is chosen on."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if any(shots < 1 for shots in self.shots) or self.draws < 1:
-            raise ValueError(f"shots and draws must be at least 1, got {self.shots} and {self.draws}.")
 
 
 @dataclass(frozen=True)
@@ -125,7 +115,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
     splits = [args.train_split, args.validation_split, args.split]
-    loaded = [args.load(name, prompts.names_en) if name else None for name in splits]
+    loaded = [load_split(args, name, prompts.names_en) if name else None for name in splits]
     _check_apart(splits, loaded)
     embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
     started = time.perf_counter()
@@ -179,9 +169,8 @@ def _fitted(features: Features, penalty: float) -> LogisticRegression:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(LinearProbeArguments, description=__doc__, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(LinearProbeArguments, __doc__, argv)
         records = evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -192,4 +181,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,15 +6,18 @@
 A run's folder holds its `results/` and its `run.json`, which gives the training curves.
 """
 
+from common.cli import parse, run_command, start_command
+from eval.arguments import ReportArguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, ReportArguments, __doc__)
+
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
-from transformers import HfArgumentParser
 
 from artifacts import check_output_folder, whole_folder, write_text
-from captions.stages import StageHelp
 from eval.report_page.compare import pairs_of, series_by_condition
 from eval.report_page.details import class_sections, gallery_sections
 from eval.report_page.files import Found, read_folder
@@ -22,12 +25,6 @@ from eval.report_page.pictures import Pictures
 from eval.report_page.sections import benchmarks, gains, headlines, left_out, measured, protocols, training
 
 TEMPLATES = Path(__file__).parent / "report_page"
-
-
-@dataclass
-class ReportArguments:
-    output: Path = field(metadata={"help": "Folder of the report: index.html and PNGs. Must be missing or empty."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the output folder."})
 
 
 def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
@@ -75,11 +72,9 @@ def render(found: Found, pictures: Pictures) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(ReportArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
-    parser.add_argument("results", type=Path, help="Folder of result files, those of folders in it too.")
     try:
-        args, rest = parser.parse_args_into_dataclasses(argv)
-        found = write_report(rest.results, args.output, args.overwrite_output_dir)
+        args = parse(ReportArguments, __doc__, argv)
+        found = write_report(args.results, args.output, args.overwrite_output_dir)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     for name, reason in found.unread + found.problems:
@@ -88,4 +83,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

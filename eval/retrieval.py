@@ -4,31 +4,32 @@ r"""Cross-modal retrieval: texts find their image, images find one of their text
         --output retrieval_pt.json
 """
 
-import re
+from common.cli import parse, run_command, start_command
+from eval.arguments import RECALL_CUTOFFS, RetrievalArguments, caption_positions
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, RetrievalArguments, __doc__)
+
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from artifacts import check_output_file, device_description, read_json
-from captions.image_files import ImageFileArguments
 from captions.rows import rows_fingerprint
 from captions.sources import Source, open_source
-from captions.stages import StageHelp
 from common.privacy import short_name
 from embedders import Embedder, load_embedder
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
 from eval.gallery import write_gallery
 from eval.metrics import (
-    RECALL_CUTOFFS,
     chance_recall,
     cross_modal_ranks,
     mean_hits,
@@ -45,65 +46,6 @@ from processes import processes
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
 DIRECTIONS = ("text_to_image", "image_to_text")
 PRECISION_CHECK_IMAGES = 256  # whose recall is measured in both precisions where bf16 is asked for
-
-
-@dataclass
-class RetrievalArguments(ImageFileArguments):
-    model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline."})
-    dataset: str = field(
-        metadata={
-            "help": "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
-            "metadata.jsonl, or Hub id."
-        }
-    )
-    output: Path = field(metadata={"help": "JSON file for the result records."})
-    role: Literal["baseline", "capivara"] = field(
-        default="capivara",
-        metadata={
-            "help": "What the records call the model. A baseline may also be open_clip:NAME:PRETRAINED, "
-            "open_clip:local-dir:FOLDER, or clip:FOLDER_OR_HUB_ID of transformers."
-        },
-    )
-    split: str = field(default="test", metadata={"help": "Split that is searched."})
-    language: str = field(default="pt", metadata={"help": "Language of the captions."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images."})
-    caption_column: str = field(
-        default="captions-{language}", metadata={"help": "Column of a caption or a list of captions an image."}
-    )
-    caption_positions: str = field(
-        default="all",
-        metadata={
-            "help": "Which captions of an image: all, first, even, odd or numbers from 0 such as 0,2. In the paper's "
-            "files of ten captions, Marian's are even and Google's odd."
-        },
-    )
-    recall_at: list[int] = field(
-        default_factory=lambda: list(RECALL_CUTOFFS),
-        metadata={"help": "The k of recall@k; their mean comes, too."},
-    )
-    batch_size: int = field(default=32, metadata={"help": "Images that go through at once; twice as many captions."})
-    precision: Literal["float32", "bf16"] = field(
-        default="float32", metadata={"help": "bf16 is faster; its effect on recall is measured on a part and printed."}
-    )
-    cache_dir: str = field(
-        default="auto",
-        metadata={"help": "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."},
-    )
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
-    gallery: int = field(default=8, metadata={"help": "Queries for the report, half of them misses."})
-    seed: int | None = field(default=None, metadata={"help": "Seed of the training run, for the records."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
-    dataset_name: str | None = field(default=None, metadata={"help": "What records call the data set; its last parts."})
-
-    def __post_init__(self) -> None:
-        self.check_image_files()
-        _positions(self.caption_positions, 10)
-        if not self.recall_at or min(self.recall_at) < 1:
-            raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
-        if self.batch_size < 1 or self.gallery < 0:
-            raise ValueError(
-                f"batch_size must be at least 1, gallery at least 0, got {self.batch_size}, {self.gallery}."
-            )
 
 
 @dataclass(frozen=True)
@@ -347,26 +289,15 @@ def _chosen(value: Any, positions: str, row: int) -> list[str]:
         raise ValueError(
             f"Row {row} has captions that are no text: {str(captions)[:100]}. Name another --caption_column."
         )
-    chosen = [captions[place] for place in _positions(positions, len(captions)) if place < len(captions)]
+    chosen = [captions[place] for place in caption_positions(positions, len(captions)) if place < len(captions)]
     if not chosen:
         raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")
     return chosen
 
 
-def _positions(text: str, captions: int) -> Sequence[int]:
-    """Which of an image's captions are meant."""
-    named = {"all": range(captions), "first": range(1), "even": range(0, captions, 2), "odd": range(1, captions, 2)}
-    if text in named:
-        return named[text]
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(f"caption_positions must be {', '.join(named)} or numbers from 0 such as 0,2; got {text!r}.")
-    return [int(place) for place in text.split(",")]
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(RetrievalArguments, description=__doc__, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(RetrievalArguments, __doc__, argv)
         records = evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -392,4 +323,4 @@ def _print_faults(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -15,6 +15,12 @@ arguments, and the names, sizes and times of the data's files are what they were
 every protocol a folder of its own. What lies on the Hub counts as unchanged; --overwrite measures anew.
 """
 
+from common.cli import parse, run_command, start_command
+from eval.arguments import SuiteArguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, SuiteArguments, __doc__)
+
 import shutil
 import sys
 import traceback
@@ -24,12 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import HfArgumentParser
 
 from artifacts import package_versions, read_json, write_json, write_text
-from captions.stages import StageHelp
 from common.privacy import hide_paths
-from eval.benchmarks import SUITES, Benchmark, load_averages, load_benchmarks
+from eval.benchmarks import Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.layouts import hub_fault, linked_images, local_data, place_of
@@ -40,7 +44,6 @@ from eval.suite_plan import (
     SUMMARY_VERSION,
     Measurement,
     Model,
-    SuiteArguments,
     all_languages,
     chosen,
     file_digest,
@@ -184,15 +187,12 @@ def listing(args: SuiteArguments, suite: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(SuiteArguments, description=__doc__, allow_abbrev=False, formatter_class=StageHelp)
-    parser.add_argument("suite", nargs="?", default="paper", help=f"Which benchmarks: {', '.join(SUITES)}.")
-    parser.add_argument("--list", action="store_true", help="Show the suite's benchmarks and where their data are.")
     try:
-        args, given = parser.parse_args_into_dataclasses(argv)
-        if given.list:
-            print(listing(args, given.suite))
+        args = parse(SuiteArguments, __doc__, argv)
+        if args.list_benchmarks:
+            print(listing(args, args.suite))
             return
-        summary = run(args, given.suite)
+        summary = run(args, args.suite)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     if summary is None:
@@ -204,4 +204,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

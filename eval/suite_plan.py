@@ -1,58 +1,18 @@
 """What a suite is to measure: its arguments, its models, and one measurement a benchmark, language and model."""
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
 
 from artifacts import read_json
-from captions.image_files import ImageFileArguments
 from embedders import load_embedder
+from eval.arguments import SuiteArguments
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
 from eval.layouts import Place, adapted, hub_fault, local_data, place_of
 from eval.results import digest_of, one_line
 
 SUMMARY_VERSION = 1
-
-
-@dataclass
-class SuiteArguments(ImageFileArguments):
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub id of a CAPIVARA model; the first run."})
-    runs: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Models of one recipe and several seeds, or the folder of them: mean ± standard deviation."},
-    )
-    baseline: str | None = field(
-        default=None,
-        metadata={"help": "CAPIVARA model, open_clip:NAME:PRETRAINED, open_clip:local-dir:FOLDER or clip:FOLDER."},
-    )
-    output: Path = field(
-        default=Path("results/suite"), metadata={"help": "Folder of result files, suite.json and table.md."}
-    )
-    data: list[str] = field(default_factory=list, metadata={"help": "Local data, KEY=PATH, as many as there are."})
-    data_dir: Path | None = field(default=None, metadata={"help": "Folder with local data, each under its key."})
-    only: list[str] = field(default_factory=list, metadata={"help": "Keys of the benchmarks to measure, of any suite."})
-    languages: list[str] = field(
-        default_factory=list, metadata={"help": "Codes, for benchmarks that have several; --list shows them."}
-    )
-    metrics: list[str] = field(
-        default_factory=list, metadata={"help": f"Further rows of the table: {', '.join(METRICS)}."}
-    )
-    protocol: Literal["ours", "authors"] = field(
-        default="ours", metadata={"help": "Names and prompts: this project's, or those of the published figures."}
-    )
-    authors_file: str | None = field(default=None, metadata={"help": "Path or https address, for protocol authors."})
-    published: Literal["capivara", "capivara_opt"] = field(
-        default="capivara", metadata={"help": "Published model to compare with: fine-tuned, or with LoRA (Opt.)."}
-    )
-    offline: bool = field(default=False, metadata={"help": "Take local data alone."})
-    overwrite: bool = field(default=False, metadata={"help": "Measure again what the output folder has already."})
-    batch_size: int = field(default=32, metadata={"help": "Images that go through at once."})
-    precision: Literal["float32", "bf16"] = field(default="float32", metadata={"help": "bf16 is faster."})
-    cache_dir: str = field(default="auto", metadata={"help": "Folder of embeddings; off = none are kept."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
-    gallery: int = field(default=0, metadata={"help": "Queries with small copies of pictures to keep for a report."})
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import numpy as np
 import PIL.Image
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
-from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from artifacts import device_description, package_versions, whole_folder, write_json, write_text
 from captions.rows import BadImage
-from captions.stages import StageHelp
+from common.cli import parse, run_command
 from common.privacy import hide_paths
 from eval.classification import LabelledImages, load_images
 from eval.metrics import top_k_accuracy
@@ -197,9 +197,8 @@ def fine_tune(args: ClassifierArguments) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(ClassifierArguments, description=__doc__, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(ClassifierArguments, __doc__, argv)
         found = fine_tune(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -209,4 +208,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_from_disk
-from transformers import HfArgumentParser
 
 from artifacts import device_description, package_versions, read_json, whole_folder, write_json
-from captions.stages import StageHelp
+from common.cli import parse, run_command
 from eval import classification, linear_probe, retrieval
 from eval.prompts import load_prompts
 from eval.results import Record
@@ -190,9 +189,8 @@ def _prompts_file(benchmark: str) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(RealImagesArguments, description=__doc__, formatter_class=StageHelp)
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(RealImagesArguments, __doc__, argv)
         prepare(args.data, args.openmoji)
         records = measure(args, args.baseline, "baseline") + measure(args, args.model, "capivara") + probe(args)
     except (ValueError, OSError, ImportError) as error:
@@ -204,4 +202,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -11,7 +11,11 @@ added to a card by hand; whoever makes the card anew adds them again. Make it la
 `hub_upload.export`, which writes those files anew, and before `hub_upload.push`.
 """
 
-import argparse
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +24,6 @@ from typing import Literal
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
-from transformers import HfArgumentParser
 
 from artifacts import write_text
 from hub_upload.card_check import check
@@ -127,11 +130,8 @@ def write_card(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(
-        CardArguments, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(CardArguments, __doc__, argv)
         if args.check is None:
             path = write_card(args.model, args.repo_id, args.language, args.output)
             print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")
@@ -145,4 +145,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

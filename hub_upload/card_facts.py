@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from common.privacy import secret_in
-from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
 RESULT_SCHEMA = 2  # of result files and of run.json
 MAX_JSON_BYTES = 64 * 2**20
@@ -219,6 +218,8 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
     measured = [record for path in results for record in _records(path, folder, digests)]
     if not measured:
         raise ValueError(f"{folder}/results holds no measurement, and a card states what was measured.")
+    from modeling_capivara.processing_capivara import CONTEXT_LENGTH  # here: --help of the commands awaits no torch
+
     config, graphs = (_read_if_there(model / name, folder, digests) for name in ("config.json", GRAPHS))
     return CardFacts(
         folder=folder,

@@ -9,18 +9,21 @@ will read is compared with the model tensor by tensor. Nothing is written but wh
 hold a path of a machine or an access token.
 """
 
-import argparse
+from common.cli import parse, run_command, start_command
+from hub_upload.arguments import FORMATS, ExportArguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, ExportArguments, __doc__)
+
 import difflib
 import logging
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
 
 import modeling_capivara
 from artifacts import check_free_space, check_output_folder, read_json, whole_folder, write_json, write_text
@@ -58,7 +61,6 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.loading import load_processor
 
 __all__ = ["ALLOWED_FILES", "FORMATS", "allowed_files", "check_contents", "export"]
-FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES)
 ONNX_SHARE = 1.3  # of the weights, that graphs in float32 and int8 take
 GIT_ATTRIBUTES = "".join(
@@ -68,60 +70,10 @@ GIT_ATTRIBUTES = "".join(
 logger = logging.getLogger("capivara")
 
 
-@dataclass
-class ExportArguments:
-    model: Path = field(
-        metadata={"help": "Folder of a CAPIVARA model, as a training run or `save_pretrained` leaves it."}
-    )
-    output: Path = field(metadata={"help": "Folder of the repository. Must be missing or empty."})
-    formats: str = field(
-        default=",".join(FORMATS),
-        metadata={
-            "help": f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
-            "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
-            "minutes."
-        },
-    )
-    text_config: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where open_clip finds the text tower's configuration. The published architecture needs none: it "
-            "is that of XLM-RoBERTa base, on the Hub. For any other: a Hub id; or a folder that holds it, such as the "
-            "model's own, to be copied to text_model/ in the repository, where open_clip finds it only when started "
-            "in the downloaded folder, as local-dir:. Without it open_clip is left out."
-        },
-    )
-    repo_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, OWNER/NAME, under which the repository will be published. hf-hub: of open_clip then takes "
-            "its tokenizer from there; without it, that of the text tower's Hub id."
-        },
-    )
-    recall_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Data set with images and captions, in the forms that eval.retrieval reads, on which the recall of "
-            "the int8 graphs is measured beside the float32 ones; not measured without it."
-        },
-    )
-    recall_split: str = field(default="test", metadata={"help": "Split of it."})
-    recall_language: str = field(default="pt", metadata={"help": "Language of its captions."})
-    recall_caption_column: str = field(
-        default="captions-{language}", metadata={"help": "Column of a caption or a list of captions an image."}
-    )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the output folder."})
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the commands of the description on lines of their own."""
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(ExportArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(ExportArguments, __doc__, argv)
         files = export(
             args.model, args.output, args.formats.split(","), args.text_config, args.overwrite_output_dir,
             repo_id=args.repo_id, recall=_recall_arguments(args),
@@ -349,15 +301,13 @@ def _write_records(model: Path, folder: Path) -> None:
 
 
 def _finished(folder: Path) -> list[tuple[str, int]]:
-    """Name and bytes of all files, which may all leave this machine and can be read by others."""
+    """Name and bytes of all files, which may all leave this machine."""
     check_contents(folder)
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     if surplus := set(names) - set(allowed_files(folder)):
         raise ValueError(f"{', '.join(map(str, sorted(surplus)))} would be written, which ALLOWED_FILES does not name.")
-    for name in names:
-        (folder / name).chmod(0o644)  # safetensors makes files that only their owner can read
     return [(name.as_posix(), (folder / name).stat().st_size) for name in names]
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

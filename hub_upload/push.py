@@ -11,12 +11,15 @@ data set are sent; files on the Hub that the folder does not have stay. After a 
 again: files that have arrived are not sent a second time, and what has not changed makes no commit.
 """
 
-import argparse
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import sys
 import time
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from transformers import HfArgumentParser
 
 from hub_upload.card_check import outdated
 from hub_upload.limits import program_limit
@@ -60,12 +63,8 @@ def push(planned: PushPlan) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = _Parser(PushArguments, description=__doc__, allow_abbrev=False, formatter_class=_Help)
     try:
-        args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-        if rest:
-            names = [word.split("=")[0] for word in rest if word.startswith("-")] or ["a value without a flag"]
-            raise ValueError(f"Unknown: {', '.join(names)}. --help lists all flags; a token is not given by one.")
+        args = parse(PushArguments, __doc__, argv, hide=plain)
         options = {name: value for name, value in vars(args).items() if name not in ("model", "repo_id")}
         with program_limit(args.deadline_hours):
             planned = plan(args.model, args.repo_id, **options)
@@ -211,15 +210,5 @@ def _title(planned: PushPlan) -> str:
     return f"{verb} {names[0]}" if len(names) == 1 else f"{verb} {len(names)} files"
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:
-        """One line, in which no value is a token."""
-        self.exit(2, f"error: {plain(message)} (--help lists all)\n")
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the commands of the description on lines of their own."""
-
-
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,5 +1,12 @@
 """CAPIVARA for transformers. Importing the package registers it, so that the Auto classes and pipelines find it."""
 
+import sys
+
+if sys.argv[:1] == ["-m"] and "modeling_capivara.convert_open_clip" in sys.orig_argv:
+    from .convert_open_clip_flags import answer_flags
+
+    answer_flags()  # `python -m` imports this package first: --help and a wrong flag answer before torch is imported
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

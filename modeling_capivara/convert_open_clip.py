@@ -7,7 +7,6 @@ It reads top to bottom: command, two directions, sources, comparison. `open_clip
 in the two programs, `open_clip_checkpoint.py` reads files that are not to be trusted.
 """
 
-import argparse
 import copy
 import errno
 import json
@@ -31,12 +30,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .configuration_capivara import CapivaraConfig
+from .convert_open_clip_flags import BASE_TEXT_MODEL, TOLERANCE, parser, run
 from .loading import load_model, load_processor, read_config
 from .loss_capivara import similarity_logits
 from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import first_line, load_checkpoint
 from .open_clip_mapping import (
-    BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
     OPEN_CLIP_CONFIG,
     POSITION_IDS,
@@ -54,7 +53,6 @@ from .open_clip_mapping import (
 from .open_clip_origin import origin_card
 from .processing_capivara import CapivaraProcessor
 
-TOLERANCE = 1e-4  # of cosines and logits in float32; the two programs differ by some 1e-6, a wrong layer by 1e-3 and up
 # In order of preference: a pickle is opened only where there is nothing safer.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -105,34 +103,7 @@ class OpenClipSource:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_capivara.convert_open_clip",
-        description="Convert a CAPIVARA model from open_clip to transformers, or back. Both models are then loaded "
-        f"from files and compared on random images and texts; above a difference of {TOLERANCE:g} nothing is kept.",
-    )
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="hf-hub:OWNER/NAME, local-dir:FOLDER, or a checkpoint file (.safetensors, .bin, .pt, .pth, or the .ckpt "
-        "of the authors' training program; read without executing anything). A bare file is taken to have the "
-        "published architecture. With --to-open-clip: a transformers model folder or a Hub id.",
-    )
-    parser.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create; must not exist, or be empty")
-    parser.add_argument("--to-open-clip", action="store_true", help="convert from transformers to open_clip")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="NAME_OR_FOLDER",
-        help="tokenizer where SOURCE neither holds nor names one, as a bare file does not "
-        f"(default: {BASE_TEXT_MODEL}); not with --to-open-clip",
-    )
-    parser.add_argument(
-        "--hf-model-name",
-        metavar="ID",
-        help="with --to-open-clip: Hub id from which open_clip shall take the text tower's configuration, such as "
-        f"{BASE_TEXT_MODEL}: for a folder to be published. Without it the configuration is written to "
-        "OUTPUT/text_model, and OUTPUT works offline but must stay where it is.",
-    )
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         result = convert(args.source, args.output, args.to_open_clip, args.tokenizer, args.hf_model_name)
     except (ValueError, OSError, ImportError) as error:
@@ -254,6 +225,8 @@ def _new_folder(output: Path) -> Iterator[Path]:
     try:
         folder.mkdir()
         yield folder
+        for path in folder.rglob("*.safetensors"):
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
         os.replace(folder, output)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -556,4 +529,4 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

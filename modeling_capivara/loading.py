@@ -5,11 +5,15 @@ import json
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from transformers import AutoProcessor
 
 from .configuration_capivara import CapivaraConfig
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
+
+HUB_TIMEOUT_S = 10
 
 
 def read_config(folder: str | Path) -> CapivaraConfig:
@@ -75,6 +79,38 @@ def load_processor(source: str | Path) -> CapivaraProcessor:
     return processor
 
 
+def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
+    """Ask once, for seconds, whether a model is there, before libraries that would try again for minutes.
+
+    Args:
+        source: folder or Hub id, owner/name.
+        names: files of which one in the Hub's cache will do without the Hub; config.json where none is given.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        ValueError: it is no folder and not in the cache, and the Hub has no such model or can't be reached.
+    """
+    names = names or ("config.json",)
+    if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+        return  # no Hub id: the loader says what is wrong with it
+    if any(isinstance(try_to_load_from_cache(str(source), name, revision=revision), str) for name in names):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(str(source), names[0], revision=revision), timeout=HUB_TIMEOUT_S)
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"There is no model {source}: it is no folder here, and the Hub has none of that name for you. Check the "
+            "name; a private or gated one needs `hf auth login`."
+        ) from error
+    except HfHubHTTPError:
+        return  # the Hub answers: what is missing or refused, the loader says
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"The model {source} is no folder here, nor in the cache of the Hub ({constants.HF_HUB_CACHE}), and the "
+            f"Hub can't be reached ({type(error).__name__}). Check the name, or the connection and HF_HUB_OFFLINE."
+        ) from error
+
+
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
     """Hex digest of the tensors of a model whose name starts with one of `prefixes`."""
     digest = hashlib.blake2b(digest_size=16)
@@ -99,3 +135,5 @@ def _check_folder(source: str | Path, needed: str, fault: str) -> None:
             raise ValueError(f"The folder {source} {fault} ({needed} is missing).")
     elif str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise ValueError(f"The model folder {source} does not exist.")
+    else:
+        check_reachable(source, needed)

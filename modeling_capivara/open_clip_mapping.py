@@ -11,12 +11,12 @@ from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
+from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .image_processing_capivara import CapivaraImageProcessor
 from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import first_line
 from .processing_capivara import CONTEXT_LENGTH
 
-BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 

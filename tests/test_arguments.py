@@ -63,7 +63,7 @@ def test_bad_config(tmp_path, text, message):
 
 
 def test_unknown_flag_and_missing_file(tmp_path):
-    with pytest.raises(ValueError, match="Did you mean `micro_batch_size`"):
+    with pytest.raises(ValueError, match="Did you mean `--micro_batch_size`"):
         parse_arguments([*MINIMUM, "--micro_batchsize", "3"], "")
     with pytest.raises(ValueError, match="does not exist"):
         parse_arguments(["--config", str(tmp_path / "none.yaml")], "")

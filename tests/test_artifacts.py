@@ -75,6 +75,35 @@ def test_folder_appears_at_the_end(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("umask", ["022", "007"])
+def test_weights_are_as_readable_as_their_neighbours(tmp_path, umask):
+    code = """
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from artifacts import finish_folder, partial_folder, whole_folder, write_text
+def fill(folder):
+    save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+    write_text(folder / "sub" / "config.json", "{}")
+with whole_folder(Path("whole")) as folder:
+    fill(folder)
+partial_folder(Path("run")).mkdir(mode=0o700)
+fill(partial_folder(Path("run")))
+finish_folder(Path("run"))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    command = f"umask {umask}; exec {sys.executable} -c '{code}'"
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment, check=True)
+    allowed = 0o777 & ~int(umask, 8)
+    for path in [
+        *(tmp_path / "whole").rglob("*"),
+        *(tmp_path / "run").rglob("*"),
+        tmp_path / "whole",
+        tmp_path / "run",
+    ]:
+        assert path.stat().st_mode & 0o777 == allowed & (0o777 if path.is_dir() else 0o666), path
+
+
 def test_failure_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("1")

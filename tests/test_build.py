@@ -212,6 +212,21 @@ def test_shards_wait_for_each_other(config, tmp_path, monkeypatch):
     assert files(tmp_path / "shared" / "dataset") == expected
 
 
+def test_a_shard_that_is_alone_says_whom_it_waits_for_and_ends(config, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(build_module, "POLL_S", 0.05)
+    caplog.set_level("INFO", "capivara")
+    argv = ["--config", str(config), "--shard", "2/3", "--wait_s", "0.3"]
+    with pytest.raises(SystemExit, match=r"error: .*: shard 0 \(\d+ rows\), shard 1 \(\d+ rows\) have written nothing"):
+        build_module.main(argv)
+    assert any("shard 2 is done and waits for shard 0" in line for line in caplog.messages)
+    made = files(tmp_path / "built")
+    for index in (0, 1):  # the others come later, and are alone in turn; what is there stays
+        with pytest.raises(SystemExit, match="have written nothing for 0 s"):
+            build_module.main([*argv[:2], "--shard", f"{index}/3", "--wait_s", "0"])
+        assert {name: content for name, content in files(tmp_path / "built").items() if name in made} == made
+    assert build(BuildArguments(config)) == tmp_path / "built" / "dataset"
+
+
 def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     content["score"] = {"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"}

@@ -119,6 +119,8 @@ def test_open_clip_to_transformers_and_back_gives_the_same_numbers_and_weights(t
     assert {p.name for p in tmp_path.iterdir()} == {"source", "there", "back"}
     # open_clip repairs texts itself, and asks on the terminal where a folder names code.
     assert "auto_map" not in json.loads((tmp_path / "back" / "tokenizer_config.json").read_text())
+    for folder in ("there", "back"):  # the weights are as readable as their neighbours
+        assert len({p.stat().st_mode for p in (tmp_path / folder).iterdir() if p.is_file()}) == 1
 
 
 def open_clip_tools(folder: Path):

@@ -28,8 +28,9 @@ from transformers import (
     ViTModel,
 )
 
+from captions.arguments import PREFIXES
 from captions.captioner import NOT_FINITE, Blip2Captioner, Captioner, Decoding, DrawnTokens
-from captions.generate import COLUMN, PREFIXES, GenerateArguments, GenerateProcess, load_captioner, main, read_prefixes
+from captions.generate import COLUMN, GenerateArguments, GenerateProcess, load_captioner, main, read_prefixes
 from captions.rows import BadRow
 
 SIDE, QUERIES, IMAGE_TOKEN, STEPS = 28, 4, 299, 9

@@ -1,12 +1,20 @@
 """The recipe's optimiser, schedule and clamp."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from training.arguments import parse_arguments
-from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
+from training.optimiser import (
+    PAPER_REACH,
+    build_optimizer,
+    clamp_logit_scale,
+    hopeless_rate,
+    learning_rate_at,
+    reach,
+)
 
 
 def arguments(**values):
@@ -21,6 +29,17 @@ def test_schedule():
     assert learning_rate_at(500, args) == pytest.approx(5e-7)
     assert learning_rate_at((500 + 5863) / 2, args) == pytest.approx(3e-7)
     assert learning_rate_at(5863, args) == pytest.approx(1e-7)
+
+
+def test_steps_times_rate_that_change_nothing_are_told():
+    told = hopeless_rate(arguments(max_steps=60, warmup_steps=5))  # the default rate, which is for 5863 steps
+    assert "60 steps" in told and "5e-07" in told and "--learning_rate to about 5e-05" in told
+    assert hopeless_rate(arguments(max_steps=60, warmup_steps=5, learning_rate=5e-5)) is None
+    for name in ("capivara", "capivara_opt", "openmoji"):
+        config = Path(__file__).resolve().parent.parent / "configs" / f"{name}.yaml"
+        assert hopeless_rate(parse_arguments(["--config", str(config), "--model", "m", "--dataset", "d"], "")) is None
+    paper = arguments()
+    assert reach(paper) == pytest.approx(PAPER_REACH, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "coupled"), [("adam", True), ("adamw", False)])

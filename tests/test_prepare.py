@@ -27,14 +27,67 @@ def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
     assert recall_at_k(retrieval_ranks(texts, images, rows, rows), 1) == 1
 
 
+@pytest.fixture
+def small_alignment(tiny_processor, monkeypatch):
+    """`align` on a tiny model: (kept) -> the model's weights and the curve."""
+    constants = {"BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 2, "EVAL_STEPS": 2, "PATIENCE": 1, "WARMUP_STEPS": 3}
+    for name, value in constants.items():
+        monkeypatch.setattr(prepare, name, value)
+    captions = [[f"{colour} {thing}"] for colour in ("um", "água", "pão") for thing in ("gato", "carro", "azul", "são")]
+    dataset = {split: {"captions-en": captions} for split in ("train", "validation")}
+    pixels = torch.rand(12, 48, generator=torch.Generator().manual_seed(0))
+
+    def run(kept):
+        config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"])
+        model = randomise(CapivaraModel(config))
+        curve = prepare.align(model, tiny_processor, dataset, {"train": pixels, "validation": pixels}, kept)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}, curve
+
+    return run
+
+
+def test_an_interrupted_alignment_goes_on_to_the_same_bits(tmp_path, small_alignment, monkeypatch):
+    whole, curve = small_alignment(prepare.Kept(tmp_path / "whole", {"train": "a"}))
+    assert len(curve) > 4, "too short to be interrupted twice"
+    kept, one_step, steps = prepare.Kept(tmp_path / "kept", {"train": "a"}), prepare.align_step, []
+
+    def interrupted(*arguments):
+        steps.append(arguments[-1])
+        if len(steps) in (4, 9):
+            raise KeyboardInterrupt
+        return one_step(*arguments)
+
+    monkeypatch.setattr(prepare, "align_step", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            small_alignment(kept)
+    again, same_curve = small_alignment(kept)
+    assert steps[:4] == [0, 1, 2, 3] and 0 < steps[4] <= 2, "what was kept was not used"
+    assert same_curve == curve
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    steps.clear()
+    with pytest.raises(KeyboardInterrupt):  # of other data: begun anew
+        small_alignment(prepare.Kept(tmp_path / "kept", {"train": "b"}))
+    assert steps[0] == 0
+
+
+def test_features_are_kept(tmp_path):
+    kept = prepare.Kept(tmp_path / "kept", {"train": "a"})
+    assert kept.load("features.pt") is None
+    kept.save("features.pt", {"train": torch.ones(2)})
+    assert torch.equal(kept.load("features.pt")["train"], torch.ones(2))
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["features.pt"]
+    assert prepare.Kept(tmp_path / "kept", {"train": "b"}).load("features.pt") is None
+
+
 def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
-    def broken(dataset, folder):
+    def broken(dataset, folder, kept):
         (folder / "half").write_text("written")
         raise ValueError("no")
 
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "dataset_dict.json").touch()
-    monkeypatch.setattr(prepare, "load_from_disk", lambda folder: None)
+    monkeypatch.setattr(prepare, "load_from_disk", lambda folder: {})
     monkeypatch.setattr(prepare, "build_base", broken)
     with pytest.raises(ValueError, match="no"):
         prepare.prepare(tmp_path / "dataset", tmp_path / "base")

@@ -17,8 +17,9 @@ from test_checkpoints import flipped
 import embedders
 from captions.sources import open_source
 from eval import classification, linear_probe
+from eval.arguments import caption_positions
 from eval.results import read_records
-from eval.retrieval import RetrievalArguments, _positions, evaluate, load_data, main
+from eval.retrieval import RetrievalArguments, evaluate, load_data, main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from training.rows import caption_table, tables_fingerprint
 
@@ -168,7 +169,7 @@ def test_two_processes_give_the_bits_of_one(tiny_folder, folder, tmp_path):
 
 
 def test_positions():
-    assert [list(_positions(text, 5)) for text in ("all", "first", "even", "odd", "3,1")] == [
+    assert [list(caption_positions(text, 5)) for text in ("all", "first", "even", "odd", "3,1")] == [
         [0, 1, 2, 3, 4], [0], [0, 2, 4], [1, 3], [3, 1]
     ]  # fmt: skip
     with pytest.raises(ValueError, match="caption_positions must be all, first, even, odd or numbers"):

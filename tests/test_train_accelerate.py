@@ -159,7 +159,7 @@ BAD_VALUES = {
         {"effective_batch_size": 13},
         r"takes 13 pairs from a data set that has 12 .*Choose a smaller batch",
     ),
-    "typo": ({"lerning_rate": 1}, "Did you mean `learning_rate`"),
+    "typo": ({"lerning_rate": 1}, "Did you mean `--learning_rate`"),
 }
 
 

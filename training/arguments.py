@@ -1,7 +1,5 @@
 """Arguments of a training run: a YAML file, and flags that override it."""
 
-import argparse
-import difflib
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -9,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser
 
 from captions.image_files import ImageFileArguments
+from common.cli import parser, refuse_unknown, reject
 from training.hub import Hub
 
 
@@ -333,6 +331,16 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
 
+@dataclass
+class InterpolateArguments:
+    """Of `training.interpolate`."""
+
+    base: str = field(metadata={"positional": True, "help": "Folder or Hub id of the model before training."})
+    trained: str = field(metadata={"positional": True, "help": "Folder or Hub id of the model after training."})
+    output: Path = field(metadata={"help": "Folder of the new model."})
+    share: float = field(default=0.5, metadata={"help": "Of the trained weights, 0 to 1."})
+
+
 def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:
     """Arguments out of `--config FILE.yaml` and flags; a flag wins over the file.
 
@@ -344,23 +352,18 @@ def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:
         ValueError: a key or flag is unknown (the nearest name is given), or a value breaks its rule.
         SystemExit: `--help`, or a value is of the wrong type.
     """
-    parser = HfArgumentParser(GROUPS, description=description, allow_abbrev=False, formatter_class=_Help)
-    parser.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
-    known, _ = parser.parse_known_args(argv)
+    flags = parser(GROUPS, description=description)
+    flags.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
+    known, _ = flags.parse_known_args(argv)
     from_file = _as_flags(Path(known.config)) if known.config else []
     # The file stands before the command line: values of both are read, checked and converted by the same code, so
     # `1e-4`, which PyYAML takes for text, becomes a number.
     given = sys.argv[1:] if argv is None else list(argv)
-    namespace, unknown = parser.parse_known_args(from_file + given)
-    if unknown:
-        _reject(unknown[0].lstrip("-").split("=")[0], "flag")
+    namespace, unknown = flags.parse_known_args(from_file + given)
+    refuse_unknown(unknown, [*_names(), "config"])
     values = vars(namespace)
     values.pop("config")
     return RunArguments(**values)
-
-
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the commands of the description on lines of their own."""
 
 
 def _as_flags(path: Path) -> list[str]:
@@ -377,7 +380,7 @@ def _as_flags(path: Path) -> list[str]:
     flags = []
     for key, value in config.items():
         if key not in _names():
-            _reject(str(key), f"key in {path}")
+            reject(str(key), f"key in {path}", _names())
         if isinstance(value, dict):
             raise ValueError(f"{path}: `{key}` must be a value or a list, got a mapping.")
         if value not in ("", "~", "null", []):
@@ -387,11 +390,6 @@ def _as_flags(path: Path) -> list[str]:
 
 def _names() -> list[str]:
     return [f.name for f in fields(RunArguments)]
-
-
-def _reject(name: str, kind: str) -> None:
-    nearest = difflib.get_close_matches(name, [*_names(), "config"], n=1, cutoff=0.0)[0]
-    raise ValueError(f"Unknown {kind}: `{name}`. Did you mean `{nearest}`? `--help` lists all.")
 
 
 def _at_least(arguments: RunArguments, minimum: int, *names: str) -> None:

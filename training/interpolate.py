@@ -5,7 +5,12 @@
 The processor and the configuration are those of the trained model. What a figure gains or loses by it, `eval` tells.
 """
 
-import argparse
+from common.cli import parse, run_command, start_command
+from training.arguments import InterpolateArguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, InterpolateArguments, __doc__)
+
 import sys
 from pathlib import Path
 
@@ -35,13 +40,8 @@ def interpolate(base: str, trained: str, share: float, output: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", help="folder or Hub id of the model before training")
-    parser.add_argument("trained", help="folder or Hub id of the model after training")
-    parser.add_argument("--share", type=float, default=0.5, help="of the trained weights, 0 to 1")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the new model")
-    args = parser.parse_args(argv)
     try:
+        args = parse(InterpolateArguments, __doc__, argv)
         interpolate(args.base, args.trained, args.share, args.output)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -49,4 +49,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from training.arguments import RunArguments
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
+# Sum of the learning rates of the published 5863 steps (arXiv 2310.13683); their mean is that of floor and top.
+PAPER_REACH = 5863 * (1e-7 + 5e-7) / 2
+LEAST_SHARE = 0.1  # of it; a run of a tenth is the smallest that is not warned of
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -33,6 +36,24 @@ def learning_rate_at(step: int, args: RunArguments) -> float:
         return low + (high - low) * step / args.warmup_steps
     progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def reach(args: RunArguments) -> float:
+    """How far a run can move a weight: Adam's step is about the learning rate, whatever the gradient."""
+    return sum(learning_rate_at(step, args) for step in range(args.max_steps))
+
+
+def hopeless_rate(args: RunArguments) -> str | None:
+    """What to say of a run whose steps times rate are too few to change the model; None of any other."""
+    share = reach(args) / PAPER_REACH
+    if share >= LEAST_SHARE:
+        return None
+    return (
+        f"{args.max_steps} steps with a learning_rate of at most {args.learning_rate:g} move a weight by "
+        f"{reach(args):.1g} at most, {100 * share:.1g} % of what the published recipe does: the model will hardly "
+        f"change. For so few steps set --learning_rate to about {args.learning_rate / share:.0e}, or give more "
+        "--max_steps."
+    )
 
 
 @torch.no_grad()

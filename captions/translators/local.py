@@ -20,6 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from artifacts import how_to_install
 from captions.translators.languages import find_code, same_language
 from captions.translators.pieces import cut
+from modeling_capivara.loading import check_reachable
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SOURCE_TOKENS = 256  # of a piece: translation models learn from sentences, and lose the rest of long paragraphs
@@ -150,6 +151,7 @@ def load(
     """
     target = _device(device)
     try:
+        check_reachable(name, revision=revision)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # which the tokenizer never calls
             tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)

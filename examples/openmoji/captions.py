@@ -8,29 +8,22 @@ Unicode names of the same emoji. The second command trains on what was selected;
 benchmarks.captions_selection` trains on the selected captions and on all of them, and compares.
 """
 
+from common.cli import parse, run_command, start_command
+from examples.openmoji.arguments import OpenMojiCaptionsArguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, OpenMojiCaptionsArguments, __doc__)
+
 import logging
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import DatasetDict, load_from_disk
-from transformers import HfArgumentParser
 
 from artifacts import whole_folder, write_text
 from captions.build import Awaited, BuildArguments, build
 from captions.build_plan import read_plan
 from captions.tsv import escape, unescape
-
-CONFIG = Path("configs/openmoji_captions.yaml")
-
-
-@dataclass
-class OpenMojiCaptionsArguments:
-    source: Path = field(
-        default=Path("data/openmoji/dataset"),
-        metadata={"help": "OpenMoji data set as `examples.openmoji.prepare` makes it."},
-    )
-    config: Path = field(default=CONFIG, metadata={"help": "Config of the build."})
 
 
 def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
@@ -81,8 +74,8 @@ def _filled(line: str, portuguese: dict[str, str]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (args,) = HfArgumentParser(OpenMojiCaptionsArguments, description=__doc__).parse_args_into_dataclasses(argv)
     try:
+        args = parse(OpenMojiCaptionsArguments, __doc__, argv)
         folder = build_openmoji(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -94,4 +87,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -6,19 +6,27 @@ The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is E
 multilingual-e5-small (`encoders.py`), aligned on the English captions only: what CAPIVARA starts from, in miniature.
 """
 
+from common.cli import parse, run_command, start_command
+from examples.openmoji.arguments import PrepareArguments
+
+if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
+    start_command(parse, PrepareArguments, __doc__)
+
 import logging
+import os
+import shutil
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import DatasetDict, load_from_disk
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from artifacts import check_free_space, whole_folder, write_json, write_text
+from artifacts import check_free_space, package_versions, partial_folder, whole_folder, write_json, write_text
 from eval.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, save_dataset
 from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
@@ -41,7 +49,7 @@ EVAL_STEPS = 5
 PATIENCE = 3  # measurements without a new best, after which the recall has stopped rising and training ends
 MAX_STEPS = 160
 SEED = 0
-BASE_BYTES = 600_000_000  # on disk, generously: 120 million parameters in float32 and the tokenizer
+BASE_BYTES = 2_100_000_000  # on disk, generously: 120 million parameters in float32, and with Adam's state beside
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -59,12 +67,6 @@ this model.
 """
 
 logger = logging.getLogger("capivara")
-
-
-@dataclass
-class PrepareArguments:
-    dataset: Path = field(default=Path("data/openmoji/dataset"), metadata={"help": "Folder of the data set."})
-    model: Path = field(default=Path("data/openmoji/base"), metadata={"help": "Folder of the base model."})
 
 
 def prepare(dataset_dir: Path, model_dir: Path) -> None:
@@ -89,11 +91,43 @@ def prepare(dataset_dir: Path, model_dir: Path) -> None:
                 f"{model_dir} is there but holds no base model (no config.json). Remove it, or name another."
             )
         check_free_space(model_dir, BASE_BYTES)
+        dataset = load_from_disk(dataset_dir)
+        kept = Kept(partial_folder(model_dir), {name: split._fingerprint for name, split in dataset.items()})
         with whole_folder(model_dir) as folder:
-            build_base(load_from_disk(dataset_dir), folder)
+            build_base(dataset, folder, kept)
+        shutil.rmtree(kept.folder, ignore_errors=True)
 
 
-def build_base(dataset: DatasetDict, folder: Path) -> None:
+@dataclass(frozen=True)
+class Kept:
+    """What a preparation that was interrupted has left, so that the same command goes on from there.
+
+    Attributes:
+        folder: made where it is missing.
+        origin: of what is kept: fingerprints of the data; what has another one, or other packages, is made again.
+    """
+
+    folder: Path
+    origin: dict[str, str]
+
+    def load(self, name: str) -> Any:
+        """What was saved under the name, or None."""
+        path = self.folder / name
+        content = torch.load(path, weights_only=True) if path.is_file() else {}
+        return content["kept"] if content.get("origin") == self.origin | package_versions() else None
+
+    def save(self, name: str, kept: Any) -> None:
+        """In one piece: tensors, numbers and texts, in lists and dictionaries."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        try:
+            torch.save({"origin": self.origin | package_versions(), "kept": kept}, temporary)
+            temporary.replace(self.folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> None:
     """Align the two towers on the English captions and save model, processor and curve into `folder`."""
     torch.manual_seed(SEED)
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
@@ -108,9 +142,12 @@ def build_base(dataset: DatasetDict, folder: Path) -> None:
     model = CapivaraModel(config)
     model.vision_model.load_state_dict(image_encoder.state_dict())
     model.text_model.load_state_dict(text_encoder.state_dict())
-    features = {split: pooled_features(model, processor, dataset[split]) for split in ("train", "validation")}
+    features = kept.load("features.pt")
+    if features is None:
+        features = {split: pooled_features(model, processor, dataset[split]) for split in ("train", "validation")}
+        kept.save("features.pt", features)
     start_by_ridge(model, processor, features["train"], [texts[0] for texts in dataset["train"]["captions-en"]])
-    curve = align(model, processor, dataset, features)
+    curve = align(model, processor, dataset, features, kept)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
@@ -154,15 +191,49 @@ def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features:
 
 
 def align(
-    model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
+    model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor], kept: Kept
 ) -> list:
     """Train text tower and projections on the English captions, until the validation recall stops rising.
+
+    The state of every new best is kept; an interrupted alignment goes on from there, to the same weights.
 
     Returns:
         The curve: an entry a measurement with `step`, `loss` and `validation_mean_recall` (mean of both directions).
     """
-    captions = dataset["train"]["captions-en"]
     noise = FEATURE_NOISE * features["train"].std(dim=0)
+    optimizer, warmup = _optimizer(model)
+    captions, bar = dataset["train"]["captions-en"], tqdm(total=MAX_STEPS, desc="Aligning on English", unit="step")
+    best = kept.load("alignment.pt") or {"step": 0, "curve": [], "loss": None}
+    if best["curve"]:
+        logger.info("Going on from step %d of the alignment.", best["step"])
+        for name, part in (("model", model), ("optimizer", optimizer), ("warmup", warmup)):
+            part.load_state_dict(best[name])
+        del best["optimizer"]  # a copy; its memory is needed
+    curve, loss = list(best["curve"]), best["loss"]
+    bar.update(best["step"])
+    for step in range(best["step"], MAX_STEPS):
+        if step % EVAL_STEPS == 0 and not (curve and curve[-1]["step"] == step):
+            recall = validation_recall(model, processor, dataset["validation"], features["validation"])
+            curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
+            highest = max(point["validation_mean_recall"] for point in curve)
+            bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
+            if recall == highest:
+                best = {"step": step, "curve": list(curve), "loss": loss, "warmup": warmup.state_dict()}
+                best |= {"model": _copied(model.state_dict()), "optimizer": optimizer.state_dict()}
+                kept.save("alignment.pt", best)
+            if all(point["validation_mean_recall"] < highest for point in curve[-PATIENCE:]):
+                break
+        loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
+        warmup.step()
+        bar.update()
+    else:
+        raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps; raise MAX_STEPS.")
+    bar.close()
+    model.load_state_dict(best["model"])
+    return curve
+
+
+def _optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     optimizer = torch.optim.AdamW(
         [
             {"params": [*model.text_model.parameters(), model.logit_scale], "lr": TEXT_LEARNING_RATE},
@@ -174,26 +245,11 @@ def align(
         weight_decay=0.0,
         fused=True,
     )
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
-    curve, loss, best_state = [], None, None
-    bar = tqdm(range(MAX_STEPS), desc="Aligning on English", unit="step")
-    for step in bar:
-        if step % EVAL_STEPS == 0:
-            recall = validation_recall(model, processor, dataset["validation"], features["validation"])
-            curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
-            best = max(point["validation_mean_recall"] for point in curve)
-            bar.set_postfix(recall=f"{recall:.3f}", best=f"{best:.3f}")
-            if recall == best:
-                best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            if all(point["validation_mean_recall"] < best for point in curve[-PATIENCE:]):
-                break
-        loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
-        warmup.step()
-    else:
-        raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps; raise MAX_STEPS.")
-    bar.close()
-    model.load_state_dict(best_state)
-    return curve
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
+
+
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def align_step(
@@ -239,8 +295,8 @@ def _without_direction(vector: Tensor) -> Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    (args,) = HfArgumentParser(PrepareArguments, description=__doc__).parse_args_into_dataclasses(argv)
     try:
+        args = parse(PrepareArguments, __doc__, argv)
         prepare(args.dataset, args.model)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -248,4 +304,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

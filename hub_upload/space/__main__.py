@@ -10,15 +10,17 @@ The page opens on this machine alone, at http://127.0.0.1:7860, and asks nothing
 index of the pictures is built once, with progress, and kept in $CAPIVARA_CACHE or ~/.cache/capivara.
 """
 
-import argparse
+from common.cli import parse, run_command, start_command
+
+if __name__ == "__main__":
+    start_command()
+
 import signal
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
-
-from transformers import HfArgumentParser
 
 from artifacts import require
 from captions.image_files import FORM_HELP, ImageFileArguments
@@ -98,20 +100,9 @@ def load_demo(args: SpaceArguments) -> "Demo":
     return Demo([build_index(album, embedder, cache, args.batch_size) for embedder in embedders])
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the commands of the description on lines of their own."""
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(
-        SpaceArguments,
-        prog="python -m hub_upload.space",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=_Help,
-    )
     try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args = parse(SpaceArguments, __doc__, argv)
         run(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
@@ -172,4 +163,4 @@ def publish(demo: "Demo", args: SpaceArguments) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,0 +1,286 @@
+"""Arguments of the stages and of the build: light, so that `--help` answers before torch is imported."""
+
+import hashlib
+import os
+import re
+import shlex
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from captions.image_files import ImageFileArguments
+from captions.selection import CaptionChoice
+
+PREFIXES = Path(__file__).parent / "prefixes.json"
+SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The `index`-th of `count` shares of the parts."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def of(cls, text: str | None) -> "Shard":
+        """Of the argument, or of the processes that Accelerate or torchrun launched.
+
+        Raises:
+            ValueError: it is no `i/n` with 0 <= i < n.
+        """
+        if text is None:
+            text = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        if not found or int(found[1]) >= int(found[2]):
+            raise ValueError(f"shard must be i/n with i from 0 to n - 1, such as 0/4 or 3/4; got {text!r}.")
+        return cls(int(found[1]), int(found[2]))
+
+    def of_parts(self, parts: list[range]) -> list[range]:
+        """Its share: neighbours, so that files are read in order."""
+        return parts[len(parts) * self.index // self.count : len(parts) * (self.index + 1) // self.count]
+
+
+@dataclass
+class StageArguments(ImageFileArguments):
+    """What every stage is told. Raises ValueError where a value breaks its rule."""
+
+    module = "captions.stages"  # that `python -m` runs it by
+    dataset: str = field(
+        metadata={
+            "help": "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
+            "metadata.jsonl, Hub id, or the output of another stage."
+        }
+    )
+    output: Path = field(metadata={"help": "Folder of the parts; the same command goes on with an unfinished one."})
+    split: str = field(default="train", metadata={"help": "Split that is read, and that the parts are named by."})
+    image_column: str = field(default="image", metadata={"help": "Column of the images; `image` in the output."})
+    rename: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets."},
+    )
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "i/n: the i-th of n shares of the rows, from 0; that of the process in a launch by Accelerate or "
+            "torchrun where none is given. Any number of machines may share a stage, or go on with it."
+        },
+    )
+    batch_rows: int = field(default=16, metadata={"help": "Rows that are worked on at once."})
+    rows_per_part: int = field(
+        default=500, metadata={"help": "Rows of a file: at most what a kill loses, at least what a machine takes."}
+    )
+
+    def __post_init__(self) -> None:
+        self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
+        for name in ("batch_rows", "rows_per_part"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not re.fullmatch(SPLIT, self.split):
+            raise ValueError(f"split must be a name such as train, got {self.split!r}.")
+        folder, output = Path(self.dataset).resolve(), self.output.resolve()
+        if Path(self.dataset).exists() and folder in (output, output.parent):  # its parts would be rows of the data set
+            raise ValueError(f"The output folder {self.output} is the data set or lies in it. Choose another one.")
+        Shard.of(self.shard)
+        self.renamed()
+        self.check_image_files()
+
+    def renamed(self) -> dict[str, str]:
+        """Old name -> new name, of `rename`."""
+        pairs = [pair.split("=") for pair in self.rename]
+        names = dict(pair for pair in pairs if len(pair) == 2 and all(pair))
+        if len(names) < len(pairs) or len(set(names.values())) < len(names) or self.image_column in names:
+            raise ValueError(
+                f"rename must be different OLD=NEW such as caption=captions-en, none of the images, got {self.rename}."
+            )
+        return names
+
+    def command(self) -> str:
+        """The command of this stage for all its rows."""
+        given = asdict(self)
+        for known in fields(self):
+            default = known.default_factory() if known.default_factory is not MISSING else known.default
+            if known.name == "shard" or given[known.name] == default:
+                del given[known.name]
+        return command_line(self.module, given)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are written.
+
+    Attributes:
+        max_new_tokens: of a text, at least 1.
+        micro_batch_size: texts that are generated at once, at least 1.
+        sampling: draw every token; without it the likeliest is taken, and the three below mean nothing.
+        temperature: of the draw, above 0.
+        top_p: share of the probability that is drawn from, above 0 and at most 1.
+        seed: of the draw.
+
+    Raises:
+        ValueError: a number is out of its range.
+    """
+
+    max_new_tokens: int = 50
+    micro_batch_size: int = 160
+    sampling: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "micro_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; leave out --sampling for none.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+
+    def uniforms(self, key: bytes, prefix: str) -> np.ndarray:
+        """(max_new_tokens,) in [0, 1): of seed, key and prefix alone, whatever batch, shard or machine they are on."""
+        digest = hashlib.sha256(f"{self.seed}\0{prefix}\0".encode() + key).digest()
+        return np.random.default_rng(int.from_bytes(digest, "big")).random(self.max_new_tokens, dtype=np.float32)
+
+
+@dataclass
+class GenerateArguments(StageArguments):
+    module = "captions.generate"
+    model: str = field(
+        default="Salesforce/blip2-opt-2.7b-coco",
+        metadata={"help": "Folder or Hub id of a BLIP-2, BLIP, GIT or vision-encoder-decoder model of transformers."},
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
+    prefixes: Path = field(default=PREFIXES, metadata={"help": "JSON file of the form of captions/prefixes.json."})
+    max_new_tokens: int = field(default=50, metadata={"help": "Tokens of a generated text at most."})
+    precision: Literal["float32", "bf16", "fp16"] = field(
+        default="float32",
+        metadata={"help": "Of weights and activations; the authors had fp16, with BLIP-2's Q-Former in float32."},
+    )
+    micro_batch_size: int = field(
+        default=160, metadata={"help": "Captions that are generated at once; fewer need less memory and more time."}
+    )
+    sampling: bool = field(default=False, metadata={"help": "Draw every token at random, instead of the likeliest."})
+    temperature: float = field(default=1.0, metadata={"help": "With --sampling: above 1 is wilder, below 1 tamer."})
+    top_p: float = field(default=1.0, metadata={"help": "With --sampling: share of the probability drawn from."})
+    seed: int = field(default=0, metadata={"help": "With --sampling: seed, image and prefix determine the text."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+
+    def decoding(self) -> Decoding:
+        return Decoding(
+            self.max_new_tokens, self.micro_batch_size, self.sampling, self.temperature, self.top_p, self.seed
+        )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.prefixes = Path(self.prefixes)
+        self.decoding()  # refuses what is out of range
+
+
+@dataclass
+class ScoreArguments(StageArguments):
+    module = "captions.score"
+    language: str = field(default="pt", metadata={"help": "Language of the captions, the end of their columns' names."})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Required: folder or Hub id of a CAPIVARA model; open_clip:NAME:PRETRAINED or "
+            "open_clip:local-dir:FOLDER; or clip:FOLDER_OR_HUB_ID of transformers. It must know the language."
+        },
+    )
+    embedding_batch_size: int = field(
+        default=32, metadata={"help": "Images that go through at once; twice as many captions."}
+    )
+    precision: Literal["float32", "bf16"] = field(default="float32", metadata={"help": "bf16 is faster on most GPUs."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
+        if self.embedding_batch_size < 1:
+            raise ValueError(f"embedding_batch_size must be at least 1, got {self.embedding_batch_size}.")
+
+
+@dataclass
+class SelectArguments(StageArguments):
+    module = "captions.select"
+    language: str = field(default="pt", metadata={"help": "Language of the captions, the end of their columns' names."})
+    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = field(
+        default="none",
+        metadata={
+            "help": "Which captions of an image are kept: none = the originals; first = these and the first "
+            "`caption_count` generated; all; rank = the `caption_count` most similar to the image; threshold = those "
+            "of `min_similarity` at least; diverse = of these, those unlike each other."
+        },
+    )
+    caption_count: int = field(default=5, metadata={"help": "Captions of the strategies first and rank."})
+    min_similarity: float = field(
+        default=0.2, metadata={"help": "Image-caption cosine that threshold and diverse ask for."}
+    )
+    min_pair_similarity: float | None = field(
+        default=None,
+        metadata={"help": "Leave out images whose first caption is less similar to them; all stay without."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.choice()
+        if self.min_pair_similarity is not None and not -1 <= self.min_pair_similarity <= 1:
+            raise ValueError(f"min_pair_similarity must be a number from -1 to 1, got {self.min_pair_similarity}.")
+
+    def choice(self) -> CaptionChoice:
+        return CaptionChoice(self.caption_strategy, self.caption_count, self.min_similarity)
+
+    def columns(self) -> dict[str, str]:
+        """What the choice looks at: captions, generated and similarities -> column."""
+        names = ("captions", "generated-captions", "similarities")
+        return {name: f"{name}-{self.language}" for name in names}
+
+
+@dataclass
+class BuildArguments:
+    config: Path = field(metadata={"help": "YAML file of the stages, such as configs/captions_pt.yaml."})
+    dataset: str | None = field(
+        default=None, metadata={"help": "The images, in any form that a stage takes; goes before the config's."}
+    )
+    output: Path | None = field(
+        default=None, metadata={"help": "Folder of all that is made; goes before the config's."}
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "Code of the language of the captions; goes before the config's."}
+    )
+    shard: str | None = field(
+        default=None,
+        metadata={
+            "help": "i/n: the i-th of n shares of the work, from 0; that of the process in a launch by Accelerate or "
+            "torchrun where none is given. A shard waits for the others between stages; shard 0 makes the data set."
+        },
+    )
+    wait_s: float = field(
+        default=3600,
+        metadata={
+            "help": "Seconds that a shard waits for others that write nothing, such as those nobody has started; then "
+            "it ends, and the same command goes on."
+        },
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check the config, say what would be done, and end."})
+
+    def __post_init__(self) -> None:
+        Shard.of(self.shard)
+        if not self.wait_s >= 0:
+            raise ValueError(f"wait_s must be at least 0, got {self.wait_s:g}.")
+
+
+def command_line(module: str, flags: dict[str, Any]) -> str:
+    """`python -m module --flag value …`, for a shell. Flags that are None, False or empty are left out."""
+    words = ["python", "-m", module]
+    for name, value in flags.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False and value != []:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)

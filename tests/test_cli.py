@@ -1,0 +1,88 @@
+"""Every command answers `--help` and wrong flags before its heavy imports, and Ctrl-C in one line."""
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "pandas", "sklearn", "matplotlib", "gradio", "open_clip"}
+# Every command that the documentation names, with flags that it takes.
+COMMANDS = {
+    "train_accelerate.py": "--model m --dataset d",
+    "captions.build": "--config c.yaml",
+    "captions.generate": "--dataset d --output o",
+    "captions.translate": "--dataset d --output o --language pt",
+    "captions.score": "--dataset d --output o --model m",
+    "captions.select": "--dataset d --output o",
+    "eval.retrieval": "--model m --dataset d --output o.json",
+    "eval.classification": "--model m --benchmark cifar-10 --images i --output o.json",
+    "eval.linear_probe": "--model m --benchmark cifar-10 --images i --output o.json",
+    "eval.suite": "paper --model m",
+    "eval.report": "results --output o",
+    "hub_upload.export": "--model m --output o",
+    "hub_upload.card": "--model m",
+    "hub_upload.push": "--model . --repo_id a/b",
+    "hub_upload.space": "--model m",
+    "modeling_capivara.convert_open_clip": "s o",
+    "training.interpolate": "a b --output o",
+    "examples.openmoji.prepare": "",
+    "examples.openmoji.captions": "",
+}
+INTERRUPTED = ("train_accelerate.py", "captions.score", "modeling_capivara.convert_open_clip", "hub_upload.space")
+
+
+def words(command: str) -> list[str]:
+    name = [str(ROOT / command)] if command.endswith(".py") else ["-m", command]
+    return [sys.executable, "-X", "importtime", *name]
+
+
+def answer(command: str, *flags: str) -> tuple[subprocess.CompletedProcess, set[str], str]:
+    """The process, the packages that it imported, and what it said to stderr beside them."""
+    done = subprocess.run([*words(command), *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
+    return done, imported, re.sub(r"^import time:.*\n", "", done.stderr, flags=re.MULTILINE)
+
+
+def test_no_documented_command_is_left_out():
+    texts = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
+    named = set(re.findall(r"python -m ((?:captions|eval|hub_upload|modeling_capivara|training)\.\w+)", "".join(texts)))
+    assert named and named - {"captions.memory"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_comes_before_the_heavy_imports(command):
+    done, imported, said = answer(command, "--help")
+    assert (done.returncode, said) == (0, "")
+    called = command if command.endswith(".py") else f"python -m {command}"
+    assert done.stdout.startswith(f"usage: {called} [-h]")
+    assert "argparse" in imported and not imported & HEAVY
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_wrong_flag_is_told_in_one_line_before_the_heavy_imports(command):
+    done, imported, said = answer(command, *COMMANDS[command].split(), "--no_such_flag", "1")
+    assert done.returncode in (1, 2) and "no_such_flag" in said
+    assert not imported & HEAVY
+    assert said.count("\n") == 1 or said.startswith("usage:")
+
+
+@pytest.mark.parametrize("command", INTERRUPTED)
+def test_ctrl_c_during_the_imports_is_one_line(command, tmp_path):
+    process = subprocess.Popen(
+        [*words(command), *COMMANDS[command].split()],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    said = ""
+    for line in process.stderr:
+        if re.search(r"\| +torch\._\w+$", line):  # torch is being imported
+            process.send_signal(signal.SIGINT)
+            break
+        said += line
+    said += process.communicate(timeout=60)[1]
+    said = re.sub(r"^import time:.*\n", "", said, flags=re.MULTILINE)
+    assert process.returncode == 130
+    assert said.strip().startswith("Stopped") and said.strip().count("\n") == 0
