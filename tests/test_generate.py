@@ -375,7 +375,7 @@ def test_own_prefixes(images_folder, blip2_folder, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no JSON"),
+        ("", "not JSON"),
         ("[]", "must hold"),
         ('{"prefixes": "a photo of"}', "must hold"),
         ('{"prefixes": []}', "at least"),
