@@ -244,9 +244,9 @@ def test_a_visit(trained, album_folder, tmp_path):
                 assert not opened.scrolls_sideways(), f"{name} at {width} pixels"
         fonts = opened.page.evaluate("getComputedStyle(document.querySelector('.cap-header h1')).fontFamily")
         assert fonts.startswith("system-ui")
+        visits_with_an_upload_that_is_gone(visitor, tmp_path / "gradio")
         assert not opened.errors
         visits_with_a_large_file(visitor)
-        visits_with_an_upload_that_is_gone(visitor, tmp_path / "gradio")
         assert not opened.refused and not opened.dialogs
         assert all(request.startswith((url, "data:", "blob:")) for request in opened.requests)
     assert network.read_text() == "", "the server asked something of the network"
@@ -302,12 +302,13 @@ def visits_with_a_large_file(visitor: Visitor) -> None:
 
 
 def visits_with_an_upload_that_is_gone(visitor: Visitor, folder: Path) -> None:
+    visitor.tab("Buscar por imagem")
     visitor.upload("image", "boa.png", png(3))
     visitor.sees("#cap-image-result .cap-card:first-child .cap-title", made_space.CAPTIONS[3])
     for path in folder.rglob("*.png"):
         path.unlink()
     visitor.page.click("#cap-image-ask")
-    visitor.sees(".toast-message-text", "A imagem não está mais aqui")
+    visitor.sees("#cap-image-result .cap-erro", "Envie uma imagem (de novo")
 
 
 def visits_labels_and_captions(visitor: Visitor) -> None:

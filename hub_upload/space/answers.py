@@ -134,7 +134,7 @@ def _checked_text(text: str | None, embedder: CapivaraEmbedder) -> tuple[str, st
 def _checked_image(upload: bytes | None, decode: Decode) -> PIL.Image.Image:
     """The picture of an upload, within the limits of `captions.rows`."""
     if not upload:
-        raise Refusal("Envie uma imagem ou sorteie uma do acervo.")
+        raise Refusal("Envie uma imagem (de novo, se já faz tempo) ou sorteie uma do acervo.")
     if len(upload) > MAX_UPLOAD_BYTES:
         raise Refusal(f"O arquivo é grande demais: o limite é de {MAX_UPLOAD_BYTES // 1_000_000} MB.")
     try:

@@ -7,7 +7,7 @@ import ipaddress
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from hub_upload.space import page
-from hub_upload.space.answers import MAX_LABELS, Demo
+from hub_upload.space.answers import MAX_LABELS, Demo, Refusal
 from hub_upload.space.decoder import Decoder
 from hub_upload.space.guard import Guard
 from hub_upload.space.turns import Turns
@@ -64,22 +64,29 @@ class InTurn:
     """The questions that the page asks of a `Demo`, each in its turn, with pictures by the path of their upload."""
 
     def __init__(self, demo: Demo, uploads: Uploads):
-        self._demo, self._read, self._ask = demo, uploads.read, Turns().ask
+        self._demo, self._read, self._turns = demo, uploads.read, Turns()
 
     async def search_by_text(self, text: str, count: int) -> str:
-        return await self._ask(lambda: self._demo.search_by_text(text, count))
+        return await self._answer(lambda: self._demo.search_by_text(text, count))
 
     async def search_by_image(self, path: str | None, count: int) -> str:
-        return await self._ask(lambda: self._demo.search_by_image(self._read(path), count))
+        return await self._answer(lambda: self._demo.search_by_image(self._read(path), count))
 
     async def similar_captions(self, path: str | None, count: int) -> str:
-        return await self._ask(lambda: self._demo.similar_captions(self._read(path), count))
+        return await self._answer(lambda: self._demo.similar_captions(self._read(path), count))
 
     async def classify(self, path: str | None, labels: str, template: str) -> str:
-        return await self._ask(lambda: self._demo.classify(self._read(path), labels, template))
+        return await self._answer(lambda: self._demo.classify(self._read(path), labels, template))
 
-    async def random_picture(self) -> PIL.Image.Image:
-        return await self._ask(self._demo.random_picture)
+    async def random_picture(self) -> PIL.Image.Image | None:
+        with contextlib.suppress(Refusal):  # the question that follows says the same
+            return await self._turns.ask(self._demo.random_picture)
+
+    async def _answer(self, question: Callable[[], str]) -> str:
+        try:
+            return await self._turns.ask(question)
+        except Refusal as refusal:  # as a part of the page: it shows no message of an error without gradio's queue
+            return page.notice(str(refusal))
 
 
 def build_page(demo: Demo, uploads: Uploads) -> gr.Blocks:

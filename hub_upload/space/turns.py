@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
-import gradio as gr
+from hub_upload.space.answers import Refusal
 
 QUERY_S = 20  # of a question, which takes well under 1 s; then it is given up, and the next one is answered
 WAIT_S = 30  # for the questions before it
@@ -30,16 +30,16 @@ class Turns:
         """The answer to a question, when its turn has come.
 
         Raises:
-            gr.Error: too many wait, or it took too long; the message is for the visitor.
+            Refusal: too many wait, or it took too long.
         """
         if self._waiting >= MAX_WAITING or self._given_up >= MAX_GIVEN_UP:
-            raise _error(BUSY)
+            raise Refusal(BUSY)
         self._waiting += 1
         try:
             async with asyncio.timeout(WAIT_S):
                 await self._turn.acquire()
         except TimeoutError:
-            raise _error(BUSY) from None
+            raise Refusal(BUSY) from None
         finally:
             self._waiting -= 1
         try:
@@ -60,14 +60,10 @@ class Turns:
         answer.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended))
         self._tasks.put(None)
         self._tasks = _thread()
-        raise _error(TOO_SLOW)
+        raise Refusal(TOO_SLOW)
 
     def _ended(self) -> None:
         self._given_up -= 1
-
-
-def _error(message: str) -> gr.Error:
-    return gr.Error(message, print_exception=False)
 
 
 def _thread() -> SimpleQueue:
