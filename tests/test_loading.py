@@ -7,6 +7,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = textwrap.dedent(
     """
@@ -56,6 +58,7 @@ def test_without_network_every_loader_says_so_within_seconds(tmp_path):
     assert "Retrying" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_of_no_model_speaks_of_no_resuming(tmp_path, tiny_dataset_folder):
     words = [str(ROOT / "train_accelerate.py"), "--model", "no/such", "--dataset", str(tiny_dataset_folder)]
     done = run([*words, "--warmup_steps", "1", "--max_steps", "9"], tmp_path)

@@ -1,8 +1,10 @@
 """The embedded default's preparation: what is missing is made, once, whole or not at all."""
 
+import PIL.Image
 import pytest
 import torch
 from conftest import TINY_TEXT, randomise, tiny_config
+from datasets import Dataset, Image
 
 from eval.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
@@ -71,13 +73,27 @@ def test_an_interrupted_alignment_goes_on_to_the_same_bits(tmp_path, small_align
     assert steps[0] == 0
 
 
-def test_features_are_kept(tmp_path):
-    kept = prepare.Kept(tmp_path / "kept", {"train": "a"})
-    assert kept.load("features.pt") is None
-    kept.save("features.pt", {"train": torch.ones(2)})
-    assert torch.equal(kept.load("features.pt")["train"], torch.ones(2))
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["features.pt"]
-    assert prepare.Kept(tmp_path / "kept", {"train": "b"}).load("features.pt") is None
+def test_features_are_kept_batch_by_batch(tmp_path, tiny_model, tiny_processor, monkeypatch):
+    monkeypatch.setattr(prepare, "IMAGE_BATCH_SIZE", 2)
+    split = Dataset.from_dict(
+        {"image": [PIL.Image.new("RGB", (40, 40), (50 * number, 90, 10)) for number in range(5)]}
+    ).cast_column("image", Image())
+    arguments = (tiny_model, tiny_processor, split)
+    whole = prepare.pooled_features(*arguments, prepare.Kept(tmp_path / "whole", {}), "train")
+    seen = []
+
+    def interrupted(*, images, **options):
+        seen.append(len(images))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return tiny_processor(images=images, **options)
+
+    kept = prepare.Kept(tmp_path / "kept", {})
+    with pytest.raises(KeyboardInterrupt):
+        prepare.pooled_features(tiny_model, interrupted, split, kept, "train")
+    assert torch.equal(prepare.pooled_features(tiny_model, interrupted, split, kept, "train"), whole)
+    assert seen == [2, 2, 1, 1], "what was kept was not used"
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["features-train.pt"]
 
 
 def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):

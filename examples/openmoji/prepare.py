@@ -142,10 +142,7 @@ def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> None:
     model = CapivaraModel(config)
     model.vision_model.load_state_dict(image_encoder.state_dict())
     model.text_model.load_state_dict(text_encoder.state_dict())
-    features = kept.load("features.pt")
-    if features is None:
-        features = {split: pooled_features(model, processor, dataset[split]) for split in ("train", "validation")}
-        kept.save("features.pt", features)
+    features = {name: pooled_features(model, processor, dataset[name], kept, name) for name in ("train", "validation")}
     start_by_ridge(model, processor, features["train"], [texts[0] for texts in dataset["train"]["captions-en"]])
     curve = align(model, processor, dataset, features, kept)
     model.save_pretrained(folder)
@@ -155,16 +152,17 @@ def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> None:
 
 
 @torch.inference_mode()
-def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split) -> Tensor:
-    """(pictures, width), the frozen image tower's pooled output before any projection."""
+def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split, kept: Kept, name: str) -> Tensor:
+    """(pictures, width), the frozen image tower's pooled output before any projection; kept batch by batch."""
     model.eval()
-    features = []
-    for rows in tqdm(
-        split.select_columns(["image"]).iter(32), total=-(-len(split) // 32), desc="Features", unit="batch"
-    ):
-        pixel_values = processor(images=rows["image"], return_tensors="pt")["pixel_values"]
-        features.append(model.vision_model(pixel_values=pixel_values).pooler_output)
-    return torch.cat(features).clone()  # a clone may carry gradients, an inference tensor may not
+    done = kept.load(f"features-{name}.pt") or []
+    starts = range(0, len(split), IMAGE_BATCH_SIZE)
+    for start in tqdm(starts[len(done) :], desc="Features", total=len(starts), initial=len(done), unit="batch"):
+        images = split[start : start + IMAGE_BATCH_SIZE]["image"]
+        pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
+        done.append(model.vision_model(pixel_values=pixel_values).pooler_output)
+        kept.save(f"features-{name}.pt", done)
+    return torch.cat(done).clone()  # a clone may carry gradients, an inference tensor may not
 
 
 def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
