@@ -5,7 +5,7 @@ r"""Cross-modal retrieval: texts find their image, images find one of their text
 """
 
 from common.cli import parse, run_command, start_command
-from eval.arguments import RECALL_CUTOFFS, RetrievalArguments, caption_positions
+from eval.arguments import RetrievalArguments, caption_positions
 
 if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
     start_command(parse, RetrievalArguments, __doc__)
@@ -30,6 +30,7 @@ from embedders import Embedder, load_embedder
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
 from eval.gallery import write_gallery
 from eval.metrics import (
+    RECALL_CUTOFFS,
     chance_recall,
     cross_modal_ranks,
     mean_hits,

@@ -1,11 +1,14 @@
 """Retrieval metrics against cases counted by hand and a plain implementation."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 
+from eval.arguments import RetrievalArguments
 from eval.metrics import (
+    RECALL_CUTOFFS,
     chance_recall,
     cross_modal_ranks,
     mean_hits,
@@ -139,3 +142,8 @@ def test_both_directions_at_once_are_each_alone(monkeypatch, kept, block):
         cross_modal_ranks(texts, torch.zeros(10, 3), groups, torch.arange(10))
     none, no_groups = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
     assert [ranks.tolist() for ranks in cross_modal_ranks(none, none, no_groups, no_groups)] == [[], []]
+
+
+def test_the_flags_ask_for_the_cutoffs_of_the_paper():
+    (flag,) = [known for known in fields(RetrievalArguments) if known.name == "recall_at"]
+    assert tuple(flag.default_factory()) == RECALL_CUTOFFS
