@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from artifacts import check_output_file, device_description, read_json
 from captions.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from captions.links import refuse_links_out
-from captions.sources import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
+from captions.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
 from embedders import load_embedder
 from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
 from eval.metrics import (

@@ -22,7 +22,8 @@ from tqdm.auto import tqdm
 
 from captions.image_files import BYTES_ALONE, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from captions.links import Bounds
-from captions.sources import FORMS, SPLIT_NAMES, Source, form_hint, open_source, picture_files
+from captions.source_files import FORMS, SPLIT_NAMES, form_hint, picture_files
+from captions.sources import Source, open_source
 
 logger = logging.getLogger("capivara")
 

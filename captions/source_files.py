@@ -1,0 +1,142 @@
+"""The files of a data set: which there are, of which split, and what is loaded of them by `datasets`.
+
+A file is of the split that its innermost folder, or else the start of its name, names: one of the usual names, or the
+one asked for. Where no file names one, all are split "train", as on the Hub; they don't serve as "test" too, which
+would measure a model on what it was trained on.
+"""
+
+import glob
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from captions.image_files import SUFFIXES
+from captions.links import Bounds, refuse_links_out
+from captions.parts import damage_named, one_line
+
+FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
+SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
+
+
+def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -> tuple[list[Path], Bounds]:
+    """The files of a split, all of one form, and where they and their images may lie.
+
+    Raises:
+        ValueError: there are none, of several forms, or links out of the folder.
+    """
+    root, found = _local_files(dataset)
+    rule = (
+        f" A file is of the split that its folder or the start of its name names, as {split}-0001 does; else of train."
+    )
+    paths, bounds = of_split(_files_by_split(root, found, split), dataset, split, rule), Bounds(root, image_roots)
+    if not Path(dataset).is_file():  # the one that is named may lie anywhere
+        bounds.check(paths)
+    return paths, bounds
+
+
+def load_files(form: str, paths: Sequence[Path], dataset: str, streaming: bool = False) -> Dataset | IterableDataset:
+    """Files by the loader `form` of `datasets`: named, since a README in their folder may name any file or address."""
+    names = {"train": [glob.escape(str(path)) for path in paths]}
+    with damage_named(paths):
+        return load_by_datasets(dataset, form, data_files=names, split="train", streaming=streaming)
+
+
+def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
+    """A saved data set, its tables within its folder (or `image_roots`), by whatever path its files name them.
+
+    Raises:
+        ValueError: a link or a path leads out of the folder, or it can't be loaded.
+    """
+    refuse_links_out(folder)
+    try:
+        data = load_from_disk(str(folder))
+    except Exception as error:  # of datasets and pyarrow
+        raise ValueError(f"{folder} can't be loaded: {one_line(error.__cause__ or error)}") from error
+    if not isinstance(data, DatasetDict):
+        raise ValueError(f"{folder} is one split of a data set; name the folder of the whole, {folder.parent}.")
+    tables = [Path(file["filename"]) for split in data.values() for file in split.cache_files]
+    Bounds(folder, image_roots).check(tables)
+    return data
+
+
+def copied_bounds(dataset: str, image_roots: Sequence[Path] = ()) -> Bounds:
+    """Where the files of a folder or Hub id that `datasets` reads lie: there, or in its cache; and what it unpacks."""
+    cached = Path(HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
+    folder = Path(dataset) if Path(dataset).exists() else cached
+    return Bounds(folder, [Path(datasets.config.EXTRACTED_DATASETS_PATH), *image_roots])
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Pictures in a folder and its folders, by name; neither hidden ones nor links that lead out of it."""
+    bounds = Bounds(folder)
+    return sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and bounds.hold(file)
+        and file.is_file()
+    )
+
+
+def form_hint(folder: Path) -> str:
+    """A sentence for where a folder of pictures was taken for something else; empty where it was not."""
+    listed = not folder.is_dir() or any(folder.rglob("metadata.*"))  # its pictures are rows of the list
+    if listed or not any(file.suffix.lower() in SUFFIXES for file in folder.rglob("*")):
+        return ""
+    return " The folder holds pictures, too: --form images takes these, and leaves all else."
+
+
+def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:
+    if split not in splits:
+        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
+    return splits[split]
+
+
+def load_by_datasets(subject: str, *args: Any, **options: Any) -> Any:
+    try:
+        return load_dataset(*args, **options)
+    except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
+        raise ValueError(f"{subject} can't be loaded: {one_line(error.__cause__ or error)}") from error
+
+
+def _local_files(dataset: str) -> tuple[Path, list[Path]]:
+    """The folder from which on names tell splits, and the files of the only form that there is."""
+    path = Path(dataset)
+    if path.is_dir():
+        root, found = path, [*path.glob("*"), *path.glob("*/*")]
+    elif path.exists():
+        root, found = path.parent, [path]
+    else:
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+        found = [Path(name) for name in glob.iglob(dataset, recursive=True)]
+    by_form = [sorted(file for file in found if re.search(form, file.name) and file.is_file()) for form in FORMS]
+    there = [files for files in by_form if files]
+    if len(there) != 1:
+        raise ValueError(
+            f"{dataset} must be a saved DatasetDict, or hold files of one form, itself or in folders: parquet, tar, or "
+            f"images with metadata.jsonl. It holds {[files[0].name for files in there] or 'none of them'}; a pattern "
+            "such as 'folder/*.tar' chooses."
+        )
+    return root, there[0]
+
+
+def _files_by_split(root: Path, files: list[Path], split: str) -> dict[str, list[Path]]:
+    """Files by the split that their folder or name tells; the module's text has the rule."""
+    usual = [split, *SPLIT_NAMES]
+    by_split: dict[str, list[Path]] = {}
+    for file in files:
+        *folders, name = file.relative_to(root).parts
+        starts = [word for word in usual if re.match(rf"{re.escape(word)}(?![^\W\d_])", name)]
+        told = [folder for folder in reversed(folders) if folder in usual] + starts
+        other = folders[-1] if folders else re.split(r"[\W\d_]", name)[0]
+        by_split.setdefault(told[0] if told else other, []).append(file)
+    if by_split.keys().isdisjoint(usual):
+        return {root.name if root.name in usual else "train": files}
+    return by_split
