@@ -260,7 +260,7 @@ def open_source(
 
     Args:
         dataset: folder of a saved `DatasetDict`; a file, glob or folder of parquet files or of uncompressed tars;
-            folder of images with `metadata.jsonl`; or a Hub id. `captions.source_files` says which file is of which split.
+            folder of images with `metadata.jsonl`; or a Hub id. `captions.source_files` says which is of which split.
         split: name.
         image_column: column of the images; in tars and image folders, the name their images get.
         streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub
