@@ -140,12 +140,15 @@ def export_block() -> str:
 
 
 def space_block() -> str:
-    found = _results("space")
+    found, load = _results("space"), _results("space_load")
     demo, full = (found["milliseconds"][name]["answer"]["wall"]["median"] for name in ("demo", "full_size"))
     return (
         f"Among {found['pictures']:,} pictures a text of {found['tokens']} tokens is answered in {demo:.0f} ms by the "
         f"demo's model and in {full:.0f} ms at full size (medians of {found['questions']}, page included, on "
-        f"{found['device']})."
+        f"{found['device']}). With {load['visitors']['at_once']:,} visitors at once and then "
+        f"{load['visitors']['in_a_row']:,} in a row its memory grew by {load['growth_mb']:.0f} MB, and "
+        f"{load['not_answered']} of {sum(load['answers'].values()):,} requests were not answered "
+        "(`python -m benchmarks.space_load`)."
     )
 
 

@@ -30,6 +30,7 @@ from transformers import HfArgumentParser
 
 from artifacts import device_description, package_versions, write_json
 from hub_upload.space.guard import QUESTION, UPLOAD
+from hub_upload.space.turns import BUSY
 
 HANGS_S = 120  # a request without an answer: the page gives a question up after 50 s at most
 START_S = 1800  # the index is built where there is none
@@ -109,7 +110,7 @@ async def load(process: psutil.Process, url: str, args: SpaceLoadArguments) -> d
     return {
         "visitors": {"warm_up": args.warm_up, "at_once": args.at_once, "in_a_row": args.sessions},
         "answers": dict(answers),
-        "not_answered": sum(count for status, count in answers.items() if not status.isdecimal()),
+        "not_answered": sum(answers.values()) - answers["200"] - answers["of them told to come back"],
         "memory_mb": parts,
         "growth_mb": round(parts["in_a_row"]["after"] - parts["at_once"]["before"], 1),
     }
@@ -131,7 +132,9 @@ async def visit(client: httpx.AsyncClient, numbers: dict[str, int], number: int,
     async def asked(name: str, *data: object) -> None:
         question = {"data": data, "fn_index": numbers[name], "session_hash": session}
         answer = await sent("POST", QUESTION, json=question)
-        if answer is not None and answer.text.count("<data>") != SHOWN:
+        if answer is not None and BUSY in answer.text:
+            answers["of them told to come back"] += 1
+        elif answer is not None and answer.text.count("<data>") != SHOWN:
             answers["without pictures"] += 1
 
     await sent("GET", "/")

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import anyio.to_thread
 import gradio as gr
 import PIL.Image
 from starlette.applications import Starlette
@@ -26,6 +27,7 @@ from hub_upload.space.uploads import MAX_UPLOAD_BYTES, Uploads
 
 RESULTS = (6, 12, 24, 48)  # pictures that are shown; the second number at first
 TIDY_EVERY_S = 60
+THREADS = 8  # of gradio, for small work: 40, as it has, cost memory at 200 visitors at once
 SESSIONS_KEPT = 8  # by gradio, each with its last answers, some hundred kB; the page needs none of them
 QUERIES = ["gato", "um gato sorrindo", "bicicleta", "um dia de chuva", "pizza", "alguém jogando bola"]
 LABELS = "gato\ncachorro\npássaro\ncomida\nmeio de transporte\npessoa"
@@ -135,14 +137,15 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
         # gradio puts its own middleware, which answers preflights of any origin, before that of `app_kwargs`
         app.user_middleware[:0] = guards
         app.middleware_stack = app.build_middleware_stack()
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         tidying = asyncio.create_task(_tidy(uploads, blocks))
         yield
         tidying.cancel()
         close()
 
     os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)  # read while the page is built, and at every question
-    blocks = build_page(dataclasses.replace(demo, decode=decoder), uploads)
     try:
+        blocks = build_page(dataclasses.replace(demo, decode=decoder), uploads)
         _launch(blocks, host, port, {"lifespan": lifespan, "docs_url": None, "redoc_url": None, "openapi_url": None})
     except BaseException:
         close()
@@ -161,6 +164,7 @@ def _launch(blocks: gr.Blocks, host: str, port: int, app_kwargs: dict[str, Any])
         footer_links=[],
         run_history=False,
         allowed_paths=[],
+        max_threads=THREADS,
         state_session_capacity=SESSIONS_KEPT,
         max_file_size=MAX_UPLOAD_BYTES,
         enable_monitoring=False,

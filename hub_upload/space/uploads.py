@@ -38,11 +38,10 @@ class Uploads:
     def tidy(self) -> None:
         """Remove files older than `KEPT_S`, and the oldest of the others beyond `MAX_STORED_BYTES`."""
         files = []
-        for path in self.folder.rglob("*"):
-            with contextlib.suppress(FileNotFoundError):  # gradio has given an upload its name since
+        for path in (Path(folder, name) for folder, _, names in os.walk(self.folder) for name in names):
+            with contextlib.suppress(FileNotFoundError):  # removed, or given its name by gradio, since
                 info = path.lstat()
-                if not stat.S_ISDIR(info.st_mode):
-                    files.append((info.st_mtime, path, max(info.st_size, MIN_COUNTED_BYTES)))
+                files.append((info.st_mtime, path, max(info.st_size, MIN_COUNTED_BYTES)))
         stored, oldest = 0, time.time() - KEPT_S
         for modified, path, size in sorted(files, reverse=True):
             stored += size
