@@ -4,6 +4,7 @@ A JPEG of 400 kB can take minutes, a JPEG 2000 of 2 kB stops all threads of its 
 can be ended. `python -m hub_upload.space.decoder` is that process; the page starts it.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from captions.image_files import decode_image
 from captions.rows import BadImage
 
 ROOT = Path(__file__).resolve().parents[2]
+MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "I;16", "I", "F")  # whose pixels are all there is; the rest becomes RGB
 PICTURE_S = 10  # a photograph of 50 million pixels takes under 2 s
 
 
@@ -34,14 +36,15 @@ class Decoder:
         with self._lock:
             try:
                 self._connection.send_bytes(upload)
-                answer = self._connection.recv()
+                about = json.loads(self._connection.recv_bytes())
+                pixels = self._connection.recv_bytes()
             except (EOFError, OSError):
                 self.close()
                 self._start()
-                answer = BadImage("unreadable image", f"it was not read within {PICTURE_S} s, or broke its reader")
-        if isinstance(answer, BadImage):
-            raise answer
-        return answer
+                about = {"reason": "unreadable image", "detail": f"not read in {PICTURE_S} s, or it broke its reader"}
+        if "reason" in about:
+            raise BadImage(about["reason"], about["detail"])
+        return PIL.Image.frombytes(about["mode"], about["size"], pixels)
 
     def close(self) -> None:
         self._connection.close()
@@ -68,11 +71,14 @@ def main(descriptor: int, seconds: float) -> None:
                 return
             signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process, whatever that is doing
             try:
-                answer = decode_image({"bytes": upload, "path": None}).copy()  # without the file
+                image = decode_image({"bytes": upload, "path": None})
+                image = image if image.mode in MODES else image.convert("RGB")
+                about, pixels = {"mode": image.mode, "size": image.size}, image.tobytes()
             except BadImage as bad:
-                answer = bad
+                about, pixels = {"reason": bad.reason, "detail": bad.detail}, b""
             signal.setitimer(signal.ITIMER_REAL, 0)
-            page.send(answer)
+            page.send_bytes(json.dumps(about).encode())  # what was fed strangers' files gets no say in objects
+            page.send_bytes(pixels)
 
 
 if __name__ == "__main__":
