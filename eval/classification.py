@@ -263,8 +263,9 @@ def _split_of(source: str, split: str, form: str) -> Dataset:
             loaded = load_dataset(source)
         else:
             raise ValueError(f"{source} is no folder; a folder, a saved data set or a Hub id is needed.")
-    except ValueError:
-        raise
+    except ValueError as error:
+        hint = "" if form == "images" or pictures else form_hint(path)
+        raise ValueError(f"{error}{hint}") from error
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
         raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}{form_hint(path)}") from error
     if split not in loaded:

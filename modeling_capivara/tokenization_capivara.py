@@ -147,8 +147,10 @@ def checked_texts(text: str | Iterable[str]) -> str | list[str]:
     return texts
 
 
-def _repaired(text: str | Iterable[str]) -> str | list[str]:
-    text = checked_texts(text)
+def _repaired(text: str | Iterable) -> str | list | tuple:
+    if isinstance(text, list | tuple) and any(isinstance(part, list | tuple) for part in text):
+        return [type(part)(_repaired(part)) if isinstance(part, list | tuple) else _repaired(part) for part in text]
+    text = checked_texts(text)  # one, several, a pair, or one that is split into words
     return repair_text(text) if isinstance(text, str) else [repair_text(t) for t in text]
 
 

@@ -459,6 +459,8 @@ def test_the_user_decides_what_a_folder_is(other, tmp_path, caplog):
         pq.write_table(pa.table({"image": [b"x"]}), folder / other)
         open_pictures(str(folder))
         assert "is read as a data set. The folder holds pictures, too: --form images takes these" in caplog.text
+        with pytest.raises(ValueError, match=r"no split 'test'.* --form images takes these"):
+            load_images(str(folder), "test", ["cat", "dog"])
     else:
         shutil.make_archive(str(folder / "a"), "gztar", folder, "cat")
         with pytest.raises(ValueError, match=r"compressed.* --form images takes these"):

@@ -165,6 +165,15 @@ def test_tokenizer_alone_reads_texts_as_the_processor_does(tiny_folder, tiny_pro
         assert dict(again(LABELS, padding=True)) == expected
 
 
+def test_pairs_and_texts_in_words_are_repaired_part_by_part(tiny_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    dirty, clean = ("uma  casa &amp;amp;", "céu &lt;"), ("uma casa &", "céu <")
+    assert tokenizer([dirty, dirty]).input_ids == tokenizer([clean, clean]).input_ids
+    assert tokenizer(*dirty).input_ids == tokenizer([clean]).input_ids[0]
+    words = tokenizer([list(dirty)], is_split_into_words=True).input_ids
+    assert words == tokenizer([list(clean)], is_split_into_words=True).input_ids
+
+
 def test_length_can_be_chosen(tiny_folder):
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     text = "gato " * 100
