@@ -65,7 +65,7 @@ def config(tmp_path, tiny_folder):
             rows["captions-en"][5] = rows["generated-captions-en"][5] = []
         return Dataset.from_dict(rows, features=features)
 
-    DatasetDict(train=split(13, True), test=split(4, False)).save_to_disk(tmp_path / "data")
+    DatasetDict(train=split(13, True), test=split(12, False)).save_to_disk(tmp_path / "data")
     content = {
         "dataset": str(tmp_path / "data"),
         "output": str(tmp_path / "built"),
@@ -117,7 +117,7 @@ def test_from_images_to_a_data_set_with_its_card(config, tmp_path):
     folder = build(BuildArguments(config))
     assert folder == tmp_path / "built" / "dataset"
     data = datasets.load_dataset(str(folder))
-    assert {split: rows.num_rows for split, rows in data.items()} == {"train": 11, "test": 4}
+    assert {split: rows.num_rows for split, rows in data.items()} == {"train": 11, "test": 12}
     features = {
         "image": Image(),
         "captions-xh": CAPTIONS,
@@ -157,7 +157,7 @@ def test_training_reads_it(config):
     args = RunArguments(model="m", dataset=[str(folder)], language="xh", caption_strategy="all")
     (split,) = training_splits(args, [])
     assert len(split) == 11 and all(len(captions) == 2 for captions in split.captions())
-    assert len(evaluation_split(args, "test", ["xh"])["xh"]) == 4
+    assert len(evaluation_split(args, "test", ["xh"])["xh"]) == 12
 
 
 def test_what_is_done_is_not_done_again_and_no_model_is_loaded(config, tmp_path, monkeypatch, caplog):
@@ -270,7 +270,7 @@ def test_stages_may_be_left_out(config, tmp_path):
         "0-read", "1-score", "2-select", "dataset",
     ]  # fmt: skip
     data = datasets.load_dataset(str(folder))
-    assert data["train"].num_rows == 11 and data["test"]["captions-en"][:] == [[f"a cat {i}"] for i in range(4)]
+    assert data["train"].num_rows == 11 and data["test"]["captions-en"][:] == [[f"a cat {i}"] for i in range(12)]
     assert data["test"][0]["similarities-en"] is None and data["test"][0]["image"].size == (9, 12)
 
 

@@ -107,7 +107,7 @@ def test_links_that_point_outside_are_refused(tmp_path, name):
         ('{"test": [{"filename": 3, "caption": "x"}]}', "post 0 needs the texts"),
         ('{"train": []}', r"no split 'test'; there are \['train'\]"),
         ("3", "must hold a list of posts"),
-        ("{", "A file of data is no JSON"),
+        ("{", "pracegover_400k.json is not JSON"),
     ],
 )
 def test_files_of_another_form(tmp_path, text, message):

@@ -116,12 +116,12 @@ def _check_length(headers: Headers) -> None:
 async def _body(receive: Receive) -> bytes:
     """The whole body. Raises Refused where it is over the limit or the visitor has gone."""
     body, more = bytearray(), True
-    while more:
+    while more:  # to its end, but what is over is not kept: who is cut off while sending reads no answer
         message = await receive()
-        body += message.get("body", b"")
-        if message["type"] != "http.request" or len(body) > MAX_BODY_BYTES:
-            raise Refused(413, "O pedido é grande demais.")
-        more = message.get("more_body", False)
+        body += message.get("body", b"") if len(body) <= MAX_BODY_BYTES else b""
+        more = message["type"] == "http.request" and message.get("more_body", False)
+    if message["type"] != "http.request" or len(body) > MAX_BODY_BYTES:
+        raise Refused(413, "O pedido é grande demais.")
     return bytes(body)
 
 
