@@ -6,11 +6,10 @@ The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is E
 multilingual-e5-small (`encoders.py`), aligned on the English captions only: what CAPIVARA starts from, in miniature.
 """
 
-from common.cli import parse, run_command, start_command
-from examples.openmoji.arguments import PrepareArguments
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, PrepareArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("examples.openmoji.arguments:PrepareArguments", __doc__)
 
 import logging
 import os
@@ -36,7 +35,9 @@ from artifacts import (
     write_json,
     write_text,
 )
+from common.cli import parse, run_command
 from eval.metrics import mean_recall, retrieval_ranks
+from examples.openmoji.arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
@@ -317,4 +318,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)
