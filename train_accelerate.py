@@ -7,11 +7,10 @@
 Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` goes on with it.
 """
 
-from common.cli import run_command, start_command
-from training.arguments import RunArguments, parse_arguments
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse_arguments, None, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("training.arguments:parse_arguments", __doc__)
 
 import contextlib
 import copy
@@ -46,6 +45,7 @@ from artifacts import (
     write_text,
 )
 from captions.rows import write_skipped
+from common.cli import run_command
 from common.privacy import short_name
 from eval.plots import plot_retrieval_sheet, plot_training_curves, similarity_scores
 from eval.results import Record, header, write_records
@@ -61,6 +61,7 @@ from hub_upload.publish import check_access, publish_checkpoint, publish_run
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
+from training.arguments import RunArguments, parse_arguments
 from training.checkpoints import Checkpoints, TrainerState, check_files, check_same_run, read_state, threads
 from training.inputs import Inputs, load_inputs
 from training.loop import Interrupted, Trainer

@@ -9,11 +9,10 @@ OUTPUT/<number>-<stage>/<split>, and the last one's rows become OUTPUT/dataset: 
 same command goes on where it was interrupted. docs/your_language.md says how to write a config.
 """
 
-from captions.arguments import BuildArguments
-from common.cli import parse, run_command, start_command
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, BuildArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("captions.arguments:BuildArguments", __doc__)
 
 import contextlib
 import logging
@@ -25,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from artifacts import require
+from captions.arguments import BuildArguments
 from captions.build_plan import READ, Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER, write_dataset
 from captions.generate import generate
@@ -35,6 +35,7 @@ from captions.select import select, write_missing_report
 from captions.stages import Shard, StageArguments, StageReport, run_stage, stage_source
 from captions.translate import translate
 from captions.translators.google_cloud import GOOGLE_MODULES
+from common.cli import parse, run_command
 
 POLL_S = 10.0  # between looks for what other shards have done
 TOLD_EVERY_S = 60.0  # who is waited for
@@ -217,4 +218,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

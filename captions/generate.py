@@ -11,11 +11,10 @@ What an image's prefixes share is computed once: of BLIP-2 the vision encoder, t
 reading of the image. BLIP, GIT and vision-encoder-decoder models encode the image anew for every prefix.
 """
 
-from captions.arguments import GenerateArguments
-from common.cli import parse, run_command, start_command
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, GenerateArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("captions.arguments:GenerateArguments", __doc__)
 
 import hashlib
 import os
@@ -29,10 +28,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from artifacts import read_json
+from captions.arguments import GenerateArguments
 from captions.captioner import KINDS, Captioner
 from captions.image_files import BYTES_ALONE, ImageFiles, decode_image
 from captions.rows import BadImage, BadRow
 from captions.stages import CAPTIONS, StageReport, run_stage
+from common.cli import parse, run_command
 from modeling_capivara.loading import check_reachable, weights_digest
 
 COLUMN = "generated-captions-en"
@@ -169,4 +170,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

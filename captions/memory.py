@@ -8,7 +8,7 @@ it lives, and a second one is refused; all others read it. The command merges th
 settings) is part of its key.
 """
 
-from common.cli import run_command, start_command
+from common.start import start_command
 
 if __name__ == "__main__":
     start_command()
@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from common.cli import run_command
 
 logger = logging.getLogger("capivara")
 

@@ -10,11 +10,10 @@ strategies of the training go by them. Rows whose image can't be used, or withou
 The same command goes on where it ended.
 """
 
-from captions.arguments import ScoreArguments
-from common.cli import parse, run_command, start_command
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, ScoreArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("captions.arguments:ScoreArguments", __doc__)
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,11 @@ from typing import Any
 import PIL.Image
 from torch import Tensor
 
+from captions.arguments import ScoreArguments
 from captions.image_files import BYTES_ALONE, ImageFiles, decode_image
 from captions.rows import BadImage, BadRow
 from captions.stages import SIMILARITIES, StageReport, run_stage
+from common.cli import parse, run_command
 from embedders import Embedder, load_embedder
 
 DECODERS = 4  # threads that decode images; PIL lets them run side by side
@@ -127,4 +128,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

@@ -10,22 +10,23 @@ holds what was picked, in the order of the strategy, `similarities-<language>` b
 out and listed. The folder `report` in the output has the counts, the histograms, and the pictures at the cut.
 """
 
-from captions.arguments import SelectArguments
-from common.cli import parse, run_command, start_command
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, SelectArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("captions.arguments:SelectArguments", __doc__)
 
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
+from captions.arguments import SelectArguments
 from captions.parts import StageReport, check_complete, unfinished
 from captions.report import write_report
 from captions.rows import NOT_CHOSEN, BadRow
 from captions.selection import WITH_SIMILARITIES, choose_captions, pair_passes
 from captions.stages import CAPTIONS, run_stage
+from common.cli import parse, run_command
 
 REPORT = Path("report") / "report.md"  # in the output; it is written last
 
@@ -125,4 +126,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

@@ -15,11 +15,10 @@ OUTPUT/quality.json, and listed in the column `quality-pt`; --drop_flagged leave
 where it ended.
 """
 
-from captions.translate_arguments import PAPER_MODEL, TranslateArguments
-from common.cli import parse, run_command, start_command
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, TranslateArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("captions.translate_arguments:TranslateArguments", __doc__)
 
 import contextlib
 import itertools
@@ -37,11 +36,13 @@ from captions.quality_report import QUALITY, write_quality_report
 from captions.sentences import distinct_sentences, sentences_of, unknown_characters
 from captions.sources import Source
 from captions.stages import Shard, StageReport, run_stage, stage_source
+from captions.translate_arguments import PAPER_MODEL, TranslateArguments
 from captions.translators import Translator
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator, Limits
 from captions.translators.pieces import groups
 from captions.translators.tsv_file import FileTranslator
 from captions.tsv import write_sentences
+from common.cli import parse, run_command
 
 logger = logging.getLogger("capivara")
 
@@ -252,4 +253,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

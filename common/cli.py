@@ -1,12 +1,14 @@
 """How a command begins and ends: flags are read before the imports that take seconds, and faults end in one line.
 
-    from captions.arguments import ScoreArguments
-    from common.cli import parse, run_command, start_command
+    from common.start import start_command
 
-    if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-        start_command(parse, ScoreArguments, __doc__)
+    if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+        start_command("captions.arguments:ScoreArguments", __doc__)
 
     import torch
+
+    from captions.arguments import ScoreArguments
+    from common.cli import parse, run_command
 
 
     def main(argv: list[str] | None = None) -> None:
@@ -21,7 +23,6 @@ The arguments are dataclasses of a module that imports neither torch nor dataset
 
 import argparse
 import difflib
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -32,40 +33,23 @@ from typing import Any, NoReturn, TypeVar
 
 from common.progress import bars_for_terminals_only
 
-STOPPED = "Stopped. Run the same command again to go on."
 T = TypeVar("T")
 
 
-def start_command(read_flags: Callable[..., object] | None = None, *args: object) -> None:
-    """Answer `--help` and wrong flags now, and let Ctrl-C end the imports that follow in one line.
+def run_command(main: Callable[[], object], resumes: bool = False) -> None:
+    """`main()`; Ctrl-C ends it in one line with the exit code 130, once it has cleaned up, and no bar fills a log.
 
     Args:
-        read_flags: `parse`, or a function of its kind; what it returns is dropped, `main` reads the flags again. None
-            where the imports that follow are quick.
-        args: of it.
-
-    Raises:
-        SystemExit: the command ends here.
+        main: of the command.
+        resumes: whether the same command goes on from what it has kept, which Ctrl-C then says.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
-        # Nothing is written yet, and KeyboardInterrupt would get lost in the imports of C extensions.
-        signal.signal(signal.SIGINT, lambda *_: _stop_at_once())
-    try:
-        if read_flags:
-            read_flags(*args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def run_command(main: Callable[[], object]) -> None:
-    """`main()`; Ctrl-C ends it in one line with the exit code 130, once it has cleaned up, and no bar fills a log."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     bars_for_terminals_only()
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\n{STOPPED}", file=sys.stderr)
+        print(f"\nStopped.{' Run the same command again to go on.' * resumes}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
 
 
@@ -147,8 +131,3 @@ def _hf_argument_parser() -> type[argparse.ArgumentParser]:
     from transformers import HfArgumentParser
 
     return HfArgumentParser
-
-
-def _stop_at_once() -> NoReturn:
-    print("\nStopped.", file=sys.stderr, flush=True)
-    os._exit(128 + signal.SIGINT)

@@ -9,11 +9,10 @@ A class is the normalised mean of the normalised embeddings of its filled templa
 section 4, after CLIP, arXiv 2103.00020, section 3.1.4).
 """
 
-from common.cli import parse, run_command, start_command
-from eval.arguments import LABEL_COLUMNS, ClassificationArguments, ImageArguments
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, ClassificationArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("eval.arguments:ClassificationArguments", __doc__)
 
 import csv
 import json
@@ -37,7 +36,9 @@ from artifacts import check_output_file, device_description, read_json
 from captions.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from captions.links import refuse_links_out
 from captions.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
+from common.cli import parse, run_command
 from embedders import load_embedder
+from eval.arguments import LABEL_COLUMNS, ClassificationArguments, ImageArguments
 from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
 from eval.metrics import (
     confusion_matrix,
@@ -366,4 +367,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

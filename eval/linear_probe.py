@@ -7,11 +7,10 @@ The penalty is chosen on the validation split, or on a fifth of the training ima
 regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot figures are means over draws.
 """
 
-from common.cli import parse, run_command, start_command
-from eval.arguments import LinearProbeArguments
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, LinearProbeArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("eval.arguments:LinearProbeArguments", __doc__)
 
 import statistics
 import sys
@@ -24,7 +23,9 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
 from artifacts import check_output_file, read_json
+from common.cli import parse, run_command
 from embedders import load_embedder
+from eval.arguments import LinearProbeArguments
 from eval.classification import LabelledImages, classification_metrics, image_header, load_split
 from eval.embeddings import EmbeddingStore, cache_folder
 from eval.prompts import load_prompts
@@ -181,4 +182,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

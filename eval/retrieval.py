@@ -4,11 +4,10 @@ r"""Cross-modal retrieval: texts find their image, images find one of their text
         --output retrieval_pt.json
 """
 
-from common.cli import parse, run_command, start_command
-from eval.arguments import RetrievalArguments, caption_positions
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, RetrievalArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("eval.arguments:RetrievalArguments", __doc__)
 
 import sys
 import time
@@ -25,8 +24,10 @@ from tqdm.auto import tqdm
 from artifacts import check_output_file, device_description, read_json
 from captions.rows import rows_fingerprint
 from captions.sources import Source, open_source
+from common.cli import parse, run_command
 from common.privacy import short_name
 from embedders import Embedder, load_embedder
+from eval.arguments import RetrievalArguments, caption_positions
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
 from eval.gallery import write_gallery
 from eval.metrics import (
@@ -324,4 +325,4 @@ def _print_faults(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

@@ -15,11 +15,10 @@ arguments, and the names, sizes and times of the data's files are what they were
 every protocol a folder of its own. What lies on the Hub counts as unchanged; --overwrite measures anew.
 """
 
-from common.cli import parse, run_command, start_command
-from eval.arguments import SuiteArguments
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, SuiteArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("eval.arguments:SuiteArguments", __doc__)
 
 import shutil
 import sys
@@ -32,7 +31,9 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from artifacts import package_versions, read_json, write_json, write_text
+from common.cli import parse, run_command
 from common.privacy import hide_paths
+from eval.arguments import SuiteArguments
 from eval.benchmarks import Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
@@ -204,4 +205,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

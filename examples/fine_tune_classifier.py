@@ -13,8 +13,13 @@ makes. `--images` is a folder of splits with a sub-folder of images a class, a s
     print(pipeline("image-classification", "runs/classifier")("digit.png"))
 """
 
+from common.start import start_command
+
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("examples.arguments:ClassifierArguments", __doc__)
+
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +35,11 @@ from common.privacy import hide_paths
 from eval.classification import LabelledImages, load_images
 from eval.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
+from examples.arguments import DIGITS, ClassifierArguments
 from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from training.step import resolve_precision
 
-DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
 HELD_OUT_DIGITS = 450  # of 1,797, a quarter
 
 CARD = """---
@@ -49,32 +54,6 @@ tags: [capivara]
 `{model}` fine-tuned on the images of {images}; `results.json` has settings and accuracies. It inherits the licences of
 that model and of those images.
 """
-
-
-@dataclass
-class ClassifierArguments:
-    model: str = field(default="data/openmoji/base", metadata={"help": "Folder or Hub id of a CAPIVARA model."})
-    benchmark: str = field(default=DIGITS, metadata={"help": "Key in eval/prompts/pt: class names and templates."})
-    images: str | None = field(default=None, metadata={"help": "Labelled images; scikit-learn's digits where none."})
-    output_dir: Path = field(default=Path("runs/classifier"), metadata={"help": "Folder for model and processor."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in the output folder."})
-    train_split: str = field(default="train", metadata={"help": "Split of --images that is learnt from."})
-    split: str = field(default="test", metadata={"help": "Split of --images that is measured."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found where none."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found where none."})
-    head_only: bool = field(default=False, metadata={"help": "Keep the image tower as it is."})
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Pixels a side, for a convolutional tower, which takes any; the processor's where none."},
-    )
-    epochs: float = field(default=3.0, metadata={"help": "Passes over the training images."})
-    batch_size: int = field(default=32, metadata={"help": "Images a step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "At its height; 1e-5 suits a large ViT better."})
-    seed: int = field(default=0, metadata={"help": "Seed of the order, and of the digits that are held out."})
-
-    def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}.")
 
 
 def digits(names: list[str], seed: int) -> DatasetDict:

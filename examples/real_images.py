@@ -9,9 +9,14 @@ photographs that show one of them, and a linear probe on the digits. Data sets a
 result file a task and model below the output folder, and all records together as `real_images.json` there.
 """
 
+from common.start import start_command
+
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("examples.arguments:RealImagesArguments", __doc__)
+
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +28,7 @@ from common.cli import parse, run_command
 from eval import classification, linear_probe, retrieval
 from eval.prompts import load_prompts
 from eval.results import Record
+from examples.arguments import RealImagesArguments
 
 # Photographs of scikit-image that its wheel holds: function -> class in English, in Portuguese, gender and number.
 PHOTOS = {
@@ -50,16 +56,6 @@ BABEL_PHOTOS = {"clock": "analog clock", "coffee": "espresso", "camera": "tripod
 TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
 SUMMARY_VERSION = 1  # of real_images.json, which is no result file of its own
 DIGIT_SIDE = 96  # pixels; the pictures have 8, and are enlarged without smoothing
-
-
-@dataclass
-class RealImagesArguments:
-    model: str = field(metadata={"help": "Folder of the trained model, as a run of configs/openmoji.yaml leaves it."})
-    baseline: str = field(default="data/openmoji/base", metadata={"help": "What it is compared with."})
-    openmoji: str = field(default="data/openmoji/dataset", metadata={"help": "OpenMoji data set, as prepared."})
-    data: Path = field(default=Path("data/real_images"), metadata={"help": "Where the data sets are written, once."})
-    output: Path = field(default=Path("runs/real_images"), metadata={"help": "Folder of the result files."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
 
 
 def prepare(folder: Path, openmoji: str) -> None:
@@ -202,4 +198,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

@@ -11,7 +11,7 @@ added to a card by hand; whoever makes the card anew adds them again. Make it la
 `hub_upload.export`, which writes those files anew, and before `hub_upload.push`.
 """
 
-from common.cli import parse, run_command, start_command
+from common.start import start_command
 
 if __name__ == "__main__":
     start_command()
@@ -26,6 +26,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
 from artifacts import write_text
+from common.cli import parse, run_command
 from hub_upload.card_check import check
 from hub_upload.card_facts import CardFacts, card_facts
 from hub_upload.card_metadata import eval_results

@@ -9,11 +9,10 @@ will read is compared with the model tensor by tensor. Nothing is written but wh
 hold a path of a machine or an access token.
 """
 
-from common.cli import parse, run_command, start_command
-from hub_upload.arguments import FORMATS, ExportArguments
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, ExportArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("hub_upload.arguments:ExportArguments", __doc__)
 
 import difflib
 import logging
@@ -27,6 +26,7 @@ from safetensors import SafetensorError
 
 import modeling_capivara
 from artifacts import check_free_space, check_output_folder, read_json, whole_folder, write_json, write_text
+from common.cli import parse, run_command
 from common.privacy import hide_paths
 from hub_upload.allowed_files import (
     ALLOWED_FILES,
@@ -37,6 +37,7 @@ from hub_upload.allowed_files import (
     check_contents,
     check_regular,
 )
+from hub_upload.arguments import FORMATS, ExportArguments
 from hub_upload.open_clip_files import (
     OPEN_CLIP_WEIGHTS,
     TEXT_MODEL,

@@ -11,7 +11,7 @@ data set are sent; files on the Hub that the folder does not have stay. After a 
 again: files that have arrived are not sent a second time, and what has not changed makes no commit.
 """
 
-from common.cli import parse, run_command, start_command
+from common.start import start_command
 
 if __name__ == "__main__":
     start_command()
@@ -21,6 +21,7 @@ import time
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 
+from common.cli import parse, run_command
 from hub_upload.card_check import outdated
 from hub_upload.limits import program_limit
 from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, check_visibility, plan, readable_size, report

@@ -1,17 +1,22 @@
 """Flags of `convert_open_clip`, which the package reads before the imports that take seconds."""
 
-import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 TOLERANCE = 1e-4  # of cosines and logits in float32; the two programs differ by some 1e-6, a wrong layer by 1e-3 and up
 BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> "argparse.ArgumentParser":
+    import argparse  # here: by now Ctrl-C is heard
+
     flags = argparse.ArgumentParser(
         prog="python -m modeling_capivara.convert_open_clip",
         description="Convert a CAPIVARA model from open_clip to transformers, or back. Both models are then loaded "

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import common.cli
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "pandas", "sklearn", "matplotlib", "gradio", "open_clip"}
 # Every command that the documentation names, with flags that it takes.
@@ -31,8 +33,11 @@ COMMANDS = {
     "training.interpolate": "a b --output o",
     "examples.openmoji.prepare": "",
     "examples.openmoji.captions": "",
+    "examples.real_images": "--model m",
+    "examples.fine_tune_classifier": "",
 }
 INTERRUPTED = ("train_accelerate.py", "captions.score", "modeling_capivara.convert_open_clip", "hub_upload.space")
+INTERRUPTED += ("examples.real_images", "examples.fine_tune_classifier")
 
 
 def words(command: str) -> list[str]:
@@ -70,15 +75,19 @@ def test_a_wrong_flag_is_told_in_one_line_before_the_heavy_imports(command):
     assert said.count("\n") == 1 or said.startswith("usage:")
 
 
-@pytest.mark.parametrize("command", INTERRUPTED)
-def test_ctrl_c_during_the_imports_is_one_line(command, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "imported"),
+    [(command, r"torch\._\w+") for command in INTERRUPTED] + [(command, "argparse") for command in COMMANDS],
+)
+def test_ctrl_c_during_the_imports_is_one_line(command, imported):
+    """While torch is imported, and while the flags are not read yet."""
     process = subprocess.Popen(
         [*words(command), *COMMANDS[command].split()],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     said = ""
     for line in process.stderr:
-        if re.search(r"\| +torch\._\w+$", line):  # torch is being imported
+        if re.search(rf"\| +{imported}$", line):
             process.send_signal(signal.SIGINT)
             break
         said += line
@@ -86,3 +95,14 @@ def test_ctrl_c_during_the_imports_is_one_line(command, tmp_path):
     said = re.sub(r"^import time:.*\n", "", said, flags=re.MULTILINE)
     assert process.returncode == 130
     assert said.strip().startswith("Stopped") and said.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize(("resumes", "way"), [(False, ""), (True, " Run the same command again to go on.")])
+def test_only_a_command_that_goes_on_says_so(monkeypatch, capsys, resumes, way):
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.cli, "bars_for_terminals_only", lambda: None)
+    with pytest.raises(SystemExit) as ended:
+        common.cli.run_command(main, resumes)
+    assert ended.value.code == 130 and capsys.readouterr().err == f"\nStopped.{way}\n"

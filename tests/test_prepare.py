@@ -96,6 +96,34 @@ def test_features_are_kept_batch_by_batch(tmp_path, tiny_model, tiny_processor, 
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["features-train.pt"]
 
 
+@pytest.mark.parametrize("name", ["features-train.pt", "alignment.pt"])
+def test_what_is_kept_is_loaded_as_it_was_saved_or_made_anew(tmp_path, caplog, name):
+    """Every byte flipped in turn, and cut at some places; the next save puts a good file in its place."""
+    kept, saved = prepare.Kept(tmp_path, {"train": "a"}), [torch.arange(6.0), torch.ones(2, 3)]
+    kept.save(name, saved)
+    path = tmp_path / name
+    whole = path.read_bytes()
+    bad = [whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :] for place in range(len(whole))]
+    bad += [whole[:place] for place in (0, 1, 63, 64, len(whole) // 2, len(whole) - 64, len(whole) - 1)]
+    for content in bad:
+        path.write_bytes(content)
+        caplog.clear()
+        assert kept.load(name) is None and f"{path} is damaged" in caplog.text
+    kept.save(name, saved)
+    assert all(map(torch.equal, kept.load(name), saved))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_damaged_features_and_states_are_computed_again(tmp_path, small_alignment, caplog):
+    kept = prepare.Kept(tmp_path, {"train": "a"})
+    whole, curve = small_alignment(kept)
+    path = tmp_path / "alignment.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    again, same_curve = small_alignment(kept)
+    assert "alignment.pt is damaged" in caplog.text and same_curve == curve
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
 def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
     def broken(dataset, folder, kept):
         (folder / "half").write_text("written")

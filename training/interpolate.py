@@ -5,17 +5,18 @@
 The processor and the configuration are those of the trained model. What a figure gains or loses by it, `eval` tells.
 """
 
-from common.cli import parse, run_command, start_command
-from training.arguments import InterpolateArguments
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, InterpolateArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("training.arguments:InterpolateArguments", __doc__)
 
 import sys
 from pathlib import Path
 
 from artifacts import whole_folder
+from common.cli import parse, run_command
 from modeling_capivara.loading import load_model, load_processor
+from training.arguments import InterpolateArguments
 from training.trainable import interpolate_weights
 
 

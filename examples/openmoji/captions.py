@@ -8,11 +8,10 @@ Unicode names of the same emoji. The second command trains on what was selected;
 benchmarks.captions_selection` trains on the selected captions and on all of them, and compares.
 """
 
-from common.cli import parse, run_command, start_command
-from examples.openmoji.arguments import OpenMojiCaptionsArguments
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, OpenMojiCaptionsArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("examples.openmoji.arguments:OpenMojiCaptionsArguments", __doc__)
 
 import logging
 import sys
@@ -24,6 +23,8 @@ from artifacts import whole_folder, write_text
 from captions.build import Awaited, BuildArguments, build
 from captions.build_plan import read_plan
 from captions.tsv import escape, unescape
+from common.cli import parse, run_command
+from examples.openmoji.arguments import OpenMojiCaptionsArguments
 
 
 def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
@@ -87,4 +88,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

@@ -6,11 +6,10 @@ The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is E
 multilingual-e5-small (`encoders.py`), aligned on the English captions only: what CAPIVARA starts from, in miniature.
 """
 
-from common.cli import parse, run_command, start_command
-from examples.openmoji.arguments import PrepareArguments
+from common.start import start_command
 
-if __name__ == "__main__":  # --help and a wrong flag answer before torch is imported
-    start_command(parse, PrepareArguments, __doc__)
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("examples.openmoji.arguments:PrepareArguments", __doc__)
 
 import logging
 import os
@@ -26,8 +25,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from artifacts import check_free_space, package_versions, partial_folder, whole_folder, write_json, write_text
+from artifacts import (
+    add_digest,
+    check_free_space,
+    has_digest,
+    package_versions,
+    partial_folder,
+    whole_folder,
+    write_json,
+    write_text,
+)
+from common.cli import parse, run_command
 from eval.metrics import mean_recall, retrieval_ranks
+from examples.openmoji.arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
@@ -111,9 +121,14 @@ class Kept:
     origin: dict[str, str]
 
     def load(self, name: str) -> Any:
-        """What was saved under the name, or None."""
+        """What was saved under the name, or None; a file that is not as it was saved is named and left out."""
         path = self.folder / name
-        content = torch.load(path, weights_only=True) if path.is_file() else {}
+        if not path.is_file():
+            return None
+        if not has_digest(path):
+            logger.warning("%s is damaged, or of an earlier version: it is made anew.", path)
+            return None
+        content = torch.load(path, weights_only=True)  # a zip file: the digest at its end is passed over
         return content["kept"] if content.get("origin") == self.origin | package_versions() else None
 
     def save(self, name: str, kept: Any) -> None:
@@ -122,6 +137,7 @@ class Kept:
         temporary = self.folder / f".{name}.{os.getpid()}"
         try:
             torch.save({"origin": self.origin | package_versions(), "kept": kept}, temporary)
+            add_digest(temporary)
             temporary.replace(self.folder / name)
         finally:
             temporary.unlink(missing_ok=True)
@@ -302,4 +318,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

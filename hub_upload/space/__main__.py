@@ -10,7 +10,7 @@ The page opens on this machine alone, at http://127.0.0.1:7860, and asks nothing
 index of the pictures is built once, with progress, and kept in $CAPIVARA_CACHE or ~/.cache/capivara.
 """
 
-from common.cli import parse, run_command, start_command
+from common.start import start_command
 
 if __name__ == "__main__":
     start_command()
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 from artifacts import require
 from captions.image_files import FORM_HELP, ImageFileArguments
+from common.cli import parse, run_command
 from common.privacy import short_name
 
 if TYPE_CHECKING:
