@@ -19,15 +19,22 @@ _FORMS = {
     "github_pat_": r"\w{20,}",
     "AKIA": r"[A-Z0-9]{16}\b",
     "ASIA": r"[A-Z0-9]{16}\b",
-    **{name: r"[\"']?\s*[=:]\s*[\"']?[\w/+]{40}" for name in ("aws_secret_access_key", "AWS_SECRET_ACCESS_KEY")},
     "AIza": r"[\w-]{35}",
     "GOCSPX-": r"[\w-]{28}",
     "ya29.": r"[\w-]{20,}",
+}
+# These say what they are, whatever stands before them.
+_AWS = "aws_secret_access_key AWS_SECRET_ACCESS_KEY aws_secret_key AWS_SECRET_KEY SecretAccessKey secretAccessKey"
+_NAMED = {
+    **dict.fromkeys(_AWS.split(), r"\\?[\"']?\s*[=:>]\s*\\?[\"']?[\w/+]{40}"),
     "-----BEGIN ": r"(?:[A-Z0-9]+ )*PRIVATE KEY",
 }
-_SECRET = "|".join(re.escape(start) + rest for start, rest in _FORMS.items())
-SECRET_RE2 = rf"(?:^|[^A-Za-z0-9])(?:{_SECRET})"
-SECRETS = re.compile(rf"(?<![A-Za-z0-9])(?:{_SECRET})", re.ASCII)
+_STARTS = [*_FORMS, *_NAMED]
+_BARE, _SAID = ("|".join(re.escape(start) + rest for start, rest in forms.items()) for forms in (_FORMS, _NAMED))
+# No letter stands before the others, but for the last one of an escape: `\n` and `\u201c` of JSON, `%3D` of addresses.
+SECRET_RE2 = rf"(?:^|[^A-Za-z0-9]|\\[bfnrt]|\\u[0-9A-Fa-f]{{4}}|%[0-9A-F]{{2}})(?:{_BARE})|{_SAID}"
+_NO_WORD = r"(?:(?<![A-Za-z0-9])|(?<=\\[bfnrt])|(?<=\\u[0-9A-Fa-f]{4})|(?<=%[0-9A-F]{2}))"
+SECRETS = re.compile(rf"{_NO_WORD}(?:{_BARE})|{_SAID}", re.ASCII)
 _SECRET_BYTES = re.compile(SECRETS.pattern.encode())
 # In addresses and headers, which only logs and messages hold.
 _IN_REQUESTS = re.compile(
@@ -57,7 +64,7 @@ def secret_in(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
     for token in known_tokens():
         if (place := content.find(code(token))) >= 0:
             return "a token of this machine", place
-    for start in _FORMS:
+    for start in _STARTS:
         place = content.find(code(start))
         while place >= 0:
             if (SECRETS if code is str else _SECRET_BYTES).match(content, place):

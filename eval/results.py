@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from artifacts import package_versions, read_json, write_json
-from common.privacy import hide_paths
+from common.privacy import hide_paths, short_name
 
 SCHEMA_VERSION = 2
 
@@ -67,7 +67,8 @@ def header(
     """What the figures of a file depend on.
 
     Args:
-        dataset: name.
+        dataset: folder, pattern of files, or Hub id of the images; `short_name` of it is kept, as records of retrieval
+            have it. Those of classification name the benchmark.
         dataset_fingerprint: digest of its images and captions.
         model: folder, relative where it lies under the current one, or Hub id.
         device: in words.
@@ -79,7 +80,7 @@ def header(
     """
     command = " ".join(["python", "-m", _module_name(), *hide_paths(sys.argv[1:])])
     return {
-        "dataset": hide_paths(dataset),
+        "dataset": short_name(dataset),
         "dataset_revision": dataset_revision,
         "dataset_fingerprint": dataset_fingerprint,
         "model": hide_paths(model),

@@ -227,7 +227,7 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     embeddings, images = data.embedded(store)
     check_cutoffs(args.recall_at, len(images.rows))
     facts = {
-        "dataset": args.dataset_name or short_name(args.dataset),
+        "dataset": short_name(args.dataset_name or args.dataset),
         "split": args.split,
         "language": args.language,
         "seed": args.seed,
@@ -240,7 +240,7 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     store.close()
     if processes().is_main_process:
         about = header(
-            dataset=args.dataset,
+            dataset=args.dataset_name or args.dataset,
             dataset_revision=hub_revision(args.dataset, "dataset"),
             dataset_fingerprint=data.fingerprint(),
             model=args.model,

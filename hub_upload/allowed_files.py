@@ -2,10 +2,11 @@
 
 import mmap
 import re
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
+
+import PIL.Image
 
 from common.privacy import machine_path_in, own_paths, secret_in
 
@@ -37,6 +38,7 @@ ALLOWED_FILES = (
 RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run; any other picture must be named in the card
 # Pieces of a vocabulary are no paths, whatever they look like.
 NOT_SEARCHED = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
+BINARY = (".safetensors", ".onnx", ".data", ".model", ".png", ".jpg", ".jpeg", ".webp", ".tar")
 CHUNK_BYTES = 2**24
 MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
 
@@ -73,41 +75,59 @@ def check_contents(folder: Path) -> None:
     """Raise ValueError, naming file and line, where an allowed file holds a path of a machine or an access token, or
     is no whole safetensors file.
 
-    Weights are searched in their header alone, vocabularies for tokens; other binary files for this machine's paths.
+    Weights are searched in their header alone, vocabularies and the data of ONNX for tokens, ONNX graphs for this
+    machine's paths, and pictures in their texts, too.
     """
     for name in allowed_files(folder):
         path = folder / name
-        if name.suffix in (".onnx", ".png", ".model", ".safetensors"):
+        if name.suffix == ".safetensors":
+            _check_words(_unescaped(_safetensors_header(path)), f"{name}, its header,")
+            continue
+        check_secrets(path, name)
+        if name.suffix in (".onnx", ".model"):
             _check_binary(path, name)
-        elif name.suffix != ".data":
-            check_text(path, name, with_paths=name.name not in NOT_SEARCHED)
+        elif name.suffix == ".png":
+            _check_words(_picture_texts(path, name), f"{name}, a text in it,")
+        elif name.suffix != ".data" and name.name not in NOT_SEARCHED:
+            check_paths(path, name)
 
 
-def check_text(path: Path, name: Path | str, with_paths: bool) -> None:
-    """Raise ValueError, naming file and line, where a file holds an access token or key, or a path of a machine.
-
-    Args:
-        path: of the file; of any size, as it is mapped.
-        name: for the message.
-        with_paths: whether it is searched for paths, too, line by line.
-    """
+def check_secrets(path: Path, name: Path | str) -> None:
+    """Raise ValueError, naming file and place, where a file of any size and form holds an access token or key."""
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if found := secret_in(content):
-            raise ValueError(
-                f"{name}, line {_lines_before(file, found[1]) + 1}, holds {found[0]}. Remove it, and revoke "
-                "it if it is real."
-            )
-    if not with_paths:
-        return
+            line = f"line {_lines_before(file, found[1]) + 1}"
+            place = f"byte {found[1]}" if path.suffix in BINARY else line
+            raise ValueError(f"{name}, {place}, holds {found[0]}. Remove it, and revoke it if it is real.")
+
+
+def check_paths(path: Path, name: Path | str) -> None:
+    """Raise ValueError, naming file and line, where a text file holds a path of a machine."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
-            if name_of_place := machine_path_in(_unescaped(line) if path.suffix == ".json" else line):
-                raise ValueError(
-                    f"{name}, line {number}, names a place on a machine, {name_of_place!r}. Write it relative, or "
-                    "leave it out."
-                )
+            _check_places(_unescaped(line) if path.suffix == ".json" else line, f"{name}, line {number},")
+
+
+def _check_words(text: str, where: str) -> None:
+    """Raise ValueError where the text of a binary file holds an access token or key, or a path of a machine."""
+    if found := secret_in(text):
+        raise ValueError(f"{where} holds {found[0]}. Remove it, and revoke it if it is real.")
+    _check_places(text, where)
+
+
+def _picture_texts(path: Path, name: Path | str) -> str:
+    """What a picture says in words before its pixels, such as comments of PNG, compressed or not.
+
+    Raises:
+        ValueError: it is no picture that can be read.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            return "\n".join(f"{key}: {text}" for key, text in image.info.items() if isinstance(text, str))
+    except Exception:  # PIL raises a dozen kinds
+        raise ValueError(f"{name} is no picture that can be read. Remove it.") from None
 
 
 def _is_allowed(name: Path) -> bool:
@@ -122,30 +142,29 @@ def _lines_before(file: BinaryIO, place: int) -> int:
     return sum(file.read(min(CHUNK_BYTES, place - at)).count(b"\n") for at in range(0, place, CHUNK_BYTES))
 
 
+def _check_places(text: str, where: str) -> None:
+    if place := machine_path_in(text):
+        raise ValueError(f"{where} names a place on a machine, {place!r}. Write it relative, or leave it out.")
+
+
 def _unescaped(line: str) -> str:
-    """A line of JSON as its texts are read: `\\/` is a slash, `\\n` ends what is before it."""
-    return re.sub(r"\\(.)", lambda found: found[1] if found[1] in '"\\/' else " ", line)
+    """A line of JSON as its texts are read: `\\/` is a slash, `\\n` ends what is before it, `\\u2192` is a sign."""
+
+    def read(found: re.Match[str]) -> str:
+        return chr(int(found[2], 16)) if found[2] else found[1] if found[1] in '"\\/' else " "
+
+    return re.sub(r"\\(u([0-9a-fA-F]{4})|.)", read, line)
 
 
 def _check_binary(path: Path, name: Path) -> None:
-    wanted = [f"{folder}/".encode() for folder in own_paths()]
-    for chunk in _chunks(path):
-        if found := next((folder for folder in wanted if folder in chunk), None):
-            raise ValueError(
-                f"{name} names a place on this machine, {found.decode()!r}. Make the file anew without it."
-            )
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if found := next((folder for folder in own_paths() if content.find(f"{folder}/".encode()) >= 0), None):
+            raise ValueError(f"{name} names a place on this machine, {found!r}. Make the file anew without it.")
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file that can hold text, in overlapping parts."""
+def _safetensors_header(path: Path) -> str:
     with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            size = int.from_bytes(file.read(8), "little")
-            if not 0 < size <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
-                raise ValueError(f"{path} is no whole safetensors file: its header can't be read. Make it anew.")
-            yield file.read(size)
-            return
-        tail = b""
-        while part := file.read(CHUNK_BYTES):
-            yield tail + part
-            tail = part[-256:]
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= min(MAX_HEADER_BYTES, path.stat().st_size - 8):
+            raise ValueError(f"{path} is no whole safetensors file: its header can't be read. Make it anew.")
+        return file.read(size).decode(errors="replace")

@@ -11,7 +11,7 @@ import PIL.Image
 from captions.image_files import IMAGE_FORMATS
 from captions.links import refuse_links_out
 from common.privacy import SECRET_RE2, known_tokens, secret_in
-from hub_upload.allowed_files import check_regular, check_text
+from hub_upload.allowed_files import check_paths, check_regular, check_secrets
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}
 SUFFIXES = PICTURES | {".parquet", ".tar", ".arrow", ".json", ".jsonl", ".csv", ".tsv"}
@@ -50,11 +50,13 @@ def check_data(folder: Path, names: Sequence[Path]) -> None:
             with path.open("rb") as file:
                 if not _is_picture(file):
                     raise ValueError(f"{name} is no picture that can be read. Remove it.")
+            check_secrets(path, name)
         elif name.suffix in (".parquet", ".arrow"):
             _check_rows(path, name)
         else:  # an archive as it is: what is in it is not compressed
-            is_record = name.suffix == ".json" and path.stat().st_size <= RECORD_BYTES
-            check_text(path, name, with_paths=is_record or name.name in NAMES)
+            check_secrets(path, name)
+            if name.name in NAMES or (name.suffix == ".json" and path.stat().st_size <= RECORD_BYTES):
+                check_paths(path, name)
 
 
 def _check_rows(path: Path, name: Path) -> None:

@@ -10,6 +10,7 @@ import time
 import PIL.Image
 import pyarrow
 import pytest
+from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
 
 from artifacts import peak_resident_bytes
@@ -138,7 +139,7 @@ def test_texts_archives_and_records(folder):
     with tarfile.open(folder / "rows.tar", "a") as tar:
         tar.add(folder / "captions.csv", "2.txt")
     (folder / "captions.csv").unlink()
-    with pytest.raises(ValueError, match=r"rows\.tar, line \d+, holds what looks like"):
+    with pytest.raises(ValueError, match=r"rows\.tar, byte \d+, holds what looks like"):
         checked(folder)
     (folder / "rows.tar").unlink()
     (folder / "record.json").write_text(json.dumps({"cache": "/gpfs/users/maria/x"}), encoding="utf-8")
@@ -148,6 +149,18 @@ def test_texts_archives_and_records(folder):
     (folder / "1.png").write_text("-----BEGIN", encoding="utf-8")
     with pytest.raises(ValueError, match=r"1\.png is no picture"):
         checked(folder)
+
+
+def test_a_secret_in_a_picture(folder):
+    exif, comment = PIL.Image.Exif(), PngInfo()
+    exif[270] = SECRET
+    comment.add_text("Comment", SECRET)
+    for name, more in (("1.jpg", {"exif": exif}), ("1.webp", {"exif": exif}), ("1.png", {"pnginfo": comment})):
+        PIL.Image.new("RGB", (4, 4)).save(folder / name, **more)
+        with pytest.raises(ValueError, match=rf"{name}, byte \d+, holds what looks like") as caught:
+            checked(folder)
+        assert SECRET not in str(caught.value)
+        (folder / name).unlink()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "socket", "device", "link out", "link of a folder"])

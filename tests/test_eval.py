@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.privacy import short_name
 from eval import classification, linear_probe, report, retrieval, suite
 from eval.plots import plot_retrieval_sheet, plot_training_curves
 from eval.results import Record, header, read_records, write_records
@@ -72,6 +73,14 @@ def test_records_survive_json(tmp_path):
     (tmp_path / "old.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="no result file of schema version 2"):
         read_records(tmp_path / "old.json")
+
+
+def test_records_and_their_header_call_a_data_set_alike(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "openmoji" / "dataset").mkdir(parents=True)
+    for name in ("data/openmoji/dataset", str(tmp_path / "data/openmoji/dataset"), "openmoji/dataset"):
+        facts = header(dataset=name, dataset_fingerprint="f", model="m", device="cpu", precision="float32")
+        assert facts["dataset"] == short_name(name) == "openmoji/dataset"
 
 
 def test_captions_are_flattened_in_order():

@@ -2,11 +2,15 @@
 
 import json
 import os
+import random
 import shutil
+import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from conftest import tiny_tokenizer
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from test_layout import MODEL_FILES
 from transformers import AutoTokenizer
@@ -53,7 +57,7 @@ def run_folder(tiny_folder):
     )
     (tiny_folder / "README.md").write_text("---\nlicense: mit\n---\n\n![Hits](hits.png)\n", encoding="utf-8")
     for name in ("curves.png", "retrieval.png", "hits.png"):
-        (tiny_folder / name).write_bytes(b"\x89PNG")
+        PIL.Image.new("RGB", (2, 2)).save(tiny_folder / name)
     return tiny_folder
 
 
@@ -183,16 +187,35 @@ def test_a_path_in_a_binary_file_is_noticed(tiny_folder):
     (tiny_folder / "onnx/text_model.onnx").unlink()
     weights = load_file(tiny_folder / "model.safetensors")
     save_file(weights, tiny_folder / "model.safetensors", metadata={"from": path.decode()})
-    with pytest.raises(ValueError, match=r"model\.safetensors names a place"):
+    with pytest.raises(ValueError, match=r"model\.safetensors, its header, names a place"):
         check_contents(tiny_folder)
 
 
-def test_a_path_across_two_parts_of_a_large_file(tiny_folder, monkeypatch):
-    monkeypatch.setattr("hub_upload.allowed_files.CHUNK_BYTES", 64)
-    path = f"{Path.cwd()}/x".encode()
+@pytest.mark.parametrize("text", ["ghp_" + "a1B2" * 9, "seen at\n/data1/maria/x"])
+def test_words_in_a_binary_file_are_searched(tiny_folder, text):
+    weights, found = load_file(tiny_folder / "model.safetensors"), "holds|names a place"
+    save_file(weights, tiny_folder / "model.safetensors", metadata={"note": text})
+    with pytest.raises(ValueError, match=rf"model\.safetensors, its header, ({found})"):
+        check_contents(tiny_folder)
+    save_file(weights, tiny_folder / "model.safetensors")
+    for is_compressed in (False, True):
+        comment = PngInfo()
+        comment.add_text("Comment", text, zip=is_compressed)
+        PIL.Image.new("RGB", (2, 2)).save(tiny_folder / "curves.png", pnginfo=comment)
+        with pytest.raises(ValueError, match=rf"curves\.png, .*({found})"):
+            check_contents(tiny_folder)
+
+
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx/model.onnx.data", "sentencepiece.bpe.model"])
+def test_a_secret_in_a_binary_file_is_named_by_its_byte(tiny_folder, name):
+    noise = random.Random(0).randbytes(30_000_000)
     (tiny_folder / "onnx").mkdir()
-    (tiny_folder / "onnx/text_model.onnx").write_bytes(b"\0" * (64 - len(path) // 2) + path + b"\0" * 300)
-    with pytest.raises(ValueError, match=r"text_model\.onnx names a place"):
+    (tiny_folder / name).write_bytes(noise)
+    started = time.perf_counter()
+    check_contents(tiny_folder)
+    assert time.perf_counter() - started < 3
+    (tiny_folder / name).write_bytes(noise + b"\x08ghp_" + b"a1B2" * 9)
+    with pytest.raises(ValueError, match=rf"{name}, byte 30000001, holds what looks like"):
         check_contents(tiny_folder)
 
 

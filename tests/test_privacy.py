@@ -20,6 +20,9 @@ SECRETS = {
     "AWS key": "AKIA" + "ABCDEFGH12345678",
     "AWS temporary key": "ASIA" + "ABCDEFGH12345678",
     "AWS secret": "aws_secret_access_key = " + LETTERS,
+    "AWS secret, other name": "aws_secret_key=" + LETTERS,
+    "AWS secret, as JSON": 'SecretAccessKey": "' + LETTERS,
+    "AWS secret, as JSON in JSON": 'SecretAccessKey\\": \\"' + LETTERS,
     "Google": "AIza" + LETTERS[:35],
     "Google client": "GOCSPX-" + LETTERS[:28],
     "RSA": "-----BEGIN RSA PRIVATE KEY-----",
@@ -27,6 +30,7 @@ SECRETS = {
     "PKCS 8": "-----BEGIN PRIVATE KEY-----",
     "PGP": "-----BEGIN PGP PRIVATE KEY BLOCK-----",
 }
+ESCAPES = (r"key:\n{}", r"a\t{}", r"a\r\n{}", r"said \u201c{}\u201d", r"\u00E7{}", "token%3D{}")
 NO_SECRETS = (
     "hf_hub_download of hf_modules", "ghp_", "github_pat_", "AKIA is a name", "https://hf.co/hf_x", "wolf_" + LETTERS,
     "sha256 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08", "-----BEGIN PUBLIC KEY-----",
@@ -35,7 +39,9 @@ NO_SECRETS = (
 
 
 @pytest.mark.parametrize("kind", SECRETS)
-@pytest.mark.parametrize("around", ["{}", "the key '{}' is mine", '{{"a": "{}"}}', "TOKEN_{}\nand more", "x={}&y"])
+@pytest.mark.parametrize(
+    "around", ["{}", "the key '{}' is mine", '{{"a": "{}"}}', "TOKEN_{}\nand more", "x={}&y", *ESCAPES]
+)
 def test_every_kind_of_secret_is_found_anywhere(kind, around):
     import pyarrow.compute
 
