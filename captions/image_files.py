@@ -89,6 +89,7 @@ class ImageFileArguments:
                 raise ValueError(f"image_roots must be folders that are there, got {root}.")
         if self.max_pixels < 1:
             raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}.")
+        PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, self.max_pixels)  # PIL has a limit of its own
 
     def limits(self) -> dict[str, Any]:
         """As keyword arguments of `captions.sources.open_source`."""
@@ -130,6 +131,8 @@ def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL
         image.load()
         if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
             image = PIL.ImageOps.exif_transpose(image)
+        if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels, some of which are no pixels
+            image = _eight_bits(image)
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise BadImage("unreadable image", f"{_name(row_image, data)}: {error}") from error
     return image
@@ -198,7 +201,7 @@ def _followed(path: str, files: ImageFiles) -> AbstractContextManager[BinaryIO]:
 
 def _local_file(path: str, bounds: Bounds) -> BinaryIO:
     """A regular file within `bounds`; a relative path is one of the data set's folder, or else of the current one."""
-    inside = [place for place in (bounds.folder / path, Path(path)) if bounds.hold(place)]
+    inside = [place for place in (*(folder / path for folder in bounds.places), Path(path)) if bounds.hold(place)]
     if not inside:
         raise BadImage(
             "unreadable image",
@@ -213,8 +216,21 @@ def _local_file(path: str, bounds: Bounds) -> BinaryIO:
     return os.fdopen(number, "rb")
 
 
+def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """As the model's image processor has it, so that an image it refuses is a bad row and does not end a run."""
+    import numpy as np
+
+    from modeling_capivara.image_processing_capivara import to_eight_bits  # torch comes with it, which flags don't need
+
+    return PIL.Image.fromarray(to_eight_bits(np.asarray(image)))
+
+
 def _check_size(image: PIL.Image.Image, name: str, max_pixels: int) -> None:
     short, long = sorted(image.size)
+    tile = (image.tag_v2.get(322, 0), image.tag_v2.get(323, 0)) if hasattr(image, "tag_v2") else (0, 0)
+    if tile[0] * tile[1] > max_pixels:  # of TIFF: a tile is decoded whole, however small the image is
+        detail = f"{name} has tiles of {tile[0]} x {tile[1]} pixels; all may be {max_pixels:,}"
+        raise BadImage("absurd image size", detail)
     if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT * short:
         raise BadImage(
             "absurd image size",

@@ -19,11 +19,10 @@ class Bounds:
 
     def __init__(self, folder: Path, others: Sequence[Path] = ()):
         self.folder = folder
-        places = [Path(os.path.realpath(place)) for place in (folder, *others)]
-        for place in (places[0], *places[0].parents):
-            if place.name == "snapshots":
-                places.append(place.parent / "blobs")
-        self._places = places
+        self.places = [Path(os.path.realpath(place)) for place in (folder, *others)]
+        for place in (self.places[0], *self.places[0].parents):
+            if place.name == "snapshots" and place.parent.name.startswith(("datasets--", "models--")):
+                self.places.append(place.parent / "blobs")
 
     def hold(self, path: Path) -> bool:
         """Whether a path ends within, all links followed."""
@@ -31,7 +30,7 @@ class Bounds:
             real = Path(os.path.realpath(path))
         except ValueError:  # a name that no file can have: opening it says so
             return True
-        return any(real.is_relative_to(place) for place in self._places)
+        return any(real.is_relative_to(place) for place in self.places)
 
     def check(self, paths: Sequence[Path]) -> None:
         """Raise ValueError where a path leads out."""
@@ -43,7 +42,10 @@ class Bounds:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise ValueError where a link anywhere below the folder leads out of it; for what others read as a whole."""
+    """Raise ValueError where a link anywhere below the folder leads out of it, or a pipe or device lies there.
+
+    For what others read as a whole: opening a pipe would wait for ever.
+    """
     links, waiting = [], [folder]
     while waiting:
         with os.scandir(waiting.pop()) as entries:
@@ -52,4 +54,6 @@ def refuse_links_out(folder: Path) -> None:
                     links.append(Path(entry.path))
                 elif entry.is_dir():
                     waiting.append(Path(entry.path))
+                elif not entry.is_file():
+                    raise ValueError(f"{entry.path} is no regular file, and can't be read. Remove it.")
     Bounds(folder).check(links)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from artifacts import read_json
 from captions.image_files import SUFFIXES
 from captions.links import Bounds, refuse_links_out
 from captions.parts import damage_named, one_line
@@ -34,7 +36,9 @@ def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -
     rule = (
         f" A file is of the split that its folder or the start of its name names, as {split}-0001 does; else of train."
     )
-    paths, bounds = of_split(_files_by_split(root, found, split), dataset, split, rule), Bounds(root, image_roots)
+    paths = of_split(_files_by_split(root, found, split), dataset, split, rule)
+    folders = [root] if Path(dataset).exists() else sorted({path.parent for path in paths})  # a pattern names no folder
+    bounds = Bounds(folders[0], [*folders[1:], *image_roots])
     if not Path(dataset).is_file():  # the one that is named may lie anywhere
         bounds.check(paths)
     return paths, bounds
@@ -54,14 +58,37 @@ def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
         ValueError: a link or a path leads out of the folder, or it can't be loaded.
     """
     refuse_links_out(folder)
+    bounds = Bounds(folder, image_roots)
+    for split in read_json(folder / "dataset_dict.json", splits=list)["splits"]:
+        state = folder / str(split) / "state.json"
+        bounds.check([state])
+        tables = read_json(state, _data_files=list)["_data_files"] if state.is_file() else []
+        names = [table.get("filename") if isinstance(table, dict) else None for table in tables]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{state} must name the tables of the split, each with its filename.")
+        bounds.check([state.parent / name for name in names])
+        if strange := [name for name in names if not (state.parent / name).is_file()]:
+            raise ValueError(f"{state} names {strange[0]}, which is no file there.")
     try:
         data = load_from_disk(str(folder))
     except Exception as error:  # of datasets and pyarrow
         raise ValueError(f"{folder} can't be loaded: {one_line(error.__cause__ or error)}") from error
     if not isinstance(data, DatasetDict):
         raise ValueError(f"{folder} is one split of a data set; name the folder of the whole, {folder.parent}.")
-    tables = [Path(file["filename"]) for split in data.values() for file in split.cache_files]
-    Bounds(folder, image_roots).check(tables)
+    return data
+
+
+def load_embedded(folder: Path) -> DatasetDict:
+    """A saved data set with all images in its tables, so that `datasets` may decode and copy them: it opens any path.
+
+    Raises:
+        ValueError: an image is a path alone, or as of `load_saved`.
+    """
+    data = load_saved(folder)
+    for name, split in data.items():
+        for column in [column for column, feature in split.features.items() if isinstance(feature, datasets.Image)]:
+            if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
+                raise ValueError(f"{folder}, split {name!r}: {outside} of its images lie outside of its tables.")
     return data
 
 

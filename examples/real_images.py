@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_from_disk
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from artifacts import device_description, package_versions, read_json, whole_folder, write_json
+from captions.source_files import load_embedded
 from common.cli import parse, run_command
 from eval import classification, linear_probe, retrieval
 from eval.prompts import load_prompts
@@ -129,7 +130,7 @@ def babel_classes() -> dict:
 
 def concepts(openmoji: str) -> tuple[DatasetDict, dict]:
     """OpenMoji's test pictures, a class each, named by their first Portuguese caption."""
-    rows = load_from_disk(openmoji)["test"]
+    rows = load_embedded(Path(openmoji))["test"]
     classes = [{"en": row["emoji"], "pt": row["captions-pt"][0]} for row in rows.remove_columns("image")]
     data = _labelled(rows["image"], list(range(len(rows))), [entry["en"] for entry in classes])
     return DatasetDict(test=data), _classes_file("openmoji-concepts", "Concepts of OpenMoji", classes, ["{nome}"])

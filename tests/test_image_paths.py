@@ -6,15 +6,18 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tifffile
 import yaml
 from caption_tars import write_tar
 from conftest import randomise
@@ -27,11 +30,12 @@ from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 import train_accelerate
 from captions.build import BuildArguments, build
 from captions.generate import main as generate
-from captions.image_files import ImageFiles, decode_image, image_bytes
+from captions.image_files import ImageFileArguments, ImageFiles, decode_image, image_bytes
 from captions.links import Bounds
 from captions.rows import BadImage
 from captions.score import main as score
 from captions.select import main as select
+from captions.source_files import load_embedded
 from captions.sources import open_source
 from embedders import load_embedder
 from eval.classification import load_images
@@ -468,3 +472,118 @@ def test_the_user_decides_what_a_folder_is(other, tmp_path, caplog):
     assert open_pictures(str(folder), form="images").titles == ["0", "2", "1", "3"]
     images = load_images(str(folder), "test", ["cat", "dog"], form="images")
     assert images.labels == [0, 0, 1, 1] and [images.images.image(row).size for row in range(4)] == [(32, 32)] * 4
+
+
+# --- What a reviewer got past the gate -------------------------------------------------------------------------------
+
+
+def test_a_tile_that_is_larger_than_its_image():
+    """The header promises 64 x 64 pixels, in one tile of 35,200 x 35,200."""
+    stream = io.BytesIO()
+    tifffile.imwrite(stream, np.zeros((64, 64), dtype=np.uint8), tile=(64, 64))
+    tiff = stream.getvalue()
+    assert decode_image({"bytes": tiff, "path": None}).size == (64, 64)
+    for tag in (322, 323):  # TileWidth, TileLength
+        place = next(i for i in range(8, len(tiff)) if tiff[i : i + 2] == tag.to_bytes(2, "little"))
+        tiff = tiff[: place + 2] + struct.pack("<HII", 4, 1, 35_200) + tiff[place + 12 :]
+    with pytest.raises(BadImage, match=r"tiles of 35200 x 35200 pixels; all may be 50,000,000"):
+        image_bytes({"bytes": tiff, "path": None})
+
+
+@pytest.mark.parametrize("values", [[-1.0, 2.0], [float("nan"), 0.5], [0.0, 70_000.0]])
+def test_pixels_that_are_none_are_a_bad_row(values, tmp_path, tiny_folder):
+    """Such an image would end an evaluation in the processor."""
+    stream = io.BytesIO()
+    PIL.Image.fromarray(np.full((32, 32), values[0], dtype=np.float32) + np.float32(0)).save(stream, "TIFF")
+    pixels = np.full((32, 32), values[1], dtype=np.float32)
+    pixels[0, 0] = values[0]
+    PIL.Image.fromarray(pixels).save(stream := io.BytesIO(), "TIFF")
+    odd = {"bytes": stream.getvalue(), "path": None}
+    with pytest.raises(BadImage, match="unreadable image"):
+        decode_image(odd)
+    images = [{"bytes": data, "path": None} for data in good()]
+    as_parquet(tmp_path, {"image": [odd, *images], "captions-pt": [[f"foto {i}"] for i in range(GOOD + 1)]}, "test")
+    result = tmp_path / "r.json"
+    retrieve(["--model", str(tiny_folder), "--dataset", str(tmp_path / "test.parquet"), "--output", str(result),
+              "--recall_at", "1", "--cache_dir", "off"])  # fmt: skip
+    assert json.loads(result.read_text(encoding="utf-8"))["skipped"].keys() == {"0"}
+
+
+def test_sixteen_bits_become_eight():
+    stream = io.BytesIO()
+    PIL.Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16)).save(stream, "PNG")
+    assert list(decode_image({"bytes": stream.getvalue(), "path": None}).getdata()) == [0, 1, 255]
+
+
+@pytest.mark.parametrize("place", ["table", "state", "split", "list"])
+def test_a_pipe_in_a_data_set_is_not_waited_for(place, tmp_path):
+    folder = tmp_path / "saved"
+    os.mkfifo(tmp_path / "pipe")
+    DatasetDict(train=Dataset.from_dict({"image": [1]})).save_to_disk(folder)
+    state, about = folder / "train" / "state.json", folder / "dataset_dict.json"
+    if place == "table":
+        table = next((folder / "train").glob("*.arrow"))
+        table.unlink()
+        os.mkfifo(table)
+    elif place == "state":
+        content = json.loads(state.read_text(encoding="utf-8"))
+        state.write_text(json.dumps(content | {"_data_files": [{"filename": str(tmp_path / "pipe")}]}))
+    elif place == "split":
+        about.write_text(json.dumps({"splits": ["../.."]}))
+    else:
+        (tmp_path / "photos").mkdir()
+        os.mkfifo(tmp_path / "photos" / "metadata.csv")
+        with pytest.raises(ValueError, match="no regular file"):
+            load_images(str(tmp_path / "photos"), "test", ["cat"])
+        return
+    with pytest.raises(ValueError, match=r"no regular file|outside of it"):
+        open_source(str(folder), "train", "image")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "", "[" * 100_000, '{"splits": "train"}'])
+def test_a_list_of_splits_that_is_none_is_named(content, tmp_path):
+    DatasetDict(train=Dataset.from_dict({"image": [1]})).save_to_disk(tmp_path)
+    (tmp_path / "dataset_dict.json").write_text(content, encoding="utf-8")
+    for read in (lambda: open_source(str(tmp_path), "train", "image"), lambda: open_pictures(str(tmp_path))):
+        with pytest.raises(ValueError, match=r"dataset_dict\.json"):
+            read()
+
+
+def test_a_pattern_opens_the_folders_of_its_files_alone(tmp_path, hostile):
+    for name in ("a", "b"):
+        (tmp_path / "sets" / name).mkdir(parents=True)
+        (tmp_path / "sets" / name / f"{name}.png").write_bytes(good()[0])
+        images = [{"bytes": None, "path": path} for path in (f"{name}.png", str(tmp_path / "home" / "private.png"))]
+        as_parquet(tmp_path / "sets" / name, {"image": images, "captions-pt": [["x"], ["y"]]})
+    source = open_source(str(tmp_path / "*" / "*" / "train.parquet"), "train", "image")
+    read = []
+    for row in source.rows():
+        try:
+            read.append(image_bytes(row["image"], source.files))
+        except BadImage:
+            read.append(None)
+    assert read == [good()[0], None] * 2
+
+
+def test_max_pixels_above_the_limit_of_pil(tmp_path, monkeypatch):
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", PIL.Image.MAX_IMAGE_PIXELS)  # put back afterwards
+    stream = io.BytesIO()
+    PIL.Image.new("1", (15_000, 15_000)).save(stream, "PNG")
+    row = {"bytes": stream.getvalue(), "path": None}
+    ImageFileArguments(max_pixels=500_000_000).check_image_files()
+    assert len(image_bytes(row, ImageFiles(max_pixels=500_000_000))) == len(stream.getvalue())
+
+
+def test_an_example_embeds_no_file_that_a_row_names(tmp_path, hostile):
+    """`save_to_disk` of `datasets` would open it."""
+    image = {"bytes": None, "path": str(tmp_path / "home" / "private.png")}
+    table = pa.table({"image": [image], "captions-pt": [["x"]]}, schema=FEATURES.arrow_schema)
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    DatasetDict(test=Dataset.from_dict({"image": [1]})).save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved" / "test").glob("*.arrow")).write_bytes((tmp_path / "a.arrow").read_bytes())
+    info = tmp_path / "saved" / "test" / "dataset_info.json"
+    content = json.loads(info.read_text(encoding="utf-8"))
+    info.write_text(json.dumps(content | {"features": FEATURES.to_dict()}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"split 'test': 1 of its images lie outside of its tables"):
+        load_embedded(tmp_path / "saved")

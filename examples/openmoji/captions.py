@@ -17,11 +17,12 @@ import logging
 import sys
 from pathlib import Path
 
-from datasets import DatasetDict, load_from_disk
+from datasets import DatasetDict
 
 from artifacts import whole_folder, write_text
 from captions.build import Awaited, BuildArguments, build
 from captions.build_plan import read_plan
+from captions.source_files import load_embedded
 from captions.tsv import escape, unescape
 from common.cli import parse, run_command
 from examples.openmoji.arguments import OpenMojiCaptionsArguments
@@ -36,7 +37,7 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
     if not (args.source / "dataset_dict.json").is_file():
         raise ValueError(f"{args.source} is no data set. Make it first: python -m examples.openmoji.prepare")
     plan = read_plan(args.config)
-    source = load_from_disk(args.source)
+    source = load_embedded(args.source)
     english = Path(next(iter(plan.steps.values()))[0].args.dataset)
     if not english.exists():
         with whole_folder(english) as folder:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import DatasetDict, load_from_disk
+from datasets import DatasetDict
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -35,6 +35,7 @@ from artifacts import (
     write_json,
     write_text,
 )
+from captions.source_files import load_embedded
 from common.cli import parse, run_command
 from eval.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.arguments import PrepareArguments
@@ -101,7 +102,7 @@ def prepare(dataset_dir: Path, model_dir: Path) -> None:
                 f"{model_dir} is there but holds no base model (no config.json). Remove it, or name another."
             )
         check_free_space(model_dir, BASE_BYTES)
-        dataset = load_from_disk(dataset_dir)
+        dataset = load_embedded(dataset_dir)
         kept = Kept(partial_folder(model_dir), {name: split._fingerprint for name, split in dataset.items()})
         with whole_folder(model_dir) as folder:
             build_base(dataset, folder, kept)

@@ -6,7 +6,6 @@
 Whose pictures they are is read from the README of their folder, in the form that the Hub gives it.
 """
 
-import json
 import logging
 import re
 from bisect import bisect_right
@@ -20,6 +19,7 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 from tqdm.auto import tqdm
 
+from artifacts import read_json
 from captions.image_files import BYTES_ALONE, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from captions.links import Bounds
 from captions.source_files import FORMS, SPLIT_NAMES, form_hint, picture_files
@@ -125,7 +125,7 @@ def _is_plain_folder(path: Path) -> bool:
 def _sources(where: str, splits: Sequence[str], image_column: str, limits: dict[str, Any]) -> list[Source]:
     saved = Path(where) / "dataset_dict.json"
     if list(splits) == ["all"] and saved.is_file():
-        splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
+        splits = read_json(saved, splits=list)["splits"]
     if list(splits) != ["all"]:
         return [open_source(where, split, image_column, **limits) for split in dict.fromkeys(splits)]
     sources, fault = [], None
