@@ -131,7 +131,7 @@ def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
 
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "dataset_dict.json").touch()
-    monkeypatch.setattr(prepare, "load_from_disk", lambda folder: {})
+    monkeypatch.setattr(prepare, "load_embedded", lambda folder: {})
     monkeypatch.setattr(prepare, "build_base", broken)
     with pytest.raises(ValueError, match="no"):
         prepare.prepare(tmp_path / "dataset", tmp_path / "base")
