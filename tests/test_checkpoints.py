@@ -213,6 +213,27 @@ def test_a_file_that_is_gone_or_not_of_the_checkpoint_is_named(checkpoints):
         checkpoints.load(checkpoints.path(1))
 
 
+@pytest.mark.parametrize("stray", ["trainer.json~", "model.safetensors.orig", "notes.txt", "Thumbs.db", "sub/a.log"])
+def test_a_stray_file_that_is_not_loaded_is_no_damage(checkpoints, stray):
+    checkpoints.save(TrainerState(1))
+    folder = checkpoints.path(1)
+    (folder / stray).parent.mkdir(exist_ok=True)
+    (folder / stray).write_text("of somebody")
+    assert checkpoints.load(folder) == TrainerState(1)
+    flipped(folder / STATE, 3)
+    with pytest.raises(ValueError, match=r"can't be loaded: trainer\.json or SHA256SUMS is not as"):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE])
+def test_a_file_that_is_loaded_must_be_listed(checkpoints, name):
+    checkpoints.save(TrainerState(1))
+    sums = checkpoints.path(1) / SUMS
+    sums.write_text("".join(line for line in sums.read_text().splitlines(True) if not line.endswith(f"  {name}\n")))
+    with pytest.raises(ValueError, match=rf"can't be loaded: {name} or SHA256SUMS"):
+        checkpoints.load(checkpoints.path(1))
+
+
 def test_digests_can_be_checked_without_this_program(checkpoints):
     checkpoints.save(TrainerState(1))
     subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=checkpoints.path(1), check=True, timeout=20)

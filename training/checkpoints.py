@@ -28,6 +28,7 @@ from artifacts import no_space_left, read_json, write_bytes, write_json
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
+LOADED = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what Accelerate and this module may read of a checkpoint
 DAMAGE = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)  # what torch.load says of it
 FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
 # What may differ between a run and its continuation: it changes no weight.
@@ -173,17 +174,19 @@ def read_state(path: Path) -> TrainerState:
 
 
 def check_files(path: Path) -> None:
-    """Raise ValueError, naming the files, where a checkpoint is not as it was written.
+    """Raise ValueError, naming the files, where a checkpoint is not as it was written, or more would be loaded.
 
-    It reads all of them once. A checkpoint of an earlier version has no digests, which is said.
+    It reads all of them once. A checkpoint of an earlier version has no digests, which is said; a file that somebody
+    else has put there, such as an editor's backup, is left alone where its name is none that is loaded.
     """
     if not (path / SUMS).is_file():
         if (path / STATE).is_file():
             logger.warning("%s has no %s: it is of an earlier version, and damage to it is not noticed.", path, SUMS)
         return
-    written, found = (path / SUMS).read_bytes(), _sums(path)
-    if written != found:
-        names = {line[66:].decode("utf-8", "replace") for line in {*written.split(b"\n")} ^ {*found.split(b"\n")}}
+    written, found = ({*sums.split(b"\n")} for sums in ((path / SUMS).read_bytes(), _sums(path)))
+    names = {line[66:].decode("utf-8", "replace") for line in written - found}
+    names |= {name for line in found - written if (name := line[66:].decode()).endswith(LOADED)}
+    if names:
         raise ValueError(
             f"The checkpoint {path} can't be loaded: {', '.join(sorted(names))} or {SUMS} is not as it was written. "
             "Remove it, and --resume auto goes on from an earlier one or from the start."
