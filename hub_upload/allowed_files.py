@@ -92,11 +92,17 @@ def check_contents(folder: Path) -> None:
             check_paths(path, name)
 
 
+# How files begin that hide what they say: gzip, bzip2, xz, zstandard, zip, UTF-16.
+UNREADABLE = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04", b"\xff\xfe", b"\xfe\xff")
+
+
 def check_secrets(path: Path, name: Path | str) -> None:
     """Raise ValueError, naming file and place, where a file of any size and form holds an access token or key."""
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if (path.suffix not in BINARY or path.suffix == ".tar") and content[:6].startswith(UNREADABLE):
+            raise ValueError(f"{name} is compressed or no UTF-8, and can't be searched for secrets. Write it plainly.")
         if found := secret_in(content):
             line = f"line {_lines_before(file, found[1]) + 1}"
             place = f"byte {found[1]}" if path.suffix in BINARY else line

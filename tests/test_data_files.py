@@ -1,11 +1,14 @@
 """A data set that holds a secret, however deep, or what is no picture, or leads elsewhere, is not sent."""
 
+import bz2
 import contextlib
+import gzip
 import json
 import os
 import socket
 import tarfile
 import time
+from pathlib import Path
 
 import PIL.Image
 import pyarrow
@@ -200,3 +203,12 @@ def test_rows_are_never_all_in_memory(folder):
     checked(folder)
     assert size > 1.8e8 and peak_resident_bytes() - before < 0.5 * size
     assert time.perf_counter() - started < 20
+
+
+@pytest.mark.parametrize("name", ["a.tar", "d.json", "e.csv"])
+def test_what_hides_its_words_is_refused(folder, name):
+    words = f'{{"key": "hf_{"x" * 30}"}}'
+    for content in (gzip.compress(words.encode()), bz2.compress(words.encode()), words.encode("utf-16")):
+        (folder / "train" / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name} is compressed or no UTF-8"):
+            check_data(folder, [Path("train") / name])
