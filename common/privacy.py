@@ -44,8 +44,16 @@ _IN_REQUESTS = re.compile(
 
 _PART = r"[^\s\"'`<>|;,)\]}:/\\]"  # a letter of a file's name, as far as one can tell in a text
 _URL = r"(?<![\w+.-])[A-Za-z][\w+.-]{0,30}://[^\s/](?:(?!::)[^\s\"'<>`|;,)\]}])*"
-# What stands before a path: no letter, point or slash, which would make it a part of something longer.
-_BEFORE = r"(?:(?<=://)|(?<=:///)|(?<![^\s\"'`“”‘’«=:(\[{<>,;|!@]))"
+# What stands before a path: no letter, point or slash, which would make it a part of something longer. Of Markdown's
+# signs those that begin a word; in a pattern such as `data/**/x` they do not.
+_SIGNS = r"""\s"'`“”‘’«=:(\[{<>,;|!@&–—→·"""
+_BEFORE = (
+    rf"(?:(?<=://)|(?<=:///)|(?<![^{_SIGNS}])|"
+    + "|".join(
+        rf"(?<={start}{sign})" for start in (r"\A", r"[\s(\[]") for sign in (r"\*", r"\*\*", "_", "__", "#", "…")
+    )
+    + ")"
+)
 _ABSOLUTE = (
     rf"{_BEFORE}/(?!path/to\b|dev/null\b)(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/{_PART}(?:{_PART}|[/\\]|:(?!/))*"
     r"|(?<=[\"'`])/[A-Za-z][\w.-]+/?(?=[\"'`])"

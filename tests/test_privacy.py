@@ -98,6 +98,23 @@ def test_what_is_no_path_of_a_machine(text):
     assert hide_paths(text) in (text, text.rpartition("/")[2]), text
 
 
+@pytest.mark.parametrize("path", ["/data1/maria/fotos", "/home/maria/x.png"])
+@pytest.mark.parametrize(
+    "around",
+    ["**{}**", "see *{}*", "_{}_", "in __{}__", "–{}", "#{}", "&{}", "…{}", "a → {}", "a→{}", "· {}", "[x]({})"],
+)
+def test_a_path_is_found_behind_signs(path, around):
+    assert machine_path_in(around.format(path))
+    assert machine_path_in(hide_paths(around.format(path))) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["data/**/x/y.parquet", "shard-*/x/y.parquet", "a_/b/c", "**forte**/fraco/x", "1–2/3/4"]
+)
+def test_signs_within_words_begin_no_path(text):
+    assert machine_path_in(text) is None
+
+
 def test_more_forms_of_paths():
     for text in ("file:///tmp/x/y", "sqlite:////gpfs/maria/x.db", "zip://1.jpg::/data1/maria/x.zip", '"/data1"'):
         assert machine_path_in(text), text
