@@ -43,7 +43,17 @@ _IN_REQUESTS = re.compile(
 )
 
 _PART = r"[^\s\"'`<>|;,)\]}:/\\]"  # a letter of a file's name, as far as one can tell in a text
-_URL = r"(?<![\w+.-])[A-Za-z][\w+.-]{0,30}://[^\s/](?:(?!::)[^\s\"'<>`|;,)\]}])*"
+_REST = rf"{_PART}(?:{_PART}|[/\\]|:(?!/))*"
+# What has slashes and is no path: addresses, images written out, routes of HTTP, links to pages of the Hub's site.
+_ADDRESSES = (
+    r"(?<![\w+.-])(?!(?i:file):)[A-Za-z][\w+.-]{0,30}://[^\s/](?:(?!::)[^\s\"'<>`|;,)\]}])*",
+    r";base64,[A-Za-z0-9+/]{60,}",
+)
+_HUB_PAGES = "blog|collections|datasets|docs|join|models|organizations|papers|pricing|spaces|tasks"
+_SITE = (
+    r"(?:\b(?:GET|HEAD|POST|PUT|PATCH|DELETE) (?=/)"
+    rf"|(?:\]\(|(?:href|src)=\\?[\"']?)(?=/(?:{_HUB_PAGES})[/)\"']))(?!\S{{0,400}}/\.\.)"
+)
 # What stands before a path: no letter, point or slash, which would make it a part of something longer. Of Markdown's
 # signs those that begin a word; in a pattern such as `data/**/x` they do not.
 _SIGNS = r"""\s"'`“”‘’«=:(\[{<>,;|!@&–—→·"""
@@ -54,12 +64,18 @@ _BEFORE = (
     )
     + ")"
 )
-_ABSOLUTE = (
-    rf"{_BEFORE}/(?!path/to\b|dev/null\b)(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/{_PART}(?:{_PART}|[/\\]|:(?!/))*"
-    r"|(?<=[\"'`])/[A-Za-z][\w.-]+/?(?=[\"'`])"
-    rf"|(?<!\w)[A-Za-z]:(?:\\{{1,2}}|/){_PART}+(?:\\{{1,2}}|/){_PART}(?:{_PART}|[/\\])*"
+_FOLDER = r"(?=[\d/._~+-]*[^\W\d_])[\w.@+%~-]+/"  # fractions and dates are none
+_HOST = r"[A-Za-z0-9][\w.$-]+"
+_SITE_NAME = r"[\w-]+(?:\.[\w-]+)*\.(?!local/|lan/|home/|internal/)[A-Za-z]{2,}/"  # of `//cdn.example.org/x`
+_PATHS = (
+    rf"{_BEFORE}/(?!path/to\b(?!\S{{0,200}}/\.\.)|dev/null\b){_FOLDER}{_REST}",
+    r"(?<=[\"'`])/[A-Za-z][\w.-]+/?(?=[\"'`])",
+    rf"(?:{_BEFORE}(?<!:)|(?<=[Ff]ile:))//++(?!{_SITE_NAME}){_FOLDER}{_REST}",
+    rf"(?<![\w\\])(?:\\{{2}}{_HOST}\\(?!\\)|\\{{4}}{_HOST}\\{{2}}(?!\\))[\w$~](?:{_PART}|[/\\])*",  # \\host\share
+    rf"(?<!\w)[A-Za-z]:(?:\\{{1,2}}|/){_PART}+(?:\\{{1,2}}|/){_PART}(?:{_PART}|[/\\])*",
 )
-_WHOLE = re.compile(r"((?:[\w-]+[=:])*)(/[^\s/][^\n]*|[A-Za-z]:[\\/][^\\/\n][^\n]*)")  # also behind `--flag=`
+_LOCAL = rf"/[^\s/]|(?<!:)//[\w-]+/|\\{{2}}{_HOST}\\(?!\\)|[A-Za-z]:[\\/][^\\/\n]"
+_WHOLE = re.compile(rf"((?:[\w-]+[=:])*)((?:{_LOCAL})[^\n]*)")  # it may stand behind `--flag=`
 
 
 def secret_in(content: str | bytes | mmap.mmap) -> tuple[str, int] | None:
@@ -133,7 +149,7 @@ def short_name(name: str) -> str:
     Args:
         name: folder, pattern of files, or Hub id.
     """
-    is_local = name.startswith(("/", "~")) or ".." in Path(name).parts or Path(name).exists()
+    is_local = name.startswith(("/", "~", "\\\\")) or ".." in Path(name).parts or Path(name).exists()
     return "/".join(PurePosixPath(_hidden(name) if is_local else name).parts[-2:]) or "."
 
 
@@ -146,8 +162,9 @@ def own_paths() -> list[str]:
 
 def _paths() -> re.Pattern[str]:
     ours = "|".join(map(re.escape, own_paths()))
-    rest = rf"(?![\w.-])(?:{_PART}|[/\\]|:(?!/))*"
-    return re.compile(rf"{_URL}|(?P<path>{_BEFORE}(?:{ours}){rest}|{_ABSOLUTE})")
+    own = rf"(?:{ours})(?![\w.-])"
+    site = rf"{_SITE}(?!{own})[^\s\"'<>`|;,)\]]*"
+    return re.compile(rf"{'|'.join(_ADDRESSES)}|{site}|(?P<path>{_BEFORE}{own}(?:{_REST})?|{'|'.join(_PATHS)})")
 
 
 def _hidden(path: str) -> str:
@@ -155,6 +172,6 @@ def _hidden(path: str) -> str:
     target = Path(os.path.normpath(here / path))
     # What lies above the home folder, such as `/`, is no folder of work: below it are people.
     is_inside = target.is_relative_to(here) and here not in Path.home().parents
-    if is_inside and not re.match(r"~|[A-Za-z]:[\\/]", path):
+    if is_inside and not re.match(r"~|\\\\|[A-Za-z]:[\\/]", path):
         return target.relative_to(here).as_posix()
     return re.split(r"[\\/]+", path.rstrip("\\/"))[-1]
