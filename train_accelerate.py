@@ -31,24 +31,21 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, set_seed
 from safetensors import SafetensorError
 
-from artifacts import (
+from caption_data.rows import write_skipped
+from common.cli import run_command
+from common.environment import device_description, require
+from common.files import (
     check_output_folder,
-    device_description,
     finish_folder,
     next_numbered_folder,
     no_space_left,
     partial_folder,
     read_json,
     remove_leftovers,
-    require,
     write_json,
     write_text,
 )
-from captions.rows import write_skipped
-from common.cli import run_command
 from common.privacy import short_name
-from eval.plots import plot_retrieval_sheet, plot_training_curves, similarity_scores
-from eval.results import Record, header, write_records
 from eval.retrieval import (
     RetrievalEmbeddings,
     embed_captions,
@@ -56,11 +53,13 @@ from eval.retrieval import (
     retrieval_records,
     validation_measures,
 )
-from eval.tables import retrieval_table
 from hub_upload.publish import check_access, publish_checkpoint, publish_run
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
+from records.plots import plot_retrieval_sheet, plot_training_curves, similarity_scores
+from records.schema import Record, header, write_records
+from records.tables import retrieval_table
 from training.arguments import RunArguments, parse_arguments
 from training.checkpoints import Checkpoints, TrainerState, check_files, check_same_run, read_state, threads
 from training.inputs import Inputs, load_inputs

@@ -40,24 +40,25 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
-from artifacts import device_description, package_versions, write_json
 from benchmarks import blip2_proportions as blip2
 from benchmarks.encode import seconds_of
 from benchmarks.loading import SIZE, write_tar
-from captions.arguments import PREFIXES
+from caption_data.columns import CAPTIONS, SIMILARITIES
+from caption_data.sources import open_source
 from captions.captioner import Blip2Captioner, Decoding
-from captions.columns import CAPTIONS, SIMILARITIES
 from captions.generate import COLUMN, GenerateProcess, read_prefixes
 from captions.memory import TranslationMemory
 from captions.score import ScoreProcess
 from captions.select import SelectArguments, Selection
-from captions.sources import open_source
+from captions.stage_arguments import PREFIXES
 from captions.stages import StageArguments, run_stage
 from captions.translate import CaptionTranslator, TranslateArguments
 from captions.translators.local import Seq2SeqTranslator
-from embedders import CapivaraEmbedder
+from common.environment import device_description, package_versions
+from common.files import write_json
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara.embedder import CapivaraEmbedder
 
 PARTS = ("generate", "translate", "score", "select")
 WIDTHS, LAYERS = 4, 6  # that BLIP-2's are divided by

@@ -14,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from artifacts import device_description, package_versions, read_json, write_json
-from eval.results import Record, read_records
+from common.environment import device_description, package_versions
+from common.files import read_json, write_json
+from records.schema import Record, read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 

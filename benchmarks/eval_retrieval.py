@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from artifacts import device_description, package_versions, peak_resident_bytes, read_json, restart_peak, write_json
 from benchmarks.encode import caption_of
+from common.environment import device_description, package_versions, peak_resident_bytes, restart_peak
+from common.files import read_json, write_json
 from eval.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as measure

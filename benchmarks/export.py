@@ -27,8 +27,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
-from artifacts import device_description, package_versions, peak_resident_bytes, write_json
 from benchmarks.train_step import ROOT, in_own_process
+from common.environment import device_description, package_versions, peak_resident_bytes
+from common.files import write_json
 from hub_upload.export import export
 from hub_upload.open_clip_files import OPEN_CLIP_WEIGHTS
 from hub_upload.source_model import WEIGHTS

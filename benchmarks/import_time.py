@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from artifacts import device_description, package_versions, write_json
+from common.environment import device_description, package_versions
+from common.files import write_json
 
 BASE = "from transformers import PreTrainedModel, AutoModel, AutoProcessor"
 PACKAGE = f"{BASE}; import modeling_capivara"

@@ -23,11 +23,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from artifacts import device_description, package_versions, write_json
-from captions.sources import open_source
+from caption_data.pairs import caption_table
+from caption_data.sources import open_source
+from common.environment import device_description, package_versions
+from common.files import write_json
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel
 from training.images import TrainingImages, Views, embed_pixels
-from training.rows import caption_table
 from training.step import resolve_precision
 
 SIZE = (500, 375)  # pixels; of a photo of Flickr30k

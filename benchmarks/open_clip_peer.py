@@ -29,8 +29,9 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from artifacts import device_description, package_versions, write_json
 from benchmarks.captions_pt import benchmark_captions
+from common.environment import device_description, package_versions
+from common.files import write_json
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig
 from modeling_capivara.open_clip_mapping import build_open_clip

@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from artifacts import write_json, write_text
 from benchmarks import captions, captions_selection, scaling, train_step
-from eval.results import Record, read_records
-from eval.tables import retrieval_table
+from common.files import write_json, write_text
+from records.schema import Record, read_records
+from records.tables import retrieval_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

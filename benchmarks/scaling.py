@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import device_description, package_versions, write_json
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.train_step import (
     ROOT,
@@ -32,6 +31,8 @@ from benchmarks.train_step import (
     random_batch,
     seconds_of,
 )
+from common.environment import device_description, package_versions
+from common.files import write_json
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraProcessor
 from training.contrastive import contrastive_gradients
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         print(json.dumps(measure_steps(args) if args.worker == "steps" else measure_loss(args.loss_pairs[0], args)))
         return
-    from eval.plots import plot_scaling  # here: the workers' memory shall not hold matplotlib
+    from records.plots import plot_scaling  # here: the workers' memory shall not hold matplotlib
 
     flags = ["--micro", str(args.micro), "--tokens", str(args.tokens), "--precision", args.precision]
     module = ["benchmarks.scaling", "--device", args.device, *flags, "--worker"]

@@ -24,14 +24,15 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import device_description, package_versions, write_json
 from benchmarks.encode import caption_of
-from embedders import CapivaraEmbedder, load_embedder
+from common.environment import device_description, package_versions
+from common.files import write_json
 from examples.openmoji.encoders import load_text_encoder
 from hub_upload.space.answers import Demo
 from hub_upload.space.index import ROWS_PER_SHARD, Album, Index, thumbnail_file
 from hub_upload.space.pictures import Credit
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara.embedder import CapivaraEmbedder, load_embedder
 
 DISTINCT_THUMBNAILS = 64
 

@@ -28,7 +28,8 @@ import psutil
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import device_description, package_versions, write_json
+from common.environment import device_description, package_versions
+from common.files import write_json
 from hub_upload.space.guard import QUESTION, UPLOAD
 from hub_upload.space.turns import BUSY
 

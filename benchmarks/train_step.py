@@ -44,8 +44,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from artifacts import device_description, package_versions, peak_resident_bytes, write_json
 from benchmarks.captions_pt import benchmark_captions
+from common.environment import device_description, package_versions, peak_resident_bytes
+from common.files import write_json
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
@@ -117,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         print(json.dumps(measure_ours(args)))
         return
-    from eval.plots import plot_train_step  # here: the workers' memory shall not hold matplotlib
+    from records.plots import plot_train_step  # here: the workers' memory shall not hold matplotlib
 
     results = compare(args)
     write_json(args.output, results)

@@ -12,7 +12,7 @@ same command goes on where it was interrupted. docs/your_language.md says how to
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("captions.arguments:BuildArguments", __doc__)
+    start_command("captions.stage_arguments:BuildArguments", __doc__)
 
 import contextlib
 import logging
@@ -23,19 +23,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from artifacts import require
-from captions.arguments import BuildArguments
+from caption_data.stage_folder import STAGE_FILE, all_parts, check_complete, remove_leftovers, stage_record, unfinished
 from captions.build_plan import READ, Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER, write_dataset
 from captions.generate import generate
-from captions.parts import STAGE_FILE, all_parts, check_complete, remove_leftovers, stage_record, unfinished
 from captions.quality_report import write_quality_report
 from captions.score import score
 from captions.select import select, write_missing_report
+from captions.stage_arguments import BuildArguments
 from captions.stages import Shard, StageArguments, StageReport, run_stage, stage_source
 from captions.translate import translate
 from captions.translators.google_cloud import GOOGLE_MODULES
 from common.cli import parse, run_command
+from common.environment import require
 
 POLL_S = 10.0  # between looks for what other shards have done
 TOLD_EVERY_S = 60.0  # who is waited for

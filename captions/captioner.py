@@ -23,8 +23,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from captions.arguments import Decoding
-from captions.rows import BadRow
+from caption_data.rows import BadRow
+from captions.stage_arguments import Decoding
 
 NOT_FINITE = "no finite scores"  # reason of a `BadRow`
 

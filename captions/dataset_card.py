@@ -8,10 +8,10 @@ from typing import Any
 import jinja2
 from huggingface_hub import DatasetCardData
 
-from artifacts import read_json
-from captions.columns import CAPTION_COLUMN
-from captions.parts import StageReport
+from caption_data.columns import CAPTION_COLUMN
+from caption_data.stage_folder import StageReport
 from captions.report import escaped
+from common.files import read_json
 from common.privacy import hide_paths
 
 TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"

@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 from datasets import Features
 from tqdm.auto import tqdm
 
-from artifacts import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
+from caption_data.columns import CAPTION_COLUMN
+from caption_data.stage_folder import check_complete, identity_digest, stage_record
 from captions.build_plan import Plan
-from captions.columns import CAPTION_COLUMN
 from captions.dataset_card import DatasetFacts, SplitFacts, StepFacts, dataset_card
-from captions.parts import check_complete, identity_digest, stage_record
+from common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
 
 DATASET_FOLDER = "dataset"
 FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes

@@ -14,7 +14,7 @@ reading of the image. BLIP, GIT and vision-encoder-decoder models encode the ima
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("captions.arguments:GenerateArguments", __doc__)
+    start_command("captions.stage_arguments:GenerateArguments", __doc__)
 
 import hashlib
 import os
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from artifacts import read_json
-from captions.arguments import GenerateArguments
+from caption_data.image_files import BYTES_ALONE, ImageFiles, decode_image
+from caption_data.rows import BadImage, BadRow
 from captions.captioner import KINDS, Captioner
-from captions.image_files import BYTES_ALONE, ImageFiles, decode_image
-from captions.rows import BadImage, BadRow
+from captions.stage_arguments import GenerateArguments
 from captions.stages import CAPTIONS, StageReport, run_stage
 from common.cli import parse, run_command
+from common.files import read_json
 from modeling_capivara.loading import check_reachable, weights_digest
 
 COLUMN = "generated-captions-en"

@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from functools import lru_cache
 
-from captions.selection import TOKEN_PATTERN
+from caption_data.selection import TOKEN_PATTERN
 from captions.translators.languages import scripts_of
 
 FLAGS = ("empty", "copy", "wrong script", "length", "repetition", "markup")

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import List, Value
 
-from artifacts import write_json
 from captions.quality import FLAGS
 from captions.translators.languages import scripts_of
+from common.files import write_json
 
 REPORT_FILE = "quality.json"
 EXAMPLES = 5  # of a flag

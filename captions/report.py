@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
-from artifacts import write_json, write_text
-from captions.columns import caption_texts
-from captions.image_files import decode_image
-from captions.parts import StageReport, skipped_path
-from captions.plots import Example, Histogram, one_line, plot_examples, plot_similarities
-from captions.rows import NOT_CHOSEN, BadRow
-from captions.sources import Source
+from caption_data.columns import caption_texts
+from caption_data.image_files import decode_image
+from caption_data.rows import NOT_CHOSEN, BadRow
+from caption_data.sources import Source
+from caption_data.stage_folder import StageReport, skipped_path
+from captions.quality_plots import Example, Histogram, one_line, plot_examples, plot_similarities
 from captions.stages import stage_source
+from common.files import write_json, write_text
 from common.privacy import short_name
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ The same command goes on where it ended.
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("captions.arguments:ScoreArguments", __doc__)
+    start_command("captions.stage_arguments:ScoreArguments", __doc__)
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +22,12 @@ from typing import Any
 import PIL.Image
 from torch import Tensor
 
-from captions.arguments import ScoreArguments
-from captions.image_files import BYTES_ALONE, ImageFiles, decode_image
-from captions.rows import BadImage, BadRow
+from caption_data.image_files import BYTES_ALONE, ImageFiles, decode_image
+from caption_data.rows import BadImage, BadRow
+from captions.stage_arguments import ScoreArguments
 from captions.stages import SIMILARITIES, StageReport, run_stage
 from common.cli import parse, run_command
-from embedders import Embedder, load_embedder
+from modeling_capivara.embedder import Embedder, load_embedder
 
 DECODERS = 4  # threads that decode images; PIL lets them run side by side
 

@@ -3,8 +3,8 @@
     python -m captions.select --dataset data/scored --output data/selected --language pt \\
         --caption_strategy rank --caption_count 5 --min_pair_similarity 0.2
 
-The strategies and the pair filter are those of the training (`captions/selection.py`), under the names that it has for
-them: here the choice is made once, can be looked at, and makes the data set small. In the output `captions-<language>`
+The strategies and the pair filter are those of the training (`caption_data.selection`), under its names for them:
+here the choice is made once, can be looked at, and makes the data set small. In the output `captions-<language>`
 holds what was picked, in the order of the strategy, `similarities-<language>` belongs to it, and
 `generated-captions-<language>` is empty; other languages stay as they were. Images that are left with nothing are left
 out and listed. The folder `report` in the output has the counts, the histograms, and the pictures at the cut.
@@ -13,18 +13,18 @@ out and listed. The folder `report` in the output has the counts, the histograms
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("captions.arguments:SelectArguments", __doc__)
+    start_command("captions.stage_arguments:SelectArguments", __doc__)
 
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from captions.arguments import SelectArguments
-from captions.parts import StageReport, check_complete, unfinished
+from caption_data.rows import NOT_CHOSEN, BadRow
+from caption_data.selection import WITH_SIMILARITIES, choose_captions, pair_passes
+from caption_data.stage_folder import StageReport, check_complete, unfinished
 from captions.report import write_report
-from captions.rows import NOT_CHOSEN, BadRow
-from captions.selection import WITH_SIMILARITIES, choose_captions, pair_passes
+from captions.stage_arguments import SelectArguments
 from captions.stages import CAPTIONS, run_stage
 from common.cli import parse, run_command
 

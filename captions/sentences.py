@@ -5,10 +5,10 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from captions.columns import caption_texts
+from caption_data.columns import caption_texts
+from caption_data.rows import BadRow
+from caption_data.sources import Source
 from captions.memory import TranslationMemory
-from captions.rows import BadRow
-from captions.sources import Source
 
 LOOKED_UP = 10_000  # sentences at once
 

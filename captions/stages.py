@@ -2,7 +2,7 @@
 
     run_stage(StageArguments("images", Path("generated")), {"captions-pt": CAPTIONS}, {"model": "…"}, process)
 
-The parts of a folder (`captions.parts`) are one data set for `captions.sources.open_source`, and for the next stage.
+The parts of a folder (`caption_data.stage_folder`) are one data set for `open_source`, and for the next stage.
 Machines share a stage by `--shard i/n`, with nothing between them but the file system: each writes the parts of its
 rows. What was killed goes on at the first part that is missing, so that no row is doubled or lost. Images pass through
 as their original bytes, and no more rows are in memory than are worked on at once.
@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 from datasets import Features
 from tqdm.auto import tqdm
 
-from artifacts import no_space_left, package_versions
-from captions.arguments import Shard, StageArguments
-from captions.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, SIMILARITIES, caption_texts, fitting, passed_features
-from captions.image_files import image_bytes
-from captions.parts import (
+from caption_data.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, SIMILARITIES, caption_texts, fitting, passed_features
+from caption_data.image_files import image_bytes
+from caption_data.rows import BadRow, Skipped, write_skipped
+from caption_data.sources import Source, open_source
+from caption_data.stage_folder import (
     DIGEST_KEY,
     StageReport,
     all_parts,
@@ -38,8 +38,9 @@ from captions.parts import (
     remove_leftovers,
     skipped_path,
 )
-from captions.rows import BadRow, Skipped, write_skipped
-from captions.sources import Source, open_source
+from captions.stage_arguments import Shard, StageArguments
+from common.environment import package_versions
+from common.files import no_space_left
 
 __all__ = [
     "CAPTIONS",

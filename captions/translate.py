@@ -28,13 +28,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from captions.columns import CAPTIONS
+from caption_data.columns import CAPTIONS
+from caption_data.sources import Source
+from caption_data.stage_folder import all_parts, part_path, unfinished
 from captions.memory import TranslationMemory, merge
-from captions.parts import all_parts, part_path, unfinished
 from captions.quality import flags
 from captions.quality_report import QUALITY, write_quality_report
 from captions.sentences import distinct_sentences, sentences_of, unknown_characters
-from captions.sources import Source
 from captions.stages import Shard, StageReport, run_stage, stage_source
 from captions.translate_arguments import PAPER_MODEL, TranslateArguments
 from captions.translators import Translator

@@ -1,11 +1,11 @@
-"""Arguments of `captions.translate`; see `captions.arguments`."""
+"""Arguments of `captions.translate`; see `captions.stage_arguments`."""
 
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from captions.arguments import StageArguments
+from captions.stage_arguments import StageArguments
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 

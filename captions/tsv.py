@@ -15,7 +15,7 @@ import re
 import unicodedata
 from pathlib import Path
 
-from artifacts import write_text
+from common.files import write_text
 
 COLUMNS = ("id", "source", "translation")
 MAX_NAMED = 5  # faults of a kind that an error names; it gives the number of all

@@ -3,11 +3,11 @@
     from common.start import start_command
 
     if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-        start_command("captions.arguments:ScoreArguments", __doc__)
+        start_command("captions.stage_arguments:ScoreArguments", __doc__)
 
     import torch
 
-    from captions.arguments import ScoreArguments
+    from captions.stage_arguments import ScoreArguments
     from common.cli import parse, run_command
 
 

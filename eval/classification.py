@@ -12,7 +12,7 @@ section 4, after CLIP, arXiv 2103.00020, section 3.1.4).
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("eval.arguments:ClassificationArguments", __doc__)
+    start_command("eval.eval_arguments:ClassificationArguments", __doc__)
 
 import csv
 import json
@@ -32,14 +32,14 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from torch.nn import functional as F
 
-from artifacts import check_output_file, device_description, read_json
-from captions.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from captions.links import refuse_links_out
-from captions.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
+from caption_data.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
+from caption_data.links import refuse_links_out
+from caption_data.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
 from common.cli import parse, run_command
-from embedders import load_embedder
-from eval.arguments import LABEL_COLUMNS, ClassificationArguments, ImageArguments
+from common.environment import device_description
+from common.files import check_output_file, read_json
 from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
+from eval.eval_arguments import LABEL_COLUMNS, ClassificationArguments, ImageArguments
 from eval.metrics import (
     confusion_matrix,
     eleven_point_map,
@@ -49,8 +49,8 @@ from eval.metrics import (
     top_k_accuracy,
 )
 from eval.prompts import Prompts, load_prompts
-from eval.results import Record, digest_of, header, hub_revision, write_records
-from processes import processes
+from modeling_capivara.embedder import load_embedder, processes
+from records.schema import Record, digest_of, header, hub_revision, write_records
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
 SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}

@@ -29,11 +29,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from artifacts import DIGEST_BYTES, has_digest, write_with_digest
-from captions.image_files import BYTES_ALONE, ImageFiles, decode_image, image_digest
-from captions.rows import BadImage
-from embedders import Embedder
-from processes import processes
+from caption_data.image_files import BYTES_ALONE, ImageFiles, decode_image, image_digest
+from caption_data.rows import BadImage
+from common.files import DIGEST_BYTES, has_digest, write_with_digest
+from modeling_capivara.embedder import Embedder, processes
 
 VERSION = 1  # of the files; raise it when their content changes
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out

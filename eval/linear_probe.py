@@ -10,7 +10,7 @@ regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot f
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("eval.arguments:LinearProbeArguments", __doc__)
+    start_command("eval.eval_arguments:LinearProbeArguments", __doc__)
 
 import statistics
 import sys
@@ -22,15 +22,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
-from artifacts import check_output_file, read_json
 from common.cli import parse, run_command
-from embedders import load_embedder
-from eval.arguments import LinearProbeArguments
+from common.files import check_output_file, read_json
 from eval.classification import LabelledImages, classification_metrics, image_header, load_split
 from eval.embeddings import EmbeddingStore, cache_folder
+from eval.eval_arguments import LinearProbeArguments
 from eval.prompts import load_prompts
-from eval.results import Record, write_records
-from processes import processes
+from modeling_capivara.embedder import load_embedder, processes
+from records.schema import Record, write_records
 
 PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak
 MAX_ITERATIONS = 1000

@@ -9,16 +9,16 @@ A run's folder holds its `results/` and its `run.json`, which gives the training
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("eval.arguments:ReportArguments", __doc__)
+    start_command("eval.eval_arguments:ReportArguments", __doc__)
 
 import sys
 from pathlib import Path
 
 import jinja2
 
-from artifacts import check_output_folder, whole_folder, write_text
 from common.cli import parse, run_command
-from eval.arguments import ReportArguments
+from common.files import check_output_folder, whole_folder, write_text
+from eval.eval_arguments import ReportArguments
 from eval.report_page.compare import pairs_of, series_by_condition
 from eval.report_page.details import class_sections, gallery_sections
 from eval.report_page.files import Found, read_folder

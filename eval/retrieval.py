@@ -7,7 +7,7 @@ r"""Cross-modal retrieval: texts find their image, images find one of their text
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("eval.arguments:RetrievalArguments", __doc__)
+    start_command("eval.eval_arguments:RetrievalArguments", __doc__)
 
 import sys
 import time
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from artifacts import check_output_file, device_description, read_json
-from captions.rows import rows_fingerprint
-from captions.sources import Source, open_source
+from caption_data.rows import rows_fingerprint
+from caption_data.sources import Source, open_source
 from common.cli import parse, run_command
+from common.environment import device_description
+from common.files import check_output_file, read_json
 from common.privacy import short_name
-from embedders import Embedder, load_embedder
-from eval.arguments import RetrievalArguments, caption_positions
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
+from eval.eval_arguments import RetrievalArguments, caption_positions
 from eval.gallery import write_gallery
 from eval.metrics import (
     RECALL_CUTOFFS,
@@ -40,10 +40,10 @@ from eval.metrics import (
     paired_bootstrap,
     recall_at_k,
 )
-from eval.results import Record, header, hub_revision, write_records
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
+from modeling_capivara.embedder import Embedder, load_embedder, processes
 from modeling_capivara.embedding import embed_texts
-from processes import processes
+from records.schema import Record, header, hub_revision, write_records
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
 DIRECTIONS = ("text_to_image", "image_to_text")

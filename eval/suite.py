@@ -18,7 +18,7 @@ every protocol a folder of its own. What lies on the Hub counts as unchanged; --
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("eval.arguments:SuiteArguments", __doc__)
+    start_command("eval.eval_arguments:SuiteArguments", __doc__)
 
 import shutil
 import sys
@@ -30,15 +30,15 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from artifacts import package_versions, read_json, write_json, write_text
 from common.cli import parse, run_command
+from common.environment import package_versions
+from common.files import read_json, write_json, write_text
 from common.privacy import hide_paths
-from eval.arguments import SuiteArguments
 from eval.benchmarks import Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
+from eval.eval_arguments import SuiteArguments
 from eval.layouts import hub_fault, linked_images, local_data, place_of
-from eval.results import Record, one_line, read_records
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
 from eval.suite_plan import (
@@ -51,8 +51,9 @@ from eval.suite_plan import (
     plan,
     protocol_of,
 )
-from eval.tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
-from processes import processes
+from eval.suite_tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
+from modeling_capivara.embedder import processes
+from records.schema import Record, one_line, read_records
 
 
 def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measurement: Measurement) -> list[Record]:

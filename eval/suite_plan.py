@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
-from artifacts import read_json
-from embedders import load_embedder
-from eval.arguments import SuiteArguments
+from common.files import read_json
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
+from eval.eval_arguments import SuiteArguments
 from eval.layouts import Place, adapted, hub_fault, local_data, place_of
-from eval.results import digest_of, one_line
+from modeling_capivara.embedder import load_embedder
+from records.schema import digest_of, one_line
 
 SUMMARY_VERSION = 1
 

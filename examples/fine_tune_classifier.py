@@ -16,7 +16,7 @@ makes. `--images` is a folder of splits with a sub-folder of images a class, a s
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.arguments:ClassifierArguments", __doc__)
+    start_command("examples.example_arguments:ClassifierArguments", __doc__)
 
 import sys
 from dataclasses import asdict
@@ -28,14 +28,15 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from artifacts import device_description, package_versions, whole_folder, write_json, write_text
-from captions.rows import BadImage
+from caption_data.rows import BadImage
 from common.cli import parse, run_command
+from common.environment import device_description, package_versions
+from common.files import whole_folder, write_json, write_text
 from common.privacy import hide_paths
 from eval.classification import LabelledImages, load_images
 from eval.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
-from examples.arguments import DIGITS, ClassifierArguments
+from examples.example_arguments import DIGITS, ClassifierArguments
 from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from training.step import resolve_precision

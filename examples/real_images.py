@@ -12,7 +12,7 @@ result file a task and model below the output folder, and all records together a
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.arguments:RealImagesArguments", __doc__)
+    start_command("examples.example_arguments:RealImagesArguments", __doc__)
 
 import sys
 from collections.abc import Callable, Iterable
@@ -23,13 +23,14 @@ import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from artifacts import device_description, package_versions, read_json, whole_folder, write_json
-from captions.source_files import load_embedded
+from caption_data.source_files import load_embedded
 from common.cli import parse, run_command
+from common.environment import device_description, package_versions
+from common.files import read_json, whole_folder, write_json
 from eval import classification, linear_probe, retrieval
 from eval.prompts import load_prompts
-from eval.results import Record
-from examples.arguments import RealImagesArguments
+from examples.example_arguments import RealImagesArguments
+from records.schema import Record
 
 # Photographs of scikit-image that its wheel holds: function -> class in English, in Portuguese, gender and number.
 PHOTOS = {

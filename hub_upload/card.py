@@ -25,8 +25,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 
-from artifacts import write_text
 from common.cli import parse, run_command
+from common.files import write_text
 from hub_upload.card_check import check
 from hub_upload.card_facts import CardFacts, card_facts
 from hub_upload.card_metadata import eval_results

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import PIL.Image
 
-from captions.image_files import IMAGE_FORMATS
-from captions.links import refuse_links_out
+from caption_data.image_files import IMAGE_FORMATS
+from caption_data.links import refuse_links_out
 from common.privacy import SECRET_RE2, known_tokens, secret_in
 from hub_upload.allowed_files import check_paths, check_regular, check_secrets
 

@@ -12,7 +12,7 @@ hold a path of a machine or an access token.
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("hub_upload.arguments:ExportArguments", __doc__)
+    start_command("hub_upload.export_arguments:ExportArguments", __doc__)
 
 import difflib
 import logging
@@ -25,8 +25,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 import modeling_capivara
-from artifacts import check_free_space, check_output_folder, read_json, whole_folder, write_json, write_text
 from common.cli import parse, run_command
+from common.files import check_free_space, check_output_folder, read_json, whole_folder, write_json, write_text
 from common.privacy import hide_paths
 from hub_upload.allowed_files import (
     ALLOWED_FILES,
@@ -37,7 +37,7 @@ from hub_upload.allowed_files import (
     check_contents,
     check_regular,
 )
-from hub_upload.arguments import FORMATS, ExportArguments
+from hub_upload.export_arguments import FORMATS, ExportArguments
 from hub_upload.open_clip_files import (
     OPEN_CLIP_WEIGHTS,
     TEXT_MODEL,

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from artifacts import device_description, read_json, write_json
+from common.environment import device_description
+from common.files import read_json, write_json
 from common.privacy import short_name
-from embedders import PlainEmbedder
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import (
     PROTOCOL,
@@ -20,6 +20,7 @@ from eval.retrieval import (
     retrieval_records,
 )
 from hub_upload.onnx_files import OnnxModel, graphs
+from modeling_capivara.embedder import PlainEmbedder
 from modeling_capivara.loading import load_processor
 
 

@@ -5,7 +5,7 @@ Without `modality_config` sentence-transformers 6 takes the model for a text enc
 
 from pathlib import Path
 
-from artifacts import write_json
+from common.files import write_json
 
 MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
 FEATURE = "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length

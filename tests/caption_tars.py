@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import PIL.Image
 
-from captions.sources import open_source
-from training.rows import caption_table
+from caption_data.pairs import caption_table
+from caption_data.sources import open_source
 
 ROWS = 7
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 import captions.stages
-from captions.parts import unfinished
-from captions.rows import BadRow
+from caption_data.rows import BadRow
+from caption_data.stage_folder import unfinished
 from captions.stages import CAPTIONS, StageArguments, run_stage
 
 MAX_ROUNDS = 200

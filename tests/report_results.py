@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from artifacts import write_json
+from common.files import write_json
 from eval.prompts import load_prompts
-from eval.results import Record, header, write_records
 from eval.retrieval import DIRECTIONS, PROTOCOL
+from records.schema import Record, header, write_records
 
 COLOURS = {"vermelho": "#c0392b", "azul": "#2471a3", "verde": "#1e8449", "amarelo": "#f1c40f", "roxo": "#7d3c98"}
 SHAPES = ("círculo", "quadrado", "triângulo", "losango")

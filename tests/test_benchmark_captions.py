@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import blip2_proportions as blip2
 from benchmarks.captions import PARTS, PROGRAMS, generation_steps, main
-from captions.arguments import PREFIXES
 from captions.captioner import Blip2Captioner, Decoding
 from captions.generate import read_prefixes
+from captions.stage_arguments import PREFIXES
 
 SMALL = blip2.REAL.scaled(16, 12)
 IMAGES, NEW_TOKENS = 2, 3

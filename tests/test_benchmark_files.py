@@ -5,7 +5,7 @@ import json
 import pytest
 from made_benchmarks import BENCHMARKS, ELEVATER
 
-from artifacts import read_json
+from common.files import read_json
 from eval.benchmarks import FOLDER, METRICS, load_averages, must_be_known, read_benchmark
 from eval.prompts import load_prompts
 

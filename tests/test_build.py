@@ -22,11 +22,11 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from huggingface_hub import DatasetCard
 
 from benchmarks import captions_selection
+from caption_data.columns import CAPTIONS, SIMILARITIES
+from caption_data.sources import open_source
 from captions import build as build_module
 from captions.build import Awaited, BuildArguments, build, main
 from captions.build_plan import STAGES, read_plan
-from captions.columns import CAPTIONS, SIMILARITIES
-from captions.sources import open_source
 from captions.tsv import escape, unescape
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push_plan import files_to_send
@@ -231,7 +231,7 @@ def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     content["score"] = {"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"}
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
-    monkeypatch.setattr("artifacts.find_spec", lambda name: None)
+    monkeypatch.setattr("common.environment.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'stage score .* needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
         build(BuildArguments(config, dry_run=True))
 

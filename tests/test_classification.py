@@ -10,10 +10,10 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
 
-from embedders import load_embedder
 from eval.classification import _by_name, class_embeddings, classification_metrics, load_images, main
 from eval.embeddings import EmbeddingStore
 from eval.prompts import load_prompts
+from modeling_capivara.embedder import load_embedder
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from datasets import DatasetDict, load_from_disk
 
+from caption_data.pairs import check_bad_share
 from training.arguments import parse_arguments
 from training.data import (
     Planner,
@@ -14,7 +15,6 @@ from training.data import (
     evaluation_split,
     training_splits,
 )
-from training.rows import check_bad_share
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 

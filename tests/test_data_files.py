@@ -16,7 +16,7 @@ import pytest
 from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
 
-from artifacts import peak_resident_bytes
+from common.environment import peak_resident_bytes
 from hub_upload import data_files as module
 from hub_upload.data_files import check_data, data_files
 

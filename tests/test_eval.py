@@ -10,11 +10,11 @@ from PIL import Image
 
 from common.privacy import short_name
 from eval import classification, linear_probe, report, retrieval, suite
-from eval.plots import plot_retrieval_sheet, plot_training_curves
-from eval.results import Record, header, read_records, write_records
 from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, retrieval_records
-from eval.tables import retrieval_table
 from examples import fine_tune_classifier, real_images
+from records.plots import plot_retrieval_sheet, plot_training_curves
+from records.schema import Record, header, read_records, write_records
+from records.tables import retrieval_table
 
 FACTS = {"dataset": "d", "split": "test", "language": "pt", "model": "capivara", "model_folder": "."}
 

@@ -28,10 +28,10 @@ from transformers import (
     ViTModel,
 )
 
-from captions.arguments import PREFIXES
+from caption_data.rows import BadRow
 from captions.captioner import NOT_FINITE, Blip2Captioner, Captioner, Decoding, DrawnTokens
 from captions.generate import COLUMN, GenerateArguments, GenerateProcess, load_captioner, main, read_prefixes
-from captions.rows import BadRow
+from captions.stage_arguments import PREFIXES
 
 SIDE, QUERIES, IMAGE_TOKEN, STEPS = 28, 4, 299, 9
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -28,16 +28,15 @@ from safetensors.torch import load_file
 from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 
 import train_accelerate
+from caption_data.image_files import ImageFileArguments, ImageFiles, decode_image, image_bytes
+from caption_data.links import Bounds
+from caption_data.rows import BadImage
+from caption_data.source_files import load_embedded
+from caption_data.sources import open_source
 from captions.build import BuildArguments, build
 from captions.generate import main as generate
-from captions.image_files import ImageFileArguments, ImageFiles, decode_image, image_bytes
-from captions.links import Bounds
-from captions.rows import BadImage
 from captions.score import main as score
 from captions.select import main as select
-from captions.source_files import load_embedded
-from captions.sources import open_source
-from embedders import load_embedder
 from eval.classification import load_images
 from eval.classification import main as classify
 from eval.report import main as report
@@ -47,6 +46,7 @@ from hub_upload.space.index import build_index, open_album
 from hub_upload.space.pictures import open_pictures
 from hub_upload.space.publish import write_space
 from modeling_capivara import CapivaraModel
+from modeling_capivara.embedder import load_embedder
 
 MARK = b"SENTINEL-0f3a9c"  # stands in every file that must not be read
 MAGENTA = (255, 0, 255)  # of the private photo, all of it; no other picture has it
@@ -238,9 +238,9 @@ def test_more_than_the_default_of_pixels_is_asked_for():
 
 HUB_READ = """
 from pathlib import Path
-from captions.image_files import ImageFiles, image_bytes
-from captions.links import Bounds
-from captions.rows import BadImage
+from caption_data.image_files import ImageFiles, image_bytes
+from caption_data.links import Bounds
+from caption_data.rows import BadImage
 import sys
 for hub_id, name in ((None, "pictures"), ("us/private", "private"), (None, "private"), ("us/priv", "private")):
     files = ImageFiles(Bounds(Path(sys.argv[1])), hub_id=hub_id)
@@ -433,7 +433,7 @@ def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_proc
 WITHOUT_HEIF = """
 import sys
 sys.modules["pillow_heif"] = None  # as where the extra is not installed
-from captions.image_files import decode_image
+from caption_data.image_files import decode_image
 decode_image({"bytes": open(sys.argv[1], "rb").read(), "path": "a.heic"})
 """
 

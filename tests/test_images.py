@@ -23,14 +23,14 @@ from test_train_accelerate import ROOT, flags
 
 import train_accelerate
 import training.images
-from artifacts import DIGEST_BYTES, has_digest
-from captions.image_files import decode_image
-from captions.sources import open_source
+from caption_data.image_files import decode_image
+from caption_data.pairs import caption_table
+from caption_data.sources import open_source
+from common.files import DIGEST_BYTES, has_digest
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
 from training.images import Views, augmented, build_cache, check_images, random_state
-from training.rows import caption_table
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 BROKEN = b"\x89PNG\r\n\x1a\n no picture"

@@ -13,23 +13,21 @@ ROOT = Path(__file__).resolve().parent.parent
 ALLOWED = {
     "modeling_capivara": set(),
     "common": set(),
-    "artifacts": set(),
-    "processes": set(),
-    # apart: data are scored and figures are taken by the same models
-    "embedders": {"artifacts", "processes", "modeling_capivara"},
-    "captions": {"common", "artifacts", "embedders", "modeling_capivara"},
-    "training": {"common", "artifacts", "modeling_capivara", "captions"},
-    "eval": {"common", "artifacts", "embedders", "processes", "modeling_capivara", "captions"},
-    # hub_upload/space searches: it keeps eval's embeddings, and reads pictures within the limits of captions
-    "hub_upload": {"common", "artifacts", "modeling_capivara", "captions", "embedders", "eval"},
+    "caption_data": {"common", "modeling_capivara"},  # rows in
+    "records": {"common"},  # figures out
+    "captions": {"common", "caption_data", "modeling_capivara"},
+    "training": {"common", "caption_data", "modeling_capivara"},
+    "eval": {"common", "caption_data", "records", "modeling_capivara"},
+    # hub_upload/space searches: it keeps eval's embeddings
+    "hub_upload": {"common", "caption_data", "records", "modeling_capivara", "eval"},
     # hub_upload: a run can end with a push; `training` itself knows nothing of it
     "train_accelerate": {
-        *("common", "artifacts", "captions", "training", "eval", "modeling_capivara", "examples", "hub_upload"),
+        *("common", "caption_data", "records", "training", "eval", "modeling_capivara", "examples", "hub_upload"),
     },
-    "examples": {"common", "artifacts", "training", "eval", "modeling_capivara", "captions"},
+    "examples": {"common", "caption_data", "records", "captions", "training", "eval", "modeling_capivara"},
     "benchmarks": {
-        *("common", "artifacts", "training", "eval", "modeling_capivara", "captions", "examples", "hub_upload"),
-        *("embedders", "train_accelerate"),
+        *("common", "caption_data", "records", "captions", "training", "eval", "modeling_capivara", "examples"),
+        *("hub_upload", "train_accelerate"),
     },
 }
 # What travels to the Hub: these reach each other by `from .sibling import name` alone.

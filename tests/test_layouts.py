@@ -6,8 +6,8 @@ import os
 import pytest
 from made_benchmarks import BENCHMARKS, IMAGES, make_captions, make_flickr30k_200, make_pracegover, make_xm3600
 
-from captions.image_files import decode_image
-from captions.sources import open_source
+from caption_data.image_files import decode_image
+from caption_data.sources import open_source
 from eval.layouts import Place, adapted, linked_images, local_data, place_of
 
 

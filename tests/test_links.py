@@ -6,10 +6,10 @@ import pytest
 from caption_tars import PICTURES, sample, write_tar
 from datasets import Dataset, DatasetDict
 
-from captions.image_files import image_bytes
-from captions.links import Bounds, refuse_links_out
-from captions.rows import BadImage
-from captions.sources import open_source
+from caption_data.image_files import image_bytes
+from caption_data.links import Bounds, refuse_links_out
+from caption_data.rows import BadImage
+from caption_data.sources import open_source
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import captions.memory
-from artifacts import no_space_left
 from captions.memory import MERGED, TranslationMemory, main, merge
+from common.files import no_space_left
 
 ROOT = Path(__file__).resolve().parent.parent
 MARIAN = {"backend": "transformers", "model": "marian", "target": "por"}

@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from eval.arguments import RetrievalArguments
+from eval.eval_arguments import RetrievalArguments
 from eval.metrics import (
     RECALL_CUTOFFS,
     chance_recall,

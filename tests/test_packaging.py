@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import modeling_capivara
-from artifacts import how_to_install, require
+from common.environment import how_to_install, require
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = configparser.ConfigParser()

@@ -3,7 +3,7 @@
 import torch
 from PIL import Image
 
-from eval.plots import BarRow, plot_bars, plot_confusion
+from records.plots import BarRow, plot_bars, plot_confusion
 
 
 def test_pictures_of_any_size(tmp_path):

@@ -14,7 +14,7 @@ from browser import open_browser
 from PIL import Image
 from report_results import ATTACK, facts, make_results, write_classification
 
-from artifacts import read_json, write_json
+from common.files import read_json, write_json
 from eval.report import main, write_report
 from eval.report_page.compare import (
     class_series,
@@ -27,7 +27,7 @@ from eval.report_page.compare import (
     value_text,
 )
 from eval.report_page.files import open_picture, read_folder
-from eval.results import Record, write_records
+from records.schema import Record, write_records
 
 PLACE = {"task": "classification", "dataset": "d", "split": "test", "language": "pt", "protocol": "ours"}
 PLACE |= {"direction": "", "metric": "accuracy", "value": 0.5, "n": 10}

@@ -14,14 +14,14 @@ import pytest
 import torch
 from test_checkpoints import flipped
 
-import embedders
-from captions.sources import open_source
+import modeling_capivara.embedder
+from caption_data.pairs import caption_table, tables_fingerprint
+from caption_data.sources import open_source
 from eval import classification, linear_probe
-from eval.arguments import caption_positions
-from eval.results import read_records
+from eval.eval_arguments import caption_positions
 from eval.retrieval import RetrievalArguments, evaluate, load_data, main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from training.rows import caption_table, tables_fingerprint
+from records.schema import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 14
@@ -85,8 +85,10 @@ def test_values_are_those_of_a_plain_computation(tiny_folder, folder, tmp_path):
 def test_second_run_embeds_nothing(tiny_folder, folder, tmp_path, monkeypatch):
     more = ("--cache_dir", tmp_path / "cache")
     main(flags(tiny_folder, folder, tmp_path / "a.json", *more))
-    monkeypatch.setattr("embedders.embed_images", lambda *args, **kwargs: pytest.fail("embedded again"))
-    monkeypatch.setattr("embedders.embed_texts", lambda *args, **kwargs: pytest.fail("embedded again"))
+    monkeypatch.setattr(
+        "modeling_capivara.embedder.embed_images", lambda *args, **kwargs: pytest.fail("embedded again")
+    )
+    monkeypatch.setattr("modeling_capivara.embedder.embed_texts", lambda *args, **kwargs: pytest.fail("embedded again"))
     main(flags(tiny_folder, folder, tmp_path / "b.json", *more))
     assert read_records(tmp_path / "a.json") == read_records(tmp_path / "b.json")
 
@@ -127,7 +129,7 @@ def test_another_model_or_picture_is_another_cache(tiny_folder, folder, tmp_path
 def test_an_interrupted_run_goes_on(tiny_folder, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.embeddings.IMAGES_PER_SHARD", 4)
     monkeypatch.setattr("eval.embeddings.TEXTS_PER_SHARD", 10)
-    real, done = embedders.embed_images, []
+    real, done = modeling_capivara.embedder.embed_images, []
 
     def fails_at_third(*args, **kwargs):
         done.append(1)
@@ -135,7 +137,7 @@ def test_an_interrupted_run_goes_on(tiny_folder, folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("embedders.embed_images", fails_at_third)
+    monkeypatch.setattr("modeling_capivara.embedder.embed_images", fails_at_third)
     arguments = flags(tiny_folder, folder, tmp_path / "r.json", "--cache_dir", tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
         main(arguments)

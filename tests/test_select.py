@@ -9,12 +9,12 @@ import pytest
 from caption_tars import picture
 from datasets import Dataset, DatasetDict, Features, Image
 
-from captions.columns import CAPTIONS, SIMILARITIES
-from captions.plots import Example, plot_examples
+from caption_data.columns import CAPTIONS, SIMILARITIES
+from caption_data.selection import STRATEGIES
+from caption_data.sources import open_source
+from captions.quality_plots import Example, plot_examples
 from captions.report import escaped
 from captions.select import SelectArguments, main, select
-from captions.selection import STRATEGIES
-from captions.sources import open_source
 from training.arguments import RunArguments
 from training.data import training_splits
 
@@ -143,7 +143,7 @@ def test_texts_of_the_data_are_shown_and_not_obeyed(tmp_path):
 @pytest.mark.filterwarnings("ignore:Glyph .* missing")  # of fonts that this machine may lack
 def test_captions_of_wide_letters_do_not_run_into_their_neighbours(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr("captions.plots._save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("captions.quality_plots._save", lambda figure, path: figures.append(figure))
     texts = ["W" * 60, "桌子上有一只猫和一条狗在公园里玩耍，旁边还有一个红色的球和许多人", "a cat on a mat in the park"]
     plot_examples([Example(i, text, 0.2, None) for i, text in enumerate(texts)], [], tmp_path / "x.png")
     renderer = figures[0].canvas.get_renderer()

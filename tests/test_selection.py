@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from captions.selection import STRATEGIES, CaptionChoice, choose_captions, pair_passes
+from caption_data.selection import STRATEGIES, CaptionChoice, choose_captions, pair_passes
 
 ROW = {
     "captions-pt": ["gato preto", "cão na praia"],

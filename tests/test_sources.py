@@ -12,8 +12,8 @@ import pytest
 from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from captions.image_files import decode_image, image_bytes
-from captions.sources import Source, open_source
+from caption_data.image_files import decode_image, image_bytes
+from caption_data.sources import Source, open_source
 
 
 def saved(folder):

@@ -16,12 +16,12 @@ from conftest import randomise, tiny_config
 from PIL import Image
 from test_space_page import asked, free_port
 
-from captions.image_files import decode_image
-from embedders import CapivaraEmbedder
+from caption_data.image_files import decode_image
 from hub_upload.space.answers import Demo, Refusal
 from hub_upload.space.index import Index, build_index, open_album
 from hub_upload.space.pictures import open_pictures
 from modeling_capivara import CapivaraModel
+from modeling_capivara.embedder import CapivaraEmbedder
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
 

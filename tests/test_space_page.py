@@ -18,10 +18,10 @@ import pytest
 from browser import open_browser, require_chromium
 from test_space import bomb
 
-from embedders import CapivaraEmbedder
 from hub_upload.space.answers import MAX_UPLOAD_BYTES, Demo
 from hub_upload.space.index import build_index, open_album
 from hub_upload.space.pictures import open_pictures
+from modeling_capivara.embedder import CapivaraEmbedder
 
 gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
 

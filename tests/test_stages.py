@@ -19,9 +19,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from killed_stage import arguments, run, shout
 from test_sources import FORMS
 
-from captions.parts import check_complete, stage_record, unfinished
-from captions.rows import BadRow
-from captions.sources import open_source
+from caption_data.rows import BadRow
+from caption_data.sources import open_source
+from caption_data.stage_folder import check_complete, stage_record, unfinished
 from captions.stages import CAPTIONS, SIMILARITIES, Shard, StageArguments, run_stage
 
 ROOT = Path(__file__).resolve().parent.parent

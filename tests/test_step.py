@@ -16,7 +16,7 @@ from exact_step_process import CAPTIONS, MICRO, SEED, STEP, build, gradients_of,
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, clip_loss
 from training.contrastive import contrastive_gradients
-from training.memory import GraphMeter
+from training.memory_budget import GraphMeter
 from training.step import ExactStep, _Lookup, micro_batches, padding_share, sparse_embedding_gradients
 
 TESTS = Path(__file__).resolve().parent

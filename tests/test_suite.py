@@ -13,13 +13,13 @@ from caption_tars import encoded, write_tar
 from conftest import randomise, tiny_config
 from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, picture
 
-from artifacts import read_json
+from common.files import read_json
 from eval.benchmarks import load_averages
 from eval.prompts import load_prompts
-from eval.results import read_records
 from eval.suite import main
-from eval.tables import Figure, SuiteFigures, average_row, suite_rows
+from eval.suite_tables import Figure, SuiteFigures, average_row, suite_rows
 from modeling_capivara import CapivaraModel
+from records.schema import read_records
 
 
 def flags(model, output, *more, **options) -> list[str]:

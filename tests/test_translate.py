@@ -14,13 +14,13 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
 
-from artifacts import read_json
+from caption_data.sources import open_source
+from caption_data.stage_folder import check_complete
 from captions.memory import MERGED, TranslationMemory
-from captions.parts import check_complete
 from captions.quality_report import write_quality_report
-from captions.sources import open_source
 from captions.translate import TranslateArguments, main, translate
 from captions.tsv import read_translations, unescape
+from common.files import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 24

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
-from captions.image_files import ImageFileArguments
+from caption_data.image_files import ImageFileArguments
 from common.cli import parser, refuse_unknown, reject
 from training.hub import Hub
 

@@ -23,7 +23,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from artifacts import no_space_left, read_json, write_bytes, write_json
+from common.files import no_space_left, read_json, write_bytes, write_json
 
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
@@ -45,7 +45,7 @@ class TrainerState:
 
     Attributes:
         step: optimiser steps done.
-        curve: an entry a step, see `eval.plots.plot_training_curves`.
+        curve: an entry a step, see `records.plots.plot_training_curves`.
         config: arguments of the run.
         data: name -> fingerprint of what it trains on.
         best_step: of the highest validation recall so far; None before a measurement.

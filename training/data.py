@@ -10,13 +10,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from captions.image_files import decode_image
-from captions.rows import Skipped
-from captions.selection import CaptionChoice, choose_captions, pair_passes
-from captions.sources import Source, open_source
+from caption_data.image_files import decode_image
+from caption_data.pairs import caption_table, joined_tables, table_bytes, tables_fingerprint
+from caption_data.rows import Skipped
+from caption_data.selection import CaptionChoice, choose_captions, pair_passes
+from caption_data.sources import Source, open_source
 from modeling_capivara import CapivaraProcessor
 from training.arguments import RunArguments
-from training.rows import caption_table, joined_tables, table_bytes, tables_fingerprint
 from training.step import MicroBatch, micro_batches, padding_share
 
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from artifacts import DIGEST_BYTES, check_free_space, has_digest, read_json, write_json, write_with_digest
-from captions.image_files import decode_image
-from captions.rows import BadImage, Skipped
-from captions.sources import Source
+from caption_data.image_files import decode_image
+from caption_data.rows import BadImage, Skipped
+from caption_data.sources import Source
+from common.files import DIGEST_BYTES, check_free_space, has_digest, read_json, write_json, write_with_digest
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import weights_digest
 from training.arguments import RunArguments

@@ -9,8 +9,9 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from artifacts import check_free_space
-from captions.rows import Skipped, write_skipped
+from caption_data.pairs import check_bad_share
+from caption_data.rows import Skipped, write_skipped
+from common.files import check_free_space
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor, weights_digest
@@ -24,7 +25,6 @@ from training.images import (
     check_images,
     loading_workers,
 )
-from training.rows import check_bad_share
 from training.trainable import prepare_trainable
 
 

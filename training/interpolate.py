@@ -13,8 +13,8 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
 import sys
 from pathlib import Path
 
-from artifacts import whole_folder
 from common.cli import parse, run_command
+from common.files import whole_folder
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import InterpolateArguments
 from training.trainable import interpolate_weights

@@ -15,13 +15,13 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from artifacts import write_json
+from common.files import write_json
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 from training.checkpoints import Checkpoints, TrainerState
 from training.data import Planner, StepPlan
 from training.images import TrainingImages, embed_pixels, loading_workers
-from training.memory import used_memory
+from training.memory_budget import used_memory
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradients
 from training.trainable import set_training_mode

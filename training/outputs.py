@@ -15,8 +15,8 @@ import yaml
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-from artifacts import device_description, package_versions
-from captions.rows import Skipped
+from caption_data.rows import Skipped
+from common.environment import device_description, package_versions
 from common.privacy import short_name
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState

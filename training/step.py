@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from modeling_capivara import CapivaraProcessor
 from training.contrastive import contrastive_gradients
-from training.memory import GraphMeter, free_memory
+from training.memory_budget import GraphMeter, free_memory
 
 BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
 logger = logging.getLogger("capivara")

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from artifacts import require
 from captions.translators.languages import find_code
 from captions.translators.pieces import cut, groups
+from common.environment import require
 
 GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
 KEY, ACCOUNT = "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"

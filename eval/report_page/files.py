@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from captions.image_files import ImageFiles, decode_image
-from captions.links import Bounds
-from eval.results import SCHEMA_VERSION, Record
-from eval.tables import MODEL_NAMES
+from caption_data.image_files import ImageFiles, decode_image
+from caption_data.links import Bounds
+from records.schema import SCHEMA_VERSION, Record
+from records.tables import MODEL_NAMES
 
 MAX_JSON_BYTES = 64 * 2**20  # a 1000 x 1000 confusion matrix takes 12 MB, indented
 MAX_CLASSES = 5000

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from captions.rows import BadImage
+from caption_data.rows import BadImage
 from eval.report_page.files import open_picture
 
 THUMBNAIL = 200  # pixels of the longer side

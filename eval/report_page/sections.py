@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from common.privacy import hide_paths
-from eval.plots import BarRow, plot_bars, plot_gains, plot_training_curves
 from eval.report_page.compare import (
     Condition,
     Pair,
@@ -24,7 +23,8 @@ from eval.report_page.compare import (
 )
 from eval.report_page.files import Found, shorten
 from eval.report_page.pictures import Pictures
-from eval.tables import MODEL_NAMES
+from records.plots import BarRow, plot_bars, plot_gains, plot_training_curves
+from records.tables import MODEL_NAMES
 
 METRIC_NAMES = {
     "recall@1": "R@1",

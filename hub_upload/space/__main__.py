@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from artifacts import require
-from captions.image_files import FORM_HELP, ImageFileArguments
+from caption_data.image_files import FORM_HELP, ImageFileArguments
 from common.cli import parse, run_command
+from common.environment import require
 from common.privacy import short_name
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ class SpaceArguments(ImageFileArguments):
 
 def load_demo(args: SpaceArguments) -> "Demo":
     """The index of every model that is asked for, built where it is not kept."""
-    from embedders import load_embedder
     from eval.embeddings import cache_folder
     from hub_upload.space.answers import Demo
     from hub_upload.space.index import build_index, is_album, open_album, read_album
     from hub_upload.space.pictures import open_pictures
+    from modeling_capivara.embedder import load_embedder
 
     cache, kept = cache_folder(args.cache_dir), is_album(Path(args.pictures))
     options = (args.split, args.image_column, args.caption_column, args.form)

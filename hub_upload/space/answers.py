@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import PIL.Image
 import torch
 
-from captions.image_files import IMAGE_FORMATS, decode_image
-from captions.rows import BadImage
-from embedders import CapivaraEmbedder
+from caption_data.image_files import IMAGE_FORMATS, decode_image
+from caption_data.rows import BadImage
 from hub_upload.space import page
 from hub_upload.space.index import Album, Index
 from hub_upload.space.uploads import MAX_UPLOAD_BYTES
+from modeling_capivara.embedder import CapivaraEmbedder
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH, repair_text
 
 Decode = Callable[[bytes], PIL.Image.Image]
@@ -132,7 +132,7 @@ def _checked_text(text: str | None, embedder: CapivaraEmbedder) -> tuple[str, st
 
 
 def _checked_image(upload: bytes | None, decode: Decode) -> PIL.Image.Image:
-    """The picture of an upload, within the limits of `captions.rows`."""
+    """The picture of an upload, within the limits of `caption_data.rows`."""
     if not upload:
         raise Refusal("Envie uma imagem (de novo, se já faz tempo) ou sorteie uma do acervo.")
     if len(upload) > MAX_UPLOAD_BYTES:

@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from artifacts import read_json, write_bytes, write_json
-from captions.rows import BadImage
-from embedders import CapivaraEmbedder
+from caption_data.rows import BadImage
+from common.files import read_json, write_bytes, write_json
 from eval.embeddings import EmbeddingStore, ImageRows
 from hub_upload.space.pictures import Credit, Pictures
+from modeling_capivara.embedder import CapivaraEmbedder
 
 VERSION = 1  # of the files; raise it when their content changes
 THUMBNAIL_SIDE = 256  # pixels of the longer side

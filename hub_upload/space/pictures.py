@@ -19,11 +19,11 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 from tqdm.auto import tqdm
 
-from artifacts import read_json
-from captions.image_files import BYTES_ALONE, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from captions.links import Bounds
-from captions.source_files import FORMS, SPLIT_NAMES, form_hint, picture_files
-from captions.sources import Source, open_source
+from caption_data.image_files import BYTES_ALONE, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
+from caption_data.links import Bounds
+from caption_data.source_files import FORMS, SPLIT_NAMES, form_hint, picture_files
+from caption_data.sources import Source, open_source
+from common.files import read_json
 
 logger = logging.getLogger("capivara")
 
@@ -80,7 +80,7 @@ def open_pictures(
     """Pictures with their captions.
 
     Args:
-        where: folder of pictures, itself or in folders; or a data set as `captions.sources.open_source` takes it.
+        where: folder of pictures, itself or in folders; or a data set as `caption_data.sources.open_source` takes it.
         splits: of a data set; "all" stands for those of the usual names that it has.
         image_column: column of the pictures.
         caption_column: column of a caption or a list of captions; the first of `CAPTION_COLUMNS` where None.

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi, get_token
 
-from artifacts import whole_folder, write_text
+from common.files import whole_folder, write_text
 from common.privacy import short_name
 from hub_upload.allowed_files import TOKENIZER_FILES, check_contents
 from hub_upload.push import NO_TOKEN

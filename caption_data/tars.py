@@ -1,6 +1,6 @@
 """Where the samples of a WebDataset tar lie: nothing is extracted, nothing is unpickled.
 
-python -c "from captions.tars import samples; print(list(samples('shards/train-0000.tar')))"
+python -c "from caption_data.tars import samples; print(list(samples('shards/train-0000.tar')))"
 """
 
 import tarfile

@@ -1,10 +1,10 @@
-"""Caption data sets of every form, read row by row with images as bytes; `training.rows` and `eval` make use of them.
+"""Caption data sets of every form, read row by row with images as bytes.
 
     source = open_source("shards/train-*.tar", "train", "image", streaming=True)
 
 A data set is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` (an image is its
-`file_name`), WebDataset tars in the authors' layout (`jpg|png` and `json`), or a Hub id. `captions.source_files` says
-which file is of which split.
+`file_name`), WebDataset tars in the authors' layout (`jpg|png` and `json`), or a Hub id. Which file is of which split
+is said by `source_files`.
 """
 
 import bisect
@@ -25,11 +25,10 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
 from tqdm.auto import tqdm
 
-from captions.image_files import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, ImageFiles
-from captions.links import Bounds
-from captions.parts import STAGE_FILE, check_all_there, one_line, parquet_batches
-from captions.rows import MAX_DETAIL, Skipped
-from captions.source_files import (
+from caption_data.image_files import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, ImageFiles
+from caption_data.links import Bounds
+from caption_data.rows import MAX_DETAIL, Skipped
+from caption_data.source_files import (
     FORMS,
     copied_bounds,
     files_of_split,
@@ -38,7 +37,8 @@ from captions.source_files import (
     load_saved,
     of_split,
 )
-from captions.tars import refuse_compressed, samples
+from caption_data.stage_folder import STAGE_FILE, check_all_there, one_line, parquet_batches
+from caption_data.tars import refuse_compressed, samples
 
 MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
 HEAD_ROWS = 100  # that columns are judged from where no schema declares them
@@ -48,7 +48,7 @@ SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fi
 class Source:
     """One split of one data set, in a fixed order.
 
-    An image is left as it is, `{"bytes", "path"}`: `captions.image_files` opens it, with the `files` of the source.
+    An image is left as it is, `{"bytes", "path"}`: `caption_data.image_files` opens it, with the `files` of the source.
     """
 
     def __init__(self, name: str, split: str, streaming: bool, files: ImageFiles):
@@ -260,7 +260,7 @@ def open_source(
 
     Args:
         dataset: folder of a saved `DatasetDict`; a file, glob or folder of parquet files or of uncompressed tars;
-            folder of images with `metadata.jsonl`; or a Hub id. `captions.source_files` says which is of which split.
+            folder of images with `metadata.jsonl`; or a Hub id. `source_files` says which is of which split.
         split: name.
         image_column: column of the images; in tars and image folders, the name their images get.
         streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub

@@ -2,7 +2,7 @@
 
     table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], skipped := [])
 
-The rows are those of a `captions.sources.Source`.
+The rows are those of a `caption_data.sources.Source`.
 """
 
 import atexit
@@ -17,9 +17,9 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
-from captions.image_files import ImageFiles, image_digest
-from captions.rows import NOT_CHOSEN, BadRow, Skipped, rows_fingerprint
-from captions.sources import Source
+from caption_data.image_files import ImageFiles, image_digest
+from caption_data.rows import NOT_CHOSEN, BadRow, Skipped, rows_fingerprint
+from caption_data.sources import Source
 from modeling_capivara import repair_text
 
 ROWS_PER_CHUNK = 1000  # of the table of captions; what of it is in memory while it is written

@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 import PIL.Image
 
-from artifacts import write_bytes
+from common.files import write_bytes
 
 matplotlib.use("Agg")  # files only; a screen is not needed
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from artifacts import (
+from common.environment import package_versions
+from common.files import (
     DIGEST_BYTES,
     check_free_space,
     check_output_file,
     has_digest,
     next_numbered_folder,
-    package_versions,
     read_json,
     remove_leftovers,
     whole_folder,
@@ -81,7 +81,7 @@ def test_weights_are_as_readable_as_their_neighbours(tmp_path, umask):
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from artifacts import finish_folder, partial_folder, whole_folder, write_text
+from common.files import finish_folder, partial_folder, whole_folder, write_text
 def fill(folder):
     save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     write_text(folder / "sub" / "config.json", "{}")

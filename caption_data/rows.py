@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from artifacts import write_text
+from common.files import write_text
 
 MAX_DETAIL = 300  # letters of a line of skipped.jsonl; a caption can be a book
 NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy; left out, but not bad

@@ -21,8 +21,8 @@ import fsspec
 import PIL.Image
 import PIL.ImageOps
 
-from captions.links import Bounds
-from captions.rows import BadImage
+from caption_data.links import Bounds
+from caption_data.rows import BadImage
 
 try:
     import pillow_heif  # extra `heic`
@@ -92,7 +92,7 @@ class ImageFileArguments:
         PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, self.max_pixels)  # PIL has a limit of its own
 
     def limits(self) -> dict[str, Any]:
-        """As keyword arguments of `captions.sources.open_source`."""
+        """As keyword arguments of `caption_data.sources.open_source`."""
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
     def image_settings(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The folder that a stage writes: its parts, what they were made from, and whether all of them are there.
 
-    python -c "from captions.parts import check_complete; print(check_complete('data/pt/3-score/train'))"
+    python -c "from caption_data.stage_folder import check_complete; print(check_complete('data/pt/3-score/train'))"
 
 A part is a parquet file of consecutive rows of the source, named by their numbers, with the rows that were left out in
 a list beside it. Where parts begin depends on `stage.json` alone, not on who writes them: any number of machines can
@@ -21,9 +21,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from artifacts import read_json, write_json
-from captions.arguments import SPLIT
+from common.files import read_json, write_json
 
+SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
 STAGE_FILE = "stage.json"
 READ_ROWS = 16  # of a parquet file at once
 IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common

@@ -9,7 +9,8 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from artifacts import package_versions, read_json, write_json
+from common.environment import package_versions
+from common.files import read_json, write_json
 from common.privacy import hide_paths, short_name
 
 SCHEMA_VERSION = 2

@@ -1,6 +1,6 @@
 """Which captions of an image are trained on, and which pairs: pure functions of a row.
 
-    python -c "from captions.selection import CaptionChoice; print(CaptionChoice('rank').columns('pt'))"
+    python -c "from caption_data.selection import CaptionChoice; print(CaptionChoice('rank').columns('pt'))"
 
 A row is a dict with `captions-<language>` (list, the originals), `generated-captions-<language>` (list) and
 `similarities-<language>` (list, the image-caption cosine under the base model: captions, then generated ones). The

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from captions.image_files import ImageFileArguments
-from captions.selection import CaptionChoice
+from caption_data.image_files import ImageFileArguments
+from caption_data.selection import CaptionChoice
+from caption_data.stage_folder import SPLIT
 
 PREFIXES = Path(__file__).parent / "prefixes.json"
-SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Models that figures are taken of: CAPIVARA's, and as baselines open_clip's and transformers' CLIP."""
+"""Embedding models for scoring, evaluation and search: CAPIVARA's, and those of open_clip and transformers."""
 
 import hashlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,15 +9,15 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from artifacts import require
-from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedding import embed_images, embed_texts
-from modeling_capivara.loading import check_reachable, load_model, load_processor, weights_digest
-from processes import processes
+from .embedding import embed_images, embed_texts
+from .loading import check_reachable, load_model, load_processor, weights_digest
+from .modeling_capivara import CapivaraModel
+from .processing_capivara import CapivaraProcessor
 
 # One of which the Hub has of a model of open_clip.
 OPEN_CLIP_FILES = (
@@ -142,6 +143,12 @@ def load_embedder(
     return CapivaraEmbedder(model, load_model(model).eval().to(where), processor, precision)
 
 
+def processes() -> PartialState:
+    """Accelerate's state: this process's number, and its device. One process where nothing was launched."""
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return PartialState(cpu=launched and not torch.cuda.is_available())
+
+
 def _device(name: str | None) -> torch.device:
     """Raises ValueError where there is no such device."""
     try:
@@ -154,8 +161,12 @@ def _device(name: str | None) -> torch.device:
 
 
 def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedder:
-    require(f"open_clip:{source}", "open_clip", "open_clip")
-    import open_clip
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(
+            f"open_clip:{source} needs open_clip, not installed yet: pip install open_clip_torch"
+        ) from error
 
     name, pretrained = source, None
     if not source.startswith(("local-dir:", "hf-hub:")):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from captions.image_files import FORM_HELP, ImageFileArguments
+from caption_data.image_files import FORM_HELP, ImageFileArguments
 from eval.benchmarks import METRICS, SUITES
 
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's

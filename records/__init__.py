@@ -1,0 +1,1 @@
+"""Figures out: what was measured, and its tables, plots and pages."""
