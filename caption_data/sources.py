@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -60,7 +60,14 @@ class Source:
 
     @property
     def where(self) -> str:
+        """Data set and split, for messages."""
         return f"{self.name}, split {self.split!r}"
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Raise ValueError where a column is missing; those that are there are named."""
+        for name in names:
+            if name not in self.columns:
+                raise ValueError(f"{self.where} has no column {name!r}; there are {self.columns}.")
 
     def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
         """The rows from row `start` on; where it saves reading, with none but the columns `only`."""
