@@ -4,7 +4,7 @@
 
 A data set is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` (an image is its
 `file_name`), WebDataset tars in the authors' layout (`jpg|png` and `json`), or a Hub id. Which file is of which split
-is said by `source_files`.
+is decided by `source_files`.
 """
 
 import bisect
@@ -74,7 +74,7 @@ class Source:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Hex digest that tells one content from another, and is the same wherever the files lie.
+        """Hex digest of the content, the same wherever the files lie.
 
         It is cheap: of a large file its size and pieces all over it, of a data set of `datasets` the fingerprint that
         the library keeps.
@@ -267,7 +267,7 @@ def open_source(
 
     Args:
         dataset: folder of a saved `DatasetDict`; a file, glob or folder of parquet files or of uncompressed tars;
-            folder of images with `metadata.jsonl`; or a Hub id. `source_files` says which is of which split.
+            folder of images with `metadata.jsonl`; or a Hub id. `source_files` has the rule of splits.
         split: name.
         image_column: column of the images; in tars and image folders, the name their images get.
         streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub
@@ -359,7 +359,7 @@ def _files_fingerprint(files: list[Path]) -> str:
 
 
 def _read_at(file: BinaryIO, offset: int, length: int, limit: int) -> bytes:
-    """`length` bytes, but one more than `limit` at most, which tells that there are too many."""
+    """`length` bytes, at most `limit` and one more, by which the caller sees that there are too many."""
     file.seek(offset)
     wanted = min(length, limit + 1)
     data = file.read(wanted)

@@ -1,4 +1,4 @@
-"""How a command begins and ends: flags are read before the imports that take seconds, and faults end in one line.
+"""Command lines: dataclasses of flags, YAML files of the same names, `--help`, and errors in one line.
 
     from common.start import start_command
 
@@ -18,7 +18,7 @@
     if __name__ == "__main__":
         run_command(main)
 
-The arguments are dataclasses of a module that imports neither torch nor datasets.
+The arguments are dataclasses with a `flag` a field, in a module that imports neither torch nor datasets.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
+from functools import wraps
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -41,7 +42,7 @@ def run_command(main: Callable[[], object], resumes: bool = False) -> None:
 
     Args:
         main: of the command.
-        resumes: whether the same command goes on from what it has kept, which Ctrl-C then says.
+        resumes: whether the same command, run again, resumes; the message of Ctrl-C then says so.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -153,6 +154,19 @@ def between(arguments: Any, low: float, high: float, *names: str) -> None:
         value = getattr(arguments, name)
         if value is not None and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, got {value:g}.")
+
+
+def user_errors(main: Callable[..., T]) -> Callable[..., T]:
+    """Decorate `main` of a command: an error in what the user has given (a value, a file, a package) is one line."""
+
+    @wraps(main)
+    def command(*args: Any, **options: Any) -> T:
+        try:
+            return main(*args, **options)
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"error: {error}")
+
+    return command
 
 
 def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argparse.ArgumentParser:

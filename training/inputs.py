@@ -53,6 +53,7 @@ class Inputs:
     base_digest: str
 
     def planner(self, args: RunArguments, seed: int) -> Planner:
+        """What draws the batches of a run with this seed."""
         captions = [split.table["captions"] for split in self.training]
         # A copy: it plans in a thread, and a tokenizer remembers padding and length from its last call.
         processor = copy.deepcopy(self.processor)

@@ -45,7 +45,7 @@ class Interrupted(Exception):
 
 @dataclass
 class Trainer:
-    """One run of the engine.
+    """The training of one model with one seed.
 
     Attributes:
         args: of the run.
@@ -120,7 +120,7 @@ class Trainer:
         return self.state
 
     def _one_step(self, plan: StepPlan, pixels: Iterator[Tensor] | None, started: float) -> dict:
-        """One optimiser step, of which the plan was asked for at `started`; returns its entry of the curve."""
+        """One optimiser step, whose plan was awaited from `started` on; returns its entry of the curve."""
         args = self.args
         own = self._own(plan)
         image_embeds = self._image_embeds(plan, own, pixels)
@@ -266,7 +266,7 @@ class Trainer:
         self.checkpoints.save(self.state)
 
     def _save_batch(self, plan: StepPlan) -> str:
-        """Write what the step was made of; returns a sentence that says where, and the way out."""
+        """Write the pairs of a step that failed; returns a sentence with the path and what to do."""
         path = self.checkpoints.folder / f"bad-batch-step-{plan.step + 1}.json"
         if self.accelerator.is_main_process:
             texts = [t for batch in plan.batches for t in self.planner.processor.batch_decode(batch.input_ids)]
@@ -276,7 +276,7 @@ class Trainer:
         return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
 
     def _report_accumulation(self, kept: int, batches: int) -> None:
-        """Say once how the batch is accumulated."""
+        """Log once how the batch is accumulated."""
         self.reported = True
         if self.accelerator.is_main_process:
             fitting = f" ({self.step.budget / 1e9:.1f} GB of them fit)" if self.args.accumulation == "auto" else ""

@@ -12,7 +12,6 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("examples.example_arguments:PrepareArguments", __doc__)
 
 import logging
-import sys
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from caption_data.source_files import load_embedded
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.files import check_free_space, whole_folder, write_json, write_text
 from eval.metrics import mean_recall, retrieval_ranks
 from examples.example_arguments import PrepareArguments
@@ -246,13 +245,12 @@ def _without_direction(vector: Tensor) -> Tensor:
     return torch.eye(len(vector)) - torch.outer(direction, direction)
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        args = parse(PrepareArguments, __doc__, argv)
-        prepare(args.dataset, args.model)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    args = parse(PrepareArguments, __doc__, argv)
+    prepare(args.dataset, args.model)
     print(f"Data set: {args.dataset}\nBase model: {args.model}")
 
 
