@@ -50,7 +50,6 @@ from common.files import write_json
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
-from training.images import embed_pixels
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.step import (
     ExactStep,
@@ -61,6 +60,7 @@ from training.step import (
     sparse_embedding_gradients,
 )
 from training.trainable import set_training_mode
+from training.views import embed_pixels
 
 ROOT = Path(__file__).resolve().parent.parent
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results

@@ -66,12 +66,6 @@ def write_with_digest(path: Path, data: bytes) -> None:
     write_bytes(path, data + hashlib.sha256(data).hexdigest().encode())
 
 
-def add_digest(path: Path) -> None:
-    """Append to a file what `write_with_digest` would have, for one that is too large to hold in memory."""
-    with path.open("r+b") as file:
-        file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
-
-
 def has_digest(path: Path) -> bool:
     """Whether a file is there, and is as `write_with_digest` has written it: every byte is read."""
     digest = hashlib.sha256()
@@ -169,9 +163,8 @@ def remove_leftovers(path: Path) -> None:
         if not (match := name.fullmatch(left.name)):
             continue
         with suppress(OSError):  # it is locked, or another process has tidied up meanwhile
-            lock = os.open(left, os.O_RDONLY)
+            lock = lock_folder(left)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if match[1] == "old" and not (path.exists() and any(path.iterdir())):
                     left.rename(path)  # killed between the two renames of `_replace_folder`
                 else:
@@ -214,6 +207,21 @@ def next_numbered_folder(parent: Path, name: str) -> Path:
     while (parent / f"{name}-{number:03d}").exists() or partial_folder(parent / f"{name}-{number:03d}").exists():
         number += 1
     return parent / f"{name}-{number:03d}"
+
+
+def lock_folder(folder: Path) -> int:
+    """Lock a folder that is there; returns the handle to close, which a process's end closes, too.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _temporary_folder(path: Path) -> tuple[Path, int]:
