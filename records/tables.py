@@ -2,9 +2,8 @@
 
 import statistics
 
-from records.schema import Record
+from records.schema import MODEL_NAMES, Record
 
-MODEL_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}
 COLUMNS = ("recall@1", "recall@5", "recall@10", "mean_recall")
 
 

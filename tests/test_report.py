@@ -174,10 +174,13 @@ def pairs(folder: Path):
 
 @pytest.mark.parametrize("differs", ["dataset", "split", "language", "protocol", "direction", "metric"])
 def test_only_equal_conditions_are_paired(tmp_path, differs):
-    written(tmp_path, BASELINE, MODEL | {"value": 0.75})
+    retrieval = {"task": "retrieval", "direction": "text_to_image", "metric": "recall@1"}
+    baseline, model = BASELINE | retrieval, MODEL | retrieval | {"value": 0.75}
+    written(tmp_path, baseline, model)
     (pair,) = pairs(tmp_path)
     assert pair.difference == 0.25 and not pair.doubts
-    written(tmp_path, BASELINE, MODEL | {"value": 0.75, differs: "other"})
+    other = {"direction": "image_to_text", "metric": "recall@5"}.get(differs, "other")
+    written(tmp_path, baseline, model | {differs: other})
     apart = pairs(tmp_path)
     assert len(apart) == 2 and all(pair.difference is None for pair in apart)
 

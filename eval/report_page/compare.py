@@ -11,8 +11,8 @@ from torch import Tensor
 
 from common.privacy import hide_paths
 from eval.report_page.files import RANK_METRICS, ClassFigures, Found, Query, ResultFile
-from records.schema import Record
-from records.tables import MODEL_NAMES, percent
+from records.schema import MODEL_NAMES, Record
+from records.tables import percent
 
 SAME = 5e-4  # a difference that no figure shows: of two runs on different devices, say
 TASKS = ("retrieval", "classification", "linear_probe")

@@ -15,7 +15,7 @@ from eval.report_page.files import Found, Query, shorten
 from eval.report_page.pictures import Pictures, Thumbnails
 from eval.report_page.sections import figure_note, name_parts, protocol_text, title_of
 from records.plots import BarRow, plot_bars, plot_confusion, plot_gallery
-from records.tables import MODEL_NAMES
+from records.schema import MODEL_NAMES
 
 BEST_AND_WORST = 15  # classes at either end, where all would not fit
 CONFUSED_PAIRS = 15

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from caption_data.image_files import ImageFiles, decode_image
 from caption_data.links import Bounds
-from records.schema import SCHEMA_VERSION, Record
-from records.tables import MODEL_NAMES
+from records.schema import MODEL_NAMES, SCHEMA_VERSION, Record
 
 MAX_JSON_BYTES = 64 * 2**20  # a 1000 x 1000 confusion matrix takes 12 MB, indented
 MAX_CLASSES = 5000

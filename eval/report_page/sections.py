@@ -24,7 +24,7 @@ from eval.report_page.compare import (
 from eval.report_page.files import Found, shorten
 from eval.report_page.pictures import Pictures
 from records.plots import BarRow, plot_bars, plot_gains, plot_training_curves
-from records.tables import MODEL_NAMES
+from records.schema import MODEL_NAMES
 
 METRIC_NAMES = {
     "recall@1": "R@1",
