@@ -123,7 +123,7 @@ class Record:
         for name, known in (("task", TASKS), ("model", tuple(MODEL_NAMES)), ("direction", known_directions)):
             if getattr(self, name) not in known:
                 rule = f"one of {', '.join(known)}" if known != ("",) else "empty"
-                raise ValueError(f"{name} of {self.task} must be {rule}, got {_shown(getattr(self, name))}")
+                raise ValueError(f"{name} must be {rule} for {self.task}, got {_shown(getattr(self, name))}")
         kind = "retrieval" if re.fullmatch(r"recall@[1-9]\d{0,8}", self.metric) else METRICS.get(self.metric)
         if kind is None or (kind == "retrieval") != (self.task == "retrieval"):
             raise ValueError(f"metric must be one of {self.task}, got {_shown(self.metric)}")

@@ -372,7 +372,8 @@ def test_pictures_stay_in_the_folder(tmp_path):
 def test_a_missing_picture_is_stated(tmp_path):
     best = [{"image": "../../etc/passwd", "score": 0.5}]
     gallery = [{"query": "um gato", "rank": 2, "right": "g/1.jpg", "best": best}]
-    written(tmp_path / "in", MODEL | {"task": "retrieval"}, gallery=gallery)
+    retrieval = {"task": "retrieval", "direction": "text_to_image", "metric": "recall@1"}
+    written(tmp_path / "in", MODEL | retrieval, gallery=gallery)
     found = write_report(tmp_path / "in", tmp_path / "report")
     assert {name for name, _ in found.problems} == {"../../etc/passwd", "g/1.jpg"}
     assert "not shown" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
