@@ -71,7 +71,7 @@ def test_records_survive_json(tmp_path):
     content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert content["schema_version"] == 2 and content["versions"]["torch"] and str(tmp_path) not in str(content)
     (tmp_path / "old.json").write_text('{"schema_version": 1}', encoding="utf-8")
-    with pytest.raises(ValueError, match="old.json#/schema_version must be 2, got 1: measure it again"):
+    with pytest.raises(ValueError, match=r"old\.json#/schema_version must be 2, got 1: measure it again"):
         read_records(tmp_path / "old.json")
 
 
