@@ -27,7 +27,7 @@ def origin_card(folder: Path, repo_id: str | None = None) -> str | None:
         repo_id: where on the Hub it was fetched from, which is the base of what is made from it; where None, the base
             is the one that the source's card names.
     """
-    stated = _stated(folder / "README.md")
+    stated = {key: value for key, value in card_metadata(folder / "README.md").items() if _is_text(value)}
     known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in KEPT}}
     known = {key: value for key, value in known.items() if value}
     if not known:
@@ -36,13 +36,12 @@ def origin_card(folder: Path, repo_id: str | None = None) -> str | None:
     return CARD.format(metadata=yaml_dump(about, sort_keys=False), title=html.escape(repo_id or folder.resolve().name))
 
 
-def _stated(card: Path) -> dict[str, Any]:
-    """Texts and lists of texts in a card's front matter; the rest of what others have written there is left."""
+def card_metadata(card: Path) -> dict[str, Any]:
+    """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
     try:
-        told = metadata_load(card) if card.is_file() else None
+        return (metadata_load(card) if card.is_file() else None) or {}
     except (ValueError, OSError, yaml.YAMLError):
-        told = None
-    return {key: value for key, value in (told or {}).items() if _is_text(value)}
+        return {}
 
 
 def _is_text(value: Any) -> bool:

@@ -295,6 +295,8 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name):g}.")
+        if self.runs > 1 and self.resume not in (None, "auto"):
+            raise ValueError(f"The checkpoint {self.resume} is of one run, not of {self.runs}. Use --resume auto.")
         self.check_hub(self.runs)
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 
