@@ -12,7 +12,8 @@ from caption_data.rows import BadImage
 from eval.report_folder import Found, Query, open_picture, skipped_rows
 from eval.report_sections import figure_note, model_label, name_parts, protocol_text, reading_order, title_of
 from records.page import Picture, Pictures, shorten, thumbnail
-from records.plots import BarRow, plot_bars, plot_confusion, plot_gallery
+from records.picture_sheets import plot_gallery
+from records.plots import BarRow, plot_bars, plot_confusion
 from records.schema import MODEL_NAMES, Condition, ResultFile
 from records.series import folder_and_seed
 from records.tables import points
@@ -166,7 +167,7 @@ def _gallery_section(
     anchor = pictures.anchor("gallery", *name_parts(condition)[1:])
     drawn = hits[:DRAWN_QUERIES] + misses[:DRAWN_QUERIES]
     rows = [(_drawn_title(q), [(thumbnails.image(i), i == q.right) for i, _ in q.best[:BEST]]) for q in drawn]
-    rows = [row for row in rows if row[1]]
+    rows = [[row] for row in rows if row[1]]
     if rows:
         plot_gallery(rows, pictures.folder / f"{anchor}.png")
     return {

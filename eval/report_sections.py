@@ -1,4 +1,4 @@
-"""Sections of the report that hold figures: what was measured, benchmarks, gains, protocols, training, what is left out.
+"""Sections of the report with figures: what was measured, benchmarks, gains, protocols, training, what is left out.
 
 Each function returns plain values for the template; the pictures are drawn on the way.
 """
