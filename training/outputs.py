@@ -22,7 +22,7 @@ from common.environment import device_description, package_versions
 from common.files import write_text
 from common.privacy import short_name
 from modeling_capivara import CapivaraProcessor
-from modeling_capivara.open_clip_origin import card_metadata
+from modeling_capivara.loading import card_metadata
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
 from training.trainable import merge_adapters
