@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         print(json.dumps(measure_ours(args)))
         return
-    from records.plots import plot_train_step  # here: the workers' memory shall not hold matplotlib
+    from benchmarks.plots import plot_train_step  # here: the workers' memory shall not hold matplotlib
 
     results = compare(args)
     write_json(args.output, results)

@@ -23,12 +23,12 @@ from typing import Any
 from caption_data.rows import NOT_CHOSEN, BadRow
 from caption_data.selection import WITH_SIMILARITIES, choose_captions, pair_passes
 from caption_data.stage_folder import StageReport, check_complete, unfinished
-from captions.report import write_report
+from captions.selection_report import write_report
 from captions.stage_arguments import SelectArguments
 from captions.stages import CAPTIONS, run_stage
 from common.cli import parse, run_command
 
-REPORT = Path("report") / "report.md"  # in the output; it is written last
+REPORT = Path("report") / "index.html"  # in the output; it is written last
 
 
 class Selection:
@@ -67,6 +67,10 @@ class Selection:
     def first(self, row: dict[str, Any]) -> float | None:
         """What the pair filter looks at: the similarity of the first original caption."""
         return self.scored(row)[0][1] if row.get(self.captions) else None
+
+    def outcome(self, row: dict[str, Any]) -> tuple[list[str], list[tuple[str, float | None]], float | None]:
+        """What the report needs of a row: `chosen`, `scored` and `first` of it. Raises as `chosen` does."""
+        return self.chosen(row), self.scored(row), self.first(row)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         return [self._new_columns(row) for row in rows]
@@ -111,7 +115,7 @@ def select(args: SelectArguments) -> StageReport:
 def write_missing_report(args: SelectArguments) -> None:
     """The report of a selection that is complete, where a run ended before it was written."""
     if not (args.output / REPORT).is_file():
-        write_report(args, Selection(args), check_complete(args.output))
+        write_report(args, Selection(args).outcome, check_complete(args.output))
 
 
 def main(argv: list[str] | None = None) -> None:
