@@ -74,7 +74,7 @@ def parse(
     """
     flags = parser(kind, hide, description=description)
     args, unknown = flags.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    refuse_unknown(unknown, [known.name for known in fields(kind)])
+    refuse_unknown(unknown, [known.name for known in fields(kind)], getattr(kind, "gone", {}))
     return args
 
 
@@ -95,9 +95,18 @@ def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argp
     return Parser(kinds, **options)
 
 
-def refuse_unknown(words: list[str], known: list[str]) -> None:
-    """Raise ValueError where words of a command line are left over; values are not shown, one may be a secret."""
+def refuse_unknown(words: list[str], known: list[str], gone: dict[str, str] | None = None) -> None:
+    """Raise ValueError where words of a command line are left over; values are not shown, one may be a secret.
+
+    Args:
+        words: that are left over.
+        known: names of the flags.
+        gone: flags of earlier versions, with what is used instead.
+    """
     flags = [word.split("=")[0] for word in words if word.startswith("-")]
+    for flag in flags:
+        if instead := (gone or {}).get(flag.lstrip("-")):
+            raise ValueError(f"`{flag}` is gone: {instead}.")
     if flags:
         reject(flags[0], "flag", [f"--{name}" for name in known])
     if words:
