@@ -86,7 +86,14 @@ class Selection:
         return {self.captions: chosen, self.generated: [], self.similarities: similarities}
 
 
-def select(args: SelectArguments, rank: int = 0, world_size: int = 1) -> StageReport:
+def select(args: SelectArguments) -> StageReport:
+    """The whole stage in this process: its rows and the report. Raises as `select_rows` does."""
+    report = select_rows(args)
+    write_missing_report(args)
+    return report
+
+
+def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """Write the parts of one task that are missing.
 
     Raises:
@@ -113,7 +120,7 @@ def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int =
         write_report(args, Selection(args), check_complete(args.output))
 
 
-PHASES = {"rows": Phase(select, finished_row_tasks), "report": Phase(write_missing_report)}
+PHASES = {"rows": Phase(select_rows, finished_row_tasks), "report": Phase(write_missing_report)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@
 with the rows. All of it is in OUTPUT.translations.
 """
 
+import hashlib
 import logging
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,17 @@ from tqdm.auto import tqdm
 
 from caption_data.rows import Skipped
 from caption_data.sources import Source
-from caption_data.stage_folder import StageReport, all_parts, claim, finished_ranks, part_path, progress, share
+from caption_data.stage_folder import (
+    STAGE_FILE,
+    StageReport,
+    all_parts,
+    claim,
+    finished_ranks,
+    part_path,
+    progress,
+    share,
+    stage_record,
+)
 from captions.sentences import PAIR_SCHEMA, SENTENCES, SentenceFile, TranslationMemory
 from captions.stages import stage_source, write_parts
 from captions.translate_arguments import PAPER_MODEL, TranslateArguments
@@ -66,7 +77,7 @@ def translate_sentences(args: TranslateArguments, rank: int = 0, world_size: int
     memory = TranslationMemory(args.memory_folder, translator.fingerprint)
     known = memory.find(texts)
     if isinstance(translator, GoogleTranslator):
-        translator.limits = _limits(args, sum(map(len, set(texts) - known.keys())), world_size)
+        translator.limits = task_limits(args, sum(map(len, set(texts) - known.keys())), world_size)
     record = _sentence_record(args, sentences) | {
         "settings": {"translator": translator.fingerprint},
         "columns": {name: "string" for name in PAIR_SCHEMA.names},
@@ -87,9 +98,17 @@ def finished_sentence_tasks(args: TranslateArguments, world_size: int) -> list[i
         sentences = sentence_file(args, stage_source(args))
     except (ValueError, OSError):
         return []
-    if not sentences.is_there():
+    if not sentences.is_there() or _other_table(args):
         return []
     return finished_ranks(parts_folder(args), _sentence_record(args, sentences), world_size)
+
+
+def _other_table(args: TranslateArguments) -> bool:
+    """Whether a table has been corrected since it was used; the task then says so."""
+    if args.import_file is None or not (parts_folder(args) / STAGE_FILE).is_file():
+        return False
+    used = stage_record(parts_folder(args))["settings"]["translator"].get("sha256")
+    return used != hashlib.sha256(args.import_file.read_bytes()).hexdigest()
 
 
 class SentenceTranslator:
@@ -245,7 +264,7 @@ def check_cost(args: TranslateArguments, characters: int) -> None:
     logger.info("%s.", estimate)
 
 
-def _limits(args: TranslateArguments, characters: int, world_size: int) -> Limits:
+def task_limits(args: TranslateArguments, characters: int, world_size: int) -> Limits:
     """What a task may send: its own sentences, and its share of what --max_cost leaves over for repeated requests."""
     if args.price_per_million:
         allowed = int((args.max_cost or 0.0) / args.price_per_million * 1e6)
