@@ -23,6 +23,7 @@ from caption_data.stage_folder import (
     finished_ranks,
     part_path,
     progress,
+    remove_leftovers,
     share,
     stage_record,
 )
@@ -93,7 +94,8 @@ def translate_sentences(args: TranslateArguments, rank: int = 0, world_size: int
 
 
 def finished_sentence_tasks(args: TranslateArguments, world_size: int) -> list[int]:
-    """`Phase.finished` of `translate_sentences`."""
+    """`Phase.finished` of `translate_sentences`; removes what kills have left of parts that are there."""
+    remove_leftovers(parts_folder(args))
     try:
         sentences = sentence_file(args, stage_source(args))
     except (ValueError, OSError):

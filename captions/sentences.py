@@ -81,6 +81,8 @@ class SentenceFile:
 
     def write(self, rows_per_group: int) -> None:
         """Make it, unless it is there, with so many rows in a row group."""
+        for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a kill: one task alone writes it
+            leftover.unlink()
         if self.is_there():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

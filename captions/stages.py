@@ -114,7 +114,8 @@ def run_stage(
 
 
 def finished_row_tasks(args: StageArguments, world_size: int) -> list[int]:
-    """`Phase.finished` of a phase that is `run_stage`."""
+    """`Phase.finished` of a phase that is `run_stage`; removes what kills have left of parts that are there."""
+    remove_leftovers(args.output)
     try:
         source = stage_source(args)
     except (ValueError, OSError):  # the stage before is unfinished; any other fault is for the tasks to report
