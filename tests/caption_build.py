@@ -65,6 +65,17 @@ def write_config(folder: Path, model: Path) -> Path:
     return path
 
 
+def openmoji_config(folder: Path, model: Path) -> Path:
+    """The config of examples.openmoji.captions, whose output is FOLDER/built, for a toy."""
+    content = yaml.safe_load((ROOT / "configs" / "openmoji_captions.yaml").read_text(encoding="utf-8"))
+    content |= {"dataset": str(folder / "english"), "output": str(folder / "built")}
+    content["translate"] |= {"import": str(folder / "tables" / "{split}.tsv"), "rows_per_part": 2}
+    content["score"] = {"model": str(model), "device": "cpu", "rows_per_part": 4}
+    content["select"]["min_pair_similarity"] = -1
+    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return folder / "config.yaml"
+
+
 def fill(tables: Path) -> None:
     for path in tables.glob("*.tsv"):
         head, *lines = path.read_text(encoding="utf-8").splitlines()

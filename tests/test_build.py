@@ -14,7 +14,7 @@ from pathlib import Path
 import datasets
 import pytest
 import yaml
-from caption_build import CARD, changed, files, surroundings, write_config
+from caption_build import CARD, changed, files, openmoji_config, surroundings, write_config
 from caption_tars import picture
 from datasets import Image, Value
 from huggingface_hub import DatasetCard
@@ -341,13 +341,8 @@ def test_the_comparison_of_selected_and_all_captions(config, tmp_path, tiny_fold
 def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_dataset_folder):
     """At toy width: the Portuguese captions go out as a table of English ones and come back exactly."""
     source = datasets.load_from_disk(tiny_dataset_folder)
-    content = yaml.safe_load((ROOT / "configs" / "openmoji_captions.yaml").read_text(encoding="utf-8"))
-    content |= {"dataset": str(tmp_path / "english"), "output": str(tmp_path / "built")}
-    content["translate"]["import"] = str(tmp_path / "tables" / "{split}.tsv")
-    content["score"] = {"model": str(tiny_folder), "device": "cpu"}
-    content["select"]["min_pair_similarity"] = -1
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    folder = build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, tmp_path / "config.yaml"))
+    config = openmoji_config(tmp_path, tiny_folder)
+    folder = build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
     for split, rows in source.items():
         built = list(open_source(str(folder), split, "image", in_place=True).rows())
         assert [row["captions-pt"] for row in built] == [captions[:1] for captions in rows["captions-pt"]]
