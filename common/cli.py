@@ -85,7 +85,7 @@ def parse(
         # `1e-4`, which PyYAML takes for text, becomes a number.
         words = (config_flags(Path(file), names) if file else []) + words
     namespace, unknown = flags.parse_known_args(words)
-    refuse_unknown(unknown, [*names, "config"] if config else names)
+    refuse_unknown(unknown, [*names, "config"] if config else names, getattr(kind, "gone", {}))
     values = vars(namespace)
     if config:
         del values["config"]
@@ -186,9 +186,18 @@ def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argp
     return Parser(kinds, **options)
 
 
-def refuse_unknown(words: list[str], known: list[str]) -> None:
-    """Raise ValueError where words of a command line are left over; values are not shown, one may be a secret."""
+def refuse_unknown(words: list[str], known: list[str], gone: dict[str, str] | None = None) -> None:
+    """Raise ValueError where words of a command line are left over; values are not shown, one may be a secret.
+
+    Args:
+        words: that are left over.
+        known: names of the flags.
+        gone: flags of earlier versions, with what is used instead.
+    """
     flags = [word.split("=")[0] for word in words if word.startswith("-")]
+    for flag in flags:
+        if instead := (gone or {}).get(flag.lstrip("-")):
+            raise ValueError(f"`{flag}` is gone: {instead}.")
     if flags:
         reject(flags[0], "flag", [f"--{name}" for name in known])
     if words:
