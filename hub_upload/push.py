@@ -22,7 +22,7 @@ import time
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 
 from common.cli import parse, run_command
-from hub_upload.card_check import outdated
+from hub_upload.card import outdated
 from hub_upload.limits import program_limit
 from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, check_visibility, plan, readable_size, report
 from hub_upload.remote import (
