@@ -20,7 +20,7 @@ from test_space import bomb
 
 from hub_upload.space.answers import MAX_UPLOAD_BYTES, Demo
 from hub_upload.space.index import build_index, open_album
-from hub_upload.space.pictures import open_pictures
+from hub_upload.space.collection import open_pictures
 from modeling_capivara.embedder import CapivaraEmbedder
 
 gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
