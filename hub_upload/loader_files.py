@@ -172,8 +172,8 @@ def write_sentence_transformers(folder: Path) -> None:
         "transformer_task": "feature-extraction",
         # Without it sentence-transformers 6 takes the model for a text encoder, and does not say so.
         "modality_config": {
-            kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
-            for kind in ("text", "image")
+            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
         },
         "module_output_name": SENTENCE_EMBEDDING,
     }

@@ -31,14 +31,8 @@ def int8_measurement(dataset: str, split: str, language: str, caption_column: st
     Raises:
         ValueError: the data set can't be read.
     """
-    args = RetrievalArguments(
-        model="onnx",
-        dataset=dataset,
-        output=Path("onnx.json"),
-        split=split,
-        language=language,
-        caption_column=caption_column,
-    )
+    columns = {"split": split, "language": language, "caption_column": caption_column}
+    args = RetrievalArguments(model="onnx", dataset=dataset, output=Path("onnx.json"), **columns)
     data = load_data(args)
     return lambda folder: recall_lines(measure_int8(folder, args, data))
 
