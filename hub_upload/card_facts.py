@@ -9,15 +9,16 @@ needs it, and left out where it doesn't; nothing is guessed.
 """
 
 import hashlib
-import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub import parse_local_safetensors_file_metadata
+from huggingface_hub.errors import SafetensorsParsingError
+
 from common.privacy import secret_in
-from records.schema import MAX_JSON_BYTES, SCHEMA_VERSION, ResultFile, parse_result, read_object
+from records.schema import SCHEMA_VERSION, ResultFile, parse_result, read_object
 from records.series import Measured, Series, by_role_and_precision, collect_series
 
 GRAPHS = "onnx/quantisation.json"
@@ -215,16 +216,10 @@ def _series(results: list[ResultFile]) -> list[Series]:
 
 
 def _parameters(model: Path) -> int | None:
-    """How many numbers the weights are, by the headers of their files."""
+    """How many numbers the weights are, by the headers of their files; None where there are none."""
     paths = [*model.glob("model.safetensors"), *model.glob("model-*-of-*.safetensors")]
-    return sum(map(_numbers, paths)) if paths else None
-
-
-def _numbers(path: Path) -> int:
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(size if size <= MAX_JSON_BYTES else 0))
-            return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path.name} is no safetensors file.") from error
+    try:
+        counts = [sum(parse_local_safetensors_file_metadata(path).parameter_count.values()) for path in paths]
+    except (SafetensorsParsingError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The weights are no safetensors files: {' '.join(str(error).split())}") from error
+    return sum(counts) if counts else None
