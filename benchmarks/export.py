@@ -31,7 +31,7 @@ from benchmarks.train_step import ROOT, in_own_process
 from common.environment import device_description, package_versions, peak_resident_bytes
 from common.files import write_json
 from hub_upload.export import export
-from hub_upload.open_clip_files import OPEN_CLIP_WEIGHTS
+from hub_upload.loader_files import OPEN_CLIP_WEIGHTS
 from hub_upload.source_model import WEIGHTS
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 

@@ -29,8 +29,8 @@ from common.environment import device_description, package_versions
 from common.files import write_json
 from examples.openmoji.encoders import load_text_encoder
 from hub_upload.space.answers import Demo
+from hub_upload.space.collection import Credit
 from hub_upload.space.index import ROWS_PER_SHARD, Album, Index, thumbnail_file
-from hub_upload.space.pictures import Credit
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedder import CapivaraEmbedder, load_embedder
 

@@ -20,8 +20,8 @@ from test_space_page import asked, free_port
 
 from caption_data.image_files import decode_image
 from hub_upload.space.answers import Demo, Refusal
+from hub_upload.space.collection import open_pictures
 from hub_upload.space.index import Index, build_index, open_album
-from hub_upload.space.pictures import open_pictures
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedder import CapivaraEmbedder
 
