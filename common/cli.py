@@ -23,6 +23,7 @@ The arguments are dataclasses of a module that imports neither torch nor dataset
 
 import argparse
 import difflib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -63,7 +64,8 @@ def parse(
 
     Args:
         kind: dataclass with a field for each flag, as `transformers.HfArgumentParser` takes it. A field whose metadata
-            have `"positional": True` is given without its name.
+            have `"positional": True` is given without its name. Its `help_pt`, name of a flag -> text, replaces the
+            help where the locale is Portuguese; the text of "" is the description.
         description: text of `--help`, the docstring of the command's module.
         argv: the words, `sys.argv[1:]` where None.
         hide: takes secrets out of what is said of a value.
@@ -81,8 +83,15 @@ def parse(
 def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argparse.ArgumentParser:
     """An `HfArgumentParser` of this project's manners, for dataclasses."""
 
+    help_pt = getattr(kinds, "help_pt", {}) if locale_is_portuguese() else {}
+
     class Parser(_hf_argument_parser()):
         def add_argument(self, *names: str, positional: bool = False, **options: Any) -> argparse.Action:
+            if help_pt and options.get("action") == "help":
+                options["help"] = "mostra esta ajuda e termina"
+            elif help_pt:
+                default = " (padrão: %(default)s)" if "default" in options else ""
+                options["help"] = help_pt[names[0].removeprefix("--").removeprefix("no_")] + default
             if positional:
                 options.pop("required", None)
                 names = (names[0].lstrip("-"),)
@@ -92,6 +101,8 @@ def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argp
             self.exit(2, f"error: {hide(message)} (--help lists all)\n")
 
     options = {"prog": program(), "allow_abbrev": False, "formatter_class": CommandHelp} | options
+    if help_pt:
+        options |= {"description": help_pt[""], "formatter_class": argparse.RawDescriptionHelpFormatter}
     return Parser(kinds, **options)
 
 
@@ -114,6 +125,12 @@ def program() -> str:
     """The command as its user has called it, such as "python -m captions.score"."""
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+
+
+def locale_is_portuguese() -> bool:
+    """Whether messages are wanted in Portuguese: the first of LC_ALL, LC_MESSAGES and LANG that is set says so."""
+    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return next(filter(None, names), "").startswith("pt")
 
 
 class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
