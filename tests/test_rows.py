@@ -15,7 +15,7 @@ from caption_data.image_files import decode_image
 from caption_data.pairs import caption_table, check_bad_share, joined_tables, table_bytes, tables_fingerprint
 from caption_data.rows import BadImage, Skipped, write_skipped
 from caption_data.sources import open_source
-from training import rows
+from caption_data import pairs as rows
 
 
 def bad_rows() -> list[tuple[str, list[tuple[str, bytes]]]]:
