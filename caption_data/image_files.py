@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ import PIL.ImageOps
 
 from caption_data.links import Bounds
 from caption_data.rows import BadImage
+from common.cli import at_least, flag
 
 try:
     import pillow_heif  # extra `heic`
@@ -70,16 +71,11 @@ BYTES_ALONE = ImageFiles()
 class ImageFileArguments:
     """The flags of every command that reads images. Raises ValueError where a value breaks its rule."""
 
-    image_roots: list[Path] = field(
-        default_factory=list,
-        metadata={
-            "help": "Folders outside of the data set that image paths and links in it may lead into; no other file is "
-            "opened."
-        },
+    image_roots: list[Path] = flag(
+        [], "Folders outside of the data set that image paths and links in it may lead into; no other file is opened."
     )
-    max_pixels: int = field(
-        default=MAX_IMAGE_PIXELS,
-        metadata={"help": "Images of more pixels (width x height) are left out; each takes 3 bytes a pixel and more."},
+    max_pixels: int = flag(
+        MAX_IMAGE_PIXELS, "Images of more pixels (width x height) are left out; each takes 3 bytes a pixel and more."
     )
 
     def check_image_files(self) -> None:
@@ -87,8 +83,7 @@ class ImageFileArguments:
         for root in self.image_roots:
             if not root.is_dir():
                 raise ValueError(f"image_roots must be folders that are there, got {root}.")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}.")
+        at_least(self, 1, "max_pixels")
         PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, self.max_pixels)  # PIL has a limit of its own
 
     def limits(self) -> dict[str, Any]:

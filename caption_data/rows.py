@@ -52,6 +52,11 @@ def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
     return digest.hexdigest()
 
 
+def storable(text: str) -> str:
+    """A text without lone surrogates, which JSON can hold and no Arrow file takes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def write_skipped(path: Path, skipped: list[Skipped]) -> None:
     """One JSON object a line; no file where nothing was skipped."""
     if skipped:  # ASCII: names of archive members can hold what is not UTF-8

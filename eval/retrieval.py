@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from caption_data.rows import rows_fingerprint
+from caption_data.columns import caption_texts
+from caption_data.rows import BadRow, rows_fingerprint
 from caption_data.sources import Source, open_source
 from common.cli import parse, run_command
 from common.environment import device_description
@@ -208,7 +209,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
             raise ValueError(f"{source.where} has no column {name!r}; there are {source.columns}.")
     quiet = not processes().is_main_process
     rows = tqdm(source.rows(), total=len(source), desc="Reading captions", unit="row", disable=quiet)
-    captions = [_chosen(row.get(column), args.caption_positions, number) for number, row in enumerate(rows)]
+    captions = [_chosen(row.get(column), column, args.caption_positions, number) for number, row in enumerate(rows)]
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
@@ -283,14 +284,15 @@ def check_cutoffs(cutoffs: Sequence[int], images: int) -> None:
         )
 
 
-def _chosen(value: Any, positions: str, row: int) -> list[str]:
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not captions:
-        raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
-    if not all(isinstance(caption, str) for caption in captions):
+def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
+    try:
+        captions = caption_texts(value, column)
+    except BadRow as bad:
         raise ValueError(
-            f"Row {row} has captions that are no text: {str(captions)[:100]}. Name another --caption_column."
-        )
+            f"Row {row} has captions that are no text: {str(value)[:100]}. Name another --caption_column."
+        ) from bad
+    if not captions:
+        raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
     chosen = [captions[place] for place in caption_positions(positions, len(captions)) if place < len(captions)]
     if not chosen:
         raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")

@@ -3,10 +3,13 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from transformers import AutoProcessor
 
 from .configuration_capivara import CapivaraConfig
@@ -109,6 +112,16 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
             f"The model {source} is no folder here, nor in the cache of the Hub ({constants.HF_HUB_CACHE}), and the "
             f"Hub can't be reached ({type(error).__name__}). Check the name, or the connection and HF_HUB_OFFLINE."
         ) from error
+
+
+def card_metadata(card: Path) -> dict[str, Any]:
+    """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
+    try:
+        block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8", errors="replace"))
+        metadata = yaml.safe_load(block[2]) if block else None
+    except (OSError, yaml.YAMLError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:

@@ -43,7 +43,7 @@ COMMANDS = {
 IN_PORTUGUESE = {
     "hub_upload.space": "hub_upload.space.__main__:SpaceArguments",
     "eval.report": "eval.eval_arguments:ReportArguments",
-    "examples.openmoji.prepare": "examples.openmoji.openmoji_arguments:PrepareArguments",
+    "examples.openmoji.prepare": "examples.example_arguments:PrepareArguments",
 }
 INTERRUPTED = ("train_accelerate.py", "captions.score", "modeling_capivara.convert_open_clip", "hub_upload.space")
 INTERRUPTED += ("examples.real_images", "examples.fine_tune_classifier")

@@ -17,13 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from common.files import no_space_left, read_json, write_bytes, write_json
+from training.arguments import RunArguments
 
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
@@ -31,10 +31,10 @@ SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors 
 LOADED = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what Accelerate and this module may read of a checkpoint
 DAMAGE = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)  # what torch.load says of it
 FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
-# What may differ between a run and its continuation: it changes no weight.
-FREE = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
-FREE |= {"accumulation", "loading_workers", "num_threads", "streaming", "runs", "interpolate"}
-FREE |= {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private"}
+# Settings that may differ between a run and its continuation: they change no weight.
+FREE_SETTINGS = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
+FREE_SETTINGS |= {"accumulation", "loading_workers", "num_threads", "streaming", "runs", "interpolate"}
+FREE_SETTINGS |= {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private"}
 logger = logging.getLogger("capivara")
 
 
@@ -87,6 +87,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in names if match)
 
     def path(self, step: int) -> Path:
+        """The folder of the checkpoint of a step, whether it is there or not."""
         return self.folder / f"step-{step:08d}"
 
     def clean(self) -> None:
@@ -210,7 +211,7 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
     old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
     differing = {
         key: (state.config.get(key), config.get(key))
-        for key in sorted({*old, *new} - FREE)
+        for key in sorted({*old, *new} - FREE_SETTINGS)
         if old.get(key) != new.get(key)
     }
     differing |= {f"data {key}": (state.data.get(key), data[key]) for key in data if state.data.get(key) != data[key]}
@@ -219,6 +220,57 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
         raise ValueError(
             f"The checkpoint {path} is of another run. {lines}. Give the same settings, or another output_dir."
         )
+
+
+def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
+    """Raise ValueError where the finished run in `folder` has other settings, or other `data` of those given."""
+    finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
+    state = TrainerState(config=finished["config"], data=finished["dataset_fingerprints"])
+    check_same_run(state, config, data, folder)
+
+
+def check_settings_of_checkpoints(args: RunArguments, folder: Path) -> None:
+    """Raise ValueError where the checkpoint to resume has other settings: before any long work; its data come later.
+
+    Args:
+        args: of the run.
+        folder: that the run works in.
+    """
+    if args.resume is None:
+        return
+    paths = [Path(args.resume)] if args.resume != "auto" else sorted(folder.rglob("checkpoints/step-*"))[-1:]
+    for path in paths:
+        check_files(path)
+        check_same_run(read_state(path), args.to_dict(), {}, path)
+
+
+def checkpoint_to_resume(args: RunArguments, checkpoints: Checkpoints, now: TrainerState) -> Path | None:
+    """The checkpoint to resume from; None for a run from the start.
+
+    Args:
+        args: of the run.
+        checkpoints: of the run.
+        now: its settings, data, threads and device, which are compared with those of the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is of other settings or data.
+    """
+    checkpoints.clean()
+    if args.resume is None or (args.resume == "auto" and not checkpoints.steps()):
+        return None
+    path = checkpoints.path(checkpoints.steps()[-1]) if args.resume == "auto" else Path(args.resume)
+    saved = read_state(path)
+    check_same_run(saved, now.config, now.data, path)
+    logger.info("Going on from %s.", path)
+    if saved.device != now.device:
+        logger.warning("The run was computed on %s, now on %s: its last bits will differ.", saved.device, now.device)
+    if saved.threads != now.threads:
+        logger.warning(
+            "The run was computed with %s CPU threads, now there are %s: its last bits will differ. "
+            "--num_threads %s keeps them.",
+            saved.threads, now.threads, saved.threads,
+        )  # fmt: skip
+    return path
 
 
 def _to_disk(folder: Path) -> None:
@@ -236,7 +288,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def threads() -> int:
-    return torch.get_num_threads()

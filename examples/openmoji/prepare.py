@@ -9,7 +9,7 @@ multilingual-e5-small (`encoders.py`), aligned on the English captions only: wha
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.openmoji.openmoji_arguments:PrepareArguments", __doc__)
+    start_command("examples.example_arguments:PrepareArguments", __doc__)
 
 import logging
 import os
@@ -30,9 +30,9 @@ from common.cli import parse, run_command
 from common.environment import package_versions
 from common.files import add_digest, check_free_space, has_digest, partial_folder, whole_folder, write_json, write_text
 from eval.metrics import mean_recall, retrieval_ranks
+from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
-from examples.openmoji.openmoji_arguments import PrepareArguments
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import embed_texts
 from training.data import batch_indices, drawn_captions
