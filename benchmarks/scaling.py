@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         timing.finish(measure_steps(args) if args.worker == "steps" else measure_loss(args.loss_pairs[0], args))
         return
-    from records.plots import plot_scaling  # here: the workers' memory shall not hold matplotlib
+    from benchmarks.plots import plot_scaling  # here: the workers' memory shall not hold matplotlib
 
     flags = ["--micro", str(args.micro), "--tokens", str(args.tokens), "--precision", args.precision]
     module = ["benchmarks.scaling", "--device", args.device, *flags, "--worker"]

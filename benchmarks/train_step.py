@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         timing.finish(measure_ours(args))
         return
-    from records.plots import plot_train_step  # here: the workers' memory shall not hold matplotlib
+    from benchmarks.plots import plot_train_step  # here: the workers' memory shall not hold matplotlib
 
     results = compare(args)
     plot_train_step(results, TITLES, args.plot)

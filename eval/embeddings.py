@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import torch
@@ -166,7 +167,7 @@ class EmbeddingStore:
     def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
         """(texts, width), unit length, float32. Equal texts are embedded once."""
         distinct = sorted(set(texts), key=lambda text: (len(text), text))  # neighbours are padded to the same length
-        digest = hashlib.blake2b(json.dumps(distinct).encode(), digest_size=16).hexdigest()
+        digest = digest_of(distinct)
         shards = _shards(len(distinct), TEXTS_PER_SHARD)
 
         def embed(rows: range, bar: tqdm) -> tuple[Tensor, Tensor, dict[int, str]]:
@@ -211,6 +212,11 @@ def cache_folder(name: str) -> Path | None:
     if name == "auto":
         return Path(os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara")
     return Path(name)
+
+
+def digest_of(value: Any) -> str:
+    """Hex digest of a JSON value."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def _shards(rows: int, size: int) -> list[range]:
