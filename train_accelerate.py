@@ -156,7 +156,7 @@ def train_seed(
     records = trained_records(args, baseline, trained, model_folder, seed)
     write_json(folder / "run.json", run_facts(args, seed, state, accelerator, seconds, inputs.skipped, energy))
     write_text(folder / "README.md", model_card(args, f"CAPIVARA ({args.language})"))
-    plot_training_curves(state.curve, args.language, folder / "curves.png")
+    plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
     draw_sheet(args, inputs, baseline, trained, folder / "retrieval.png")
     write_json(folder / "records.json", [asdict(record) for record in records])
     accelerator.wait_for_everyone()

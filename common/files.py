@@ -66,6 +66,12 @@ def write_with_digest(path: Path, data: bytes) -> None:
     write_bytes(path, data + hashlib.sha256(data).hexdigest().encode())
 
 
+def add_digest(path: Path) -> None:
+    """Append to a file what `write_with_digest` would have, for one that is too large to hold in memory."""
+    with path.open("r+b") as file:
+        file.write(hashlib.file_digest(file, "sha256").hexdigest().encode())
+
+
 def has_digest(path: Path) -> bool:
     """Whether a file is there, and is as `write_with_digest` has written it: every byte is read."""
     digest = hashlib.sha256()

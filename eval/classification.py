@@ -38,7 +38,7 @@ from caption_data.source_files import copied_bounds, files_of_split, form_hint, 
 from common.cli import parse, run_command
 from common.environment import device_description
 from common.files import check_output_file, read_json
-from eval.embeddings import EmbeddingStore, ImageRows, cache_folder
+from eval.embeddings import EmbeddingStore, ImageRows, cache_folder, digest_of
 from eval.eval_arguments import LABEL_COLUMNS, ClassificationArguments, ImageArguments
 from eval.metrics import (
     confusion_matrix,
@@ -50,7 +50,7 @@ from eval.metrics import (
 )
 from eval.prompts import Prompts, load_prompts
 from modeling_capivara.embedder import load_embedder, processes
-from records.schema import Record, digest_of, header, hub_revision, write_records
+from records.schema import Record, header, hub_revision, write_records
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
 SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}

@@ -19,7 +19,7 @@ from huggingface_hub import constants, get_session
 from caption_data.links import Bounds, refuse_links_out
 from common.files import read_json, write_text
 from eval.benchmarks import Benchmark, load_benchmarks, must_be_known
-from records.schema import digest_of
+from eval.embeddings import digest_of
 
 Rows = list[tuple[str, list[str]]]  # file within the folder of images, and its captions
 

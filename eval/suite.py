@@ -48,12 +48,13 @@ from eval.suite_plan import (
     all_languages,
     chosen,
     file_digest,
+    one_line,
     plan,
     protocol_of,
 )
 from eval.suite_tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
 from modeling_capivara.embedder import processes
-from records.schema import Record, one_line, read_records
+from records.schema import Record, read_records
 
 
 def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measurement: Measurement) -> list[Record]:

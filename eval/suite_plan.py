@@ -6,11 +6,12 @@ from hashlib import blake2b
 from pathlib import Path
 
 from common.files import read_json
+from common.privacy import hide_paths
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
+from eval.embeddings import digest_of
 from eval.eval_arguments import SuiteArguments
 from eval.layouts import Place, adapted, hub_fault, local_data, place_of
 from modeling_capivara.embedder import load_embedder
-from records.schema import digest_of, one_line
 
 SUMMARY_VERSION = 1
 
@@ -193,6 +194,11 @@ def _facts(args: SuiteArguments, benchmark: Benchmark, model: Model, data: str) 
 
 def protocol_of(benchmark: Benchmark, args: SuiteArguments) -> str:
     return args.protocol if benchmark.protocol == "ours" else benchmark.protocol
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line and without the folders of this machine."""
+    return " ".join(hide_paths(str(error)).split())
 
 
 def file_digest(path: Path) -> str:

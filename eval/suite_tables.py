@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.benchmarks import METRICS, Average, Benchmark
-from records.tables import MODEL_NAMES
+from records.schema import MODEL_NAMES
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The embedded default's preparation: what is missing is made, once, whole or not at all."""
 
+import PIL.Image
 import pytest
 import torch
 from conftest import TINY_TEXT, randomise, tiny_config
+from datasets import Dataset, Image
 
 from eval.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
@@ -27,28 +29,103 @@ def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
     assert recall_at_k(retrieval_ranks(texts, images, rows, rows), 1) == 1
 
 
-def test_alignment_repeats_to_the_bit_and_keeps_the_best(tiny_processor, monkeypatch):
+@pytest.fixture
+def small_alignment(tiny_processor, monkeypatch):
+    """`align` on a tiny model: (kept) -> the model's weights and the curve."""
     constants = {"BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 2, "EVAL_STEPS": 2, "PATIENCE": 1, "WARMUP_STEPS": 3}
     for name, value in constants.items():
         monkeypatch.setattr(prepare, name, value)
     captions = [[f"{colour} {thing}"] for colour in ("um", "água", "pão") for thing in ("gato", "carro", "azul", "são")]
     dataset = {split: {"captions-en": captions} for split in ("train", "validation")}
     pixels = torch.rand(12, 48, generator=torch.Generator().manual_seed(0))
-    models, curves = [], []
-    for _ in range(2):
+
+    def run(kept):
         config = tiny_config(text_projection_type="linear", projection_dim=TINY_TEXT["hidden_size"])
-        models.append(randomise(CapivaraModel(config)))
-        features = {"train": pixels, "validation": pixels}
-        curves.append(prepare.align(models[-1], tiny_processor, dataset, features))
-    assert curves[0] == curves[1] and len(curves[0]) > 2
-    first, second = (model.state_dict() for model in models)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    best = max(point["validation_mean_recall"] for point in curves[0])
-    assert prepare.validation_recall(models[0], tiny_processor, dataset["validation"], pixels) == best
+        model = randomise(CapivaraModel(config))
+        curve = prepare.align(model, tiny_processor, dataset, {"train": pixels, "validation": pixels}, kept)
+        return {name: tensor.clone() for name, tensor in model.state_dict().items()}, curve
+
+    return run
+
+
+def test_an_interrupted_alignment_goes_on_to_the_same_bits(tmp_path, small_alignment, monkeypatch):
+    whole, curve = small_alignment(prepare.Kept(tmp_path / "whole", {"train": "a"}))
+    assert len(curve) > 4, "too short to be interrupted twice"
+    kept, one_step, steps = prepare.Kept(tmp_path / "kept", {"train": "a"}), prepare.align_step, []
+
+    def interrupted(*arguments):
+        steps.append(arguments[-1])
+        if len(steps) in (4, 9):
+            raise KeyboardInterrupt
+        return one_step(*arguments)
+
+    monkeypatch.setattr(prepare, "align_step", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            small_alignment(kept)
+    again, same_curve = small_alignment(kept)
+    assert steps[:4] == [0, 1, 2, 3] and 0 < steps[4] <= 2, "what was kept was not used"
+    assert same_curve == curve
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+    steps.clear()
+    with pytest.raises(KeyboardInterrupt):  # of other data: begun anew
+        small_alignment(prepare.Kept(tmp_path / "kept", {"train": "b"}))
+    assert steps[0] == 0
+
+
+def test_features_are_kept_batch_by_batch(tmp_path, tiny_model, tiny_processor, monkeypatch):
+    monkeypatch.setattr(prepare, "IMAGE_BATCH_SIZE", 2)
+    split = Dataset.from_dict(
+        {"image": [PIL.Image.new("RGB", (40, 40), (50 * number, 90, 10)) for number in range(5)]}
+    ).cast_column("image", Image())
+    arguments = (tiny_model, tiny_processor, split)
+    whole = prepare.pooled_features(*arguments, prepare.Kept(tmp_path / "whole", {}), "train")
+    seen = []
+
+    def interrupted(*, images, **options):
+        seen.append(len(images))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return tiny_processor(images=images, **options)
+
+    kept = prepare.Kept(tmp_path / "kept", {})
+    with pytest.raises(KeyboardInterrupt):
+        prepare.pooled_features(tiny_model, interrupted, split, kept, "train")
+    assert torch.equal(prepare.pooled_features(tiny_model, interrupted, split, kept, "train"), whole)
+    assert seen == [2, 2, 1, 1], "what was kept was not used"
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["features-train.pt"]
+
+
+@pytest.mark.parametrize("name", ["features-train.pt", "alignment.pt"])
+def test_what_is_kept_is_loaded_as_it_was_saved_or_made_anew(tmp_path, caplog, name):
+    """Every byte flipped in turn, and cut at some places; the next save puts a good file in its place."""
+    kept, saved = prepare.Kept(tmp_path, {"train": "a"}), [torch.arange(6.0), torch.ones(2, 3)]
+    kept.save(name, saved)
+    path = tmp_path / name
+    whole = path.read_bytes()
+    bad = [whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :] for place in range(len(whole))]
+    bad += [whole[:place] for place in (0, 1, 63, 64, len(whole) // 2, len(whole) - 64, len(whole) - 1)]
+    for content in bad:
+        path.write_bytes(content)
+        caplog.clear()
+        assert kept.load(name) is None and f"{path} is damaged" in caplog.text
+    kept.save(name, saved)
+    assert all(map(torch.equal, kept.load(name), saved))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_damaged_features_and_states_are_computed_again(tmp_path, small_alignment, caplog):
+    kept = prepare.Kept(tmp_path, {"train": "a"})
+    whole, curve = small_alignment(kept)
+    path = tmp_path / "alignment.pt"
+    path.write_bytes(path.read_bytes()[:-1000])
+    again, same_curve = small_alignment(kept)
+    assert "alignment.pt is damaged" in caplog.text and same_curve == curve
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_failure_leaves_no_folder(tmp_path, monkeypatch):
-    def broken(dataset, folder):
+    def broken(dataset, folder, kept):
         (folder / "half").write_text("written")
         raise ValueError("no")
 

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 
 from common.environment import device_description
@@ -17,13 +16,11 @@ from eval.retrieval import (
 )
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_images
-from records.plots import plot_retrieval_sheet, similarity_scores
+from records.picture_sheets import plot_retrieval_sheet
 from records.schema import Record, header, write_records
 from records.tables import retrieval_table
 from training.arguments import RunArguments
 from training.inputs import Inputs
-
-SHEET_QUERIES = 5
 
 
 def validate(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict[str, float]:
@@ -88,21 +85,18 @@ def draw_sheet(
     trained: dict[str, RetrievalEmbeddings],
     path: Path,
 ) -> None:
-    """Draw five test captions, chosen by the seed and not by their success, with what each model finds for them."""
+    """Draw five test captions, chosen by the rule of `sheet_queries`, with what each model finds for them."""
     split = inputs.test[args.language]
-    before, after = baseline[args.language], trained[args.language]
-    texts = [text for texts in split.captions() for text in texts]
-    generator = torch.Generator().manual_seed(args.seed)
-    chosen = torch.randperm(len(texts), generator=generator)[:SHEET_QUERIES].tolist()
+    models = {"baseline": baseline[args.language], "capivara": trained[args.language]}
     plot_retrieval_sheet(
-        split.images(),
-        [texts[i] for i in chosen],
-        [int(after.image_of_text[i]) for i in chosen],
-        {
-            "Baseline": similarity_scores(before.text_embeds, before.image_embeds, chosen),
-            "CAPIVARA": similarity_scores(after.text_embeds, after.image_embeds, chosen),
-        },
-        path,
+        images=split.images(),
+        queries=[text for texts in split.captions() for text in texts],
+        right_images=models["capivara"].image_of_text.tolist(),
+        scores=lambda role, query: models[role].image_embeds @ models[role].text_embeds[query],
+        ranks={role: embeddings.ranks("text_to_image") for role, embeddings in models.items()},
+        seed=args.seed,
+        language=args.language,
+        path=path,
     )
 
 

@@ -12,7 +12,11 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("examples.example_arguments:PrepareArguments", __doc__)
 
 import logging
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import DatasetDict
@@ -22,7 +26,8 @@ from tqdm.auto import tqdm
 
 from caption_data.source_files import load_embedded
 from common.cli import parse, run_command, user_errors
-from common.files import check_free_space, whole_folder, write_json, write_text
+from common.environment import package_versions
+from common.files import add_digest, check_free_space, has_digest, partial_folder, whole_folder, write_json, write_text
 from eval.metrics import mean_recall, retrieval_ranks
 from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
@@ -88,11 +93,49 @@ def prepare(dataset_dir: Path, model_dir: Path) -> None:
                 f"{model_dir} is there but holds no base model (no config.json). Remove it, or name another."
             )
         check_free_space(model_dir, BASE_BYTES)
+        dataset = load_embedded(dataset_dir)
+        kept = Kept(partial_folder(model_dir), {name: split._fingerprint for name, split in dataset.items()})
         with whole_folder(model_dir) as folder:
-            build_base(load_embedded(dataset_dir), folder)
+            build_base(dataset, folder, kept)
+        shutil.rmtree(kept.folder, ignore_errors=True)
 
 
-def build_base(dataset: DatasetDict, folder: Path) -> None:
+@dataclass(frozen=True)
+class Kept:
+    """What a preparation that was interrupted has left, so that the same command goes on from there.
+
+    Attributes:
+        folder: made where it is missing.
+        origin: of what is kept: fingerprints of the data; what has another one, or other packages, is made again.
+    """
+
+    folder: Path
+    origin: dict[str, str]
+
+    def load(self, name: str) -> Any:
+        """What was saved under the name, or None; a file that is not as it was saved is named and left out."""
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        if not has_digest(path):
+            logger.warning("%s is damaged, or of an earlier version: it is made anew.", path)
+            return None
+        content = torch.load(path, weights_only=True)  # a zip file: the digest at its end is passed over
+        return content["kept"] if content.get("origin") == self.origin | package_versions() else None
+
+    def save(self, name: str, kept: Any) -> None:
+        """In one piece: tensors, numbers and texts, in lists and dictionaries."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".{name}.{os.getpid()}"
+        try:
+            torch.save({"origin": self.origin | package_versions(), "kept": kept}, temporary)
+            add_digest(temporary)
+            temporary.replace(self.folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> None:
     """Align the two towers on the English captions and save model, processor and curve into `folder`."""
     torch.manual_seed(SEED)
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
@@ -107,9 +150,9 @@ def build_base(dataset: DatasetDict, folder: Path) -> None:
     model = CapivaraModel(config)
     model.vision_model.load_state_dict(image_encoder.state_dict())
     model.text_model.load_state_dict(text_encoder.state_dict())
-    features = {name: pooled_features(model, processor, dataset[name]) for name in ("train", "validation")}
+    features = {name: pooled_features(model, processor, dataset[name], kept, name) for name in ("train", "validation")}
     start_by_ridge(model, processor, features["train"], [texts[0] for texts in dataset["train"]["captions-en"]])
-    curve = align(model, processor, dataset, features)
+    curve = align(model, processor, dataset, features, kept)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
@@ -117,15 +160,17 @@ def build_base(dataset: DatasetDict, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split) -> Tensor:
-    """(pictures, width), the frozen image tower's pooled output before any projection."""
+def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split, kept: Kept, name: str) -> Tensor:
+    """(pictures, width), the frozen image tower's pooled output before any projection; kept batch by batch."""
     model.eval()
-    features = []
-    for start in tqdm(range(0, len(split), IMAGE_BATCH_SIZE), desc="Features", unit="batch"):
+    done = kept.load(f"features-{name}.pt") or []
+    starts = range(0, len(split), IMAGE_BATCH_SIZE)
+    for start in tqdm(starts[len(done) :], desc="Features", total=len(starts), initial=len(done), unit="batch"):
         images = split[start : start + IMAGE_BATCH_SIZE]["image"]
         pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
-        features.append(model.vision_model(pixel_values=pixel_values).pooler_output)
-    return torch.cat(features).clone()  # a clone may carry gradients, an inference tensor may not
+        done.append(model.vision_model(pixel_values=pixel_values).pooler_output)
+        kept.save(f"features-{name}.pt", done)
+    return torch.cat(done).clone()  # a clone may carry gradients, an inference tensor may not
 
 
 def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
@@ -152,15 +197,11 @@ def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features:
 
 
 def align(
-    model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor]
-) -> list[dict]:
+    model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, features: dict[str, Tensor], kept: Kept
+) -> list:
     """Train text tower and projections on the English captions, until the validation recall stops rising.
 
-    Args:
-        model: ends with the weights of the best measurement.
-        processor: its own.
-        dataset: splits `train` and `validation`.
-        features: split -> (pictures, image width).
+    The state of every new best is kept; an interrupted alignment goes on from there, to the same weights.
 
     Returns:
         The curve: an entry a measurement with `step`, `loss` and `validation_mean_recall` (mean of both directions).
@@ -168,15 +209,24 @@ def align(
     noise = FEATURE_NOISE * features["train"].std(dim=0)
     optimizer, warmup = _optimizer(model)
     captions, bar = dataset["train"]["captions-en"], tqdm(total=MAX_STEPS, desc="Aligning on English", unit="step")
-    curve, loss, best = [], None, {}
-    for step in range(MAX_STEPS):
-        if step % EVAL_STEPS == 0:
+    best = kept.load("alignment.pt") or {"step": 0, "curve": [], "loss": None}
+    if best["curve"]:
+        logger.info("Going on from step %d of the alignment.", best["step"])
+        for name, part in (("model", model), ("optimizer", optimizer), ("warmup", warmup)):
+            part.load_state_dict(best[name])
+        del best["optimizer"]  # a copy; its memory is needed
+    curve, loss = list(best["curve"]), best["loss"]
+    bar.update(best["step"])
+    for step in range(best["step"], MAX_STEPS):
+        if step % EVAL_STEPS == 0 and not (curve and curve[-1]["step"] == step):
             recall = validation_recall(model, processor, dataset["validation"], features["validation"])
             curve.append({"step": step, "loss": loss, "validation_mean_recall": recall})
             highest = max(point["validation_mean_recall"] for point in curve)
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
             if recall == highest:
-                best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                best = {"step": step, "curve": list(curve), "loss": loss, "warmup": warmup.state_dict()}
+                best |= {"model": _copied(model.state_dict()), "optimizer": optimizer.state_dict()}
+                kept.save("alignment.pt", best)
             if all(point["validation_mean_recall"] < highest for point in curve[-PATIENCE:]):
                 break
         loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
@@ -185,7 +235,7 @@ def align(
     else:
         raise RuntimeError(f"The validation recall was still rising after {MAX_STEPS} steps; raise MAX_STEPS.")
     bar.close()
-    model.load_state_dict(best)
+    model.load_state_dict(best["model"])
     return curve
 
 
@@ -204,10 +254,14 @@ def _optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
 
 
+def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
 def align_step(
     model, processor, captions: list[list[str]], features: Tensor, noise: Tensor, optimizer, step: int
 ) -> float:
-    """One optimiser step on the pairs of `step`; returns the loss in nats. `noise` is (image width,), a deviation."""
+    """One optimiser step on the pairs of `step`; returns the loss."""
     model.train()
     model.vision_model.eval()
     torch.manual_seed(SEED * MAX_STEPS + step)
@@ -255,4 +309,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)
