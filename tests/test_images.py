@@ -41,8 +41,8 @@ BROKEN = b"\x89PNG\r\n\x1a\n no picture"
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path, monkeypatch) -> Path:
     """Every test starts with no cache; runs draw no pictures, which would take most of their time."""
-    monkeypatch.setattr(train_accelerate, "plot_training_curves", lambda *args: None)
-    monkeypatch.setattr(train_accelerate, "draw_sheet", lambda *args: None)
+    monkeypatch.setattr(train_accelerate, "plot_training_curves", lambda *args, **options: None)
+    monkeypatch.setattr(train_accelerate, "draw_sheet", lambda *args, **options: None)
     monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "home"))
     return tmp_path / "home" / "image_embeddings"
 

@@ -92,7 +92,7 @@ def surroundings(cache: Path | None = None) -> dict:
 def no_pictures(monkeypatch):
     """They are proven elsewhere, and take longer than a run; those of other processes are drawn."""
     for name in ("plot_training_curves", "draw_sheet"):
-        monkeypatch.setattr(train_accelerate, name, lambda *args: None)
+        monkeypatch.setattr(train_accelerate, name, lambda *args, **options: None)
 
 
 def kill_at(monkeypatch, owner, name: str, count: int) -> None:
