@@ -143,14 +143,3 @@ def test_where_data_are_looked_for(tmp_path):
     assert "and offline; give --data gtsrb=PATH" in place("gtsrb", [], offline=True).reason
     assert "and it is down; give" in place("gtsrb", [], fault="it is down").reason
     assert "no Hub id is known; give --data food-101=PATH" in place("food-101", []).reason
-
-
-def test_a_folder_is_the_same_while_its_files_are(tmp_path):
-    make_pracegover(tmp_path / "data")
-    digest = Place(str(tmp_path / "data"), local=True).digest()
-    (tmp_path / "data" / "out").symlink_to("..")  # not followed, wherever it leads
-    (tmp_path / "data").rename(tmp_path / "moved")
-    (tmp_path / "moved" / "dead").symlink_to(tmp_path / "nowhere")
-    assert Place(str(tmp_path / "moved"), local=True).digest() == digest
-    os.utime(tmp_path / "moved" / "images" / "000.jpg", (1, 1))
-    assert Place(str(tmp_path / "moved"), local=True).digest() != digest
