@@ -17,7 +17,6 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
 import csv
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,11 +34,11 @@ from torch.nn import functional as F
 from caption_data.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from caption_data.links import refuse_links_out
 from caption_data.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
-from common.cli import parse, run_command
-from common.environment import device_description
-from common.files import check_output_file, read_json
-from eval.embeddings import EmbeddingStore, ImageRows, cache_folder, digest_of
+from common.cli import run_command
+from common.files import check_output_file
+from eval.embeddings import EmbeddingStore, ImageRows, digest_of
 from eval.eval_arguments import LABEL_COLUMNS, ClassificationArguments, ImageArguments
+from eval.measurement import open_store, run_evaluation, write_result
 from eval.metrics import (
     confusion_matrix,
     eleven_point_map,
@@ -49,8 +48,8 @@ from eval.metrics import (
     top_k_accuracy,
 )
 from eval.prompts import Prompts, load_prompts
-from modeling_capivara.embedder import load_embedder, processes
-from records.schema import Record, header, hub_revision, write_records
+from modeling_capivara.embedder import processes
+from records.schema import Record
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
 SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
@@ -184,9 +183,8 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_split(args, args.split, prompts.names_en, prompts.places)
-    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
+    store = open_store(args)
     started = time.perf_counter()
-    store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
     images = store.images(data.images)
     scores = images.embeds @ class_embeddings(store, prompts).T
     store.close()
@@ -202,13 +200,9 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
         for name, value in values.items()
     ]
     if processes().is_main_process:
-        facts = image_header(args, data, images.skipped, embedder.device, time.perf_counter() - started)
-        parts = {
-            "classes": [*prompts.names, *["(sem nome)"] * unnamed],
-            "notes": list(prompts.notes),
-            "skipped": images.skipped,
-        }
-        write_records(args.output, records, facts, **parts, **per_class_parts(scores, labels))
+        parts = {"classes": [*prompts.names, *["(sem nome)"] * unnamed], "notes": list(prompts.notes)}
+        parts |= {"skipped": images.skipped} | per_class_parts(scores, labels)
+        write_result(args, records, args.images, data.fingerprint(), store, started, **parts)
     return records
 
 
@@ -219,23 +213,6 @@ def per_class_parts(scores: Tensor, labels: list) -> dict[str, Any]:
     right = torch.tensor(labels)
     accuracies = [None if value != value else value for value in per_class_accuracy(scores, right).tolist()]
     return {"per_class_accuracy": accuracies, "confusion_matrix": confusion_matrix(scores, right).tolist()}
-
-
-def image_header(
-    args: ImageArguments, data: LabelledImages, skipped: dict[int, str], device: torch.device, seconds: float
-) -> dict[str, Any]:
-    """Header of a result on labelled images."""
-    return header(
-        dataset=args.images,
-        dataset_revision=hub_revision(args.images, "dataset"),
-        dataset_fingerprint=data.fingerprint(),
-        model=args.model,
-        model_revision=hub_revision(args.model, "model"),
-        device=device_description(device),
-        precision=args.precision,
-        seconds=seconds,
-        skipped=len(skipped),
-    )
 
 
 def _split_of(source: str, split: str, form: str) -> Dataset:
@@ -348,22 +325,8 @@ def _plain(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(ClassificationArguments, __doc__, argv)
-        records = evaluate(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    if not processes().is_main_process:
-        return
-    for record in records:
-        chance = f"   chance {100 * record.chance:.2f} %" if record.chance else ""
-        print(f"{record.dataset:20} {record.protocol:8} {record.metric:24} {100 * record.value:6.2f} %{chance}")
-    content = read_json(args.output)
-    for note in content["notes"]:
-        print(note)
-    if content["skipped"]:
-        count = len(content["skipped"])
-        print(f"{count} images could not be read and are not in these figures; {args.output} lists them.")
+    """The command."""
+    run_evaluation(ClassificationArguments, __doc__, argv, evaluate)
 
 
 if __name__ == "__main__":
