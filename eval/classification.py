@@ -68,15 +68,16 @@ class LabelledImages:
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
+        """Hex digest of images and labels."""
         return digest_of([self.images.digest, self.labels])
 
 
 def load_split(
-    args: ImageArguments, split: str, names_en: Sequence[str], places: Sequence[int] | None = None
+    args: ImageArguments, split: str, names_en: Sequence[str], indices: Sequence[int] | None = None
 ) -> LabelledImages:
     """A split of the images of the arguments; `load_images` has the rest."""
     columns = (args.image_column, args.label_column)
-    return load_images(args.images, split, names_en, *columns, places, args.form, **args.limits())
+    return load_images(args.images, split, names_en, *columns, indices, args.form, **args.limits())
 
 
 def load_images(
@@ -85,7 +86,7 @@ def load_images(
     names_en: Sequence[str],
     image_column: str | None = None,
     label_column: str | None = None,
-    places: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
     form: str = "auto",
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
@@ -101,7 +102,7 @@ def load_images(
         names_en: of all classes of the data set.
         image_column: found where None.
         label_column: found where None.
-        places: of the classes that are told apart, in `names_en`; all where None. Images of the others are left out
+        indices: of the classes that are distinguished, in `names_en`; all where None. Images of others are left out
             (Babel-ImageNet names a part of ImageNet).
         form: "auto", or "images" for a folder of pictures whatever else it holds.
         image_roots: folders outside of the data set that image paths may lead into.
@@ -127,13 +128,11 @@ def load_images(
     outside = {x for label in labels for x in (label if isinstance(label, list) else [label])} - mapping.keys()
     if outside:
         raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
-    told_apart = {place: number for number, place in enumerate(range(len(names_en)) if places is None else places)}
-    classes = [
-        [told_apart.get(mapping[x]) for x in (label if isinstance(label, list) else [label])] for label in labels
-    ]
+    class_of = {index: number for number, index in enumerate(range(len(names_en)) if indices is None else indices)}
+    classes = [[class_of.get(mapping[x]) for x in (label if isinstance(label, list) else [label])] for label in labels]
     kept = [row for row, found in enumerate(classes) if None not in found]
     if not kept:
-        raise ValueError(f"{source} has no image of the {len(told_apart)} classes that have a name.")
+        raise ValueError(f"{source} has no image of the {len(class_of)} classes that have a name.")
     undecoded = rows.select_columns(image_column).cast_column(image_column, Image(decode=False))
     files = ImageFiles(copied_bounds(source, image_roots), max_pixels, None if Path(source).exists() else source)
     images = ImageRows(lambda row: undecoded[kept[row]][image_column], len(kept), files)
@@ -182,7 +181,7 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    data = load_split(args, args.split, prompts.names_en, prompts.places)
+    data = load_split(args, args.split, prompts.names_en, prompts.indices)
     store = open_store(args)
     started = time.perf_counter()
     images = store.images(data.images)
@@ -301,17 +300,17 @@ def _class_names(source: str) -> list[str]:
 
 def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[int, int]:
     """Label of the data set -> class of the prompts; a name that occurs twice, as in ImageNet, first to first."""
-    places: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for number, name in enumerate(wanted):
-        places.setdefault(_plain(name), []).append(number)
-    unknown = [name for name in names if _plain(name) not in places]
+        positions.setdefault(_plain(name), []).append(number)
+    unknown = [name for name in names if _plain(name) not in positions]
     if unknown:
         missing = [name for name in wanted if _plain(name) not in set(map(_plain, names))]
         raise ValueError(
             f"{source} has {len(names)} classes, the prompts {len(wanted)}, and they don't match by name: "
             f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, or choose another benchmark."
         )
-    found = {name: iter(numbers) for name, numbers in places.items()}
+    found = {name: iter(numbers) for name, numbers in positions.items()}
     mapping = {label: next(found[_plain(name)], None) for label, name in enumerate(names)}
     if None in mapping.values():
         twice = [names[label] for label, number in mapping.items() if number is None]

@@ -41,6 +41,8 @@ class ModelArguments(ImageFileArguments):
 
 @dataclass
 class RetrievalArguments(ModelArguments):
+    """Flags of `eval.retrieval`."""
+
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
     dataset: str = flag(
         ...,
@@ -88,6 +90,8 @@ class ImageArguments(ModelArguments):
 
 @dataclass
 class ClassificationArguments(ImageArguments):
+    """Flags of `eval.classification`."""
+
     protocol: Literal["ours", "authors", "babel"] = flag(
         "ours", "Names and templates: ours, the paper's authors', Babel-ImageNet's."
     )
@@ -98,6 +102,8 @@ class ClassificationArguments(ImageArguments):
 
 @dataclass
 class LinearProbeArguments(ImageArguments):
+    """Flags of `eval.linear_probe`."""
+
     shots: list[int] = flag([], "Images of each class; all where none is given.")
     draws: int = flag(3, "Draws of the few images, averaged.")
     seed: int = flag(0, "Seed of the draws and of the validation part.")
@@ -112,6 +118,8 @@ class LinearProbeArguments(ImageArguments):
 
 @dataclass
 class SuiteArguments(ImageFileArguments):
+    """Flags of `eval.suite`."""
+
     suite: str = flag("paper", f"Which benchmarks: {', '.join(SUITES)}.", positional=True, nargs="?")
     model: str | None = flag(None, "Folder or Hub id of a CAPIVARA model; the first run.")
     runs: list[str] = flag([], "Models of one recipe and several seeds, or the folder of them: mean ± deviation.")
@@ -119,7 +127,7 @@ class SuiteArguments(ImageFileArguments):
         None, "CAPIVARA model, open_clip:NAME:PRETRAINED, open_clip:local-dir:FOLDER or clip:FOLDER."
     )
     output: Path = flag(Path("results/suite"), "Folder of result files, suite.json and table.md.")
-    data: list[str] = flag([], "Local data, KEY=PATH, as many as there are.")
+    data: list[str] = flag([], "Local data, any number of KEY=PATH.")
     data_dir: Path | None = flag(None, "Folder with local data, each under its key.")
     only: list[str] = flag([], "Keys of the benchmarks to measure, of any suite.")
     languages: list[str] = flag([], "Codes, for benchmarks that have several; --list shows them.")
@@ -154,4 +162,4 @@ def caption_positions(text: str, captions: int) -> Sequence[int]:
         return named[text]
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise ValueError(f"caption_positions must be {', '.join(named)} or numbers from 0 such as 0,2; got {text!r}.")
-    return [int(place) for place in text.split(",")]
+    return [int(position) for position in text.split(",")]

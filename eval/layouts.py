@@ -23,8 +23,8 @@ Rows = list[tuple[str, list[str]]]  # file within the folder of images, and its 
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a benchmark's data are: a local path or Hub id, or the reason why they can't be had."""
+class Location:
+    """Where a benchmark's data are: a local path or Hub id (`name`), or the reason why they are not available."""
 
     name: str = ""
     local: bool = False
@@ -49,9 +49,9 @@ def local_data(items: list[str]) -> dict[str, Path]:
     return given
 
 
-def place_of(
+def locate(
     benchmark: Benchmark, given: dict[str, Path], folder: Path | None, offline: bool, hub_fault: Callable[[], str]
-) -> Place:
+) -> Location:
     """Where the data of a benchmark are.
 
     Args:
@@ -65,13 +65,13 @@ def place_of(
     paths = [given[key] for key in keys if key in given]
     paths += [folder / key for key in keys if (folder / key).exists()] if folder else []
     if paths:
-        return Place(str(paths[0]), local=True)
+        return Location(str(paths[0]), local=True)
     identity, url = benchmark.source["hub_id"], benchmark.source["url"]
     way = f"give --data {benchmark.key}=PATH{f', from {url}' if url else ''}"
     if identity is None:
-        return Place(reason=f"no local data, and no Hub id is known; {way}")
+        return Location(reason=f"no local data, and no Hub id is known; {way}")
     fault = "offline" if offline else hub_fault()
-    return Place(reason=f"no local data, and {fault}; {way}") if fault else Place(identity)
+    return Location(reason=f"no local data, and {fault}; {way}") if fault else Location(identity)
 
 
 def hub_fault() -> str:

@@ -43,9 +43,11 @@ class Features:
     labels: np.ndarray
 
     def subset(self, rows: np.ndarray) -> "Features":
+        """Those of the rows (integers) alone."""
         return Features(self.embeds[rows], self.labels[rows])
 
     def joined(self, other: "Features") -> "Features":
+        """These, then the others."""
         return Features(np.concatenate([self.embeds, other.embeds]), np.concatenate([self.labels, other.labels]))
 
 
@@ -155,11 +157,11 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
 def _check_apart(names: list[str | None], data: list[LabelledImages | None]) -> None:
     """Raise ValueError where two splits are the same images: such a figure would be of what was fitted."""
     seen: dict[str, int] = {}
-    for place, images in enumerate(data):
-        if images is not None and seen.setdefault(images.images.digest, place) != place:
+    for number, images in enumerate(data):
+        if images is not None and seen.setdefault(images.images.digest, number) != number:
             raise ValueError(
-                f"The splits {names[seen[images.images.digest]]!r} and {names[place]!r} hold the same images. A linear "
-                "probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
+                f"The splits {names[seen[images.images.digest]]!r} and {names[number]!r} hold the same images. "
+                "A linear probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
             )
 
 

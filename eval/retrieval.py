@@ -148,6 +148,7 @@ class RetrievalData:
         return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
 
     def first(self, rows: int) -> "RetrievalData":
+        """The first `rows` rows alone."""
         images = ImageRows(self.images.row_image, min(rows, self.images.count), self.images.files)
         return RetrievalData(self.source, self.captions[:rows], images)
 
@@ -156,7 +157,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     """The split of the arguments, its columns and captions checked.
 
     Raises:
-        ValueError: split or column is missing (those that are there are named), an image has no caption, or there are
+        ValueError: split or column is missing (the known ones are named), an image has no caption, or there are
             no more images than the largest k.
     """
     source = open_source(args.dataset, args.split, args.image_column, **args.limits())
@@ -234,7 +235,9 @@ def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
         ) from bad
     if not captions:
         raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
-    chosen = [captions[place] for place in caption_positions(positions, len(captions)) if place < len(captions)]
+    chosen = [
+        captions[position] for position in caption_positions(positions, len(captions)) if position < len(captions)
+    ]
     if not chosen:
         raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")
     return chosen

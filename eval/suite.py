@@ -1,4 +1,4 @@
-r"""The paper's benchmarks in one command, beside its published figures; what can't be reached is said, never counted.
+r"""The paper's benchmarks in one command, beside its published figures; what is not available is listed as not run.
 
     python -m eval.suite paper --model capivara --baseline open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k \
         --data_dir data/benchmarks --output results/paper
@@ -37,7 +37,7 @@ from eval.benchmarks import Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.eval_arguments import SuiteArguments
-from eval.layouts import hub_fault, linked_images, local_data, place_of
+from eval.layouts import hub_fault, linked_images, local_data, locate
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
 from eval.suite_plan import (
@@ -145,7 +145,7 @@ def _summary(args: SuiteArguments, suite: str, models: list[Model], measurements
         members = [benchmark for benchmark, _ in pairs if average.of in benchmark.suite]
         row = average_row(average, rows, members, measured, args.published)
         if row is not None:
-            last = max(place for place, other in enumerate(rows) if other["benchmark"] == members[-1].key)
+            last = max(number for number, other in enumerate(rows) if other["benchmark"] == members[-1].key)
             rows.insert(last + 1, row)
         elif members:
             there = sum(any(row["benchmark"] == m.key and row["capivara"]["measured"] for row in rows) for m in members)
@@ -169,18 +169,19 @@ def listing(args: SuiteArguments, suite: str) -> str:
     """The benchmarks of a suite, a line of their data each."""
     given, lines = local_data(args.data), []
     for benchmark in chosen(args, suite):
-        place = place_of(benchmark, given, args.data_dir, True, hub_fault)
+        location = locate(benchmark, given, args.data_dir, True, hub_fault)
         others = [language for language in all_languages(benchmark) if language not in benchmark.languages]
         lines += [
             f"{benchmark.key}: {benchmark.title}, {benchmark.task}, {benchmark.metric}, split {benchmark.split}",
             f"    languages {' '.join(benchmark.languages)}{f'; also {chr(32).join(others)}' if others else ''}",
             f"    Hub {benchmark.source['hub_id'] or 'unknown'}; from {benchmark.source['url'] or 'its makers'}",
-            f"    local {place.name if place.local else 'not found'}; layout: {benchmark.source['local_layout']}",
+            f"    local {location.name if location.local else 'not found'}; layout: {benchmark.source['local_layout']}",
         ]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     try:
         args = parse(SuiteArguments, __doc__, argv)
         if args.list_benchmarks:

@@ -8,7 +8,7 @@ from common.files import read_json
 from common.privacy import hide_paths
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
 from eval.eval_arguments import SuiteArguments
-from eval.layouts import Place, adapted, hub_fault, local_data, place_of
+from eval.layouts import Location, adapted, hub_fault, local_data, locate
 from modeling_capivara.embedder import load_embedder
 
 
@@ -129,14 +129,14 @@ def plan(args: SuiteArguments, suite: str) -> tuple[list[Model], list[Measuremen
         raise ValueError("--protocol authors needs --authors_file, a path or an https address.")
     models, fault, measurements = models_of(args), functools.cache(hub_fault), []
     for benchmark in benchmarks:
-        place = place_of(benchmark, given, args.data_dir, args.offline, fault)
+        location = locate(benchmark, given, args.data_dir, args.offline, fault)
         for language in languages_of(benchmark, args.languages):
-            data, reason = _readable(benchmark, language, place, args.output)
+            data, reason = _readable(benchmark, language, location, args.output)
             status = "not run" if reason else "planned"
             for model in models:
                 file = f"{benchmark.key}-{language}-{model.suffix}.json"
                 key = benchmark.key, language, model.role, model.run
-                measurements.append(Measurement(*key, file, status, reason, local=place.local, data=data))
+                measurements.append(Measurement(*key, file, status, reason, local=location.local, data=data))
     if not measurements:
         raise ValueError(f"None of the benchmarks has one of the languages {args.languages}; see --list.")
     return models, measurements
@@ -154,13 +154,13 @@ def _model(name: str, role: str, args: SuiteArguments) -> Model:
     return Model(name, role, 0, seed, fingerprint)
 
 
-def _readable(benchmark: Benchmark, language: str, place: Place, output: Path) -> tuple[str, str]:
+def _readable(benchmark: Benchmark, language: str, location: Location, output: Path) -> tuple[str, str]:
     """What the task takes for data, and why that can't be had."""
     reader = benchmark.source.get("reader")
-    if place.reason or not place.local or not reader:
-        return place.name, place.reason
+    if location.reason or not location.local or not reader:
+        return location.name, location.reason
     try:
         target = output / "layouts" / f"{benchmark.key}-{language}"
-        return str(adapted(reader, Path(place.name), benchmark.split, language, target)), ""
+        return str(adapted(reader, Path(location.name), benchmark.split, language, target)), ""
     except (ValueError, OSError) as error:
-        return place.name, one_line(error)
+        return location.name, one_line(error)

@@ -98,7 +98,7 @@ def test_protocols_of_xm3600(models, data, tmp_path):
 
 def test_babel_takes_the_images_of_imagenet(models, tmp_path):
     prompts = load_prompts("imagenet-1k", "babel", language="xh")
-    names = [prompts.names_en[place] for place in prompts.places]
+    names = [prompts.names_en[place] for place in prompts.indices]
     for number, name in enumerate([*names[:3], "tench", "goldfish"]):
         (tmp_path / "data" / name.replace("/", "-")).mkdir(parents=True)
         picture(number).save(tmp_path / "data" / name / "0.png")
