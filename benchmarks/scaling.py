@@ -10,7 +10,7 @@ itself on random embeddings of width 512, each size in its own process, and set 
 extrapolated from the largest one measured. The last line of the output is JSON.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.train_step import Engine, TrainStepArguments, random_batch
-from common.cli import parse
+from common.cli import flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraProcessor
 from training.contrastive import contrastive_gradients
@@ -30,20 +30,15 @@ from training.step import padding_share, resolve_precision, sparse_embedding_gra
 
 @dataclass
 class ScalingArguments:
-    step_pairs: list[int] = field(default_factory=lambda: [256, 512, 1024, 2816], metadata={"help": "Whole steps."})
-    loss_pairs: list[int] = field(
-        default_factory=lambda: [2816, 4096, 8192, 16384, 32768], metadata={"help": "The loss alone."}
-    )
-    micro: int = field(
-        default=16,
-        metadata={"help": "Pairs of a micro-batch; with more, small batches are padded more than large ones."},
-    )
-    tokens: int = field(default=20, metadata={"help": "Mean tokens of a caption, begin and end included."})
-    precision: Literal["auto", "no", "bf16"] = field(default="auto", metadata={"help": "auto: bf16 where native."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    output: Path = field(default=timing.RESULTS / "scaling.json", metadata={"help": "JSON file."})
-    plot: Path = field(default=timing.ROOT / "docs/scaling.png", metadata={"help": "PNG file."})
-    worker: Literal["steps", "loss"] | None = field(default=None, metadata={"help": "Measure in this process."})
+    step_pairs: list[int] = flag([256, 512, 1024, 2816], "Whole steps.")
+    loss_pairs: list[int] = flag([2816, 4096, 8192, 16384, 32768], "The loss alone.")
+    micro: int = flag(16, "Pairs of a micro-batch; with more, small batches are padded more than large ones.")
+    tokens: int = flag(20, "Mean tokens of a caption, begin and end included.")
+    precision: Literal["auto", "no", "bf16"] = flag("auto", "auto: bf16 where native.")
+    device: str = flag("cpu", "cpu or cuda.")
+    output: Path = flag(timing.RESULTS / "scaling.json", "JSON file.")
+    plot: Path = flag(timing.ROOT / "docs/scaling.png", "PNG file.")
+    worker: Literal["steps", "loss"] | None = flag(None, "Measure in this process.")
 
     def __post_init__(self) -> None:
         for name in ("step_pairs", "loss_pairs"):
@@ -161,7 +156,7 @@ def scaling_tables(results: dict[str, Any]) -> str:
     )
     heads = ("pairs", "ms a pair", "without optimiser", "padding", "peak memory, GiB")
     loss_heads = ("loss of pairs", "seconds", "MiB beside the embeddings", "share of a step (extrapolated)")
-    return timing.markdown_table(heads, steps, "", 0) + timing.markdown_table(loss_heads, losses, facts, 0)
+    return timing.table(heads, steps, "", 0) + timing.table(loss_heads, losses, facts, 0)
 
 
 if __name__ == "__main__":

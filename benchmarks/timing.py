@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from common.environment import device_description, package_versions, peak_resident_bytes
 from common.files import write_json
+from records.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -91,17 +92,9 @@ def finish(results: Any, output: Path | None = None) -> None:
     print(json.dumps(results))
 
 
-def check_at_least_one(arguments: Any, *names: str) -> None:
-    """Raise ValueError where one of these arguments is below 1."""
-    for name in names:
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}.")
-
-
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], facts: str, text_columns: int = 1) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], facts: str, text_columns: int = 1) -> str:
     """A table whose first columns are text and whose others are numbers, and a paragraph under it."""
-    rules = ["---"] * text_columns + ["---:"] * (len(heads) - text_columns)
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in (heads, rules, *rows)), "", facts])
+    return f"{markdown_table([heads, *rows], text_columns)}\n\n{facts}"
 
 
 def software(results: dict[str, Any], *packages: str) -> str:
