@@ -30,7 +30,7 @@ SUMMARY_EN = (
     ("Model", *(f"{name}: {way}" for name in ("Portuguese", "English") for way in ("text to image", "image to text"))),
     ("Base model", "CAPIVARA", "Chance"),
     "Mean recall (recall@1, @5 and @10) in per cent, mean ± standard deviation of {runs} seeds, among {images} test "
-    "images of concepts that were never trained; {minutes} minutes a seed on {device}.",
+    "images of concepts that were never trained; {minutes} minutes per seed on {device}.",
 )
 SUMMARY_PT = (
     ("Modelo", *(f"{name}: {way}" for name in ("português", "inglês") for way in ("texto → imagem", "imagem → texto"))),
@@ -101,7 +101,7 @@ def demo_block() -> str:
     records, run = [Record(**record) for record in demo["records"]], demo["runs"][0]
     facts = (
         f"{len(demo['runs'])} seed(s), {run['steps']} steps of {run['config']['effective_batch_size']} pairs, "
-        f"{sum(run['seconds'].values()) / 60:.1f} minutes of training and evaluation a seed on {run['device']}, "
+        f"{sum(run['seconds'].values()) / 60:.1f} minutes of training and evaluation per seed on {run['device']}, "
         f"{records[0].n} test captions of unseen concepts; recall in per cent."
     )
     return f"{retrieval_table(records)}\n{facts}"
@@ -171,10 +171,10 @@ def eval_retrieval_block() -> str:
         for title, part in zip(titles, (scores, way), strict=True)
     ]
     facts = (
-        f"Medians of {scores['runs']} alternating runs on {scores['device']}, recalls equal; over the embeddings ours "
-        f"holds {scores['memory_over_embeddings_bytes'] / 2**20:.0f} MiB. {large['images']:,} images x "
+        f"Medians of {scores['runs']} alternating runs on {scores['device']}, recalls equal; ours holds "
+        f"{scores['memory_over_embeddings_bytes'] / 2**20:.0f} MiB beside the embeddings. {large['images']:,} images x "
         f"{large['captions']:,} captions take {large['seconds'] / 60:.0f} minutes, with "
-        f"{large['memory_over_embeddings_bytes'] / 2**20:.0f} MiB over the embeddings, where all scores would be "
+        f"{large['memory_over_embeddings_bytes'] / 2**20:.0f} MiB beside the embeddings, where all scores would be "
         f"{large['all_scores_bytes'] / 1e9:.0f} GB."
     )
     return table(("what", "clip-benchmark, s", "ours, s", "ratio"), rows, facts)
@@ -189,7 +189,7 @@ def export_block() -> str:
     ]
     facts = (
         f"Full size, {found['weights_bytes'] / 1e9:.2f} GB of weights, median of {found['runs']} alternating runs on "
-        f"{found['device']}; page cache: {found['load']['page_cache']}. Over the imports, the export holds "
+        f"{found['device']}; page cache: {found['load']['page_cache']}. After the imports, the export holds "
         f"{found['export']['ratio_to_weights']:.2f} times the weights at its peak."
     )
     return table(("what", "open_clip, s", "ours, s", "ratio"), rows, facts)

@@ -3,9 +3,9 @@
     python -m benchmarks.scaling
     python -m benchmarks.scaling --device cuda
 
-The towers' cost a pair is measured from 256 to 2816 pairs, on cached image embeddings, no graph kept (a small batch
+The towers' cost per pair is measured from 256 to 2816 pairs, on cached image embeddings, no graph kept (a small batch
 could keep all and would be cheaper), one step each in one process after an untimed one. The optimiser's seconds do not
-depend on the batch: the cost a pair is given with and without them. Beyond, to 32,768 pairs, the loss is measured by
+depend on the batch: the cost per pair is given with and without them. Beyond, to 32,768 pairs, the loss is measured by
 itself on random embeddings of width 512, each size in its own process, and set against a step of that size, which is
 extrapolated from the largest one measured. The last line of the output is JSON.
 """
@@ -107,7 +107,7 @@ def measure_loss(pairs: int, args: ScalingArguments, width: int = 512) -> dict[s
 
 
 def summary(steps: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[str, Any]:
-    """Cost a pair and its spread over the sizes; the loss's share of a step, measured or extrapolated."""
+    """Cost per pair and its spread over the sizes; the loss's share of a step, measured or extrapolated."""
     for step in steps:
         step["seconds_per_pair"] = step["step_s"] / step["pairs"]
         step["seconds_per_pair_without_optimiser"] = (step["step_s"] - step["optimiser_s"]) / step["pairs"]
@@ -115,7 +115,7 @@ def summary(steps: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[s
     names = [name for name in steps[0] if name.startswith("seconds_per_")]
     largest = steps[-1]
     for loss in losses:
-        # The towers' cost a pair is the largest measured step's, which holds that step's own small loss as well.
+        # The towers' cost per pair is the largest measured step's, which holds that step's own small loss as well.
         towers_s = loss["pairs"] * largest["seconds_per_pair_without_optimiser"]
         loss["extrapolated_step_s"] = towers_s + largest["optimiser_s"] + loss["loss_s"]
         loss["loss_share_of_extrapolated_step"] = loss["loss_s"] / loss["extrapolated_step_s"]
@@ -150,12 +150,12 @@ def scaling_tables(results: dict[str, Any]) -> str:
     spread = results["spread"]
     facts = (
         f"Full size, random weights, {results['precision']}, micro-batches of {results['micro']}, {results['tokens']} "
-        f"tokens a caption, no graph kept, on {results['device']}; {timing.software(results, 'torch')}. From the "
-        f"cheapest to the dearest size a pair costs {spread['seconds_per_pair']:.0%} more, "
+        f"tokens per caption, no graph kept, on {results['device']}; {timing.software(results, 'torch')}. The cost "
+        f"per pair varies by {spread['seconds_per_pair']:.0%} between the sizes, by "
         f"{spread['seconds_per_pair_without_optimiser']:.0%} without the optimiser."
     )
-    heads = ("pairs", "ms a pair", "without optimiser", "padding", "peak memory, GiB")
-    loss_heads = ("loss of pairs", "seconds", "MiB beside the embeddings", "share of a step (extrapolated)")
+    heads = ("pairs", "ms per pair", "without optimiser", "padding", "peak memory, GiB")
+    loss_heads = ("pairs of the loss", "seconds", "MiB beside the embeddings", "share of a step (extrapolated)")
     return timing.table(heads, steps, "", 0) + timing.table(loss_heads, losses, facts, 0)
 
 

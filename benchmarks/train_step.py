@@ -14,7 +14,7 @@ alternate, and a figure is the median of the runs. Measured are
 - `cache_recomputed`: the same, no graph kept, as where a batch of 2816 does not fit.
 
 All get the same batch; micro-batches are each program's own, and in the results. open_clip needs two of them at least:
-with one there is no accumulation, and no batch of 2816. Its cost a pair does not depend on their number beyond that.
+with one there is no accumulation, and no batch of 2816. Its cost per pair does not depend on their number beyond that.
 
 The share of the matmul peak is that of `benchmarks/flop.py`. The last line of the output is JSON.
 """
@@ -327,7 +327,7 @@ def train_step_table(results: dict[str, Any]) -> str:
     packages = [name for name in ("torch", "transformers", "open_clip_torch") if name in results["versions"]]
     facts = (
         f"Full size, random weights, batches of {results['pairs']} pairs in micro-batches of {results['micro']}{peer}, "
-        f"{results['tokens']} tokens a caption, median of {results['runs']} alternating runs on {results['device']}; "
+        f"{results['tokens']} tokens per caption, median of {results['runs']} alternating runs on {results['device']}; "
         f"{timing.software(results, *packages)}."
     )
     if recipe := results.get("recipe"):
