@@ -25,7 +25,7 @@ from common.cli import at_least, flag, parse
 from common.environment import peak_resident_bytes
 from examples.openmoji.encoders import load_text_encoder
 from hub_upload.export import export
-from hub_upload.open_clip_files import OPEN_CLIP_WEIGHTS
+from hub_upload.loader_files import OPEN_CLIP_WEIGHTS
 from hub_upload.source_model import WEIGHTS
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 

@@ -28,8 +28,9 @@ from caption_data.pairs import caption_table
 from caption_data.sources import open_source
 from common.cli import flag, parse
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel
-from training.images import TrainingImages, Views, embed_pixels
+from training.images import TrainingImages
 from training.step import resolve_precision
+from training.views import Views, embed_pixels
 
 SIZE = (500, 375)  # pixels; of a photo of Flickr30k
 BATCH = 32

@@ -37,7 +37,6 @@ from common.cli import at_least, flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
-from training.images import embed_pixels
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.step import (
     ExactStep,
@@ -48,6 +47,7 @@ from training.step import (
     sparse_embedding_gradients,
 )
 from training.trainable import set_training_mode
+from training.views import embed_pixels
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
 PEER = "open_clip"

@@ -1,4 +1,4 @@
-"""How a command begins and ends: flags are read before the imports that take seconds, and faults end in one line.
+"""Command lines: dataclasses of flags, YAML files of the same names, `--help`, and errors in one line.
 
     from common.start import start_command
 
@@ -18,7 +18,7 @@
     if __name__ == "__main__":
         run_command(main)
 
-The arguments are dataclasses of a module that imports neither torch nor datasets.
+The arguments are dataclasses with a `flag` a field, in a module that imports neither torch nor datasets.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
+from functools import wraps
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -42,7 +43,7 @@ def run_command(main: Callable[[], object], resumes: bool = False) -> None:
 
     Args:
         main: of the command.
-        resumes: whether the same command goes on from what it has kept, which Ctrl-C then says.
+        resumes: whether the same command, run again, resumes; the message of Ctrl-C then says so.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -86,7 +87,7 @@ def parse(
         # `1e-4`, which PyYAML takes for text, becomes a number.
         words = (config_flags(Path(file), names) if file else []) + words
     namespace, unknown = flags.parse_known_args(words)
-    refuse_unknown(unknown, [*names, "config"] if config else names)
+    refuse_unknown(unknown, [*names, "config"] if config else names, getattr(kind, "gone", {}))
     values = vars(namespace)
     if config:
         del values["config"]
@@ -157,6 +158,19 @@ def between(arguments: Any, low: float, high: float, *names: str) -> None:
             raise ValueError(f"{name} must be from {low} to {high}, got {value:g}.")
 
 
+def user_errors(main: Callable[..., T]) -> Callable[..., T]:
+    """Decorate `main` of a command: an error in what the user has given (a value, a file, a package) is one line."""
+
+    @wraps(main)
+    def command(*args: Any, **options: Any) -> T:
+        try:
+            return main(*args, **options)
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"error: {error}")
+
+    return command
+
+
 def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argparse.ArgumentParser:
     """An `HfArgumentParser` for dataclasses, with positional arguments and errors of one line."""
 
@@ -183,9 +197,18 @@ def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argp
     return Parser(kinds, **options)
 
 
-def refuse_unknown(words: list[str], known: list[str]) -> None:
-    """Raise ValueError where words of a command line are left over; values are not shown, one may be a secret."""
+def refuse_unknown(words: list[str], known: list[str], gone: dict[str, str] | None = None) -> None:
+    """Raise ValueError where words of a command line are left over; values are not shown, one may be a secret.
+
+    Args:
+        words: that are left over.
+        known: names of the flags.
+        gone: flags of earlier versions, with what is used instead.
+    """
     flags = [word.split("=")[0] for word in words if word.startswith("-")]
+    for flag in flags:
+        if instead := (gone or {}).get(flag.lstrip("-")):
+            raise ValueError(f"`{flag}` is gone: {instead}.")
     if flags:
         reject(flags[0], "flag", [f"--{name}" for name in known])
     if words:

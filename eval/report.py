@@ -21,7 +21,7 @@ from eval.eval_arguments import ReportArguments
 from eval.report_details import class_sections, gallery_sections
 from eval.report_folder import Found, read_folder
 from eval.report_sections import benchmarks, gains, headlines, left_out, measured, protocols, training
-from records.page import Pictures, render_page
+from records.report_page import Pictures, render_page
 from records.series import Series, collect_series, pairs_of
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"

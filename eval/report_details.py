@@ -11,12 +11,12 @@ from torch import Tensor
 from caption_data.rows import BadImage
 from eval.report_folder import Found, Query, open_picture, skipped_rows
 from eval.report_sections import figure_note, model_label, name_parts, protocol_text, reading_order, title_of
-from records.page import Picture, Pictures, shorten, thumbnail
 from records.picture_sheets import plot_gallery
 from records.plots import BarRow, plot_bars, plot_confusion
+from records.report_page import Picture, Pictures, thumbnail
 from records.schema import MODEL_NAMES, Condition, ResultFile
 from records.series import folder_and_seed
-from records.tables import points
+from records.tables import one_line, points
 
 BEST_AND_WORST = 15  # classes at either end, where all would not fit
 CONFUSED_PAIRS = 15
@@ -86,7 +86,7 @@ def gallery_sections(found: Found, pictures: Pictures) -> list[dict[str, Any]]:
     thumbnails = Thumbnails(found.folder)
     sections = [_gallery_section(c, by_role, thumbnails, pictures) for c, by_role in galleries_of(found).items()]
     refused = thumbnails.refused.items()
-    found.problems.extend((shorten(inside, 120), f"this picture is not shown: {why}") for inside, why in refused)
+    found.problems.extend((one_line(inside, 120), f"this picture is not shown: {why}") for inside, why in refused)
     return sections
 
 
@@ -206,7 +206,7 @@ def _class_section(
         "ends": BEST_AND_WORST,
         "compared": baseline is not None,
         "note": note,
-        "absent": [shorten(name, 60) for name in absent],
+        "absent": [one_line(name, 60) for name in absent],
         "seeds": len(model.files),
         "label": label,
         "classes": [_class_cells(i, model, baseline) for i in order],
@@ -242,19 +242,19 @@ def _class_row(index: int, model: ClassSeries, baseline: ClassSeries | None) -> 
     if model.role == "baseline":
         values.reverse()  # a baseline alone has the baseline's colour
     bars = [None if value is None else (value, None) for value in values]
-    return BarRow(shorten(model.names[index], 30), *bars, 1 / len(model.names))
+    return BarRow(one_line(model.names[index], 30), *bars, 1 / len(model.names))
 
 
 def _class_cells(index: int, model: ClassSeries, baseline: ClassSeries | None) -> list[str]:
     images = model.confusion[index].sum().item() / len(model.files)
     accuracies = [s.accuracies[index] if s else None for s in (baseline, model)]
     cells = ["–" if accuracy is None else f"{100 * accuracy:.1f}" for accuracy in accuracies]
-    return [shorten(model.names[index], 80), f"{images:.0f}", *cells, points(_gain(index, model, baseline))]
+    return [one_line(model.names[index], 80), f"{images:.0f}", *cells, points(_gain(index, model, baseline))]
 
 
 def _confused_cells(pair: tuple[int, int], model: ClassSeries, baseline: ClassSeries | None) -> list[str]:
     """True class, taken for, and of each model the share of the class's images."""
-    cells = [shorten(model.names[index], 60) for index in pair]
+    cells = [one_line(model.names[index], 60) for index in pair]
     for series in (baseline, model):
         total = series.confusion[pair[0]].sum().item() if series else 0
         share = f"{100 * series.confusion[pair].item() / total:.1f}" if total else "–"
@@ -266,7 +266,7 @@ def _matrix(condition: Condition, series: ClassSeries, note: str, pictures: Pict
     name = MODEL_NAMES[series.role]
     anchor = pictures.anchor("confusion", *name_parts(condition)[1:], name)
     alt = f"Confusion matrix of {name}, {len(series.names)} classes of {condition.dataset}: {title_of(condition)}."
-    names = [shorten(text, 24) for text in series.names]
+    names = [one_line(text, 24) for text in series.names]
     picture = pictures.draw(anchor, alt, lambda path: plot_confusion(series.confusion, names, note, path))
     return {"model": name, "picture": picture, "diagonal": _diagonal(series)}
 
@@ -282,19 +282,19 @@ def _query_card(
 ) -> dict[str, Any]:
     """A query, its own picture, and a line of found ones for every model that was asked the same."""
     asked = [(leading, query)] + [(role, known[query.text]) for role, known in others.items() if query.text in known]
-    text = shorten(query.text, 300)
+    text = one_line(query.text, 300)
     lines = []
     for role, of_model in asked:
         found = []
         for place, (image, score) in enumerate(of_model.best[:BEST], start=1):
             right = image == of_model.right
-            alt = f"Picture {place} for “{shorten(query.text, 80)}”" + ", the right one" * right
+            alt = f"Picture {place} for “{one_line(query.text, 80)}”" + ", the right one" * right
             picture = thumbnails.picture(image, alt)
             found.append({"picture": picture, "right": right, "score": f"{score:.3f}"})
         lines.append({"model": MODEL_NAMES[role], "rank": f"{of_model.rank:g}", "found": found})
-    own = thumbnails.picture(query.right, f"The picture that “{shorten(query.text, 80)}” describes")
+    own = thumbnails.picture(query.right, f"The picture that “{one_line(query.text, 80)}” describes")
     return {"query": text, "own": own, "lines": lines}
 
 
 def _drawn_title(query: Query) -> str:
-    return f"“{shorten(query.text, 60)}”   right one at rank {query.rank:g}"
+    return f"“{one_line(query.text, 60)}”   right one at rank {query.rank:g}"

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from caption_data.image_files import ImageFiles, decode_image
 from caption_data.links import Bounds
-from records.page import shorten
 from records.schema import DIRECTIONS, SCHEMA_VERSION, ResultFile, is_number, parse_result, read_object
+from records.tables import one_line
 
 MAX_CLASSES = 5000
 
@@ -180,4 +180,4 @@ def _check_curve(curve: Any) -> None:
             measured = entry["validation"] if isinstance(entry["validation"], dict) else {}
             numbers += [measured.get(direction) for direction in DIRECTIONS]
         if not all(map(is_number, numbers)):
-            raise ValueError(f"has a curve with an entry of another form: {shorten(repr(point), 80)}")
+            raise ValueError(f"has a curve with an entry of another form: {one_line(repr(point), 80)}")

@@ -8,11 +8,11 @@ from typing import Any
 
 from common.privacy import hide_paths
 from eval.report_folder import Found, skipped_rows
-from records.page import Cell, Pictures, shorten
 from records.plots import BarRow, plot_bars, plot_gains, plot_training_curves
+from records.report_page import Cell, Pictures
 from records.schema import MODEL_NAMES, TASKS, Condition, Record
 from records.series import Pair, Series, folder_and_seed
-from records.tables import figure_text, points
+from records.tables import figure_text, one_line, points
 
 METRIC_NAMES = {
     "recall@1": "R@1",
@@ -43,7 +43,7 @@ def measured(found: Found) -> dict[str, Any]:
     for result in found.results:
         known = result.header.get("versions")
         for package, version in (known if isinstance(known, dict) else {}).items():
-            versions.setdefault(shorten(str(package), 60), {}).setdefault(shorten(str(version), 60))
+            versions.setdefault(one_line(str(package), 60), {}).setdefault(one_line(str(version), 60))
     return {
         "models": [
             (MODEL_NAMES[role], [folder for of, folder in sorted(models) if of == role])
@@ -78,7 +78,7 @@ def headlines(pairs: list[Pair]) -> list[dict[str, Any]]:
                         cards.append(_card(f"{c.dataset}, {c.language}", f"{direction}, mean recall{suffix}", [pair]))
             else:
                 name = both[0].condition.dataset if len(both) == 1 else f"Mean over {len(both)} data sets"
-                cards.append(_card(name, f"{TASK_NAMES[c.task]}, {shorten(c.protocol, 30)}{suffix}", both))
+                cards.append(_card(name, f"{TASK_NAMES[c.task]}, {one_line(c.protocol, 30)}{suffix}", both))
     return cards
 
 
@@ -93,7 +93,7 @@ def gains(found: Found, pictures: Pictures) -> dict[str, Any] | None:
         low, high = r.interval_95
         direction = DIRECTION_NAMES[r.direction]
         seed = "" if r.seed is None else f", seed {r.seed}"
-        label = f"{shorten(r.dataset, 24)}, {r.language}\n{direction}{seed}" + f"\n{folder}" * several
+        label = f"{one_line(r.dataset, 24)}, {r.language}\n{direction}{seed}" + f"\n{folder}" * several
         rows.append((shorten_lines(label), r.value, low, high))
         what = f"{r.dataset}, {r.language}, {direction}" + f" ({folder})" * several
         interval = f"{points(low)} to {points(high)}"
@@ -138,7 +138,7 @@ def training(found: Found, pictures: Pictures) -> list[dict[str, Any]]:
             *((title, str(run.get(title.lower(), ""))) for title in ("Seed", "Steps", "Pairs", "Device")),
             ("Rows left out", ", ".join(f"{k}: {n}" for k, n in skipped.items()) if isinstance(skipped, dict) else ""),
         ]
-        facts = [(title, shorten(text, 300)) for title, text in facts if text]
+        facts = [(title, one_line(text, 300)) for title, text in facts if text]
         sections.append({"name": name, "anchor": anchor, "picture": picture, "facts": facts})
     return sections
 
@@ -150,7 +150,7 @@ def left_out(found: Found) -> list[dict[str, Any]]:
         listed, count = skipped_rows(result), result.content.get("skipped_rows")
         count = count if isinstance(count, int) and count > 0 else len(listed)
         if count:
-            shown = tuple((shorten(row, 40), shorten(why, 200)) for row, why in listed[:SHOWN_SKIPPED])
+            shown = tuple((one_line(row, 40), one_line(why, 200)) for row, why in listed[:SHOWN_SKIPPED])
             dataset = ", ".join(_distinct(record.dataset for record in result.records))
             groups.setdefault((dataset, count, shown), []).append(result.name)
     return [
@@ -223,7 +223,7 @@ def title_of(c: Condition) -> str:
     if c.task == "retrieval":
         return f"Retrieval, {c.dataset}{f', captions in {c.language}' if c.language else ''}, split {c.split}"
     prompts = f", prompts in {c.language}" if c.language else ""
-    return f"{TASK_NAMES[c.task]}, {shorten(c.protocol, 40)}{prompts}, split {c.split}"
+    return f"{TASK_NAMES[c.task]}, {one_line(c.protocol, 40)}{prompts}, split {c.split}"
 
 
 def name_parts(c: Condition) -> list[str]:
@@ -245,7 +245,7 @@ def figure_note(skipped: dict[str, int]) -> str:
         skipped: data set -> number of its images.
     """
     counts = {dataset: count for dataset, count in skipped.items() if count}
-    listed = ", ".join(f"{count} of {shorten(dataset, 30)}" for dataset, count in counts.items())
+    listed = ", ".join(f"{count} of {one_line(dataset, 30)}" for dataset, count in counts.items())
     if len(counts) > 2:  # a line of a figure holds no more
         listed = f"{sum(counts.values())}, of {len(counts)} data sets"
     return f"unreadable images left out: {listed}" if listed else ""
@@ -258,7 +258,7 @@ def model_label(role: str, folder: str, folders: set[str]) -> str:
 
 def shorten_lines(text: str, limit: int = 28) -> str:
     """Every line of a label cut to `limit` characters."""
-    return "\n".join(shorten(line, limit) for line in text.split("\n"))
+    return "\n".join(one_line(line, limit) for line in text.split("\n"))
 
 
 # --- Parts of sections -----------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def shorten_lines(text: str, limit: int = 28) -> str:
 
 def _file_cells(name: str, header: dict[str, Any]) -> list[str | Cell]:
     """Name, model, revision, fingerprint, command, seconds and left out rows of a file."""
-    shown = {key: shorten(str(value), 400) for key, value in header.items()}
+    shown = {key: one_line(str(value), 400) for key, value in header.items()}
     return [
         Cell(name, is_code=True),
         Cell(hide_paths(str(header.get("model", ""))), is_code=True),
@@ -369,9 +369,9 @@ def _prompt_notes(block: list[Pair], found: Found) -> list[str]:
         listed = result.content.get("notes")
         if {(r.task, r.dataset, r.protocol) for r in result.records} & conditions and isinstance(listed, list):
             texts = [note for note in listed if isinstance(note, str)]
-            notes += [f"{result.records[0].dataset}: {shorten(note, 400)}" for note in texts]
+            notes += [f"{result.records[0].dataset}: {one_line(note, 400)}" for note in texts]
     return _distinct(notes)
 
 
 def _distinct(values: Iterable[Any]) -> list[str]:
-    return list(dict.fromkeys(shorten(value, 300) for value in values if isinstance(value, str) and value))
+    return list(dict.fromkeys(one_line(value, 300) for value in values if isinstance(value, str) and value))

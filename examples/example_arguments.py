@@ -25,6 +25,8 @@ multilingual-e5-small, alinhados só com as legendas em inglês: o ponto de part
 
 @dataclass
 class RealImagesArguments:
+    """Arguments of `examples.real_images`."""
+
     model: str = flag(..., "Folder of the trained model, as a run of configs/openmoji.yaml leaves it.")
     baseline: str = flag("data/openmoji/base", "What it is compared with.")
     openmoji: str = flag("data/openmoji/dataset", "OpenMoji data set, as prepared.")
@@ -35,6 +37,8 @@ class RealImagesArguments:
 
 @dataclass
 class ClassifierArguments:
+    """Arguments of `examples.fine_tune_classifier`."""
+
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
     benchmark: str = flag(DIGITS, "Key in eval/prompts/pt: class names and templates.")
     images: str | None = flag(None, "Labelled images; scikit-learn's digits where none.")
@@ -42,8 +46,8 @@ class ClassifierArguments:
     overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
     train_split: str = flag("train", "Split of --images that is learnt from.")
     split: str = flag("test", "Split of --images that is measured.")
-    image_column: str | None = flag(None, "Column of the images; found where none.")
-    label_column: str | None = flag(None, "Column of the labels; found where none.")
+    image_column: str | None = flag(None, "Name of the image column; found where none.")
+    label_column: str | None = flag(None, "Name of the label column; found where none.")
     head_only: bool = flag(False, "Keep the image tower as it is.")
     image_size: int | None = flag(
         None, "Pixels a side, for a convolutional tower, which takes any; the processor's where none."
@@ -59,6 +63,8 @@ class ClassifierArguments:
 
 @dataclass
 class PrepareArguments:
+    """Arguments of `examples.openmoji.prepare`."""
+
     help_pt: ClassVar[dict[str, str]] = PREPARE_HELP_PT
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the data set.")
@@ -67,5 +73,7 @@ class PrepareArguments:
 
 @dataclass
 class OpenMojiCaptionsArguments:
+    """Arguments of `examples.openmoji.captions`."""
+
     source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
     config: Path = flag(CONFIG, "Config of the build.")

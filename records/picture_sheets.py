@@ -1,6 +1,5 @@
 """Sheets of pictures with texts: what queries find, and captions at the cut of a selection, each one PNG."""
 
-import re
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from records.plots import DROPPED_COLOUR, INK, KEPT_COLOUR, save_figure
+from records.tables import one_line
 
 RIGHT_COLOUR, WRONG_COLOUR = "#1b7f5c", "#d0d3d8"
 SHOWN = 5  # pictures that a model ranks first
@@ -27,8 +27,8 @@ SHEET_WORDS = {
         "tie": "tie",
         "loss": "loss",
         "rule": "Chosen by rule: of the test captions, in an order drawn with seed {seed}, the first three that "
-        "CAPIVARA ranks better than the baseline,\nthe first that it ranks alike and the first that it ranks worse; fewer "
-        "where there are none. All captions: {gain} gains, {tie} ties, {loss} losses.",
+        "CAPIVARA ranks better than the baseline,\nthe first that it ranks alike and the first that it ranks worse; "
+        "fewer where there are none. All captions: {gain} gains, {tie} ties, {loss} losses.",
     },
     "pt": {
         "baseline": "Base",
@@ -43,7 +43,6 @@ SHEET_WORDS = {
     },
 }
 COLUMNS = 6  # pictures side by side
-CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
 LINE, LINES, LETTER = 22, 3, 8.5  # letters at most and lines of a caption; points of a letter
 # Matplotlib's own font has no letters of most scripts; of these, where they are installed, it takes what is missing.
 OTHER_FONTS = ("Noto Sans", "Noto Serif", "FreeSans", "Lohit", "Nirmala UI", "Mangal", "Arial Unicode", "WenQuanYi")
@@ -182,12 +181,6 @@ def plot_examples(dropped: list[Example], kept: list[Example], path: Path) -> No
                 if column == 0:
                     axis.set_title(title, loc="left", fontsize=11, color=INK)
         save_figure(figure, path)
-
-
-def one_line(text: str, most: int) -> str:
-    """A text of the data without line breaks, controls and marks that turn it around, cut to `most` letters."""
-    text = "".join(letter for letter in " ".join(text[: 2 * most].split()) if not CONTROLS.match(letter))
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _draw_image(axis: plt.Axes, image: Image.Image | None, colour: str, width: float) -> None:

@@ -136,7 +136,11 @@ def plot_similarities(histograms: list[Histogram], path: Path) -> None:
         axis.bar(edges, kept, bottom=dropped, color=KEPT_COLOUR, label=f"kept: {sum(kept):,}", **bar)
         if histogram.cut is not None:
             axis.axvline(histogram.cut, color=INK, linewidth=1.2, linestyle="--", label=f"cut: {histogram.cut:g}")
-        axis.set(title=histogram.title, xlabel="similarity of image and caption (cosine)", ylabel=histogram.unit)
+        axis.set(
+            title=histogram.title,
+            xlabel="similarity of image and caption (cosine, lowest to highest)",
+            ylabel=histogram.unit,
+        )
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
         axis.set_axisbelow(True)

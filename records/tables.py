@@ -1,12 +1,15 @@
-"""Figures as text, and tables of result records as Markdown."""
+"""Figures and texts as they are shown, and tables of result records as Markdown."""
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 
 from records.schema import GAIN, MODEL_NAMES, Record
 from records.series import Series
 
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
+MARKDOWN = "\\`*_[]<>|~$#&"
 COLUMNS = ("recall@1", "recall@5", "recall@10", "mean_recall")
 
 
@@ -33,6 +36,19 @@ def points(difference: float | None, is_rank: bool = False) -> str:
         return "–"
     rounded = round(difference if is_rank else 100 * difference, 1)
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
+def one_line(text: str, limit: int) -> str:
+    """A text of anybody's on one line of at most `limit` letters, without controls and marks that turn it around."""
+    text = text[: 4 * limit].encode("utf-8", "replace").decode()  # half a surrogate pair can't be written
+    line = CONTROLS.sub("", " ".join(text.split()))
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def escape_markdown(text: str, limit: int = 300) -> str:
+    """A text of anybody's as Markdown that shows it, on one line of at most `limit` letters, in a table, too."""
+    text = "".join("\\" + letter if letter in MARKDOWN else letter for letter in one_line(text, limit))
+    return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda mark: f"\\{mark[1]}" if mark[1] else f"{mark[2]}\\", text)
 
 
 def markdown_table(rows: Sequence[Sequence[str]], text_columns: int) -> str:

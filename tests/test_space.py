@@ -19,9 +19,9 @@ from common.privacy import short_name
 from eval import embeddings
 from hub_upload.space import index as index_module
 from hub_upload.space.answers import MAX_LABELS, MAX_UPLOAD_BYTES, Demo
+from hub_upload.space.collection import open_pictures
 from hub_upload.space.index import build_index, is_album, open_album, read_album, thumbnail_file
 from hub_upload.space.page import decimal, thousands
-from hub_upload.space.pictures import open_pictures
 from modeling_capivara.embedder import CapivaraEmbedder
 
 ATTACK = "<img src=x onerror=alert(1)>\"'${alert(1)}"

@@ -122,8 +122,8 @@ def load_demo(args: SpaceArguments) -> "Demo":
     """The index of every model that is asked for, built where it is not kept."""
     from eval.embeddings import cache_folder
     from hub_upload.space.answers import Demo
+    from hub_upload.space.collection import open_pictures
     from hub_upload.space.index import build_index, is_album, open_album, read_album
-    from hub_upload.space.pictures import open_pictures
     from modeling_capivara.embedder import load_embedder
 
     cache, kept = cache_folder(args.cache_dir), is_album(Path(args.pictures))
@@ -179,14 +179,14 @@ def check_before_work(args: SpaceArguments) -> None:
     """
     require("The page", "app", *PACKAGES)
     if args.space or args.repo_id:
-        from hub_upload.space.publish import check_target
+        from hub_upload.space.publish_space import check_target
 
         check_target([args.model, args.compare or ""], args.space, args.repo_id)
 
 
 def publish(demo: "Demo", args: SpaceArguments) -> None:
     """Write the folder of the Space, list it, and send it if that was asked for."""
-    from hub_upload.space.publish import listing, push_space, write_space
+    from hub_upload.space.publish_space import listing, push_space, write_space
 
     models = [model for model in (args.model, args.compare) if model]
     with tempfile.TemporaryDirectory() as temporary:

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from caption_data.rows import BadImage
 from common.files import read_json, write_bytes, write_json
 from eval.embeddings import EmbeddingStore, ImageRows
-from hub_upload.space.pictures import Credit, Pictures
+from hub_upload.space.collection import Credit, Pictures
 from modeling_capivara.embedder import CapivaraEmbedder
 
 VERSION = 1  # of the files; raise it when their content changes

@@ -4,7 +4,7 @@
     picture = pictures.draw("bars", "Bars of …", lambda path: plot_bars(rows, "", path))
     page = render_page(Path("eval/report.html.j2"), sections=[picture])
 
-A template extends `page.html.j2`, which has the look, and macros for pictures and tables.
+A template extends `report_page.html.j2`, which has the look, and macros for pictures and tables.
 """
 
 import base64
@@ -86,7 +86,7 @@ def thumbnail(image: Image.Image, alt: str) -> Picture:
 
 
 def render_page(template: Path, **parts: Any) -> str:
-    """The HTML of a template that extends `page.html.j2`.
+    """The HTML of a template that extends `report_page.html.j2`.
 
     Args:
         template: its file.
@@ -104,12 +104,6 @@ def render_page(template: Path, **parts: Any) -> str:
     )
     page = environment.get_template(template.name).render(**parts)
     return page.encode("utf-8", "replace").decode()  # half a surrogate pair can't be written
-
-
-def shorten(text: str, limit: int) -> str:
-    """One line of at most `limit` characters."""
-    line = " ".join(text.encode("utf-8", "replace").decode().split())  # half a surrogate pair can't be written
-    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def _uri(content: bytes, kind: str) -> str:
