@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.captions_pt import caption_of
-from benchmarks.timing import alternating, conditions, finish, median_ratio, rate_spread, seconds_of
+from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
 from common.cli import flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -91,13 +91,13 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
 
 def compare(encoders: dict[str, Encoder], number: int, precision: str, args: EncodeArguments) -> dict[str, Any]:
     """Rates of both programs for `number` items, the ratio run by run, and the largest difference of the embeddings."""
-    programs = {name: lambda run, encode=encode: seconds_of(encode, args.device) for name, encode in encoders.items()}
+    programs = {name: lambda run, encode=encode: encode() for name, encode in encoders.items()}
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
         ours, theirs = (encode().float() for encode in encoders.values())  # and the warm-up of both
-        seconds = alternating(programs, args.runs, f"{number} items, {precision}")
+        seconds = timed_runs(programs, args.runs, args.device, f"{number} items, {precision}", warmup=0)
     return {
-        **{name: rate_spread([number / s for s in found]) for name, found in seconds.items()},
+        **{name: rate_spread(number, found) for name, found in seconds.items()},
         "unit": "per second",
         "ratio": median_ratio(seconds["open_clip"], seconds["ours"]),
         "largest_difference": (ours - theirs).abs().max().item(),

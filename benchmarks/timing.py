@@ -47,13 +47,22 @@ def alternating(programs: dict[Any, Callable[[int], R]], runs: int, title: str, 
     return {name: found[warmup:] for name, found in results.items()}
 
 
+def timed_runs(
+    steps: dict[str, Callable[[int], Any]], runs: int, device: str, title: str, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of all steps in alternating runs; a step gets the number of the run."""
+    timed = {name: lambda run, step=step: seconds_of(lambda: step(run), device) for name, step in steps.items()}
+    return alternating(timed, runs, title, warmup)
+
+
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Median of the ratios run by run, from which what slows both programs in a run cancels out."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def rate_spread(rates: Sequence[float]) -> dict[str, float]:
-    """Median, slowest and fastest of the rates (items per second)."""
+def rate_spread(number: int, seconds: Sequence[float]) -> dict[str, float]:
+    """Items per second, of `number` items in each run: median, slowest and fastest."""
+    rates = [number / s for s in seconds]
     return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
 
 

@@ -272,7 +272,7 @@ def summary(name: str, runs: dict[str, list[dict]], peak: float) -> dict[str, An
     else:
         pairs, flop = last["pairs"], last["flop_per_step"]
     found = {
-        "pairs_per_second": timing.rate_spread(rates),
+        "pairs_per_second": {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)},
         **{key: max(run[key] for run in own) for key in ("peak_memory_bytes", "setup_peak_memory_bytes")},
         "flop_per_pair": flop / pairs,
         "share_of_matmul_peak": flop / pairs * statistics.median(rates) / peak,
