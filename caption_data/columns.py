@@ -1,4 +1,4 @@
-"""The columns of caption rows: the authors' names, what they hold, and what of a source a stage passes on."""
+"""The columns of caption rows: their names, what they hold, and which of them a stage passes on."""
 
 import itertools
 import re
@@ -57,7 +57,7 @@ def caption_texts(value: Any, column: str) -> list[str]:
         column: its name, for the message.
 
     Returns:
-        As many texts as there were, so that similarities keep their places; "" for None. Lone surrogates, which JSON
+        As many texts as there were, so that similarities stay beside theirs; "" for None. Lone surrogates, which JSON
         can hold and no tokenizer or Arrow file takes, are replaced.
 
     Raises:

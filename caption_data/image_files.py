@@ -1,4 +1,4 @@
-"""The gate that every image of every row goes through: the one place where a path out of a row is opened.
+"""The images of rows: the only module that opens a path that stands in a row.
 
     image = decode_image(row["image"], source.files)
 
@@ -79,6 +79,7 @@ class ImageFileArguments:
     )
 
     def check_image_files(self) -> None:
+        """Raise ValueError where a root is no folder or the limit below 1; PIL's own limit is raised to ours."""
         self.image_roots = [Path(root).expanduser() for root in self.image_roots]
         for root in self.image_roots:
             if not root.is_dir():
@@ -91,7 +92,7 @@ class ImageFileArguments:
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
     def image_settings(self) -> dict[str, Any]:
-        """What of the flags tells which images are left out, without the folders of a machine; empty by default."""
+        """The flags that decide which images are left out, folders by their names alone; empty by default."""
         roots = {"image_roots": [root.name for root in self.image_roots]} if self.image_roots else {}
         return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
 

@@ -52,9 +52,7 @@ def caption_table(
     Raises:
         ValueError: the source lacks a column; those that are there are named.
     """
-    for column in [image_column, *caption_columns]:
-        if column not in source.columns:
-            raise ValueError(f"{source.where} has no column {column!r}; there are {source.columns}.")
+    source.check_columns([image_column, *caption_columns])
     if part is None and not source.streaming:
         part = range(len(source))
 

@@ -1,4 +1,4 @@
-"""A caption row that can't be used is listed, not fatal; and the digest of those that can."""
+"""Rows that can't be used, which are listed and not fatal, and the digest of those that can."""
 
 import json
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy;
 
 @dataclass(frozen=True)
 class Skipped:
-    """One line of `skipped.jsonl`: a row, or the rest of an archive, that a run goes without."""
+    """One line of `skipped.jsonl`: a row, or the rest of an archive, that is left out."""
 
     source: str
     split: str

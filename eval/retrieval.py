@@ -162,9 +162,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     """
     source = open_source(args.dataset, args.split, args.image_column, **args.limits())
     column = args.caption_column.replace("{language}", args.language)
-    for name in (args.image_column, column):
-        if name not in source.columns:
-            raise ValueError(f"{source.where} has no column {name!r}; there are {source.columns}.")
+    source.check_columns([args.image_column, column])
     quiet = not processes().is_main_process
     rows = tqdm(source.rows(), total=len(source), desc="Reading captions", unit="row", disable=quiet)
     captions = [_chosen(row.get(column), column, args.caption_positions, number) for number, row in enumerate(rows)]

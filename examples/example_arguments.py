@@ -2,15 +2,31 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from common.cli import at_least, flag
 
 CONFIG = Path("configs/openmoji_captions.yaml")
 DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
 
+# Help where the locale is Portuguese: the description, and the text of every flag.
+PREPARE_HELP_PT = {
+    "": """Prepara o conjunto de dados e o modelo de base do exemplo, onde ainda não existem.
+
+    python -m examples.openmoji.prepare
+
+O conjunto de dados é o OpenMoji, em inglês e em português. O modelo de base junta EfficientNet-Lite0 e
+multilingual-e5-small, alinhados só com as legendas em inglês: o ponto de partida do CAPIVARA, em miniatura.
+""",
+    "dataset": "Pasta do conjunto de dados.",
+    "model": "Pasta do modelo de base.",
+}
+
 
 @dataclass
 class RealImagesArguments:
+    """Arguments of `examples.real_images`."""
+
     model: str = flag(..., "Folder of the trained model, as a run of configs/openmoji.yaml leaves it.")
     baseline: str = flag("data/openmoji/base", "What it is compared with.")
     openmoji: str = flag("data/openmoji/dataset", "OpenMoji data set, as prepared.")
@@ -21,6 +37,8 @@ class RealImagesArguments:
 
 @dataclass
 class ClassifierArguments:
+    """Arguments of `examples.fine_tune_classifier`."""
+
     model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
     benchmark: str = flag(DIGITS, "Key in eval/prompts/pt: class names and templates.")
     images: str | None = flag(None, "Labelled images; scikit-learn's digits where none.")
@@ -28,8 +46,8 @@ class ClassifierArguments:
     overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
     train_split: str = flag("train", "Split of --images that is learnt from.")
     split: str = flag("test", "Split of --images that is measured.")
-    image_column: str | None = flag(None, "Column of the images; found where none.")
-    label_column: str | None = flag(None, "Column of the labels; found where none.")
+    image_column: str | None = flag(None, "Name of the image column; found where none.")
+    label_column: str | None = flag(None, "Name of the label column; found where none.")
     head_only: bool = flag(False, "Keep the image tower as it is.")
     image_size: int | None = flag(
         None, "Pixels a side, for a convolutional tower, which takes any; the processor's where none."
@@ -45,11 +63,17 @@ class ClassifierArguments:
 
 @dataclass
 class PrepareArguments:
+    """Arguments of `examples.openmoji.prepare`."""
+
+    help_pt: ClassVar[dict[str, str]] = PREPARE_HELP_PT
+
     dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the data set.")
     model: Path = flag(Path("data/openmoji/base"), "Folder of the base model.")
 
 
 @dataclass
 class OpenMojiCaptionsArguments:
+    """Arguments of `examples.openmoji.captions`."""
+
     source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
     config: Path = flag(CONFIG, "Config of the build.")

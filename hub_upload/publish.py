@@ -18,7 +18,17 @@ from hub_upload.export import export
 from hub_upload.limits import CHECKPOINT_HOURS, DEADLINE_HOURS, time_limit
 from hub_upload.push import NO_TOKEN, push
 from hub_upload.push_plan import check_visibility, plan
-from hub_upload.remote import PushError, check_repo_id, hub_errors, look, one_line, plain, plain_line, tried, user_name
+from hub_upload.remote import (
+    PushError,
+    check_repo_id,
+    hub_errors,
+    look,
+    one_line,
+    plain,
+    plain_line,
+    user_name,
+    with_retries,
+)
 
 REPOSITORY = "repository"  # folder in that of the run, until it is on the Hub
 CHECKPOINTS = "checkpoints"  # branch
@@ -42,7 +52,7 @@ def check_access(repo_id: str, private: bool = False) -> None:
         if not remote.exists:
             api.create_repo(repo_id, private=private or None)
         elif "write" in inspect.signature(api.auth_check).parameters:  # not in the first releases of 2.x
-            tried(lambda: api.auth_check(repo_id, write=True))
+            with_retries(lambda: api.auth_check(repo_id, write=True))
 
 
 def publish_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:

@@ -19,12 +19,21 @@ if __name__ == "__main__":
 import sys
 import time
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, constants, get_token
 
 from common.cli import parse, run_command
-from hub_upload.card_check import outdated
+from hub_upload.card import outdated
 from hub_upload.limits import program_limit
-from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, check_visibility, plan, readable_size, report
+from hub_upload.push_plan import (
+    SHOWN,
+    PushArguments,
+    PushPlan,
+    check_visibility,
+    is_on_hub,
+    plan,
+    readable_size,
+    report,
+)
 from hub_upload.remote import (
     WAITS_S,
     PushError,
@@ -32,7 +41,7 @@ from hub_upload.remote import (
     files_at,
     hub_errors,
     is_malformed,
-    is_passing,
+    is_transient,
     look,
     newer_commits,
     one_line,
@@ -98,7 +107,7 @@ def _finish(planned: PushPlan) -> None:
         print("The Hub has all of it already; there is nothing to send.")
         return
     if not args.push:
-        size = readable_size(sum(file.size for file in sent))
+        size = readable_size(sum(file.upload_info.size for file in sent))
         print(f"Nothing was sent. With --push, {len(sent)} files ({size}) are sent in one commit.")
         return
     url = push(planned)
@@ -124,13 +133,10 @@ def _made_ready(planned: PushPlan) -> str:
 def _checked_commit(planned: PushPlan, parent: str) -> CommitInfo:
     """The commit, of which the Hub's list of files says that all has arrived."""
     args = planned.args
-    additions = [CommitOperationAdd(file.path, str(file.source)) for file in planned.sent]
     deletions = [CommitOperationDelete(path, is_folder=False) for path in planned.deleted]
-    commit = _committed(planned, [*additions, *deletions], parent)
-    for file, addition in zip(planned.sent, additions, strict=True):
-        file.sha256 = addition.upload_info.sha256.hex()  # known by now: a large file is not read once more
+    commit = _committed(planned, [*planned.sent, *deletions], parent)
     there = files_at(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
-    missing = [file.path for file in planned.sent if not file.equals(there.get(file.path))]
+    missing = [file.path_in_repo for file in planned.sent if not is_on_hub(file, there.get(file.path_in_repo))]
     if missing:
         raise PushError(
             f"The commit was made ({commit.commit_url}), but without {', '.join(missing[:SHOWN])}. Has the repository "
@@ -154,7 +160,7 @@ def _committed(planned: PushPlan, operations: list, parent: str) -> CommitInfo:
         except Exception as error:  # of whatever kind: an answer of another form ends in any
             if getattr(getattr(error, "response", None), "status_code", None) == 412:
                 raise PushError(_overtaken(planned, parent)) from None
-            is_unclear = is_passing(error) or is_malformed(error)
+            is_unclear = is_transient(error) or is_malformed(error)
             if args.pull_request and is_unclear:
                 raise PushError(
                     f"{one_line(error)} Whether the pull request was opened is not known: look at the page of "
@@ -175,7 +181,7 @@ def _made_by_now(planned: PushPlan, parent: str) -> CommitInfo | None:
     remote = look(args.repo_id, args.repo_type, args.revision)
     if remote.head == parent:
         return None
-    arrived = all(file.equals(remote.files.get(file.path)) for file in planned.sent)
+    arrived = all(is_on_hub(file, remote.files.get(file.path_in_repo)) for file in planned.sent)
     if not arrived or {*planned.deleted} & {*remote.files}:
         raise PushError(_overtaken(planned, parent))
     kind = constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, "")
@@ -206,7 +212,7 @@ def _tag(planned: PushPlan, commit: str) -> None:
 
 def _title(planned: PushPlan) -> str:
     """Of the commit, where none was given."""
-    names = [file.path for file in planned.sent] + planned.deleted
+    names = [file.path_in_repo for file in planned.sent] + planned.deleted
     verb = "Update" if planned.changed else "Add" if planned.added else "Delete"
     return f"{verb} {names[0]}" if len(names) == 1 else f"{verb} {len(names)} files"
 

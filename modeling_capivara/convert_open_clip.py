@@ -60,7 +60,7 @@ from .processing_capivara import CapivaraProcessor
 
 @dataclass
 class Conversion:
-    """What a finished conversion has to say.
+    """The result of a conversion.
 
     Attributes:
         largest_difference: between the two programs, over unit-length embeddings and logits, on random inputs.
@@ -75,6 +75,7 @@ class Conversion:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     args = parser().parse_args(argv)
     try:
         result = convert(args.source, args.output, args.to_open_clip, args.tokenizer, args.hf_model_name)
@@ -131,7 +132,7 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
     else:
         config = config or CapivaraConfig()
         found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
-    # What the configuration says and is not supported is refused up to here, before the weights are read.
+    # An unsupported configuration is refused up to here, before the weights are read.
     image_processor = image_processor_of(found.preprocess_cfg, square(found.model_cfg["vision_cfg"]))
     state, notes = read_open_clip_state(found.weights, config)
     processor = CapivaraProcessor(image_processor, load_tokenizer(found.tokenizer, config))
@@ -151,7 +152,7 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conversion:
     folder = find_capivara(source)
     config, processor = read_config(folder), load_processor(folder)
-    # Whatever cannot be said in open_clip's configuration is refused here, before the weights are read.
+    # What open_clip's configuration can't state is refused here, before the weights are read.
     size, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
     text_name = hf_model_name or str(output / "text_model")  # where it will be, not the temporary folder
     model_cfg = open_clip_model_cfg(config, text_name, size)
@@ -244,7 +245,7 @@ def _checked_difference(
         capivara: transformers folder.
         open_clip_folder: open_clip folder.
         weights: open_clip's checkpoint file; None is the one in its folder, loaded by open_clip itself.
-        text_folder: where the text tower's configuration lies for now, when not where the folder says.
+        text_folder: where the text tower's configuration lies for now, if not where the folder states.
 
     Raises:
         ValueError: the largest difference is above `TOLERANCE`.

@@ -30,7 +30,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
             init.constant_(self.logit_scale, self.config.logit_scale_init_value)
 
     def freeze_image_tower(self) -> None:
-        """Fix the image side for good: no gradient to its parameters, and evaluation mode whatever `train()` says.
+        """Fix the image side for good: no gradient to its parameters, and evaluation mode also after `train()`.
 
         Gradients still flow through it to `pixel_values`.
         """
@@ -40,6 +40,7 @@ class CapivaraPreTrainedModel(PreTrainedModel):
         self.vision_model.eval()
 
     def train(self, mode: bool = True) -> "CapivaraPreTrainedModel":
+        """As in torch, but a frozen image tower stays in evaluation mode."""
         super().train(mode)
         if self.image_tower_frozen:
             self.vision_model.eval()  # batch norm statistics would move, dropout would be drawn
@@ -95,7 +96,7 @@ def check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: st
 
 @torch.no_grad()
 def vision_width(config: PreTrainedConfig) -> int:
-    """Width of the image tower's `pooler_output`: as the configuration says, else tried on a tower without weights.
+    """Width of the image tower's `pooler_output`: as the configuration states, else tried on a tower without weights.
 
     Convolutional towers state it under many names or not at all.
     """

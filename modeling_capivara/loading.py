@@ -33,8 +33,8 @@ def read_config(folder: str | Path) -> CapivaraConfig:
             raise ValueError(f"model_type is {kind!r}, not 'capivara'" + others * isinstance(kind, str))
         return CapivaraConfig.from_pretrained(folder)
     except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
-        said = " ".join(str(error).split())
-        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {said}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {reason}") from error
 
 
 def load_model(source: str | Path) -> CapivaraModel:
@@ -95,7 +95,7 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
     """
     names = names or ("config.json",)
     if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
-        return  # no Hub id: the loader says what is wrong with it
+        return  # no Hub id: the loader raises the error
     if any(isinstance(try_to_load_from_cache(str(source), name, revision=revision), str) for name in names):
         return
     try:
@@ -106,7 +106,7 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
             "name; a private or gated one needs `hf auth login`."
         ) from error
     except HfHubHTTPError:
-        return  # the Hub answers: what is missing or refused, the loader says
+        return  # the Hub answers: the loader raises what is missing or refused
     except (HTTPError, OSError) as error:
         raise ValueError(
             f"The model {source} is no folder here, nor in the cache of the Hub ({constants.HF_HUB_CACHE}), and the "

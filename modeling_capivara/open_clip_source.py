@@ -38,7 +38,7 @@ CARD = """---
 # {title}
 
 Converted to transformers by `python -m modeling_capivara.convert_open_clip`, with the weights as they were. What the
-model is, how it was trained and under which licence it may be used is said where it comes from.
+model is, how it was trained and under which licence it may be used is stated where it comes from.
 """
 
 
@@ -129,6 +129,7 @@ def _download(repo_id: str, patterns: list[str], revision: str | None = None) ->
 
 
 def find_capivara(source: str) -> Path:
+    """The folder of a CAPIVARA model, by path or Hub id. Raises ValueError where it is none."""
     for prefix in ("local-dir:", "hf-hub:"):
         if source.startswith(prefix):
             raise ValueError(f"With --to-open-clip, SOURCE is a transformers model without {prefix!r} before it.")
@@ -150,6 +151,7 @@ def _is_capivara(folder: Path) -> bool:
 
 
 def load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or Hub id. Raises ValueError where it does not fit the text tower of `config`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -232,6 +234,7 @@ def _is_text(value: Any) -> bool:
 
 
 def read_fields(path: Path) -> dict:
+    """The object in a JSON file. Raises ValueError where it holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -42,9 +42,9 @@ from eval.classification import main as classify
 from eval.report import main as report
 from eval.retrieval import main as retrieve
 from hub_upload.space.answers import Demo
+from hub_upload.space.collection import open_pictures
 from hub_upload.space.index import build_index, open_album
-from hub_upload.space.pictures import open_pictures
-from hub_upload.space.publish import write_space
+from hub_upload.space.publish_space import write_space
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedder import load_embedder
 

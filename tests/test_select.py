@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, Features, Image
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.selection import STRATEGIES
 from caption_data.sources import open_source
-from captions.select import SelectArguments, main, select
+from captions.select import SelectArguments, main, select, select_rows, write_missing_report
 from records.picture_sheets import Example, plot_examples
 from records.tables import escape_markdown
 from training.arguments import RunArguments
@@ -175,13 +175,13 @@ def test_without_similarities(tmp_path):
         select(SelectArguments(dataset, tmp_path / "x", caption_strategy="rank"))
 
 
-def test_shards_report_what_one_run_reports(scored, tmp_path):
+def test_tasks_report_what_one_run_reports(scored, tmp_path):
     flags = {"caption_strategy": "rank", "min_pair_similarity": 0.2, "rows_per_part": 2}
     select(SelectArguments(scored, tmp_path / "one", **flags))
-    for index in (2, 0):
-        select(SelectArguments(scored, tmp_path / "three", shard=f"{index}/3", **flags))
-        assert not (tmp_path / "three" / "report").exists()
-    select(SelectArguments(scored, tmp_path / "three", shard="1/3", **flags))
+    args = SelectArguments(scored, tmp_path / "three", **flags)
+    for rank in (2, 0, 1):
+        select_rows(args, rank, 3)
+    write_missing_report(args)
     for path in (tmp_path / "one" / "report").iterdir():
         assert (tmp_path / "three" / "report" / path.name).read_bytes() == path.read_bytes(), path.name
 

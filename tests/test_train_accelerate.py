@@ -15,8 +15,7 @@ from PIL import Image
 import train_accelerate
 from common.files import lock_folder
 from common.privacy import short_name
-from hub_upload.card import write_card
-from hub_upload.card_check import check
+from hub_upload.card import check, write_card
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
 from training.run_folder import MARKER

@@ -14,6 +14,8 @@ from common.cli import at_least, between, flag, parse
 
 @dataclass
 class ModelAndData(ImageFileArguments):
+    """The base model, the data sets, and which of their captions are trained on."""
+
     _argument_group_name = "model and data"
 
     model: str | None = flag(None, "Base checkpoint to fine-tune: folder or Hub id of a CAPIVARA model. Required.")
@@ -38,7 +40,7 @@ class ModelAndData(ImageFileArguments):
         "Share of the training rows, 0 to 1, that may be skipped for a broken image or a missing caption; "
         "above it the run ends before training. They are counted and listed in skipped.jsonl.",
     )
-    language: str = flag("pt", "Language to train on: column `captions-<language>`.")
+    language: str = flag("pt", "Code of the language to train on: column `captions-<language>`.")
     eval_languages: list[str] = flag([], "Languages of the final table; the trained one where none is given.")
     caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
         "none",
@@ -52,12 +54,13 @@ class ModelAndData(ImageFileArguments):
         None, "Leave out images whose first caption is less similar to them; all stay where none is given."
     )
     caption_column: str = flag(
-        "captions-{language}", "Column of the captions, a list or one text; {language} stands for the language's code."
+        "captions-{language}",
+        "Name of the caption column, a list or one text; {language} stands for the language's code.",
     )
-    image_column: str = flag("image", "Column of the images.")
-    train_split: str = flag("train", "Split that is trained on.")
-    validation_split: str = flag("validation", "Split that choices are made on.")
-    test_split: str = flag("test", "Split of the final table.")
+    image_column: str = flag("image", "Name of the image column.")
+    train_split: str = flag("train", "Name of the training split.")
+    validation_split: str = flag("validation", "Name of the validation split, on which choices are made.")
+    test_split: str = flag("test", "Name of the test split, of the final table.")
     prepare: Literal["openmoji"] | None = flag(
         None, "Embedded default that makes `model` and `dataset` where they are missing: openmoji."
     )
@@ -65,6 +68,8 @@ class ModelAndData(ImageFileArguments):
 
 @dataclass
 class Batch:
+    """The size of a step, and how it fits into memory."""
+
     _argument_group_name = "batch"
 
     effective_batch_size: int = flag(2816, "Pairs of one contrastive batch; each is a negative to all others.")
@@ -97,6 +102,8 @@ class Batch:
 
 @dataclass
 class Optimisation:
+    """Optimiser, schedule, seeds and precision."""
+
     _argument_group_name = "optimisation"
 
     optimizer: Literal["adam", "adamw"] = flag(
@@ -123,6 +130,8 @@ class Optimisation:
 
 @dataclass
 class Trained:
+    """Which parameters are trained."""
+
     _argument_group_name = "what is trained"
 
     towers: Literal["text", "both"] = flag(
@@ -153,6 +162,8 @@ class Trained:
 
 @dataclass
 class Output:
+    """What is written, measured and kept, and when."""
+
     _argument_group_name = "output"
 
     output_dir: Path | None = flag(None, "Folder of the run; a new numbered one under runs/ where none is given.")
@@ -182,12 +193,14 @@ class Output:
 
 @dataclass
 class Hub:
+    """What is pushed to the Hub, by `hub_upload.publish`."""
+
     _argument_group_name = "hub"
 
     push_to_hub: bool = flag(
         False,
         "Push the model to the Hub when the run is complete. The right to write is checked before it, when "
-        "the repository is made; a push that fails is told, with the command that repeats it, and the run "
+        "the repository is made; a push that fails is reported, with the command that repeats it, and the run "
         "ends as without it. The token is huggingface_hub's own: HF_TOKEN, or that of `hf auth login`.",
     )
     hub_model_id: str | None = flag(None, "Repository on the Hub, owner/name.")
@@ -302,7 +315,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
 
 @dataclass
 class InterpolateArguments:
-    """Of `training.interpolate`."""
+    """Arguments of `training.interpolate`."""
 
     base: str = flag(..., "Folder or Hub id of the model before training.", positional=True)
     trained: str = flag(..., "Folder or Hub id of the model after training.", positional=True)

@@ -1,6 +1,6 @@
 """Checkpoints of a run: written by Accelerate into a temporary folder, renamed when whole, read without pickles.
 
-Digests of all files are kept beside them and compared before anything is loaded, so that no flipped byte goes unseen.
+Digests of all files are kept beside them and compared before anything is loaded, so that a flipped byte is noticed.
 
 Everything random in a run derives from its seed and the number of the step, so weights, optimiser and the curve are
 all that a run needs to end with the same bits (Accelerate's own restored samplers and generators do not give that).
@@ -28,8 +28,14 @@ from training.arguments import RunArguments
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
-LOADED = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what Accelerate and this module may read of a checkpoint
-DAMAGE = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)  # what torch.load says of it
+LOADED_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pkl",
+    ".json",
+)  # what Accelerate and this module may read of a checkpoint
+DAMAGE_ERRORS = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)  # what torch.load raises
 FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
 # Settings that may differ between a run and its continuation: they change no weight.
 FREE_SETTINGS = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
@@ -41,7 +47,7 @@ logger = logging.getLogger("capivara")
 @strict
 @dataclass
 class TrainerState:
-    """Where a run is.
+    """How far a run is, and under which settings.
 
     Attributes:
         step: optimiser steps done.
@@ -114,13 +120,13 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 write_json(temporary / STATE, asdict(state))
                 write_bytes(temporary / SUMS, _sums(temporary))
-                _to_disk(temporary)
+                _flush(temporary)
                 temporary.rename(path)
                 _sync_folder(self.folder)
                 self._remove_old(state)
             self.accelerator.wait_for_everyone()
         except BaseException as error:
-            # torch.save of a full disk says nothing of space.
+            # torch.save does not name a full disk.
             full = no_space_left(error) or (isinstance(error, RuntimeError) and self._is_full())
             shutil.rmtree(temporary, ignore_errors=True)
             if full:
@@ -143,7 +149,7 @@ class Checkpoints:
         state = read_state(path)
         try:
             self.accelerator.load_state(str(path))  # safetensors, and torch.load with weights_only
-        except (*DAMAGE, pickle.UnpicklingError, SafetensorError) as error:
+        except (*DAMAGE_ERRORS, pickle.UnpicklingError, SafetensorError) as error:
             raise ValueError(
                 f"The checkpoint {path} can't be loaded: it is damaged, or holds more than tensors "
                 f"({type(error).__name__}). Remove it, and --resume auto goes on from an earlier one or from the start."
@@ -168,16 +174,16 @@ def read_state(path: Path) -> TrainerState:
     try:
         return TrainerState(**read_json(path / STATE, step=int))
     except (TypeError, ValueError, StrictDataclassError) as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path / STATE} is not the state of a run of this version: {said}. Remove the checkpoint."
+            f"{path / STATE} is not the state of a run of this version: {reason}. Remove the checkpoint."
         ) from error
 
 
 def check_files(path: Path) -> None:
     """Raise ValueError, naming the files, where a checkpoint is not as it was written, or more would be loaded.
 
-    It reads all of them once. A checkpoint of an earlier version has no digests, which is said; a file that somebody
+    It reads all of them once. A checkpoint of an earlier version has no digests, which is logged; a file that somebody
     else has put there, such as an editor's backup, is left alone where its name is none that is loaded.
     """
     if not (path / SUMS).is_file():
@@ -186,7 +192,7 @@ def check_files(path: Path) -> None:
         return
     written, found = ({*sums.split(b"\n")} for sums in ((path / SUMS).read_bytes(), _sums(path)))
     names = {line[66:].decode("utf-8", "replace") for line in written - found}
-    names |= {name for line in found - written if (name := line[66:].decode()).endswith(LOADED)}
+    names |= {name for line in found - written if (name := line[66:].decode()).endswith(LOADED_SUFFIXES)}
     if names:
         raise ValueError(
             f"The checkpoint {path} can't be loaded: {', '.join(sorted(names))} or {SUMS} is not as it was written. "
@@ -273,8 +279,8 @@ def checkpoint_to_resume(args: RunArguments, checkpoints: Checkpoints, now: Trai
     return path
 
 
-def _to_disk(folder: Path) -> None:
-    """Every file of a folder on the disk, not in a cache, before its name says that it is whole."""
+def _flush(folder: Path) -> None:
+    """Write every file of a folder through to the disk, before the folder gets the name of a whole one."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -114,7 +114,7 @@ def measure_energy(args: RunArguments, accelerator: Accelerator) -> Iterator[dic
     finally:
         tracker.stop()
         data = getattr(tracker, "final_emissions_data", None)
-        if data is not None:  # codecarbon reports its own failures and goes on
+        if data is not None:  # codecarbon logs its own failures
             energy |= {
                 "kwh": data.energy_consumed,
                 "kg_co2e": data.emissions,
@@ -135,7 +135,7 @@ def origins(args: RunArguments) -> dict[str, Any]:
         them states none, or where several bind it.
     """
     found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in args.dataset]}
-    stated = [of["licenses"] for of in (found["model"], *found["datasets"])]
+    stated = [source["licenses"] for source in (found["model"], *found["datasets"])]
     evaluation = origin(args.evaluation_dataset, "dataset")
     return {"license": inherited_license(stated), **found, "evaluation_dataset": evaluation}
 
@@ -154,7 +154,7 @@ def inherited_license(stated: list[list[str]]) -> str | None:
 
 
 def origin(name: str, repo_type: str) -> dict[str, Any]:
-    """What the card of a model or data set says.
+    """What the card of a model or data set states.
 
     Args:
         name: folder, pattern of files, or Hub id; `short_name` of it is kept.
@@ -162,7 +162,7 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
 
     Returns:
         `name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub ids),
-        `licenses`, `attribution`; None or an empty list for what is not said.
+        `licenses`, `attribution`; None or an empty list for what it does not state.
     """
     of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     path = _card_from_hub(name, repo_type) if of_hub else Path(name) / "README.md"
@@ -183,26 +183,26 @@ def model_card(args: RunArguments, title: str) -> str:
 
     The licence is the one of `origins`: a model trained on share-alike data inherits it.
     """
-    of = origins(args)
+    sources = origins(args)
     metadata = {"language": args.eval_languages, "library_name": "transformers"}
     metadata |= {"pipeline_tag": "zero-shot-image-classification", "tags": ["capivara", "clip"]}
-    if base := [of["model"]["hub_id"]] if of["model"]["hub_id"] else of["model"]["base_model"]:
+    if base := [sources["model"]["hub_id"]] if sources["model"]["hub_id"] else sources["model"]["base_model"]:
         metadata["base_model"] = base
     trained = "the text tower, the image tower left as it was" if args.towers == "text" else "both towers"
     if args.lora_rank:
         trained += f", through LoRA adapters of rank {args.lora_rank}"
-    parts = [of["model"], *of["datasets"]]
+    parts = [sources["model"], *sources["datasets"]]
     stated = [f"{part['title']}: {', '.join(part['licenses']) or 'no licence stated'}." for part in parts]
     licence = "Base and data state these licences, check them before you share this model:"
-    if of["license"]:
-        metadata["license"] = of["license"]
-        licence = f"This model is licensed {of['license']}, as follows from the licences of its base and data:"
+    if sources["license"]:
+        metadata["license"] = sources["license"]
+        licence = f"This model is licensed {sources['license']}, as follows from the licences of its base and data:"
     credits = [part["attribution"] for part in parts if part["attribution"]]
     return CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
         title=html.escape(title),
-        model=html.escape(of["model"]["name"]),
-        dataset=html.escape(", ".join(part["title"] for part in of["datasets"])),
+        model=html.escape(sources["model"]["name"]),
+        dataset=html.escape(", ".join(part["title"] for part in sources["datasets"])),
         language=args.language,
         trained=trained,
         licence=html.escape(" ".join([licence, *stated, *credits]), quote=False),
@@ -218,7 +218,7 @@ def save_step(args: RunArguments, wrapped: nn.Module, processor: CapivaraProcess
     write_text(folder / "README.md", model_card(args, f"CAPIVARA ({args.language}), step {step} of a run"))
 
 
-@cache  # asked for twice at the end of a run
+@cache  # `origins` is called twice at the end of a run
 def _card_from_hub(name: str, repo_type: str) -> Path | None:
     """The card of what was loaded from the Hub before; None where it has none, or the Hub can't be reached."""
     try:

@@ -20,7 +20,7 @@ from pathlib import Path
 from datasets import DatasetDict
 
 from caption_data.source_files import load_embedded
-from captions.build import Awaited, BuildArguments, build
+from captions.build import BuildArguments, ManualStepRequired, build
 from captions.build_plan import read_plan
 from captions.tsv import escape, unescape
 from common.cli import parse, run_command
@@ -44,7 +44,7 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
             _english(source).save_to_disk(folder)
     try:
         return build(BuildArguments(args.config))
-    except Awaited:
+    except ManualStepRequired:
         fill_tables([step.table for steps in plan.steps.values() for step in steps if step.table], source)
     return build(BuildArguments(args.config))
 

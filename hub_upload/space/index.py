@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from caption_data.rows import BadImage
 from common.files import read_json, write_bytes, write_json
 from eval.embeddings import EmbeddingStore, ImageRows
-from hub_upload.space.pictures import Credit, Pictures
+from hub_upload.space.collection import Credit, Pictures
 from modeling_capivara.embedder import CapivaraEmbedder
 
 VERSION = 1  # of the files; raise it when their content changes
@@ -38,6 +38,7 @@ THUMBNAIL_SIDE = 256  # pixels of the longer side
 # 7.3 kB and has 0.950. A random picture that the page draws is a thumbnail, so it had better be found again.
 THUMBNAIL_QUALITY = 90
 ROWS_PER_SHARD = 1024
+ROUNDING = 1e-5  # of a cosine in float32, amply
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,11 @@ def _embedded(album: Album, store: EmbeddingStore) -> dict[str, Tensor]:
 def _best(embeds: Tensor, query: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Places and scores of the rows of `embeds` (rows, width) that are most similar to `query` (width,)."""
     scores = embeds @ query
-    places = scores.argsort(descending=True, stable=True)[:count]
-    return places, scores[places]
+    # A product's last bits depend on where a row lies, so that equal pictures get the same score by a sum of their own.
+    near = (scores >= scores.topk(min(count, len(scores))).values[-1] - ROUNDING).nonzero().flatten()
+    scores = (embeds[near] * query).sum(dim=-1)
+    order = scores.argsort(descending=True, stable=True)[:count]
+    return near[order], scores[order]
 
 
 def _make_thumbnails(folder: Path, images: ImageRows) -> dict[int, str]:

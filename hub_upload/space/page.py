@@ -5,8 +5,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from hub_upload.space.collection import Credit
 from hub_upload.space.index import Album, Hit
-from hub_upload.space.pictures import Credit
 
 FOLDER = Path(__file__).parent
 STYLE = (FOLDER / "style.css").read_text(encoding="utf-8")

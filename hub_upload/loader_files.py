@@ -1,4 +1,4 @@
-"""open_clip's part of a repository: its configuration and its weights, beside those of transformers."""
+"""What open_clip and sentence-transformers read of a repository, beside the files of transformers."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,6 +29,8 @@ from modeling_capivara.open_clip_mapping import (
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
+SENTENCE_EMBEDDING = "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length
 TEXT_MODEL = "text_model"  # folder of the text tower's configuration, where no Hub repository has it
 # What changes the tower's output; the rest of its configuration is about training and generation.
 TEXT_FIELDS = (
@@ -157,6 +159,31 @@ def write_open_clip_config(
     write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": plan.preprocess_cfg})
     if plan.source == TEXT_MODEL:
         config.text_config.save_pretrained(folder / TEXT_MODEL)
+
+
+def write_sentence_transformers(folder: Path) -> None:
+    """Write `modules.json` of sentence-transformers and what it names: how to embed, and unit length."""
+    kinds = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"{SENTENCE_MODULES}.{kind}"}
+        for number, (path, kind) in enumerate(kinds)
+    ]
+    settings = {
+        "transformer_task": "feature-extraction",
+        # Without it sentence-transformers 6 takes the model for a text encoder, and does not say so.
+        "modality_config": {
+            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
+        },
+        "module_output_name": SENTENCE_EMBEDDING,
+    }
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", settings)
+    names = {"module_input_name": SENTENCE_EMBEDDING, "module_output_name": SENTENCE_EMBEDDING}
+    write_json(folder / "1_Normalize/config.json", names)
+    # No versions in it: an older sentence-transformers 6 would warn of a newer one.
+    facts = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
+    write_json(folder / "config_sentence_transformers.json", facts)
 
 
 def tokenizer_type(folder: Path, config: CapivaraConfig, tokenizer: CapivaraTokenizer) -> str:

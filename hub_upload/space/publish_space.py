@@ -8,13 +8,12 @@ The Space gets the modules that the page imports, found by following the imports
 versions that built the index, since what keeps embeddings apart names transformers' version.
 """
 
-import ast
 import configparser
 import re
 import shutil
-from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from importlib import metadata
+from modulefinder import ModuleFinder
 from pathlib import Path
 
 import yaml
@@ -27,13 +26,13 @@ from hub_upload.push import NO_TOKEN
 from hub_upload.push_plan import readable_size
 from hub_upload.remote import PushError, check_repo_id, hub_errors
 from hub_upload.space.answers import Demo
+from hub_upload.space.collection import stated
 from hub_upload.space.index import embeddings_path
-from hub_upload.space.pictures import stated
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTS = "hub_upload/space/__main__.py"
 OTHER_FILES = (Path("LICENSE"), Path("hub_upload/space/style.css"), Path("hub_upload/space/page.js"))
-LEFT_OUT = {"hub_upload/space/publish.py"}  # a Space publishes nothing
+LEFT_OUT = ["hub_upload.space.publish_space"]  # a Space publishes nothing
 MODEL_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
@@ -140,16 +139,12 @@ def push_space(folder: Path, repo_id: str, private: bool) -> str:
 
 
 def program_files() -> list[Path]:
-    """The modules that the page needs, relative to the checkout, their packages included."""
-    waiting, found = [Path(STARTS)], set()
-    while waiting:
-        path = waiting.pop()
-        if path in found or str(path) in LEFT_OUT:
-            continue
-        found.add(path)
-        waiting += _imported(path)
-        waiting += [parent / "__init__.py" for parent in path.parents if (ROOT / parent / "__init__.py").is_file()]
-    return sorted(found)
+    """The modules that the page imports, relative to the checkout, their packages included."""
+    finder = ModuleFinder(
+        [str(ROOT)], excludes=LEFT_OUT
+    )  # what is not in the checkout is not found, and not looked into
+    finder.run_script(str(ROOT / STARTS))
+    return sorted(Path(module.__file__).relative_to(ROOT) for module in finder.modules.values() if module.__file__)
 
 
 def requirements(demo: Demo) -> list[str]:
@@ -162,22 +157,6 @@ def requirements(demo: Demo) -> list[str]:
         names.append("timm")
     pinned = {name: metadata.version(name).partition("+")[0] for name in names if name != "gradio"}
     return [f"{name}=={version}" for name, version in pinned.items()]
-
-
-def _imported(path: Path) -> Iterator[Path]:
-    """Files of this project that a module imports."""
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(path.parts[: -node.level]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        for name in names:
-            stem = Path(*name.split("."))
-            yield from (file for file in (stem.with_suffix(".py"), stem / "__init__.py") if (ROOT / file).is_file())
 
 
 def _copied_model(model: str, made: Path) -> str:
