@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.captions_pt import caption_of
 from benchmarks.loading import SIZE, photos
 from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
-from common.cli import parse
+from common.cli import flag, parse
 from common.environment import peak_resident_bytes, restart_peak
 from common.files import read_json
 from eval.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
@@ -43,15 +43,13 @@ Program = Callable[[int], tuple[float, Recalls]]  # number of the run -> seconds
 
 @dataclass
 class EvalRetrievalArguments:
-    images: int = field(default=5000, metadata={"help": "Images of the scores."})
-    captions: int = field(default=5, metadata={"help": "Captions of each."})
-    runs: int = field(default=5, metadata={"help": "Alternating runs."})
-    parts: list[str] = field(default_factory=lambda: list(PARTS[:2]), metadata={"help": f"Of {', '.join(PARTS)}."})
-    end_to_end_images: int = field(default=64, metadata={"help": "Images of end_to_end."})
-    worker: bool = field(default=False, metadata={"help": "Measure our memory, in this process."})
-    output: Path | None = field(
-        default=None, metadata={"help": "JSON file to put the parts into, beside those that it has."}
-    )
+    images: int = flag(5000, "Images of the scores.")
+    captions: int = flag(5, "Captions of each.")
+    runs: int = flag(5, "Alternating runs.")
+    parts: list[str] = flag(list(PARTS[:2]), f"Of {', '.join(PARTS)}.")
+    end_to_end_images: int = flag(64, "Images of end_to_end.")
+    worker: bool = flag(False, "Measure our memory, in this process.")
+    output: Path | None = flag(None, "JSON file to put the parts into, beside those that it has.")
 
     def __post_init__(self) -> None:
         if not set(self.parts) <= set(PARTS):
