@@ -5,10 +5,10 @@
     python -m hub_upload.card --check runs/openmoji-pt-001
 
 The first takes `run.json`, `results/*.json` and the model's config, and replaces the README.md that the run has
-written. Where a figure is missing it is left out; nothing is guessed. `--check` makes the card anew, compares it and
-`.eval_results` line by line, and names each line that differs. Sentences without figures may be added to a card by
-hand; whoever makes the card anew adds them again. Make it last: of a repository's folder after `hub_upload.export`,
-which writes those files anew, and before `hub_upload.push`.
+written. Where a figure is missing it is left out; nothing is guessed. `--check` renders the card again, compares it
+and `.eval_results` line by line, and names each line that differs. Sentences without figures may be added to a card by
+hand, and must be added again after it is rewritten. Make the card last: of a repository's folder after
+`hub_upload.export`, which rewrites those files, and before `hub_upload.push`.
 """
 
 from common.start import start_command
@@ -155,9 +155,9 @@ def write_card(
 def check(folder: Path) -> list[str]:
     """The faults of a folder's card, each naming the line; empty where card and files agree.
 
-    The card is made anew with the options that it names, and compared line by line. Lines may be added to its text, if
-    they hold no number, and nothing that could hide or reframe what is around them. As the card lists the digests of
-    its files, a digit that it does not show is noticed, too.
+    The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
+    text, if they hold no number, and nothing that could hide or reframe the lines around them. As the card lists the
+    digests of its files, a changed digit that it does not show is noticed, too.
 
     Raises:
         ValueError: there is no card.
@@ -177,7 +177,7 @@ def check(folder: Path) -> list[str]:
     there = {path.relative_to(folder).as_posix(): path for path in (folder / ".eval_results").glob("*.y*ml")}
     for name in sorted({*wanted, *there}):
         if name not in there:
-            faults.append(f"{name} is missing; make the card anew.")
+            faults.append(f"{name} is missing; write the card again.")
         elif name not in wanted:
             faults.append(f"{name}: no result file of a data set on the Hub has these figures.")
         elif not there[name].is_file():

@@ -11,7 +11,7 @@ from records.schema import DIRECTIONS, GAIN, TASKS, Record
 from records.series import Measured, Pair, Series, pairs_of
 
 VISION = ("model_type", "architecture", "num_hidden_layers", "hidden_size", "patch_size", "image_size")
-ARCHITECTURE = {  # part -> object of config.json, and what is said of it; None where the first is missing
+ARCHITECTURE = {  # part -> object of config.json, and its keys that are shown
     "vision": ("vision_config", VISION),
     "text": ("text_config", ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")),
     "space": (None, ("projection_dim", "text_projection_type")),
@@ -117,7 +117,7 @@ def _training_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
 
 
 def _of_each_run(facts: CardFacts, words: Words) -> dict[str, str]:
-    """What every run has a figure of, in the order of seeds; said once where all agree."""
+    """Figures that every run has, in the order of seeds; one where all agree."""
     picks: dict[str, Callable[[Content], str]] = {
         "steps": lambda run: words.number(run["steps"]),
         "pairs": lambda run: words.number(run["pairs"]),
@@ -213,7 +213,7 @@ def is_worse(pair: Pair) -> bool:
 
 
 def main_pairs(facts: CardFacts) -> list[Pair]:
-    """What tells most, where baseline and model were measured: mean recalls, and each classification's first metric."""
+    """The main figures that baseline and model both have: mean recalls, and the first metric of each classification."""
     found = []
     for task in TASKS:
         is_main = (lambda pair: pair.condition.metric == "mean_recall") if task == "retrieval" else (lambda pair: True)

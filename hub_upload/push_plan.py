@@ -52,8 +52,8 @@ class PushArguments:
         self.model = Path(self.model)
         for name in ("repo_id", "revision", "tag", "message"):
             check_message(f"--{name.replace('_', '-')}", getattr(self, name))
-        if place := machine_path_in(self.message or ""):
-            raise ValueError(f"--message names a place on a machine, {place!r}. Leave it out.")
+        if path := machine_path_in(self.message or ""):
+            raise ValueError(f"--message names a place on a machine, {path!r}. Leave it out.")
         check_repo_id(self.repo_id)
         if not self.model.is_dir():
             raise ValueError(f"The folder {self.model} does not exist.")
@@ -134,7 +134,7 @@ def plan(folder: Path, repo_id: str, **options: Any) -> PushPlan:
         options: further fields of `PushArguments`.
 
     Raises:
-        ValueError: a name or the folder is not what it should be.
+        ValueError: a name or the folder is not valid.
         PushError: the Hub can't be asked, or the push would be refused.
     """
     args = PushArguments(folder, repo_id, **options)
@@ -189,7 +189,7 @@ def card_metadata(card: Path) -> dict[str, Any]:
 
 
 def report(planned: PushPlan) -> str:
-    """What would be sent and changed, to be read before it is."""
+    """The plan in words, to be read before it is carried out."""
     args, remote = planned.args, planned.remote
     state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
     if not remote.exists:

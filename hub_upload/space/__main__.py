@@ -36,7 +36,9 @@ PACKAGES = ("gradio", "accelerate", "datasets")  # of the extra `app`
 @dataclass
 class SpaceArguments(ImageFileArguments):
     model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model."})
-    compare: str | None = field(default=None, metadata={"help": "A second model, whose answers stand beside."})
+    compare: str | None = field(
+        default=None, metadata={"help": "A second model, whose answers are shown beside the first's."}
+    )
     pictures: str = field(
         default="data/openmoji/dataset",
         metadata={
@@ -108,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where the index was.", file=sys.stderr)
+        print("\nStopped. The same command resumes where the index was.", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,4 +1,4 @@
-"""What the page answers: from what a visitor gives to HTML, with every refusal said in Portuguese."""
+"""Answers of the page: from the input of a visitor to HTML, refusals in Portuguese."""
 
 import random
 import re
