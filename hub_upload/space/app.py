@@ -121,7 +121,7 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
     if temporary:
         os.makedirs(temporary, exist_ok=True)
     uploads, decoder = Uploads(Path(tempfile.mkdtemp(prefix="capivara-page-", dir=temporary))), Decoder()
-    guards = [Middleware(Guard, uploads)]
+    guards = [Middleware(Guard, uploads, lambda *asked: _fits(blocks, *asked), behind_proxy=not is_loopback(host))]
     if is_loopback(host):  # a page of another name that resolves to this machine must not read the pictures
         guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
 
@@ -151,6 +151,26 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
         close()
         raise
     return blocks
+
+
+def _fits(blocks: gr.Blocks, number: int, values: list) -> bool:
+    """Whether the page has a question of this number, with such values."""
+    inputs = blocks.fns[number].inputs if number in blocks.fns else None
+    return inputs is not None and len(inputs) == len(values) and all(map(_sends, inputs, values))
+
+
+def _sends(block: gr.components.Component, value: object) -> bool:
+    """Whether this part of the page sends such values. The guard has made all objects uploads, or empty."""
+    match block:
+        case gr.Textbox():
+            return value is None or isinstance(value, str)
+        case gr.Image():
+            return value is None or (isinstance(value, dict) and "data" not in value)
+        case gr.Radio():
+            return type(value) is int and value in RESULTS
+        case gr.Dataset():  # the examples
+            return type(value) is int and 0 <= value < len(block.samples)
+    return False
 
 
 def _launch(blocks: gr.Blocks, host: str, port: int, app_kwargs: dict[str, Any]) -> None:
