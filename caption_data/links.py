@@ -28,7 +28,7 @@ class Bounds:
         """Whether a path ends within, all links followed."""
         try:
             real = Path(os.path.realpath(path))
-        except ValueError:  # a name that no file can have: opening it says so
+        except ValueError:  # a name that no file can have: opening it raises the error
             return True
         return any(real.is_relative_to(place) for place in self.places)
 

@@ -4,7 +4,7 @@
 
 A data set is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` (an image is its
 `file_name`), WebDataset tars in the authors' layout (`jpg|png` and `json`), or a Hub id. Which file is of which split
-is said by `source_files`.
+is decided by `source_files`.
 """
 
 import bisect
@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -60,14 +60,21 @@ class Source:
 
     @property
     def where(self) -> str:
+        """Data set and split, for messages."""
         return f"{self.name}, split {self.split!r}"
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Raise ValueError where a column is missing; those that are there are named."""
+        for name in names:
+            if name not in self.columns:
+                raise ValueError(f"{self.where} has no column {name!r}; there are {self.columns}.")
 
     def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
         """The rows from row `start` on; where it saves reading, with none but the columns `only`."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Hex digest that tells one content from another, and is the same wherever the files lie.
+        """Hex digest of the content, the same wherever the files lie.
 
         It is cheap: of a large file its size and pieces all over it, of a data set of `datasets` the fingerprint that
         the library keeps.
@@ -260,7 +267,7 @@ def open_source(
 
     Args:
         dataset: folder of a saved `DatasetDict`; a file, glob or folder of parquet files or of uncompressed tars;
-            folder of images with `metadata.jsonl`; or a Hub id. `source_files` says which is of which split.
+            folder of images with `metadata.jsonl`; or a Hub id. `source_files` has the rule of splits.
         split: name.
         image_column: column of the images; in tars and image folders, the name their images get.
         streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub
@@ -352,7 +359,7 @@ def _files_fingerprint(files: list[Path]) -> str:
 
 
 def _read_at(file: BinaryIO, offset: int, length: int, limit: int) -> bytes:
-    """`length` bytes, but one more than `limit` at most, which tells that there are too many."""
+    """`length` bytes, at most `limit` and one more, by which the caller sees that there are too many."""
     file.seek(offset)
     wanted = min(length, limit + 1)
     data = file.read(wanted)

@@ -3,8 +3,8 @@
     python -c "from caption_data.stage_folder import check_complete; print(check_complete('data/pt/3-score/train'))"
 
 A part is a parquet file of consecutive rows of the source, named by their numbers, with the rows that were left out in
-a list beside it. Where parts begin depends on `stage.json` alone, not on who writes them: any number of machines can
-share the work, and another number can go on with it. Nothing but the names of whole files tells what is done.
+a list beside it. Where parts begin depends on `stage.json` alone, not on who writes them: any number of tasks can share
+the work, and another number can finish it. The names of whole files alone say what is done.
 """
 
 import itertools
@@ -43,7 +43,7 @@ class StageReport:
     Attributes:
         rows: those that were written.
         skipped: reason -> number of the rows that were left out.
-        missing: ranges of rows that nobody has worked on yet.
+        missing: ranges of rows that no task has written yet.
     """
 
     rows: int
@@ -65,6 +65,36 @@ def all_parts(rows: int, rows_per_part: int) -> list[range]:
     return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
 
 
+def share(parts: list[range], rank: int, world_size: int) -> list[range]:
+    """The parts of one task of `world_size`: neighbours, so that files are read in order."""
+    return parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
+
+
+def finished_ranks(output: Path, record: dict[str, Any], world_size: int) -> list[int]:
+    """The tasks of a stage that have nothing left to do, by the names of the files alone.
+
+    Args:
+        output: folder of the stage.
+        record: of the `stage.json` that the tasks would write: at least `command`, `source` and `rows_per_part`. Parts
+            of another command or other rows don't count; the tasks then compare the whole record.
+        world_size: number of tasks.
+    """
+    there: set[str] | None = None
+    if (output / STAGE_FILE).is_file():
+        old = stage_record(output)
+        same_rows = all(old["source"].get(name) == record["source"][name] for name in ("rows", "fingerprint"))
+        if same_rows and old["command"] == record["command"]:
+            there = {path.name for path in output.glob("*.parquet")}
+    parts, split = all_parts(record["source"]["rows"], record["rows_per_part"]), record["source"]["split"]
+    if not parts and there is None:
+        return list(range(1, world_size))  # one task has to say that there are no rows
+    return [
+        rank
+        for rank in range(world_size)
+        if all(part_path(output, split, part).name in (there or ()) for part in share(parts, rank, world_size))
+    ]
+
+
 def part_path(output: Path, split: str, part: range) -> Path:
     return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
 
@@ -75,14 +105,14 @@ def skipped_path(path: Path) -> Path:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Remove what killed runs left of parts that are there by now; other files may be of runs that go on."""
+    """Remove what killed runs left of parts that are there by now; other files may be of tasks at work."""
     for path in output.glob(".*.parquet.*.tmp"):
         if (output / re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
             path.unlink(missing_ok=True)
 
 
 def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """Make `output` the folder of this stage, or see that it is; returns the record that is there.
+    """Make `output` the folder of this stage, or check that it is; returns the record that is there.
 
     Raises:
         ValueError: it is of another stage, and what differs is named, or it holds other parquet files.
@@ -93,7 +123,7 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"The output folder {output} is a file. Choose another name.")
         if output.is_dir() and any(output.glob("*.parquet")):
             raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
-        write_json(path, record)  # several at once write the same; where not, the comparison below tells
+        write_json(path, record)  # several tasks write the same; else the comparison below fails
     there = stage_record(output)
     old, new = _flat(identity(there)), _flat(identity(json.loads(json.dumps(record))))
     differences = [
@@ -136,7 +166,7 @@ def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> St
         if written + sum(reasons.values()) != len(part):
             raise ValueError(
                 f"{path} has {written} rows and a list of {sum(reasons.values())} that were left out, of "
-                f"{len(part)}. Remove both, and go on with: {record['command']}"
+                f"{len(part)}. Remove both, and run again: {record['command']}"
             )
         rows, skipped = rows + written, skipped + reasons
     return StageReport(rows, dict(skipped.most_common()), _joined(missing))
@@ -157,7 +187,7 @@ def check_complete(output: Path | str) -> StageReport:
 
 
 def unfinished(output: Path) -> list[range]:
-    """Rows of a stage that nobody has worked on yet, by the names of its files alone."""
+    """Rows of a stage that no task has written yet, by the names of its files alone."""
     record = stage_record(output)
     parts = all_parts(record["source"]["rows"], record["rows_per_part"])
     there = {path.name for path in output.glob("*.parquet")}
@@ -192,7 +222,7 @@ def missing_rows(output: Path, record: dict[str, Any], missing: list[range]) -> 
     named = ", ".join(f"{part.start} to {part.stop - 1}" for part in missing[:5]) + ", …" * (len(missing) > 5)
     return (
         f"{output} is unfinished: of its {record['source']['rows']} rows, {sum(map(len, missing))} are missing "
-        f"({named}). Other shards may be at work on them; this goes on with all of them: {record['command']}"
+        f"({named}). Other tasks may be at work on them; this command makes what is missing: {record['command']}"
     )
 
 
@@ -255,12 +285,12 @@ def _checked(path: Path, record: dict[str, Any]) -> int:
             digest, rows = (file.schema_arrow.metadata or {}).get(DIGEST_KEY, b""), file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{path} is broken ({one_line(error)}). Remove it, and go on with: {record['command']}"
+            f"{path} is broken ({one_line(error)}). Remove it, and run again: {record['command']}"
         ) from error
     if digest != identity_digest(record).encode():
         raise ValueError(
             f"{path} was made with other settings than those of {STAGE_FILE} beside it, or for another stage. Remove "
-            f"it, and go on with: {record['command']}"
+            f"it, and run again: {record['command']}"
         )
     return rows
 

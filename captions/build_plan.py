@@ -45,8 +45,8 @@ class Step:
 
     Attributes:
         name: of the stage.
-        args: of its command, the shard excepted.
-        table: a translation made elsewhere, which is awaited where it is not there.
+        args: of its command.
+        table: a translation that is made elsewhere.
     """
 
     name: str
@@ -75,11 +75,12 @@ class Plan:
     card: dict[str, Any]
 
 
-def read_plan(config: Path, **given: str | Path | None) -> Plan:
+def read_plan(config: Path, executor: dict[str, Any] | None = None, **given: str | Path | None) -> Plan:
     """The plan of a config file.
 
     Args:
         config: YAML; `CONFIG_KEYS` and the names of `STAGES` are its keys.
+        executor: flags of `ExecutorArguments` for all stages; the section of a stage may have its own.
         given: values of such keys that go before those of the file; None for those that are not given.
 
     Raises:
@@ -101,10 +102,10 @@ def read_plan(config: Path, **given: str | Path | None) -> Plan:
     if train in evaluation:
         raise ValueError(f"{config}: evaluation_splits has {train!r}, which is the split that all stages work on.")
     output = Path(content["output"])
-    steps = {train: _steps(content, sections, train, output, config)}
+    steps = {train: _steps(content, sections, train, executor or {}, config)}
     for split in evaluation:
         some = [(number, name, section) for number, name, section in sections if name == "translate"]
-        steps[split] = _steps(content, some or [(0, READ, {})], split, output, config)
+        steps[split] = _steps(content, some or [(0, READ, {})], split, executor or {}, config)
     return Plan(steps, output, content["language"], card)
 
 
@@ -136,14 +137,19 @@ def _sections(content: dict[str, Any], config: Path) -> list[tuple[int, str, dic
 
 
 def _steps(
-    content: dict[str, Any], sections: list[tuple[int, str, dict[str, Any]]], split: str, output: Path, config: Path
+    content: dict[str, Any],
+    sections: list[tuple[int, str, dict[str, Any]]],
+    split: str,
+    executor: dict[str, Any],
+    config: Path,
 ) -> list[Step]:
     """Every stage reads what the one before it writes."""
     steps: list[Step] = []
-    dataset = content["dataset"]
+    dataset, output = content["dataset"], Path(content["output"])
     for number, name, section in sections:
         folder = output / f"{number}-{name}" / split
-        values = {"dataset": dataset, "output": str(folder), "split": split}
+        logs = output / "logs" / f"{number}-{name}" / split
+        values = {"dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs), **executor}
         if not steps:  # the others read columns of our names
             values |= {key: content[key] for key in ("image_column", "rename") if key in content}
         if name in ("translate", "score", "select"):

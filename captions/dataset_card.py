@@ -5,14 +5,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from huggingface_hub import DatasetCardData
+from huggingface_hub import DatasetCard, DatasetCardData
 
 from caption_data.columns import CAPTION_COLUMN
 from caption_data.stage_folder import StageReport
-from captions.report import escaped
 from common.files import read_json
 from common.privacy import hide_paths
+from records.tables import escape_markdown
 
 TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
@@ -118,9 +117,7 @@ def dataset_card(facts: DatasetFacts, picture: str | None) -> str:
             }
         ],
     )
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=False)
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(**_filled_in(facts, picture))
-    return f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n"
+    return str(DatasetCard.from_template(data, template_path=str(TEMPLATE), **_filled_in(facts, picture))) + "\n"
 
 
 def _filled_in(facts: DatasetFacts, picture: str | None) -> dict[str, Any]:
@@ -128,10 +125,14 @@ def _filled_in(facts: DatasetFacts, picture: str | None) -> dict[str, Any]:
     card = facts.card
     names = list(dict.fromkeys(name for split in facts.splits.values() for name in _filled(split)))
     return {
-        "title": escaped(card.get("pretty_name") or f"Images with captions in {', '.join(facts.languages)}"),
-        "description": escaped(card.get("description") or "Images with captions, to train image-text models on."),
-        "attribution": escaped(card.get("attribution") or ""),
-        "sources": [{"name": _source(source), "license": escaped(source["license"])} for source in card["sources"]],
+        "title": escape_markdown(card.get("pretty_name") or f"Images with captions in {', '.join(facts.languages)}"),
+        "description": escape_markdown(
+            card.get("description") or "Images with captions, to train image-text models on."
+        ),
+        "attribution": escape_markdown(card.get("attribution") or ""),
+        "sources": [
+            {"name": _source(source), "license": escape_markdown(source["license"])} for source in card["sources"]
+        ],
         "captions_head": " | ".join(f"`{escaped_code(name)}`" for name in names),
         "captions_rule": "---:|" * len(names),
         "splits": [_split(name, split, names) for name, split in facts.splits.items()],
@@ -157,7 +158,9 @@ def _split(name: str, split: SplitFacts, columns: list[str]) -> dict[str, Any]:
                 "name": step.name,
                 "rows_in": f"{step.rows_in:,}",
                 "rows_out": f"{step.rows_out:,}",
-                "left_out": escaped(", ".join(f"{n:,} {reason}" for reason, n in step.left_out.items()) or "none"),
+                "left_out": escape_markdown(
+                    ", ".join(f"{n:,} {reason}" for reason, n in step.left_out.items()) or "none"
+                ),
                 "settings": _settings(step.settings),
             }
             for step in split.steps
@@ -178,7 +181,7 @@ def _settings(settings: dict[str, Any], prefix: str = "") -> str:
         if value is None or value is False or NOT_SHOWN.search(key):
             continue
         shown.append(f"{key.rpartition('.')[2].replace('_', ' ')} {value}")
-    return escaped(", ".join(shown))
+    return escape_markdown(", ".join(shown))
 
 
 def _leaves(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -189,7 +192,7 @@ def _leaves(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]
 
 
 def _source(source: dict[str, str]) -> str:
-    name, url = escaped(source["name"]), source.get("url", "")
+    name, url = escape_markdown(source["name"]), source.get("url", "")
     return f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name
 
 

@@ -1,7 +1,7 @@
 """The end of a build: the rows of its last stages as one folder for the Hub, parquet files with a data set card.
 
 Files are written one by one, whole or not at all, into a folder beside the final one, which gets its name when all are
-there: the same command goes on where it was interrupted. All splits get the same columns, empty where a split has gone
+there: the same command finishes an unfinished one. All splits get the same columns, empty where a split has gone
 through fewer stages; `datasets` would refuse the data set otherwise.
 """
 
@@ -20,6 +20,7 @@ from caption_data.columns import CAPTION_COLUMN
 from caption_data.stage_folder import check_complete, identity_digest, stage_record
 from captions.build_plan import Plan
 from captions.dataset_card import DatasetFacts, SplitFacts, StepFacts, dataset_card
+from captions.stages import Phase
 from common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
 
 DATASET_FOLDER = "dataset"
@@ -41,7 +42,7 @@ def write_dataset(plan: Plan) -> Path:
 
     Raises:
         ValueError: splits have columns of one name and different types, or no row is left.
-        OSError: the disk is full; the same command goes on.
+        OSError: the disk is full; the same command does the rest.
     """
     output = plan.output / DATASET_FOLDER
     digests = {split: _digest(steps[-1].args.output) for split, steps in plan.steps.items()}
@@ -162,3 +163,6 @@ def _report_folder(plan: Plan) -> Path | None:
             if step.name == "select" and (step.args.output / "report" / PICTURE).is_file():
                 return step.args.output / "report"
     return None
+
+
+PHASES = {"dataset": Phase(lambda plan, rank, world_size: write_dataset(plan))}

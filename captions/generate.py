@@ -1,11 +1,11 @@
 """Captions of images, each begun by a prefix: BLIP-2 with its image encoder run once an image, or another captioner.
 
     python -m captions.generate --dataset data/images --output data/generated
-    python -m captions.generate --dataset data/images --output data/generated --precision fp16 --shard 0/4
+    python -m captions.generate --dataset data/images --output data/generated --precision fp16 --workers 4
 
 Every row gets `generated-captions-en`: one caption a prefix, which is the prefix, a blank and the generated text. The
 ten prefixes of CAPIVARA's authors are in captions/prefixes.json; --prefixes takes another file of that form. Rows whose
-image can't be used are left out and listed. The same command goes on where it was ended, with the same captions.
+image can't be used are left out and listed. The same command does what is missing, with the same captions.
 
 What an image's prefixes share is computed once: of BLIP-2 the vision encoder, the Q-Former, and the language model's
 reading of the image. BLIP, GIT and vision-encoder-decoder models encode the image anew for every prefix.
@@ -17,8 +17,6 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("captions.stage_arguments:GenerateArguments", __doc__)
 
 import hashlib
-import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+from caption_data.columns import CAPTIONS
 from caption_data.image_files import BYTES_ALONE, ImageFiles, decode_image
 from caption_data.rows import BadImage, BadRow
 from captions.captioner import KINDS, Captioner
+from captions.executors import stage_main
 from captions.stage_arguments import GenerateArguments
-from captions.stages import CAPTIONS, StageReport, run_stage
-from common.cli import parse, run_command
+from captions.stages import Phase, StageReport, finished_row_tasks, run_stage
+from common.cli import run_command
+from common.environment import torch_device
 from common.files import read_json
 from modeling_capivara.loading import check_reachable, weights_digest
 
@@ -41,8 +42,8 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 DECODERS = 4  # threads that decode images; PIL lets them run side by side
 
 
-def generate(args: GenerateArguments) -> StageReport:
-    """Write the parts of this shard that are missing."""
+def generate(args: GenerateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
+    """Write the parts of one task that are missing."""
     prefixes = read_prefixes(args.prefixes)
     captioner = load_captioner(args)
     settings = {
@@ -55,7 +56,10 @@ def generate(args: GenerateArguments) -> StageReport:
         "sampling": {name: getattr(args, name) for name in ("temperature", "top_p", "seed")} if args.sampling else None,
     }
     process = GenerateProcess(captioner, prefixes, args.image_column, args.without_paths())
-    return run_stage(args, {COLUMN: CAPTIONS}, settings, process, "Captions")
+    return run_stage(args, {COLUMN: CAPTIONS}, settings, process, "Captions", rank=rank, world_size=world_size)
+
+
+PHASES = {"rows": Phase(generate, finished_row_tasks, uses_model=True)}
 
 
 def load_captioner(args: GenerateArguments) -> Captioner:
@@ -74,7 +78,7 @@ def load_captioner(args: GenerateArguments) -> Captioner:
             f"{args.model} is a model of the kind {kind!r}, which captions.generate does not know. Take one of "
             f"{', '.join(KINDS)}, such as {GenerateArguments.model}."
         )
-    device, dtype = _device(args.device), DTYPES[args.precision]
+    device, dtype = torch_device(args.device), DTYPES[args.precision]
     model = AutoModelForImageTextToText.from_pretrained(args.model, revision=args.revision, dtype=dtype)
     return KINDS[kind](
         model.eval().to(device),
@@ -150,23 +154,8 @@ class GenerateProcess:
             return BadImage("unreadable image", str(error))
 
 
-def _device(name: str | None) -> torch.device:
-    """The named one, or the GPU of this process of a launch, or the CPU."""
-    if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without CUDA
-        raise ValueError(f"device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}") from error
-
-
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(GenerateArguments, __doc__, argv)
-        report = generate(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.output}: {report}")
+    stage_main(GenerateArguments, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """How similar every caption is to its image: cosines under a CAPIVARA model, or a CLIP of open_clip or transformers.
 
     python -m captions.score --dataset data/translated --output data/scored --language pt --model data/openmoji/base
-    python -m captions.score --dataset data/translated --output data/scored --language pt --shard 0/4 \\
+    python -m captions.score --dataset data/translated --output data/scored --language pt --workers 2 \\
         --model open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k
 
 Every row gets `similarities-<language>`: a number for each of `captions-<language>`, then for each of
 `generated-captions-<language>`, in their order; none where a caption is empty. `captions.select` and the caption
 strategies of the training go by them. Rows whose image can't be used, or without any caption, are left out and listed.
-The same command goes on where it ended.
+The same command does what is missing.
 """
 
 from common.start import start_command
@@ -15,18 +15,19 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.stage_arguments:ScoreArguments", __doc__)
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import PIL.Image
 from torch import Tensor
 
+from caption_data.columns import SIMILARITIES
 from caption_data.image_files import BYTES_ALONE, ImageFiles, decode_image
 from caption_data.rows import BadImage, BadRow
+from captions.executors import stage_main
 from captions.stage_arguments import ScoreArguments
-from captions.stages import SIMILARITIES, StageReport, run_stage
-from common.cli import parse, run_command
+from captions.stages import Phase, StageReport, finished_row_tasks, run_stage
+from common.cli import run_command
 from modeling_capivara.embedder import Embedder, load_embedder
 
 DECODERS = 4  # threads that decode images; PIL lets them run side by side
@@ -92,8 +93,8 @@ class ScoreProcess:
             return bad
 
 
-def score(args: ScoreArguments) -> StageReport:
-    """Write the parts of this shard that are missing.
+def score(args: ScoreArguments, rank: int = 0, world_size: int = 1) -> StageReport:
+    """Write the parts of one task that are missing.
 
     Raises:
         ValueError: there is no caption in the language, or no such model.
@@ -106,7 +107,11 @@ def score(args: ScoreArguments) -> StageReport:
     process = ScoreProcess(
         embedder, columns, result, args.image_column, args.embedding_batch_size, args.without_paths()
     )
-    return run_stage(args, {result: SIMILARITIES}, settings, process, f"Similarities, {args.language}", columns)
+    title = f"Similarities, {args.language}"
+    return run_stage(args, {result: SIMILARITIES}, settings, process, title, columns, rank, world_size)
+
+
+PHASES = {"rows": Phase(score, finished_row_tasks, uses_model=True)}
 
 
 def _similarities(image: Tensor, texts: Tensor, captions: list[str], number: dict[str, int]) -> list[float | None]:
@@ -119,12 +124,7 @@ def _by_length(text: str) -> tuple[int, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(ScoreArguments, __doc__, argv)
-        report = score(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.output}: {report}")
+    stage_main(ScoreArguments, __doc__, argv)
 
 
 if __name__ == "__main__":

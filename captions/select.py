@@ -16,19 +16,20 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("captions.stage_arguments:SelectArguments", __doc__)
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
+from caption_data.columns import CAPTIONS
 from caption_data.rows import NOT_CHOSEN, BadRow
 from caption_data.selection import WITH_SIMILARITIES, choose_captions, pair_passes
-from caption_data.stage_folder import StageReport, check_complete, unfinished
-from captions.report import write_report
+from caption_data.stage_folder import StageReport, check_complete
+from captions.executors import stage_main
+from captions.selection_report import write_report
 from captions.stage_arguments import SelectArguments
-from captions.stages import CAPTIONS, run_stage
-from common.cli import parse, run_command
+from captions.stages import Phase, finished_row_tasks, run_stage
+from common.cli import run_command
 
-REPORT = Path("report") / "report.md"  # in the output; it is written last
+REPORT = Path("report") / "index.html"  # in the output; it is written last
 
 
 class Selection:
@@ -68,6 +69,10 @@ class Selection:
         """What the pair filter looks at: the similarity of the first original caption."""
         return self.scored(row)[0][1] if row.get(self.captions) else None
 
+    def outcome(self, row: dict[str, Any]) -> tuple[list[str], list[tuple[str, float | None]], float | None]:
+        """What the report needs of a row: `chosen`, `scored` and `first` of it. Raises as `chosen` does."""
+        return self.chosen(row), self.scored(row), self.first(row)
+
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         return [self._new_columns(row) for row in rows]
 
@@ -86,7 +91,14 @@ class Selection:
 
 
 def select(args: SelectArguments) -> StageReport:
-    """Write the parts of this shard that are missing, and the report once no part of any shard is missing.
+    """The whole stage in this process: its rows and the report. Raises as `select_rows` does."""
+    report = select_rows(args)
+    write_missing_report(args)
+    return report
+
+
+def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> StageReport:
+    """Write the parts of one task that are missing.
 
     Raises:
         ValueError: there is no such column.
@@ -102,26 +114,22 @@ def select(args: SelectArguments) -> StageReport:
         "min_pair_similarity": args.min_pair_similarity,
     }
     needed = [selection.similarities] if scored else [selection.captions, selection.generated]
-    report = run_stage(args, {selection.captions: CAPTIONS}, settings, selection, "Selection", needed)
-    if not unfinished(args.output):
-        write_missing_report(args)
-    return report
+    columns = {selection.captions: CAPTIONS}
+    return run_stage(args, columns, settings, selection, "Selection", needed, rank, world_size)
 
 
-def write_missing_report(args: SelectArguments) -> None:
-    """The report of a selection that is complete, where a run ended before it was written."""
+def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
+    """The report of a selection that is complete, unless it is there."""
     if not (args.output / REPORT).is_file():
-        write_report(args, Selection(args), check_complete(args.output))
+        write_report(args, Selection(args).outcome, check_complete(args.output))
+
+
+PHASES = {"rows": Phase(select_rows, finished_row_tasks), "report": Phase(write_missing_report)}
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(SelectArguments, __doc__, argv)
-        report = select(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.output}: {report}")
-    if (args.output / REPORT).is_file():
+    args = stage_main(SelectArguments, __doc__, argv)
+    if args is not None:
         print(f"Report with pictures: {args.output / REPORT}")
 
 

@@ -1,16 +1,39 @@
-"""The sentences of a data set: its captions, each once."""
+"""The sentences of a data set, its captions each once, and their translations: in this run, and in earlier ones.
+
+The distinct sentences of a source are one parquet file; `captions.translate` shares its rows out like those of any
+other stage. What was translated joins the folder --memory, in plain parquet files that are written whole and never
+changed: any number of tasks and builds add to it, without locks. What a translation was made with (back end, model,
+languages, settings) names the folder inside.
+"""
 
 import contextlib
+import hashlib
+import io
 import itertools
-from collections.abc import Iterable, Iterator
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Container, Iterable, Iterator
+from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from caption_data.columns import caption_texts
 from caption_data.rows import BadRow
 from caption_data.sources import Source
-from captions.memory import TranslationMemory
+from common.files import write_bytes, write_json
 
-LOOKED_UP = 10_000  # sentences at once
+SENTENCES = "sentences.parquet"
+SENTENCES_VERSION = 1
+SOURCE_KEY = b"capivara_sentences"  # in the schema of the file: what it was made from
+SCHEMA = pa.schema({"source": pa.string()})
+PAIR_SCHEMA = pa.schema({"source": pa.string(), "translation": pa.string()})
+READ_AT_ONCE = 10_000  # sentences
+
+logger = logging.getLogger("capivara")
 
 
 def sentences_of(row: dict[str, Any], columns: Iterable[str]) -> Iterator[str]:
@@ -28,18 +51,130 @@ def distinct_sentences(source: Source, columns: list[str], parts: Iterable[range
         columns: of captions, by the source's names.
         parts: the rows.
     """
-    seen = set()
+    seen: set[bytes] = set()  # digests: of tens of millions of sentences they need a tenth of the memory
     for part in parts:
         for row in itertools.islice(source.rows(part.start, only=columns), len(part)):
             for sentence in sentences_of(row, columns):
-                if sentence not in seen:
-                    seen.add(sentence)
+                digest = hashlib.blake2b(sentence.encode(), digest_size=16).digest()
+                if digest not in seen:
+                    seen.add(digest)
                     yield sentence
 
 
-def unknown_characters(sentences: Iterable[str], memory: TranslationMemory) -> int:
-    """How many characters the sentences have that the memory does not know."""
-    total, rest = 0, iter(sentences)
-    while some := list(itertools.islice(rest, LOOKED_UP)):
-        total += sum(map(len, set(some) - memory.find(some).keys()))
-    return total
+class SentenceFile:
+    """The distinct sentences of a source, one a row.
+
+    Args:
+        path: of the parquet file.
+        source: that it shall be of.
+        columns: of captions, by the source's names.
+    """
+
+    def __init__(self, path: Path, source: Source, columns: list[str]):
+        self.path, self.columns, self._source = path, columns, source
+        made_from = [SENTENCES_VERSION, len(source), source.fingerprint(), columns]
+        self.fingerprint = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+
+    def is_there(self) -> bool:
+        """Whether the file is whole and of this source."""
+        return self.path.is_file() and pq.read_schema(self.path).metadata.get(SOURCE_KEY) == self.fingerprint.encode()
+
+    def write(self, rows_per_group: int) -> None:
+        """Make it, unless it is there, with so many rows in a row group."""
+        for leftover in self.path.parent.glob(f".{self.path.name}.*.tmp"):  # of a kill: one task alone writes it
+            leftover.unlink()
+        if self.is_there():
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        schema = SCHEMA.with_metadata({SOURCE_KEY: self.fingerprint.encode()})
+        found = distinct_sentences(self._source, self.columns, [range(len(self._source))])
+        try:
+            with temporary.open("wb") as file:
+                with pq.ParquetWriter(file, schema) as parquet:
+                    while some := list(itertools.islice(found, rows_per_group)):
+                        parquet.write_table(pa.table({"source": some}, schema=schema))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def __len__(self) -> int:
+        return pq.read_metadata(self.path).num_rows
+
+    def read(self, part: range) -> list[str]:
+        """Some sentences, read as the row groups that they are in."""
+        with pq.ParquetFile(self.path) as file:
+            ends = list(itertools.accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
+            groups = [i for i, end in enumerate(ends) if end > part.start and (ends[i - 1] if i else 0) < part.stop]
+            if not groups:
+                return []
+            first = ends[groups[0] - 1] if groups[0] else 0
+            column = file.read_row_groups(groups)["source"]
+        return column.slice(part.start - first, len(part)).to_pylist()
+
+
+class TranslationMemory:
+    """The translations of one translator that earlier runs and other tasks have made.
+
+    Args:
+        folder: of all translators.
+        fingerprint: of this one.
+    """
+
+    def __init__(self, folder: Path, fingerprint: dict[str, Any]):
+        text = json.dumps(fingerprint, sort_keys=True, ensure_ascii=True)
+        self.key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self.folder, self._all, self._fingerprint = folder / self.key, folder, fingerprint
+
+    def find(self, sentences: Iterable[str]) -> dict[str, str]:
+        """Sentence -> translation, of those that are known. All files are read, so ask for many at once."""
+        wanted = set(sentences)
+        if not wanted:
+            return {}
+        return self._of_earlier_versions(wanted) | translations_in(sorted(self.folder.glob("*.parquet")), wanted)
+
+    def add(self, translations: dict[str, str]) -> None:
+        """Keep translations in a file of their own, all or none of them. Raises OSError where the disk is full."""
+        if not (self.folder / "translator.json").is_file():
+            write_json(self.folder / "translator.json", self._fingerprint)
+        file = io.BytesIO()
+        columns = {"source": list(translations), "translation": list(translations.values())}
+        pq.write_table(pa.table(columns, schema=PAIR_SCHEMA), file)
+        name = hashlib.blake2b("\0".join(translations).encode(), digest_size=16).hexdigest()
+        write_bytes(self.folder / f"{name}.parquet", file.getvalue())
+
+    def _of_earlier_versions(self, wanted: set[str]) -> dict[str, str]:
+        """What the SQLite files of version 0.1.0's first builds know: it may have been paid for."""
+        found: dict[str, str] = {}
+        for path in sorted(self._all.glob("*.sqlite")):
+            try:
+                with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+                    query = "SELECT source, translation FROM translations WHERE translator = ?"
+                    found |= {
+                        source: made for source, made in connection.execute(query, (self.key,)) if source in wanted
+                    }
+            except sqlite3.Error as error:
+                logger.warning("The translations in %s can't be read (%s); it is done without them.", path, error)
+        return found
+
+
+def translations_in(paths: Iterable[Path], wanted: Container[str], damaged_are_fatal: bool = False) -> dict[str, str]:
+    """Sentence -> translation, of those that some parquet files have.
+
+    Raises:
+        ValueError: a file is damaged, if that is fatal; else it is named in a warning and left out.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        try:
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(READ_AT_ONCE, columns=list(PAIR_SCHEMA.names)):
+                    pairs = zip(batch["source"].to_pylist(), batch["translation"].to_pylist(), strict=True)
+                    found |= {source: translation for source, translation in pairs if source in wanted}
+        except (pa.ArrowException, OSError, KeyError) as error:
+            if damaged_are_fatal:
+                raise ValueError(f"{path} can't be read: {error}. Remove it, and run again.") from error
+            logger.warning("The translations in %s can't be read (%s); it is done without them.", path, error)
+    return found

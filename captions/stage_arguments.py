@@ -17,35 +17,72 @@ from caption_data.stage_folder import SPLIT
 PREFIXES = Path(__file__).parent / "prefixes.json"
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The `index`-th of `count` shares of the parts."""
+SHARED_BY_TASKS = "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
 
-    index: int
-    count: int
 
-    @classmethod
-    def of(cls, text: str | None) -> "Shard":
-        """Of the argument, or of the processes that Accelerate or torchrun launched.
+@dataclass(kw_only=True)
+class ExecutorArguments:
+    """Where the tasks of a command run: the flags of datatrove's executors, under its names."""
 
-        Raises:
-            ValueError: it is no `i/n` with 0 <= i < n.
-        """
-        if text is None:
-            text = f"{os.environ.get('RANK', '0')}/{os.environ.get('WORLD_SIZE', '1')}"
-        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-        if not found or int(found[1]) >= int(found[2]):
-            raise ValueError(f"shard must be i/n with i from 0 to n - 1, such as 0/4 or 3/4; got {text!r}.")
-        return cls(int(found[1]), int(found[2]))
+    gone = {  # flags of earlier versions
+        "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
+        "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
+    }
+    executor: Literal["local", "slurm", "ray"] = field(
+        default="local",
+        metadata={"help": "local: this machine. slurm: job arrays of a Slurm cluster. ray: a Ray cluster."},
+    )
+    tasks: int | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the rows, each done by one process. As many as workers where none is given; slurm and "
+            "ray need it. What is done stays whatever the number is next time."
+        },
+    )
+    workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tasks that run at once. local: as many as there are GPUs, else 1, which computes on all cores; "
+            "slurm and ray: no limit but the cluster's."
+        },
+    )
+    partition: str | None = field(default=None, metadata={"help": "slurm: partition of the jobs."})
+    time: str | None = field(default=None, metadata={"help": "slurm: limit of a task, as 04:00:00."})
+    sbatch: list[str] = field(
+        default_factory=list, metadata={"help": "slurm: other options of sbatch, as account=vision qos=gpu."}
+    )
+    cpus_per_task: int = field(default=1, metadata={"help": "slurm, ray: cores of a task."})
+    mem_per_cpu_gb: int = field(default=4, metadata={"help": "slurm, ray: GiB of memory a core."})
+    gpus_per_task: int = field(default=0, metadata={"help": "slurm, ray: GPUs of a task, where its stage has a model."})
+    logging_dir: Path | None = field(
+        default=None, metadata={"help": "Folder of the tasks' logs; OUTPUT.logs, of a build OUTPUT/logs, without."}
+    )
 
-    def of_parts(self, parts: list[range]) -> list[range]:
-        """Its share: neighbours, so that files are read in order."""
-        return parts[len(parts) * self.index // self.count : len(parts) * (self.index + 1) // self.count]
+    def check_executor(self) -> None:
+        for name in ("tasks", "workers", "cpus_per_task", "mem_per_cpu_gb"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.gpus_per_task < 0:
+            raise ValueError(f"gpus_per_task must be at least 0, got {self.gpus_per_task}.")
+        if self.executor != "local" and self.tasks is None:
+            raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
+        if self.executor == "slurm" and not (self.partition and self.time):
+            raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
+        if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
+            raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"This command is not launched by Accelerate or torchrun: {SHARED_BY_TASKS}.")
+
+    def executor_flags(self) -> dict[str, Any]:
+        """The flags of this class that were given, but for the folder of the logs."""
+        defaults = ExecutorArguments()
+        given = {known.name: getattr(self, known.name) for known in fields(defaults) if known.name != "logging_dir"}
+        return {name: value for name, value in given.items() if value != getattr(defaults, name)}
 
 
 @dataclass
-class StageArguments(ImageFileArguments):
-    """What every stage is told. Raises ValueError where a value breaks its rule."""
+class StageArguments(ImageFileArguments, ExecutorArguments):
+    """The flags of every stage. Raises ValueError where a value breaks its rule."""
 
     module = "captions.stages"  # that `python -m` runs it by
     dataset: str = field(
@@ -54,23 +91,16 @@ class StageArguments(ImageFileArguments):
             "metadata.jsonl, Hub id, or the output of another stage."
         }
     )
-    output: Path = field(metadata={"help": "Folder of the parts; the same command goes on with an unfinished one."})
+    output: Path = field(metadata={"help": "Folder of the parts; the same command finishes an unfinished one."})
     split: str = field(default="train", metadata={"help": "Split that is read, and that the parts are named by."})
     image_column: str = field(default="image", metadata={"help": "Column of the images; `image` in the output."})
     rename: list[str] = field(
         default_factory=list,
         metadata={"help": "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets."},
     )
-    shard: str | None = field(
-        default=None,
-        metadata={
-            "help": "i/n: the i-th of n shares of the rows, from 0; that of the process in a launch by Accelerate or "
-            "torchrun where none is given. Any number of machines may share a stage, or go on with it."
-        },
-    )
     batch_rows: int = field(default=16, metadata={"help": "Rows that are worked on at once."})
     rows_per_part: int = field(
-        default=500, metadata={"help": "Rows of a file: at most what a kill loses, at least what a machine takes."}
+        default=500, metadata={"help": "Rows of a file: at most what a kill loses, at least what a task takes."}
     )
 
     def __post_init__(self) -> None:
@@ -83,9 +113,14 @@ class StageArguments(ImageFileArguments):
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
         if Path(self.dataset).exists() and folder in (output, output.parent):  # its parts would be rows of the data set
             raise ValueError(f"The output folder {self.output} is the data set or lies in it. Choose another one.")
-        Shard.of(self.shard)
         self.renamed()
         self.check_image_files()
+        self.check_executor()
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the logs of all tasks."""
+        return self.logging_dir or self.output.with_name(self.output.name + ".logs")
 
     def renamed(self) -> dict[str, str]:
         """Old name -> new name, of `rename`."""
@@ -98,11 +133,11 @@ class StageArguments(ImageFileArguments):
         return names
 
     def command(self) -> str:
-        """The command of this stage for all its rows."""
-        given = asdict(self)
+        """The command of this stage, wherever its tasks run."""
+        given, elsewhere = asdict(self), {known.name for known in fields(ExecutorArguments)}
         for known in fields(self):
             default = known.default_factory() if known.default_factory is not MISSING else known.default
-            if known.name == "shard" or given[known.name] == default:
+            if known.name in elsewhere or given[known.name] == default:
                 del given[known.name]
         return command_line(self.module, given)
 
@@ -140,7 +175,7 @@ class Decoding:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
 
     def uniforms(self, key: bytes, prefix: str) -> np.ndarray:
-        """(max_new_tokens,) in [0, 1): of seed, key and prefix alone, whatever batch, shard or machine they are on."""
+        """(max_new_tokens,) in [0, 1): of seed, key and prefix alone, whatever batch, task or machine they are on."""
         digest = hashlib.sha256(f"{self.seed}\0{prefix}\0".encode() + key).digest()
         return np.random.default_rng(int.from_bytes(digest, "big")).random(self.max_new_tokens, dtype=np.float32)
 
@@ -242,7 +277,7 @@ class SelectArguments(StageArguments):
 
 
 @dataclass
-class BuildArguments:
+class BuildArguments(ExecutorArguments):
     config: Path = field(metadata={"help": "YAML file of the stages, such as configs/captions_pt.yaml."})
     dataset: str | None = field(
         default=None, metadata={"help": "The images, in any form that a stage takes; goes before the config's."}
@@ -253,26 +288,10 @@ class BuildArguments:
     language: str | None = field(
         default=None, metadata={"help": "Code of the language of the captions; goes before the config's."}
     )
-    shard: str | None = field(
-        default=None,
-        metadata={
-            "help": "i/n: the i-th of n shares of the work, from 0; that of the process in a launch by Accelerate or "
-            "torchrun where none is given. A shard waits for the others between stages; shard 0 makes the data set."
-        },
-    )
-    wait_s: float = field(
-        default=3600,
-        metadata={
-            "help": "Seconds that a shard waits for others that write nothing, such as those nobody has started; then "
-            "it ends, and the same command goes on."
-        },
-    )
     dry_run: bool = field(default=False, metadata={"help": "Check the config, say what would be done, and end."})
 
     def __post_init__(self) -> None:
-        Shard.of(self.shard)
-        if not self.wait_s >= 0:
-            raise ValueError(f"wait_s must be at least 0, got {self.wait_s:g}.")
+        self.check_executor()
 
 
 def command_line(module: str, flags: dict[str, Any]) -> str:

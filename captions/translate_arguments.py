@@ -26,7 +26,10 @@ class TranslateArguments(StageArguments):
     )
     memory: Path | None = field(
         default=None,
-        metadata={"help": "Folder of translations that are never made again; OUTPUT.memory where none is given."},
+        metadata={
+            "help": "Folder of translations that are never made again; OUTPUT.memory where none is given. "
+            "Any number of tasks and builds may share it."
+        },
     )
     existing: Literal["refuse", "append", "replace"] = field(
         default="refuse",
@@ -43,9 +46,12 @@ class TranslateArguments(StageArguments):
         default=None, metadata={"help": "Sentences that are translated at once: 32 by a model, 128 otherwise."}
     )
     batch_rows: int = field(
-        default=256, metadata={"help": "Rows whose sentences are sorted by length, so that little is padded."}
+        default=256,
+        metadata={"help": "Rows that are worked on at once; sentences are translated 8 for a row, sorted by length."},
     )
-    rows_per_part: int = field(default=1024, metadata={"help": "Rows of a file: at least what a machine takes."})
+    rows_per_part: int = field(
+        default=1024, metadata={"help": "Rows of a file, or an eighth of its sentences: at least what a task takes."}
+    )
 
     model: str | None = field(
         default=None,
@@ -81,11 +87,11 @@ class TranslateArguments(StageArguments):
     max_cost: float | None = field(
         default=None,
         metadata={
-            "help": "google: what all shards of this command may cost together, in the currency of the price. Where it "
-            "does not cover the estimate, nothing is sent. A shard may spend its share of it."
+            "help": "google: what all tasks of this command may cost together, in the currency of the price. Where it "
+            "does not cover the estimate, nothing is sent. A task may spend its share of it."
         },
     )
-    characters_per_second: float = field(default=10_000, metadata={"help": "google: mean rate of this process."})
+    characters_per_second: float = field(default=10_000, metadata={"help": "google: mean rate of a task."})
     max_tries: int = field(
         default=8, metadata={"help": "google: of a request, with pauses that double, before the run ends."}
     )
@@ -144,3 +150,8 @@ class TranslateArguments(StageArguments):
     @property
     def memory_folder(self) -> Path:
         return self.memory or self.output.with_name(self.output.name + ".memory")
+
+    @property
+    def work_folder(self) -> Path:
+        """Of the sentences and their translations."""
+        return self.output.with_name(self.output.name + ".translations")

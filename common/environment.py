@@ -77,6 +77,18 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def torch_device(name: str | None) -> "torch.device":
+    """The named device, or the GPU where there is one, or the CPU. Raises ValueError where there is no such device."""
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without CUDA
+        raise ValueError(f"device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}") from error
+
+
 def device_description(device: "torch.device | str" = "cpu") -> str:
     """The processor or GPU in words, such as "NVIDIA H100 (cuda)" or "AMD EPYC, 2 threads (cpu)"."""
     import torch  # here: a command that reads its flags writes no device yet

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ from tqdm.auto import tqdm
 from caption_data.image_files import BYTES_ALONE, ImageFiles, decode_image, image_digest
 from caption_data.rows import BadImage
 from common.files import DIGEST_BYTES, has_digest, write_with_digest
+from eval.metrics import chance_recall, cross_modal_ranks
 from modeling_capivara.embedder import Embedder, processes
+from records.schema import DIRECTIONS
 
 VERSION = 1  # of the files; raise it when their content changes
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
@@ -115,6 +118,43 @@ class EmbeddedImages:
     embeds: Tensor
     rows: Tensor
     skipped: dict[int, str]
+
+
+@dataclass(frozen=True)
+class RetrievalEmbeddings:
+    """A split in the shared space.
+
+    Attributes:
+        text_embeds: (texts, width), unit length.
+        image_embeds: (images, width), unit length.
+        image_of_text: (texts,), index of the image that each text describes.
+    """
+
+    text_embeds: Tensor
+    image_embeds: Tensor
+    image_of_text: Tensor
+
+    def ranks(self, direction: str) -> Tensor:
+        """(queries,), ranks as `retrieval_ranks` defines them."""
+        return self._ranks[direction]
+
+    @cached_property
+    def _ranks(self) -> dict[str, Tensor]:
+        return dict(zip(DIRECTIONS, cross_modal_ranks(*self._sides("text_to_image")), strict=True))
+
+    def chance(self, direction: str, k: int) -> float:
+        _, _, query_groups, item_groups = self._sides(direction)
+        return chance_recall(query_groups, item_groups, k)
+
+    def groups(self, direction: str) -> Tensor:
+        """(queries,), index of the image that each query belongs to."""
+        return self._sides(direction)[2]
+
+    def _sides(self, direction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        images = torch.arange(len(self.image_embeds))
+        if direction == "text_to_image":
+            return self.text_embeds, self.image_embeds, self.image_of_text, images
+        return self.image_embeds, self.text_embeds, images, self.image_of_text
 
 
 @dataclass

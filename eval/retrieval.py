@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from caption_data.rows import rows_fingerprint
+from caption_data.columns import caption_texts
+from caption_data.rows import BadRow, rows_fingerprint
 from caption_data.sources import Source, open_source
 from common.cli import parse, run_command
 from common.environment import device_description
 from common.files import check_output_file, read_json
 from common.privacy import short_name
-from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, cache_folder
+from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, RetrievalEmbeddings, cache_folder
 from eval.eval_arguments import RetrievalArguments, caption_positions
 from eval.gallery import write_gallery
 from eval.metrics import (
     RECALL_CUTOFFS,
-    chance_recall,
-    cross_modal_ranks,
     mean_hits,
     mean_recall,
     median_rank,
@@ -43,48 +41,10 @@ from eval.metrics import (
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedder import Embedder, load_embedder, processes
 from modeling_capivara.embedding import embed_texts
-from records.schema import Record, header, hub_revision, write_records
+from records.schema import DIRECTIONS, Record, header, hub_revision, write_records
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
-DIRECTIONS = ("text_to_image", "image_to_text")
 PRECISION_CHECK_IMAGES = 256  # whose recall is measured in both precisions where bf16 is asked for
-
-
-@dataclass(frozen=True)
-class RetrievalEmbeddings:
-    """A split in the shared space.
-
-    Attributes:
-        text_embeds: (texts, width), unit length.
-        image_embeds: (images, width), unit length.
-        image_of_text: (texts,), index of the image that each text describes.
-    """
-
-    text_embeds: Tensor
-    image_embeds: Tensor
-    image_of_text: Tensor
-
-    def ranks(self, direction: str) -> Tensor:
-        """(queries,), ranks as `retrieval_ranks` defines them."""
-        return self._ranks[direction]
-
-    @cached_property
-    def _ranks(self) -> dict[str, Tensor]:
-        return dict(zip(DIRECTIONS, cross_modal_ranks(*self._sides("text_to_image")), strict=True))
-
-    def chance(self, direction: str, k: int) -> float:
-        _, _, query_groups, item_groups = self._sides(direction)
-        return chance_recall(query_groups, item_groups, k)
-
-    def groups(self, direction: str) -> Tensor:
-        """(queries,), index of the image that each query belongs to."""
-        return self._sides(direction)[2]
-
-    def _sides(self, direction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        images = torch.arange(len(self.image_embeds))
-        if direction == "text_to_image":
-            return self.text_embeds, self.image_embeds, self.image_of_text, images
-        return self.image_embeds, self.text_embeds, images, self.image_of_text
 
 
 def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
@@ -203,12 +163,10 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     """
     source = open_source(args.dataset, args.split, args.image_column, **args.limits())
     column = args.caption_column.replace("{language}", args.language)
-    for name in (args.image_column, column):
-        if name not in source.columns:
-            raise ValueError(f"{source.where} has no column {name!r}; there are {source.columns}.")
+    source.check_columns([args.image_column, column])
     quiet = not processes().is_main_process
     rows = tqdm(source.rows(), total=len(source), desc="Reading captions", unit="row", disable=quiet)
-    captions = [_chosen(row.get(column), args.caption_positions, number) for number, row in enumerate(rows)]
+    captions = [_chosen(row.get(column), column, args.caption_positions, number) for number, row in enumerate(rows)]
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
@@ -251,7 +209,14 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
             skipped=len(images.skipped),
         )
         if args.gallery:
-            parts["gallery"] = write_gallery(args.output, args.gallery, embeddings, data, images)
+            parts["gallery"] = write_gallery(
+                args.output,
+                args.gallery,
+                embeddings,
+                [text for row in images.rows.tolist() for text in data.captions[row]],
+                images.rows.tolist(),
+                data.images.image,
+            )
         write_records(args.output, records, about, **parts)
     return records
 
@@ -283,14 +248,15 @@ def check_cutoffs(cutoffs: Sequence[int], images: int) -> None:
         )
 
 
-def _chosen(value: Any, positions: str, row: int) -> list[str]:
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not captions:
-        raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
-    if not all(isinstance(caption, str) for caption in captions):
+def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
+    try:
+        captions = caption_texts(value, column)
+    except BadRow as bad:
         raise ValueError(
-            f"Row {row} has captions that are no text: {str(captions)[:100]}. Name another --caption_column."
-        )
+            f"Row {row} has captions that are no text: {str(value)[:100]}. Name another --caption_column."
+        ) from bad
+    if not captions:
+        raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
     chosen = [captions[place] for place in caption_positions(positions, len(captions)) if place < len(captions)]
     if not chosen:
         raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")

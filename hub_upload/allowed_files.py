@@ -16,6 +16,7 @@ MODEL_CODE = tuple(
         "configuration",
         "image_classification",
         "image_processing",
+        "image_tower",
         "loss",
         "modeling",
         "processing",

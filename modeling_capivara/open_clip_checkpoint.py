@@ -81,6 +81,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def is_settings_class(name: str) -> bool:
+    """Whether a full name, as a pickle asks for it, is that of a data type that settings are made of."""
     module, _, last = name.rpartition(".")
     # As pickle reads Python 2's names: `commands.Popen` is `subprocess.Popen`. torch maps some of them alone.
     module, last = NAME_MAPPING.get((module, last), (IMPORT_MAPPING.get(module, module), last))
@@ -93,5 +94,5 @@ def is_settings_class(name: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first; libraries append pages."""
+    """The first line of an error's message; libraries append pages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

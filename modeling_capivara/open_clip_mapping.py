@@ -118,6 +118,7 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 
 
 def check_state(state: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raise ValueError, with all names, where tensors are missing, surplus, or of other shapes than `shapes`."""
     problems = []
     if missing := sorted(shapes.keys() - state.keys()):
         problems.append(f"missing: {', '.join(missing)}")
@@ -216,7 +217,7 @@ def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size
         image_size: pixels a side; None is the ViT's own, 224 for a timm model (which does not state it).
 
     Raises:
-        ValueError: the architecture cannot be said in open_clip's configuration.
+        ValueError: open_clip's configuration has no way to state the architecture.
     """
     if config.text_config.model_type not in TEXT_KINDS:
         refuse("text_config", "model_type", config.text_config.model_type, f"one of {TEXT_KINDS}", "config.json")
@@ -277,6 +278,7 @@ def _vision_config(vision_cfg: dict, quick_gelu: bool) -> PreTrainedConfig | dic
 
 
 def timm_config(vision_cfg: dict) -> TimmWrapperConfig:
+    """The image tower of a `vision_cfg` that names a timm model. Raises ValueError where it can't be converted."""
     free = {"timm_model_name"} | VIT_FIELDS | TRAINING_FIELDS
     _check_fields("vision_cfg", vision_cfg, TIMM_FIXED, free)
     square(vision_cfg)
@@ -342,6 +344,7 @@ def _vision_kind(config: CapivaraConfig) -> str:
 
 
 def image_processor_of(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
+    """The image processor of a `preprocess_cfg`, for squares of `size` pixels. Raises ValueError where it can't be."""
     # As open_clip reads it: null is absent, an unknown field is nothing, `size` is always that of the tower.
     cfg = {k: v for k, v in preprocess_cfg.items() if v is not None}
     _check_fields("preprocess_cfg", {k: v for k, v in cfg.items() if k in PREPROCESS_FIXED}, PREPROCESS_FIXED, set())
@@ -377,6 +380,7 @@ def preprocess_cfg_of(processor: CapivaraImageProcessor) -> tuple[int, dict[str,
 
 
 def square(vision_cfg: dict) -> int:
+    """Pixels a side that a `vision_cfg` names. Raises ValueError where they are no square."""
     size = vision_cfg.get("image_size", 224)
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
@@ -396,4 +400,5 @@ def _check_fields(section: str, values: dict, fixed: dict[str, tuple], free: set
 
 
 def refuse(section: str, name: str, value: Any, supported: str, where: str = OPEN_CLIP_CONFIG) -> NoReturn:
+    """Raise ValueError about the field `name` in a `section` of the file `where`."""
     raise ValueError(f"{section}.{name} of {where} is {value!r}, which cannot be converted; supported: {supported}.")

@@ -38,19 +38,9 @@ class Measured:
         return str(self.file.content.get("precision", ""))
 
     @property
-    def folder_and_seed(self) -> tuple[str, int | None]:
-        """The model's folder, of several seeds the one around theirs, and the training seed.
-
-        The repetitions of a run lie in `seed-0`, `seed-1` and so on: they are one model. A run's own results name it
-        by "." or by these alone, so that the folder of the result file tells two runs apart.
-        """
-        folder, seed = PurePosixPath(self.record.model_folder), self.record.seed
-        number = folder.name.removeprefix("seed-")
-        if folder.name != number and number.isdecimal() and seed in (None, int(number)):
-            folder, seed = folder.parent, int(number)
-        if str(folder) == ".":
-            folder = PurePosixPath(self.file.name).parent
-        return "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
+    def folder(self) -> str:
+        """Of the model; of several seeds, the one around theirs."""
+        return folder_and_seed(self.record, self.file.name)[0]
 
 
 @dataclass(frozen=True)
@@ -83,7 +73,7 @@ class Series:
     @property
     def folder(self) -> str:
         """Of the model; of several seeds, the one around theirs."""
-        return self.measured[0].folder_and_seed[0]
+        return self.measured[0].folder
 
     @property
     def values(self) -> list[float]:
@@ -157,9 +147,24 @@ class Pair:
         return doubts
 
 
+def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
+    """The model's folder, of several seeds the one around theirs, and the training seed.
+
+    The repetitions of a run lie in `seed-0`, `seed-1` and so on: they are one model. A run's own results name it by "."
+    or by these alone, so that the folder of the result file tells two runs apart.
+    """
+    folder, seed = PurePosixPath(record.model_folder), record.seed
+    number = folder.name.removeprefix("seed-")
+    if folder.name != number and number.isdecimal() and seed in (None, int(number)):
+        folder, seed = folder.parent, int(number)
+    if str(folder) == ".":
+        folder = PurePosixPath(file_name).parent
+    return "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
+
+
 def by_model_folder(measured: Measured) -> tuple[Hashable, int | None]:
     """Group of a record, and its seed: one condition and one model by its folder, for results of several models."""
-    folder, seed = measured.folder_and_seed
+    folder, seed = folder_and_seed(measured.record, measured.file.name)
     return (measured.record.condition, measured.record.model, folder), seed
 
 

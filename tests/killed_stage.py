@@ -1,10 +1,10 @@
-"""A stage, or a build, that is killed again and again, alone or with other shards at its side, until it is complete.
+"""A stage, or a build, that is killed again and again, alone or with other tasks at its side, until it is complete.
 
     python tests/killed_stage.py stage DATASET OUTPUT 1,3,2 …
     python tests/killed_stage.py build CONFIG
 
 A process gets SIGKILL after some of the things that it does (a row batch, a row group, a list, a rename), how many is
-random. `stage`: each list makes a folder OUTPUT-0, OUTPUT-1, … of its own; its numbers say how many shards run at once
+random. `stage`: each list makes a folder OUTPUT-0, OUTPUT-1, … of its own; its numbers say how many tasks run at once
 in each round, the last one in all further rounds; -2 is two runs of all rows at the same time. Prints how many were
 killed. The processes are forks of one that has computed nothing yet.
 """
@@ -19,9 +19,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 import captions.stages
+from caption_data.columns import CAPTIONS
 from caption_data.rows import BadRow
 from caption_data.stage_folder import unfinished
-from captions.stages import CAPTIONS, StageArguments, run_stage
+from captions.stage_arguments import StageArguments
+from captions.stages import run_stage
 
 MAX_ROUNDS = 200
 
@@ -36,12 +38,15 @@ def shout(rows: list[dict]) -> list[dict | BadRow]:
     ]
 
 
-def arguments(dataset: str, output: str, shard: str | None = None) -> StageArguments:
-    return StageArguments(dataset, Path(output), shard=shard, batch_rows=3, rows_per_part=7)
+def arguments(dataset: str, output: str) -> StageArguments:
+    return StageArguments(dataset, Path(output), batch_rows=3, rows_per_part=7)
 
 
-def run(dataset: str, output: str, shard: str | None = None, process=shout):
-    return run_stage(arguments(dataset, output, shard), {"captions-xx": CAPTIONS}, {"voice": "loud"}, process)
+def run(dataset: str, output: str, task: tuple[int, int] = (0, 1), process=shout):
+    """One task, (rank, world_size), of the stage."""
+    rank, world_size = task
+    columns, settings = {"captions-xx": CAPTIONS}, {"voice": "loud"}
+    return run_stage(arguments(dataset, output), columns, settings, process, rank=rank, world_size=world_size)
 
 
 def child(call: Callable[[], object], count: int) -> int:
@@ -63,7 +68,7 @@ def child(call: Callable[[], object], count: int) -> int:
 
     pq.ParquetWriter.write_table = counted(pq.ParquetWriter.write_table)
     captions.stages.write_skipped = counted(captions.stages.write_skipped)
-    captions.stages._Writer._prepared = counted(captions.stages._Writer._prepared)
+    captions.stages._Reader._prepared = counted(captions.stages._Reader._prepared)
     Path.rename = counted(Path.rename)
     Path.unlink = counted(Path.unlink)
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - the progress bars; it lasts as long as the process
@@ -77,12 +82,12 @@ def was_killed(number: int) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == -signal.SIGKILL
 
 
-def kill_stage(dataset: str, output: str, generator: random.Random, shards: list[int]) -> int:
+def kill_stage(dataset: str, output: str, generator: random.Random, numbers: list[int]) -> int:
     kills = 0
     for number in range(MAX_ROUNDS):
-        together = shards[min(number, len(shards) - 1)]
-        names = [f"{index}/{together}" for index in range(together)] or ["0/1"] * -together
-        calls = [lambda name=name: run(dataset, output, name) for name in names]
+        together = numbers[min(number, len(numbers) - 1)]
+        tasks = [(rank, together) for rank in range(together)] or [(0, 1)] * -together
+        calls = [lambda task=task: run(dataset, output, task) for task in tasks]
         kills += sum([was_killed(number) for number in [child(call, generator.randint(1, 16)) for call in calls]])
         if (Path(output) / "stage.json").is_file() and not unfinished(Path(output)):
             return kills

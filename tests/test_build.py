@@ -3,42 +3,35 @@
 import errno
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
 import datasets
 import pytest
-import torch
 import yaml
+from caption_build import CARD, changed, files, openmoji_config, surroundings, write_config
 from caption_tars import picture
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import Image, Value
 from huggingface_hub import DatasetCard
 
 from benchmarks import captions_selection
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_source
-from captions import build as build_module
-from captions.build import Awaited, BuildArguments, build, main
+from captions.build import BuildArguments, build, main
 from captions.build_plan import STAGES, read_plan
-from captions.tsv import escape, unescape
+from captions.executors import TasksFailed
+from captions.select import Selection
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push_plan import files_to_send
 from training.arguments import RunArguments
 from training.data import evaluation_split, training_splits
 
 ROOT = Path(__file__).resolve().parent.parent
-CARD = {
-    "pretty_name": "Squares | *of* <colour>",
-    "license": "cc-by-4.0",
-    "sources": [{"name": "Noise", "url": "https://example.org/noise", "license": "CC BY 4.0"}],
-}
 
 
 @pytest.fixture(autouse=True)
@@ -48,69 +41,7 @@ def cache_in_tmp(tmp_path, monkeypatch):
 
 @pytest.fixture
 def config(tmp_path, tiny_folder):
-    """A config over thirteen images, two of which can't be used; the table of its translation is there and filled."""
-    features = Features(
-        {"picture": Image(), "captions-en": CAPTIONS, "generated-captions-en": CAPTIONS, "url": Value("string")}
-    )
-
-    def split(number: int, broken: bool) -> Dataset:
-        rows = {
-            "picture": [{"bytes": picture(i), "path": f"{i}.png"} for i in range(number)],
-            "captions-en": [[f"a cat {i}"] for i in range(number)],
-            "generated-captions-en": [[f"a photo of {i}", "a dog"] for i in range(number)],
-            "url": [f"https://example.org/{i}" for i in range(number)],
-        }
-        if broken:
-            rows["picture"][3] = {"bytes": b"no image", "path": None}
-            rows["captions-en"][5] = rows["generated-captions-en"][5] = []
-        return Dataset.from_dict(rows, features=features)
-
-    DatasetDict(train=split(13, True), test=split(12, False)).save_to_disk(tmp_path / "data")
-    content = {
-        "dataset": str(tmp_path / "data"),
-        "output": str(tmp_path / "built"),
-        "language": "xh",
-        "image_column": "picture",
-        "evaluation_splits": ["test"],
-        "translate": {
-            "backend": "file",
-            "import": str(tmp_path / "tables" / "{split}.tsv"),
-            "rows_per_part": 5,
-            "batch_rows": 4,
-        },
-        "score": {"model": str(tiny_folder), "device": "cpu", "rows_per_part": 4},
-        "select": {"caption_strategy": "rank", "caption_count": 2, "rows_per_part": 6},
-        "card": CARD,
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
-    with pytest.raises(Awaited, match=r"train\.tsv has the sentences of 1-translate, train.*\n.*test\.tsv"):
-        build(BuildArguments(path))
-    fill(tmp_path / "tables")
-    return path
-
-
-def fill(tables: Path) -> None:
-    for path in tables.glob("*.tsv"):
-        head, *lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [line.split("\t")[:2] for line in lines]
-        filled = [f"{name}\t{text}\t{escape(xhosa(unescape(text)))}" for name, text in rows]
-        path.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
-
-
-def xhosa(text: str) -> str:
-    return text.replace("a cat", "ikati").replace("a dog", "inja").replace("a photo of", "ifoto ye")
-
-
-def changed(path: Path, **changes) -> Path:
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) | changes
-    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
-    return path
-
-
-def files(folder: Path) -> dict[str, str]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and "memory" not in path.parts]
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    return write_config(tmp_path, tiny_folder)
 
 
 def test_from_images_to_a_data_set_with_its_card(config, tmp_path):
@@ -170,13 +101,6 @@ def test_what_is_done_is_not_done_again_and_no_model_is_loaded(config, tmp_path,
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
 
 
-def surroundings() -> dict:
-    """Of a process with as many threads as this one: with others a model rounds otherwise."""
-    path, threads = f"{ROOT}:{ROOT / 'tests'}", str(torch.get_num_threads())
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
-    return {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
-
-
 def test_killed_again_and_again_it_ends_in_the_same_bytes(config, tmp_path):
     build(BuildArguments(config))
     (tmp_path / "built").rename(tmp_path / "undisturbed")
@@ -191,40 +115,77 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(config, tmp_path):
     assert {name for name in expected if found[name] != expected[name]} == set()
 
 
-def test_shards_wait_for_each_other(config, tmp_path, monkeypatch):
+def test_tasks_and_what_is_removed(config, tmp_path):
+    """Another number of tasks ends in the same bytes; a part that was removed is made again, and no other one."""
+    build(BuildArguments(config, tasks=3))
+    three = files(tmp_path / "built")
+    (tmp_path / "built").rename(tmp_path / "three")
     build(BuildArguments(config))
-    expected = files(tmp_path / "built" / "dataset")
-    changed(config, output=str(tmp_path / "shared"))
-    monkeypatch.setattr(build_module, "POLL_S", 0.05)
-
-    code = "import sys; from captions import build; build.POLL_S = 0.05; build.main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "--config", str(config), "--shard", "1/2"]
-    with ThreadPoolExecutor(1) as pool:  # a process: two threads that load models leave transformers patched
-        other = pool.submit(subprocess.run, command, **surroundings(), timeout=300)
-
-        def still_unfinished(output: Path, look=build_module.unfinished):
-            assert not (other.done() and other.result().returncode), other.result().stderr
-            return look(output)
-
-        monkeypatch.setattr(build_module, "unfinished", still_unfinished)  # else it would wait for a dead one
-        assert build(BuildArguments(config, shard="0/2")) == tmp_path / "shared" / "dataset"
-    assert (other.result().returncode, other.result().stdout) == (0, ""), other.result().stderr
-    assert files(tmp_path / "shared" / "dataset") == expected
+    assert files(tmp_path / "built") == three
+    part = sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[1]
+    kept = {path: path.stat().st_mtime_ns for path in part.parent.glob("*.parquet") if path != part}
+    part.unlink()
+    build(BuildArguments(config, tasks=2))
+    assert files(tmp_path / "built") == three
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_a_shard_that_is_alone_says_whom_it_waits_for_and_ends(config, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(build_module, "POLL_S", 0.05)
-    caplog.set_level("INFO", "capivara")
-    argv = ["--config", str(config), "--shard", "2/3", "--wait_s", "0.3"]
-    with pytest.raises(SystemExit, match=r"error: .*: shard 0 \(\d+ rows\), shard 1 \(\d+ rows\) have written nothing"):
-        build_module.main(argv)
-    assert any("shard 2 is done and waits for shard 0" in line for line in caplog.messages)
-    made = files(tmp_path / "built")
-    for index in (0, 1):  # the others come later, and are alone in turn; what is there stays
-        with pytest.raises(SystemExit, match="have written nothing for 0 s"):
-            build_module.main([*argv[:2], "--shard", f"{index}/3", "--wait_s", "0"])
-        assert {name: content for name, content in files(tmp_path / "built").items() if name in made} == made
-    assert build(BuildArguments(config)) == tmp_path / "built" / "dataset"
+def test_a_poisoned_row_fails_its_task_and_no_other(config, tmp_path, monkeypatch, caplog):
+    """It is reported with the rank and its rows, by the run and by --dry_run, until it is done."""
+    real = Selection._new_columns
+
+    def poisoned(self, row):
+        if row["captions-en"] == ["a cat 9"]:
+            raise ZeroDivisionError("no such row was expected")
+        return real(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Selection, "_new_columns", poisoned)
+        text = (
+            r"1 of 2 tasks have failed, the others are done\.\n  task 1: ZeroDivisionError: no such row was expected; "
+        )
+        text += r"rows 6 to 10 of train\nLogs: .*The same command does what is missing"
+        with pytest.raises(TasksFailed, match=r"3-select, train: rows: " + text):
+            build(BuildArguments(config, tasks=2))
+    parts = [path.name for path in (tmp_path / "built" / "3-select" / "train").glob("*.parquet")]
+    assert parts == ["train-000000000-000000006.parquet"] and not (tmp_path / "built" / "dataset").exists()
+    logs = tmp_path / "built" / "logs" / "3-select" / "train" / "rows"
+    assert "in poisoned" in (logs / "failures" / "00001.txt").read_text(), "with its traceback"
+    with caplog.at_level("INFO", "capivara"):
+        build(BuildArguments(config, dry_run=True))
+    assert "3-select, train: rows: task 1 has failed: ZeroDivisionError" in caplog.text
+    assert build(BuildArguments(config, tasks=2)) and not list(logs.glob("failures/*"))
+
+
+def test_the_flags_of_an_executor_reach_all_stages_but_those_with_their_own(config):
+    changed(config, score={"model": "m", "gpus_per_task": "1", "time": "12:00:00"})
+    flags = {
+        "executor": "slurm",
+        "tasks": 400,
+        "partition": "gpu",
+        "time": "04:00:00",
+        "sbatch": ["account=a", "qos=b"],
+    }
+    plan = read_plan(config, BuildArguments(config, **flags).executor_flags())
+    translate, score, select = (step.args for step in plan.steps["train"])
+    assert (translate.time, score.time, select.gpus_per_task, score.gpus_per_task) == ("04:00:00", "12:00:00", 0, 1)
+    assert {args.tasks for args in (translate, score, select)} == {400} and select.sbatch == ["account=a", "qos=b"]
+    assert "--tasks" not in score.command() and "--time" not in score.command()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shard", "0/4"], r"`--shard` is gone: rows are shared out by --tasks and --workers .*docs/cluster.md"),
+        (["--wait_s", "5"], r"`--wait_s` is gone: no task waits"),
+        (["--executor", "ray"], r"--executor ray needs --tasks"),
+        (["--sbatch", "--account=x"], r"expected at least one argument|sbatch must be options as KEY=VALUE"),
+    ],
+)
+def test_flags_that_are_gone_or_missing(config, flags, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--config", str(config), *flags])
+    assert re.search(message, f"{ended.value} {capsys.readouterr().err}")
 
 
 def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
@@ -267,7 +228,7 @@ def test_stages_may_be_left_out(config, tmp_path):
     changed(config, translate=None, language="en")
     folder = build(BuildArguments(config))
     assert sorted(path.name for path in (tmp_path / "built").iterdir() if path.is_dir()) == [
-        "0-read", "1-score", "2-select", "dataset",
+        "0-read", "1-score", "2-select", "dataset", "logs",
     ]  # fmt: skip
     data = datasets.load_dataset(str(folder))
     assert data["train"].num_rows == 11 and data["test"]["captions-en"][:] == [[f"a cat {i}"] for i in range(12)]
@@ -373,20 +334,15 @@ def test_the_comparison_of_selected_and_all_captions(config, tmp_path, tiny_fold
         assert {(r["direction"], r["seed"]) for r in trained} == {
             (direction, seed) for direction in ("text_to_image", "image_to_text") for seed in (0, 1)
         }
-    table = captions_selection.markdown_table(result)
-    assert f"| selected captions | {images['kept']} | xh |" in table and " ± " in table
+    table = captions_selection.selection_table(result)
+    assert f"| xh | selected captions | {images['kept']} |" in table and " ± " in table
 
 
 def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_dataset_folder):
     """At toy width: the Portuguese captions go out as a table of English ones and come back exactly."""
     source = datasets.load_from_disk(tiny_dataset_folder)
-    content = yaml.safe_load((ROOT / "configs" / "openmoji_captions.yaml").read_text(encoding="utf-8"))
-    content |= {"dataset": str(tmp_path / "english"), "output": str(tmp_path / "built")}
-    content["translate"]["import"] = str(tmp_path / "tables" / "{split}.tsv")
-    content["score"] = {"model": str(tiny_folder), "device": "cpu"}
-    content["select"]["min_pair_similarity"] = -1
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
-    folder = build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, tmp_path / "config.yaml"))
+    config = openmoji_config(tmp_path, tiny_folder)
+    folder = build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
     for split, rows in source.items():
         built = list(open_source(str(folder), split, "image", in_place=True).rows())
         assert [row["captions-pt"] for row in built] == [captions[:1] for captions in rows["captions-pt"]]

@@ -1,10 +1,13 @@
 """Every command answers `--help` and wrong flags before its heavy imports, and Ctrl-C in one line."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -36,6 +39,12 @@ COMMANDS = {
     "examples.real_images": "--model m",
     "examples.fine_tune_classifier": "",
 }
+# Commands of people who only use a model, whose help is there in Portuguese, too, with their arguments.
+IN_PORTUGUESE = {
+    "hub_upload.space": "hub_upload.space.__main__:SpaceArguments",
+    "eval.report": "eval.eval_arguments:ReportArguments",
+    "examples.openmoji.prepare": "examples.example_arguments:PrepareArguments",
+}
 INTERRUPTED = ("train_accelerate.py", "captions.score", "modeling_capivara.convert_open_clip", "hub_upload.space")
 INTERRUPTED += ("examples.real_images", "examples.fine_tune_classifier")
 
@@ -65,6 +74,41 @@ def test_help_comes_before_the_heavy_imports(command):
     called = command if command.endswith(".py") else f"python -m {command}"
     assert done.stdout.startswith(f"usage: {called} [-h]")
     assert "argparse" in imported and not imported & HEAVY
+
+
+def help_in(locale: dict[str, str], command: str) -> str:
+    """The help of a command in a locale, on lines of any length."""
+    others = {key: value for key, value in os.environ.items() if key not in ("LC_ALL", "LC_MESSAGES", "LANG")}
+    done = subprocess.run(
+        [sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=others | locale | {"COLUMNS": "10000", "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", IN_PORTUGUESE)
+def test_help_is_portuguese_where_the_locale_is(command):
+    module = command if command != "hub_upload.space" else "hub_upload.space.__main__"
+    kind = resolve_name(IN_PORTUGUESE[command])
+    portuguese, english = help_in({"LANG": "pt_BR.UTF-8"}, command), help_in({"LANG": "C"}, command)
+    assert kind.help_pt[""].strip() in portuguese and "mostra esta ajuda" in portuguese
+    assert resolve_name(module).__doc__.strip() in english and "show this help" in english
+    for field in fields(kind):
+        assert kind.help_pt[field.name] in portuguese and kind.help_pt[field.name] not in english
+        assert field.metadata["help"] in english and field.metadata["help"] not in portuguese
+    commands = [re.findall(r"^    (python -m [\w.]+)", text, re.MULTILINE) for text in (portuguese, english)]
+    assert commands[0] == commands[1], "both show the same commands"
+
+
+def test_the_first_locale_that_is_set_decides(monkeypatch):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    assert not common.cli.locale_is_portuguese()
+    monkeypatch.setenv("LANG", "pt_BR.UTF-8")
+    assert common.cli.locale_is_portuguese()
+    monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
+    assert not common.cli.locale_is_portuguese()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

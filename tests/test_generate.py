@@ -359,9 +359,8 @@ def test_sampling_goes_on_with_the_same_captions(images_folder, blip2_folder, tm
     parts[1].unlink()
     main(flags(images_folder, tmp_path / "once", blip2_folder, *sampling))
     assert rows_of(tmp_path / "once") == whole
-    for shard in ("0/2", "1/2"):
-        more = [*sampling, "--shard", shard, "--batch_rows", "3", "--micro_batch_size", "7"]
-        main(flags(images_folder, tmp_path / "shared", blip2_folder, *more))
+    more = [*sampling, "--tasks", "2", "--batch_rows", "3", "--micro_batch_size", "7"]
+    main(flags(images_folder, tmp_path / "shared", blip2_folder, *more))
     assert rows_of(tmp_path / "shared") == whole
 
 
@@ -399,7 +398,10 @@ def test_prefixes_that_are_none(text, said, tmp_path):
         (["--prefixes", "no/such.json"], "no/such.json"),
         (["--device", "abacus"], "device must be cpu"),
         (["--model", "no/such/folder"], "'no/such/folder' is neither a folder nor a Hub id"),
-        (["--shard", "2/2"], "shard must be"),
+        (["--shard", "0/2"], "`--shard` is gone: rows are shared out by --tasks and --workers on one machine"),
+        (["--tasks", "0"], "tasks must be at least 1, got 0"),
+        (["--executor", "slurm"], "--executor slurm needs --tasks"),
+        (["--executor", "slurm", "--tasks", "2"], "--executor slurm needs --partition and --time"),
     ],
 )
 def test_the_command_refuses_in_one_line(images_folder, blip2_folder, tmp_path, more, said):

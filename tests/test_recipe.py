@@ -15,7 +15,7 @@ from torchvision.transforms import v2 as transforms
 import train_accelerate
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import parse_arguments
-from training.images import AUGMENTATION, augmented
+from training.views import AUGMENTATION, augmented
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10

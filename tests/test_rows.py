@@ -11,11 +11,11 @@ import pytest
 from caption_tars import CAPTIONS, PICTURES, encoded, picture, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Image
 
+from caption_data import pairs
 from caption_data.image_files import decode_image
 from caption_data.pairs import caption_table, check_bad_share, joined_tables, table_bytes, tables_fingerprint
 from caption_data.rows import BadImage, Skipped, write_skipped
 from caption_data.sources import open_source
-from training import rows
 
 
 def bad_rows() -> list[tuple[str, list[tuple[str, bytes]]]]:
@@ -125,13 +125,13 @@ def test_fingerprint(tmp_path):
 
 
 def test_table_is_written_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr(pairs, "ROWS_PER_CHUNK", 3)
     source = open_source(tars_by_name(tmp_path), "train", "image")
     table = table_of(source)
     assert table.data.column("row").num_chunks == 3 and table["captions"][:] == CAPTIONS
     assert table.cache_files, "memory-mapped"
     fingerprint = tables_fingerprint(table)
-    monkeypatch.setattr(rows, "ROWS_PER_CHUNK", 1000)
+    monkeypatch.setattr(pairs, "ROWS_PER_CHUNK", 1000)
     assert tables_fingerprint(table_of(source)) == fingerprint
     nothing = table_of(source, choose=lambda row: [])
     assert len(nothing) == 0 and nothing.column_names == ["row", "digest", "captions"]

@@ -11,11 +11,11 @@ from datasets import Dataset, DatasetDict, Features, Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import modeling_capivara.embedder
+from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.image_files import decode_image
 from caption_data.sources import open_source
 from caption_data.stage_folder import stage_record
 from captions.score import ScoreArguments, main, score
-from captions.stages import CAPTIONS, SIMILARITIES
 from modeling_capivara.embedder import load_embedder
 
 LONG = "uma foto de " + "gato " * 2000  # 10,000 letters
@@ -102,18 +102,18 @@ def test_each_caption_and_image_of_a_batch_is_embedded_once(arguments, monkeypat
     assert [len(some) for some in images] == [3, 1], "not the broken one, nor the one without a caption"
 
 
-def test_shards_give_the_same_bytes_and_what_is_done_is_not_done_again(arguments, tmp_path, monkeypatch):
+def test_tasks_give_the_same_bytes_and_what_is_done_is_not_done_again(arguments, tmp_path, monkeypatch):
     rows = [(picture(i), [f"foto {i}"], [f"gato {i}", "gato"]) for i in range(9)]
     dataset = saved(tmp_path / "nine", rows)
 
-    def run(output, shard=None):
-        args = ScoreArguments(dataset, output, model=arguments.model, rows_per_part=4, batch_rows=3, shard=shard)
-        score(args)
+    def run(output, rank=0, world_size=1):
+        args = ScoreArguments(dataset, output, model=arguments.model, rows_per_part=4, batch_rows=3)
+        score(args, rank, world_size)
         return {path.name: path.read_bytes() for path in output.glob("*.parquet")}
 
     whole = run(tmp_path / "one")
-    run(tmp_path / "two", "1/2")
-    assert run(tmp_path / "two", "0/2") == whole and len(whole) == 3
+    run(tmp_path / "two", 1, 2)
+    assert run(tmp_path / "two", 0, 2) == whole and len(whole) == 3
     monkeypatch.setattr("modeling_capivara.embedder.embed_images", lambda *a, **k: pytest.fail("embedded again"))
     assert run(tmp_path / "two") == whole
 
@@ -143,7 +143,6 @@ def test_the_command(tmp_path, tiny_folder, capsys):
         (["--language", "xh"], r"has no column captions-xh or generated-captions-xh; there are \['image'"),
         (["--model", ""], r"model is missing"),
         (["--model", "no/such/folder"], r"does not exist"),
-        (["--shard", "2/2"], r"shard must be i/n with i from 0 to n - 1.*'2/2'"),
         (["--embedding_batch_size", "0"], r"embedding_batch_size must be at least 1"),
         (["--split", "test"], r"no split 'test'; there are \['train'\]"),
         (["--image_column", "picture"], r"no image column 'picture'"),

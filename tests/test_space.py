@@ -397,14 +397,3 @@ def test_a_models_name_is_none_of_a_person(tmp_path, monkeypatch):
 
 def test_numbers_are_written_as_in_portuguese():
     assert decimal(-0.0314) == "−0,031" and decimal(25.26, 1) == "25,3" and thousands(1_234_567) == "1.234.567"
-
-
-def test_benchmark(tiny_folder, tmp_path):
-    from benchmarks.space import main
-
-    flags = ["--pictures", "1100", "--questions", "3", "--full_size", "False", "--output", str(tmp_path / "r.json")]
-    main(["--model", str(tiny_folder), *flags])
-    figures = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert set(figures["milliseconds"]) == {"demo"} and figures["pictures"] == 1100
-    parts = figures["milliseconds"]["demo"]
-    assert all(parts[name]["wall"]["median"] > 0 for name in ("embedding", "search", "answer"))

@@ -19,10 +19,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from killed_stage import arguments, run, shout
 from test_sources import FORMS
 
+from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.rows import BadRow
 from caption_data.sources import open_source
-from caption_data.stage_folder import check_complete, stage_record, unfinished
-from captions.stages import CAPTIONS, SIMILARITIES, Shard, StageArguments, run_stage
+from caption_data.stage_folder import check_complete, finished_ranks, stage_record, unfinished
+from captions.stage_arguments import StageArguments
+from captions.stages import run_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 40
@@ -64,7 +66,7 @@ def rows_of(folder: Path, split: str = "train") -> list[dict]:
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(numbered, undisturbed, tmp_path):
-    """SIGKILL after every kind of thing that a run does, to one run, shards at once, changing numbers, and twins."""
+    """SIGKILL after every kind of thing that a run does, to one run, tasks at once, changing numbers, and twins."""
     rounds = ["1", "1,3,2", "4,1", "-2"]
     done = subprocess.run(
         [sys.executable, "tests/killed_stage.py", "stage", numbered, str(tmp_path / "out"), *rounds],
@@ -83,14 +85,19 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(numbered, undisturbed, tmp
         assert [row["number"] for row in rows_of(folder)] == [i for i in range(NUMBER) if i % 10 != 5]
 
 
-def test_shards_make_what_one_run_makes_and_another_number_goes_on(numbered, undisturbed, tmp_path):
-    first = run(numbered, tmp_path / "out", "2/3")
+def test_tasks_make_what_one_run_makes_and_another_number_finishes_it(numbered, undisturbed, tmp_path):
+    first = run(numbered, tmp_path / "out", (2, 3))
     assert sorted(parts(tmp_path / "out")) == [
         "train-000000028-000000035.parquet",
         "train-000000035-000000040.parquet", "train-000000035-000000040.skipped.jsonl",
     ]  # fmt: skip
     assert (first.rows, first.skipped) == (11, {"ends in five": 1})
     assert unfinished(tmp_path / "out") == [range(0, 28)]
+    record = stage_record(tmp_path / "out")
+    finished = [finished_ranks(tmp_path / "out", record, number) for number in (1, 3, 6, 7)]
+    assert finished == [[], [2], [4, 5], [0, 5, 6]], "of six parts; one of seven tasks has none"
+    other = record | {"command": "another"}
+    assert finished_ranks(tmp_path / "out", other, 3) == [] and finished_ranks(tmp_path / "no", record, 7) == [0]
     calls = Counter()
 
     def counting(rows):
@@ -98,21 +105,11 @@ def test_shards_make_what_one_run_makes_and_another_number_goes_on(numbered, und
         return shout(rows)
 
     for index in range(2):
-        run(numbered, tmp_path / "out", f"{index}/2", counting)
+        run(numbered, tmp_path / "out", (index, 2), counting)
     assert calls == Counter(range(28)), "done parts are not done again, and no other one twice"
     assert parts(tmp_path / "out") == parts(undisturbed)
-    many = [run(numbered, tmp_path / "many", f"{index}/100") for index in range(100)]
+    many = [run(numbered, tmp_path / "many", (index, 100)) for index in range(100)]
     assert sum(report.rows for report in many) == NUMBER - 4 and parts(tmp_path / "many") == parts(undisturbed)
-
-
-def test_a_shard_out_of_range_and_that_of_a_launch(numbered, tmp_path, monkeypatch):
-    for text in ("4/4", "-1/4", "1", "a/b", "0/0", "1/2/3", "1.0/2"):
-        with pytest.raises(ValueError, match=r"shard must be i/n with i from 0 to n - 1"):
-            arguments(numbered, tmp_path / "out", text)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert Shard.of(None) == Shard(1, 3) and Shard.of("0/2") == Shard(0, 2)
-    assert run(numbered, tmp_path / "out").rows == 12
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -260,7 +257,7 @@ def test_no_more_rows_are_held_than_asked_for(numbered, tmp_path):
 
 
 def test_other_settings_are_refused_and_named(numbered, tmp_path):
-    run(numbered, tmp_path / "out", "0/2")
+    run(numbered, tmp_path / "out", (0, 2))
     there = parts(tmp_path / "out")
 
     def again(**changes):
@@ -288,8 +285,8 @@ def test_other_settings_are_refused_and_named(numbered, tmp_path):
 def test_a_moved_data_set_is_the_same_one(tmp_path):
     members = [member for number in range(ROWS) for member in sample(number)]
     write_tar(tmp_path / "a" / "train-0.tar", members)
-    args = StageArguments(str(tmp_path / "a"), tmp_path / "out", shard="0/2", rows_per_part=2)
-    run_stage(args, {}, {}, lambda rows: [{} for _ in rows])
+    args = StageArguments(str(tmp_path / "a"), tmp_path / "out", rows_per_part=2)
+    run_stage(args, {}, {}, lambda rows: [{} for _ in rows], rank=0, world_size=2)
     (tmp_path / "a").rename(tmp_path / "b")
     args = StageArguments(str(tmp_path / "b"), tmp_path / "out", rows_per_part=2)
     assert run_stage(args, {}, {}, lambda rows: [{} for _ in rows]).rows == ROWS
@@ -342,7 +339,7 @@ def test_a_full_disk_leaves_whole_parts_and_the_command_goes_on(numbered, undist
 
 
 def test_an_unfinished_stage_is_no_data_set(numbered, tmp_path):
-    run(numbered, tmp_path / "out", "1/3")
+    run(numbered, tmp_path / "out", (1, 3))
     command = (
         r"of its 40 rows, 26 are missing \(0 to 13, 28 to 39\).*python -m captions.stages "
         rf"--dataset {numbered} --output {tmp_path}/out --batch_rows 3 --rows_per_part 7"

@@ -1,8 +1,11 @@
-"""Captions out, translations in: each sentence once, on any number of machines, whatever is killed."""
+"""Captions out, translations in: each sentence once, by any number of tasks, whatever is killed."""
 
+import contextlib
+import errno
 import io
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -16,11 +19,12 @@ from seq2seq_models import m2m100_folder, marian_folder
 
 from caption_data.sources import open_source
 from caption_data.stage_folder import check_complete
-from captions.memory import MERGED, TranslationMemory
-from captions.quality_report import write_quality_report
-from captions.translate import TranslateArguments, main, translate
+from captions.sentence_stage import COST, task_limits
+from captions.sentences import TranslationMemory
+from captions.translate import main
+from captions.translate_arguments import TranslateArguments
 from captions.tsv import read_translations, unescape
-from common.files import read_json
+from common.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 24
@@ -112,7 +116,7 @@ def test_each_distinct_sentence_is_translated_once(service, dataset, tmp_path, c
 
 DIES = """
 import os, signal, sys
-from captions import memory, stages, translate
+from captions import sentences, stages, translate
 
 left = [int(sys.argv[2])]
 
@@ -128,8 +132,8 @@ def dying(function, before):
     return call
 
 owner, name, before = {
-    "before the memory": (memory.TranslationMemory, "add", True),
-    "after the memory": (memory.TranslationMemory, "add", False),
+    "before the memory": (sentences.TranslationMemory, "add", True),
+    "after the memory": (sentences.TranslationMemory, "add", False),
     "before a part has its name": (stages.Path, "rename", True),
     "after a part has its name": (stages.Path, "rename", False),
 }[sys.argv[1]]
@@ -151,7 +155,7 @@ SLOW = pytest.mark.slow  # every process loads torch and transformers
         pytest.param("after a part has its name", 2, marks=SLOW),
     ],
 )
-def test_a_killed_shard_goes_on_without_loss(service, dataset, tmp_path, moment, count):
+def test_what_is_left_after_a_kill_is_not_lost(service, dataset, tmp_path, moment, count):
     flags = google_flags(service, dataset, tmp_path / "pt")
     done = subprocess.run(
         [sys.executable, "-c", DIES, moment, str(count), *flags], cwd=ROOT, capture_output=True, text=True
@@ -159,7 +163,7 @@ def test_a_killed_shard_goes_on_without_loss(service, dataset, tmp_path, moment,
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert service.sentences(), "it died before its work"
     assert KEY not in done.stdout + done.stderr
-    with pytest.raises(ValueError, match="is unfinished"):
+    with pytest.raises(ValueError, match=r"is unfinished|does not exist"):
         open_source(str(tmp_path / "pt"), "train", "image")
     before = service.sentences()
     main(flags)
@@ -174,43 +178,75 @@ def test_a_killed_shard_goes_on_without_loss(service, dataset, tmp_path, moment,
 
 
 @pytest.mark.slow
-def test_two_shards_at_once_share_a_memory(service, dataset, tmp_path):
-    flags = google_flags(service, dataset, tmp_path / "pt", "--memory", str(tmp_path / "memory"))
-    command = [sys.executable, "-m", "captions.translate", *flags, "--shard"]
-    shards = [
-        subprocess.Popen([*command, f"{i}/2"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for i in range(2)
-    ]
-    said = [shard.communicate(timeout=300)[0] for shard in shards]
-    assert [shard.returncode for shard in shards] == [0, 0], said
+def test_two_workers_send_each_sentence_once(service, dataset, tmp_path):
+    flags = google_flags(service, dataset, tmp_path / "pt", "--workers", "2", "--rows_per_part", "2")
+    command = [sys.executable, "-m", "captions.translate", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     check_rows(tmp_path / "pt")
-    assert max(Counter(service.sentences()).values()) <= 2, "at most once a shard"
-    assert "files of the memory are merged" in said[0] + said[1], "the last one does it"
-    assert (tmp_path / "memory" / MERGED).is_file()
-    report = read_json(tmp_path / "pt" / "quality.json")
-    assert report["rows"] == ROWS, "the last to finish counts the parts of both"
+    assert len(list((tmp_path / "pt.translations" / "parts").glob("*.parquet"))) > 1, "there was nothing to share"
+    assert set(Counter(service.sentences()).values()) == {1}
+    assert read_json(tmp_path / "pt" / "quality.json")["rows"] == ROWS
     count = len(service.requests)
-    for path in (tmp_path / "memory").glob("*-of-*"):
-        path.unlink()
-    main([*flags, "--output", str(tmp_path / "again")])
-    assert len(service.requests) == count, "the merged file knows everything"
+    main([*flags, "--output", str(tmp_path / "again"), "--memory", str(tmp_path / "pt.memory"), "--workers", "1"])
+    check_rows(tmp_path / "again")
+    assert len(service.requests) == count, "an earlier build has translated all of it"
 
 
-def test_a_shard_of_which_another_process_is_at_work_is_refused(service, dataset, tmp_path, capsys):
-    with (
-        TranslationMemory(tmp_path / "pt.memory", 0, 1, {}),
-        pytest.raises(SystemExit, match=r"0-of-1.sqlite is being written by process \d+ on "),
-    ):
-        main(google_flags(service, dataset, tmp_path / "pt"))
-    assert service.requests == []
+@pytest.mark.slow
+def test_what_a_task_says_has_no_key_in_it(service, dataset, tmp_path):
+    """Google refuses in two processes: their logs, failures and outputs tell why, and nothing secret."""
+    flags = google_flags(
+        service, dataset, tmp_path / "pt", "--workers", "2", "--rows_per_part", "2", "--max_tries", "1"
+    )
+    service.faults[:] = ["none", *[403] * 20]
+    command = [sys.executable, "-m", "captions.translate", *flags]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "2 of 2 tasks have failed" in done.stderr, done.stderr
+    assert "task 0: " in done.stderr and "task 1: " in done.stderr and "Google refuses" in done.stderr
+    written_down = [path.read_text(errors="replace") for path in (tmp_path / "pt.logs").rglob("*") if path.is_file()]
+    assert not [text for text in [done.stdout, done.stderr, *written_down] if KEY in text]
 
 
-def test_accelerate_s_environment_gives_the_shard(service, dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+def test_a_launch_by_accelerate_is_refused(service, dataset, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    main(google_flags(service, dataset, tmp_path / "pt"))
-    assert [path.name for path in (tmp_path / "pt.memory").glob("*.sqlite")] == ["1-of-4.sqlite"]
-    assert len(list((tmp_path / "pt").glob("*.parquet"))) == 1
+    with pytest.raises(SystemExit, match=r"is not launched by Accelerate or torchrun: rows are shared out by --tasks"):
+        main(google_flags(service, dataset, tmp_path / "pt"))
+
+
+def test_the_limit_of_a_task(dataset, tmp_path):
+    """Its own characters, and its share of what is left over for requests that are repeated."""
+    flags = {"language": "pt", "backend": "google", "price_per_million": 20.0, "max_cost": 0.3}
+    args = TranslateArguments(dataset=dataset, output=tmp_path / "pt", **flags)
+    write_json(args.work_folder / COST, {"characters": 11_000})
+    assert [task_limits(args, own, 4).max_characters for own in (0, 5_000)] == [1_000, 6_000]
+    free = TranslateArguments(dataset=dataset, output=tmp_path / "pt", **flags | {"price_per_million": 0.0})
+    assert task_limits(free, 5, 4).max_characters == sys.maxsize
+
+
+def test_the_memory_of_the_first_builds_is_read(tmp_path):
+    """SQLite files of one writer each, which were paid for."""
+    memory = TranslationMemory(tmp_path, {"backend": "google", "target": "pt"})
+    with contextlib.closing(sqlite3.connect(tmp_path / "0-of-2.sqlite")) as connection, connection:
+        connection.execute("CREATE TABLE translations (translator TEXT, source TEXT, translation TEXT)")
+        rows = [(memory.key, "a cat", "um gato"), ("another", "a dog", "inu"), (memory.key, "a cow", "uma vaca")]
+        connection.executemany("INSERT INTO translations VALUES (?, ?, ?)", rows)
+    (tmp_path / "1-of-2.sqlite").write_bytes(b"no database")
+    memory.add({"a dog": "um cão"})
+    assert memory.find(["a cat", "a dog", "a fish"]) == {"a cat": "um gato", "a dog": "um cão"}
+
+
+def test_the_memory_keeps_what_differs_apart_and_survives_damage(tmp_path, caplog):
+    nasty = {"quotes \"' and \0 \t\n": "ção 🦫", "x" * 10_000: "", "a cat": "um gato"}
+    fingerprint = {"backend": "transformers", "model": "marian", "target": "por"}
+    memory = TranslationMemory(tmp_path, fingerprint)
+    memory.add(nasty)
+    memory.add({"a dog": "um cão"})
+    again = TranslationMemory(tmp_path, dict(reversed(fingerprint.items())))
+    assert again.find([*nasty, "a dog", "a fish"]) == nasty | {"a dog": "um cão"}
+    assert TranslationMemory(tmp_path, fingerprint | {"beams": 4}).find(nasty) == {}
+    (memory.folder / "broken.parquet").write_bytes(b"PAR1 half")
+    assert again.find(["a dog"]) == {"a dog": "um cão"} and "broken.parquet can't be read" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -220,10 +256,7 @@ def test_accelerate_s_environment_gives_the_shard(service, dataset, tmp_path, mo
             ["--max_cost", "0.2"],
             r"11,\d+ characters .*about 0.2\d at 20 a million; --max_cost allows 0.20. Nothing was",
         ),
-        (
-            ["--max_cost", "0.3", "--shard", "0/2"],
-            r"characters to translate for shard 0 of 2, .*allows 0.15 for shard 0",
-        ),
+        (["--max_cost", "0.2", "--tasks", "2"], r"--max_cost allows 0.20. Nothing was sent"),
     ],
 )
 def test_what_costs_more_than_allowed_is_not_begun(service, dataset, tmp_path, flags, message):
@@ -270,7 +303,7 @@ def test_languages_and_keys_are_refused_before_any_work(service, dataset, tmp_pa
     monkeypatch.delenv("GOOGLE_API_KEY")
     with pytest.raises(SystemExit, match="needs a key"):
         main(google_flags(service, dataset, tmp_path / "pt"))
-    assert service.requests == [] and list(tmp_path.iterdir()) == []
+    assert service.requests == [] and [path.name for path in tmp_path.iterdir()] == ["pt.logs"]
 
 
 # Models
@@ -281,8 +314,7 @@ def test_a_model_translates_a_data_set(dataset, tmp_path, kind, capsys):
     model = marian_folder(tmp_path / "m" / "model") if kind == "marian" else m2m100_folder(tmp_path / "m" / "model")
     flags = ["--dataset", dataset, "--output", str(tmp_path / "xh"), "--language", "xh", "--model", str(model)]
     flags += ["--max_new_tokens", "4", "--num_beams", "1", "--batch_size", "16", "--rows_per_part", "10"]
-    main([*flags, "--shard", "1/2"])
-    main([*flags, "--shard", "0/2"])
+    main([*flags, "--tasks", "2"])
     there = written(tmp_path / "xh")
     assert [row["id"] for row in there] == list(range(ROWS))
     for row in there:
@@ -324,8 +356,7 @@ def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
 
     filled = [line + "yo: " + line.split("\t")[1] for line in lines]
     table.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
-    for shard in ("1/2", "0/2"):  # a table is for all shards
-        main(file_flags(dataset, tmp_path / "yo", "--import", str(table), "--shard", shard))
+    main(file_flags(dataset, tmp_path / "yo", "--import", str(table), "--tasks", "2"))  # a table is for all tasks
     for row, source in zip(written(tmp_path / "yo"), rows(), strict=True):
         for column, texts in source.items():
             assert row[column.removesuffix("en") + "yo"] == [text and f"yo: {text}" for text in texts]
@@ -389,32 +420,6 @@ def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, c
     assert read_json(tmp_path / "dropped" / "quality.json")["flags"] == report["flags"]
 
 
-def test_the_report_counts_what_appears_while_it_is_made(service, dataset, tmp_path, monkeypatch):
-    flags = google_flags(service, dataset, tmp_path / "pt")
-    main([*flags, "--shard", "0/2"])
-    real, calls = write_quality_report.__globals__["quality_of"], []
-
-    def slow(parts, language):
-        if not calls:
-            calls.append(len(parts))
-            translate(arguments(flags, shard="1/2"))
-        return real(parts, language)
-
-    monkeypatch.setitem(write_quality_report.__globals__, "quality_of", slow)
-    write_quality_report(tmp_path / "pt", "pt")
-    assert calls == [2] and read_json(tmp_path / "pt" / "quality.json")["rows"] == ROWS
-
-
-def arguments(flags: list[str], **more) -> TranslateArguments:
-    names = [name.removeprefix("--") for name in flags[::2]]
-    values = dict(zip(names, flags[1::2], strict=True))
-    for name in ("batch_rows", "rows_per_part", "batch_size"):
-        values[name] = int(values[name])
-    for name in ("price_per_million", "max_cost", "characters_per_second", "first_wait_s"):
-        values[name] = float(values[name])
-    return TranslateArguments(**values | more)
-
-
 def test_columns_that_are_there(service, dataset, tmp_path):
     main(google_flags(service, dataset, tmp_path / "pt"))
     first = str(tmp_path / "pt")
@@ -467,8 +472,7 @@ def test_a_full_disk_keeps_what_is_done(service, dataset, tmp_path, monkeypatch)
     def full(self, translations):
         calls.append(len(translations))
         if len(calls) == 3:
-            self._own.execute("PRAGMA max_page_count = 1")  # SQLite's own way to be full
-            translations = {text * 5000: text for text in translations}
+            raise OSError(errno.ENOSPC, "No space left on device")
         add(self, translations)
 
     monkeypatch.setattr(TranslationMemory, "add", full)
@@ -488,7 +492,7 @@ def test_a_full_disk_keeps_what_is_done(service, dataset, tmp_path, monkeypatch)
         (["--backend", "google"], "needs --price_per_million"),
         (["--backend", "google", "--price_per_million", "-1"], "price_per_million must be a number from 0"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
-        (["--shard", "2/2"], "shard must be i/n"),
+        (["--shard", "0/2"], "`--shard` is gone"),
     ],
 )
 def test_bad_arguments(dataset, tmp_path, flags, message):

@@ -8,7 +8,6 @@ skipped in decoding, so it is cut off here.
 """
 
 import hashlib
-import os
 import re
 import warnings
 from pathlib import Path
@@ -19,7 +18,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 
 from captions.translators.languages import find_code, same_language
 from captions.translators.pieces import cut
-from common.environment import how_to_install
+from common.environment import how_to_install, torch_device
 from modeling_capivara.loading import check_reachable
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -149,7 +148,7 @@ def load(
         ValueError: there is no such model, it is none that translates, or it does not know a language.
         ImportError: its tokenizer needs a package that is not there.
     """
-    target = _device(device)
+    target = torch_device(device)
     try:
         check_reachable(name, revision=revision)
         with warnings.catch_warnings():
@@ -166,16 +165,6 @@ def load(
     return Seq2SeqTranslator(
         model.eval().to(target), tokenizer, language, source_language, identity=identity, **options
     )
-
-
-def _device(name: str | None) -> torch.device:
-    """The named one, or the GPU of this process of a launch, or the CPU."""
-    if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without CUDA
-        raise ValueError(f"device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}") from error
 
 
 def _revision(name: str, model: PreTrainedModel) -> str:

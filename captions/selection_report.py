@@ -1,18 +1,17 @@
 """What a selection kept and what it dropped: counts, histograms of similarity, and the pictures at the cut.
 
-`captions.select` writes it into the folder `report` of its output: `report.md` to read, `selection.json` with every
+`captions.select` writes it into the folder `report` of its output: `index.html` to look at, `selection.json` with every
 number of it, `similarities.png` and `examples.png`. It is made of one pass over the captions, without the images, so
 that it says the same however the selection was shared out, killed or resumed.
 """
 
 import heapq
 import json
-import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import PIL.Image
 
@@ -21,19 +20,23 @@ from caption_data.image_files import decode_image
 from caption_data.rows import NOT_CHOSEN, BadRow
 from caption_data.sources import Source
 from caption_data.stage_folder import StageReport, skipped_path
-from captions.quality_plots import Example, Histogram, one_line, plot_examples, plot_similarities
+from captions.stage_arguments import SelectArguments
 from captions.stages import stage_source
 from common.files import write_json, write_text
 from common.privacy import short_name
+from records.picture_sheets import Example, plot_examples
+from records.plots import Histogram, plot_similarities
+from records.report_page import Pictures, render_page
+from records.tables import one_line
 
-if TYPE_CHECKING:
-    from captions.select import SelectArguments, Selection
-
+TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
 BINS = 200  # of cosine -1 to 1
 EXAMPLES = 6  # on either side of the cut
 CUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # of the table that helps to choose one; CAPIVARA has 0.2
-SHOWN = 300  # letters of a caption in report.md
-MARKDOWN = "\\`*_[]<>|~$#&"
+SHOWN = 300  # letters of a caption on the page
+
+# A row -> its chosen captions, all captions with their similarities, and the similarity of the first one.
+Outcome = Callable[[dict[str, Any]], tuple[list[str], list[tuple[str, float | None]], float | None]]
 
 
 @dataclass
@@ -104,8 +107,37 @@ class Summary:
             (heapq.heappush if len(nearest) < EXAMPLES else heapq.heappushpop)(nearest, entry)
 
 
-def write_report(args: "SelectArguments", selection: "Selection", whole: StageReport) -> None:
-    """The folder `report` of a selection that is complete."""
+def write_report(args: SelectArguments, outcome: Outcome, whole: StageReport) -> None:
+    """The folder `report` of a selection that is complete; its page is written last.
+
+    Args:
+        args: of the selection.
+        outcome: what it does with a row.
+        whole: of the rows that were left out.
+    """
+    summary, source = _summary(args, outcome)
+    facts = _facts(args, summary, whole)
+    examples = {kept: _examples(source, args.image_column, summary.at_the_cut[kept]) for kept in (False, True)}
+    facts["examples"] = [
+        {"row": example.row, "caption": example.caption, "similarity": example.similarity, "kept": kept}
+        for kept, found in examples.items()
+        for example in found
+    ]
+    folder, drawn = args.output / "report", {}
+    folder.mkdir(exist_ok=True)
+    if summary.all[True].count or summary.all[False].count:
+        pictures, histograms = Pictures(folder), _histograms(args, summary)
+        alt = "Histograms of what was kept and dropped"
+        drawn["similarities"] = pictures.draw("similarities", alt, lambda path: plot_similarities(histograms, path))
+        alt = "Pictures with their captions, on both sides of the cut"
+        sides = examples[False], examples[True]
+        drawn["examples"] = pictures.draw("examples", alt, lambda path: plot_examples(*sides, path))
+    write_json(folder / "selection.json", facts)
+    write_text(folder / "index.html", _page(facts, drawn))
+
+
+def _summary(args: SelectArguments, outcome: Outcome) -> tuple[Summary, Source]:
+    """One pass over the captions, and the source that they are of."""
     columns = list(args.columns().values())
     source = stage_source(args)
     names = args.renamed()
@@ -116,28 +148,8 @@ def write_report(args: "SelectArguments", selection: "Selection", whole: StageRe
         row = {names.get(old, old): row.get(old) for old in present}
         if number not in unusable:
             row |= {name: caption_texts(row[name], name) for name in row.keys() & set(columns[:2])}
-            summary.add(number, selection.chosen(row), selection.scored(row), selection.first(row))
-    facts = _facts(args, summary, whole)
-    examples = {kept: _examples(source, args.image_column, summary.at_the_cut[kept]) for kept in (False, True)}
-    folder = args.output / "report"
-    folder.mkdir(exist_ok=True)
-    if summary.all[True].count or summary.all[False].count:
-        plot_similarities(_histograms(args, summary), folder / "similarities.png")
-        plot_examples(examples[False], examples[True], folder / "examples.png")
-    facts["examples"] = [
-        {"row": example.row, "caption": example.caption, "similarity": example.similarity, "kept": kept}
-        for kept, found in examples.items()
-        for example in found
-    ]
-    write_json(folder / "selection.json", facts)
-    write_text(folder / "report.md", _markdown(facts))
-
-
-def escaped(text: str) -> str:
-    """Text of the data as Markdown that shows it, on one line, in a table, too."""
-    text = one_line(text, SHOWN)
-    text = "".join("\\" + letter if letter in MARKDOWN else letter for letter in text)
-    return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda mark: f"\\{mark[1]}" if mark[1] else f"{mark[2]}\\", text)
+            summary.add(number, *outcome(row))
+    return summary, source
 
 
 def _unusable(output: Path, split: str) -> set[int]:
@@ -150,7 +162,7 @@ def _unusable(output: Path, split: str) -> set[int]:
     return rows
 
 
-def _facts(args: "SelectArguments", summary: Summary, whole: StageReport) -> dict[str, Any]:
+def _facts(args: SelectArguments, summary: Summary, whole: StageReport) -> dict[str, Any]:
     """`selection.json`, but for the examples."""
     unusable = {reason: number for reason, number in whole.skipped.items() if reason != NOT_CHOSEN}
     return {
@@ -170,12 +182,12 @@ def _facts(args: "SelectArguments", summary: Summary, whole: StageReport) -> dic
     }
 
 
-def _strategy_cut(args: "SelectArguments") -> float | None:
+def _strategy_cut(args: SelectArguments) -> float | None:
     """The similarity that a strategy asks of every caption; None where it asks for none."""
     return args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None
 
 
-def _histograms(args: "SelectArguments", summary: Summary) -> list[Histogram]:
+def _histograms(args: SelectArguments, summary: Summary) -> list[Histogram]:
     strategy_cut = _strategy_cut(args)
     shown = [
         ("Images, by their first caption", "images", summary.pairs, args.min_pair_similarity),
@@ -203,54 +215,42 @@ def _examples(source: Source, image_column: str, nearest: list[tuple]) -> list[E
     return [Example(-row, text, similarity, image(-row)) for _, row, text, similarity in found]
 
 
-def _markdown(facts: dict[str, Any]) -> str:
+def _page(facts: dict[str, Any], drawn: dict[str, Any]) -> str:
+    """The page of the facts; the similarities' part is left out where there are none."""
     images, captions = facts["images"], facts["captions"]
     usable = images["kept"] + images["not chosen"]
-    lines = [
-        f"# Selection of captions, {escaped(facts['language'])}",
-        "",
-        f"Data set `{facts['dataset']}`, split `{facts['split']}`, strategy `{facts['caption_strategy']}`"
-        + (f" with {facts['caption_count']}" if facts["caption_strategy"] in ("first", "rank") else "")
-        + (f" from {facts['min_similarity']:g}" if facts["caption_strategy"] in ("threshold", "diverse") else "")
-        + ", "
-        + (
-            "no pair filter."
-            if facts["min_pair_similarity"] is None
-            else f"pair filter from {facts['min_pair_similarity']:g}."
-        ),
-        "",
-        "| | read | kept | share |",
-        "|---|---:|---:|---:|",
-        f"| images | {usable:,} | {images['kept']:,} | {_share(images['kept'], usable)} |",
-        f"| captions | {captions['of these images']:,} | {captions['kept']:,} "
-        f"| {_share(captions['kept'], captions['of these images'])} |",
-        *(f"| images that can't be used: {escaped(k)} | {n:,} | 0 | |" for k, n in images["can't be used"].items()),
-    ]
-    if not facts["all_captions"]["kept"]["count"] and not facts["all_captions"]["dropped"]["count"]:
-        return "\n".join([*lines, "", "The data set has no similarities; `python -m captions.score` adds them.", ""])
-    return "\n".join([*lines, *_similarity_lines(facts, usable), ""])
+    counts = [["images", f"{usable:,}", f"{images['kept']:,}", _share(images["kept"], usable)]]
+    of_images, kept = captions["of these images"], captions["kept"]
+    counts.append(["captions", f"{of_images:,}", f"{kept:,}", _share(kept, of_images)])
+    counts += [[f"images that can't be used: {k}", f"{n:,}", "0", ""] for k, n in images["can't be used"].items()]
+    kinds = (("first_captions", "first captions of images"), ("all_captions", "captions"))
+    sides = [(f"{name} {side}", facts[kind][side]) for kind, name in kinds for side in ("kept", "dropped")]
+    return render_page(
+        TEMPLATE,
+        facts=facts,
+        rule=_rule(facts),
+        counts=counts,
+        drawn=drawn,
+        similarities=[
+            [name, f"{side['count']:,}", *(f"{side[key]:.3f}" for key in ("mean", "lowest", "highest"))]
+            for name, side in sides
+            if side["count"]
+        ],
+        passing=[[cut, f"{n:,}", _share(n, usable)] for cut, n in facts["images_passing"].items()],
+        examples=[
+            ["kept" if e["kept"] else "dropped", one_line(e["caption"], SHOWN), e["row"], f"{e['similarity']:.3f}"]
+            for e in facts["examples"]
+        ],
+    )
 
 
-def _similarity_lines(facts: dict[str, Any], usable: int) -> Iterator[str]:
-    yield from ("", "## Similarities", "", "![Histograms of what was kept and dropped](similarities.png)", "")
-    yield from ("| | number | mean | lowest | highest |", "|---|---:|---:|---:|---:|")
-    for kind, name in (("first_captions", "first captions of images"), ("all_captions", "captions")):
-        for side in ("kept", "dropped"):
-            found = facts[kind][side]
-            if found["count"]:
-                values = " | ".join(f"{found[key]:.3f}" for key in ("mean", "lowest", "highest"))
-                yield f"| {name} {side} | {found['count']:,} | {values} |"
-    yield from ("", "Images that a pair filter would keep:", "")
-    yield from ("| `--min_pair_similarity` | images | share |", "|---|---:|---:|")
-    for cut, number in facts["images_passing"].items():
-        yield f"| {cut} | {number:,} | {_share(number, usable)} |"
-    yield from ("", "## At the cut", "")
-    yield f"Of {facts['examples_of']}, the most similar that were dropped, and the least similar that were kept."
-    yield from ("", "![Pictures with their captions](examples.png)", "")
-    yield from ("| | row | similarity | caption |", "|---|---:|---:|---|")
-    for example in facts["examples"]:
-        side, text = "kept" if example["kept"] else "dropped", escaped(example["caption"])
-        yield f"| {side} | {example['row']} | {example['similarity']:.3f} | {text} |"
+def _rule(facts: dict[str, Any]) -> str:
+    """Strategy and cuts in words."""
+    strategy, pair_cut = facts["caption_strategy"], facts["min_pair_similarity"]
+    amount = f" with {facts['caption_count']}" if strategy in ("first", "rank") else ""
+    cut = f" from {facts['min_similarity']:g}" if strategy in ("threshold", "diverse") else ""
+    pairs = "no pair filter" if pair_cut is None else f"pair filter from {pair_cut:g}"
+    return f"strategy {strategy}{amount}{cut}, {pairs}"
 
 
 def _share(part: int, whole: int) -> str:

@@ -1,0 +1,107 @@
+"""A small build of captions: thirteen images, two of which can't be used, and a table that is there and filled."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from caption_tars import picture
+from datasets import Dataset, DatasetDict, Features, Image, Value
+
+from caption_data.columns import CAPTIONS
+from captions.build import BuildArguments, ManualStepRequired, build
+from captions.tsv import escape, unescape
+
+ROOT = Path(__file__).resolve().parent.parent
+CARD = {
+    "pretty_name": "Squares | *of* <colour>",
+    "license": "cc-by-4.0",
+    "sources": [{"name": "Noise", "url": "https://example.org/noise", "license": "CC BY 4.0"}],
+}
+
+
+def write_config(folder: Path, model: Path) -> Path:
+    """The config, whose output is FOLDER/built."""
+    features = Features(
+        {"picture": Image(), "captions-en": CAPTIONS, "generated-captions-en": CAPTIONS, "url": Value("string")}
+    )
+
+    def split(number: int, broken: bool) -> Dataset:
+        rows = {
+            "picture": [{"bytes": picture(i), "path": f"{i}.png"} for i in range(number)],
+            "captions-en": [[f"a cat {i}"] for i in range(number)],
+            "generated-captions-en": [[f"a photo of {i}", "a dog"] for i in range(number)],
+            "url": [f"https://example.org/{i}" for i in range(number)],
+        }
+        if broken:
+            rows["picture"][3] = {"bytes": b"no image", "path": None}
+            rows["captions-en"][5] = rows["generated-captions-en"][5] = []
+        return Dataset.from_dict(rows, features=features)
+
+    DatasetDict(train=split(13, True), test=split(12, False)).save_to_disk(folder / "data")
+    content = {
+        "dataset": str(folder / "data"),
+        "output": str(folder / "built"),
+        "language": "xh",
+        "image_column": "picture",
+        "evaluation_splits": ["test"],
+        "translate": {
+            "backend": "file",
+            "import": str(folder / "tables" / "{split}.tsv"),
+            "rows_per_part": 2,
+            "batch_rows": 4,
+        },
+        "score": {"model": str(model), "device": "cpu", "rows_per_part": 4},
+        "select": {"caption_strategy": "rank", "caption_count": 2, "rows_per_part": 6},
+        "card": CARD,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    with pytest.raises(ManualStepRequired, match=r"train\.tsv has the sentences of 1-translate, train.*\n.*test\.tsv"):
+        build(BuildArguments(path))
+    fill(folder / "tables")
+    return path
+
+
+def openmoji_config(folder: Path, model: Path) -> Path:
+    """The config of examples.openmoji.captions, whose output is FOLDER/built, for a toy."""
+    content = yaml.safe_load((ROOT / "configs" / "openmoji_captions.yaml").read_text(encoding="utf-8"))
+    content |= {"dataset": str(folder / "english"), "output": str(folder / "built")}
+    content["translate"] |= {"import": str(folder / "tables" / "{split}.tsv"), "rows_per_part": 2}
+    content["score"] = {"model": str(model), "device": "cpu", "rows_per_part": 4}
+    content["select"]["min_pair_similarity"] = -1
+    (folder / "config.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return folder / "config.yaml"
+
+
+def fill(tables: Path) -> None:
+    for path in tables.glob("*.tsv"):
+        head, *lines = path.read_text(encoding="utf-8").splitlines()
+        rows = [line.split("\t")[:2] for line in lines]
+        filled = [f"{name}\t{text}\t{escape(xhosa(unescape(text)))}" for name, text in rows]
+        path.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
+
+
+def xhosa(text: str) -> str:
+    return text.replace("a cat", "ikati").replace("a dog", "inja").replace("a photo of", "ifoto ye")
+
+
+def changed(path: Path, **changes) -> Path:
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) | changes
+    path.write_text(yaml.safe_dump({k: v for k, v in content.items() if v is not None}), encoding="utf-8")
+    return path
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Name -> digest of all files but the logs."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and "logs" not in path.relative_to(folder).parts]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def surroundings() -> dict:
+    """Of a process with as many threads as this one: with others a model rounds otherwise."""
+    path, threads = f"{ROOT}:{ROOT / 'tests'}", str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": threads}
+    return {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}

@@ -1,0 +1,145 @@
+"""One build on two workers, on a real Slurm and on a real Ray: the same bytes, whatever is killed on the way."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from caption_build import changed, files, openmoji_config, surroundings, write_config
+from conftest import randomise, tiny_config
+from slurm_node import missing_programs, slurm_node
+
+from captions.build import BuildArguments, build
+from captions.executors import failures
+from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
+from modeling_capivara import CapivaraModel
+
+PLACES = ("1-translate/train.translations/parts", "1-translate/train/", "2-score/train", "3-select/train")
+LONGEST_S = 240  # of a build on a cluster
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_processor) -> Path:
+    """A config, beside the undisturbed build that this process has made of it."""
+    folder = tmp_path_factory.mktemp("executors")
+    for part in (randomise(CapivaraModel(tiny_config())).eval(), tiny_processor):
+        part.save_pretrained(folder / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+        path = write_config(folder, folder / "model")
+        build(BuildArguments(path))
+    (folder / "built").rename(folder / "undisturbed")
+    return path
+
+
+@pytest.fixture
+def built(config) -> Path:
+    """The output of the config, which is not there yet, and renamed after the test."""
+    folder = config.parent / "built"
+    yield folder
+    if folder.exists():
+        folder.rename(config.parent / f"built-{time.monotonic_ns()}")
+
+
+def run(config: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess:
+    options = surroundings()
+    options["env"] |= variables
+    script = ["tests/killed_workers.py"] if "PLACE" in variables else ["-m", "captions.build"]
+    return subprocess.run([sys.executable, *script, "--config", str(config), *flags], timeout=LONGEST_S, **options)
+
+
+def check_same(built: Path) -> None:
+    """All files of the undisturbed build, with their bytes, and no other ones."""
+    expected, found = files(built.parent / "undisturbed"), files(built)
+    assert found.keys() == expected.keys()
+    assert {name for name in expected if found[name] != expected[name]} == set()
+
+
+def test_two_workers_killed_in_every_stage(config, built, tmp_path):
+    """First a worker of each stage, which is reported with its rank, then the whole run in each, then no one."""
+    for place in PLACES:
+        done = run(config, "--workers", "2", KILLED="worker", PLACE=place, MARK=str(tmp_path / place.replace("/", "-")))
+        assert done.returncode == 1 and "1 of 2 tasks have failed" in done.stderr, done.stderr
+        assert "was killed by SIGKILL; out of memory?" in done.stderr
+        (part,) = [path for path in (built / place).glob(".*.tmp")]
+        assert list((built / place).glob("*.parquet")), f"the other task has done its parts, {part} was being written"
+        assert not (built / "dataset").exists()
+    assert run(config, "--workers", "2").returncode == 0
+    check_same(built)
+
+
+def test_the_whole_run_killed_in_every_stage(config, built, tmp_path):
+    for place in PLACES:
+        done = run(config, "--workers", "2", KILLED="run", PLACE=place, MARK=str(tmp_path / place.replace("/", "-")))
+        assert done.returncode == -9, done.stderr
+    assert run(config, "--workers", "2").returncode == 0
+    check_same(built)
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """The variables of a Slurm of one node."""
+    if missing := missing_programs():
+        if os.environ.get("CI_REQUIRES_SLURM"):
+            pytest.fail(f"CI_REQUIRES_SLURM is set, and there is no {', '.join(missing)}")
+        pytest.skip(f"there is no {', '.join(missing)}: apt-get install slurm-wlm munge slurm-wlm-basic-plugins")
+    with slurm_node(tmp_path_factory.mktemp("slurm")) as variables:
+        yield variables
+
+
+def wait_for_jobs(variables: dict[str, str]) -> None:
+    """Until Slurm has no job left."""
+    end = time.monotonic() + LONGEST_S
+    while time.monotonic() < end:
+        listed = subprocess.run(
+            ["squeue", "--noheader"], env={**os.environ, **variables}, capture_output=True, text=True, check=True
+        )
+        if not listed.stdout.strip():
+            return
+        time.sleep(0.5)
+    raise TimeoutError(listed.stdout)
+
+
+SLURM = ("--executor", "slurm", "--tasks", "2", "--partition", "main", "--time", "00:10:00", "--mem_per_cpu_gb", "1")
+
+
+def test_a_real_slurm(config, built, slurm):
+    """A task whose row is poisoned fails its job, and what depends on it is not run; the same command does the rest."""
+    model = yaml.safe_load(config.read_text())["score"]["model"]
+    changed(config, score={"model": f"{model}-not-there", "device": "cpu", "rows_per_part": 4})
+    submitted = run(config, *SLURM, **slurm)
+    assert submitted.returncode == 0 and "The jobs are submitted" in submitted.stderr, submitted.stderr
+    wait_for_jobs(slurm)
+    changed(config, score={"model": model, "device": "cpu", "rows_per_part": 4})
+    logs = built / "logs" / "2-score" / "train" / "rows"
+    assert failures(logs).keys() == {0, 1} and "not-there" in failures(logs)[0]
+    assert len(list((built / "1-translate" / "train").glob("*.parquet"))) == 7
+    assert not (built / "3-select").exists() and not (built / "dataset").exists()
+    said = run(config, "--dry_run")
+    assert "2-score, train: rows: task 1 has failed" in said.stderr and "1-translate, train: done" in said.stderr
+    assert run(config, *SLURM, **slurm).returncode == 0
+    wait_for_jobs(slurm)
+    check_same(built)
+
+
+def test_a_real_ray(config, built):
+    pytest.importorskip("ray")
+    done = run(config, "--executor", "ray", "--tasks", "2", "--mem_per_cpu_gb", "1", RAY_ADDRESS="local")
+    assert done.returncode == 0, done.stderr[-5000:]
+    check_same(built)
+    assert (built / "logs" / "2-score" / "train" / "rows" / "logs" / "task_00001.log").is_file()
+
+
+def test_openmoji_on_two_workers(tmp_path, tiny_folder, tiny_dataset_folder):
+    """At toy width: what `examples.openmoji.captions` builds in one process."""
+    config = openmoji_config(tmp_path, tiny_folder)
+    build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
+    (tmp_path / "built").rename(tmp_path / "undisturbed")
+    done = run(config, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    check_same(tmp_path / "built")
