@@ -21,14 +21,14 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import ModelCard
 
-from common.cli import parse, run_command
+from common.cli import flag, parse, run_command, user_errors
 from common.files import write_text
 from common.privacy import machine_path_in, secret_in
 from hub_upload.card_facts import CardFacts, card_facts
@@ -48,23 +48,15 @@ SHOWN = 120  # letters of a line in a message
 
 @dataclass
 class CardArguments:
-    model: Path | None = field(
-        default=None, metadata={"help": "Folder of a finished run, or a repository made from it; its card is written."}
+    model: Path | None = flag(None, "Folder of a finished run, or a repository made from it; its card is written.")
+    repo_id: str | None = flag(
+        None,
+        "Hub id, owner/name, that the code in the card loads; where none is given, it loads the folder by "
+        "its name, from the folder above.",
     )
-    repo_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, owner/name, that the code in the card loads; where none is given, it loads the folder by "
-            "its name, from the folder above."
-        },
-    )
-    language: Literal["en", "pt"] = field(default="en", metadata={"help": "Language of the card's text."})
-    output: Path | None = field(
-        default=None, metadata={"help": "File of the card, in place of README.md in the folder; it alone is written."}
-    )
-    check: Path | None = field(
-        default=None, metadata={"help": "Folder whose card is compared with its files; nothing is written."}
-    )
+    language: Literal["en", "pt"] = flag("en", "Language of the card's text.")
+    output: Path | None = flag(None, "File of the card, in place of README.md in the folder; it alone is written.")
+    check: Path | None = flag(None, "Folder whose card is compared with its files; nothing is written.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.check is None):
@@ -242,17 +234,14 @@ def _read(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(CardArguments, __doc__, argv)
-        if args.check is None:
-            path = write_card(args.model, args.repo_id, args.language, args.output)
-            print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")
-            return
-        faults = check(args.check)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    if faults:
+    args = parse(CardArguments, __doc__, argv)
+    if args.check is None:
+        path = write_card(args.model, args.repo_id, args.language, args.output)
+        print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")
+        return
+    if faults := check(args.check):
         sys.exit("\n".join([*faults, f"error: {len(faults)} faults in the card of {args.check}."]))
     print(f"Every figure of the card of {args.check} is that of its files.")
 
