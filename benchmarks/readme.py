@@ -36,7 +36,7 @@ SUMMARY_PT = (
     ("Modelo", *(f"{name}: {way}" for name in ("português", "inglês") for way in ("texto → imagem", "imagem → texto"))),
     ("Modelo de base", "CAPIVARA", "Acaso"),
     "Revocação média (recall@1, @5 e @10) em por cento, com média ± desvio padrão de {runs} sementes, entre {images} "
-    "imagens de teste, de conceitos que não aparecem no treinamento; {minutes} minutos por semente em {device}.",
+    "imagens de teste, de conceitos que não aparecem no treinamento; {minutes} min por semente em {device}.",
 )
 
 
