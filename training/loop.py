@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from common.environment import handle_signals
 from common.files import write_json
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
@@ -341,15 +342,8 @@ def _signals() -> Iterator[list[int]]:
         received.append(number)
         logger.info("Stopping after this step; the run will be saved.")
 
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, where signals cannot be taken
-        before = {}
-    try:
+    with handle_signals(note, signal.SIGTERM, signal.SIGINT):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _recall(validation: dict[str, float]) -> float:
