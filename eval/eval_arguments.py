@@ -6,12 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from caption_data.image_files import FORM_HELP, ImageFileArguments
+from caption_data.image_files import FORM_HELP, LABEL_COLUMNS, ImageFileArguments
 from common.cli import at_least, flag
 from eval.benchmarks import METRICS, SUITES
-
-LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
-
 
 CACHE_HELP = "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
 

@@ -21,9 +21,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
+from caption_data.labelled_images import LabelledImages
 from common.cli import run_command
 from common.files import check_output_file
-from eval.classification import LabelledImages, classification_metrics, load_split
+from eval.classification import classification_metrics, load_split
 from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import LinearProbeArguments
 from eval.measurement import open_store, run_evaluation, write_result

@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from caption_data.columns import caption_texts
+from caption_data.image_rows import ImageRows
 from caption_data.rows import BadRow, rows_fingerprint
 from caption_data.sources import Source, open_source
 from common.cli import run_command
 from common.files import check_output_file
 from common.privacy import short_name
-from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, RetrievalEmbeddings
+from eval.embeddings import EmbeddedImages, EmbeddingStore, RetrievalEmbeddings
 from eval.eval_arguments import RetrievalArguments, caption_positions
 from eval.gallery import write_gallery
 from eval.measurement import open_store, run_evaluation, write_result

@@ -10,7 +10,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
 
-from eval.classification import _by_name, class_embeddings, classification_metrics, load_images, main
+from caption_data.labelled_images import _by_name, load_images
+from eval.classification import class_embeddings, classification_metrics, main
 from eval.embeddings import EmbeddingStore
 from eval.prompts import load_prompts
 from modeling_capivara.embedder import load_embedder

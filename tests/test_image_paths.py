@@ -29,6 +29,7 @@ from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 
 import train_accelerate
 from caption_data.image_files import ImageFileArguments, ImageFiles, decode_image, image_bytes
+from caption_data.labelled_images import load_images
 from caption_data.links import Bounds
 from caption_data.rows import BadImage
 from caption_data.source_files import load_embedded
@@ -37,7 +38,6 @@ from captions.build import BuildArguments, build
 from captions.generate import main as generate
 from captions.score import main as score
 from captions.select import main as select
-from eval.classification import load_images
 from eval.classification import main as classify
 from eval.report import main as report
 from eval.retrieval import main as retrieve
