@@ -337,6 +337,8 @@ class SlurmExecutor(_Executor, SlurmPipelineExecutor):
     def launch_job(self) -> None:
         self.note_finished()
         super().launch_job()
+        if self.job_id == -1 and self.depends_job_id:  # nothing to do: what comes next waits for what came before
+            self.job_id = self.depends_job_id
 
     def launch_merge_stats(self) -> None:
         """No job for datatrove's statistics: what was done is said by the parts."""
