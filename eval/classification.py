@@ -17,7 +17,6 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
 import csv
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,11 +34,11 @@ from torch.nn import functional as F
 from caption_data.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from caption_data.links import refuse_links_out
 from caption_data.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
-from common.cli import parse, run_command
-from common.environment import device_description
-from common.files import check_output_file, read_json
-from eval.embeddings import EmbeddingStore, ImageRows, cache_folder, digest_of
+from common.cli import run_command
+from common.files import check_output_file
+from eval.embeddings import EmbeddingStore, ImageRows, digest_of
 from eval.eval_arguments import LABEL_COLUMNS, ClassificationArguments, ImageArguments
+from eval.measurement import open_store, run_evaluation, write_result
 from eval.metrics import (
     confusion_matrix,
     eleven_point_map,
@@ -49,8 +48,8 @@ from eval.metrics import (
     top_k_accuracy,
 )
 from eval.prompts import Prompts, load_prompts
-from modeling_capivara.embedder import load_embedder, processes
-from records.schema import Record, header, hub_revision, write_records
+from modeling_capivara.embedder import processes
+from records.schema import Record
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
 SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
@@ -69,15 +68,16 @@ class LabelledImages:
     labels: list[int] | list[list[int]]
 
     def fingerprint(self) -> str:
+        """Hex digest of images and labels."""
         return digest_of([self.images.digest, self.labels])
 
 
 def load_split(
-    args: ImageArguments, split: str, names_en: Sequence[str], places: Sequence[int] | None = None
+    args: ImageArguments, split: str, names_en: Sequence[str], indices: Sequence[int] | None = None
 ) -> LabelledImages:
     """A split of the images of the arguments; `load_images` has the rest."""
     columns = (args.image_column, args.label_column)
-    return load_images(args.images, split, names_en, *columns, places, args.form, **args.limits())
+    return load_images(args.images, split, names_en, *columns, indices, args.form, **args.limits())
 
 
 def load_images(
@@ -86,7 +86,7 @@ def load_images(
     names_en: Sequence[str],
     image_column: str | None = None,
     label_column: str | None = None,
-    places: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
     form: str = "auto",
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
@@ -102,7 +102,7 @@ def load_images(
         names_en: of all classes of the data set.
         image_column: found where None.
         label_column: found where None.
-        places: of the classes that are told apart, in `names_en`; all where None. Images of the others are left out
+        indices: of the classes that are distinguished, in `names_en`; all where None. Images of others are left out
             (Babel-ImageNet names a part of ImageNet).
         form: "auto", or "images" for a folder of pictures whatever else it holds.
         image_roots: folders outside of the data set that image paths may lead into.
@@ -128,13 +128,11 @@ def load_images(
     outside = {x for label in labels for x in (label if isinstance(label, list) else [label])} - mapping.keys()
     if outside:
         raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
-    told_apart = {place: number for number, place in enumerate(range(len(names_en)) if places is None else places)}
-    classes = [
-        [told_apart.get(mapping[x]) for x in (label if isinstance(label, list) else [label])] for label in labels
-    ]
+    class_of = {index: number for number, index in enumerate(range(len(names_en)) if indices is None else indices)}
+    classes = [[class_of.get(mapping[x]) for x in (label if isinstance(label, list) else [label])] for label in labels]
     kept = [row for row, found in enumerate(classes) if None not in found]
     if not kept:
-        raise ValueError(f"{source} has no image of the {len(told_apart)} classes that have a name.")
+        raise ValueError(f"{source} has no image of the {len(class_of)} classes that have a name.")
     undecoded = rows.select_columns(image_column).cast_column(image_column, Image(decode=False))
     files = ImageFiles(copied_bounds(source, image_roots), max_pixels, None if Path(source).exists() else source)
     images = ImageRows(lambda row: undecoded[kept[row]][image_column], len(kept), files)
@@ -183,10 +181,9 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    data = load_split(args, args.split, prompts.names_en, prompts.places)
-    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
+    data = load_split(args, args.split, prompts.names_en, prompts.indices)
+    store = open_store(args)
     started = time.perf_counter()
-    store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
     images = store.images(data.images)
     scores = images.embeds @ class_embeddings(store, prompts).T
     store.close()
@@ -202,13 +199,9 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
         for name, value in values.items()
     ]
     if processes().is_main_process:
-        facts = image_header(args, data, images.skipped, embedder.device, time.perf_counter() - started)
-        parts = {
-            "classes": [*prompts.names, *["(sem nome)"] * unnamed],
-            "notes": list(prompts.notes),
-            "skipped": images.skipped,
-        }
-        write_records(args.output, records, facts, **parts, **per_class_parts(scores, labels))
+        parts = {"classes": [*prompts.names, *["(sem nome)"] * unnamed], "notes": list(prompts.notes)}
+        parts |= {"skipped": images.skipped} | per_class_parts(scores, labels)
+        write_result(args, records, args.images, data.fingerprint(), store, started, **parts)
     return records
 
 
@@ -219,23 +212,6 @@ def per_class_parts(scores: Tensor, labels: list) -> dict[str, Any]:
     right = torch.tensor(labels)
     accuracies = [None if value != value else value for value in per_class_accuracy(scores, right).tolist()]
     return {"per_class_accuracy": accuracies, "confusion_matrix": confusion_matrix(scores, right).tolist()}
-
-
-def image_header(
-    args: ImageArguments, data: LabelledImages, skipped: dict[int, str], device: torch.device, seconds: float
-) -> dict[str, Any]:
-    """Header of a result on labelled images."""
-    return header(
-        dataset=args.images,
-        dataset_revision=hub_revision(args.images, "dataset"),
-        dataset_fingerprint=data.fingerprint(),
-        model=args.model,
-        model_revision=hub_revision(args.model, "model"),
-        device=device_description(device),
-        precision=args.precision,
-        seconds=seconds,
-        skipped=len(skipped),
-    )
 
 
 def _split_of(source: str, split: str, form: str) -> Dataset:
@@ -324,17 +300,17 @@ def _class_names(source: str) -> list[str]:
 
 def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[int, int]:
     """Label of the data set -> class of the prompts; a name that occurs twice, as in ImageNet, first to first."""
-    places: dict[str, list[int]] = {}
+    positions: dict[str, list[int]] = {}
     for number, name in enumerate(wanted):
-        places.setdefault(_plain(name), []).append(number)
-    unknown = [name for name in names if _plain(name) not in places]
+        positions.setdefault(_plain(name), []).append(number)
+    unknown = [name for name in names if _plain(name) not in positions]
     if unknown:
         missing = [name for name in wanted if _plain(name) not in set(map(_plain, names))]
         raise ValueError(
             f"{source} has {len(names)} classes, the prompts {len(wanted)}, and they don't match by name: "
             f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, or choose another benchmark."
         )
-    found = {name: iter(numbers) for name, numbers in places.items()}
+    found = {name: iter(numbers) for name, numbers in positions.items()}
     mapping = {label: next(found[_plain(name)], None) for label, name in enumerate(names)}
     if None in mapping.values():
         twice = [names[label] for label, number in mapping.items() if number is None]
@@ -348,22 +324,8 @@ def _plain(name: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(ClassificationArguments, __doc__, argv)
-        records = evaluate(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    if not processes().is_main_process:
-        return
-    for record in records:
-        chance = f"   chance {100 * record.chance:.2f} %" if record.chance else ""
-        print(f"{record.dataset:20} {record.protocol:8} {record.metric:24} {100 * record.value:6.2f} %{chance}")
-    content = read_json(args.output)
-    for note in content["notes"]:
-        print(note)
-    if content["skipped"]:
-        count = len(content["skipped"])
-        print(f"{count} images could not be read and are not in these figures; {args.output} lists them.")
+    """The command."""
+    run_evaluation(ClassificationArguments, __doc__, argv, evaluate)
 
 
 if __name__ == "__main__":

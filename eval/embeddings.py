@@ -4,8 +4,8 @@
     images = store.images(ImageRows(rows.__getitem__, len(rows)))
     text_embeds = store.texts(["uma foto de um gato"])
 
-Rows go through in shards, files of their own: an interrupted run goes on at the first one that is missing or damaged,
-which its digest tells, and the processes of `accelerate launch` share them out. A shard's batches do not depend on who
+Rows go through in shards, files of their own: an interrupted run continues at the first one that is missing or damaged
+(by its digest), and the processes of `accelerate launch` share them out. A shard's batches do not depend on who
 embeds it, so that one process and several give the same bits.
 """
 
@@ -67,8 +67,8 @@ class ImageRows:
             try:
                 digests += image_digest(self.row_image(row), self.files)
             except BadImage as bad:
-                said = self.fault(row, bad).encode("utf-8", "replace")  # is kept, and must be of this data set
-                digests += hashlib.blake2b(said, digest_size=16).digest()
+                reason = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
+                digests += hashlib.blake2b(reason, digest_size=16).digest()
         object.__setattr__(self, "_digests", bytes(digests))
         object.__setattr__(self, "digest", hashlib.blake2b(digests, digest_size=16).hexdigest())
 
@@ -143,6 +143,7 @@ class RetrievalEmbeddings:
         return dict(zip(DIRECTIONS, cross_modal_ranks(*self._sides("text_to_image")), strict=True))
 
     def chance(self, direction: str, k: int) -> float:
+        """Expected recall@k of random scores, a share from 0 to 1."""
         _, _, query_groups, item_groups = self._sides(direction)
         return chance_recall(query_groups, item_groups, k)
 
@@ -215,8 +216,8 @@ class EmbeddingStore:
             return self.embedder.texts(some, 2 * self.batch_size, bar.update), torch.tensor(list(rows)), {}
 
         parts = self._through_files("texts", digest, shards, len(distinct), embed, description)
-        place = {text: number for number, text in enumerate(distinct)}
-        return torch.cat([part[0] for part in parts])[torch.tensor([place[text] for text in texts])]
+        position = {text: number for number, text in enumerate(distinct)}
+        return torch.cat([part[0] for part in parts])[torch.tensor([position[text] for text in texts])]
 
     def _through_files(self, kind, digest, shards, total, embed, description) -> list[tuple]:
         """The shards' (embeds, rows, skipped): those without a file are embedded, each by one of the processes."""
@@ -265,8 +266,8 @@ def _shards(rows: int, size: int) -> list[range]:
 
 def _packed(embeds: Tensor, rows: Tensor, skipped: dict[int, str]) -> bytes:
     """A shard's file."""
-    told = torch.frombuffer(bytearray(json.dumps(skipped).encode()), dtype=torch.uint8)
-    return save({"embeds": embeds.contiguous(), "rows": rows, "skipped": told})
+    reasons = torch.frombuffer(bytearray(json.dumps(skipped).encode()), dtype=torch.uint8)
+    return save({"embeds": embeds.contiguous(), "rows": rows, "skipped": reasons})
 
 
 def _unpacked(path: Path) -> tuple[Tensor, Tensor, dict[int, str]]:

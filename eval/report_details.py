@@ -286,9 +286,9 @@ def _query_card(
     lines = []
     for role, of_model in asked:
         found = []
-        for place, (image, score) in enumerate(of_model.best[:BEST], start=1):
+        for number, (image, score) in enumerate(of_model.best[:BEST], start=1):
             right = image == of_model.right
-            alt = f"Picture {place} for “{one_line(query.text, 80)}”" + ", the right one" * right
+            alt = f"Picture {number} for “{one_line(query.text, 80)}”" + ", the right one" * right
             picture = thumbnails.picture(image, alt)
             found.append({"picture": picture, "right": right, "score": f"{score:.3f}"})
         lines.append({"model": MODEL_NAMES[role], "rank": f"{of_model.rank:g}", "found": found})

@@ -31,7 +31,7 @@ MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the lo
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the run is saved and can go on.
+    """SIGTERM or Ctrl-C: the run is saved and can be resumed.
 
     Attributes:
         signal: its number.
@@ -80,7 +80,7 @@ class Trainer:
         """Train to `max_steps`, or until the recall has stopped rising for `patience` measurements.
 
         Args:
-            resume: checkpoint to go on from.
+            resume: checkpoint to resume from.
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.
