@@ -83,6 +83,8 @@ TRANSLATED_TOKENS = 16  # of a translation; about COCO's
 
 @dataclass
 class CaptionsArguments:
+    """Arguments of `benchmarks.captions`."""
+
     parts: list[str] = field(default_factory=lambda: list(PARTS[:4]), metadata={"help": f"Of {', '.join(PARTS)}."})
     images: int = field(default=16, metadata={"help": "Rows of generate, all in one batch."})
     new_tokens: int = field(default=12, metadata={"help": "Tokens of every generated text."})
@@ -111,6 +113,7 @@ class CaptionsArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure the stages and print the results."""
     (args,) = HfArgumentParser(CaptionsArguments, description=__doc__).parse_args_into_dataclasses(argv)
     transformers_logging.set_verbosity_error()
     measure = {
