@@ -1,15 +1,11 @@
-"""Rows and clocks of the benchmarks of captions: parquet files of photos with made-up captions, alternating runs."""
+"""Rows for the benchmarks of captions: parquet files of photos with made-up captions."""
 
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image
-from tqdm.auto import tqdm
 
-from benchmarks.encode import seconds_of
 from benchmarks.loading import write_tar
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_source
@@ -17,32 +13,6 @@ from caption_data.sources import open_source
 WORDS = "a the of two old red small happy dog cat house tree child boat street table sits runs plays under near with"
 SENTENCE_WORDS = 10  # of a caption; about COCO's
 ORIGINALS, GENERATED = 1, 10  # captions an image
-
-
-def timed_runs(steps: dict[str, Callable[[int], object]], runs: int, device: str, what: str) -> dict[str, list[float]]:
-    """Seconds of every step in every run, alternating, after one run that is not counted; a step gets the run's number.
-
-    Args:
-        steps: name -> what is timed.
-        runs: that are counted.
-        device: whose queue is drained before and after.
-        what: title of the progress bar.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for run in tqdm(range(runs + 1), desc=what, unit="run"):
-        for name, step in steps.items():
-            seconds[name].append(seconds_of(lambda step=step, run=run: step(run), device))
-    return {name: all_runs[1:] for name, all_runs in seconds.items()}
-
-
-def rates(rows: int, seconds: list[float]) -> dict[str, float]:
-    """Rows per second."""
-    return {"median": rows / statistics.median(seconds), "slowest": rows / max(seconds), "fastest": rows / min(seconds)}
-
-
-def median_ratio(slow: list[float], fast: list[float]) -> float:
-    """Of the seconds, run by run."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def write_rows(folder: Path, columns: dict[str, list], rows: int) -> str:

@@ -44,19 +44,10 @@ from transformers import HfArgumentParser, MarianConfig, MarianMTModel, PreTrain
 from transformers import logging as transformers_logging
 
 from benchmarks import blip2_proportions as blip2
-from benchmarks.caption_rows import (
-    GENERATED,
-    ORIGINALS,
-    WORDS,
-    caption_lists,
-    median_ratio,
-    rates,
-    sentences,
-    timed_runs,
-    write_rows,
-)
+from benchmarks.caption_rows import GENERATED, ORIGINALS, WORDS, caption_lists, sentences, write_rows
 from benchmarks.captions_engine import engine, engine_lines
 from benchmarks.loading import SIZE
+from benchmarks.timing import median_ratio, rate_spread, timed_runs
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from captions import sentence_stage
 from captions.captioner import Blip2Captioner, Decoding
@@ -92,6 +83,8 @@ TRANSLATED_TOKENS = 16  # of a translation; about COCO's
 
 @dataclass
 class CaptionsArguments:
+    """Arguments of `benchmarks.captions`."""
+
     parts: list[str] = field(default_factory=lambda: list(PARTS[:4]), metadata={"help": f"Of {', '.join(PARTS)}."})
     images: int = field(default=16, metadata={"help": "Rows of generate, all in one batch."})
     new_tokens: int = field(default=12, metadata={"help": "Tokens of every generated text."})
@@ -120,6 +113,7 @@ class CaptionsArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure the stages and print the results."""
     (args,) = HfArgumentParser(CaptionsArguments, description=__doc__).parse_args_into_dataclasses(argv)
     transformers_logging.set_verbosity_error()
     measure: dict[str, Callable[[CaptionsArguments, Path], dict[str, Any]]] = {
@@ -164,7 +158,7 @@ def generation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     seconds |= {name: [run / BATCHES for run in seconds[name]] for name in ("ours", "stage")}
     prefix_tokens = max(len(captioner.prompt(prefix)) for prefix in prefixes)
     found: dict[str, Any] = {
-        "rows_per_second": {name: rates(args.images, seconds[name]) for name in PROGRAMS},
+        "rows_per_second": {name: rate_spread(args.images, seconds[name]) for name in PROGRAMS},
         "overhead": median_ratio(seconds["stage"], seconds["ours"]) - 1,
         "same_tokens": tokens[0] == tokens[1] == tokens[2],
         "images": args.images, "batches": BATCHES, "image_size": SIZE, "prefixes": len(prefixes),
@@ -259,7 +253,7 @@ def translation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     )
     gain, predicted = median_ratio(seconds["distinct"], seconds["repeated"]), number / len(originals)
     return {
-        "rows_per_second": {name: rates(args.translated_rows, own) for name, own in seconds.items()},
+        "rows_per_second": {name: rate_spread(args.translated_rows, own) for name, own in seconds.items()},
         "gain_memory": {"measured": gain, "predicted": predicted, "share": gain / predicted},
         "rows": args.translated_rows, "captions_per_row": ORIGINALS + GENERATED, "repeated_share": args.repeated,
         "translated_tokens": TRANSLATED_TOKENS, "sizes": {"width": 256, "layers": 6, "vocabulary": 13_600},
@@ -299,7 +293,7 @@ def scoring(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
         run_stage(StageArguments(dataset, folder / f"run-{run}"), {"similarities-pt": SIMILARITIES}, {}, process)
 
     seconds = timed_runs({"score": stage}, args.runs, "cpu", "score")["score"]
-    return {"rows_per_second": {"score": rates(args.scored_rows, seconds)}, "rows": args.scored_rows}
+    return {"rows_per_second": {"score": rate_spread(args.scored_rows, seconds)}, "rows": args.scored_rows}
 
 
 def selecting(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
@@ -314,7 +308,7 @@ def selecting(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
         run_stage(stage_args, {"captions-pt": CAPTIONS}, {}, Selection(stage_args))
 
     seconds = timed_runs({"select": stage}, args.runs, "cpu", "select")["select"]
-    return {"rows_per_second": {"select": rates(args.selected_rows, seconds)}, "rows": args.selected_rows}
+    return {"rows_per_second": {"select": rate_spread(args.selected_rows, seconds)}, "rows": args.selected_rows}
 
 
 def markdown_table(results: dict[str, Any]) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.caption_rows import median_ratio, rates, sentences, timed_runs, write_rows
+from benchmarks.caption_rows import sentences, write_rows
+from benchmarks.timing import median_ratio, rate_spread, timed_runs
 from captions.tsv import unescape
 
 
@@ -44,7 +45,7 @@ def engine(old_tree: Path, rows: int, runs: int, folder: Path) -> dict[str, Any]
             start = statistics.median(seconds[f"{tree} start"])
             found["start"][f"{stage} {tree}"] = start
             working = [max(run - start, 1e-3) for run in seconds[f"{tree} all"]]
-            rates_of[f"{stage} {tree}"] = rates(rows, working)
+            rates_of[f"{stage} {tree}"] = rate_spread(rows, working)
         found["ratio"][stage] = median_ratio(seconds["new all"], seconds["old all"])
     return found
 

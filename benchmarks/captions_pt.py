@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from examples.openmoji.concepts import concept_rows
 
 TEMPLATES = ("uma foto de {}", "um desenho colorido de {}", "na imagem aparece {}", "vemos aqui {}", "{} em uma foto")
+WORDS = ["uma", "foto", "de", "um", "gato", "preto", "na", "mesa", "da", "casa", "azul", "com", "flores", "amarelas"]
 JOINTS = (" e ", ", ", " ao lado de ", " perto de ", " com ")
 SPREAD = 0.25  # standard deviation of the lengths, as a share of the mean
 TOKENS = (10, 50)  # outside, the shortest sentence or open_clip's truncation at 77 would move the mean
@@ -48,3 +49,13 @@ def _caption(length: float, names: list[str], tokenizer: PreTrainedTokenizerBase
         surplus[caption] = len(tokenizer(caption)["input_ids"]) - length
         text += draw.choice(JOINTS) + draw.choice(names)
     return min(surplus, key=lambda caption: abs(surplus[caption]))
+
+
+def caption_of(tokens: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
+    """A Portuguese text of exactly `tokens` tokens, begin and end included."""
+    words = [WORDS[i] for i in np.random.default_rng(seed).integers(0, len(WORDS), tokens)]
+    while len(tokenizer(" ".join(words))["input_ids"]) > tokens:
+        words.pop()
+    while len(tokenizer(" ".join(words))["input_ids"]) < tokens:
+        words.append("de")
+    return " ".join(words)

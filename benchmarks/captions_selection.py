@@ -8,21 +8,22 @@ with the same steps, seeds, and test split. JSON is the last line; runs go to th
 """
 
 import argparse
-import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-from common.environment import device_description, package_versions
-from common.files import read_json, write_json
-from records.schema import Record, read_records
+from benchmarks.timing import ROOT, conditions, finish, table
+from common.files import read_json
+from records.schema import read_records
+from records.tables import percent
 
-ROOT = Path(__file__).resolve().parent.parent
+DIRECTIONS = ("text_to_image", "image_to_text")
+FACTS = ("language", "direction", "model", "seed", "value", "n")  # that are kept of a record
 
 
-def train(name: str, dataset: Path, args: argparse.Namespace, more: list[str]) -> dict:
-    """A training; returns its mean recalls in both directions, and how many pairs it had.
+def train(name: str, dataset: Path, args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
+    """Train on a data set, unless the folder of the run has the result; returns the mean recalls.
 
     Args:
         name: of the folder of the run.
@@ -39,10 +40,11 @@ def train(name: str, dataset: Path, args: argparse.Namespace, more: list[str]) -
         ]  # fmt: skip
         subprocess.run(command, cwd=ROOT, check=True)
     records = [record for path in sorted(output.glob("results/*.json")) for record in read_records(path)]
-    return {"recalls": [_facts(record) for record in records if record.metric == "mean_recall"]}
+    means = [record for record in records if record.metric == "mean_recall"]
+    return {"recalls": [{key: getattr(record, key) for key in FACTS} for record in means]}
 
 
-def measure(args: argparse.Namespace, more: list[str]) -> dict:
+def measure(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
     """Both trainings, beside what the selection says of itself."""
     selection = read_json(args.built / "3-select" / "train" / "report" / "selection.json")
     kept = {key: selection[key] for key in ("caption_strategy", "min_pair_similarity", "images", "captions")}
@@ -51,42 +53,27 @@ def measure(args: argparse.Namespace, more: list[str]) -> dict:
         "selection": kept,
         "selected": train("selected", args.built / "dataset", args, more),
         "all": train("all", args.built / "2-score" / "train", args, more),
-        "device": device_description(),
-        "versions": package_versions(),
+        **conditions(),
     }
 
 
-def markdown_table(result: dict) -> str:
-    """The README's table: mean and standard deviation over the seeds, a row a training."""
-    lines = ["| trained on | pairs | language | text-to-image | image-to-text |", "|---|---:|---|---:|---:|"]
-    pairs = result["selection"]["images"]
-    counts = {"selected": pairs["kept"], "all": pairs["kept"] + pairs["not chosen"]}
-    languages = dict.fromkeys(recall["language"] for recall in result["all"]["recalls"])
-    for language in languages:
+def selection_table(result: dict[str, Any]) -> str:
+    """The table of docs/benchmarks.md: mean and standard deviation over the seeds, a row a training."""
+    images = result["selection"]["images"]
+    pairs = {"selected": images["kept"], "all": images["kept"] + images["not chosen"]}
+    rows = []
+    for language in dict.fromkeys(recall["language"] for recall in result["all"]["recalls"]):
         for name, model in (("", "baseline"), ("selected", "capivara"), ("all", "capivara")):
-            found = [
-                [r["value"] for r in result[name or "all"]["recalls"]
-                 if (r["language"], r["model"], r["direction"]) == (language, model, direction)]
-                for direction in ("text_to_image", "image_to_text")
-            ]  # fmt: skip
-            title = f"{name} captions" if name else "nothing: the base"
-            cells = " | ".join(map(_spread, found))
-            lines.append(f"| {title} | {format(counts[name], ',') if name else ''} | {language} | {cells} |")
-    return "\n".join(
-        [*lines, "", f"Mean recall on the test split in per cent, {result['runs']} seeds, {result['device']}."]
-    )
-
-
-def _spread(values: list[float]) -> str:
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return f"{mean} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
-def _facts(record: Record) -> dict:
-    return {key: getattr(record, key) for key in ("language", "direction", "model", "seed", "value", "n")}
+            of = [r for r in result[name or "all"]["recalls"] if (r["language"], r["model"]) == (language, model)]
+            cells = [percent([r["value"] for r in of if r["direction"] == direction]) for direction in DIRECTIONS]
+            title, number = (f"{name} captions", f"{pairs[name]:,}") if name else ("nothing: the base", "")
+            rows.append((language, title, number, *cells))
+    facts = f"Mean recall on the test split in per cent, {result['runs']} seeds, {result['device']}."
+    return table(("language", "trained on", "pairs", "text-to-image", "image-to-text"), rows, facts, 2)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train on both, print the table and the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--built", type=Path, default=Path("data/openmoji/captions"), help="output of the build")
     parser.add_argument("--config", type=Path, default=Path("configs/openmoji.yaml"), help="of the training")
@@ -95,10 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     args, more = parser.parse_known_args(argv)
     result = measure(args, more)
-    if args.output:
-        write_json(args.output, result)
-    print(markdown_table(result))
-    print(json.dumps(result))
+    print(selection_table(result))
+    finish(result, args.output)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,31 @@
-"""Memory of an export and of a push at full size, and cold loads of the result beside open_clip's.
+"""Memory of an export at full size, and cold loads of the result beside open_clip's.
 
     python -m benchmarks.export --output benchmarks/results/export.json
 
-The published architecture with random weights is exported for transformers, open_clip and sentence-transformers, and
-pushed to a stand-in for the Hub on this machine, each in a process of its own: its peak of memory is taken after the
-imports and at the end. Then both programs load the exported weights in fresh processes, in alternating runs, the weight
-files dropped from the page cache before each and the imports done before the clock starts. transformers maps its file
-and reads a tensor at its first use, so the time with every tensor read once is given beside that of the call. The last
-line of the output is JSON.
+The published architecture with random weights is exported for transformers, open_clip and sentence-transformers, in a
+process of its own: its peak of memory is taken after the imports and at the end. Then both programs load the exported
+weights in fresh processes, in alternating runs, the weight files dropped from the page cache before each and the
+imports done before the clock starts. transformers maps its file and reads a tensor at its first use, so the time with
+every tensor read once is given beside that of the call. The last line of the output is JSON.
 """
 
-import json
 import os
-import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
-from benchmarks.train_step import ROOT, in_own_process
-from common.environment import device_description, package_versions, peak_resident_bytes
-from common.files import write_json
+from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
+from common.cli import at_least, flag, parse
+from common.environment import peak_resident_bytes
+from examples.openmoji.encoders import load_text_encoder
 from hub_upload.export import export
-from hub_upload.open_clip_files import OPEN_CLIP_WEIGHTS
+from hub_upload.loader_files import OPEN_CLIP_WEIGHTS
 from hub_upload.source_model import WEIGHTS
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 
@@ -41,59 +35,47 @@ PROGRAMS = {"ours": WEIGHTS, "open_clip": OPEN_CLIP_WEIGHTS}
 
 @dataclass
 class ExportBenchmarkArguments:
-    runs: int = field(default=5, metadata={"help": "Loads by each program, alternating."})
-    layers: int = field(default=12, metadata={"help": "Layers of both towers; 12 is the published architecture."})
-    vocabulary: int = field(default=250002, metadata={"help": "Rows of the word embedding; 250002 as published."})
-    push: bool = field(default=True, metadata={"help": "Also measure a push; needs twice the disk."})
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
-    worker: Literal["make", "export", "ours", "open_clip"] | None = field(
-        default=None, metadata={"help": "Measure in this process."}
-    )
-    folder: Path | None = field(default=None, metadata={"help": "Folder for the models; a temporary one if none."})
+    """Arguments of `benchmarks.export`."""
+
+    runs: int = flag(5, "Loads by each program, alternating.")
+    layers: int = flag(12, "Layers of both towers; 12 is the published architecture.")
+    output: Path | None = flag(None, "JSON file for the figures.")
+    folder: Path | None = flag(None, "Folder for the models; a temporary one if none.")
+    worker: Literal["make", "export", "ours", "open_clip"] | None = flag(None, "Measure in this process.")
 
     def __post_init__(self) -> None:
-        if min(self.runs, self.layers) < 1 or self.vocabulary < 10:
-            raise ValueError("runs and layers must be at least 1, vocabulary at least 10.")
+        at_least(self, 1, "runs", "layers")
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(ExportBenchmarkArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    """Measure and print the results."""
+    args = parse(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
         work = {"make": make, "export": measure_export, "ours": load_ours, "open_clip": load_open_clip}[args.worker]
-        print(json.dumps(work(args)))
+        finish(work(args))
         return
-    own = tempfile.mkdtemp(prefix="capivara-export-") if args.folder is None else None
-    args.folder = Path(own or args.folder).resolve()
-    try:
-        results = measure(args)
-    finally:
-        if own:
-            shutil.rmtree(own, ignore_errors=True)
-    if args.output:
-        write_json(args.output, results)
-    print(json.dumps(results))
+    with tempfile.TemporaryDirectory(prefix="capivara-export-") as temporary:
+        args.folder = Path(args.folder or temporary).resolve()
+        finish(measure(args), args.output)
 
 
 def measure(args: ExportBenchmarkArguments) -> dict[str, Any]:
     """All figures, from the making of the model on."""
     made = in_own_process(command("make", args))
     exported = in_own_process(command("export", args))
-    results = {
-        "device": device_description(),
-        "versions": package_versions(),
-        **{name: getattr(args, name) for name in ("runs", "layers", "vocabulary")},
+    return {
+        **conditions(),
+        "runs": args.runs,
+        "layers": args.layers,
         **made,
         "export": with_ratio(exported, made["weights_bytes"]),
+        "load": compare_loads(args),
     }
-    if args.push:
-        results["push"] = with_ratio(measure_push(args.folder), made["weights_bytes"])
-    return {**results, "load": compare_loads(args)}
 
 
 def command(worker: str, args: ExportBenchmarkArguments) -> list[str]:
     """Module and flags of one measurement."""
-    sizes = ["--layers", str(args.layers), "--vocabulary", str(args.vocabulary)]
-    return ["benchmarks.export", "--worker", worker, "--folder", str(args.folder), *sizes]
+    return ["benchmarks.export", "--worker", worker, "--folder", str(args.folder), "--layers", str(args.layers)]
 
 
 def with_ratio(measured: dict[str, Any], weights_bytes: int) -> dict[str, Any]:
@@ -103,27 +85,14 @@ def with_ratio(measured: dict[str, Any], weights_bytes: int) -> dict[str, Any]:
 
 
 def make(args: ExportBenchmarkArguments) -> dict[str, Any]:
-    """Save the model with random weights, and a tokenizer of as many made pieces as the text tower has rows."""
+    """Save the model with random weights."""
     torch.manual_seed(0)
-    config = CapivaraConfig(
-        vision_config={"num_hidden_layers": args.layers},
-        text_config={"num_hidden_layers": args.layers, "vocab_size": args.vocabulary},
-    )
-    model = CapivaraModel(config)
+    towers = {"num_hidden_layers": args.layers}
+    model = CapivaraModel(CapivaraConfig(vision_config=towers, text_config=towers))
     model.save_pretrained(args.folder / "model")
-    processor = CapivaraProcessor(CapivaraImageProcessor(), made_tokenizer(args.vocabulary))
-    processor.save_pretrained(args.folder / "model")
+    CapivaraProcessor(CapivaraImageProcessor(), load_text_encoder()[1]).save_pretrained(args.folder / "model")
     weights = (args.folder / "model" / WEIGHTS).stat().st_size
     return {"parameters": sum(p.numel() for p in model.parameters()), "weights_bytes": weights}
-
-
-def made_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    special = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    pieces = [(piece, 0.0) for piece in special.values()]
-    pieces += [(f"▁peça{number}", -10.0) for number in range(vocabulary - len(pieces))]
-    backend = Tokenizer(models.Unigram(pieces, unk_id=3))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def measure_export(args: ExportBenchmarkArguments) -> dict[str, Any]:
@@ -142,22 +111,8 @@ def measure_export(args: ExportBenchmarkArguments) -> dict[str, Any]:
     }
 
 
-def measure_push(folder: Path) -> dict[str, Any]:
-    """Memory of a process that pushes the repository twice, the second time finding it there."""
-    sys.path.insert(0, str(ROOT / "tests"))  # the stand-in for the Hub
-    from hub_client import peak_of_a_push
-    from hub_server import HubServer
-
-    with HubServer(folder / "hub") as hub:
-        started = time.perf_counter()
-        before, peak = peak_of_a_push(hub, folder / "repository", folder / "home")
-        seconds = time.perf_counter() - started
-        uploaded = hub.uploaded
-    shutil.rmtree(folder / "hub")
-    return {"after_imports_bytes": before, "peak_bytes": peak, "seconds": seconds, "uploaded_bytes": uploaded}
-
-
 def load_ours(args: ExportBenchmarkArguments) -> dict[str, float]:
+    """Seconds of a load by transformers."""
     from transformers import AutoModel
 
     _import_towers()
@@ -165,6 +120,7 @@ def load_ours(args: ExportBenchmarkArguments) -> dict[str, float]:
 
 
 def load_open_clip(args: ExportBenchmarkArguments) -> dict[str, float]:
+    """Seconds of a load by open_clip."""
     import open_clip
 
     _import_towers()
@@ -190,19 +146,19 @@ def timed(load: Callable[[], torch.nn.Module], folder: Path) -> dict[str, float]
 
 def compare_loads(args: ExportBenchmarkArguments) -> dict[str, Any]:
     """Alternating cold loads; `ratio` is ours to open_clip's, the median over the runs."""
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in PROGRAMS}
-    for _ in tqdm(range(args.runs), desc="Loads", unit="run"):
-        for name, weights in PROGRAMS.items():
-            drop_from_page_cache(args.folder / "repository" / weights)
-            runs[name].append(in_own_process(command(name, args)))
+
+    def load(name: str) -> dict[str, float]:
+        drop_from_page_cache(args.folder / "repository" / PROGRAMS[name])
+        return in_own_process(command(name, args))
+
+    runs = alternating({name: lambda run, name=name: load(name) for name in PROGRAMS}, args.runs, "Loads")
     found: dict[str, Any] = {"page_cache": "the weight file is dropped from it before each load"}
-    for measure_name in ("load_s", "load_and_read_s"):
-        seconds = {name: [run[measure_name] for run in of] for name, of in runs.items()}
-        summary = {
+    for what in ("load", "load_and_read"):
+        seconds = {name: [run[f"{what}_s"] for run in of] for name, of in runs.items()}
+        found[what] = {
             name: {"median_s": statistics.median(s), "min_s": min(s), "max_s": max(s)} for name, s in seconds.items()
         }
-        ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds["open_clip"], strict=True)]
-        found[measure_name.removesuffix("_s")] = {**summary, "ratio": statistics.median(ratios)}
+        found[what]["ratio"] = median_ratio(seconds["ours"], seconds["open_clip"])
     return found
 
 

@@ -8,14 +8,14 @@ augmentation, into the full-size image tower. Loading alone and the tower alone 
 the last line.
 """
 
-import argparse
 import io
-import json
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -23,16 +23,33 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from benchmarks.timing import conditions, finish
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
-from common.environment import device_description, package_versions
-from common.files import write_json
+from common.cli import flag, parse
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel
-from training.images import TrainingImages, Views, embed_pixels
+from training.images import TrainingImages
 from training.step import resolve_precision
+from training.views import Views, embed_pixels
 
 SIZE = (500, 375)  # pixels; of a photo of Flickr30k
 BATCH = 32
+
+
+@dataclass
+class LoadingArguments:
+    """Arguments of `benchmarks.loading`."""
+
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda.")
+    workers: int = flag(1, "Processes that decode; 0 = none beside the tower's.")
+    images: int = flag(512, "JPEG files.")
+    output: Path | None = flag(None, "JSON file for the figures.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
+    args = parse(LoadingArguments, __doc__, argv)
+    finish(measure(args), args.output)
 
 
 class ImagesOnly:
@@ -45,15 +62,20 @@ class ImagesOnly:
         return self.image_processor(images, return_tensors=return_tensors)
 
 
-def write_tar(path: Path, number: int) -> None:
-    """Smooth random pictures as JPEG, each about as large as a photo's file."""
+def photos(number: int) -> Iterator[bytes]:
+    """JPEG files of smooth random pictures, each about as large as a photo's file."""
     generator = np.random.default_rng(0)
+    for _ in range(number):
+        coarse = PIL.Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        coarse.resize(SIZE, PIL.Image.Resampling.BICUBIC).save(file := io.BytesIO(), "JPEG", quality=92)
+        yield file.getvalue()
+
+
+def write_tar(path: Path, number: int) -> None:
+    """Photos with a caption each, as WebDataset has them."""
     with tarfile.open(path, "w") as tar:
-        for i in range(number):
-            coarse = PIL.Image.fromarray(generator.integers(0, 256, (24, 32, 3), dtype=np.uint8))
-            buffer = io.BytesIO()
-            coarse.resize(SIZE, PIL.Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=92)
-            for name, data in ((f"{i:06d}.jpg", buffer.getvalue()), (f"{i:06d}.json", b'{"captions-pt": ["x"]}')):
+        for i, photo in enumerate(photos(number)):
+            for name, data in ((f"{i:06d}.jpg", photo), (f"{i:06d}.json", b'{"captions-pt": ["x"]}')):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -76,46 +98,34 @@ def measured(batches: Iterator[Tensor], embed) -> dict[str, float]:
     return {"images_per_second": images / seconds, "share_waiting": waited / seconds}
 
 
-def run(device: str, workers: int, number: int) -> dict:
-    precision = resolve_precision("auto", torch.device(device))
-    accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
+def measure(args: LoadingArguments) -> dict[str, Any]:
+    """Loading alone, the tower alone, and the one into the other, plain and augmented."""
+    precision = resolve_precision("auto", torch.device(args.device))
+    accelerator = Accelerator(mixed_precision=precision, cpu=args.device == "cpu")
     model = accelerator.prepare_model(CapivaraModel(CapivaraConfig()).eval(), evaluation_mode=True)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_tar(Path(folder) / "train-0.tar", number)
+        write_tar(Path(folder) / "train-0.tar", args.images)
         source = open_source(folder, "train", "image")
         table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], [])
 
         def batches(views: int) -> Iterator[Tensor]:
             images = TrainingImages([Views(source, table, "image", ImagesOnly(), views, seed=0)])
-            items = [[(0, i, 0) for i in range(n, min(n + BATCH, number))] for n in range(0, number, BATCH)]
-            return images.pixel_batches(items, workers)
+            starts = range(0, args.images, BATCH)
+            items = [[(0, i, 0) for i in range(start, min(start + BATCH, args.images))] for start in starts]
+            return images.pixel_batches(items, args.workers)
 
         def embed(pixels: Tensor) -> None:
             embed_pixels(model, pixels, accelerator).cpu()
 
-        ready = list(batches(1))
-        results["tower_alone"] = measured(iter(ready), embed)
+        results["tower_alone"] = measured(iter(list(batches(1))), embed)
         for name, views in (("plain", 1), ("augmented", 0)):
             results[f"{name}_loading_alone"] = measured(batches(views), lambda pixels: None)
             results[f"{name}_into_the_tower"] = measured(batches(views), embed)
     return {
-        "images": number, "image_size": SIZE, "batch": BATCH, "workers": workers, "precision": precision,
-        "measured": results, "device": device_description(accelerator.device), "versions": package_versions(),
+        **conditions(accelerator.device), "images": args.images, "image_size": SIZE, "batch": BATCH,
+        "workers": args.workers, "precision": precision, "measured": results,
     }  # fmt: skip
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--workers", type=int, default=1, help="processes that decode; 0 = none beside the tower's")
-    parser.add_argument("--images", type=int, default=512)
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
-    args = parser.parse_args(argv)
-    result = run(args.device, args.workers, args.images)
-    if args.output:
-        write_json(args.output, result)
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,11 @@
 Memory is that of the whole process, so each measurement wants a process of its own. The output is one line of JSON.
 """
 
-import json
-import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -27,11 +24,10 @@ from open_clip_train.params import parse_args
 from open_clip_train.scheduler import cosine_lr
 from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
 from benchmarks.captions_pt import benchmark_captions
-from common.environment import device_description, package_versions
-from common.files import write_json
+from benchmarks.timing import finish, peak_memory_bytes
+from common.cli import at_least, flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig
 from modeling_capivara.open_clip_mapping import build_open_clip
@@ -43,18 +39,17 @@ WARMUP_STEPS = 1  # untimed: the optimiser makes its state in the first step
 
 @dataclass
 class PeerArguments:
-    pairs: int = field(metadata={"help": "Pairs in memory, a multiple of micro x accum; steps go round them."})
-    micro: int = field(default=8, metadata={"help": "Pairs of a micro-batch: open_clip's --batch-size."})
-    accum: int = field(default=2, metadata={"help": "Micro-batches of a step: open_clip's --accum-freq."})
-    precision: Literal["fp32", "amp_bfloat16"] = field(default="fp32", metadata={"help": "open_clip's --precision."})
-    steps: int = field(default=2, metadata={"help": "Timed optimiser steps, after one untimed."})
-    tokens: int = field(default=20, metadata={"help": "Mean length of the captions before they are padded to 77."})
-    json: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    """Arguments of `benchmarks.open_clip_peer`."""
+
+    pairs: int = flag(..., "Pairs in memory, a multiple of micro x accum; steps go round them.")
+    micro: int = flag(8, "Pairs of a micro-batch: open_clip's --batch-size.")
+    accum: int = flag(2, "Micro-batches of a step: open_clip's --accum-freq.")
+    precision: Literal["fp32", "amp_bfloat16"] = flag("fp32", "open_clip's --precision.")
+    steps: int = flag(2, "Timed optimiser steps, after one untimed.")
+    tokens: int = flag(20, "Mean length of the captions before they are padded to 77.")
 
     def __post_init__(self):
-        for name in ("micro", "accum", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        at_least(self, 1, "micro", "accum", "steps")
         if self.pairs < 1 or self.pairs % (self.micro * self.accum):
             raise ValueError(
                 f"pairs must be a multiple of micro x accum, {self.micro * self.accum}, lest a batch hold a pair "
@@ -91,22 +86,19 @@ class InMemoryBatches:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(PeerArguments, description=__doc__).parse_args_into_dataclasses(argv)
-    results = measure(args)
-    if args.json:
-        write_json(args.json, results)
-    print(json.dumps(results))
+    """Measure and print the results."""
+    args = parse(PeerArguments, __doc__, argv)
+    finish(measure(args))
 
 
 def measure(args: PeerArguments) -> dict[str, Any]:
-    """One run of open_clip's trainer, with what it ran on.
+    """One run of open_clip's trainer.
 
     Returns:
         `pairs_per_second` (median over the timed steps), `step_s` (each of them), `peak_memory_bytes` (resident, of the
-        process), `setup_peak_memory_bytes` (before the first step: a higher figure would hide the training's), the
-        arguments, and the mean length of the captions before padding.
+        process), the same before the first step (if it is no lower, it hides the training's), and the sizes.
     """
-    tokens, mean_tokens = caption_tokens(args)
+    tokens = caption_tokens(args)
     pixels = torch.randn(args.pairs, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     theirs = open_clip_arguments(args)
     model = open_clip_model(theirs)
@@ -118,15 +110,8 @@ def measure(args: PeerArguments) -> dict[str, Any]:
         model, {"train": DataInfo(batches)}, create_loss(theirs), 0, optimizer, None, scheduler, None, theirs
     )
     seconds, batch_size = batches.step_seconds(), args.micro * args.accum
-    settings = {name: value for name, value in asdict(args).items() if name != "json"}
     return {
-        "program": "open_clip_train.train.train_one_epoch",
-        "device": device_description(),
-        "threads": torch.get_num_threads(),
-        "versions": package_versions(),
-        **settings,
         "effective_batch": batch_size,
-        "mean_tokens": mean_tokens,
         "padded_tokens": tokens.shape[1],
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -134,18 +119,15 @@ def measure(args: PeerArguments) -> dict[str, Any]:
         "step_s": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "setup_peak_memory_bytes": setup_peak,
-        "pixel_bytes": pixels.nbytes,
     }
 
 
-def caption_tokens(args: PeerArguments) -> tuple[Tensor, float]:
-    """Captions as open_clip's tokenizer hands them over, (pairs, 77), and their mean length before the padding."""
+def caption_tokens(args: PeerArguments) -> Tensor:
+    """Captions as open_clip's tokenizer hands them over, (pairs, 77)."""
     tokenizer = load_text_encoder()[1]
-    captions = benchmark_captions(args.pairs, tokenizer, args.tokens)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        tokens = HFTokenizer(folder)(captions)
-    return tokens, (tokens != tokenizer.pad_token_id).sum(1).float().mean().item()
+        return HFTokenizer(folder)(benchmark_captions(args.pairs, tokenizer, args.tokens))
 
 
 def open_clip_arguments(args: PeerArguments) -> Any:
@@ -179,11 +161,6 @@ def open_clip_optimizer(model: nn.Module, theirs: Any) -> torch.optim.AdamW:
         {"params": [p for n, p in trained if n not in gain_or_bias], "weight_decay": theirs.wd},
     ]
     return torch.optim.AdamW(groups, lr=theirs.lr, betas=(theirs.beta1, theirs.beta2), eps=theirs.eps)
-
-
-def peak_memory_bytes() -> int:
-    """Highest resident memory of this process so far; Linux counts it in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -3,36 +3,25 @@
     python -m benchmarks.scaling
     python -m benchmarks.scaling --device cuda
 
-The towers' cost a pair is measured from 256 to 2816 pairs, on cached image embeddings, no graph kept (a small batch
+The towers' cost per pair is measured from 256 to 2816 pairs, on cached image embeddings, no graph kept (a small batch
 could keep all and would be cheaper), one step each in one process after an untimed one. The optimiser's seconds do not
-depend on the batch: the cost a pair is given with and without them. Beyond, to 32,768 pairs, the loss is measured by
+depend on the batch: the cost per pair is given with and without them. Beyond, to 32,768 pairs, the loss is measured by
 itself on random embeddings of width 512, each size in its own process, and set against a step of that size, which is
 extrapolated from the largest one measured. The last line of the output is JSON.
 """
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import psutil
 import torch
 from torch.nn import functional as F
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
+from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
-from benchmarks.train_step import (
-    ROOT,
-    Engine,
-    TrainStepArguments,
-    in_own_process,
-    peak_memory_bytes,
-    random_batch,
-    seconds_of,
-)
-from common.environment import device_description, package_versions
-from common.files import write_json
+from benchmarks.train_step import Engine, TrainStepArguments, random_batch
+from common.cli import flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraProcessor
 from training.contrastive import contrastive_gradients
@@ -41,20 +30,17 @@ from training.step import padding_share, resolve_precision, sparse_embedding_gra
 
 @dataclass
 class ScalingArguments:
-    step_pairs: list[int] = field(default_factory=lambda: [256, 512, 1024, 2816], metadata={"help": "Whole steps."})
-    loss_pairs: list[int] = field(
-        default_factory=lambda: [2816, 4096, 8192, 16384, 32768], metadata={"help": "The loss alone."}
-    )
-    micro: int = field(
-        default=16,
-        metadata={"help": "Pairs of a micro-batch; with more, small batches are padded more than large ones."},
-    )
-    tokens: int = field(default=20, metadata={"help": "Mean tokens of a caption, begin and end included."})
-    precision: Literal["auto", "no", "bf16"] = field(default="auto", metadata={"help": "auto: bf16 where native."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    output: Path = field(default=ROOT / "benchmarks/results/scaling.json", metadata={"help": "JSON file."})
-    plot: Path = field(default=ROOT / "docs/scaling.png", metadata={"help": "PNG file."})
-    worker: Literal["steps", "loss"] | None = field(default=None, metadata={"help": "Measure in this process."})
+    """Arguments of `benchmarks.scaling`."""
+
+    step_pairs: list[int] = flag([256, 512, 1024, 2816], "Whole steps.")
+    loss_pairs: list[int] = flag([2816, 4096, 8192, 16384, 32768], "The loss alone.")
+    micro: int = flag(16, "Pairs of a micro-batch; with more, small batches are padded more than large ones.")
+    tokens: int = flag(20, "Mean tokens of a caption, begin and end included.")
+    precision: Literal["auto", "no", "bf16"] = flag("auto", "auto: bf16 where native.")
+    device: str = flag("cpu", "cpu or cuda.")
+    output: Path = flag(timing.RESULTS / "scaling.json", "JSON file.")
+    plot: Path = flag(timing.ROOT / "docs/scaling.png", "PNG file.")
+    worker: Literal["steps", "loss"] | None = flag(None, "Measure in this process.")
 
     def __post_init__(self) -> None:
         for name in ("step_pairs", "loss_pairs"):
@@ -64,29 +50,25 @@ class ScalingArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(ScalingArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    """Measure and print the results."""
+    args = parse(ScalingArguments, __doc__, argv)
     if args.worker:
-        print(json.dumps(measure_steps(args) if args.worker == "steps" else measure_loss(args.loss_pairs[0], args)))
+        timing.finish(measure_steps(args) if args.worker == "steps" else measure_loss(args.loss_pairs[0], args))
         return
-    from records.plots import plot_scaling  # here: the workers' memory shall not hold matplotlib
+    from benchmarks.plots import plot_scaling  # here: the workers' memory shall not hold matplotlib
 
     flags = ["--micro", str(args.micro), "--tokens", str(args.tokens), "--precision", args.precision]
     module = ["benchmarks.scaling", "--device", args.device, *flags, "--worker"]
-    steps = in_own_process([*module, "steps", "--step_pairs", *map(str, args.step_pairs)])
-    losses = [
-        in_own_process([*module, "loss", "--loss_pairs", str(pairs)]) for pairs in tqdm(args.loss_pairs, desc="Losses")
-    ]
+    steps = timing.in_own_process([*module, "steps", "--step_pairs", *map(str, args.step_pairs)])
+    losses = [timing.in_own_process([*module, "loss", "--loss_pairs", str(pairs)]) for pairs in args.loss_pairs]
     results = {
-        "device": device_description(args.device),
-        "threads": torch.get_num_threads(),
-        "versions": package_versions(),
+        **timing.conditions(args.device),
         **{name: getattr(args, name) for name in ("micro", "tokens", "precision")},
         **summary(steps, losses),
     }
-    write_json(args.output, results)
     plot_scaling(results, args.plot)
-    print(markdown_table(results))
-    print(json.dumps(results))
+    print(scaling_tables(results))
+    timing.finish(results, args.output)
 
 
 def measure_steps(args: ScalingArguments, config: CapivaraConfig | None = None, tokenizer=None) -> list[dict[str, Any]]:
@@ -95,27 +77,15 @@ def measure_steps(args: ScalingArguments, config: CapivaraConfig | None = None, 
     processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
     sizes = sorted(args.step_pairs)
     captions = benchmark_captions(sizes[-1], tokenizer, args.tokens)
-    engine = Engine(
-        config,
-        TrainStepArguments(
-            worker="ours", pairs=sizes[0], micro=args.micro, precision=args.precision, device=args.device,
-            accumulation="recompute",
-        ),
-    )  # fmt: skip
+    shared = {"micro": args.micro, "precision": args.precision, "device": args.device}
+    engine = Engine(config, TrainStepArguments(worker="ours", pairs=sizes[0], accumulation="recompute", **shared))
     measured = []
     with sparse_embedding_gradients(engine.model):
-        for number, pairs in enumerate([sizes[0], *sizes]):
+        for number, pairs in enumerate([sizes[0], *sizes]):  # the first one is not counted
             batch = random_batch(config, processor, captions[:pairs], args.micro, cached=True)
-            step = engine(number, batch)
-            measured.append(
-                {
-                    "pairs": pairs,
-                    **step,
-                    "tokens": batch.tokens,
-                    "padding_share": padding_share(batch.texts),
-                    "peak_memory_bytes": peak_memory_bytes(args.device),
-                }
-            )
+            step = {"pairs": pairs, **engine(number, batch), "tokens": batch.tokens}
+            step["padding_share"] = padding_share(batch.texts)
+            measured.append(step | {"peak_memory_bytes": timing.peak_memory_bytes(args.device)})
     return measured[1:]
 
 
@@ -129,18 +99,18 @@ def measure_loss(pairs: int, args: ScalingArguments, width: int = 512) -> dict[s
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
-    seconds = seconds_of(lambda: contrastive_gradients(texts, images, scale, own), args.device)
+    seconds = timing.seconds_of(lambda: contrastive_gradients(texts, images, scale, own), args.device)
     return {
         "pairs": pairs,
         "width": width,
         "loss_s": seconds,
-        "memory_over_embeddings_bytes": peak_memory_bytes(args.device) - before,
+        "memory_over_embeddings_bytes": timing.peak_memory_bytes(args.device) - before,
         "all_logits_bytes": 4 * pairs**2,
     }
 
 
 def summary(steps: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[str, Any]:
-    """Cost a pair and its spread over the sizes; the loss's share of a step, measured or extrapolated."""
+    """Cost per pair and its spread over the sizes; the loss's share of a step, measured or extrapolated."""
     for step in steps:
         step["seconds_per_pair"] = step["step_s"] / step["pairs"]
         step["seconds_per_pair_without_optimiser"] = (step["step_s"] - step["optimiser_s"]) / step["pairs"]
@@ -148,7 +118,7 @@ def summary(steps: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[s
     names = [name for name in steps[0] if name.startswith("seconds_per_")]
     largest = steps[-1]
     for loss in losses:
-        # The towers' cost a pair is the largest measured step's, which holds that step's own small loss as well.
+        # The towers' cost per pair is the largest measured step's, which holds that step's own small loss as well.
         towers_s = loss["pairs"] * largest["seconds_per_pair_without_optimiser"]
         loss["extrapolated_step_s"] = towers_s + largest["optimiser_s"] + loss["loss_s"]
         loss["loss_share_of_extrapolated_step"] = loss["loss_s"] / loss["extrapolated_step_s"]
@@ -159,30 +129,37 @@ def summary(steps: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[s
     }
 
 
-def markdown_table(results: dict[str, Any]) -> str:
-    """The README's tables, out of the JSON."""
-    lines = ["| pairs | ms a pair | without optimiser | padding | peak memory, GiB |", "|---:|---:|---:|---:|---:|"]
-    for step in results["steps"]:
-        lines.append(
-            f"| {step['pairs']:,} | {1e3 * step['seconds_per_pair']:.1f} "
-            f"| {1e3 * step['seconds_per_pair_without_optimiser']:.1f} | {step['padding_share']:.0%} "
-            f"| {step['peak_memory_bytes'] / 2**30:.1f} |"
+def scaling_tables(results: dict[str, Any]) -> str:
+    """The two tables of docs/benchmarks.md, out of the JSON."""
+    steps = [
+        (
+            f"{step['pairs']:,}",
+            f"{1e3 * step['seconds_per_pair']:.1f}",
+            f"{1e3 * step['seconds_per_pair_without_optimiser']:.1f}",
+            f"{step['padding_share']:.0%}",
+            f"{step['peak_memory_bytes'] / 2**30:.1f}",
         )
-    lines += ["", "| loss of pairs | seconds | MiB beside the embeddings | share of a step (extrapolated) |"]
-    lines.append("|---:|---:|---:|---:|")
-    for loss in results["loss_alone"]:
-        lines.append(
-            f"| {loss['pairs']:,} | {loss['loss_s']:.2f} | {loss['memory_over_embeddings_bytes'] / 2**20:.0f} "
-            f"| {loss['loss_share_of_extrapolated_step']:.1%} |"
+        for step in results["steps"]
+    ]
+    losses = [
+        (
+            f"{loss['pairs']:,}",
+            f"{loss['loss_s']:.2f}",
+            f"{loss['memory_over_embeddings_bytes'] / 2**20:.0f}",
+            f"{loss['loss_share_of_extrapolated_step']:.1%}",
         )
+        for loss in results["loss_alone"]
+    ]
     spread = results["spread"]
     facts = (
         f"Full size, random weights, {results['precision']}, micro-batches of {results['micro']}, {results['tokens']} "
-        f"tokens a caption, no graph kept, on {results['device']}; torch {results['versions']['torch']}. From the "
-        f"cheapest to the dearest size a pair costs {spread['seconds_per_pair']:.0%} more, "
+        f"tokens per caption, no graph kept, on {results['device']}; {timing.software(results, 'torch')}. The cost "
+        f"per pair varies by {spread['seconds_per_pair']:.0%} between the sizes, by "
         f"{spread['seconds_per_pair_without_optimiser']:.0%} without the optimiser."
     )
-    return "\n".join([*lines, "", facts])
+    heads = ("pairs", "ms per pair", "without optimiser", "padding", "peak memory, GiB")
+    loss_heads = ("pairs of the loss", "seconds", "MiB beside the embeddings", "share of a step (extrapolated)")
+    return timing.table(heads, steps, "", 0) + timing.table(loss_heads, losses, facts, 0)
 
 
 if __name__ == "__main__":

@@ -5,20 +5,22 @@
 Needs the embedded default (`python -m examples.openmoji.prepare`). The page is started as a user starts it, on this
 machine alone, and ended afterwards. A visitor opens the page, searches by a text of one's own, and every tenth by a
 picture of one's own as well; each is a session. Memory is what the page's processes hold together, sampled four times
-a second; the first visitors, for whom libraries load, come before it is measured. Ends with an error where memory has
-grown by more than `--most_growth_mb`, or a request was not answered. The last line of the output is JSON.
+a second; the first visitors, for whom libraries load, come before it is measured. The time of a search is that of the
+visitors one after another. Ends with an error where memory has grown by more than `--most_growth_mb`, or a request was
+not answered. The last line of the output is JSON.
 """
 
 import asyncio
 import io
-import json
 import socket
+import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import httpx
@@ -26,10 +28,9 @@ import numpy as np
 import PIL.Image
 import psutil
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
-from common.environment import device_description, package_versions
-from common.files import write_json
+from benchmarks.timing import conditions, finish
+from common.cli import flag, parse
 from hub_upload.space.guard import QUESTION, UPLOAD
 from hub_upload.space.turns import BUSY
 
@@ -41,23 +42,25 @@ PICTURE_EVERY = 10  # visitors
 
 @dataclass
 class SpaceLoadArguments:
-    model: str = field(default="data/openmoji/base", metadata={"help": "Folder of the page's model."})
-    pictures: str = field(default="data/openmoji/dataset", metadata={"help": "Pictures that are searched."})
-    warm_up: int = field(default=300, metadata={"help": "Visitors before memory is measured."})
-    at_once: int = field(default=200, metadata={"help": "Visitors at the same time."})
-    sessions: int = field(default=5000, metadata={"help": "Visitors one after another, after them."})
-    most_growth_mb: float = field(default=50, metadata={"help": "Most megabytes by which memory may grow."})
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    """Arguments of `benchmarks.space_load`."""
+
+    model: str = flag("data/openmoji/base", "Folder of the page's model.")
+    pictures: str = flag("data/openmoji/dataset", "Pictures that are searched.")
+    warm_up: int = flag(300, "Visitors before memory is measured.")
+    at_once: int = flag(200, "Visitors at the same time.")
+    sessions: int = flag(5000, "Visitors one after another, after them.")
+    most_growth_mb: float = flag(50, "Most megabytes by which memory may grow.")
+    output: Path | None = flag(None, "JSON file for the figures.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    (args,) = HfArgumentParser(SpaceLoadArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    """Measure and print the results."""
+    args = parse(SpaceLoadArguments, __doc__, argv)
     with started_page(args.model, args.pictures) as (process, url):
         measured = asyncio.run(load(process, url, args))
-    results = {"device": device_description("cpu"), "versions": package_versions() | gradio_versions(), **measured}
-    if args.output:
-        write_json(args.output, results)
-    print(json.dumps(results))
+    results = conditions() | measured
+    results["versions"] |= {name: metadata.version(name) for name in ("gradio", "uvicorn")}
+    finish(results, args.output)
     if measured["growth_mb"] > args.most_growth_mb or measured["not_answered"]:
         sys.exit(f"error: grew by {measured['growth_mb']} MB, {measured['not_answered']} requests were not answered.")
 
@@ -89,15 +92,16 @@ def started_page(model: str, pictures: str):
 
 
 async def load(process: psutil.Process, url: str, args: SpaceLoadArguments) -> dict:
-    """Statuses of all answers, and megabytes of memory before, at the peak of and after each part."""
+    """Statuses of all answers, megabytes of memory before, at the peak of and after each part, and a search's time."""
     answers: Counter[str] = Counter()
+    waits: list[float] = []  # seconds of each search
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=HANGS_S, limits=limits) as client:
         found = (await client.get("/config")).json()["dependencies"]
         numbers = {event["api_name"]: event["id"] for event in found}
 
         async def visitors(first: int, count: int, at_once: bool) -> None:
-            visits = [visit(client, numbers, number, answers) for number in range(first, first + count)]
+            visits = [visit(client, numbers, number, answers, waits) for number in range(first, first + count)]
             if at_once:
                 await asyncio.gather(*visits)
             else:
@@ -107,18 +111,25 @@ async def load(process: psutil.Process, url: str, args: SpaceLoadArguments) -> d
         await visitors(0, args.warm_up, at_once=False)
         parts = {}
         for name, count, at_once in (("at_once", args.at_once, True), ("in_a_row", args.sessions, False)):
+            waits.clear()
             parts[name] = await _memory_during(process, visitors((1 + len(parts)) * 1_000_000, count, at_once))
     return {
         "visitors": {"warm_up": args.warm_up, "at_once": args.at_once, "in_a_row": args.sessions},
         "answers": dict(answers),
         "not_answered": sum(answers.values()) - answers["200"] - answers["of them told to come back"],
+        "milliseconds_in_a_row": {
+            "median": round(1000 * statistics.median(waits), 1),
+            "ninth_decile": round(1000 * statistics.quantiles(waits, n=10)[-1], 1),
+        },
         "memory_mb": parts,
         "growth_mb": round(parts["in_a_row"]["after"] - parts["at_once"]["before"], 1),
     }
 
 
-async def visit(client: httpx.AsyncClient, numbers: dict[str, int], number: int, answers: Counter[str]) -> None:
-    """One session; the status of each answer, or the kind of error, is counted."""
+async def visit(
+    client: httpx.AsyncClient, numbers: dict[str, int], number: int, answers: Counter[str], waits: list[float]
+) -> None:
+    """One session; the status of each answer, or the kind of error, is counted, and a search's seconds are kept."""
     session = f"visitor{number}"
 
     async def sent(method: str, path: str, **content) -> httpx.Response | None:
@@ -132,7 +143,9 @@ async def visit(client: httpx.AsyncClient, numbers: dict[str, int], number: int,
 
     async def asked(name: str, *data: object) -> None:
         question = {"data": data, "fn_index": numbers[name], "session_hash": session}
+        started = time.perf_counter()
         answer = await sent("POST", QUESTION, json=question)
+        waits.append(time.perf_counter() - started)
         if answer is not None and BUSY in answer.text:
             answers["of them told to come back"] += 1
         elif answer is not None and answer.text.count("<data>") != SHOWN:
@@ -144,13 +157,6 @@ async def visit(client: httpx.AsyncClient, numbers: dict[str, int], number: int,
         uploaded = await sent("POST", UPLOAD, files={"files": ("a.png", _picture(number))})
         if uploaded is not None and uploaded.status_code == 200:
             await asked("search_by_image", {"path": uploaded.json()[0], "meta": {"_type": "gradio.FileData"}}, SHOWN)
-
-
-def gradio_versions() -> dict[str, str]:
-    import gradio
-    import uvicorn
-
-    return {"gradio": gradio.__version__, "uvicorn": uvicorn.__version__}
 
 
 async def _memory_during(process: psutil.Process, work) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The columns of caption rows: the authors' names, what they hold, and what of a source a stage passes on."""
+"""The columns of caption rows: their names, what they hold, and which of them a stage passes on."""
 
 import itertools
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Features, Image, List, Value
 
-from caption_data.rows import BadRow
+from caption_data.rows import BadRow, storable
 from caption_data.sources import HEAD_ROWS, Source
 
 CAPTIONS = List(Value("string"))
@@ -50,7 +50,15 @@ def passed_features(source: Source, image_column: str, renamed: dict[str, str]) 
 
 
 def caption_texts(value: Any, column: str) -> list[str]:
-    """Captions of a row as a list of texts, as many as there were, so that similarities keep their places.
+    """The captions of a row, out of any column of a source; training, evaluation and the stages read them by this.
+
+    Args:
+        value: one text, a list of texts and None, or None.
+        column: its name, for the message.
+
+    Returns:
+        As many texts as there were, so that similarities stay beside theirs; "" for None. Lone surrogates, which JSON
+        can hold and no tokenizer or Arrow file takes, are replaced.
 
     Raises:
         BadRow: they are no texts.
@@ -60,7 +68,18 @@ def caption_texts(value: Any, column: str) -> list[str]:
         raise BadRow("no caption", f"{column!r} must be a list, it is {value!r}")
     if any(not isinstance(text, str | None) for text in values):
         raise BadRow("no caption", f"{column!r} must hold texts, it is {values!r}")
-    return [_storable(text or "") for text in values]
+    return [storable(text or "") for text in values]
+
+
+def similarities(value: Any, column: str) -> list[float | None]:
+    """The similarities of a row, a number for each caption; None is that of an empty one.
+
+    Raises:
+        BadRow: they are no list.
+    """
+    if not isinstance(value, list | None):
+        raise BadRow("no caption", f"{column!r} must be a list, it is {value!r}")
+    return value or []
 
 
 def fitting(value: Any, feature: Any) -> Any:
@@ -75,7 +94,7 @@ def fitting(value: Any, feature: Any) -> Any:
         return None
     if feature.dtype == "int64" and not -(2**63) <= value < 2**63:
         return None
-    return _storable(value) if isinstance(value, str) else value
+    return storable(value) if isinstance(value, str) else value
 
 
 def _judged(rows: Iterator[dict[str, Any]], columns: dict[str, str]) -> Features:
@@ -102,8 +121,3 @@ def _judged(rows: Iterator[dict[str, Any]], columns: dict[str, str]) -> Features
         elif max(types[str], types[bool]) >= types.total() / 2 > 0:
             features[name] = Value("string" if types[str] >= types[bool] else "bool")
     return features
-
-
-def _storable(text: str) -> str:
-    """JSON can hold lone surrogates, which no Arrow file takes."""
-    return text.encode("utf-8", "replace").decode()

@@ -1,4 +1,4 @@
-"""The gate that every image of every row goes through: the one place where a path out of a row is opened.
+"""The images of rows: the only module that opens a path that stands in a row.
 
     image = decode_image(row["image"], source.files)
 
@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,6 +23,7 @@ import PIL.ImageOps
 
 from caption_data.links import Bounds
 from caption_data.rows import BadImage
+from common.cli import at_least, flag
 
 try:
     import pillow_heif  # extra `heic`
@@ -41,6 +42,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"
 SUFFIXES = (  # of pictures in a folder, as names end
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
+LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 FORM_HELP = "images: a folder of pictures, whatever else lies in it; auto: what the files in it make of it."
 HUB, ARCHIVES = "hf://", ("zip://", "tar://", "gzip://")  # addresses: a file on the Hub, or in an archive there
 
@@ -70,25 +72,20 @@ BYTES_ALONE = ImageFiles()
 class ImageFileArguments:
     """The flags of every command that reads images. Raises ValueError where a value breaks its rule."""
 
-    image_roots: list[Path] = field(
-        default_factory=list,
-        metadata={
-            "help": "Folders outside of the data set that image paths and links in it may lead into; no other file is "
-            "opened."
-        },
+    image_roots: list[Path] = flag(
+        [], "Folders outside of the data set that image paths and links in it may lead into; no other file is opened."
     )
-    max_pixels: int = field(
-        default=MAX_IMAGE_PIXELS,
-        metadata={"help": "Images of more pixels (width x height) are left out; each takes 3 bytes a pixel and more."},
+    max_pixels: int = flag(
+        MAX_IMAGE_PIXELS, "Images of more pixels (width x height) are left out; each takes 3 bytes a pixel and more."
     )
 
     def check_image_files(self) -> None:
+        """Raise ValueError where a root is no folder or the limit below 1; PIL's own limit is raised to ours."""
         self.image_roots = [Path(root).expanduser() for root in self.image_roots]
         for root in self.image_roots:
             if not root.is_dir():
                 raise ValueError(f"image_roots must be folders that are there, got {root}.")
-        if self.max_pixels < 1:
-            raise ValueError(f"max_pixels must be at least 1, got {self.max_pixels}.")
+        at_least(self, 1, "max_pixels")
         PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, self.max_pixels)  # PIL has a limit of its own
 
     def limits(self) -> dict[str, Any]:
@@ -96,7 +93,7 @@ class ImageFileArguments:
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
     def image_settings(self) -> dict[str, Any]:
-        """What of the flags tells which images are left out, without the folders of a machine; empty by default."""
+        """The flags that decide which images are left out, folders by their names alone; empty by default."""
         roots = {"image_roots": [root.name for root in self.image_roots]} if self.image_roots else {}
         return roots | ({"max_pixels": self.max_pixels} if self.max_pixels != MAX_IMAGE_PIXELS else {})
 
@@ -201,13 +198,13 @@ def _followed(path: str, files: ImageFiles) -> AbstractContextManager[BinaryIO]:
 
 def _local_file(path: str, bounds: Bounds) -> BinaryIO:
     """A regular file within `bounds`; a relative path is one of the data set's folder, or else of the current one."""
-    inside = [place for place in (*(folder / path for folder in bounds.places), Path(path)) if bounds.hold(place)]
+    inside = [file for file in (*(folder / path for folder in bounds.folders), Path(path)) if bounds.hold(file)]
     if not inside:
         raise BadImage(
             "unreadable image",
             f"{path!r} lies outside of the data set's folder; --image_roots names others that may be read",
         )
-    real = os.path.realpath(next((place for place in inside if place.is_file()), inside[0]))
+    real = os.path.realpath(next((file for file in inside if file.is_file()), inside[0]))
     # Opening a FIFO would wait for a writer, and a device may never end; neither is waited for or read.
     number = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(number).st_mode):

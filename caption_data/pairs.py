@@ -17,6 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
+from caption_data.columns import SIMILARITY_COLUMN, caption_texts, similarities
 from caption_data.image_files import ImageFiles, image_digest
 from caption_data.rows import NOT_CHOSEN, BadRow, Skipped, rows_fingerprint
 from caption_data.sources import Source
@@ -51,9 +52,7 @@ def caption_table(
     Raises:
         ValueError: the source lacks a column; those that are there are named.
     """
-    for column in [image_column, *caption_columns]:
-        if column not in source.columns:
-            raise ValueError(f"{source.where} has no column {column!r}; there are {source.columns}.")
+    source.check_columns([image_column, *caption_columns])
     if part is None and not source.streaming:
         part = range(len(source))
 
@@ -114,24 +113,18 @@ def _entry(
     for column in caption_columns:
         if column not in row:
             raise BadRow("missing column", f"no {column!r} in a JSON object of at most 1 MB; there are {sorted(row)}")
-        values = [row[column]] if isinstance(row[column], str) else row[column] or []
-        if not isinstance(values, list):
-            raise BadRow("no caption", f"{column!r} must be a list, it is {values!r}")
-        if not column.startswith("similarities-"):  # there, None is that of an empty caption
-            values = ["" if value is None else value for value in values]
-        row[column] = values
+        is_similarity = SIMILARITY_COLUMN.fullmatch(column)
+        row[column] = similarities(row[column], column) if is_similarity else caption_texts(row[column], column)
     try:
         chosen = choose(row)
     except (ValueError, TypeError) as error:  # such as fewer similarities than captions
         raise BadRow("no caption", f"{error}") from error
-    captions = [text for text in chosen if isinstance(text, str) and repair_text(text)]
+    captions = [text for text in chosen if repair_text(text)]
     if not captions and any(_has_text(row[column]) for column in caption_columns):
         raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
         raise BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
-    digest = image_digest(image, files).hex()
-    # JSON can hold lone surrogates, which no tokenizer and no Arrow file takes
-    return {"digest": digest, "captions": [text.encode("utf-8", "replace").decode() for text in captions]}
+    return {"digest": image_digest(image, files).hex(), "captions": captions}
 
 
 def _has_text(values: list) -> bool:

@@ -1,4 +1,4 @@
-"""A caption row that can't be used is listed, not fatal; and the digest of those that can."""
+"""Rows that can't be used, which are listed and not fatal, and the digest of those that can."""
 
 import json
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy;
 
 @dataclass(frozen=True)
 class Skipped:
-    """One line of `skipped.jsonl`: a row, or the rest of an archive, that a run goes without."""
+    """One line of `skipped.jsonl`: a row, or the rest of an archive, that is left out."""
 
     source: str
     split: str
@@ -50,6 +50,11 @@ def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
+
+
+def storable(text: str) -> str:
+    """A text without lone surrogates, which JSON can hold and no Arrow file takes."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def write_skipped(path: Path, skipped: list[Skipped]) -> None:

@@ -67,7 +67,7 @@ class CaptionChoice:
 def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str]:
     """The captions of a row that `choice` picks.
 
-    A caption that occurs twice counts once, at the first of its places in the order: so `first` and `rank` give
+    A caption that occurs twice counts once, at its first position: so `first` and `rank` give
     `count` different ones where there are as many.
 
     Args:

@@ -121,12 +121,14 @@ def form_hint(folder: Path) -> str:
 
 
 def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:
+    """The split of a data set. Raises ValueError where there is none of the name; `rule` ends the message."""
     if split not in splits:
         raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
     return splits[split]
 
 
 def load_by_datasets(subject: str, *args: Any, **options: Any) -> Any:
+    """`datasets.load_dataset`. Raises ValueError, which begins with `subject`, where it fails."""
     try:
         return load_dataset(*args, **options)
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
@@ -134,7 +136,7 @@ def load_by_datasets(subject: str, *args: Any, **options: Any) -> Any:
 
 
 def _local_files(dataset: str) -> tuple[Path, list[Path]]:
-    """The folder from which on names tell splits, and the files of the only form that there is."""
+    """The folder below which names decide the split, and the files of the only form in it."""
     path = Path(dataset)
     if path.is_dir():
         root, found = path, [*path.glob("*"), *path.glob("*/*")]
@@ -155,15 +157,15 @@ def _local_files(dataset: str) -> tuple[Path, list[Path]]:
 
 
 def _files_by_split(root: Path, files: list[Path], split: str) -> dict[str, list[Path]]:
-    """Files by the split that their folder or name tells; the module's text has the rule."""
+    """Files by split, by the rule in the docstring of the module."""
     usual = [split, *SPLIT_NAMES]
     by_split: dict[str, list[Path]] = {}
     for file in files:
         *folders, name = file.relative_to(root).parts
         starts = [word for word in usual if re.match(rf"{re.escape(word)}(?![^\W\d_])", name)]
-        told = [folder for folder in reversed(folders) if folder in usual] + starts
+        named = [folder for folder in reversed(folders) if folder in usual] + starts
         other = folders[-1] if folders else re.split(r"[\W\d_]", name)[0]
-        by_split.setdefault(told[0] if told else other, []).append(file)
+        by_split.setdefault(named[0] if named else other, []).append(file)
     if by_split.keys().isdisjoint(usual):
         return {root.name if root.name in usual else "train": files}
     return by_split

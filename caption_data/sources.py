@@ -4,7 +4,7 @@
 
 A data set is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` (an image is its
 `file_name`), WebDataset tars in the authors' layout (`jpg|png` and `json`), or a Hub id. Which file is of which split
-is said by `source_files`.
+is decided by `source_files`.
 """
 
 import bisect
@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -60,14 +60,21 @@ class Source:
 
     @property
     def where(self) -> str:
+        """Data set and split, for messages."""
         return f"{self.name}, split {self.split!r}"
+
+    def check_columns(self, names: Iterable[str]) -> None:
+        """Raise ValueError where a column is missing; those that are there are named."""
+        for name in names:
+            if name not in self.columns:
+                raise ValueError(f"{self.where} has no column {name!r}; there are {self.columns}.")
 
     def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
         """The rows from row `start` on; where it saves reading, with none but the columns `only`."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Hex digest that tells one content from another, and is the same wherever the files lie.
+        """Hex digest of the content, the same wherever the files lie.
 
         It is cheap: of a large file its size and pieces all over it, of a data set of `datasets` the fingerprint that
         the library keeps.
@@ -176,19 +183,19 @@ class _FileSource(Source):
         super().__init__(name, split, streaming, files)
         self._paths, self._image_column = paths, image_column
         if not streaming:  # one array: a million rows are 40 MB, a tenth of what tuples take
-            numbers = np.fromiter(itertools.chain.from_iterable(self._places()), dtype=np.int64)
+            numbers = np.fromiter(itertools.chain.from_iterable(self._offsets()), dtype=np.int64)
             self._items = numbers.reshape(-1, self._width)
         head = itertools.islice(self.rows(), HEAD_ROWS)
         self.columns = list(dict.fromkeys(itertools.chain([image_column], *head)))
 
     def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
-        places = itertools.islice(self._places(), start, None) if self.streaming else self._items[start:]
-        return map(self._read, places)
+        offsets = itertools.islice(self._offsets(), start, None) if self.streaming else self._items[start:]
+        return map(self._read, offsets)
 
     def fingerprint(self) -> str:
         return _files_fingerprint(self._paths)
 
-    def _places(self) -> Iterator[tuple[int, ...]]:
+    def _offsets(self) -> Iterator[tuple[int, ...]]:
         raise NotImplementedError
 
 
@@ -197,7 +204,7 @@ class _ImageFolderSource(_FileSource):
 
     _width = 3  # file, offset and length of the line
 
-    def _places(self) -> Iterator[tuple[int, ...]]:
+    def _offsets(self) -> Iterator[tuple[int, ...]]:
         for number, path in enumerate(self._paths):
             offset = 0
             with path.open("rb") as file:
@@ -221,7 +228,7 @@ class _TarSource(_FileSource):
 
     _width = 5  # file, offset and size of the image, offset and size of the JSON; -1 where there is none
 
-    def _places(self) -> Iterator[tuple[int, ...]]:
+    def _offsets(self) -> Iterator[tuple[int, ...]]:
         row = 0
         for number, path in enumerate(tqdm(self._paths, desc=f"Tars, {self.where}", unit="tar", leave=False)):
             try:
@@ -260,7 +267,7 @@ def open_source(
 
     Args:
         dataset: folder of a saved `DatasetDict`; a file, glob or folder of parquet files or of uncompressed tars;
-            folder of images with `metadata.jsonl`; or a Hub id. `source_files` says which is of which split.
+            folder of images with `metadata.jsonl`; or a Hub id. `source_files` has the rule of splits.
         split: name.
         image_column: column of the images; in tars and image folders, the name their images get.
         streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub
@@ -273,46 +280,37 @@ def open_source(
         ValueError: there is no such data set or split (those that are there are named), it is empty, its tars are
             compressed, a file of it is a link out of it, or it is the output of a stage that is unfinished.
     """
-    source = _opened(dataset, split, streaming, image_column, in_place, image_roots, max_pixels)
-    if next(source.rows(), None) is None:
-        damages = "; ".join(damage.detail for damage in source.damaged[:3])
-        raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
-    return source
-
-
-def _opened(
-    dataset: str,
-    split: str,
-    streaming: bool,
-    image_column: str,
-    in_place: bool,
-    image_roots: Sequence[Path],
-    max_pixels: int,
-) -> Source:
     path, options = Path(dataset), (dataset, split, streaming)
     if (path / STAGE_FILE).is_file():
         check_all_there(path)
     if (path / "dataset_dict.json").is_file():
         files = ImageFiles(Bounds(path, image_roots), max_pixels)
         data = of_split(load_saved(path, image_roots), dataset, split)
-        return _ArrowSource(*options, files, image_column, data)
+        return _not_empty(_ArrowSource(*options, files, image_column, data))
     if not path.exists() and not glob.has_magic(dataset):
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(re.search(form, dataset) for form in FORMS):
             raise ValueError(f"{dataset} does not exist, and is no Hub id such as 'laicsiifes/flickr30k-pt-br'.")
         data = load_by_datasets(f"{dataset} is no path here, and as a Hub id it", dataset, streaming=streaming)
         files = ImageFiles(copied_bounds(dataset, image_roots), max_pixels, dataset)
-        return _ArrowSource(*options, files, image_column, of_split(data, dataset, split))
+        return _not_empty(_ArrowSource(*options, files, image_column, of_split(data, dataset, split)))
     paths, bounds = files_of_split(dataset, split, image_roots)
     files = ImageFiles(bounds, max_pixels)
     if paths[0].suffix == ".parquet" and in_place:
-        return _ParquetSource(dataset, split, files, image_column, paths)
+        return _not_empty(_ParquetSource(dataset, split, files, image_column, paths))
     if paths[0].suffix == ".parquet":
         data = load_files("parquet", paths, dataset, streaming)
-        return _ArrowSource(*options, files, image_column, data)
+        return _not_empty(_ArrowSource(*options, files, image_column, data))
     if paths[0].suffix == ".jsonl":
-        return _ImageFolderSource(*options, files, image_column, paths)
+        return _not_empty(_ImageFolderSource(*options, files, image_column, paths))
     refuse_compressed(paths)
-    return _TarSource(*options, files, image_column, paths)
+    return _not_empty(_TarSource(*options, files, image_column, paths))
+
+
+def _not_empty(source: Source) -> Source:
+    if next(source.rows(), None) is None:
+        damages = "; ".join(damage.detail for damage in source.damaged[:3])
+        raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
+    return source
 
 
 def _undecoded(feature: Any) -> Any:
@@ -352,7 +350,7 @@ def _files_fingerprint(files: list[Path]) -> str:
 
 
 def _read_at(file: BinaryIO, offset: int, length: int, limit: int) -> bytes:
-    """`length` bytes, but one more than `limit` at most, which tells that there are too many."""
+    """`length` bytes, at most `limit` and one more, by which the caller sees that there are too many."""
     file.seek(offset)
     wanted = min(length, limit + 1)
     data = file.read(wanted)

@@ -1,4 +1,4 @@
-"""Where the samples of a WebDataset tar lie: nothing is extracted, nothing is unpickled.
+"""Offsets of the samples of a WebDataset tar: nothing is extracted, nothing is unpickled.
 
 python -c "from caption_data.tars import samples; print(list(samples('shards/train-0000.tar')))"
 """
@@ -12,7 +12,7 @@ COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how 
 
 
 def refuse_compressed(files: list[Path]) -> None:
-    """Raise ValueError where a tar is compressed: its samples have no place that could be read alone."""
+    """Raise ValueError where a tar is compressed: its samples have no offset to be read at."""
     for path in files:
         with path.open("rb") as file:
             if file.read(8).startswith(COMPRESSED):

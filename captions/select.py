@@ -24,12 +24,12 @@ from caption_data.rows import NOT_CHOSEN, BadRow
 from caption_data.selection import WITH_SIMILARITIES, choose_captions, pair_passes
 from caption_data.stage_folder import StageReport, check_complete
 from captions.executors import stage_main
-from captions.report import write_report
+from captions.selection_report import write_report
 from captions.stage_arguments import SelectArguments
 from captions.stages import Phase, finished_row_tasks, run_stage
 from common.cli import run_command
 
-REPORT = Path("report") / "report.md"  # in the output; it is written last
+REPORT = Path("report") / "index.html"  # in the output; it is written last
 
 
 class Selection:
@@ -68,6 +68,10 @@ class Selection:
     def first(self, row: dict[str, Any]) -> float | None:
         """What the pair filter looks at: the similarity of the first original caption."""
         return self.scored(row)[0][1] if row.get(self.captions) else None
+
+    def outcome(self, row: dict[str, Any]) -> tuple[list[str], list[tuple[str, float | None]], float | None]:
+        """What the report needs of a row: `chosen`, `scored` and `first` of it. Raises as `chosen` does."""
+        return self.chosen(row), self.scored(row), self.first(row)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         return [self._new_columns(row) for row in rows]
@@ -117,7 +121,7 @@ def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> St
 def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
     """The report of a selection that is complete, unless it is there."""
     if not (args.output / REPORT).is_file():
-        write_report(args, Selection(args), check_complete(args.output))
+        write_report(args, Selection(args).outcome, check_complete(args.output))
 
 
 PHASES = {"rows": Phase(select_rows, finished_row_tasks), "report": Phase(write_missing_report)}

@@ -1,4 +1,4 @@
-"""How a command begins and ends: flags are read before the imports that take seconds, and faults end in one line.
+"""Command lines: dataclasses of flags, YAML files of the same names, `--help`, and errors in one line.
 
     from common.start import start_command
 
@@ -18,15 +18,17 @@
     if __name__ == "__main__":
         run_command(main)
 
-The arguments are dataclasses of a module that imports neither torch nor datasets.
+The arguments are dataclasses with a `flag` a field, in a module that imports neither torch nor datasets.
 """
 
 import argparse
 import difflib
+import os
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import field, fields
+from functools import wraps
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -41,7 +43,7 @@ def run_command(main: Callable[[], object], resumes: bool = False) -> None:
 
     Args:
         main: of the command.
-        resumes: whether the same command goes on from what it has kept, which Ctrl-C then says.
+        resumes: whether the same command, run again, resumes; the message of Ctrl-C then says so.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -58,31 +60,129 @@ def parse(
     description: str | None,
     argv: list[str] | None = None,
     hide: Callable[[str], str] = str,
+    groups: Sequence[type] = (),
+    config: bool = False,
 ) -> T:
     """The arguments of a command line.
 
     Args:
-        kind: dataclass with a field for each flag, as `transformers.HfArgumentParser` takes it. A field whose metadata
-            have `"positional": True` is given without its name.
+        kind: dataclass with a `flag` for each argument. Its `help_pt`, name of a flag -> text, is the help where
+            the locale is Portuguese; the text of "" is the description.
         description: text of `--help`, the docstring of the command's module.
         argv: the words, `sys.argv[1:]` where None.
-        hide: takes secrets out of what is said of a value.
+        hide: takes secrets out of what an error says of a value.
+        groups: dataclasses that `kind` consists of, each a group of the help with its `_argument_group_name`.
+        config: whether `--config FILE.yaml` gives values, too; flags win over it.
 
     Raises:
-        ValueError: a flag is unknown (the nearest one is named), or a value breaks its rule.
+        ValueError: a key or flag is unknown (the nearest name is given), or a value breaks its rule.
         SystemExit: `--help`, or a value is of the wrong type.
     """
-    flags = parser(kind, hide, description=description)
-    args, unknown = flags.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    refuse_unknown(unknown, [known.name for known in fields(kind)], getattr(kind, "gone", {}))
-    return args
+    flags, names = parser(groups or kind, hide, description=description), [known.name for known in fields(kind)]
+    words = sys.argv[1:] if argv is None else list(argv)
+    if config:
+        flags.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
+        file = flags.parse_known_args(words)[0].config
+        # The file stands before the command line: values of both are read, checked and converted by the same code, so
+        # `1e-4`, which PyYAML takes for text, becomes a number.
+        words = (config_flags(Path(file), names) if file else []) + words
+    namespace, unknown = flags.parse_known_args(words)
+    refuse_unknown(unknown, [*names, "config"] if config else names, getattr(kind, "gone", {}))
+    values = vars(namespace)
+    if config:
+        del values["config"]
+    return kind(**values)
+
+
+def config_flags(path: Path, names: list[str]) -> list[str]:
+    """A YAML file of `key: value` lines as the flags that say the same.
+
+    Args:
+        path: of the file.
+        names: the keys that are known.
+
+    Raises:
+        ValueError: there is no such file, it is no YAML, a key is unknown, or a value is neither text nor list.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"The config file {path} does not exist.")
+    try:
+        # BaseLoader leaves every scalar as text: `no` stays "no", and `1e-4` is converted like a flag's value.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
+    flags = []
+    for key, value in content.items():
+        if key not in names:
+            reject(str(key), f"key in {path}", names)
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: `{key}` must be a value or a list, got a mapping.")
+        if value not in ("", "~", "null", []):
+            flags += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+def flag(default: Any, help: str, **options: Any) -> Any:
+    """A field of a dataclass of arguments, for `parse`.
+
+    Args:
+        default: a list is copied for every command line; `...` for a flag that must be given.
+        help: what `--help` says of it.
+        options: of `argparse`; `positional=True` for an argument without a flag.
+    """
+    metadata = {"help": help, **options}
+    if default is ...:
+        return field(metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def at_least(arguments: Any, minimum: float, *names: str) -> None:
+    """Raise ValueError where an argument of these names is below `minimum`, or not a number; None passes."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+
+
+def between(arguments: Any, low: float, high: float, *names: str) -> None:
+    """Raise ValueError where an argument of these names is not from `low` to `high`; None passes."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} must be from {low} to {high}, got {value}.")
+
+
+def user_errors(main: Callable[..., T]) -> Callable[..., T]:
+    """Decorate `main` of a command: an error in what the user has given (a value, a file, a package) is one line."""
+
+    @wraps(main)
+    def command(*args: Any, **options: Any) -> T:
+        try:
+            return main(*args, **options)
+        except (ValueError, OSError, ImportError) as error:
+            sys.exit(f"error: {error}")
+
+    return command
 
 
 def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argparse.ArgumentParser:
-    """An `HfArgumentParser` of this project's manners, for dataclasses."""
+    """An `HfArgumentParser` for dataclasses, with positional arguments and errors of one line."""
+
+    help_pt = getattr(kinds, "help_pt", {}) if locale_is_portuguese() else {}
 
     class Parser(_hf_argument_parser()):
         def add_argument(self, *names: str, positional: bool = False, **options: Any) -> argparse.Action:
+            if help_pt and options.get("action") == "help":
+                options["help"] = "mostra esta ajuda e termina"
+            elif help_pt:
+                text = help_pt.get(names[0].removeprefix("--").removeprefix("no_"), options["help"])
+                options["help"] = text + (" (padrão: %(default)s)" if "default" in options else "")
             if positional:
                 options.pop("required", None)
                 names = (names[0].lstrip("-"),)
@@ -92,6 +192,8 @@ def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argp
             self.exit(2, f"error: {hide(message)} (--help lists all)\n")
 
     options = {"prog": program(), "allow_abbrev": False, "formatter_class": CommandHelp} | options
+    if help_pt:
+        options |= {"description": help_pt[""], "formatter_class": argparse.RawDescriptionHelpFormatter}
     return Parser(kinds, **options)
 
 
@@ -123,6 +225,12 @@ def program() -> str:
     """The command as its user has called it, such as "python -m captions.score"."""
     spec = sys.modules["__main__"].__spec__
     return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+
+
+def locale_is_portuguese() -> bool:
+    """Whether messages are wanted in Portuguese: the first of LC_ALL, LC_MESSAGES and LANG that is set says so."""
+    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return next(filter(None, names), "").startswith("pt")
 
 
 class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -169,9 +169,8 @@ def remove_leftovers(path: Path) -> None:
         if not (match := name.fullmatch(left.name)):
             continue
         with suppress(OSError):  # it is locked, or another process has tidied up meanwhile
-            lock = os.open(left, os.O_RDONLY)
+            lock = lock_folder(left)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if match[1] == "old" and not (path.exists() and any(path.iterdir())):
                     left.rename(path)  # killed between the two renames of `_replace_folder`
                 else:
@@ -214,6 +213,21 @@ def next_numbered_folder(parent: Path, name: str) -> Path:
     while (parent / f"{name}-{number:03d}").exists() or partial_folder(parent / f"{name}-{number:03d}").exists():
         number += 1
     return parent / f"{name}-{number:03d}"
+
+
+def lock_folder(folder: Path) -> int:
+    """Lock a folder that is there; returns the handle to close, which a process's end closes, too.
+
+    Raises:
+        BlockingIOError: another process has locked it.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _temporary_folder(path: Path) -> tuple[Path, int]:

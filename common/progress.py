@@ -1,4 +1,4 @@
-"""Progress bars speak to a terminal; a log gets a line of each bar every half minute."""
+"""Progress bars are drawn in a terminal; a log file gets a line of each every half minute."""
 
 import sys
 from typing import Any
@@ -9,7 +9,7 @@ LINE_EVERY_S = 30
 
 
 def bars_for_terminals_only() -> None:
-    """Let all bars of this process, of libraries too, write lines where stderr is a file or a pipe.
+    """Let all bars of this process, those of libraries too, write lines where stderr is a file or a pipe.
 
     datasets, transformers, huggingface_hub and accelerate all show tqdm's bars, so that the rule stands in its class.
     """

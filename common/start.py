@@ -1,4 +1,4 @@
-"""The first lines of a command; nothing is imported here that takes time, so that Ctrl-C is heard from the start."""
+"""The first lines of a command; nothing is imported here that takes time, so that Ctrl-C works from the start."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ def start_command(arguments: str | None = None, description: str | None = None) 
         signal.signal(signal.SIGINT, lambda *_: _stop_at_once())
     if arguments is None:
         return
-    from pkgutil import resolve_name  # here, and parse: Ctrl-C is heard by now
+    from pkgutil import resolve_name  # here, as parse: Ctrl-C works by now
 
     from common.cli import parse
 

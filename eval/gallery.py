@@ -1,15 +1,14 @@
 """Queries with the pictures that a model ranks first, kept as small files beside a result for the report to show."""
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import PIL.Image
 import torch
 
-from eval.embeddings import EmbeddedImages
-
-if TYPE_CHECKING:
-    from eval.retrieval import RetrievalData, RetrievalEmbeddings
+from eval.embeddings import RetrievalEmbeddings
 
 BEST = 5  # pictures shown of a query
 SIDE = 224  # pixels of a picture's longer side
@@ -17,23 +16,35 @@ SEED = 0  # of the draw: the figures' readers see the same queries for every mod
 
 
 def write_gallery(
-    result: Path, queries: int, embeddings: "RetrievalEmbeddings", data: "RetrievalData", images: EmbeddedImages
+    result: Path,
+    queries: int,
+    embeddings: RetrievalEmbeddings,
+    texts: Sequence[str],
+    rows: Sequence[int],
+    open_image: Callable[[int], PIL.Image.Image],
 ) -> list[dict[str, Any]]:
     """Draw hits (rank 1) and misses, half of each, and write their pictures into `<result's name>.gallery/`.
+
+    Args:
+        result: the result file.
+        queries: how many are drawn.
+        embeddings: of the split.
+        texts: (texts,), the captions that were embedded.
+        rows: (images,), the row of each embedded image in the data set.
+        open_image: a row -> its image.
 
     Returns:
         A dict a query: `query`, `rank` from 1, `right` and `best`, pictures by their path relative to the result.
     """
     ranks = embeddings.ranks("text_to_image")
-    texts = [text for row in images.rows.tolist() for text in data.captions[row]]
     folder = result.parent / f"{result.stem}.gallery"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
     def picture(index: int) -> str:
-        path = folder / f"{int(images.rows[index]):06d}.jpg"
+        path = folder / f"{rows[index]:06d}.jpg"
         if not path.is_file():
-            image = data.images.image(int(images.rows[index])).convert("RGB")
+            image = open_image(rows[index]).convert("RGB")
             image.thumbnail((SIDE, SIDE))
             image.save(path, quality=85)
         return f"{folder.name}/{path.name}"

@@ -11,21 +11,21 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:ReportArguments", __doc__)
 
+import math
 import sys
 from pathlib import Path
-
-import jinja2
 
 from common.cli import parse, run_command
 from common.files import check_output_folder, whole_folder, write_text
 from eval.eval_arguments import ReportArguments
-from eval.report_page.compare import pairs_of, series_by_condition
-from eval.report_page.details import class_sections, gallery_sections
-from eval.report_page.files import Found, read_folder
-from eval.report_page.pictures import Pictures
-from eval.report_page.sections import benchmarks, gains, headlines, left_out, measured, protocols, training
+from eval.report_details import class_sections, gallery_sections
+from eval.report_folder import Found, read_folder
+from eval.report_sections import benchmarks, gains, headlines, left_out, measured, protocols, training
+from records.report_page import Pictures, render_page
+from records.series import Series, collect_series, pairs_of
 
-TEMPLATES = Path(__file__).parent / "report_page"
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+SAME = 5e-4  # a difference that no figure shows: of two runs on different devices, say
 
 
 def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
@@ -41,14 +41,13 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
             raise ValueError(f"The output folder {output} holds {kept}, which would be replaced. Choose another one.")
     found = read_folder(results)
     with whole_folder(output, overwrite) as folder:
-        page = render(found, Pictures(folder))
-        write_text(folder / "index.html", page.encode("utf-8", "replace").decode())  # half a surrogate pair
+        write_text(folder / "index.html", render(found, Pictures(folder)))
     return found
 
 
 def render(found: Found, pictures: Pictures) -> str:
     """The page; its pictures are drawn into the folder of `pictures`."""
-    series = series_by_condition(found)
+    series = series_of(found)
     pairs = pairs_of(series)
     parts = {
         "measured": measured(found),
@@ -61,18 +60,23 @@ def render(found: Found, pictures: Pictures) -> str:
         "training": training(found, pictures),
         "left_out": left_out(found),
     }
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,  # names, queries and messages are anybody's text
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # After the parts: drawing them finds problems too.
-    return environment.get_template("page.html.j2").render(**parts, unread=found.unread, problems=found.problems)
+    return render_page(TEMPLATE, **parts, unread=found.unread, problems=found.problems)
+
+
+def series_of(found: Found) -> list[Series]:
+    """All figures save the gains; repeated ones that differ are stated in `problems`."""
+    series = [one for one in collect_series(found.results) if not one.first.is_gain]
+    for one in series:
+        for first, other in one.conflicts:
+            if not math.isclose(first.record.value, other.record.value, abs_tol=SAME):
+                dataset, folder = other.record.dataset, other.folder
+                problem = (other.file.name, f"has other figures of {dataset} with {folder}; the first ones are shown")
+                found.problems += [problem] if problem not in found.problems else []
+    return series
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     try:
         args = parse(ReportArguments, __doc__, argv)
         found = write_report(args.results, args.output, args.overwrite_output_dir)

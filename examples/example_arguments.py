@@ -1,42 +1,79 @@
 """Arguments of the examples: light, so that `--help` answers before torch is imported."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from common.cli import at_least, flag
+
+CONFIG = Path("configs/openmoji_captions.yaml")
 DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
+
+# Help where the locale is Portuguese: the description, and the text of every flag.
+PREPARE_HELP_PT = {
+    "": """Prepara o conjunto de dados e o modelo de base do exemplo, onde ainda não existem.
+
+    python -m examples.openmoji.prepare
+
+O conjunto de dados é o OpenMoji, em inglês e em português. O modelo de base junta EfficientNet-Lite0 e
+multilingual-e5-small, alinhados só com as legendas em inglês: o ponto de partida do CAPIVARA, em miniatura.
+""",
+    "dataset": "Pasta do conjunto de dados.",
+    "model": "Pasta do modelo de base.",
+}
 
 
 @dataclass
 class RealImagesArguments:
-    model: str = field(metadata={"help": "Folder of the trained model, as a run of configs/openmoji.yaml leaves it."})
-    baseline: str = field(default="data/openmoji/base", metadata={"help": "What it is compared with."})
-    openmoji: str = field(default="data/openmoji/dataset", metadata={"help": "OpenMoji data set, as prepared."})
-    data: Path = field(default=Path("data/real_images"), metadata={"help": "Where the data sets are written, once."})
-    output: Path = field(default=Path("runs/real_images"), metadata={"help": "Folder of the result files."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+    """Arguments of `examples.real_images`."""
+
+    model: str = flag(..., "Folder of the trained model, as a run of configs/openmoji.yaml leaves it.")
+    baseline: str = flag("data/openmoji/base", "What it is compared with.")
+    openmoji: str = flag("data/openmoji/dataset", "OpenMoji data set, as prepared.")
+    data: Path = flag(Path("data/real_images"), "Where the data sets are written, once.")
+    output: Path = flag(Path("runs/real_images"), "Folder of the result files.")
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
 
 @dataclass
 class ClassifierArguments:
-    model: str = field(default="data/openmoji/base", metadata={"help": "Folder or Hub id of a CAPIVARA model."})
-    benchmark: str = field(default=DIGITS, metadata={"help": "Key in eval/prompts/pt: class names and templates."})
-    images: str | None = field(default=None, metadata={"help": "Labelled images; scikit-learn's digits where none."})
-    output_dir: Path = field(default=Path("runs/classifier"), metadata={"help": "Folder for model and processor."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in the output folder."})
-    train_split: str = field(default="train", metadata={"help": "Split of --images that is learnt from."})
-    split: str = field(default="test", metadata={"help": "Split of --images that is measured."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images; found where none."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels; found where none."})
-    head_only: bool = field(default=False, metadata={"help": "Keep the image tower as it is."})
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Pixels a side, for a convolutional tower, which takes any; the processor's where none."},
+    """Arguments of `examples.fine_tune_classifier`."""
+
+    model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
+    benchmark: str = flag(DIGITS, "Key in eval/prompts/pt: class names and templates.")
+    images: str | None = flag(None, "Labelled images; scikit-learn's digits where none.")
+    output_dir: Path = flag(Path("runs/classifier"), "Folder for model and processor.")
+    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
+    train_split: str = flag("train", "Split of --images that is learnt from.")
+    split: str = flag("test", "Split of --images that is measured.")
+    image_column: str | None = flag(None, "Name of the image column; found where none.")
+    label_column: str | None = flag(None, "Name of the label column; found where none.")
+    head_only: bool = flag(False, "Keep the image tower as it is.")
+    image_size: int | None = flag(
+        None, "Pixels a side, for a convolutional tower, which takes any; the processor's where none."
     )
-    epochs: float = field(default=3.0, metadata={"help": "Passes over the training images."})
-    batch_size: int = field(default=32, metadata={"help": "Images a step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "At its height; 1e-5 suits a large ViT better."})
-    seed: int = field(default=0, metadata={"help": "Seed of the order, and of the digits that are held out."})
+    epochs: float = flag(3.0, "Passes over the training images.")
+    batch_size: int = flag(32, "Images a step.")
+    learning_rate: float = flag(1e-3, "At its height; 1e-5 suits a large ViT better.")
+    seed: int = flag(0, "Seed of the order, and of the digits that are held out.")
 
     def __post_init__(self) -> None:
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}.")
+        at_least(self, 1, "image_size")
+
+
+@dataclass
+class PrepareArguments:
+    """Arguments of `examples.openmoji.prepare`."""
+
+    help_pt: ClassVar[dict[str, str]] = PREPARE_HELP_PT
+
+    dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the data set.")
+    model: Path = flag(Path("data/openmoji/base"), "Folder of the base model.")
+
+
+@dataclass
+class OpenMojiCaptionsArguments:
+    """Arguments of `examples.openmoji.captions`."""
+
+    source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
+    config: Path = flag(CONFIG, "Config of the build.")

@@ -18,7 +18,6 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:ClassifierArguments", __doc__)
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,12 +27,12 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from caption_data.labelled_images import LabelledImages, load_images
 from caption_data.rows import BadImage
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.environment import device_description, package_versions
 from common.files import whole_folder, write_json, write_text
 from common.privacy import hide_paths
-from eval.classification import LabelledImages, load_images
 from eval.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
 from examples.example_arguments import DIGITS, ClassifierArguments
@@ -166,22 +165,21 @@ def fine_tune(args: ClassifierArguments) -> dict[str, float]:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         facts = {"accuracy": found, "train_images": len(train), "test_images": len(test), "training_s": seconds}
-        told = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-        told = hide_paths(told)
-        facts |= {"config": told}
+        config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+        config = hide_paths(config)
+        facts |= {"config": config}
         facts |= {"device": device_description(model.device), "versions": package_versions()}
         write_json(folder / "results.json", facts)
-        told["images"] = told["images"] or "scikit-learn's digits"
-        write_text(folder / "README.md", CARD.format(**told))
+        config["images"] = config["images"] or "scikit-learn's digits"
+        write_text(folder / "README.md", CARD.format(**config))
     return found
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(ClassifierArguments, __doc__, argv)
-        found = fine_tune(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    """The command."""
+    args = parse(ClassifierArguments, __doc__, argv)
+    found = fine_tune(args)
     print(f"{args.benchmark}, accuracy on held-out images")
     print(f"  zero-shot   {100 * found['zero_shot']:6.2f} %")
     print(f"  fine-tuned  {100 * found['fine_tuned']:6.2f} %   {args.output_dir}")

@@ -14,7 +14,6 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:RealImagesArguments", __doc__)
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
 from caption_data.source_files import load_embedded
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.environment import device_description, package_versions
 from common.files import read_json, whole_folder, write_json
 from eval import classification, linear_probe, retrieval
@@ -110,6 +109,7 @@ def photos(names: Iterable[str], labels: dict[str, str], classes: dict) -> tuple
 
 
 def photo_classes() -> dict:
+    """The classes of scikit-image's photographs, as a prompts file has them."""
     classes = [dict(zip(("en", "pt", "gender", "number"), words, strict=True)) for words in PHOTOS.values()]
     return _classes_file("skimage-photos", "Photographs of scikit-image", classes, TEMPLATES)
 
@@ -143,7 +143,7 @@ def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
     for language in ("pt", "en"):
         records += retrieval.evaluate(
             retrieval.RetrievalArguments(
-                model, args.openmoji, args.output / f"openmoji-{language}-{role}.json", role, language=language,
+                model, args.openmoji, args.output / f"openmoji-{language}-{role}.json", role=role, language=language,
                 device=args.device,
             )
         )  # fmt: skip
@@ -186,13 +186,12 @@ def _prompts_file(benchmark: str) -> dict:
     return read_json(Path(__file__).resolve().parent.parent / "eval" / "prompts" / "pt" / f"{benchmark}.json")
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(RealImagesArguments, __doc__, argv)
-        prepare(args.data, args.openmoji)
-        records = measure(args, args.baseline, "baseline") + measure(args, args.model, "capivara") + probe(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    """The command."""
+    args = parse(RealImagesArguments, __doc__, argv)
+    prepare(args.data, args.openmoji)
+    records = measure(args, args.baseline, "baseline") + measure(args, args.model, "capivara") + probe(args)
     facts = {"summary_version": SUMMARY_VERSION, "device": device_description(args.device or "cpu")}
     facts |= {"versions": package_versions()}
     write_json(args.output / "real_images.json", facts | {"records": [asdict(record) for record in records]})

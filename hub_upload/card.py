@@ -5,10 +5,10 @@
     python -m hub_upload.card --check runs/openmoji-pt-001
 
 The first takes `run.json`, `results/*.json` and the model's config, and replaces the README.md that the run has
-written. Where a figure is missing it is left out; nothing is guessed. `--check` compares every figure of a card, of its
-front matter and of `.eval_results` with those files and names each one that differs. Sentences without figures may be
-added to a card by hand; whoever makes the card anew adds them again. Make it last: of a repository's folder after
-`hub_upload.export`, which writes those files anew, and before `hub_upload.push`.
+written. Where a figure is missing it is left out; nothing is guessed. `--check` renders the card again, compares it
+and `.eval_results` line by line, and names each line that differs. Sentences without figures may be added to a card by
+hand, and must be added again after it is rewritten. Make the card last: of a repository's folder after
+`hub_upload.export`, which rewrites those files, and before `hub_upload.push`.
 """
 
 from common.start import start_command
@@ -16,62 +16,55 @@ from common.start import start_command
 if __name__ == "__main__":
     start_command()
 
+import difflib
+import json
+import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id, yaml_dump
+from huggingface_hub import ModelCard
 
-from common.cli import parse, run_command
+from common.cli import flag, parse, run_command, user_errors
 from common.files import write_text
-from hub_upload.card_check import check
+from common.privacy import machine_path_in, secret_in
 from hub_upload.card_facts import CardFacts, card_facts
-from hub_upload.card_metadata import eval_results
-from hub_upload.card_render import LANGUAGES, marked_card
-from hub_upload.card_schema import card_faults
-from hub_upload.card_text import plain
+from hub_upload.card_metadata import eval_results, metadata
+from hub_upload.card_parts import card_parts
+from hub_upload.card_text import LANGUAGES, Words, escaped, one_line
+from hub_upload.remote import check_repo_id
+
+CARD = "README.md"
+# What a card was made with, for `--check`; a comment, so that it is not seen.
+OPTIONS = "<!-- made by hub_upload.card with {options} -->"
+MADE_WITH = re.compile(re.escape(OPTIONS).replace(r"\{options\}", r"(\{[^\n]*\})"))
+# What could hide or reframe the lines around it: comments, code, tables, headings, links to anything but pages.
+FRAMES = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://)")
+SHOWN = 120  # letters of a line in a message
 
 
 @dataclass
 class CardArguments:
-    model: Path | None = field(
-        default=None, metadata={"help": "Folder of a finished run, or a repository made from it; its card is written."}
+    model: Path | None = flag(None, "Folder of a finished run, or a repository made from it; its card is written.")
+    repo_id: str | None = flag(
+        None,
+        "Hub id, owner/name, that the code in the card loads; where none is given, it loads the folder by "
+        "its name, from the folder above.",
     )
-    repo_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, owner/name, that the code in the card loads; where none is given, it loads the folder by "
-            "its name, from the folder above."
-        },
-    )
-    language: Literal["en", "pt"] = field(default="en", metadata={"help": "Language of the card's text."})
-    output: Path | None = field(
-        default=None, metadata={"help": "File of the card, in place of README.md in the folder; it alone is written."}
-    )
-    check: Path | None = field(
-        default=None, metadata={"help": "Folder whose card is compared with its files; nothing is written."}
-    )
+    language: Literal["en", "pt"] = flag("en", "Language of the card's text.")
+    output: Path | None = flag(None, "File of the card, in place of README.md in the folder; it alone is written.")
+    check: Path | None = flag(None, "Folder whose card is compared with its files; nothing is written.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.check is None):
             raise ValueError("Give --model FOLDER to write its card, or --check FOLDER to verify the one there.")
         if self.check and (self.repo_id or self.output):
             raise ValueError("--check takes what a card was made with from the card: no --repo_id, no --output.")
-        check_repo_id(self.repo_id)
-
-
-def check_repo_id(repo_id: str | None) -> None:
-    """Raise ValueError unless `repo_id` is None, or owner/name in letters that the Hub takes."""
-    try:
-        if repo_id is not None:
-            validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"--repo_id: {error}") from error
-    if repo_id is not None and repo_id.count("/") != 1:
-        raise ValueError(f"--repo_id must be owner/name, got {repo_id!r}.")
+        if self.repo_id is not None:
+            check_repo_id(self.repo_id)
 
 
 def render(
@@ -86,18 +79,37 @@ def render(
         formats: keys of `card_facts.FORMATS`, loaders that the card has code for; those whose files are there if None.
 
     Raises:
-        ValueError: a figure is missing that the card needs, or a value breaks a rule of the Hub.
+        ValueError: a figure is missing that the card needs, or the card would hold a path of a machine or a secret.
     """
-    check_repo_id(repo_id)
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
-    data, _, body = marked_card(facts, language, repo_id, facts.formats if formats is None else formats)
-    card = ModelCard.from_template(data, template_str="---\n{{ card_data }}\n---\n\n{{ body }}\n", body=plain(body))
-    if faults := card_faults(str(card)):
-        raise ValueError(f"The card would break these rules: {' '.join(faults)}")
-    again = ModelCardData(**data.to_dict())
-    if again.to_dict() != data.to_dict():
-        raise ValueError("The front matter changes when it is read again; a value has a form that YAML cannot hold.")
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    is_whole = facts.model == facts.folder
+    if repo_id and not is_whole:
+        raise ValueError(
+            f"{facts.folder} holds a model in each of its folders seed-*, and a repository has one. Make it of one of "
+            "them first, with `python -m hub_upload.export`."
+        )
+    title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({facts.language})"
+    options = json.dumps({"language": language, "repo_id": repo_id, "name": None if repo_id else facts.name})
+    words = Words(language)
+    try:
+        data = metadata(facts, one_line(title))
+        body = words.render(
+            title=escaped(title),
+            name=repo_id or (facts.name if is_whole else f"{facts.name}/{facts.model.name}"),
+            is_repository=repo_id is not None,
+            formats=facts.formats if formats is None else formats,
+            **card_parts(facts, words),
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"A file of {facts.folder} has another form than the card needs: {error!r:.100}.") from error
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{OPTIONS.format(options=options)}")
+    if path := machine_path_in(str(card)):
+        raise ValueError(f"The card would hold a path of a machine, {path[:60]!r}. Take it out of the files.")
+    if secret := secret_in(str(card)):
+        raise ValueError(f"The card would hold {secret[0]}. Revoke it, and take it out of the files.")
     return card
 
 
@@ -122,25 +134,114 @@ def write_card(
     """
     facts = card_facts(folder, name)
     card = render(facts, language, repo_id)
-    if output is None:
-        for file, entries in eval_results(facts).items():
-            write_text(folder / file, yaml_dump(entries, sort_keys=False))
-    path = output or folder / "README.md"
+    for file, text in eval_results(facts).items() if output is None else ():
+        write_text(folder / file, text)
+    path = output or folder / CARD
     write_text(path, str(card))
     return path
 
 
-def main(argv: list[str] | None = None) -> None:
+# --- Comparison of a card with its files -----------------------------------------------------------------------------
+
+
+def check(folder: Path) -> list[str]:
+    """The faults of a folder's card, each naming the line; empty where card and files agree.
+
+    The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
+    text, if they hold no number, and nothing that could hide or reframe the lines around them. As the card lists the
+    digests of its files, a changed digit that it does not show is noticed, too.
+
+    Raises:
+        ValueError: there is no card.
+        OSError: it can't be read.
+    """
+    if not (folder / CARD).is_file():
+        raise ValueError(f"{folder} has no {CARD}. Make it with `python -m hub_upload.card --model {folder}`.")
+    text = _read(folder / CARD)
     try:
-        args = parse(CardArguments, __doc__, argv)
-        if args.check is None:
-            path = write_card(args.model, args.repo_id, args.language, args.output)
-            print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")
-            return
-        faults = check(args.check)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    if faults:
+        options = made_with(text)
+        facts = card_facts(folder, options["name"])
+        expected = str(render(facts, options["language"], options["repo_id"]))
+        wanted = eval_results(facts)
+    except ValueError as error:
+        return [f"{CARD}: {error}"]
+    faults = [f"{CARD}, {fault}" for fault in _line_faults(expected, text, may_add=True)]
+    there = {path.relative_to(folder).as_posix(): path for path in (folder / ".eval_results").glob("*.y*ml")}
+    for name in sorted({*wanted, *there}):
+        if name not in there:
+            faults.append(f"{name} is missing; write the card again.")
+        elif name not in wanted:
+            faults.append(f"{name}: no result file of a data set on the Hub has these figures.")
+        elif not there[name].is_file():
+            faults.append(f"{name} is no regular file.")
+        else:
+            faults += [f"{name}, {fault}" for fault in _line_faults(wanted[name], _read(there[name]))]
+    return faults
+
+
+def outdated(folder: Path) -> list[str]:
+    """The faults of a folder's card, if there is one and `hub_upload.card` made it; others are their writers' word."""
+    if not (folder / CARD).is_file():
+        return []
+    try:
+        made_with(_read(folder / CARD))
+    except ValueError:
+        return []
+    return check(folder)
+
+
+def made_with(text: str) -> dict[str, Any]:
+    """The options that a card was made with. Raises ValueError where it does not say so."""
+    found = MADE_WITH.findall(text)
+    try:
+        options = json.loads(found[-1]) if found else {}
+        if set(options) == {"language", "repo_id", "name"} and options["language"] in LANGUAGES:
+            if options["repo_id"] is not None:
+                check_repo_id(options["repo_id"])
+            return options
+    except (ValueError, TypeError):
+        pass
+    raise ValueError("it was not made by `python -m hub_upload.card`, so its figures have no known source.")
+
+
+def _line_faults(expected: str, text: str, may_add: bool = False) -> Iterator[str]:
+    """How a text differs from the expected one, line by line.
+
+    Args:
+        expected: the text that the files give.
+        text: the text that is there.
+        may_add: whether sentences may be added to it, below a front matter.
+    """
+    wanted = [line for line in expected.split("\n") if line.strip()]
+    there = [(number, line.rstrip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    front = expected.count("\n", 0, expected.find("\n---\n", 1)) if may_add else 0
+    matcher = difflib.SequenceMatcher(None, wanted, [line for _, line in there], autojunk=False)
+    for kind, start, end, other_start, other_end in matcher.get_opcodes():
+        if kind == "equal":
+            continue
+        for line, other in zip_longest(wanted[start:end], there[other_start:other_end]):
+            if other is None:
+                yield f"the line {line[:SHOWN]!r} is missing."
+            elif line is not None:
+                yield f"line {other[0]}: it says {other[1][:SHOWN]!r}, the files give {line[:SHOWN]!r}."
+            elif not may_add or other[0] <= front or any(letter.isnumeric() for letter in other[1]):
+                yield f"line {other[0]}: no file says what is added here: {other[1][:SHOWN]!r}."
+            elif FRAMES.search(other[1]):
+                yield f"line {other[0]}: only sentences and lists may be added, not {other[1][:SHOWN]!r}."
+
+
+def _read(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    args = parse(CardArguments, __doc__, argv)
+    if args.check is None:
+        path = write_card(args.model, args.repo_id, args.language, args.output)
+        print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")
+        return
+    if faults := check(args.check):
         sys.exit("\n".join([*faults, f"error: {len(faults)} faults in the card of {args.check}."]))
     print(f"Every figure of the card of {args.check} is that of its files.")
 

@@ -6,17 +6,17 @@ Values are those of the JSON files, shares and not per cents, to the last digit.
 """
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
-from huggingface_hub import eval_result_entries_to_yaml as entries_as_data
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump
 
-from hub_upload.card_facts import HUB_ID, CardFacts, Fact, Measured
-from hub_upload.card_schema import LANGUAGE, LICENCES
-from hub_upload.card_tables import energy
-from hub_upload.card_text import Writer, one_line
+from hub_upload.card_facts import HUB_ID, CardFacts, Content
+from hub_upload.card_text import Words, one_line
+from records.schema import is_number
+from records.series import Measured
 
-PIPELINE_TAG = "zero-shot-image-classification"
 # Of the model index; retrieval is no task of the Hub's own, so its two directions are named as they are.
 TASKS = {
     ("retrieval", "text_to_image"): ("text-to-image-retrieval", "Text-to-image retrieval"),
@@ -24,149 +24,154 @@ TASKS = {
     ("classification", ""): ("zero-shot-image-classification", "Zero-shot image classification"),
     ("linear_probe", ""): ("image-classification", "Linear probe"),
 }
-# The figure of a data set that stands for the others on the Hub's page; classification's is the first.
-MAIN_METRICS = {"retrieval": "mean_recall"}
+LOADERS = {"open_clip": "open_clip", "sentence_transformers": "sentence-transformers", "onnx": "onnx"}
+# Identifiers of https://huggingface.co/docs/hub/repositories-licenses, but for "unknown" and "other"
+_LICENCES = (
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "
+    "afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 "
+    "cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
+    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
+    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl "
+    "gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql "
+    "ofl-1.1 ncsa unlicense zlib pddl lgpl-lr gemma"
+)
+LICENCES = frozenset(_LICENCES.split())
 
 
-def metadata(facts: CardFacts, title: str) -> tuple[ModelCardData, list[str]]:
-    """The front matter, and the source of each value of its model index, in their order."""
-    results = index_results(facts)
-    of = facts.run.get("origins")
-    codes = [code.value for code in facts.run["config"]["eval_languages"]]
-    languages = list(dict.fromkeys(code.split("-")[0] for code in codes if isinstance(code, str)))
+@dataclass(frozen=True)
+class Energy:
+    """Of all runs together, in kWh, kg of CO2e and hours; `about` is what the first of them says of it."""
+
+    kwh: float
+    kg_co2e: float
+    hours: float
+    about: Content
+
+    @property
+    def estimated(self) -> bool:
+        return "estimated" in str(self.about["method"])
+
+
+def metadata(facts: CardFacts, title: str) -> ModelCardData:
+    """The front matter. What names no language, licence or Hub id as the Hub knows them is left out."""
+    stated = [code.split("-")[0] for code in facts.run["config"]["eval_languages"] if isinstance(code, str)]
+    languages = list(dict.fromkeys(stated))
+    tags = ["capivara", "clip", "image-text-retrieval", "zero-shot"]
+    tags += ["multilingual"] if len(languages) > 1 else []
+    base = base_models(facts)
     data = ModelCardData(
-        language=[code for code in languages if LANGUAGE.fullmatch(code)] or None,
+        language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,  # ISO 639-1 or -3
         license=licence(facts),
         library_name="transformers",
-        pipeline_tag=PIPELINE_TAG,
-        base_model=_one_or_all(base_models(of)),
-        datasets=hub_ids(of["datasets"]) or None if of else None,
-        tags=_tags(facts, languages),
+        pipeline_tag="zero-shot-image-classification",
+        base_model=base[0] if len(base) == 1 else base or None,
+        datasets=hub_ids(origin.get("hub_id") for origin in facts.origins.get("datasets", ())) or None,
+        tags=tags + [tag for kind, tag in LOADERS.items() if kind in facts.formats],
         model_name=title,
-        eval_results=[result for result, _ in results],
+        eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
     )
-    if emitted := _emissions(facts):
-        data["co2_eq_emissions"] = emitted
-    return data, [source for _, source in results]
+    if used := energy(facts):
+        data["co2_eq_emissions"] = _emissions(facts, used)
+    return data
 
 
 def licence(facts: CardFacts) -> str | None:
     """The inherited licence that the run noted, if it is one that the Hub knows; "other" says nothing."""
-    of = facts.run.get("origins")
-    noted = of.get("license") if of else None
-    return noted.value if noted and str(noted.value) in LICENCES - {"other", "unknown"} else None
+    noted = str(facts.origins.get("license"))
+    return noted if noted in LICENCES else None
 
 
-def base_models(of: Fact | None) -> list[str]:
+def base_models(facts: CardFacts) -> list[str]:
     """Hub ids of the base: its own, or those that the card of a local base names."""
-    if of is None:
-        return []
-    model = of["model"]
-    named = [model.get("hub_id")] if model.get("hub_id") else list(model.get("base_model") or ())
-    return [fact.value for fact in named if isinstance(fact.value, str) and HUB_ID.fullmatch(fact.value)]
+    model = facts.origins.get("model") or {}
+    return hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
 
 
-def hub_ids(origins: Fact) -> list[str]:
-    """Hub ids of the data sets that were loaded from there."""
-    ids = [origin.get("hub_id") for origin in origins]
-    return [fact.value for fact in ids if fact and HUB_ID.fullmatch(str(fact.value))]
+def hub_ids(names: Any) -> list[str]:
+    """Those of some names that are Hub ids."""
+    return [name for name in names if isinstance(name, str) and HUB_ID.fullmatch(name)]
 
 
-def index_results(facts: CardFacts) -> list[tuple[EvalResult, str]]:
-    """CAPIVARA's figures for the model index with their sources, those of one task and data set together."""
-    found = []
-    for record in _published(facts):
-        kind, task = TASKS.get((record.task, record.direction), (record.task, record.task))
-        revision = facts.revision(record)
-        args = {"protocol": one_line(record.protocol), "precision": one_line(record.precision)}
-        result = EvalResult(
-            task_type=kind,
-            task_name=task,
-            dataset_type=record.dataset if revision else _slug(one_line(record.dataset)),
-            dataset_name=_dataset_name(facts, record),
-            dataset_config=one_line(record.language) or None,
-            dataset_split=one_line(record.split),
-            dataset_revision=revision.value if revision else None,
-            metric_type=one_line(record.metric),
-            metric_name=Writer("en").metric(record.metric),
-            metric_value=record.value.value,
-            metric_args=args if record.seed is None else {**args, "seed": record.seed},
-        )
-        found.append((result, record.value.source))
-    order = {result.unique_identifier: None for result, _ in found}  # as huggingface_hub groups them
-    return [pair for identifier in order for pair in found if pair[0].unique_identifier == identifier]
+def energy(facts: CardFacts) -> Energy | None:
+    """What all runs took; None unless each of them was measured.
+
+    Raises:
+        ValueError: a run lacks a figure, or does not say whether it was measured or estimated.
+    """
+    of_runs = [run.get("energy") for run in facts.runs]
+    if not all(of_runs):
+        return None
+    for about in of_runs:
+        if not any(word in str(about["method"]) for word in ("estimated", "measured")):
+            raise ValueError(f"{about.pointer}/method must say whether energy was measured or estimated, by what.")
+        for key in ("kwh", "kg_co2e", "hours"):
+            if not is_number(about[key]) or about[key] < 0:
+                raise ValueError(f"{about.pointer}/{key} must be a number of at least 0, got {about[key]!r:.60}.")
+    sums = {key: sum(about[key] for about in of_runs) for key in ("kwh", "kg_co2e", "hours")}
+    return Energy(**sums, about=of_runs[0])
 
 
-def eval_results(facts: CardFacts) -> dict[str, list[dict[str, Any]]]:
-    """File in the repository -> entries of the Hub's `.eval_results` format; none for data that are not on the Hub.
+def eval_results(facts: CardFacts) -> dict[str, str]:
+    """File in the repository -> its text in the Hub's `.eval_results` format; none for data that are not on the Hub.
 
     An entry needs a `task_id`, which a benchmark's own `eval.yaml` defines. No figure here comes with one, so it is
     the record's task and direction.
     """
     found: dict[str, list[EvalResultEntry]] = {}
-    seen: set[tuple[str, ...]] = set()
-    for record in _published(facts):
-        revision = facts.revision(record)
-        where = (*record.condition, record.direction)
-        main = MAIN_METRICS.get(record.task, record.metric)
-        if not revision or record.metric != main or where in seen:
+    seen: set[tuple] = set()
+    for measured in _published(facts):
+        record, revision = measured.record, facts.revision(measured)
+        # The figure that stands for the others on the Hub's page; classification's is the first.
+        is_main = record.task != "retrieval" or record.metric == "mean_recall"
+        where = (record.condition._replace(metric=""), measured.precision)
+        if not revision or not is_main or where in seen:
             continue
         seen.add(where)
         notes = f"{record.metric}, language {record.language or '-'}, split {record.split}, {record.protocol}"
-        notes = one_line(notes)
         entry = EvalResultEntry(
             dataset_id=record.dataset,
-            dataset_revision=revision.value,
+            dataset_revision=revision,
             task_id="_".join(filter(None, (record.task, record.direction))),
-            value=record.value.value,
-            notes=notes,
+            value=record.value,
+            notes=one_line(notes),
         )
         found.setdefault(f".eval_results/{_slug(record.dataset)}.yaml", []).append(entry)
-    return {name: entries_as_data(entries) for name, entries in found.items()}
+    return {name: yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) for name, entries in found.items()}
 
 
 def _published(facts: CardFacts) -> list[Measured]:
-    """Of each of CAPIVARA's figures the one of the weights in the folder; no differences."""
-    seed = facts.run["seed"].value
-    found = []
-    for series in facts.series:
-        record = series.of_seed(seed)
-        if record and record.model == "capivara" and not record.metric.endswith("_gain"):
-            found.append(record)
-    return found
+    """Of each of CAPIVARA's figures the one of the weights in the folder; no gains."""
+    of_seed = [series.of_seed(facts.run["seed"]) for series in facts.series if series.role == "capivara"]
+    return [measured for measured in of_seed if measured and not measured.record.is_gain]
 
 
-def _dataset_name(facts: CardFacts, record: Measured) -> str:
-    about = (facts.run.get("origins") or Fact({}, "")).get("evaluation_dataset")
-    title = about["title"].value if about and about["name"].value == record.dataset else record.dataset
-    return one_line(title)
+def _index_entry(facts: CardFacts, measured: Measured) -> EvalResult:
+    """A figure for the model index; huggingface_hub puts those of one task and data set together."""
+    record, revision = measured.record, facts.revision(measured)
+    kind, task = TASKS[record.task, record.direction]
+    arguments = {"protocol": one_line(record.protocol), "precision": one_line(measured.precision)}
+    return EvalResult(
+        task_type=kind,
+        task_name=task,
+        dataset_type=record.dataset if revision else _slug(one_line(record.dataset)),
+        dataset_name=one_line(facts.dataset_title(record.dataset) or record.dataset),
+        dataset_config=one_line(record.language) or None,
+        dataset_split=one_line(record.split),
+        dataset_revision=revision,
+        metric_type=one_line(record.metric),
+        metric_name=Words("en").name(record.metric),
+        metric_value=record.value,
+        metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
+    )
 
 
-def _tags(facts: CardFacts, languages: list[str]) -> list[str]:
-    tags = ["capivara", "clip", "image-text-retrieval", "zero-shot"]
-    tags += ["multilingual"] if len(languages) > 1 else []
-    loaders = {"open_clip": "open_clip", "sentence_transformers": "sentence-transformers", "onnx": "onnx"}
-    return tags + [tag for kind, tag in loaders.items() if kind in facts.formats]
-
-
-def _emissions(facts: CardFacts) -> dict[str, Any] | None:
-    used = energy(facts)
-    if used is None:
-        return None
-    said = {key: used.about.get(key) for key in ("method", "country", "gpu", "cpu")}
-    found = {
-        "emissions": 1000 * used.kg_co2e.value,
-        "source": str(said["method"].value),
-        "training_type": "fine-tuning",
-    }
-    if said["country"]:
-        found["geographical_location"] = one_line(said["country"].value)
-    return found | {"hardware_used": one_line((said["gpu"] or said["cpu"] or facts.run["device"]).value)}
+def _emissions(facts: CardFacts, used: Energy) -> dict[str, Any]:
+    about = used.about
+    found = {"emissions": 1000 * used.kg_co2e, "source": str(about["method"]), "training_type": "fine-tuning"}
+    if about.get("country"):
+        found["geographical_location"] = one_line(about["country"])
+    return found | {"hardware_used": one_line(about.get("gpu") or about.get("cpu") or facts.run["device"])}
 
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "data"
-
-
-def _one_or_all(names: list[str]) -> str | list[str] | None:
-    return names[0] if len(names) == 1 else names or None

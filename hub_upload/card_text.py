@@ -1,44 +1,29 @@
-"""How a card writes: numbers as a language writes them, texts of others as text, and every figure with its source.
-
-A figure is written as BEGIN figure SEP source END; `plain` takes the marks out, `figures` reads them. So a card can be
-compared with its files figure by figure, and nothing of it is seen.
-"""
+"""Texts, numbers and names of a card in its language, and texts of others as Markdown that renders as itself."""
 
 import html
 import json
 import math
 import re
 import unicodedata
-from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from hub_upload.card_facts import RANK_METRICS, Fact, Measured, Series
-from hub_upload.card_words import LANGUAGE_NAMES, PHRASES, WORDS
+import jinja2
 
-BEGIN, SEP, END = "\ue000", "\ue001", "\ue002"  # for private use: texts of others lose them
-MARK = re.compile(f"{BEGIN}([^{BEGIN}{SEP}{END}]*){SEP}([^{BEGIN}{SEP}{END}]*){END}")
+from records.schema import is_number
+from records.series import Series
+
+TEMPLATES = Path(__file__).parent / "templates"
+LANGUAGES = ("en", "pt")
 MAX_TEXT = 300
 PLAIN_CODE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
 # Absolute paths of Unix, of a home and of Windows, up to their last part; not the slashes of an address.
 PATHS = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"<>]+/)+|\b[A-Za-z]:\\(?:[^\s\\]+\\)+")
 
 
-def plain(marked: str) -> str:
-    """The text without sources."""
-    return MARK.sub(r"\1", marked)
-
-
-def figures(marked: str) -> list[tuple[str, str]]:
-    """(figure, source) of a text, in its order."""
-    return MARK.findall(marked)
-
-
-def mark(figure: str, source: str) -> str:
-    return f"{BEGIN}{figure}{SEP}{source}{END}"
-
-
 def one_line(value: Any) -> str:
-    """A text of others on one line, without invisible signs and paths of a machine."""
+    """A text of others on one line, without invisible characters and folders of a machine, whatever the current one."""
     line = " ".join(str(value).split())
     line = "".join(letter for letter in line if unicodedata.category(letter)[0] != "C")  # controls, bidi, private use
     line = PATHS.sub("", line)
@@ -53,98 +38,109 @@ def escaped(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """A name in a code span, where it has only signs of names; else as text."""
-    text = one_line(value)
-    return f"`{text}`" if text == PATHS.sub("", str(value)) and PLAIN_CODE.fullmatch(text) else escaped(value)
+    """A JSON value as code, where it consists of the characters of names; else as text."""
+    written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = one_line(written)
+    return f"`{text}`" if text == PATHS.sub("", written) and PLAIN_CODE.fullmatch(text) else escaped(written)
 
 
-@dataclass(frozen=True)
-class Writer:
-    """Writes in one language, "en" or "pt"."""
+class Words:
+    """The texts of a card in one language, `templates/<language>.json`: `words("gain", what="R@1", …)`."""
 
-    language: str
+    def __init__(self, language: str):
+        self.language = language
 
-    def word(self, key: str) -> str:
-        return WORDS[self.language][key]
+    def __call__(self, key: str, **values: Any) -> str:
+        """The text of a key, its `{names}` filled in."""
+        return self._text(key).format_map(values)
+
+    @cached_property
+    def texts(self) -> dict[str, Any]:
+        return json.loads((TEMPLATES / f"{self.language}.json").read_text(encoding="utf-8"))
+
+    def render(self, **values: Any) -> str:
+        """The card's body; a value that the template or a text needs and `values` lack is an error."""
+
+        @jinja2.pass_context
+        def words(context: jinja2.runtime.Context, key: str, **more: Any) -> str:
+            return self._text(key).format_map({**context.get_all(), **more})
+
+        templates = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(TEMPLATES),
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
+            autoescape=False,  # Markdown; texts of others are escaped where they come in
+        )
+        return _tidy(templates.get_template("model_card.md.j2").render(words=words, **values))
+
+    def _text(self, key: str) -> str:
+        text = self.texts[key]
+        return text if isinstance(text, str) else "\n".join(text)
 
     def language_name(self, code: str) -> str:
         """Name of a language in the card's one; where it is unknown, the code."""
-        return LANGUAGE_NAMES.get(code, {}).get(self.language) or escaped(code)
+        return self.texts["languages"].get(code) or escaped(code)
 
-    def number(self, value: float, digits: int = 0, sign: bool = False) -> str:
-        text = f"{value:{'+' if sign else ''},.{digits}f}"
-        return text.translate(str.maketrans(",.", ".,")) if self.language == "pt" else text
+    def name(self, metric_or_direction: str) -> str:
+        if re.fullmatch(r"recall@\d+", metric_or_direction):
+            return f"R@{metric_or_direction[7:]}"
+        return self.texts.get(metric_or_direction) or escaped(metric_or_direction)
 
-    def of(self, fact: Fact, digits: int = 0) -> str:
-        """A number of the files."""
-        return mark(self.number(fact.number(), digits), fact.source)
-
-    def scientific(self, fact: Fact) -> str:
-        """A very small number of the files."""
-        text = f"{fact.number():.1e}"
-        return mark(text.replace(".", ",") if self.language == "pt" else text, fact.source)
-
-    def text(self, fact: Fact) -> str:
-        """A text of the files, as text."""
-        return mark(escaped(fact.value), fact.source)
-
-    def phrase(self, fact: Fact) -> str:
+    def phrase(self, text: str) -> str:
         """A text that the project itself writes into its files, in the card's language as far as it is known."""
-        text = str(fact.value)
-        for english, portuguese in PHRASES if self.language == "pt" else ():
-            text = text.replace(english, portuguese)
-        return mark(escaped(text), fact.source)
+        for english, translated in self.texts["phrases"].items():
+            text = text.replace(english, translated)
+        return escaped(text)
 
-    def code(self, fact: Fact) -> str:
-        """A value of the files as JSON writes it, but for the quotes of a text, as code."""
-        value = fact.value if isinstance(fact.value, str) else json.dumps(fact.value, ensure_ascii=False)
-        return mark(code(value), fact.source)
+    def number(self, value: Any, digits: int = 0, sign: bool = False) -> str:
+        """A number of the files. Raises ValueError where it is none."""
+        if not is_number(value):
+            raise ValueError(f"A figure of the card must be a number, got {value!r:.60}.")
+        return self._localised(f"{value:{'+' if sign else ''},.{digits}f}")
 
-    def codes(self, facts: list[Fact]) -> str:
-        return ", ".join(self.code(fact) for fact in facts)
+    def scientific(self, value: float) -> str:
+        """A very small number."""
+        return self._localised(f"{value:.1e}")
 
-    def quantity(self, value: float, units: tuple[str, str], source: str) -> str:
+    def percent(self, share: Any, sign: bool = False) -> str:
+        """A share in per cent, or a difference of shares in points; without the unit."""
+        return self.number(100 * share if is_number(share) else share, 2, sign)
+
+    def _localised(self, number: str) -> str:
+        return number.translate(str.maketrans(",.", ".,")) if self.language == "pt" else number
+
+    def quantity(self, value: float, units: tuple[str, str]) -> str:
         """`value` to three digits, in the first unit or, where it is small, in the second, a thousandth of it."""
         unit, scaled = (units[0], value) if value >= 1 else (units[1], 1000 * value)
         digits = max(0, 2 - math.floor(math.log10(scaled))) if scaled else 0
-        return mark(f"{self.number(scaled, digits)} {unit}", source)
+        return f"{self.number(scaled, digits)} {unit}"
 
-    def duration(self, fact: Fact) -> str:
-        seconds = fact.number()
-        for limit, unit in ((5400, "hours"), (90, "minutes")):
-            if seconds >= limit:
-                part = 3600 if unit == "hours" else 60
-                return mark(f"{self.number(seconds / part, 1)} {self.word(unit)}", fact.source)
-        return mark(f"{self.number(seconds, 1 if seconds >= 1 else 2)} {self.word('seconds')}", fact.source)
-
-    def metric(self, name: str) -> str:
-        if name.startswith("recall@") and name[7:].isdigit():
-            return f"R@{name[7:]}"
-        return WORDS[self.language].get(name) or escaped(name)
-
-    def direction(self, name: str) -> str:
-        return WORDS[self.language].get(name) or escaped(name)
+    def duration(self, seconds: Any) -> str:
+        """Seconds, as hours or minutes where there are many."""
+        if not is_number(seconds) or seconds < 90:
+            return f"{self.number(seconds, 1 if is_number(seconds) and seconds >= 1 else 2)} {self('seconds')}"
+        unit, part = ("hours", 3600) if seconds >= 5400 else ("minutes", 60)
+        return f"{self.number(seconds / part, 1)} {self(unit)}"
 
     def figure(self, series: Series) -> str:
         """Per cent, or a rank; mean ± standard deviation where there are several seeds."""
-        rank = series.first.metric in RANK_METRICS
-        digits, factor = (1, 1) if rank else (2, 100)
-        text = self.number(factor * series.mean, digits)
-        if series.deviation is not None:
-            text += f" ± {self.number(factor * series.deviation, digits)}"
-        return mark(text, series.source)
+        write = (lambda value: self.number(value, 1)) if series.first.is_rank else self.percent
+        text = write(series.mean)
+        return text if series.deviation is None else f"{text} ± {write(series.deviation)}"
 
-    def difference(self, model: Series, baseline: Series) -> str:
-        """Model minus baseline, in points or ranks."""
-        rank = model.first.metric in RANK_METRICS
-        value = (1 if rank else 100) * (model.mean - baseline.mean)
-        return mark(self.number(value, 1 if rank else 2, sign=True), f"{model.source} - {baseline.source}")
-
-    def chance(self, record: Measured) -> str:
-        return mark(self.number(100 * record.chance.value, 2), record.chance.source)
-
-    def interval(self, record: Measured) -> str:
+    def interval(self, ends: tuple[float, float]) -> str:
         """A gain's 95 % interval, in points."""
-        low, high = (100 * end.value for end in record.interval)
-        text = f"{self.number(low, 2, sign=True)} {self.word('to')} {self.number(high, 2, sign=True)}"
-        return mark(text, record.interval.source)
+        return f" {self('to')} ".join(self.percent(end, sign=True) for end in ends)
+
+
+def _tidy(body: str) -> str:
+    """One blank line where there are several, and none between the items of a list."""
+    lines: list[str] = []
+    for line in (line.rstrip() for line in body.strip().split("\n")):
+        if line.startswith("- ") and len(lines) > 1 and not lines[-1] and lines[-2].startswith(("- ", "  ")):
+            lines.pop()
+        if line or (lines and lines[-1]):
+            lines.append(line)
+    return "\n".join(lines)

@@ -18,9 +18,8 @@ import difflib
 import logging
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
@@ -38,17 +37,17 @@ from hub_upload.allowed_files import (
     check_regular,
 )
 from hub_upload.export_arguments import FORMATS, ExportArguments
-from hub_upload.open_clip_files import (
+from hub_upload.loader_files import (
     OPEN_CLIP_WEIGHTS,
     TEXT_MODEL,
     OpenClipPlan,
     plan_open_clip,
     write_open_clip_config,
     write_open_clip_weights,
+    write_sentence_transformers,
     written_tensors,
 )
 from hub_upload.remote import check_repo_id
-from hub_upload.sentence_transformers_files import write_sentence_transformers
 from hub_upload.source_model import (
     WEIGHTS,
     check_tensors,
@@ -77,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         args = parse(ExportArguments, __doc__, argv)
         files = export(
             args.model, args.output, args.formats.split(","), args.text_config, args.overwrite_output_dir,
-            repo_id=args.repo_id, recall=_recall_arguments(args),
+            repo_id=args.repo_id, measure_int8=_int8_measurement(args),
         )  # fmt: skip
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
@@ -94,7 +93,7 @@ def export(
     overwrite: bool = False,
     *,
     repo_id: str | None = None,
-    recall: Any = None,
+    measure_int8: Callable[[Path], list[str]] | None = None,
 ) -> list[tuple[str, int]]:
     """Write a repository's folder, whole or not at all.
 
@@ -105,18 +104,19 @@ def export(
         text_config: Hub id or folder of the text tower's configuration, for open_clip; see `text_config_source`.
         overwrite: replace what is at `output`.
         repo_id: where it will be published; open_clip then takes the tokenizer from there.
-        recall: `RetrievalArguments` of the data set on which int8 is measured.
+        measure_int8: measures the int8 graphs of a folder, and returns lines to log; see
+            `onnx_recall.int8_measurement`.
 
     Returns:
         Path relative to the folder and size in bytes of every file, in order.
 
     Raises:
-        ValueError: an argument is wrong, the model is broken or can't be said in a format, or a file holds a path of a
+        ValueError: an argument is wrong, the model is damaged or a format can't express it, or a file holds a path of a
             machine or an access token.
         ImportError: a package that a format needs is missing.
         OSError: the disk is full.
     """
-    formats = _checked_formats(formats, recall)
+    formats = _checked_formats(formats)
     if repo_id is not None:
         check_repo_id(repo_id)
     check_output_folder(output, overwrite)
@@ -126,18 +126,17 @@ def export(
     config, image_processor = read_config(model), _read_image_processor(model)
     plan = plan_open_clip(config, image_processor, text_config, repo_id) if "open_clip" in formats else None
     if "open_clip" in formats:
-        _tell_about_open_clip(plan, repo_id)
+        _log_open_clip_plan(plan, repo_id)
     _check_space(model, output, formats, plan)
-    recall_data = _recall_data(recall)
     with whole_folder(output, overwrite) as folder:
         _write_loaders_files(model, folder, config, formats, plan)
         if "onnx" in formats:
-            _write_onnx(folder, recall, recall_data)
+            _write_onnx(folder, measure_int8)
         _write_records(model, folder)
         return _finished(folder)
 
 
-def _checked_formats(formats: Sequence[str], recall: Any) -> list[str]:
+def _checked_formats(formats: Sequence[str]) -> list[str]:
     formats = [name.strip() for name in formats if name.strip()]
     for name in formats:
         if name not in FORMATS:
@@ -145,8 +144,6 @@ def _checked_formats(formats: Sequence[str], recall: Any) -> list[str]:
             raise ValueError(f"There is no format {name!r}; did you mean {near}? There are {', '.join(FORMATS)}.")
     if "transformers" not in formats:
         raise ValueError(f"formats must hold transformers, whose files the others read, got {','.join(formats)!r}.")
-    if recall is not None and "onnx" not in formats:
-        raise ValueError("recall_dataset is for the int8 graphs of onnx; add onnx to --formats, or leave it out.")
     if "onnx" in formats:
         from hub_upload.onnx_files import check_packages
 
@@ -154,24 +151,15 @@ def _checked_formats(formats: Sequence[str], recall: Any) -> list[str]:
     return formats
 
 
-def _recall_arguments(args: ExportArguments) -> Any:
+def _int8_measurement(args: ExportArguments) -> Callable[[Path], list[str]] | None:
+    """What measures the int8 graphs; its data are opened before the graphs, which take minutes, for their errors."""
     if args.recall_dataset is None:
         return None
-    from eval.retrieval import RetrievalArguments  # datasets and accelerate: only where something is measured
+    if "onnx" not in args.formats.split(","):
+        raise ValueError("recall_dataset is for the int8 graphs of onnx; add onnx to --formats, or leave it out.")
+    from hub_upload.onnx_recall import int8_measurement  # datasets and accelerate: only where something is measured
 
-    return RetrievalArguments(
-        model=str(args.model), dataset=args.recall_dataset, output=args.output, split=args.recall_split,
-        language=args.recall_language, caption_column=args.recall_caption_column,
-    )  # fmt: skip
-
-
-def _recall_data(recall: Any) -> Any:
-    """The data on which int8 is measured, opened before the graphs, which take minutes, for its errors."""
-    if recall is None:
-        return None
-    from eval.retrieval import load_data
-
-    return load_data(recall)
+    return int8_measurement(args.recall_dataset, args.recall_split, args.recall_language, args.recall_caption_column)
 
 
 def _read_image_processor(model: Path) -> CapivaraImageProcessor:
@@ -191,7 +179,7 @@ def _read_image_processor(model: Path) -> CapivaraImageProcessor:
     return processor
 
 
-def _tell_about_open_clip(plan: OpenClipPlan | None, repo_id: str | None) -> None:
+def _log_open_clip_plan(plan: OpenClipPlan | None, repo_id: str | None) -> None:
     if plan is None:
         logger.info(
             "open_clip is left out: the text tower is not XLM-RoBERTa base, so that open_clip can't take its "
@@ -259,29 +247,25 @@ def _write_processor(model: Path, folder: Path) -> None:
         shutil.copyfile(model / name, folder / name)
         if name.endswith("_config.json"):
             settings = hide_paths(read_json(model / name))
-            for told in ("is_local", "local_files_only"):  # how it was loaded, not what it is
-                settings.pop(told, None)
+            for name_of_loading in ("is_local", "local_files_only"):
+                settings.pop(name_of_loading, None)
             write_json(folder / name, settings)
     package = Path(modeling_capivara.__file__).parent
     for name in MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
 
 
-def _write_onnx(folder: Path, recall: Any, data: Any) -> None:
+def _write_onnx(folder: Path, measure_int8: Callable[[Path], list[str]] | None) -> None:
     from hub_upload.onnx_files import write_onnx
 
     write_onnx(folder)
-    if recall is None:
-        logger.info("ONNX: what int8 changes was not measured; --recall_dataset names a data set for it.")
-        return
-    from hub_upload.onnx_recall import measure_int8, recall_lines
-
-    for line in recall_lines(measure_int8(folder, recall, data)):
+    unmeasured = ["ONNX: the recall of int8 was not measured; --recall_dataset names a data set for it."]
+    for line in measure_int8(folder) if measure_int8 else unmeasured:
         logger.info("%s", line)
 
 
 def _write_records(model: Path, folder: Path) -> None:
-    """What the card is made of, as far as the model's folder has it; paths of this machine are made relative."""
+    """Files that the card is made of, where the model's folder has them; paths of this machine are made relative."""
     results = model / "results"
     if not results.is_dir() and model.name.startswith("seed-"):
         results = model.parent / "results"  # of all seeds of a run
@@ -302,7 +286,7 @@ def _write_records(model: Path, folder: Path) -> None:
 
 
 def _finished(folder: Path) -> list[tuple[str, int]]:
-    """Name and bytes of all files, which may all leave this machine."""
+    """Name and bytes of all files, after a check that all may be uploaded."""
     check_contents(folder)
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     if surplus := set(names) - set(allowed_files(folder)):

@@ -1,7 +1,7 @@
 """What int8 costs: recall of the float32 and the int8 graphs on the same captions and images, by eval's own measure."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,24 @@ from eval.retrieval import (
     RetrievalData,
     RetrievalEmbeddings,
     check_cutoffs,
+    load_data,
     retrieval_records,
 )
 from hub_upload.onnx_files import OnnxModel, graphs
 from modeling_capivara.embedder import PlainEmbedder
 from modeling_capivara.loading import load_processor
+
+
+def int8_measurement(dataset: str, split: str, language: str, caption_column: str) -> Callable[[Path], list[str]]:
+    """Open a data set; returns what measures the graphs of a repository's folder on it, and says the result in lines.
+
+    Raises:
+        ValueError: the data set can't be read.
+    """
+    columns = {"split": split, "language": language, "caption_column": caption_column}
+    args = RetrievalArguments(model="onnx", dataset=dataset, output=Path("onnx.json"), **columns)
+    data = load_data(args)
+    return lambda folder: recall_lines(measure_int8(folder, args, data))
 
 
 def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) -> dict[str, Any]:
@@ -36,7 +49,6 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
         What was added to the file as `recall`: about the data, and for "float32" and "int8" direction -> metric ->
         share from 0 to 1.
     """
-    processor = load_processor(folder)
     found: dict[str, Any] = {
         "dataset": short_name(args.dataset),
         "dataset_fingerprint": data.fingerprint(),
@@ -46,9 +58,7 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
         "device": device_description(),
     }
     for precision in ("float32", "int8"):
-        paths = graphs(folder, precision)
-        runs = OnnxModel(processor, paths["vision"], paths["text"])
-        store = EmbeddingStore(_embedder(runs, precision), None, args.batch_size)
+        store = EmbeddingStore(_embedder(folder, precision), None, args.batch_size)
         try:
             embeddings, images = data.embedded(store)
         finally:
@@ -63,10 +73,10 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
 
 def _recalls(embeddings: RetrievalEmbeddings, cutoffs: Sequence[int]) -> dict[str, dict[str, float]]:
     """Direction -> metric -> share."""
-    facts = dict.fromkeys(("dataset", "split", "language", "model", "model_folder"), "")
+    facts = dict.fromkeys(("dataset", "split", "language"), "") | {"model": "capivara", "model_folder": ""}
     found: dict[str, dict[str, float]] = {"text_to_image": {}, "image_to_text": {}}
     for record in retrieval_records(embeddings, cutoffs, **facts):
-        if record.metric != "median_rank":
+        if not record.is_rank:
             found[record.direction][record.metric] = record.value
     return found
 
@@ -83,8 +93,10 @@ def recall_lines(recall: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _embedder(runs: OnnxModel, precision: str) -> PlainEmbedder:
+def _embedder(folder: Path, precision: str) -> PlainEmbedder:
     """The graphs, as eval takes a model; nothing it computes is kept, so the fingerprint need only differ."""
+    paths = graphs(folder, precision)
+    runs = OnnxModel(load_processor(folder), paths["vision"], paths["text"])
     fingerprint = hashlib.blake2b(f"onnx {precision}".encode(), digest_size=16).hexdigest()
     # "float32" is the autocast of torch, which has no part in it.
     return PlainEmbedder("onnx", torch.device("cpu"), "float32", fingerprint, runs.embed_images, runs.embed_texts)

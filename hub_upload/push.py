@@ -19,12 +19,21 @@ if __name__ == "__main__":
 import sys
 import time
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
+from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, constants, get_token
 
 from common.cli import parse, run_command
-from hub_upload.card_check import outdated
+from hub_upload.card import outdated
 from hub_upload.limits import program_limit
-from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, check_visibility, plan, readable_size, report
+from hub_upload.push_plan import (
+    SHOWN,
+    PushArguments,
+    PushPlan,
+    check_visibility,
+    is_on_hub,
+    plan,
+    readable_size,
+    report,
+)
 from hub_upload.remote import (
     WAITS_S,
     PushError,
@@ -32,7 +41,7 @@ from hub_upload.remote import (
     files_at,
     hub_errors,
     is_malformed,
-    is_passing,
+    is_transient,
     look,
     newer_commits,
     one_line,
@@ -56,7 +65,7 @@ def push(planned: PushPlan) -> str | None:
     with hub_errors(args.repo_id, args.repo_type):
         if get_token() is None:
             raise PushError(NO_TOKEN)
-        parent = _made_ready(planned)
+        parent = _prepared_parent(planned)
         commit = _checked_commit(planned, parent) if planned.makes_commit else None
         if planned.makes_tag:
             _tag(planned, commit.oid if commit else parent)
@@ -75,30 +84,30 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {plain(str(error))}")
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on: files that have arrived are not sent again.", file=sys.stderr)
+        print("\nStopped. The same command resumes: files that have arrived are not sent again.", file=sys.stderr)
         sys.exit(130)
 
 
 def check_card(args: PushArguments) -> None:
-    """Say where a card states other figures than its files. Raises ValueError where it was about to be sent."""
+    """Warn where a card states other figures than its files. Raises ValueError where it was about to be sent."""
     faults = outdated(args.model) if args.repo_type == "model" else []
     if not faults:
         return
-    said = "".join(f"\n  {plain_line(fault)}" for fault in faults[:SHOWN])
-    message = f"The card is not what its files say; make it anew with `python -m hub_upload.card`. {said}"
+    listed = "".join(f"\n  {plain_line(fault)}" for fault in faults[:SHOWN])
+    message = f"The card differs from its files; write it again with `python -m hub_upload.card`. {listed}"
     if args.push:
         raise ValueError(f"Nothing was sent. {message}")
     print(f"Warning: {message}", flush=True)
 
 
 def _finish(planned: PushPlan) -> None:
-    """Push if it was asked for, and say what was done."""
+    """Push if it was asked for, and print what was done."""
     args, sent = planned.args, planned.sent
     if not (planned.makes_commit or planned.makes_branch or planned.makes_tag):
         print("The Hub has all of it already; there is nothing to send.")
         return
     if not args.push:
-        size = readable_size(sum(file.size for file in sent))
+        size = readable_size(sum(file.upload_info.size for file in sent))
         print(f"Nothing was sent. With --push, {len(sent)} files ({size}) are sent in one commit.")
         return
     url = push(planned)
@@ -107,8 +116,8 @@ def _finish(planned: PushPlan) -> None:
         print(f"Tagged {args.tag}.")
 
 
-def _made_ready(planned: PushPlan) -> str:
-    """Make repository and branch where they are missing; returns the commit to go on from."""
+def _prepared_parent(planned: PushPlan) -> str:
+    """Create repository and branch where they are missing; returns the parent commit."""
     args, remote, api = planned.args, planned.remote, HfApi()
     if not remote.exists:
         api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None)
@@ -124,13 +133,10 @@ def _made_ready(planned: PushPlan) -> str:
 def _checked_commit(planned: PushPlan, parent: str) -> CommitInfo:
     """The commit, of which the Hub's list of files says that all has arrived."""
     args = planned.args
-    additions = [CommitOperationAdd(file.path, str(file.source)) for file in planned.sent]
     deletions = [CommitOperationDelete(path, is_folder=False) for path in planned.deleted]
-    commit = _committed(planned, [*additions, *deletions], parent)
-    for file, addition in zip(planned.sent, additions, strict=True):
-        file.sha256 = addition.upload_info.sha256.hex()  # known by now: a large file is not read once more
+    commit = _committed(planned, [*planned.sent, *deletions], parent)
     there = files_at(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
-    missing = [file.path for file in planned.sent if not file.equals(there.get(file.path))]
+    missing = [file.path_in_repo for file in planned.sent if not is_on_hub(file, there.get(file.path_in_repo))]
     if missing:
         raise PushError(
             f"The commit was made ({commit.commit_url}), but without {', '.join(missing[:SHOWN])}. Has the repository "
@@ -151,10 +157,10 @@ def _committed(planned: PushPlan, operations: list, parent: str) -> CommitInfo:
                 args.repo_id, operations, commit_message=args.message or _title(planned), repo_type=args.repo_type,
                 revision=args.revision, create_pr=args.pull_request, parent_commit=parent,
             )  # fmt: skip
-        except Exception as error:  # of whatever kind: an answer of another form ends in any
+        except Exception as error:  # a malformed answer raises any kind
             if getattr(getattr(error, "response", None), "status_code", None) == 412:
                 raise PushError(_overtaken(planned, parent)) from None
-            is_unclear = is_passing(error) or is_malformed(error)
+            is_unclear = is_transient(error) or is_malformed(error)
             if args.pull_request and is_unclear:
                 raise PushError(
                     f"{one_line(error)} Whether the pull request was opened is not known: look at the page of "
@@ -175,7 +181,7 @@ def _made_by_now(planned: PushPlan, parent: str) -> CommitInfo | None:
     remote = look(args.repo_id, args.repo_type, args.revision)
     if remote.head == parent:
         return None
-    arrived = all(file.equals(remote.files.get(file.path)) for file in planned.sent)
+    arrived = all(is_on_hub(file, remote.files.get(file.path_in_repo)) for file in planned.sent)
     if not arrived or {*planned.deleted} & {*remote.files}:
         raise PushError(_overtaken(planned, parent))
     kind = constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, "")
@@ -199,14 +205,14 @@ def _tag(planned: PushPlan, commit: str) -> None:
         HfApi().create_tag(args.repo_id, tag=str(args.tag), revision=commit, repo_type=args.repo_type)
         if look(args.repo_id, args.repo_type, args.revision).tags.get(args.tag) != commit:
             raise PushError("The Hub has answered, but has no such tag. Run the same command again.")
-    except Exception as error:  # of whatever kind: what is on the Hub must be said
+    except Exception as error:  # of whatever kind: the user must know that the files are there
         reason = explained(error, args.repo_id, args.repo_type)
         raise PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
 
 
 def _title(planned: PushPlan) -> str:
     """Of the commit, where none was given."""
-    names = [file.path for file in planned.sent] + planned.deleted
+    names = [file.path_in_repo for file in planned.sent] + planned.deleted
     verb = "Update" if planned.changed else "Add" if planned.added else "Delete"
     return f"{verb} {names[0]}" if len(names) == 1 else f"{verb} {len(names)} files"
 

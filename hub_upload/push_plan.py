@@ -4,13 +4,14 @@ import difflib
 import hashlib
 import re
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from huggingface_hub import CommitOperationAdd, metadata_load
 from huggingface_hub.hf_api import RepoFile
 
+from common.cli import flag
 from common.privacy import machine_path_in, secret_in
 from hub_upload.allowed_files import allowed_files, check_contents
 from hub_upload.data_files import check_data, data_files
@@ -26,24 +27,18 @@ SHOWN = 20  # names of one kind
 
 @dataclass
 class PushArguments:
-    model: Path = field(metadata={"help": "Folder to send: of a model or, with --repo-type dataset, of a data set."})
-    repo_id: str = field(metadata={"help": "Repository on the Hub, owner/name. It is made where there is none."})
-    push: bool = field(default=False, metadata={"help": "Send it. Without this flag nothing is changed on the Hub."})
-    repo_type: Literal["model", "dataset"] = field(default="model", metadata={"help": "Kind of the repository."})
-    revision: str = field(
-        default="main",
-        metadata={"help": "Branch, made from main where it is missing; or an open pull request, as refs/pr/1."},
-    )
-    pull_request: bool = field(default=False, metadata={"help": "Open a pull request to main instead of changing it."})
-    private: bool = field(default=False, metadata={"help": "Make a new repository private; a public one is refused."})
-    tag: str | None = field(default=None, metadata={"help": "Name for the commit, such as v1.0; a new one."})
-    message: str | None = field(default=None, metadata={"help": "Title of the commit."})
-    delete: list[str] = field(
-        default_factory=list, metadata={"help": "Files on the Hub that the same commit removes; all others stay."}
-    )
-    deadline_hours: float = field(
-        default=DEADLINE_HOURS,
-        metadata={"help": "The push ends after so many hours, wherever it is; 300 s of silence end a call before."},
+    model: Path = flag(..., "Folder to send: of a model or, with --repo-type dataset, of a data set.")
+    repo_id: str = flag(..., "Repository on the Hub, owner/name. It is made where there is none.")
+    push: bool = flag(False, "Send it. Without this flag nothing is changed on the Hub.")
+    repo_type: Literal["model", "dataset"] = flag("model", "Kind of the repository.")
+    revision: str = flag("main", "Branch, made from main where it is missing; or an open pull request, as refs/pr/1.")
+    pull_request: bool = flag(False, "Open a pull request to main instead of changing it.")
+    private: bool = flag(False, "Make a new repository private; a public one is refused.")
+    tag: str | None = flag(None, "Name for the commit, such as v1.0; a new one.")
+    message: str | None = flag(None, "Title of the commit.")
+    delete: list[str] = flag([], "Files on the Hub that the same commit removes; all others stay.")
+    deadline_hours: float = flag(
+        DEADLINE_HOURS, "The push ends after so many hours, wherever it is; 300 s of silence end a call before."
     )
 
     def __post_init__(self) -> None:
@@ -52,8 +47,8 @@ class PushArguments:
         self.model = Path(self.model)
         for name in ("repo_id", "revision", "tag", "message"):
             check_message(f"--{name.replace('_', '-')}", getattr(self, name))
-        if place := machine_path_in(self.message or ""):
-            raise ValueError(f"--message names a place on a machine, {place!r}. Leave it out.")
+        if path := machine_path_in(self.message or ""):
+            raise ValueError(f"--message names a place on a machine, {path!r}. Leave it out.")
         check_repo_id(self.repo_id)
         if not self.model.is_dir():
             raise ValueError(f"The folder {self.model} does not exist.")
@@ -66,41 +61,18 @@ class PushArguments:
             raise ValueError("A pull request goes to main and gets no tag: leave out --revision and --tag.")
 
 
-@dataclass
-class LocalFile:
-    """A file that would be sent.
-
-    Attributes:
-        path: in the repository.
-        source: on this machine.
-    """
-
-    path: str
-    source: Path
-
-    @cached_property
-    def size(self) -> int:
-        return self.source.stat().st_size
-
-    @cached_property
-    def sha256(self) -> str:
-        with self.source.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    @cached_property
-    def git_oid(self) -> str:
-        """Hash of a git blob, under which a small file is known to the Hub."""
-        digest = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
-        with self.source.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-        return digest.hexdigest()
-
-    def equals(self, there: RepoFile | None) -> bool:
-        """Whether the Hub has this content; nothing is downloaded for it."""
-        if there is None or there.size != self.size:
-            return False
-        return self.sha256 == there.lfs.sha256 if there.lfs else self.git_oid == there.blob_id
+def is_on_hub(file: CommitOperationAdd, there: RepoFile | None) -> bool:
+    """Whether the Hub has the content of a file of this machine, by the hashes of both; nothing is downloaded."""
+    about = file.upload_info
+    if there is None or there.size != about.size:
+        return False
+    if there.lfs:
+        return there.lfs.sha256 == about.sha256.hex()
+    with file.as_file() as content:
+        digest = hashlib.sha1(b"blob %d\0" % about.size, usedforsecurity=False)  # of a git blob
+        while chunk := content.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest() == there.blob_id
 
 
 @dataclass
@@ -122,9 +94,9 @@ class PushPlan:
     args: PushArguments
     user: str | None
     remote: Remote
-    added: list[LocalFile] = field(default_factory=list)
-    changed: list[LocalFile] = field(default_factory=list)
-    same: list[LocalFile] = field(default_factory=list)
+    added: list[CommitOperationAdd] = field(default_factory=list)
+    changed: list[CommitOperationAdd] = field(default_factory=list)
+    same: list[CommitOperationAdd] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     stay: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -132,7 +104,7 @@ class PushPlan:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def sent(self) -> list[LocalFile]:
+    def sent(self) -> list[CommitOperationAdd]:
         return self.added + self.changed
 
     @property
@@ -157,29 +129,31 @@ def plan(folder: Path, repo_id: str, **options: Any) -> PushPlan:
         options: further fields of `PushArguments`.
 
     Raises:
-        ValueError: a name or the folder is not what it should be.
+        ValueError: a name or the folder is not valid.
         PushError: the Hub can't be asked, or the push would be refused.
     """
     args = PushArguments(folder, repo_id, **options)
-    files = files_to_send(args.model, args.repo_type)
-    card = next((file for file in files if file.path == CARD), None)
-    metadata = card_metadata(card.source.read_text(encoding="utf-8")) if card else {}
-    found = PushPlan(args, user_name(repo_id, args.repo_type), look(repo_id, args.repo_type, args.revision))
-    found.metadata = metadata
-    for file in files:
-        there = found.remote.files.get(file.path)
-        (found.added if there is None else found.same if file.equals(there) else found.changed).append(file)
-    found.deleted = [path for path in args.delete if path in found.remote.files]
-    found.stay = sorted({*found.remote.files} - {file.path for file in files} - {*found.deleted} - HUBS_OWN)
+    paths = files_to_send(args.model, args.repo_type)
+    metadata = card_metadata(args.model / CARD) if Path(CARD) in paths else {}
+    user, remote = user_name(repo_id, args.repo_type), look(repo_id, args.repo_type, args.revision)
+    found = PushPlan(args, user, remote, metadata=metadata)
+    for path in paths:
+        file, there = CommitOperationAdd(path.as_posix(), args.model / path), remote.files.get(path.as_posix())
+        (found.added if there is None else found.same if is_on_hub(file, there) else found.changed).append(file)
+    found.deleted = [path for path in args.delete if path in remote.files]
+    found.stay = sorted({*remote.files} - {path.as_posix() for path in paths} - {*found.deleted} - HUBS_OWN)
     _check_plan(found)
-    if card in found.changed:
-        found.card_diff = _card_diff(found, card)
-    found.notes = _notes(found, card)
+    if CARD in {file.path_in_repo for file in found.changed}:
+        found.card_diff = _card_diff(found)
+    found.notes = _notes(found, has_card=Path(CARD) in paths)
     return found
 
 
-def files_to_send(folder: Path, repo_type: str) -> list[LocalFile]:
-    """The files of a folder that may leave this machine: those of the list for its kind, and no secret in them."""
+def files_to_send(folder: Path, repo_type: str) -> list[Path]:
+    """The files of a folder that may leave this machine, relative to it, and no secret in them.
+
+    Not `HfApi.upload_folder`: a star of its patterns stands for folders, too, and it follows links out of the folder.
+    """
     paths = allowed_files(folder) if repo_type == "model" else data_files(folder)
     if not paths:
         raise ValueError(f"{folder} holds no file of a {repo_type}.")
@@ -192,7 +166,7 @@ def files_to_send(folder: Path, repo_type: str) -> list[LocalFile]:
             check_contents(folder)
         except ValueError as error:
             raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
-    return [LocalFile(path.as_posix(), folder / path) for path in sorted(paths)]
+    return sorted(paths)
 
 
 def check_message(what: str, text: str | None) -> None:
@@ -201,20 +175,16 @@ def check_message(what: str, text: str | None) -> None:
         raise ValueError(f"{what} holds {found[0]}. Leave it out.")
 
 
-def card_metadata(text: str) -> dict[str, Any]:
+def card_metadata(card: Path) -> dict[str, Any]:
     """The YAML block that a card starts with. Raises ValueError where it is none."""
-    found = re.match(r"---\r?\n(.*?)\r?\n---(\r?\n|$)", text, re.DOTALL)
     try:
-        metadata = yaml.safe_load(found[1]) if found else {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"The metadata of {CARD} is not valid YAML: {error}") from error
-    if not isinstance(metadata, dict | None):
-        raise ValueError(f"The metadata of {CARD} must be `key: value` lines, got a {type(metadata).__name__}.")
-    return metadata or {}
+        return metadata_load(card) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"The metadata of {CARD} is not valid YAML of `key: value` lines: {error}") from error
 
 
 def report(planned: PushPlan) -> str:
-    """What would be sent and changed, to be read before it is."""
+    """The plan in words, to be read before it is carried out."""
     args, remote = planned.args, planned.remote
     state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
     if not remote.exists:
@@ -225,8 +195,10 @@ def report(planned: PushPlan) -> str:
     lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}; token of {planned.user or 'nobody'}"]
     for kind, files in (("add", planned.added), ("change", planned.changed)):
         for file in files:
-            before = f", was {readable_size(remote.files[file.path].size)}" if kind == "change" else ""
-            lines.append(f"  {kind:6}  {plain_line(file.path)}  ({readable_size(file.size)}{before})")
+            before = f", was {readable_size(remote.files[file.path_in_repo].size)}" if kind == "change" else ""
+            lines.append(
+                f"  {kind:6}  {plain_line(file.path_in_repo)}  ({readable_size(file.upload_info.size)}{before})"
+            )
     lines += [f"  delete  {plain_line(path)}  ({readable_size(remote.files[path].size)})" for path in planned.deleted]
     lines += [f"  same    {len(planned.same)} files"] if planned.same else []
     lines += [f"  stays   {plain_line(path)}  (on the Hub, not in the folder)" for path in planned.stay[:SHOWN]]
@@ -267,7 +239,7 @@ def _check_plan(planned: PushPlan) -> None:
         raise PushError(f"{args.repo_id} has no open pull request {args.revision}.")
     if args.revision in remote.tags and remote.head is None:
         raise PushError(f"{args.revision} is a tag of {args.repo_id}, and tags stay where they are. Name a branch.")
-    both = {*args.delete} & {file.path for file in planned.added + planned.changed + planned.same}
+    both = {*args.delete} & {file.path_in_repo for file in planned.added + planned.changed + planned.same}
     if both:
         raise PushError(f"--delete names {min(both)}, which the folder has. Remove it there first.")
     tagged = remote.tags.get(args.tag or "")
@@ -278,26 +250,26 @@ def _check_plan(planned: PushPlan) -> None:
         )
 
 
-def _notes(planned: PushPlan, card: LocalFile | None) -> list[str]:
+def _notes(planned: PushPlan, has_card: bool) -> list[str]:
     args, notes = planned.args, []
-    if card is None:
+    if not has_card:
         notes.append(f"there is no {CARD}: the page on the Hub will be empty.")
     elif "license" not in planned.metadata:
         notes.append("the card states no license, and without one nobody may use what is published.")
     if planned.user is None:
         notes.append("there is no token, which --push needs: `hf auth login`, or HF_TOKEN.")
     notes += [f"--delete {path}: it is not on the Hub." for path in args.delete if path not in planned.remote.files]
-    if args.repo_type == "dataset" and any(file.path.endswith(".arrow") for file in planned.sent):
+    if args.repo_type == "dataset" and any(file.path_in_repo.endswith(".arrow") for file in planned.sent):
         notes.append("Arrow files are read by load_from_disk; load_dataset needs parquet, or data_files in the card.")
     return notes
 
 
-def _card_diff(planned: PushPlan, card: LocalFile) -> list[str]:
+def _card_diff(planned: PushPlan) -> list[str]:
     args, remote = planned.args, planned.remote
     before = remote_text(args.repo_id, args.repo_type, CARD, remote.files[CARD], str(remote.start))
     if before is None:
         return [f"(the one on the Hub has {readable_size(remote.files[CARD].size)}, too much to compare)"]
-    after = card.source.read_text(encoding="utf-8")
+    after = (args.model / CARD).read_text(encoding="utf-8")
     names = (f"{CARD} on the Hub", f"{CARD} in {args.model}")
     # splitlines would also break at characters that only a hostile text has
     return list(difflib.unified_diff(before.split("\n"), after.split("\n"), *names, lineterm="", n=1))

@@ -1,6 +1,6 @@
-"""The Hub as a push sees it: what a repository holds, calls that try again, and errors that say the way out.
+"""The state of a repository on the Hub, calls with retries, and errors that say the way out.
 
-Whatever comes from the Hub is shown without control characters, and no message holds a token.
+Texts from the Hub are shown without control characters, and no message holds a token.
 """
 
 import itertools
@@ -38,6 +38,8 @@ logger = logging.getLogger("capivara")
 WAITS_S = (1, 2, 4)  # before the second, third and fourth try of a call that the client itself does not repeat
 TRY_AGAIN = {408, 429, 500, 502, 503, 504}
 FULL = {402, 413, 507}  # the Hub itself says 403, with words
+AGAIN = "Run the same command again: files that have arrived are not sent a second time."
+LATER = "Run the same command again later."
 CARD_BYTES = 2**21  # of a card on the Hub that is compared line by line
 
 
@@ -53,9 +55,9 @@ class Remote:
     """What a repository on the Hub holds.
 
     Attributes:
-        exists: whether there is one that the token sees.
+        exists: whether the token sees one.
         private: its visibility.
-        head: commit of the branch or pull request that is looked at; None where there is none of that name.
+        head: commit of the branch or pull request; None where there is none of that name.
         start: commit that the branch would start at, which is the head of one that exists.
         tags: name -> commit.
         files: path -> size and hashes, at `start`.
@@ -74,12 +76,12 @@ def look(repo_id: str, repo_type: str, revision: str) -> Remote:
     api = HfApi()
     with hub_errors(repo_id, repo_type):
         try:
-            info = tried(lambda: api.repo_info(repo_id, repo_type=repo_type))
+            info = with_retries(lambda: api.repo_info(repo_id, repo_type=repo_type))
         except GatedRepoError:
             raise
         except RepositoryNotFoundError:
             return Remote()
-        refs = tried(lambda: api.list_repo_refs(repo_id, repo_type=repo_type, include_pull_requests=True))
+        refs = with_retries(lambda: api.list_repo_refs(repo_id, repo_type=repo_type, include_pull_requests=True))
         heads = {ref.name: ref.target_commit for ref in refs.branches}
         heads |= {ref.ref: ref.target_commit for ref in refs.pull_requests or []}
         tags = {ref.name: ref.target_commit for ref in refs.tags}
@@ -112,16 +114,16 @@ def remote_text(repo_id: str, repo_type: str, path: str, file: RepoFile, revisio
         return None
     url = hf_hub_url(repo_id, path, repo_type=repo_type, revision=revision)
     with hub_errors(repo_id, repo_type):
-        answer = tried(lambda: get_session().get(url, headers=build_hf_headers()))
+        answer = with_retries(lambda: get_session().get(url, headers=build_hf_headers()))
         hf_raise_for_status(answer)
         return answer.content.decode("utf-8", errors="replace")
 
 
 def newer_commits(repo_id: str, repo_type: str, revision: str, known: str | None) -> str:
-    """Who has changed a branch since a commit, in words; empty where the Hub does not tell."""
+    """Authors and titles of the commits since a known one; empty where the Hub does not answer."""
     try:
         commits = HfApi().list_repo_commits(repo_id, repo_type=repo_type, revision=revision)
-    except Exception:  # of whatever kind: it would be nice to know, no more
+    except Exception:  # of whatever kind: nothing depends on it
         return ""
     newer = list(itertools.takewhile(lambda commit: commit.commit_id != known, commits))
     return "; ".join(f'{", ".join(c.authors) or "somebody"}: "{c.title}" ({c.commit_id[:7]})' for c in newer[:3])
@@ -137,20 +139,20 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {plain(repo_id)!r}.")
 
 
-def tried(call: Callable[[], T]) -> T:
-    """The answer of a call that changes nothing, which is made again where the line broke or the Hub is in trouble."""
+def with_retries(call: Callable[[], T]) -> T:
+    """The answer of a call that changes nothing, repeated where the connection broke or the Hub is in trouble."""
     for wait in (*WAITS_S, None):
         try:
             return call()
         except (HTTPError, OSError) as error:
-            if wait is None or not is_passing(error):
+            if wait is None or not is_transient(error):
                 raise
             print(f"{one_line(error)} Trying again in {wait} s.", file=sys.stderr)
             time.sleep(wait)
     raise AssertionError("the last try returns or raises")
 
 
-def is_passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRY_AGAIN
@@ -158,7 +160,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def is_malformed(error: BaseException) -> bool:
-    """Whether an answer was none of the Hub: no JSON, or JSON of another form."""
+    """Whether an answer is not the Hub's: no JSON, or JSON of another form."""
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
         return True
     return not isinstance(error, HTTPError | OSError | ValueError | RuntimeError)
@@ -166,14 +168,14 @@ def is_malformed(error: BaseException) -> bool:
 
 @contextmanager
 def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
-    """What goes wrong on the way to the Hub, as PushError; within it logs are plain, and the time is limited."""
+    """Errors of calls to the Hub as PushError; within the block logs are plain, and the time is limited."""
     limit(get_session())
     with _plain_logs(), time_limit(DEADLINE_HOURS):
         try:
             yield
-        except Exception as error:  # of whatever kind: an answer of another form ends in any
+        except Exception as error:  # a malformed answer raises any kind
             for bar in list(getattr(tqdm, "_instances", ())):
-                bar.close()  # what is printed next begins a line
+                bar.close()  # so that the next output begins a line
             if isinstance(error, PushError):
                 raise
             logger.debug("A call to the Hub failed.", exc_info=True)
@@ -187,10 +189,7 @@ def explained(error: BaseException, repo_id: str, repo_type: str) -> str:
     if isinstance(error, HfHubHTTPError):
         return _explained_answer(error, repo_id, repo_type)
     if isinstance(error, HTTPError):
-        return (
-            f"The connection to the Hub broke ({type(error).__name__}: {error}). Run the same command again: files "
-            "that have arrived are not sent a second time."
-        )
+        return f"The connection to the Hub broke ({type(error).__name__}: {error}). {AGAIN}"
     if is_malformed(error):
         return (
             f"{constants.ENDPOINT} has answered in another form than the Hub does ({type(error).__name__}: {error}). "
@@ -198,13 +197,14 @@ def explained(error: BaseException, repo_id: str, repo_type: str) -> str:
             "command again."
         )
     if isinstance(error, RuntimeError):  # of Xet
-        return f"The upload failed: {error}. Run the same command again: what has arrived is not sent twice."
+        return f"The upload failed: {error}. {AGAIN}"
     return str(error) or type(error).__name__
 
 
 def _explained_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> str:
-    """Of a Hub that has answered, and refused."""
-    status, said = error.response.status_code, _said(error)
+    """Why the Hub has refused a call, and the way out."""
+    status = error.response.status_code
+    said = " ".join((error.server_message or str(error)).split()).rstrip(".")
     tokens = f"{constants.ENDPOINT}/settings/tokens"
     if status == 401 and not (isinstance(error, RepositoryNotFoundError) and get_token() is None):
         return (
@@ -224,14 +224,13 @@ def _explained_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> st
             "more storage; then run the same command again."
         )
     if status == 403:
+        owner = repo_id.split("/")[0]
         return (
-            f"The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of "
-            f"{repo_id.split('/')[0]} ({tokens})."
+            f"The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of {owner} "
+            f"({tokens})."
         )
-    if status == 429:
-        return f"The Hub takes no more requests for now (429): {said}. Run the same command again later."
     if status in TRY_AGAIN:
-        return f"The Hub is in trouble ({status}): {said}. Run the same command again later."
+        return f"The Hub {'takes no more requests' if status == 429 else 'is in trouble'} ({status}): {said}. {LATER}"
     return f"The Hub refused ({status}): {said}."
 
 
@@ -254,7 +253,7 @@ def one_line(error: BaseException) -> str:
 @cache
 def _name_of(token: str) -> str:
     """Asked once: the Hub takes few such questions, and a run asks at every checkpoint."""
-    name = tried(lambda: HfApi().whoami(token))["name"]
+    name = with_retries(lambda: HfApi().whoami(token))["name"]
     _check_types(str, name)
     return name
 
@@ -266,11 +265,6 @@ def _check_types(kind: type, *values: object) -> None:
 
 def _shown(sign: str) -> bool:
     return sign in "\n\t" or unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def _said(error: HfHubHTTPError) -> str:
-    text = error.server_message or str(error)
-    return " ".join(text.split()).rstrip(".")
 
 
 def _cause(error: BaseException) -> BaseException:

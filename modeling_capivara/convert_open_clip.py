@@ -3,8 +3,8 @@
     python -m modeling_capivara.convert_open_clip hf-hub:hiaac-nlp/CAPIVARA capivara-transformers
     python -m modeling_capivara.convert_open_clip capivara-transformers capivara-open-clip --to-open-clip
 
-It reads top to bottom: command, two directions, sources, comparison. `open_clip_mapping.py` knows what is called how
-in the two programs, `open_clip_checkpoint.py` reads files that are not to be trusted.
+It reads top to bottom: command, two directions, comparison. `open_clip_source.py` finds the models,
+`open_clip_mapping.py` knows what is called how in the two programs.
 """
 
 import copy
@@ -13,12 +13,11 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,47 +26,41 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .configuration_capivara import CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL, TOLERANCE, parser, run
 from .loading import load_model, load_processor, read_config
 from .loss_capivara import similarity_logits
 from .modeling_capivara import CapivaraModel
-from .open_clip_checkpoint import first_line, load_checkpoint
 from .open_clip_mapping import (
     BASE_TEXT_NAMES,
     OPEN_CLIP_CONFIG,
-    POSITION_IDS,
     capivara_config,
     capivara_state_dict,
-    check_state,
     image_processor_of,
     open_clip_model_cfg,
-    open_clip_shapes,
     open_clip_state_dict,
     preprocess_cfg_of,
-    refuse,
     square,
 )
-from .open_clip_origin import origin_card
+from .open_clip_source import (
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    OpenClipSource,
+    find_capivara,
+    find_open_clip,
+    load_tokenizer,
+    origin_card,
+    read_fields,
+    read_open_clip_state,
+)
 from .processing_capivara import CapivaraProcessor
-
-# In order of preference: a pickle is opened only where there is nothing safer.
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
-CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-VOCABULARY_FILES = (
-    *("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json"),
-)
-TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-)
 
 
 @dataclass
 class Conversion:
-    """What a finished conversion has to say.
+    """The result of a conversion.
 
     Attributes:
         largest_difference: between the two programs, over unit-length embeddings and logits, on random inputs.
@@ -78,31 +71,11 @@ class Conversion:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass
-class OpenClipSource:
-    """An open_clip model, found but not yet read.
-
-    Attributes:
-        model_cfg: as in open_clip_config.json; None for a bare checkpoint file.
-        preprocess_cfg: as in open_clip_config.json.
-        weights: the checkpoint file.
-        tokenizer: folder or Hub id.
-        folder: that holds it; None for a bare checkpoint file.
-        repo_id: of the Hub, where it was fetched from there.
-    """
-
-    model_cfg: dict | None
-    preprocess_cfg: dict
-    weights: Path
-    tokenizer: str
-    folder: Path | None = None
-    repo_id: str | None = None
-
-
 # --- Command ---------------------------------------------------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     args = parser().parse_args(argv)
     try:
         result = convert(args.source, args.output, args.to_open_clip, args.tokenizer, args.hf_model_name)
@@ -159,10 +132,10 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
     else:
         config = config or CapivaraConfig()
         found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
-    # What the configuration says and is not supported is refused up to here, before the weights are read.
+    # An unsupported configuration is refused up to here, before the weights are read.
     image_processor = image_processor_of(found.preprocess_cfg, square(found.model_cfg["vision_cfg"]))
     state, notes = read_open_clip_state(found.weights, config)
-    processor = CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config))
+    processor = CapivaraProcessor(image_processor, load_tokenizer(found.tokenizer, config))
     notes.insert(0, f"Weights: {found.weights}; tokenizer: {found.tokenizer}")
     with _new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         ours = capivara_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, config)
@@ -177,9 +150,9 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
 
 
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conversion:
-    folder = _find_capivara(source)
+    folder = find_capivara(source)
     config, processor = read_config(folder), load_processor(folder)
-    # Whatever cannot be said in open_clip's configuration is refused here, before the weights are read.
+    # What open_clip's configuration can't state is refused here, before the weights are read.
     size, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
     text_name = hf_model_name or str(output / "text_model")  # where it will be, not the temporary folder
     model_cfg = open_clip_model_cfg(config, text_name, size)
@@ -217,179 +190,24 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", 
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name at the end, or is removed on any error."""
-    created = [parent for parent in output.parents if not parent.exists()]  # nearest first
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.tmp-", dir=output.parent))
-    folder = scratch / "folder"  # mkdtemp's own is closed to other users, and would stay so
+    """A temporary folder on the disk of `output` that takes its name at the end, or is removed on any error."""
+    there = next(parent for parent in output.parents if parent.exists())
     try:
-        folder.mkdir()
-        yield folder
-        for path in folder.rglob("*.safetensors"):
-            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
-        os.replace(folder, output)
-    except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for parent in created:
-            with suppress(OSError):
-                parent.rmdir()
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.tmp-", dir=there) as scratch:
+            folder = Path(scratch) / "folder"  # the temporary one is closed to other users, and would stay so
+            folder.mkdir()
+            yield folder
+            for path in folder.rglob("*.safetensors"):
+                path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+            output.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder, output)
+    except Exception as error:
         # safetensors reports the system's error as text inside its own exception.
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
             raise OSError(
                 errno.ENOSPC, f"no space left for OUTPUT {output}; nothing was kept. Free space or name another disk"
             ) from error
         raise
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-# --- Sources ---------------------------------------------------------------------------------------------------------
-
-
-def find_open_clip(source: str, tokenizer: str | None = None) -> OpenClipSource:
-    """Find an open_clip model, downloading what is needed of it; the weights are not read.
-
-    Args:
-        source: `hf-hub:OWNER/NAME`, `local-dir:FOLDER` or a checkpoint file.
-        tokenizer: folder or Hub id, where `source` neither holds nor names one.
-
-    Raises:
-        ValueError: there is no such model, or it is not open_clip's.
-    """
-    if source.startswith("hf-hub:"):
-        repo_id = source.removeprefix("hf-hub:")
-        return replace(_find_in_folder(_download_open_clip(repo_id), tokenizer), repo_id=repo_id)
-    if source.startswith("local-dir:"):
-        return _find_in_folder(Path(source.removeprefix("local-dir:")), tokenizer)
-    path = Path(source)
-    if path.is_dir():
-        hint = f"local-dir:{source}" if (path / OPEN_CLIP_CONFIG).exists() else f"{source} with --to-open-clip"
-        raise ValueError(f"SOURCE {source} is a folder; did you mean {hint}?")
-    if not path.exists():
-        raise ValueError(f"SOURCE {source} does not exist; give hf-hub:OWNER/NAME, local-dir:FOLDER or a file.")
-    if path.suffix not in CHECKPOINT_SUFFIXES:
-        raise ValueError(f"SOURCE {source} is no checkpoint file; those end in {', '.join(CHECKPOINT_SUFFIXES)}.")
-    return OpenClipSource(None, {}, path, tokenizer or BASE_TEXT_MODEL)
-
-
-def _find_in_folder(folder: Path, tokenizer: str | None) -> OpenClipSource:
-    if not folder.is_dir():
-        raise ValueError(f"SOURCE folder {folder} does not exist.")
-    if not (folder / OPEN_CLIP_CONFIG).is_file():
-        hint = "; config.json makes it a transformers folder: use --to-open-clip" if _is_capivara(folder) else ""
-        raise ValueError(f"SOURCE {folder} has no {OPEN_CLIP_CONFIG}, so it is not an open_clip model{hint}.")
-    settings = _read_json(folder / OPEN_CLIP_CONFIG)
-    model_cfg = settings.get("model_cfg")
-    if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("text_cfg"), dict):
-        refuse("model_cfg", "text_cfg", model_cfg, "the fields of an open_clip model", str(folder / OPEN_CLIP_CONFIG))
-    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    if weights is None:
-        raise ValueError(f"SOURCE {folder} has no weights; looked for {', '.join(WEIGHT_FILES)}.")
-    has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
-    named = model_cfg["text_cfg"].get("hf_tokenizer_name")
-    name = str(folder) if has_tokenizer else named or tokenizer or BASE_TEXT_MODEL
-    return OpenClipSource(model_cfg, settings.get("preprocess_cfg") or {}, weights, name, folder)
-
-
-def _download_open_clip(repo_id: str) -> Path:
-    folder = _download(repo_id, [OPEN_CLIP_CONFIG, "README.md", *TOKENIZER_FILES, WEIGHT_FILES[0]])
-    for name in WEIGHT_FILES[1:]:  # one at a time: a second file of the same weights is over a gigabyte
-        if any((folder / found).is_file() for found in WEIGHT_FILES):
-            break
-        # The snapshot folder is named by its commit: all files come from the same one.
-        folder = _download(repo_id, [name], revision=folder.name)
-    return folder
-
-
-def _download(repo_id: str, patterns: list[str], revision: str | None = None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, revision=revision))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ValueError(f"{repo_id} could not be fetched from the Hub: {first_line(error)}") from error
-
-
-def _find_capivara(source: str) -> Path:
-    for prefix in ("local-dir:", "hf-hub:"):
-        if source.startswith(prefix):
-            raise ValueError(f"With --to-open-clip, SOURCE is a transformers model without {prefix!r} before it.")
-    folder = Path(source)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        folder = _download(source, ["*.json", "model*.safetensors", *TOKENIZER_FILES])
-    if not folder.is_dir():
-        raise ValueError(f"SOURCE {source} is no folder and no Hub id; --to-open-clip needs a transformers model.")
-    if not _is_capivara(folder):
-        hint = f": it is an open_clip model, leave out --to-open-clip and give local-dir:{folder}"
-        hint = hint if (folder / OPEN_CLIP_CONFIG).is_file() else ""
-        raise ValueError(f'SOURCE {folder} has no config.json with model_type "capivara"{hint}.')
-    return folder
-
-
-def _is_capivara(folder: Path) -> bool:
-    path = folder / "config.json"
-    return path.is_file() and _read_json(path).get("model_type") == "capivara"
-
-
-def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"No tokenizer is to be had from {name!r} ({first_line(error)}); give another with --tokenizer."
-        ) from error
-    if len(tokenizer) > config.text_config.vocab_size:
-        raise ValueError(
-            f"The tokenizer {name!r} has {len(tokenizer)} tokens, the text tower {config.text_config.vocab_size}; "
-            "give the model's own with --tokenizer."
-        )
-    if tokenizer.pad_token_id != config.text_config.pad_token_id:
-        raise ValueError(
-            f"The tokenizer {name!r} pads with {tokenizer.pad_token_id}, the text tower with "
-            f"{config.text_config.pad_token_id}; open_clip finds the padding by that number."
-        )
-    return tokenizer
-
-
-# What training programs put before the names: nothing, DataParallel, and Lightning modules around open_clip's model.
-PREFIXES = ("", "module.", "model.", "model.model.")
-
-
-def read_open_clip_state(path: Path, config: CapivaraConfig) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of open_clip's model in a checkpoint file, under open_clip's own names.
-
-    All of the model lies under one prefix. Tensors outside it (metric states, losses of a Lightning module) belong to
-    the training program; they are left behind and named. Without a prefix there is no outside: every key must fit.
-
-    Returns:
-        The tensors, and sentences that name what was left behind.
-
-    Raises:
-        ValueError: the file is no checkpoint, carries code, or does not hold the model of `config`.
-    """
-    checkpoint = load_checkpoint(path)
-    state = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-        raise ValueError(f"{path} holds no state_dict: a dictionary of names and tensors.")
-    shapes = open_clip_shapes(config)
-    found = {p: sum(k.startswith(p) and k[len(p) :] in shapes for k in state) for p in PREFIXES}
-    prefix = max(PREFIXES, key=found.__getitem__)
-    if not found[prefix]:
-        raise ValueError(f"{path} has no tensor of an open_clip model; it has {', '.join(list(state)[:10])} ...")
-    whole = [p for p in PREFIXES if found[p] == len(shapes)]
-    if len(whole) > 1:
-        raise ValueError(f"{path} holds several whole models, under the prefixes {whole}; keep one.")
-    model_state = {k[len(prefix) :]: tensor for k, tensor in state.items() if k.startswith(prefix)}
-    model_state.pop(POSITION_IDS, None)
-    check_state(model_state, shapes)
-    notes = []
-    if prefix:
-        notes.append(f"The model lies under the prefix {prefix!r}.")
-    if outside := [k for k in state if not k.startswith(prefix)]:
-        notes.append(f"Left behind, as the training program's own and not the model's: {', '.join(outside)}.")
-    if kinds := {str(t.dtype) for t in model_state.values() if t.is_floating_point()} - {"torch.float32"}:
-        notes.append(f"Stored as {', '.join(sorted(kinds))}, written as float32.")
-    return model_state, notes
 
 
 # --- Comparison ------------------------------------------------------------------------------------------------------
@@ -422,7 +240,7 @@ def _checked_difference(
         capivara: transformers folder.
         open_clip_folder: open_clip folder.
         weights: open_clip's checkpoint file; None is the one in its folder, loaded by open_clip itself.
-        text_folder: where the text tower's configuration lies for now, when not where the folder says.
+        text_folder: where the text tower's configuration lies for now, if not where the folder states.
 
     Raises:
         ValueError: the largest difference is above `TOLERANCE`.
@@ -430,7 +248,7 @@ def _checked_difference(
     open_clip = _open_clip()
     name, overrides = f"local-dir:{open_clip_folder}", {}
     if text_folder:
-        text_cfg = _read_json(open_clip_folder / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"]
+        text_cfg = read_fields(open_clip_folder / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"]
         overrides["text_cfg"] = {**text_cfg, "hf_model_name": str(text_folder), "hf_model_pretrained": False}
     silenced = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "no pretrained weights": they come two lines below
@@ -503,25 +321,12 @@ def random_texts(seed: int = 0) -> list[str]:
     return [" ".join(text) for text in words]
 
 
-# --- Small things ----------------------------------------------------------------------------------------------------
-
-
 def _open_clip() -> Any:
     try:
         import open_clip  # takes seconds, and only this program needs it
     except ImportError as error:
         raise ImportError("open_clip is needed to compare the two models: pip install open_clip_torch") from error
     return open_clip
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold fields, got a {type(content).__name__}.")
-    return content
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -15,7 +15,8 @@ BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
 
 
 def parser() -> "argparse.ArgumentParser":
-    import argparse  # here: by now Ctrl-C is heard
+    """The flags of the command."""
+    import argparse  # here: by now Ctrl-C works
 
     flags = argparse.ArgumentParser(
         prog="python -m modeling_capivara.convert_open_clip",

@@ -40,9 +40,11 @@ class Embedder(Protocol):
     fingerprint: str
     image_fingerprint: str
 
-    def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor: ...
+    def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor:
+        """(images, width), `batch_size` at once."""
 
-    def texts(self, texts: Sequence[str], batch_size: int = 64, on_batch: OnBatch = None) -> Tensor: ...
+    def texts(self, texts: Sequence[str], batch_size: int = 64, on_batch: OnBatch = None) -> Tensor:
+        """(texts, width), `batch_size` at once."""
 
 
 @dataclass
@@ -202,10 +204,10 @@ def _transformers_clip(source: str, device: torch.device, precision: str, trust_
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)
     except (OSError, ValueError) as error:
-        said = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"clip:{source} can't be loaded; it must hold a CLIP of transformers with its processor, such as "
-            f"openai/clip-vit-base-patch32: {said}"
+            f"openai/clip-vit-base-patch32: {reason}"
         ) from error
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise ValueError(

@@ -8,19 +8,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel, ProcessorMixin
-from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_capivara import CapivaraConfig
-from .modeling_capivara import CapivaraModel, _check_main_input, _vision_width, unit_length
+from .image_tower_capivara import CapivaraPreTrainedModel, check_main_input, unit_length, vision_width
 
 TEXT_BATCH_SIZE = 64  # prompts that go through the text tower at once
 IMAGE_SIDE = ("vision_model.", "visual_projection.", "logit_scale")  # what both models have, under the same names
 
 
-class CapivaraForImageClassification(PreTrainedModel):
+class CapivaraForImageClassification(CapivaraPreTrainedModel):
     """Image tower and projection of CAPIVARA with a linear head, to be fine-tuned on labelled images.
 
     Logits are the head's, on unit-length image embeddings times exp(`logit_scale`). A head whose rows are class
@@ -31,16 +30,8 @@ class CapivaraForImageClassification(PreTrainedModel):
     A folder of `CapivaraModel` loads too: its text side is left out, and the head is new.
     """
 
-    config_class = CapivaraConfig
-    config: CapivaraConfig
-    base_model_prefix = "capivara"
-    main_input_name = "pixel_values"
     input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the loss is a mean over the batch; `Trainer` averages it over accumulated ones
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\."]
     # Cosines of similar classes would be equal in bfloat16, which has 8 bits of precision.
     _keep_in_fp32_modules_strict = ["classifier"]
@@ -49,8 +40,8 @@ class CapivaraForImageClassification(PreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=torch.get_default_dtype())
-        _check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
-        self.visual_projection = nn.Linear(_vision_width(config.vision_config), config.projection_dim, bias=False)
+        check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.classifier = nn.Linear(config.projection_dim, config.num_labels)
         self.image_tower_frozen = False
@@ -60,7 +51,7 @@ class CapivaraForImageClassification(PreTrainedModel):
     @torch.no_grad()
     def from_zero_shot(
         cls,
-        model: CapivaraModel,
+        model: PreTrainedModel,
         processor: ProcessorMixin,
         labels: Sequence[str] | Mapping[str, str | Sequence[str]],
         templates: Sequence[str],
@@ -70,7 +61,7 @@ class CapivaraForImageClassification(PreTrainedModel):
         A class is the normalised mean of the normalised embeddings of its filled templates (CLIP, section 3.1.4).
 
         Args:
-            model: is not changed, and shares no weight with the classifier.
+            model: a `CapivaraModel`; is not changed, and shares no weight with the classifier.
             processor: the model's own.
             labels: names of the classes, in the order of the logits; or name -> what stands for it in the templates,
                 one text or several: `{"0": ["o número 0", "o algarismo zero"]}`.
@@ -92,17 +83,6 @@ class CapivaraForImageClassification(PreTrainedModel):
         state["classifier.bias"] = torch.zeros(len(prompts))
         return cls.from_pretrained(None, config=config, state_dict=state, dtype=model.dtype).to(model.device)
 
-    # One formula, one place: these use nothing but the image side, which both models have.
-    get_image_features = CapivaraModel.get_image_features
-    _image_outputs = CapivaraModel._image_outputs
-    freeze_image_tower = CapivaraModel.freeze_image_tower
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
-
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in transformers; the folder names this class alone, not `CapivaraModel`, whose text tower it lacks."""
         auto_map = getattr(self.config, "auto_map", None) or {}
@@ -112,12 +92,6 @@ class CapivaraForImageClassification(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_model.get_input_embeddings()
-
-    def train(self, mode: bool = True) -> "CapivaraForImageClassification":
-        super().train(mode)
-        if self.image_tower_frozen:
-            self.vision_model.eval()  # batch norm statistics would move, dropout would be drawn
-        return self
 
     @can_return_tuple
     def forward(
@@ -151,7 +125,7 @@ class CapivaraForImageClassification(PreTrainedModel):
         )
 
 
-def _class_embeddings(model: CapivaraModel, processor: ProcessorMixin, prompts: list[list[str]]) -> Tensor:
+def _class_embeddings(model: PreTrainedModel, processor: ProcessorMixin, prompts: list[list[str]]) -> Tensor:
     """(classes, projection_dim), unit length, float32: the mean of each class's embedded prompts."""
     texts = [text for filled in prompts for text in filled]
     was_training = model.training

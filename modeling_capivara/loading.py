@@ -3,10 +3,13 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from transformers import AutoProcessor
 
 from .configuration_capivara import CapivaraConfig
@@ -30,8 +33,8 @@ def read_config(folder: str | Path) -> CapivaraConfig:
             raise ValueError(f"model_type is {kind!r}, not 'capivara'" + others * isinstance(kind, str))
         return CapivaraConfig.from_pretrained(folder)
     except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
-        said = " ".join(str(error).split())
-        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {said}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {reason}") from error
 
 
 def load_model(source: str | Path) -> CapivaraModel:
@@ -92,7 +95,7 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
     """
     names = names or ("config.json",)
     if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
-        return  # no Hub id: the loader says what is wrong with it
+        return  # no Hub id: the loader raises the error
     if any(isinstance(try_to_load_from_cache(str(source), name, revision=revision), str) for name in names):
         return
     try:
@@ -103,12 +106,22 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
             "name; a private or gated one needs `hf auth login`."
         ) from error
     except HfHubHTTPError:
-        return  # the Hub answers: what is missing or refused, the loader says
+        return  # the Hub answers: the loader raises what is missing or refused
     except (HTTPError, OSError) as error:
         raise ValueError(
             f"The model {source} is no folder here, nor in the cache of the Hub ({constants.HF_HUB_CACHE}), and the "
             f"Hub can't be reached ({type(error).__name__}). Check the name, or the connection and HF_HUB_OFFLINE."
         ) from error
+
+
+def card_metadata(card: Path) -> dict[str, Any]:
+    """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
+    try:
+        block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8", errors="replace"))
+        metadata = yaml.safe_load(block[2]) if block else None
+    except (OSError, yaml.YAMLError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import MODEL_MAPPING, AutoModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_capivara import CapivaraConfig
+from .image_classification_capivara import CapivaraForImageClassification
+from .image_tower_capivara import CapivaraPreTrainedModel, check_main_input, unit_length, vision_width
 from .loss_capivara import clip_loss, similarity_logits
 
 
@@ -44,47 +45,31 @@ class CapivaraOutput(ModelOutput):
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
-class CapivaraModel(PreTrainedModel):
+class CapivaraModel(CapivaraPreTrainedModel):
     """Image tower and text tower of CAPIVARA (arXiv 2310.13683, section 3), embedding into one space.
 
     Texts are the mean of the token states that the mask keeps, then a projection; images are the tower's pooled
     output, then a projection. Equal to open_clip's `CustomTextCLIP` with a mean pooler.
     """
 
-    config_class = CapivaraConfig
-    config: CapivaraConfig
-    base_model_prefix = "capivara"
-    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
 
     def __init__(self, config: CapivaraConfig):
         super().__init__(config)
         dtype = torch.get_default_dtype()  # not the one a tower was saved in: the parts of one model agree
         self.vision_model = AutoModel.from_config(config.vision_config, dtype=dtype)
         self.text_model = AutoModel.from_config(config.text_config, dtype=dtype, **_without_pooler(config.text_config))
-        _check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
-        _check_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
-        self.visual_projection = nn.Linear(_vision_width(config.vision_config), config.projection_dim, bias=False)
+        check_main_input("vision_config", self.vision_model, "pixel_values", "clip_vision_model")
+        check_main_input("text_config", self.text_model, "input_ids", "xlm-roberta")
+        self.visual_projection = nn.Linear(vision_width(config.vision_config), config.projection_dim, bias=False)
         self.text_projection = _text_projection(config)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.image_tower_frozen = False
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if module is self:
-            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
-
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in transformers; the folder also names the classes for image classification, zero-shot and fine-tuned."""
-        # transformers writes the key of one Auto class, and the files that this one imports.
-        from .image_classification_capivara import CapivaraForImageClassification
-
+        # transformers writes the key of one Auto class alone, and the files that this one imports.
         auto_map = getattr(self.config, "auto_map", None) or {}
         for task, model_class in {"ZeroShotImage": CapivaraModel, "Image": CapivaraForImageClassification}.items():
             where = f"{model_class.__module__.rpartition('.')[2]}.{model_class.__name__}"
@@ -97,22 +82,6 @@ class CapivaraModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
-
-    def freeze_image_tower(self) -> None:
-        """Fix the image side for good: no gradient to its parameters, and evaluation mode whatever `train()` says.
-
-        Gradients still flow through it to `pixel_values`.
-        """
-        self.image_tower_frozen = True
-        self.vision_model.requires_grad_(False)
-        self.visual_projection.requires_grad_(False)
-        self.vision_model.eval()
-
-    def train(self, mode: bool = True) -> "CapivaraModel":
-        super().train(mode)
-        if self.image_tower_frozen:
-            self.vision_model.eval()  # batch norm statistics would move, dropout would be drawn
-        return self
 
     @can_return_tuple
     def get_text_features(
@@ -154,39 +123,6 @@ class CapivaraModel(PreTrainedModel):
             pooler_output=pooled.to(outputs.last_hidden_state.dtype),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-        )
-
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | BaseModelOutputWithPooling:
-        """Image tower and projection.
-
-        Args:
-            pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` makes them.
-
-        Returns:
-            The tower's output; `pooler_output` is (images, projection_dim), projected, not normalised.
-
-        Raises:
-            ValueError: `pixel_values` is no batch of images, or the tower has no pooled output.
-        """
-        outputs = self._image_outputs(pixel_values, **kwargs)
-        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
-        return outputs
-
-    def _image_outputs(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"`pixel_values` must be (images, 3, height, width), got shape {tuple(pixel_values.shape)}; "
-                "`CapivaraImageProcessor` makes them so."
-            )
-        outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=_pooler_output(outputs, self.config.vision_config),
-            hidden_states=outputs.hidden_states,
-            attentions=getattr(outputs, "attentions", None),
         )
 
     @can_return_tuple
@@ -250,11 +186,6 @@ def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
     return (last_hidden_state.float() * mask).sum(dim=1) / mask.sum(dim=1)
 
 
-def unit_length(features: Tensor) -> Tensor:
-    """`features` (rows, width) scaled to Euclidean length 1 a row, in float32."""
-    return nn.functional.normalize(features.float(), dim=-1)
-
-
 def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
@@ -277,41 +208,6 @@ def _without_pooler(text_config: PreTrainedConfig) -> dict[str, bool]:
     model_class = MODEL_MAPPING.get(type(text_config), object)  # AutoModel says so when it does not know the kind
     has_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
-
-
-def _check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: str) -> None:
-    if tower.main_input_name != wanted:
-        raise ValueError(
-            f"{name} must be a tower that takes `{wanted}`, got {tower.config.model_type!r}, which takes "
-            f"`{tower.main_input_name}`; use a model type such as {example!r}."
-        )
-
-
-@torch.no_grad()
-def _vision_width(config: PreTrainedConfig) -> int:
-    """Width of the image tower's `pooler_output`: as the configuration says, else tried on a tower without weights.
-
-    Convolutional towers state it under many names or not at all.
-    """
-    if getattr(config, "hidden_size", None):
-        return config.hidden_size
-    size = getattr(config, "image_size", None) or 224
-    height, width = (size, size) if isinstance(size, int) else size
-    with torch.device("meta"):
-        tower = AutoModel.from_config(config).eval()
-        pixels = torch.empty(1, getattr(config, "num_channels", None) or 3, height, width)
-        return _pooler_output(tower(pixel_values=pixels, return_dict=True), config).shape[1]
-
-
-def _pooler_output(outputs: ModelOutput, config: PreTrainedConfig) -> Tensor:
-    """(images, width), the image tower's pooled output."""
-    pooled = getattr(outputs, "pooler_output", None)
-    if pooled is None:
-        raise ValueError(
-            f"The image tower {config.model_type!r} gives no `pooler_output`, which is what gets projected; "
-            "use one that does, such as 'clip_vision_model', 'vit' or 'timm_wrapper'."
-        )
-    return pooled.flatten(1)  # some convolutional towers keep (images, width, 1, 1)
 
 
 def _text_projection(config: CapivaraConfig) -> nn.Module:

@@ -5,11 +5,13 @@ import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 
 class InertObject:
@@ -81,6 +83,7 @@ def load_checkpoint(path: Path) -> dict:
 
 
 def is_settings_class(name: str) -> bool:
+    """Whether a full name, as a pickle asks for it, is that of a data type that settings are made of."""
     module, _, last = name.rpartition(".")
     # As pickle reads Python 2's names: `commands.Popen` is `subprocess.Popen`. torch maps some of them alone.
     module, last = NAME_MAPPING.get((module, last), (IMPORT_MAPPING.get(module, module), last))
@@ -92,6 +95,25 @@ def is_settings_class(name: str) -> bool:
     return CLASS_NAME.fullmatch(last) is not None and not module.startswith("torch.hub")
 
 
+def check_state(state: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raise ValueError, with all names, where tensors are missing, surplus, or of other shapes than `shapes`."""
+    problems = []
+    if missing := sorted(shapes.keys() - state.keys()):
+        problems.append(f"missing: {', '.join(missing)}")
+    if surplus := sorted(state.keys() - shapes.keys()):
+        problems.append(f"surplus: {', '.join(surplus)}")
+    for name in sorted(shapes.keys() & state.keys()):
+        if not isinstance(state[name], Tensor):
+            problems.append(f"{name} is a {type(state[name]).__name__}, not a tensor")
+        elif state[name].shape != shapes[name]:
+            problems.append(f"{name} has shape {tuple(state[name].shape)}, not {tuple(shapes[name])}")
+    if problems:
+        raise ValueError(
+            "The checkpoint does not hold the model that its configuration describes (a bare file is taken to have the "
+            "published architecture): " + "; ".join(problems)
+        )
+
+
 def first_line(error: BaseException) -> str:
-    """What an error says first; libraries append pages."""
+    """The first line of an error's message; libraries append pages."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .image_processing_capivara import CapivaraImageProcessor
 from .modeling_capivara import CapivaraModel
-from .open_clip_checkpoint import first_line
+from .open_clip_checkpoint import check_state, first_line
 from .processing_capivara import CONTEXT_LENGTH
 
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
@@ -117,24 +117,6 @@ def _renamed(name: str, names: dict[str, str]) -> str:
     raise ValueError(f"The tensor {name!r} has no counterpart in the other program.")
 
 
-def check_state(state: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> None:
-    problems = []
-    if missing := sorted(shapes.keys() - state.keys()):
-        problems.append(f"missing: {', '.join(missing)}")
-    if surplus := sorted(state.keys() - shapes.keys()):
-        problems.append(f"surplus: {', '.join(surplus)}")
-    for name in sorted(shapes.keys() & state.keys()):
-        if not isinstance(state[name], Tensor):
-            problems.append(f"{name} is a {type(state[name]).__name__}, not a tensor")
-        elif state[name].shape != shapes[name]:
-            problems.append(f"{name} has shape {tuple(state[name].shape)}, not {tuple(shapes[name])}")
-    if problems:
-        raise ValueError(
-            "The checkpoint does not hold the model that its configuration describes (a bare file is taken to have the "
-            "published architecture): " + "; ".join(problems)
-        )
-
-
 # Fields of open_clip that only training, or only another kind of tower, looks at; and those with one way supported.
 TRAINING_FIELDS = {"patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path", "hf_model_pretrained"}
 VIT_FIELDS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
@@ -216,7 +198,7 @@ def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size
         image_size: pixels a side; None is the ViT's own, 224 for a timm model (which does not state it).
 
     Raises:
-        ValueError: the architecture cannot be said in open_clip's configuration.
+        ValueError: open_clip's configuration has no way to state the architecture.
     """
     if config.text_config.model_type not in TEXT_KINDS:
         refuse("text_config", "model_type", config.text_config.model_type, f"one of {TEXT_KINDS}", "config.json")
@@ -277,6 +259,7 @@ def _vision_config(vision_cfg: dict, quick_gelu: bool) -> PreTrainedConfig | dic
 
 
 def timm_config(vision_cfg: dict) -> TimmWrapperConfig:
+    """The image tower of a `vision_cfg` that names a timm model. Raises ValueError where it can't be converted."""
     free = {"timm_model_name"} | VIT_FIELDS | TRAINING_FIELDS
     _check_fields("vision_cfg", vision_cfg, TIMM_FIXED, free)
     square(vision_cfg)
@@ -342,6 +325,7 @@ def _vision_kind(config: CapivaraConfig) -> str:
 
 
 def image_processor_of(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
+    """The image processor of a `preprocess_cfg`, for squares of `size` pixels. Raises ValueError where it can't be."""
     # As open_clip reads it: null is absent, an unknown field is nothing, `size` is always that of the tower.
     cfg = {k: v for k, v in preprocess_cfg.items() if v is not None}
     _check_fields("preprocess_cfg", {k: v for k, v in cfg.items() if k in PREPROCESS_FIXED}, PREPROCESS_FIXED, set())
@@ -377,6 +361,7 @@ def preprocess_cfg_of(processor: CapivaraImageProcessor) -> tuple[int, dict[str,
 
 
 def square(vision_cfg: dict) -> int:
+    """Pixels a side that a `vision_cfg` names. Raises ValueError where they are no square."""
     size = vision_cfg.get("image_size", 224)
     if isinstance(size, (list, tuple)) and len(set(size)) == 1:
         size = size[0]
@@ -396,4 +381,5 @@ def _check_fields(section: str, values: dict, fixed: dict[str, tuple], free: set
 
 
 def refuse(section: str, name: str, value: Any, supported: str, where: str = OPEN_CLIP_CONFIG) -> NoReturn:
+    """Raise ValueError about the field `name` in a `section` of the file `where`."""
     raise ValueError(f"{section}.{name} of {where} is {value!r}, which cannot be converted; supported: {supported}.")

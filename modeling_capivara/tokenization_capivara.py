@@ -50,7 +50,7 @@ def _beginning(text: str) -> str:
 
 
 def _short_blank(blank: re.Match) -> str:
-    """What ftfy can tell of a long blank: its ends, and whether lines are parted by it."""
+    """What ftfy sees of a long blank: its ends, and whether it has a line break."""
     return blank[0][:2] + "\n" * ("\n" in blank[0]) + blank[0][-2:]
 
 

@@ -1,19 +1,49 @@
-"""Result files: what was measured, and on what, in the one form that tables, plots and the model card read."""
+"""Result files: what was measured, and on what, in the one form that tables, plots, pages and the model card read.
 
-import hashlib
+    files = [read_result(path, Path("results")) for path in sorted(Path("results").glob("*.json"))]
+    files[0].records[0].value, files[0].header["dataset_fingerprint"]
+
+A `Record` checks itself, so that a figure out of its range is neither written nor read.
+"""
+
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from common.environment import package_versions
-from common.files import read_json, write_json
+from common.files import write_json
 from common.privacy import hide_paths, short_name
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 2  # of result files and of run.json
+MAX_JSON_BYTES = 64 * 2**20  # a 1000 x 1000 confusion matrix takes 12 MB, indented
+MODEL_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}  # role -> as tables show it
+TASKS = ("retrieval", "classification", "linear_probe")
+DIRECTIONS = ("text_to_image", "image_to_text")
+RANK_METRICS = ("median_rank",)  # ranks from 1, the lower the better; every other metric is a share
+GAIN = "mean_recall_gain"  # model minus baseline, from -1 to 1
+METRICS = {  # metric -> the task that reports it; beside `recall@k` of any k
+    **dict.fromkeys(("mean_recall", "median_rank", GAIN), "retrieval"),
+    **dict.fromkeys(("accuracy", "mean_per_class_accuracy", "top_5_accuracy", "11point_mAP", "roc_auc"), "classes"),
+}
+LARGEST_K = 10  # of the mean recall
+ROUNDING = 1e-9  # that a computed share may lie outside of its range
+
+
+class Condition(NamedTuple):
+    """What two figures must share to be compared."""
+
+    task: str
+    dataset: str
+    split: str
+    language: str
+    protocol: str
+    direction: str
+    metric: str
 
 
 @dataclass(frozen=True)
@@ -28,13 +58,16 @@ class Record:
         protocol: what was compared with what; figures of different protocols are not comparable.
         direction: "text_to_image" or "image_to_text" of retrieval, else "".
         metric: such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline).
-        value: a share from 0 to 1; of "median_rank" a rank from 1.
+        value: a share from 0 to 1; of "median_rank" a rank from 1; of a gain from -1 to 1.
         n: queries or images averaged over.
-        model: "baseline" or "capivara".
+        model: role of the model, "baseline" or "capivara".
         model_folder: the model's folder, relative to the run's.
         seed: of the training run, None for a model that was not trained in it.
         chance: expected value of random scores; None where it has no meaning.
         interval_95: low and high end of a 95 % interval, for a gain.
+
+    Raises:
+        ValueError: a field has another type, or a value out of its range; the message begins with the field's name.
     """
 
     task: str
@@ -51,6 +84,87 @@ class Record:
     seed: int | None = None
     chance: float | None = None
     interval_95: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.interval_95, list):
+            object.__setattr__(self, "interval_95", tuple(self.interval_95))
+        self._check_types()
+        self._check_names()
+        self._check_range()
+
+    @property
+    def condition(self) -> Condition:
+        """What another figure must share to be compared with this one."""
+        return Condition(*(getattr(self, name) for name in Condition._fields))
+
+    @property
+    def is_rank(self) -> bool:
+        """Whether the value is a rank from 1, the lower the better, and no share."""
+        return self.metric in RANK_METRICS
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the value is a difference of two models."""
+        return self.metric == GAIN
+
+    def _check_types(self) -> None:
+        for name in (*Condition._fields, "model", "model_folder"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {_shown(getattr(self, name))}")
+        for name in ("value", "n", "chance"):
+            value = getattr(self, name)
+            if not is_number(value) and not (name == "chance" and value is None):
+                raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
+        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
+            raise ValueError(f"seed must be a whole number or null, got {_shown(self.seed)}")
+        interval = self.interval_95
+        if interval is not None and not (isinstance(interval, tuple) and len(interval) == 2 and _ordered(*interval)):
+            raise ValueError(f"interval_95 must be two numbers, the low end first, got {_shown(interval)}")
+
+    def _check_names(self) -> None:
+        known_directions = DIRECTIONS if self.task == "retrieval" else ("",)
+        for name, known in (("task", TASKS), ("model", tuple(MODEL_NAMES)), ("direction", known_directions)):
+            if getattr(self, name) not in known:
+                rule = f"one of {', '.join(known)}" if known != ("",) else "empty"
+                raise ValueError(f"{name} must be {rule} for {self.task}, got {_shown(getattr(self, name))}")
+        kind = "retrieval" if re.fullmatch(r"recall@[1-9]\d{0,8}", self.metric) else METRICS.get(self.metric)
+        if kind is None or (kind == "retrieval") != (self.task == "retrieval"):
+            raise ValueError(f"metric must be one of {self.task}, got {_shown(self.metric)}")
+
+    def _check_range(self) -> None:
+        value, low = self.value, -1 if self.is_gain else 0
+        if self.is_rank and value < 1:
+            raise ValueError(f"value must be a rank from 1, got {value:g} for {self.metric}")
+        if not self.is_rank and not low - ROUNDING <= value <= 1 + ROUNDING:
+            raise ValueError(f"value must be a share from {low} to 1, got {value:g} for {self.metric}")
+        if self.chance is not None and not -ROUNDING <= self.chance <= 1 + ROUNDING:
+            raise ValueError(f"chance must be a share from 0 to 1, got {self.chance:g}")
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n:g}")
+        k = int(self.metric.removeprefix("recall@")) if self.metric.startswith("recall@") else 0
+        k = LARGEST_K if self.metric.startswith("mean_recall") else k
+        if k and self.n <= k:  # every query would be a hit
+            raise ValueError(f"n must be above {k} for {self.metric}, got {self.n:g}: among so few it has no meaning")
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """A result file that has the right form.
+
+    Attributes:
+        name: path of the file within the folder that was read.
+        records: its figures, at least one.
+        content: the whole JSON object: the header of `header`, `records`, and parts such as `confusion_matrix`.
+    """
+
+    name: str
+    records: tuple[Record, ...]
+    content: dict[str, Any]
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The plain values of the file: what the figures depend on."""
+        return {key: value for key, value in self.content.items() if isinstance(value, str | int | float | dict)}
 
 
 def header(
@@ -102,22 +216,76 @@ def write_records(path: Path, records: list[Record], facts: dict[str, Any], **pa
     write_json(path, content)
 
 
+def read_result(path: Path, folder: Path | None = None) -> ResultFile:
+    """The result file at `path`, named by its path within `folder`.
+
+    Raises:
+        ValueError: the file has another form. The message names the file, the place in it, the value and the rule.
+        OSError: it can't be read.
+    """
+    name = path.relative_to(folder).as_posix() if folder else str(path)
+    try:
+        content, _ = read_object(path)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}.") from error
+    try:
+        return parse_result(content, name)
+    except ValueError as error:
+        raise ValueError(f"{name}#/{error}.") from error
+
+
 def read_records(path: Path) -> list[Record]:
     """The records of a result file.
 
     Raises:
-        ValueError: the file has another form.
+        ValueError: the file has another form, see `read_result`.
     """
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"{path} is no result file of schema version {SCHEMA_VERSION}.")
-    names = {field.name for field in fields(Record)}
-    return [Record(**{key: value for key, value in record.items() if key in names}) for record in content["records"]]
+    return list(read_result(path).records)
 
 
-def digest_of(value: Any) -> str:
-    """Hex digest of a JSON value."""
-    return hashlib.blake2b(json.dumps(value, ensure_ascii=True).encode(), digest_size=16).hexdigest()
+def parse_result(content: dict[str, Any], name: str) -> ResultFile:
+    """A result file out of its JSON object.
+
+    Raises:
+        ValueError: it has another form; the message begins with the place in it, such as `records/3/value`.
+    """
+    version, listed = content.get("schema_version"), content.get("records")
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"schema_version must be {SCHEMA_VERSION}, got {_shown(version)}: measure it again with this package"
+        )
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"records must be a list of at least one figure, got {_shown(listed)}")
+    return ResultFile(name, tuple(_record(entry, number) for number, entry in enumerate(listed)), content)
+
+
+def read_object(path: Path) -> tuple[dict[str, Any], bytes]:
+    """A JSON object out of a file that may be anybody's, and the file's bytes, for a digest or a search in them.
+
+    Raises:
+        ValueError: it is no regular file, too large, no JSON in UTF-8, or no object; a number is NaN or infinite; a key
+            stands twice in an object. The message is to follow the file's name.
+        OSError: it can't be read.
+    """
+    if not path.is_file():  # to read a pipe would wait for ever
+        raise ValueError("is no regular file")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"is larger than {MAX_JSON_BYTES // 2**20} MiB")
+    data = path.read_bytes()
+    try:
+        content = json.loads(data.decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct_keys)
+    except RecursionError as error:
+        raise ValueError("is no JSON that can be read: it nests too deep") from error
+    except ValueError as error:  # also text that is not UTF-8
+        raise ValueError(f"is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError("must hold a JSON object")
+    return content, data
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that can be computed with: no truth value, NaN or infinity."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e18
 
 
 def hub_revision(name: str, repo_type: str) -> str | None:
@@ -129,9 +297,38 @@ def hub_revision(name: str, repo_type: str) -> str | None:
     return reference.read_text(encoding="ascii").strip() if reference.is_file() else None
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, on one line and without the folders of this machine."""
-    return " ".join(hide_paths(str(error)).split())
+def _record(entry: Any, number: int) -> Record:
+    if not isinstance(entry, dict):
+        raise ValueError(f"records/{number} must be an object, got {_shown(entry)}")
+    known = [field.name for field in fields(Record)]
+    required = known[: known.index("seed")]
+    if missing := [name for name in required if name not in entry]:
+        raise ValueError(f"records/{number} has no {missing[0]!r}")
+    try:
+        return Record(**{name: entry[name] for name in known if name in entry})
+    except ValueError as error:
+        raise ValueError(f"records/{number}/{error}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value of a file, on one short line."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def _ordered(low: Any, high: Any) -> bool:
+    return is_number(low) and is_number(high) and low <= high
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}")
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return content
 
 
 def _module_name() -> str:

@@ -1,31 +1,19 @@
-"""Tables of result records, as Markdown."""
+"""Figures and texts as they are shown, and tables of result records as Markdown."""
 
+import math
+import re
 import statistics
+from collections.abc import Sequence
 
-from records.schema import Record
+from records.schema import GAIN, MODEL_NAMES, Record
+from records.series import Series
 
-MODEL_NAMES = {"baseline": "Baseline", "capivara": "CAPIVARA"}
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
+MARKDOWN = "\\`*_[]<>|~$#&"
 COLUMNS = ("recall@1", "recall@5", "recall@10", "mean_recall")
 
 
-def retrieval_table(records: list[Record]) -> str:
-    """The paper's table, in per cent: a row a language and model, mean ± standard deviation over several seeds.
-
-    The gain's interval is that of the paired bootstrap over the split's images, for each seed where there are several.
-    """
-    header = ["Language", "Model"]
-    for direction in ("Text-to-image", "Image-to-text"):
-        header += [f"{direction} R@1", "R@5", "R@10", "**Mean recall**"]
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
-    for language in dict.fromkeys(record.language for record in records):
-        rows = [r for r in records if r.language == language]
-        lines += [_row(rows, language, model) for model in MODEL_NAMES if any(r.model == model for r in rows)]
-        lines.append(_chance_row(rows, language))
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return "\n".join([table, "", *_gain_lines(records)]).rstrip() + "\n"
-
-
-def percent(values: list[float]) -> str:
+def percent(values: Sequence[float]) -> str:
     """Shares as "12.3", "12.3 ± 0.4" (mean and sample standard deviation) for several runs, a dash where none is."""
     if not values:
         return "–"
@@ -33,28 +21,75 @@ def percent(values: list[float]) -> str:
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
 
 
-def _row(records: list[Record], language: str, model: str) -> list[str]:
-    cells = []
-    for direction in ("text_to_image", "image_to_text"):
-        for metric in COLUMNS:
-            cells.append(
-                percent([r.value for r in records if (r.model, r.direction, r.metric) == (model, direction, metric)])
-            )
-    return [language, MODEL_NAMES[model], *cells]
+def figure_text(series: Series | None) -> str:
+    """Per cent or rank, with the standard deviation of several seeds; a dash where there is none."""
+    if series is None:
+        return "–"
+    if not series.first.is_rank:
+        return percent(series.values)
+    return f"rank {series.mean:g}" + (f" ± {series.deviation:.1f}" if series.deviation is not None else "")
 
 
-def _chance_row(records: list[Record], language: str) -> list[str]:
-    cells = []
-    for direction in ("text_to_image", "image_to_text"):
-        for metric in COLUMNS:
-            cells.append(percent([r.chance for r in records if (r.direction, r.metric) == (direction, metric)][:1]))
-    return [language, "chance", *cells]
+def points(difference: float | None, is_rank: bool = False) -> str:
+    """A difference of shares (or of ranks) with its sign: in points of per cent, or in ranks."""
+    if difference is None or math.isnan(difference):
+        return "–"
+    rounded = round(difference if is_rank else 100 * difference, 1)
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
 
 
-def _gain_lines(records: list[Record]) -> list[str]:
+def one_line(text: str, limit: int) -> str:
+    """A text of anybody's on one line of at most `limit` letters, without controls and marks that turn it around."""
+    text = text[: 4 * limit].encode("utf-8", "replace").decode()  # half a surrogate pair can't be written
+    line = CONTROLS.sub("", " ".join(text.split()))
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def escape_markdown(text: str, limit: int = 300) -> str:
+    """A text of anybody's as Markdown that shows it, on one line of at most `limit` letters, in a table, too."""
+    text = "".join("\\" + letter if letter in MARKDOWN else letter for letter in one_line(text, limit))
+    return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda mark: f"\\{mark[1]}" if mark[1] else f"{mark[2]}\\", text)
+
+
+def markdown_table(rows: Sequence[Sequence[str]], text_columns: int) -> str:
+    """A table in Markdown.
+
+    Args:
+        rows: cells, the head first.
+        text_columns: how many columns are aligned to the left; the others hold numbers.
+    """
+    rule = ["---"] * text_columns + ["---:"] * (len(rows[0]) - text_columns)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [rows[0], rule, *rows[1:]])
+
+
+def retrieval_table(records: Sequence[Record]) -> str:
+    """The paper's table, in per cent: a row a language and model, mean ± standard deviation over several seeds.
+
+    The gain's interval is that of the paired bootstrap over the split's images, for each seed where there are several.
+    """
+    rows = [["Language", "Model"]]
+    for direction in ("Text-to-image", "Image-to-text"):
+        rows[0] += [f"{direction} R@1", "R@5", "R@10", "**Mean recall**"]
+    for language in dict.fromkeys(record.language for record in records):
+        of_language = [r for r in records if r.language == language]
+        for role, name in MODEL_NAMES.items():
+            of_role = [r for r in of_language if r.model == role]
+            if of_role:
+                rows.append([language, name, *_cells(of_role, lambda found: [r.value for r in found])])
+        rows.append([language, "chance", *_cells(of_language, lambda found: [r.chance for r in found][:1])])
+    return "\n".join([markdown_table(rows, 2), "", *_gain_lines(records)]).rstrip() + "\n"
+
+
+def _cells(records, values) -> list[str]:
+    """A cell a direction and metric, of the `values` of its records."""
+    wanted = [(direction, metric) for direction in ("text_to_image", "image_to_text") for metric in COLUMNS]
+    return [percent(values([r for r in records if (r.direction, r.metric) == key])) for key in wanted]
+
+
+def _gain_lines(records: Sequence[Record]) -> list[str]:
     lines = []
     for r in records:
-        if r.metric == "mean_recall_gain":
+        if r.metric == GAIN:
             low, high = r.interval_95
             seed = "" if r.seed is None else f", seed {r.seed}"
             lines.append(

@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import randomise, tiny_config
 from datasets import concatenate_datasets, load_from_disk
 
@@ -60,6 +62,12 @@ def change(path: Path, edit: Callable[[Any], Any]) -> None:
 
 def card_of(folder: Path) -> str:
     return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def split_card(text: str) -> tuple[dict[str, Any], str]:
+    """Front matter and body."""
+    found = re.match(r"\A---\n(.*?)\n---\n", text, re.DOTALL)
+    return yaml.safe_load(found[1]), text[found.end() :]
 
 
 def results_of(folder: Path, language: str = "pt") -> Path:

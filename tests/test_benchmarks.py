@@ -6,16 +6,28 @@ import sys
 
 import pytest
 
-from benchmarks.import_time import BASE, measure
+from benchmarks import timing
 
 
 @pytest.mark.slow
 def test_import_costs_little_over_transformers():
     """In CPU time, and the least of three: seconds of two imports differ by more where others use the machine."""
-    timed = f"import time; {BASE}; s = time.process_time(); import modeling_capivara; print(time.process_time() - s)"
+    base = "from transformers import PreTrainedModel, AutoModel, AutoProcessor"
+    timed = f"import time; {base}; s = time.process_time(); import modeling_capivara; print(time.process_time() - s)"
     runs = [subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True) for _ in range(3)]
     assert min(float(run.stdout) for run in runs) < 0.3
-    assert measure(runs=1).keys() == {"transformers_s", "with_package_s", "extra_s", "runs"}
+
+
+def test_programs_take_turns_and_the_warm_up_is_not_counted():
+    seen = []
+    programs = {name: lambda run, name=name: seen.append((run, name)) or len(seen) for name in ("a", "b")}
+    assert timing.alternating(programs, 2, "Runs", warmup=1) == {"a": [3, 5], "b": [4, 6]}
+    assert seen == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (2, "b")]
+
+
+def test_a_ratio_is_the_median_of_the_runs():
+    assert timing.median_ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
+    assert timing.rate_spread(6, [2.0, 6.0, 3.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
 
 
 @pytest.mark.slow
@@ -47,8 +59,8 @@ def test_loading_at_small_size(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_way_gives_clip_benchmarks_recalls():
-    from benchmarks.eval_retrieval import whole_way
+def test_end_to_end_gives_clip_benchmarks_recalls():
+    from benchmarks.eval_retrieval import compare_end_to_end
 
-    found = whole_way(12, 1)
+    found = compare_end_to_end(12, 1)
     assert found["largest_difference_of_a_recall"] < 1e-4 and found["captions"] == 60

@@ -390,8 +390,8 @@ def test_the_comparison_of_selected_and_all_captions(config, tmp_path, tiny_fold
         assert {(r["direction"], r["seed"]) for r in trained} == {
             (direction, seed) for direction in ("text_to_image", "image_to_text") for seed in (0, 1)
         }
-    table = captions_selection.markdown_table(result)
-    assert f"| selected captions | {images['kept']} | xh |" in table and " ± " in table
+    table = captions_selection.selection_table(result)
+    assert f"| xh | selected captions | {images['kept']} |" in table and " ± " in table
 
 
 def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_dataset_folder):

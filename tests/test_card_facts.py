@@ -8,13 +8,11 @@ import statistics
 
 import pytest
 import yaml
-from card_run import card_of, change, record_of, results_of, three_seeds, trained_run
+from card_run import card_of, change, record_of, results_of, split_card, three_seeds, trained_run
 from huggingface_hub import parse_eval_result_entries
 
-from hub_upload.card import main, write_card
-from hub_upload.card_check import check
+from hub_upload.card import check, main, write_card
 from hub_upload.card_facts import card_facts
-from hub_upload.card_schema import split_card
 from hub_upload.export import export
 
 HUB_DATA = "laicsiifes/flickr30k-pt-br"
@@ -38,10 +36,10 @@ MISSING = {
     "run.json without steps": ("run.json", lambda run: run.pop("steps"), r"run\.json# has no 'steps'"),
     "no config": ("run.json", lambda run: run.pop("config"), "has no 'config'"),
     "a record without a value": ("pt", lambda r: r["records"][2].pop("value"), r"records/2 has no 'value'"),
-    "a share above 1": ("pt", lambda r: r["records"][0].update(value=8.3), "must be a share, got 8.3"),
-    "a value that is text": ("pt", lambda r: r["records"][0].update(value="0.5"), "must be a number"),
-    "another schema": ("pt", lambda r: r.update(schema_version=1), "no result file of schema version 2"),
-    "another role": ("pt", lambda r: r["records"][0].update(model="best"), "model must be one of"),
+    "a share above 1": ("pt", lambda r: r["records"][0].update(value=8.3), "must be a share from 0 to 1, got 8.3"),
+    "a value that is text": ("pt", lambda r: r["records"][0].update(value="0.5"), "must be a finite number"),
+    "another schema": ("pt", lambda r: r.update(schema_version=1), "schema_version must be 2, got 1"),
+    "another role": ("pt", lambda r: r["records"][0].update(model="best"), "model must be one of baseline, capivara"),
     "two values": (
         "pt",
         lambda r: r["records"].append({**r["records"][0], "value": 0.9}),

@@ -14,7 +14,7 @@ from torch import nn
 import training.checkpoints
 from training.arguments import RunArguments
 from training.checkpoints import (
-    FREE,
+    FREE_SETTINGS,
     STATE,
     SUMS,
     Checkpoints,
@@ -295,7 +295,14 @@ def test_a_setting_or_data_set_that_only_one_run_has_is_a_difference(tmp_path):
 
 
 def test_what_changes_no_weight_may_differ(tmp_path):
-    check_same_run(TrainerState(config=dict.fromkeys(FREE, 1)), dict.fromkeys(FREE, 2), {}, tmp_path)
+    check_same_run(TrainerState(config=dict.fromkeys(FREE_SETTINGS, 1)), dict.fromkeys(FREE_SETTINGS, 2), {}, tmp_path)
     fields = set(RunArguments.__dataclass_fields__)
-    assert fields >= FREE, f"no such settings: {FREE - fields}"
-    assert not FREE & {"seed", "effective_batch_size", "micro_batch_size", "learning_rate", "max_steps", "language"}
+    assert fields >= FREE_SETTINGS, f"no such settings: {FREE_SETTINGS - fields}"
+    assert not FREE_SETTINGS & {
+        "seed",
+        "effective_batch_size",
+        "micro_batch_size",
+        "learning_rate",
+        "max_steps",
+        "language",
+    }

@@ -1,10 +1,13 @@
 """Every command answers `--help` and wrong flags before its heavy imports, and Ctrl-C in one line."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
@@ -36,6 +39,12 @@ COMMANDS = {
     "examples.real_images": "--model m",
     "examples.fine_tune_classifier": "",
 }
+# Commands of people who only use a model, whose help is there in Portuguese, too, with their arguments.
+IN_PORTUGUESE = {
+    "hub_upload.space": "hub_upload.space.__main__:SpaceArguments",
+    "eval.report": "eval.eval_arguments:ReportArguments",
+    "examples.openmoji.prepare": "examples.example_arguments:PrepareArguments",
+}
 INTERRUPTED = ("train_accelerate.py", "captions.score", "modeling_capivara.convert_open_clip", "hub_upload.space")
 INTERRUPTED += ("examples.real_images", "examples.fine_tune_classifier")
 
@@ -65,6 +74,41 @@ def test_help_comes_before_the_heavy_imports(command):
     called = command if command.endswith(".py") else f"python -m {command}"
     assert done.stdout.startswith(f"usage: {called} [-h]")
     assert "argparse" in imported and not imported & HEAVY
+
+
+def help_in(locale: dict[str, str], command: str) -> str:
+    """The help of a command in a locale, on lines of any length."""
+    others = {key: value for key, value in os.environ.items() if key not in ("LC_ALL", "LC_MESSAGES", "LANG")}
+    done = subprocess.run(
+        [sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=others | locale | {"COLUMNS": "10000", "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", IN_PORTUGUESE)
+def test_help_is_portuguese_where_the_locale_is(command):
+    module = command if command != "hub_upload.space" else "hub_upload.space.__main__"
+    kind = resolve_name(IN_PORTUGUESE[command])
+    portuguese, english = help_in({"LANG": "pt_BR.UTF-8"}, command), help_in({"LANG": "C"}, command)
+    assert kind.help_pt[""].strip() in portuguese and "mostra esta ajuda" in portuguese
+    assert resolve_name(module).__doc__.strip() in english and "show this help" in english
+    for field in fields(kind):
+        assert kind.help_pt[field.name] in portuguese and kind.help_pt[field.name] not in english
+        assert field.metadata["help"] in english and field.metadata["help"] not in portuguese
+    commands = [re.findall(r"^    (python -m [\w.]+)", text, re.MULTILINE) for text in (portuguese, english)]
+    assert commands[0] == commands[1], "both show the same commands"
+
+
+def test_the_first_locale_that_is_set_decides(monkeypatch):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    assert not common.cli.locale_is_portuguese()
+    monkeypatch.setenv("LANG", "pt_BR.UTF-8")
+    assert common.cli.locale_is_portuguese()
+    monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
+    assert not common.cli.locale_is_portuguese()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -106,3 +150,45 @@ def test_only_a_command_that_goes_on_says_so(monkeypatch, capsys, resumes, way):
     with pytest.raises(SystemExit) as ended:
         common.cli.run_command(main, resumes)
     assert ended.value.code == 130 and capsys.readouterr().err == f"\nStopped.{way}\n"
+
+
+@dataclass
+class Flags:
+    """Arguments of no command."""
+
+    names: list[str] = common.cli.flag(["a"], "Names.")
+    steps: int | None = common.cli.flag(None, "Steps.")
+    share: float = common.cli.flag(0.5, "Share.")
+
+    def __post_init__(self) -> None:
+        common.cli.at_least(self, 1, "steps")
+        common.cli.between(self, 0, 1, "share")
+
+
+def test_flags_config_and_rules_are_one(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("share: 1e-4\nsteps: 3\nnames: [x, y]\n", encoding="utf-8")
+    read = lambda *words, **options: common.cli.parse(Flags, None, list(words), **options)  # noqa: E731
+    first = read()
+    first.names.append("b")
+    assert (read().names, read().steps) == (["a"], None), "a default is shared by two command lines"
+    found = read("--config", str(config), "--steps", "5", config=True)
+    assert (found.names, found.steps, found.share) == (["x", "y"], 5, 1e-4), "flags win over the file"
+    for words, message in (
+        ("--steps 0", "steps must be at least 1, got 0"),
+        ("--share nan", "share must be from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(*words.split())
+    with pytest.raises(ValueError, match="Unknown flag: `--config`"):  # where none is taken
+        read("--config", str(config))
+
+
+@pytest.mark.parametrize("error", [ValueError("a value"), OSError("a file"), ImportError("a package")])
+def test_errors_of_a_user_are_one_line(error):
+    @common.cli.user_errors
+    def main(argv=None) -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=f"^error: {error}$"):
+        main([])

@@ -12,7 +12,8 @@ from common.privacy import short_name
 from eval import classification, linear_probe, report, retrieval, suite
 from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, retrieval_records
 from examples import fine_tune_classifier, real_images
-from records.plots import plot_retrieval_sheet, plot_training_curves
+from records.picture_sheets import plot_retrieval_sheet, sheet_queries
+from records.plots import plot_training_curves
 from records.schema import Record, header, read_records, write_records
 from records.tables import retrieval_table
 
@@ -70,8 +71,8 @@ def test_records_survive_json(tmp_path):
     assert read_records(tmp_path / "r.json") == records
     content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert content["schema_version"] == 2 and content["versions"]["torch"] and str(tmp_path) not in str(content)
-    (tmp_path / "old.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match="no result file of schema version 2"):
+    (tmp_path / "old.json").write_text('{"schema_version": 1}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"old\.json#/schema_version must be 2, got 1: measure it again"):
         read_records(tmp_path / "old.json")
 
 
@@ -90,15 +91,35 @@ def test_captions_are_flattened_in_order():
         flat_captions([["a"], [""]])
 
 
-def test_pictures(tmp_path):
+def test_the_sheet_shows_gains_a_tie_and_a_loss_by_rule():
+    before = torch.tensor([5, 5, 0, 3, 9, 1, 4, 2, 8, 7])
+    after = torch.tensor([1, 2, 0, 6, 3, 1, 4, 0, 9, 1])
+    chosen = sheet_queries(before, after, seed=0)
+    assert [kind for _, kind in chosen] == ["gain"] * 3 + ["tie", "loss"] and chosen == sheet_queries(before, after, 0)
+    change = {"gain": -1, "tie": 0, "loss": 1}
+    assert all(torch.sign(after[query] - before[query]) == change[kind] for query, kind in chosen)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0)).tolist()
+    gains = [query for query in order if after[query] < before[query]]
+    assert [query for query, _ in chosen[:3]] == gains[:3], "the first of the draw, not the largest"
+    assert sheet_queries(before, before, seed=1) == [(torch.randperm(10, generator=_seeded(1))[0].item(), "tie")]
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("language", ["pt", "hi"])
+def test_pictures(tmp_path, language):
     images = [Image.new("RGB", (30, 30), (8 * i, 0, 0)) for i in range(12)]
-    scores = {name: torch.randn(2, 12, generator=torch.Generator().manual_seed(s)) for s, name in enumerate("AB")}
-    plot_retrieval_sheet(images, ["água $x$", "<b>"], [3, 5], scores, tmp_path / "sheet.png")
+    scores = {role: torch.randn(2, 12, generator=_seeded(s)) for s, role in enumerate(("baseline", "capivara"))}
+    ranks = {"baseline": torch.tensor([3, 2]), "capivara": torch.tensor([1, 2])}
+    queries, path = ["água $x$", "<b>"], tmp_path / "sheet.png"
+    plot_retrieval_sheet(images, queries, [3, 5], lambda role, query: scores[role][query], ranks, 0, language, path)
     curve = [{"step": 0, "validation": {"text_to_image": 0.1, "image_to_text": 0.2}}]
     curve += [
         {"step": 1, "loss": 2.0, "learning_rate": 1e-4, "validation": {"text_to_image": 0.3, "image_to_text": 0.3}}
     ]
-    plot_training_curves(curve, "pt", tmp_path / "curves.png")
+    plot_training_curves(curve, "pt", tmp_path / "curves.png", words=language)
     for name in ("sheet.png", "curves.png"):
         colours = Image.open(tmp_path / name).convert("RGB").getcolors(1 << 20)
         assert len(colours) > 20, "an empty picture"

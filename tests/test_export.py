@@ -14,9 +14,9 @@ from conftest import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokeni
 from hub_server import HubServer
 from safetensors.torch import load_file
 
-from hub_upload import open_clip_files
+from hub_upload import loader_files
 from hub_upload.export import FORMATS, export
-from hub_upload.open_clip_files import text_config_source
+from hub_upload.loader_files import text_config_source
 from modeling_capivara import (
     CapivaraConfig,
     CapivaraImageProcessor,
@@ -223,7 +223,7 @@ def test_a_wrong_tensor_is_named_and_nothing_is_kept(source, tmp_path, monkeypat
         pre, post = "visual.ln_pre.weight", "visual.ln_post.weight"
         return {**state, pre: state[post], post: state[pre]}
 
-    monkeypatch.setattr(open_clip_files, "open_clip_state_dict", swapped)
+    monkeypatch.setattr(loader_files, "open_clip_state_dict", swapped)
     wrong = (
         "open_clip_model.safetensors does not hold the model.* vision_model.post_layernorm.weight, vision_model.pre_lay"
     )
@@ -307,7 +307,7 @@ def test_text_config_must_be_the_models(source, tmp_path):
 
 def test_a_whole_model_on_the_hub_is_no_text_tower(source, monkeypatch):
     config = CapivaraConfig.from_pretrained(source)
-    monkeypatch.setattr(open_clip_files, "_named_config", lambda name: config)
+    monkeypatch.setattr(loader_files, "_named_config", lambda name: config)
     with pytest.raises(ValueError, match="is a whole CAPIVARA model"):
         text_config_source(config, "us/capivara")
 
@@ -324,11 +324,11 @@ def test_tokenizer_kind_is_the_one_that_gives_the_models_ids(source, tmp_path):
     own = transformers.XLMRobertaTokenizer(vocab=pieces)
     own.save_pretrained(tmp_path / "own")
     assert (
-        open_clip_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), CapivaraTokenizer.from_tokenizer(own))
+        loader_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), CapivaraTokenizer.from_tokenizer(own))
         == "xlm-roberta"
     )
     with pytest.raises(ValueError, match="would read the tokenizer"):
-        open_clip_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), ours)
+        loader_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), ours)
 
 
 def test_what_open_clip_cannot_build_is_refused_before_anything_is_written(tmp_path, tiny_processor):

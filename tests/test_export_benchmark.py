@@ -9,14 +9,12 @@ from benchmarks.export import drop_from_page_cache, main, with_ratio
 
 @pytest.mark.slow
 def test_export_at_small_size(tmp_path, capsys):
-    flags = ["--layers", "1", "--vocabulary", "2000", "--runs", "1", "--output", str(tmp_path / "export.json")]
+    flags = ["--layers", "1", "--runs", "1", "--output", str(tmp_path / "export.json")]
     main(flags)
     found = json.loads((tmp_path / "export.json").read_text(encoding="utf-8"))
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == found
     assert found["export"]["written_bytes"] > 2 * found["weights_bytes"] > 8 * found["parameters"]
-    assert found["push"]["uploaded_bytes"] > 1.9 * found["weights_bytes"]
-    for part in ("export", "push"):
-        assert 0 < found[part]["after_imports_bytes"] <= found[part]["peak_bytes"]
+    assert 0 < found["export"]["after_imports_bytes"] <= found["export"]["peak_bytes"]
     for part in ("load", "load_and_read"):
         assert found["load"][part]["ratio"] > 0
         assert all(found["load"][part][name]["median_s"] > 0 for name in ("ours", "open_clip"))

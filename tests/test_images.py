@@ -23,6 +23,7 @@ from test_train_accelerate import ROOT, flags
 
 import train_accelerate
 import training.images
+import training.views
 from caption_data.image_files import decode_image
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
@@ -30,7 +31,8 @@ from common.files import DIGEST_BYTES, has_digest
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
-from training.images import Views, augmented, build_cache, check_images, random_state
+from training.images import build_cache
+from training.views import Views, augmented, check_images, random_state
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 BROKEN = b"\x89PNG\r\n\x1a\n no picture"
@@ -180,7 +182,7 @@ def test_training_with_a_cache_decodes_no_image(tiny_folder, tiny_dataset_folder
 
     options = {"augmented_views": 2, "max_steps": 3}
     first, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "first", **options)
-    monkeypatch.setattr(training.images, "decode_image", refuse)  # of all but the test split's table and pictures
+    monkeypatch.setattr(training.views, "decode_image", refuse)  # of all but the test split's table and pictures
     with counted_images(monkeypatch) as counts:
         second, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "second", **options)
     assert not counts
@@ -195,6 +197,7 @@ import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import numpy as np
 import training.images
+import training.views
 from test_images import Path, cache_of, load_model, views_of
 from modeling_capivara.loading import load_processor
 training.images.SHARD_ROWS = 3
@@ -305,6 +308,7 @@ def test_two_processes_share_the_pass(tiny_folder, tiny_dataset_folder, tmp_path
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import training.images
+import training.views
 import train_accelerate
 training.images.SHARD_ROWS = 3
 write = training.images.EmbeddingCache.write

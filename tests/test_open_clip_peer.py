@@ -1,10 +1,7 @@
 """The peer's side of the training benchmark: open_clip's real trainer, on a tiny model of its own classes."""
 
-import json
 import math
 import statistics
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +9,7 @@ from conftest import tiny_config
 
 import benchmarks.open_clip_peer as peer
 from benchmarks.open_clip_peer import PeerArguments, open_clip_arguments, open_clip_optimizer
+from benchmarks.timing import in_own_process
 
 
 @pytest.fixture
@@ -27,7 +25,7 @@ def tiny(monkeypatch):
 
     def tokens(args):
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(3, 300, (args.pairs, 77), generator=generator), 77.0
+        return torch.randint(3, 300, (args.pairs, 77), generator=generator)
 
     monkeypatch.setattr(peer, "build_open_clip", build_tiny)
     monkeypatch.setattr(peer, "caption_tokens", tokens)
@@ -87,13 +85,9 @@ def test_bad_sizes_fail_when_made(wrong):
 
 
 @pytest.mark.slow
-def test_full_size_in_a_process_of_its_own(tmp_path):
-    flags = ["--pairs", "4", "--micro", "2", "--accum", "2", "--steps", "1", "--json", str(tmp_path / "peer.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.open_clip_peer", *flags], capture_output=True, text=True, check=True
-    )
-    results = json.loads(done.stdout)
-    assert results == json.loads((tmp_path / "peer.json").read_text(encoding="utf-8"))
+def test_full_size_in_a_process_of_its_own():
+    flags = ["--pairs", "4", "--micro", "2", "--accum", "2", "--steps", "1"]
+    results = in_own_process(["benchmarks.open_clip_peer", *flags])
     assert results["parameters"] == 366_121_473 and results["padded_tokens"] == 77
     assert results["pairs_per_second"] > 0 and math.isfinite(results["pairs_per_second"])
     assert results["peak_memory_bytes"] > 16 * results["trained_parameters"], "weights, gradient and Adam's two states"

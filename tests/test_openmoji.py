@@ -216,7 +216,7 @@ def test_saved_dataset_comes_back_with_its_card(small_dataset, splits, tmp_path)
 
 def test_saving_never_overwrites(small_dataset, tmp_path):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(FileExistsError, match="holds files already"):
+    with pytest.raises(ValueError, match="is not empty"):
         dataset.save_dataset(small_dataset, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -480,10 +480,13 @@ def test_good_names(tmp_path):
         assert PushArguments(tmp_path, "us/model", revision=revision)
 
 
-def test_card_metadata():
-    assert card_metadata(CARD)["license"] == "mit" and card_metadata("# no metadata\n") == {}
+def test_card_metadata(folder):
+    assert card_metadata(folder / "README.md")["license"] == "mit"
+    (folder / "README.md").write_text("# no metadata\n", encoding="utf-8")
+    assert card_metadata(folder / "README.md") == {}
+    (folder / "README.md").write_text("---\n- a\n---\n", encoding="utf-8")
     with pytest.raises(ValueError, match="`key: value` lines"):
-        card_metadata("---\n- a\n---\n")
+        card_metadata(folder / "README.md")
 
 
 def test_it_is_a_program_and_its_help_teaches():

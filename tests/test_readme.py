@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed JSON, and its code runs."""
+"""The documentation holds: figures are those of the committed JSON, code runs, links lead somewhere."""
 
 import re
 from pathlib import Path
@@ -9,24 +9,62 @@ from PIL import Image
 from benchmarks import readme
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "LEIAME.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!http)([^)\s]+)\)")
 
 
-def test_figures_are_those_of_the_json():
-    assert readme.filled(TEXT) == TEXT, "run `python -m benchmarks.readme`"
+def code_with(page: str, word: str) -> str:
+    """The one Python block of a page that holds a word."""
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL) if word in block)
+    return code
 
 
-def test_a_changed_digit_is_noticed(monkeypatch, tmp_path):
-    block = re.search(r"<!-- encode: .*?<!-- end encode -->", TEXT, re.DOTALL)[0]
-    digit = re.search(r"\d\.\d", block)[0]
-    changed = TEXT.replace(block, block.replace(digit, "9" + digit, 1))
-    (tmp_path / "README.md").write_text(changed, encoding="utf-8")
-    assert readme.filled(changed) == TEXT != changed
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", readme.pages())
+def test_figures_are_those_of_the_json(page):
+    assert readme.filled(page, TEXTS[page]) == TEXTS[page], "run `python -m benchmarks.readme`"
+
+
+@pytest.mark.parametrize(("page", "block"), [("docs/benchmarks.md", "encode"), ("LEIAME.md", "demo_summary")])
+def test_a_changed_digit_is_noticed(page, block, monkeypatch, tmp_path):
+    text = re.search(rf"<!-- {block}: .*?<!-- end {block} -->", TEXTS[page], re.DOTALL)[0]
+    digit = re.search(r"\d[.,]\d", text)[0]
+    changed = TEXTS[page].replace(text, text.replace(digit, "9" + digit, 1))
+    assert readme.filled(page, changed) == TEXTS[page] != changed
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name in readme.pages():
+        (tmp_path / name).write_text(changed if name == page else TEXTS[name], encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"{page} is not what benchmarks/results says"):
+        readme.main(["--check"])
+    readme.main([])
+    assert (tmp_path / page).read_text(encoding="utf-8") == TEXTS[page]
+    readme.main(["--check"])
+
+
+def test_pictures_are_small_and_copies_look_the_same(tmp_path):
+    for path in (ROOT / "docs").glob("*.png"):
+        assert path.stat().st_size < 400_000, f"{path.name}: save it by benchmarks.readme.save_small_picture"
+        readme.save_small_picture(path, tmp_path / path.name)
+        with Image.open(path) as original, Image.open(tmp_path / path.name) as copy:
+            pairs = zip(original.convert("RGB").tobytes(), copy.convert("RGB").tobytes(), strict=True)
+            assert sum(abs(a - b) > 16 for a, b in pairs) < 0.01 * 3 * original.width * original.height
+
+
+def test_the_readme_is_read_in_a_minute():
+    assert len(TEXTS["README.md"].splitlines()) <= 130, "details are for the pages in docs/"
 
 
 def test_code_runs(tiny_folder, capsys):
-    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1]
+    code = code_with("README.md", "pipeline")
     assert code.count("data/openmoji/base") == 1
     exec(compile(code.replace("data/openmoji/base", str(tiny_folder)), "README.md", "exec"), {})
     assert "vermelho" in capsys.readouterr().out
@@ -34,27 +72,90 @@ def test_code_runs(tiny_folder, capsys):
 
 def test_the_trainer_example_runs(tiny_model, tiny_processor, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    (code,) = (block for block in BLOCKS if "ExactBatchTrainer" in block)
     captions = ["um gato", "a casa azul", "o carro", "pão"]
     pairs = [{"caption": text, "image": Image.new("RGB", (40, 37), (40 * i, 9, 9))} for i, text in enumerate(captions)]
     names = {"model": tiny_model, "processor": tiny_processor, "pairs": pairs}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code_with("docs/training.md", "ExactBatchTrainer"), "training.md", "exec"), names)
     assert names["trainer"].state.global_step == 3
-
-
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m ([\w.]+)", TEXT)) - {"pip", "pytest"}))
-def test_commands_exist(command):
-    path = ROOT / command.replace(".", "/")
-    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
-
-
-def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
-        assert (ROOT / target).is_file(), target
 
 
 def test_the_metric_example_runs(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    (code,) = (block for block in BLOCKS if "evaluate.load" in block)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code_with("docs/evaluation.md", "evaluate.load"), "evaluation.md", "exec"), {})
     assert "{'recall_at_k': 0.5}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", sorted({name for text in TEXTS.values() for name in re.findall(r"python -m ([\w.]+)", text)})
+)
+def test_commands_exist(command):
+    if command in ("pip", "pytest", "venv"):
+        return
+    path = ROOT / command.replace(".", "/")
+    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_links_lead_somewhere(page):
+    for target in LINK.findall(re.sub(r"`[^`]+`", "", FENCE.sub("", TEXTS[page]))):
+        name, _, anchor = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.is_file(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(file.read_text(encoding="utf-8")), f"{page}: {target}"
+
+
+def test_the_architecture_names_what_is_there():
+    text = TEXTS["docs/architecture.md"]
+    for path in set(re.findall(r"`([\w./]+(?:\.py|/))`", text)):
+        assert (ROOT / path).exists(), path
+    steps = re.findall(r"^\| \d+ \| `([^`]+)` \| `(\w+)` \|", text, re.MULTILINE)
+    assert len(steps) == len(re.findall(r"^\| \d", text, re.MULTILINE)) > 25
+    for path, name in steps:
+        code = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(?:def|class) {name}\b", code, re.MULTILINE), f"{path}: {name}"
+
+
+# ---- translations ----
+
+TRANSLATIONS = {"README.md": "LEIAME.md", "docs/your_language.md": "docs/seu_idioma.md"}
+OTHER_PAGE = {Path(name).name: Path(other).name for name, other in TRANSLATIONS.items()}
+OTHER_PAGE |= {other: name for name, other in OTHER_PAGE.items()}
+
+
+def parts(text: str, swap: bool) -> dict[str, list]:
+    """What both languages have alike.
+
+    Args:
+        text: of a page.
+        swap: whether links to translated pages are those of the other language, as in a translation; the link of a page
+            to its own translation is the same either way.
+    """
+    prose = FENCE.sub("", text)
+    links = [re.sub(r"[\w.]+$", lambda found: OTHER_PAGE.get(found[0], found[0]), link) if swap else link
+             for link in re.findall(r"\]\(([^)\s]+)\)", prose)]  # fmt: skip
+    plain = re.sub(r"\]\([^)\s]+\)", "]", re.sub(r"`[^`]+`", "", prose))
+    return {
+        "levels of the headings": [len(level) for level in re.findall(r"^(#+) ", prose, re.MULTILINE)],
+        "code": [(kind, re.sub(r"(^|\s+)#.*", "", code)) for kind, code in FENCE.findall(text)],
+        "code in the text": sorted(" ".join(code.split()) for code in re.findall(r"`[^`]+`", prose)),
+        "links": sorted(links),
+        "figures": sorted(number.replace(",", ".") for number in re.findall(r"\d+(?:[.,]\d+)*", plain)),
+        "columns of the tables": [line.count("|") for line in prose.splitlines() if line.startswith("|")],
+        "list items": [len(re.findall(r"^\s*(?:-|\d\.) ", prose, re.MULTILINE))],
+    }
+
+
+@pytest.mark.parametrize("page", TRANSLATIONS)
+def test_translations_are_in_step(page):
+    english, portuguese = parts(TEXTS[page], swap=False), parts(TEXTS[TRANSLATIONS[page]], swap=True)
+    for what, expected in english.items():
+        assert portuguese[what] == expected, f"{what} of {page} and {TRANSLATIONS[page]}"
+
+
+@pytest.mark.parametrize(
+    "change", [("## 3. Tr", "### 3. Tr"), ("0.2\n", "0.3\n"), ("8,5 GB", "9 GB"), ("--runs 3", "")]
+)
+def test_a_translation_out_of_step_is_noticed(change):
+    text = TEXTS["docs/seu_idioma.md"]
+    assert change[0] in text
+    assert parts(text.replace(*change), swap=True) != parts(TEXTS["docs/your_language.md"], swap=False)

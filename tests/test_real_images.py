@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 
 from eval.prompts import load_prompts
-from eval.report_page.files import read_folder
+from eval.report_folder import read_folder
 from examples.real_images import BABEL_PHOTOS, PHOTOS, main
 
 

@@ -15,7 +15,7 @@ from torchvision.transforms import v2 as transforms
 import train_accelerate
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import parse_arguments
-from training.images import AUGMENTATION, augmented
+from training.views import AUGMENTATION, augmented
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10
@@ -165,8 +165,8 @@ def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_
         ({"lora_rank": 2, "lora_targets": r"vision_model\..*\.q_proj"}, "matches the frozen image tower alone"),
         ({"lora_rank": 2, "lora_modules_to_save": "visual_projection"}, "is of the image tower, which is frozen"),
         ({"lora_rank": 2, "lora_modules_to_save": "text_model"}, "holds layers that get adapters"),
-        ({"lora_rank": 2, "lora_alpha": "nan"}, "lora_alpha a number above 0"),
-        ({"num_threads": 100_000_000}, "num_threads must be at most 1024"),
+        ({"lora_rank": 2, "lora_alpha": "nan"}, "lora_alpha must be a number above 0"),
+        ({"num_threads": 100_000_000}, "num_threads must be from 1 to 1024"),
         ({"frozen_parameters": "text_tower.*"}, "frozen_parameters: .* matches no parameter"),
         ({"frozen_parameters": ".*"}, "Nothing is left to train"),
         ({"frozen_parameters": "("}, "is no regular expression"),

@@ -15,19 +15,13 @@ from PIL import Image
 from report_results import ATTACK, facts, make_results, write_classification
 
 from common.files import read_json, write_json
-from eval.report import main, write_report
-from eval.report_page.compare import (
-    class_series,
-    confused_pairs,
-    identity,
-    main_pairs,
-    pairs_of,
-    protocol_rows,
-    series_by_condition,
-    value_text,
-)
-from eval.report_page.files import open_picture, read_folder
+from eval.report import main, series_of, write_report
+from eval.report_details import class_series, confused_pairs
+from eval.report_folder import open_picture, read_folder
+from eval.report_sections import main_pairs, protocol_pairs
 from records.schema import Record, write_records
+from records.series import folder_and_seed, pairs_of
+from records.tables import figure_text
 
 PLACE = {"task": "classification", "dataset": "d", "split": "test", "language": "pt", "protocol": "ours"}
 PLACE |= {"direction": "", "metric": "accuracy", "value": 0.5, "n": 10}
@@ -169,15 +163,18 @@ def test_half_a_character_does_not_end_it(tmp_path):
 
 
 def pairs(folder: Path):
-    return pairs_of(series_by_condition(read_folder(folder)))
+    return pairs_of(series_of(read_folder(folder)))
 
 
 @pytest.mark.parametrize("differs", ["dataset", "split", "language", "protocol", "direction", "metric"])
 def test_only_equal_conditions_are_paired(tmp_path, differs):
-    written(tmp_path, BASELINE, MODEL | {"value": 0.75})
+    retrieval = {"task": "retrieval", "direction": "text_to_image", "metric": "recall@1"}
+    baseline, model = BASELINE | retrieval, MODEL | retrieval | {"value": 0.75}
+    written(tmp_path, baseline, model)
     (pair,) = pairs(tmp_path)
     assert pair.difference == 0.25 and not pair.doubts
-    written(tmp_path, BASELINE, MODEL | {"value": 0.75, differs: "other"})
+    other = {"direction": "image_to_text", "metric": "recall@5"}.get(differs, "other")
+    written(tmp_path, baseline, model | {differs: other})
     apart = pairs(tmp_path)
     assert len(apart) == 2 and all(pair.difference is None for pair in apart)
 
@@ -187,8 +184,8 @@ def test_seeds_are_a_mean_and_a_sample_deviation(tmp_path):
         record = MODEL | {"value": value, "model_folder": f"runs/a/seed-{seed}"}
         written(tmp_path, record, name=f"{seed}.json")
     (pair,) = pairs(tmp_path)
-    assert pair.model.values == {0: 0.1, 1: 0.2, 2: 0.3} and pair.model.deviation == pytest.approx(0.1)
-    assert value_text(pair.model, False) == "20.0 ± 10.0"
+    assert pair.model.values == [0.1, 0.2, 0.3] and pair.model.deviation == pytest.approx(0.1)
+    assert figure_text(pair.model) == "20.0 ± 10.0"
 
 
 @pytest.mark.parametrize(
@@ -203,15 +200,15 @@ def test_seeds_are_a_mean_and_a_sample_deviation(tmp_path):
 )
 def test_whose_figure_it_is(folder, seed, file, expected):
     record = Record(**MODEL | {"model_folder": folder, "seed": seed})
-    assert identity(record, file) == ("capivara", *expected)
+    assert folder_and_seed(record, file) == expected
 
 
 def test_two_models_stay_apart_and_a_contradiction_is_stated(tmp_path):
     written(tmp_path, BASELINE, MODEL, MODEL | {"model_folder": "runs/b", "value": 0.6})
     written(tmp_path, MODEL | {"value": 0.7}, name="z.json")
     found = read_folder(tmp_path)
-    both = pairs_of(series_by_condition(found))
-    assert [(pair.model.source, pair.model.mean) for pair in both] == [("runs/a", 0.5), ("runs/b", 0.6)]
+    both = pairs_of(series_of(found))
+    assert [(pair.model.folder, pair.model.mean) for pair in both] == [("runs/a", 0.5), ("runs/b", 0.6)]
     assert found.problems[0][0] == "z.json" and "other figures of d with runs/a" in found.problems[0][1]
 
 
@@ -224,12 +221,12 @@ def test_other_data_raise_a_doubt(tmp_path):
         "other data: the fingerprints differ",
     ]
     written(tmp_path, BASELINE | {"model_folder": "other", "n": 9}, name="c.json")
-    assert [(pair.baseline.source, pair.model is None) for pair in pairs(tmp_path)] == [
+    assert [(pair.baseline.folder, pair.model is None) for pair in pairs(tmp_path)] == [
         ("base", False),
         ("other", False),
     ]
     write_records(tmp_path / "c.json", [Record(**BASELINE | {"model_folder": "other", "n": 9})], other)
-    assert [(pair.baseline.source, pair.model is None) for pair in pairs(tmp_path)] == [
+    assert [(pair.baseline.folder, pair.model is None) for pair in pairs(tmp_path)] == [
         ("other", False),
         ("base", True),
     ]
@@ -238,18 +235,18 @@ def test_other_data_raise_a_doubt(tmp_path):
 def test_shares_are_drawn_and_of_a_data_set_its_own_metric(results):
     block = [pair for pair in pairs(results) if pair.condition.dataset == "formas"]
     (rank,) = [pair for pair in block if pair.is_rank]
-    assert rank not in main_pairs(block) and rank.difference == -2 and value_text(rank.model, True) == "rank 2"
+    assert rank not in main_pairs(block) and rank.difference == -2 and figure_text(rank.model) == "rank 2"
     block = [pair for pair in pairs(results) if pair.condition.task == "classification"]
     assert {pair.condition.metric for pair in main_pairs(block)} == {"accuracy"}
 
 
 def test_authors_against_ours_on_the_same_model(results):
-    rows = protocol_rows(series_by_condition(read_folder(results)))
-    assert {(c.metric, ours.role) for c, _, ours in rows} == {
+    rows = protocol_pairs(series_of(read_folder(results)))
+    assert {(ours.condition.metric, ours.role) for _, ours in rows} == {
         (metric, role) for metric in ("accuracy", "top_5_accuracy") for role in ("baseline", "capivara")
     }
-    for _, authors, ours in rows:
-        assert (authors.role, authors.source) == (ours.role, ours.source)
+    for authors, ours in rows:
+        assert (authors.role, authors.folder) == (ours.role, ours.folder)
 
 
 def test_seeds_share_a_confusion_matrix(tmp_path):
@@ -262,7 +259,7 @@ def test_seeds_share_a_confusion_matrix(tmp_path):
             record["model_folder"] = f"runs/a/seed-{seed}"
         write_json(path, content)
     found = read_folder(tmp_path)
-    ((series,),), (first, second) = class_series(found).values(), (result.classes for result in found.results)
+    ((series,),), (first, second) = class_series(found).values(), found.classes.values()
     assert torch.equal(series.confusion, first.confusion + second.confusion)
     assert series.accuracies[0] is None and series.accuracies[3] == (first.accuracies[3] + second.accuracies[3]) / 2
 
@@ -297,22 +294,22 @@ def test_the_files_of_a_model_are_no_faults(tiny_folder):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", "is not JSON"),
+        ("{", "is no JSON"),
         ("[" * 100_000, "nests too deep"),
         ('{"scores": 1}', "holds neither records"),
         ('{"curve": [{"step": 1}]}', "curve without a step of training"),
         ('{"curve": [{"step": 1, "loss": "low", "learning_rate": 1}]}', "an entry of another form"),
-        ('{"schema_version": 1, "records": []}', "schema version 1; this report reads version 2"),
-        ('{"schema_version": 2, "records": []}', "without records"),
-        ({"value": 57.2}, "the value 57.2 of accuracy, which is no share"),
-        ({"value": math.nan}, "the value nan"),
-        ({"value": 10**400}, "the value 1000"),
-        ({"value": True}, "the value True"),
-        ({"metric": "median_rank", "value": 0.4}, "no rank"),
-        ({"model": "clip"}, "the model 'clip'; it is one of baseline, capivara"),
-        ({"dataset": ["d"]}, "the dataset ['d']"),
-        ({"interval_95": [0.1]}, "the interval_95"),
-        ({"n": None}, "the n None"),
+        ('{"schema_version": 1, "records": []}', "schema_version must be 2, got 1: measure it again"),
+        ('{"schema_version": 2, "records": []}', "records must be a list of at least one"),
+        ({"value": 57.2}, "records/0/value must be a share from 0 to 1, got 57.2 for accuracy"),
+        ({"value": math.nan}, "it holds NaN"),
+        ({"value": 10**400}, "records/0/value must be a finite number, got 1000"),
+        ({"value": True}, "records/0/value must be a finite number, got True"),
+        ({"metric": "median_rank"}, "records/0/metric must be one of classification"),
+        ({"model": "clip"}, "records/0/model must be one of baseline, capivara"),
+        ({"dataset": ["d"]}, "records/0/dataset must be text, got ['d']"),
+        ({"interval_95": [0.1]}, "records/0/interval_95 must be two numbers"),
+        ({"n": None}, "records/0/n must be a finite number, got None"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_reason(tmp_path, content, reason):
@@ -369,7 +366,8 @@ def test_pictures_stay_in_the_folder(tmp_path):
 def test_a_missing_picture_is_stated(tmp_path):
     best = [{"image": "../../etc/passwd", "score": 0.5}]
     gallery = [{"query": "um gato", "rank": 2, "right": "g/1.jpg", "best": best}]
-    written(tmp_path / "in", MODEL | {"task": "retrieval"}, gallery=gallery)
+    retrieval = {"task": "retrieval", "direction": "text_to_image", "metric": "recall@1"}
+    written(tmp_path / "in", MODEL | retrieval, gallery=gallery)
     found = write_report(tmp_path / "in", tmp_path / "report")
     assert {name for name, _ in found.problems} == {"../../etc/passwd", "g/1.jpg"}
     assert "not shown" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")

@@ -28,6 +28,7 @@ import training.step
 from modeling_capivara import CapivaraModel
 from training.checkpoints import SUMS, Checkpoints, _sums
 from training.loop import Trainer
+from training.run_folder import MARKER
 from training.step import ExactStep
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,7 +91,7 @@ def surroundings(cache: Path | None = None) -> dict:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They are proven elsewhere, and take longer than a run; those of other processes are drawn."""
-    for name in ("plot_training_curves", "plot_retrieval_sheet"):
+    for name in ("plot_training_curves", "draw_sheet"):
         monkeypatch.setattr(train_accelerate, name, lambda *args: None)
 
 
@@ -334,7 +335,7 @@ def test_ctrl_c_outside_of_the_steps(run, undisturbed, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "report", interrupted)
+        patch.setattr(train_accelerate, "write_results", interrupted)
         with pytest.raises(SystemExit) as stop:
             train_accelerate.main(run(out))
     assert stop.value.code == 130
@@ -499,7 +500,7 @@ def test_settings_that_change_no_weight_may_change(run, undisturbed, tmp_path):
 
 def test_another_number_of_threads_is_said(run, tmp_path, caplog, monkeypatch):
     killed_run(run(tmp_path / "out"), Trainer, "_one_step", 4)
-    monkeypatch.setattr(train_accelerate, "threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     train_accelerate.main(run(tmp_path / "out", resume="auto"))
     assert "with 1 CPU threads, now there are 2" in caplog.text and "--num_threads 1 keeps them" in caplog.text
 
@@ -547,7 +548,7 @@ def test_a_kill_after_the_rename_leaves_nothing_for_ever(run, tmp_path, monkeypa
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(train_accelerate, "finish_folder", finish_and_die)
         train_accelerate.main(run(tmp_path / "out"))
-    work_files = ["records.json", train_accelerate.MARK]
+    work_files = ["records.json", MARKER]
     assert all((tmp_path / "out" / name).is_file() for name in work_files)
     train_accelerate.main(run(tmp_path / "out", resume="auto"))
     assert not any((tmp_path / "out" / name).exists() for name in work_files)

@@ -11,11 +11,13 @@ import pytest
 from caption_tars import CAPTIONS, PICTURES, encoded, picture, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Image
 
+from caption_data import pairs
+from caption_data.columns import caption_texts
 from caption_data.image_files import decode_image
 from caption_data.pairs import caption_table, check_bad_share, joined_tables, table_bytes, tables_fingerprint
-from caption_data.rows import BadImage, Skipped, write_skipped
+from caption_data.rows import BadImage, BadRow, Skipped, write_skipped
 from caption_data.sources import open_source
-from training import rows
+from eval.retrieval import _chosen
 
 
 def bad_rows() -> list[tuple[str, list[tuple[str, bytes]]]]:
@@ -125,13 +127,13 @@ def test_fingerprint(tmp_path):
 
 
 def test_table_is_written_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "ROWS_PER_CHUNK", 3)
+    monkeypatch.setattr(pairs, "ROWS_PER_CHUNK", 3)
     source = open_source(tars_by_name(tmp_path), "train", "image")
     table = table_of(source)
     assert table.data.column("row").num_chunks == 3 and table["captions"][:] == CAPTIONS
     assert table.cache_files, "memory-mapped"
     fingerprint = tables_fingerprint(table)
-    monkeypatch.setattr(rows, "ROWS_PER_CHUNK", 1000)
+    monkeypatch.setattr(pairs, "ROWS_PER_CHUNK", 1000)
     assert tables_fingerprint(table_of(source)) == fingerprint
     nothing = table_of(source, choose=lambda row: [])
     assert len(nothing) == 0 and nothing.column_names == ["row", "digest", "captions"]
@@ -172,3 +174,21 @@ def test_parts_make_the_whole_table(tmp_path, number):
         )
     assert joined_tables(parts)[:] == whole[:] and len(whole) == 4
     assert part_skipped == all_skipped and len(all_skipped) == 3
+
+
+def test_captions_are_read_the_same_everywhere(tmp_path):
+    """By the caption stages, in training and in evaluation: one text, a list, None, a lone surrogate; texts alone."""
+    texts = {"one": ["one"], ("a", "b"): ["a", "b"], ("a", None): ["a", ""], ("\ud800",): ["?"], (): [], None: []}
+    for value, expected in texts.items():
+        value = list(value) if isinstance(value, tuple) else value
+        assert caption_texts(value, "captions-pt") == expected
+        if expected and all(expected):
+            assert _chosen(value, "captions-pt", "all", 0) == expected
+            members = [("a.jpg", PICTURES[0]), ("a.json", json.dumps({"captions-pt": value}).encode())]
+            source = tar_source(tmp_path, members, streaming=False)
+            assert table_of(source, [])["captions"][:] == [expected]
+    for value in ({"pt": "x"}, ["a", 7]):
+        with pytest.raises(BadRow, match="captions-pt"):
+            caption_texts(value, "captions-pt")
+        with pytest.raises(ValueError, match="Row 3 has captions that are no text"):
+            _chosen(value, "captions-pt", "all", 3)

@@ -1,5 +1,6 @@
 """What a selection keeps is what the training would draw from, and its report says so."""
 
+import html
 import json
 import re
 
@@ -12,9 +13,9 @@ from datasets import Dataset, DatasetDict, Features, Image
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.selection import STRATEGIES
 from caption_data.sources import open_source
-from captions.quality_plots import Example, plot_examples
-from captions.report import escaped
 from captions.select import SelectArguments, main, select, select_rows, write_missing_report
+from records.picture_sheets import Example, plot_examples
+from records.tables import escape_markdown
 from training.arguments import RunArguments
 from training.data import training_splits
 
@@ -59,10 +60,17 @@ def facts_of(output):
     return json.loads((output / "report" / "selection.json").read_text(encoding="utf-8"))
 
 
+def table_rows(output) -> list[list[str]]:
+    """The cells of all tables of the report's page."""
+    page = (output / "report" / "index.html").read_text(encoding="utf-8")
+    rows = (re.findall(r"(?s)<td[^>]*>(.*?)</td>", row) for row in re.findall(r"(?s)<tr>(.*?)</tr>", page))
+    return [[html.unescape(cell) for cell in row] for row in rows if len(row) > 1]
+
+
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(map(str, flags.values())))
 def test_it_keeps_what_the_training_draws_from(scored, tmp_path, flags, monkeypatch):
-    for name in ("plot_similarities", "plot_examples"):  # other tests look at them
-        monkeypatch.setattr(f"captions.report.{name}", lambda *_: None)
+    monkeypatch.setattr("captions.selection_report.Pictures.draw", lambda *_: None)  # other tests look at them
+    monkeypatch.setattr("captions.selection_report._page", lambda *_: "")
     select(SelectArguments(scored, tmp_path / "out", **flags))
     skipped = []
     (split,) = training_splits(RunArguments(model="m", dataset=[scored], **flags), skipped)
@@ -102,9 +110,9 @@ def test_the_report_counts_each_image_and_caption(scored, tmp_path):
     for name, least in (("similarities.png", (900, 300)), ("examples.png", (900, 600))):
         size = PIL.Image.open(tmp_path / "out" / "report" / name).size
         assert size[0] >= least[0] and size[1] >= least[1]
-    text = (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
-    assert "| images | 7 | 3 | 42.9 % |" in text and "| images that can't be used: no caption | 2 | 0 | |" in text
-    assert "céu \\$x\\_1\\$ \\\\frac" in text and max(map(len, text.splitlines())) < 500
+    rows = table_rows(tmp_path / "out")
+    assert ["images", "7", "3", "42.9 %"] in rows and ["images that can't be used: no caption", "2", "0", ""] in rows
+    assert "céu $x_1$ \\frac" in [row[1] for row in rows] and max(len(row[1]) for row in rows) <= 300
 
 
 def test_the_cut_of_the_pair_filter_is_shown_under_rank_too(tmp_path):
@@ -132,18 +140,22 @@ def test_texts_of_the_data_are_shown_and_not_obeyed(tmp_path):
     rows = [([text], [], [0.1 * number]) for number, text in enumerate(texts)]
     select(SelectArguments(saved(tmp_path / "data", rows), tmp_path / "out", min_pair_similarity=0.35))
     assert PIL.Image.open(tmp_path / "out" / "report" / "examples.png").size[0] > 900
-    text = (tmp_path / "out" / "report" / "report.md").read_text(encoding="utf-8")
-    assert "\\<script\\>" in text and "हिन्दी में" in text and "\u202e" not in text and "a b c" in text
-    for line in text.splitlines():
-        if line.startswith("| kept"):
-            assert len(re.findall(r"(?<!\\)\|", line)) == 5, line
-    assert escaped("1. um") == "1\\. um" and escaped("- a") == "\\- a" and escaped("12) b") == "12\\) b"
+    page = (tmp_path / "out" / "report" / "index.html").read_text(encoding="utf-8")
+    assert "<script>" not in page and "\u202e" not in page
+    captions = [row[1] for row in table_rows(tmp_path / "out")]
+    assert {"<script>alert(1)</script>", "हिन्दी में", "a b c", "[x](http://y) | `code`"} <= set(captions)
+
+
+def test_markdown_is_escaped():
+    assert escape_markdown("<b> | `x`\nc") == "\\<b\\> \\| \\`x\\` c"
+    assert escape_markdown("1. um") == "1\\. um" and escape_markdown("- a") == "\\- a"
+    assert escape_markdown("12) b") == "12\\) b" and len(escape_markdown("a" * 400)) == 300
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing")  # of fonts that this machine may lack
 def test_captions_of_wide_letters_do_not_run_into_their_neighbours(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr("captions.quality_plots._save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("records.picture_sheets.save_figure", lambda figure, path: figures.append(figure))
     texts = ["W" * 60, "桌子上有一只猫和一条狗在公园里玩耍，旁边还有一个红色的球和许多人", "a cat on a mat in the park"]
     plot_examples([Example(i, text, 0.2, None) for i, text in enumerate(texts)], [], tmp_path / "x.png")
     renderer = figures[0].canvas.get_renderer()
@@ -157,8 +169,8 @@ def test_without_similarities(tmp_path):
     dataset = saved(tmp_path / "data", scored=False)
     report = select(SelectArguments(dataset, tmp_path / "out", caption_strategy="all"))
     assert report.rows == 8
-    assert "`python -m captions.score` adds them" in (tmp_path / "out" / "report" / "report.md").read_text()
-    assert sorted(path.name for path in (tmp_path / "out" / "report").iterdir()) == ["report.md", "selection.json"]
+    assert "<code>python -m captions.score</code> adds them" in (tmp_path / "out" / "report" / "index.html").read_text()
+    assert sorted(path.name for path in (tmp_path / "out" / "report").iterdir()) == ["index.html", "selection.json"]
     with pytest.raises(ValueError, match=r"no column similarities-pt; there are"):
         select(SelectArguments(dataset, tmp_path / "x", caption_strategy="rank"))
 
@@ -178,7 +190,7 @@ def test_the_command_and_its_slips(scored, tmp_path, capsys):
     flags = ["--dataset", scored, "--output", str(tmp_path / "out"), "--min_pair_similarity", "0.2"]
     main(flags)
     said = capsys.readouterr().out
-    assert "3 rows written, 6 left out" in said and "report.md" in said
+    assert "3 rows written, 6 left out" in said and "report/index.html" in said
     for more, message in (
         (["--min_pair_similarity", "2"], "min_pair_similarity must be a number from -1 to 1"),
         (["--caption_count", "0"], "count must be a whole number from 1"),

@@ -19,9 +19,9 @@ from common.privacy import short_name
 from eval import embeddings
 from hub_upload.space import index as index_module
 from hub_upload.space.answers import MAX_LABELS, MAX_UPLOAD_BYTES, Demo
+from hub_upload.space.collection import open_pictures
 from hub_upload.space.index import build_index, is_album, open_album, read_album, thumbnail_file
 from hub_upload.space.page import decimal, thousands
-from hub_upload.space.pictures import open_pictures
 from modeling_capivara.embedder import CapivaraEmbedder
 
 ATTACK = "<img src=x onerror=alert(1)>\"'${alert(1)}"
@@ -397,14 +397,3 @@ def test_a_models_name_is_none_of_a_person(tmp_path, monkeypatch):
 
 def test_numbers_are_written_as_in_portuguese():
     assert decimal(-0.0314) == "−0,031" and decimal(25.26, 1) == "25,3" and thousands(1_234_567) == "1.234.567"
-
-
-def test_benchmark(tiny_folder, tmp_path):
-    from benchmarks.space import main
-
-    flags = ["--pictures", "1100", "--questions", "3", "--full_size", "False", "--output", str(tmp_path / "r.json")]
-    main(["--model", str(tiny_folder), *flags])
-    figures = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert set(figures["milliseconds"]) == {"demo"} and figures["pictures"] == 1100
-    parts = figures["milliseconds"]["demo"]
-    assert all(parts[name]["wall"]["median"] > 0 for name in ("embedding", "search", "answer"))

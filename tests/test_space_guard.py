@@ -1,10 +1,12 @@
 """What the page refuses, bounds and gives up: attacks on a page that runs in this process."""
 
 import asyncio
+import contextlib
 import http.client
 import io
 import json
 import os
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +20,8 @@ from test_space_page import asked, free_port
 
 from caption_data.image_files import decode_image
 from hub_upload.space.answers import Demo, Refusal
+from hub_upload.space.collection import open_pictures
 from hub_upload.space.index import Index, build_index, open_album
-from hub_upload.space.pictures import open_pictures
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedder import CapivaraEmbedder
 
@@ -78,11 +80,15 @@ def slow_jpeg(scans: int = 5000) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, tiny_processor):
+def demo(tmp_path_factory, tiny_processor):
     folder = tmp_path_factory.mktemp("guard")
     made_space.save_dataset(folder / "areas")
     embedder = CapivaraEmbedder("tiny", randomise(CapivaraModel(tiny_config())).eval(), tiny_processor, "float32")
-    demo = Demo([build_index(open_album(open_pictures(str(folder / "areas")), folder), embedder, folder)])
+    return Demo([build_index(open_album(open_pictures(str(folder / "areas")), folder), embedder, folder)])
+
+
+@pytest.fixture(scope="module")
+def page(demo):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "PICTURE_S", PICTURE_S)
         blocks = serve(demo, "127.0.0.1", port := free_port())
@@ -185,7 +191,19 @@ def test_a_foreign_origin_is_refused_on_every_route(page):
         assert page.ask("search_by_text", "azul", 6, Origin=origin)[0] == 403
     assert page.stored() == before
     assert page.ask("search_by_text", "azul", 6, Origin=page.url)[0] == 200
-    assert page.upload(b"x", Origin="https://us-demo.hf.space", X_Forwarded_Host="us-demo.hf.space")
+
+
+def test_the_host_of_a_proxy_is_believed_only_by_a_page_that_may_have_one(page, demo):
+    forwarded = {"Origin": "https://us-demo.hf.space", "X_Forwarded_Host": "us-demo.hf.space"}
+    assert page.post("/gradio_api/upload", form(b"x"), FORM, **forwarded)[0] == 403
+    assert page.ask("search_by_text", "azul", 6, **forwarded)[0] == 403
+    blocks = serve(demo, "0.0.0.0", port := free_port())  # as a Space does
+    try:
+        opened = Page(blocks, port)
+        assert opened.upload(b"x", **forwarded)
+        assert opened.post("/gradio_api/upload", form(b"x"), FORM, Origin="https://other.hf.space")[0] == 403
+    finally:
+        blocks.close()
 
 
 def status_of(page: Page, method: str, path: str, **headers: str) -> int:
@@ -230,10 +248,11 @@ def test_bodies_are_bounded(page):
         ("run/predict", chunks(300_000), "application/json", 413),
         ("run/predict", b"{", "application/json", 400),
         ("run/predict", b"[" * 90_000 + b"]" * 90_000, "application/json", 400),
-        ("upload", chunks(1000), FORM, 411),
     ):
         status, _, answer = page.post(f"/gradio_api/{path}", body, kind)
         assert status == expected and json.loads(answer)["error"], (path, status, answer[:100])
+    unsaid = {"Content_Type": FORM, "Transfer_Encoding": "chunked"}
+    assert status_of(page, "POST", "/gradio_api/upload", **unsaid) == 411
     several = {
         "Content_Type": FORM,
         "Content_Length": str(3 * 7_000_000),
@@ -247,15 +266,121 @@ def chunks(size: int):
     yield from (b" " * 1000 for _ in range(size // 1000))
 
 
-def test_an_upload_that_never_ends_is_given_up(page, monkeypatch):
+@contextlib.contextmanager
+def begun(page: Page, first: bytes, length: int, path: str = "upload", kind: str = FORM):
+    """The socket of a request that has sent its head and the first of its bytes."""
+    head = f"POST /gradio_api/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {length}"
+    with socket.create_connection(("127.0.0.1", page.port), timeout=20) as sent:
+        sent.sendall(f"{head}\r\n\r\n".encode() + first)
+        yield sent
+
+
+def status_line(sent: socket.socket) -> bytes:
+    return sent.recv(10_000).partition(b"\r\n")[0]
+
+
+def test_a_request_that_never_ends_is_given_up(page, monkeypatch):
     monkeypatch.setattr(guard, "RECEIVE_S", 1)
-    head = "Host: 127.0.0.1\r\nContent-Type: {}\r\nContent-Length: 1000\r\n\r\n--X\r\n"
+    monkeypatch.setattr(guard, "STEP_S", 1)
     for path, kind in (("upload", FORM), ("run/predict", "application/json")):
-        connection = http.client.HTTPConnection("127.0.0.1", page.port, timeout=20)
-        connection.connect()
-        connection.sock.sendall(f"POST /gradio_api/{path} HTTP/1.1\r\n{head.format(kind)}".encode())
-        assert b" 408 " in connection.sock.recv(1000).partition(b"\r\n")[0]
-        connection.close()
+        with begun(page, b"--X\r\n", 1000, path, kind) as sent:
+            assert b" 408 " in status_line(sent)
+
+
+def test_an_upload_that_comes_too_slowly_is_given_up(page, monkeypatch):
+    """However little time is left to all of it, or however much: each step has its own."""
+    monkeypatch.setattr(guard, "STEP_S", 0.8)
+    data = form(bytes(600_000))
+    for size, every, expected in ((100_000, 0.3, b" 200 "), (100, 0.1, b" 408 ")):
+        with begun(page, data[:150_000], len(data)) as sent:
+            sent.settimeout(every)
+            started, rest, line = time.monotonic(), data[150_000:], b""
+            while not line and time.monotonic() - started < 4:
+                sent.sendall(rest[:size])
+                rest = rest[size:]
+                with contextlib.suppress(TimeoutError):
+                    line = status_line(sent)
+            assert expected in line, (line, len(rest))
+    assert time.monotonic() - started < 3
+
+
+def test_a_fast_upload_has_a_limit_for_all_of_it(page, monkeypatch):
+    monkeypatch.setattr(guard, "RECEIVE_S", 1)
+    with begun(page, form(bytes(150_000))[:150_000], 2_000_000) as sent:
+        sent.settimeout(0.1)
+        started, line = time.monotonic(), b""
+        while not line and time.monotonic() - started < 4:
+            sent.sendall(bytes(guard.STEP_BYTES))
+            with contextlib.suppress(TimeoutError):
+                line = status_line(sent)
+    assert b" 408 " in line
+
+
+def test_slow_visitors_keep_nobody_from_uploading(page, monkeypatch):
+    """Eight hold all places and send nothing more: who waits too long is told so, and soon they are gone."""
+    monkeypatch.setattr(guard, "STEP_S", 2)
+    monkeypatch.setattr(guard, "PLACE_S", 0.5)
+    data = form(bytes(300_000))
+    with contextlib.ExitStack() as slow:
+        for _ in range(guard.UPLOADS_AT_ONCE):
+            slow.enter_context(begun(page, data[:200_000], len(data)))
+        time.sleep(0.5)
+        status, _, body = page.post("/gradio_api/upload", form(b"x"), FORM)
+        assert status == 503 and json.loads(body)["error"] == turns.BUSY
+        monkeypatch.setattr(guard, "PLACE_S", 10)
+        started = time.monotonic()
+        assert page.upload(b"x") and time.monotonic() - started < 3
+
+
+def test_idle_visitors_stand_in_nobodys_way(page):
+    """More than there are places, who have sent almost nothing: they wait for none."""
+    with contextlib.ExitStack() as idle:
+        for _ in range(10 * guard.UPLOADS_AT_ONCE):
+            idle.enter_context(begun(page, b"--X\r\n", 1000))
+        time.sleep(0.3)
+        started = time.monotonic()
+        assert page.upload(b"x") and time.monotonic() - started < 2
+
+
+def malformed_questions(page: Page, path: str) -> list[str]:
+    """Questions that are none of the page's; most made gradio fail, with its traceback in the log."""
+    names = ("search_by_text", "search_by_image", "random_picture", "load_example")
+    text, image, random, example = (page.numbers[name] for name in names)
+    numbers = [10**6, -1, None, "1", 0.0, float("nan"), float("inf"), 10**400, [text], {}]
+    counts = [None, "6", 6.0, True, 7, 10**400, [6], {}, float("nan"), float("-inf")]
+    asked = [(number, ["azul", 6]) for number in numbers] + [(text, ["azul", count]) for count in counts]
+    asked += [(text, [words, 6]) for words in (5, True, ["azul"], {"a": 1}, {"path": path}, float("nan"))]
+    asked += [(text, data) for data in ([], ["azul"], ["azul", 6, 6], "azul", {}, None)]
+    asked += [(image, [picture, 6]) for picture in ("x", path, 5, [], [{"path": path}], {"path": path, "data": 1})]
+    asked += [(random, [1]), *((example, [number]) for number in ("a", 99, -1, None, 1.0))]
+    questions = [{"data": data, "fn_index": number, "session_hash": "s"} for number, data in asked]
+    questions += [{"data": ["azul", 6], "fn_index": text, "session_hash": session} for session in (5, ["s"], {}, None)]
+    questions += [{"data": ["azul", 6]}, {"fn_index": text}, {}, [], 5, "azul", None]
+    huge = [f'{{"data": ["azul", {n}], "fn_index": {text}, "session_hash": "s"}}' for n in ("1e999", "9" * 5000)]
+    return [json.dumps(question) for question in questions] + huge
+
+
+def test_malformed_questions_are_refused_in_a_line(page, upload, capfd):
+    capfd.readouterr()
+    for question in malformed_questions(page, upload["path"]):
+        status, _, body = page.post("/gradio_api/run/predict", question.encode())
+        assert status == 400 and json.loads(body)["error"].startswith("O pedido não é"), (question[:200], status, body)
+    more = {"size": "x", "url": 5, "meta": 5, "orig_name": []}  # of a picture, what the page does not need
+    assert "<data>" in page.ask("search_by_image", {**upload, **more}, 6)[1]
+    assert "Envie uma imagem" in page.ask("search_by_image", more, 6)[1]
+    assert page.ask("load_example", 3)[0] == 200 and page.ask("search_by_text", None, 6)[0] == 200
+    assert not "".join(capfd.readouterr()).strip(), "the log says something of them"
+
+
+def test_broken_uploads_leave_nothing_in_the_log(page, capfd):
+    capfd.readouterr()
+    no_file = b'--X\r\nContent-Disposition: form-data; name="files"\r\n\r\nabc\r\n--X--\r\n'
+    for body, kind in ((no_file, FORM), (b"x", FORM), (b"x", "multipart/form-data"), (b"x", "text/plain")):
+        assert page.post("/gradio_api/upload", body, kind)[0] == 400
+    with begun(page, form(b"x")[:50], 1000):
+        time.sleep(0.2)
+    time.sleep(0.3)  # the visitor has gone
+    assert not "".join(capfd.readouterr()).strip()
 
 
 def test_stored_uploads_are_bounded(page, monkeypatch):
@@ -391,4 +516,5 @@ def test_load_benchmark(tiny_folder, tmp_path):
         main(flags)
     figures = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert set(figures["answers"]) == {"200"} and figures["visitors"]["in_a_row"] == 50
+    assert 0 < figures["milliseconds_in_a_row"]["median"] <= figures["milliseconds_in_a_row"]["ninth_decile"]
     assert figures["memory_mb"]["in_a_row"]["peak"] >= figures["memory_mb"]["in_a_row"]["after"] > 0

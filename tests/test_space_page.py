@@ -19,8 +19,8 @@ from browser import open_browser, require_chromium
 from test_space import bomb
 
 from hub_upload.space.answers import MAX_UPLOAD_BYTES, Demo
+from hub_upload.space.collection import open_pictures
 from hub_upload.space.index import build_index, open_album
-from hub_upload.space.pictures import open_pictures
 from modeling_capivara.embedder import CapivaraEmbedder
 
 gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")

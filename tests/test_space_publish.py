@@ -18,7 +18,7 @@ from test_space_page import asked, free_port, wait_for
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
 
 from hub_upload.space.__main__ import main
-from hub_upload.space.publish import OTHER_FILES, program_files
+from hub_upload.space.publish_space import OTHER_FILES, program_files
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "---\nlicense: cc-by-sa-4.0\n---\n"
@@ -43,7 +43,7 @@ def test_the_program_is_what_the_page_imports():
     } <= files
     assert {"modeling_capivara/modeling_capivara.py", "eval/embeddings.py", "common/files.py"} <= files
     assert not [name for name in files if name.startswith(("training/", "tests/", "benchmarks/", "examples/"))]
-    assert "hub_upload/space/publish.py" not in files and all((ROOT / name).is_file() for name in files)
+    assert "hub_upload/space/publish_space.py" not in files and all((ROOT / name).is_file() for name in files)
     beside = {
         path.relative_to(ROOT) for path in (ROOT / "hub_upload/space").iterdir() if path.suffix in (".css", ".js")
     }

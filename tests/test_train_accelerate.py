@@ -13,11 +13,12 @@ from datasets import DatasetDict, load_from_disk
 from PIL import Image
 
 import train_accelerate
+from common.files import lock_folder
 from common.privacy import short_name
-from hub_upload.card import write_card
-from hub_upload.card_check import check
+from hub_upload.card import check, write_card
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
+from training.run_folder import MARKER
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD_FIELDS = {"task", "dataset", "split", "language", "protocol", "direction", "metric", "value", "n", "model"}
@@ -247,15 +248,15 @@ def test_a_finished_run_is_not_lost_where_its_folder_was_filled(
 ):
     """Another program writes to the output folder while the run trains."""
     argv = flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=2)
-    report = train_accelerate.report
+    write_results = train_accelerate.write_results
 
     def fill(*args) -> None:
-        report(*args)
+        write_results(*args)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs.txt").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "report", fill)
+        patch.setattr(train_accelerate, "write_results", fill)
         with pytest.raises(SystemExit, match="is not empty"):
             train_accelerate.main(argv)
     (tmp_path / "out" / "theirs.txt").unlink()
@@ -290,7 +291,9 @@ def test_a_complete_run_of_other_settings_is_not_said_to_be_this_one(tiny_folder
 
 
 def test_a_folder_at_work_is_not_taken(tiny_folder, tiny_dataset_folder, tmp_path):
-    handle = train_accelerate.claimed(tmp_path / "out.partial")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / MARKER).touch()
+    handle = lock_folder(tmp_path / "out.partial")
     try:
         with pytest.raises(SystemExit, match="another process is at work"):
             train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import tiny_config, tiny_tokenizer
 
-import benchmarks.scaling as scaling
-import benchmarks.train_step as bench
-from benchmarks.train_step import PEER, PRECISIONS, PROGRAMS, Engine, TrainStepArguments, forward_flop, measure_ours
+from benchmarks import flop, scaling, timing
+from benchmarks import train_step as bench
+from benchmarks.flop import forward_flop, our_flop, peer_flop
+from benchmarks.train_step import PEER, PRECISIONS, PROGRAMS, Engine, TrainStepArguments, measure_ours
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraProcessor
 from training.contrastive import contrastive_gradients
 from training.step import sparse_embedding_gradients
@@ -41,19 +42,15 @@ def batch_of(config, args):
 @pytest.mark.parametrize("cache", ["on", "off"])
 @pytest.mark.parametrize("accumulation", ["auto", "recompute"])
 def test_a_run_of_ours(cache, precision, accumulation):
-    args = worker(cache=cache, precision=precision, accumulation=accumulation, profile=cache == "on")
+    args = worker(cache=cache, precision=precision, accumulation=accumulation)
     results = measure_ours(args, tiny_config(), tiny_tokenizer())
     json.dumps(results, allow_nan=False)
     assert len(results["steps"]) == 2, "the warm-up is not among them"
     assert results["pairs_per_second"] == pytest.approx(7 / statistics.median(s["step_s"] for s in results["steps"]))
-    assert results["pairs_per_second_without_optimiser"] > results["pairs_per_second"]
     for step in results["steps"]:
-        assert step["step_s"] == pytest.approx(step["images_s"] + step["gradients_s"] + step["optimiser_s"])
+        assert 0 < step["optimiser_s"] < step["step_s"]
         assert step["graphs_kept"] == (0 if accumulation == "recompute" else 3)
     assert 0 < results["setup_peak_memory_bytes"] <= results["peak_memory_bytes"]
-    if cache == "on":
-        shares = [op["share"] for op in results["profile"]]
-        assert len(shares) == 10 and 0 < sum(shares) <= 1 and shares == sorted(shares, reverse=True)
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
@@ -79,19 +76,18 @@ def test_arithmetic_comes_from_the_model_and_counts_what_is_run_twice():
     config = tiny_config()
     text, image = forward_flop(config)
     kept = batch_of(config, worker())
-    assert bench.our_flop(config, kept, graphs_kept=3) == 3 * text * kept.tokens
-    assert bench.our_flop(config, kept, graphs_kept=0) == 4 * text * kept.tokens
-    pixels = batch_of(config, worker(cache="off"))
-    assert bench.our_flop(config, pixels, graphs_kept=3) == 3 * text * pixels.tokens + 7 * image
-    assert bench.peer_flop(config, 7, 77) == 7 * (5 * 77 * text + 2 * image)
+    assert our_flop(config, kept.texts, True, graphs_kept=3) == 3 * text * kept.tokens
+    assert our_flop(config, kept.texts, True, graphs_kept=0) == 4 * text * kept.tokens
+    assert our_flop(config, kept.texts, False, graphs_kept=3) == 3 * text * kept.tokens + 7 * image
+    assert peer_flop(config, 7, 77) == 7 * (5 * 77 * text + 2 * image)
 
 
 def test_matmul_peak_is_the_best_of_all(monkeypatch):
     seconds = iter([4.0, 2.0, 8.0, 1.0] * 2)
-    monkeypatch.setattr(bench, "MATMUL_SIZES", {"cpu": (8, 16)})
-    monkeypatch.setattr(bench, "MATMUL_REPEATS", 2)
-    monkeypatch.setattr(bench, "seconds_of", lambda call, device: next(seconds))
-    assert bench.matmul_peak("cpu") == {"float32": 2 * 16**3 / 1.0, "bfloat16": 2 * 16**3 / 1.0}
+    monkeypatch.setattr(flop, "MATMUL_SIZES", {"cpu": (8, 16)})
+    monkeypatch.setattr(flop, "MATMUL_REPEATS", 2)
+    monkeypatch.setattr(flop, "seconds_of", lambda call, device: next(seconds))
+    assert flop.matmul_peak("cpu") == {"float32": 2 * 16**3 / 1.0, "bfloat16": 2 * 16**3 / 1.0}
 
 
 def fake_process(peer_rates, our_rates, seen):
@@ -105,12 +101,11 @@ def fake_process(peer_rates, our_rates, seen):
                 "peak_memory_bytes": 7 * 2**30, "setup_peak_memory_bytes": 2**30,
             }  # fmt: skip
         rate = next(our_rates)
-        step = {"step_s": 8 / rate, "images_s": 0.0, "gradients_s": 6 / rate, "optimiser_s": 2 / rate}
+        step = {"step_s": 8 / rate, "optimiser_s": 2 / rate, "graphs_kept": 2, "loss": 2.0}
         return {
             "pairs": 8, "micro": 4, "accumulation": "auto", "precision": "no", "warmup": 0, "padding_share": 0.1,
-            "pairs_per_second": rate, "pairs_per_second_without_optimiser": rate * 8 / 6, "flop_per_step": 10**9,
-            "steps": [{**step, "graphs_kept": 2, "loss": 2.0}], "peak_memory_bytes": 5 * 2**30,
-            "setup_peak_memory_bytes": 2**30, "profile": [{"op": "aten::mm", "share": 0.5}],
+            "pairs_per_second": rate, "flop_per_step": 10**9, "steps": [step], "peak_memory_bytes": 5 * 2**30,
+            "setup_peak_memory_bytes": 2**30,
         }  # fmt: skip
 
     return run
@@ -121,7 +116,7 @@ def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(monkeypatc
     # a round is a precision of a run: the machine is twice as slow in the second run, the ratios are not
     peers = iter([1.0, 2.0, 0.5, 1.0, 1.0, 2.0])
     ours = iter([2.0, 4.0, 6.0, 5.0] + [20.0] * 3 + [2.0, 3.0, 2.5] + [10.0] * 3 + [5.0, 7.0, 6.0] + [20.0] * 3)
-    monkeypatch.setattr(bench, "in_own_process", fake_process(peers, ours, seen))
+    monkeypatch.setattr(timing, "in_own_process", fake_process(peers, ours, seen))
     monkeypatch.setattr(bench, "matmul_peak", lambda device: {"float32": 1e11, "bfloat16": 2e11})
     output, plot = tmp_path / "train_step.json", tmp_path / "train_step.png"
     flags = ["--pairs", "8", "--micro", "4", "--peer_micro", "4", "--runs", "3"]
@@ -133,11 +128,10 @@ def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(monkeypatc
     assert measured["no_cache"]["ratio"] == 4.0 and measured["cache"]["ratio"] == 6.0
     assert measured["cache"]["pairs_per_second"] == {"median": 6.0, "slowest": 3.0, "fastest": 7.0}
     assert measured["cache"]["share_of_matmul_peak"] == pytest.approx(6.0 * 10**9 / 8 / 1e11)
-    assert results["measured"]["bfloat16"]["cache"]["ratio_to_open_clip_float32"] == 20.0
     assert results["peer_accum"] == 2 and measured[PEER]["ratio"] == 1.0
     assert results["recipe"]["projected_hours"] == pytest.approx(8 / 2.0 * 5863 / 3600)
     assert set(results["measured"]) == set(PRECISIONS.values()) and set(measured) == set(PROGRAMS)
-    table = bench.markdown_table(results)
+    table = bench.train_step_table(results)
     assert "| ours, cache | float32 | 6.00 | 6.0 | 5.0 | 1% |" in table
     assert plot.stat().st_size > 10_000
 
@@ -145,25 +139,25 @@ def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(monkeypatc
 def test_both_sides_get_the_same_batch():
     args = TrainStepArguments(pairs=96, micro=16, peer_micro=48, tokens=21, steps=3)
     for precision, theirs in (("no", "fp32"), ("bf16", "amp_bfloat16")):
-        peer = bench.command(PEER, precision, args, profile=True)
+        peer = bench.command(PEER, precision, args)
         assert peer[peer.index("--precision") + 1] == theirs
         assert int(peer[peer.index("--micro") + 1]) * int(peer[peer.index("--accum") + 1]) == 96
         for name in set(PROGRAMS) - {PEER}:
-            ours = bench.command(name, precision, args, profile=False)
+            ours = bench.command(name, precision, args)
             for flag in ("--pairs", "--tokens", "--steps"):
                 assert ours[ours.index(flag) + 1] == peer[peer.index(flag) + 1]
 
 
 def test_a_gpu_leaves_the_peer_out(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "in_own_process", fake_process(iter([]), iter([3.0] * 100), seen))
+    monkeypatch.setattr(timing, "in_own_process", fake_process(iter([]), iter([3.0] * 100), seen))
     monkeypatch.setattr(bench, "matmul_peak", lambda device: {"float32": 1e11, "bfloat16": 2e11})
-    monkeypatch.setattr(bench, "device_description", lambda device: "a GPU")
+    monkeypatch.setattr(timing, "device_description", lambda device: "a GPU")
     monkeypatch.setattr(bench, "resolve_precision", lambda requested, device: "bf16")
     results = bench.compare(TrainStepArguments(pairs=9, device="cuda", runs=1))
     assert PEER not in results["measured"]["float32"] and "peer_micro" not in results
     assert "ratio" not in results["measured"]["float32"]["cache"]
-    assert "hours" in bench.markdown_table(results)
+    assert "hours" in bench.train_step_table(results)
 
 
 @pytest.mark.parametrize("wrong", [{"pairs": 48}, {"pairs": 100}, {"micro": 0}, {"runs": 0}, {"steps": 0}])
@@ -174,7 +168,7 @@ def test_bad_sizes_fail_when_made(wrong):
 
 def test_a_failed_process_is_no_figure():
     with pytest.raises(RuntimeError, match="No module named"):
-        bench.in_own_process(["benchmarks.no_such_module"])
+        timing.in_own_process(["benchmarks.no_such_module"])
 
 
 def test_steps_of_every_size():
@@ -201,7 +195,7 @@ def test_scaling_sets_the_loss_against_a_step_of_its_size(tmp_path, monkeypatch,
     def run(command):
         return steps if "steps" in command else {"pairs": int(command[-1]), **loss}
 
-    monkeypatch.setattr(scaling, "in_own_process", run)
+    monkeypatch.setattr(timing, "in_own_process", run)
     flags = ["--step_pairs", "10", "20", "--loss_pairs", "30", "100", "--output", str(tmp_path / "scaling.json")]
     scaling.main([*flags, "--plot", str(tmp_path / "scaling.png")])
     results = json.loads((tmp_path / "scaling.json").read_text())
@@ -216,5 +210,5 @@ def test_scaling_sets_the_loss_against_a_step_of_its_size(tmp_path, monkeypatch,
 @pytest.mark.slow
 def test_loss_of_32768_pairs_takes_less_than_a_gib():
     assert contrastive_gradients is scaling.contrastive_gradients, "what the engine runs is what is measured"
-    loss = bench.in_own_process(["benchmarks.scaling", "--worker", "loss", "--loss_pairs", "32768"])
+    loss = timing.in_own_process(["benchmarks.scaling", "--worker", "loss", "--loss_pairs", "32768"])
     assert loss["memory_over_embeddings_bytes"] < 2**30

@@ -1,6 +1,6 @@
 """Checkpoints of a run: written by Accelerate into a temporary folder, renamed when whole, read without pickles.
 
-Digests of all files are kept beside them and compared before anything is loaded, so that no flipped byte goes unseen.
+Digests of all files are kept beside them and compared before anything is loaded, so that a flipped byte is noticed.
 
 Everything random in a run derives from its seed and the number of the step, so weights, optimiser and the curve are
 all that a run needs to end with the same bits (Accelerate's own restored samplers and generators do not give that).
@@ -17,31 +17,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from common.files import no_space_left, read_json, write_bytes, write_json
+from training.arguments import RunArguments
 
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
-LOADED = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what Accelerate and this module may read of a checkpoint
-DAMAGE = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)  # what torch.load says of it
+LOADED_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pkl",
+    ".json",
+)  # what Accelerate and this module may read of a checkpoint
+DAMAGE_ERRORS = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)  # what torch.load raises
 FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
-# What may differ between a run and its continuation: it changes no weight.
-FREE = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
-FREE |= {"accumulation", "loading_workers", "num_threads", "streaming", "runs", "interpolate"}
-FREE |= {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private"}
+# Settings that may differ between a run and its continuation: they change no weight.
+FREE_SETTINGS = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
+FREE_SETTINGS |= {"accumulation", "loading_workers", "num_threads", "streaming", "runs", "interpolate"}
+FREE_SETTINGS |= {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private"}
 logger = logging.getLogger("capivara")
 
 
 @strict
 @dataclass
 class TrainerState:
-    """Where a run is.
+    """How far a run is, and under which settings.
 
     Attributes:
         step: optimiser steps done.
@@ -87,6 +93,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in names if match)
 
     def path(self, step: int) -> Path:
+        """The folder of the checkpoint of a step, whether it is there or not."""
         return self.folder / f"step-{step:08d}"
 
     def clean(self) -> None:
@@ -113,13 +120,13 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 write_json(temporary / STATE, asdict(state))
                 write_bytes(temporary / SUMS, _sums(temporary))
-                _to_disk(temporary)
+                _flush(temporary)
                 temporary.rename(path)
                 _sync_folder(self.folder)
                 self._remove_old(state)
             self.accelerator.wait_for_everyone()
         except BaseException as error:
-            # torch.save of a full disk says nothing of space.
+            # torch.save does not name a full disk.
             full = no_space_left(error) or (isinstance(error, RuntimeError) and self._is_full())
             shutil.rmtree(temporary, ignore_errors=True)
             if full:
@@ -142,7 +149,7 @@ class Checkpoints:
         state = read_state(path)
         try:
             self.accelerator.load_state(str(path))  # safetensors, and torch.load with weights_only
-        except (*DAMAGE, pickle.UnpicklingError, SafetensorError) as error:
+        except (*DAMAGE_ERRORS, pickle.UnpicklingError, SafetensorError) as error:
             raise ValueError(
                 f"The checkpoint {path} can't be loaded: it is damaged, or holds more than tensors "
                 f"({type(error).__name__}). Remove it, and --resume auto goes on from an earlier one or from the start."
@@ -167,16 +174,16 @@ def read_state(path: Path) -> TrainerState:
     try:
         return TrainerState(**read_json(path / STATE, step=int))
     except (TypeError, ValueError, StrictDataclassError) as error:
-        said = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path / STATE} is not the state of a run of this version: {said}. Remove the checkpoint."
+            f"{path / STATE} is not the state of a run of this version: {reason}. Remove the checkpoint."
         ) from error
 
 
 def check_files(path: Path) -> None:
     """Raise ValueError, naming the files, where a checkpoint is not as it was written, or more would be loaded.
 
-    It reads all of them once. A checkpoint of an earlier version has no digests, which is said; a file that somebody
+    It reads all of them once. A checkpoint of an earlier version has no digests, which is logged; a file that somebody
     else has put there, such as an editor's backup, is left alone where its name is none that is loaded.
     """
     if not (path / SUMS).is_file():
@@ -185,7 +192,7 @@ def check_files(path: Path) -> None:
         return
     written, found = ({*sums.split(b"\n")} for sums in ((path / SUMS).read_bytes(), _sums(path)))
     names = {line[66:].decode("utf-8", "replace") for line in written - found}
-    names |= {name for line in found - written if (name := line[66:].decode()).endswith(LOADED)}
+    names |= {name for line in found - written if (name := line[66:].decode()).endswith(LOADED_SUFFIXES)}
     if names:
         raise ValueError(
             f"The checkpoint {path} can't be loaded: {', '.join(sorted(names))} or {SUMS} is not as it was written. "
@@ -210,7 +217,7 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
     old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
     differing = {
         key: (state.config.get(key), config.get(key))
-        for key in sorted({*old, *new} - FREE)
+        for key in sorted({*old, *new} - FREE_SETTINGS)
         if old.get(key) != new.get(key)
     }
     differing |= {f"data {key}": (state.data.get(key), data[key]) for key in data if state.data.get(key) != data[key]}
@@ -221,8 +228,59 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
         )
 
 
-def _to_disk(folder: Path) -> None:
-    """Every file of a folder on the disk, not in a cache, before its name says that it is whole."""
+def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
+    """Raise ValueError where the finished run in `folder` has other settings, or other `data` of those given."""
+    finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
+    state = TrainerState(config=finished["config"], data=finished["dataset_fingerprints"])
+    check_same_run(state, config, data, folder)
+
+
+def check_settings_of_checkpoints(args: RunArguments, folder: Path) -> None:
+    """Raise ValueError where the checkpoint to resume has other settings: before any long work; its data come later.
+
+    Args:
+        args: of the run.
+        folder: that the run works in.
+    """
+    if args.resume is None:
+        return
+    paths = [Path(args.resume)] if args.resume != "auto" else sorted(folder.rglob("checkpoints/step-*"))[-1:]
+    for path in paths:
+        check_files(path)
+        check_same_run(read_state(path), args.to_dict(), {}, path)
+
+
+def checkpoint_to_resume(args: RunArguments, checkpoints: Checkpoints, now: TrainerState) -> Path | None:
+    """The checkpoint to resume from; None for a run from the start.
+
+    Args:
+        args: of the run.
+        checkpoints: of the run.
+        now: its settings, data, threads and device, which are compared with those of the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is of other settings or data.
+    """
+    checkpoints.clean()
+    if args.resume is None or (args.resume == "auto" and not checkpoints.steps()):
+        return None
+    path = checkpoints.path(checkpoints.steps()[-1]) if args.resume == "auto" else Path(args.resume)
+    saved = read_state(path)
+    check_same_run(saved, now.config, now.data, path)
+    logger.info("Going on from %s.", path)
+    if saved.device != now.device:
+        logger.warning("The run was computed on %s, now on %s: its last bits will differ.", saved.device, now.device)
+    if saved.threads != now.threads:
+        logger.warning(
+            "The run was computed with %s CPU threads, now there are %s: its last bits will differ. "
+            "--num_threads %s keeps them.",
+            saved.threads, now.threads, saved.threads,
+        )  # fmt: skip
+    return path
+
+
+def _flush(folder: Path) -> None:
+    """Write every file of a folder through to the disk, before the folder gets the name of a whole one."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -236,7 +294,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def threads() -> int:
-    return torch.get_num_threads()

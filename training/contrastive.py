@@ -42,8 +42,8 @@ def contrastive_gradients(
 ) -> ContrastiveGradients:
     """Loss and gradients of `modeling_capivara.clip_loss`, without ever holding all logits.
 
-    Each process brings the texts it has embedded and every image of the batch. A first sweep over tiles of rows
-    takes the log-sum-exp of rows and columns, a second makes the probabilities again, tile by tile.
+    Each process brings the texts it has embedded and every image of the batch. A first sweep over tiles of rows takes
+    the log-sum-exp of rows and columns, a second makes the probabilities again, tile by tile.
     Source of the loss: CLIP (arXiv 2103.00020), section 2.3, figure 3.
 
     Args:
@@ -87,6 +87,5 @@ def contrastive_gradients(
         text_gradient[tile] = scale * (weights @ image_embeds)
         if image_gradients is not None:
             image_gradients.addmm_(weights.T, text_embeds[tile] * scale)
-    return ContrastiveGradients(
-        loss, text_gradient, None if image_gradients is None else total(image_gradients), total(scale_gradient)
-    )
+    image_gradients = total(image_gradients) if image_gradient else None
+    return ContrastiveGradients(loss, text_gradient, image_gradients, total(scale_gradient))

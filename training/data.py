@@ -1,4 +1,4 @@
-"""Which pairs a step trains on: a function of seed and step alone, so that a run can go on anywhere."""
+"""Which pairs a step trains on: a function of seed and step alone, so that a run can resume at any step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,18 +37,21 @@ class Split:
     def __len__(self) -> int:
         return len(self.table)
 
-    def image(self, place: int) -> PIL.Image.Image:
-        return decode_image(self.source.row(self.table[int(place)]["row"])[self.image_column], self.source.files)
+    def image(self, pair: int) -> PIL.Image.Image:
+        """The image of a pair, decoded. Raises BadImage where it can't be used."""
+        return decode_image(self.source.row(self.table[int(pair)]["row"])[self.image_column], self.source.files)
 
     def images(self) -> "Sequence[PIL.Image.Image]":
         """All images, decoded one by one as they are asked for."""
         return _Images(self)
 
     def captions(self) -> list[list[str]]:
+        """The captions of every pair."""
         return self.table["captions"][:]
 
     @property
     def fingerprint(self) -> str:
+        """Hex digest of images, captions and their order."""
         return tables_fingerprint(self.table)
 
 
@@ -59,10 +62,10 @@ class _Images:
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, place: int) -> PIL.Image.Image:
-        if not 0 <= place < len(self.split):
-            raise IndexError(place)
-        return self.split.image(place)
+    def __getitem__(self, pair: int) -> PIL.Image.Image:
+        if not 0 <= pair < len(self.split):
+            raise IndexError(pair)
+        return self.split.image(pair)
 
 
 def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
@@ -88,7 +91,7 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
         open_source(name, args.train_split, args.image_column, args.streaming, **args.limits()) for name in args.dataset
     ]
     for source in sources:  # before the long pass over the first
-        check_columns(source, [args.image_column, *columns])
+        source.check_columns([args.image_column, *columns])
     return [
         Split(source, _shared_table(source, args.image_column, columns, choose, skipped), args.image_column)
         for source in sources
@@ -138,13 +141,8 @@ def evaluation_split(args: RunArguments, split: str, languages: list[str]) -> di
     return result
 
 
-def check_columns(source: Source, columns: list[str]) -> None:
-    for column in columns:
-        if column not in source.columns:
-            raise ValueError(f"{source.where} has no column {column!r}; there are {source.columns}.")
-
-
 def caption_column(args: RunArguments, language: str) -> str:
+    """The name of the column of the captions in a language."""
     return args.caption_column.replace("{language}", language)
 
 
@@ -168,7 +166,7 @@ def batch_counts(batch_size: int, sizes: Sequence[int], weights: Sequence[float]
             )
         if count == 0:
             raise ValueError(
-                f"A batch of {batch_size} has no place for a data set of {size} pairs; raise its weight or the batch."
+                f"A batch of {batch_size} has no room for a data set of {size} pairs; raise its weight or the batch."
             )
     return counts
 
@@ -216,7 +214,7 @@ class StepPlan:
     Attributes:
         step: counted from 0.
         sources: (pairs,), which data set each pair is from.
-        places: (pairs,), its place there.
+        pairs: (pairs,), its number there.
         views: (pairs,), the view of its image.
         batches: all micro-batches, of all processes.
         tokens: of the batch, padding left out.
@@ -225,7 +223,7 @@ class StepPlan:
 
     step: int
     sources: np.ndarray
-    places: np.ndarray
+    pairs: np.ndarray
     views: np.ndarray
     batches: list[MicroBatch]
     tokens: int
@@ -253,18 +251,18 @@ class Planner:
     seed: int
 
     def __call__(self, step: int) -> StepPlan:
-        sources, places, texts = [], [], []
+        sources, pairs, texts = [], [], []
         for number, (captions, count) in enumerate(zip(self.captions, self.counts, strict=True)):
             seed = self.seed + (number << 32)  # the first data set is drawn from as if it were alone
             rows = batch_indices(step, count, len(captions), seed)
             sources.append(np.full(count, number))
-            places.append(rows)
+            pairs.append(rows)
             texts += drawn_captions(captions, rows, step, seed)
         views = drawn_views(self.augmented_views, len(texts), step, self.seed)
         batches, order = micro_batches(self.processor, texts, self.micro_batch_size)
         tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
         return StepPlan(
-            step, np.concatenate(sources)[order], np.concatenate(places)[order], views[order], batches, tokens,
+            step, np.concatenate(sources)[order], np.concatenate(pairs)[order], views[order], batches, tokens,
             padding_share(batches),
         )  # fmt: skip
 

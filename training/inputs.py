@@ -17,15 +17,9 @@ from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
 from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
-from training.images import (
-    TrainingImages,
-    Views,
-    bad_images,
-    build_cache,
-    check_images,
-    loading_workers,
-)
+from training.images import TrainingImages, build_cache, loading_workers
 from training.trainable import prepare_trainable
+from training.views import Views, bad_images, check_images
 
 
 @dataclass
@@ -59,6 +53,7 @@ class Inputs:
     base_digest: str
 
     def planner(self, args: RunArguments, seed: int) -> Planner:
+        """What draws the batches of a run with this seed."""
         captions = [split.table["captions"] for split in self.training]
         # A copy: it plans in a thread, and a tokenizer remembers padding and length from its last call.
         processor = copy.deepcopy(self.processor)
@@ -157,10 +152,10 @@ def _training_images(
             caches.append(cache)
             bad = cache.bad
         skipped += bad_images(bad, views)
-        kept.append(np.array([place for place in range(len(views)) if place not in bad], dtype=np.int64))
+        kept.append(np.array([pair for pair in range(len(views)) if pair not in bad], dtype=np.int64))
     good = [
-        Split(split.source, split.table.select(places) if len(places) < len(split) else split.table, split.image_column)
-        for split, places in zip(splits, kept, strict=True)
+        Split(split.source, split.table.select(pairs) if len(pairs) < len(split) else split.table, split.image_column)
+        for split, pairs in zip(splits, kept, strict=True)
     ]
     if not caches:
         for views, split in zip(all_views, good, strict=True):

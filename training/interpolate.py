@@ -2,7 +2,7 @@
 
     python -m training.interpolate models/base runs/pt --share 0.5 --output models/half
 
-The processor and the configuration are those of the trained model. What a figure gains or loses by it, `eval` tells.
+The processor and the configuration are those of the trained model. `eval` measures what is gained and lost.
 """
 
 from common.start import start_command
@@ -10,10 +10,9 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("training.arguments:InterpolateArguments", __doc__)
 
-import sys
 from pathlib import Path
 
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.files import whole_folder
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import InterpolateArguments
@@ -40,12 +39,11 @@ def interpolate(base: str, trained: str, share: float, output: Path) -> None:
         load_processor(trained).save_pretrained(folder)
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(InterpolateArguments, __doc__, argv)
-        interpolate(args.base, args.trained, args.share, args.output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    """The command."""
+    args = parse(InterpolateArguments, __doc__, argv)
+    interpolate(args.base, args.trained, args.share, args.output)
     print(f"Written to {args.output}.")
 
 

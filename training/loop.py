@@ -15,22 +15,24 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from common.environment import handle_signals
 from common.files import write_json
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 from training.checkpoints import Checkpoints, TrainerState
 from training.data import Planner, StepPlan
-from training.images import TrainingImages, embed_pixels, loading_workers
+from training.images import TrainingImages, loading_workers
 from training.memory_budget import used_memory
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradients
 from training.trainable import set_training_mode
+from training.views import embed_pixels
 
 MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the run is saved and can go on.
+    """SIGTERM or Ctrl-C: the run is saved and can be resumed.
 
     Attributes:
         signal: its number.
@@ -44,7 +46,7 @@ class Interrupted(Exception):
 
 @dataclass
 class Trainer:
-    """One run of the engine.
+    """The training of one model with one seed.
 
     Attributes:
         args: of the run.
@@ -72,14 +74,14 @@ class Trainer:
     state: TrainerState
     after_checkpoint: Callable[[int], object] | None = None
     stopped_early: bool = field(default=False, init=False)
-    told: bool = field(default=False, init=False)
+    reported: bool = field(default=False, init=False)
     overflows: int = field(default=0, init=False)  # in a row, of fp16
 
     def train(self, resume: Path | None = None) -> TrainerState:
         """Train to `max_steps`, or until the recall has stopped rising for `patience` measurements.
 
         Args:
-            resume: checkpoint to go on from.
+            resume: checkpoint to resume from.
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.
@@ -119,7 +121,7 @@ class Trainer:
         return self.state
 
     def _one_step(self, plan: StepPlan, pixels: Iterator[Tensor] | None, started: float) -> dict:
-        """One optimiser step, of which the plan was asked for at `started`; returns its entry of the curve."""
+        """One optimiser step, whose plan was awaited from `started` on; returns its entry of the curve."""
         args = self.args
         own = self._own(plan)
         image_embeds = self._image_embeds(plan, own, pixels)
@@ -127,12 +129,12 @@ class Trainer:
         set_training_mode(self.wrapped)
         self.optimizer.zero_grad(set_to_none=False)
         try:
-            report = self.step(plan.step, own, len(plan.places), image_embeds)
+            report = self.step(plan.step, own, len(plan.pairs), image_embeds)
             norm = self._update(learning_rate_at(plan.step, args))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
-        if not self.told:
-            self._tell(report.graphs_kept, len(own))
+        if not self.reported:
+            self._report_accumulation(report.graphs_kept, len(own))
         seconds = time.perf_counter() - started
         return {
             "step": plan.step + 1,
@@ -141,7 +143,7 @@ class Trainer:
             "logit_scale": self.model.logit_scale.item(),
             "gradient_norm": norm,
             "padding_share": plan.padding,
-            "pairs_per_second": len(plan.places) / seconds,
+            "pairs_per_second": len(plan.pairs) / seconds,
             "tokens_per_second": plan.tokens / seconds,
             "data_share_of_time": waited / seconds,
             "memory_bytes": used_memory(self.accelerator.device),
@@ -212,7 +214,7 @@ class Trainer:
     def _image_embeds(self, plan: StepPlan, own: list[MicroBatch], pixels: Iterator[Tensor] | None) -> Tensor | None:
         """(pairs, width) on the device; None where the image tower is trained, its pixels are then in `own`."""
         if pixels is None:
-            embeds = self.images.cached_embeds(plan.sources, plan.places, plan.views)
+            embeds = self.images.cached_embeds(plan.sources, plan.pairs, plan.views)
             return embeds.to(self.accelerator.device)
         if self.args.towers == "both":
             for batch in own:
@@ -225,7 +227,7 @@ class Trainer:
             for _ in positions.split(self.args.embedding_batch_size)
             if len(positions)
         ]
-        return self.step.of_all(parts, positions.to(self.accelerator.device), len(plan.places))
+        return self.step.gather_rows(parts, positions.to(self.accelerator.device), len(plan.pairs))
 
     def _pixels(self, plans: "_PlansAhead") -> Iterator[Tensor] | None:
         """The pixels of all steps to come, in order; None with a cache."""
@@ -241,7 +243,7 @@ class Trainer:
             if self.args.towers == "text" and own:
                 own = torch.cat(own).split(self.args.embedding_batch_size)
             for positions in own:
-                yield [(plan.sources[i], plan.places[i], plan.views[i]) for i in positions.tolist()]
+                yield [(plan.sources[i], plan.pairs[i], plan.views[i]) for i in positions.tolist()]
 
     def _own(self, plan: StepPlan) -> list[MicroBatch]:
         """Every n-th micro-batch: all processes get short and long ones."""
@@ -265,18 +267,18 @@ class Trainer:
         self.checkpoints.save(self.state)
 
     def _save_batch(self, plan: StepPlan) -> str:
-        """Write what the step was made of; returns a sentence that says where, and the way out."""
+        """Write the pairs of a step that failed; returns a sentence with the path and what to do."""
         path = self.checkpoints.folder / f"bad-batch-step-{plan.step + 1}.json"
         if self.accelerator.is_main_process:
             texts = [t for batch in plan.batches for t in self.planner.processor.batch_decode(batch.input_ids)]
-            pairs = zip(plan.sources.tolist(), plan.places.tolist(), plan.views.tolist(), texts, strict=True)
-            rows = [{"data_set": self.args.dataset[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in pairs]
+            drawn = zip(plan.sources.tolist(), plan.pairs.tolist(), plan.views.tolist(), texts, strict=True)
+            rows = [{"data_set": self.args.dataset[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in drawn]
             write_json(path, {"step": plan.step + 1, "seed": self.seed, "pairs": rows})
         return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
 
-    def _tell(self, kept: int, batches: int) -> None:
-        """Say once how the batch is accumulated."""
-        self.told = True
+    def _report_accumulation(self, kept: int, batches: int) -> None:
+        """Log once how the batch is accumulated."""
+        self.reported = True
         if self.accelerator.is_main_process:
             fitting = f" ({self.step.budget / 1e9:.1f} GB of them fit)" if self.args.accumulation == "auto" else ""
             logger.info(
@@ -340,15 +342,8 @@ def _signals() -> Iterator[list[int]]:
         received.append(number)
         logger.info("Stopping after this step; the run will be saved.")
 
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, where signals cannot be taken
-        before = {}
-    try:
+    with handle_signals(note, signal.SIGTERM, signal.SIGINT):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _recall(validation: dict[str, float]) -> float:

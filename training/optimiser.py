@@ -10,7 +10,7 @@ from training.arguments import RunArguments
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
 # Sum of the learning rates of the published 5863 steps (arXiv 2310.13683); their mean is that of floor and top.
 PAPER_REACH = 5863 * (1e-7 + 5e-7) / 2
-LEAST_SHARE = 0.1  # of it; a run of a tenth is the smallest that is not warned of
+LEAST_SHARE = 0.1  # of it; a run of less gets a warning
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 
@@ -44,7 +44,7 @@ def reach(args: RunArguments) -> float:
 
 
 def hopeless_rate(args: RunArguments) -> str | None:
-    """What to say of a run whose steps times rate are too few to change the model; None of any other."""
+    """The warning for a run whose steps times rate are too few to change the model; None for any other."""
     share = reach(args) / PAPER_REACH
     if share >= LEAST_SHARE:
         return None

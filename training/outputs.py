@@ -1,5 +1,6 @@
 """What a training run writes beside its weights: `run.json` and a first model card."""
 
+import copy
 import difflib
 import html
 import re
@@ -14,12 +15,17 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from torch import nn
 
 from caption_data.rows import Skipped
 from common.environment import device_description, package_versions
+from common.files import write_text
 from common.privacy import short_name
+from modeling_capivara import CapivaraProcessor
+from modeling_capivara.loading import card_metadata
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
+from training.trainable import merge_adapters
 
 # Licences that let what is made of several works carry the licence of the other ones, their notices kept.
 PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
@@ -57,7 +63,7 @@ def run_facts(
         accelerator: device and processes.
         seconds: phase -> wall-clock seconds; "training" has the measurements of the validation split in it.
         skipped: training rows that were left out.
-        energy: of `energy_of`; empty where it was not measured.
+        energy: of `measure_energy`; empty where it was not measured.
     """
     pairs = state.step * args.effective_batch_size
     return {
@@ -90,7 +96,7 @@ def check_country(country: str) -> None:
 
 
 @contextmanager
-def energy_of(args: RunArguments, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
+def measure_energy(args: RunArguments, accelerator: Accelerator) -> Iterator[dict[str, Any]]:
     """A dictionary that holds, after the block, what codecarbon measured within it; empty without `carbon_country`.
 
     Of the machine that the main process is on: one of several machines is not the whole.
@@ -108,7 +114,7 @@ def energy_of(args: RunArguments, accelerator: Accelerator) -> Iterator[dict[str
     finally:
         tracker.stop()
         data = getattr(tracker, "final_emissions_data", None)
-        if data is not None:  # codecarbon reports its own failures and goes on
+        if data is not None:  # codecarbon logs its own failures
             energy |= {
                 "kwh": data.energy_consumed,
                 "kg_co2e": data.emissions,
@@ -129,7 +135,7 @@ def origins(args: RunArguments) -> dict[str, Any]:
         them states none, or where several bind it.
     """
     found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in args.dataset]}
-    stated = [of["licenses"] for of in (found["model"], *found["datasets"])]
+    stated = [source["licenses"] for source in (found["model"], *found["datasets"])]
     evaluation = origin(args.evaluation_dataset, "dataset")
     return {"license": inherited_license(stated), **found, "evaluation_dataset": evaluation}
 
@@ -148,7 +154,7 @@ def inherited_license(stated: list[list[str]]) -> str | None:
 
 
 def origin(name: str, repo_type: str) -> dict[str, Any]:
-    """What the card of a model or data set says.
+    """What the card of a model or data set states.
 
     Args:
         name: folder, pattern of files, or Hub id; `short_name` of it is kept.
@@ -156,11 +162,11 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
 
     Returns:
         `name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub ids),
-        `licenses`, `attribution`; None or an empty list for what is not said.
+        `licenses`, `attribution`; None or an empty list for what it does not state.
     """
     of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
     path = _card_from_hub(name, repo_type) if of_hub else Path(name) / "README.md"
-    card = _front_matter(path) if path else {}
+    card = card_metadata(path) if path else {}
     return {
         "name": short_name(name),
         "title": str(card.get("pretty_name") or (name if of_hub else _heading(path) or PurePosixPath(name).name)),
@@ -177,33 +183,42 @@ def model_card(args: RunArguments, title: str) -> str:
 
     The licence is the one of `origins`: a model trained on share-alike data inherits it.
     """
-    of = origins(args)
+    sources = origins(args)
     metadata = {"language": args.eval_languages, "library_name": "transformers"}
     metadata |= {"pipeline_tag": "zero-shot-image-classification", "tags": ["capivara", "clip"]}
-    if base := [of["model"]["hub_id"]] if of["model"]["hub_id"] else of["model"]["base_model"]:
+    if base := [sources["model"]["hub_id"]] if sources["model"]["hub_id"] else sources["model"]["base_model"]:
         metadata["base_model"] = base
     trained = "the text tower, the image tower left as it was" if args.towers == "text" else "both towers"
     if args.lora_rank:
         trained += f", through LoRA adapters of rank {args.lora_rank}"
-    parts = [of["model"], *of["datasets"]]
+    parts = [sources["model"], *sources["datasets"]]
     stated = [f"{part['title']}: {', '.join(part['licenses']) or 'no licence stated'}." for part in parts]
     licence = "Base and data state these licences, check them before you share this model:"
-    if of["license"]:
-        metadata["license"] = of["license"]
-        licence = f"This model is licensed {of['license']}, as follows from the licences of its base and data:"
+    if sources["license"]:
+        metadata["license"] = sources["license"]
+        licence = f"This model is licensed {sources['license']}, as follows from the licences of its base and data:"
     credits = [part["attribution"] for part in parts if part["attribution"]]
     return CARD.format(
         metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
         title=html.escape(title),
-        model=html.escape(of["model"]["name"]),
-        dataset=html.escape(", ".join(part["title"] for part in of["datasets"])),
+        model=html.escape(sources["model"]["name"]),
+        dataset=html.escape(", ".join(part["title"] for part in sources["datasets"])),
         language=args.language,
         trained=trained,
         licence=html.escape(" ".join([licence, *stated, *credits]), quote=False),
     )
 
 
-@cache  # asked for twice at the end of a run
+def save_step(args: RunArguments, wrapped: nn.Module, processor: CapivaraProcessor, step: int, folder: Path) -> None:
+    """Save the model as it is after a step of the training, with processor and card, into `folder`."""
+    # Merging changes the weights that are being trained, so that it is done to a copy.
+    model = merge_adapters(copy.deepcopy(wrapped)) if args.lora_rank else wrapped
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    write_text(folder / "README.md", model_card(args, f"CAPIVARA ({args.language}), step {step} of a run"))
+
+
+@cache  # `origins` is called twice at the end of a run
 def _card_from_hub(name: str, repo_type: str) -> Path | None:
     """The card of what was loaded from the Hub before; None where it has none, or the Hub can't be reached."""
     try:
@@ -222,16 +237,3 @@ def _heading(card: Path) -> str | None:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.search(r"^# +(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else None
-
-
-def _front_matter(card: Path) -> dict[str, Any]:
-    if not card.is_file():
-        return {}
-    text = card.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---\n") or "\n---" not in text[4:]:
-        return {}
-    try:
-        content = yaml.safe_load(text[4 : text.index("\n---", 4)])
-    except yaml.YAMLError:
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -43,7 +43,7 @@ class MicroBatch:
 
     Attributes:
         index: of the micro-batch within the whole batch, over all processes; its random state derives from it.
-        start: place of its first row in the whole batch, which is in order of length.
+        start: row of its first text in the whole batch, which is in order of length.
         input_ids: (texts, tokens).
         attention_mask: (texts, tokens).
         pixel_values: (texts, 3, height, width), where the image tower is trained; else None.
@@ -57,7 +57,7 @@ class MicroBatch:
 
     @property
     def positions(self) -> Tensor:
-        """(texts,), places of its rows in the whole batch."""
+        """(texts,), its rows in the whole batch."""
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
@@ -65,7 +65,7 @@ def micro_batches(processor: CapivaraProcessor, captions: Sequence[str], size: i
     """Captions tokenised and cut in order of length, each micro-batch padded to its own longest.
 
     Returns:
-        The micro-batches, and the order: place in them -> index in `captions`.
+        The micro-batches, and the order: row in them -> index in `captions`.
     """
     tokens = processor(text=list(captions), padding=False)
     order = sorted(range(len(captions)), key=lambda i: len(tokens["input_ids"][i]))
@@ -137,7 +137,7 @@ class ExactStep:
         own = own.to(self.accelerator.device)
         trained_images = image_embeds is None
         if trained_images:
-            image_embeds = self.of_all([image for _, image in outputs], own, pairs)
+            image_embeds = self.gather_rows([image for _, image in outputs], own, pairs)
         gradients = contrastive_gradients(
             torch.cat([text.detach().float() for text, _ in outputs]) if outputs else image_embeds[:0],
             image_embeds.float(),
@@ -166,12 +166,12 @@ class ExactStep:
             self.logit_scale.grad = gradients.logit_scale * (scaler.get_scale() if scaler else 1)
         return StepReport(gradients.loss.item(), graphs)
 
-    def of_all(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
+    def gather_rows(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
         """(pairs, width), the embeddings of all processes in the order of the batch.
 
         Args:
             parts: (rows, width) each, the rows of this process.
-            own: (rows of all parts,), their places in the batch.
+            own: (rows of all parts,), which rows of the batch they are.
             pairs: of the whole batch.
         """
         width = self.accelerator.unwrap_model(self.model).config.projection_dim

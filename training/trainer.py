@@ -39,6 +39,7 @@ class ExactBatchTrainer(Trainer):
         self._samples, self._given = [], 0
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
+        """As in transformers; the micro-batches of a step are kept for `training_step`."""
         self._samples, items = super().get_batch_samples(*args, **kwargs)
         self._given = 0
         return self._samples, items

@@ -11,7 +11,7 @@ benchmarks.captions_selection` trains on the selected captions and on all of the
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.openmoji.openmoji_arguments:OpenMojiCaptionsArguments", __doc__)
+    start_command("examples.example_arguments:OpenMojiCaptionsArguments", __doc__)
 
 import logging
 import sys
@@ -25,7 +25,7 @@ from captions.build_plan import read_plan
 from captions.tsv import escape, unescape
 from common.cli import parse, run_command
 from common.files import whole_folder, write_text
-from examples.openmoji.openmoji_arguments import OpenMojiCaptionsArguments
+from examples.example_arguments import OpenMojiCaptionsArguments
 
 
 def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:

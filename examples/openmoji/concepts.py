@@ -164,6 +164,7 @@ class Picture:
 
     @property
     def text(self) -> str:
+        """The emoji itself."""
         return "".join(chr(int(code, 16)) for code in self.emoji.split("-"))
 
 
@@ -243,7 +244,7 @@ def natural_text(name: str, language: str) -> str:
 
 
 def _without_poor_aliases(pictures: list[Picture]) -> list[Picture]:
-    """Keeps an alias only if it reads as words, says something new and names no other emoji."""
+    """Keeps an alias only if it reads as words, adds something and names no other emoji."""
     uses = Counter(_letters(caption) for picture in pictures for caption in {*picture.captions_en})
     kept = []
     for picture in pictures:

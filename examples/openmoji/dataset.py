@@ -7,8 +7,6 @@ is and how the concepts are split is the subject of `concepts.py`.
 """
 
 import io
-import os
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
+from common.files import whole_folder, write_text
 from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
     Picture,
@@ -157,19 +156,11 @@ def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
         folder: must not exist, or be empty.
 
     Raises:
-        FileExistsError: `folder` holds files.
+        ValueError: `folder` holds files.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} holds files already; remove it or name another folder.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    try:
+    with whole_folder(Path(folder)) as temporary:
         dataset.save_to_disk(temporary)
-        (temporary / "README.md").write_text(dataset_card(dataset), encoding="utf-8")
-        temporary.rename(folder)  # a reader sees the whole data set or none
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_text(temporary / "README.md", dataset_card(dataset))
 
 
 def dataset_card(dataset: DatasetDict) -> str:

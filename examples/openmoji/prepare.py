@@ -9,12 +9,11 @@ multilingual-e5-small (`encoders.py`), aligned on the English captions only: wha
 from common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.openmoji.openmoji_arguments:PrepareArguments", __doc__)
+    start_command("examples.example_arguments:PrepareArguments", __doc__)
 
 import logging
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from caption_data.source_files import load_embedded
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.environment import package_versions
 from common.files import add_digest, check_free_space, has_digest, partial_folder, whole_folder, write_json, write_text
 from eval.metrics import mean_recall, retrieval_ranks
+from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
-from examples.openmoji.openmoji_arguments import PrepareArguments
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import embed_texts
 from training.data import batch_indices, drawn_captions
@@ -300,13 +299,12 @@ def _without_direction(vector: Tensor) -> Tensor:
     return torch.eye(len(vector)) - torch.outer(direction, direction)
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        args = parse(PrepareArguments, __doc__, argv)
-        prepare(args.dataset, args.model)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    args = parse(PrepareArguments, __doc__, argv)
+    prepare(args.dataset, args.model)
     print(f"Data set: {args.dataset}\nBase model: {args.model}")
 
 

@@ -1,0 +1,112 @@
+"""What every benchmark here shares: alternating runs, medians, processes of their own, and the form of the results."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from common.environment import device_description, package_versions, peak_resident_bytes
+from common.files import write_json
+from records.tables import markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+R = TypeVar("R")
+
+
+def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
+    """Wall-clock seconds of one call, the device's queue drained before and after."""
+    synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    synchronise()
+    started = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - started
+
+
+def alternating(programs: dict[Any, Callable[[int], R]], runs: int, title: str, warmup: int = 0) -> dict[Any, list[R]]:
+    """Results of all programs, which take turns in every run, so that a slow minute of the machine is everyone's.
+
+    Args:
+        programs: name -> what is run; it gets the number of the run.
+        runs: that are counted.
+        title: of the progress bar.
+        warmup: runs before them, whose results are dropped.
+    """
+    results: dict[Any, list[R]] = {name: [] for name in programs}
+    for run in tqdm(range(warmup + runs), desc=title, unit="run"):
+        for name, program in programs.items():
+            results[name].append(program(run))
+    return {name: found[warmup:] for name, found in results.items()}
+
+
+def timed_runs(
+    steps: dict[str, Callable[[int], Any]], runs: int, device: str, title: str, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of all steps in alternating runs; a step gets the number of the run."""
+    timed = {name: lambda run, step=step: seconds_of(lambda: step(run), device) for name, step in steps.items()}
+    return alternating(timed, runs, title, warmup)
+
+
+def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
+    """Median of the ratios run by run, from which what slows both programs in a run cancels out."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def rate_spread(number: int, seconds: Sequence[float]) -> dict[str, float]:
+    """Items per second, of `number` items in each run: median, slowest and fastest."""
+    rates = [number / s for s in seconds]
+    return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
+
+
+def in_own_process(module_and_flags: Sequence[str]) -> Any:
+    """The JSON in the last line that a module of this project prints. A process of its own has its own peak of memory.
+
+    Raises:
+        RuntimeError: it failed; the end of its error output is in the message.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", *module_and_flags], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(module_and_flags)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """The most this process has held so far: resident, or allocated on the GPU."""
+    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_resident_bytes()
+
+
+def conditions(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """What figures depend on: the device, the threads and the versions of the packages."""
+    return {
+        "device": device_description(device),
+        "threads": torch.get_num_threads(),
+        "versions": package_versions(),
+    }
+
+
+def finish(results: Any, output: Path | None = None) -> None:
+    """Write the results to a JSON file, if there is to be one, and print them as the last line."""
+    if output:
+        write_json(output, results)
+    print(json.dumps(results))
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], facts: str, text_columns: int = 1) -> str:
+    """A table whose first columns are text and whose others are numbers, and a paragraph under it."""
+    return f"{markdown_table([heads, *rows], text_columns)}\n\n{facts}"
+
+
+def software(results: dict[str, Any], *packages: str) -> str:
+    """ "torch 2.13.0, transformers 5.24.0" out of the versions in the results, in the given order."""
+    versions = results["versions"]
+    return ", ".join(f"{package.removesuffix('_torch')} {versions[package]}" for package in packages)

@@ -1,1 +1,0 @@
-"""What `python -m eval.report` is made of."""

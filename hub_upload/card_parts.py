@@ -1,0 +1,403 @@
+"""What the card's template is given: tables and lines made of the facts of a run, in the card's language."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hub_upload.card_facts import HUB_ID, CardFacts, Content
+from hub_upload.card_metadata import Energy, energy, licence
+from hub_upload.card_text import Words, code, escaped
+from records.schema import DIRECTIONS, GAIN, TASKS, Record
+from records.series import Measured, Pair, Series, pairs_of
+from records.tables import markdown_table
+
+VISION = ("model_type", "architecture", "num_hidden_layers", "hidden_size", "patch_size", "image_size")
+ARCHITECTURE = {  # part -> object of config.json, and its keys that are shown
+    "vision": ("vision_config", VISION),
+    "text": ("text_config", ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")),
+    "space": (None, ("projection_dim", "text_projection_type")),
+}
+# Settings that say something only where another one has one of these values.
+ONLY_WHERE = {
+    "caption_count": ("caption_strategy", ("first", "rank")),
+    "min_similarity": ("caption_strategy", ("threshold", "diverse")),
+}
+
+
+def card_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
+    """All that the template is given but for title, name and formats.
+
+    Raises:
+        ValueError: a figure is missing, or has another form.
+    """
+    used = energy(facts)
+    return {
+        **_origin_parts(facts, words),
+        **_training_parts(facts, words),
+        **_of_each_run(facts, words),
+        **_result_parts(facts, words),
+        "tokens": words.number(facts.tokens),
+        "architecture": _architecture(facts, words),
+        "energy": _energy_parts(facts, used, words) if used else None,
+        "graphs": _graphs(facts, words),
+        "int8": _int8_lines(facts, words),
+        "files": table(
+            ("file", "digest"),
+            [(code(name), f"`{digest[:32]}`") for name, digest in sorted(facts.digests.items())],
+            words,
+            text_columns=2,
+        ),
+    }
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Words, text_columns: int = 1) -> str:
+    """A Markdown table without the columns that no row fills; other gaps become a dash. Empty where there are no rows.
+
+    Args:
+        columns: keys of the words of the head.
+        rows: their cells.
+        words: of the card's language.
+        text_columns: columns that are aligned to the left; the others hold numbers.
+    """
+    kept = [number for number in range(len(columns)) if any(row[number] for row in rows)]
+    header = [words(f"column_{columns[number]}") for number in kept]
+    cells = [[row[number] or "–" for number in kept] for row in rows]
+    return markdown_table([header, *cells], text_columns) if rows else ""
+
+
+# --- Base, data and training -----------------------------------------------------------------------------------------
+
+
+def _origin_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
+    """Base, data, and their licences."""
+    config = facts.run["config"]
+    if facts.origins:
+        base, data = facts.origins["model"], facts.origins["datasets"]
+    else:  # of a run before they were noted
+        base, *data = (Content(title=Path(str(name)).name) for name in (config["model"], *config["dataset"]))
+    linked = [_linked(origin, "datasets/") for origin in data]
+    licences = []
+    for kind, origin in (("model", base), *(("dataset", origin) for origin in data)):
+        stated = ", ".join(map(code, origin.get("licenses") or ())) or words("none_stated")
+        credit = f". {escaped(origin['attribution'])}" if origin.get("attribution") else ""
+        licences.append(words(f"licence_{kind}", title=escaped(origin["title"]), licences=stated) + credit)
+    return {
+        "base": _linked(base, ""),
+        "datasets": ", ".join(linked),
+        "dataset": linked[0],
+        "more_datasets": linked[1:],
+        "license": code(licence(facts)) if licence(facts) else None,
+        "licences": licences,
+    }
+
+
+def _linked(origin: Content, kind: str) -> str:
+    """Title of a base or data set; a link where it is on the Hub."""
+    hub_id, title = origin.get("hub_id"), escaped(origin["title"])
+    return f"[{title}](https://huggingface.co/{kind}{hub_id})" if HUB_ID.fullmatch(str(hub_id)) else f"*{title}*"
+
+
+def _training_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
+    run, config = facts.run, facts.run["config"]
+    languages = sorted({words.language_name(s.first.language) for s in facts.series if s.first.language})
+    numbers = {"batch": "effective_batch_size", "micro_batch": "micro_batch_size", "max_steps": "max_steps"}
+    return {
+        "language": words.language_name(str(facts.language)),
+        "measured_languages": f" {words('and')} ".join(filter(None, (", ".join(languages[:-1]), *languages[-1:]))),
+        "both_towers": config["towers"] == "both",
+        "lora_rank": words.number(config["lora_rank"]) if config["lora_rank"] else None,
+        "interpolate": code(config["interpolate"]) if config["interpolate"] != 1 else None,
+        "train_split": code(config["train_split"]),
+        "skipped": ", ".join(
+            f"{escaped(reason)}: {words.number(count)}" for reason, count in (run.get("skipped_rows") or {}).items()
+        ),
+        **{name: words.number(config[key]) for name, key in numbers.items()},
+        "stopped_early": any(of["steps"] < config["max_steps"] for of in facts.runs),
+        "seeds": ", ".join(str(of["seed"]) for of in facts.runs),
+        "validation": _validation(facts, words),
+        "settings": _settings(config, words),
+        "versions": ", ".join(f"{escaped(name)} {escaped(version)}" for name, version in run["versions"].items()),
+    }
+
+
+def _of_each_run(facts: CardFacts, words: Words) -> dict[str, str]:
+    """Figures that every run has, in the order of seeds; one where all agree."""
+    picks: dict[str, Callable[[Content], str]] = {
+        "steps": lambda run: words.number(run["steps"]),
+        "pairs": lambda run: words.number(run["pairs"]),
+        "pairs_per_second": lambda run: words.number(run["pairs_per_second"], 1),
+        "processes": lambda run: words.number(run["processes"]),
+        "device": lambda run: escaped(run["device"]),
+        "training_time": lambda run: words.duration(run["seconds"]["training"]),
+        "evaluation_time": lambda run: words.duration(run["seconds"]["evaluation"]),
+    }
+    found = {name: [pick(run) for run in facts.runs] for name, pick in picks.items()}
+    return {name: values[0] if len(set(values)) == 1 else "; ".join(values) for name, values in found.items()}
+
+
+def _settings(config: Content, words: Words) -> str:
+    """The hyperparameters as the run had them; what does not apply is left out."""
+    rows = []
+    for key, name in words.texts["settings"].items():
+        value = config.get(key)
+        decisive, wanted = ONLY_WHERE.get(key, (None, ()))
+        unused = (decisive and config[decisive] not in wanted) or (key.startswith("lora_") and not config["lora_rank"])
+        if value in (None, "", [], {}) or value is False or unused:
+            continue
+        if key == "image_embedding_cache" and value != "off":
+            value = "on"  # a folder of the machine, otherwise
+        rows.append((name, f"`{key}`", code(value)))
+    return table(("what", "setting", "value"), rows, words, text_columns=2)
+
+
+def _validation(facts: CardFacts, words: Words) -> str:
+    """Mean recall of the validation split at the first and the last measurement of the run."""
+    measured = [point["validation"] for point in facts.run.get("curve") or () if point.get("validation")]
+    if len(measured) < 2:
+        return ""
+    parts = []
+    for direction in DIRECTIONS:
+        before, after = (words.percent(point[direction]) for point in (measured[0], measured[-1]))
+        parts.append(words("before_after", what=words.name(direction), before=before, after=after))
+    line = "; ".join(parts)
+    return words("of_seed", what=line, seed=facts.run["seed"]) if len(facts.runs) > 1 else line
+
+
+def _architecture(facts: CardFacts, words: Words) -> dict[str, str]:
+    """Size, towers and the space that they share, each in words; empty where `config.json` does not say it."""
+    found = {"parameters": words.number(facts.parameters) if facts.parameters else ""}
+    for part, (key, names) in ARCHITECTURE.items():
+        config = (facts.config.get(key) or {}) if key else facts.config
+        values = {name: value for name in names if (value := config.get(name))}
+        phrases = [
+            words.texts["architecture"][name].format(code(value) if isinstance(value, str) else words.number(value))
+            for name, value in values.items()
+        ]
+        separator = "; " if part == "space" else ", "
+        found[part] = separator.join(phrases) if names[0] in values else ""
+    return found
+
+
+def _energy_parts(facts: CardFacts, used: Energy, words: Words) -> dict[str, str]:
+    about = used.about
+    return {
+        "source": words("estimated" if used.estimated else "measured"),
+        "method": words.phrase(about["method"]),
+        "covers": words.phrase(about["covers"]),
+        "hardware": ", ".join(escaped(about[key]) for key in ("gpu", "cpu") if about.get(key))
+        or escaped(facts.run["device"]),
+        "time": words.duration(3600 * used.hours),
+        "country": code(about["country"]) if about.get("country") else "–",
+        "kwh": words.quantity(used.kwh, ("kWh", "Wh")),
+        "co2e": words.quantity(used.kg_co2e, ("kg", "g")),
+    }
+
+
+# --- Results ---------------------------------------------------------------------------------------------------------
+
+
+def groups(facts: CardFacts, task: str) -> list[list[Series]]:
+    """The series of a task, those of the same data, protocol and precision together; the trained language first."""
+    found: dict[tuple, list[Series]] = {}
+    for series in facts.series:
+        if series.first.task == task:
+            key = (series.condition._replace(direction="", metric=""), series.measured[0].precision)
+            found.setdefault(key, []).append(series)
+    return sorted(found.values(), key=lambda group: group[0].first.language != facts.language)
+
+
+def pairs(group: list[Series], direction: str) -> list[Pair]:
+    """The figures of a group in one direction, without gains, each of baseline and model."""
+    return [p for p in pairs_of(group) if p.condition.direction == direction and p.condition.metric != GAIN]
+
+
+def is_worse(pair: Pair) -> bool:
+    """Whether the model does worse than the baseline."""
+    return pair.difference > 0 if pair.is_rank else pair.difference < 0
+
+
+def main_pairs(facts: CardFacts) -> list[Pair]:
+    """The main figures that baseline and model both have: mean recalls, and the first metric of each classification."""
+    found = []
+    for task in TASKS:
+        is_main = (lambda pair: pair.condition.metric == "mean_recall") if task == "retrieval" else (lambda pair: True)
+        for group in groups(facts, task):
+            for direction in DIRECTIONS if task == "retrieval" else ("",):
+                found += [pair for pair in pairs(group, direction) if is_main(pair)][:1]
+    return [pair for pair in found if pair.model and pair.baseline]
+
+
+def _result_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
+    main = main_pairs(facts)
+    return {
+        "summary": _summary(facts, main, words),
+        "worse": [_beside_baseline(facts, pair, words) for pair in main if is_worse(pair)],
+        "unsure": _unsure(facts, words),
+        "has_baseline": bool(main),
+        "tested": [_tested(facts, group, words) for task in TASKS for group in groups(facts, task)],
+        "several_seeds": _several_seeds(facts, words),
+        "results": _retrieval_sections(facts, words) + _image_sections(facts, words),
+        "has_gains": any(series.first.is_gain for series in facts.series),
+        "pictures": [(kind, name) for kind in ("retrieval", "curves") for name in facts.pictures if kind in name],
+    }
+
+
+def _retrieval_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
+    """A section a data set and language: title, table, and the gains with their intervals."""
+    sections = []
+    for group in groups(facts, "retrieval"):
+        first, rows = group[0].first, []
+        for direction in DIRECTIONS:
+            name = words.name(direction)
+            rows += [
+                (f"{name}, {words.name(pair.condition.metric)}", *_cells(pair, words))
+                for pair in pairs(group, direction)
+            ]
+        title = words(
+            "retrieval_title", dataset=_dataset_title(facts, first.dataset), split=code(first.split),
+            language=words.language_name(first.language),
+        )  # fmt: skip
+        gains = [s for direction in DIRECTIONS for s in group if s.first.is_gain and s.first.direction == direction]
+        made = table(("metric", "baseline", "capivara", "difference", "chance"), rows, words)
+        sections.append({"title": title, "table": made, "gains": [_gain_line(gain, words) for gain in gains]})
+    return sections
+
+
+def _image_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
+    """Zero-shot classification and linear probe: a section each, a row a data set, protocol and metric."""
+    names = ("dataset", "protocol", "metric", "images", "baseline", "capivara", "difference", "chance")
+    sections = []
+    for task in ("classification", "linear_probe"):
+        rows = []
+        for pair in (pair for group in groups(facts, task) for pair in pairs(group, "")):
+            record = (pair.baseline or pair.model).first
+            about = (_dataset_title(facts, record.dataset), code(record.protocol), words.name(record.metric))
+            rows.append((*about, words.number(record.n), *_cells(pair, words)))
+        if rows:
+            made = table(names, rows, words, text_columns=3)
+            sections.append({"title": words(f"{task}_title"), "table": made, "gains": []})
+    return sections
+
+
+def _cells(pair: Pair, words: Words) -> list[str]:
+    """Baseline, CAPIVARA, difference and chance of one figure; empty where there is none. The better one is bold."""
+    cells = [words.figure(series) if series else "" for series in (pair.baseline, pair.model)]
+    if pair.difference:
+        better = 0 if is_worse(pair) else 1
+        cells[better] = f"**{cells[better]}**"
+    difference = "" if pair.difference is None else _difference(pair, words)
+    return [*cells, difference, "" if pair.chance is None else words.percent(pair.chance)]
+
+
+def _difference(pair: Pair, words: Words) -> str:
+    """Model minus baseline, in points or ranks."""
+    if pair.is_rank:
+        return words.number(pair.difference, 1, sign=True)
+    return words.percent(pair.difference, sign=True)
+
+
+def _gain_line(gain: Series, words: Words) -> str:
+    """A gain, with the interval of each seed."""
+    points = words.percent(gain.mean, sign=True)
+    if gain.deviation is not None:
+        points += f" ± {words.percent(gain.deviation)}"
+    intervals = _intervals(gain, gain.measured, words)
+    return words("gain", what=words.name(gain.first.direction), points=points, intervals=intervals)
+
+
+def _intervals(gain: Series, measured: Iterable[Measured], words: Words) -> str:
+    """95 % intervals of those seeds that have one, each with its seed where there are several."""
+    intervals = []
+    for record in (of_seed.record for of_seed in measured if of_seed.record.interval_95):
+        interval = words.interval(record.interval_95)
+        several = len(gain.measured) > 1
+        intervals.append(words("interval_of_seed", interval=interval, seed=record.seed) if several else interval)
+    return "; ".join(intervals)
+
+
+def _unsure(facts: CardFacts, words: Words) -> list[str]:
+    """The gains whose interval includes zero, with the intervals of the seeds of which that is so."""
+    lines = []
+    for gain in (series for series in facts.series if series.first.is_gain):
+        unsure = [m for m in gain.measured if (ends := m.record.interval_95) and ends[0] <= 0 <= ends[1]]
+        if unsure:
+            lines.append(f"{_label(facts, gain.first, words, metric=False)}: {_intervals(gain, unsure, words)}")
+    return lines
+
+
+def _summary(facts: CardFacts, main: list[Pair], words: Words) -> str:
+    """Table of the main retrieval figures in the language of training; empty where there are none."""
+    rows = [
+        (_label(facts, pair.model.first, words), *_cells(pair, words)[:3])
+        for pair in main
+        if pair.condition.task == "retrieval" and pair.condition.language == facts.language
+    ]
+    return table(("metric", "baseline", "capivara", "difference"), rows, words)
+
+
+def _beside_baseline(facts: CardFacts, pair: Pair, words: Words) -> str:
+    model, baseline = words.figure(pair.model), words.figure(pair.baseline)
+    return words("beside_baseline", what=_label(facts, pair.model.first, words), model=model, baseline=baseline)
+
+
+def _label(facts: CardFacts, record: Record, words: Words, metric: bool = True) -> str:
+    """Which figure it is, in words; the data set is named where there are several."""
+    parts = [words.name(record.direction)] if record.direction else []
+    parts += [words.name(record.metric)] if metric else []
+    if len({series.first.dataset for series in facts.series}) > 1:
+        parts.append(_dataset_title(facts, record.dataset))
+    parts.append(words.language_name(record.language) if record.task == "retrieval" else code(record.protocol))
+    return ", ".join(parts)
+
+
+def _dataset_title(facts: CardFacts, name: str) -> str:
+    title = facts.dataset_title(name)
+    return code(name) if title is None else escaped(title)
+
+
+def _tested(facts: CardFacts, group: list[Series], words: Words) -> str:
+    """What a group was measured on: title, split, language, sizes, protocol, and what its readers must know."""
+    first, measured = group[0].first, group[0].measured[0]
+    sizes = {series.first.direction: words.number(series.first.n) for series in group}
+    captions, images = sizes.get("text_to_image"), sizes.get("image_to_text") or sizes.get("", "")
+    what = [f"**{_dataset_title(facts, first.dataset)}**", words("tested_split", split=code(first.split))]
+    what += [words.language_name(first.language)] if first.language else []
+    size = {"captions": captions, "images": images, "precision": code(measured.precision)}
+    about = [words("of_captions" if captions else "of_images", **size)]
+    if revision := facts.revision(measured):
+        about.append(f"commit {code(revision)}")
+    if skipped := measured.file.content["skipped_rows"]:
+        about.append(words("tested_skipped", skipped=words.number(skipped)))
+    protocol = words("tested_protocol", protocol=words.phrase(first.protocol))
+    return f"{', '.join(what)}: {'; '.join(about)}.\n  {protocol}"
+
+
+def _several_seeds(facts: CardFacts, words: Words) -> str:
+    """The note on mean and standard deviation; empty where every figure is of one run."""
+    seeds = [str(of.record.seed) for of in max(facts.series, key=lambda series: len(series.measured)).measured]
+    return words("several_seeds", count=words.number(len(seeds)), seeds=", ".join(seeds)) if len(seeds) > 1 else ""
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+def _graphs(facts: CardFacts, words: Words) -> str:
+    """Table of the ONNX graphs: bytes, and how far their embeddings are from the model's."""
+    rows = []
+    for name, about in facts.graphs["graphs"].items() if facts.graphs else ():
+        difference, cosine = about.get("largest_difference"), about.get("lowest_cosine")
+        size = f"{words.number(about['bytes'] / 1e6, 1)} MB"
+        distance = "" if difference is None else words.scientific(difference)
+        rows.append((code(f"onnx/{name}"), size, distance, "" if cosine is None else words.number(cosine, 4)))
+    return table(("file", "size", "difference_to_model", "cosine"), rows, words)
+
+
+def _int8_lines(facts: CardFacts, words: Words) -> list[str]:
+    """Mean recall of the int8 graphs beside the float32 ones, a line a direction; empty where it was not measured."""
+    recall, lines = facts.graphs.get("recall"), []
+    for direction in DIRECTIONS if recall else ():
+        shares = {name: words.percent(recall[name][direction]["mean_recall"]) for name in ("float32", "int8")}
+        where = {"dataset": code(recall["dataset"]), "split": code(recall["split"])}
+        images = words.number(recall["images"])
+        lines.append(words("int8", what=words.name(direction), images=images, **shares, **where))
+    return lines

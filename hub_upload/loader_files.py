@@ -1,0 +1,222 @@
+"""What open_clip and sentence-transformers read of a repository, beside the files of transformers."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from common.files import write_json
+from hub_upload.source_model import mapped_tensors, read_config
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraTokenizer
+from modeling_capivara.convert_open_clip import SIZES, random_texts
+from modeling_capivara.open_clip_mapping import (
+    BASE_TEXT_MODEL,
+    BASE_TEXT_NAMES,
+    OPEN_CLIP_CONFIG,
+    build_open_clip,
+    capivara_state_dict,
+    check_state,
+    open_clip_model_cfg,
+    open_clip_shapes,
+    open_clip_state_dict,
+    preprocess_cfg_of,
+)
+from modeling_capivara.processing_capivara import CONTEXT_LENGTH
+
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
+SENTENCE_EMBEDDING = "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length
+TEXT_MODEL = "text_model"  # folder of the text tower's configuration, where no Hub repository has it
+# What changes the tower's output; the rest of its configuration is about training and generation.
+TEXT_FIELDS = (
+    *("model_type", *SIZES, "num_attention_heads", "type_vocab_size", "layer_norm_eps", "hidden_act", "pad_token_id"),
+)
+# A type whose tokenizer is read as tokenizer.json has it; XLM-R's is rebuilt and loses its own normaliser.
+PLAIN_TOKENIZER_TYPE = "xlm-roberta-xl"
+ODD_TEXTS = (
+    "ﬁm de ﬁla",
+    "Ｓão João",
+    "a\u0301gua e a\u0303o",
+    "zero\u200blargura",
+    "dois  espaços",
+    "½ xícara ☕",
+    "日本語",
+)
+
+
+def text_config_source(config: CapivaraConfig, text_config: str | None) -> str | None:
+    """Where open_clip shall find the text tower's configuration: a Hub id, or the repository's folder `text_model`.
+
+    Args:
+        config: the architecture.
+        text_config: a Hub id, or a folder with a config.json of the text tower or of the CAPIVARA model; None where
+            nobody has named one.
+
+    Returns:
+        None where there is none: open_clip can't build this text tower by a name.
+
+    Raises:
+        ValueError: it is another text tower than the model's; the message names the fields that differ.
+    """
+    if text_config is None:
+        return None if _differences(config.text_config, CapivaraConfig().text_config) else BASE_TEXT_MODEL
+    local = Path(text_config).is_dir()
+    named = _named_config(text_config)
+    if isinstance(named, CapivaraConfig) and not local:
+        raise ValueError(
+            f"text_config {text_config} is a whole CAPIVARA model, from which open_clip can't take a text tower; name "
+            "a repository that holds the text tower's configuration alone, or a folder."
+        )
+    named = named.text_config if isinstance(named, CapivaraConfig) else named
+    if differences := _differences(config.text_config, named):
+        raise ValueError(f"text_config {text_config} is not the model's text tower: {'; '.join(differences)}.")
+    return TEXT_MODEL if local else text_config
+
+
+@dataclass(frozen=True)
+class OpenClipPlan:
+    """Fields of open_clip's configuration beside the architecture.
+
+    Attributes:
+        source: of the text tower's configuration, a Hub id or the folder `text_model`.
+        tokenizer: Hub id from which `hf-hub:` takes the tokenizer; a folder's own is taken from there.
+        size: pixels a side.
+        preprocess_cfg: open_clip's.
+    """
+
+    source: str
+    tokenizer: str
+    size: int
+    preprocess_cfg: dict[str, Any]
+
+
+def plan_open_clip(
+    config: CapivaraConfig, image_processor: CapivaraImageProcessor, text_config: str | None, repo_id: str | None
+) -> OpenClipPlan | None:
+    """Check whether open_clip can build a model; nothing is written, no weights are read.
+
+    Where open_clip is installed its own model is built, without memory, and its tensors are compared by name and shape.
+
+    Args:
+        config: the architecture.
+        image_processor: the model's.
+        text_config: as for `text_config_source`.
+        repo_id: where it will be published; `hf-hub:` then takes the tokenizer from there.
+
+    Returns:
+        None where the text tower has no name.
+
+    Raises:
+        ValueError: open_clip has no such architecture, text tower or preprocessing.
+    """
+    source = text_config_source(config, text_config)
+    if source is None:
+        return None
+    size, preprocess_cfg = preprocess_cfg_of(image_processor)
+    open_clip_model_cfg(config, source, size)
+    if find_spec("open_clip"):
+        try:
+            with torch.device("meta"):
+                theirs = build_open_clip(config).state_dict()
+            check_state(theirs, open_clip_shapes(config))
+        except (RuntimeError, ValueError) as error:  # a few timm models have, under open_clip, a head of another width
+            raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
+    tokenizer = repo_id or (BASE_TEXT_MODEL if source == TEXT_MODEL else source)
+    return OpenClipPlan(source, tokenizer, size, preprocess_cfg)
+
+
+def write_open_clip_weights(model: CapivaraModel, folder: Path) -> None:
+    """Write the weights under open_clip's names; only those that are joined or turned are copied in memory."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in open_clip_state_dict(model).items()}
+    save_file(tensors, folder / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
+
+
+def written_tensors(folder: Path) -> dict[str, Tensor]:
+    """What `write_open_clip_weights` wrote, read from the file and under transformers' names again."""
+    return capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]), read_config(folder))
+
+
+def write_open_clip_config(
+    folder: Path, config: CapivaraConfig, plan: OpenClipPlan, tokenizer: CapivaraTokenizer
+) -> None:
+    """Write open_clip_config.json, and the text tower's configuration where no Hub id has it.
+
+    Args:
+        folder: the repository's, with its tokenizer in it.
+        config: the architecture.
+        plan: of `plan_open_clip`.
+        tokenizer: the model's own.
+    """
+    model_cfg = open_clip_model_cfg(config, plan.source, plan.size)
+    model_cfg["text_cfg"]["hf_tokenizer_name"] = plan.tokenizer
+    # Without it open_clip reads config.json first, and asks on the terminal whether to run the code it names.
+    model_cfg["text_cfg"]["tokenizer_kwargs"] = {"tokenizer_type": tokenizer_type(folder, config, tokenizer)}
+    write_json(folder / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": plan.preprocess_cfg})
+    if plan.source == TEXT_MODEL:
+        config.text_config.save_pretrained(folder / TEXT_MODEL)
+
+
+def write_sentence_transformers(folder: Path) -> None:
+    """Write `modules.json` of sentence-transformers and the files that it names: how to embed, and unit length."""
+    kinds = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
+    modules = [
+        {"idx": number, "name": str(number), "path": path, "type": f"{SENTENCE_MODULES}.{kind}"}
+        for number, (path, kind) in enumerate(kinds)
+    ]
+    settings = {
+        "transformer_task": "feature-extraction",
+        # Without it sentence-transformers 6 takes the model for a text encoder, and does not say so.
+        "modality_config": {
+            "text": {"method": "get_text_features", "method_output_name": "pooler_output"},
+            "image": {"method": "get_image_features", "method_output_name": "pooler_output"},
+        },
+        "module_output_name": SENTENCE_EMBEDDING,
+    }
+    write_json(folder / "modules.json", modules)
+    write_json(folder / "sentence_bert_config.json", settings)
+    names = {"module_input_name": SENTENCE_EMBEDDING, "module_output_name": SENTENCE_EMBEDDING}
+    write_json(folder / "1_Normalize/config.json", names)
+    # No versions in it: an older sentence-transformers 6 would warn of a newer one.
+    facts = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
+    write_json(folder / "config_sentence_transformers.json", facts)
+
+
+def tokenizer_type(folder: Path, config: CapivaraConfig, tokenizer: CapivaraTokenizer) -> str:
+    """The kind by which open_clip shall load the folder's tokenizer: the first that gives the model's own ids.
+
+    Raises:
+        ValueError: none does.
+    """
+    texts = [*random_texts(), *ODD_TEXTS]
+    expected = _ids(tokenizer.plain(), texts)  # open_clip repairs them before
+    for kind in (config.text_config.model_type, PLAIN_TOKENIZER_TYPE):
+        if _ids(AutoTokenizer.from_pretrained(folder, tokenizer_type=kind), texts) == expected:
+            return kind
+    raise ValueError(
+        f"open_clip would read the tokenizer of {folder} as another one: neither {config.text_config.model_type!r} nor "
+        f"{PLAIN_TOKENIZER_TYPE!r} gives its ids. Leave open_clip out of --formats."
+    )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, truncation=True, max_length=CONTEXT_LENGTH)["input_ids"]
+
+
+def _named_config(name: str) -> PreTrainedConfig:
+    if name in BASE_TEXT_NAMES:
+        return CapivaraConfig().text_config  # without network
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fault = " ".join(str(error).split())
+        raise ValueError(f"text_config {name!r} is no folder and no Hub id with a configuration: {fault}") from error
+
+
+def _differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:
+    pairs = {name: (getattr(ours, name, None), getattr(theirs, name, None)) for name in TEXT_FIELDS}
+    return [f"{name} is {theirs!r}, not {ours!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]

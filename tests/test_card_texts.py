@@ -1,0 +1,166 @@
+"""Texts of configs and data stay texts in a card, in Markdown, HTML and YAML; paths and secrets are refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from browser import open_browser
+from card_run import change, split_card, trained_run
+
+from hub_upload.card import check, write_card
+from hub_upload.card_text import Words, code, escaped
+from training.arguments import RunArguments
+from training.outputs import inherited_license, model_card, origin
+
+HOSTILE = (
+    "</table><script>alert(1)</script>",
+    "[x](javascript:alert(1))",
+    "a\nlicense: mit\n---\n# New",
+    "| a | b |",
+    "`code` **bold** <!-- hidden -->",
+    "{{ 7 * 7 }} {% raw %}",
+    "<img src=x onerror=alert(1)>",
+    "\ue000 1\ue001run.json\ue002\u202e",
+    "![x](http://127.0.0.1:1/spy.png)",
+)
+
+
+def markdown():
+    """A renderer that lets HTML through, as the worst one does."""
+    return pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True}).enable("table")
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_texts_are_escaped(text):
+    reader = markdown()
+    for written in (escaped(text), code(text)):
+        assert "\n" not in written
+        tokens = [t.type for t in reader.parseInline(written)[0].children]
+        assert set(tokens) <= {"text", "text_special", "code_inline"}, written
+        assert [t.type for t in reader.parse(f"| a | {written} |\n|---|---|\n")].count("th_open") == 2, written
+
+
+def test_what_escaping_keeps_and_drops():
+    assert escaped("/home/ana/pairs and ~/x/y, C:\\Users\\ana\\z") == "pairs and y, z"
+    assert escaped("https://example.org/a/b") == "https://example.org/a/b"
+    assert escaped("São João é o que há") == "São João é o que há" and escaped("- item") == "\\- item"
+    assert len(escaped("a" * 1000)) == 300
+    assert code("captions-pt") == "`captions-pt`" and code("a`b") == "a\\`b"
+
+
+@pytest.mark.parametrize(("language", "expected"), [("en", "1,234.50"), ("pt", "1.234,50")])
+def test_numbers_are_written_as_a_language_does(language, expected):
+    assert Words(language).number(1234.5, 2) == expected
+    with pytest.raises(ValueError, match="must be a number, got '1'"):
+        Words(language).number("1")
+
+
+def test_a_secret_or_a_path_of_a_machine_is_refused(tmp_path_factory, tiny_dataset_folder, tiny_processor, tmp_path):
+    """An invisible character keeps them from being found in the file, and is left out of the card."""
+    trained = trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)
+    for text, message in ((r"\\server\runs\ana", "path of a machine"), (f"hf_{'a' * 34}", "access token")):
+        run, hidden = tmp_path / message, f"{text[:5]}\u200b{text[5:]}"
+        shutil.copytree(trained, run)
+        change(run / "run.json", lambda run, title=hidden: run["origins"]["evaluation_dataset"].update(title=title))
+        with pytest.raises(ValueError, match=message):
+            write_card(run)
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory, tiny_dataset_folder, tiny_processor):
+    """A run whose texts are all hostile."""
+    run = tmp_path_factory.mktemp("hostile") / "run"
+    shutil.copytree(trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor), run)
+    texts = list(HOSTILE)
+
+    def edit(content):
+        content["device"], content["config"]["caption_strategy"] = texts[0], texts[1]
+        content["config"]["language"] = content["config"]["eval_languages"][0] = texts[2]
+        content["versions"] = {texts[3]: texts[4]}
+        content["skipped_rows"] = {texts[5]: 3}
+        for origin_of in (content["origins"]["model"], content["origins"]["datasets"][0]):
+            origin_of |= {"title": texts[0], "licenses": [texts[2], texts[1]], "attribution": texts[6]}
+            origin_of |= {"hub_id": texts[1], "base_model": [texts[2]]}
+        content["origins"] |= {"license": texts[2]}
+        content["energy"] = {"kwh": 1, "kg_co2e": 1, "hours": 1, "country": texts[2], "cpu": texts[0], "gpu": texts[8]}
+        content["energy"] |= {"covers": texts[6], "method": f"estimated {texts[2]}"}
+
+    change(run / "run.json", edit)
+    for path, text in zip(sorted((run / "results").glob("*.json")), (texts[0], texts[2]), strict=True):
+        change(path, lambda r, text=text: [record.update(dataset=text, protocol=text) for record in r["records"]])
+        change(path, lambda r, text=text: [record.update(split=text, language=text) for record in r["records"]])
+    return run
+
+
+@pytest.mark.parametrize("language", ["en", "pt"])
+def test_hostile_texts_stay_texts(hostile, tmp_path, language):
+    shutil.copytree(hostile, tmp_path / "run")
+    write_card(tmp_path / "run", language=language)
+    text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    data, body = split_card(text)
+    blocks = markdown().parse(body)
+    tokens = {token.type for block in blocks for token in (block, *(block.children or ()))}
+    assert check(tmp_path / "run") == [] and "html_inline" not in tokens
+    assert [block.content.strip() for block in blocks if block.type == "html_block"] == [text.split("\n")[-1]]
+    assert not {"license", "base_model", "datasets"} & set(data) and "<script" not in body
+    assert "alert(1)" in body and "{{ 7 \\* 7 }}" in body and "# New" not in body.split("\n")
+
+
+def test_nothing_of_it_runs_in_a_browser(hostile, tmp_path):
+    shutil.copytree(hostile, tmp_path / "run")
+    write_card(tmp_path / "run")
+    _, body = split_card((tmp_path / "run" / "README.md").read_text(encoding="utf-8"))
+    page = markdown().render(body)
+    (tmp_path / "run" / "card.html").write_text(f"<!doctype html><meta charset=utf-8>{page}", encoding="utf-8")
+    with open_browser() as browser:
+        browser.open_file(tmp_path / "run" / "card.html")
+        assert not browser.dialogs and not browser.errors and not browser.refused
+        assert browser.page.evaluate("document.querySelectorAll('script, img[onerror]').length") == 0
+        assert {picture.rsplit("/", 1)[1] for picture in browser.requests} == {
+            "card.html",
+            "curves.png",
+            "retrieval.png",
+        }
+        links = browser.page.evaluate("[...document.links].map(link => link.protocol)")
+        assert set(links) <= {"https:", "file:"}
+
+
+@pytest.mark.parametrize(
+    ("stated", "licence"),
+    [
+        ([["mit"], ["cc-by-sa-4.0"]], "cc-by-sa-4.0"),
+        ([["mit"], ["mit"]], "mit"),
+        ([["mit"], []], None),
+        ([["mit"], ["apache-2.0"]], None),
+        ([["cc-by-nc-4.0"], ["cc-by-sa-4.0"]], None),
+        ([["mit"], ["mit", "cc-by-4.0"]], "cc-by-4.0"),
+    ],
+)
+def test_the_inherited_licence(stated, licence):
+    assert inherited_license(stated) == licence
+
+
+def test_where_base_and_data_come_from(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "README.md").write_text(
+        "---\nlicense: [mit, cc-by-4.0]\nbase_model: owner/base\n---\n\n# Pairs\n", encoding="utf-8"
+    )
+    found = origin(str(tmp_path / "data"), "dataset")
+    assert found["licenses"] == ["mit", "cc-by-4.0"] and found["base_model"] == ["owner/base"]
+    assert (found["title"], found["hub_id"], found["attribution"]) == ("Pairs", None, None)
+    (tmp_path / "data" / "README.md").write_bytes(b"---\nlicense: mit\n---\n# \xff\n")
+    assert origin(str(tmp_path / "data"), "dataset")["licenses"] == ["mit"]
+    unknown = origin("owner/not-in-the-cache", "dataset")  # offline
+    assert unknown["hub_id"] is None and unknown["licenses"] == [] and unknown["title"] == "owner/not-in-the-cache"
+    assert origin("shards/*.tar", "dataset")["hub_id"] is None
+    assert origin("/srv/ana/data", "dataset")["name"] == "data", "nothing of a person's folder is published"
+    assert origin("../ana/data", "dataset")["name"] == "data"
+    assert origin(f"{Path.cwd()}/data/openmoji/base", "model")["name"] == "openmoji/base"
+
+
+def test_the_first_card_of_a_run_names_the_base_of_a_converted_model(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/README.md").write_text("---\nbase_model: owner/base\nlicense: mit\n---\n", encoding="utf-8")
+    args = RunArguments(model=str(tmp_path / "base"), dataset=[str(tmp_path / "data")])
+    front_matter, _ = split_card(model_card(args, "Mine"))
+    assert front_matter["base_model"] == ["owner/base"]
