@@ -73,6 +73,7 @@ def selection_table(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train on both, print the table and the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--built", type=Path, default=Path("data/openmoji/captions"), help="output of the build")
     parser.add_argument("--config", type=Path, default=Path("configs/openmoji.yaml"), help="of the training")

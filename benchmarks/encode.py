@@ -32,6 +32,8 @@ Encoder = Callable[[], Tensor]  # from raw input to unit-length embeddings
 
 @dataclass
 class EncodeArguments:
+    """Arguments of `benchmarks.encode`."""
+
     images: int = flag(32, "Images of one run.")
     captions: int = flag(64, "Captions of one run.")
     tokens: int = flag(20, "Tokens of a caption, begin and end included.")
@@ -41,6 +43,7 @@ class EncodeArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure both programs and print the results."""
     args = parse(EncodeArguments, __doc__, argv)
     results = {
         **conditions(args.device),

@@ -43,6 +43,8 @@ Program = Callable[[int], tuple[float, Recalls]]  # number of the run -> seconds
 
 @dataclass
 class EvalRetrievalArguments:
+    """Arguments of `benchmarks.eval_retrieval`."""
+
     images: int = flag(5000, "Images of the scores.")
     captions: int = flag(5, "Captions of each.")
     runs: int = flag(5, "Alternating runs.")
@@ -57,6 +59,7 @@ class EvalRetrievalArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(EvalRetrievalArguments, __doc__, argv)
     if args.worker:
         finish(measure_memory(args.images, args.captions))
@@ -81,6 +84,7 @@ def random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Ten
 
 
 def our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
+    """Our recalls of the same embeddings."""
     images = torch.arange(len(image_embeds))
     text_to_image, image_to_text = cross_modal_ranks(text_embeds, image_embeds, image_of_text, images)
     recalls = {f"text_to_image@{k}": recall_at_k(text_to_image, k) for k in RECALL_CUTOFFS}
@@ -118,6 +122,7 @@ def compare(ours: Program, theirs: Program, runs: int) -> dict[str, Any]:
 
 
 def timed(call: Callable[..., Recalls], *args: Any) -> tuple[float, Recalls]:
+    """Seconds of a call, and its recalls."""
     started = time.perf_counter()
     recalls = call(*args)
     return time.perf_counter() - started, recalls
@@ -144,6 +149,7 @@ def measure_large(images: int = 100_000, captions: int = 10) -> dict[str, Any]:
 
 
 def memory_command(images: int, captions: int) -> list[str]:
+    """Module and flags of `measure_memory`."""
     return ["benchmarks.eval_retrieval", "--images", str(images), "--captions", str(captions), "--worker"]
 
 

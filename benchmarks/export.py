@@ -35,6 +35,8 @@ PROGRAMS = {"ours": WEIGHTS, "open_clip": OPEN_CLIP_WEIGHTS}
 
 @dataclass
 class ExportBenchmarkArguments:
+    """Arguments of `benchmarks.export`."""
+
     runs: int = flag(5, "Loads by each program, alternating.")
     layers: int = flag(12, "Layers of both towers; 12 is the published architecture.")
     output: Path | None = flag(None, "JSON file for the figures.")
@@ -46,6 +48,7 @@ class ExportBenchmarkArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
         work = {"make": make, "export": measure_export, "ours": load_ours, "open_clip": load_open_clip}[args.worker]
@@ -109,6 +112,7 @@ def measure_export(args: ExportBenchmarkArguments) -> dict[str, Any]:
 
 
 def load_ours(args: ExportBenchmarkArguments) -> dict[str, float]:
+    """Seconds of a load by transformers."""
     from transformers import AutoModel
 
     _import_towers()
@@ -116,6 +120,7 @@ def load_ours(args: ExportBenchmarkArguments) -> dict[str, float]:
 
 
 def load_open_clip(args: ExportBenchmarkArguments) -> dict[str, float]:
+    """Seconds of a load by open_clip."""
     import open_clip
 
     _import_towers()

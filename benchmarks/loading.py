@@ -38,6 +38,8 @@ BATCH = 32
 
 @dataclass
 class LoadingArguments:
+    """Arguments of `benchmarks.loading`."""
+
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda.")
     workers: int = flag(1, "Processes that decode; 0 = none beside the tower's.")
     images: int = flag(512, "JPEG files.")
@@ -45,6 +47,7 @@ class LoadingArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(LoadingArguments, __doc__, argv)
     finish(measure(args), args.output)
 

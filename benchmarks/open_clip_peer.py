@@ -39,6 +39,8 @@ WARMUP_STEPS = 1  # untimed: the optimiser makes its state in the first step
 
 @dataclass
 class PeerArguments:
+    """Arguments of `benchmarks.open_clip_peer`."""
+
     pairs: int = flag(..., "Pairs in memory, a multiple of micro x accum; steps go round them.")
     micro: int = flag(8, "Pairs of a micro-batch: open_clip's --batch-size.")
     accum: int = flag(2, "Micro-batches of a step: open_clip's --accum-freq.")
@@ -84,6 +86,7 @@ class InMemoryBatches:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(PeerArguments, __doc__, argv)
     finish(measure(args))
 

@@ -36,12 +36,14 @@ SUMMARY_PT = (
     ("Modelo", *(f"{name}: {way}" for name in ("português", "inglês") for way in ("texto → imagem", "imagem → texto"))),
     ("Modelo de base", "CAPIVARA", "Acaso"),
     "Revocação média (recall@1, @5 e @10) em por cento, com média ± desvio padrão de {runs} sementes, entre {images} "
-    "imagens de teste, de conceitos que não aparecem no treinamento; {minutes} minutos por semente em {device}.",
+    "imagens de teste, de conceitos que não aparecem no treinamento; {minutes} min por semente em {device}.",
 )
 
 
 @dataclass
 class ReadmeArguments:
+    """Arguments of `benchmarks.readme`."""
+
     demo: Path | None = flag(None, "Folder of a run of configs/openmoji.yaml.")
     real_images: Path | None = flag(None, "Output folder of examples.real_images.")
     check: bool = flag(False, "Change nothing, fail where a figure is not the JSON's.")
@@ -97,6 +99,7 @@ def demo_summary(heads: tuple[str, ...], titles: tuple[str, ...], facts: str, de
 
 
 def demo_block() -> str:
+    """Recalls of every model of the demo, the gains with their intervals, and the run."""
     demo = _results("demo")
     records, run = [Record(**record) for record in demo["records"]], demo["runs"][0]
     facts = (
@@ -108,6 +111,7 @@ def demo_block() -> str:
 
 
 def encode_block() -> str:
+    """Items per second of open_clip and ours."""
     found = _results("encode")
     rows = [
         (name.replace("_", " per second, "), *_medians(measured, "median", ".1f"), f"{measured['ratio']:.2f}")
@@ -123,6 +127,7 @@ def encode_block() -> str:
 
 
 def loading_block() -> str:
+    """Images per second and the share of waiting."""
     found = _results("loading")
     rows = [
         (name.replace("_", " "), f"{measured['images_per_second']:.1f}", f"{measured['share_waiting']:.0%}")
@@ -137,6 +142,7 @@ def loading_block() -> str:
 
 
 def real_images_block() -> str:
+    """Every measure of the demo's models on images from PyPI."""
     found = _results("real_images")
     cells: dict[tuple[str, ...], dict[str, str]] = {}  # task, data set, measure, n -> model -> value
     for record in (Record(**one) for one in found["records"]):
@@ -160,6 +166,7 @@ def real_images_block() -> str:
 
 
 def eval_retrieval_block() -> str:
+    """Seconds of clip-benchmark and ours, and our memory."""
     found = _results("eval_retrieval")
     scores, way, large = found["scores"], found["end_to_end"], found["large"]
     titles = (
@@ -181,6 +188,7 @@ def eval_retrieval_block() -> str:
 
 
 def export_block() -> str:
+    """Seconds of a load by open_clip and ours, and the memory of an export."""
     found = _results("export")
     titles = {"load": "cold load", "load_and_read": "cold load, every weight read once"}
     rows = [
@@ -196,6 +204,7 @@ def export_block() -> str:
 
 
 def space_load_block() -> str:
+    """Memory and answers of the page under load."""
     found = _results("space_load")
     visitors, answers, times = found["visitors"], found["answers"], found.get("milliseconds_in_a_row")
     speed = f" A search takes {times['median']:.0f} ms (median, in a row)." if times else ""
@@ -243,6 +252,7 @@ def filled(page: str, text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Fill the blocks of all pages, or check them."""
     args = parse(ReadmeArguments, __doc__, argv)
     if args.demo:
         take_over(args.demo)

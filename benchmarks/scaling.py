@@ -30,6 +30,8 @@ from training.step import padding_share, resolve_precision, sparse_embedding_gra
 
 @dataclass
 class ScalingArguments:
+    """Arguments of `benchmarks.scaling`."""
+
     step_pairs: list[int] = flag([256, 512, 1024, 2816], "Whole steps.")
     loss_pairs: list[int] = flag([2816, 4096, 8192, 16384, 32768], "The loss alone.")
     micro: int = flag(16, "Pairs of a micro-batch; with more, small batches are padded more than large ones.")
@@ -48,6 +50,7 @@ class ScalingArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(ScalingArguments, __doc__, argv)
     if args.worker:
         timing.finish(measure_steps(args) if args.worker == "steps" else measure_loss(args.loss_pairs[0], args))

@@ -42,6 +42,8 @@ PICTURE_EVERY = 10  # visitors
 
 @dataclass
 class SpaceLoadArguments:
+    """Arguments of `benchmarks.space_load`."""
+
     model: str = flag("data/openmoji/base", "Folder of the page's model.")
     pictures: str = flag("data/openmoji/dataset", "Pictures that are searched.")
     warm_up: int = flag(300, "Visitors before memory is measured.")
@@ -52,6 +54,7 @@ class SpaceLoadArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(SpaceLoadArguments, __doc__, argv)
     with started_page(args.model, args.pictures) as (process, url):
         measured = asyncio.run(load(process, url, args))

@@ -68,6 +68,8 @@ RECIPE_PAIRS, RECIPE_MICRO, RECIPE_STEPS = 2816, 64, 5863  # CAPIVARA, arXiv 231
 
 @dataclass
 class TrainStepArguments:
+    """Arguments of `benchmarks.train_step`."""
+
     pairs: int = flag(96, "Pairs of one step, for all programs.")
     micro: int = flag(16, "Our micro-batch, pairs; the recipe's step has 64.")
     peer_micro: int = flag(48, "open_clip's --batch-size; pairs / it is its --accum-freq.")
@@ -94,6 +96,7 @@ class TrainStepArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(TrainStepArguments, __doc__, argv)
     if args.worker:
         timing.finish(measure_ours(args))

@@ -185,7 +185,7 @@ def _executor(kind: str, work: Work, args: ExecutorArguments, before: PipelineEx
     options: dict[str, Any] = {"pipeline": [Task(work)], "logging_dir": str(work.logs), "depends": before}
     workers = -1 if args.workers is None else args.workers
     if kind == "local":
-        workers = len(_gpus()) or 1 if args.workers is None else args.workers
+        workers = args.workers or len(_gpus()) or 1
         options["tasks"] = 1 if phase.finished is None else args.tasks or workers
         return LocalExecutor(workers=min(workers, options["tasks"]), **options)
     options |= {
@@ -213,10 +213,13 @@ def _executor(kind: str, work: Work, args: ExecutorArguments, before: PipelineEx
 
 def _gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return visible.split(",")
+    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()):
+        return []  # without torch, whose import takes seconds that a stage may do without
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 class _Executor:
@@ -287,7 +290,7 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
     def _run_in_processes(self, ranks: list[int]) -> dict[int, str]:
         """Returns rank -> signal, of those that were killed."""
         context = multiprocess.get_context(self.start_method)
-        context.set_forkserver_preload([self.work.module])  # imported once for all tasks
+        context.set_forkserver_preload([name for name in sys.modules if name.startswith("captions.")])  # once for all
         gpus = _gpus()
         left, slots, killed = ranks[::-1], [gpus[i % len(gpus)] if gpus else "" for i in range(self.workers)], {}
         running: dict[int, tuple[Any, int, str]] = {}  # sentinel -> process, rank, GPU
@@ -319,9 +322,10 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
         if gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         elif "OMP_NUM_THREADS" not in os.environ:
-            import torch
-
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.workers))
+            threads = max(1, (os.cpu_count() or 1) // self.workers)
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            if "torch" in sys.modules:  # it has read the variable
+                sys.modules["torch"].set_num_threads(threads)
         try:
             self._run_for_rank(rank, local_rank=1)
         except TaskFailed:
@@ -334,6 +338,8 @@ class SlurmExecutor(_Executor, SlurmPipelineExecutor):
     def launch_job(self) -> None:
         self.note_finished()
         super().launch_job()
+        if self.job_id == -1 and self.depends_job_id:  # nothing to do: what comes next waits for what came before
+            self.job_id = self.depends_job_id
 
     def launch_merge_stats(self) -> None:
         """No job for datatrove's statistics: what was done is said by the parts."""

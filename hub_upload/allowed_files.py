@@ -37,7 +37,7 @@ ALLOWED_FILES = (
     *("README.md", "LICENSE", "run.json", "results/*.json", ".eval_results/*.yaml", "*.png", ".gitattributes"),
 )
 RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run; any other picture must be named in the card
-# Pieces of a vocabulary are no paths, whatever they look like.
+# Pieces of a vocabulary may look like paths.
 NOT_SEARCHED = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
 BINARY = (".safetensors", ".onnx", ".data", ".model", ".png", ".jpg", ".jpeg", ".webp", ".tar")
 CHUNK_BYTES = 2**24
@@ -98,7 +98,7 @@ UNREADABLE = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x0
 
 
 def check_secrets(path: Path, name: Path | str) -> None:
-    """Raise ValueError, naming file and place, where a file of any size and form holds an access token or key."""
+    """Raise ValueError, naming file and line or byte, where a file of any size and form holds a token or key."""
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -106,22 +106,22 @@ def check_secrets(path: Path, name: Path | str) -> None:
             raise ValueError(f"{name} is compressed or no UTF-8, and can't be searched for secrets. Write it plainly.")
         if found := secret_in(content):
             line = f"line {_lines_before(file, found[1]) + 1}"
-            place = f"byte {found[1]}" if path.suffix in BINARY else line
-            raise ValueError(f"{name}, {place}, holds {found[0]}. Remove it, and revoke it if it is real.")
+            where = f"byte {found[1]}" if path.suffix in BINARY else line
+            raise ValueError(f"{name}, {where}, holds {found[0]}. Remove it, and revoke it if it is real.")
 
 
 def check_paths(path: Path, name: Path | str) -> None:
     """Raise ValueError, naming file and line, where a text file holds a path of a machine."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
-            _check_places(_unescaped(line) if path.suffix == ".json" else line, f"{name}, line {number},")
+            _check_machine_paths(_unescaped(line) if path.suffix == ".json" else line, f"{name}, line {number},")
 
 
 def _check_words(text: str, where: str) -> None:
     """Raise ValueError where the text of a binary file holds an access token or key, or a path of a machine."""
     if found := secret_in(text):
         raise ValueError(f"{where} holds {found[0]}. Remove it, and revoke it if it is real.")
-    _check_places(text, where)
+    _check_machine_paths(text, where)
 
 
 def _picture_texts(path: Path, name: Path | str) -> str:
@@ -145,17 +145,18 @@ def _is_allowed(name: Path) -> bool:
     )
 
 
-def _lines_before(file: BinaryIO, place: int) -> int:
-    return sum(file.read(min(CHUNK_BYTES, place - at)).count(b"\n") for at in range(0, place, CHUNK_BYTES))
+def _lines_before(file: BinaryIO, offset: int) -> int:
+    """Line breaks in the first `offset` bytes of a file."""
+    return sum(file.read(min(CHUNK_BYTES, offset - at)).count(b"\n") for at in range(0, offset, CHUNK_BYTES))
 
 
-def _check_places(text: str, where: str) -> None:
-    if place := machine_path_in(text):
-        raise ValueError(f"{where} names a place on a machine, {place!r}. Write it relative, or leave it out.")
+def _check_machine_paths(text: str, where: str) -> None:
+    if path := machine_path_in(text):
+        raise ValueError(f"{where} names a place on a machine, {path!r}. Write it relative, or leave it out.")
 
 
 def _unescaped(line: str) -> str:
-    """A line of JSON as its texts are read: `\\/` is a slash, `\\n` ends what is before it, `\\u2192` is a sign."""
+    """A line of JSON with its escapes decoded: `\\/` is a slash, `\\u2192` an arrow; `\\n` becomes a blank."""
 
     def read(found: re.Match[str]) -> str:
         return chr(int(found[2], 16)) if found[2] else found[1] if found[1] in '"\\/' else " "

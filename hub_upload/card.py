@@ -5,10 +5,10 @@
     python -m hub_upload.card --check runs/openmoji-pt-001
 
 The first takes `run.json`, `results/*.json` and the model's config, and replaces the README.md that the run has
-written. Where a figure is missing it is left out; nothing is guessed. `--check` makes the card anew, compares it and
-`.eval_results` line by line, and names each line that differs. Sentences without figures may be added to a card by
-hand; whoever makes the card anew adds them again. Make it last: of a repository's folder after `hub_upload.export`,
-which writes those files anew, and before `hub_upload.push`.
+written. Where a figure is missing it is left out; nothing is guessed. `--check` renders the card again, compares it
+and `.eval_results` line by line, and names each line that differs. Sentences without figures may be added to a card by
+hand, and must be added again after it is rewritten. Make the card last: of a repository's folder after
+`hub_upload.export`, which rewrites those files, and before `hub_upload.push`.
 """
 
 from common.start import start_command
@@ -21,14 +21,14 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import ModelCard
 
-from common.cli import parse, run_command
+from common.cli import flag, parse, run_command, user_errors
 from common.files import write_text
 from common.privacy import machine_path_in, secret_in
 from hub_upload.card_facts import CardFacts, card_facts
@@ -48,23 +48,15 @@ SHOWN = 120  # letters of a line in a message
 
 @dataclass
 class CardArguments:
-    model: Path | None = field(
-        default=None, metadata={"help": "Folder of a finished run, or a repository made from it; its card is written."}
+    model: Path | None = flag(None, "Folder of a finished run, or a repository made from it; its card is written.")
+    repo_id: str | None = flag(
+        None,
+        "Hub id, owner/name, that the code in the card loads; where none is given, it loads the folder by "
+        "its name, from the folder above.",
     )
-    repo_id: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub id, owner/name, that the code in the card loads; where none is given, it loads the folder by "
-            "its name, from the folder above."
-        },
-    )
-    language: Literal["en", "pt"] = field(default="en", metadata={"help": "Language of the card's text."})
-    output: Path | None = field(
-        default=None, metadata={"help": "File of the card, in place of README.md in the folder; it alone is written."}
-    )
-    check: Path | None = field(
-        default=None, metadata={"help": "Folder whose card is compared with its files; nothing is written."}
-    )
+    language: Literal["en", "pt"] = flag("en", "Language of the card's text.")
+    output: Path | None = flag(None, "File of the card, in place of README.md in the folder; it alone is written.")
+    check: Path | None = flag(None, "Folder whose card is compared with its files; nothing is written.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.check is None):
@@ -155,9 +147,9 @@ def write_card(
 def check(folder: Path) -> list[str]:
     """The faults of a folder's card, each naming the line; empty where card and files agree.
 
-    The card is made anew with the options that it names, and compared line by line. Lines may be added to its text, if
-    they hold no number, and nothing that could hide or reframe what is around them. As the card lists the digests of
-    its files, a digit that it does not show is noticed, too.
+    The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
+    text, if they hold no number, and nothing that could hide or reframe the lines around them. As the card lists the
+    digests of its files, a changed digit that it does not show is noticed, too.
 
     Raises:
         ValueError: there is no card.
@@ -177,7 +169,7 @@ def check(folder: Path) -> list[str]:
     there = {path.relative_to(folder).as_posix(): path for path in (folder / ".eval_results").glob("*.y*ml")}
     for name in sorted({*wanted, *there}):
         if name not in there:
-            faults.append(f"{name} is missing; make the card anew.")
+            faults.append(f"{name} is missing; write the card again.")
         elif name not in wanted:
             faults.append(f"{name}: no result file of a data set on the Hub has these figures.")
         elif not there[name].is_file():
@@ -242,17 +234,14 @@ def _read(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(CardArguments, __doc__, argv)
-        if args.check is None:
-            path = write_card(args.model, args.repo_id, args.language, args.output)
-            print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")
-            return
-        faults = check(args.check)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    if faults:
+    args = parse(CardArguments, __doc__, argv)
+    if args.check is None:
+        path = write_card(args.model, args.repo_id, args.language, args.output)
+        print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")
+        return
+    if faults := check(args.check):
         sys.exit("\n".join([*faults, f"error: {len(faults)} faults in the card of {args.check}."]))
     print(f"Every figure of the card of {args.check} is that of its files.")
 

@@ -34,12 +34,12 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Content(dict):
-    """An object of a JSON file; to ask for a key that it lacks is a ValueError, which names the place in the file."""
+    """An object of a JSON file; a missing key is a ValueError, which names file and JSON pointer."""
 
-    place = ""
+    pointer = ""
 
     def __missing__(self, key: str) -> NoReturn:
-        raise ValueError(f"{self.place} has no {key!r}, which the card needs.")
+        raise ValueError(f"{self.pointer} has no {key!r}, which the card needs.")
 
 
 @dataclass
@@ -114,7 +114,7 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
 
     Raises:
         ValueError: a file is missing or has another form, two records give one figure different values, or a file
-            holds an access token. The message names the file and the place in it.
+            holds an access token. The message names the file and the JSON pointer.
     """
     if name is not None and _usable(name) != name:
         raise ValueError(f"{name!r} is no name of a folder that code can hold; take letters, digits, - and _.")
@@ -156,10 +156,10 @@ def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, Content, list[Co
 
 def _checked_run(run: Content) -> Content:
     if run["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"{run.place} has schema version {run['schema_version']!r:.20}, not {SCHEMA_VERSION}.")
+        raise ValueError(f"{run.pointer} has schema version {run['schema_version']!r:.20}, not {SCHEMA_VERSION}.")
     for key, kind in (("config", dict), ("versions", dict), ("seconds", dict), ("seed", int), ("device", str)):
         if not isinstance(run[key], kind):
-            raise ValueError(f"{run.place}/{key} must be of type {kind.__name__}, got {run[key]!r:.60}.")
+            raise ValueError(f"{run.pointer}/{key} must be of type {kind.__name__}, got {run[key]!r:.60}.")
     return run
 
 
@@ -173,17 +173,17 @@ def _read(path: Path, folder: Path, digests: dict[str, str]) -> Content:
     if secret := secret_in(data.decode("utf-8")):
         raise ValueError(f"{name} holds {secret[0]}. Revoke it, and take it out before publishing.")
     digests[name] = hashlib.sha256(data).hexdigest()
-    return _placed(content, f"{name}#")
+    return _with_pointers(content, f"{name}#")
 
 
-def _placed(value: Any, place: str) -> Any:
-    """A JSON value whose objects know their place."""
+def _with_pointers(value: Any, pointer: str) -> Any:
+    """A JSON value whose objects know where they stand."""
     if isinstance(value, list):
-        return [_placed(item, f"{place}/{number}") for number, item in enumerate(value)]
+        return [_with_pointers(item, f"{pointer}/{number}") for number, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    content = Content((key, _placed(item, f"{place}/{key}")) for key, item in value.items())
-    content.place = place
+    content = Content((key, _with_pointers(item, f"{pointer}/{key}")) for key, item in value.items())
+    content.pointer = pointer
     return content
 
 
@@ -193,7 +193,7 @@ def _result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | N
     try:
         return parse_result(content, path.relative_to(folder).as_posix()) if "records" in content else None
     except ValueError as error:
-        raise ValueError(f"{content.place}/{error}.") from error
+        raise ValueError(f"{content.pointer}/{error}.") from error
 
 
 def _series(results: list[ResultFile]) -> list[Series]:

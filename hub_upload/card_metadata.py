@@ -103,10 +103,10 @@ def energy(facts: CardFacts) -> Energy | None:
         return None
     for about in of_runs:
         if not any(word in str(about["method"]) for word in ("estimated", "measured")):
-            raise ValueError(f"{about.place}/method must say whether energy was measured or estimated, by what.")
+            raise ValueError(f"{about.pointer}/method must say whether energy was measured or estimated, by what.")
         for key in ("kwh", "kg_co2e", "hours"):
             if not is_number(about[key]) or about[key] < 0:
-                raise ValueError(f"{about.place}/{key} must be a number of at least 0, got {about[key]!r:.60}.")
+                raise ValueError(f"{about.pointer}/{key} must be a number of at least 0, got {about[key]!r:.60}.")
     sums = {key: sum(about[key] for about in of_runs) for key in ("kwh", "kg_co2e", "hours")}
     return Energy(**sums, about=of_runs[0])
 

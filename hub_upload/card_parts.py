@@ -9,9 +9,10 @@ from hub_upload.card_metadata import Energy, energy, licence
 from hub_upload.card_text import Words, code, escaped
 from records.schema import DIRECTIONS, GAIN, TASKS, Record
 from records.series import Measured, Pair, Series, pairs_of
+from records.tables import markdown_table
 
 VISION = ("model_type", "architecture", "num_hidden_layers", "hidden_size", "patch_size", "image_size")
-ARCHITECTURE = {  # part -> object of config.json, and what is said of it; None where the first is missing
+ARCHITECTURE = {  # part -> object of config.json, and its keys that are shown
     "vision": ("vision_config", VISION),
     "text": ("text_config", ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")),
     "space": (None, ("projection_dim", "text_projection_type")),
@@ -41,24 +42,27 @@ def card_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
         "graphs": _graphs(facts, words),
         "int8": _int8_lines(facts, words),
         "files": table(
-            [words("column_file"), words("column_digest")],
+            ("file", "digest"),
             [(code(name), f"`{digest[:32]}`") for name, digest in sorted(facts.digests.items())],
-            figures_from=2,
+            words,
+            text_columns=2,
         ),
     }
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int = 1) -> str:
-    """A Markdown table; the columns from `figures_from` on are aligned to the right."""
-    rule = ["---" if column < figures_from else "---:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Words, text_columns: int = 1) -> str:
+    """A Markdown table without the columns that no row fills; other gaps become a dash. Empty where there are no rows.
 
-
-def filled_table(names: Sequence[str], rows: Sequence[Sequence[str]], words: Words, figures_from: int = 1) -> str:
-    """A table without the columns that no row fills; other gaps become a dash."""
-    kept = [column for column in range(len(names)) if any(row[column] for row in rows)]
-    header = [words(f"column_{names[column]}") for column in kept]
-    return table(header, [[row[column] or "–" for column in kept] for row in rows], figures_from)
+    Args:
+        columns: keys of the words of the head.
+        rows: their cells.
+        words: of the card's language.
+        text_columns: columns that are aligned to the left; the others hold numbers.
+    """
+    kept = [number for number in range(len(columns)) if any(row[number] for row in rows)]
+    header = [words(f"column_{columns[number]}") for number in kept]
+    cells = [[row[number] or "–" for number in kept] for row in rows]
+    return markdown_table([header, *cells], text_columns) if rows else ""
 
 
 # --- Base, data and training -----------------------------------------------------------------------------------------
@@ -117,7 +121,7 @@ def _training_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
 
 
 def _of_each_run(facts: CardFacts, words: Words) -> dict[str, str]:
-    """What every run has a figure of, in the order of seeds; said once where all agree."""
+    """Figures that every run has, in the order of seeds; one where all agree."""
     picks: dict[str, Callable[[Content], str]] = {
         "steps": lambda run: words.number(run["steps"]),
         "pairs": lambda run: words.number(run["pairs"]),
@@ -143,7 +147,7 @@ def _settings(config: Content, words: Words) -> str:
         if key == "image_embedding_cache" and value != "off":
             value = "on"  # a folder of the machine, otherwise
         rows.append((name, f"`{key}`", code(value)))
-    return table([words(f"column_{name}") for name in ("what", "setting", "value")], rows, figures_from=2)
+    return table(("what", "setting", "value"), rows, words, text_columns=2)
 
 
 def _validation(facts: CardFacts, words: Words) -> str:
@@ -213,7 +217,7 @@ def is_worse(pair: Pair) -> bool:
 
 
 def main_pairs(facts: CardFacts) -> list[Pair]:
-    """What tells most, where baseline and model were measured: mean recalls, and each classification's first metric."""
+    """The main figures that baseline and model both have: mean recalls, and the first metric of each classification."""
     found = []
     for task in TASKS:
         is_main = (lambda pair: pair.condition.metric == "mean_recall") if task == "retrieval" else (lambda pair: True)
@@ -254,7 +258,7 @@ def _retrieval_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
             language=words.language_name(first.language),
         )  # fmt: skip
         gains = [s for direction in DIRECTIONS for s in group if s.first.is_gain and s.first.direction == direction]
-        made = filled_table(("metric", "baseline", "capivara", "difference", "chance"), rows, words)
+        made = table(("metric", "baseline", "capivara", "difference", "chance"), rows, words)
         sections.append({"title": title, "table": made, "gains": [_gain_line(gain, words) for gain in gains]})
     return sections
 
@@ -270,7 +274,7 @@ def _image_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
             about = (_dataset_title(facts, record.dataset), code(record.protocol), words.name(record.metric))
             rows.append((*about, words.number(record.n), *_cells(pair, words)))
         if rows:
-            made = filled_table(names, rows, words, figures_from=3)
+            made = table(names, rows, words, text_columns=3)
             sections.append({"title": words(f"{task}_title"), "table": made, "gains": []})
     return sections
 
@@ -328,8 +332,7 @@ def _summary(facts: CardFacts, main: list[Pair], words: Words) -> str:
         for pair in main
         if pair.condition.task == "retrieval" and pair.condition.language == facts.language
     ]
-    header = [words(f"column_{name}") for name in ("metric", "baseline", "capivara", "difference")]
-    return table(header, rows) if rows else ""
+    return table(("metric", "baseline", "capivara", "difference"), rows, words)
 
 
 def _beside_baseline(facts: CardFacts, pair: Pair, words: Words) -> str:
@@ -386,7 +389,7 @@ def _graphs(facts: CardFacts, words: Words) -> str:
         size = f"{words.number(about['bytes'] / 1e6, 1)} MB"
         distance = "" if difference is None else words.scientific(difference)
         rows.append((code(f"onnx/{name}"), size, distance, "" if cosine is None else words.number(cosine, 4)))
-    return filled_table(("file", "size", "difference_to_model", "cosine"), rows, words) if rows else ""
+    return table(("file", "size", "difference_to_model", "cosine"), rows, words)
 
 
 def _int8_lines(facts: CardFacts, words: Words) -> list[str]:

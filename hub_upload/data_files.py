@@ -1,4 +1,4 @@
-"""What of a data set may leave this machine: rows, pictures, card and licence, and a look into them for secrets."""
+"""Which files of a data set may be uploaded: rows, images, card and licence, after a search for secrets in them."""
 
 import io
 import re
@@ -27,7 +27,7 @@ def data_files(folder: Path) -> list[Path]:
     """Files of a data set relative to its folder. Hidden ones stay here, and whatever else lies there.
 
     Raises:
-        ValueError: a link leads out of the folder, or what is named as a file of a data set is no regular one.
+        ValueError: a link leads out of the folder, or a file of a data set is no regular file.
     """
     refuse_links_out(folder)
     found = []
@@ -41,8 +41,8 @@ def data_files(folder: Path) -> list[Path]:
 
 
 def check_data(folder: Path, names: Sequence[Path]) -> None:
-    """Raise ValueError, naming file, column and row but no secret, where something must stay here: a token or key in a
-    text, however nested; the path of a picture outside of the folder; bytes in place of a picture that are none.
+    """Raise ValueError, naming file, column and row but no secret, where a text, however nested, holds a token or key,
+    an image path leads out of the folder, or image bytes are no image.
     """
     for name in names:
         path = folder / name
@@ -53,7 +53,7 @@ def check_data(folder: Path, names: Sequence[Path]) -> None:
             check_secrets(path, name)
         elif name.suffix in (".parquet", ".arrow"):
             _check_rows(path, name)
-        else:  # an archive as it is: what is in it is not compressed
+        else:  # archives among them: only uncompressed ones are accepted
             check_secrets(path, name)
             if name.name in NAMES or (name.suffix == ".json" and path.stat().st_size <= RECORD_BYTES):
                 check_paths(path, name)

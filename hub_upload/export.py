@@ -104,14 +104,14 @@ def export(
         text_config: Hub id or folder of the text tower's configuration, for open_clip; see `text_config_source`.
         overwrite: replace what is at `output`.
         repo_id: where it will be published; open_clip then takes the tokenizer from there.
-        measure_int8: takes the folder, measures its int8 graphs, and returns what it found in lines; see
+        measure_int8: measures the int8 graphs of a folder, and returns lines to log; see
             `onnx_recall.int8_measurement`.
 
     Returns:
         Path relative to the folder and size in bytes of every file, in order.
 
     Raises:
-        ValueError: an argument is wrong, the model is broken or can't be said in a format, or a file holds a path of a
+        ValueError: an argument is wrong, the model is damaged or a format can't express it, or a file holds a path of a
             machine or an access token.
         ImportError: a package that a format needs is missing.
         OSError: the disk is full.
@@ -126,7 +126,7 @@ def export(
     config, image_processor = read_config(model), _read_image_processor(model)
     plan = plan_open_clip(config, image_processor, text_config, repo_id) if "open_clip" in formats else None
     if "open_clip" in formats:
-        _tell_about_open_clip(plan, repo_id)
+        _log_open_clip_plan(plan, repo_id)
     _check_space(model, output, formats, plan)
     with whole_folder(output, overwrite) as folder:
         _write_loaders_files(model, folder, config, formats, plan)
@@ -179,7 +179,7 @@ def _read_image_processor(model: Path) -> CapivaraImageProcessor:
     return processor
 
 
-def _tell_about_open_clip(plan: OpenClipPlan | None, repo_id: str | None) -> None:
+def _log_open_clip_plan(plan: OpenClipPlan | None, repo_id: str | None) -> None:
     if plan is None:
         logger.info(
             "open_clip is left out: the text tower is not XLM-RoBERTa base, so that open_clip can't take its "
@@ -247,8 +247,8 @@ def _write_processor(model: Path, folder: Path) -> None:
         shutil.copyfile(model / name, folder / name)
         if name.endswith("_config.json"):
             settings = hide_paths(read_json(model / name))
-            for told in ("is_local", "local_files_only"):  # how it was loaded, not what it is
-                settings.pop(told, None)
+            for name_of_loading in ("is_local", "local_files_only"):
+                settings.pop(name_of_loading, None)
             write_json(folder / name, settings)
     package = Path(modeling_capivara.__file__).parent
     for name in MODEL_CODE:
@@ -259,13 +259,13 @@ def _write_onnx(folder: Path, measure_int8: Callable[[Path], list[str]] | None) 
     from hub_upload.onnx_files import write_onnx
 
     write_onnx(folder)
-    untold = ["ONNX: what int8 changes was not measured; --recall_dataset names a data set for it."]
-    for line in measure_int8(folder) if measure_int8 else untold:
+    unmeasured = ["ONNX: the recall of int8 was not measured; --recall_dataset names a data set for it."]
+    for line in measure_int8(folder) if measure_int8 else unmeasured:
         logger.info("%s", line)
 
 
 def _write_records(model: Path, folder: Path) -> None:
-    """What the card is made of, as far as the model's folder has it; paths of this machine are made relative."""
+    """Files that the card is made of, where the model's folder has them; paths of this machine are made relative."""
     results = model / "results"
     if not results.is_dir() and model.name.startswith("seed-"):
         results = model.parent / "results"  # of all seeds of a run
@@ -286,7 +286,7 @@ def _write_records(model: Path, folder: Path) -> None:
 
 
 def _finished(folder: Path) -> list[tuple[str, int]]:
-    """Name and bytes of all files, which may all leave this machine."""
+    """Name and bytes of all files, after a check that all may be uploaded."""
     check_contents(folder)
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     if surplus := set(names) - set(allowed_files(folder)):

@@ -1,4 +1,4 @@
-"""What a server may do to a push: it may not make it last for ever, nor send it on to another one."""
+"""Limits for a push: its calls end within a deadline, and no redirect leads to another host."""
 
 import math
 import os
@@ -37,7 +37,7 @@ def time_limit(hours: float) -> Iterator[None]:
 
 @contextmanager
 def program_limit(hours: float) -> Iterator[None]:
-    """As `time_limit`, for a program of its own, which is ended where what waits is no call of ours, such as Xet's."""
+    """As `time_limit`, for a program of its own: it is ended even where Xet waits, which knows no limit."""
 
     def end() -> None:
         print(f"\nerror: {TIME_UP}", file=sys.stderr, flush=True)
@@ -54,7 +54,7 @@ def program_limit(hours: float) -> Iterator[None]:
 
 
 def limit(client: Any) -> None:
-    """Hold a client of the Hub to the limits of the time and of its silence, and to the Hub itself."""
+    """Give a client of the Hub the time limits, and refuse redirects to other hosts."""
     client.timeout = TIMEOUT_S
     if _check_redirect in client.event_hooks["response"]:
         return
@@ -67,7 +67,7 @@ def limit(client: Any) -> None:
 
 
 class _Limited:
-    """A connection, or what makes one, whose waits end with the time of the push."""
+    """A connection, or a factory of connections, whose waits end at the deadline of the push."""
 
     def __init__(self, inner: Any):
         self._inner = inner
@@ -87,7 +87,7 @@ class _Limited:
 
 
 def _check_redirect(response: Any) -> None:
-    """Raise OSError where what is sent, or an answer that is relied on, would come from elsewhere than the Hub."""
+    """Raise OSError where a request, or an answer that is relied on, would go to another host than the Hub."""
     if _ends == math.inf or not response.has_redirect_location:
         return
     request, target = response.request, response.headers["location"]

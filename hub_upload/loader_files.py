@@ -36,7 +36,7 @@ TEXT_MODEL = "text_model"  # folder of the text tower's configuration, where no 
 TEXT_FIELDS = (
     *("model_type", *SIZES, "num_attention_heads", "type_vocab_size", "layer_norm_eps", "hidden_act", "pad_token_id"),
 )
-# A kind whose tokenizer is read as tokenizer.json has it; XLM-R's is built anew and loses a normaliser of its own.
+# A type whose tokenizer is read as tokenizer.json has it; XLM-R's is rebuilt and loses its own normaliser.
 PLAIN_TOKENIZER_TYPE = "xlm-roberta-xl"
 ODD_TEXTS = (
     "ﬁm de ﬁla",
@@ -61,7 +61,7 @@ def text_config_source(config: CapivaraConfig, text_config: str | None) -> str |
         None where there is none: open_clip can't build this text tower by a name.
 
     Raises:
-        ValueError: what is named is another text tower than the model's; the differing fields are named.
+        ValueError: it is another text tower than the model's; the message names the fields that differ.
     """
     if text_config is None:
         return None if _differences(config.text_config, CapivaraConfig().text_config) else BASE_TEXT_MODEL
@@ -80,7 +80,7 @@ def text_config_source(config: CapivaraConfig, text_config: str | None) -> str |
 
 @dataclass(frozen=True)
 class OpenClipPlan:
-    """What open_clip's configuration will say beside the architecture.
+    """Fields of open_clip's configuration beside the architecture.
 
     Attributes:
         source: of the text tower's configuration, a Hub id or the folder `text_model`.
@@ -98,7 +98,7 @@ class OpenClipPlan:
 def plan_open_clip(
     config: CapivaraConfig, image_processor: CapivaraImageProcessor, text_config: str | None, repo_id: str | None
 ) -> OpenClipPlan | None:
-    """Look whether open_clip can build a model; nothing is written, no weights are read.
+    """Check whether open_clip can build a model; nothing is written, no weights are read.
 
     Where open_clip is installed its own model is built, without memory, and its tensors are compared by name and shape.
 
@@ -162,7 +162,7 @@ def write_open_clip_config(
 
 
 def write_sentence_transformers(folder: Path) -> None:
-    """Write `modules.json` of sentence-transformers and what it names: how to embed, and unit length."""
+    """Write `modules.json` of sentence-transformers and the files that it names: how to embed, and unit length."""
     kinds = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
     modules = [
         {"idx": number, "name": str(number), "path": path, "type": f"{SENTENCE_MODULES}.{kind}"}
@@ -209,7 +209,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]
 
 def _named_config(name: str) -> PreTrainedConfig:
     if name in BASE_TEXT_NAMES:
-        return CapivaraConfig().text_config  # known by heart: no network
+        return CapivaraConfig().text_config  # without network
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:

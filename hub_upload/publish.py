@@ -1,6 +1,6 @@
 """A training run on the Hub: its right to write, checked before the run; its repository, made and pushed after it.
 
-No fault of a push costs the run anything: it is told in one line, with the way out.
+A failed push never fails the run: it is logged in one line, with the way out.
 """
 
 import inspect
@@ -90,12 +90,12 @@ def publish_checkpoint(save: Callable[[Path], None], folder: Path, repo_id: str,
 
     Args:
         save: writes a model folder.
-        folder: where there is room for it, twice.
+        folder: for temporary files, twice the size of the model.
         repo_id: owner/name, of a repository that exists.
         step: for the title of the commit.
 
     Returns:
-        Whether the Hub has it now; the run goes on in any case.
+        Whether the Hub has it now; training continues in any case.
     """
     try:
         with TemporaryDirectory(dir=folder, prefix="tmp-hub-") as temporary:
@@ -104,7 +104,7 @@ def publish_checkpoint(save: Callable[[Path], None], folder: Path, repo_id: str,
             with time_limit(CHECKPOINT_HOURS):
                 push(plan(Path(temporary) / REPOSITORY, repo_id, revision=CHECKPOINTS, message=f"Step {step}"))
     except Exception as error:  # of whatever kind: the run matters more
-        logger.warning("Step %s was not pushed to %s: %s The run goes on.", step, repo_id, _said(error))
+        logger.warning("Step %s was not pushed to %s: %s Training continues.", step, repo_id, _said(error))
         return False
     logger.info("Pushed step %s to the branch %s of %s.", step, CHECKPOINTS, repo_id)
     return True

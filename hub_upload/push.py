@@ -65,7 +65,7 @@ def push(planned: PushPlan) -> str | None:
     with hub_errors(args.repo_id, args.repo_type):
         if get_token() is None:
             raise PushError(NO_TOKEN)
-        parent = _made_ready(planned)
+        parent = _prepared_parent(planned)
         commit = _checked_commit(planned, parent) if planned.makes_commit else None
         if planned.makes_tag:
             _tag(planned, commit.oid if commit else parent)
@@ -84,24 +84,24 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {plain(str(error))}")
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on: files that have arrived are not sent again.", file=sys.stderr)
+        print("\nStopped. The same command resumes: files that have arrived are not sent again.", file=sys.stderr)
         sys.exit(130)
 
 
 def check_card(args: PushArguments) -> None:
-    """Say where a card states other figures than its files. Raises ValueError where it was about to be sent."""
+    """Warn where a card states other figures than its files. Raises ValueError where it was about to be sent."""
     faults = outdated(args.model) if args.repo_type == "model" else []
     if not faults:
         return
-    said = "".join(f"\n  {plain_line(fault)}" for fault in faults[:SHOWN])
-    message = f"The card is not what its files say; make it anew with `python -m hub_upload.card`. {said}"
+    listed = "".join(f"\n  {plain_line(fault)}" for fault in faults[:SHOWN])
+    message = f"The card differs from its files; write it again with `python -m hub_upload.card`. {listed}"
     if args.push:
         raise ValueError(f"Nothing was sent. {message}")
     print(f"Warning: {message}", flush=True)
 
 
 def _finish(planned: PushPlan) -> None:
-    """Push if it was asked for, and say what was done."""
+    """Push if it was asked for, and print what was done."""
     args, sent = planned.args, planned.sent
     if not (planned.makes_commit or planned.makes_branch or planned.makes_tag):
         print("The Hub has all of it already; there is nothing to send.")
@@ -116,8 +116,8 @@ def _finish(planned: PushPlan) -> None:
         print(f"Tagged {args.tag}.")
 
 
-def _made_ready(planned: PushPlan) -> str:
-    """Make repository and branch where they are missing; returns the commit to go on from."""
+def _prepared_parent(planned: PushPlan) -> str:
+    """Create repository and branch where they are missing; returns the parent commit."""
     args, remote, api = planned.args, planned.remote, HfApi()
     if not remote.exists:
         api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None)
@@ -157,7 +157,7 @@ def _committed(planned: PushPlan, operations: list, parent: str) -> CommitInfo:
                 args.repo_id, operations, commit_message=args.message or _title(planned), repo_type=args.repo_type,
                 revision=args.revision, create_pr=args.pull_request, parent_commit=parent,
             )  # fmt: skip
-        except Exception as error:  # of whatever kind: an answer of another form ends in any
+        except Exception as error:  # a malformed answer raises any kind
             if getattr(getattr(error, "response", None), "status_code", None) == 412:
                 raise PushError(_overtaken(planned, parent)) from None
             is_unclear = is_transient(error) or is_malformed(error)
@@ -205,7 +205,7 @@ def _tag(planned: PushPlan, commit: str) -> None:
         HfApi().create_tag(args.repo_id, tag=str(args.tag), revision=commit, repo_type=args.repo_type)
         if look(args.repo_id, args.repo_type, args.revision).tags.get(args.tag) != commit:
             raise PushError("The Hub has answered, but has no such tag. Run the same command again.")
-    except Exception as error:  # of whatever kind: what is on the Hub must be said
+    except Exception as error:  # of whatever kind: the user must know that the files are there
         reason = explained(error, args.repo_id, args.repo_type)
         raise PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
 

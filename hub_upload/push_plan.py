@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import CommitOperationAdd, metadata_load
 from huggingface_hub.hf_api import RepoFile
 
+from common.cli import flag
 from common.privacy import machine_path_in, secret_in
 from hub_upload.allowed_files import allowed_files, check_contents
 from hub_upload.data_files import check_data, data_files
@@ -26,24 +27,18 @@ SHOWN = 20  # names of one kind
 
 @dataclass
 class PushArguments:
-    model: Path = field(metadata={"help": "Folder to send: of a model or, with --repo-type dataset, of a data set."})
-    repo_id: str = field(metadata={"help": "Repository on the Hub, owner/name. It is made where there is none."})
-    push: bool = field(default=False, metadata={"help": "Send it. Without this flag nothing is changed on the Hub."})
-    repo_type: Literal["model", "dataset"] = field(default="model", metadata={"help": "Kind of the repository."})
-    revision: str = field(
-        default="main",
-        metadata={"help": "Branch, made from main where it is missing; or an open pull request, as refs/pr/1."},
-    )
-    pull_request: bool = field(default=False, metadata={"help": "Open a pull request to main instead of changing it."})
-    private: bool = field(default=False, metadata={"help": "Make a new repository private; a public one is refused."})
-    tag: str | None = field(default=None, metadata={"help": "Name for the commit, such as v1.0; a new one."})
-    message: str | None = field(default=None, metadata={"help": "Title of the commit."})
-    delete: list[str] = field(
-        default_factory=list, metadata={"help": "Files on the Hub that the same commit removes; all others stay."}
-    )
-    deadline_hours: float = field(
-        default=DEADLINE_HOURS,
-        metadata={"help": "The push ends after so many hours, wherever it is; 300 s of silence end a call before."},
+    model: Path = flag(..., "Folder to send: of a model or, with --repo-type dataset, of a data set.")
+    repo_id: str = flag(..., "Repository on the Hub, owner/name. It is made where there is none.")
+    push: bool = flag(False, "Send it. Without this flag nothing is changed on the Hub.")
+    repo_type: Literal["model", "dataset"] = flag("model", "Kind of the repository.")
+    revision: str = flag("main", "Branch, made from main where it is missing; or an open pull request, as refs/pr/1.")
+    pull_request: bool = flag(False, "Open a pull request to main instead of changing it.")
+    private: bool = flag(False, "Make a new repository private; a public one is refused.")
+    tag: str | None = flag(None, "Name for the commit, such as v1.0; a new one.")
+    message: str | None = flag(None, "Title of the commit.")
+    delete: list[str] = flag([], "Files on the Hub that the same commit removes; all others stay.")
+    deadline_hours: float = flag(
+        DEADLINE_HOURS, "The push ends after so many hours, wherever it is; 300 s of silence end a call before."
     )
 
     def __post_init__(self) -> None:
@@ -52,8 +47,8 @@ class PushArguments:
         self.model = Path(self.model)
         for name in ("repo_id", "revision", "tag", "message"):
             check_message(f"--{name.replace('_', '-')}", getattr(self, name))
-        if place := machine_path_in(self.message or ""):
-            raise ValueError(f"--message names a place on a machine, {place!r}. Leave it out.")
+        if path := machine_path_in(self.message or ""):
+            raise ValueError(f"--message names a place on a machine, {path!r}. Leave it out.")
         check_repo_id(self.repo_id)
         if not self.model.is_dir():
             raise ValueError(f"The folder {self.model} does not exist.")
@@ -134,7 +129,7 @@ def plan(folder: Path, repo_id: str, **options: Any) -> PushPlan:
         options: further fields of `PushArguments`.
 
     Raises:
-        ValueError: a name or the folder is not what it should be.
+        ValueError: a name or the folder is not valid.
         PushError: the Hub can't be asked, or the push would be refused.
     """
     args = PushArguments(folder, repo_id, **options)
@@ -189,7 +184,7 @@ def card_metadata(card: Path) -> dict[str, Any]:
 
 
 def report(planned: PushPlan) -> str:
-    """What would be sent and changed, to be read before it is."""
+    """The plan in words, to be read before it is carried out."""
     args, remote = planned.args, planned.remote
     state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
     if not remote.exists:

@@ -1,6 +1,6 @@
-"""The Hub as a push sees it: what a repository holds, calls that try again, and errors that say the way out.
+"""The state of a repository on the Hub, calls with retries, and errors that say the way out.
 
-Whatever comes from the Hub is shown without control characters, and no message holds a token.
+Texts from the Hub are shown without control characters, and no message holds a token.
 """
 
 import itertools
@@ -120,7 +120,7 @@ def remote_text(repo_id: str, repo_type: str, path: str, file: RepoFile, revisio
 
 
 def newer_commits(repo_id: str, repo_type: str, revision: str, known: str | None) -> str:
-    """Who has changed a branch since a commit, in words; empty where the Hub does not tell."""
+    """Authors and titles of the commits since a known one; empty where the Hub does not answer."""
     try:
         commits = HfApi().list_repo_commits(repo_id, repo_type=repo_type, revision=revision)
     except Exception:  # of whatever kind: nothing depends on it
@@ -140,7 +140,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def with_retries(call: Callable[[], T]) -> T:
-    """The answer of a call that changes nothing, which is made again where the line broke or the Hub is in trouble."""
+    """The answer of a call that changes nothing, repeated where the connection broke or the Hub is in trouble."""
     for wait in (*WAITS_S, None):
         try:
             return call()
@@ -160,7 +160,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_malformed(error: BaseException) -> bool:
-    """Whether an answer was none of the Hub: no JSON, or JSON of another form."""
+    """Whether an answer is not the Hub's: no JSON, or JSON of another form."""
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError):
         return True
     return not isinstance(error, HTTPError | OSError | ValueError | RuntimeError)
@@ -168,14 +168,14 @@ def is_malformed(error: BaseException) -> bool:
 
 @contextmanager
 def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
-    """What goes wrong on the way to the Hub, as PushError; within it logs are plain, and the time is limited."""
+    """Errors of calls to the Hub as PushError; within the block logs are plain, and the time is limited."""
     limit(get_session())
     with _plain_logs(), time_limit(DEADLINE_HOURS):
         try:
             yield
-        except Exception as error:  # of whatever kind: an answer of another form ends in any
+        except Exception as error:  # a malformed answer raises any kind
             for bar in list(getattr(tqdm, "_instances", ())):
-                bar.close()  # what is printed next begins a line
+                bar.close()  # so that the next output begins a line
             if isinstance(error, PushError):
                 raise
             logger.debug("A call to the Hub failed.", exc_info=True)

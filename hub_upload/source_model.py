@@ -19,7 +19,7 @@ def read_config(folder: Path) -> CapivaraConfig:
     """The configuration of a model folder.
 
     Raises:
-        ValueError: there is no such folder, or it holds no CAPIVARA model; the message says what is near.
+        ValueError: there is no such folder, or it holds no CAPIVARA model; of a run of several seeds these are named.
     """
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
@@ -66,7 +66,7 @@ def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def mapped_model(folder: Path, config: CapivaraConfig) -> CapivaraModel:
-    """The model of a folder, to be written and not to be run: its weights are views of its files.
+    """The model of a folder, to be saved and not to be run: its weights are views of its files.
 
     Raises:
         ValueError: weights are missing, surplus or of another shape; all are named.

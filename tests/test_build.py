@@ -3,13 +3,15 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -24,7 +26,8 @@ from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_source
 from captions.build import BuildArguments, build, main
 from captions.build_plan import STAGES, read_plan
-from captions.executors import TasksFailed
+from captions.executors import TasksFailed, Work
+from captions.executors import _executor as local_executor
 from captions.select import Selection
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push_plan import files_to_send
@@ -171,6 +174,59 @@ def test_the_flags_of_an_executor_reach_all_stages_but_those_with_their_own(conf
     assert (translate.time, score.time, select.gpus_per_task, score.gpus_per_task) == ("04:00:00", "12:00:00", 0, 1)
     assert {args.tasks for args in (translate, score, select)} == {400} and select.sbatch == ["account=a", "qos=b"]
     assert "--tasks" not in score.command() and "--time" not in score.command()
+
+
+def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypatch):
+    """Also where stages between two jobs have nothing left to do."""
+    build(BuildArguments(config))
+    sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[0].unlink()
+    jobs: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        "datatrove.executor.slurm.launch_slurm_job",
+        lambda script, _, *args: jobs.append((re.search(r"job-name=(\S+)", script)[1], *args)) or f"id-{len(jobs)}",
+    )
+    flags = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00", "gpus_per_task": 1}
+    logs = tmp_path / "elsewhere"
+    assert build(BuildArguments(config, **flags, logging_dir=logs)) is None
+    assert [name for name, *_ in jobs] == [
+        "captions-1-translate-train-sentences", "captions-1-translate-train-report", "captions-2-score-train-rows",
+        "captions-3-select-train-rows", "captions-3-select-train-report", "captions-1-translate-test-sentences",
+        "captions-1-translate-test-report", "captions-dataset",
+    ]  # fmt: skip
+    waits = [[arg for arg in args if arg.startswith("--dependency")] for _, *args in jobs]
+    assert waits == [[], *([f"--dependency=afterok:id-{number}"] for number in range(1, len(jobs)))]
+    scripts = {name: (logs / name / "launch_script.slurm").read_text() for name in ("2-score/train/rows", "dataset")}
+    assert "#SBATCH --gpus=1" in scripts["2-score/train/rows"] and "#SBATCH --gpus" not in scripts["dataset"]
+    assert "#SBATCH --array=0-0\n" in scripts["2-score/train/rows"], "one of two tasks has its parts"
+    assert all("#SBATCH --kill-on-invalid-dep=yes" in script for script in scripts.values())
+
+
+def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
+    step = read_plan(config).steps["train"][1]
+    work, started = Work.of(step.args)[0], []
+
+    class Process:
+        """Of a context: it ends at once."""
+
+        exitcode = 0
+
+        def __init__(self, target, args):
+            reading, writing = os.pipe()
+            os.close(writing)
+            started.append(args)
+            self.sentinel = reading
+
+        def start(self): ...
+        def join(self): ...
+
+    context = SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
+    monkeypatch.setattr("captions.executors.multiprocess.get_context", lambda _: context)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    executor = local_executor("local", work, step.args, None)
+    assert (executor.tasks, executor.workers) == (2, 2)
+    local_executor("local", work, replace(step.args, tasks=5), None)._run_in_processes([0, 1, 4])
+    assert sorted(started)[:2] == [(0, "5"), (1, "2")] and started[2][0] == 4 and started[2][1] in ("2", "5")
+    assert local_executor("local", work, replace(step.args, tasks=5, workers=9), None).workers == 5
 
 
 @pytest.mark.parametrize(
@@ -350,6 +406,7 @@ def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_data
 
 
 GUIDE = (ROOT / "docs" / "your_language.md").read_text(encoding="utf-8")
+CLUSTER = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
 def test_the_guides_config_is_one(tmp_path):
@@ -358,7 +415,7 @@ def test_the_guides_config_is_one(tmp_path):
     assert list(plan.steps) == ["train", "validation", "test"] and len(plan.steps["train"]) == 4
 
 
-@pytest.mark.parametrize("command", re.findall(r"python -m (captions\.\w+) ([^#\n]*(?:\\\n[^#\n]*)*)", GUIDE))
+@pytest.mark.parametrize("command", re.findall(r"python -m (captions\.\w+) ([^#\n]*(?:\\\n[^#\n]*)*)", GUIDE + CLUSTER))
 def test_the_guides_commands_have_these_flags(command):
     module, flags = command
     kind = {"build": BuildArguments, **STAGES}[module.removeprefix("captions.")]

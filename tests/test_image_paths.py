@@ -587,3 +587,8 @@ def test_an_example_embeds_no_file_that_a_row_names(tmp_path, hostile):
     info.write_text(json.dumps(content | {"features": FEATURES.to_dict()}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"split 'test': 1 of its images lie outside of its tables"):
         load_embedded(tmp_path / "saved")
+
+
+def test_what_is_no_image_is_said_by_its_name():
+    with pytest.raises(BadImage, match=r"'a\.png' is no image of JPEG, PNG"):
+        image_bytes({"bytes": b"a text", "path": "a.png"}, ImageFiles())

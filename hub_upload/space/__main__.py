@@ -18,12 +18,12 @@ if __name__ == "__main__":
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from caption_data.image_files import FORM_HELP, ImageFileArguments
-from common.cli import parse, run_command
+from common.cli import flag, parse, run_command, user_errors
 from common.environment import require
 from common.privacy import short_name
 
@@ -72,41 +72,30 @@ A página abre só nesta máquina, em http://127.0.0.1:7860, e não pede nada à
 class SpaceArguments(ImageFileArguments):
     help_pt: ClassVar[dict[str, str]] = HELP_PT
 
-    model: str = field(metadata={"help": "Folder or Hub id of a CAPIVARA model."})
-    compare: str | None = field(default=None, metadata={"help": "A second model, whose answers stand beside."})
-    pictures: str = field(
-        default="data/openmoji/dataset",
-        metadata={
-            "help": "Folder of pictures, data set (saved, parquet, metadata.jsonl, WebDataset tars, Hub id), or an "
-            "index that was kept."
-        },
+    model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
+    compare: str | None = flag(None, "A second model, whose answers are shown beside the first's.")
+    pictures: str = flag(
+        "data/openmoji/dataset",
+        "Folder of pictures, data set (saved, parquet, metadata.jsonl, WebDataset tars, Hub id), or an "
+        "index that was kept.",
     )
-    form: Literal["auto", "images"] = field(default="auto", metadata={"help": FORM_HELP})
-    split: list[str] = field(
-        default_factory=lambda: ["all"], metadata={"help": "Splits of a data set that are searched, or all."}
+    form: Literal["auto", "images"] = flag("auto", FORM_HELP)
+    split: list[str] = flag(["all"], "Splits of a data set that are searched, or all.")
+    image_column: str = flag("image", "Column of the pictures, of a data set.")
+    caption_column: str | None = flag(
+        None, "Column of the captions; captions-pt, caption, captions or text where there."
     )
-    image_column: str = field(default="image", metadata={"help": "Column of the pictures, of a data set."})
-    caption_column: str | None = field(
-        default=None, metadata={"help": "Column of the captions; captions-pt, caption, captions or text where there."}
+    host: str = flag("127.0.0.1", "Address of the page. Any other is open to the network around you.")
+    port: int = flag(7860, "Port of the page, 1 to 65535.")
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    batch_size: int = flag(32, "Pictures that are embedded at once.")
+    cache_dir: str = flag("auto", "Folder of the index; auto = $CAPIVARA_CACHE or ~/.cache/capivara.")
+    space: Path | None = flag(None, "Write the folder of a Space here, and list its files; opens no page.")
+    repo_id: str | None = flag(
+        None, "Space on the Hub, such as org/demo. Without --push its files are only listed; no page."
     )
-    host: str = field(
-        default="127.0.0.1", metadata={"help": "Address of the page. Any other is open to the network around you."}
-    )
-    port: int = field(default=7860, metadata={"help": "Port of the page, 1 to 65535."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
-    batch_size: int = field(default=32, metadata={"help": "Pictures that are embedded at once."})
-    cache_dir: str = field(
-        default="auto", metadata={"help": "Folder of the index; auto = $CAPIVARA_CACHE or ~/.cache/capivara."}
-    )
-    space: Path | None = field(
-        default=None, metadata={"help": "Write the folder of a Space here, and list its files; opens no page."}
-    )
-    repo_id: str | None = field(
-        default=None,
-        metadata={"help": "Space on the Hub, such as org/demo. Without --push its files are only listed; no page."},
-    )
-    push: bool = field(default=False, metadata={"help": "Send the Space to --repo_id, with the token of `hf`."})
-    private: bool = field(default=False, metadata={"help": "A new Space is seen by its owner alone."})
+    push: bool = flag(False, "Send the Space to --repo_id, with the token of `hf`.")
+    private: bool = flag(False, "A new Space is seen by its owner alone.")
 
     def __post_init__(self) -> None:
         self.check_image_files()
@@ -128,9 +117,8 @@ def load_demo(args: SpaceArguments) -> "Demo":
 
     cache, kept = cache_folder(args.cache_dir), is_album(Path(args.pictures))
     options = (args.split, args.image_column, args.caption_column, args.form)
-    pictures = (
-        None if kept else open_pictures(args.pictures, *options, **args.limits())
-    )  # before the models, for its errors
+    # Before the models, for its errors.
+    pictures = None if kept else open_pictures(args.pictures, *options, **args.limits())
     embedders = [load_embedder(model, args.device) for model in (args.model, args.compare) if model]
     for embedder in embedders:
         embedder.name = short_name(embedder.name)
@@ -138,14 +126,13 @@ def load_demo(args: SpaceArguments) -> "Demo":
     return Demo([build_index(album, embedder, cache, args.batch_size) for embedder in embedders])
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
+    args = parse(SpaceArguments, __doc__, argv)
     try:
-        args = parse(SpaceArguments, __doc__, argv)
         run(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where the index was.", file=sys.stderr)
+        print("\nStopped. The same command resumes where the index was.", file=sys.stderr)
         sys.exit(130)
 
 

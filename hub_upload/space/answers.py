@@ -1,9 +1,11 @@
-"""What the page answers: from what a visitor gives to HTML, with every refusal said in Portuguese."""
+"""Answers of the page: from the input of a visitor to HTML, refusals in Portuguese."""
 
 import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import PIL.Image
 import torch
@@ -34,6 +36,19 @@ class Refusal(ValueError):
     """What a visitor gave can't be used; the message says why, in Portuguese."""
 
 
+def _with_refusals(answer: Callable[..., str]) -> Callable[..., str]:
+    """An answer whose refusal becomes a notice on the page."""
+
+    @wraps(answer)
+    def answered(*given: Any) -> str:
+        try:
+            return answer(*given)
+        except Refusal as refusal:
+            return page.notice(str(refusal))
+
+    return answered
+
+
 @dataclass(frozen=True)
 class Demo:
     """All questions that the page asks.
@@ -50,51 +65,39 @@ class Demo:
     def album(self) -> Album:
         return self.indexes[0].album
 
+    @_with_refusals
     def search_by_text(self, text: str, count: int) -> str:
         """Pictures for a text."""
+        short, cut = _checked_text(text, self.indexes[0].embedder)
+        return self._each(lambda index: page.gallery(self.album, index.search(index.embed_text(short), count)), cut)
 
-        def answered() -> str:
-            short, cut = _checked_text(text, self.indexes[0].embedder)
-            return self._each(lambda index: page.gallery(self.album, index.search(index.embed_text(short), count)), cut)
-
-        return _or_refused(answered)
-
+    @_with_refusals
     def search_by_image(self, upload: bytes | None, count: int) -> str:
         """Pictures for a picture."""
+        image = _checked_image(upload, self.decode)
+        return self._each(lambda index: page.gallery(self.album, index.search(index.embed_image(image), count)))
 
-        def answered() -> str:
-            image = _checked_image(upload, self.decode)
-            return self._each(lambda index: page.gallery(self.album, index.search(index.embed_image(image), count)))
-
-        return _or_refused(answered)
-
+    @_with_refusals
     def similar_captions(self, upload: bytes | None, count: int) -> str:
         """Captions of the collection for a picture."""
+        image = _checked_image(upload, self.decode)
+        if not self.album.distinct_captions:
+            raise Refusal("Este acervo não tem legendas.")
+        return self._each(lambda index: page.ranking(index.similar_captions(index.embed_image(image), count)))
 
-        def answered() -> str:
-            image = _checked_image(upload, self.decode)
-            if not self.album.distinct_captions:
-                raise Refusal("Este acervo não tem legendas.")
-            return self._each(lambda index: page.ranking(index.similar_captions(index.embed_image(image), count)))
-
-        return _or_refused(answered)
-
+    @_with_refusals
     def classify(self, upload: bytes | None, labels: str, template: str) -> str:
         """Shares of the visitor's labels for a picture."""
+        image = _checked_image(upload, self.decode)
+        names = _checked_labels(labels)
+        prompts = [_checked_template(template).replace("{}", name) for name in names]
 
-        def answered() -> str:
-            image = _checked_image(upload, self.decode)
-            names = _checked_labels(labels)
-            prompts = [_checked_template(template).replace("{}", name) for name in names]
+        def shares(index: Index) -> str:
+            probabilities = index.classify(index.embed_image(image), prompts).tolist()
+            lines = sorted(zip(names, probabilities, strict=True), key=lambda line: -line[1])
+            return page.ranking(lines, share=True)
 
-            def shares(index: Index) -> str:
-                probabilities = index.classify(index.embed_image(image), prompts).tolist()
-                lines = sorted(zip(names, probabilities, strict=True), key=lambda line: -line[1])
-                return page.ranking(lines, share=True)
-
-            return self._each(shares, below=SHARES)
-
-        return _or_refused(answered)
+        return self._each(shares, below=SHARES)
 
     def random_picture(self) -> PIL.Image.Image:
         """A picture of the collection, for a visitor who has none at hand."""
@@ -106,13 +109,6 @@ class Demo:
         with torch.inference_mode():
             parts = [(index.embedder.name, answer(index)) for index in self.indexes]
         return page.answer(parts, page.notice(cut, "aviso") if cut else "", below)
-
-
-def _or_refused(answered: Callable[[], str]) -> str:
-    try:
-        return answered()
-    except Refusal as refusal:
-        return page.notice(str(refusal))
 
 
 def _checked_text(text: str | None, embedder: CapivaraEmbedder) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import ipaddress
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ QUERIES = ["gato", "um gato sorrindo", "bicicleta", "um dia de chuva", "pizza", 
 LABELS = "gato\ncachorro\npássaro\ncomida\nmeio de transporte\npessoa"
 SYSTEM_FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
 MONO_FONTS = ["ui-monospace", "Menlo", "Consolas", "monospace"]
+# Without gradio's queue: it keeps a part of every session for ever, and the answers that nobody fetches
+EVENT = {"queue": False, "api_visibility": "private", "show_progress": "minimal"}
 EMPTY = '<p class="cap-empty">Os resultados aparecem aqui.</p>'
 
 
@@ -63,32 +65,29 @@ def theme() -> gr.themes.Base:
 
 
 class InTurn:
-    """The questions that the page asks of a `Demo`, each in its turn, with pictures by the path of their upload."""
+    """Questions of the page to a `Demo`, one after another, with uploads by their paths."""
 
     def __init__(self, demo: Demo, uploads: Uploads):
-        self._demo, self._read, self._turns = demo, uploads.read, Turns()
+        self.demo, self._read, self._turns = demo, uploads.read, Turns()
 
-    async def search_by_text(self, text: str, count: int) -> str:
-        return await self._answer(lambda: self._demo.search_by_text(text, count))
+    def about_text(self, question: Callable[..., str]) -> Callable[..., Awaitable[str]]:
+        """The event handler for a question whose first value is a text."""
 
-    async def search_by_image(self, path: str | None, count: int) -> str:
-        return await self._answer(lambda: self._demo.search_by_image(self._read(path), count))
+        async def handler(*values: Any) -> str:
+            try:
+                return await self._turns.ask(lambda: question(*values))
+            except Refusal as refusal:  # as a part of the page: it shows no message of an error without gradio's queue
+                return page.notice(str(refusal))
 
-    async def similar_captions(self, path: str | None, count: int) -> str:
-        return await self._answer(lambda: self._demo.similar_captions(self._read(path), count))
+        return handler
 
-    async def classify(self, path: str | None, labels: str, template: str) -> str:
-        return await self._answer(lambda: self._demo.classify(self._read(path), labels, template))
+    def about_picture(self, question: Callable[..., str]) -> Callable[..., Awaitable[str]]:
+        """The event handler for a question whose first value is the path of an upload."""
+        return self.about_text(lambda path, *values: question(self._read(path), *values))
 
     async def random_picture(self) -> PIL.Image.Image | None:
         with contextlib.suppress(Refusal):  # the question that follows says the same
-            return await self._turns.ask(self._demo.random_picture)
-
-    async def _answer(self, question: Callable[[], str]) -> str:
-        try:
-            return await self._turns.ask(question)
-        except Refusal as refusal:  # as a part of the page: it shows no message of an error without gradio's queue
-            return page.notice(str(refusal))
+            return await self._turns.ask(self.demo.random_picture)
 
 
 def build_page(demo: Demo, uploads: Uploads) -> gr.Blocks:
@@ -101,12 +100,14 @@ def build_page(demo: Demo, uploads: Uploads) -> gr.Blocks:
             with gr.Tab("Buscar por texto"):
                 _text_tab(asked)
             with gr.Tab("Buscar por imagem"):
-                _image_tab(asked)
+                count = _count("Quantas imagens mostrar", render=False)
+                _picture_tab(asked, demo.search_by_image, "Buscar", "cap-image", [count])
             with gr.Tab("Classificar"):
-                _label_tab(asked)
+                _picture_tab(asked, demo.classify, "Classificar", "cap-label", _label_boxes())
             if album.distinct_captions:
                 with gr.Tab("Legendas parecidas"):
-                    _caption_tab(asked)
+                    count = _count("Quantas legendas mostrar", render=False)
+                    _picture_tab(asked, demo.similar_captions, "Achar legendas", "cap-caption", [count])
         gr.HTML(page.footer(album.credit))
     return blocks.queue(api_open=False)
 
@@ -207,7 +208,7 @@ async def _tidy(uploads: Uploads, blocks: gr.Blocks) -> None:
             known.clear()
 
 
-def _text_tab(demo: InTurn) -> None:
+def _text_tab(asked: InTurn) -> None:
     with gr.Row(elem_classes="cap-ask"):
         text = gr.Textbox(
             label="O que você procura?",
@@ -224,85 +225,59 @@ def _text_tab(demo: InTurn) -> None:
     )
     count = _count("Quantas imagens mostrar")
     result = gr.HTML(EMPTY, elem_id="cap-text-result")
-    gr.on([button.click, text.submit], demo.search_by_text, [text, count], result, **_event())
+    answer = asked.about_text(asked.demo.search_by_text)
+    gr.on([button.click, text.submit], answer, [text, count], result, **EVENT)
 
 
-def _image_tab(demo: InTurn) -> None:
-    with gr.Row():
-        with gr.Column(scale=1, min_width=280):
-            upload, random, button = _upload(demo, "Buscar", "cap-image")
-            count = _count("Quantas imagens mostrar")
-        with gr.Column(scale=2, min_width=320):
-            result = gr.HTML(EMPTY, elem_id="cap-image-result")
-    _ask(demo.search_by_image, upload, random, button, [count], result)
-
-
-def _label_tab(demo: InTurn) -> None:
-    with gr.Row():
-        with gr.Column(scale=1, min_width=280):
-            upload, random, button = _upload(demo, "Classificar", "cap-label")
-            labels = gr.Textbox(
-                LABELS, label="Seus rótulos", info=f"Um por linha, de 2 a {MAX_LABELS}.", lines=5, elem_id="cap-labels"
-            )
-            template = gr.Textbox(
-                "uma imagem de {}",
-                label="Frase-modelo",
-                info="Cada rótulo entra no lugar de {}.",
-                elem_id="cap-template",
-            )
-        with gr.Column(scale=2, min_width=320):
-            result = gr.HTML(EMPTY, elem_id="cap-label-result")
-    _ask(demo.classify, upload, random, button, [labels, template], result)
-
-
-def _caption_tab(demo: InTurn) -> None:
-    with gr.Row():
-        with gr.Column(scale=1, min_width=280):
-            upload, random, button = _upload(demo, "Achar legendas", "cap-caption")
-            count = _count("Quantas legendas mostrar")
-        with gr.Column(scale=2, min_width=320):
-            result = gr.HTML(EMPTY, elem_id="cap-caption-result")
-    _ask(demo.similar_captions, upload, random, button, [count], result)
-
-
-def _count(label: str) -> gr.Radio:
-    return gr.Radio(list(RESULTS), value=RESULTS[1], label=label, elem_classes="cap-count")
-
-
-def _upload(demo: InTurn, action: str, name: str) -> tuple[gr.Image, gr.Button, gr.Button]:
-    """Where a picture is given, by the path of a file that nobody has decoded yet; a random one; the button."""
-    upload = gr.Image(
-        label="Sua imagem",
-        sources=["upload", "clipboard"],
-        type="filepath",
-        image_mode=None,
-        format="png",
-        height=260,
-        placeholder="Solte uma imagem aqui\nou toque para escolher",
-        buttons=[],
-        elem_id=f"{name}-upload",
-    )
-    upload.preprocess = lambda given: given and given.path  # gradio's own decodes with PIL, without our limits
-    with gr.Row():
-        random = gr.Button("Sortear imagem", min_width=120, elem_id=f"{name}-random")
-        button = gr.Button(action, variant="primary", min_width=140, elem_id=f"{name}-ask")
-    return upload, random, button
-
-
-def _ask(
-    answer: Any, upload: gr.Image, random: gr.Button, button: gr.Button, more: list[gr.components.Component], result
+def _picture_tab(
+    asked: InTurn, question: Callable[..., str], action: str, name: str, more: list[gr.components.Component]
 ) -> None:
-    """A question about a picture is asked when one is given, drawn, or the button pressed."""
-    inputs = [upload, *more]
-    gr.on([upload.upload, button.click], answer, inputs, result, **_event())
-    drawn = random.click(answer.__self__.random_picture, None, upload, **_event())
-    drawn.then(answer, inputs, result, **_event())
-    upload.clear(lambda: EMPTY, None, result, **_event())
+    """A tab that asks about a picture, when one is given or drawn, or the button is pressed.
+
+    Args:
+        asked: takes the questions.
+        question: method of the demo.
+        action: label of the button.
+        name: start of the elements' ids.
+        more: further inputs of the question, not rendered yet.
+    """
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            upload = gr.Image(
+                label="Sua imagem",
+                sources=["upload", "clipboard"],
+                type="filepath",
+                image_mode=None,
+                format="png",
+                height=260,
+                placeholder="Solte uma imagem aqui\nou toque para escolher",
+                buttons=[],
+                elem_id=f"{name}-upload",
+            )
+            upload.preprocess = lambda given: given and given.path  # gradio's own decodes with PIL, without our limits
+            with gr.Row():
+                random = gr.Button("Sortear imagem", min_width=120, elem_id=f"{name}-random")
+                button = gr.Button(action, variant="primary", min_width=140, elem_id=f"{name}-ask")
+            for component in more:
+                component.render()
+        with gr.Column(scale=2, min_width=320):
+            result = gr.HTML(EMPTY, elem_id=f"{name}-result")
+    inputs, answer = [upload, *more], asked.about_picture(question)
+    gr.on([upload.upload, button.click], answer, inputs, result, **EVENT)
+    random.click(asked.random_picture, None, upload, **EVENT).then(answer, inputs, result, **EVENT)
+    upload.clear(lambda: EMPTY, None, result, **EVENT)
 
 
-def _event() -> dict[str, Any]:
-    # Without gradio's queue: it keeps a part of every session for ever, and the answers that nobody fetches
-    return {"queue": False, "api_visibility": "private", "show_progress": "minimal"}
+def _label_boxes() -> list[gr.components.Component]:
+    labels, template = f"Um por linha, de 2 a {MAX_LABELS}.", "Cada rótulo entra no lugar de {}."
+    return [
+        gr.Textbox(LABELS, label="Seus rótulos", info=labels, lines=5, elem_id="cap-labels", render=False),
+        gr.Textbox("uma imagem de {}", label="Frase-modelo", info=template, elem_id="cap-template", render=False),
+    ]
+
+
+def _count(label: str, render: bool = True) -> gr.Radio:
+    return gr.Radio(list(RESULTS), value=RESULTS[1], label=label, elem_classes="cap-count", render=render)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""The pictures that the page searches: a plain folder, or a data set of any form that training reads.
+"""The images that the page searches: a plain folder, or a data set of any form that training reads.
 
     pictures = open_pictures("data/openmoji/dataset")
     print(len(pictures), pictures.captions[0])
@@ -155,15 +155,15 @@ def _row_image(sources: list[Source], image_column: str) -> Callable[[int], dict
     ends = list(accumulate(len(source) for source in sources))
 
     def row_image(number: int) -> dict | None:
-        place = bisect_right(ends, number)
-        start = ends[place - 1] if place else 0
-        return sources[place].row(number - start)[image_column]
+        source = bisect_right(ends, number)
+        start = ends[source - 1] if source else 0
+        return sources[source].row(number - start)[image_column]
 
     return row_image
 
 
 def _texts(value: object) -> list[str]:
-    """Captions of a row, cut; what is no text is left out."""
+    """Captions of a row, cut; other values are left out."""
     texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     return [text.strip()[:MAX_SHOWN] for text in texts if isinstance(text, str) and text.strip()]
 
@@ -177,6 +177,7 @@ def stated(card: Path) -> dict[str, Any]:
 
 
 def _credit(path: Path) -> Credit:
-    told = stated(path / "README.md")
-    texts = {key: value for key in ("pretty_name", "license", "attribution") if isinstance(value := told.get(key), str)}
-    return Credit(texts.get("pretty_name", path.name), texts.get("license", ""), texts.get("attribution", ""))
+    front_matter = stated(path / "README.md")
+    keys = ("pretty_name", "license", "attribution")
+    name, licence, attribution = (v if isinstance(v := front_matter.get(key), str) else "" for key in keys)
+    return Credit(name or path.name, licence, attribution)

@@ -8,7 +8,7 @@
 A folder `space/<digest of the pictures>` of the cache holds `index.json` (captions, credit, what could not be read),
 the thumbnails, and for each model `embeddings-<fingerprint>.safetensors`. It needs the pictures no more, so that it
 travels as it is. Thumbnails are made in shards and embeddings by `eval.embeddings`, in shards as well: an interrupted
-build goes on where it was.
+build resumes where it stopped.
 """
 
 import hashlib
@@ -74,9 +74,9 @@ class Album:
 
     def thumbnail(self, row: int) -> bytes:
         """WebP file of a row; empty where its picture could not be read."""
-        shard, place = self._thumbnails[row // ROWS_PER_SHARD], row % ROWS_PER_SHARD
-        start = int(shard["ends"][place - 1]) if place else 0
-        return shard["files"][start : int(shard["ends"][place])].numpy().tobytes()
+        shard, number = self._thumbnails[row // ROWS_PER_SHARD], row % ROWS_PER_SHARD
+        start = int(shard["ends"][number - 1]) if number else 0
+        return shard["files"][start : int(shard["ends"][number])].numpy().tobytes()
 
     def title(self, row: int) -> str:
         return next(iter(self.captions[row]), self.titles[row])
@@ -118,14 +118,14 @@ class Index:
 
     def search(self, query: Tensor, count: int) -> list[Hit]:
         """The pictures that are most similar to a query, best first; equal ones in the order of the rows."""
-        places, scores = _best(self.image_embeds, query, count)
-        return [Hit(row, score) for row, score in zip(self.rows[places].tolist(), scores.tolist(), strict=True)]
+        best, scores = _best(self.image_embeds, query, count)
+        return [Hit(row, score) for row, score in zip(self.rows[best].tolist(), scores.tolist(), strict=True)]
 
     def similar_captions(self, query: Tensor, count: int) -> list[tuple[str, float]]:
         """The captions that are most similar to a query, with their cosine similarity, best first."""
-        places, scores = _best(self.caption_embeds, query, count)
+        best, scores = _best(self.caption_embeds, query, count)
         texts = self.album.distinct_captions
-        return [(texts[place], score) for place, score in zip(places.tolist(), scores.tolist(), strict=True)]
+        return [(texts[number], score) for number, score in zip(best.tolist(), scores.tolist(), strict=True)]
 
     def classify(self, query: Tensor, prompts: Sequence[str]) -> Tensor:
         """(prompts,), shares that sum to 1: softmax of the model's logits between a picture and texts."""
@@ -205,7 +205,7 @@ def _embedded(album: Album, store: EmbeddingStore) -> dict[str, Tensor]:
 
 
 def _best(embeds: Tensor, query: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Places and scores of the rows of `embeds` (rows, width) that are most similar to `query` (width,)."""
+    """Numbers and scores of the rows of `embeds` (rows, width) that are most similar to `query` (width,)."""
     scores = embeds @ query
     # A product's last bits depend on where a row lies, so that equal pictures get the same score by a sum of their own.
     near = (scores >= scores.topk(min(count, len(scores))).values[-1] - ROUNDING).nonzero().flatten()
@@ -246,7 +246,7 @@ def _thumbnail_shard(images: ImageRows, rows: range, bar: tqdm) -> bytes:
 
 
 def thumbnail_file(image: PIL.Image.Image) -> bytes:
-    """A thumbnail as WebP file, what is transparent on white."""
+    """A thumbnail as WebP file, transparent images on white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)

@@ -36,7 +36,7 @@ def counted(number: int, one: str, many: str) -> str:
 
 
 def notice(text: str, kind: str = "erro") -> str:
-    """A message in place of, or above, an answer; `kind` is "erro" or "aviso"."""
+    """A message instead of, or above, an answer; `kind` is "erro" or "aviso"."""
     return f'<p class="cap-notice cap-{kind}" role="alert">{escaped(text)}</p>'
 
 
@@ -48,11 +48,11 @@ def picture(album: Album, row: int, alt: str) -> str:
 def gallery(album: Album, hits: Sequence[Hit]) -> str:
     """Pictures that were found, best first, with title and score."""
     cards = []
-    for place, hit in enumerate(hits, 1):
+    for rank, hit in enumerate(hits, 1):
         title = album.title(hit.row) or f"imagem {hit.row + 1}"
         cards.append(
             f'<li class="cap-card">{picture(album, hit.row, title)}<div class="cap-title">{escaped(title)}</div>'
-            f'<div class="cap-score"><span class="cap-place">{place}º</span>{bar(hit.score)}'
+            f'<div class="cap-score"><span class="cap-place">{rank}º</span>{bar(hit.score)}'
             f"<data>{decimal(hit.score)}</data></div></li>"
         )
     return f'<ol class="cap-gallery">{"".join(cards)}</ol>'

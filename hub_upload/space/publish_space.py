@@ -72,7 +72,7 @@ def write_space(demo: Demo, models: list[str], folder: Path, title: str = "CAPIV
         The files, relative to `folder`, in order.
 
     Raises:
-        ValueError: the folder is not empty, or a model's file names a place of this machine or a token.
+        ValueError: the folder is not empty, or a model's file names a path of this machine or a token.
     """
     with whole_folder(folder) as made:
         for source in (*program_files(), *OTHER_FILES):
@@ -140,9 +140,7 @@ def push_space(folder: Path, repo_id: str, private: bool) -> str:
 
 def program_files() -> list[Path]:
     """The modules that the page imports, relative to the checkout, their packages included."""
-    finder = ModuleFinder(
-        [str(ROOT)], excludes=LEFT_OUT
-    )  # what is not in the checkout is not found, and not looked into
+    finder = ModuleFinder([str(ROOT)], excludes=LEFT_OUT)
     finder.run_script(str(ROOT / STARTS))
     return sorted(Path(module.__file__).relative_to(ROOT) for module in finder.modules.values() if module.__file__)
 
@@ -189,10 +187,10 @@ def _readme(demo: Demo, models: list[str], title: str) -> str:
         "short_description": "Busca de imagens com palavras em português",
     }  # fmt: skip
     about = {key: value for key, value in about.items() if value != []}
-    said = "; ".join(f"{subject}: {licence}" for subject, licence in known.items())
-    said = f"{said[:1].upper()}{said[1:]}." if said else "Modelo e imagens não declaram licença."
+    listed = "; ".join(f"{subject}: {licence}" for subject, licence in known.items())
+    listed = f"{listed[:1].upper()}{listed[1:]}." if listed else "Modelo e imagens não declaram licença."
     pictures = ". ".join(part for part in (credit.name, credit.attribution) if part)
-    body = BODY.format(title=title, models=", ".join(map(short_name, models)), pictures=pictures, licences=said)
+    body = BODY.format(title=title, models=", ".join(map(short_name, models)), pictures=pictures, licences=listed)
     return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
 
 
