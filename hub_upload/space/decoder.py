@@ -66,6 +66,8 @@ class Decoder:
 
 def main(descriptor: int, seconds: float) -> None:
     """Decode what comes, until the page has closed its end."""
+    import modeling_capivara.image_processing_capivara  # noqa: F401  of 16-bit images: seconds, which no upload has
+
     with Connection(descriptor) as page:
         while True:
             try:
