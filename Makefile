@@ -1,6 +1,8 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process for each core, up to four, each with one thread: two would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test check
 
@@ -8,12 +10,12 @@ demo: .venv/demo  ## prepare, train and measure the embedded default
 	$(BIN)/accelerate launch train_accelerate.py --config configs/openmoji.yaml $(DEMO_ARGS)
 
 test: .venv/test  ## all tests; PYTEST_ARGS='-m "not slow"' for fewer
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 check: .venv/test  ## what every change passes: style, and the tests that take about a minute
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 # A stamp an extra: made anew when the dependencies change. `test` brings all that `demo` has.
 .venv/demo .venv/test: setup.cfg pyproject.toml

@@ -4,7 +4,7 @@
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --learning_rate 1e-4 --runs 3
     accelerate launch train_accelerate.py --config configs/capivara.yaml --model MODEL --dataset DATA --resume auto
 
-Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` goes on with it.
+Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` resumes it.
 """
 
 from common.start import start_command

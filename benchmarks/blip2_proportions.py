@@ -133,4 +133,5 @@ def build_tokenizer(prefixes: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_image_processor() -> BlipImageProcessor:
+    """The real one, of BLIP-2's size."""
     return BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})

@@ -2,6 +2,7 @@
 
     python -m benchmarks.captions --output benchmarks/results/captions.json
     python -m benchmarks.captions --parts generate --images 8 --runs 3
+    python -m benchmarks.captions --parts engine --old_tree ../capivara-before-datatrove
 
 **generate**: BLIP-2 with random weights, in the proportions of `Salesforce/blip2-opt-2.7b-coco`, widths, heads and
 vocabulary divided by 4 and layers by 6 (`benchmarks/blip2_proportions.py` has the formulas), goes on from the ten
@@ -20,11 +21,15 @@ over `ours`. Prefixes are padded to the longest in all four.
 **translate**: a Marian model of a quarter of the paper's widths, on sentences that are all different (`distinct`), of
 which a share are repetitions (`repeated`: at most 1 / (1 - share) times as fast), and that an earlier run has
 translated (`known`). **score**: CAPIVARA at full size, one caption and ten generated ones an image. **select**: the
-five captions that are most similar. The last line of the output is JSON.
+five captions that are most similar.
+
+**engine** (with --old_tree, a checkout from before the stages ran on datatrove): whole commands in both trees by turns;
+`start` is the time of one row, rows/s those of all rows without it, `ratio` how much longer the whole command takes.
+
+The last line of the output is JSON.
 """
 
 import json
-import statistics
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,26 +38,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import HfArgumentParser, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 from transformers import logging as transformers_logging
 
 from benchmarks import blip2_proportions as blip2
-from benchmarks.encode import seconds_of
-from benchmarks.loading import SIZE, write_tar
+from benchmarks.caption_rows import GENERATED, ORIGINALS, WORDS, caption_lists, sentences, write_rows
+from benchmarks.captions_engine import engine, engine_lines
+from benchmarks.loading import SIZE
+from benchmarks.timing import median_ratio, rate_spread, timed_runs
 from caption_data.columns import CAPTIONS, SIMILARITIES
-from caption_data.sources import open_source
+from captions import sentence_stage
 from captions.captioner import Blip2Captioner, Decoding
 from captions.generate import COLUMN, GenerateProcess, read_prefixes
-from captions.memory import TranslationMemory
 from captions.score import ScoreProcess
 from captions.select import SelectArguments, Selection
-from captions.stage_arguments import PREFIXES
-from captions.stages import StageArguments, run_stage
-from captions.translate import CaptionTranslator, TranslateArguments
+from captions.stage_arguments import PREFIXES, StageArguments
+from captions.stages import run_stage
+from captions.translate import PHASES
+from captions.translate_arguments import TranslateArguments
 from captions.translators.local import Seq2SeqTranslator
 from common.environment import device_description, package_versions
 from common.files import write_json
@@ -60,7 +65,7 @@ from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedder import CapivaraEmbedder
 
-PARTS = ("generate", "translate", "score", "select")
+PARTS = ("generate", "translate", "score", "select", "engine")
 WIDTHS, LAYERS = 4, 6  # that BLIP-2's are divided by
 BATCHES = 4  # that `ours` and `stage` are timed over
 PROGRAMS = ("plain", "encoded_once", "ours", "stage")
@@ -73,20 +78,22 @@ ROW_TITLES = {
     "repeated": "a share of them repeated",
     "known": "all in the memory",
 }
-WORDS = "a the of two old red small happy dog cat house tree child boat street table sits runs plays under near with"
-SENTENCE_WORDS, TRANSLATED_TOKENS = 10, 16  # of a caption and of its translation; about COCO's
-ORIGINALS, GENERATED = 1, 10  # captions an image
+TRANSLATED_TOKENS = 16  # of a translation; about COCO's
 
 
 @dataclass
 class CaptionsArguments:
-    parts: list[str] = field(default_factory=lambda: list(PARTS), metadata={"help": f"Of {', '.join(PARTS)}."})
+    """Arguments of `benchmarks.captions`."""
+
+    parts: list[str] = field(default_factory=lambda: list(PARTS[:4]), metadata={"help": f"Of {', '.join(PARTS)}."})
     images: int = field(default=16, metadata={"help": "Rows of generate, all in one batch."})
     new_tokens: int = field(default=12, metadata={"help": "Tokens of every generated text."})
     translated_rows: int = field(default=32, metadata={"help": "Rows of translate, of eleven captions."})
     repeated: float = field(default=0.5, metadata={"help": "Share of the sentences that repeat others, below 1."})
     scored_rows: int = field(default=8, metadata={"help": "Rows of score, of eleven captions."})
     selected_rows: int = field(default=1000, metadata={"help": "Rows of select, of eleven captions."})
+    engine_rows: int = field(default=2000, metadata={"help": "Rows of engine, of two captions."})
+    old_tree: Path | None = field(default=None, metadata={"help": "Checkout that engine is compared with."})
     runs: int = field(default=5, metadata={"help": "Runs of everything; of programs that are compared, alternating."})
     widths: int = field(default=WIDTHS, metadata={"help": "What BLIP-2's widths, heads and vocabulary are divided by."})
     layers: int = field(default=LAYERS, metadata={"help": "What BLIP-2's layers are divided by."})
@@ -99,14 +106,23 @@ class CaptionsArguments:
             raise ValueError(f"parts must be of {', '.join(PARTS)}, got {self.parts}.")
         if min(self.images, self.new_tokens, self.translated_rows, self.scored_rows, self.selected_rows, self.runs) < 1:
             raise ValueError("Numbers of rows, tokens and runs must be at least 1.")
+        if "engine" in self.parts and not (self.old_tree and (self.old_tree / "captions").is_dir()):
+            raise ValueError(f"The part engine needs --old_tree, the folder of another checkout, got {self.old_tree}.")
         if not 0 <= self.repeated < 1:
             raise ValueError(f"repeated must be a share from 0 to below 1, got {self.repeated}.")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure the stages and print the results."""
     (args,) = HfArgumentParser(CaptionsArguments, description=__doc__).parse_args_into_dataclasses(argv)
     transformers_logging.set_verbosity_error()
-    measure = {"generate": generation, "translate": translation, "score": scoring, "select": selecting}
+    measure = {
+        "generate": generation,
+        "translate": translation,
+        "score": scoring,
+        "select": selecting,
+        "engine": engine,
+    }
     results: dict[str, Any] = {"device": device_description(args.device), "versions": package_versions()}
     results |= {"runs": args.runs, "measured": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -116,63 +132,6 @@ def main(argv: list[str] | None = None) -> None:
         write_json(args.output, results)
     print(markdown_table(results))
     print(json.dumps(results))
-
-
-def timed_runs(steps: dict[str, Callable[[int], object]], runs: int, device: str, what: str) -> dict[str, list[float]]:
-    """Seconds of every step in every run, alternating, after one run that is not counted; a step gets the run's number.
-
-    Args:
-        steps: name -> what is timed.
-        runs: that are counted.
-        device: whose queue is drained before and after.
-        what: title of the progress bar.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for run in tqdm(range(runs + 1), desc=what, unit="run"):
-        for name, step in steps.items():
-            seconds[name].append(seconds_of(lambda step=step, run=run: step(run), device))
-    return {name: all_runs[1:] for name, all_runs in seconds.items()}
-
-
-def rates(rows: int, seconds: list[float]) -> dict[str, float]:
-    """Rows per second."""
-    return {"median": rows / statistics.median(seconds), "slowest": rows / max(seconds), "fastest": rows / min(seconds)}
-
-
-def median_ratio(slow: list[float], fast: list[float]) -> float:
-    """Of the seconds, run by run."""
-    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
-def write_rows(folder: Path, columns: dict[str, list], rows: int) -> str:
-    """A parquet file of JPEG images of a photo's size, as loading's, beside some columns; returns its folder."""
-    folder.mkdir(parents=True)
-    write_tar(folder / "train-0.tar", min(rows, 64))
-    images = [row["image"] for row in open_source(str(folder), "train", "image").rows()]
-    (folder / "train-0.tar").unlink()
-    features = Features({"image": Image()} | {name: _feature(name) for name in columns})
-    data = {"image": [images[row % len(images)] for row in range(rows)], **columns}
-    Dataset.from_dict(data, features=features).to_parquet(folder / "train.parquet")
-    return str(folder)
-
-
-def sentences(number: int, seed: int = 0) -> list[str]:
-    """Different English word sequences."""
-    draw, words = np.random.default_rng(seed), np.array(WORDS.split())
-    found: dict[str, None] = {}
-    while len(found) < number:
-        found[" ".join(draw.choice(words, SENTENCE_WORDS))] = None
-    return list(found)
-
-
-def caption_lists(texts: list[str], language: str) -> dict[str, list[list[str]]]:
-    """The columns of originals and generated captions, an image's in a row."""
-    width = ORIGINALS + GENERATED
-    rows = [texts[start : start + width] for start in range(0, len(texts), width)]
-    return {
-        f"captions-{language}": [row[:ORIGINALS] for row in rows],
-        f"generated-captions-{language}": [row[ORIGINALS:] for row in rows],
-    }
 
 
 # ---- generate ----
@@ -199,7 +158,7 @@ def generation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     seconds |= {name: [run / BATCHES for run in seconds[name]] for name in ("ours", "stage")}
     prefix_tokens = max(len(captioner.prompt(prefix)) for prefix in prefixes)
     found: dict[str, Any] = {
-        "rows_per_second": {name: rates(args.images, seconds[name]) for name in PROGRAMS},
+        "rows_per_second": {name: rate_spread(args.images, seconds[name]) for name in PROGRAMS},
         "overhead": median_ratio(seconds["stage"], seconds["ours"]) - 1,
         "same_tokens": tokens[0] == tokens[1] == tokens[2],
         "images": args.images, "batches": BATCHES, "image_size": SIZE, "prefixes": len(prefixes),
@@ -261,19 +220,31 @@ def translation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
         name: write_rows(folder / name, caption_lists(texts, "en"), args.translated_rows)
         for name, texts in (("distinct", different), ("repeated", mixed))
     }
-    columns = {"captions-en": "captions-pt", "generated-captions-en": "generated-captions-pt"}
+    translated = [0]
+    translate = translator.translate
+
+    def counted(sentences: list[str]) -> list[str]:
+        translated[0] += len(sentences)
+        return translate(sentences)
+
+    translator.translate = counted
+    sentence_stage.open_translator = lambda *_: translator  # the stage would load one
 
     def step(name: str) -> Callable[[int], None]:
         def stage(run: int) -> None:
-            output = folder / f"{name}-{run}"
-            memory_folder = folder / f"memory-{'distinct' if name == 'known' else name}-{run}"
-            stage_args = TranslateArguments(folders["distinct" if name == "known" else name], output, language="pt")
-            with TranslationMemory(memory_folder, 0, 1, translator.fingerprint) as memory:
-                process = CaptionTranslator(stage_args, columns, translator, memory)
-                run_stage(stage_args, dict.fromkeys(columns.values(), CAPTIONS), {}, process)
+            same = "distinct" if name == "known" else name
+            stage_args = TranslateArguments(
+                dataset=folders[same],
+                output=folder / f"{name}-{run}",
+                language="pt",
+                memory=folder / f"memory-{same}-{run}",
+            )
+            before = translated[0]
+            for phase in ("sentences", "translations", "rows"):
+                PHASES[phase].run(stage_args, 0, 1)
             expected = {"distinct": number, "repeated": len(originals), "known": 0}[name]
-            if process.translated != expected:
-                raise RuntimeError(f"{name}: {process.translated} sentences were translated, not {expected}.")
+            if translated[0] - before != expected:
+                raise RuntimeError(f"{name}: {translated[0] - before} sentences were translated, not {expected}.")
 
         return stage
 
@@ -282,7 +253,7 @@ def translation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     )
     gain, predicted = median_ratio(seconds["distinct"], seconds["repeated"]), number / len(originals)
     return {
-        "rows_per_second": {name: rates(args.translated_rows, own) for name, own in seconds.items()},
+        "rows_per_second": {name: rate_spread(args.translated_rows, own) for name, own in seconds.items()},
         "gain_memory": {"measured": gain, "predicted": predicted, "share": gain / predicted},
         "rows": args.translated_rows, "captions_per_row": ORIGINALS + GENERATED, "repeated_share": args.repeated,
         "translated_tokens": TRANSLATED_TOKENS, "sizes": {"width": 256, "layers": 6, "vocabulary": 13_600},
@@ -322,7 +293,7 @@ def scoring(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
         run_stage(StageArguments(dataset, folder / f"run-{run}"), {"similarities-pt": SIMILARITIES}, {}, process)
 
     seconds = timed_runs({"score": stage}, args.runs, "cpu", "score")["score"]
-    return {"rows_per_second": {"score": rates(args.scored_rows, seconds)}, "rows": args.scored_rows}
+    return {"rows_per_second": {"score": rate_spread(args.scored_rows, seconds)}, "rows": args.scored_rows}
 
 
 def selecting(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
@@ -337,11 +308,7 @@ def selecting(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
         run_stage(stage_args, {"captions-pt": CAPTIONS}, {}, Selection(stage_args))
 
     seconds = timed_runs({"select": stage}, args.runs, "cpu", "select")["select"]
-    return {"rows_per_second": {"select": rates(args.selected_rows, seconds)}, "rows": args.selected_rows}
-
-
-def _feature(column: str) -> Any:
-    return SIMILARITIES if column.startswith("similarities") else CAPTIONS
+    return {"rows_per_second": {"select": rate_spread(args.selected_rows, seconds)}, "rows": args.selected_rows}
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -352,6 +319,7 @@ def markdown_table(results: dict[str, Any]) -> str:
             gain = found.get(f"gain_{name}") or (found.get("gain_memory") if name == "repeated" else None)
             cells = f"{gain['measured']:.2f} | {gain['predicted']:.2f} | {gain['share']:.0%}" if gain else "- | - | -"
             lines.append(f"| {part} | {ROW_TITLES.get(name, '')} | {rate['median']:.2f} | {cells} |")
+    lines += engine_lines(results["measured"]["engine"]) if "engine" in results["measured"] else []
     facts = f"Random weights, median of {results['runs']} alternating runs on {results['device']}; torch "
     facts += f"{results['versions']['torch']}, transformers {results['versions']['transformers']}."
     if found := results["measured"].get("generate"):

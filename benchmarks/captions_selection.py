@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import ROOT, conditions, finish, markdown_table
+from benchmarks.timing import ROOT, conditions, finish, table
 from common.files import read_json
 from records.schema import read_records
 from records.tables import percent
@@ -69,10 +69,11 @@ def selection_table(result: dict[str, Any]) -> str:
             title, number = (f"{name} captions", f"{pairs[name]:,}") if name else ("nothing: the base", "")
             rows.append((language, title, number, *cells))
     facts = f"Mean recall on the test split in per cent, {result['runs']} seeds, {result['device']}."
-    return markdown_table(("language", "trained on", "pairs", "text-to-image", "image-to-text"), rows, facts, 2)
+    return table(("language", "trained on", "pairs", "text-to-image", "image-to-text"), rows, facts, 2)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train on both, print the table and the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--built", type=Path, default=Path("data/openmoji/captions"), help="output of the build")
     parser.add_argument("--config", type=Path, default=Path("configs/openmoji.yaml"), help="of the training")

@@ -8,7 +8,7 @@ the same texts of 20 tokens. Each figure is the median of alternating runs; the 
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.captions_pt import caption_of
-from benchmarks.timing import alternating, conditions, finish, median_ratio, rate_spread, seconds_of
-from common.cli import parse
+from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
+from common.cli import flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.open_clip_mapping import build_open_clip, capivara_state_dict
@@ -32,15 +32,18 @@ Encoder = Callable[[], Tensor]  # from raw input to unit-length embeddings
 
 @dataclass
 class EncodeArguments:
-    images: int = field(default=32, metadata={"help": "Images of one run."})
-    captions: int = field(default=64, metadata={"help": "Captions of one run."})
-    tokens: int = field(default=20, metadata={"help": "Tokens of a caption, begin and end included."})
-    runs: int = field(default=5, metadata={"help": "Runs of each program, alternating."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    """Arguments of `benchmarks.encode`."""
+
+    images: int = flag(32, "Images of one run.")
+    captions: int = flag(64, "Captions of one run.")
+    tokens: int = flag(20, "Tokens of a caption, begin and end included.")
+    runs: int = flag(5, "Runs of each program, alternating.")
+    device: str = flag("cpu", "cpu or cuda.")
+    output: Path | None = flag(None, "JSON file for the figures.")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure both programs and print the results."""
     args = parse(EncodeArguments, __doc__, argv)
     results = {
         **conditions(args.device),
@@ -91,13 +94,13 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
 
 def compare(encoders: dict[str, Encoder], number: int, precision: str, args: EncodeArguments) -> dict[str, Any]:
     """Rates of both programs for `number` items, the ratio run by run, and the largest difference of the embeddings."""
-    programs = {name: lambda run, encode=encode: seconds_of(encode, args.device) for name, encode in encoders.items()}
+    programs = {name: lambda run, encode=encode: encode() for name, encode in encoders.items()}
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=precision == "bfloat16")
     with torch.inference_mode(), autocast:
         ours, theirs = (encode().float() for encode in encoders.values())  # and the warm-up of both
-        seconds = alternating(programs, args.runs, f"{number} items, {precision}")
+        seconds = timed_runs(programs, args.runs, args.device, f"{number} items, {precision}", warmup=0)
     return {
-        **{name: rate_spread([number / s for s in found]) for name, found in seconds.items()},
+        **{name: rate_spread(number, found) for name, found in seconds.items()},
         "unit": "per second",
         "ratio": median_ratio(seconds["open_clip"], seconds["ours"]),
         "largest_difference": (ours - theirs).abs().max().item(),

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.captions_pt import caption_of
 from benchmarks.loading import SIZE, photos
 from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
-from common.cli import parse
+from common.cli import flag, parse
 from common.environment import peak_resident_bytes, restart_peak
 from common.files import read_json
 from eval.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
@@ -43,15 +43,15 @@ Program = Callable[[int], tuple[float, Recalls]]  # number of the run -> seconds
 
 @dataclass
 class EvalRetrievalArguments:
-    images: int = field(default=5000, metadata={"help": "Images of the scores."})
-    captions: int = field(default=5, metadata={"help": "Captions of each."})
-    runs: int = field(default=5, metadata={"help": "Alternating runs."})
-    parts: list[str] = field(default_factory=lambda: list(PARTS[:2]), metadata={"help": f"Of {', '.join(PARTS)}."})
-    end_to_end_images: int = field(default=64, metadata={"help": "Images of end_to_end."})
-    worker: bool = field(default=False, metadata={"help": "Measure our memory, in this process."})
-    output: Path | None = field(
-        default=None, metadata={"help": "JSON file to put the parts into, beside those that it has."}
-    )
+    """Arguments of `benchmarks.eval_retrieval`."""
+
+    images: int = flag(5000, "Images of the scores.")
+    captions: int = flag(5, "Captions of each.")
+    runs: int = flag(5, "Alternating runs.")
+    parts: list[str] = flag(list(PARTS[:2]), f"Of {', '.join(PARTS)}.")
+    end_to_end_images: int = flag(64, "Images of end_to_end.")
+    worker: bool = flag(False, "Measure our memory, in this process.")
+    output: Path | None = flag(None, "JSON file to put the parts into, beside those that it has.")
 
     def __post_init__(self) -> None:
         if not set(self.parts) <= set(PARTS):
@@ -59,6 +59,7 @@ class EvalRetrievalArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(EvalRetrievalArguments, __doc__, argv)
     if args.worker:
         finish(measure_memory(args.images, args.captions))
@@ -83,6 +84,7 @@ def random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Ten
 
 
 def our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
+    """Our recalls of the same embeddings."""
     images = torch.arange(len(image_embeds))
     text_to_image, image_to_text = cross_modal_ranks(text_embeds, image_embeds, image_of_text, images)
     recalls = {f"text_to_image@{k}": recall_at_k(text_to_image, k) for k in RECALL_CUTOFFS}
@@ -120,6 +122,7 @@ def compare(ours: Program, theirs: Program, runs: int) -> dict[str, Any]:
 
 
 def timed(call: Callable[..., Recalls], *args: Any) -> tuple[float, Recalls]:
+    """Seconds of a call, and its recalls."""
     started = time.perf_counter()
     recalls = call(*args)
     return time.perf_counter() - started, recalls
@@ -146,6 +149,7 @@ def measure_large(images: int = 100_000, captions: int = 10) -> dict[str, Any]:
 
 
 def memory_command(images: int, captions: int) -> list[str]:
+    """Module and flags of `measure_memory`."""
     return ["benchmarks.eval_retrieval", "--images", str(images), "--captions", str(captions), "--worker"]
 
 

@@ -14,14 +14,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from benchmarks.timing import alternating, check_at_least_one, conditions, finish, in_own_process, median_ratio
-from common.cli import parse
+from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
+from common.cli import at_least, flag, parse
 from common.environment import peak_resident_bytes
 from examples.openmoji.encoders import load_text_encoder
 from hub_upload.export import export
@@ -35,19 +35,20 @@ PROGRAMS = {"ours": WEIGHTS, "open_clip": OPEN_CLIP_WEIGHTS}
 
 @dataclass
 class ExportBenchmarkArguments:
-    runs: int = field(default=5, metadata={"help": "Loads by each program, alternating."})
-    layers: int = field(default=12, metadata={"help": "Layers of both towers; 12 is the published architecture."})
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
-    folder: Path | None = field(default=None, metadata={"help": "Folder for the models; a temporary one if none."})
-    worker: Literal["make", "export", "ours", "open_clip"] | None = field(
-        default=None, metadata={"help": "Measure in this process."}
-    )
+    """Arguments of `benchmarks.export`."""
+
+    runs: int = flag(5, "Loads by each program, alternating.")
+    layers: int = flag(12, "Layers of both towers; 12 is the published architecture.")
+    output: Path | None = flag(None, "JSON file for the figures.")
+    folder: Path | None = flag(None, "Folder for the models; a temporary one if none.")
+    worker: Literal["make", "export", "ours", "open_clip"] | None = flag(None, "Measure in this process.")
 
     def __post_init__(self) -> None:
-        check_at_least_one(self, "runs", "layers")
+        at_least(self, 1, "runs", "layers")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
         work = {"make": make, "export": measure_export, "ours": load_ours, "open_clip": load_open_clip}[args.worker]
@@ -111,6 +112,7 @@ def measure_export(args: ExportBenchmarkArguments) -> dict[str, Any]:
 
 
 def load_ours(args: ExportBenchmarkArguments) -> dict[str, float]:
+    """Seconds of a load by transformers."""
     from transformers import AutoModel
 
     _import_towers()
@@ -118,6 +120,7 @@ def load_ours(args: ExportBenchmarkArguments) -> dict[str, float]:
 
 
 def load_open_clip(args: ExportBenchmarkArguments) -> dict[str, float]:
+    """Seconds of a load by open_clip."""
     import open_clip
 
     _import_towers()

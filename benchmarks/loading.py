@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.timing import conditions, finish
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
-from common.cli import parse
+from common.cli import flag, parse
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel
 from training.images import TrainingImages
 from training.step import resolve_precision
@@ -38,13 +38,16 @@ BATCH = 32
 
 @dataclass
 class LoadingArguments:
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "cpu or cuda."})
-    workers: int = field(default=1, metadata={"help": "Processes that decode; 0 = none beside the tower's."})
-    images: int = field(default=512, metadata={"help": "JPEG files."})
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    """Arguments of `benchmarks.loading`."""
+
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda.")
+    workers: int = flag(1, "Processes that decode; 0 = none beside the tower's.")
+    images: int = flag(512, "JPEG files.")
+    output: Path | None = flag(None, "JSON file for the figures.")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(LoadingArguments, __doc__, argv)
     finish(measure(args), args.output)
 

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -26,8 +26,8 @@ from open_clip_train.train import train_one_epoch
 from torch import Tensor, nn
 
 from benchmarks.captions_pt import benchmark_captions
-from benchmarks.timing import check_at_least_one, finish, peak_memory_bytes
-from common.cli import parse
+from benchmarks.timing import finish, peak_memory_bytes
+from common.cli import at_least, flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig
 from modeling_capivara.open_clip_mapping import build_open_clip
@@ -39,15 +39,17 @@ WARMUP_STEPS = 1  # untimed: the optimiser makes its state in the first step
 
 @dataclass
 class PeerArguments:
-    pairs: int = field(metadata={"help": "Pairs in memory, a multiple of micro x accum; steps go round them."})
-    micro: int = field(default=8, metadata={"help": "Pairs of a micro-batch: open_clip's --batch-size."})
-    accum: int = field(default=2, metadata={"help": "Micro-batches of a step: open_clip's --accum-freq."})
-    precision: Literal["fp32", "amp_bfloat16"] = field(default="fp32", metadata={"help": "open_clip's --precision."})
-    steps: int = field(default=2, metadata={"help": "Timed optimiser steps, after one untimed."})
-    tokens: int = field(default=20, metadata={"help": "Mean length of the captions before they are padded to 77."})
+    """Arguments of `benchmarks.open_clip_peer`."""
+
+    pairs: int = flag(..., "Pairs in memory, a multiple of micro x accum; steps go round them.")
+    micro: int = flag(8, "Pairs of a micro-batch: open_clip's --batch-size.")
+    accum: int = flag(2, "Micro-batches of a step: open_clip's --accum-freq.")
+    precision: Literal["fp32", "amp_bfloat16"] = flag("fp32", "open_clip's --precision.")
+    steps: int = flag(2, "Timed optimiser steps, after one untimed.")
+    tokens: int = flag(20, "Mean length of the captions before they are padded to 77.")
 
     def __post_init__(self):
-        check_at_least_one(self, "micro", "accum", "steps")
+        at_least(self, 1, "micro", "accum", "steps")
         if self.pairs < 1 or self.pairs % (self.micro * self.accum):
             raise ValueError(
                 f"pairs must be a multiple of micro x accum, {self.micro * self.accum}, lest a batch hold a pair "
@@ -84,6 +86,7 @@ class InMemoryBatches:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(PeerArguments, __doc__, argv)
     finish(measure(args))
 

@@ -39,7 +39,7 @@ def plot_train_step(results: dict, titles: dict[str, str], path: Path) -> None:
 
 
 def plot_scaling(results: dict, path: Path) -> None:
-    """Cost a pair over the batch, and the loss's memory and share of a step beyond.
+    """Cost per pair over the batch size, and the loss's memory and share of a step beyond.
 
     Args:
         results: of `benchmarks.scaling`.
@@ -51,7 +51,7 @@ def plot_scaling(results: dict, path: Path) -> None:
     left.plot(sizes, [1e3 * s["seconds_per_pair"] for s in steps], "o-", color=MODEL_COLOUR, label="whole step")
     without = [1e3 * s["seconds_per_pair_without_optimiser"] for s in steps]
     left.plot(sizes, without, "o--", color=BASELINE_COLOUR, label="without the optimiser")
-    left.set(ylabel="ms a pair", title="Towers, full size")
+    left.set(ylabel="ms per pair", title="Towers, full size")
     left.set_ylim(0, 1.1e3 * max(s["seconds_per_pair"] for s in steps))
     left.legend(frameon=False)
     sizes = [loss["pairs"] for loss in losses]

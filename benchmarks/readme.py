@@ -10,15 +10,15 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
 from benchmarks import captions, captions_selection, scaling, train_step
-from benchmarks.timing import RESULTS, ROOT, markdown_table, software
-from common.cli import parse, run_command
+from benchmarks.timing import RESULTS, ROOT, software, table
+from common.cli import flag, parse, run_command
 from common.files import read_json, write_json, write_text
 from records.schema import Record, read_records
 from records.tables import percent, retrieval_table
@@ -29,22 +29,24 @@ BLOCK = "<!-- {name}: made by `python -m benchmarks.readme` -->\n{text}\n<!-- en
 SUMMARY_EN = (
     ("Model", *(f"{name}: {way}" for name in ("Portuguese", "English") for way in ("text to image", "image to text"))),
     ("Base model", "CAPIVARA", "Chance"),
-    "Mean of recall@1, @5 and @10 in per cent (mean ± standard deviation of {runs} seeds), among {images} test images "
-    "of concepts that were never trained; {minutes} minutes a seed on {device}.",
+    "Mean recall (recall@1, @5 and @10) in per cent, mean ± standard deviation of {runs} seeds, among {images} test "
+    "images of concepts that were never trained; {minutes} minutes per seed on {device}.",
 )
 SUMMARY_PT = (
     ("Modelo", *(f"{name}: {way}" for name in ("português", "inglês") for way in ("texto → imagem", "imagem → texto"))),
     ("Modelo de base", "CAPIVARA", "Acaso"),
-    "Média de recall@1, @5 e @10 em por cento (média ± desvio padrão de {runs} sementes), entre {images} imagens de "
-    "teste, de conceitos que não aparecem no treinamento; {minutes} minutos por semente em {device}.",
+    "Revocação média (recall@1, @5 e @10) em por cento, com média ± desvio padrão de {runs} sementes, entre {images} "
+    "imagens de teste, de conceitos que não aparecem no treinamento; {minutes} min por semente em {device}.",
 )
 
 
 @dataclass
 class ReadmeArguments:
-    demo: Path | None = field(default=None, metadata={"help": "Folder of a run of configs/openmoji.yaml."})
-    real_images: Path | None = field(default=None, metadata={"help": "Output folder of examples.real_images."})
-    check: bool = field(default=False, metadata={"help": "Change nothing, fail where a figure is not the JSON's."})
+    """Arguments of `benchmarks.readme`."""
+
+    demo: Path | None = flag(None, "Folder of a run of configs/openmoji.yaml.")
+    real_images: Path | None = flag(None, "Output folder of examples.real_images.")
+    check: bool = flag(False, "Change nothing, fail where a figure is not the JSON's.")
 
 
 def pages() -> dict[str, dict[str, Callable[[], str]]]:
@@ -91,23 +93,25 @@ def demo_summary(heads: tuple[str, ...], titles: tuple[str, ...], facts: str, de
     run = demo["runs"][0]
     minutes = f"{sum(run['seconds'].values()) / 60:.1f}".replace(".", decimal)
     images = next(r.n for r in means if r.direction == "image_to_text")
-    return markdown_table(
+    return table(
         heads, cells, facts.format(runs=len(demo["runs"]), images=images, minutes=minutes, device=run["device"])
     )
 
 
 def demo_block() -> str:
+    """Recalls of every model of the demo, the gains with their intervals, and the run."""
     demo = _results("demo")
     records, run = [Record(**record) for record in demo["records"]], demo["runs"][0]
     facts = (
         f"{len(demo['runs'])} seed(s), {run['steps']} steps of {run['config']['effective_batch_size']} pairs, "
-        f"{sum(run['seconds'].values()) / 60:.1f} minutes of training and evaluation a seed on {run['device']}, "
+        f"{sum(run['seconds'].values()) / 60:.1f} minutes of training and evaluation per seed on {run['device']}, "
         f"{records[0].n} test captions of unseen concepts; recall in per cent."
     )
     return f"{retrieval_table(records)}\n{facts}"
 
 
 def encode_block() -> str:
+    """Items per second of open_clip and ours."""
     found = _results("encode")
     rows = [
         (name.replace("_", " per second, "), *_medians(measured, "median", ".1f"), f"{measured['ratio']:.2f}")
@@ -119,10 +123,11 @@ def encode_block() -> str:
         f"captions of {found['tokens']} tokens, median of {found['runs']} alternating runs on {found['device']}; "
         f"{software(found, 'torch', 'transformers', 'open_clip_torch')}."
     )
-    return markdown_table(("what", "open_clip", "ours", "ratio"), rows, facts)
+    return table(("what", "open_clip", "ours", "ratio"), rows, facts)
 
 
 def loading_block() -> str:
+    """Images per second and the share of waiting."""
     found = _results("loading")
     rows = [
         (name.replace("_", " "), f"{measured['images_per_second']:.1f}", f"{measured['share_waiting']:.0%}")
@@ -133,10 +138,11 @@ def loading_block() -> str:
         f"{found['images']} JPEG files of {width} x {height} pixels out of a tar, {found['workers']} loading "
         f"process(es), the image tower at full size in {found['precision']}, on {found['device']}."
     )
-    return markdown_table(("what", "images/s", "waiting for images"), rows, facts)
+    return table(("what", "images/s", "waiting for images"), rows, facts)
 
 
 def real_images_block() -> str:
+    """Every measure of the demo's models on images from PyPI."""
     found = _results("real_images")
     cells: dict[tuple[str, ...], dict[str, str]] = {}  # task, data set, measure, n -> model -> value
     for record in (Record(**one) for one in found["records"]):
@@ -156,10 +162,11 @@ def real_images_block() -> str:
         "the linear probe sees the image tower alone, which both share."
     )
     heads = ("Task", "Data set", "Measure", "n", "Baseline", "CAPIVARA", "Chance")
-    return markdown_table(heads, rows, facts, text_columns=3)
+    return table(heads, rows, facts, text_columns=3)
 
 
 def eval_retrieval_block() -> str:
+    """Seconds of clip-benchmark and ours, and our memory."""
     found = _results("eval_retrieval")
     scores, way, large = found["scores"], found["end_to_end"], found["large"]
     titles = (
@@ -171,16 +178,17 @@ def eval_retrieval_block() -> str:
         for title, part in zip(titles, (scores, way), strict=True)
     ]
     facts = (
-        f"Medians of {scores['runs']} alternating runs on {scores['device']}, recalls equal; over the embeddings ours "
-        f"holds {scores['memory_over_embeddings_bytes'] / 2**20:.0f} MiB. {large['images']:,} images x "
+        f"Medians of {scores['runs']} alternating runs on {scores['device']}, recalls equal; ours holds "
+        f"{scores['memory_over_embeddings_bytes'] / 2**20:.0f} MiB beside the embeddings. {large['images']:,} images x "
         f"{large['captions']:,} captions take {large['seconds'] / 60:.0f} minutes, with "
-        f"{large['memory_over_embeddings_bytes'] / 2**20:.0f} MiB over the embeddings, where all scores would be "
+        f"{large['memory_over_embeddings_bytes'] / 2**20:.0f} MiB beside the embeddings, where all scores would be "
         f"{large['all_scores_bytes'] / 1e9:.0f} GB."
     )
-    return markdown_table(("what", "clip-benchmark, s", "ours, s", "ratio"), rows, facts)
+    return table(("what", "clip-benchmark, s", "ours, s", "ratio"), rows, facts)
 
 
 def export_block() -> str:
+    """Seconds of a load by open_clip and ours, and the memory of an export."""
     found = _results("export")
     titles = {"load": "cold load", "load_and_read": "cold load, every weight read once"}
     rows = [
@@ -189,13 +197,14 @@ def export_block() -> str:
     ]
     facts = (
         f"Full size, {found['weights_bytes'] / 1e9:.2f} GB of weights, median of {found['runs']} alternating runs on "
-        f"{found['device']}; page cache: {found['load']['page_cache']}. Over the imports, the export holds "
+        f"{found['device']}; page cache: {found['load']['page_cache']}. After the imports, the export holds "
         f"{found['export']['ratio_to_weights']:.2f} times the weights at its peak."
     )
-    return markdown_table(("what", "open_clip, s", "ours, s", "ratio"), rows, facts)
+    return table(("what", "open_clip, s", "ours, s", "ratio"), rows, facts)
 
 
 def space_load_block() -> str:
+    """Memory and answers of the page under load."""
     found = _results("space_load")
     visitors, answers, times = found["visitors"], found["answers"], found.get("milliseconds_in_a_row")
     speed = f" A search takes {times['median']:.0f} ms (median, in a row)." if times else ""
@@ -243,6 +252,7 @@ def filled(page: str, text: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Fill the blocks of all pages, or check them."""
     args = parse(ReadmeArguments, __doc__, argv)
     if args.demo:
         take_over(args.demo)

@@ -3,14 +3,14 @@
     python -m benchmarks.scaling
     python -m benchmarks.scaling --device cuda
 
-The towers' cost a pair is measured from 256 to 2816 pairs, on cached image embeddings, no graph kept (a small batch
+The towers' cost per pair is measured from 256 to 2816 pairs, on cached image embeddings, no graph kept (a small batch
 could keep all and would be cheaper), one step each in one process after an untimed one. The optimiser's seconds do not
-depend on the batch: the cost a pair is given with and without them. Beyond, to 32,768 pairs, the loss is measured by
+depend on the batch: the cost per pair is given with and without them. Beyond, to 32,768 pairs, the loss is measured by
 itself on random embeddings of width 512, each size in its own process, and set against a step of that size, which is
 extrapolated from the largest one measured. The last line of the output is JSON.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.train_step import Engine, TrainStepArguments, random_batch
-from common.cli import parse
+from common.cli import flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraProcessor
 from training.contrastive import contrastive_gradients
@@ -30,20 +30,17 @@ from training.step import padding_share, resolve_precision, sparse_embedding_gra
 
 @dataclass
 class ScalingArguments:
-    step_pairs: list[int] = field(default_factory=lambda: [256, 512, 1024, 2816], metadata={"help": "Whole steps."})
-    loss_pairs: list[int] = field(
-        default_factory=lambda: [2816, 4096, 8192, 16384, 32768], metadata={"help": "The loss alone."}
-    )
-    micro: int = field(
-        default=16,
-        metadata={"help": "Pairs of a micro-batch; with more, small batches are padded more than large ones."},
-    )
-    tokens: int = field(default=20, metadata={"help": "Mean tokens of a caption, begin and end included."})
-    precision: Literal["auto", "no", "bf16"] = field(default="auto", metadata={"help": "auto: bf16 where native."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    output: Path = field(default=timing.RESULTS / "scaling.json", metadata={"help": "JSON file."})
-    plot: Path = field(default=timing.ROOT / "docs/scaling.png", metadata={"help": "PNG file."})
-    worker: Literal["steps", "loss"] | None = field(default=None, metadata={"help": "Measure in this process."})
+    """Arguments of `benchmarks.scaling`."""
+
+    step_pairs: list[int] = flag([256, 512, 1024, 2816], "Whole steps.")
+    loss_pairs: list[int] = flag([2816, 4096, 8192, 16384, 32768], "The loss alone.")
+    micro: int = flag(16, "Pairs of a micro-batch; with more, small batches are padded more than large ones.")
+    tokens: int = flag(20, "Mean tokens of a caption, begin and end included.")
+    precision: Literal["auto", "no", "bf16"] = flag("auto", "auto: bf16 where native.")
+    device: str = flag("cpu", "cpu or cuda.")
+    output: Path = flag(timing.RESULTS / "scaling.json", "JSON file.")
+    plot: Path = flag(timing.ROOT / "docs/scaling.png", "PNG file.")
+    worker: Literal["steps", "loss"] | None = flag(None, "Measure in this process.")
 
     def __post_init__(self) -> None:
         for name in ("step_pairs", "loss_pairs"):
@@ -53,6 +50,7 @@ class ScalingArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(ScalingArguments, __doc__, argv)
     if args.worker:
         timing.finish(measure_steps(args) if args.worker == "steps" else measure_loss(args.loss_pairs[0], args))
@@ -112,7 +110,7 @@ def measure_loss(pairs: int, args: ScalingArguments, width: int = 512) -> dict[s
 
 
 def summary(steps: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[str, Any]:
-    """Cost a pair and its spread over the sizes; the loss's share of a step, measured or extrapolated."""
+    """Cost per pair and its spread over the sizes; the loss's share of a step, measured or extrapolated."""
     for step in steps:
         step["seconds_per_pair"] = step["step_s"] / step["pairs"]
         step["seconds_per_pair_without_optimiser"] = (step["step_s"] - step["optimiser_s"]) / step["pairs"]
@@ -120,7 +118,7 @@ def summary(steps: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[s
     names = [name for name in steps[0] if name.startswith("seconds_per_")]
     largest = steps[-1]
     for loss in losses:
-        # The towers' cost a pair is the largest measured step's, which holds that step's own small loss as well.
+        # The towers' cost per pair is the largest measured step's, which holds that step's own small loss as well.
         towers_s = loss["pairs"] * largest["seconds_per_pair_without_optimiser"]
         loss["extrapolated_step_s"] = towers_s + largest["optimiser_s"] + loss["loss_s"]
         loss["loss_share_of_extrapolated_step"] = loss["loss_s"] / loss["extrapolated_step_s"]
@@ -155,13 +153,13 @@ def scaling_tables(results: dict[str, Any]) -> str:
     spread = results["spread"]
     facts = (
         f"Full size, random weights, {results['precision']}, micro-batches of {results['micro']}, {results['tokens']} "
-        f"tokens a caption, no graph kept, on {results['device']}; {timing.software(results, 'torch')}. From the "
-        f"cheapest to the dearest size a pair costs {spread['seconds_per_pair']:.0%} more, "
+        f"tokens per caption, no graph kept, on {results['device']}; {timing.software(results, 'torch')}. The cost "
+        f"per pair varies by {spread['seconds_per_pair']:.0%} between the sizes, by "
         f"{spread['seconds_per_pair_without_optimiser']:.0%} without the optimiser."
     )
-    heads = ("pairs", "ms a pair", "without optimiser", "padding", "peak memory, GiB")
-    loss_heads = ("loss of pairs", "seconds", "MiB beside the embeddings", "share of a step (extrapolated)")
-    return timing.markdown_table(heads, steps, "", 0) + timing.markdown_table(loss_heads, losses, facts, 0)
+    heads = ("pairs", "ms per pair", "without optimiser", "padding", "peak memory, GiB")
+    loss_heads = ("pairs of the loss", "seconds", "MiB beside the embeddings", "share of a step (extrapolated)")
+    return timing.table(heads, steps, "", 0) + timing.table(loss_heads, losses, facts, 0)
 
 
 if __name__ == "__main__":

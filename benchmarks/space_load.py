@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -30,7 +30,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from benchmarks.timing import conditions, finish
-from common.cli import parse
+from common.cli import flag, parse
 from hub_upload.space.guard import QUESTION, UPLOAD
 from hub_upload.space.turns import BUSY
 
@@ -42,16 +42,19 @@ PICTURE_EVERY = 10  # visitors
 
 @dataclass
 class SpaceLoadArguments:
-    model: str = field(default="data/openmoji/base", metadata={"help": "Folder of the page's model."})
-    pictures: str = field(default="data/openmoji/dataset", metadata={"help": "Pictures that are searched."})
-    warm_up: int = field(default=300, metadata={"help": "Visitors before memory is measured."})
-    at_once: int = field(default=200, metadata={"help": "Visitors at the same time."})
-    sessions: int = field(default=5000, metadata={"help": "Visitors one after another, after them."})
-    most_growth_mb: float = field(default=50, metadata={"help": "Most megabytes by which memory may grow."})
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    """Arguments of `benchmarks.space_load`."""
+
+    model: str = flag("data/openmoji/base", "Folder of the page's model.")
+    pictures: str = flag("data/openmoji/dataset", "Pictures that are searched.")
+    warm_up: int = flag(300, "Visitors before memory is measured.")
+    at_once: int = flag(200, "Visitors at the same time.")
+    sessions: int = flag(5000, "Visitors one after another, after them.")
+    most_growth_mb: float = flag(50, "Most megabytes by which memory may grow.")
+    output: Path | None = flag(None, "JSON file for the figures.")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(SpaceLoadArguments, __doc__, argv)
     with started_page(args.model, args.pictures) as (process, url):
         measured = asyncio.run(load(process, url, args))

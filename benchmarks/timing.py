@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from common.environment import device_description, package_versions, peak_resident_bytes
 from common.files import write_json
+from records.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -46,13 +47,22 @@ def alternating(programs: dict[Any, Callable[[int], R]], runs: int, title: str, 
     return {name: found[warmup:] for name, found in results.items()}
 
 
+def timed_runs(
+    steps: dict[str, Callable[[int], Any]], runs: int, device: str, title: str, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of all steps in alternating runs; a step gets the number of the run."""
+    timed = {name: lambda run, step=step: seconds_of(lambda: step(run), device) for name, step in steps.items()}
+    return alternating(timed, runs, title, warmup)
+
+
 def median_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> float:
     """Median of the ratios run by run, from which what slows both programs in a run cancels out."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
-def rate_spread(rates: Sequence[float]) -> dict[str, float]:
-    """Median, slowest and fastest of the rates (items per second)."""
+def rate_spread(number: int, seconds: Sequence[float]) -> dict[str, float]:
+    """Items per second, of `number` items in each run: median, slowest and fastest."""
+    rates = [number / s for s in seconds]
     return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
 
 
@@ -91,17 +101,9 @@ def finish(results: Any, output: Path | None = None) -> None:
     print(json.dumps(results))
 
 
-def check_at_least_one(arguments: Any, *names: str) -> None:
-    """Raise ValueError where one of these arguments is below 1."""
-    for name in names:
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(arguments, name)}.")
-
-
-def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]], facts: str, text_columns: int = 1) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], facts: str, text_columns: int = 1) -> str:
     """A table whose first columns are text and whose others are numbers, and a paragraph under it."""
-    rules = ["---"] * text_columns + ["---:"] * (len(heads) - text_columns)
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in (heads, rules, *rows)), "", facts])
+    return f"{markdown_table([heads, *rows], text_columns)}\n\n{facts}"
 
 
 def software(results: dict[str, Any], *packages: str) -> str:

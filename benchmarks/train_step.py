@@ -14,14 +14,14 @@ alternate, and a figure is the median of the runs. Measured are
 - `cache_recomputed`: the same, no graph kept, as where a batch of 2816 does not fit.
 
 All get the same batch; micro-batches are each program's own, and in the results. open_clip needs two of them at least:
-with one there is no accumulation, and no batch of 2816. Its cost a pair does not depend on their number beyond that.
+with one there is no accumulation, and no batch of 2816. Its cost per pair does not depend on their number beyond that.
 
 The share of the matmul peak is that of `benchmarks/flop.py`. The last line of the output is JSON.
 """
 
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.flop import matmul_peak, our_flop, peer_flop
-from common.cli import parse
+from common.cli import at_least, flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
@@ -68,24 +68,26 @@ RECIPE_PAIRS, RECIPE_MICRO, RECIPE_STEPS = 2816, 64, 5863  # CAPIVARA, arXiv 231
 
 @dataclass
 class TrainStepArguments:
-    pairs: int = field(default=96, metadata={"help": "Pairs of one step, for all programs."})
-    micro: int = field(default=16, metadata={"help": "Our micro-batch, pairs; the recipe's step has 64."})
-    peer_micro: int = field(default=48, metadata={"help": "open_clip's --batch-size; pairs / it is its --accum-freq."})
-    runs: int = field(default=5, metadata={"help": "Runs of each program, timing.alternating."})
-    steps: int = field(default=1, metadata={"help": "Timed steps of a run."})
-    warmup: int = field(default=1, metadata={"help": "Untimed steps before them; ours alone, open_clip has 1."})
-    tokens: int = field(default=20, metadata={"help": "Mean tokens of a caption, begin and end included."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda; on cuda open_clip is left out."})
-    recipe: bool = field(default=True, metadata={"help": "Also one step of the recipe's 2816 pairs."})
-    output: Path = field(default=timing.RESULTS / "train_step.json", metadata={"help": "JSON file."})
-    plot: Path = field(default=timing.ROOT / "docs/train_step.png", metadata={"help": "PNG file."})
-    worker: Literal["ours"] | None = field(default=None, metadata={"help": "Measure once, in this process."})
-    cache: Literal["on", "off"] = field(default="on", metadata={"help": "Image embeddings (worker)."})
-    precision: Literal["no", "bf16"] = field(default="no", metadata={"help": "Autocast (worker)."})
-    accumulation: Literal["auto", "keep", "recompute"] = field(default="auto", metadata={"help": "Graphs (worker)."})
+    """Arguments of `benchmarks.train_step`."""
+
+    pairs: int = flag(96, "Pairs of one step, for all programs.")
+    micro: int = flag(16, "Our micro-batch, pairs; the recipe's step has 64.")
+    peer_micro: int = flag(48, "open_clip's --batch-size; pairs / it is its --accum-freq.")
+    runs: int = flag(5, "Runs of each program, timing.alternating.")
+    steps: int = flag(1, "Timed steps of a run.")
+    warmup: int = flag(1, "Untimed steps before them; ours alone, open_clip has 1.")
+    tokens: int = flag(20, "Mean tokens of a caption, begin and end included.")
+    device: str = flag("cpu", "cpu or cuda; on cuda open_clip is left out.")
+    recipe: bool = flag(True, "Also one step of the recipe's 2816 pairs.")
+    output: Path = flag(timing.RESULTS / "train_step.json", "JSON file.")
+    plot: Path = flag(timing.ROOT / "docs/train_step.png", "PNG file.")
+    worker: Literal["ours"] | None = flag(None, "Measure once, in this process.")
+    cache: Literal["on", "off"] = flag("on", "Image embeddings (worker).")
+    precision: Literal["no", "bf16"] = flag("no", "Autocast (worker).")
+    accumulation: Literal["auto", "keep", "recompute"] = flag("auto", "Graphs (worker).")
 
     def __post_init__(self) -> None:
-        timing.check_at_least_one(self, "micro", "peer_micro", "runs", "steps")
+        at_least(self, 1, "micro", "peer_micro", "runs", "steps")
         if not self.worker and self.device == "cpu" and (self.pairs % self.peer_micro or self.pairs <= self.peer_micro):
             raise ValueError(
                 f"pairs must be a multiple of peer_micro, {self.peer_micro}, and at least twice as many, lest "
@@ -94,6 +96,7 @@ class TrainStepArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Measure and print the results."""
     args = parse(TrainStepArguments, __doc__, argv)
     if args.worker:
         timing.finish(measure_ours(args))
@@ -272,7 +275,7 @@ def summary(name: str, runs: dict[str, list[dict]], peak: float) -> dict[str, An
     else:
         pairs, flop = last["pairs"], last["flop_per_step"]
     found = {
-        "pairs_per_second": timing.rate_spread(rates),
+        "pairs_per_second": {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)},
         **{key: max(run[key] for run in own) for key in ("peak_memory_bytes", "setup_peak_memory_bytes")},
         "flop_per_pair": flop / pairs,
         "share_of_matmul_peak": flop / pairs * statistics.median(rates) / peak,
@@ -327,7 +330,7 @@ def train_step_table(results: dict[str, Any]) -> str:
     packages = [name for name in ("torch", "transformers", "open_clip_torch") if name in results["versions"]]
     facts = (
         f"Full size, random weights, batches of {results['pairs']} pairs in micro-batches of {results['micro']}{peer}, "
-        f"{results['tokens']} tokens a caption, median of {results['runs']} alternating runs on {results['device']}; "
+        f"{results['tokens']} tokens per caption, median of {results['runs']} alternating runs on {results['device']}; "
         f"{timing.software(results, *packages)}."
     )
     if recipe := results.get("recipe"):
@@ -337,7 +340,7 @@ def train_step_table(results: dict[str, Any]) -> str:
             f"such steps would take {recipe['projected_hours']:.1f} hours."
         )
     heads = ("trainer", "precision", "pairs/s", "ratio", "memory, GiB", "of matmul peak")
-    return timing.markdown_table(heads, rows, facts, text_columns=2)
+    return timing.table(heads, rows, facts, text_columns=2)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"
 SUFFIXES = (  # of pictures in a folder, as names end
     *(".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".heic", ".heif"),
 )
+LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 FORM_HELP = "images: a folder of pictures, whatever else lies in it; auto: what the files in it make of it."
 HUB, ARCHIVES = "hf://", ("zip://", "tar://", "gzip://")  # addresses: a file on the Hub, or in an archive there
 
@@ -197,13 +198,13 @@ def _followed(path: str, files: ImageFiles) -> AbstractContextManager[BinaryIO]:
 
 def _local_file(path: str, bounds: Bounds) -> BinaryIO:
     """A regular file within `bounds`; a relative path is one of the data set's folder, or else of the current one."""
-    inside = [place for place in (*(folder / path for folder in bounds.places), Path(path)) if bounds.hold(place)]
+    inside = [file for file in (*(folder / path for folder in bounds.folders), Path(path)) if bounds.hold(file)]
     if not inside:
         raise BadImage(
             "unreadable image",
             f"{path!r} lies outside of the data set's folder; --image_roots names others that may be read",
         )
-    real = os.path.realpath(next((place for place in inside if place.is_file()), inside[0]))
+    real = os.path.realpath(next((file for file in inside if file.is_file()), inside[0]))
     # Opening a FIFO would wait for a writer, and a device may never end; neither is waited for or read.
     number = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(number).st_mode):

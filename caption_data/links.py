@@ -19,10 +19,10 @@ class Bounds:
 
     def __init__(self, folder: Path, others: Sequence[Path] = ()):
         self.folder = folder
-        self.places = [Path(os.path.realpath(place)) for place in (folder, *others)]
-        for place in (self.places[0], *self.places[0].parents):
+        self.folders = [Path(os.path.realpath(place)) for place in (folder, *others)]
+        for place in (self.folders[0], *self.folders[0].parents):
             if place.name == "snapshots" and place.parent.name.startswith(("datasets--", "models--")):
-                self.places.append(place.parent / "blobs")
+                self.folders.append(place.parent / "blobs")
 
     def hold(self, path: Path) -> bool:
         """Whether a path ends within, all links followed."""
@@ -30,7 +30,7 @@ class Bounds:
             real = Path(os.path.realpath(path))
         except ValueError:  # a name that no file can have: opening it raises the error
             return True
-        return any(real.is_relative_to(place) for place in self.places)
+        return any(real.is_relative_to(place) for place in self.folders)
 
     def check(self, paths: Sequence[Path]) -> None:
         """Raise ValueError where a path leads out."""

@@ -183,19 +183,19 @@ class _FileSource(Source):
         super().__init__(name, split, streaming, files)
         self._paths, self._image_column = paths, image_column
         if not streaming:  # one array: a million rows are 40 MB, a tenth of what tuples take
-            numbers = np.fromiter(itertools.chain.from_iterable(self._places()), dtype=np.int64)
+            numbers = np.fromiter(itertools.chain.from_iterable(self._offsets()), dtype=np.int64)
             self._items = numbers.reshape(-1, self._width)
         head = itertools.islice(self.rows(), HEAD_ROWS)
         self.columns = list(dict.fromkeys(itertools.chain([image_column], *head)))
 
     def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
-        places = itertools.islice(self._places(), start, None) if self.streaming else self._items[start:]
-        return map(self._read, places)
+        offsets = itertools.islice(self._offsets(), start, None) if self.streaming else self._items[start:]
+        return map(self._read, offsets)
 
     def fingerprint(self) -> str:
         return _files_fingerprint(self._paths)
 
-    def _places(self) -> Iterator[tuple[int, ...]]:
+    def _offsets(self) -> Iterator[tuple[int, ...]]:
         raise NotImplementedError
 
 
@@ -204,7 +204,7 @@ class _ImageFolderSource(_FileSource):
 
     _width = 3  # file, offset and length of the line
 
-    def _places(self) -> Iterator[tuple[int, ...]]:
+    def _offsets(self) -> Iterator[tuple[int, ...]]:
         for number, path in enumerate(self._paths):
             offset = 0
             with path.open("rb") as file:
@@ -228,7 +228,7 @@ class _TarSource(_FileSource):
 
     _width = 5  # file, offset and size of the image, offset and size of the JSON; -1 where there is none
 
-    def _places(self) -> Iterator[tuple[int, ...]]:
+    def _offsets(self) -> Iterator[tuple[int, ...]]:
         row = 0
         for number, path in enumerate(tqdm(self._paths, desc=f"Tars, {self.where}", unit="tar", leave=False)):
             try:
@@ -280,46 +280,37 @@ def open_source(
         ValueError: there is no such data set or split (those that are there are named), it is empty, its tars are
             compressed, a file of it is a link out of it, or it is the output of a stage that is unfinished.
     """
-    source = _opened(dataset, split, streaming, image_column, in_place, image_roots, max_pixels)
-    if next(source.rows(), None) is None:
-        damages = "; ".join(damage.detail for damage in source.damaged[:3])
-        raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
-    return source
-
-
-def _opened(
-    dataset: str,
-    split: str,
-    streaming: bool,
-    image_column: str,
-    in_place: bool,
-    image_roots: Sequence[Path],
-    max_pixels: int,
-) -> Source:
     path, options = Path(dataset), (dataset, split, streaming)
     if (path / STAGE_FILE).is_file():
         check_all_there(path)
     if (path / "dataset_dict.json").is_file():
         files = ImageFiles(Bounds(path, image_roots), max_pixels)
         data = of_split(load_saved(path, image_roots), dataset, split)
-        return _ArrowSource(*options, files, image_column, data)
+        return _not_empty(_ArrowSource(*options, files, image_column, data))
     if not path.exists() and not glob.has_magic(dataset):
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(re.search(form, dataset) for form in FORMS):
             raise ValueError(f"{dataset} does not exist, and is no Hub id such as 'laicsiifes/flickr30k-pt-br'.")
         data = load_by_datasets(f"{dataset} is no path here, and as a Hub id it", dataset, streaming=streaming)
         files = ImageFiles(copied_bounds(dataset, image_roots), max_pixels, dataset)
-        return _ArrowSource(*options, files, image_column, of_split(data, dataset, split))
+        return _not_empty(_ArrowSource(*options, files, image_column, of_split(data, dataset, split)))
     paths, bounds = files_of_split(dataset, split, image_roots)
     files = ImageFiles(bounds, max_pixels)
     if paths[0].suffix == ".parquet" and in_place:
-        return _ParquetSource(dataset, split, files, image_column, paths)
+        return _not_empty(_ParquetSource(dataset, split, files, image_column, paths))
     if paths[0].suffix == ".parquet":
         data = load_files("parquet", paths, dataset, streaming)
-        return _ArrowSource(*options, files, image_column, data)
+        return _not_empty(_ArrowSource(*options, files, image_column, data))
     if paths[0].suffix == ".jsonl":
-        return _ImageFolderSource(*options, files, image_column, paths)
+        return _not_empty(_ImageFolderSource(*options, files, image_column, paths))
     refuse_compressed(paths)
-    return _TarSource(*options, files, image_column, paths)
+    return _not_empty(_TarSource(*options, files, image_column, paths))
+
+
+def _not_empty(source: Source) -> Source:
+    if next(source.rows(), None) is None:
+        damages = "; ".join(damage.detail for damage in source.damaged[:3])
+        raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
+    return source
 
 
 def _undecoded(feature: Any) -> Any:

@@ -58,7 +58,8 @@ def build(args: BuildArguments) -> Path | None:
     runnable, waiting = split_at_tables(plan)
     works = [work for step in runnable for work in Work.of(step.args, step.title)]
     if not waiting:
-        works.append(Work("captions.dataset_folder", "dataset", plan, plan.output / "logs" / "dataset", "dataset"))
+        logs = (args.logging_dir or plan.output / "logs") / "dataset"
+        works.append(Work("captions.dataset_folder", "dataset", plan, logs, "dataset"))
     if works and not execute(works, args):
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
         return None

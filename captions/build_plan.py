@@ -148,8 +148,8 @@ def _steps(
     dataset, output = content["dataset"], Path(content["output"])
     for number, name, section in sections:
         folder = output / f"{number}-{name}" / split
-        logs = output / "logs" / f"{number}-{name}" / split
-        values = {"dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs), **executor}
+        logs = Path(executor.get("logging_dir", output / "logs")) / f"{number}-{name}" / split
+        values = {**executor, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
         if not steps:  # the others read columns of our names
             values |= {key: content[key] for key in ("image_column", "rename") if key in content}
         if name in ("translate", "score", "select"):

@@ -83,11 +83,12 @@ class DatasetFacts:
     columns: list[str]
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
         return asdict(self)
 
     @property
     def languages(self) -> list[str]:
-        """Of the captions that there are, the built one first."""
+        """Codes of the captions' languages, that of the build first."""
         found = {name.split("captions-", 1)[1] for split in self.splits.values() for name in _filled(split)}
         return sorted(found, key=lambda code: (code != self.language, code))
 
@@ -100,6 +101,7 @@ def dataset_card(facts: DatasetFacts, picture: str | None) -> str:
         picture: file of the similarities, beside the card.
     """
     card, rows = facts.card, sum(split.rows for split in facts.splits.values())
+    is_translated = any(step.name == "translate" for split in facts.splits.values() for step in split.steps)
     data = DatasetCardData(
         # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
         language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in facts.languages)),
@@ -109,7 +111,7 @@ def dataset_card(facts: DatasetFacts, picture: str | None) -> str:
         pretty_name=card.get("pretty_name"),
         size_categories=[next((name for limit, name in SIZES if rows < limit), "n>10M")],
         task_categories=["image-to-text", "zero-shot-image-classification"],
-        tags=["capivara", "image-text", *(["translated"] if _used(facts, "translate") else [])],
+        tags=["capivara", "image-text", *(["translated"] if is_translated else [])],
         configs=[
             {
                 "config_name": "default",
@@ -117,71 +119,38 @@ def dataset_card(facts: DatasetFacts, picture: str | None) -> str:
             }
         ],
     )
-    return str(DatasetCard.from_template(data, template_path=str(TEMPLATE), **_filled_in(facts, picture))) + "\n"
+    return (
+        str(
+            DatasetCard.from_template(
+                data,
+                template_path=str(TEMPLATE),
+                facts=facts,
+                title=card.get("pretty_name") or f"Images with captions in {', '.join(facts.languages)}",
+                description=card.get("description") or "Images with captions, to train image-text models on.",
+                caption_columns=list(dict.fromkeys(name for split in facts.splits.values() for name in _filled(split))),
+                stages={step.name for split in facts.splits.values() for step in split.steps},
+                picture=picture,
+                escape=escape_markdown,  # of all texts of others
+                code=_code,
+                link=_link,
+                meaning=_meaning,
+                settings=_settings,
+            )
+        )
+        + "\n"
+    )
 
 
-def _filled_in(facts: DatasetFacts, picture: str | None) -> dict[str, Any]:
-    """What the template asks for; all text of others is escaped."""
-    card = facts.card
-    names = list(dict.fromkeys(name for split in facts.splits.values() for name in _filled(split)))
-    return {
-        "title": escape_markdown(card.get("pretty_name") or f"Images with captions in {', '.join(facts.languages)}"),
-        "description": escape_markdown(
-            card.get("description") or "Images with captions, to train image-text models on."
-        ),
-        "attribution": escape_markdown(card.get("attribution") or ""),
-        "sources": [
-            {"name": _source(source), "license": escape_markdown(source["license"])} for source in card["sources"]
-        ],
-        "captions_head": " | ".join(f"`{escaped_code(name)}`" for name in names),
-        "captions_rule": "---:|" * len(names),
-        "splits": [_split(name, split, names) for name, split in facts.splits.items()],
-        "columns": [(f"`{escaped_code(name)}`", _meaning(name)) for name in facts.columns],
-        "first_split": next(iter(facts.splits)),
-        "picture": picture,
-        "limits": _limits(facts),
-    }
+def _code(name: str) -> str:
+    """A name in backticks."""
+    return "`" + re.sub(r"[`|\s]", "_", name) + "`"
 
 
-def escaped_code(name: str) -> str:
-    """A name inside backticks."""
-    return re.sub(r"[`|\s]", "_", name)
-
-
-def _split(name: str, split: SplitFacts, columns: list[str]) -> dict[str, Any]:
-    return {
-        "name": name,
-        "rows": f"{split.rows:,}",
-        "captions": " | ".join(f"{split.captions.get(column, 0):,}" for column in columns),
-        "steps": [
-            {
-                "name": step.name,
-                "rows_in": f"{step.rows_in:,}",
-                "rows_out": f"{step.rows_out:,}",
-                "left_out": escape_markdown(
-                    ", ".join(f"{n:,} {reason}" for reason, n in step.left_out.items()) or "none"
-                ),
-                "settings": _settings(step.settings),
-            }
-            for step in split.steps
-        ],
-        "quality": [
-            f"Of {step.quality['captions']:,} translations {step.quality['flagged']:,} look wrong by their letters; "
-            "the column of their quality lists them."
-            for step in split.steps
-            if step.quality
-        ],
-    }
-
-
-def _settings(settings: dict[str, Any], prefix: str = "") -> str:
+def _settings(settings: dict[str, Any]) -> str:
     """Settings in words, the model first; digests and long lists are left to build.json."""
-    shown = []
-    for key, value in sorted(_leaves(settings), key=lambda leaf: not leaf[0].endswith("model")):
-        if value is None or value is False or NOT_SHOWN.search(key):
-            continue
-        shown.append(f"{key.rpartition('.')[2].replace('_', ' ')} {value}")
-    return escape_markdown(", ".join(shown))
+    leaves = sorted(_leaves(settings), key=lambda leaf: not leaf[0].endswith("model"))
+    shown = [(k, v) for k, v in leaves if v is not None and v is not False and not NOT_SHOWN.search(k)]
+    return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in shown)
 
 
 def _leaves(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -191,36 +160,14 @@ def _leaves(settings: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]
     return leaves
 
 
-def _source(source: dict[str, str]) -> str:
-    name, url = escape_markdown(source["name"]), source.get("url", "")
+def _link(name: str, url: str) -> str:
     return f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name
 
 
 def _meaning(column: str) -> str:
-    kind, _, language = next(
-        ((kind, "", column.removeprefix(kind + "-")) for kind in MEANINGS if column.startswith(kind + "-")),
-        (column, "", ""),
-    )
-    return MEANINGS.get(kind, "as in the source").format(language=f"`{escaped_code(language)}`")
-
-
-def _limits(facts: DatasetFacts) -> str:
-    said = []
-    if _used(facts, "generate"):
-        said.append("Generated captions can name what is not in the picture, and carry the bias of their model.")
-    if _used(facts, "translate"):
-        said.append(
-            "Captions were translated by machine, unless the table above says otherwise; nobody has read all of them."
-        )
-    if _used(facts, "select"):
-        said.append(
-            "What was kept is what the model that scored it finds similar: its blind spots are those of the data."
-        )
-    return " ".join([*said, "The pictures are those of the sources, with whatever bias these have."])
-
-
-def _used(facts: DatasetFacts, name: str) -> bool:
-    return any(step.name == name for split in facts.splits.values() for step in split.steps)
+    """What a column holds, in words."""
+    kind = next((kind for kind in MEANINGS if column.startswith(kind + "-")), column)
+    return MEANINGS.get(kind, "as in the source").format(language=_code(column.removeprefix(kind + "-")))
 
 
 def _filled(split: SplitFacts) -> list[str]:

@@ -185,7 +185,9 @@ def _executor(kind: str, work: Work, args: ExecutorArguments, before: PipelineEx
     options: dict[str, Any] = {"pipeline": [Task(work)], "logging_dir": str(work.logs), "depends": before}
     workers = -1 if args.workers is None else args.workers
     if kind == "local":
-        workers = len(_gpus()) or 1 if args.workers is None else args.workers
+        # torch takes seconds to import, and a stage without a model does without it
+        gpus = _gpus() if args.workers is None and (phase.uses_model or "torch" in sys.modules) else []
+        workers = args.workers or len(gpus) or 1
         options["tasks"] = 1 if phase.finished is None else args.tasks or workers
         return LocalExecutor(workers=min(workers, options["tasks"]), **options)
     options |= {
@@ -287,8 +289,8 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
     def _run_in_processes(self, ranks: list[int]) -> dict[int, str]:
         """Returns rank -> signal, of those that were killed."""
         context = multiprocess.get_context(self.start_method)
-        context.set_forkserver_preload([self.work.module])  # imported once for all tasks
-        gpus = _gpus()
+        context.set_forkserver_preload([name for name in sys.modules if name.startswith("captions.")])  # once for all
+        gpus = _gpus() if self.work.definition().uses_model else []
         left, slots, killed = ranks[::-1], [gpus[i % len(gpus)] if gpus else "" for i in range(self.workers)], {}
         running: dict[int, tuple[Any, int, str]] = {}  # sentinel -> process, rank, GPU
         try:
@@ -319,9 +321,10 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
         if gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         elif "OMP_NUM_THREADS" not in os.environ:
-            import torch
-
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.workers))
+            threads = max(1, (os.cpu_count() or 1) // self.workers)
+            os.environ["OMP_NUM_THREADS"] = str(threads)
+            if "torch" in sys.modules:  # it has read the variable
+                sys.modules["torch"].set_num_threads(threads)
         try:
             self._run_for_rank(rank, local_rank=1)
         except TaskFailed:
@@ -334,6 +337,8 @@ class SlurmExecutor(_Executor, SlurmPipelineExecutor):
     def launch_job(self) -> None:
         self.note_finished()
         super().launch_job()
+        if self.job_id == -1 and self.depends_job_id:  # nothing to do: what comes next waits for what came before
+            self.job_id = self.depends_job_id
 
     def launch_merge_stats(self) -> None:
         """No job for datatrove's statistics: what was done is said by the parts."""

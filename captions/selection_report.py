@@ -50,12 +50,14 @@ class Side:
     bins: list[int] = field(default_factory=lambda: [0] * BINS)
 
     def add(self, similarity: float) -> None:
+        """Count one of this cosine."""
         self.count, self.total = self.count + 1, self.total + similarity
         self.lowest = similarity if self.lowest is None else min(self.lowest, similarity)
         self.highest = similarity if self.highest is None else max(self.highest, similarity)
         self.bins[min(max(int((similarity + 1) / 2 * BINS), 0), BINS - 1)] += 1
 
     def facts(self) -> dict[str, Any]:
+        """As `selection.json` has it."""
         mean = self.total / self.count if self.count else None
         return {"count": self.count, "mean": mean, "lowest": self.lowest, "highest": self.highest, "bins": self.bins}
 

@@ -74,9 +74,9 @@ class ExecutorArguments:
             raise ValueError(f"This command is not launched by Accelerate or torchrun: {SHARED_BY_TASKS}.")
 
     def executor_flags(self) -> dict[str, Any]:
-        """The flags of this class that were given, but for the folder of the logs."""
+        """The flags of this class that were given."""
         defaults = ExecutorArguments()
-        given = {known.name: getattr(self, known.name) for known in fields(defaults) if known.name != "logging_dir"}
+        given = {known.name: getattr(self, known.name) for known in fields(defaults)}
         return {name: value for name, value in given.items() if value != getattr(defaults, name)}
 
 

@@ -155,7 +155,7 @@ def between(arguments: Any, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} must be from {low} to {high}, got {value:g}.")
+            raise ValueError(f"{name} must be from {low} to {high}, got {value}.")
 
 
 def user_errors(main: Callable[..., T]) -> Callable[..., T]:

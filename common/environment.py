@@ -1,10 +1,13 @@
-"""The machine and the installation: versions, device, memory, and extras that are missing."""
+"""The machine and the installation: versions, device, memory, signals, and extras that are missing."""
 
 import platform
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +42,20 @@ def restart_peak() -> int:
     """Let `peak_resident_bytes` start anew from what is held now; returns that."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5)
     return peak_resident_bytes()
+
+
+@contextmanager
+def handle_signals(handler: Callable[[int, Any], None], *numbers: int) -> Iterator[None]:
+    """Let `handler` take these signals within the block; outside of the main thread none can be taken."""
+    try:
+        before = {number: signal.signal(number, handler) for number in numbers}
+    except ValueError:
+        before = {}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def require(purpose: str, extra: str | None, *modules: str) -> None:

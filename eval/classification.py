@@ -14,32 +14,20 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:ClassificationArguments", __doc__)
 
-import csv
-import json
-import re
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
-from datasets import ClassLabel, Dataset, Image, load_dataset
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 from torch.nn import functional as F
 
-from caption_data.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from caption_data.links import refuse_links_out
-from caption_data.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
-from common.cli import parse, run_command
-from common.environment import device_description
-from common.files import check_output_file, read_json
-from eval.embeddings import EmbeddingStore, ImageRows, cache_folder, digest_of
-from eval.eval_arguments import LABEL_COLUMNS, ClassificationArguments, ImageArguments
+from caption_data.labelled_images import LabelledImages, load_images
+from common.cli import run_command
+from common.files import check_output_file
+from eval.embeddings import EmbeddingStore
+from eval.eval_arguments import ClassificationArguments, ImageArguments
+from eval.measurement import open_store, run_evaluation, write_result
 from eval.metrics import (
     confusion_matrix,
     eleven_point_map,
@@ -49,96 +37,18 @@ from eval.metrics import (
     top_k_accuracy,
 )
 from eval.prompts import Prompts, load_prompts
-from modeling_capivara.embedder import load_embedder, processes
-from records.schema import Record, header, hub_revision, write_records
+from modeling_capivara.embedder import processes
+from records.schema import Record
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
-SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
-
-
-@dataclass
-class LabelledImages:
-    """Images with their classes.
-
-    Attributes:
-        images: of all rows.
-        labels: of each row, a class or a list of classes.
-    """
-
-    images: ImageRows
-    labels: list[int] | list[list[int]]
-
-    def fingerprint(self) -> str:
-        return digest_of([self.images.digest, self.labels])
 
 
 def load_split(
-    args: ImageArguments, split: str, names_en: Sequence[str], places: Sequence[int] | None = None
+    args: ImageArguments, split: str, names_en: Sequence[str], indices: Sequence[int] | None = None
 ) -> LabelledImages:
     """A split of the images of the arguments; `load_images` has the rest."""
     columns = (args.image_column, args.label_column)
-    return load_images(args.images, split, names_en, *columns, places, args.form, **args.limits())
-
-
-def load_images(
-    source: str,
-    split: str,
-    names_en: Sequence[str],
-    image_column: str | None = None,
-    label_column: str | None = None,
-    places: Sequence[int] | None = None,
-    form: str = "auto",
-    image_roots: Sequence[Path] = (),
-    max_pixels: int = MAX_IMAGE_PIXELS,
-) -> LabelledImages:
-    """Labelled images, their classes in the order of `names_en`.
-
-    A data set that names its classes is matched by name, since orders differ; one of plain numbers is taken to have
-    that order.
-
-    Args:
-        source: as `--images` takes it.
-        split: name.
-        names_en: of all classes of the data set.
-        image_column: found where None.
-        label_column: found where None.
-        places: of the classes that are told apart, in `names_en`; all where None. Images of the others are left out
-            (Babel-ImageNet names a part of ImageNet).
-        form: "auto", or "images" for a folder of pictures whatever else it holds.
-        image_roots: folders outside of the data set that image paths may lead into.
-        max_pixels: of an image.
-
-    Raises:
-        ValueError: split or column is missing, or the class names do not match; those that differ are named.
-    """
-    rows = _split_of(source, split, form)
-    image_column = image_column or _only_image_column(rows, source)
-    label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
-    for column in (image_column, label_column):
-        if column not in rows.column_names:
-            raise ValueError(f"{source}, split {split!r} has no column {column!r}; there are {rows.column_names}.")
-    feature = rows.features[label_column]
-    feature = getattr(feature, "feature", feature)
-    names = feature.names if isinstance(feature, ClassLabel) else _class_names(source)
-    mapping = _by_name(names, names_en, source) if names else dict(enumerate(range(len(names_en))))
-    labels = rows[label_column][:]
-    kinds = {type(x).__name__ for label in labels for x in (label if isinstance(label, list) else [label])} - {"int"}
-    if kinds:
-        raise ValueError(f"{source}: labels must be whole numbers or lists of them; there are {sorted(kinds)}.")
-    outside = {x for label in labels for x in (label if isinstance(label, list) else [label])} - mapping.keys()
-    if outside:
-        raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
-    told_apart = {place: number for number, place in enumerate(range(len(names_en)) if places is None else places)}
-    classes = [
-        [told_apart.get(mapping[x]) for x in (label if isinstance(label, list) else [label])] for label in labels
-    ]
-    kept = [row for row, found in enumerate(classes) if None not in found]
-    if not kept:
-        raise ValueError(f"{source} has no image of the {len(told_apart)} classes that have a name.")
-    undecoded = rows.select_columns(image_column).cast_column(image_column, Image(decode=False))
-    files = ImageFiles(copied_bounds(source, image_roots), max_pixels, None if Path(source).exists() else source)
-    images = ImageRows(lambda row: undecoded[kept[row]][image_column], len(kept), files)
-    return LabelledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
+    return load_images(args.images, split, names_en, *columns, indices, args.form, **args.limits())
 
 
 def class_embeddings(store: EmbeddingStore, prompts: Prompts) -> Tensor:
@@ -183,10 +93,9 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
-    data = load_split(args, args.split, prompts.names_en, prompts.places)
-    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
+    data = load_split(args, args.split, prompts.names_en, prompts.indices)
+    store = open_store(args)
     started = time.perf_counter()
-    store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
     images = store.images(data.images)
     scores = images.embeds @ class_embeddings(store, prompts).T
     store.close()
@@ -202,13 +111,9 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
         for name, value in values.items()
     ]
     if processes().is_main_process:
-        facts = image_header(args, data, images.skipped, embedder.device, time.perf_counter() - started)
-        parts = {
-            "classes": [*prompts.names, *["(sem nome)"] * unnamed],
-            "notes": list(prompts.notes),
-            "skipped": images.skipped,
-        }
-        write_records(args.output, records, facts, **parts, **per_class_parts(scores, labels))
+        parts = {"classes": [*prompts.names, *["(sem nome)"] * unnamed], "notes": list(prompts.notes)}
+        parts |= {"skipped": images.skipped} | per_class_parts(scores, labels)
+        write_result(args, records, args.images, data.fingerprint(), store, started, **parts)
     return records
 
 
@@ -221,149 +126,9 @@ def per_class_parts(scores: Tensor, labels: list) -> dict[str, Any]:
     return {"per_class_accuracy": accuracies, "confusion_matrix": confusion_matrix(scores, right).tolist()}
 
 
-def image_header(
-    args: ImageArguments, data: LabelledImages, skipped: dict[int, str], device: torch.device, seconds: float
-) -> dict[str, Any]:
-    """Header of a result on labelled images."""
-    return header(
-        dataset=args.images,
-        dataset_revision=hub_revision(args.images, "dataset"),
-        dataset_fingerprint=data.fingerprint(),
-        model=args.model,
-        model_revision=hub_revision(args.model, "model"),
-        device=device_description(device),
-        precision=args.precision,
-        seconds=seconds,
-        skipped=len(skipped),
-    )
-
-
-def _split_of(source: str, split: str, form: str) -> Dataset:
-    path = Path(source)
-    pictures = path.is_dir() and not any([*path.rglob("*.tar"), *path.rglob("*.parquet")])
-    try:
-        if path.is_dir():
-            refuse_links_out(path)
-            _refuse_outside(path)
-        if (path / "dataset_dict.json").is_file():
-            loaded = load_saved(path)
-        elif form == "images" and path.is_dir():  # by name: an archive among them would be unpacked
-            root = path / split if (path / split).is_dir() else path
-            files = picture_files(root)
-            if not files:
-                raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(SUFFIXES)}.")
-            return load_files("imagefolder", files, source)
-        elif pictures:
-            if {folder.name.casefold() for folder in path.iterdir() if folder.is_dir()} - SPLIT_FOLDERS:
-                return load_dataset("imagefolder", data_files={split: str(path / "**")})[split]  # a folder a class
-            loaded = load_dataset("imagefolder", data_dir=source)
-        elif path.is_dir():
-            files, _ = files_of_split(source, split)
-            return load_files("parquet" if files[0].suffix == ".parquet" else "webdataset", files, source)
-        elif not path.exists() and source.count("/") == 1 and not source.startswith((".", "/")):
-            loaded = load_dataset(source)
-        else:
-            raise ValueError(f"{source} is no folder; a folder, a saved data set or a Hub id is needed.")
-    except ValueError as error:
-        hint = "" if form == "images" or pictures else form_hint(path)
-        raise ValueError(f"{error}{hint}") from error
-    except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
-        raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}{form_hint(path)}") from error
-    if split not in loaded:
-        raise ValueError(f"{source} has no split {split!r}; there are {sorted(loaded)}.{form_hint(path)}")
-    return loaded[split]
-
-
-def _refuse_outside(folder: Path) -> None:
-    """Raise ValueError where a list of the folder names a file outside of it, which `datasets` would open."""
-    for path in folder.rglob("metadata.*"):
-        names = [name for line in _lines_of(path) for key, value in line.items() for name in _file_names(key, value)]
-        outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts or "://" in name]
-        if outside:
-            raise ValueError(f"{path.relative_to(folder)} names files outside its folder, refused: {outside[:3]}.")
-
-
-def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a list in one of the forms that `datasets` reads."""
-    if path.suffix == ".parquet":
-        yield from pq.read_table(path).to_pylist()
-    elif path.suffix in (".csv", ".jsonl"):
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
-
-
-def _file_names(key: str | None, value: Any) -> list[str]:
-    """What `datasets` takes for names of files: of file_name, file_names, and with a word and _ before."""
-    if not re.fullmatch(r"(.*_)?file_names?", key or ""):
-        return []
-    return list(map(str, value)) if isinstance(value, list) else [str(value)]
-
-
-def _only_image_column(rows: Dataset, source: str) -> str:
-    columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
-    if len(columns) != 1:
-        raise ValueError(f"{source} has {len(columns)} columns of images, {rows.column_names}; say --image_column.")
-    return columns[0]
-
-
-def _class_names(source: str) -> list[str]:
-    """Of `classnames.txt`, a line a label, which clip-benchmark's copies have; empty where there is none."""
-    if Path(source).is_dir():
-        path = Path(source) / "classnames.txt"
-        if not path.is_file():
-            return []
-    else:
-        try:
-            path = Path(hf_hub_download(source, "classnames.txt", repo_type="dataset"))
-        except LocalEntryNotFoundError:  # offline: whether there is one is not known, and the order must not be guessed
-            raise
-        except EntryNotFoundError:
-            return []
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[int, int]:
-    """Label of the data set -> class of the prompts; a name that occurs twice, as in ImageNet, first to first."""
-    places: dict[str, list[int]] = {}
-    for number, name in enumerate(wanted):
-        places.setdefault(_plain(name), []).append(number)
-    unknown = [name for name in names if _plain(name) not in places]
-    if unknown:
-        missing = [name for name in wanted if _plain(name) not in set(map(_plain, names))]
-        raise ValueError(
-            f"{source} has {len(names)} classes, the prompts {len(wanted)}, and they don't match by name: "
-            f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, or choose another benchmark."
-        )
-    found = {name: iter(numbers) for name, numbers in places.items()}
-    mapping = {label: next(found[_plain(name)], None) for label, name in enumerate(names)}
-    if None in mapping.values():
-        twice = [names[label] for label, number in mapping.items() if number is None]
-        raise ValueError(f"{source} names classes more often than the prompts do: {twice[:10]}. Rename them.")
-    return mapping
-
-
-def _plain(name: str) -> str:
-    """Case, and the signs that stand for others in names of files, don't tell classes apart."""
-    return " ".join(re.sub(r"[_/-]", " ", name.casefold()).split())
-
-
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(ClassificationArguments, __doc__, argv)
-        records = evaluate(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    if not processes().is_main_process:
-        return
-    for record in records:
-        chance = f"   chance {100 * record.chance:.2f} %" if record.chance else ""
-        print(f"{record.dataset:20} {record.protocol:8} {record.metric:24} {100 * record.value:6.2f} %{chance}")
-    content = read_json(args.output)
-    for note in content["notes"]:
-        print(note)
-    if content["skipped"]:
-        count = len(content["skipped"])
-        print(f"{count} images could not be read and are not in these figures; {args.output} lists them.")
+    """The command."""
+    run_evaluation(ClassificationArguments, __doc__, argv, evaluate)
 
 
 if __name__ == "__main__":

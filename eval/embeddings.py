@@ -4,8 +4,8 @@
     images = store.images(ImageRows(rows.__getitem__, len(rows)))
     text_embeds = store.texts(["uma foto de um gato"])
 
-Rows go through in shards, files of their own: an interrupted run goes on at the first one that is missing or damaged,
-which its digest tells, and the processes of `accelerate launch` share them out. A shard's batches do not depend on who
+Rows go through in shards, files of their own: an interrupted run continues at the first one that is missing or damaged
+(by its digest), and the processes of `accelerate launch` share them out. A shard's batches do not depend on who
 embeds it, so that one process and several give the same bits.
 """
 
@@ -15,23 +15,19 @@ import logging
 import os
 import shutil
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import PIL.Image
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from caption_data.image_files import BYTES_ALONE, ImageFiles, decode_image, image_digest
+from caption_data.image_rows import ImageRows, digest_of
 from caption_data.rows import BadImage
 from common.files import DIGEST_BYTES, has_digest, write_with_digest
 from eval.metrics import chance_recall, cross_modal_ranks
@@ -41,68 +37,6 @@ from records.schema import DIRECTIONS
 VERSION = 1  # of the files; raise it when their content changes
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
 logger = logging.getLogger("capivara")
-DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36 MB
-
-
-@dataclass(frozen=True)
-class ImageRows:
-    """Images that are read when they are needed.
-
-    Attributes:
-        row_image: number of a row -> its image as `datasets` gives it undecoded, `{"bytes", "path"}`.
-        count: rows.
-        files: which images may be opened.
-        digest: hex, of the files of all images in their order.
-    """
-
-    row_image: Callable[[int], dict | None]
-    count: int
-    files: ImageFiles = BYTES_ALONE
-    digest: str = field(init=False)
-    _digests: bytes = field(init=False, repr=False)  # 16 each
-
-    def __post_init__(self) -> None:
-        digests = bytearray()
-        for row in tqdm(range(self.count), desc="Reading images", unit="image", disable=_quiet()):
-            try:
-                digests += image_digest(self.row_image(row), self.files)
-            except BadImage as bad:
-                said = self.fault(row, bad).encode("utf-8", "replace")  # is kept, and must be of this data set
-                digests += hashlib.blake2b(said, digest_size=16).digest()
-        object.__setattr__(self, "_digests", bytes(digests))
-        object.__setattr__(self, "digest", hashlib.blake2b(digests, digest_size=16).hexdigest())
-
-    def image(self, row: int) -> PIL.Image.Image:
-        """Decoded. Raises BadImage where it can't be used."""
-        return decode_image(self.row_image(row), self.files)
-
-    def row_digest(self, row: int) -> str:
-        """Hex, of the file of an image, or of what is wrong with it."""
-        return self._digests[16 * row : 16 * (row + 1)].hex()
-
-    def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
-        """Rows with their images or what is wrong with them, decoded ahead by a few threads."""
-
-        def read(row: int) -> PIL.Image.Image | BadImage:
-            try:
-                return self.image(row)
-            except BadImage as bad:
-                return bad
-
-        threads = max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))
-        with ThreadPoolExecutor(threads) as pool:
-            ahead = deque(pool.submit(read, row) for row in rows[: threads * DECODED_AHEAD])
-            for number, row in enumerate(rows):
-                following = number + threads * DECODED_AHEAD
-                if following < len(rows):
-                    ahead.append(pool.submit(read, rows[following]))
-                yield row, ahead.popleft().result()
-
-    def fault(self, row: int, bad: BadImage) -> str:
-        """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
-        path = (self.row_image(row) or {}).get("path") or ""
-        folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
-        return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
 
 @dataclass(frozen=True)
@@ -143,6 +77,7 @@ class RetrievalEmbeddings:
         return dict(zip(DIRECTIONS, cross_modal_ranks(*self._sides("text_to_image")), strict=True))
 
     def chance(self, direction: str, k: int) -> float:
+        """Expected recall@k of random scores, a share from 0 to 1."""
         _, _, query_groups, item_groups = self._sides(direction)
         return chance_recall(query_groups, item_groups, k)
 
@@ -215,8 +150,8 @@ class EmbeddingStore:
             return self.embedder.texts(some, 2 * self.batch_size, bar.update), torch.tensor(list(rows)), {}
 
         parts = self._through_files("texts", digest, shards, len(distinct), embed, description)
-        place = {text: number for number, text in enumerate(distinct)}
-        return torch.cat([part[0] for part in parts])[torch.tensor([place[text] for text in texts])]
+        position = {text: number for number, text in enumerate(distinct)}
+        return torch.cat([part[0] for part in parts])[torch.tensor([position[text] for text in texts])]
 
     def _through_files(self, kind, digest, shards, total, embed, description) -> list[tuple]:
         """The shards' (embeds, rows, skipped): those without a file are embedded, each by one of the processes."""
@@ -254,19 +189,14 @@ def cache_folder(name: str) -> Path | None:
     return Path(name)
 
 
-def digest_of(value: Any) -> str:
-    """Hex digest of a JSON value."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
-
-
 def _shards(rows: int, size: int) -> list[range]:
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 def _packed(embeds: Tensor, rows: Tensor, skipped: dict[int, str]) -> bytes:
     """A shard's file."""
-    told = torch.frombuffer(bytearray(json.dumps(skipped).encode()), dtype=torch.uint8)
-    return save({"embeds": embeds.contiguous(), "rows": rows, "skipped": told})
+    reasons = torch.frombuffer(bytearray(json.dumps(skipped).encode()), dtype=torch.uint8)
+    return save({"embeds": embeds.contiguous(), "rows": rows, "skipped": reasons})
 
 
 def _unpacked(path: Path) -> tuple[Tensor, Tensor, dict[int, str]]:

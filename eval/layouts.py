@@ -7,7 +7,6 @@ to the images, so that nothing is copied. File names that point out of the folde
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,40 +15,20 @@ from typing import Any
 
 from huggingface_hub import constants, get_session
 
-from caption_data.links import Bounds, refuse_links_out
+from caption_data.links import refuse_links_out
 from common.files import read_json, write_text
 from eval.benchmarks import Benchmark, load_benchmarks, must_be_known
-from eval.embeddings import digest_of
 
 Rows = list[tuple[str, list[str]]]  # file within the folder of images, and its captions
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a benchmark's data are: a local path or Hub id, or the reason why they can't be had."""
+class Location:
+    """Where a benchmark's data are: a local path or Hub id (`name`), or the reason why they are not available."""
 
     name: str = ""
     local: bool = False
     reason: str = ""
-
-    def digest(self) -> str:
-        """Of the names, sizes and times of the files; of a Hub id, its text."""
-        if not self.local:
-            return digest_of(self.name)
-        paths = _files_below(Path(self.name)) if Path(self.name).is_dir() else [Path(self.name)]
-        found = [(os.path.relpath(path, self.name), path.stat()) for path in paths if path.exists()]  # not dead links
-        return digest_of(sorted((name, about.st_size, about.st_mtime_ns) for name, about in found))
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """All files; links to folders are followed within `folder`, and a folder that was seen is not entered again."""
-    files, seen, bounds = [], set(), Bounds(folder)
-    for place, folders, names in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        inside = [name for name in folders if bounds.hold(Path(place) / name)]
-        folders[:] = [name for name in inside if os.path.realpath(os.path.join(place, name)) not in seen]
-        files += [Path(place) / name for name in names]
-    return files
 
 
 def local_data(items: list[str]) -> dict[str, Path]:
@@ -70,9 +49,9 @@ def local_data(items: list[str]) -> dict[str, Path]:
     return given
 
 
-def place_of(
+def locate(
     benchmark: Benchmark, given: dict[str, Path], folder: Path | None, offline: bool, hub_fault: Callable[[], str]
-) -> Place:
+) -> Location:
     """Where the data of a benchmark are.
 
     Args:
@@ -86,13 +65,13 @@ def place_of(
     paths = [given[key] for key in keys if key in given]
     paths += [folder / key for key in keys if (folder / key).exists()] if folder else []
     if paths:
-        return Place(str(paths[0]), local=True)
+        return Location(str(paths[0]), local=True)
     identity, url = benchmark.source["hub_id"], benchmark.source["url"]
     way = f"give --data {benchmark.key}=PATH{f', from {url}' if url else ''}"
     if identity is None:
-        return Place(reason=f"no local data, and no Hub id is known; {way}")
+        return Location(reason=f"no local data, and no Hub id is known; {way}")
     fault = "offline" if offline else hub_fault()
-    return Place(reason=f"no local data, and {fault}; {way}") if fault else Place(identity)
+    return Location(reason=f"no local data, and {fault}; {way}") if fault else Location(identity)
 
 
 def hub_fault() -> str:

@@ -13,7 +13,6 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("eval.eval_arguments:LinearProbeArguments", __doc__)
 
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
@@ -22,14 +21,16 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
-from common.cli import parse, run_command
-from common.files import check_output_file, read_json
-from eval.classification import LabelledImages, classification_metrics, image_header, load_split
-from eval.embeddings import EmbeddingStore, cache_folder
+from caption_data.labelled_images import LabelledImages
+from common.cli import run_command
+from common.files import check_output_file
+from eval.classification import classification_metrics, load_split
+from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import LinearProbeArguments
+from eval.measurement import open_store, run_evaluation, write_result
 from eval.prompts import load_prompts
-from modeling_capivara.embedder import load_embedder, processes
-from records.schema import Record, write_records
+from modeling_capivara.embedder import processes
+from records.schema import Record
 
 PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak
 MAX_ITERATIONS = 1000
@@ -43,9 +44,11 @@ class Features:
     labels: np.ndarray
 
     def subset(self, rows: np.ndarray) -> "Features":
+        """Those of the rows (integers) alone."""
         return Features(self.embeds[rows], self.labels[rows])
 
     def joined(self, other: "Features") -> "Features":
+        """These, then the others."""
         return Features(np.concatenate([self.embeds, other.embeds]), np.concatenate([self.labels, other.labels]))
 
 
@@ -117,9 +120,8 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     splits = [args.train_split, args.validation_split, args.split]
     loaded = [load_split(args, name, prompts.names_en) if name else None for name in splits]
     _check_apart(splits, loaded)
-    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
+    store = open_store(args)
     started = time.perf_counter()
-    store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
     embedded = [
         embed(store, data, f"Images, {name}") if data else (None, {}) for name, data in zip(splits, loaded, strict=True)
     ]
@@ -148,19 +150,19 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     skipped = {
         f"{name} {row}": why for name, (_, bad) in zip(splits, embedded, strict=True) for row, why in bad.items()
     }
-    facts = image_header(args, loaded[2], skipped, embedder.device, time.perf_counter() - started)
-    write_records(args.output, records, facts, chosen_penalties=chosen, skipped=skipped)
+    parts = {"chosen_penalties": chosen, "skipped": skipped}
+    write_result(args, records, args.images, loaded[2].fingerprint(), store, started, **parts)
     return records
 
 
 def _check_apart(names: list[str | None], data: list[LabelledImages | None]) -> None:
     """Raise ValueError where two splits are the same images: such a figure would be of what was fitted."""
     seen: dict[str, int] = {}
-    for place, images in enumerate(data):
-        if images is not None and seen.setdefault(images.images.digest, place) != place:
+    for number, images in enumerate(data):
+        if images is not None and seen.setdefault(images.images.digest, number) != number:
             raise ValueError(
-                f"The splits {names[seen[images.images.digest]]!r} and {names[place]!r} hold the same images. A linear "
-                "probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
+                f"The splits {names[seen[images.images.digest]]!r} and {names[number]!r} hold the same images. "
+                "A linear probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
             )
 
 
@@ -169,15 +171,8 @@ def _fitted(features: Features, penalty: float) -> LogisticRegression:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(LinearProbeArguments, __doc__, argv)
-        records = evaluate(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    if skipped := read_json(args.output)["skipped"] if records else {}:
-        print(f"{len(skipped)} images could not be read and are not in these figures; {args.output} lists them.")
-    for record in records:
-        print(f"{record.dataset:20} {record.protocol:8} {record.metric:24} {100 * record.value:6.2f} %")
+    """The command."""
+    run_evaluation(LinearProbeArguments, __doc__, argv, evaluate)
 
 
 if __name__ == "__main__":

@@ -241,7 +241,7 @@ def paired_bootstrap(
 
 
 def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Tensor:
-    """`retrieval_ranks` out of scores that are there already.
+    """`retrieval_ranks` of given scores.
 
     Args:
         scores: (queries, items).
@@ -269,7 +269,7 @@ def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Ten
 
 
 def median_rank(ranks: Tensor) -> float:
-    """Median over the queries of the rank of the best right item, 1 for the first place."""
+    """Median over the queries of the rank of the best right item, 1 for the best."""
     if not len(ranks):
         raise ValueError("There is no query to take a median of; is the split empty?")
     return ranks.double().quantile(0.5).item() + 1
@@ -357,9 +357,9 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
         raise ValueError("ROC AUC needs positives and negatives; only one of them occurs.")
     if not torch.isfinite(scores).all():
         raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
-    _, places, counts = scores.double().unique(return_inverse=True, return_counts=True)
+    _, levels, counts = scores.double().unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
-    ranks = (last - (counts - 1) / 2)[places]  # mean rank of the images of equal score, from 1
+    ranks = (last - (counts - 1) / 2)[levels]  # mean rank of the images of equal score, from 1
     number = positives.sum().double()
     return ((ranks[positives].sum() - number * (number + 1) / 2) / (number * (~positives).sum())).item()
 
@@ -381,9 +381,9 @@ def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _eleven_point_precision(scores: Tensor, positives: Tensor) -> float:
-    thresholds, places = scores.unique(return_inverse=True)
-    shown = torch.bincount(places, minlength=len(thresholds)).flip(0).cumsum(0).double()  # best score first
-    found = torch.bincount(places[positives], minlength=len(thresholds)).flip(0).cumsum(0).double()
+    thresholds, levels = scores.unique(return_inverse=True)
+    shown = torch.bincount(levels, minlength=len(thresholds)).flip(0).cumsum(0).double()  # best score first
+    found = torch.bincount(levels[positives], minlength=len(thresholds)).flip(0).cumsum(0).double()
     precision, recall = found / shown, found / positives.sum()
     best = [precision[recall >= point - 1e-12].max() for point in torch.linspace(0, 1, 11, dtype=torch.double)]
     return torch.stack(best).mean().item()

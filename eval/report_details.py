@@ -38,6 +38,31 @@ class ClassSeries:
     files: list[ResultFile]
 
 
+@dataclass(frozen=True)
+class ClassRow:
+    """A class with its images (a mean over the seeds), and its accuracy under the baseline and under the model."""
+
+    name: str
+    images: float
+    before: float | None
+    after: float | None
+
+    @property
+    def gain(self) -> float | None:
+        """Model minus baseline, a share; None where one is not known."""
+        return None if self.before is None or self.after is None else self.after - self.before
+
+    def bar(self, role: str, classes: int) -> BarRow:
+        """Of a bar chart; a baseline alone has the baseline's colour."""
+        values = [None if value is None else (value, None) for value in (self.before, self.after)]
+        return BarRow(one_line(self.name, 30), *(values if role == "capivara" else values[::-1]), 1 / classes)
+
+    def cells(self) -> list[str]:
+        """Of a table, in per cent."""
+        accuracies = ["–" if value is None else f"{100 * value:.1f}" for value in (self.before, self.after)]
+        return [one_line(self.name, 80), f"{self.images:.0f}", *accuracies, points(self.gain)]
+
+
 class Thumbnails:
     """Small copies of a folder's pictures, each opened once; those that can't be shown are in `refused`.
 
@@ -191,25 +216,25 @@ def _class_section(
     files = model.files + (baseline.files if baseline else [])
     left_out = max(len(skipped_rows(file)) for file in files)
     note = figure_note({condition.dataset: left_out})
-    order = _order(model, baseline)
+    rows = _class_rows(model, baseline)
+    ends = rows if len(rows) <= 2 * BEST_AND_WORST else [*rows[:BEST_AND_WORST], None, *rows[-BEST_AND_WORST:]]
     absent = [name for name, accuracy in zip(model.names, model.accuracies, strict=True) if accuracy is None]
     anchor = pictures.anchor("classes", *name_parts(condition)[1:])
-    alt = f"Bars of the accuracy of {len(order)} classes: {title}. The table of all classes has the same figures."
-    rows = [None if i is None else _class_row(i, model, baseline) for i in _ends(order)]
-    bars = pictures.draw(anchor, alt, lambda path: plot_bars(rows, note, path)) if order else None
+    alt = f"Bars of the accuracy of {len(rows)} classes: {title}. The table of all classes has the same figures."
+    bars = [row and row.bar(model.role, len(model.names)) for row in ends]
     return {
         "title": title,
         "anchor": anchor,
         "protocol": protocol_text(condition.protocol),
-        "bars": bars,
-        "cut": len(order) > len(rows),
+        "bars": pictures.draw(anchor, alt, lambda path: plot_bars(bars, note, path)) if bars else None,
+        "cut": len(rows) > len(ends),
         "ends": BEST_AND_WORST,
         "compared": baseline is not None,
         "note": note,
         "absent": [one_line(name, 60) for name in absent],
         "seeds": len(model.files),
         "label": label,
-        "classes": [_class_cells(i, model, baseline) for i in order],
+        "classes": [row.cells() for row in rows],
         "matrices": [_matrix(condition, series, note, pictures) for series in (baseline, model) if series],
         "confused": [
             _confused_cells(pair, model, baseline) for pair in confused_pairs(model.confusion, CONFUSED_PAIRS)
@@ -217,39 +242,12 @@ def _class_section(
     }
 
 
-def _order(model: ClassSeries, baseline: ClassSeries | None) -> list[int]:
-    """Classes with images, from the largest difference to the baseline to the smallest, without one by accuracy."""
-    known = [i for i, accuracy in enumerate(model.accuracies) if accuracy is not None]
-    gain = {i: _gain(i, model, baseline) for i in known}
-    return sorted(known, key=lambda i: (-(gain[i] if gain[i] is not None else 0), -model.accuracies[i]))
-
-
-def _gain(index: int, model: ClassSeries, baseline: ClassSeries | None) -> float | None:
-    before = baseline.accuracies[index] if baseline else None
-    after = model.accuracies[index]
-    return None if before is None or after is None else after - before
-
-
-def _ends(order: list[int]) -> list[int | None]:
-    """All classes, or the first and the last ones with a gap."""
-    if len(order) <= 2 * BEST_AND_WORST:
-        return list(order)
-    return [*order[:BEST_AND_WORST], None, *order[-BEST_AND_WORST:]]
-
-
-def _class_row(index: int, model: ClassSeries, baseline: ClassSeries | None) -> BarRow:
-    values = [s.accuracies[index] if s else None for s in (baseline, model)]
-    if model.role == "baseline":
-        values.reverse()  # a baseline alone has the baseline's colour
-    bars = [None if value is None else (value, None) for value in values]
-    return BarRow(one_line(model.names[index], 30), *bars, 1 / len(model.names))
-
-
-def _class_cells(index: int, model: ClassSeries, baseline: ClassSeries | None) -> list[str]:
-    images = model.confusion[index].sum().item() / len(model.files)
-    accuracies = [s.accuracies[index] if s else None for s in (baseline, model)]
-    cells = ["–" if accuracy is None else f"{100 * accuracy:.1f}" for accuracy in accuracies]
-    return [one_line(model.names[index], 80), f"{images:.0f}", *cells, points(_gain(index, model, baseline))]
+def _class_rows(model: ClassSeries, baseline: ClassSeries | None) -> list[ClassRow]:
+    """Classes with images, from the largest gain over the baseline to the smallest, without one by accuracy."""
+    before = baseline.accuracies if baseline else [None] * len(model.names)
+    images = (model.confusion.sum(dim=1) / len(model.files)).tolist()
+    rows = map(ClassRow, model.names, images, before, model.accuracies)
+    return sorted((row for row in rows if row.after is not None), key=lambda row: (-(row.gain or 0), -row.after))
 
 
 def _confused_cells(pair: tuple[int, int], model: ClassSeries, baseline: ClassSeries | None) -> list[str]:
@@ -286,9 +284,9 @@ def _query_card(
     lines = []
     for role, of_model in asked:
         found = []
-        for place, (image, score) in enumerate(of_model.best[:BEST], start=1):
+        for number, (image, score) in enumerate(of_model.best[:BEST], start=1):
             right = image == of_model.right
-            alt = f"Picture {place} for “{one_line(query.text, 80)}”" + ", the right one" * right
+            alt = f"Picture {number} for “{one_line(query.text, 80)}”" + ", the right one" * right
             picture = thumbnails.picture(image, alt)
             found.append({"picture": picture, "right": right, "score": f"{score:.3f}"})
         lines.append({"model": MODEL_NAMES[role], "rank": f"{of_model.rank:g}", "found": found})

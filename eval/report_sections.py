@@ -51,7 +51,7 @@ def measured(found: Found) -> dict[str, Any]:
         ],
         "facts": [
             (title, values)
-            for title, key in (("Device", "device"), ("Precision", "precision"), ("Date", "date"))
+            for title, key in (("Device", "device"), ("Precision", "precision"))
             if (values := _distinct(result.header.get(key) for result in found.results))
         ],
         "versions": [(package, ", ".join(known)) for package, known in versions.items()],

@@ -9,11 +9,9 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:RetrievalArguments", __doc__)
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +19,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from caption_data.columns import caption_texts
+from caption_data.image_rows import ImageRows
 from caption_data.rows import BadRow, rows_fingerprint
 from caption_data.sources import Source, open_source
-from common.cli import parse, run_command
-from common.environment import device_description
-from common.files import check_output_file, read_json
+from common.cli import run_command
+from common.files import check_output_file
 from common.privacy import short_name
-from eval.embeddings import EmbeddedImages, EmbeddingStore, ImageRows, RetrievalEmbeddings, cache_folder
+from eval.embeddings import EmbeddedImages, EmbeddingStore, RetrievalEmbeddings
 from eval.eval_arguments import RetrievalArguments, caption_positions
 from eval.gallery import write_gallery
+from eval.measurement import open_store, run_evaluation, write_result
 from eval.metrics import (
     RECALL_CUTOFFS,
     mean_hits,
@@ -39,9 +38,9 @@ from eval.metrics import (
     recall_at_k,
 )
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedder import Embedder, load_embedder, processes
+from modeling_capivara.embedder import Embedder, processes
 from modeling_capivara.embedding import embed_texts
-from records.schema import DIRECTIONS, Record, header, hub_revision, write_records
+from records.schema import DIRECTIONS, Record
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
 PRECISION_CHECK_IMAGES = 256  # whose recall is measured in both precisions where bf16 is asked for
@@ -150,6 +149,7 @@ class RetrievalData:
         return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
 
     def first(self, rows: int) -> "RetrievalData":
+        """The first `rows` rows alone."""
         images = ImageRows(self.images.row_image, min(rows, self.images.count), self.images.files)
         return RetrievalData(self.source, self.captions[:rows], images)
 
@@ -158,7 +158,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     """The split of the arguments, its columns and captions checked.
 
     Raises:
-        ValueError: split or column is missing (those that are there are named), an image has no caption, or there are
+        ValueError: split or column is missing (the known ones are named), an image has no caption, or there are
             no more images than the largest k.
     """
     source = open_source(args.dataset, args.split, args.image_column, **args.limits())
@@ -179,57 +179,34 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
     data = load_data(args)
-    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
+    store = open_store(args)
     started = time.perf_counter()
-    store = EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
     embeddings, images = data.embedded(store)
     check_cutoffs(args.recall_at, len(images.rows))
-    facts = {
-        "dataset": short_name(args.dataset_name or args.dataset),
-        "split": args.split,
-        "language": args.language,
-        "seed": args.seed,
-    }
+    facts = {"dataset": short_name(args.dataset_name or args.dataset), "split": args.split}
+    facts |= {"language": args.language, "seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
-    records = retrieval_records(embeddings, args.recall_at, protocol, **facts, model=args.role, model_folder=args.model)
-    parts: dict[str, Any] = {"skipped": images.skipped}
+    records = retrieval_records(embeddings, args.recall_at, protocol, **facts)
+    parts: dict[str, Any] = {"name": args.dataset_name or args.dataset, "skipped": images.skipped}
     if args.precision != "float32":
-        parts["precision_effect"] = precision_effect(args, data, embedder)
+        parts["precision_effect"] = precision_effect(args, data, store.embedder)
     store.close()
     if processes().is_main_process:
-        about = header(
-            dataset=args.dataset_name or args.dataset,
-            dataset_revision=hub_revision(args.dataset, "dataset"),
-            dataset_fingerprint=data.fingerprint(),
-            model=args.model,
-            model_revision=hub_revision(args.model, "model"),
-            device=device_description(embedder.device),
-            precision=args.precision,
-            seconds=time.perf_counter() - started,
-            skipped=len(images.skipped),
-        )
         if args.gallery:
-            parts["gallery"] = write_gallery(
-                args.output,
-                args.gallery,
-                embeddings,
-                [text for row in images.rows.tolist() for text in data.captions[row]],
-                images.rows.tolist(),
-                data.images.image,
-            )
-        write_records(args.output, records, about, **parts)
+            texts = [text for row in images.rows.tolist() for text in data.captions[row]]
+            pictures = images.rows.tolist(), data.images.image
+            parts["gallery"] = write_gallery(args.output, args.gallery, embeddings, texts, *pictures)
+        write_result(args, records, args.dataset, data.fingerprint(), store, started, **parts)
     return records
 
 
 def precision_effect(args: RetrievalArguments, data: RetrievalData, embedder: Embedder) -> dict[str, Any]:
     """Mean recall of the first images in float32 and in the precision of `embedder`, among themselves."""
     part = data.first(PRECISION_CHECK_IMAGES)
-    exact = load_embedder(args.model, args.device, args.role == "baseline", "float32", args.trust_remote_code)
     effect: dict[str, Any] = {"images": part.images.count}
-    for used in (exact, embedder):
-        store = EmbeddingStore(used, None, args.batch_size)
+    for store in (open_store(args, "float32"), EmbeddingStore(embedder, None, args.batch_size)):
         embeddings, _ = part.embedded(store)
-        effect[used.precision] = {direction: mean_recall(embeddings.ranks(direction)) for direction in DIRECTIONS}
+        effect[store.embedder.precision] = {name: mean_recall(embeddings.ranks(name)) for name in DIRECTIONS}
         store.close()
     return effect
 
@@ -257,37 +234,17 @@ def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
         ) from bad
     if not captions:
         raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
-    chosen = [captions[place] for place in caption_positions(positions, len(captions)) if place < len(captions)]
+    chosen = [
+        captions[position] for position in caption_positions(positions, len(captions)) if position < len(captions)
+    ]
     if not chosen:
         raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")
     return chosen
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
-        args = parse(RetrievalArguments, __doc__, argv)
-        records = evaluate(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    if not processes().is_main_process:
-        return
-    for record in records:
-        value = f"{record.value:8.1f}" if record.metric == "median_rank" else f"{100 * record.value:6.2f} %"
-        chance = "" if record.chance is None else f"   chance {100 * record.chance:.2f} %"
-        print(f"{record.direction:14} {record.metric:12} {value}{chance}")
-    _print_faults(args.output)
-
-
-def _print_faults(path: Path) -> None:
-    """What a reader of the figures must know."""
-    content = read_json(path)
-    if content["skipped"]:
-        print(f"{len(content['skipped'])} images could not be read and are not in these figures; {path} lists them.")
-    if "precision_effect" in content:
-        effect = content["precision_effect"]
-        for direction in DIRECTIONS:
-            points = 100 * (effect["bf16"][direction] - effect["float32"][direction])
-            print(f"{direction:14} bf16 changes mean recall by {points:+.2f} points ({effect['images']} images)")
+    """The command."""
+    run_evaluation(RetrievalArguments, __doc__, argv, evaluate)
 
 
 if __name__ == "__main__":

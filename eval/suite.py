@@ -1,4 +1,4 @@
-r"""The paper's benchmarks in one command, beside its published figures; what can't be reached is said, never counted.
+r"""The paper's benchmarks in one command, beside its published figures; what is not available is listed as not run.
 
     python -m eval.suite paper --model capivara --baseline open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k \
         --data_dir data/benchmarks --output results/paper
@@ -10,9 +10,8 @@ The suite "paper" has all benchmarks, with those beyond the paper (XM3600, Flick
 beyond, retrieval and classification are parts of it. Data are looked for at --data KEY=PATH, in --data_dir under the
 benchmark's key, and on the Hub where its id is known; --list says in which layout.
 
-A suite that was interrupted goes on: a result in the output folder is taken again while the model's weights, the
-arguments, and the names, sizes and times of the data's files are what they were, and is replaced otherwise; so give
-every protocol a folder of its own. What lies on the Hub counts as unchanged; --overwrite measures anew.
+The same command continues an interrupted suite: what was embedded is taken from --cache_dir, and only the figures are
+computed again. Give every protocol an output folder of its own.
 """
 
 from common.start import start_command
@@ -38,16 +37,14 @@ from eval.benchmarks import Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.eval_arguments import SuiteArguments
-from eval.layouts import hub_fault, linked_images, local_data, place_of
+from eval.layouts import hub_fault, linked_images, local_data, locate
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
 from eval.suite_plan import (
-    SUMMARY_VERSION,
     Measurement,
     Model,
     all_languages,
     chosen,
-    file_digest,
     one_line,
     plan,
     protocol_of,
@@ -55,6 +52,8 @@ from eval.suite_plan import (
 from eval.suite_tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
 from modeling_capivara.embedder import processes
 from records.schema import Record, read_records
+
+SUMMARY_VERSION = 1
 
 
 def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measurement: Measurement) -> list[Record]:
@@ -82,25 +81,22 @@ def run(args: SuiteArguments, suite: str) -> dict[str, Any] | None:
 
     Every process of a launch takes part in a task, so all go through the same plan, which the main one made.
     """
-    models, measurements, earlier = _on_main(lambda: plan(args, suite))
+    models, measurements = _on_main(lambda: plan(args, suite))
     benchmarks, by_role = load_benchmarks(), {(model.role, model.run): model for model in models}
     main = processes().is_main_process
     for number, measurement in enumerate(measurements):
-        said = "measured before" if measurement.status == "measured" else ""
         if measurement.status == "planned":
             benchmark, model = benchmarks[measurement.benchmark], by_role[measurement.role, measurement.run]
             _attempt(lambda b=benchmark, m=model, it=measurement: measure(args, b, m, it), measurement)
             if main and measurement.status == "measured":
-                measurement.digest = file_digest(args.output / measurement.file)
                 measurement.skipped = read_json(args.output / measurement.file)["skipped_rows"]
-                write_json(args.output / "suite.json", _head(args, suite, models, measurements, earlier))
         if main:
-            said = said or measurement.status + (f": {measurement.reason}" if measurement.reason else "")
-            print(f"[{number + 1}/{len(measurements)}] {measurement.file.removesuffix('.json')}: {said}", flush=True)
+            outcome = measurement.status + (f": {measurement.reason}" if measurement.reason else "")
+            print(f"[{number + 1}/{len(measurements)}] {measurement.file.removesuffix('.json')}: {outcome}", flush=True)
     if not main:
         return None
     shutil.rmtree(args.output / "layouts", ignore_errors=True)
-    summary = _head(args, suite, models, measurements, earlier) | _tables(args, models, measurements)
+    summary = _summary(args, suite, models, measurements)
     write_json(args.output / "suite.json", summary)
     write_text(args.output / "table.md", suite_table(summary))
     return summary
@@ -132,25 +128,8 @@ def _on_main(work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def _head(
-    args: SuiteArguments, suite: str, models: list[Model], measurements: list[Measurement], earlier: list[Measurement]
-) -> dict[str, Any]:
-    """What suite.json has from the first measurement on, so that an interrupted suite can go on."""
-    return {
-        "summary_version": SUMMARY_VERSION,
-        "suite": suite,
-        "protocol": args.protocol,
-        "published": args.published,
-        "precision": args.precision,
-        "versions": package_versions(),
-        "models": [asdict(model) | {"name": hide_paths(model.name)} for model in models],
-        "measurements": [asdict(m) | {"data": hide_paths(m.data)} for m in measurements],
-        "earlier": [asdict(m) for m in earlier],
-    }
-
-
-def _tables(args: SuiteArguments, models: list[Model], measurements: list[Measurement]) -> dict[str, Any]:
-    """All that the table says, as data."""
+def _summary(args: SuiteArguments, suite: str, models: list[Model], measurements: list[Measurement]) -> dict[str, Any]:
+    """suite.json: what was asked for, what became of each measurement, and all that the table says, as data."""
     figures = [
         Figure(m.benchmark, m.language, record.direction, record.metric, m.role, m.run, record.value, record.n)
         for m in measurements
@@ -166,30 +145,43 @@ def _tables(args: SuiteArguments, models: list[Model], measurements: list[Measur
         members = [benchmark for benchmark, _ in pairs if average.of in benchmark.suite]
         row = average_row(average, rows, members, measured, args.published)
         if row is not None:
-            last = max(place for place, other in enumerate(rows) if other["benchmark"] == members[-1].key)
+            last = max(number for number, other in enumerate(rows) if other["benchmark"] == members[-1].key)
             rows.insert(last + 1, row)
         elif members:
             there = sum(any(row["benchmark"] == m.key and row["capivara"]["measured"] for row in rows) for m in members)
             left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
-    return {"rows": rows, "averages_left_out": left_out, "notes": {b.key: (b.title, b.protocol_note) for b, _ in pairs}}
+    return {
+        "summary_version": SUMMARY_VERSION,
+        "suite": suite,
+        "protocol": args.protocol,
+        "published": args.published,
+        "precision": args.precision,
+        "versions": package_versions(),
+        "models": [asdict(model) | {"name": hide_paths(model.name)} for model in models],
+        "measurements": [asdict(m) | {"data": hide_paths(m.data)} for m in measurements],
+        "rows": rows,
+        "averages_left_out": left_out,
+        "notes": {b.key: (b.title, b.protocol_note) for b, _ in pairs},
+    }
 
 
 def listing(args: SuiteArguments, suite: str) -> str:
     """The benchmarks of a suite, a line of their data each."""
     given, lines = local_data(args.data), []
     for benchmark in chosen(args, suite):
-        place = place_of(benchmark, given, args.data_dir, True, hub_fault)
+        location = locate(benchmark, given, args.data_dir, True, hub_fault)
         others = [language for language in all_languages(benchmark) if language not in benchmark.languages]
         lines += [
             f"{benchmark.key}: {benchmark.title}, {benchmark.task}, {benchmark.metric}, split {benchmark.split}",
             f"    languages {' '.join(benchmark.languages)}{f'; also {chr(32).join(others)}' if others else ''}",
             f"    Hub {benchmark.source['hub_id'] or 'unknown'}; from {benchmark.source['url'] or 'its makers'}",
-            f"    local {place.name if place.local else 'not found'}; layout: {benchmark.source['local_layout']}",
+            f"    local {location.name if location.local else 'not found'}; layout: {benchmark.source['local_layout']}",
         ]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     try:
         args = parse(SuiteArguments, __doc__, argv)
         if args.list_benchmarks:

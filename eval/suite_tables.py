@@ -7,6 +7,7 @@ from typing import Any
 
 from eval.benchmarks import METRICS, Average, Benchmark
 from records.schema import MODEL_NAMES
+from records.tables import markdown_table
 
 
 @dataclass(frozen=True)
@@ -157,22 +158,20 @@ def suite_table(summary: dict[str, Any]) -> str:
 
 def _suite_lines(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     asked = {model["role"] for model in summary["models"]}
-    names = {"baseline": "Baseline", "capivara": "CAPIVARA"}
-    compared = names | ({"capivara": "CAPIVARA + Opt."} if summary["published"] == "capivara_opt" else {})
-    header = ["Benchmark", "Metric"]
-    for role, name in names.items():
-        header += [f"{compared[role]}, published", f"{name}, measured", "difference"]
-    lines = [header, ["---"] * 2 + ["---:"] * (len(header) - 2)]
+    compared = MODEL_NAMES | ({"capivara": "CAPIVARA + Opt."} if summary["published"] == "capivara_opt" else {})
+    lines = [["Benchmark", "Metric"]]
+    for role, name in MODEL_NAMES.items():
+        lines[0] += [f"{compared[role]}, published", f"{name}, measured", "difference"]
     for row in rows:
         what = " ".join(filter(None, (row["metric"].replace("_", " "), row["direction"].replace("_", "-"))))
         cells = [row["title"], what]
-        for role in names:
+        for role in MODEL_NAMES:
             cell, star = row[role], "" if row["like_for_like"] else " *"
             measured = _mean_and_deviation(cell["measured"]) if cell["measured"] else "not run"
             cells += [_mean_and_deviation(cell["published"]), measured if role in asked else "–"]
             cells.append("" if cell["difference"] is None else f"{cell['difference']:+.2f}{star}")
         lines.append(cells)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(lines, 2)
 
 
 def _mean_and_deviation(figure: dict[str, Any] | None) -> str:
@@ -184,7 +183,6 @@ def _mean_and_deviation(figure: dict[str, Any] | None) -> str:
 def _suite_notes(summary: dict[str, Any]) -> list[str]:
     """What a reader of the table must know, and what was not run, as paragraphs and lists."""
     rows = summary["rows"]
-    measured = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in MODEL_NAMES)}
     models = [f"{MODEL_NAMES[m['role']]} {m['name']}" for m in summary["models"]]
     notes = [
         f"In per cent; differences are measured minus published, in points. Names and prompts: {summary['protocol']}. "
@@ -195,25 +193,38 @@ def _suite_notes(summary: dict[str, Any]) -> list[str]:
             "\\* not like for like: other captions, another number of images, or other names and prompts than the "
             "published figure's, which was made with the authors' (`--protocol authors --authors_file FILE`)."
         )
-    facts = [
-        f"- {summary['notes'][row['benchmark']][0]}: {row['images']:,} images; the published split has "
-        f"{row['test_images']:,}."
-        for row in {row["benchmark"]: row for row in rows if row["images"] and row["test_images"]}.values()
+    facts = [*_image_notes(summary), *_protocol_notes(summary), *summary["averages_left_out"], *_not_run(summary)]
+    return [*notes, "\n".join(f"- {fact}" for fact in facts)] if facts else notes
+
+
+def _image_notes(summary: dict[str, Any]) -> list[str]:
+    """Where the number of images is another than the published split's, and where some could not be read."""
+    by_benchmark = {row["benchmark"]: row for row in summary["rows"] if row["images"] and row["test_images"]}
+    return [
+        f"{summary['notes'][key][0]}: {row['images']:,} images; the published split has {row['test_images']:,}."
+        for key, row in by_benchmark.items()
         if row["images"] != row["test_images"]
-    ]
-    facts += [
-        f"- {m['file'].removesuffix('.json')}: {m['skipped']:,} images could not be read and are left out."
+    ] + [
+        f"{m['file'].removesuffix('.json')}: {m['skipped']:,} images could not be read and are left out."
         for m in summary["measurements"]
         if m["skipped"]
     ]
-    facts += [f"- {title}: {note}" for key, (title, note) in summary["notes"].items() if note and key in measured]
-    facts += [f"- {reason}" for reason in summary["averages_left_out"]]
+
+
+def _protocol_notes(summary: dict[str, Any]) -> list[str]:
+    measured = {row["benchmark"] for row in summary["rows"] if any(row[role]["measured"] for role in MODEL_NAMES)}
+    return [f"{title}: {note}" for key, (title, note) in summary["notes"].items() if note and key in measured]
+
+
+def _not_run(summary: dict[str, Any]) -> list[str]:
+    """Benchmarks that were not run, with the reason; of which models, where not of all."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for m in summary["measurements"]:
         if m["status"] != "measured":
             reasons.setdefault((m["benchmark"], m["reason"]), []).append(f"{m['language']}, {m['role']} {m['run']}")
     count = len({(m["role"], m["run"]) for m in summary["measurements"]})
+    lines = []
     for (benchmark, reason), which in reasons.items():
         some = "" if len(which) % count == 0 else f" ({'; '.join(which)})"
-        facts.append(f"- {benchmark}{some}: not run: {reason.rstrip('.')}.")
-    return [*notes, "\n".join(facts)] if facts else notes
+        lines.append(f"{benchmark}{some}: not run: {reason.rstrip('.')}.")
+    return lines

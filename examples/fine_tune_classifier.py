@@ -27,12 +27,12 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from caption_data.labelled_images import LabelledImages, load_images
 from caption_data.rows import BadImage
 from common.cli import parse, run_command, user_errors
 from common.environment import device_description, package_versions
 from common.files import whole_folder, write_json, write_text
 from common.privacy import hide_paths
-from eval.classification import LabelledImages, load_images
 from eval.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
 from examples.example_arguments import DIGITS, ClassifierArguments

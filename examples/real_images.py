@@ -143,7 +143,7 @@ def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
     for language in ("pt", "en"):
         records += retrieval.evaluate(
             retrieval.RetrievalArguments(
-                model, args.openmoji, args.output / f"openmoji-{language}-{role}.json", role, language=language,
+                model, args.openmoji, args.output / f"openmoji-{language}-{role}.json", role=role, language=language,
                 device=args.device,
             )
         )  # fmt: skip

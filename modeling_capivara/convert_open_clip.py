@@ -16,7 +16,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,29 +190,24 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", 
 
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name at the end, or is removed on any error."""
-    created = [parent for parent in output.parents if not parent.exists()]  # nearest first
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.tmp-", dir=output.parent))
-    folder = scratch / "folder"  # mkdtemp's own is closed to other users, and would stay so
+    """A temporary folder on the disk of `output` that takes its name at the end, or is removed on any error."""
+    there = next(parent for parent in output.parents if parent.exists())
     try:
-        folder.mkdir()
-        yield folder
-        for path in folder.rglob("*.safetensors"):
-            path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
-        os.replace(folder, output)
-    except BaseException as error:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for parent in created:
-            with suppress(OSError):
-                parent.rmdir()
+        with tempfile.TemporaryDirectory(prefix=f".{output.name}.tmp-", dir=there) as scratch:
+            folder = Path(scratch) / "folder"  # the temporary one is closed to other users, and would stay so
+            folder.mkdir()
+            yield folder
+            for path in folder.rglob("*.safetensors"):
+                path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+            output.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder, output)
+    except Exception as error:
         # safetensors reports the system's error as text inside its own exception.
         if getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error):
             raise OSError(
                 errno.ENOSPC, f"no space left for OUTPUT {output}; nothing was kept. Free space or name another disk"
             ) from error
         raise
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 # --- Comparison ------------------------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ import sys
 import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 
 class InertObject:
@@ -91,6 +93,25 @@ def is_settings_class(name: str) -> bool:
     if root == "numpy" and NUMPY_DATA.fullmatch(f"{module}.{last}"):
         return module != "numpy" or last in NUMPY_TYPES or last[-1:].isdigit()  # numpy.int64, not numpy.load
     return CLASS_NAME.fullmatch(last) is not None and not module.startswith("torch.hub")
+
+
+def check_state(state: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> None:
+    """Raise ValueError, with all names, where tensors are missing, surplus, or of other shapes than `shapes`."""
+    problems = []
+    if missing := sorted(shapes.keys() - state.keys()):
+        problems.append(f"missing: {', '.join(missing)}")
+    if surplus := sorted(state.keys() - shapes.keys()):
+        problems.append(f"surplus: {', '.join(surplus)}")
+    for name in sorted(shapes.keys() & state.keys()):
+        if not isinstance(state[name], Tensor):
+            problems.append(f"{name} is a {type(state[name]).__name__}, not a tensor")
+        elif state[name].shape != shapes[name]:
+            problems.append(f"{name} has shape {tuple(state[name].shape)}, not {tuple(shapes[name])}")
+    if problems:
+        raise ValueError(
+            "The checkpoint does not hold the model that its configuration describes (a bare file is taken to have the "
+            "published architecture): " + "; ".join(problems)
+        )
 
 
 def first_line(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .image_processing_capivara import CapivaraImageProcessor
 from .modeling_capivara import CapivaraModel
-from .open_clip_checkpoint import first_line
+from .open_clip_checkpoint import check_state, first_line
 from .processing_capivara import CONTEXT_LENGTH
 
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
@@ -115,25 +115,6 @@ def _renamed(name: str, names: dict[str, str]) -> str:
         if name == old or (old.endswith(".") and name.startswith(old)):
             return new + name[len(old) :]
     raise ValueError(f"The tensor {name!r} has no counterpart in the other program.")
-
-
-def check_state(state: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> None:
-    """Raise ValueError, with all names, where tensors are missing, surplus, or of other shapes than `shapes`."""
-    problems = []
-    if missing := sorted(shapes.keys() - state.keys()):
-        problems.append(f"missing: {', '.join(missing)}")
-    if surplus := sorted(state.keys() - shapes.keys()):
-        problems.append(f"surplus: {', '.join(surplus)}")
-    for name in sorted(shapes.keys() & state.keys()):
-        if not isinstance(state[name], Tensor):
-            problems.append(f"{name} is a {type(state[name]).__name__}, not a tensor")
-        elif state[name].shape != shapes[name]:
-            problems.append(f"{name} has shape {tuple(state[name].shape)}, not {tuple(shapes[name])}")
-    if problems:
-        raise ValueError(
-            "The checkpoint does not hold the model that its configuration describes (a bare file is taken to have the "
-            "published architecture): " + "; ".join(problems)
-        )
 
 
 # Fields of open_clip that only training, or only another kind of tower, looks at; and those with one way supported.

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .configuration_capivara import CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .loading import card_metadata
-from .open_clip_checkpoint import first_line, load_checkpoint
-from .open_clip_mapping import OPEN_CLIP_CONFIG, POSITION_IDS, check_state, open_clip_shapes, refuse
+from .open_clip_checkpoint import check_state, first_line, load_checkpoint
+from .open_clip_mapping import OPEN_CLIP_CONFIG, POSITION_IDS, open_clip_shapes, refuse
 
 # In order of preference: a pickle is opened only where there is nothing safer.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")

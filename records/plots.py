@@ -91,20 +91,20 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, words: st
         path: the PNG.
         words: language of the labels, "pt" or another one for English.
     """
-    said = CURVE_WORDS.get(words, CURVE_WORDS["en"])
+    labels = CURVE_WORDS.get(words, CURVE_WORDS["en"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     trained = [point for point in curve if "loss" in point]
     left.plot([p["step"] for p in trained], [p["loss"] for p in trained], color=MODEL_COLOUR)
-    left.set(xlabel=said["step"], ylabel=said["loss"], title=said["loss_title"])
+    left.set(xlabel=labels["step"], ylabel=labels["loss"], title=labels["loss_title"])
     rate = left.twinx()
     rate.plot([p["step"] for p in trained], [p["learning_rate"] for p in trained], color=CHANCE_COLOUR, linestyle="--")
-    rate.set_ylabel(said["rate"])
+    rate.set_ylabel(labels["rate"])
     rate.set_ylim(bottom=0)
     measured = [point for point in curve if "validation" in point]
     for direction, colour in DIRECTION_COLOURS.items():
         values = [100 * p["validation"][direction] for p in measured]
-        right.plot([p["step"] for p in measured], values, "o-", color=colour, label=said[direction])
-    right.set(xlabel=said["step"], ylabel=said["recall"], title=said["recall_title"].format(language=language))
+        right.plot([p["step"] for p in measured], values, "o-", color=colour, label=labels[direction])
+    right.set(xlabel=labels["step"], ylabel=labels["recall"], title=labels["recall_title"].format(language=language))
     right.legend(frameon=False)
     for axis in (left, right):
         axis.spines[["top"]].set_visible(False)
@@ -158,26 +158,26 @@ def plot_bars(rows: list[BarRow | None], note: str, path: Path) -> None:
         path: the PNG.
     """
     figure, axis = plt.subplots(figsize=(REPORT_WIDTH, 1.2 + 0.46 * len(rows)), layout="constrained")
-    drawn = [(place, row) for place, row in enumerate(rows) if row]
+    drawn = [(height, row) for height, row in enumerate(rows) if row]
     for name, offset, colour in (("baseline", -0.2, BASELINE_COLOUR), ("model", 0.2, MODEL_COLOUR)):
-        found = [(place, getattr(row, name)) for place, row in drawn if getattr(row, name)]
-        places, means = [place + offset for place, _ in found], [100 * value[0] for _, value in found]
+        found = [(height, getattr(row, name)) for height, row in drawn if getattr(row, name)]
+        heights, means = [height + offset for height, _ in found], [100 * value[0] for _, value in found]
         errors = [100 * (value[1] or 0) for _, value in found]
-        bars = axis.barh(places, means, 0.36, color=colour)
-        axis.errorbar(means, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1)
+        bars = axis.barh(heights, means, 0.36, color=colour)
+        axis.errorbar(means, heights, xerr=errors, fmt="none", ecolor=INK, elinewidth=1)
         labels = [f"{mean:.1f}" + f" ± {error:.1f}" * bool(error) for mean, error in zip(means, errors, strict=True)]
         for bar, label, error in zip(bars, labels, errors, strict=True):
             end = (bar.get_width() + error, bar.get_y() + bar.get_height() / 2)
             axis.annotate(label, end, (4, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
-    for place, row in drawn:
+    for height, row in drawn:
         if row.chance is not None:
-            axis.plot([100 * row.chance] * 2, [place - 0.42, place + 0.42], color=INK, linewidth=1.1)
+            axis.plot([100 * row.chance] * 2, [height - 0.42, height + 0.42], color=INK, linewidth=1.1)
     _difference_column(axis, drawn)
     highest = max((100 * (v[0] + (v[1] or 0)) for _, row in drawn for v in (row.baseline, row.model) if v), default=1)
     spread = any(v[1] for _, row in drawn for v in (row.baseline, row.model) if v)
     axis.set_xlim(0, max(1.0, min(highest, 100)) * (1.42 if spread else 1.22))  # room beside the longest bar
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
-    axis.set_yticks([place for place, _ in drawn], [row.label for _, row in drawn], parse_math=False, fontsize=10)
+    axis.set_yticks([height for height, _ in drawn], [row.label for _, row in drawn], parse_math=False, fontsize=10)
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlabel("per cent" + (f"\n{note}" if note else ""), color=FAINT, fontsize=9, parse_math=False)
     axis.tick_params(length=0, labelcolor=INK)
@@ -198,10 +198,10 @@ def plot_gains(rows: list[tuple[str, float, float, float]], path: Path) -> None:
     lines = max(label.count("\n") + 1 for label, *_ in rows)
     figure, axis = plt.subplots(figsize=(REPORT_WIDTH, 1.0 + 0.38 * lines * len(rows) / 2), layout="constrained")
     axis.axvline(0, color=FAINT, linewidth=1)
-    for place, (_, gain, low, high) in enumerate(rows):
+    for height, (_, gain, low, high) in enumerate(rows):
         colour = BASELINE_COLOUR if low <= 0 <= high else MODEL_COLOUR if gain > 0 else LOSS_COLOUR
-        axis.plot([100 * low, 100 * high], [place, place], color=colour, linewidth=2.5, solid_capstyle="round")
-        axis.plot(100 * gain, place, "o", color=colour, markersize=7)
+        axis.plot([100 * low, 100 * high], [height, height], color=colour, linewidth=2.5, solid_capstyle="round")
+        axis.plot(100 * gain, height, "o", color=colour, markersize=7)
     axis.set_yticks(range(len(rows)), [label for label, *_ in rows], parse_math=False, fontsize=9.5)
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel("gain in mean recall, points, with its 95 % interval", color=FAINT, fontsize=9)
@@ -264,12 +264,12 @@ def _bar_legend(figure: plt.Figure, rows: list[BarRow]) -> None:
 
 def _difference_column(axis: plt.Axes, drawn: list[tuple[int, BarRow]]) -> None:
     """Model minus baseline of every row that has both, right of the axes."""
-    both = [(place, row.model[0] - row.baseline[0]) for place, row in drawn if row.model and row.baseline]
+    both = [(height, row.model[0] - row.baseline[0]) for height, row in drawn if row.model and row.baseline]
     style = {"xycoords": axis.get_yaxis_transform(), "annotation_clip": False, "va": "center", "fontsize": 9.5}
-    for place, difference in both:
+    for height, difference in both:
         rounded = round(100 * difference, 1)
         colour = MODEL_COLOUR if rounded > 0 else LOSS_COLOUR if rounded < 0 else FAINT
         text = f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
-        axis.annotate(text, (1.02, place), color=colour, weight="bold", **style)
+        axis.annotate(text, (1.02, height), color=colour, weight="bold", **style)
     if both:
         axis.annotate("points", (1.02, -0.75), color=FAINT, **(style | {"fontsize": 8}))

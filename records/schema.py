@@ -94,14 +94,17 @@ class Record:
 
     @property
     def condition(self) -> Condition:
+        """What another figure must share to be compared with this one."""
         return Condition(*(getattr(self, name) for name in Condition._fields))
 
     @property
     def is_rank(self) -> bool:
+        """Whether the value is a rank from 1, the lower the better, and no share."""
         return self.metric in RANK_METRICS
 
     @property
     def is_gain(self) -> bool:
+        """Whether the value is a difference of two models."""
         return self.metric == GAIN
 
     def _check_types(self) -> None:

@@ -35,6 +35,7 @@ class Measured:
 
     @property
     def precision(self) -> str:
+        """In which it was measured, such as "float32"."""
         return str(self.file.content.get("precision", ""))
 
     @property
@@ -59,10 +60,12 @@ class Series:
 
     @property
     def first(self) -> Record:
+        """The record of the lowest seed."""
         return self.measured[0].record
 
     @property
     def condition(self) -> Condition:
+        """What another series must share to be compared with this one."""
         return self.first.condition
 
     @property
@@ -82,6 +85,7 @@ class Series:
 
     @property
     def mean(self) -> float:
+        """Of the values over the seeds."""
         return statistics.mean(self.values)
 
     @property
@@ -123,6 +127,7 @@ class Pair:
 
     @property
     def is_rank(self) -> bool:
+        """Whether the values are ranks, the lower the better."""
         return (self.model or self.baseline).first.is_rank
 
     @property
@@ -132,6 +137,7 @@ class Pair:
 
     @property
     def chance(self) -> float | None:
+        """Expected value of random scores, of either of them."""
         return next((s.first.chance for s in (self.model, self.baseline) if s and s.first.chance is not None), None)
 
     @property

@@ -27,7 +27,7 @@ def test_programs_take_turns_and_the_warm_up_is_not_counted():
 
 def test_a_ratio_is_the_median_of_the_runs():
     assert timing.median_ratio([2.0, 40.0, 3.0], [1.0, 10.0, 1.0]) == 3.0
-    assert timing.rate_spread([3.0, 1.0, 2.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
+    assert timing.rate_spread(6, [2.0, 6.0, 3.0]) == {"median": 2.0, "slowest": 1.0, "fastest": 3.0}
 
 
 @pytest.mark.slow

@@ -173,6 +173,31 @@ def test_the_flags_of_an_executor_reach_all_stages_but_those_with_their_own(conf
     assert "--tasks" not in score.command() and "--time" not in score.command()
 
 
+def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypatch):
+    """Also where stages between two jobs have nothing left to do."""
+    build(BuildArguments(config))
+    sorted((tmp_path / "built" / "2-score" / "train").glob("*.parquet"))[0].unlink()
+    jobs: list[tuple[str, ...]] = []
+    monkeypatch.setattr(
+        "datatrove.executor.slurm.launch_slurm_job",
+        lambda script, _, *args: jobs.append((re.search(r"job-name=(\S+)", script)[1], *args)) or f"id-{len(jobs)}",
+    )
+    flags = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00", "gpus_per_task": 1}
+    logs = tmp_path / "elsewhere"
+    assert build(BuildArguments(config, **flags, logging_dir=logs)) is None
+    assert [name for name, *_ in jobs] == [
+        "captions-1-translate-train-sentences", "captions-1-translate-train-report", "captions-2-score-train-rows",
+        "captions-3-select-train-rows", "captions-3-select-train-report", "captions-1-translate-test-sentences",
+        "captions-1-translate-test-report", "captions-dataset",
+    ]  # fmt: skip
+    waits = [[arg for arg in args if arg.startswith("--dependency")] for _, *args in jobs]
+    assert waits == [[], *([f"--dependency=afterok:id-{number}"] for number in range(1, len(jobs)))]
+    scripts = {name: (logs / name / "launch_script.slurm").read_text() for name in ("2-score/train/rows", "dataset")}
+    assert "#SBATCH --gpus=1" in scripts["2-score/train/rows"] and "#SBATCH --gpus" not in scripts["dataset"]
+    assert "#SBATCH --array=0-0\n" in scripts["2-score/train/rows"], "one of two tasks has its parts"
+    assert all("#SBATCH --kill-on-invalid-dep=yes" in script for script in scripts.values())
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -350,6 +375,7 @@ def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_data
 
 
 GUIDE = (ROOT / "docs" / "your_language.md").read_text(encoding="utf-8")
+CLUSTER = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
 
 
 def test_the_guides_config_is_one(tmp_path):
@@ -358,7 +384,7 @@ def test_the_guides_config_is_one(tmp_path):
     assert list(plan.steps) == ["train", "validation", "test"] and len(plan.steps["train"]) == 4
 
 
-@pytest.mark.parametrize("command", re.findall(r"python -m (captions\.\w+) ([^#\n]*(?:\\\n[^#\n]*)*)", GUIDE))
+@pytest.mark.parametrize("command", re.findall(r"python -m (captions\.\w+) ([^#\n]*(?:\\\n[^#\n]*)*)", GUIDE + CLUSTER))
 def test_the_guides_commands_have_these_flags(command):
     module, flags = command
     kind = {"build": BuildArguments, **STAGES}[module.removeprefix("captions.")]

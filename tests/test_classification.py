@@ -10,7 +10,8 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
 
-from eval.classification import _by_name, class_embeddings, classification_metrics, load_images, main
+from caption_data.labelled_images import _by_name, load_images
+from eval.classification import class_embeddings, classification_metrics, main
 from eval.embeddings import EmbeddingStore
 from eval.prompts import load_prompts
 from modeling_capivara.embedder import load_embedder
@@ -142,7 +143,7 @@ def test_names_that_occur_twice_are_matched_in_their_order(image_folder, tmp_pat
 
 
 def test_images_of_classes_without_a_name_are_left_out(image_folder, tmp_path):
-    images = load_images(str(image_folder), "test", CIFAR, places=[3, 0])
+    images = load_images(str(image_folder), "test", CIFAR, indices=[3, 0])
     assert sorted(images.labels) == [0] * 3 + [1] * 3 and images.images.count == 6
 
 

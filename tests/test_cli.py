@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -64,7 +64,7 @@ def answer(command: str, *flags: str) -> tuple[subprocess.CompletedProcess, set[
 def test_no_documented_command_is_left_out():
     texts = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
     named = set(re.findall(r"python -m ((?:captions|eval|hub_upload|modeling_capivara|training)\.\w+)", "".join(texts)))
-    assert named and named - {"captions.memory"} <= set(COMMANDS)
+    assert named and named <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -150,3 +150,45 @@ def test_only_a_command_that_goes_on_says_so(monkeypatch, capsys, resumes, way):
     with pytest.raises(SystemExit) as ended:
         common.cli.run_command(main, resumes)
     assert ended.value.code == 130 and capsys.readouterr().err == f"\nStopped.{way}\n"
+
+
+@dataclass
+class Flags:
+    """Arguments of no command."""
+
+    names: list[str] = common.cli.flag(["a"], "Names.")
+    steps: int | None = common.cli.flag(None, "Steps.")
+    share: float = common.cli.flag(0.5, "Share.")
+
+    def __post_init__(self) -> None:
+        common.cli.at_least(self, 1, "steps")
+        common.cli.between(self, 0, 1, "share")
+
+
+def test_flags_config_and_rules_are_one(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("share: 1e-4\nsteps: 3\nnames: [x, y]\n", encoding="utf-8")
+    read = lambda *words, **options: common.cli.parse(Flags, None, list(words), **options)  # noqa: E731
+    first = read()
+    first.names.append("b")
+    assert (read().names, read().steps) == (["a"], None), "a default is shared by two command lines"
+    found = read("--config", str(config), "--steps", "5", config=True)
+    assert (found.names, found.steps, found.share) == (["x", "y"], 5, 1e-4), "flags win over the file"
+    for words, message in (
+        ("--steps 0", "steps must be at least 1, got 0"),
+        ("--share nan", "share must be from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(*words.split())
+    with pytest.raises(ValueError, match="Unknown flag: `--config`"):  # where none is taken
+        read("--config", str(config))
+
+
+@pytest.mark.parametrize("error", [ValueError("a value"), OSError("a file"), ImportError("a package")])
+def test_errors_of_a_user_are_one_line(error):
+    @common.cli.user_errors
+    def main(argv=None) -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=f"^error: {error}$"):
+        main([])

@@ -32,6 +32,7 @@ def config(tmp_path_factory, tiny_processor) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
         path = write_config(folder, folder / "model")
+        changed(path, evaluation_splits=None)
         build(BuildArguments(path))
     (folder / "built").rename(folder / "undisturbed")
     return path
@@ -132,7 +133,9 @@ def test_a_real_ray(config, built):
     done = run(config, "--executor", "ray", "--tasks", "2", "--mem_per_cpu_gb", "1", RAY_ADDRESS="local")
     assert done.returncode == 0, done.stderr[-5000:]
     check_same(built)
-    assert (built / "logs" / "2-score" / "train" / "rows" / "logs" / "task_00001.log").is_file()
+    logs = built / "logs" / "2-score" / "train" / "rows"
+    assert "ray_remote_kwargs" in (logs / "executor.json").read_text(), "Ray has done it"
+    assert "2-score, train: rows, task 1 of 2: " in (logs / "logs" / "task_00001.log").read_text()
 
 
 def test_openmoji_on_two_workers(tmp_path, tiny_folder, tiny_dataset_folder):

@@ -29,6 +29,7 @@ from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 
 import train_accelerate
 from caption_data.image_files import ImageFileArguments, ImageFiles, decode_image, image_bytes
+from caption_data.labelled_images import load_images
 from caption_data.links import Bounds
 from caption_data.rows import BadImage
 from caption_data.source_files import load_embedded
@@ -37,7 +38,6 @@ from captions.build import BuildArguments, build
 from captions.generate import main as generate
 from captions.score import main as score
 from captions.select import main as select
-from eval.classification import load_images
 from eval.classification import main as classify
 from eval.report import main as report
 from eval.retrieval import main as retrieve
@@ -587,3 +587,8 @@ def test_an_example_embeds_no_file_that_a_row_names(tmp_path, hostile):
     info.write_text(json.dumps(content | {"features": FEATURES.to_dict()}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"split 'test': 1 of its images lie outside of its tables"):
         load_embedded(tmp_path / "saved")
+
+
+def test_what_is_no_image_is_said_by_its_name():
+    with pytest.raises(BadImage, match=r"'a\.png' is no image of JPEG, PNG"):
+        image_bytes({"bytes": b"a text", "path": "a.png"}, ImageFiles())

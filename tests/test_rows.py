@@ -12,10 +12,12 @@ from caption_tars import CAPTIONS, PICTURES, encoded, picture, sample, table_of,
 from datasets import Image
 
 from caption_data import pairs
+from caption_data.columns import caption_texts
 from caption_data.image_files import decode_image
 from caption_data.pairs import caption_table, check_bad_share, joined_tables, table_bytes, tables_fingerprint
-from caption_data.rows import BadImage, Skipped, write_skipped
+from caption_data.rows import BadImage, BadRow, Skipped, write_skipped
 from caption_data.sources import open_source
+from eval.retrieval import _chosen
 
 
 def bad_rows() -> list[tuple[str, list[tuple[str, bytes]]]]:
@@ -172,3 +174,21 @@ def test_parts_make_the_whole_table(tmp_path, number):
         )
     assert joined_tables(parts)[:] == whole[:] and len(whole) == 4
     assert part_skipped == all_skipped and len(all_skipped) == 3
+
+
+def test_captions_are_read_the_same_everywhere(tmp_path):
+    """By the caption stages, in training and in evaluation: one text, a list, None, a lone surrogate; texts alone."""
+    texts = {"one": ["one"], ("a", "b"): ["a", "b"], ("a", None): ["a", ""], ("\ud800",): ["?"], (): [], None: []}
+    for value, expected in texts.items():
+        value = list(value) if isinstance(value, tuple) else value
+        assert caption_texts(value, "captions-pt") == expected
+        if expected and all(expected):
+            assert _chosen(value, "captions-pt", "all", 0) == expected
+            members = [("a.jpg", PICTURES[0]), ("a.json", json.dumps({"captions-pt": value}).encode())]
+            source = tar_source(tmp_path, members, streaming=False)
+            assert table_of(source, [])["captions"][:] == [expected]
+    for value in ({"pt": "x"}, ["a", 7]):
+        with pytest.raises(BadRow, match="captions-pt"):
+            caption_texts(value, "captions-pt")
+        with pytest.raises(ValueError, match="Row 3 has captions that are no text"):
+            _chosen(value, "captions-pt", "all", 3)

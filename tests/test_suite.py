@@ -98,7 +98,7 @@ def test_protocols_of_xm3600(models, data, tmp_path):
 
 def test_babel_takes_the_images_of_imagenet(models, tmp_path):
     prompts = load_prompts("imagenet-1k", "babel", language="xh")
-    names = [prompts.names_en[place] for place in prompts.places]
+    names = [prompts.names_en[place] for place in prompts.indices]
     for number, name in enumerate([*names[:3], "tench", "goldfish"]):
         (tmp_path / "data" / name.replace("/", "-")).mkdir(parents=True)
         picture(number).save(tmp_path / "data" / name / "0.png")
@@ -230,51 +230,37 @@ def test_a_broken_folder_does_not_end_the_suite(models, data, tmp_path):
     assert "A file of xm3600 is no JSON" in status["xm3600"]["reason"] and str(tmp_path) not in str(status)
 
 
-def test_an_interrupted_suite_goes_on(models, data, tmp_path, capsys, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    given = flags(models[0], tmp_path, "--only", "mnist", "hateful-memes", data_dir=data)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        from eval import suite
-
-        first = suite.measure
-        patch.setattr(suite, "measure", lambda a, b, *more: stop() if b.key == "mnist" else first(a, b, *more))
-        main(given)
-    assert [m["status"] for m in summary_of(tmp_path)["measurements"]] == ["measured", "planned"]
-    written = (tmp_path / "hateful-memes-pt-capivara-0.json").stat().st_mtime_ns
-    capsys.readouterr()
+def test_a_killed_suite_continues_to_the_same_table(models, data, tmp_path):
+    """What was embedded before SIGKILL is taken from the cache, and no file of it is made again."""
+    cache, only = tmp_path / "cache", ["--only", "hateful-memes", "mnist"]
+    main(flags(models[0], tmp_path / "whole", *only, data_dir=data, cache_dir="off"))
+    program = (
+        "import os, signal, sys\nfrom eval import suite\nmeasure = suite.measure\n"
+        "def measure_and_die(*arguments):\n"
+        "    measure(*arguments)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "suite.measure = measure_and_die\nsuite.main(sys.argv[1:])\n"
+    )
+    given = flags(models[0], tmp_path / "out", *only, data_dir=data, cache_dir=cache)
+    killed = subprocess.run([sys.executable, "-c", program, *given], capture_output=True)
+    assert killed.returncode == -9, killed.stderr
+    kept = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    assert kept and not (tmp_path / "out" / "suite.json").exists()
     main(given)
-    said = capsys.readouterr().out
-    assert "hateful-memes-pt-capivara-0: measured before" in said and "mnist-pt-capivara-0: measured\n" in said
-    assert (tmp_path / "hateful-memes-pt-capivara-0.json").stat().st_mtime_ns == written
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("whole", "out")]
+    assert tables[0] == tables[1]
 
 
-def test_results_are_taken_again_only_while_they_hold(models, data, tmp_path, capsys):
+def test_a_result_is_of_the_data_that_are_there(models, data, tmp_path):
     images = shutil.copytree(data / "mnist", tmp_path / "mnist")
     given = flags(models[0], tmp_path / "out", "--only", "mnist", data=f"mnist={images}")
-
-    def measured_anew(*arguments) -> bool:
-        capsys.readouterr()
-        main([*arguments])
-        return "measured before" not in capsys.readouterr().out
-
-    assert measured_anew(*given) and not measured_anew(*given)
-    assert not measured_anew(
-        *flags(models[0], tmp_path / "out", "--only", "hateful-memes", "mnist", data=f"mnist={images}")
-    )
-    assert measured_anew(*given, "--overwrite") and not measured_anew(*given)
-    picture(77).save(next(images.glob("*/0.png")))
-    assert measured_anew(*given), "another image"
-    result = tmp_path / "out" / "mnist-pt-capivara-0.json"
-    result.write_text(result.read_text(encoding="utf-8").replace("mnist", "mnixt"), encoding="utf-8")
-    assert measured_anew(*given), "another result"
-    assert measured_anew(*flags(models[1], tmp_path / "out", "--only", "mnist", data=f"mnist={images}")), (
-        "another model"
-    )
-    (tmp_path / "out" / "suite.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(SystemExit, match="can't be gone on from"):
+    fingerprints = []
+    for _ in range(2):
         main(given)
+        fingerprints.append(read_json(tmp_path / "out" / "mnist-pt-capivara-0.json")["dataset_fingerprint"])
+        picture(77).save(next(images.glob("*/0.png")))
+    assert fingerprints[0] != fingerprints[1]
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ class Output:
     )
     resume: str | None = flag(
         None,
-        "auto = go on with the unfinished run of these settings at `output_dir`, or start it; or a folder "
+        "auto = resume the unfinished run of these settings at `output_dir`, or start it; or a folder "
         "of a checkpoint. The result is that of the undisturbed run, to the bit on a CPU.",
     )
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = flag(

@@ -1,4 +1,4 @@
-"""Which pairs a step trains on: a function of seed and step alone, so that a run can go on anywhere."""
+"""Which pairs a step trains on: a function of seed and step alone, so that a run can resume at any step."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

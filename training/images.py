@@ -230,21 +230,18 @@ class TrainingImages:
 
     def pixel_batches(self, items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
         """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes."""
-        return read_ahead(_Pixels(self.views), items, workers)
-
-
-@dataclass
-class _Pixels:
-    views: list[Views]
+        return read_ahead(self, items, workers)
 
     def __getitem__(self, item: tuple[int, int, int]) -> Tensor:
-        pixels = self.views[item[0]][int(item[1]), int(item[2])]
+        """(3, height, width) for a data set, a pair of it and a view. Raises BadImage where the image has changed."""
+        source, pair, view = item
+        pixels = self.views[source][int(pair), int(view)]
         if isinstance(pixels, BadImage):
             raise pixels
         return pixels
 
     def __len__(self) -> int:
-        return sum(len(views) for views in self.views)
+        return sum(map(len, self.views))
 
 
 def loading_workers(args: RunArguments, accelerator: Accelerator) -> int:

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from common.environment import handle_signals
 from common.files import write_json
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
@@ -31,7 +32,7 @@ MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the lo
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the run is saved and can go on.
+    """SIGTERM or Ctrl-C: the run is saved and can be resumed.
 
     Attributes:
         signal: its number.
@@ -80,7 +81,7 @@ class Trainer:
         """Train to `max_steps`, or until the recall has stopped rising for `patience` measurements.
 
         Args:
-            resume: checkpoint to go on from.
+            resume: checkpoint to resume from.
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.
@@ -341,15 +342,8 @@ def _signals() -> Iterator[list[int]]:
         received.append(number)
         logger.info("Stopping after this step; the run will be saved.")
 
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread, where signals cannot be taken
-        before = {}
-    try:
+    with handle_signals(note, signal.SIGTERM, signal.SIGINT):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _recall(validation: dict[str, float]) -> float:

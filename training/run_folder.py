@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
+from common.environment import handle_signals
 from common.files import (
     check_output_folder,
     lock_folder,
@@ -93,7 +95,7 @@ def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
         accelerator.wait_for_everyone()
         try:
-            with _sigterm_as_ctrl_c():
+            with handle_signals(_stop, signal.SIGTERM):
                 yield folder
         except (Interrupted, KeyboardInterrupt) as stop:  # after a step; before, between and after the steps
             message, number = "Stopped.", stop.args[0] if stop.args else signal.SIGINT
@@ -131,19 +133,6 @@ def _claimed(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, temporary files removed; training steps handle both themselves."""
-
-    def stop(number: int, frame) -> None:
-        raise KeyboardInterrupt(number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not in the main thread, where signals cannot be taken
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _stop(number: int, frame: Any) -> None:
+    """End the work by SIGTERM as by Ctrl-C, temporary files removed; training steps handle both themselves."""
+    raise KeyboardInterrupt(number)

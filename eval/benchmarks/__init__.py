@@ -91,6 +91,7 @@ class Benchmark:
 
     @property
     def directions(self) -> tuple[str, ...]:
+        """Of retrieval both, else an empty one, as in records."""
         return DIRECTIONS[self.task]
 
     def published_figure(self, model: str, direction: str = "") -> dict[str, float] | None:
@@ -127,14 +128,15 @@ def load_benchmarks() -> dict[str, Benchmark]:
     found = [read_benchmark(path) for path in sorted(FOLDER.glob("*.json"))]
     kept = [benchmark for benchmark in found if isinstance(benchmark, Benchmark)]
 
-    def place(benchmark: Benchmark) -> tuple:
+    def order(benchmark: Benchmark) -> tuple:
         suite = benchmark.suite
         return "beyond" in suite, benchmark.task != "retrieval", "elevater" not in suite, benchmark.title.casefold()
 
-    return {benchmark.key: benchmark for benchmark in sorted(kept, key=place)}
+    return {benchmark.key: benchmark for benchmark in sorted(kept, key=order)}
 
 
 def load_averages() -> list[Average]:
+    """Every published average. Raises as `load_benchmarks`."""
     found = [read_benchmark(path) for path in sorted(FOLDER.glob("*.json"))]
     return [average for average in found if isinstance(average, Average)]
 

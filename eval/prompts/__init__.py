@@ -37,7 +37,7 @@ class Prompts:
         filled: class -> its prompts.
         metric: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
         notes: what a reader of the figure must know.
-        places: class of these prompts -> its place in `names_en`; None where they are the same.
+        indices: class of these prompts -> its index in `names_en`; None where they are the same.
     """
 
     benchmark: str
@@ -47,12 +47,12 @@ class Prompts:
     filled: list[list[str]]
     metric: str
     notes: tuple[str, ...] = ()
-    places: list[int] | None = None
+    indices: list[int] | None = None
 
     @property
     def classes(self) -> int:
         """Classes that images may be of; more than `names` where a list lacks some."""
-        return len(self.names) if self.places is not None else max(len(self.names), len(self.names_en))
+        return len(self.names) if self.indices is not None else max(len(self.names), len(self.names_en))
 
 
 def benchmarks() -> list[str]:
@@ -170,7 +170,7 @@ def _authors(ours: Prompts, source: str) -> Prompts:
 
 
 def _check_authors(names: Any, templates: Any, key: str) -> None:
-    """Raise ValueError unless both are lists of texts, and the templates have a place for the name."""
+    """Raise ValueError unless both are lists of texts, and the templates have a placeholder for the name."""
     for what, values in (("classes", names), ("templates", templates)):
         if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
             raise ValueError(f"The authors' {what} of {key!r} are not a list of texts.")

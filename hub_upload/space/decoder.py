@@ -66,7 +66,8 @@ class Decoder:
 
 def main(descriptor: int, seconds: float) -> None:
     """Decode what comes, until the page has closed its end."""
-    import modeling_capivara.image_processing_capivara  # noqa: F401  of 16-bit images: seconds, which no upload has
+    # A picture of 16 bits needs it, and it takes seconds to import, which are none of the picture's.
+    import modeling_capivara.image_processing_capivara  # noqa: F401
 
     with Connection(descriptor) as page:
         while True:

@@ -1,0 +1,88 @@
+"""The images of a data set by their rows, read when they are needed, with a digest of each file."""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from tqdm.auto import tqdm
+
+from caption_data.image_files import BYTES_ALONE, ImageFiles, decode_image, image_digest
+from caption_data.rows import BadImage
+from modeling_capivara.embedder import processes
+
+DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36 MB
+
+
+@dataclass(frozen=True)
+class ImageRows:
+    """Images that are read when they are needed.
+
+    Attributes:
+        row_image: number of a row -> its image as `datasets` gives it undecoded, `{"bytes", "path"}`.
+        count: rows.
+        files: which images may be opened.
+        digest: hex, of the files of all images in their order.
+    """
+
+    row_image: Callable[[int], dict | None]
+    count: int
+    files: ImageFiles = BYTES_ALONE
+    digest: str = field(init=False)
+    _digests: bytes = field(init=False, repr=False)  # 16 each
+
+    def __post_init__(self) -> None:
+        digests = bytearray()
+        for row in tqdm(
+            range(self.count), desc="Reading images", unit="image", disable=not processes().is_main_process
+        ):
+            try:
+                digests += image_digest(self.row_image(row), self.files)
+            except BadImage as bad:
+                reason = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
+                digests += hashlib.blake2b(reason, digest_size=16).digest()
+        object.__setattr__(self, "_digests", bytes(digests))
+        object.__setattr__(self, "digest", hashlib.blake2b(digests, digest_size=16).hexdigest())
+
+    def image(self, row: int) -> PIL.Image.Image:
+        """Decoded. Raises BadImage where it can't be used."""
+        return decode_image(self.row_image(row), self.files)
+
+    def row_digest(self, row: int) -> str:
+        """Hex, of the file of an image, or of what is wrong with it."""
+        return self._digests[16 * row : 16 * (row + 1)].hex()
+
+    def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+        """Rows with their images or what is wrong with them, decoded ahead by a few threads."""
+
+        def read(row: int) -> PIL.Image.Image | BadImage:
+            try:
+                return self.image(row)
+            except BadImage as bad:
+                return bad
+
+        threads = max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))
+        with ThreadPoolExecutor(threads) as pool:
+            ahead = deque(pool.submit(read, row) for row in rows[: threads * DECODED_AHEAD])
+            for number, row in enumerate(rows):
+                following = number + threads * DECODED_AHEAD
+                if following < len(rows):
+                    ahead.append(pool.submit(read, rows[following]))
+                yield row, ahead.popleft().result()
+
+    def fault(self, row: int, bad: BadImage) -> str:
+        """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
+        path = (self.row_image(row) or {}).get("path") or ""
+        folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
+        return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
+
+
+def digest_of(value: Any) -> str:
+    """Hex digest of a JSON value."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,93 @@
+"""What the evaluation commands share: a model whose embeddings are kept, the result file, and what a command prints."""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from common.cli import parse
+from common.environment import device_description
+from common.files import read_json
+from eval.embeddings import EmbeddingStore, cache_folder
+from eval.eval_arguments import ModelArguments
+from modeling_capivara.embedder import load_embedder, processes
+from records.schema import Record, header, hub_revision, write_records
+
+
+def open_store(args: ModelArguments, precision: str | None = None) -> EmbeddingStore:
+    """The model of the arguments, its embeddings kept in their cache folder.
+
+    Args:
+        args: of a command.
+        precision: another one than that of the arguments; such embeddings are not kept.
+
+    Raises:
+        ValueError, OSError, ImportError: as of `load_embedder`.
+    """
+    used = precision or args.precision
+    embedder = load_embedder(args.model, args.device, args.role == "baseline", used, args.trust_remote_code)
+    return EmbeddingStore(embedder, None if precision else cache_folder(args.cache_dir), args.batch_size)
+
+
+def write_result(
+    args: ModelArguments,
+    records: list[Record],
+    source: str,
+    fingerprint: str,
+    store: EmbeddingStore,
+    started: float,
+    **parts: Any,
+) -> None:
+    """Write the result file of a command.
+
+    Args:
+        args: of the command.
+        records: the figures.
+        source: folder or Hub id of the data.
+        fingerprint: of the data.
+        store: that embedded them.
+        started: `time.perf_counter()` before the first embedding.
+        parts: further keys of the file, `skipped` among them (row -> why it is not in the figures); of these, `name` is
+            not written: it is what the header calls the data.
+    """
+    facts = header(
+        dataset=parts.pop("name", source),
+        dataset_revision=hub_revision(source, "dataset"),
+        dataset_fingerprint=fingerprint,
+        model=args.model,
+        model_revision=hub_revision(args.model, "model"),
+        device=device_description(store.embedder.device),
+        precision=args.precision,
+        seconds=time.perf_counter() - started,
+        skipped=len(parts["skipped"]),
+    )
+    write_records(args.output, records, facts, **parts)
+
+
+def run_evaluation(
+    kind: type[ModelArguments], doc: str, argv: list[str] | None, evaluate: Callable[[Any], list[Record]]
+) -> None:
+    """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
+    try:
+        args = parse(kind, doc, argv)
+        records = evaluate(args)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    if not processes().is_main_process:
+        return
+    for record in records:
+        what = f"{record.direction:14} {record.metric:12}"
+        if record.task != "retrieval":
+            what = f"{record.dataset:20} {record.protocol:8} {record.metric:24}"
+        value = f"{record.value:8.1f}" if record.is_rank else f"{100 * record.value:6.2f} %"
+        chance = "" if record.chance is None else f"   chance {100 * record.chance:.2f} %"
+        print(f"{what} {value}{chance}")
+    content = read_json(args.output)
+    for note in content.get("notes", []):
+        print(note)
+    if skipped := len(content["skipped"]):
+        print(f"{skipped} images could not be read and are not in these figures; {args.output} lists them.")
+    effect = content.get("precision_effect", {})
+    for direction, exact in effect.get("float32", {}).items():
+        points = 100 * (effect["bf16"][direction] - exact)
+        print(f"{direction:14} bf16 changes mean recall by {points:+.2f} points ({effect['images']} images)")

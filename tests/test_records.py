@@ -1,0 +1,114 @@
+"""The record of a figure checks itself, files are read strictly, and figures of several seeds belong together."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from records.schema import Record, ResultFile, parse_result, read_object, read_result
+from records.series import by_role_and_precision, collect_series, pairs_of
+from records.tables import figure_text, points, retrieval_table
+
+RECORD = Record(
+    task="retrieval", dataset="d", split="test", language="pt", protocol="p", direction="text_to_image",
+    metric="recall@5", value=0.5, n=20, model="capivara", model_folder=".", seed=0, chance=0.25,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": 1.2}, "value must be a share from 0 to 1, got 1.2 for recall@5"),
+        ({"value": -0.1}, "value must be a share from 0 to 1"),
+        ({"value": math.nan}, "value must be a finite number"),
+        ({"metric": "median_rank", "value": 0.5}, "value must be a rank from 1, got 0.5"),
+        ({"metric": "mean_recall_gain", "value": -1.1}, "value must be a share from -1 to 1"),
+        ({"metric": "recall@0"}, "metric must be one of retrieval"),
+        ({"metric": "accuracy"}, "metric must be one of retrieval, got 'accuracy'"),
+        ({"metric": "recall@20"}, "n must be above 20 for recall@20, got 20"),
+        ({"metric": "mean_recall", "n": 10}, "n must be above 10 for mean_recall"),
+        ({"n": 0}, "n must be at least 1"),
+        ({"task": "search"}, "task must be one of retrieval, classification, linear_probe"),
+        ({"direction": ""}, "direction must be one of text_to_image, image_to_text for retrieval"),
+        ({"model": "clip"}, "model must be one of baseline, capivara"),
+        ({"seed": True}, "seed must be a whole number or null"),
+        ({"chance": 2}, "chance must be a share from 0 to 1"),
+        ({"interval_95": (0.2, 0.1)}, "interval_95 must be two numbers, the low end first"),
+        ({"language": None}, "language must be text, got None"),
+    ],
+)
+def test_a_figure_out_of_its_range_is_no_record(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(RECORD, **change)
+
+
+def test_rounding_is_no_fault_and_a_list_is_an_interval():
+    assert replace(RECORD, value=1 + 1e-12, interval_95=[0.1, 0.2]).interval_95 == (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema_version": 3, "records": [{}]}', r"r\.json#/schema_version must be 2, got 3: measure it again"),
+        ('{"schema_version": 2, "records": []}', r"r\.json#/records must be a list of at least one figure, got \[\]"),
+        ('{"schema_version": 2, "records": [1]}', r"r\.json#/records/0 must be an object, got 1"),
+        ('{"schema_version": 2, "records": [{}]}', r"r\.json#/records/0 has no 'task'"),
+        ('{"a": 1, "a": 2}', r"r\.json is no JSON: a key stands twice"),
+        ('{"a": Infinity}', r"r\.json is no JSON: it holds Infinity"),
+        ("[]", r"r\.json must hold a JSON object"),
+        ("[" * 100_000, r"r\.json is no JSON that can be read: it nests too deep"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_place_in_it(tmp_path, text, message):
+    (tmp_path / "r.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_result(tmp_path / "r.json", tmp_path)
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    with pytest.raises(ValueError, match="is no regular file"):
+        read_object(tmp_path)
+
+
+def file_of(*records: Record, name: str = "a.json", **header) -> ResultFile:
+    return ResultFile(name, records, header)
+
+
+def test_unknown_fields_of_a_record_are_left_out():
+    entry = json.loads(json.dumps(vars(RECORD))) | {"extra": 1}
+    assert parse_result({"schema_version": 2, "records": [entry]}, "r.json").records == (RECORD,)
+
+
+def test_seeds_are_one_series_in_their_order():
+    seeds = [
+        replace(RECORD, seed=seed, value=value, model_folder=f"seed-{seed}") for seed, value in ((2, 0.7), (0, 0.5))
+    ]
+    (series,) = collect_series([file_of(*seeds, skipped_rows=3, dataset_fingerprint="f")])
+    assert series.values == [0.5, 0.7] and series.mean == 0.6 and figure_text(series) == "60.0 ± 14.1"
+    assert series.source == "a.json#/records/1/value, a.json#/records/0/value"
+    assert series.skipped == 3 and series.fingerprints == {"f"} and series.of_seed(2).record.value == 0.7
+
+
+def test_precisions_stay_apart_where_one_run_is_described():
+    files = [file_of(RECORD, name=f"{p}.json", precision=p) for p in ("float32", "bf16")]
+    assert len(collect_series(files)) == 1 and len(collect_series(files, by_role_and_precision)) == 2
+
+
+def test_two_values_of_one_figure_are_a_conflict():
+    (series,) = collect_series([file_of(RECORD), file_of(replace(RECORD, value=0.6), name="b.json")])
+    ((first, other),) = series.conflicts
+    assert (first.source, other.source) == ("a.json#/records/0", "b.json#/records/0") and series.values == [0.5]
+
+
+def test_a_gain_is_model_minus_baseline():
+    baseline = replace(RECORD, model="baseline", seed=None, value=0.4, model_folder="base")
+    (pair,) = pairs_of(collect_series([file_of(baseline, RECORD)]))
+    assert pair.difference == pytest.approx(0.1) and points(pair.difference) == "+10.0" and not pair.doubts
+    assert points(-0.0312) == "−3.1" and points(0.0001) == "0.0" and points(None) == "–"
+
+
+def test_the_table_has_a_row_a_model():
+    baseline = replace(RECORD, model="baseline", seed=None, value=0.4, model_folder="base")
+    rows = [line for line in retrieval_table([baseline, RECORD]).splitlines() if line.startswith("| pt")]
+    assert [row.split(" | ")[1] for row in rows] == ["Baseline", "CAPIVARA", "chance"] and " 40.0 " in rows[0]
