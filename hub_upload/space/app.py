@@ -83,6 +83,7 @@ class InTurn:
         return answered
 
     async def random_picture(self) -> PIL.Image.Image | None:
+        """A picture of the collection; None where too many questions wait."""
         with contextlib.suppress(Refusal):  # the question that follows says the same
             return await self._turns.ask(self.demo.random_picture)
 
@@ -278,6 +279,7 @@ def _count(label: str, render: bool = True) -> gr.Radio:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether an address or name is that of this machine alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
