@@ -116,12 +116,12 @@ def main(argv: list[str] | None = None) -> None:
     """Measure the stages and print the results."""
     (args,) = HfArgumentParser(CaptionsArguments, description=__doc__).parse_args_into_dataclasses(argv)
     transformers_logging.set_verbosity_error()
-    measure = {
+    measure: dict[str, Callable[[CaptionsArguments, Path], dict[str, Any]]] = {
         "generate": generation,
         "translate": translation,
         "score": scoring,
         "select": selecting,
-        "engine": engine,
+        "engine": lambda args, folder: engine(args.old_tree, args.engine_rows, args.runs, folder),
     }
     results: dict[str, Any] = {"device": device_description(args.device), "versions": package_versions()}
     results |= {"runs": args.runs, "measured": {}}
@@ -318,7 +318,8 @@ def markdown_table(results: dict[str, Any]) -> str:
         for name, rate in found["rows_per_second"].items():
             gain = found.get(f"gain_{name}") or (found.get("gain_memory") if name == "repeated" else None)
             cells = f"{gain['measured']:.2f} | {gain['predicted']:.2f} | {gain['share']:.0%}" if gain else "- | - | -"
-            lines.append(f"| {part} | {ROW_TITLES.get(name, '')} | {rate['median']:.2f} | {cells} |")
+            title = ROW_TITLES.get(name, name if part == "engine" else "")
+            lines.append(f"| {part} | {title} | {rate['median']:.2f} | {cells} |")
     lines += engine_lines(results["measured"]["engine"]) if "engine" in results["measured"] else []
     facts = f"Random weights, median of {results['runs']} alternating runs on {results['device']}; torch "
     facts += f"{results['versions']['torch']}, transformers {results['versions']['transformers']}."

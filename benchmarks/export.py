@@ -13,12 +13,13 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import open_clip
 import torch
+from transformers import AutoModel, CLIPVisionModel, XLMRobertaModel  # noqa: F401, else imported while a load is timed
 
 from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
 from common.cli import at_least, flag, parse
@@ -31,6 +32,10 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraMo
 
 EXPORTED = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here
 PROGRAMS = {"ours": WEIGHTS, "open_clip": OPEN_CLIP_WEIGHTS}
+LOADERS = {
+    "ours": lambda: AutoModel.from_pretrained("."),
+    "open_clip": lambda: open_clip.create_model("local-dir:."),
+}
 
 
 @dataclass
@@ -51,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(ExportBenchmarkArguments, __doc__, argv)
     if args.worker:
-        work = {"make": make, "export": measure_export, "ours": load_ours, "open_clip": load_open_clip}[args.worker]
+        work = {"make": make, "export": measure_export}.get(args.worker, measure_load)
         finish(work(args))
         return
     with tempfile.TemporaryDirectory(prefix="capivara-export-") as temporary:
@@ -111,33 +116,12 @@ def measure_export(args: ExportBenchmarkArguments) -> dict[str, Any]:
     }
 
 
-def load_ours(args: ExportBenchmarkArguments) -> dict[str, float]:
-    """Seconds of a load by transformers."""
-    from transformers import AutoModel
-
-    _import_towers()
-    return timed(lambda: AutoModel.from_pretrained("."), args.folder / "repository")
-
-
-def load_open_clip(args: ExportBenchmarkArguments) -> dict[str, float]:
-    """Seconds of a load by open_clip."""
-    import open_clip
-
-    _import_towers()
-    return timed(lambda: open_clip.create_model("local-dir:."), args.folder / "repository")
-
-
-def _import_towers() -> None:
-    """What transformers would otherwise import within the call, of either program."""
-    from transformers import CLIPVisionModel, XLMRobertaModel  # noqa: F401
-
-
 @torch.no_grad()
-def timed(load: Callable[[], torch.nn.Module], folder: Path) -> dict[str, float]:
-    """Seconds of a load from inside `folder`, and of the load and one read of every tensor."""
-    os.chdir(folder)
+def measure_load(args: ExportBenchmarkArguments) -> dict[str, float]:
+    """Seconds of a load by the worker's program, and of the load and one read of every tensor."""
+    os.chdir(args.folder / "repository")
     started = time.perf_counter()
-    model = load()
+    model = LOADERS[args.worker]()
     loaded = time.perf_counter()
     for tensor in model.state_dict().values():
         tensor.sum()

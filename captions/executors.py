@@ -185,9 +185,7 @@ def _executor(kind: str, work: Work, args: ExecutorArguments, before: PipelineEx
     options: dict[str, Any] = {"pipeline": [Task(work)], "logging_dir": str(work.logs), "depends": before}
     workers = -1 if args.workers is None else args.workers
     if kind == "local":
-        # torch takes seconds to import, and a stage without a model does without it
-        gpus = _gpus() if args.workers is None and (phase.uses_model or "torch" in sys.modules) else []
-        workers = args.workers or len(gpus) or 1
+        workers = args.workers or len(_gpus()) or 1
         options["tasks"] = 1 if phase.finished is None else args.tasks or workers
         return LocalExecutor(workers=min(workers, options["tasks"]), **options)
     options |= {
@@ -215,10 +213,13 @@ def _executor(kind: str, work: Work, args: ExecutorArguments, before: PipelineEx
 
 def _gpus() -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        return visible.split(",")
+    if not (any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()):
+        return []  # without torch, whose import takes seconds that a stage may do without
     import torch
 
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+    return [str(number) for number in range(torch.cuda.device_count())]
 
 
 class _Executor:
@@ -290,7 +291,7 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
         """Returns rank -> signal, of those that were killed."""
         context = multiprocess.get_context(self.start_method)
         context.set_forkserver_preload([name for name in sys.modules if name.startswith("captions.")])  # once for all
-        gpus = _gpus() if self.work.definition().uses_model else []
+        gpus = _gpus()
         left, slots, killed = ranks[::-1], [gpus[i % len(gpus)] if gpus else "" for i in range(self.workers)], {}
         running: dict[int, tuple[Any, int, str]] = {}  # sentinel -> process, rank, GPU
         try:

@@ -120,11 +120,11 @@ def babel_classes() -> dict:
     Its own templates are eighty, a quarter of an hour for four photographs; `--protocol babel` has them.
     """
     found = load_prompts("imagenet-1k", "babel", "pt")
-    english = [found.names_en[place] for place in found.places]
+    english = [found.names_en[place] for place in found.indices]
     repeated = {name for name in english if english.count(name) > 1}
     classes = [
         {"en": f"{name} ({place})" if name in repeated else name, "pt": word}
-        for name, place, word in zip(english, found.places, found.names, strict=True)
+        for name, place, word in zip(english, found.indices, found.names, strict=True)
     ]
     return _classes_file("babel-imagenet-photos", "Babel-ImageNet's names", classes, ["uma foto de {nome}."])
 

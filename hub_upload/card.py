@@ -103,7 +103,7 @@ def render(
             formats=facts.formats if formats is None else formats,
             **card_parts(facts, words),
         )
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"A file of {facts.folder} has another form than the card needs: {error!r:.100}.") from error
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{OPTIONS.format(options=options)}")
     if path := machine_path_in(str(card)):

@@ -18,8 +18,8 @@ from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
 from common.privacy import secret_in
-from records.schema import SCHEMA_VERSION, ResultFile, parse_result, read_object
-from records.series import Measured, Series, by_role_and_precision, collect_series
+from records.schema import DIRECTIONS, GAIN, SCHEMA_VERSION, TASKS, ResultFile, parse_result, read_object
+from records.series import Measured, Pair, Series, by_role_and_precision, collect_series, pairs_of
 
 GRAPHS = "onnx/quantisation.json"
 PICTURES = ("curves.png", "retrieval.png")
@@ -103,6 +103,30 @@ class CardFacts:
             if fingerprint in (self.run.get("dataset_fingerprints") or {}).values() and evaluated["hub_id"] == dataset:
                 commit = evaluated.get("revision")
         return commit if COMMIT.fullmatch(str(commit)) and HUB_ID.fullmatch(dataset) else None
+
+    def groups(self, task: str) -> list[list[Series]]:
+        """The series of a task, those of the same data, protocol and precision together; the trained language first."""
+        found: dict[tuple, list[Series]] = {}
+        for series in self.series:
+            if series.first.task == task:
+                key = (series.condition._replace(direction="", metric=""), series.measured[0].precision)
+                found.setdefault(key, []).append(series)
+        return sorted(found.values(), key=lambda group: group[0].first.language != self.language)
+
+    def main_pairs(self) -> list[Pair]:
+        """Main figures that baseline and model both have: mean recalls, the first metric of each classification."""
+        found = []
+        for task in TASKS:
+            for group in self.groups(task):
+                for direction in DIRECTIONS if task == "retrieval" else ("",):
+                    is_any = task != "retrieval"
+                    found += [p for p in pairs(group, direction) if is_any or p.condition.metric == "mean_recall"][:1]
+        return [pair for pair in found if pair.model and pair.baseline]
+
+
+def pairs(group: list[Series], direction: str) -> list[Pair]:
+    """The figures of a group in one direction, without gains, each of baseline and model."""
+    return [p for p in pairs_of(group) if p.condition.direction == direction and p.condition.metric != GAIN]
 
 
 def card_facts(folder: Path, name: str | None = None) -> CardFacts:

@@ -49,6 +49,7 @@ class Energy:
 
     @property
     def estimated(self) -> bool:
+        """Whether it was estimated, and not measured."""
         return "estimated" in str(self.about["method"])
 
 

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hub_upload.card_facts import HUB_ID, CardFacts, Content
+from hub_upload.card_facts import HUB_ID, CardFacts, Content, pairs
 from hub_upload.card_metadata import Energy, energy, licence
 from hub_upload.card_text import Words, code, escaped
-from records.schema import DIRECTIONS, GAIN, TASKS, Record
-from records.series import Measured, Pair, Series, pairs_of
+from records.schema import DIRECTIONS, TASKS, Record
+from records.series import Measured, Pair, Series
 from records.tables import markdown_table
 
 VISION = ("model_type", "architecture", "num_hidden_layers", "hidden_size", "patch_size", "image_size")
@@ -196,45 +196,19 @@ def _energy_parts(facts: CardFacts, used: Energy, words: Words) -> dict[str, str
 # --- Results ---------------------------------------------------------------------------------------------------------
 
 
-def groups(facts: CardFacts, task: str) -> list[list[Series]]:
-    """The series of a task, those of the same data, protocol and precision together; the trained language first."""
-    found: dict[tuple, list[Series]] = {}
-    for series in facts.series:
-        if series.first.task == task:
-            key = (series.condition._replace(direction="", metric=""), series.measured[0].precision)
-            found.setdefault(key, []).append(series)
-    return sorted(found.values(), key=lambda group: group[0].first.language != facts.language)
-
-
-def pairs(group: list[Series], direction: str) -> list[Pair]:
-    """The figures of a group in one direction, without gains, each of baseline and model."""
-    return [p for p in pairs_of(group) if p.condition.direction == direction and p.condition.metric != GAIN]
-
-
 def is_worse(pair: Pair) -> bool:
     """Whether the model does worse than the baseline."""
     return pair.difference > 0 if pair.is_rank else pair.difference < 0
 
 
-def main_pairs(facts: CardFacts) -> list[Pair]:
-    """The main figures that baseline and model both have: mean recalls, and the first metric of each classification."""
-    found = []
-    for task in TASKS:
-        is_main = (lambda pair: pair.condition.metric == "mean_recall") if task == "retrieval" else (lambda pair: True)
-        for group in groups(facts, task):
-            for direction in DIRECTIONS if task == "retrieval" else ("",):
-                found += [pair for pair in pairs(group, direction) if is_main(pair)][:1]
-    return [pair for pair in found if pair.model and pair.baseline]
-
-
 def _result_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
-    main = main_pairs(facts)
+    main = facts.main_pairs()
     return {
         "summary": _summary(facts, main, words),
         "worse": [_beside_baseline(facts, pair, words) for pair in main if is_worse(pair)],
         "unsure": _unsure(facts, words),
         "has_baseline": bool(main),
-        "tested": [_tested(facts, group, words) for task in TASKS for group in groups(facts, task)],
+        "tested": [_tested(facts, group, words) for task in TASKS for group in facts.groups(task)],
         "several_seeds": _several_seeds(facts, words),
         "results": _retrieval_sections(facts, words) + _image_sections(facts, words),
         "has_gains": any(series.first.is_gain for series in facts.series),
@@ -245,7 +219,7 @@ def _result_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
 def _retrieval_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
     """A section a data set and language: title, table, and the gains with their intervals."""
     sections = []
-    for group in groups(facts, "retrieval"):
+    for group in facts.groups("retrieval"):
         first, rows = group[0].first, []
         for direction in DIRECTIONS:
             name = words.name(direction)
@@ -269,7 +243,7 @@ def _image_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
     sections = []
     for task in ("classification", "linear_probe"):
         rows = []
-        for pair in (pair for group in groups(facts, task) for pair in pairs(group, "")):
+        for pair in (pair for group in facts.groups(task) for pair in pairs(group, "")):
             record = (pair.baseline or pair.model).first
             about = (_dataset_title(facts, record.dataset), code(record.protocol), words.name(record.metric))
             rows.append((*about, words.number(record.n), *_cells(pair, words)))

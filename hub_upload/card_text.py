@@ -56,6 +56,7 @@ class Words:
 
     @cached_property
     def texts(self) -> dict[str, Any]:
+        """Key -> text, its lines, or further keys and texts."""
         return json.loads((TEMPLATES / f"{self.language}.json").read_text(encoding="utf-8"))
 
     def render(self, **values: Any) -> str:
@@ -84,6 +85,7 @@ class Words:
         return self.texts["languages"].get(code) or escaped(code)
 
     def name(self, metric_or_direction: str) -> str:
+        """Name of a metric or of a direction of retrieval; an unknown one as it is, escaped."""
         if re.fullmatch(r"recall@\d+", metric_or_direction):
             return f"R@{metric_or_direction[7:]}"
         return self.texts.get(metric_or_direction) or escaped(metric_or_direction)

@@ -105,18 +105,22 @@ class PushPlan:
 
     @property
     def sent(self) -> list[CommitOperationAdd]:
+        """Files that the commit adds or changes."""
         return self.added + self.changed
 
     @property
     def makes_commit(self) -> bool:
+        """Whether anything on the Hub changes or goes."""
         return bool(self.sent or self.deleted)
 
     @property
     def makes_branch(self) -> bool:
+        """Whether the branch is missing in a repository that exists."""
         return self.remote.exists and self.remote.head is None
 
     @property
     def makes_tag(self) -> bool:
+        """Whether a tag was asked for that the Hub does not have."""
         return self.args.tag is not None and self.args.tag not in self.remote.tags
 
 

@@ -3,13 +3,15 @@
 import errno
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -24,7 +26,8 @@ from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_source
 from captions.build import BuildArguments, build, main
 from captions.build_plan import STAGES, read_plan
-from captions.executors import TasksFailed
+from captions.executors import TasksFailed, Work
+from captions.executors import _executor as local_executor
 from captions.select import Selection
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push_plan import files_to_send
@@ -196,6 +199,34 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
     assert "#SBATCH --gpus=1" in scripts["2-score/train/rows"] and "#SBATCH --gpus" not in scripts["dataset"]
     assert "#SBATCH --array=0-0\n" in scripts["2-score/train/rows"], "one of two tasks has its parts"
     assert all("#SBATCH --kill-on-invalid-dep=yes" in script for script in scripts.values())
+
+
+def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
+    step = read_plan(config).steps["train"][1]
+    work, started = Work.of(step.args)[0], []
+
+    class Process:
+        """Of a context: it ends at once."""
+
+        exitcode = 0
+
+        def __init__(self, target, args):
+            reading, writing = os.pipe()
+            os.close(writing)
+            started.append(args)
+            self.sentinel = reading
+
+        def start(self): ...
+        def join(self): ...
+
+    context = SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
+    monkeypatch.setattr("captions.executors.multiprocess.get_context", lambda _: context)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    executor = local_executor("local", work, step.args, None)
+    assert (executor.tasks, executor.workers) == (2, 2)
+    local_executor("local", work, replace(step.args, tasks=5), None)._run_in_processes([0, 1, 4])
+    assert sorted(started)[:2] == [(0, "5"), (1, "2")] and started[2][0] == 4 and started[2][1] in ("2", "5")
+    assert local_executor("local", work, replace(step.args, tasks=5, workers=9), None).workers == 5
 
 
 @pytest.mark.parametrize(

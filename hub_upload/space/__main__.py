@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: SpaceArguments) -> None:
+    """Build the index, then write a Space, or serve the page until Ctrl-C."""
     check_before_work(args)
     demo = load_demo(args)
     album = demo.album

@@ -63,6 +63,7 @@ class Demo:
 
     @property
     def album(self) -> Album:
+        """The pictures that all indexes share."""
         return self.indexes[0].album
 
     @_with_refusals

@@ -70,22 +70,20 @@ class InTurn:
     def __init__(self, demo: Demo, uploads: Uploads):
         self.demo, self._read, self._turns = demo, uploads.read, Turns()
 
-    def about_text(self, question: Callable[..., str]) -> Callable[..., Awaitable[str]]:
-        """The event handler for a question whose first value is a text."""
+    def handler(self, question: Callable[..., str], of_picture: bool = True) -> Callable[..., Awaitable[str]]:
+        """The event handler for a question of the demo, whose first value is the path of an upload, or a text."""
 
-        async def handler(*values: Any) -> str:
+        async def answered(given: str | None, *more: Any) -> str:
             try:
-                return await self._turns.ask(lambda: question(*values))
+                return await self._turns.ask(lambda: question(self._read(given) if of_picture else given, *more))
             except Refusal as refusal:  # as a part of the page: it shows no message of an error without gradio's queue
                 return page.notice(str(refusal))
 
-        return handler
-
-    def about_picture(self, question: Callable[..., str]) -> Callable[..., Awaitable[str]]:
-        """The event handler for a question whose first value is the path of an upload."""
-        return self.about_text(lambda path, *values: question(self._read(path), *values))
+        answered.__name__ = question.__name__  # by which gradio calls the event
+        return answered
 
     async def random_picture(self) -> PIL.Image.Image | None:
+        """A picture of the collection; None where too many questions wait."""
         with contextlib.suppress(Refusal):  # the question that follows says the same
             return await self._turns.ask(self.demo.random_picture)
 
@@ -225,7 +223,7 @@ def _text_tab(asked: InTurn) -> None:
     )
     count = _count("Quantas imagens mostrar")
     result = gr.HTML(EMPTY, elem_id="cap-text-result")
-    answer = asked.about_text(asked.demo.search_by_text)
+    answer = asked.handler(asked.demo.search_by_text, of_picture=False)
     gr.on([button.click, text.submit], answer, [text, count], result, **EVENT)
 
 
@@ -262,7 +260,7 @@ def _picture_tab(
                 component.render()
         with gr.Column(scale=2, min_width=320):
             result = gr.HTML(EMPTY, elem_id=f"{name}-result")
-    inputs, answer = [upload, *more], asked.about_picture(question)
+    inputs, answer = [upload, *more], asked.handler(question)
     gr.on([upload.upload, button.click], answer, inputs, result, **EVENT)
     random.click(asked.random_picture, None, upload, **EVENT).then(answer, inputs, result, **EVENT)
     upload.clear(lambda: EMPTY, None, result, **EVENT)
@@ -281,6 +279,7 @@ def _count(label: str, render: bool = True) -> gr.Radio:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether an address or name is that of this machine alone."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -50,6 +50,7 @@ class Decoder:
         return image
 
     def close(self) -> None:
+        """End the process."""
         self._connection.close()
         self._process.kill()
         self._process.wait()

@@ -79,6 +79,7 @@ class Album:
         return shard["files"][start : int(shard["ends"][number])].numpy().tobytes()
 
     def title(self, row: int) -> str:
+        """The first caption of a row, or the name of its file."""
         return next(iter(self.captions[row]), self.titles[row])
 
 
@@ -194,6 +195,7 @@ def build_index(album: Album, embedder: CapivaraEmbedder, cache: Path | None, ba
 
 
 def embeddings_path(album: Album, embedder: CapivaraEmbedder) -> Path:
+    """File of the album's embeddings by a model."""
     return album.folder / f"embeddings-{embedder.fingerprint}.safetensors"
 
 

@@ -18,6 +18,7 @@ LICENCES = {  # identifier of the Hub -> name and address, of those that ask for
 
 
 def escaped(text: str) -> str:
+    """Text for HTML, for attributes too."""
     return html.escape(text, quote=True)
 
 
@@ -27,6 +28,7 @@ def decimal(value: float, digits: int = 3) -> str:
 
 
 def thousands(number: int) -> str:
+    """A whole number as it is written in Portuguese: "1.575"."""
     return f"{number:,}".replace(",", ".")
 
 
@@ -41,6 +43,7 @@ def notice(text: str, kind: str = "erro") -> str:
 
 
 def picture(album: Album, row: int, alt: str) -> str:
+    """The thumbnail of a row, its bytes in the page itself."""
     data = base64.b64encode(album.thumbnail(row)).decode()
     return f'<img src="data:image/webp;base64,{data}" alt="{escaped(alt)}">'
 
@@ -100,6 +103,7 @@ def head(limit: int) -> str:
 
 
 def header(names: Sequence[str], pictures: int, skipped: int) -> str:
+    """Title, names of the models, how many images are searched and how many could not be read."""
     models = " e ".join(f"<b>{escaped(name)}</b>" for name in names)
     plural = "modelos" if len(names) > 1 else "modelo"
     bad = f" ({counted(skipped, 'arquivo ilegível ficou', 'arquivos ilegíveis ficaram')} de fora)" if skipped else ""
