@@ -1,41 +1,76 @@
-"""A build of two workers, one of which, or the whole run, gets SIGKILL in the middle of a part. Run by a test.
+"""Builds of two workers, one of which, or the whole run, gets SIGKILL in the middle of a part. Run by a test.
 
-    KILLED=worker PLACE=2-score/train MARK=FILE python tests/killed_workers.py --config CONFIG --workers 2
+    python tests/killed_workers.py CONFIG worker:2-score/train run:2-score/train …
 
-It happens once: the file MARK then exists. Workers import this file, so that what it changes is changed in them, too.
+One build after the other, each killed once, in a part whose path has these words; prints a JSON list of [exit code,
+stderr]. The processes are forks of one that has computed nothing yet, so that none of them has to import.
 """
 
+import json
 import os
 import signal
+import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import multiprocess
 import pyarrow.parquet as pq
 
 import captions.build
 import captions.stages
 
-os.environ.setdefault("RUN", str(os.getpid()))  # of the run; its workers inherit it
+MAX_SAID = 5000  # letters, of the end
 write_part, write_table = captions.stages._write_part, pq.ParquetWriter.write_table
-current = [""]
 
 
-def remembering(path: Path, *args, **kwargs) -> None:
-    current[0] = str(path)
-    write_part(path, *args, **kwargs)
+def dying(victim: str, place: str, mark: Path) -> tuple[Callable, Callable]:
+    """`_write_part` and `write_table`, the second of which kills the first time that it writes into the place."""
+    current, run = [""], os.getpid()
+
+    def remembering(path: Path, *args, **kwargs) -> None:
+        current[0] = str(path)
+        write_part(path, *args, **kwargs)
+
+    def killing(*args, **kwargs) -> None:
+        write_table(*args, **kwargs)
+        if place in current[0]:
+            try:
+                os.close(os.open(mark, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            os.kill(run if victim == "run" else os.getpid(), signal.SIGKILL)
+            signal.pause()  # until this process ends with the run
+
+    return remembering, killing
 
 
-def dying(*args, **kwargs) -> None:
-    write_table(*args, **kwargs)
-    if os.environ["PLACE"] in current[0]:
+def build(config: str, victim: str, place: str, folder: Path) -> tuple[int, str]:
+    """Exit code and stderr of one build, in a fork."""
+    said = folder / "said"
+    number = os.fork()
+    if number == 0:
+        code = 70
         try:
-            os.close(os.open(os.environ["MARK"], os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return
-        os.kill(int(os.environ["RUN"]) if os.environ["KILLED"] == "run" else os.getpid(), signal.SIGKILL)
-        signal.pause()  # until this process ends with the run
+            sys.stderr = said.open("w")
+            captions.stages._write_part, pq.ParquetWriter.write_table = dying(victim, place, folder / "mark")
+            context = multiprocess.get_context("fork")
+            multiprocess.get_context = lambda method=None: context
+            captions.build.main(["--config", config, "--workers", "2"])
+            code = 0
+        except SystemExit as ended:
+            print(ended.code, file=sys.stderr)
+            code = 1
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+    return code, said.read_text()[-MAX_SAID:]
 
-
-captions.stages._write_part, pq.ParquetWriter.write_table = remembering, dying
 
 if __name__ == "__main__":
-    captions.build.main()
+    results = []
+    for scenario in sys.argv[2:]:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(build(sys.argv[1], *scenario.split(":"), Path(folder)))
+    print(json.dumps(results))

@@ -1,6 +1,9 @@
 """One build on two workers, on a real Slurm and on a real Ray: the same bytes, whatever is killed on the way."""
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -50,8 +53,16 @@ def built(config) -> Path:
 def run(config: Path, *flags: str, **variables: str) -> subprocess.CompletedProcess:
     options = surroundings()
     options["env"] |= variables
-    script = ["tests/killed_workers.py"] if "PLACE" in variables else ["-m", "captions.build"]
-    return subprocess.run([sys.executable, *script, "--config", str(config), *flags], timeout=LONGEST_S, **options)
+    command = [sys.executable, "-m", "captions.build", "--config", str(config), *flags]
+    return subprocess.run(command, timeout=LONGEST_S, **options)
+
+
+def killed(config: Path, victim: str) -> list[tuple[int, str]]:
+    """Exit code and stderr of one build of two workers after the other, each killed in another stage."""
+    command = [sys.executable, "tests/killed_workers.py", str(config), *(f"{victim}:{place}" for place in PLACES)]
+    done = subprocess.run(command, timeout=LONGEST_S, **surroundings())
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def check_same(built: Path) -> None:
@@ -61,24 +72,22 @@ def check_same(built: Path) -> None:
     assert {name for name in expected if found[name] != expected[name]} == set()
 
 
-def test_two_workers_killed_in_every_stage(config, built, tmp_path):
-    """First a worker of each stage, which is reported with its rank, then the whole run in each, then no one."""
-    for place in PLACES:
-        done = run(config, "--workers", "2", KILLED="worker", PLACE=place, MARK=str(tmp_path / place.replace("/", "-")))
-        assert done.returncode == 1 and "1 of 2 tasks have failed" in done.stderr, done.stderr
-        assert "was killed by SIGKILL; out of memory?" in done.stderr
-        (part,) = [path for path in (built / place).glob(".*.tmp")]
-        assert list((built / place).glob("*.parquet")), f"the other task has done its parts, {part} was being written"
-        assert not (built / "dataset").exists()
+def test_a_worker_killed_in_every_stage(config, built):
+    """It is reported with its rank, the other task is done with its parts, and the same command does the rest."""
+    for place, (code, said) in zip(PLACES, killed(config, "worker"), strict=True):
+        assert code == 1 and "1 of 2 tasks have failed" in said, said
+        assert re.search(r"task [01]: was killed by SIGKILL; out of memory\?", said), place
+    assert not (built / "dataset").exists() and list((built / PLACES[-1]).glob("*.parquet"))
+    assert list((built / PLACES[-1]).glob(".*.tmp")), "a part was being written"
     assert run(config, "--workers", "2").returncode == 0
     check_same(built)
 
 
-def test_the_whole_run_killed_in_every_stage(config, built, tmp_path):
-    for place in PLACES:
-        done = run(config, "--workers", "2", KILLED="run", PLACE=place, MARK=str(tmp_path / place.replace("/", "-")))
-        assert done.returncode == -9, done.stderr
-    assert run(config, "--workers", "2").returncode == 0
+def test_the_whole_run_killed_in_every_stage(config, built):
+    """Its workers end with it, and the same command does the rest, in another number of tasks."""
+    assert [code for code, _ in killed(config, "run")] == [-signal.SIGKILL] * len(PLACES)
+    assert not (built / "dataset").exists()
+    assert run(config, "--tasks", "3", "--workers", "2").returncode == 0
     check_same(built)
 
 

@@ -155,9 +155,9 @@ def test_slips_are_one_line(tmp_path, tiny_folder, flags, message, capsys):
     assert not list(tmp_path.glob("out/*.parquet"))
 
 
-def test_open_clip_that_is_not_there_names_the_extra(arguments, monkeypatch):
+def test_open_clip_that_is_not_there_names_the_package(arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ImportError, match=r'needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
+    with pytest.raises(ImportError, match=r"needs open_clip, .*: pip install open_clip_torch$"):
         score(replace(arguments, model="open_clip:ViT-B-32:openai"))
 
 
