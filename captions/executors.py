@@ -11,6 +11,7 @@ A task that fails leaves the others at work; why it failed is in `failures/RANK.
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -148,7 +149,12 @@ def execute(works: Sequence[Work], args: ExecutorArguments) -> bool:
 
 def run_stage_here(args: StageArguments) -> bool:
     """`execute` all phases of one stage."""
-    return execute(Work.of(args), args)
+    try:
+        return execute(Work.of(args), args)
+    except EXPECTED as error:
+        if not (args.output.exists() or isinstance(error, TasksFailed)):  # nothing was begun, the error says it all
+            shutil.rmtree(args.logs, ignore_errors=True)
+        raise
 
 
 def stage_main(
