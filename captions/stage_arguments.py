@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 import shlex
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import numpy as np
 from caption_data.image_files import ImageFileArguments
 from caption_data.selection import CaptionChoice
 from caption_data.stage_folder import SPLIT
+from common.cli import flag
 
 PREFIXES = Path(__file__).parent / "prefixes.json"
 
@@ -28,35 +29,26 @@ class ExecutorArguments:
         "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
         "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
     }
-    executor: Literal["local", "slurm", "ray"] = field(
-        default="local",
-        metadata={"help": "local: this machine. slurm: job arrays of a Slurm cluster. ray: a Ray cluster."},
+    executor: Literal["local", "slurm", "ray"] = flag(
+        "local", "local: this machine. slurm: job arrays of a Slurm cluster. ray: a Ray cluster."
     )
-    tasks: int | None = field(
-        default=None,
-        metadata={
-            "help": "Shares of the rows, each done by one process. As many as workers where none is given; slurm and "
-            "ray need it. What is done stays whatever the number is next time."
-        },
+    tasks: int | None = flag(
+        None,
+        "Shares of the rows, each done by one process. As many as workers where none is given; slurm and "
+        "ray need it. What is done stays whatever the number is next time.",
     )
-    workers: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tasks that run at once. local: as many as there are GPUs, else 1, which computes on all cores; "
-            "slurm and ray: no limit but the cluster's."
-        },
+    workers: int | None = flag(
+        None,
+        "Tasks that run at once. local: as many as there are GPUs, else 1, which computes on all cores; "
+        "slurm and ray: no limit but the cluster's.",
     )
-    partition: str | None = field(default=None, metadata={"help": "slurm: partition of the jobs."})
-    time: str | None = field(default=None, metadata={"help": "slurm: limit of a task, as 04:00:00."})
-    sbatch: list[str] = field(
-        default_factory=list, metadata={"help": "slurm: other options of sbatch, as account=vision qos=gpu."}
-    )
-    cpus_per_task: int = field(default=1, metadata={"help": "slurm, ray: cores of a task."})
-    mem_per_cpu_gb: int = field(default=4, metadata={"help": "slurm, ray: GiB of memory a core."})
-    gpus_per_task: int = field(default=0, metadata={"help": "slurm, ray: GPUs of a task, where its stage has a model."})
-    logging_dir: Path | None = field(
-        default=None, metadata={"help": "Folder of the tasks' logs; OUTPUT.logs, of a build OUTPUT/logs, without."}
-    )
+    partition: str | None = flag(None, "slurm: partition of the jobs.")
+    time: str | None = flag(None, "slurm: limit of a task, as 04:00:00.")
+    sbatch: list[str] = flag([], "slurm: other options of sbatch, as account=vision qos=gpu.")
+    cpus_per_task: int = flag(1, "slurm, ray: cores of a task.")
+    mem_per_cpu_gb: int = flag(4, "slurm, ray: GiB of memory a core.")
+    gpus_per_task: int = flag(0, "slurm, ray: GPUs of a task, where its stage has a model.")
+    logging_dir: Path | None = flag(None, "Folder of the tasks' logs; OUTPUT.logs, of a build OUTPUT/logs, without.")
 
     def check_executor(self) -> None:
         for name in ("tasks", "workers", "cpus_per_task", "mem_per_cpu_gb"):
@@ -85,23 +77,17 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
     """The flags of every stage. Raises ValueError where a value breaks its rule."""
 
     module = "captions.stages"  # that `python -m` runs it by
-    dataset: str = field(
-        metadata={
-            "help": "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
-            "metadata.jsonl, Hub id, or the output of another stage."
-        }
+    dataset: str = flag(
+        ...,
+        "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
+        "metadata.jsonl, Hub id, or the output of another stage.",
     )
-    output: Path = field(metadata={"help": "Folder of the parts; the same command finishes an unfinished one."})
-    split: str = field(default="train", metadata={"help": "Split that is read, and that the parts are named by."})
-    image_column: str = field(default="image", metadata={"help": "Column of the images; `image` in the output."})
-    rename: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets."},
-    )
-    batch_rows: int = field(default=16, metadata={"help": "Rows that are worked on at once."})
-    rows_per_part: int = field(
-        default=500, metadata={"help": "Rows of a file: at most what a kill loses, at least what a task takes."}
-    )
+    output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
+    split: str = flag("train", "Split that is read, and that the parts are named by.")
+    image_column: str = flag("image", "Column of the images; `image` in the output.")
+    rename: list[str] = flag([], "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets.")
+    batch_rows: int = flag(16, "Rows that are worked on at once.")
+    rows_per_part: int = flag(500, "Rows of a file: at most what a kill loses, at least what a task takes.")
 
     def __post_init__(self) -> None:
         self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
@@ -183,25 +169,22 @@ class Decoding:
 @dataclass
 class GenerateArguments(StageArguments):
     module = "captions.generate"
-    model: str = field(
-        default="Salesforce/blip2-opt-2.7b-coco",
-        metadata={"help": "Folder or Hub id of a BLIP-2, BLIP, GIT or vision-encoder-decoder model of transformers."},
+    model: str = flag(
+        "Salesforce/blip2-opt-2.7b-coco",
+        "Folder or Hub id of a BLIP-2, BLIP, GIT or vision-encoder-decoder model of transformers.",
     )
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub id."})
-    prefixes: Path = field(default=PREFIXES, metadata={"help": "JSON file of the form of captions/prefixes.json."})
-    max_new_tokens: int = field(default=50, metadata={"help": "Tokens of a generated text at most."})
-    precision: Literal["float32", "bf16", "fp16"] = field(
-        default="float32",
-        metadata={"help": "Of weights and activations; the authors had fp16, with BLIP-2's Q-Former in float32."},
+    revision: str | None = flag(None, "Branch, tag or commit of a Hub id.")
+    prefixes: Path = flag(PREFIXES, "JSON file of the form of captions/prefixes.json.")
+    max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
+    precision: Literal["float32", "bf16", "fp16"] = flag(
+        "float32", "Of weights and activations; the authors had fp16, with BLIP-2's Q-Former in float32."
     )
-    micro_batch_size: int = field(
-        default=160, metadata={"help": "Captions that are generated at once; fewer need less memory and more time."}
-    )
-    sampling: bool = field(default=False, metadata={"help": "Draw every token at random, instead of the likeliest."})
-    temperature: float = field(default=1.0, metadata={"help": "With --sampling: above 1 is wilder, below 1 tamer."})
-    top_p: float = field(default=1.0, metadata={"help": "With --sampling: share of the probability drawn from."})
-    seed: int = field(default=0, metadata={"help": "With --sampling: seed, image and prefix determine the text."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
+    micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
+    sampling: bool = flag(False, "Draw every token at random, instead of the likeliest.")
+    temperature: float = flag(1.0, "With --sampling: above 1 is wilder, below 1 tamer.")
+    top_p: float = flag(1.0, "With --sampling: share of the probability drawn from.")
+    seed: int = flag(0, "With --sampling: seed, image and prefix determine the text.")
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
     def decoding(self) -> Decoding:
         return Decoding(
@@ -217,20 +200,16 @@ class GenerateArguments(StageArguments):
 @dataclass
 class ScoreArguments(StageArguments):
     module = "captions.score"
-    language: str = field(default="pt", metadata={"help": "Language of the captions, the end of their columns' names."})
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Required: folder or Hub id of a CAPIVARA model; open_clip:NAME:PRETRAINED or "
-            "open_clip:local-dir:FOLDER; or clip:FOLDER_OR_HUB_ID of transformers. It must know the language."
-        },
+    language: str = flag("pt", "Language of the captions, the end of their columns' names.")
+    model: str | None = flag(
+        None,
+        "Required: folder or Hub id of a CAPIVARA model; open_clip:NAME:PRETRAINED or "
+        "open_clip:local-dir:FOLDER; or clip:FOLDER_OR_HUB_ID of transformers. It must know the language.",
     )
-    embedding_batch_size: int = field(
-        default=32, metadata={"help": "Images that go through at once; twice as many captions."}
-    )
-    precision: Literal["float32", "bf16"] = field(default="float32", metadata={"help": "bf16 is faster on most GPUs."})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; the GPU where there is one."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Execute code that a clip: model brings along."})
+    embedding_batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
+    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster on most GPUs.")
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+    trust_remote_code: bool = flag(False, "Execute code that a clip: model brings along.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -243,22 +222,17 @@ class ScoreArguments(StageArguments):
 @dataclass
 class SelectArguments(StageArguments):
     module = "captions.select"
-    language: str = field(default="pt", metadata={"help": "Language of the captions, the end of their columns' names."})
-    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = field(
-        default="none",
-        metadata={
-            "help": "Which captions of an image are kept: none = the originals; first = these and the first "
-            "`caption_count` generated; all; rank = the `caption_count` most similar to the image; threshold = those "
-            "of `min_similarity` at least; diverse = of these, those unlike each other."
-        },
+    language: str = flag("pt", "Language of the captions, the end of their columns' names.")
+    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
+        "none",
+        "Which captions of an image are kept: none = the originals; first = these and the first "
+        "`caption_count` generated; all; rank = the `caption_count` most similar to the image; threshold = those "
+        "of `min_similarity` at least; diverse = of these, those unlike each other.",
     )
-    caption_count: int = field(default=5, metadata={"help": "Captions of the strategies first and rank."})
-    min_similarity: float = field(
-        default=0.2, metadata={"help": "Image-caption cosine that threshold and diverse ask for."}
-    )
-    min_pair_similarity: float | None = field(
-        default=None,
-        metadata={"help": "Leave out images whose first caption is less similar to them; all stay without."},
+    caption_count: int = flag(5, "Captions of the strategies first and rank.")
+    min_similarity: float = flag(0.2, "Image-caption cosine that threshold and diverse ask for.")
+    min_pair_similarity: float | None = flag(
+        None, "Leave out images whose first caption is less similar to them; all stay without."
     )
 
     def __post_init__(self) -> None:
@@ -278,17 +252,11 @@ class SelectArguments(StageArguments):
 
 @dataclass
 class BuildArguments(ExecutorArguments):
-    config: Path = field(metadata={"help": "YAML file of the stages, such as configs/captions_pt.yaml."})
-    dataset: str | None = field(
-        default=None, metadata={"help": "The images, in any form that a stage takes; goes before the config's."}
-    )
-    output: Path | None = field(
-        default=None, metadata={"help": "Folder of all that is made; goes before the config's."}
-    )
-    language: str | None = field(
-        default=None, metadata={"help": "Code of the language of the captions; goes before the config's."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Check the config, say what would be done, and end."})
+    config: Path = flag(..., "YAML file of the stages, such as configs/captions_pt.yaml.")
+    dataset: str | None = flag(None, "The images, in any form that a stage takes; goes before the config's.")
+    output: Path | None = flag(None, "Folder of all that is made; goes before the config's.")
+    language: str | None = flag(None, "Code of the language of the captions; goes before the config's.")
+    dry_run: bool = flag(False, "Check the config, say what would be done, and end.")
 
     def __post_init__(self) -> None:
         self.check_executor()

@@ -1,11 +1,12 @@
 """Arguments of `captions.translate`; see `captions.stage_arguments`."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from captions.stage_arguments import StageArguments
+from common.cli import flag
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 
@@ -13,98 +14,65 @@ PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English t
 @dataclass(kw_only=True)
 class TranslateArguments(StageArguments):
     module = "captions.translate"
-    language: str = field(
-        metadata={"help": "To translate into: pt, hi, xh, es, yo, zh-Hant, …; also the ending of the new columns."}
+    language: str = flag(..., "To translate into: pt, hi, xh, es, yo, zh-Hant, …; also the ending of the new columns.")
+    source_language: str = flag("en", "Of the captions that are there.")
+    backend: Literal["transformers", "google", "file"] = flag(
+        "transformers",
+        "transformers: a model, here. google: Google's service, for money; the key is read from "
+        "GOOGLE_API_KEY, or an account from GOOGLE_APPLICATION_CREDENTIALS. file: a table, translated elsewhere.",
     )
-    source_language: str = field(default="en", metadata={"help": "Of the captions that are there."})
-    backend: Literal["transformers", "google", "file"] = field(
-        default="transformers",
-        metadata={
-            "help": "transformers: a model, here. google: Google's service, for money; the key is read from "
-            "GOOGLE_API_KEY, or an account from GOOGLE_APPLICATION_CREDENTIALS. file: a table, translated elsewhere."
-        },
+    memory: Path | None = flag(
+        None,
+        "Folder of translations that are never made again; OUTPUT.memory where none is given. "
+        "Any number of tasks and builds may share it.",
     )
-    memory: Path | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of translations that are never made again; OUTPUT.memory where none is given. "
-            "Any number of tasks and builds may share it."
-        },
+    existing: Literal["refuse", "append", "replace"] = flag(
+        "refuse",
+        "What to do with columns of the language that the data set has already. append puts translations "
+        "behind them: the authors have Marian's and Google's of each caption.",
     )
-    existing: Literal["refuse", "append", "replace"] = field(
-        default="refuse",
-        metadata={
-            "help": "What to do with columns of the language that the data set has already. append puts translations "
-            "behind them: the authors have Marian's and Google's of each caption."
-        },
+    drop_flagged: bool = flag(
+        False, "Leave out translations that look wrong; the others close up, so positions change."
     )
-    drop_flagged: bool = field(
-        default=False,
-        metadata={"help": "Leave out translations that look wrong; the others close up, so positions change."},
+    batch_size: int | None = flag(None, "Sentences that are translated at once: 32 by a model, 128 otherwise.")
+    batch_rows: int = flag(
+        256, "Rows that are worked on at once; sentences are translated 8 for a row, sorted by length."
     )
-    batch_size: int | None = field(
-        default=None, metadata={"help": "Sentences that are translated at once: 32 by a model, 128 otherwise."}
-    )
-    batch_rows: int = field(
-        default=256,
-        metadata={"help": "Rows that are worked on at once; sentences are translated 8 for a row, sorted by length."},
-    )
-    rows_per_part: int = field(
-        default=1024, metadata={"help": "Rows of a file, or an eighth of its sentences: at least what a task takes."}
-    )
+    rows_per_part: int = flag(1024, "Rows of a file, or an eighth of its sentences: at least what a task takes.")
 
-    model: str | None = field(
-        default=None,
-        metadata={
-            "help": f"transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50, MADLAD or another seq2seq "
-            f"model; {PAPER_MODEL}, the paper's, for en to pt where none is given."
-        },
+    model: str | None = flag(
+        None,
+        f"transformers: folder or Hub id of a Marian, NLLB, M2M100, mBART-50, MADLAD or another seq2seq "
+        f"model; {PAPER_MODEL}, the paper's, for en to pt where none is given.",
     )
-    revision: str | None = field(default=None, metadata={"help": "transformers: branch, tag or commit of a Hub id."})
-    source_prefix: str | None = field(
-        default=None, metadata={"help": "transformers: goes before every sentence, for models without language codes."}
+    revision: str | None = flag(None, "transformers: branch, tag or commit of a Hub id.")
+    source_prefix: str | None = flag(
+        None, "transformers: goes before every sentence, for models without language codes."
     )
-    num_beams: int | None = field(
-        default=None, metadata={"help": "transformers: of the search; as the model's generation_config says."}
-    )
-    max_new_tokens: int | None = field(
-        default=None, metadata={"help": "transformers: tokens of a translation at most; 512 or what the model has."}
-    )
-    precision: Literal["float32", "bf16", "fp16"] = field(
-        default="float32", metadata={"help": "transformers: of weights and activations."}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "transformers: cpu or cuda; the GPU where there is one."}
-    )
+    num_beams: int | None = flag(None, "transformers: of the search; as the model's generation_config says.")
+    max_new_tokens: int | None = flag(None, "transformers: tokens of a translation at most; 512 or what the model has.")
+    precision: Literal["float32", "bf16", "fp16"] = flag("float32", "transformers: of weights and activations.")
+    device: str | None = flag(None, "transformers: cpu or cuda; the GPU where there is one.")
 
-    price_per_million: float | None = field(
-        default=None,
-        metadata={
-            "help": "google: price of a million characters, as cloud.google.com/translate/pricing or your contract "
-            "says. The page has named 20 US dollars for version 2, which is used here."
-        },
+    price_per_million: float | None = flag(
+        None,
+        "google: price of a million characters, as cloud.google.com/translate/pricing or your contract "
+        "says. The page has named 20 US dollars for version 2, which is used here.",
     )
-    max_cost: float | None = field(
-        default=None,
-        metadata={
-            "help": "google: what all tasks of this command may cost together, in the currency of the price. Where it "
-            "does not cover the estimate, nothing is sent. A task may spend its share of it."
-        },
+    max_cost: float | None = flag(
+        None,
+        "google: what all tasks of this command may cost together, in the currency of the price. Where it "
+        "does not cover the estimate, nothing is sent. A task may spend its share of it.",
     )
-    characters_per_second: float = field(default=10_000, metadata={"help": "google: mean rate of a task."})
-    max_tries: int = field(
-        default=8, metadata={"help": "google: of a request, with pauses that double, before the run ends."}
-    )
-    first_wait_s: float = field(default=1.0, metadata={"help": "google: seconds of the first pause."})
-    timeout_s: float = field(default=60.0, metadata={"help": "google: seconds that an answer may take."})
-    google_endpoint: str | None = field(default=None, metadata={"help": "google: another address of the service."})
+    characters_per_second: float = flag(10_000, "google: mean rate of a task.")
+    max_tries: int = flag(8, "google: of a request, with pauses that double, before the run ends.")
+    first_wait_s: float = flag(1.0, "google: seconds of the first pause.")
+    timeout_s: float = flag(60.0, "google: seconds that an answer may take.")
+    google_endpoint: str | None = flag(None, "google: another address of the service.")
 
-    export: Path | None = field(
-        default=None, metadata={"help": "file: write the distinct sentences of all rows to this TSV, and end."}
-    )
-    import_file: Path | None = field(
-        default=None,
-        metadata={"aliases": ["--import"], "help": "file: the TSV with its last column filled, rows as they were."},
+    export: Path | None = flag(None, "file: write the distinct sentences of all rows to this TSV, and end.")
+    import_file: Path | None = flag(
+        None, "file: the TSV with its last column filled, rows as they were.", aliases=["--import"]
     )
 
     def __post_init__(self) -> None:
