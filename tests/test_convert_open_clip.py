@@ -35,7 +35,7 @@ from modeling_capivara.open_clip_mapping import (
     capivara_state_dict,
     open_clip_model_cfg,
 )
-from modeling_capivara.open_clip_origin import origin_card
+from modeling_capivara.open_clip_source import origin_card
 from training.outputs import origin
 
 TIMM = {"vision_config": mapping.TimmWrapperConfig(architecture="tf_efficientnet_lite0")}
