@@ -43,7 +43,8 @@ _IN_REQUESTS = re.compile(
 )
 
 _PART = r"[^\s\"'`<>|;,)\]}:/\\]"  # a letter of a file's name, as far as one can tell in a text
-_REST = rf"{_PART}(?:{_PART}|[/\\]|:(?!/))*"
+_MORE = rf"(?:{_PART}|[/\\]|:(?!/))*"
+_REST = _PART + _MORE
 # What has slashes and is no path: addresses, images written out, routes of HTTP, links to pages of the Hub's site.
 _ADDRESSES = (
     r"(?<![\w+.-])(?!(?i:file):)[A-Za-z][\w+.-]{0,30}://[^\s/](?:(?!::)[^\s\"'<>`|;,)\]}])*",
@@ -70,7 +71,7 @@ _SITE_NAME = r"[\w-]+(?:\.[\w-]+)*\.(?!local/|lan/|home/|internal/)[A-Za-z]{2,}/
 _PATHS = (
     rf"{_BEFORE}/(?!path/to\b(?!\S{{0,200}}/\.\.)|dev/null\b){_FOLDER}{_REST}",
     r"(?<=[\"'`])/[A-Za-z][\w.-]+/?(?=[\"'`])",
-    rf"(?:{_BEFORE}(?<!:)|(?<=[Ff]ile:))//++(?!{_SITE_NAME}){_FOLDER}{_REST}",
+    rf"(?:{_BEFORE}(?<!:)//++|(?<=[Ff]ile:)//)(?!{_SITE_NAME}){_FOLDER}{_REST}",
     rf"(?<![\w\\])(?:\\{{2}}{_HOST}\\(?!\\)|\\{{4}}{_HOST}\\{{2}}(?!\\))[\w$~](?:{_PART}|[/\\])*",  # \\host\share
     rf"(?<!\w)[A-Za-z]:(?:\\{{1,2}}|/){_PART}+(?:\\{{1,2}}|/){_PART}(?:{_PART}|[/\\])*",
 )
@@ -164,7 +165,7 @@ def _paths() -> re.Pattern[str]:
     ours = "|".join(map(re.escape, own_paths()))
     own = rf"(?:{ours})(?![\w.-])"
     site = rf"{_SITE}(?!{own})[^\s\"'<>`|;,)\]]*"
-    return re.compile(rf"{'|'.join(_ADDRESSES)}|{site}|(?P<path>{_BEFORE}{own}(?:{_REST})?|{'|'.join(_PATHS)})")
+    return re.compile(rf"{'|'.join(_ADDRESSES)}|{site}|(?P<path>{_BEFORE}{own}{_MORE}|{'|'.join(_PATHS)})")
 
 
 def _hidden(path: str) -> str:
