@@ -157,7 +157,7 @@ def running(tmp_path: Path, *flags: object):
     command = [sys.executable, "-c", WATCHED, str(log), *map(str, flags), "--port", str(port)]
     with open(tmp_path / "said.txt", "w") as said:
         server = subprocess.Popen(
-            ["timeout", "-k", "5", "400", *command], cwd=ROOT, env=environment, stdout=said, stderr=said
+            ["timeout", "-k", "60", "400", *command], cwd=ROOT, env=environment, stdout=said, stderr=said
         )
     try:
         wait_for(f"http://127.0.0.1:{port}", server, tmp_path / "said.txt")
@@ -165,7 +165,7 @@ def running(tmp_path: Path, *flags: object):
     finally:
         server.terminate()
         try:
-            server.wait(timeout=20)
+            server.wait(timeout=60)
         except subprocess.TimeoutExpired:
             server.kill()
 
