@@ -24,7 +24,6 @@ from caption_data.rows import NOT_CHOSEN, BadRow
 from caption_data.selection import WITH_SIMILARITIES, choose_captions, pair_passes
 from caption_data.stage_folder import StageReport, check_complete
 from captions.executors import stage_main
-from captions.selection_report import write_report
 from captions.stage_arguments import SelectArguments
 from captions.stages import Phase, finished_row_tasks, run_stage
 from common.cli import run_command
@@ -121,6 +120,8 @@ def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> St
 def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
     """The report of a selection that is complete, unless it is there."""
     if not (args.output / REPORT).is_file():
+        from captions.selection_report import write_report  # here: the plots take long to import
+
         write_report(args, Selection(args).outcome, check_complete(args.output))
 
 

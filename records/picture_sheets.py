@@ -5,15 +5,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from PIL import Image
-from torch import Tensor
 
 from records.plots import DROPPED_COLOUR, INK, KEPT_COLOUR, save_figure
 from records.tables import one_line
+
+if TYPE_CHECKING:  # a report of captions draws without it
+    from torch import Tensor
 
 RIGHT_COLOUR, WRONG_COLOUR = "#1b7f5c", "#d0d3d8"
 SHOWN = 5  # pictures that a model ranks first
@@ -93,7 +95,7 @@ def plot_gallery(rows: list[list[tuple[str, Found]]], path: Path, headings: Sequ
         save_figure(figure, path)
 
 
-def sheet_queries(before: Tensor, after: Tensor, seed: int) -> list[tuple[int, str]]:
+def sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[tuple[int, str]]:
     """Queries for a sheet of two models, and of which kind each is, chosen by a rule and not by how they look.
 
     Of the queries in an order that is drawn with the seed, the first three that the trained model ranks better, the
@@ -107,6 +109,8 @@ def sheet_queries(before: Tensor, after: Tensor, seed: int) -> list[tuple[int, s
     Returns:
         (index of the query, "gain", "tie" or "loss"), gains first.
     """
+    import torch
+
     order = torch.randperm(len(before), generator=torch.Generator().manual_seed(seed))
     change = (after - before)[order]
     of_kind = {"gain": change < 0, "tie": change == 0, "loss": change > 0}
@@ -117,8 +121,8 @@ def plot_retrieval_sheet(
     images: list[Image.Image],
     queries: list[str],
     right_images: Sequence[int],
-    scores: Callable[[str, int], Tensor],
-    ranks: dict[str, Tensor],
+    scores: "Callable[[str, int], Tensor]",
+    ranks: dict[str, "Tensor"],
     seed: int,
     language: str,
     path: Path,

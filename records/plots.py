@@ -5,10 +5,9 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
-from torch import Tensor
-from torch.nn import functional as F
 
 from common.files import write_bytes
 
@@ -19,6 +18,9 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:  # a report of captions draws without it
+    from torch import Tensor
 
 BASELINE_COLOUR, MODEL_COLOUR, CHANCE_COLOUR, LOSS_COLOUR = "#8a8f98", "#1b7f5c", "#c9c9c9", "#b3472f"
 DIRECTION_COLOURS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
@@ -211,7 +213,7 @@ def plot_gains(rows: list[tuple[str, float, float, float]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_confusion(confusion: Tensor, names: list[str], note: str, path: Path) -> None:
+def plot_confusion(confusion: "Tensor", names: list[str], note: str, path: Path) -> None:
     """Heat map: of the images of each class (row), the share that was taken for each class (column).
 
     Args:
@@ -222,8 +224,11 @@ def plot_confusion(confusion: Tensor, names: list[str], note: str, path: Path) -
     """
     shares = confusion / confusion.sum(dim=1, keepdim=True)  # NaN, drawn grey, where a class has no image
     classes, block = len(names), -(-len(names) // DRAWN_CLASSES)
-    if block > 1:  # a cell of less than a pixel would vanish, and with it every confusion
-        shares = F.max_pool2d(shares.nan_to_num()[None], block, ceil_mode=True)[0]
+    if block > 1:
+        from torch.nn.functional import max_pool2d
+
+        # A cell of less than a pixel would vanish, and with it every confusion.
+        shares = max_pool2d(shares.nan_to_num()[None], block, ceil_mode=True)[0]
         note = f"a cell is the largest of {block} x {block}" + (f"\n{note}" if note else "")
     figure, axis = plt.subplots(figsize=(REPORT_WIDTH, REPORT_WIDTH * 0.92), layout="constrained")
     colours = LinearSegmentedColormap.from_list("share", ["#ffffff", "#bfe3d3", MODEL_COLOUR, "#0b3d2c"])
