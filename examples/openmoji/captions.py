@@ -22,6 +22,7 @@ from datasets import DatasetDict
 from caption_data.source_files import load_embedded
 from captions.build import BuildArguments, ManualStepRequired, build
 from captions.build_plan import read_plan
+from captions.select import REPORT
 from captions.tsv import escape, unescape
 from common.cli import parse, run_command
 from common.files import whole_folder, write_text
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = build_openmoji(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    report = folder.parent / "3-select" / "train" / "report" / "report.md"
+    report = folder.parent / "3-select" / "train" / REPORT
     print(
         f"Data set: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "
         f"--config configs/openmoji.yaml --dataset {folder}"
