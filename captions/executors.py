@@ -13,6 +13,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -342,8 +343,17 @@ class SlurmExecutor(_Executor, SlurmPipelineExecutor):
     """Submits a job array, which starts when the jobs it depends on are done."""
 
     def launch_job(self) -> None:
+        if shutil.which("sbatch") is None:
+            raise ValueError(
+                "--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted."
+            )
         self.note_finished()
-        super().launch_job()
+        try:
+            super().launch_job()
+        except subprocess.CalledProcessError as error:  # sbatch has said why on the terminal
+            raise ValueError(
+                f"sbatch has refused {self.work.title}, for what it says above. Check --partition, --time and --sbatch."
+            ) from error
         if self.job_id == -1 and self.depends_job_id:  # nothing to do: what comes next waits for what came before
             self.job_id = self.depends_job_id
 

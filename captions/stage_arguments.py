@@ -13,7 +13,7 @@ import numpy as np
 from caption_data.image_files import ImageFileArguments
 from caption_data.selection import CaptionChoice
 from caption_data.stage_folder import SPLIT
-from common.cli import flag
+from common.cli import at_least, between, flag
 
 PREFIXES = Path(__file__).parent / "prefixes.json"
 
@@ -51,11 +51,8 @@ class ExecutorArguments:
     logging_dir: Path | None = flag(None, "Folder of the tasks' logs; OUTPUT.logs, of a build OUTPUT/logs, without.")
 
     def check_executor(self) -> None:
-        for name in ("tasks", "workers", "cpus_per_task", "mem_per_cpu_gb"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.gpus_per_task < 0:
-            raise ValueError(f"gpus_per_task must be at least 0, got {self.gpus_per_task}.")
+        at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
+        at_least(self, 0, "gpus_per_task")
         if self.executor != "local" and self.tasks is None:
             raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
         if self.executor == "slurm" and not (self.partition and self.time):
@@ -91,9 +88,7 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
 
     def __post_init__(self) -> None:
         self.dataset, self.output = self.dataset.rstrip("/") or self.dataset, Path(self.output)
-        for name in ("batch_rows", "rows_per_part"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        at_least(self, 1, "batch_rows", "rows_per_part")
         if not re.fullmatch(SPLIT, self.split):
             raise ValueError(f"split must be a name such as train, got {self.split!r}.")
         folder, output = Path(self.dataset).resolve(), self.output.resolve()
@@ -152,9 +147,7 @@ class Decoding:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        at_least(self, 1, "max_new_tokens", "micro_batch_size")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}; leave out --sampling for none.")
         if not 0 < self.top_p <= 1:
@@ -215,8 +208,7 @@ class ScoreArguments(StageArguments):
         super().__post_init__()
         if not self.model:
             raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
-        if self.embedding_batch_size < 1:
-            raise ValueError(f"embedding_batch_size must be at least 1, got {self.embedding_batch_size}.")
+        at_least(self, 1, "embedding_batch_size")
 
 
 @dataclass
@@ -238,8 +230,7 @@ class SelectArguments(StageArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.choice()
-        if self.min_pair_similarity is not None and not -1 <= self.min_pair_similarity <= 1:
-            raise ValueError(f"min_pair_similarity must be a number from -1 to 1, got {self.min_pair_similarity}.")
+        between(self, -1, 1, "min_pair_similarity")
 
     def choice(self) -> CaptionChoice:
         return CaptionChoice(self.caption_strategy, self.caption_count, self.min_similarity)

@@ -192,13 +192,26 @@ def test_the_command_and_its_slips(scored, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "3 rows written, 6 left out" in said and "report/index.html" in said
     for more, message in (
-        (["--min_pair_similarity", "2"], "min_pair_similarity must be a number from -1 to 1"),
+        (["--min_pair_similarity", "2"], "min_pair_similarity must be from -1 to 1"),
         (["--caption_count", "0"], "count must be a whole number from 1"),
         (["--language", "xh"], "no column similarities-xh"),
         (["--min_pair_similarity", "0.3"], "settings.min_pair_similarity: 0.2 there, 0.3 now"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             main([*flags, *more])
+
+
+def test_what_sbatch_refuses_is_one_line(scored, tmp_path, monkeypatch):
+    flags = ["--dataset", scored, "--output", str(tmp_path / "out"), "--executor", "slurm", "--tasks", "2"]
+    flags += ["--partition", "gpu", "--time", "1"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"error: --executor slurm needs sbatch, which this machine lacks"):
+        main(flags)
+    program = tmp_path / "sbatch"
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    with pytest.raises(SystemExit, match=r"error: sbatch has refused select: rows, .*Check --partition"):
+        main(flags)
 
 
 def test_a_large_selection_is_quick_to_report(tmp_path):
