@@ -7,6 +7,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -223,6 +224,29 @@ class Visitor:
 def png(number: int) -> bytes:
     made_space.made_pictures()[number].save(file := io.BytesIO(), "PNG")
     return file.getvalue()
+
+
+@pytest.mark.slow
+def test_uploads_go_with_a_page_that_ends_while_one_arrives(trained, album_folder, tmp_path):
+    with running(tmp_path, "--model", trained, "--pictures", album_folder) as (url, _):
+        assert [*(tmp_path / "gradio").glob("capivara-page-*")]
+        threading.Thread(target=sends_slowly, args=(url,), daemon=True).start()
+        time.sleep(2)
+    assert not [*(tmp_path / "gradio").glob("capivara-page-*")], "uploads outlived the page"
+
+
+def sends_slowly(url: str) -> None:
+    """An upload of 9 MB at 130 kB/s, which is fast enough not to be given up, until the page ends."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as connection, contextlib.suppress(OSError):
+        connection.sendall(
+            f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 9000000\r\n"
+            'Content-Type: multipart/form-data; boundary=X\r\n\r\n--X\r\nContent-Disposition: form-data; name="files"; '
+            'filename="a.png"\r\n\r\n'.encode()
+        )
+        for _ in range(60):
+            connection.sendall(bytes(130_000))
+            time.sleep(1)
 
 
 @pytest.mark.slow

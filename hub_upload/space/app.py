@@ -1,6 +1,7 @@
 """The page itself: gradio's components in Portuguese, wired to `Demo`, and a server that stays on this machine."""
 
 import asyncio
+import atexit
 import contextlib
 import dataclasses
 import ipaddress
@@ -125,6 +126,7 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
         guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
 
     def close() -> None:
+        atexit.unregister(close)
         decoder.close()
         shutil.rmtree(uploads.folder, ignore_errors=True)
         os.environ.pop("GRADIO_TEMP_DIR")
@@ -142,6 +144,8 @@ def serve(demo: Demo, host: str, port: int) -> gr.Blocks:
         tidying.cancel()
         close()
 
+    # The end of the server calls `close`; one that a second signal or an open connection cuts short does not.
+    atexit.register(close)
     os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)  # read while the page is built, and at every question
     try:
         blocks = build_page(dataclasses.replace(demo, decode=decoder), uploads)
