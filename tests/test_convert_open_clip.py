@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from hub_server import HubServer
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
+from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from torch.func import functional_call
 
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 from caption_build import changed, files, openmoji_config, surroundings, write_config
-from conftest import randomise, tiny_config
 from slurm_node import missing_programs, slurm_node
+from tiny import randomise, tiny_config
 
 from captions.build import BuildArguments, build
 from captions.executors import failures

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from hub_server import HubServer
 from safetensors.torch import load_file
+from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 
 from hub_upload import loader_files
 from hub_upload.export import FORMATS, export

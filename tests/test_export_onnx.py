@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import TINY_VISION, randomise, tiny_config
 from safetensors.torch import load_file
+from tiny import TINY_VISION, randomise, tiny_config
 
 from eval.retrieval import RetrievalArguments, load_data
 from hub_upload.export import export, main

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_config
 from PIL import Image
+from tiny import randomise, tiny_config
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, randomise, tiny_config
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
 from modeling_capivara.modeling_capivara import _check_mask, mean_pooling

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import tiny_config
+from tiny import tiny_config
 
 import benchmarks.open_clip_peer as peer
 from benchmarks.open_clip_peer import PeerArguments, open_clip_arguments, open_clip_optimizer

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise, tiny_config
 from datasets import DatasetDict, load_from_disk
 from safetensors.torch import load_file
 from test_checkpoints import flipped
 from test_train_accelerate import flags
+from tiny import randomise, tiny_config
 
 import train_accelerate
 import training.step

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import made_space
 import pytest
-from conftest import randomise, tiny_config
 from PIL import Image
 from test_space_page import asked, free_port
+from tiny import randomise, tiny_config
 
 from caption_data.image_files import decode_image
 from hub_upload.space.answers import Demo, Refusal

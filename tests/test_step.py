@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs
-from conftest import tiny_tokenizer
 from exact_step_process import CAPTIONS, MICRO, SEED, STEP, build, gradients_of, make_batch
+from tiny import tiny_tokenizer
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, clip_loss
 from training.contrastive import contrastive_gradients

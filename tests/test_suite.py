@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from caption_tars import encoded, write_tar
-from conftest import randomise, tiny_config
 from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, picture
+from tiny import randomise, tiny_config
 
 from common.files import read_json
 from eval.benchmarks import load_averages

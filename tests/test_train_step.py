@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_tokenizer
+from tiny import tiny_config, tiny_tokenizer
 
 from benchmarks import flop, scaling, timing
 from benchmarks import train_step as bench

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
+from tiny import tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer, T5Config, T5ForConditionalGeneration
 
 from captions.translators.google_cloud import MAX_CHARACTERS, GoogleTranslator, Limits
