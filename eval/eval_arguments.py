@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from caption_data.image_files import FORM_HELP, LABEL_COLUMNS, ImageFileArguments
 from common.cli import at_least, flag
@@ -145,26 +145,8 @@ class SuiteArguments(ImageFileArguments):
     list_benchmarks: bool = flag(False, "Show the suite's benchmarks and where their data are.", aliases=["--list"])
 
 
-# Help where the locale is Portuguese: the description, and the text of every flag.
-REPORT_HELP_PT = {
-    "": """Uma página para quem lê: todos os resultados de uma pasta em um único arquivo HTML, que não precisa de
-mais nada, e suas figuras em PNG.
-
-    python -m eval.report results/ --output report/
-    python -m eval.report runs/openmoji-pt-001/ --output report/ --overwrite_output_dir
-
-A pasta de um treinamento contém `results/` e `run.json`, de onde vêm as curvas do treinamento.
-""",
-    "results": "Pasta com arquivos de resultados; as pastas dentro dela também são lidas.",
-    "output": "Pasta do relatório: index.html e PNGs. Não pode existir, ou precisa estar vazia.",
-    "overwrite_output_dir": "Substitui a pasta do relatório.",
-}
-
-
 @dataclass
 class ReportArguments:
-    help_pt: ClassVar[dict[str, str]] = REPORT_HELP_PT
-
     results: Path = field(metadata={"positional": True, "help": "Folder of result files, those of folders in it too."})
     output: Path = field(metadata={"help": "Folder of the report: index.html and PNGs. Must be missing or empty."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the output folder."})
