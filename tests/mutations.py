@@ -11,6 +11,7 @@ fail. The exit code is 1 where one survives.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,9 @@ def main() -> None:
     flags.add_argument("--tests", type=Path, default=ROOT / "tests", help="folder of the tests to run")
     flags.add_argument("--output", type=Path, help="JSON file of the results")
     args = flags.parse_args()
-    mutations = [m for m in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text()) if m["file"].startswith(args.only)]
+    mutations = [
+        m for m in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text()) if m["file"].startswith(args.only)
+    ]
     for mutation in mutations:
         if (count := (ROOT / mutation["file"]).read_text(encoding="utf-8").count(mutation["find"])) != 1:
             sys.exit(f"error: {mutation['file']} holds {mutation['find']!r} {count} times, expected once.")
@@ -70,10 +73,13 @@ def tried(tree: Path, mutation: dict) -> dict:
         )
     finally:
         path.write_text(whole, encoding="utf-8")
-    failed = [line.split(" - ")[0].removeprefix("FAILED ") for line in run.stdout.splitlines() if line.startswith("FAILED")]
-    seconds = round(time.perf_counter() - started, 1)
-    print(f"{'caught' if failed else 'SURVIVED'}  {mutation['file']}: {mutation['what']}  {seconds} s  {' '.join(failed)}", flush=True)
-    return {**mutation, "caught": run.returncode == 1 and bool(failed), "failed": failed, "seconds": seconds}
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", run.stdout, re.MULTILINE)
+    caught, seconds = run.returncode != 0 and bool(failed), round(time.perf_counter() - started, 1)
+    said = " ".join(failed) if failed or not run.returncode else run.stdout[-500:] + run.stderr[-500:]
+    print(
+        f"{'caught' if caught else 'SURVIVED'}  {mutation['file']}: {mutation['what']}, {seconds} s. {said}", flush=True
+    )
+    return {**mutation, "caught": caught, "failed": failed, "seconds": seconds}
 
 
 if __name__ == "__main__":

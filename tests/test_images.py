@@ -122,6 +122,7 @@ def counted_images(monkeypatch):
 # --- what a cache is of ---
 
 
+@pytest.mark.slow
 def test_what_another_cache_is_made_for(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
     views = views_of(tiny_dataset_folder, tiny_processor)
     root, folders = tmp_path / "caches", {}
@@ -165,6 +166,7 @@ def test_the_embeddings_are_those_of_the_tower(tiny_model, tiny_processor, tiny_
     assert sum(shard.shape[0] for shard in cache._shards) == IMAGES
 
 
+@pytest.mark.slow
 def test_every_view_is_an_augmentation_of_its_own(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
     cache = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor, 3), tmp_path)
     plain = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor), tmp_path)
@@ -189,6 +191,7 @@ def test_training_with_a_cache_decodes_no_image(tiny_folder, tiny_dataset_folder
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_whole_shards_and_the_pass_goes_on(
     tiny_model, tiny_folder, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch
 ):
@@ -382,6 +385,7 @@ def test_streaming_is_one_pass_to_the_same_cache(
     assert passes == [5 + (form == "tars")], "from the first row that is missing"
 
 
+@pytest.mark.slow
 def test_a_run_that_streams(tiny_folder, tiny_dataset_folder, tmp_path, cache_home):
     one, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "one", max_steps=2)
     folders = set(cache_home.iterdir())
@@ -463,7 +467,7 @@ def test_a_bad_image_does_not_hide_behind_augmentation(tiny_processor, tiny_data
 # --- training with and without ---
 
 
-@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("views", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_is_the_same_with_and_without_cache(tiny_folder, tiny_dataset_folder, tmp_path, views):
     dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN})  # places and rows differ
     options = {"augmented_views": views, "max_bad_share": 0.2, "mixed_precision": "no", "max_steps": 4}
@@ -478,6 +482,7 @@ def test_training_is_the_same_with_and_without_cache(tiny_folder, tiny_dataset_f
         assert max(abs(a - b) for a, b in zip(losses, other_losses, strict=True)) > 1e-2
 
 
+@pytest.mark.slow
 def test_fresh_augmentations_and_workers(tiny_folder, tiny_dataset_folder, tmp_path):
     options = {"image_embedding_cache": "off", "max_steps": 2, "warmup_steps": 1, "effective_batch_size": 6}
     plain, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "plain", **options)

@@ -161,6 +161,7 @@ def test_save_and_load(tiny_model, tiny_folder, batch):
     assert torch.equal(loaded(**batch).logits_per_text, tiny_model(**batch).logits_per_text)
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph(tiny_model, batch):
     compiled = torch.compile(tiny_model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**batch).logits_per_text, tiny_model(**batch).logits_per_text)

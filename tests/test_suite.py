@@ -230,6 +230,7 @@ def test_a_broken_folder_does_not_end_the_suite(models, data, tmp_path):
     assert "A file of xm3600 is no JSON" in status["xm3600"]["reason"] and str(tmp_path) not in str(status)
 
 
+@pytest.mark.slow
 def test_a_killed_suite_continues_to_the_same_table(models, data, tmp_path):
     """What was embedded before SIGKILL is taken from the cache, and no file of it is made again."""
     cache, only = tmp_path / "cache", ["--only", "hateful-memes", "mnist"]

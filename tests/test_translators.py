@@ -153,6 +153,7 @@ def test_madlad_s_token_goes_before_the_sentence():
     assert tokenizer.convert_ids_to_tokens(translator.token_ids("a cat"))[:2] == ["<2xh>", "<s>"]
 
 
+@pytest.mark.slow
 def test_a_caption_of_ten_thousand_characters(marian, m2m100):
     for folder in (marian, m2m100):
         translator = load(str(folder), "pt", options={"max_new_tokens": 2, "num_beams": 1}, batch_size=64)
@@ -210,6 +211,7 @@ def test_out_of_memory_is_tried_again_with_fewer(marian, monkeypatch):
     assert translator.translate(["a cat", "a dog", "horses"]) == expected and sizes == [3, 1, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_its_package_names_the_extra(marian):
     code = "import sys; sys.modules['sentencepiece'] = None; from captions.translators.local import load; "
     command = [sys.executable, "-c", f"{code}load({str(marian)!r}, 'pt')"]
