@@ -23,9 +23,8 @@ from caption_data.columns import CAPTIONS
 from caption_data.rows import NOT_CHOSEN, BadRow
 from caption_data.selection import WITH_SIMILARITIES, choose_captions, pair_passes
 from caption_data.stage_folder import StageReport, check_complete
-from captions.executors import stage_main
 from captions.stage_arguments import SelectArguments
-from captions.stages import Phase, finished_row_tasks, run_stage
+from captions.stages import Phase, finished_row_tasks, run_stage, stage_main
 from common.cli import run_command
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last

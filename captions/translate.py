@@ -28,7 +28,6 @@ from typing import Any
 from caption_data.columns import CAPTIONS
 from caption_data.sources import Source
 from caption_data.stage_folder import StageReport, check_all_there, stage_record
-from captions.executors import run_stage_here, stage_main
 from captions.quality import flags
 from captions.quality_report import QUALITY, write_quality_report
 from captions.sentence_stage import (
@@ -40,7 +39,7 @@ from captions.sentence_stage import (
     translated_columns,
 )
 from captions.sentences import distinct_sentences, translations_in
-from captions.stages import Phase, finished_row_tasks, run_stage, stage_source
+from captions.stages import Phase, finished_row_tasks, run_stage, run_stage_here, stage_main, stage_source
 from captions.translate_arguments import TranslateArguments
 from captions.tsv import write_sentences
 from common.cli import run_command
