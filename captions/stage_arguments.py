@@ -2,10 +2,9 @@
 
 import hashlib
 import re
-import shlex
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -63,15 +62,6 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
                 f"rename must be different OLD=NEW such as caption=captions-en, none of the images, got {self.rename}."
             )
         return names
-
-    def command(self) -> str:
-        """The command of this stage, wherever its tasks run."""
-        given, elsewhere = asdict(self), {known.name for known in fields(ExecutorArguments)}
-        for known in fields(self):
-            default = known.default_factory() if known.default_factory is not MISSING else known.default
-            if known.name in elsewhere or given[known.name] == default:
-                del given[known.name]
-        return command_line(self.module, given)
 
 
 @dataclass(frozen=True)
@@ -203,14 +193,3 @@ class BuildArguments(ExecutorArguments):
 
     def __post_init__(self) -> None:
         self.check_executor()
-
-
-def command_line(module: str, flags: dict[str, Any]) -> str:
-    """`python -m module --flag value …`, for a shell. Flags that are None, False or empty are left out."""
-    words = ["python", "-m", module]
-    for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False and value != []:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)

@@ -2,8 +2,9 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,6 +60,18 @@ class ExecutorArguments:
         defaults = ExecutorArguments()
         given = {known.name: getattr(self, known.name) for known in fields(defaults)}
         return {name: value for name, value in given.items() if value != getattr(defaults, name)}
+
+    def command(self) -> str:
+        """The command line, for a shell, without defaults and without where its tasks run."""
+        elsewhere, words = {known.name for known in fields(ExecutorArguments)}, ["python", "-m", self.module]
+        for known in fields(self):
+            value = asdict(self)[known.name]
+            default = known.default_factory() if known.default_factory is not MISSING else known.default
+            if known.name in elsewhere or value == default or value in (None, False, []):
+                continue
+            words.append(f"--{known.name}")
+            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+        return shlex.join(words)
 
 
 @dataclass(frozen=True)

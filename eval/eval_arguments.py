@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from caption_data.image_files import FORM_HELP, LABEL_COLUMNS, ImageFileArguments
 from common.cli import at_least, flag
+from common.tasks import ExecutorArguments
 from eval.benchmarks import METRICS, SUITES
 
 CACHE_HELP = "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
@@ -37,9 +38,10 @@ class ModelArguments(ImageFileArguments):
 
 
 @dataclass
-class RetrievalArguments(ModelArguments):
+class RetrievalArguments(ModelArguments, ExecutorArguments):
     """Flags of `eval.retrieval`."""
 
+    module = "eval.retrieval"
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
     dataset: str = flag(
         ...,
@@ -66,6 +68,10 @@ class RetrievalArguments(ModelArguments):
         if not self.recall_at or min(self.recall_at) < 1:
             raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
         at_least(self, 0, "gallery")
+        if self.executor_flags():
+            self.check_executor()
+            if self.cache_dir == "off":
+                raise ValueError("Tasks share embeddings by the cache: cache_dir must be auto or a folder, got 'off'.")
 
 
 @dataclass

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from caption_data.embedding_cache import cache_folder
 from common.cli import parse
 from common.environment import device_description
 from common.files import read_json
-from eval.embeddings import EmbeddingStore, cache_folder
+from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import ModelArguments
 from modeling_capivara.embedder import load_embedder, processes
 from records.schema import Record, header, hub_revision, write_records
@@ -65,15 +66,18 @@ def write_result(
 
 
 def run_evaluation(
-    kind: type[ModelArguments], doc: str, argv: list[str] | None, evaluate: Callable[[Any], list[Record]]
+    kind: type[ModelArguments], doc: str, argv: list[str] | None, evaluate: Callable[[Any], list[Record] | None]
 ) -> None:
-    """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
+    """The command of a measurement: read the flags, measure, print the figures and what their reader must know.
+
+    Where `evaluate` gives None, Slurm will measure.
+    """
     try:
         args = parse(kind, doc, argv)
         records = evaluate(args)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
-    if not processes().is_main_process:
+    if records is None or not processes().is_main_process:
         return
     for record in records:
         what = f"{record.direction:14} {record.metric:12}"

@@ -1,7 +1,6 @@
 """What a run starts from, checked: model, processor, splits and images; what is quick to fail comes first."""
 
 import copy
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
+from caption_data.embedding_cache import cache_home
 from caption_data.pairs import check_bad_share
 from caption_data.rows import Skipped, write_skipped
 from common.files import check_free_space
@@ -17,7 +17,7 @@ from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
 from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
-from training.images import TrainingImages, build_cache, loading_workers
+from training.images import TrainingImages, build_cache, cached_embeds, loading_workers
 from training.trainable import prepare_trainable
 from training.views import Views, bad_images, check_images
 
@@ -75,8 +75,7 @@ def cache_root(args: RunArguments) -> Path:
     """Where image-embedding caches lie."""
     if args.image_embedding_cache not in ("auto", "off"):
         return Path(args.image_embedding_cache)
-    home = os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara"
-    return Path(home) / "image_embeddings"
+    return cache_home() / "image_embeddings"
 
 
 def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
@@ -174,7 +173,7 @@ def _validation_embeds(
     root = cache_root(args)
     root = root.parent if (root / "cache.json").is_file() else root  # that of the training images alone
     cache = build_cache(base, views, root, args.embedding_batch_size, loading_workers(args, accelerator), accelerator)
-    return cache.embeds(range(len(split)), [0] * len(split))
+    return cached_embeds(cache, range(len(split)), [0] * len(split))
 
 
 def _check_skipped(args: RunArguments, skipped: list[Skipped], rows: int, output_dir: Path) -> None:
