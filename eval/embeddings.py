@@ -35,32 +35,20 @@ IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Images of a data set in the shared space.
+    """Images of a data set in the shared space."""
 
-    Attributes:
-        embeds: (kept images, width), unit length, float32.
-        rows: (kept images,), the row of each.
-        skipped: row -> why its image is left out.
-    """
-
-    embeds: Tensor
-    rows: Tensor
-    skipped: dict[int, str]
+    embeds: Tensor  # (kept images, width), unit length, float32
+    rows: Tensor  # (kept images,), the row of each
+    skipped: dict[int, str]  # row -> why its image is left out
 
 
 @dataclass(frozen=True)
 class RetrievalEmbeddings:
-    """A split in the shared space.
+    """A split in the shared space."""
 
-    Attributes:
-        text_embeds: (texts, width), unit length.
-        image_embeds: (images, width), unit length.
-        image_of_text: (texts,), index of the image that each text describes.
-    """
-
-    text_embeds: Tensor
-    image_embeds: Tensor
-    image_of_text: Tensor
+    text_embeds: Tensor  # (texts, width), unit length
+    image_embeds: Tensor  # (images, width), unit length
+    image_of_text: Tensor  # (texts,), index of the image that each text describes
 
     def ranks(self, direction: str) -> Tensor:
         """(queries,), ranks as `retrieval_ranks` defines them."""
@@ -88,17 +76,11 @@ class RetrievalEmbeddings:
 
 @dataclass
 class EmbeddingStore:
-    """A model whose embeddings are kept in files.
-
-    Attributes:
-        embedder: the model.
-        root: folder of all caches; None for a temporary one that lasts as long as this object.
-        batch_size: images that go through at once; twice as many texts.
-    """
+    """A model whose embeddings are kept in files."""
 
     embedder: Embedder
-    root: Path | None = None
-    batch_size: int = 32
+    root: Path | None = None  # folder of all caches; None for a temporary one that lasts as long as this object
+    batch_size: int = 32  # images that go through at once; twice as many texts
 
     def __post_init__(self) -> None:
         self._temporary = None
@@ -165,15 +147,7 @@ class EmbeddingStore:
     def keep_share(
         self, images_of: Callable[[range], ImageRows], rows: int, texts: Sequence[str], rank: int, world_size: int
     ) -> None:
-        """Embed one of `world_size` shares, as far as it is not kept yet, for a process that asks for all.
-
-        Args:
-            images_of: the images of some rows.
-            rows: of all images.
-            texts: all of them.
-            rank: number of the share, from 0.
-            world_size: number of shares.
-        """
+        """Embed a share of all rows and texts, as far as it is not kept yet, for a process that asks for all."""
         if parts := share(all_parts(rows, IMAGES_PER_SHARD), rank, world_size):
             self.keep_images(images_of(range(parts[0].start, parts[-1].stop)))
         distinct = distinct_texts(texts)

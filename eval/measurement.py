@@ -16,11 +16,7 @@ from records.schema import Record, header, hub_revision, write_records
 
 
 def open_store(args: ModelArguments, precision: str | None = None) -> EmbeddingStore:
-    """The model of the arguments, its embeddings kept in their cache folder.
-
-    Args:
-        args: of a command.
-        precision: another one than that of the arguments; such embeddings are not kept.
+    """The model of the arguments, its embeddings kept in their cache folder; those of another `precision` are not kept.
 
     Raises:
         ValueError, OSError, ImportError: as of `load_embedder`.
@@ -42,11 +38,7 @@ def write_result(
     """Write the result file of a command.
 
     Args:
-        args: of the command.
-        records: the figures.
         source: folder or Hub id of the data.
-        fingerprint: of the data.
-        store: that embedded them.
         started: `time.perf_counter()` before the first embedding.
         parts: further keys of the file, `skipped` among them (row -> why it is not in the figures); of these, `name` is
             not written: it is what the header calls the data.

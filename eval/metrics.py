@@ -116,15 +116,9 @@ class _RightPairs:
 def _block_ranks(
     scores: Callable[[int], Tensor], queries: int, items: int, tile_size: int, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """(queries,), of a block of queries.
+    """(queries,), of a block of queries, whose right items are `columns` of the queries `rows`, both (right pairs,).
 
-    Args:
-        scores: number of a tile -> (queries, items of the tile), which may be overwritten by the next call.
-        queries: of the block.
-        items: all.
-        tile_size: items of a tile.
-        rows: (right pairs,), query of each.
-        columns: (right pairs,), item of each.
+    `scores`: number of a tile -> (queries, items of the tile), which may be overwritten by the next call.
     """
     tile_of = columns // tile_size  # few tiles, where captions lie beside each other as their images do
     pairs = {tile: (tile_of == tile).nonzero().flatten() for tile in tile_of.unique().tolist()}

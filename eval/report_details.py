@@ -64,11 +64,7 @@ class ClassRow:
 
 
 class Thumbnails:
-    """Small copies of a folder's pictures, each opened once; those that can't be shown are in `refused`.
-
-    Args:
-        folder: resolved; nothing outside is opened.
-    """
+    """Small copies of the pictures of a resolved folder, each opened once; what can't be shown is in `refused`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -141,12 +137,7 @@ def galleries_of(found: Found) -> dict[Condition, dict[str, list[Query]]]:
 
 
 def confused_pairs(confusion: Tensor, count: int) -> list[tuple[int, int]]:
-    """(true class, taken for) of the largest counts off the diagonal, those of none left out.
-
-    Args:
-        confusion: (classes, classes), counts, a row a true class.
-        count: of pairs at most.
-    """
+    """(true class, taken for) of the largest counts off the diagonal of (classes, classes), those of none left out."""
     off = confusion.clone()
     off.fill_diagonal_(0)
     order = off.flatten().argsort(descending=True, stable=True)[:count].tolist()

@@ -239,11 +239,7 @@ def protocol_text(protocol: str) -> str:
 
 
 def figure_note(skipped: dict[str, int]) -> str:
-    """What a figure says of images that could not be read; empty where all could.
-
-    Args:
-        skipped: data set -> number of its images.
-    """
+    """What a figure says of images that could not be read, by data set; empty where all could."""
     counts = {dataset: count for dataset, count in skipped.items() if count}
     listed = ", ".join(f"{count} of {one_line(dataset, 30)}" for dataset, count in counts.items())
     if len(counts) > 2:  # a line of a figure holds no more

@@ -137,16 +137,10 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
 
 @dataclass
 class RetrievalData:
-    """A split that is read: captions now, images when they are needed.
-
-    Attributes:
-        source: the rows.
-        captions: row -> its captions.
-        image_column: of the rows.
-    """
+    """A split that is read: captions now, images when they are needed."""
 
     source: Source
-    captions: list[list[str]]
+    captions: list[list[str]]  # row -> its captions
     image_column: str
 
     @cached_property
@@ -228,12 +222,7 @@ def embed_share(args: RetrievalArguments, rank: int, world_size: int) -> None:
 
 
 def evaluate(args: RetrievalArguments, **further: Any) -> list[Record]:
-    """Measure and write; returns the records.
-
-    Args:
-        args: of the command.
-        further: keys of the result file.
-    """
+    """Measure and write, with `further` keys of the file; returns the records."""
     check_output_file(args.output)
     data = load_data(args)
     store = open_store(args)

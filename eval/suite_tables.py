@@ -26,15 +26,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class SuiteFigures:
-    """What a suite has measured.
-
-    Attributes:
-        figures: all of them.
-        runs: role -> number of its models.
-    """
+    """What a suite has measured."""
 
     figures: Sequence[Figure]
-    runs: dict[str, int]
+    runs: dict[str, int]  # role -> number of its models
 
     def of(self, benchmark: str, language: str, direction: str, metric: str, role: str) -> list[Figure]:
         """A figure a run, in the order of runs; empty where a run has none, since a mean of fewer would mislead."""
@@ -53,12 +48,8 @@ def suite_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a suite's table, as data; all figures but median ranks in per cent.
 
-    Args:
-        benchmarks: with a language each, in the order of rows.
-        measured: by the suite's models.
-        metrics: that get rows of their own beside the benchmark's.
-        published: which model's published figures stand beside CAPIVARA's.
-        protocol: of classification.
+    `metrics` get rows of their own beside the benchmark's; `published` names the model whose published figures stand
+    beside CAPIVARA's.
     """
     rows = []
     for benchmark, language in benchmarks:
@@ -80,13 +71,8 @@ def average_row(
 ) -> dict[str, Any] | None:
     """The row of an average, or None unless each model has measured each of its benchmarks.
 
-    Args:
-        average: which.
-        rows: of the suite.
-        benchmarks: the average's, as far as they are in the suite.
-        measured: by the suite's models.
-        published: which model's published figures stand beside CAPIVARA's.
-    """  # fmt: skip
+    `rows` are those of the suite, `benchmarks` the average's, as far as they are in it.
+    """
     by_role = {
         role: [measured.of(b.key, b.language, "", b.metric, role) for b in benchmarks]
         for role, runs in measured.runs.items()

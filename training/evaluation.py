@@ -63,12 +63,7 @@ def trained_records(
 ) -> list[Record]:
     """The records of a trained model on the test split, of all languages, and its gains over the base model.
 
-    Args:
-        args: of the run.
-        baseline: language -> the test split embedded by the base model.
-        trained: the same by the trained model.
-        model_folder: of the trained model, relative to that of the run.
-        seed: it was trained with.
+    `model_folder` is relative to that of the run.
     """
     records, gains = [], []
     for language, embeddings in trained.items():

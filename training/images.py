@@ -54,9 +54,6 @@ def build_cache(
         model: its image tower is frozen and in evaluation mode.
         views: of the source; at least one view.
         root: folder of all caches, or the folder of this very one.
-        batch_size: images that go through the tower at once.
-        workers: processes that decode.
-        accelerator: device, precision and processes.
 
     Raises:
         ValueError: `root` is the cache of something else; what differs is named.
@@ -141,17 +138,11 @@ def _cache_folder(root: Path, parts: dict[str, Any]) -> Path:
 
 @dataclass
 class TrainingImages:
-    """The images of the usable pairs of all data sets.
+    """The images of the usable pairs of all data sets."""
 
-    Attributes:
-        views: of each data set, over its usable pairs.
-        caches: of each data set; None where every image is embedded at every step.
-        cache_rows: pair of a data set -> its row in the cache.
-    """
-
-    views: list[Views]
-    caches: list[EmbeddingCache] | None = None
-    cache_rows: list[np.ndarray] | None = None
+    views: list[Views]  # of each data set, over its usable pairs
+    caches: list[EmbeddingCache] | None = None  # of each data set; None where every image is embedded at every step
+    cache_rows: list[np.ndarray] | None = None  # pair of a data set -> its row in the cache
 
     def cached_embeds(self, sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
         """(pairs, width), float32: data set, pair and view of each; only with caches."""

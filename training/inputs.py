@@ -24,33 +24,19 @@ from training.views import Views, bad_images, check_images
 
 @dataclass
 class Inputs:
-    """What a run starts from.
+    """What a run starts from."""
 
-    Attributes:
-        base: the model before training.
-        processor: its own.
-        training: the usable pairs of each data set.
-        counts: pairs of a batch from each.
-        images: of the training pairs.
-        validation: that choices are made on.
-        validation_embeds: (images, width) by the frozen image tower; None where it is trained.
-        test: language -> the split of the final table.
-        test_embeds: (images, width) by the base's image tower, float32.
-        skipped: training rows that were left out.
-        base_digest: of the base's weights.
-    """
-
-    base: CapivaraModel
+    base: CapivaraModel  # the model before training
     processor: CapivaraProcessor
-    training: list[Split]
-    counts: list[int]
+    training: list[Split]  # the usable pairs of each data set
+    counts: list[int]  # pairs of a batch from each
     images: TrainingImages
-    validation: Split
-    validation_embeds: Tensor | None
-    test: dict[str, Split]
-    test_embeds: Tensor
-    skipped: list[Skipped]
-    base_digest: str
+    validation: Split  # that choices are made on
+    validation_embeds: Tensor | None  # (images, width) by the frozen image tower; None where it is trained
+    test: dict[str, Split]  # language -> the split of the final table
+    test_embeds: Tensor  # (images, width) by the base's image tower, float32
+    skipped: list[Skipped]  # training rows that were left out
+    base_digest: str  # of the base's weights
 
     def planner(self, args: RunArguments, seed: int) -> Planner:
         """What draws the batches of a run with this seed."""

@@ -32,12 +32,7 @@ MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the lo
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the run is saved and can be resumed.
-
-    Attributes:
-        signal: its number.
-        step: that is saved.
-    """
+    """SIGTERM or Ctrl-C, by the number of the signal: the run is saved at a step and can be resumed."""
 
     def __init__(self, number: int, step: int):
         super().__init__(f"Stopped at step {step}, which is saved.")
@@ -46,32 +41,20 @@ class Interrupted(Exception):
 
 @dataclass
 class Trainer:
-    """The training of one model with one seed.
-
-    Attributes:
-        args: of the run.
-        seed: of order, captions, views and dropout.
-        model: the plain model; its adapters, where there are any, are in it.
-        wrapped: what is trained: the model, or peft's wrapper around it.
-        planner: draws the batches.
-        images: of the pairs.
-        accelerator: device, precision and processes.
-        validate: measures the model: direction -> recall, and `loss`; only the main process calls it.
-        checkpoints: of this run.
-        state: where the run is.
-        after_checkpoint: called on the main process with the number of a step whose checkpoint was written.
-    """
+    """The training of one model with one seed."""
 
     args: RunArguments
-    seed: int
-    model: CapivaraModel
-    wrapped: nn.Module
-    planner: Planner
-    images: TrainingImages
-    accelerator: Accelerator
+    seed: int  # of order, captions, views and dropout
+    model: CapivaraModel  # the plain model; its adapters, where there are any, are in it
+    wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
+    planner: Planner  # draws the batches
+    images: TrainingImages  # of the pairs
+    accelerator: Accelerator  # device, precision and processes
+    # measures the model: direction -> recall, and `loss`; only the main process calls it
     validate: Callable[[CapivaraModel], dict[str, float]]
     checkpoints: Checkpoints
-    state: TrainerState
+    state: TrainerState  # where the run is
+    # called on the main process with the number of a step whose checkpoint was written
     after_checkpoint: Callable[[int], object] | None = None
     stopped_early: bool = field(default=False, init=False)
     reported: bool = field(default=False, init=False)
@@ -79,9 +62,6 @@ class Trainer:
 
     def train(self, resume: Path | None = None) -> TrainerState:
         """Train to `max_steps`, or until the recall has stopped rising for `patience` measurements.
-
-        Args:
-            resume: checkpoint to resume from.
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.

@@ -31,11 +31,7 @@ def used_memory(device: torch.device) -> int:
 
 
 class GraphMeter(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what autograd saves for the backward pass while the context is open, the model's own tensors left out.
-
-    Attributes:
-        bytes: so far.
-    """
+    """Counts the bytes that autograd saves for the backward pass within it, the model's own tensors left out."""
 
     def __init__(self, model: nn.Module):
         self.bytes = 0

@@ -39,21 +39,13 @@ def resolve_precision(requested: str, device: torch.device) -> str:
 
 @dataclass
 class MicroBatch:
-    """Texts that go through the tower at once.
+    """Texts that go through the tower at once."""
 
-    Attributes:
-        index: of the micro-batch within the whole batch, over all processes; its random state derives from it.
-        start: row of its first text in the whole batch, which is in order of length.
-        input_ids: (texts, tokens).
-        attention_mask: (texts, tokens).
-        pixel_values: (texts, 3, height, width), where the image tower is trained; else None.
-    """
-
-    index: int
-    start: int
-    input_ids: Tensor
-    attention_mask: Tensor
-    pixel_values: Tensor | None = None
+    index: int  # of the micro-batch within the whole batch, over all processes; its random state derives from it
+    start: int  # row of its first text in the whole batch, which is in order of length
+    input_ids: Tensor  # (texts, tokens)
+    attention_mask: Tensor  # (texts, tokens)
+    pixel_values: Tensor | None = None  # (texts, 3, height, width), where the image tower is trained; else None
 
     @property
     def positions(self) -> Tensor:
@@ -85,15 +77,10 @@ def padding_share(batches: Sequence[MicroBatch]) -> float:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step gave beside the gradients.
+    """What one step gave beside the gradients."""
 
-    Attributes:
-        loss: of the whole batch, in nats.
-        graphs_kept: micro-batches of this process whose graph was kept, not run again.
-    """
-
-    loss: float
-    graphs_kept: int
+    loss: float  # of the whole batch, in nats
+    graphs_kept: int  # micro-batches of this process whose graph was kept, not run again
 
 
 @dataclass
@@ -102,19 +89,13 @@ class ExactStep:
 
     The model is called, but not wrapped for gradient averaging: the processes' gradients are summed once, at the end.
     A wrapper would average them, at every micro-batch, and wait for ever where one process has fewer of them.
-
-    Attributes:
-        model: as Accelerate prepared it, in training mode.
-        logit_scale: the model's own parameter.
-        accelerator: device, precision and processes.
-        seed: of the run.
-        accumulation: "keep" the graphs of all micro-batches, "recompute" them all, or "auto": keep what fits.
     """
 
-    model: nn.Module
-    logit_scale: nn.Parameter
-    accelerator: Accelerator
+    model: nn.Module  # as Accelerate prepared it, in training mode
+    logit_scale: nn.Parameter  # the model's own parameter
+    accelerator: Accelerator  # device, precision and processes
     seed: int
+    # "keep" the graphs of all micro-batches, "recompute" them all, or "auto": keep what fits
     accumulation: str = "auto"
     budget: float | None = None  # bytes of graphs; found at the first step
     _costs: tuple[float, float] | None = field(default=None, repr=False)  # bytes a token, bytes a text
@@ -167,12 +148,8 @@ class ExactStep:
         return StepReport(gradients.loss.item(), graphs)
 
     def gather_rows(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
-        """(pairs, width), the embeddings of all processes in the order of the batch.
-
-        Args:
-            parts: (rows, width) each, the rows of this process.
-            own: (rows of all parts,), which rows of the batch they are.
-            pairs: of the whole batch.
+        """(pairs, width), of all processes in the order of the batch; this one's `parts`, (rows, width) each, are its
+        rows `own`.
         """
         width = self.accelerator.unwrap_model(self.model).config.projection_dim
         embeds = torch.zeros(pairs, width, device=self.accelerator.device)

@@ -67,14 +67,9 @@ def save_adapters(wrapped: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: float) -> None:
-    """Move the weights back towards the base: `share` of the trained ones, the rest of the base.
+    """Move the weights of a trained model back, in place: `share` (0 to 1) of them, the rest of the base's state.
 
     Source: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT, arXiv 2109.01903), section 3.
-
-    Args:
-        model: trained; changed in place.
-        base: state of the model before training.
-        share: 0 (the base) to 1 (unchanged).
     """
     if share == 1:
         return

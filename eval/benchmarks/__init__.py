@@ -35,54 +35,33 @@ METRICS = {  # of records, with the task that has them
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is measured on which data.
+    """What is measured on which data."""
 
-    Attributes:
-        key: name of the file, and of the data with --data.
-        title: as tables show it.
-        task: "retrieval" or "classification".
-        suite: the suites that it belongs to, of `SUITES`.
-        source: `hub_id` (None where it was not looked up), `local_layout` in words, `url` of where people get it, and
-            `reader`, the reader of `eval.layouts` for a layout of its own.
-        split: that is measured.
-        language: that the published figures are of.
-        metric: of `METRICS`, that the published figures are in.
-        protocol: "ours" or "babel" for names and prompts; "captions" for retrieval.
-        protocol_note: what a reader of the figures must know.
-        published: "baseline", "capivara" or "capivara_opt" -> `mean` and `std` in per cent, of retrieval by direction.
-        test_images: of the published split, None where unknown; on other numbers figures are not like for like.
-        image_column: None for the only column of images.
-        label_column: None for one of the usual names.
-        caption_column: of retrieval, a pattern with `{language}`.
-        caption_positions: of retrieval, as `eval.retrieval` takes them.
-        prompts: of classification, key in `eval/prompts/pt`.
-        other_languages: that are measured, too.
-        known_languages: that may be asked for; those above where empty.
-        data_of: key of the benchmark whose local data serve where there are none of this key.
-        like_for_like: whether the published figures are of the same texts and images.
-    """
-
-    key: str
-    title: str
-    task: str
-    suite: tuple[str, ...]
+    key: str  # name of the file, and of the data with --data
+    title: str  # as tables show it
+    task: str  # "retrieval" or "classification"
+    suite: tuple[str, ...]  # the suites that it belongs to, of `SUITES`
+    # `hub_id` (None where it was not looked up), `local_layout` in words, `url` of where people get it, and `reader` of
+    # `eval.layouts` for a layout of its own
     source: dict[str, str | None]
-    split: str
-    language: str
-    metric: str
-    protocol: str
-    protocol_note: str
+    split: str  # that is measured
+    language: str  # that the published figures are of
+    metric: str  # of `METRICS`, that the published figures are in
+    protocol: str  # "ours" or "babel" for names and prompts; "captions" for retrieval
+    protocol_note: str  # what a reader of the figures must know
+    # "baseline", "capivara" or "capivara_opt" -> `mean` and `std` in per cent, of retrieval by direction
     published: dict[str, dict[str, Any]]
+    # of the published split, None where unknown; on other numbers figures are not like for like
     test_images: int | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    caption_column: str = ""
-    caption_positions: str = "all"
-    prompts: str | None = None
-    other_languages: tuple[str, ...] = ()
-    known_languages: tuple[str, ...] = ()
-    data_of: str | None = None
-    like_for_like: bool = True
+    image_column: str | None = None  # None for the only column of images
+    label_column: str | None = None  # None for one of the usual names
+    caption_column: str = ""  # of retrieval, a pattern with `{language}`
+    caption_positions: str = "all"  # of retrieval, as `eval.retrieval` takes them
+    prompts: str | None = None  # of classification, key in `eval/prompts/pt`
+    other_languages: tuple[str, ...] = ()  # that are measured, too
+    known_languages: tuple[str, ...] = ()  # that may be asked for; those above where empty
+    data_of: str | None = None  # key of the benchmark whose local data serve where there are none of this key
+    like_for_like: bool = True  # whether the published figures are of the same texts and images
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -102,13 +81,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Average:
-    """A published average over the benchmarks of a suite, which is given only where all were measured.
-
-    Attributes:
-        key, title, suite, protocol_note, published: as those of a benchmark.
-        of: the suite.
-        count: of its benchmarks.
-    """
+    """A published average over the `count` benchmarks of the suite `of`, given only where all were measured."""
 
     key: str
     title: str
