@@ -88,3 +88,13 @@ class Phase:
     run: Callable[[Any, int, int], Any]
     finished: Callable[[Any, int], list[int]] | None = None
     uses_model: bool = False
+
+
+def all_parts(rows: int, rows_per_part: int) -> list[range]:
+    """Rows in parts of neighbours, which tasks share out."""
+    return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
+
+
+def share(parts: list[range], rank: int, world_size: int) -> list[range]:
+    """The parts of one task of `world_size`: neighbours, so that files are read in order."""
+    return parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]

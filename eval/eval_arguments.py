@@ -11,11 +11,23 @@ from common.cli import at_least, flag
 from common.tasks import ExecutorArguments
 from eval.benchmarks import METRICS, SUITES
 
-CACHE_HELP = "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
+
+@dataclass(kw_only=True)
+class EmbeddingArguments(ImageFileArguments):
+    """How images and texts are embedded."""
+
+    batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
+    precision: Literal["float32", "bf16"] = flag(
+        "float32", "bf16 is faster; eval.retrieval measures its effect on recall on a part and prints it."
+    )
+    cache_dir: str = flag(
+        "auto", "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
+    )
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
 
 @dataclass(kw_only=True)
-class ModelArguments(ImageFileArguments):
+class ModelArguments(EmbeddingArguments):
     """What every measurement of a model takes."""
 
     role: Literal["baseline", "capivara"] = flag(
@@ -24,12 +36,6 @@ class ModelArguments(ImageFileArguments):
         "open_clip:local-dir:FOLDER, or clip:FOLDER_OR_HUB_ID of transformers.",
     )
     split: str = flag("test", "Split that is measured.")
-    batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
-    precision: Literal["float32", "bf16"] = flag(
-        "float32", "bf16 is faster; eval.retrieval measures its effect on recall on a part and prints it."
-    )
-    cache_dir: str = flag("auto", CACHE_HELP)
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
     trust_remote_code: bool = flag(False, "Execute code that a clip: model brings along.")
 
     def __post_init__(self) -> None:
@@ -120,7 +126,7 @@ class LinearProbeArguments(ImageArguments):
 
 
 @dataclass
-class SuiteArguments(ImageFileArguments):
+class SuiteArguments(EmbeddingArguments):
     """Flags of `eval.suite`."""
 
     suite: str = flag("paper", f"Which benchmarks: {', '.join(SUITES)}.", positional=True, nargs="?")
@@ -143,10 +149,6 @@ class SuiteArguments(ImageFileArguments):
         "capivara", "Published model to compare with: fine-tuned, or with LoRA (Opt.)."
     )
     offline: bool = flag(False, "Take local data alone.")
-    batch_size: int = flag(32, "Images that go through at once.")
-    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster.")
-    cache_dir: str = flag("auto", CACHE_HELP)
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
     gallery: int = flag(0, "Queries with small copies of pictures to keep for a report.")
     list_benchmarks: bool = flag(False, "Show the suite's benchmarks and where their data are.", aliases=["--list"])
 

@@ -58,7 +58,7 @@ def write_result(
 
 
 def run_evaluation(
-    kind: type[ModelArguments], doc: str, argv: list[str] | None, evaluate: Callable[[Any], list[Record] | None]
+    kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record] | None], argv: list[str] | None = None
 ) -> None:
     """The command of a measurement: read the flags, measure, print the figures and what their reader must know.
 

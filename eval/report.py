@@ -76,7 +76,6 @@ def series_of(found: Found) -> list[Series]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     try:
         args = parse(ReportArguments, __doc__, argv)
         found = write_report(args.results, args.output, args.overwrite_output_dir)

@@ -214,12 +214,10 @@ def gains_of(found: Found) -> list[tuple[Record, str]]:
 
 
 def metric_name(c: Condition) -> str:
-    """A metric in short words."""
     return METRIC_NAMES.get(c.metric, c.metric)
 
 
 def title_of(c: Condition) -> str:
-    """Heading of a group of figures."""
     if c.task == "retrieval":
         return f"Retrieval, {c.dataset}{f', captions in {c.language}' if c.language else ''}, split {c.split}"
     prompts = f", prompts in {c.language}" if c.language else ""
@@ -253,7 +251,6 @@ def model_label(role: str, folder: str, folders: set[str]) -> str:
 
 
 def shorten_lines(text: str, limit: int = 28) -> str:
-    """Every line of a label cut to `limit` characters."""
     return "\n".join(one_line(line, limit) for line in text.split("\n"))
 
 
@@ -261,7 +258,6 @@ def shorten_lines(text: str, limit: int = 28) -> str:
 
 
 def _file_cells(name: str, header: dict[str, Any]) -> list[str | Cell]:
-    """Name, model, revision, fingerprint, command, seconds and left out rows of a file."""
     shown = {key: one_line(str(value), 400) for key, value in header.items()}
     return [
         Cell(name, is_code=True),

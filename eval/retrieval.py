@@ -20,7 +20,7 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -145,7 +145,6 @@ class RetrievalData:
 
     @cached_property
     def images(self) -> ImageRows:
-        """Of all rows."""
         return self.images_of(range(len(self.captions)))
 
     def images_of(self, rows: range) -> ImageRows:
@@ -166,7 +165,6 @@ class RetrievalData:
         return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
 
     def first(self, rows: int) -> "RetrievalData":
-        """The first `rows` rows alone."""
         return RetrievalData(self.source, self.captions[:rows], self.image_column)
 
 
@@ -299,10 +297,7 @@ PHASES = {
 }
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    run_evaluation(RetrievalArguments, __doc__, argv, run)
-
+main = partial(run_evaluation, RetrievalArguments, __doc__, run)
 
 if __name__ == "__main__":
     run_command(main, resumes=True)

@@ -181,7 +181,6 @@ def listing(args: SuiteArguments, suite: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
     try:
         args = parse(SuiteArguments, __doc__, argv)
         if args.list_benchmarks:

@@ -24,7 +24,6 @@ class Model:
 
     @property
     def suffix(self) -> str:
-        """How names of result files end."""
         return "baseline" if self.role == "baseline" else f"{self.role}-{self.run}"
 
 

@@ -3,15 +3,14 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.benchmarks import METRICS, Average, Benchmark
 from records.schema import MODEL_NAMES
 from records.tables import markdown_table
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """One measured figure of a suite: `value` and `n` as in a `Record`, `run` the number of the model of its role."""
 
     benchmark: str
@@ -34,8 +33,7 @@ class SuiteFigures:
     def of(self, benchmark: str, language: str, direction: str, metric: str, role: str) -> list[Figure]:
         """A figure a run, in the order of runs; empty where a run has none, since a mean of fewer would mislead."""
         wanted = (benchmark, language, direction, metric, role)
-        key = ("benchmark", "language", "direction", "metric", "role")
-        found = [figure for figure in self.figures if tuple(getattr(figure, name) for name in key) == wanted]
+        found = [figure for figure in self.figures if figure[: len(wanted)] == wanted]
         return sorted(found, key=lambda figure: figure.run) if len(found) == self.runs[role] else []
 
 

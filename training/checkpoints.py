@@ -65,12 +65,10 @@ class Checkpoints:
         self.folder, self.keep_last, self.accelerator = folder, keep_last, accelerator
 
     def steps(self) -> list[int]:
-        """Numbers of the whole checkpoints, in order."""
         names = [NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
         return sorted(int(match[1]) for match in names if match)
 
     def path(self, step: int) -> Path:
-        """The folder of the checkpoint of a step, whether it is there or not."""
         return self.folder / f"step-{step:08d}"
 
     def clean(self) -> None:

@@ -22,7 +22,7 @@ from training.step import MicroBatch, micro_batches, padding_share
 
 @dataclass
 class Split:
-    """The usable pairs of one split of one data set."""
+    """The usable pairs of one split of one data set, as a sequence of their images."""
 
     source: Source
     table: Dataset  # `row`, `digest` and `captions` of each pair
@@ -31,35 +31,17 @@ class Split:
     def __len__(self) -> int:
         return len(self.table)
 
-    def image(self, pair: int) -> PIL.Image.Image:
+    def __getitem__(self, pair: int) -> PIL.Image.Image:
         """The image of a pair, decoded. Raises BadImage where it can't be used."""
         return decode_image(self.source.row(self.table[int(pair)]["row"])[self.image_column], self.source.files)
 
-    def images(self) -> "Sequence[PIL.Image.Image]":
-        """All images, decoded one by one as they are asked for."""
-        return _Images(self)
-
     def captions(self) -> list[list[str]]:
-        """The captions of every pair."""
         return self.table["captions"][:]
 
     @property
     def fingerprint(self) -> str:
         """Hex digest of images, captions and their order."""
         return tables_fingerprint(self.table)
-
-
-@dataclass
-class _Images:
-    split: Split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, pair: int) -> PIL.Image.Image:
-        if not 0 <= pair < len(self.split):
-            raise IndexError(pair)
-        return self.split.image(pair)
 
 
 def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
@@ -136,7 +118,6 @@ def evaluation_split(args: RunArguments, split: str, languages: list[str]) -> di
 
 
 def caption_column(args: RunArguments, language: str) -> str:
-    """The name of the column of the captions in a language."""
     return args.caption_column.replace("{language}", language)
 
 

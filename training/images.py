@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
 from caption_data.rows import BadImage
-from caption_data.stage_folder import all_parts
 from common.files import check_free_space, read_json, write_json
+from common.tasks import all_parts
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import weights_digest
 from training.arguments import RunArguments

@@ -58,7 +58,6 @@ class Inputs:
 
 
 def cache_root(args: RunArguments) -> Path:
-    """Where image-embedding caches lie."""
     if args.image_embedding_cache not in ("auto", "off"):
         return Path(args.image_embedding_cache)
     return cache_home() / "image_embeddings"
@@ -101,7 +100,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         validation=validation,
         validation_embeds=_validation_embeds(args, base, processor, validation, accelerator),
         test=measured[args.test_split],
-        test_embeds=embed_images(base, processor, test.images(), args.embedding_batch_size, "Images, test"),
+        test_embeds=embed_images(base, processor, test, args.embedding_batch_size, "Images, test"),
         skipped=skipped,
         base_digest=weights_digest(base),
     )
@@ -154,7 +153,7 @@ def _validation_embeds(
     if args.towers == "both":
         return None
     if args.image_embedding_cache == "off":
-        return embed_images(base, processor, split.images(), args.embedding_batch_size, "Images, validation")
+        return embed_images(base, processor, split, args.embedding_batch_size, "Images, validation")
     views = Views(split.source, split.table, split.image_column, processor, augmented_views=1, seed=args.seed)
     root = cache_root(args)
     root = root.parent if (root / "cache.json").is_file() else root  # that of the training images alone

@@ -78,7 +78,13 @@ class Trainer:
             self.state.curve.append({"step": 0, "validation": self._measured()})
         self.stopped_early = self._out_of_patience()  # of a run that was killed then
         self.started = time.perf_counter() - self.state.seconds
-        with _signals() as received, sparse_embedding_gradients(self.model), self._plans() as plans, self._bar() as bar:
+        with (
+            _signals() as received,
+            sparse_embedding_gradients(self.model),
+            ThreadPoolExecutor(1) as executor,
+            self._bar() as bar,
+        ):
+            plans = _PlansAhead(self.planner, executor, args.max_steps)
             pixels = self._pixels(plans)
             while self.state.step < args.max_steps and not self.stopped_early:
                 started = time.perf_counter()
@@ -257,7 +263,6 @@ class Trainer:
         return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
 
     def _report_accumulation(self, kept: int, batches: int) -> None:
-        """Log once how the batch is accumulated."""
         self.reported = True
         if self.accelerator.is_main_process:
             fitting = f" ({self.step.budget / 1e9:.1f} GB of them fit)" if self.args.accumulation == "auto" else ""
@@ -273,11 +278,6 @@ class Trainer:
             unit="pair", unit_scale=True, disable=not self.accelerator.is_main_process,
         )  # fmt: skip
 
-    @contextmanager
-    def _plans(self) -> Iterator["_PlansAhead"]:
-        with ThreadPoolExecutor(1) as executor:
-            yield _PlansAhead(self.planner, executor, self.args.max_steps)
-
 
 class _PlansAhead:
     """Plans by step; the next one is made while a step computes."""
@@ -290,7 +290,6 @@ class _PlansAhead:
         return self._future(step).result()
 
     def pop(self, step: int) -> StepPlan:
-        """The plan of a step that is about to be run."""
         plan = self.get(step)
         del self._plans[step]
         if step + 1 < self._max_steps:
@@ -327,6 +326,5 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _recall(validation: dict[str, float]) -> float:
-    """Mean of both directions."""
     values = [value for key, value in validation.items() if key != "loss"]
     return sum(values) / max(len(values), 1)

@@ -224,7 +224,6 @@ def _texts(value: Any) -> list[str]:
 
 
 def _heading(card: Path) -> str | None:
-    """The first heading of a card."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.search(r"^# +(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else None

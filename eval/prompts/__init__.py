@@ -105,7 +105,6 @@ def _ours(benchmark: str) -> Prompts:
 
 
 def _own(path: Path) -> Prompts:
-    """Prompts of a user's file."""
     if not path.is_file():
         raise ValueError(f"The file of classes {path} does not exist.")
     try:
