@@ -1,12 +1,11 @@
 """What the evaluation commands share: a model whose embeddings are kept, the result file, and what a command prints."""
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 from caption_data.embedding_cache import cache_folder
-from common.cli import parse
+from common.cli import parse, user_errors
 from common.environment import device_description
 from common.files import read_json
 from eval.embeddings import EmbeddingStore
@@ -57,6 +56,7 @@ def write_result(
     write_records(args.output, records, facts, **parts)
 
 
+@user_errors
 def run_evaluation(
     kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record] | None], argv: list[str] | None = None
 ) -> None:
@@ -64,11 +64,8 @@ def run_evaluation(
 
     Where `evaluate` gives None, Slurm will measure.
     """
-    try:
-        args = parse(kind, doc, argv)
-        records = evaluate(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    args = parse(kind, doc, argv)
+    records = evaluate(args)
     if records is None or not processes().is_main_process:
         return
     for record in records:

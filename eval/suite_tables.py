@@ -177,7 +177,9 @@ def _suite_notes(summary: dict[str, Any]) -> list[str]:
             "\\* not like for like: other captions, another number of images, or other names and prompts than the "
             "published figure's, which was made with the authors' (`--protocol authors --authors_file FILE`)."
         )
-    facts = [*_image_notes(summary), *_protocol_notes(summary), *summary["averages_left_out"], *_not_run(summary)]
+    measured = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in MODEL_NAMES)}
+    of_protocols = [f"{title}: {note}" for key, (title, note) in summary["notes"].items() if note and key in measured]
+    facts = [*_image_notes(summary), *of_protocols, *summary["averages_left_out"], *_not_run(summary)]
     return [*notes, "\n".join(f"- {fact}" for fact in facts)] if facts else notes
 
 
@@ -193,11 +195,6 @@ def _image_notes(summary: dict[str, Any]) -> list[str]:
         for m in summary["measurements"]
         if m["skipped"]
     ]
-
-
-def _protocol_notes(summary: dict[str, Any]) -> list[str]:
-    measured = {row["benchmark"] for row in summary["rows"] if any(row[role]["measured"] for role in MODEL_NAMES)}
-    return [f"{title}: {note}" for key, (title, note) in summary["notes"].items() if note and key in measured]
 
 
 def _not_run(summary: dict[str, Any]) -> list[str]:

@@ -16,8 +16,7 @@ from exact_step_process import CAPTIONS, MICRO, SEED, STEP, build, gradients_of,
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, clip_loss
 from training.contrastive import contrastive_gradients
-from training.memory_budget import GraphMeter
-from training.step import ExactStep, _Lookup, micro_batches, padding_share, sparse_embedding_gradients
+from training.step import ExactStep, GraphMeter, _Lookup, micro_batches, padding_share, sparse_embedding_gradients
 
 TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"no": 1e-5, "bf16": 1e-2}

@@ -102,7 +102,8 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
         except BaseException as error:
             # torch.save does not name a full disk.
-            full = no_space_left(error) or (isinstance(error, RuntimeError) and self._is_full())
+            unnamed = isinstance(error, RuntimeError) and shutil.disk_usage(self.folder).free < FULL_BYTES
+            full = no_space_left(error) or unnamed
             shutil.rmtree(temporary, ignore_errors=True)
             if full:
                 kept = self.steps()
@@ -130,9 +131,6 @@ class Checkpoints:
                 f"({type(error).__name__}). Remove it, and --resume auto goes on from an earlier one or from the start."
             ) from error
         return state
-
-    def _is_full(self) -> bool:
-        return shutil.disk_usage(self.folder).free < FULL_BYTES
 
     def _remove_old(self, state: TrainerState) -> None:
         kept = {*self.steps()[-self.keep_last :], state.best_step}

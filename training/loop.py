@@ -22,9 +22,8 @@ from training.arguments import RunArguments
 from training.checkpoints import Checkpoints, TrainerState
 from training.data import Planner, StepPlan
 from training.images import TrainingImages, loading_workers
-from training.memory_budget import used_memory
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradients
+from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradients, used_memory
 from training.trainable import set_training_mode
 from training.views import embed_pixels
 
@@ -237,9 +236,7 @@ class Trainer:
 
     def _measured(self) -> dict[str, float]:
         results = [self.validate(self.model) if self.accelerator.is_main_process else None]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(results)
-        return results[0]
+        return broadcast_object_list(results)[0]
 
     def _agreed(self, received: list[int]) -> int:
         """The signal that any process has got, else 0: all stop after the same step."""

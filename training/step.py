@@ -6,11 +6,14 @@ run a second time with the random state of the first: the result is the same to 
 """
 
 import logging
+import os
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,9 +21,9 @@ from torch.nn import functional as F
 
 from modeling_capivara import CapivaraProcessor
 from training.contrastive import contrastive_gradients
-from training.memory_budget import GraphMeter, free_memory
 
 BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
 logger = logging.getLogger("capivara")
 
 
@@ -264,3 +267,42 @@ def sparse_embedding_gradients(model: nn.Module, min_rows: int = 10_000):
     finally:
         for module in patched:
             del module.forward
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`, the limit of a container included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or one without a limit, which is "max"
+        limit = int(CONTAINER_LIMIT.read_text(encoding="ascii"))
+        free = min(free, limit - psutil.Process().memory_info().rss)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one machine share it
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process holds on `device`; the most it has held, on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class GraphMeter(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd saves for the backward pass within it, the model's own tensors left out."""
+
+    def __init__(self, model: nn.Module):
+        self.bytes = 0
+        self._seen = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+        super().__init__(self._count, lambda tensor: tensor)
+
+    def __enter__(self) -> "GraphMeter":
+        super().__enter__()
+        return self
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor

@@ -71,7 +71,7 @@ def load_prompts(
     if benchmark not in benchmarks():
         nearest = get_close_matches(benchmark, benchmarks(), n=3, cutoff=0.0)
         raise ValueError(f"Unknown benchmark {benchmark!r}; the nearest are {nearest}. There are {benchmarks()}.")
-    ours = _ours(benchmark)
+    ours = _prompts(benchmark, read_json(FOLDER / "pt" / f"{benchmark}.json"))
     if protocol == "ours":
         return ours
     if protocol == "authors":
@@ -98,10 +98,6 @@ def fill(template: str, entry: dict) -> str:
         if f"{{{placeholder}}}" in template:
             return template.replace(f"{{{placeholder}}}", form)
     raise ValueError(f"The template {template!r} has none of the placeholders {sorted(forms)}.")
-
-
-def _ours(benchmark: str) -> Prompts:
-    return _prompts(benchmark, read_json(FOLDER / "pt" / f"{benchmark}.json"))
 
 
 def _own(path: Path) -> Prompts:
