@@ -104,7 +104,7 @@ def _embedded(
         return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
     items = (batch for part in parts for batch in batches_of(part))
-    batches = views.streamed(items) if views.source.streaming else views.batches(items, workers)
+    batches = views.streamed(items) if views.source.streaming else read_ahead(views, items, workers, list)
     total, title, quiet = sum(map(len, parts)), f"Images, {views.source.where}", not accelerator.is_main_process
     with tqdm(total=total, desc=title, unit="image", disable=quiet) as bar:
         for part in parts:

@@ -90,15 +90,11 @@ class Views:
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
 
-    def batches(self, items: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[list]:
-        """Lists of what `__getitem__` gives, one a list of `items`, read ahead by `workers` processes."""
-        return read_ahead(self, items, workers, list)
-
     def __len__(self) -> int:
         return len(self.table)
 
     def streamed(self, items: Iterable[Sequence[tuple[int, int]]]) -> Iterator[list]:
-        """As `batches` for pairs in their order, in one pass over the source; ValueError where it ends early."""
+        """As `__getitem__` for pairs in their order, in one pass over the source; ValueError where it ends early."""
         rows, number, image = None, -1, None
         for batch in items:
             pixels: list[Tensor | BadImage] = []
