@@ -72,11 +72,7 @@ def caption_texts(value: Any, column: str) -> list[str]:
 
 
 def similarities(value: Any, column: str) -> list[float | None]:
-    """The similarities of a row, a number for each caption; None is that of an empty one.
-
-    Raises:
-        BadRow: they are no list.
-    """
+    """The similarities of a row, a number for each caption, None of an empty one. Raises BadRow if they are no list."""
     if not isinstance(value, list | None):
         raise BadRow("no caption", f"{column!r} must be a list, it is {value!r}")
     return value or []
@@ -98,12 +94,8 @@ def fitting(value: Any, feature: Any) -> Any:
 
 
 def _judged(rows: Iterator[dict[str, Any]], columns: dict[str, str]) -> Features:
-    """Features of columns that nothing declares, by what most of some rows hold; lists and objects are left out.
-
-    Args:
-        rows: of the source.
-        columns: name in the source -> in the output.
-    """
+    """Features of columns (name in the source -> in the output) that nothing declares, by what most of some rows hold;
+    lists and objects are left out."""
     found: dict[str, Counter[type]] = {name: Counter() for name in columns}
     for row in rows:
         for name in columns:

@@ -22,19 +22,12 @@ DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Images that are read when they are needed.
+    """Images that are read when they are needed."""
 
-    Attributes:
-        row_image: number of a row -> its image as `datasets` gives it undecoded, `{"bytes", "path"}`.
-        count: rows.
-        files: which images may be opened.
-        digest: hex, of the files of all images in their order.
-    """
-
-    row_image: Callable[[int], dict | None]
-    count: int
-    files: ImageFiles = BYTES_ALONE
-    digest: str = field(init=False)
+    row_image: Callable[[int], dict | None]  # of a row's number: its image as `datasets` gives it undecoded
+    count: int  # rows
+    files: ImageFiles = BYTES_ALONE  # which images may be opened
+    digest: str = field(init=False)  # hex, of the files of all images in their order
     _digests: bytes = field(init=False, repr=False)  # 16 each
 
     def __post_init__(self) -> None:

@@ -10,6 +10,9 @@ strategies and their constants are those of CAPIVARA, arXiv 2310.13683.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+from common.cli import between, flag
 
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
 WITH_SIMILARITIES = ("rank", "threshold", "diverse")
@@ -20,27 +23,19 @@ TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2
 
 @dataclass(frozen=True)
 class CaptionChoice:
-    """Which captions of a row are used.
+    """Which captions of a row are used. Raises ValueError where a value is out of its range.
 
-    Attributes:
-        strategy: `none` is the originals only; `first` adds the first `count` generated ones; `all` adds all generated
-            ones; `rank` is the `count` most similar to the image, originals and generated ones alike; `threshold` is
-            all whose similarity is at least `min_similarity`; `diverse` takes those, most similar first, and keeps a
-            caption whose TF-IDF cosine with every kept one is at most `max_overlap`.
-        count: captions of `first` and `rank`, at least 1.
-        min_similarity: cosine of image and caption, -1 to 1.
-        max_overlap: TF-IDF cosine of two captions, 0 to 1.
-        min_kept: `diverse` fills up to this many, at least 1, with the most similar of those that it dropped.
-
-    Raises:
-        ValueError: a value is out of its range.
+    `none` is the originals only; `first` adds the first `count` generated ones; `all` adds all generated ones; `rank`
+    is the `count` most similar to the image, originals and generated ones alike; `threshold` is all whose similarity is
+    at least `min_similarity`; `diverse` takes those, most similar first, and keeps a caption whose TF-IDF cosine with
+    every kept one is at most `max_overlap`.
     """
 
     strategy: str = "none"
-    count: int = 5  # the released recipe, arXiv 2310.13683
-    min_similarity: float = 0.2
-    max_overlap: float = 0.3
-    min_kept: int = 3
+    count: int = 5  # captions of `first` and `rank`, at least 1; the released recipe, arXiv 2310.13683
+    min_similarity: float = 0.2  # cosine of image and caption, -1 to 1
+    max_overlap: float = 0.3  # TF-IDF cosine of two captions, 0 to 1
+    min_kept: int = 3  # `diverse` fills up to so many, at least 1, with the most similar of those that it dropped
 
     def __post_init__(self):
         if self.strategy not in STRATEGIES:
@@ -62,6 +57,37 @@ class CaptionChoice:
         if self.strategy in WITH_SIMILARITIES:
             names.append(f"similarities-{language}")
         return names
+
+
+@dataclass(kw_only=True)
+class CaptionChoiceArguments:
+    """The flags of every command that chooses captions."""
+
+    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
+        "none",
+        "Which captions of an image are kept, or one is drawn from at every step of a training: none = the originals; "
+        "first = these and the first `caption_count` generated; all; rank = the `caption_count` most similar to the "
+        "image; threshold = those of `min_similarity` at least; diverse = of these, those unlike each other.",
+    )
+    caption_count: int = flag(5, "Captions of the strategies first and rank.")
+    min_similarity: float = flag(0.2, "Image-caption cosine that threshold and diverse ask for.")
+    min_pair_similarity: float | None = flag(
+        None, "Leave out images whose first caption is less similar to them; all stay where none is given."
+    )
+
+    def check_choice(self) -> None:
+        """Raise ValueError where a value is out of its range."""
+        self.choice()
+        between(self, -1, 1, "min_pair_similarity")
+
+    def choice(self) -> CaptionChoice:
+        return CaptionChoice(self.caption_strategy, self.caption_count, self.min_similarity)
+
+    def chosen(self, row: dict, language: str) -> list[str]:
+        """`choose_captions` of a row, none where it does not pass the pair filter. Raises ValueError as these do."""
+        if self.min_pair_similarity is not None and not pair_passes(row, language, self.min_pair_similarity):
+            return []
+        return choose_captions(row, language, self.choice())
 
 
 def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str]:

@@ -27,6 +27,7 @@ from captions.build_plan import Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER
 from captions.executors import EXPECTED, Work, execute, failures
 from captions.stage_arguments import BuildArguments
+from captions.stages import RowStage
 from captions.translate import export
 from captions.translators.google_cloud import GOOGLE_MODULES
 from common.cli import parse, run_command
@@ -51,6 +52,8 @@ def build(args: BuildArguments) -> Path | None:
     given = {name: getattr(args, name) for name in ("dataset", "output", "language")}
     plan = read_plan(args.config, args.executor_flags(), **given)
     check_packages(plan)
+    if not args.dry_run:
+        check_data(plan)
     for line in described(plan):
         logger.info("%s", line)
     if args.dry_run:
@@ -83,9 +86,16 @@ def split_at_tables(plan: Plan) -> tuple[list[Step], list[Step]]:
     return runnable, waiting
 
 
+def check_data(plan: Plan) -> None:
+    """Raise ValueError where the data set is missing or lacks a split or columns, before a model is looked for."""
+    for first in (steps[0] for steps in plan.steps.values()):
+        if not (first.args.output / STAGE_FILE).is_file() or unfinished(first.args.output):
+            RowStage(first.args)
+
+
 def check_packages(plan: Plan) -> None:
     """Raise ImportError where an extra is missing that a stage would ask for, maybe after days of others."""
-    for step in (step for steps in plan.steps.values() for step in steps):
+    for step in plan.all_steps():
         if step.name == "score" and step.args.model.startswith("open_clip:"):
             require("The stage score of the config", "open_clip", "open_clip")
         elif step.name == "translate" and step.args.backend == "google":
@@ -95,7 +105,7 @@ def check_packages(plan: Plan) -> None:
 def described(plan: Plan) -> list[str]:
     """What is done and what will be, a line a stage, and the tasks that have failed."""
     lines = []
-    for step in (step for steps in plan.steps.values() for step in steps):
+    for step in plan.all_steps():
         lines.append(f"{step.title}: {_state(step)}\n    {step.args.command()}")
         for work in Work.of(step.args, step.title):
             lines += [f"    {work.title}: task {rank} has failed: {text}" for rank, text in failures(work.logs).items()]

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DynamicCache,
     DynamicLayer,
@@ -59,14 +60,7 @@ class FiniteScores(LogitsProcessor):
 
 
 class Captioner:
-    """An image-to-text model in its plain call, which encodes an image anew for every prefix.
-
-    Attributes:
-        model: in `eval()`, on the device where it shall work.
-        image_processor: gives `pixel_values`.
-        tokenizer: of prefixes and texts.
-        decoding: how texts are written.
-    """
+    """An image-to-text model, in `eval()` on its device, in its plain call: an image is encoded anew for every prefix."""
 
     pads = False  # whether prefixes of several lengths go into one call
 
@@ -92,15 +86,9 @@ class Captioner:
     def captions(
         self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str], keys: Sequence[bytes] | None = None
     ) -> list[list[str] | BadRow]:
-        """Every prefix, a blank and the text that goes on from it, for every image.
+        """For every image, RGB, one caption a prefix, or why it has none: the prefix, a blank and what goes on from it.
 
-        Args:
-            images: RGB.
-            prefixes: what captions begin with.
-            keys: one an image, which its random numbers depend on; the images' numbers where None.
-
-        Returns:
-            For every image one caption a prefix, or why it has none.
+        `keys` are one an image, which its random numbers depend on; the images' numbers where None.
         """
         return self.written(self.pixels(images), prefixes, keys) if images else []
 
@@ -123,8 +111,7 @@ class Captioner:
 
         Args:
             pixel_values: (images, 3, height, width).
-            prefixes: what captions begin with.
-            keys: as those of `captions`.
+            prefixes, keys: as of `captions`.
 
         Returns:
             For every image and prefix (steps,), end token and padding included; None where a score was no number.
@@ -162,16 +149,13 @@ class Captioner:
         return [start, *self.tokenizer(prefix, add_special_tokens=False)["input_ids"]]
 
     def continued(self, encoded: Any, images: Tensor, prompts: list[list[int]], **options: Any) -> Tensor:
-        """Generate.
+        """The new token ids, (texts, steps).
 
         Args:
             encoded: of `encode`.
             images: (texts,), the number of each text's image.
             prompts: one a text, all of one length unless `pads`.
             options: of `generate`.
-
-        Returns:
-            (texts, steps), the new token ids.
         """
         ids = torch.tensor(prompts, device=self.device)
         name = "decoder_input_ids" if self.kind == "vision-encoder-decoder" else "input_ids"
@@ -274,13 +258,12 @@ class Blip2Captioner(Captioner):
 
     def padded(self, prompts: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
         """(texts, tokens), token ids and their mask."""
-        pad, longest = self.writer.generation_config.pad_token_id, max(map(len, prompts))
-        ids, mask = [], []
-        for prompt in prompts:
-            gap = longest - len(prompt)
-            ids.append([pad] * gap + prompt if left else prompt + [pad] * gap)
-            mask.append([0] * gap + [1] * len(prompt) if left else [1] * len(prompt) + [0] * gap)
-        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+        side, pad = "left" if left else "right", self.writer.generation_config.pad_token_id
+        ids, mask = (
+            pad_sequence([torch.tensor(prompt, device=self.device) for prompt in rows], True, value, side)
+            for rows, value in ((prompts, pad), ([[1] * len(prompt) for prompt in prompts], 0))
+        )
+        return ids, mask
 
     @property
     def _cache_name(self) -> str:

@@ -64,27 +64,19 @@ class Side:
 
 @dataclass
 class Summary:
-    """What one pass over the captions found.
+    """What one pass over the captions found; the dictionaries are by whether something was kept."""
 
-    Attributes:
-        kept, not_chosen: images.
-        captions, captions_kept: of the images that could be used; what occurs twice in one counts once.
-        pairs: whether kept -> first captions of such images, by similarity.
-        all: whether kept -> captions.
-        passing: cut -> images whose first caption is at least that similar.
-        at_the_cut: whether kept -> (nearness, row, caption, similarity), the nearest to the other side.
-        by_first: whether the cut is that of the first captions, not of all: `rank` drops captions of images that fit
-            well, and they would hide those that the pair filter has dropped.
-    """
-
+    # Whether the cut is that of the first captions, not of all: `rank` drops captions of images that fit well, and they
+    # would hide those that the pair filter has dropped.
     by_first: bool = False
-    kept: int = 0
-    not_chosen: int = 0
-    captions: int = 0
+    kept: int = 0  # images
+    not_chosen: int = 0  # images
+    captions: int = 0  # of the images that could be used; what occurs twice in one counts once
     captions_kept: int = 0
-    pairs: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})
-    all: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})
-    passing: Counter[float] = field(default_factory=Counter)
+    pairs: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})  # first captions of images
+    all: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})  # captions
+    passing: Counter[float] = field(default_factory=Counter)  # cut -> images whose first caption is as similar or more
+    # (nearness, row, caption, similarity), the nearest to the other side
     at_the_cut: dict[bool, list[tuple]] = field(default_factory=lambda: {True: [], False: []})
 
     def add(self, row: int, chosen: list[str], scored: list[tuple[str, float | None]], first: float | None) -> None:
@@ -110,13 +102,7 @@ class Summary:
 
 
 def write_report(args: SelectArguments, outcome: Outcome, whole: StageReport) -> None:
-    """The folder `report` of a selection that is complete; its page is written last.
-
-    Args:
-        args: of the selection.
-        outcome: what it does with a row.
-        whole: of the rows that were left out.
-    """
+    """The folder `report` of a selection that is complete; its page is written last."""
     summary, source = _summary(args, outcome)
     facts = _facts(args, summary, whole)
     examples = {kept: _examples(source, args.image_column, summary.at_the_cut[kept]) for kept in (False, True)}
@@ -140,9 +126,7 @@ def write_report(args: SelectArguments, outcome: Outcome, whole: StageReport) ->
 
 def _summary(args: SelectArguments, outcome: Outcome) -> tuple[Summary, Source]:
     """One pass over the captions, and the source that they are of."""
-    columns = list(args.columns().values())
-    source = stage_source(args)
-    names = args.renamed()
+    columns, source, names = args.columns(), stage_source(args), args.renamed()
     present = [old for old in source.columns if names.get(old, old) in columns]
     by_first = args.min_pair_similarity is not None and _strategy_cut(args) is None
     summary, unusable = Summary(by_first), _unusable(args.output, args.split)
@@ -220,10 +204,9 @@ def _examples(source: Source, image_column: str, nearest: list[tuple]) -> list[E
 def _page(facts: dict[str, Any], drawn: dict[str, Any]) -> str:
     """The page of the facts; the similarities' part is left out where there are none."""
     images, captions = facts["images"], facts["captions"]
-    usable = images["kept"] + images["not chosen"]
+    usable, of_images = images["kept"] + images["not chosen"], captions["of these images"]
     counts = [["images", f"{usable:,}", f"{images['kept']:,}", _share(images["kept"], usable)]]
-    of_images, kept = captions["of these images"], captions["kept"]
-    counts.append(["captions", f"{of_images:,}", f"{kept:,}", _share(kept, of_images)])
+    counts.append(["captions", f"{of_images:,}", f"{captions['kept']:,}", _share(captions["kept"], of_images)])
     counts += [[f"images that can't be used: {k}", f"{n:,}", "0", ""] for k, n in images["can't be used"].items()]
     kinds = (("first_captions", "first captions of images"), ("all_captions", "captions"))
     sides = [(f"{name} {side}", facts[kind][side]) for kind, name in kinds for side in ("kept", "dropped")]

@@ -12,8 +12,6 @@ import io
 import itertools
 import json
 import logging
-import os
-import sqlite3
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 from caption_data.columns import caption_texts
 from caption_data.rows import BadRow
 from caption_data.sources import Source
+from caption_data.stage_folder import whole_parquet
 from common.files import write_bytes, write_json
 
 SENTENCES = "sentences.parquet"
@@ -44,13 +43,7 @@ def sentences_of(row: dict[str, Any], columns: Iterable[str]) -> Iterator[str]:
 
 
 def distinct_sentences(source: Source, columns: list[str], parts: Iterable[range]) -> Iterator[str]:
-    """The captions of some rows in their order, each once; images are not read where the form of the data allows.
-
-    Args:
-        source: of the rows.
-        columns: of captions, by the source's names.
-        parts: the rows.
-    """
+    """The captions of some rows in their order, each once; images are not read where the form of the data allows."""
     seen: set[bytes] = set()  # digests: of tens of millions of sentences they need a tenth of the memory
     for part in parts:
         for row in itertools.islice(source.rows(part.start, only=columns), len(part)):
@@ -62,22 +55,27 @@ def distinct_sentences(source: Source, columns: list[str], parts: Iterable[range
 
 
 class SentenceFile:
-    """The distinct sentences of a source, one a row.
+    """The distinct sentences of a source, one a row: a parquet file whose rows are shared out as those of a `Source`.
 
     Args:
-        path: of the parquet file.
+        path: of the file.
         source: that it shall be of.
         columns: of captions, by the source's names.
     """
 
+    split = "sentences"
+
     def __init__(self, path: Path, source: Source, columns: list[str]):
-        self.path, self.columns, self._source = path, columns, source
+        self.path, self.name, self.columns, self.damaged, self._source = path, str(path), columns, [], source
         made_from = [SENTENCES_VERSION, len(source), source.fingerprint(), columns]
-        self.fingerprint = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+        self._fingerprint = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     def is_there(self) -> bool:
         """Whether the file is whole and of this source."""
-        return self.path.is_file() and pq.read_schema(self.path).metadata.get(SOURCE_KEY) == self.fingerprint.encode()
+        return self.path.is_file() and pq.read_schema(self.path).metadata.get(SOURCE_KEY) == self._fingerprint.encode()
 
     def write(self, rows_per_group: int) -> None:
         """Make it, unless it is there, with so many rows in a row group."""
@@ -86,19 +84,11 @@ class SentenceFile:
         if self.is_there():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        schema = SCHEMA.with_metadata({SOURCE_KEY: self.fingerprint.encode()})
+        schema = SCHEMA.with_metadata({SOURCE_KEY: self._fingerprint.encode()})
         found = distinct_sentences(self._source, self.columns, [range(len(self._source))])
-        try:
-            with temporary.open("wb") as file:
-                with pq.ParquetWriter(file, schema) as parquet:
-                    while some := list(itertools.islice(found, rows_per_group)):
-                        parquet.write_table(pa.table({"source": some}, schema=schema))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_parquet(self.path, schema) as parquet:
+            while some := list(itertools.islice(found, rows_per_group)):
+                parquet.write_table(pa.table({"source": some}, schema=schema))
 
     def __len__(self) -> int:
         return pq.read_metadata(self.path).num_rows
@@ -125,15 +115,15 @@ class TranslationMemory:
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
         text = json.dumps(fingerprint, sort_keys=True, ensure_ascii=True)
-        self.key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        self.folder, self._all, self._fingerprint = folder / self.key, folder, fingerprint
+        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        self.folder, self._fingerprint = folder / key, fingerprint
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:
         """Sentence -> translation, of those that are known. All files are read, so ask for many at once."""
         wanted = set(sentences)
         if not wanted:
             return {}
-        return self._of_earlier_versions(wanted) | translations_in(sorted(self.folder.glob("*.parquet")), wanted)
+        return translations_in(sorted(self.folder.glob("*.parquet")), wanted)
 
     def add(self, translations: dict[str, str]) -> None:
         """Keep translations in a file of their own, all or none of them. Raises OSError where the disk is full."""
@@ -144,20 +134,6 @@ class TranslationMemory:
         pq.write_table(pa.table(columns, schema=PAIR_SCHEMA), file)
         name = hashlib.blake2b("\0".join(translations).encode(), digest_size=16).hexdigest()
         write_bytes(self.folder / f"{name}.parquet", file.getvalue())
-
-    def _of_earlier_versions(self, wanted: set[str]) -> dict[str, str]:
-        """What the SQLite files of version 0.1.0's first builds know: it may have been paid for."""
-        found: dict[str, str] = {}
-        for path in sorted(self._all.glob("*.sqlite")):
-            try:
-                with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-                    query = "SELECT source, translation FROM translations WHERE translator = ?"
-                    found |= {
-                        source: made for source, made in connection.execute(query, (self.key,)) if source in wanted
-                    }
-            except sqlite3.Error as error:
-                logger.warning("The translations in %s can't be read (%s); it is done without them.", path, error)
-        return found
 
 
 def translations_in(paths: Iterable[Path], wanted: Container[str], damaged_are_fatal: bool = False) -> dict[str, str]:

@@ -29,18 +29,16 @@ from caption_data.columns import CAPTIONS
 from caption_data.sources import Source
 from caption_data.stage_folder import StageReport, check_all_there, stage_record
 from captions.executors import run_stage_here, stage_main
-from captions.quality import flags
-from captions.quality_report import QUALITY, write_quality_report
+from captions.quality import QUALITY, flags, write_quality_report
 from captions.sentence_stage import (
     collect_sentences,
     finished_sentence_tasks,
-    parts_folder,
     sentence_file,
     translate_sentences,
     translated_columns,
 )
 from captions.sentences import distinct_sentences, translations_in
-from captions.stages import Phase, finished_row_tasks, run_stage, stage_source
+from captions.stages import Phase, RowStage, finished_row_tasks
 from captions.translate_arguments import TranslateArguments
 from captions.tsv import write_sentences
 from common.cli import run_command
@@ -63,14 +61,10 @@ def translate(args: TranslateArguments) -> bool:
 
 
 def export(args: TranslateArguments, path: Path) -> None:
-    """Write the table for a translation elsewhere.
-
-    Raises:
-        ValueError: the file is there: it may hold translations.
-    """
+    """Write the table for a translation elsewhere. Raises ValueError where it is there: it may hold translations."""
     if path.exists():
         raise ValueError(f"{path} is there already, and may hold translations. Choose another --export.")
-    source = stage_source(args)
+    source = RowStage(args).source
     columns = sentence_file(args, source).columns
     sentences = list(distinct_sentences(source, columns, [range(len(source))]))
     write_sentences(path, sentences)
@@ -84,23 +78,22 @@ def export(args: TranslateArguments, path: Path) -> None:
 
 
 class CaptionJoin:
-    """The `process` of `run_stage`: captions of some rows with their translations beside them.
+    """Captions of some rows with their translations beside them: a `Process`.
 
     Args:
         args: of the command.
+        source: of the rows.
         columns: column of the source, by its name in the output -> new column.
     """
 
-    def __init__(self, args: TranslateArguments, columns: dict[str, str]):
-        self.args, self.columns = args, columns
+    def __init__(self, args: TranslateArguments, source: Source, columns: dict[str, str]):
+        self.args, self.source, self.columns = args, source, columns
         self._translations: dict[str, str] = {}
 
-    def prepare(self, source: Source, parts: list[range]) -> None:
+    def prepare(self, parts: list[range]) -> None:
         """Load the translations of some parts."""
-        old_names = {new: old for old, new in self.args.renamed().items()}
-        columns = [old_names.get(column, column) for column in self.columns]
-        wanted = set(distinct_sentences(source, columns, parts))
-        paths = sorted(parts_folder(self.args).glob("*.parquet"))
+        wanted = set(distinct_sentences(self.source, sentence_file(self.args, self.source).columns, parts))
+        paths = sorted(self.args.parts_folder.glob("*.parquet"))
         self._translations = translations_in(paths, wanted, damaged_are_fatal=True)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -130,14 +123,14 @@ def join_translations(args: TranslateArguments, rank: int = 0, world_size: int =
         ValueError: sentences are not translated yet, or the folder is of something else.
         OSError: the disk is full.
     """
-    check_all_there(parts_folder(args))
-    columns = translated_columns(stage_source(args), args)
-    process = CaptionJoin(args, columns)
+    check_all_there(args.parts_folder)
+    stage = RowStage(args)
+    columns = translated_columns(stage.source, args)
+    process = CaptionJoin(args, stage.source, columns)
     new = {target: CAPTIONS for target in columns.values()} | {f"quality-{args.language}": QUALITY}
-    settings = {"translator": stage_record(parts_folder(args))["settings"]["translator"]}
+    settings = {"translator": stage_record(args.parts_folder)["settings"]["translator"]}
     settings |= {name: getattr(args, name) for name in ("language", "source_language", "existing", "drop_flagged")}
-    title = "Translations of the captions"
-    return run_stage(args, new, settings, process, title, rank=rank, world_size=world_size, prepare=process.prepare)
+    return stage.run(new, settings, process, "Translations of the captions", rank, world_size, process.prepare)
 
 
 def write_report(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> str:

@@ -318,8 +318,8 @@ def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"langage": "pt"}, r"unknown key `langage`\. Did you mean `language`"),
-        ({"score": {"modle": "x"}}, r"section score: unknown key `modle`\. Did you mean `model`"),
+        ({"langage": "pt"}, r"Unknown key in .*config.yaml: `langage`\. Did you mean `language`"),
+        ({"score": {"modle": "x"}}, r"section score: `modle`\. Did you mean `model`"),
         ({"score": {"model": "x", "batch_rows": "many"}}, r"section score: argument --batch_rows.*: invalid int value"),
         ({"score": {}}, r"section score: model is missing"),
         ({"select": {"caption_strategy": "best"}}, r"section select: .*invalid choice: 'best'"),
@@ -331,7 +331,7 @@ def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
         ({"card": CARD | {"sources": []}}, r"card.sources must list the sources"),
         ({"card": CARD | {"sources": [{"name": "x"}]}}, r"needs a name and a license"),
         ({"card": CARD | {"license": "Free for all"}}, r"card.license must be an identifier of the Hub"),
-        ({"card": CARD | {"licence": "mit"}}, r"unknown key `licence`\. Did you mean `license`"),
+        ({"card": CARD | {"licence": "mit"}}, r"section card: `licence`\. Did you mean `license`"),
         ({"evaluation_splits": ["train"]}, r"evaluation_splits has 'train'"),
         ({"translate": None, "score": None, "select": None}, r"there is nothing to do"),
         ({"translate": {"backend": "file"}}, r"section translate: --backend file needs"),

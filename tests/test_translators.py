@@ -178,8 +178,8 @@ def test_where_a_long_text_is_cut():
 
 
 def test_groups_are_as_large_as_they_may_be():
-    assert list(groups(["aa", "bb", "cc", "dddddd", "e", "f"], 2, 5)) == [["aa", "bb"], ["cc"], ["dddddd"], ["e", "f"]]
-    assert list(groups([], 2, 5)) == []
+    assert list(groups(["aa", "bb", "cc", "dddddd", "e", "f"], 5, 2)) == [["aa", "bb"], ["cc"], ["dddddd"], ["e", "f"]]
+    assert list(groups([], 5, 2)) == []
 
 
 def test_what_a_translation_depends_on_is_in_the_fingerprint(marian, m2m100, tmp_path):

@@ -32,21 +32,13 @@ REFUSED = {400, 401, 403}
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may cost and how hard it may try.
+    """What a run may cost and how hard it may try."""
 
-    Attributes:
-        max_characters: that may be sent in all.
-        characters_per_second: mean rate.
-        max_tries: of a request.
-        first_wait_s: after the first failure; it doubles with every further one, and a random part is taken off.
-        timeout_s: of a request.
-    """
-
-    max_characters: int
-    characters_per_second: float = 10_000
-    max_tries: int = 8
-    first_wait_s: float = 1.0
-    timeout_s: float = 60.0
+    max_characters: int  # that may be sent in all
+    characters_per_second: float = 10_000  # mean rate
+    max_tries: int = 8  # of a request
+    first_wait_s: float = 1.0  # after the first failure; it doubles with every further one, and a random part is cut
+    timeout_s: float = 60.0  # of a request
 
 
 @dataclass(frozen=True)
@@ -63,14 +55,7 @@ class Incomplete(Exception):
 
 
 class GoogleTranslator:
-    """The service, told the languages.
-
-    Args:
-        language: that it shall write; `same_language` says which codes mean the same.
-        source_language: that it reads.
-        limits: of cost and effort.
-        endpoint: of the service.
-        wait: sleeps so many seconds.
+    """The service, told the languages that it writes and reads; `wait` sleeps so many seconds.
 
     Raises:
         ValueError: no key is given, it is refused, or the service does not know a language.
@@ -100,7 +85,7 @@ class GoogleTranslator:
     def translate(self, sentences: list[str]) -> list[str]:
         """One translation a sentence; one that is too long is translated in pieces, which are joined by blanks."""
         pieces = [cut(sentence, lambda text: len(text) <= MAX_CHARACTERS) for sentence in sentences]
-        requests = groups([piece for some in pieces for piece in some], MAX_SENTENCES, MAX_CHARACTERS)
+        requests = groups([piece for some in pieces for piece in some], MAX_CHARACTERS, MAX_SENTENCES)
         made = iter([text for request in requests for text in self._translated(request)])
         return [" ".join(next(made) for _ in some) for some in pieces]
 

@@ -4,7 +4,6 @@ python -c "from captions.translators.languages import find_code; print(find_code
 """
 
 import difflib
-import re
 from collections.abc import Iterable
 
 MAX_NAMED = 8  # codes that an error shows
@@ -69,19 +68,15 @@ _SCRIPT_CODES = {
     "hans": "CJK", "hant": "CJK",
 }  # fmt: skip
 
-TWO_LETTERS = {long: short for short, _, long in (pair.partition(":") for pair in _PAIRS.split())}
-_THREE_LETTERS = {short: long for long, short in TWO_LETTERS.items()}
+_THREE_LETTERS = dict(pair.split(":") for pair in _PAIRS.split())
+TWO_LETTERS = {long: short for short, long in _THREE_LETTERS.items()}
 _GROUP_MEMBER = dict(pair.split(":") for pair in _OF_GROUP.split())
 
 
 def find_code(language: str, codes: Iterable[str], translator: str = "The translator") -> str:
-    """The code of `codes` that means `language`.
+    """The code of `codes`, what a translator calls its languages, that means `language`.
 
-    Args:
-        language: of ISO 639-1 or 639-3, with a script or region where it matters: pt, por, zh-Hant, pt-BR; or one of
-            `codes`.
-        codes: what the translator calls its languages.
-        translator: subject of the error.
+    That is of ISO 639-1 or 639-3, with a script or region where it matters: pt, por, zh-Hant, pt-BR; or one of `codes`.
 
     Raises:
         ValueError: there is none, and the nearest are named, or several, and all of them are.
@@ -137,4 +132,4 @@ def _parts(code: str) -> list[str]:
 
 
 def _plain(code: str) -> str:
-    return re.sub("_", "-", code.strip().lower())
+    return code.strip().lower().replace("_", "-")

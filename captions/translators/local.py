@@ -8,7 +8,9 @@ skipped in decoding, so it is cut off here.
 """
 
 import hashlib
+import itertools
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from captions.translators.languages import find_code, same_language
-from captions.translators.pieces import cut
+from captions.translators.pieces import cut, groups
 from common.environment import how_to_install, torch_device
 from modeling_capivara.loading import check_reachable
 
@@ -31,10 +33,8 @@ class Seq2SeqTranslator:
     """A model with its tokenizer, told the languages.
 
     Args:
-        model: in `eval()`, on the device where it shall work.
-        tokenizer: of the model.
-        language: that it shall write; `same_language` says which codes mean the same.
-        source_language: that it reads.
+        model, tokenizer: in `eval()`, on the device where it shall work.
+        language, source_language: that it shall write, and reads; `same_language` says which codes mean the same.
         source_prefix: goes before every sentence of a model that takes its task in words, such as T5.
         batch_size: sentences, or pieces of long ones, that go through at once.
         options: of `generate`; what is not given is as in the model's generation_config.
@@ -95,12 +95,9 @@ class Seq2SeqTranslator:
     def translate(self, sentences: list[str]) -> list[str]:
         """One translation a sentence; one that is too long is translated in pieces, which are joined by blanks."""
         pieces = [cut(sentence, self._fits) for sentence in sentences]
-        flat = [piece for some in pieces for piece in some]
-        made: list[str] = []
-        for start in range(0, len(flat), self._batch_size):
-            made += self._translated(flat[start : start + self._batch_size])
-        ends = iter(made)
-        return [" ".join(next(ends) for _ in some).strip() for some in pieces]
+        batches = groups(itertools.chain.from_iterable(pieces), sys.maxsize, self._batch_size)
+        made = (text for batch in batches for text in self._translated(batch))
+        return [" ".join(itertools.islice(made, len(some))).strip() for some in pieces]
 
     def token_ids(self, text: str) -> list[int]:
         """What the encoder reads. A language's token inside a caption is no command, nor is `</s>` an end."""
