@@ -25,13 +25,13 @@ from pathlib import Path
 from caption_data.stage_folder import STAGE_FILE, unfinished
 from captions.build_plan import Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER
-from captions.executors import EXPECTED, Work, execute, failures
 from captions.stage_arguments import BuildArguments
 from captions.stages import RowStage
 from captions.translate import export
 from captions.translators.google_cloud import GOOGLE_MODULES
 from common.cli import parse, run_command
 from common.environment import require
+from common.executors import EXPECTED, Work, execute, failures
 
 logger = logging.getLogger("capivara")
 

@@ -60,7 +60,7 @@ class FiniteScores(LogitsProcessor):
 
 
 class Captioner:
-    """An image-to-text model, in `eval()` on its device, in its plain call: an image is encoded anew for every prefix."""
+    """An image-to-text model, in `eval()` on its device, in its plain call, which encodes an image anew per prefix."""
 
     pads = False  # whether prefixes of several lengths go into one call
 

@@ -22,9 +22,9 @@ from caption_data.stage_folder import check_complete, identity_digest, stage_rec
 from captions.build_plan import Plan, Step
 from captions.dataset_card import dataset_card
 from captions.quality import REPORT_FILE
-from captions.stages import Phase
 from common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
 from common.privacy import hide_paths
+from common.tasks import Phase
 
 DATASET_FOLDER = "dataset"
 FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes

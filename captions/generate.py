@@ -29,9 +29,8 @@ from caption_data.columns import CAPTIONS
 from caption_data.image_files import BYTES_ALONE, ImageFiles, by_threads, decode_image
 from caption_data.rows import BadImage, BadRow
 from captions.captioner import KINDS, Captioner
-from captions.executors import stage_main
 from captions.stage_arguments import GenerateArguments
-from captions.stages import Phase, RowStage, StageReport, finished_row_tasks
+from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
 from common.cli import run_command
 from common.environment import torch_device
 from common.files import read_json

@@ -24,9 +24,8 @@ from torch import Tensor
 from caption_data.columns import SIMILARITIES
 from caption_data.image_files import BYTES_ALONE, ImageFiles, by_threads, decode_image
 from caption_data.rows import BadImage, BadRow
-from captions.executors import stage_main
 from captions.stage_arguments import ScoreArguments
-from captions.stages import Phase, RowStage, StageReport, finished_row_tasks
+from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
 from common.cli import run_command
 from modeling_capivara.embedder import Embedder, load_embedder
 

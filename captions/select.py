@@ -22,9 +22,8 @@ from typing import Any
 from caption_data.columns import CAPTIONS
 from caption_data.rows import NOT_CHOSEN, BadRow
 from caption_data.stage_folder import StageReport, check_complete
-from captions.executors import stage_main
 from captions.stage_arguments import SelectArguments
-from captions.stages import Phase, RowStage, finished_row_tasks
+from captions.stages import Phase, RowStage, finished_row_tasks, stage_main
 from common.cli import run_command
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last

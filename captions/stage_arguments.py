@@ -1,12 +1,11 @@
 """Arguments of the stages and of the build: light, so that `--help` answers before torch is imported."""
 
 import hashlib
-import os
 import re
 import shlex
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -14,63 +13,20 @@ from caption_data.image_files import DATASET_HELP, CaptionDataArguments
 from caption_data.selection import WITH_SIMILARITIES, CaptionChoiceArguments
 from caption_data.stage_folder import SPLIT
 from common.cli import at_least, flag
+from common.tasks import SHARED_BY_TASKS, ExecutorArguments
 
 PREFIXES = Path(__file__).parent / "prefixes.json"
-SHARED_BY_TASKS = "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
-
-
-@dataclass(kw_only=True)
-class ExecutorArguments:
-    """Where the tasks of a command run: the flags of datatrove's executors, under its names."""
-
-    gone = {  # flags of earlier versions
-        "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
-        "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
-    }
-    executor: Literal["local", "slurm", "ray"] = flag(
-        "local", "local: this machine. slurm: job arrays of a Slurm cluster. ray: a Ray cluster."
-    )
-    tasks: int | None = flag(
-        None,
-        "Shares of the rows, each done by one process. As many as workers where none is given; slurm and "
-        "ray need it. What is done stays whatever the number is next time.",
-    )
-    workers: int | None = flag(
-        None,
-        "Tasks that run at once. local: as many as there are GPUs, else 1, which computes on all cores; "
-        "slurm and ray: no limit but the cluster's.",
-    )
-    partition: str | None = flag(None, "slurm: partition of the jobs.")
-    time: str | None = flag(None, "slurm: limit of a task, as 04:00:00.")
-    sbatch: list[str] = flag([], "slurm: other options of sbatch, as account=vision qos=gpu.")
-    cpus_per_task: int = flag(1, "slurm, ray: cores of a task.")
-    mem_per_cpu_gb: int = flag(4, "slurm, ray: GiB of memory a core.")
-    gpus_per_task: int = flag(0, "slurm, ray: GPUs of a task, where its stage has a model.")
-    logging_dir: Path | None = flag(None, "Folder of the tasks' logs; OUTPUT.logs, of a build OUTPUT/logs, without.")
-
-    def check_executor(self) -> None:
-        at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
-        at_least(self, 0, "gpus_per_task")
-        if self.executor != "local" and self.tasks is None:
-            raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
-        if self.executor == "slurm" and not (self.partition and self.time):
-            raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
-        if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
-            raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"This command is not launched by Accelerate or torchrun: {SHARED_BY_TASKS}.")
-
-    def executor_flags(self) -> dict[str, Any]:
-        """The flags of this class that were given."""
-        defaults = ExecutorArguments()
-        given = {known.name: getattr(self, known.name) for known in fields(defaults)}
-        return {name: value for name, value in given.items() if value != getattr(defaults, name)}
+GONE = {  # flags of earlier versions
+    "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
+    "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
+}
 
 
 @dataclass
 class StageArguments(CaptionDataArguments, ExecutorArguments):
     """The flags of every stage. Raises ValueError where a value breaks its rule."""
 
+    gone = GONE
     module = "captions.stages"  # that `python -m` runs it by
     dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
     output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
@@ -90,11 +46,6 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
         self.renamed()
         self.check_image_files()
         self.check_executor()
-
-    @property
-    def logs(self) -> Path:
-        """Folder of the logs of all tasks."""
-        return self.logging_dir or self.output.with_name(self.output.name + ".logs")
 
     def renamed(self) -> dict[str, str]:
         """Old name -> new name, of `rename`."""
@@ -211,6 +162,7 @@ class SelectArguments(CaptionChoiceArguments, StageArguments):
 
 @dataclass
 class BuildArguments(ExecutorArguments):
+    gone = GONE
     config: Path = flag(..., "YAML file of the stages, such as configs/captions_pt.yaml.")
     dataset: str | None = flag(None, "The images, in any form that a stage takes; goes before the config's.")
     output: Path | None = flag(None, "Folder of all that is made; goes before the config's.")

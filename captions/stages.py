@@ -4,7 +4,7 @@
     stage.run({"captions-pt": CAPTIONS}, {"model": "…"}, process)
 
 The parts of a folder (`caption_data.stage_folder`) are one data set for `open_source`, and for the next stage. The
-tasks of a stage share the parts out by `rank` and `world_size`, which `captions.executors` gives them, with nothing
+tasks of a stage share the parts out by `rank` and `world_size`, which `common.executors` gives them, with nothing
 between them but the file system. A task that was killed is run again and writes the parts that are missing, so that no
 row is doubled or lost. Images pass through as their original bytes, and no more rows are in memory than are worked on
 at once.
@@ -12,8 +12,9 @@ at once.
 
 import itertools
 import logging
+import shutil
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from caption_data.stage_folder import (
     DIGEST_KEY,
     StageReport,
     all_parts,
+    check_complete,
     claim,
     finished_ranks,
     identity_digest,
@@ -41,8 +43,11 @@ from caption_data.stage_folder import (
 )
 from captions.stage_arguments import StageArguments
 from captions.translators.pieces import groups
+from common.cli import parse
 from common.environment import package_versions
+from common.executors import EXPECTED, TasksFailed, Work, execute
 from common.files import no_space_left
+from common.tasks import Phase
 
 logger = logging.getLogger("capivara")
 
@@ -51,17 +56,6 @@ ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
 PREPARED_ROWS = 50_000  # whose translations are in memory at once
 # What a stage does with some rows: for each, its new columns, or why it is left out.
 Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What the tasks of one datatrove pipeline do; a stage has one or several, in order."""
-
-    run: Callable[[Any, int, int], Any]  # called with the stage's arguments, rank and world_size
-    # Of the arguments and world_size: the ranks with nothing left to do. Without it the phase is one task, which is
-    # always run and finds out for itself.
-    finished: Callable[[Any, int], list[int]] | None = None
-    uses_model: bool = False  # whether a task needs a GPU
 
 
 class RowStage:
@@ -260,6 +254,38 @@ def _write_part(path: Path, schema: pa.Schema, part: range, rows: Callable, bar:
 def read_rows(args: StageArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """The stage of a split that no other stage works on: its rows as they are."""
     return RowStage(args).run({}, {}, lambda rows: [{} for _ in rows], rank=rank, world_size=world_size)
+
+
+def run_stage_here(args: StageArguments) -> bool:
+    """`execute` all phases of one stage."""
+    try:
+        return execute(Work.of(args), args)
+    except EXPECTED as error:
+        if not (args.output.exists() or isinstance(error, TasksFailed)):  # nothing was begun, the error says it all
+            shutil.rmtree(args.logs, ignore_errors=True)
+        raise
+
+
+def stage_main(
+    kind: type[StageArguments],
+    description: str,
+    argv: list[str] | None,
+    run: Callable[[Any], bool] = run_stage_here,
+) -> StageArguments | None:
+    """Parse the flags of a stage, run it, and print what was done; an error ends the process in one line.
+
+    Returns the arguments where the stage is complete, of which `run`, called with them, is the judge.
+    """
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    try:
+        args = parse(kind, description, argv)
+        if not run(args):
+            return None
+        print(f"{args.output}: {check_complete(args.output)}")
+    except EXPECTED as error:
+        sys.exit(f"error: {error}")
+    return args
 
 
 PHASES = {"rows": Phase(read_rows, finished_row_tasks)}

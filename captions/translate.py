@@ -28,7 +28,6 @@ from typing import Any
 from caption_data.columns import CAPTIONS
 from caption_data.sources import Source
 from caption_data.stage_folder import StageReport, check_all_there, stage_record
-from captions.executors import run_stage_here, stage_main
 from captions.quality import QUALITY, flags, write_quality_report
 from captions.sentence_stage import (
     collect_sentences,
@@ -38,7 +37,7 @@ from captions.sentence_stage import (
     translated_columns,
 )
 from captions.sentences import distinct_sentences, translations_in
-from captions.stages import Phase, RowStage, finished_row_tasks
+from captions.stages import Phase, RowStage, finished_row_tasks, run_stage_here, stage_main
 from captions.translate_arguments import TranslateArguments
 from captions.tsv import write_sentences
 from common.cli import run_command

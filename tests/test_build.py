@@ -26,9 +26,9 @@ from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_source
 from captions.build import BuildArguments, build, main
 from captions.build_plan import STAGES, read_plan
-from captions.executors import TasksFailed, Work
-from captions.executors import _executor as local_executor
 from captions.select import Selection
+from common.executors import TasksFailed, Work
+from common.executors import _executor as local_executor
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push_plan import files_to_send
 from training.arguments import RunArguments
@@ -220,7 +220,7 @@ def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
         def join(self): ...
 
     context = SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
-    monkeypatch.setattr("captions.executors.multiprocess.get_context", lambda _: context)
+    monkeypatch.setattr("common.executors.multiprocess.get_context", lambda _: context)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     executor = local_executor("local", work, step.args, None)
     assert (executor.tasks, executor.workers) == (2, 2)

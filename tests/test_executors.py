@@ -16,7 +16,7 @@ from conftest import randomise, tiny_config
 from slurm_node import missing_programs, slurm_node
 
 from captions.build import BuildArguments, build
-from captions.executors import failures
+from common.executors import failures
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from modeling_capivara import CapivaraModel
 
