@@ -50,18 +50,10 @@ def passed_features(source: Source, image_column: str, renamed: dict[str, str]) 
 
 
 def caption_texts(value: Any, column: str) -> list[str]:
-    """The captions of a row, out of any column of a source; training, evaluation and the stages read them by this.
+    """The captions of a row, out of any column of a source: one text, a list of texts and None, or None.
 
-    Args:
-        value: one text, a list of texts and None, or None.
-        column: its name, for the message.
-
-    Returns:
-        As many texts as there were, so that similarities stay beside theirs; "" for None. Lone surrogates, which JSON
-        can hold and no tokenizer or Arrow file takes, are replaced.
-
-    Raises:
-        BadRow: they are no texts.
+    They are as many as there were, so that similarities stay beside theirs; "" for None. Lone surrogates, which JSON
+    can hold and no tokenizer or Arrow file takes, are replaced. Raises BadRow where they are no texts.
     """
     values = [value] if isinstance(value, str) else value or []
     if not isinstance(values, list):

@@ -1,14 +1,12 @@
 """The images of a data set by their rows, read when they are needed, with a digest of each file."""
 
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 from tqdm.auto import tqdm
@@ -74,8 +72,3 @@ class ImageRows:
         path = (self.row_image(row) or {}).get("path") or ""
         folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
-
-
-def digest_of(value: Any) -> str:
-    """Hex digest of a JSON value."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

@@ -21,8 +21,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from caption_data.image_files import LABEL_COLUMNS, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from caption_data.image_rows import ImageRows, digest_of
+from caption_data.image_rows import ImageRows
 from caption_data.links import refuse_links_out
+from caption_data.rows import digest_of
 from caption_data.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
 
 SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}

@@ -91,15 +91,10 @@ class CaptionChoiceArguments:
 
 
 def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str]:
-    """The captions of a row that `choice` picks.
+    """The captions of a row that `choice` picks; it has the columns of `choice.columns(language)`.
 
     A caption that occurs twice counts once, at its first position: so `first` and `rank` give
     `count` different ones where there are as many.
-
-    Args:
-        row: the columns of `choice.columns(language)`; others are ignored.
-        language: ending of the column names, such as "pt".
-        choice: the strategy and its numbers.
 
     Returns:
         `none`, `first`, `all`: originals, then generated ones, in the order of the row. `rank`, `threshold`,
@@ -130,14 +125,8 @@ def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str
 def pair_passes(row: dict, language: str, min_similarity: float) -> bool:
     """Whether the first original caption fits its image; a row without one, or with NaN for it, does not pass.
 
-    Args:
-        row: `captions-<language>` and `similarities-<language>`; with `generated-captions-<language>` there, the number
-            of similarities is checked to the last one.
-        language: ending of the column names, such as "pt".
-        min_similarity: cosine of image and caption; CAPIVARA has 0.2.
-
-    Raises:
-        ValueError: a column is missing, or the similarities are not one for each caption.
+    CAPIVARA's `min_similarity` is 0.2. With generated captions there, all similarities are counted. Raises ValueError
+    as `choose_captions`.
     """
     captions = _column(row, f"captions-{language}", "pair_passes")
     generated = row.get(f"generated-captions-{language}")

@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from caption_data.rows import digest_of
 from common.files import read_json, write_json
 
 SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
@@ -129,7 +129,7 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
         write_json(path, record)  # several tasks write the same; else the comparison below fails
     there = stage_record(output)
-    old, new = _flat(_identity(there)), _flat(_identity(json.loads(json.dumps(record))))
+    old, new = flat(_identity(there)), flat(_identity(json.loads(json.dumps(record))))
     differences = [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
         for name in {**old, **new}
@@ -146,7 +146,7 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 def identity_digest(record: dict[str, Any]) -> str:
     """Of what two runs of a stage must have in common."""
-    return blake2b(json.dumps(_identity(record), sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest_of(_identity(record), sort_keys=True)
 
 
 def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
@@ -252,11 +252,12 @@ def _refuse_missing(output: Path, record: dict[str, Any], missing: list[range]) 
         )
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of objects within objects, by names with points between."""
+    leaves: dict[str, Any] = {}
     for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 def _joined(parts: list[range]) -> list[range]:

@@ -29,9 +29,9 @@ from captions.stage_arguments import BuildArguments
 from captions.stages import RowStage
 from captions.translate import export
 from captions.translators.google_cloud import GOOGLE_MODULES
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.environment import require
-from common.executors import EXPECTED, Work, execute, failures
+from common.executors import Work, execute, failures
 
 logger = logging.getLogger("capivara")
 
@@ -121,15 +121,13 @@ def _state(step: Step) -> str:
     return f"{left:,} rows to be done" if left else "done"
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        args = parse(BuildArguments, __doc__, argv)
-        folder = build(args)
+        folder = build(parse(BuildArguments, __doc__, argv))
     except ManualStepRequired as required:
         sys.exit(f"waiting: {required}")
-    except EXPECTED as error:
-        sys.exit(f"error: {error}")
     if folder is not None:
         word = shlex.quote(str(folder))
         print(

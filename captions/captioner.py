@@ -107,14 +107,9 @@ class Captioner:
     def new_tokens(
         self, pixel_values: Tensor, prefixes: Sequence[str], keys: Sequence[bytes] | None = None
     ) -> list[list[Tensor | None]]:
-        """Token ids that go on from every prefix, for every image.
+        """Token ids that go on from every prefix, for every image, (images, 3, height, width).
 
-        Args:
-            pixel_values: (images, 3, height, width).
-            prefixes, keys: as of `captions`.
-
-        Returns:
-            For every image and prefix (steps,), end token and padding included; None where a score was no number.
+        Each is (steps,), end token and padding included; None where a score was no number.
         """
         encoded = self.encode(pixel_values)
         prompts = [self.prompt(prefix) for prefix in prefixes]
@@ -149,14 +144,8 @@ class Captioner:
         return [start, *self.tokenizer(prefix, add_special_tokens=False)["input_ids"]]
 
     def continued(self, encoded: Any, images: Tensor, prompts: list[list[int]], **options: Any) -> Tensor:
-        """The new token ids, (texts, steps).
-
-        Args:
-            encoded: of `encode`.
-            images: (texts,), the number of each text's image.
-            prompts: one a text, all of one length unless `pads`.
-            options: of `generate`.
-        """
+        """The new token ids, (texts, steps), of `encode`d images, the number of each text's image, (texts,), and as
+        many prompts, all of one length unless `pads`."""
         ids = torch.tensor(prompts, device=self.device)
         name = "decoder_input_ids" if self.kind == "vision-encoder-decoder" else "input_ids"
         # BLIP drops the last token, which it takes for the end of a text.
@@ -179,15 +168,11 @@ class Captioner:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for the texts, where the library's copies all of them at every step.
-
-    Args:
-        read: the layer after the images were read, (images, heads, queries, head width).
-        images: (texts,), the number of each text's image.
-        room: positions that are to come.
-    """
+    """Keys and values of one layer with room for the texts, where the library's copies all of them at every step."""
 
     def __init__(self, read: DynamicLayer, images: Tensor, room: int):
+        """`read` is the layer after the images were read, (images, heads, queries, head width); `images`, (texts,), the
+        number of each text's image; `room` the positions that are to come."""
         super().__init__()
         self.lazy_initialization(read.keys, read.values)
         self.length = read.keys.shape[-2]

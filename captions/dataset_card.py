@@ -1,13 +1,13 @@
 """The data set card of a build: facts out of the stages' JSON, sources and licences out of the config."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from caption_data.columns import CAPTION_COLUMN
+from caption_data.stage_folder import flat
 from records.tables import escape_markdown
 
 TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
@@ -24,12 +24,7 @@ MEANINGS = {
 
 
 def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
-    """The text of the data set's README.md.
-
-    Args:
-        facts: as build.json has them: card, language, splits and columns.
-        picture: file of the similarities, beside the card.
-    """
+    """The data set's README.md, of the facts of build.json and the file with the similarities beside it."""
     card, language, splits = facts["card"], facts["language"], facts["splits"].values()
     rows, stages = sum(split["rows"] for split in splits), {step["name"] for split in splits for step in split["steps"]}
     filled = [name for split in splits for name, n in split["captions"].items() if n and CAPTION_COLUMN.fullmatch(name)]
@@ -37,10 +32,7 @@ def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
     data = DatasetCardData(
         # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
         language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in languages)),
-        license=card["license"],
-        license_name=card.get("license_name"),
-        license_link=card.get("license_link"),
-        pretty_name=card.get("pretty_name"),
+        **{key: card.get(key) for key in ("license", "license_name", "license_link", "pretty_name")},
         size_categories=[next((name for limit, name in SIZES if rows < limit), "n>10M")],
         task_categories=["image-to-text", "zero-shot-image-classification"],
         tags=["capivara", "image-text", *(["translated"] if "translate" in stages else [])],
@@ -76,17 +68,9 @@ def _code(name: str) -> str:
 
 def _settings(settings: dict[str, Any]) -> str:
     """Settings in words, the model first; digests and long lists are left to build.json."""
-    leaves = sorted(_leaves(settings), key=lambda leaf: not leaf[0].endswith("model"))
+    leaves = sorted(flat(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
     shown = [(k, v) for k, v in leaves if v is not None and v is not False and not NOT_SHOWN.search(k)]
     return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in shown)
-
-
-def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _meaning(column: str) -> str:

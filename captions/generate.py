@@ -88,12 +88,7 @@ def load_captioner(args: GenerateArguments) -> Captioner:
 
 
 def read_prefixes(path: Path) -> list[str]:
-    """What captions begin with, from a file of the form of captions/prefixes.json.
-
-    Raises:
-        ValueError: it is of another form, or holds no prefix, a blank one or one twice.
-        OSError: it can't be read.
-    """
+    """What captions begin with, from a file of the form of captions/prefixes.json. Raises ValueError, OSError."""
     try:
         prefixes = read_json(path, prefixes=list)["prefixes"]
     except ValueError as error:

@@ -81,12 +81,7 @@ class ScoreProcess:
 
 
 def score(args: ScoreArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """Write the parts of one task that are missing.
-
-    Raises:
-        ValueError: there is no caption in the language, or no such model.
-        OSError: the disk is full.
-    """
+    """Write the parts of one task that are missing. Raises as `RowStage` and `load_embedder` do."""
     stage, result = (
         RowStage(args),
         f"similarities-{args.language}",

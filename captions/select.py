@@ -86,12 +86,7 @@ def select(args: SelectArguments) -> StageReport:
 
 
 def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """Write the parts of one task that are missing.
-
-    Raises:
-        ValueError: there is no such column.
-        OSError: the disk is full.
-    """
+    """Write the parts of one task that are missing. Raises as `RowStage` does."""
     selection = Selection(args)
     settings = {
         "language": args.language,

@@ -29,7 +29,7 @@ from captions.sentences import PAIR_SCHEMA, SENTENCES, SentenceFile, Translation
 from captions.stages import RowStage, plain_record, stage_source, write_parts
 from captions.translate_arguments import KINDS, PAPER_MODEL, TranslateArguments
 from captions.translators import Translator
-from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator, Limits
+from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator
 from captions.translators.pieces import groups
 from captions.tsv import FileTranslator
 from common.environment import package_versions
@@ -42,12 +42,7 @@ COST = "cost.json"
 
 
 def collect_sentences(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> None:
-    """The first phase, one task: write the file of distinct sentences. For Google, check key, languages and cost.
-
-    Raises:
-        ValueError: the data set lacks the captions or has what would be written, or more would be sent than allowed.
-        OSError: the disk is full, or Google can't be reached.
-    """
+    """The first phase, one task: write the file of distinct sentences. For Google, check key, languages and cost."""
     sentences = sentence_file(args, RowStage(args).source)
     translator = open_translator(args, sentences) if args.backend == "google" else None
     sentences.write(SENTENCES_PER_ROW * args.rows_per_part)
@@ -60,19 +55,14 @@ def collect_sentences(args: TranslateArguments, rank: int = 0, world_size: int =
 
 
 def translate_sentences(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """The second phase: translate a share of the distinct sentences, those apart that the memory knows.
-
-    Raises:
-        ValueError: the translator does not know a language, or the table or the allowed cost does not suffice.
-        OSError: the disk is full, or Google can't be reached; what is done stays.
-    """
+    """The second phase: translate a share of the distinct sentences, those apart that the memory knows."""
     sentences = sentence_file(args, stage_source(args))
     texts = _missing_texts(args, sentences, rank, world_size)
     translator = open_translator(args, sentences)
     memory = TranslationMemory(args.memory_folder, translator.fingerprint)
     known = memory.find(texts)
     if isinstance(translator, GoogleTranslator):
-        translator.limits = task_limits(args, sum(map(len, set(texts) - known.keys())), world_size)
+        translator.max_characters = task_characters(args, sum(map(len, set(texts) - known.keys())), world_size)
     record = _sentence_record(args, sentences) | {
         "settings": {"translator": translator.fingerprint},
         "columns": {name: "string" for name in PAIR_SCHEMA.names},
@@ -129,10 +119,8 @@ class SentenceTranslator:
             bar.update(len(batch))
 
     def translations(self, missing: list[str]) -> dict[str, str]:
-        """Sentence -> translation; what is new joins the memory.
-
-        The longest come first: where the memory of the device does not suffice, it shows at once.
-        """
+        """Sentence -> translation; what is new joins the memory."""
+        # The longest come first: where the memory of the device does not suffice, it shows at once.
         missing, made = sorted(missing, key=lambda sentence: (-len(sentence), sentence)), {}
         paid = self.args.backend == "google"
         # For Google a batch is a request, so that what was paid for is not lost when the next one fails.
@@ -155,10 +143,7 @@ def sentence_file(args: TranslateArguments, source: Source) -> SentenceFile:
 
 
 def translated_columns(source: Source, args: TranslateArguments) -> dict[str, str]:
-    """Column of captions, by its name in the output -> the new one.
-
-    Raises ValueError where a new one is there already and `existing` does not say what to do.
-    """
+    """Column of captions, by its name in the output -> the new one. Raises ValueError where that is there already."""
     there = [args.renamed().get(name, name) for name in source.columns]
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in KINDS}
     columns = {column: target for column, target in columns.items() if column in there}
@@ -180,8 +165,7 @@ def open_translator(args: TranslateArguments, sentences: SentenceFile) -> Transl
     if args.backend == "file":
         return FileTranslator(args.import_file, sentences.read(range(len(sentences))), args.language)
     if args.backend == "google":
-        limits = _limits(args, sys.maxsize)
-        return GoogleTranslator(args.language, args.source_language, limits, args.google_endpoint or ENDPOINT)
+        return GoogleTranslator(args.language, args.source_language, args, args.google_endpoint or ENDPOINT)
     from captions.translators.local import load  # here: torch comes with it
 
     options = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
@@ -208,17 +192,13 @@ def check_cost(args: TranslateArguments, characters: int) -> None:
     logger.info("%s.", estimate)
 
 
-def task_limits(args: TranslateArguments, characters: int, world_size: int) -> Limits:
-    """What a task may send: its own sentences, and its share of what --max_cost leaves over for repeated requests."""
+def task_characters(args: TranslateArguments, own: int, world_size: int) -> int:
+    """That a task may send: its own, and its share of what --max_cost leaves over for repeated requests."""
     if not args.price_per_million:
-        return _limits(args, sys.maxsize)
+        return sys.maxsize
     allowed = int((args.max_cost or 0.0) / args.price_per_million * 1e6)
     left = allowed - read_json(args.work_folder / COST, characters=int)["characters"]
-    return _limits(args, characters + left // world_size)
-
-
-def _limits(args: TranslateArguments, characters: int) -> Limits:
-    return Limits(characters, args.characters_per_second, args.max_tries, args.first_wait_s, args.timeout_s)
+    return own + left // world_size
 
 
 def _sentence_record(args: TranslateArguments, sentences: SentenceFile) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import io
 import itertools
-import json
 import logging
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from caption_data.columns import caption_texts
-from caption_data.rows import BadRow
+from caption_data.rows import BadRow, digest_of
 from caption_data.sources import Source
 from caption_data.stage_folder import whole_parquet
 from common.files import write_bytes, write_json
@@ -55,20 +54,13 @@ def distinct_sentences(source: Source, columns: list[str], parts: Iterable[range
 
 
 class SentenceFile:
-    """The distinct sentences of a source, one a row: a parquet file whose rows are shared out as those of a `Source`.
-
-    Args:
-        path: of the file.
-        source: that it shall be of.
-        columns: of captions, by the source's names.
-    """
+    """The distinct sentences of a source, one a row: its rows are shared out as those of a `Source`."""
 
     split = "sentences"
 
     def __init__(self, path: Path, source: Source, columns: list[str]):
         self.path, self.name, self.columns, self.damaged, self._source = path, str(path), columns, [], source
-        made_from = [SENTENCES_VERSION, len(source), source.fingerprint(), columns]
-        self._fingerprint = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+        self._fingerprint = digest_of([SENTENCES_VERSION, len(source), source.fingerprint(), columns])
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -106,17 +98,10 @@ class SentenceFile:
 
 
 class TranslationMemory:
-    """The translations of one translator that earlier runs and other tasks have made.
-
-    Args:
-        folder: of all translators.
-        fingerprint: of this one.
-    """
+    """The translations of one translator, in a folder of all, that earlier runs and other tasks have made."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
-        text = json.dumps(fingerprint, sort_keys=True, ensure_ascii=True)
-        key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        self.folder, self._fingerprint = folder / key, fingerprint
+        self.folder, self._fingerprint = folder / digest_of(fingerprint, sort_keys=True), fingerprint
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:
         """Sentence -> translation, of those that are known. All files are read, so ask for many at once."""
@@ -137,11 +122,8 @@ class TranslationMemory:
 
 
 def translations_in(paths: Iterable[Path], wanted: Container[str], damaged_are_fatal: bool = False) -> dict[str, str]:
-    """Sentence -> translation, of those that some parquet files have.
-
-    Raises:
-        ValueError: a file is damaged, if that is fatal; else it is named in a warning and left out.
-    """
+    """Sentence -> translation, of those that some parquet files have; a damaged one is left out with a warning, or a
+    ValueError where that is fatal."""
     found: dict[str, str] = {}
     for path in paths:
         try:

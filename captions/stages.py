@@ -13,7 +13,6 @@ at once.
 import itertools
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from caption_data.stage_folder import (
 )
 from captions.stage_arguments import StageArguments
 from captions.translators.pieces import groups
-from common.cli import parse
+from common.cli import parse, user_errors
 from common.environment import package_versions
 from common.executors import EXPECTED, TasksFailed, Work, execute
 from common.files import no_space_left
@@ -266,6 +265,7 @@ def run_stage_here(args: StageArguments) -> bool:
         raise
 
 
+@user_errors
 def stage_main(
     kind: type[StageArguments],
     description: str,
@@ -278,13 +278,10 @@ def stage_main(
     """
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
-    try:
-        args = parse(kind, description, argv)
-        if not run(args):
-            return None
-        print(f"{args.output}: {check_complete(args.output)}")
-    except EXPECTED as error:
-        sys.exit(f"error: {error}")
+    args = parse(kind, description, argv)
+    if not run(args):
+        return None
+    print(f"{args.output}: {check_complete(args.output)}")
     return args
 
 

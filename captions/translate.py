@@ -22,6 +22,7 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("captions.translate_arguments:TranslateArguments", __doc__)
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -76,24 +77,20 @@ def export(args: TranslateArguments, path: Path) -> None:
     )
 
 
+@dataclass
 class CaptionJoin:
-    """Captions of some rows with their translations beside them: a `Process`.
+    """Captions of some rows with their translations beside them: a `Process`."""
 
-    Args:
-        args: of the command.
-        source: of the rows.
-        columns: column of the source, by its name in the output -> new column.
-    """
-
-    def __init__(self, args: TranslateArguments, source: Source, columns: dict[str, str]):
-        self.args, self.source, self.columns = args, source, columns
-        self._translations: dict[str, str] = {}
+    args: TranslateArguments
+    source: Source
+    columns: dict[str, str]  # of the source, by their names in the output -> new column
+    translations: dict[str, str] = field(default_factory=dict)  # of the sentences that are needed next
 
     def prepare(self, parts: list[range]) -> None:
         """Load the translations of some parts."""
         wanted = set(distinct_sentences(self.source, sentence_file(self.args, self.source).columns, parts))
         paths = sorted(self.args.parts_folder.glob("*.parquet"))
-        self._translations = translations_in(paths, wanted, damaged_are_fatal=True)
+        self.translations = translations_in(paths, wanted, damaged_are_fatal=True)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """`captions-<language>`, `generated-captions-<language>` and `quality-<language>` of each row."""
@@ -104,7 +101,7 @@ class CaptionJoin:
         for column, target in self.columns.items():
             new[target] = list(row.get(target) or []) if self.args.existing == "append" else []
             for position, source in enumerate(row.get(column) or []):
-                translation = self._translations[source] if source.strip() else ""
+                translation = self.translations[source] if source.strip() else ""
                 found = flags(source, translation, self.args.language)
                 number += 1
                 if found:
@@ -116,12 +113,7 @@ class CaptionJoin:
 
 
 def join_translations(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """The third phase: a share of the rows, with the translations of their sentences.
-
-    Raises:
-        ValueError: sentences are not translated yet, or the folder is of something else.
-        OSError: the disk is full.
-    """
+    """The third phase: a share of the rows, with the translations of their sentences."""
     check_all_there(args.parts_folder)
     stage = RowStage(args)
     columns = translated_columns(stage.source, args)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from captions.stage_arguments import StageArguments
+from captions.translators.google_cloud import GoogleArguments
 from common.cli import at_least, between, flag
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
@@ -13,7 +14,7 @@ KINDS = ("captions", "generated-captions")  # the authors' names, before the lan
 
 
 @dataclass(kw_only=True)
-class TranslateArguments(StageArguments):
+class TranslateArguments(GoogleArguments, StageArguments):
     module = "captions.translate"
     language: str = flag(..., "To translate into: pt, hi, xh, es, yo, zh-Hant, …; also the ending of the new columns.")
     source_language: str = flag("en", "Of the captions that are there.")
@@ -65,10 +66,6 @@ class TranslateArguments(StageArguments):
         "google: what all tasks of this command may cost together, in the currency of the price. Where it "
         "does not cover the estimate, nothing is sent. A task may spend its share of it.",
     )
-    characters_per_second: float = flag(10_000, "google: mean rate of a task.")
-    max_tries: int = flag(8, "google: of a request, with pauses that double, before the run ends.")
-    first_wait_s: float = flag(1.0, "google: seconds of the first pause.")
-    timeout_s: float = flag(60.0, "google: seconds that an answer may take.")
     google_endpoint: str | None = flag(None, "google: another address of the service.")
 
     export: Path | None = flag(None, "file: write the distinct sentences of all rows to this TSV, and end.")

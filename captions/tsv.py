@@ -36,11 +36,7 @@ def escape(text: str) -> str:
 
 
 def unescape(text: str) -> str:
-    """What `escape` was given.
-
-    Raises:
-        ValueError: a backslash begins none of the five signs.
-    """
+    """What `escape` was given. Raises ValueError where a backslash begins none of the five signs."""
     return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.?))", _unescaped, text, flags=re.DOTALL)
 
 
@@ -56,11 +52,7 @@ def write_sentences(path: Path, sentences: list[str]) -> None:
 
 
 def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
-    """Sentence -> translation, of a table that came back.
-
-    Args:
-        path: UTF-8, with or without a byte-order mark; lines may end as on Windows.
-        sentences: those that `write_sentences` was given.
+    """Sentence -> translation, of a table of `sentences` that came back: UTF-8, byte-order mark or not, any line ends.
 
     Raises:
         ValueError: the file is no such table, or rows of it are missing, doubled, unknown, out of order, of another

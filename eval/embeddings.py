@@ -27,8 +27,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from caption_data.image_rows import ImageRows, digest_of
-from caption_data.rows import BadImage
+from caption_data.image_rows import ImageRows
+from caption_data.rows import BadImage, digest_of
 from common.files import DIGEST_BYTES, has_digest, write_with_digest
 from eval.metrics import chance_recall, cross_modal_ranks
 from modeling_capivara.embedder import Embedder, processes

@@ -96,6 +96,7 @@ def kill_stage(dataset: str, output: str, generator: random.Random, numbers: lis
 
 def kill_build(config: str, generator: random.Random) -> int:
     import captions.build
+    from captions import score, select  # noqa: F401 - before the forks, none of which then has to
 
     for kills in range(MAX_ROUNDS):
         if not was_killed(child(lambda: captions.build.main(["--config", config]), generator.randint(4, 24))):

@@ -17,7 +17,7 @@ from seq2seq_models import m2m100_folder, marian_folder
 
 from caption_data.sources import open_source
 from caption_data.stage_folder import check_complete
-from captions.sentence_stage import COST, task_limits
+from captions.sentence_stage import COST, task_characters
 from captions.sentences import TranslationMemory
 from captions.translate import main
 from captions.translate_arguments import TranslateArguments
@@ -217,9 +217,9 @@ def test_the_limit_of_a_task(dataset, tmp_path):
     flags = {"language": "pt", "backend": "google", "price_per_million": 20.0, "max_cost": 0.3}
     args = TranslateArguments(dataset=dataset, output=tmp_path / "pt", **flags)
     write_json(args.work_folder / COST, {"characters": 11_000})
-    assert [task_limits(args, own, 4).max_characters for own in (0, 5_000)] == [1_000, 6_000]
+    assert [task_characters(args, own, 4) for own in (0, 5_000)] == [1_000, 6_000]
     free = TranslateArguments(dataset=dataset, output=tmp_path / "pt", **flags | {"price_per_million": 0.0})
-    assert task_limits(free, 5, 4).max_characters == sys.maxsize
+    assert task_characters(free, 5, 4) == sys.maxsize
 
 
 def test_the_memory_keeps_what_differs_apart_and_survives_damage(tmp_path, caplog):

@@ -9,6 +9,7 @@ no other host, and is removed from whatever an error says.
 
 import os
 import random
+import sys
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 from captions.translators.languages import find_code
 from captions.translators.pieces import cut, groups
+from common.cli import flag
 from common.environment import require
 
 GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
@@ -30,15 +32,14 @@ RETRIED = {408, 429, 500, 502, 503, 504}
 REFUSED = {400, 401, 403}
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a run may cost and how hard it may try."""
+@dataclass(kw_only=True)
+class GoogleArguments:
+    """How hard a task may try: flags of `captions.translate`. The pauses lose a random part."""
 
-    max_characters: int  # that may be sent in all
-    characters_per_second: float = 10_000  # mean rate
-    max_tries: int = 8  # of a request
-    first_wait_s: float = 1.0  # after the first failure; it doubles with every further one, and a random part is cut
-    timeout_s: float = 60.0  # of a request
+    characters_per_second: float = flag(10_000, "google: mean rate of a task.")
+    max_tries: int = flag(8, "google: of a request, with pauses that double, before the run ends.")
+    first_wait_s: float = flag(1.0, "google: seconds of the first pause.")
+    timeout_s: float = flag(60.0, "google: seconds that an answer may take.")
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,11 @@ class GoogleTranslator:
         self,
         language: str,
         source_language: str,
-        limits: Limits,
+        limits: GoogleArguments,
         endpoint: str = ENDPOINT,
         wait: Callable[[float], None] = time.sleep,
     ):
-        self.limits, self.sent_characters, self._wait = limits, 0, wait
+        self.limits, self.max_characters, self.sent_characters, self._wait = limits, sys.maxsize, 0, wait
         self._next_s = 0.0  # when the rate allows the next request
         self._secrets: list[str] = []
         self._client = _client(endpoint, limits.timeout_s, self._secrets)
@@ -125,7 +126,7 @@ class GoogleTranslator:
 
     def _spend(self, characters: int) -> None:
         """Wait until the rate allows so many, and count them."""
-        if self.sent_characters + characters > self.limits.max_characters:
+        if self.sent_characters + characters > self.max_characters:
             raise BudgetExceeded(
                 f"{self.sent_characters:,} characters were sent to Google, and {characters:,} more would cost more "
                 "than --max_cost allows this run. What is translated is kept; the same command goes on."
