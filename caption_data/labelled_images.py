@@ -24,7 +24,15 @@ from caption_data.image_files import LABEL_COLUMNS, MAX_IMAGE_PIXELS, SUFFIXES, 
 from caption_data.image_rows import ImageRows
 from caption_data.links import refuse_links_out
 from caption_data.rows import digest_of
-from caption_data.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
+from caption_data.source_files import (
+    copied_bounds,
+    files_of_split,
+    form_hint,
+    load_files,
+    load_saved,
+    of_split,
+    picture_files,
+)
 
 SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
 
@@ -134,9 +142,7 @@ def _split_of(source: str, split: str, form: str) -> Dataset:
         raise ValueError(f"{error}{hint}") from error
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
         raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}{form_hint(path)}") from error
-    if split not in loaded:
-        raise ValueError(f"{source} has no split {split!r}; there are {sorted(loaded)}.{form_hint(path)}")
-    return loaded[split]
+    return of_split(loaded, source, split, form_hint(path))
 
 
 def _refuse_outside(folder: Path) -> None:

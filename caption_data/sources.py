@@ -86,12 +86,15 @@ class Source:
             raise ValueError(f"{self.where} is streamed and has no random access. Open it without streaming.")
         if not 0 <= index < len(self):
             raise IndexError(f"{self.where} has {len(self)} rows, there is no row {index}.")
-        return self._read(self._items[index])
+        return self._at(index)
 
     def __len__(self) -> int:
         if self.streaming:
             raise TypeError(f"{self.where} is streamed and has no length. Open it without streaming.")
         return len(self._items)
+
+    def _at(self, index: int) -> dict:
+        return self._read(self._items[index])
 
     def _read(self, item: Any) -> dict:
         raise NotImplementedError
@@ -143,9 +146,7 @@ class _ParquetSource(Source):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def row(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.where} has {len(self)} rows, there is no row {index}.")
+    def _at(self, index: int) -> dict:
         return next(self.rows(index))
 
     def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from caption_tars import CAPTIONS as TEXTS
-from caption_tars import PICTURES, ROWS, sample, write_tar
+from caption_tars import PICTURES, ROWS, rows_of, sample, write_tar
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from killed_stage import arguments, run, shout
 from test_sources import FORMS
@@ -64,10 +64,6 @@ def parts(folder: Path) -> dict[str, bytes]:
 def run_stage(args: StageArguments, *what, **options):
     """Columns, settings and process of a stage."""
     return RowStage(args).run(*what, **options)
-
-
-def rows_of(folder: Path, split: str = "train") -> list[dict]:
-    return list(open_source(str(folder), split, "image", in_place=True).rows())
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(numbered, undisturbed, tmp_path):

@@ -42,15 +42,6 @@ class GoogleArguments:
     timeout_s: float = flag(60.0, "google: seconds that an answer may take.")
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A request that got no answer: why, without the key, and whether it may get one later."""
-
-    reason: str
-    is_passing: bool
-    wait_s: float = 0.0  # that the service asks for
-
-
 class Incomplete(Exception):
     """The answer to one sentence has no translation."""
 
@@ -146,18 +137,19 @@ class GoogleTranslator:
             except BudgetExceeded:
                 raise
             except Exception as error:  # of google, requests and urllib3, and of answers that are no JSON
-                failure = self._failure(error)
-            if not failure.is_passing:
-                raise ValueError(failure.reason)  # here: an error that was raised in `except` would carry the first one
+                reason, is_passing, wait_s = self._failure(error)
+            if not is_passing:
+                raise ValueError(reason)  # here: an error that was raised in `except` would carry the first one
             if number + 1 < self.limits.max_tries:
                 doubled = min(self.limits.first_wait_s * 2**number, LONGEST_WAIT_S)
-                self._wait(max(doubled * random.uniform(0.5, 1.0), failure.wait_s))
+                self._wait(max(doubled * random.uniform(0.5, 1.0), wait_s))
         raise ConnectionError(
-            f"Google has failed {self.limits.max_tries} times, at last so: {failure.reason}. What is translated is "
+            f"Google has failed {self.limits.max_tries} times, at last so: {reason}. What is translated is "
             "kept; the same command goes on."
         )
 
-    def _failure(self, error: Exception) -> Failure:
+    def _failure(self, error: Exception) -> tuple[str, bool, float]:
+        """Why a request got no answer, without the key; whether it may get one later; the wait that is asked for."""
         from google.api_core.exceptions import GoogleAPICallError
         from google.auth.exceptions import GoogleAuthError
         from requests import exceptions
@@ -169,12 +161,12 @@ class GoogleTranslator:
             too_fast = error.code == 403 and "rate limit exceeded" in said.lower()  # 403 is for quotas, too
             if error.code in REFUSED and not too_fast:
                 said = f"Google refuses the request; see to the key, its rights and its quota. It says: {said}"
-            return Failure(said, error.code in RETRIED or too_fast, wait_s)
+            return said, error.code in RETRIED or too_fast, wait_s
         if isinstance(error, GoogleAuthError):
-            return Failure(f"Google refuses the credentials: {said}", bool(getattr(error, "retryable", False)))
+            return f"Google refuses the credentials: {said}", bool(getattr(error, "retryable", False)), 0.0
         passing = (exceptions.Timeout, exceptions.ConnectionError, exceptions.ChunkedEncodingError)
         garbled = (exceptions.JSONDecodeError, exceptions.ContentDecodingError, AttributeError, TypeError, Incomplete)
-        return Failure(said, isinstance(error, passing + garbled))
+        return said, isinstance(error, passing + garbled), 0.0
 
     def _without_key(self, text: str) -> str:
         for secret in self._secrets:
