@@ -175,14 +175,9 @@ class RoomyLayer(DynamicLayer):
         number of each text's image; `room` the positions that are to come."""
         super().__init__()
         self.lazy_initialization(read.keys, read.values)
-        self.length = read.keys.shape[-2]
-        self.whole = [
-            states.new_empty(len(images), states.shape[1], self.length + room, states.shape[3])
-            for states in (read.keys, read.values)
-        ]
-        for whole, states in zip(self.whole, (read.keys, read.values), strict=True):
-            whole[:, :, : self.length] = states[images]
-        self.keys, self.values = (whole[:, :, : self.length] for whole in self.whole)
+        self.length, states = 0, (read.keys, read.values)
+        self.whole = [s.new_empty(len(images), s.shape[1], s.shape[2] + room, s.shape[3]) for s in states]
+        self.update(*(s[images] for s in states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, self.length = self.length, self.length + key_states.shape[-2]
@@ -232,13 +227,9 @@ class Blip2Captioner(Captioner):
             own.layers = [RoomyLayer(layer, images, ids.shape[1] + options["max_new_tokens"]) for layer in cache.layers]
         # The states of the prefixes' last tokens are a slice, for which torch would go through the vocabulary's weights
         # once a text instead of once a batch.
-        hook = self.writer.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: (inputs[0].contiguous(),)
-        )
-        try:
+        head = self.writer.get_output_embeddings()
+        with head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)):
             output = self.writer.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
-        finally:
-            hook.remove()
         return output if cache is not None else output[:, 1:]  # an encoder-decoder's start token
 
     def padded(self, prompts: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:

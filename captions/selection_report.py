@@ -9,6 +9,7 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,9 +108,9 @@ def write_report(args: SelectArguments, outcome: Outcome, whole: StageReport) ->
     facts = _facts(args, summary, whole)
     examples = {kept: _examples(source, args.image_column, summary.at_the_cut[kept]) for kept in (False, True)}
     facts["examples"] = [
-        {"row": example.row, "caption": example.caption, "similarity": example.similarity, "kept": kept}
+        {"row": one.row, "caption": one.caption, "similarity": one.similarity, "kept": kept}
         for kept, found in examples.items()
-        for example in found
+        for one in found
     ]
     folder, drawn = args.output / "report", {}
     folder.mkdir(exist_ok=True)
@@ -150,15 +151,11 @@ def _unusable(output: Path, split: str) -> set[int]:
 
 def _facts(args: SelectArguments, summary: Summary, whole: StageReport) -> dict[str, Any]:
     """`selection.json`, but for the examples."""
+    settings = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     unusable = {reason: number for reason, number in whole.skipped.items() if reason != NOT_CHOSEN}
     return {
         "dataset": short_name(args.dataset),
-        "split": args.split,
-        "language": args.language,
-        "caption_strategy": args.caption_strategy,
-        "caption_count": args.caption_count,
-        "min_similarity": args.min_similarity,
-        "min_pair_similarity": args.min_pair_similarity,
+        **{name: getattr(args, name) for name in ("split", "language", *settings)},
         "images": {"kept": summary.kept, "not chosen": summary.not_chosen, "can't be used": unusable},
         "captions": {"of these images": summary.captions, "kept": summary.captions_kept},
         "first_captions": {"kept": summary.pairs[True].facts(), "dropped": summary.pairs[False].facts()},
@@ -175,12 +172,10 @@ def _strategy_cut(args: SelectArguments) -> float | None:
 
 def _histograms(args: SelectArguments, summary: Summary) -> list[Histogram]:
     strategy_cut = _strategy_cut(args)
-    shown = [
-        ("Images, by their first caption", "images", summary.pairs, args.min_pair_similarity),
-        ("All captions", "captions", summary.all, strategy_cut),
-    ]
-    if summary.captions == summary.kept + summary.not_chosen and strategy_cut is None:
-        shown = shown[:1]  # one caption an image: the second would be the first
+    shown = [("Images, by their first caption", "images", summary.pairs, args.min_pair_similarity)]
+    # With one caption an image this one would be the first.
+    if summary.captions != summary.kept + summary.not_chosen or strategy_cut is not None:
+        shown.append(("All captions", "captions", summary.all, strategy_cut))
     return [
         Histogram(title, unit, sides[True].bins, sides[False].bins, cut)
         for title, unit, sides, cut in shown
@@ -192,13 +187,10 @@ def _examples(source: Source, image_column: str, nearest: list[tuple]) -> list[E
     """The nearest to the cut first."""
 
     def image(row: int) -> PIL.Image.Image | None:
-        try:
+        with suppress(BadRow):
             return decode_image(source.row(row)[image_column], source.files)
-        except BadRow:
-            return None
 
-    found = sorted(nearest, reverse=True)
-    return [Example(-row, text, similarity, image(-row)) for _, row, text, similarity in found]
+    return [Example(-row, text, cosine, image(-row)) for _, row, text, cosine in sorted(nearest, reverse=True)]
 
 
 def _page(facts: dict[str, Any], drawn: dict[str, Any]) -> str:

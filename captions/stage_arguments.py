@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from caption_data.image_files import DATASET_HELP, CaptionDataArguments
-from caption_data.selection import WITH_SIMILARITIES, CaptionChoiceArguments
+from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
 from caption_data.stage_folder import SPLIT
 from common.cli import at_least, flag
 from common.tasks import SHARED_BY_TASKS, ExecutorArguments
@@ -143,7 +143,7 @@ class ScoreArguments(StageArguments):
 
 
 @dataclass
-class SelectArguments(CaptionChoiceArguments, StageArguments):
+class SelectArguments(CaptionChoice, StageArguments):
     module = "captions.select"
     language: str = flag("pt", "Language of the captions, the end of their columns' names.")
 

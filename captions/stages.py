@@ -171,16 +171,13 @@ def write_parts(
     """Write the parts of one task that are missing, each with the list of its rows that were left out, whole or not.
 
     Args:
-        output: folder of the stage.
-        record: its `stage.json`.
-        schema: of the parts.
+        output, record, schema: folder of the stage, its `stage.json`, and what its parts are of.
         rows: of a part; those that are left out are appended to the list, and the bar is moved on.
         title: of the progress bar, which the first task has.
         rank, world_size: number of the task, from 0, and of all tasks.
         prepare: called before some neighbouring parts, `PREPARED_ROWS` rows at most, are made.
 
-    Raises:
-        ValueError, OSError: as of `RowStage.run`. What `rows` raises passes, with a note that names the part.
+    Raises as `RowStage.run`; what `rows` raises passes, with a note that names the part.
     """
     record = claim(output, record)
     parts = share(all_parts(record["source"]["rows"], record["rows_per_part"]), rank, world_size)

@@ -184,7 +184,7 @@ def test_the_command_and_its_slips(scored, tmp_path, capsys):
     assert "3 rows written, 6 left out" in said and "report/index.html" in said
     for more, message in (
         (["--min_pair_similarity", "2"], "min_pair_similarity must be from -1 to 1"),
-        (["--caption_count", "0"], "count must be a whole number from 1"),
+        (["--caption_count", "0"], "caption_count must be at least 1"),
         (["--language", "xh"], "no column similarities-xh"),
         (["--min_pair_similarity", "0.3"], "settings.min_pair_similarity: 0.2 there, 0.3 now"),
     ):

@@ -9,12 +9,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from caption_data.image_files import DATASET_HELP, CaptionDataArguments
-from caption_data.selection import CaptionChoiceArguments
+from caption_data.selection import CaptionChoice
 from common.cli import at_least, between, flag, parse
 
 
 @dataclass
-class ModelAndData(CaptionChoiceArguments, CaptionDataArguments):
+class ModelAndData(CaptionChoice, CaptionDataArguments):
     """The base model, the data sets, and which of their captions are trained on."""
 
     _argument_group_name = "model and data"
@@ -230,7 +230,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: give --{name}, or a --config that has it.")
         at_least(self, 1, "micro_batch_size", "embedding_batch_size", "max_steps", "runs", "eval_steps", "save_steps")
-        at_least(self, 1, "keep_last", "caption_count", "num_threads", "patience")
+        at_least(self, 1, "keep_last", "num_threads", "patience")
         at_least(self, 2, "effective_batch_size")
         at_least(self, 0, "warmup_steps", "weight_decay", "min_learning_rate", "seed", "augmented_views", "lora_rank")
         at_least(self, 0, "loading_workers")
@@ -241,6 +241,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
                 f"carbon_country must be a three-letter ISO code such as BRA, got {self.carbon_country!r}."
             )
         self.check_image_files()
+        self.check_choice()
         self._check_images()
         self._check_sources()
         self.evaluation_dataset = self.evaluation_dataset or self.dataset[0]

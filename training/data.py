@@ -78,7 +78,7 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
     def choose(row: dict) -> list[str]:
         return args.chosen({**row, f"captions-{args.language}": row[column]}, args.language)
 
-    columns = [column if name == f"captions-{args.language}" else name for name in args.choice().columns(args.language)]
+    columns = [column if name == f"captions-{args.language}" else name for name in args.columns_of(args.language)]
     if args.min_pair_similarity is not None:
         columns = list(dict.fromkeys([*columns, f"similarities-{args.language}"]))
     sources = [
