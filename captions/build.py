@@ -17,6 +17,7 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.stage_arguments:BuildArguments", __doc__)
 
+import itertools
 import logging
 import shlex
 import sys
@@ -78,18 +79,15 @@ def split_at_tables(plan: Plan) -> tuple[list[Step], list[Step]]:
     """The steps that can run now, and of each split the first one whose table is not there yet."""
     runnable, waiting = [], []
     for steps in plan.steps.values():
-        for step in steps:
-            if step.table is not None and not step.table.is_file():
-                waiting.append(step)
-                break
-            runnable.append(step)
+        ready = list(itertools.takewhile(lambda step: step.table is None or step.table.is_file(), steps))
+        runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
     return runnable, waiting
 
 
 def check_data(plan: Plan) -> None:
     """Raise ValueError where the data set is missing or lacks a split or columns, before a model is looked for."""
     for first in (steps[0] for steps in plan.steps.values()):
-        if not (first.args.output / STAGE_FILE).is_file() or unfinished(first.args.output):
+        if _state(first) != "done":
             RowStage(first.args)
 
 

@@ -62,12 +62,7 @@ PHASES = {"rows": Phase(generate, finished_row_tasks, uses_model=True)}
 
 
 def load_captioner(args: GenerateArguments) -> Captioner:
-    """The model of the arguments, from a folder or the Hub.
-
-    Raises:
-        ValueError: it is no model, or of a kind that continues no prefix, or the device is none.
-        OSError: the Hub has no such model, or can't be reached.
-    """
+    """The model of the arguments. Raises ValueError or OSError where it is none, or none that continues a prefix."""
     if not Path(args.model).exists() and args.model.count("/") != 1:
         raise ValueError(f"{args.model!r} is neither a folder nor a Hub id such as {GenerateArguments.model}.")
     check_reachable(args.model, revision=args.revision)
@@ -137,8 +132,8 @@ class GenerateProcess:
         try:
             image = decode_image(row[self.image_column], self.files)
             image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
-            digest = hashlib.sha256(row[self.image_column]["bytes"]).digest()
-            return self.captioner.pixels([image.convert("RGB")]), digest
+            pixels = self.captioner.pixels([image.convert("RGB")])
+            return pixels, hashlib.sha256(row[self.image_column]["bytes"]).digest()
         except BadRow as error:
             return error
         except (ValueError, OSError) as error:

@@ -66,7 +66,9 @@ def flags(source: str, translation: str, language: str) -> list[str]:
         return ["empty"]
     words, right = _words(source), scripts_of(language)
     scripts = [script for script in map(_script, translation) if script]
-    one, other = _letters_of_an_alphabet(source), _letters_of_an_alphabet(translation)
+    one, other = (  # letters of an alphabet
+        sum(DENSITY if _script(letter) in DENSE_SCRIPTS else 1.0 for letter in text) for text in (source, translation)
+    )
     found = {
         "copy": len(words) > MAX_NAME_WORDS and words == _words(translation),
         # Never so where the language's script is not known.
@@ -102,10 +104,6 @@ def _words(text: str) -> list[str]:
 
 def _has_letters(text: str) -> bool:
     return any(map(str.isalnum, text))
-
-
-def _letters_of_an_alphabet(text: str) -> float:
-    return sum(DENSITY if _script(letter) in DENSE_SCRIPTS else 1.0 for letter in text)
 
 
 @lru_cache(maxsize=10_000)

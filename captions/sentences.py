@@ -34,19 +34,16 @@ READ_AT_ONCE = 10_000  # sentences
 logger = logging.getLogger("capivara")
 
 
-def sentences_of(row: dict[str, Any], columns: Iterable[str]) -> Iterator[str]:
-    """The captions of a row that are not blank; none of columns that every stage refuses."""
-    for column in columns:
-        with contextlib.suppress(BadRow):
-            yield from filter(str.strip, caption_texts(row.get(column), column))
-
-
 def distinct_sentences(source: Source, columns: list[str], parts: Iterable[range]) -> Iterator[str]:
     """The captions of some rows in their order, each once; images are not read where the form of the data allows."""
     seen: set[bytes] = set()  # digests: of tens of millions of sentences they need a tenth of the memory
     for part in parts:
-        for row in itertools.islice(source.rows(part.start, only=columns), len(part)):
-            for sentence in sentences_of(row, columns):
+        rows = itertools.islice(source.rows(part.start, only=columns), len(part))
+        for row, column in ((row, column) for row in rows for column in columns):
+            texts: list[str] = []
+            with contextlib.suppress(BadRow):  # which every stage refuses
+                texts = caption_texts(row.get(column), column)
+            for sentence in filter(str.strip, texts):
                 digest = hashlib.blake2b(sentence.encode(), digest_size=16).digest()
                 if digest not in seen:
                     seen.add(digest)
