@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from caption_data.image_rows import digest_of
+from caption_data.rows import digest_of
 from common.files import DIGEST_BYTES, has_digest, write_with_digest
 from modeling_capivara.embedder import processes
 
@@ -109,7 +109,7 @@ class EmbeddingCache:
 
 def cache_key(parts: dict[str, Any]) -> str:
     """The name of a folder of embeddings, after what they depend on."""
-    return digest_of(json.dumps(parts, sort_keys=True))
+    return digest_of(parts, sort_keys=True)
 
 
 def cache_home() -> Path:

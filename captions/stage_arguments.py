@@ -8,15 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from caption_data.image_files import ImageFileArguments
-from caption_data.selection import CaptionChoice
+from caption_data.image_files import DATASET_HELP, CaptionDataArguments
+from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
 from caption_data.stage_folder import SPLIT
-from common.cli import at_least, between, flag
+from common.cli import at_least, flag
 from common.tasks import SHARED_BY_TASKS, ExecutorArguments
 
 PREFIXES = Path(__file__).parent / "prefixes.json"
-
-
 GONE = {  # flags of earlier versions
     "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
     "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
@@ -24,19 +22,14 @@ GONE = {  # flags of earlier versions
 
 
 @dataclass
-class StageArguments(ImageFileArguments, ExecutorArguments):
+class StageArguments(CaptionDataArguments, ExecutorArguments):
     """The flags of every stage. Raises ValueError where a value breaks its rule."""
 
     gone = GONE
     module = "captions.stages"  # that `python -m` runs it by
-    dataset: str = flag(
-        ...,
-        "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
-        "metadata.jsonl, Hub id, or the output of another stage.",
-    )
+    dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
     output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
     split: str = flag("train", "Split that is read, and that the parts are named by.")
-    image_column: str = flag("image", "Column of the images; `image` in the output.")
     rename: list[str] = flag([], "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets.")
     batch_rows: int = flag(16, "Rows that are worked on at once.")
     rows_per_part: int = flag(500, "Rows of a file: at most what a kill loses, at least what a task takes.")
@@ -63,29 +56,21 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             )
         return names
 
+    def needed_columns(self) -> list[str]:
+        """Of which the data set must have one, by their names in the output."""
+        return []
 
-@dataclass(frozen=True)
+
+@dataclass(kw_only=True)
 class Decoding:
-    """How texts are written.
+    """How texts are written: flags of `captions.generate`. Raises ValueError where a number is out of its range."""
 
-    Attributes:
-        max_new_tokens: of a text, at least 1.
-        micro_batch_size: texts that are generated at once, at least 1.
-        sampling: draw every token; without it the likeliest is taken, and the three below mean nothing.
-        temperature: of the draw, above 0.
-        top_p: share of the probability that is drawn from, above 0 and at most 1.
-        seed: of the draw.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-
-    max_new_tokens: int = 50
-    micro_batch_size: int = 160
-    sampling: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
+    micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
+    sampling: bool = flag(False, "Draw every token at random, instead of the likeliest.")
+    temperature: float = flag(1.0, "With --sampling: above 1 is wilder, below 1 tamer.")
+    top_p: float = flag(1.0, "With --sampling: share of the probability drawn from.")
+    seed: int = flag(0, "With --sampling: seed, image and prefix determine the text.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_new_tokens", "micro_batch_size")
@@ -101,7 +86,7 @@ class Decoding:
 
 
 @dataclass
-class GenerateArguments(StageArguments):
+class GenerateArguments(Decoding, StageArguments):
     module = "captions.generate"
     model: str = flag(
         "Salesforce/blip2-opt-2.7b-coco",
@@ -109,26 +94,15 @@ class GenerateArguments(StageArguments):
     )
     revision: str | None = flag(None, "Branch, tag or commit of a Hub id.")
     prefixes: Path = flag(PREFIXES, "JSON file of the form of captions/prefixes.json.")
-    max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
     precision: Literal["float32", "bf16", "fp16"] = flag(
         "float32", "Of weights and activations; the authors had fp16, with BLIP-2's Q-Former in float32."
     )
-    micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
-    sampling: bool = flag(False, "Draw every token at random, instead of the likeliest.")
-    temperature: float = flag(1.0, "With --sampling: above 1 is wilder, below 1 tamer.")
-    top_p: float = flag(1.0, "With --sampling: share of the probability drawn from.")
-    seed: int = flag(0, "With --sampling: seed, image and prefix determine the text.")
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
-    def decoding(self) -> Decoding:
-        return Decoding(
-            self.max_new_tokens, self.micro_batch_size, self.sampling, self.temperature, self.top_p, self.seed
-        )
-
     def __post_init__(self) -> None:
-        super().__post_init__()
+        StageArguments.__post_init__(self)
+        Decoding.__post_init__(self)
         self.prefixes = Path(self.prefixes)
-        self.decoding()  # refuses what is out of range
 
 
 @dataclass
@@ -151,35 +125,26 @@ class ScoreArguments(StageArguments):
             raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
         at_least(self, 1, "embedding_batch_size")
 
+    def needed_columns(self) -> list[str]:
+        return [f"captions-{self.language}", f"generated-captions-{self.language}"]
+
 
 @dataclass
-class SelectArguments(StageArguments):
+class SelectArguments(CaptionChoice, StageArguments):
     module = "captions.select"
     language: str = flag("pt", "Language of the captions, the end of their columns' names.")
-    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
-        "none",
-        "Which captions of an image are kept: none = the originals; first = these and the first "
-        "`caption_count` generated; all; rank = the `caption_count` most similar to the image; threshold = those "
-        "of `min_similarity` at least; diverse = of these, those unlike each other.",
-    )
-    caption_count: int = flag(5, "Captions of the strategies first and rank.")
-    min_similarity: float = flag(0.2, "Image-caption cosine that threshold and diverse ask for.")
-    min_pair_similarity: float | None = flag(
-        None, "Leave out images whose first caption is less similar to them; all stay without."
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.choice()
-        between(self, -1, 1, "min_pair_similarity")
+        self.check_choice()
 
-    def choice(self) -> CaptionChoice:
-        return CaptionChoice(self.caption_strategy, self.caption_count, self.min_similarity)
+    def columns(self) -> list[str]:
+        """What the choice looks at: captions, generated ones, similarities."""
+        return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
-    def columns(self) -> dict[str, str]:
-        """What the choice looks at: captions, generated and similarities -> column."""
-        names = ("captions", "generated-captions", "similarities")
-        return {name: f"{name}-{self.language}" for name in names}
+    def needed_columns(self) -> list[str]:
+        scored = self.caption_strategy in WITH_SIMILARITIES or self.min_pair_similarity is not None
+        return self.columns()[2:] if scored else self.columns()[:2]
 
 
 @dataclass

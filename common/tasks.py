@@ -4,7 +4,7 @@ import os
 import re
 import shlex
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,14 +63,14 @@ class ExecutorArguments:
 
     def command(self) -> str:
         """The command line, for a shell, without defaults and without where its tasks run."""
-        elsewhere, words = {known.name for known in fields(ExecutorArguments)}, ["python", "-m", self.module]
+        words, elsewhere = ["python", "-m", self.module], {known.name for known in fields(ExecutorArguments)}
         for known in fields(self):
-            value = asdict(self)[known.name]
+            value = getattr(self, known.name)
             default = known.default_factory() if known.default_factory is not MISSING else known.default
-            if known.name in elsewhere or value == default or value in (None, False, []):
+            if known.name in elsewhere or value == default or value is None or value is False:
                 continue
-            words.append(f"--{known.name}")
-            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{known.name}", *([] if value is True else map(str, values))]
         return shlex.join(words)
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
-from caption_data.image_rows import ImageRows, digest_of
-from caption_data.rows import BadImage
+from caption_data.image_rows import ImageRows
+from caption_data.rows import BadImage, digest_of
 from common.tasks import all_parts, share
 from eval.metrics import chance_recall, cross_modal_ranks
 from modeling_capivara.embedder import Embedder, processes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from caption_data.image_files import FORM_HELP, LABEL_COLUMNS, ImageFileArguments
+from caption_data.image_files import DATASET_HELP, FORM_HELP, LABEL_COLUMNS, CaptionDataArguments, ImageFileArguments
 from common.cli import at_least, flag
 from common.tasks import ExecutorArguments
 from eval.benchmarks import METRICS, SUITES
@@ -44,19 +44,14 @@ class ModelArguments(EmbeddingArguments):
 
 
 @dataclass
-class RetrievalArguments(ModelArguments, ExecutorArguments):
+class RetrievalArguments(CaptionDataArguments, ModelArguments, ExecutorArguments):
     """Flags of `eval.retrieval`."""
 
     module = "eval.retrieval"
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
-    dataset: str = flag(
-        ...,
-        "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
-        "metadata.jsonl, or Hub id.",
-    )
+    dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file for the result records.")
     language: str = flag("pt", "Language of the captions.")
-    image_column: str = flag("image", "Name of the image column.")
     caption_column: str = flag("captions-{language}", "Name of the column of a caption or a list of captions an image.")
     caption_positions: str = flag(
         "all",

@@ -13,7 +13,6 @@ from datasets import Dataset
 from caption_data.image_files import decode_image
 from caption_data.pairs import caption_table, joined_tables, table_bytes, tables_fingerprint
 from caption_data.rows import Skipped
-from caption_data.selection import CaptionChoice, choose_captions, pair_passes
 from caption_data.sources import Source, open_source
 from modeling_capivara import CapivaraProcessor
 from training.arguments import RunArguments
@@ -50,17 +49,12 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
     Raises:
         ValueError: a data set, split or column is missing; those that are there are named.
     """
-    choice = CaptionChoice(args.caption_strategy, args.caption_count, args.min_similarity)
-
     column = caption_column(args, args.language)
 
     def choose(row: dict) -> list[str]:
-        row = {**row, f"captions-{args.language}": row[column]}
-        if args.min_pair_similarity is not None and not pair_passes(row, args.language, args.min_pair_similarity):
-            return []
-        return choose_captions(row, args.language, choice)
+        return args.chosen({**row, f"captions-{args.language}": row[column]}, args.language)
 
-    columns = [column if name == f"captions-{args.language}" else name for name in choice.columns(args.language)]
+    columns = [column if name == f"captions-{args.language}" else name for name in args.columns_of(args.language)]
     if args.min_pair_similarity is not None:
         columns = list(dict.fromkeys([*columns, f"similarities-{args.language}"]))
     sources = [
