@@ -55,7 +55,7 @@ from captions.generate import COLUMN, GenerateProcess, read_prefixes
 from captions.score import ScoreProcess
 from captions.select import SelectArguments, Selection
 from captions.stage_arguments import PREFIXES, StageArguments
-from captions.stages import run_stage
+from captions.stages import RowStage
 from captions.translate import PHASES
 from captions.translate_arguments import TranslateArguments
 from captions.translators.local import Seq2SeqTranslator
@@ -142,7 +142,7 @@ def generation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     prefixes = read_prefixes(PREFIXES)
     tokenizer, sizes = blip2.build_tokenizer(prefixes), blip2.REAL.scaled(args.widths, args.layers)
     model = blip2.build_model(sizes, tokenizer).to(args.device, getattr(torch, args.precision))
-    decoding = Decoding(args.new_tokens, len(prefixes) * args.images)
+    decoding = Decoding(max_new_tokens=args.new_tokens, micro_batch_size=len(prefixes) * args.images)
     captioner = Blip2Captioner(model, blip2.build_image_processor(), tokenizer, decoding)
     steps = generation_steps(captioner, prefixes, args.images)
     tokens = [steps[name](0).tolist() for name in PROGRAMS[:3]]
@@ -151,7 +151,7 @@ def generation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     def stage(run: int) -> None:
         process = GenerateProcess(captioner, prefixes, "image")
         stage_args = StageArguments(dataset, folder / f"run-{run}", batch_rows=args.images)
-        run_stage(stage_args, columns, {}, process)
+        RowStage(stage_args).run(columns, {}, process)
 
     steps |= {"ours": lambda run, ours=steps["ours"]: [ours(run) for _ in range(BATCHES)], "stage": stage}
     seconds = timed_runs(steps, args.runs, args.device, "generate")
@@ -290,7 +290,7 @@ def scoring(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     process = ScoreProcess(embedder, ["captions-pt", "generated-captions-pt"], "similarities-pt", "image", 32)
 
     def stage(run: int) -> None:
-        run_stage(StageArguments(dataset, folder / f"run-{run}"), {"similarities-pt": SIMILARITIES}, {}, process)
+        RowStage(StageArguments(dataset, folder / f"run-{run}")).run({"similarities-pt": SIMILARITIES}, {}, process)
 
     seconds = timed_runs({"score": stage}, args.runs, "cpu", "score")["score"]
     return {"rows_per_second": {"score": rate_spread(args.scored_rows, seconds)}, "rows": args.scored_rows}
@@ -305,7 +305,7 @@ def selecting(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
 
     def stage(run: int) -> None:
         stage_args = SelectArguments(dataset, folder / f"run-{run}", caption_strategy="rank")
-        run_stage(stage_args, {"captions-pt": CAPTIONS}, {}, Selection(stage_args))
+        RowStage(stage_args).run({"captions-pt": CAPTIONS}, {}, Selection(stage_args))
 
     seconds = timed_runs({"select": stage}, args.runs, "cpu", "select")["select"]
     return {"rows_per_second": {"select": rate_spread(args.selected_rows, seconds)}, "rows": args.selected_rows}

@@ -50,18 +50,10 @@ def passed_features(source: Source, image_column: str, renamed: dict[str, str]) 
 
 
 def caption_texts(value: Any, column: str) -> list[str]:
-    """The captions of a row, out of any column of a source; training, evaluation and the stages read them by this.
+    """The captions of a row, out of any column of a source: one text, a list of texts and None, or None.
 
-    Args:
-        value: one text, a list of texts and None, or None.
-        column: its name, for the message.
-
-    Returns:
-        As many texts as there were, so that similarities stay beside theirs; "" for None. Lone surrogates, which JSON
-        can hold and no tokenizer or Arrow file takes, are replaced.
-
-    Raises:
-        BadRow: they are no texts.
+    They are as many as there were, so that similarities stay beside theirs; "" for None. Lone surrogates, which JSON
+    can hold and no tokenizer or Arrow file takes, are replaced. Raises BadRow where they are no texts.
     """
     values = [value] if isinstance(value, str) else value or []
     if not isinstance(values, list):
@@ -72,11 +64,7 @@ def caption_texts(value: Any, column: str) -> list[str]:
 
 
 def similarities(value: Any, column: str) -> list[float | None]:
-    """The similarities of a row, a number for each caption; None is that of an empty one.
-
-    Raises:
-        BadRow: they are no list.
-    """
+    """The similarities of a row, a number for each caption, None of an empty one. Raises BadRow if they are no list."""
     if not isinstance(value, list | None):
         raise BadRow("no caption", f"{column!r} must be a list, it is {value!r}")
     return value or []
@@ -98,12 +86,8 @@ def fitting(value: Any, feature: Any) -> Any:
 
 
 def _judged(rows: Iterator[dict[str, Any]], columns: dict[str, str]) -> Features:
-    """Features of columns that nothing declares, by what most of some rows hold; lists and objects are left out.
-
-    Args:
-        rows: of the source.
-        columns: name in the source -> in the output.
-    """
+    """Features of columns (name in the source -> in the output) that nothing declares, by what most of some rows hold;
+    lists and objects are left out."""
     found: dict[str, Counter[type]] = {name: Counter() for name in columns}
     for row in rows:
         for name in columns:

@@ -11,13 +11,16 @@ import io
 import os
 import re
 import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
@@ -44,25 +47,27 @@ SUFFIXES = (  # of pictures in a folder, as names end
 )
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")  # where none is named; cls is WebDataset's
 FORM_HELP = "images: a folder of pictures, whatever else lies in it; auto: what the files in it make of it."
+DATASET_HELP = (
+    "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with metadata.jsonl, "
+    "or a Hub id."
+)
+DECODERS = 4  # threads
 HUB, ARCHIVES = "hf://", ("zip://", "tar://", "gzip://")  # addresses: a file on the Hub, or in an archive there
 
+T = TypeVar("T")
 PIL.Image.init()
 _FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Which images of a data set's rows may be opened.
+    """Which images of a data set's rows may be opened."""
 
-    Attributes:
-        bounds: where local files may lie; where None, no path is followed and a row must hold the bytes.
-        max_pixels: of an image.
-        hub_id: of the data set, where it is one of the Hub: the user's token opens its own files, and no others.
-    """
-
-    bounds: Bounds | None = None
+    bounds: Bounds | None = (
+        None  # where local files may lie; where None, no path is followed, a row must hold the bytes
+    )
     max_pixels: int = MAX_IMAGE_PIXELS
-    hub_id: str | None = None
+    hub_id: str | None = None  # of a data set of the Hub: the user's token opens its own files, and no others
 
 
 BYTES_ALONE = ImageFiles()
@@ -102,15 +107,17 @@ class ImageFileArguments:
         return ImageFiles(max_pixels=self.max_pixels)
 
 
+@dataclass(kw_only=True)
+class CaptionDataArguments(ImageFileArguments):
+    """The flags of every command that reads images with captions, beside its `dataset` (`DATASET_HELP`)."""
+
+    image_column: str = flag("image", "Name of the image column.")
+
+
 def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:
-    """The file of the image of a row, from the row or from where its path points.
+    """The file of the image of a row, `{"bytes", "path"}`, from the row or from where its path points.
 
-    Args:
-        row_image: `{"bytes", "path"}`.
-        files: which may be opened.
-
-    Returns:
-        The whole file, which begins as an image within the limits; its pixels may still be damaged.
+    It begins as an image within the limits; its pixels may still be damaged.
 
     Raises:
         BadImage: there is none, it may not be opened, it can't be read, it is no image, or it is too large.
@@ -121,7 +128,7 @@ def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> byte
 def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL.Image.Image:
     """The image of a row, loaded, upright by its EXIF orientation as `datasets` gives it; its mode is left as it is.
 
-    Args and errors are those of `image_bytes`; one more is that its pixels can't be decoded.
+    Raises BadImage as `image_bytes`, and where its pixels can't be decoded.
     """
     data, image = _opened(row_image, files)
     try:
@@ -129,14 +136,23 @@ def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL
         if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
             image = PIL.ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels, some of which are no pixels
-            image = _eight_bits(image)
+            # As the model's image processor has it, so that an image it refuses is a bad row and does not end a run.
+            from modeling_capivara.image_processing_capivara import to_eight_bits  # here: torch comes with it
+
+            image = PIL.Image.fromarray(to_eight_bits(np.asarray(image)))
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise BadImage("unreadable image", f"{_name(row_image, data)}: {error}") from error
     return image
 
 
+def by_threads(read: Callable[..., T], *rows: Iterable[Any]) -> list[T]:
+    """`map` by threads, which decode side by side; they end before a model computes, whose own threads they slow."""
+    with ThreadPoolExecutor(DECODERS) as threads:
+        return list(threads.map(read, *rows))
+
+
 def image_digest(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:
-    """BLAKE2b-128 of the file of the image of a row. Args and errors are those of `image_bytes`."""
+    """BLAKE2b-128 of the file of the image of a row. Raises BadImage as `image_bytes`."""
     return blake2b(image_bytes(row_image, files), digest_size=16).digest()
 
 
@@ -211,15 +227,6 @@ def _local_file(path: str, bounds: Bounds) -> BinaryIO:
         os.close(number)
         raise BadImage("unreadable image", f"{path!r} is no regular file")
     return os.fdopen(number, "rb")
-
-
-def _eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """As the model's image processor has it, so that an image it refuses is a bad row and does not end a run."""
-    import numpy as np
-
-    from modeling_capivara.image_processing_capivara import to_eight_bits  # torch comes with it, which flags don't need
-
-    return PIL.Image.fromarray(to_eight_bits(np.asarray(image)))
 
 
 def _check_size(image: PIL.Image.Image, name: str, max_pixels: int) -> None:

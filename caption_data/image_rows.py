@@ -1,14 +1,12 @@
 """The images of a data set by their rows, read when they are needed, with a digest of each file."""
 
 import hashlib
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 from tqdm.auto import tqdm
@@ -22,19 +20,12 @@ DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Images that are read when they are needed.
+    """Images that are read when they are needed."""
 
-    Attributes:
-        row_image: number of a row -> its image as `datasets` gives it undecoded, `{"bytes", "path"}`.
-        count: rows.
-        files: which images may be opened.
-        digest: hex, of the files of all images in their order.
-    """
-
-    row_image: Callable[[int], dict | None]
-    count: int
-    files: ImageFiles = BYTES_ALONE
-    digest: str = field(init=False)
+    row_image: Callable[[int], dict | None]  # of a row's number: its image as `datasets` gives it undecoded
+    count: int  # rows
+    files: ImageFiles = BYTES_ALONE  # which images may be opened
+    digest: str = field(init=False)  # hex, of the files of all images in their order
     _digests: bytes = field(init=False, repr=False)  # 16 each
 
     def __post_init__(self) -> None:
@@ -81,8 +72,3 @@ class ImageRows:
         path = (self.row_image(row) or {}).get("path") or ""
         folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
-
-
-def digest_of(value: Any) -> str:
-    """Hex digest of a JSON value."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()

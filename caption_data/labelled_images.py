@@ -21,24 +21,28 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from caption_data.image_files import LABEL_COLUMNS, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from caption_data.image_rows import ImageRows, digest_of
+from caption_data.image_rows import ImageRows
 from caption_data.links import refuse_links_out
-from caption_data.source_files import copied_bounds, files_of_split, form_hint, load_files, load_saved, picture_files
+from caption_data.rows import digest_of
+from caption_data.source_files import (
+    copied_bounds,
+    files_of_split,
+    form_hint,
+    load_files,
+    load_saved,
+    of_split,
+    picture_files,
+)
 
 SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
 
 
 @dataclass
 class LabelledImages:
-    """Images with their classes.
-
-    Attributes:
-        images: of all rows.
-        labels: of each row, a class or a list of classes.
-    """
+    """Images with their classes."""
 
     images: ImageRows
-    labels: list[int] | list[list[int]]
+    labels: list[int] | list[list[int]]  # of each row, a class or a list of classes
 
     def fingerprint(self) -> str:
         """Hex digest of images and labels."""
@@ -65,19 +69,23 @@ def load_images(
         source: as `--images` takes it.
         split: name.
         names_en: of all classes of the data set.
-        image_column: found where None.
-        label_column: found where None.
+        image_column, label_column: found where None.
         indices: of the classes that are distinguished, in `names_en`; all where None. Images of others are left out
             (Babel-ImageNet names a part of ImageNet).
         form: "auto", or "images" for a folder of pictures whatever else it holds.
-        image_roots: folders outside of the data set that image paths may lead into.
-        max_pixels: of an image.
+        image_roots, max_pixels: as of `open_source`.
 
     Raises:
         ValueError: split or column is missing, or the class names do not match; those that differ are named.
     """
     rows = _split_of(source, split, form)
-    image_column = image_column or _only_image_column(rows, source)
+    if image_column is None:
+        of_images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+        if len(of_images) != 1:
+            raise ValueError(
+                f"{source} has {len(of_images)} columns of images, {rows.column_names}; say --image_column."
+            )
+        image_column = of_images[0]
     label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
     for column in (image_column, label_column):
         if column not in rows.column_names:
@@ -87,14 +95,13 @@ def load_images(
     names = feature.names if isinstance(feature, ClassLabel) else _class_names(source)
     mapping = _by_name(names, names_en, source) if names else dict(enumerate(range(len(names_en))))
     labels = rows[label_column][:]
-    kinds = {type(x).__name__ for label in labels for x in (label if isinstance(label, list) else [label])} - {"int"}
-    if kinds:
+    lists = [label if isinstance(label, list) else [label] for label in labels]
+    if kinds := {type(x).__name__ for label in lists for x in label} - {"int"}:
         raise ValueError(f"{source}: labels must be whole numbers or lists of them; there are {sorted(kinds)}.")
-    outside = {x for label in labels for x in (label if isinstance(label, list) else [label])} - mapping.keys()
-    if outside:
+    if outside := {x for label in lists for x in label} - mapping.keys():
         raise ValueError(f"{source}: labels {sorted(outside)[:10]} are outside the {len(mapping)} classes with a name.")
     class_of = {index: number for number, index in enumerate(range(len(names_en)) if indices is None else indices)}
-    classes = [[class_of.get(mapping[x]) for x in (label if isinstance(label, list) else [label])] for label in labels]
+    classes = [[class_of.get(mapping[x]) for x in label] for label in lists]
     kept = [row for row, found in enumerate(classes) if None not in found]
     if not kept:
         raise ValueError(f"{source} has no image of the {len(class_of)} classes that have a name.")
@@ -135,15 +142,17 @@ def _split_of(source: str, split: str, form: str) -> Dataset:
         raise ValueError(f"{error}{hint}") from error
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
         raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}{form_hint(path)}") from error
-    if split not in loaded:
-        raise ValueError(f"{source} has no split {split!r}; there are {sorted(loaded)}.{form_hint(path)}")
-    return loaded[split]
+    return of_split(loaded, source, split, form_hint(path))
 
 
 def _refuse_outside(folder: Path) -> None:
-    """Raise ValueError where a list of the folder names a file outside of it, which `datasets` would open."""
+    """Raise ValueError where a list of the folder names a file outside of it, which `datasets` would open.
+
+    It takes for such what is in file_name, file_names, and with a word and _ before.
+    """
     for path in folder.rglob("metadata.*"):
-        names = [name for line in _lines_of(path) for key, value in line.items() for name in _file_names(key, value)]
+        values = [v for line in _lines_of(path) for k, v in line.items() if re.fullmatch(r"(.*_)?file_names?", k or "")]
+        names = [str(name) for value in values for name in (value if isinstance(value, list) else [value])]
         outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts or "://" in name]
         if outside:
             raise ValueError(f"{path.relative_to(folder)} names files outside its folder, refused: {outside[:3]}.")
@@ -158,34 +167,17 @@ def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
             yield from csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
 
 
-def _file_names(key: str | None, value: Any) -> list[str]:
-    """What `datasets` takes for names of files: of file_name, file_names, and with a word and _ before."""
-    if not re.fullmatch(r"(.*_)?file_names?", key or ""):
-        return []
-    return list(map(str, value)) if isinstance(value, list) else [str(value)]
-
-
-def _only_image_column(rows: Dataset, source: str) -> str:
-    columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
-    if len(columns) != 1:
-        raise ValueError(f"{source} has {len(columns)} columns of images, {rows.column_names}; say --image_column.")
-    return columns[0]
-
-
 def _class_names(source: str) -> list[str]:
     """Of `classnames.txt`, a line a label, which clip-benchmark's copies have; empty where there is none."""
-    if Path(source).is_dir():
-        path = Path(source) / "classnames.txt"
-        if not path.is_file():
-            return []
-    else:
+    path = Path(source) / "classnames.txt"
+    if not Path(source).is_dir():
         try:
-            path = Path(hf_hub_download(source, "classnames.txt", repo_type="dataset"))
+            path = Path(hf_hub_download(source, path.name, repo_type="dataset"))
         except LocalEntryNotFoundError:  # offline: whether there is one is not known, and the order must not be guessed
             raise
         except EntryNotFoundError:
             return []
-    return path.read_text(encoding="utf-8").splitlines()
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[int, int]:

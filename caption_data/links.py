@@ -10,12 +10,7 @@ from pathlib import Path
 
 
 class Bounds:
-    """Where the files of a data set may lie.
-
-    Args:
-        folder: of the data set; it may be reached by links.
-        others: folders that links in it may lead into, too.
-    """
+    """Where the files of a data set may lie: in its folder, and in others that links in it may lead into."""
 
     def __init__(self, folder: Path, others: Sequence[Path] = ()):
         self.folder = folder

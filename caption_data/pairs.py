@@ -38,8 +38,7 @@ def caption_table(
     """One pass over the rows: what a run needs to know of each but its pixels, in a memory-mapped temporary file.
 
     Args:
-        source: the rows.
-        image_column: column of the images.
+        source, image_column: of the images.
         caption_columns: columns that `choose` needs. A lone string in one of them becomes a list of one.
         choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
         skipped: rows that have no image or no caption are appended, and the archives that were damaged.
@@ -120,15 +119,12 @@ def _entry(
     except (ValueError, TypeError) as error:  # such as fewer similarities than captions
         raise BadRow("no caption", f"{error}") from error
     captions = [text for text in chosen if repair_text(text)]
-    if not captions and any(_has_text(row[column]) for column in caption_columns):
+    texts = (text for column in caption_columns for text in row[column] if isinstance(text, str))
+    if not captions and any(map(repair_text, texts)):
         raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
         raise BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
     return {"digest": image_digest(image, files).hex(), "captions": captions}
-
-
-def _has_text(values: list) -> bool:
-    return any(isinstance(value, str) and repair_text(value) for value in values)
 
 
 def _batches(entries: Iterator[dict]) -> Iterator[pa.RecordBatch]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from common.files import write_text
 
@@ -40,12 +41,13 @@ class BadImage(BadRow):
     """An image that can't be used."""
 
 
-def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
-    """Hex digest of images and captions in their order; where the files lie does not matter.
+def digest_of(value: Any, sort_keys: bool = False) -> str:
+    """Hex digest of a JSON value."""
+    return blake2b(json.dumps(value, sort_keys=sort_keys).encode(), digest_size=16).hexdigest()
 
-    Args:
-        rows: of each row the hex `image_digest`, and its captions.
-    """
+
+def rows_fingerprint(rows: Iterable[tuple[str, list[str]]]) -> str:
+    """Hex digest of rows, of each the hex `image_digest` and the captions, in their order."""
     digest = blake2b(digest_size=16)
     for row in rows:
         digest.update(json.dumps(row).encode() + b"\n")

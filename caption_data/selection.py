@@ -1,6 +1,6 @@
 """Which captions of an image are trained on, and which pairs: pure functions of a row.
 
-    python -c "from caption_data.selection import CaptionChoice; print(CaptionChoice('rank').columns('pt'))"
+    python -c "from caption_data.selection import CaptionChoice; print(CaptionChoice().columns_of('pt'))"
 
 A row is a dict with `captions-<language>` (list, the originals), `generated-captions-<language>` (list) and
 `similarities-<language>` (list, the image-caption cosine under the base model: captions, then generated ones). The
@@ -10,6 +10,9 @@ strategies and their constants are those of CAPIVARA, arXiv 2310.13683.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
+
+from common.cli import at_least, between, flag
 
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
 WITH_SIMILARITIES = ("rank", "threshold", "diverse")
@@ -18,62 +21,55 @@ WITH_SIMILARITIES = ("rank", "threshold", "diverse")
 TOKEN_PATTERN = r"[^\s!-/:-@\[-`{-~\u00a1\u00ab\u00b7\u00bb\u00bf\u0964\u0965\u2010-\u2027\u2030-\u205e\u3000-\u303f]+"
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class CaptionChoice:
-    """Which captions of a row are used.
+    """Which captions of a row are used: the flags of every command that chooses.
 
-    Attributes:
-        strategy: `none` is the originals only; `first` adds the first `count` generated ones; `all` adds all generated
-            ones; `rank` is the `count` most similar to the image, originals and generated ones alike; `threshold` is
-            all whose similarity is at least `min_similarity`; `diverse` takes those, most similar first, and keeps a
-            caption whose TF-IDF cosine with every kept one is at most `max_overlap`.
-        count: captions of `first` and `rank`, at least 1.
-        min_similarity: cosine of image and caption, -1 to 1.
-        max_overlap: TF-IDF cosine of two captions, 0 to 1.
-        min_kept: `diverse` fills up to this many, at least 1, with the most similar of those that it dropped.
-
-    Raises:
-        ValueError: a value is out of its range.
+    `diverse` takes the captions of `threshold`, most similar first, and keeps one whose TF-IDF cosine with every kept
+    one is at most `max_overlap`; it fills up to `min_kept` with the most similar of those that it dropped.
     """
 
-    strategy: str = "none"
-    count: int = 5  # the released recipe, arXiv 2310.13683
-    min_similarity: float = 0.2
-    max_overlap: float = 0.3
-    min_kept: int = 3
+    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
+        "none",
+        "Which captions of an image are kept, or one is drawn from at every step of a training: none = the originals; "
+        "first = these and the first `caption_count` generated; all; rank = the `caption_count` most similar to the "
+        "image; threshold = those of `min_similarity` at least; diverse = of these, those unlike each other.",
+    )
+    caption_count: int = flag(5, "Captions of the strategies first and rank.")  # the released recipe
+    min_similarity: float = flag(0.2, "Image-caption cosine that threshold and diverse ask for.")
+    min_pair_similarity: float | None = flag(
+        None, "Leave out images whose first caption is less similar to them; all stay where none is given."
+    )
+    max_overlap, min_kept = 0.3, 3  # no flags
 
-    def __post_init__(self):
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}.")
-        for name in ("count", "min_kept"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, got {value!r}.")
-        for name, lowest in (("min_similarity", -1), ("max_overlap", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not lowest <= value <= 1:
-                raise ValueError(f"{name} must be a number from {lowest} to 1, got {value!r}.")
+    def check_choice(self) -> None:
+        """Raise ValueError where a value is out of its range."""
+        if self.caption_strategy not in STRATEGIES:
+            raise ValueError(f"caption_strategy must be one of {', '.join(STRATEGIES)}, got {self.caption_strategy!r}.")
+        at_least(self, 1, "caption_count")
+        between(self, -1, 1, "min_similarity", "min_pair_similarity")
 
-    def columns(self, language: str) -> list[str]:
+    def columns_of(self, language: str) -> list[str]:
         """The columns of a row that the strategy looks at."""
         names = [f"captions-{language}"]
-        if self.strategy != "none":
+        if self.caption_strategy != "none":
             names.append(f"generated-captions-{language}")
-        if self.strategy in WITH_SIMILARITIES:
+        if self.caption_strategy in WITH_SIMILARITIES:
             names.append(f"similarities-{language}")
         return names
 
+    def chosen(self, row: dict, language: str) -> list[str]:
+        """`choose_captions` of a row, none where it does not pass the pair filter. Raises ValueError as these do."""
+        if self.min_pair_similarity is not None and not pair_passes(row, language, self.min_pair_similarity):
+            return []
+        return choose_captions(row, language, self)
+
 
 def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str]:
-    """The captions of a row that `choice` picks.
+    """The captions of a row that `choice` picks; it has the columns of `choice.columns_of(language)`.
 
     A caption that occurs twice counts once, at its first position: so `first` and `rank` give
     `count` different ones where there are as many.
-
-    Args:
-        row: the columns of `choice.columns(language)`; others are ignored.
-        language: ending of the column names, such as "pt".
-        choice: the strategy and its numbers.
 
     Returns:
         `none`, `first`, `all`: originals, then generated ones, in the order of the row. `rank`, `threshold`,
@@ -82,21 +78,21 @@ def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str
     Raises:
         ValueError: a column is missing, or the similarities are not one for each caption.
     """
-    captions = _column(row, f"captions-{language}", choice.strategy)
-    if choice.strategy == "none":
+    captions = _column(row, f"captions-{language}", choice.caption_strategy)
+    if choice.caption_strategy == "none":
         return _distinct(captions)
-    generated = _column(row, f"generated-captions-{language}", choice.strategy)
-    if choice.strategy in ("first", "all"):
+    generated = _column(row, f"generated-captions-{language}", choice.caption_strategy)
+    if choice.caption_strategy in ("first", "all"):
         originals, both = _distinct(captions), _distinct([*captions, *generated])
-        return both if choice.strategy == "all" else both[: len(originals) + choice.count]
+        return both if choice.caption_strategy == "all" else both[: len(originals) + choice.caption_count]
 
-    similarities = _similarities(row, language, len(captions), len(generated), choice.strategy)
+    similarities = _similarities(row, language, len(captions), len(generated), choice.caption_strategy)
     texts = [*captions, *generated]
     ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])  # a stable sort: ties keep the row's order
-    if choice.strategy == "rank":
-        return _distinct(texts[i] for i in ranked)[: choice.count]
+    if choice.caption_strategy == "rank":
+        return _distinct(texts[i] for i in ranked)[: choice.caption_count]
     passed = _distinct(texts[i] for i in ranked if similarities[i] >= choice.min_similarity)
-    if choice.strategy == "threshold" or len(passed) <= choice.min_kept:
+    if choice.caption_strategy == "threshold" or len(passed) <= choice.min_kept:
         return passed
     return _diverse(passed, _distinct(texts), choice)
 
@@ -104,14 +100,8 @@ def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str
 def pair_passes(row: dict, language: str, min_similarity: float) -> bool:
     """Whether the first original caption fits its image; a row without one, or with NaN for it, does not pass.
 
-    Args:
-        row: `captions-<language>` and `similarities-<language>`; with `generated-captions-<language>` there, the number
-            of similarities is checked to the last one.
-        language: ending of the column names, such as "pt".
-        min_similarity: cosine of image and caption; CAPIVARA has 0.2.
-
-    Raises:
-        ValueError: a column is missing, or the similarities are not one for each caption.
+    CAPIVARA's `min_similarity` is 0.2. With generated captions there, all similarities are counted. Raises ValueError
+    as `choose_captions`.
     """
     captions = _column(row, f"captions-{language}", "pair_passes")
     generated = row.get(f"generated-captions-{language}")

@@ -19,7 +19,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from caption_data.image_files import SUFFIXES
 from caption_data.links import Bounds, refuse_links_out
-from caption_data.stage_folder import damage_named, one_line
+from caption_data.stage_folder import one_line, opened_parquet, parquet_batches
 from common.files import read_json
 
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
@@ -29,8 +29,7 @@ SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "de
 def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -> tuple[list[Path], Bounds]:
     """The files of a split, all of one form, and where they and their images may lie.
 
-    Raises:
-        ValueError: there are none, of several forms, or links out of the folder.
+    Raises ValueError where there are none, of several forms, or links out of the folder.
     """
     root, found = _local_files(dataset)
     rule = (
@@ -47,15 +46,22 @@ def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -
 def load_files(form: str, paths: Sequence[Path], dataset: str, streaming: bool = False) -> Dataset | IterableDataset:
     """Files by the loader `form` of `datasets`: named, since a README in their folder may name any file or address."""
     names = {"train": [glob.escape(str(path)) for path in paths]}
-    with damage_named(paths):
+    parquet = [path for path in paths if path.suffix == ".parquet"]
+    for path in parquet:
+        with opened_parquet(path):  # a truncated one has no end
+            pass
+    try:
         return load_by_datasets(dataset, form, data_files=names, split="train", streaming=streaming)
+    except ValueError:
+        for _ in itertools.chain.from_iterable(map(parquet_batches, parquet)):
+            pass  # until the one that is damaged, which the error names
+        raise
 
 
 def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
     """A saved data set, its tables within its folder (or `image_roots`), by whatever path its files name them.
 
-    Raises:
-        ValueError: a link or a path leads out of the folder, or it can't be loaded.
+    Raises ValueError where a link or a path leads out of the folder, or it can't be loaded.
     """
     refuse_links_out(folder)
     bounds = Bounds(folder, image_roots)
@@ -81,8 +87,7 @@ def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
 def load_embedded(folder: Path) -> DatasetDict:
     """A saved data set with all images in its tables, so that `datasets` may decode and copy them: it opens any path.
 
-    Raises:
-        ValueError: an image is a path alone, or as of `load_saved`.
+    Raises ValueError as `load_saved`, and where an image is a path alone.
     """
     data = load_saved(folder)
     for name, split in data.items():

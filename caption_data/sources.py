@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset
 from tqdm.auto import tqdm
 
@@ -37,7 +35,7 @@ from caption_data.source_files import (
     load_saved,
     of_split,
 )
-from caption_data.stage_folder import STAGE_FILE, check_all_there, one_line, parquet_batches
+from caption_data.stage_folder import STAGE_FILE, check_all_there, opened_parquet, parquet_batches
 from caption_data.tars import refuse_compressed, samples
 
 MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
@@ -51,8 +49,9 @@ class Source:
     An image is left as it is, `{"bytes", "path"}`: `caption_data.image_files` opens it, with the `files` of the source.
     """
 
-    def __init__(self, name: str, split: str, streaming: bool, files: ImageFiles):
+    def __init__(self, name: str, split: str, streaming: bool, files: ImageFiles, image_column: str):
         self.name, self.split, self.streaming, self.files = name, split, streaming, files
+        self.image_column = image_column
         self.columns: list[str] = []
         self.features: Features | None = None  # where the data set declares them
         self.damaged: list[Skipped] = []  # archives that end too early; complete once all rows were seen
@@ -79,7 +78,7 @@ class Source:
         It is cheap: of a large file its size and pieces all over it, of a data set of `datasets` the fingerprint that
         the library keeps.
         """
-        raise NotImplementedError
+        return _files_fingerprint(self._paths)
 
     def row(self, index: int) -> dict:
         """Row `index`, from 0. Raises ValueError when streaming, IndexError where there is none."""
@@ -87,12 +86,15 @@ class Source:
             raise ValueError(f"{self.where} is streamed and has no random access. Open it without streaming.")
         if not 0 <= index < len(self):
             raise IndexError(f"{self.where} has {len(self)} rows, there is no row {index}.")
-        return self._read(self._items[index])
+        return self._at(index)
 
     def __len__(self) -> int:
         if self.streaming:
             raise TypeError(f"{self.where} is streamed and has no length. Open it without streaming.")
         return len(self._items)
+
+    def _at(self, index: int) -> dict:
+        return self._read(self._items[index])
 
     def _read(self, item: Any) -> dict:
         raise NotImplementedError
@@ -101,21 +103,13 @@ class Source:
 class _ArrowSource(Source):
     """Rows of the `datasets` library."""
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        streaming: bool,
-        files: ImageFiles,
-        image_column: str,
-        data: Dataset | IterableDataset,
-    ):
-        super().__init__(name, split, streaming, files)
+    def __init__(self, *options: Any, data: Dataset | IterableDataset):
+        super().__init__(*options)
         self.features, self._fingerprint = data.features, getattr(data, "_fingerprint", None)
         for column, feature in (data.features or {}).items():
             if (undecoded := _undecoded(feature)) != feature:
                 data = data.cast_column(column, undecoded)
-        self._items, self._image_column = data, image_column
+        self._items = data
         self.columns = list(data.column_names or next(iter(data), {}))
 
     def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
@@ -128,24 +122,21 @@ class _ArrowSource(Source):
         return str(self._fingerprint)  # of a saved data set, or of a revision on the Hub
 
     def _read(self, item: dict) -> dict:
-        return _with_image_dict(item, self._image_column)
+        return _with_image_dict(item, self.image_column)
 
 
 class _ParquetSource(Source):
     """Rows of parquet files, read in place a few at a time, where `datasets` would copy all of them to its cache."""
 
-    def __init__(self, name: str, split: str, files: ImageFiles, image_column: str, paths: list[Path]):
-        super().__init__(name, split, streaming=False, files=files)
-        self._image_column, groups, schema = image_column, [], None
+    def __init__(self, *options: Any, paths: list[Path]):
+        super().__init__(*options)
+        groups, schema = [], None
         for path in tqdm(paths, desc=f"Parquet files, {self.where}", unit="file", leave=False):
-            try:
-                with pq.ParquetFile(path) as file:
-                    schema = file.schema_arrow if schema is None else schema
-                    if not file.schema_arrow.equals(schema):
-                        raise ValueError(f"{path} has other columns than {paths[0]}; make them alike.")
-                    sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-            except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{path} can't be loaded: {one_line(error)}") from error
+            with opened_parquet(path) as file:
+                schema = file.schema_arrow if schema is None else schema
+                if not file.schema_arrow.equals(schema):
+                    raise ValueError(f"{path} has other columns than {paths[0]}; make them alike.")
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             groups += [(path, group, size) for group, size in enumerate(sizes)]
         self._groups, self._paths = groups, paths
         self._starts = list(itertools.accumulate((size for *_, size in groups), initial=0))
@@ -155,9 +146,7 @@ class _ParquetSource(Source):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def row(self, index: int) -> dict:
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.where} has {len(self)} rows, there is no row {index}.")
+    def _at(self, index: int) -> dict:
         return next(self.rows(index))
 
     def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
@@ -170,30 +159,24 @@ class _ParquetSource(Source):
             for batch in parquet_batches(path, numbers, columns):
                 rows = batch.slice(min(surplus, len(batch))).to_pylist()
                 surplus -= len(batch) - len(rows)
-                yield from (_with_image_dict(row, self._image_column) for row in rows)
-
-    def fingerprint(self) -> str:
-        return _files_fingerprint(self._paths)
+                yield from (_with_image_dict(row, self.image_column) for row in rows)
 
 
 class _FileSource(Source):
     """Rows that lie in files: some integers, the number of the file first, say where each is."""
 
-    def __init__(self, name: str, split: str, streaming: bool, files: ImageFiles, image_column: str, paths: list[Path]):
-        super().__init__(name, split, streaming, files)
-        self._paths, self._image_column = paths, image_column
-        if not streaming:  # one array: a million rows are 40 MB, a tenth of what tuples take
+    def __init__(self, *options: Any, paths: list[Path]):
+        super().__init__(*options)
+        self._paths = paths
+        if not self.streaming:  # one array: a million rows are 40 MB, a tenth of what tuples take
             numbers = np.fromiter(itertools.chain.from_iterable(self._offsets()), dtype=np.int64)
             self._items = numbers.reshape(-1, self._width)
         head = itertools.islice(self.rows(), HEAD_ROWS)
-        self.columns = list(dict.fromkeys(itertools.chain([image_column], *head)))
+        self.columns = list(dict.fromkeys(itertools.chain([self.image_column], *head)))
 
     def rows(self, start: int = 0, only: Collection[str] | None = None) -> Iterator[dict]:
         offsets = itertools.islice(self._offsets(), start, None) if self.streaming else self._items[start:]
         return map(self._read, offsets)
-
-    def fingerprint(self) -> str:
-        return _files_fingerprint(self._paths)
 
     def _offsets(self) -> Iterator[tuple[int, ...]]:
         raise NotImplementedError
@@ -220,7 +203,7 @@ class _ImageFolderSource(_FileSource):
         name, image = row.pop("file_name", None), None
         if isinstance(name, str):
             image = {"bytes": None, "path": name if "://" in name else str(path.parent / name)}
-        return {**row, self._image_column: image}
+        return {**row, self.image_column: image}
 
 
 class _TarSource(_FileSource):
@@ -251,7 +234,7 @@ class _TarSource(_FileSource):
                 image = {"bytes": data, "path": f"{file.name}/{member}"}
             if json_offset >= 0:
                 row = _json_object(_read_at(file, json_offset, json_size, MAX_JSON_BYTES))
-        return {**row, self._image_column: image}
+        return {**row, self.image_column: image}
 
 
 def open_source(
@@ -280,30 +263,32 @@ def open_source(
         ValueError: there is no such data set or split (those that are there are named), it is empty, its tars are
             compressed, a file of it is a link out of it, or it is the output of a stage that is unfinished.
     """
-    path, options = Path(dataset), (dataset, split, streaming)
+    path = Path(dataset)
     if (path / STAGE_FILE).is_file():
         check_all_there(path)
+
+    def opened(kind: type[Source], files: ImageFiles, **content: Any) -> Source:
+        return _not_empty(kind(dataset, split, streaming, files, image_column, **content))
+
     if (path / "dataset_dict.json").is_file():
-        files = ImageFiles(Bounds(path, image_roots), max_pixels)
         data = of_split(load_saved(path, image_roots), dataset, split)
-        return _not_empty(_ArrowSource(*options, files, image_column, data))
+        return opened(_ArrowSource, ImageFiles(Bounds(path, image_roots), max_pixels), data=data)
     if not path.exists() and not glob.has_magic(dataset):
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", dataset) or any(re.search(form, dataset) for form in FORMS):
             raise ValueError(f"{dataset} does not exist, and is no Hub id such as 'laicsiifes/flickr30k-pt-br'.")
         data = load_by_datasets(f"{dataset} is no path here, and as a Hub id it", dataset, streaming=streaming)
         files = ImageFiles(copied_bounds(dataset, image_roots), max_pixels, dataset)
-        return _not_empty(_ArrowSource(*options, files, image_column, of_split(data, dataset, split)))
+        return opened(_ArrowSource, files, data=of_split(data, dataset, split))
     paths, bounds = files_of_split(dataset, split, image_roots)
     files = ImageFiles(bounds, max_pixels)
     if paths[0].suffix == ".parquet" and in_place:
-        return _not_empty(_ParquetSource(dataset, split, files, image_column, paths))
+        return opened(_ParquetSource, files, paths=paths)
     if paths[0].suffix == ".parquet":
-        data = load_files("parquet", paths, dataset, streaming)
-        return _not_empty(_ArrowSource(*options, files, image_column, data))
+        return opened(_ArrowSource, files, data=load_files("parquet", paths, dataset, streaming))
     if paths[0].suffix == ".jsonl":
-        return _not_empty(_ImageFolderSource(*options, files, image_column, paths))
+        return opened(_ImageFolderSource, files, paths=paths)
     refuse_compressed(paths)
-    return _not_empty(_TarSource(*options, files, image_column, paths))
+    return opened(_TarSource, files, paths=paths)
 
 
 def _not_empty(source: Source) -> Source:

@@ -7,21 +7,23 @@ a list beside it. Where parts begin depends on `stage.json` alone, not on who wr
 the work, and another number can finish it. The names of whole files alone say what is done.
 """
 
-import itertools
 import json
+import os
 import re
+import socket
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from caption_data.rows import digest_of
 from common.files import read_json, write_json
+from common.tasks import all_parts, share
 
 SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
 STAGE_FILE = "stage.json"
@@ -38,17 +40,11 @@ DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of 
 
 @dataclass(frozen=True)
 class StageReport:
-    """What of a stage is done.
+    """What of a stage is done."""
 
-    Attributes:
-        rows: those that were written.
-        skipped: reason -> number of the rows that were left out.
-        missing: ranges of rows that no task has written yet.
-    """
-
-    rows: int
-    skipped: dict[str, int]
-    missing: list[range] = field(default_factory=list)
+    rows: int  # that were written
+    skipped: dict[str, int]  # reason -> number of the rows that were left out
+    missing: list[range] = field(default_factory=list)  # rows that no task has written yet
 
     def __str__(self) -> str:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
@@ -60,39 +56,22 @@ class StageReport:
         )
 
 
-def all_parts(rows: int, rows_per_part: int) -> list[range]:
-    """The rows of every part of a stage."""
-    return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
-
-
-def share(parts: list[range], rank: int, world_size: int) -> list[range]:
-    """The parts of one task of `world_size`: neighbours, so that files are read in order."""
-    return parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
-
-
 def finished_ranks(output: Path, record: dict[str, Any], world_size: int) -> list[int]:
     """The tasks of a stage that have nothing left to do, by the names of the files alone.
 
-    Args:
-        output: folder of the stage.
-        record: of the `stage.json` that the tasks would write: at least `command`, `source` and `rows_per_part`. Parts
-            of another command or other rows don't count; the tasks then compare the whole record.
-        world_size: number of tasks.
+    `record` is of the `stage.json` that the tasks would write: at least `command`, `source` and `rows_per_part`. Parts
+    of another command or other rows don't count; the tasks then compare the whole record.
     """
-    there: set[str] | None = None
-    if (output / STAGE_FILE).is_file():
+    is_there, is_same = (output / STAGE_FILE).is_file(), False
+    if is_there:
         old = stage_record(output)
         same_rows = all(old["source"].get(name) == record["source"][name] for name in ("rows", "fingerprint"))
-        if same_rows and old["command"] == record["command"]:
-            there = {path.name for path in output.glob("*.parquet")}
-    parts, split = all_parts(record["source"]["rows"], record["rows_per_part"]), record["source"]["split"]
-    if not parts and there is None:
+        is_same = same_rows and old["command"] == record["command"]
+    parts = _parts_of(record)
+    if not parts and not is_same:
         return list(range(1, world_size))  # one task has to say that there are no rows
-    return [
-        rank
-        for rank in range(world_size)
-        if all(part_path(output, split, part).name in (there or ()) for part in share(parts, rank, world_size))
-    ]
+    missing = set(_missing(output, record)) if is_same else set(parts)
+    return [rank for rank in range(world_size) if missing.isdisjoint(share(parts, rank, world_size))]
 
 
 def part_path(output: Path, split: str, part: range) -> Path:
@@ -102,6 +81,22 @@ def part_path(output: Path, split: str, part: range) -> Path:
 def skipped_path(path: Path) -> Path:
     """Where the rows that a part goes without are listed; there is no file where there is none."""
     return path.with_suffix(".skipped.jsonl")
+
+
+@contextmanager
+def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer of a parquet file that gets its name when the block ends, and vanishes when it fails."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}-{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            # No dictionary and no statistics: of images they cost time and serve nobody.
+            with pq.ParquetWriter(file, schema, use_dictionary=False, write_statistics=False) as parquet:
+                yield parquet
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(output: Path) -> None:
@@ -125,7 +120,7 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
         write_json(path, record)  # several tasks write the same; else the comparison below fails
     there = stage_record(output)
-    old, new = _flat(identity(there)), _flat(identity(json.loads(json.dumps(record))))
+    old, new = flat(_identity(there)), flat(_identity(json.loads(json.dumps(record))))
     differences = [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
         for name in {**old, **new}
@@ -140,22 +135,13 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
     return there
 
 
-def identity(record: dict[str, Any]) -> dict[str, Any]:
-    """What of a `stage.json` two runs must have in common."""
-    kept = {key: record.get(key) for key in IDENTITY}
-    return kept | {"source": {key: value for key, value in record["source"].items() if key not in NOT_COMPARED}}
-
-
 def identity_digest(record: dict[str, Any]) -> str:
-    return blake2b(json.dumps(identity(record), sort_keys=True).encode(), digest_size=16).hexdigest()
+    """Of what two runs of a stage must have in common."""
+    return digest_of(_identity(record), sort_keys=True)
 
 
 def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
-    """What of some parts is done.
-
-    Raises:
-        ValueError: a part is broken, is of other settings, or has lost rows.
-    """
+    """What of some parts is done. Raises ValueError where one is broken, is of other settings, or has lost rows."""
     rows, skipped, missing = 0, Counter(), []
     for part in parts:
         path = part_path(output, record["source"]["split"], part)
@@ -179,26 +165,19 @@ def check_complete(output: Path | str) -> StageReport:
         ValueError: there is no stage, parts of it are missing or broken; the command that goes on is named.
     """
     output, record = Path(output), stage_record(output)
-    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
-    report = progress(output, record, parts)
-    if report.missing:
-        raise ValueError(missing_rows(output, record, report.missing))
+    report = progress(output, record, _parts_of(record))
+    _refuse_missing(output, record, report.missing)
     return report
 
 
 def unfinished(output: Path) -> list[range]:
     """Rows of a stage that no task has written yet, by the names of its files alone."""
-    record = stage_record(output)
-    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
-    there = {path.name for path in output.glob("*.parquet")}
-    return _joined([part for part in parts if part_path(output, record["source"]["split"], part).name not in there])
+    return _joined(_missing(output, stage_record(output)))
 
 
 def check_all_there(output: Path) -> None:
     """`check_complete` by the names of the files alone, for readers of a large folder."""
-    missing = unfinished(output)
-    if missing:
-        raise ValueError(missing_rows(output, stage_record(output), missing))
+    _refuse_missing(output, stage_record(output), unfinished(output))
 
 
 def stage_record(output: Path | str) -> dict[str, Any]:
@@ -217,54 +196,59 @@ def stage_record(output: Path | str) -> dict[str, Any]:
     return record
 
 
-def missing_rows(output: Path, record: dict[str, Any], missing: list[range]) -> str:
-    """The sentence that names them, and how to go on."""
-    named = ", ".join(f"{part.start} to {part.stop - 1}" for part in missing[:5]) + ", …" * (len(missing) > 5)
-    return (
-        f"{output} is unfinished: of its {record['source']['rows']} rows, {sum(map(len, missing))} are missing "
-        f"({named}). Other tasks may be at work on them; this command makes what is missing: {record['command']}"
-    )
-
-
 def one_line(error: BaseException) -> str:
     """What an error says; pyarrow and `datasets` use several lines."""
     return " ".join(str(error).split())
 
 
+@contextmanager
+def opened_parquet(path: Path, advice: str = "") -> Iterator[pq.ParquetFile]:
+    """A parquet file. Raises ValueError, which names it and ends with `advice`, where it is damaged."""
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} can't be loaded: {one_line(error)}{advice}") from error
+
+
 def parquet_batches(
     path: Path, groups: list[int] | None = None, columns: list[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Rows of a parquet file, of all its row groups or some, a few at once.
-
-    Raises:
-        ValueError: it is damaged; the message names it.
-    """
-    try:
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(READ_ROWS, row_groups=groups, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} can't be loaded: {one_line(error)}") from error
+    """Rows of a parquet file, of all its row groups or some, a few at once. Raises ValueError as `opened_parquet`."""
+    with opened_parquet(path) as file:
+        yield from file.iter_batches(READ_ROWS, row_groups=groups, columns=columns)
 
 
-@contextmanager
-def damage_named(paths: Sequence[Path]) -> Iterator[None]:
-    """Within it, where parquet files can't be read, the error names the one that is damaged. Raises ValueError."""
-    files = [path for path in paths if path.suffix == ".parquet"]
-    for file in files:
-        next(parquet_batches(file, []), None)  # opens it: a truncated one has no end
-    try:
-        yield
-    except ValueError:
-        for _ in itertools.chain.from_iterable(map(parquet_batches, files)):
-            pass
-        raise
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: record.get(key) for key in IDENTITY}
+    return kept | {"source": {key: value for key, value in record["source"].items() if key not in NOT_COMPARED}}
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _parts_of(record: dict[str, Any]) -> list[range]:
+    return all_parts(record["source"]["rows"], record["rows_per_part"])
+
+
+def _missing(output: Path, record: dict[str, Any]) -> list[range]:
+    there = {path.name for path in output.glob("*.parquet")}
+    split = record["source"]["split"]
+    return [part for part in _parts_of(record) if part_path(output, split, part).name not in there]
+
+
+def _refuse_missing(output: Path, record: dict[str, Any], missing: list[range]) -> None:
+    if missing:
+        named = ", ".join(f"{part.start} to {part.stop - 1}" for part in missing[:5]) + ", …" * (len(missing) > 5)
+        raise ValueError(
+            f"{output} is unfinished: of its {record['source']['rows']} rows, {sum(map(len, missing))} are missing "
+            f"({named}). Other tasks may be at work on them; this command makes what is missing: {record['command']}"
+        )
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of objects within objects, by names with points between."""
+    leaves: dict[str, Any] = {}
     for key, value in data.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 def _joined(parts: list[range]) -> list[range]:
@@ -280,13 +264,8 @@ def _joined(parts: list[range]) -> list[range]:
 
 def _checked(path: Path, record: dict[str, Any]) -> int:
     """Rows of a part, which is one of this stage."""
-    try:
-        with pq.ParquetFile(path) as file:
-            digest, rows = (file.schema_arrow.metadata or {}).get(DIGEST_KEY, b""), file.metadata.num_rows
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} is broken ({one_line(error)}). Remove it, and run again: {record['command']}"
-        ) from error
+    with opened_parquet(path, f". Remove it, and run again: {record['command']}") as file:
+        digest, rows = (file.schema_arrow.metadata or {}).get(DIGEST_KEY, b""), file.metadata.num_rows
     if digest != identity_digest(record).encode():
         raise ValueError(
             f"{path} was made with other settings than those of {STAGE_FILE} beside it, or for another stage. Remove "

@@ -17,6 +17,7 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.stage_arguments:BuildArguments", __doc__)
 
+import itertools
 import logging
 import shlex
 import sys
@@ -25,12 +26,13 @@ from pathlib import Path
 from caption_data.stage_folder import STAGE_FILE, unfinished
 from captions.build_plan import Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER
-from captions.executors import EXPECTED, Work, execute, failures
 from captions.stage_arguments import BuildArguments
+from captions.stages import RowStage
 from captions.translate import export
 from captions.translators.google_cloud import GOOGLE_MODULES
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.environment import require
+from common.executors import Work, execute, failures
 
 logger = logging.getLogger("capivara")
 
@@ -51,6 +53,8 @@ def build(args: BuildArguments) -> Path | None:
     given = {name: getattr(args, name) for name in ("dataset", "output", "language")}
     plan = read_plan(args.config, args.executor_flags(), **given)
     check_packages(plan)
+    if not args.dry_run:
+        check_data(plan)
     for line in described(plan):
         logger.info("%s", line)
     if args.dry_run:
@@ -75,17 +79,21 @@ def split_at_tables(plan: Plan) -> tuple[list[Step], list[Step]]:
     """The steps that can run now, and of each split the first one whose table is not there yet."""
     runnable, waiting = [], []
     for steps in plan.steps.values():
-        for step in steps:
-            if step.table is not None and not step.table.is_file():
-                waiting.append(step)
-                break
-            runnable.append(step)
+        ready = list(itertools.takewhile(lambda step: step.table is None or step.table.is_file(), steps))
+        runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
     return runnable, waiting
+
+
+def check_data(plan: Plan) -> None:
+    """Raise ValueError where the data set is missing or lacks a split or columns, before a model is looked for."""
+    for first in (steps[0] for steps in plan.steps.values()):
+        if _state(first) != "done":
+            RowStage(first.args)
 
 
 def check_packages(plan: Plan) -> None:
     """Raise ImportError where an extra is missing that a stage would ask for, maybe after days of others."""
-    for step in (step for steps in plan.steps.values() for step in steps):
+    for step in plan.all_steps():
         if step.name == "score" and step.args.model.startswith("open_clip:"):
             require("The stage score of the config", "open_clip", "open_clip")
         elif step.name == "translate" and step.args.backend == "google":
@@ -95,7 +103,7 @@ def check_packages(plan: Plan) -> None:
 def described(plan: Plan) -> list[str]:
     """What is done and what will be, a line a stage, and the tasks that have failed."""
     lines = []
-    for step in (step for steps in plan.steps.values() for step in steps):
+    for step in plan.all_steps():
         lines.append(f"{step.title}: {_state(step)}\n    {step.args.command()}")
         for work in Work.of(step.args, step.title):
             lines += [f"    {work.title}: task {rank} has failed: {text}" for rank, text in failures(work.logs).items()]
@@ -111,15 +119,13 @@ def _state(step: Step) -> str:
     return f"{left:,} rows to be done" if left else "done"
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        args = parse(BuildArguments, __doc__, argv)
-        folder = build(args)
+        folder = build(parse(BuildArguments, __doc__, argv))
     except ManualStepRequired as required:
         sys.exit(f"waiting: {required}")
-    except EXPECTED as error:
-        sys.exit(f"error: {error}")
     if folder is not None:
         word = shlex.quote(str(folder))
         print(

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     DynamicCache,
     DynamicLayer,
@@ -59,14 +60,7 @@ class FiniteScores(LogitsProcessor):
 
 
 class Captioner:
-    """An image-to-text model in its plain call, which encodes an image anew for every prefix.
-
-    Attributes:
-        model: in `eval()`, on the device where it shall work.
-        image_processor: gives `pixel_values`.
-        tokenizer: of prefixes and texts.
-        decoding: how texts are written.
-    """
+    """An image-to-text model, in `eval()` on its device, in its plain call, which encodes an image anew per prefix."""
 
     pads = False  # whether prefixes of several lengths go into one call
 
@@ -92,15 +86,9 @@ class Captioner:
     def captions(
         self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str], keys: Sequence[bytes] | None = None
     ) -> list[list[str] | BadRow]:
-        """Every prefix, a blank and the text that goes on from it, for every image.
+        """For every image, RGB, one caption a prefix, or why it has none: the prefix, a blank and what goes on from it.
 
-        Args:
-            images: RGB.
-            prefixes: what captions begin with.
-            keys: one an image, which its random numbers depend on; the images' numbers where None.
-
-        Returns:
-            For every image one caption a prefix, or why it has none.
+        `keys` are one an image, which its random numbers depend on; the images' numbers where None.
         """
         return self.written(self.pixels(images), prefixes, keys) if images else []
 
@@ -119,15 +107,9 @@ class Captioner:
     def new_tokens(
         self, pixel_values: Tensor, prefixes: Sequence[str], keys: Sequence[bytes] | None = None
     ) -> list[list[Tensor | None]]:
-        """Token ids that go on from every prefix, for every image.
+        """Token ids that go on from every prefix, for every image, (images, 3, height, width).
 
-        Args:
-            pixel_values: (images, 3, height, width).
-            prefixes: what captions begin with.
-            keys: as those of `captions`.
-
-        Returns:
-            For every image and prefix (steps,), end token and padding included; None where a score was no number.
+        Each is (steps,), end token and padding included; None where a score was no number.
         """
         encoded = self.encode(pixel_values)
         prompts = [self.prompt(prefix) for prefix in prefixes]
@@ -162,17 +144,8 @@ class Captioner:
         return [start, *self.tokenizer(prefix, add_special_tokens=False)["input_ids"]]
 
     def continued(self, encoded: Any, images: Tensor, prompts: list[list[int]], **options: Any) -> Tensor:
-        """Generate.
-
-        Args:
-            encoded: of `encode`.
-            images: (texts,), the number of each text's image.
-            prompts: one a text, all of one length unless `pads`.
-            options: of `generate`.
-
-        Returns:
-            (texts, steps), the new token ids.
-        """
+        """The new token ids, (texts, steps), of `encode`d images, the number of each text's image, (texts,), and as
+        many prompts, all of one length unless `pads`."""
         ids = torch.tensor(prompts, device=self.device)
         name = "decoder_input_ids" if self.kind == "vision-encoder-decoder" else "input_ids"
         # BLIP drops the last token, which it takes for the end of a text.
@@ -195,25 +168,16 @@ class Captioner:
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer with room for the texts, where the library's copies all of them at every step.
-
-    Args:
-        read: the layer after the images were read, (images, heads, queries, head width).
-        images: (texts,), the number of each text's image.
-        room: positions that are to come.
-    """
+    """Keys and values of one layer with room for the texts, where the library's copies all of them at every step."""
 
     def __init__(self, read: DynamicLayer, images: Tensor, room: int):
+        """`read` is the layer after the images were read, (images, heads, queries, head width); `images`, (texts,), the
+        number of each text's image; `room` the positions that are to come."""
         super().__init__()
         self.lazy_initialization(read.keys, read.values)
-        self.length = read.keys.shape[-2]
-        self.whole = [
-            states.new_empty(len(images), states.shape[1], self.length + room, states.shape[3])
-            for states in (read.keys, read.values)
-        ]
-        for whole, states in zip(self.whole, (read.keys, read.values), strict=True):
-            whole[:, :, : self.length] = states[images]
-        self.keys, self.values = (whole[:, :, : self.length] for whole in self.whole)
+        self.length, states = 0, (read.keys, read.values)
+        self.whole = [s.new_empty(len(images), s.shape[1], s.shape[2] + room, s.shape[3]) for s in states]
+        self.update(*(s[images] for s in states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, self.length = self.length, self.length + key_states.shape[-2]
@@ -263,24 +227,19 @@ class Blip2Captioner(Captioner):
             own.layers = [RoomyLayer(layer, images, ids.shape[1] + options["max_new_tokens"]) for layer in cache.layers]
         # The states of the prefixes' last tokens are a slice, for which torch would go through the vocabulary's weights
         # once a text instead of once a batch.
-        hook = self.writer.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: (inputs[0].contiguous(),)
-        )
-        try:
+        head = self.writer.get_output_embeddings()
+        with head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),)):
             output = self.writer.generate(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **options)
-        finally:
-            hook.remove()
         return output if cache is not None else output[:, 1:]  # an encoder-decoder's start token
 
     def padded(self, prompts: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
         """(texts, tokens), token ids and their mask."""
-        pad, longest = self.writer.generation_config.pad_token_id, max(map(len, prompts))
-        ids, mask = [], []
-        for prompt in prompts:
-            gap = longest - len(prompt)
-            ids.append([pad] * gap + prompt if left else prompt + [pad] * gap)
-            mask.append([0] * gap + [1] * len(prompt) if left else [1] * len(prompt) + [0] * gap)
-        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
+        side, pad = "left" if left else "right", self.writer.generation_config.pad_token_id
+        ids, mask = (
+            pad_sequence([torch.tensor(prompt, device=self.device) for prompt in rows], True, value, side)
+            for rows, value in ((prompts, pad), ([[1] * len(prompt) for prompt in prompts], 0))
+        )
+        return ids, mask
 
     @property
     def _cache_name(self) -> str:

@@ -7,9 +7,10 @@ through fewer stages; `datasets` would refuse the data set otherwise.
 
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,11 +18,13 @@ from datasets import Features
 from tqdm.auto import tqdm
 
 from caption_data.columns import CAPTION_COLUMN
-from caption_data.stage_folder import check_complete, identity_digest, stage_record
-from captions.build_plan import Plan
-from captions.dataset_card import DatasetFacts, SplitFacts, StepFacts, dataset_card
-from captions.stages import Phase
+from caption_data.stage_folder import check_complete, identity_digest, stage_record, whole_parquet
+from captions.build_plan import Plan, Step
+from captions.dataset_card import dataset_card
+from captions.quality import REPORT_FILE
 from common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
+from common.privacy import hide_paths
+from common.tasks import Phase
 
 DATASET_FOLDER = "dataset"
 FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes
@@ -29,15 +32,7 @@ FACTS = "build.json"  # what the card says, as JSON
 PICTURE = "similarities.png"  # of the selection's report
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A file of the data set, and the parts that it is made of."""
-
-    path: Path
-    parts: list[Path]
-
-
-def write_dataset(plan: Plan) -> Path:
+def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:
     """Write the data set of a build whose stages are complete; returns its folder. One that is there stays.
 
     Raises:
@@ -45,7 +40,8 @@ def write_dataset(plan: Plan) -> Path:
         OSError: the disk is full; the same command does the rest.
     """
     output = plan.output / DATASET_FOLDER
-    digests = {split: _digest(steps[-1].args.output) for split, steps in plan.steps.items()}
+    last = {split: steps[-1].args.output for split, steps in plan.steps.items()}
+    digests = {split: identity_digest(stage_record(stage)) for split, stage in last.items()}
     if output.is_dir():
         if _digests_in(output) != digests:
             raise ValueError(
@@ -55,22 +51,25 @@ def write_dataset(plan: Plan) -> Path:
     folder = partial_folder(output)
     if folder.is_dir() and _digests_in(folder) != digests:
         shutil.rmtree(folder)  # of stages that were made anew since
-    targets = {split: _targets(folder / "data", split, steps[-1].args.output) for split, steps in plan.steps.items()}
-    schema = _common_schema([part for some in targets.values() for target in some for part in target.parts])
+    files = {split: _files(folder / "data", split, stage) for split, stage in last.items()}
+    parts_of = {file: parts for some in files.values() for file, parts in some.items()}
+    schema = _common_schema(part for parts in parts_of.values() for part in parts)
     try:
         write_json(folder / FACTS, {"stages_digest": digests})
-        _write_files([target for some in targets.values() for target in some], schema)
-        facts = DatasetFacts(
-            plan.card,
-            plan.language,
-            {split: _split_facts(some, plan, split) for split, some in targets.items()},
-            list(Features.from_arrow_schema(schema)),
-        )
-        report = _report_folder(plan)
-        if report is not None:
-            shutil.copyfile(report / PICTURE, folder / PICTURE)
-        write_json(folder / FACTS, facts.to_dict() | {"stages_digest": digests})
-        write_text(folder / "README.md", dataset_card(facts, PICTURE if report is not None else None))
+        for file, parts in tqdm(parts_of.items(), desc="Data set", unit="file"):
+            if not file.is_file():
+                _write_file(file, parts, schema)
+        facts = {
+            "card": plan.card,
+            "language": plan.language,
+            "splits": {split: _split_facts(files[split], plan.steps[split]) for split in files},
+            "columns": list(Features.from_arrow_schema(schema)),
+        }
+        picture = next((path for path in map(_picture, plan.all_steps()) if path.is_file()), None)
+        if picture is not None:
+            shutil.copyfile(picture, folder / PICTURE)
+        write_json(folder / FACTS, facts | {"stages_digest": digests})
+        write_text(folder / "README.md", dataset_card(facts, picture and PICTURE))
         finish_folder(output)
     except OSError as error:
         if no_space_left(error):
@@ -79,17 +78,17 @@ def write_dataset(plan: Plan) -> Path:
     return output
 
 
-def _digest(stage: Path) -> str:
-    """Of what a stage was made from, which its stage.json says."""
-    return identity_digest(stage_record(stage))
-
-
 def _digests_in(folder: Path) -> dict[str, str] | None:
     return read_json(folder / FACTS).get("stages_digest") if (folder / FACTS).is_file() else None
 
 
-def _targets(folder: Path, split: str, stage: Path) -> list[_Target]:
-    """The files of a split: parts that belong together, none of them without a row."""
+def _picture(step: Step) -> Path:
+    """Of a selection where there were similarities."""
+    return step.args.output / "report" / PICTURE
+
+
+def _files(folder: Path, split: str, stage: Path) -> dict[Path, list[Path]]:
+    """The files of a split, and the parts that each is made of, none of them without a row."""
     check_complete(stage)
     parts = [path for path in sorted(stage.glob(f"{split}-*.parquet")) if pq.read_metadata(path).num_rows]
     if not parts:
@@ -98,36 +97,27 @@ def _targets(folder: Path, split: str, stage: Path) -> list[_Target]:
     groups: dict[int, list[Path]] = {}
     for path, end in zip(parts, ends, strict=True):
         groups.setdefault(int((end - 1) // FILE_BYTES), []).append(path)
-    names = [f"{split}-{number:05d}-of-{len(groups):05d}.parquet" for number in range(len(groups))]
-    return [_Target(folder / name, group) for name, group in zip(names, groups.values(), strict=True)]
+    names = (f"{split}-{number:05d}-of-{len(groups):05d}.parquet" for number in range(len(groups)))
+    return {folder / name: group for name, group in zip(names, groups.values(), strict=True)}
 
 
-def _common_schema(parts: list[Path]) -> pa.Schema:
+def _common_schema(parts: Iterable[Path]) -> pa.Schema:
     """The columns of all parts."""
     features = Features()
     for part in parts:
-        schema = pq.read_schema(part)
-        for name, feature in Features.from_arrow_schema(schema).items():
+        for name, feature in Features.from_arrow_schema(pq.read_schema(part)).items():
             if features.setdefault(name, feature) != feature:
                 raise ValueError(f"The column {name!r} is {features[name]} in one split and {feature} in another.")
     return features.arrow_schema
 
 
-def _write_files(targets: list[_Target], schema: pa.Schema) -> None:
-    for target in tqdm(targets, desc="Data set", unit="file"):
-        if target.path.is_file():
-            continue
-        target.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.path.with_name(f".{target.path.name}.tmp")
-        try:
-            with pq.ParquetWriter(temporary, schema, use_dictionary=False, write_statistics=False) as parquet:
-                for part in target.parts:
-                    with pq.ParquetFile(part) as file:
-                        for group in range(file.num_row_groups):
-                            parquet.write_table(_with_all_columns(file.read_row_group(group), schema))
-            temporary.rename(target.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+def _write_file(path: Path, parts: list[Path], schema: pa.Schema) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_parquet(path, schema) as parquet:
+        for part in parts:
+            with pq.ParquetFile(part) as file:
+                for group in range(file.num_row_groups):
+                    parquet.write_table(_with_all_columns(file.read_row_group(group), schema))
 
 
 def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -137,32 +127,34 @@ def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def _split_facts(targets: list[_Target], plan: Plan, split: str) -> SplitFacts:
-    """Counts out of the files and of the stages' JSON."""
+def _split_facts(files: Iterable[Path], steps: list[Step]) -> dict[str, Any]:
+    """Rows, captions that are not blank by column, and what the stages say of themselves."""
     rows, captions = 0, Counter()
-    for target in targets:
-        with pq.ParquetFile(target.path) as file:
+    for path in files:
+        with pq.ParquetFile(path) as file:
             names = [name for name in file.schema_arrow.names if CAPTION_COLUMN.fullmatch(name)]
             rows += file.metadata.num_rows
             for batch in file.iter_batches(columns=names):
                 for name in names:
                     texts = batch.column(name).flatten().to_pylist()
                     captions[name] += sum(bool(text and text.strip()) for text in texts)
-    steps = []
-    for step in plan.steps[split]:
-        record, report = stage_record(step.args.output), check_complete(step.args.output)
-        quality = step.args.output / "quality.json"
-        steps.append(StepFacts.of(step.name, record, report, quality))
-    return SplitFacts(rows, dict(captions), steps)
+    return {"rows": rows, "captions": dict(captions), "steps": [_step_facts(step) for step in steps]}
 
 
-def _report_folder(plan: Plan) -> Path | None:
-    """Of the selection, where there was one with similarities."""
-    for steps in plan.steps.values():
-        for step in steps:
-            if step.name == "select" and (step.args.output / "report" / PICTURE).is_file():
-                return step.args.output / "report"
-    return None
+def _step_facts(step: Step) -> dict[str, Any]:
+    """Of `stage.json`, the parts, and the counts of a translation's quality."""
+    folder = step.args.output
+    record, report, quality = stage_record(folder), check_complete(folder), folder / REPORT_FILE
+    found = read_json(quality) if quality.is_file() else None
+    return {
+        "name": step.name,
+        "settings": hide_paths(record["settings"]),
+        "rows_in": record["source"]["rows"],
+        "rows_out": report.rows,
+        "left_out": report.skipped,
+        "quality": found and {key: found[key] for key in ("captions", "flagged")},
+        "versions": record["versions"],
+    }
 
 
-PHASES = {"dataset": Phase(lambda plan, rank, world_size: write_dataset(plan))}
+PHASES = {"dataset": Phase(write_dataset)}

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("captions.stage_arguments:GenerateArguments", __doc__)
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from caption_data.columns import CAPTIONS
-from caption_data.image_files import BYTES_ALONE, ImageFiles, decode_image
+from caption_data.image_files import BYTES_ALONE, ImageFiles, by_threads, decode_image
 from caption_data.rows import BadImage, BadRow
 from captions.captioner import KINDS, Captioner
-from captions.executors import stage_main
 from captions.stage_arguments import GenerateArguments
-from captions.stages import Phase, StageReport, finished_row_tasks, run_stage
+from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
 from common.cli import run_command
 from common.environment import torch_device
 from common.files import read_json
@@ -39,11 +38,11 @@ from modeling_capivara.loading import check_reachable, weights_digest
 
 COLUMN = "generated-captions-en"
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-DECODERS = 4  # threads that decode images; PIL lets them run side by side
 
 
 def generate(args: GenerateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """Write the parts of one task that are missing."""
+    stage = RowStage(args)  # before the model: what is wrong with the data is said at once
     prefixes = read_prefixes(args.prefixes)
     captioner = load_captioner(args)
     settings = {
@@ -56,19 +55,14 @@ def generate(args: GenerateArguments, rank: int = 0, world_size: int = 1) -> Sta
         "sampling": {name: getattr(args, name) for name in ("temperature", "top_p", "seed")} if args.sampling else None,
     }
     process = GenerateProcess(captioner, prefixes, args.image_column, args.without_paths())
-    return run_stage(args, {COLUMN: CAPTIONS}, settings, process, "Captions", rank=rank, world_size=world_size)
+    return stage.run({COLUMN: CAPTIONS}, settings, process, "Captions", rank, world_size)
 
 
 PHASES = {"rows": Phase(generate, finished_row_tasks, uses_model=True)}
 
 
 def load_captioner(args: GenerateArguments) -> Captioner:
-    """The model of the arguments, from a folder or the Hub.
-
-    Raises:
-        ValueError: it is no model, or of a kind that continues no prefix, or the device is none.
-        OSError: the Hub has no such model, or can't be reached.
-    """
+    """The model of the arguments. Raises ValueError or OSError where it is none, or none that continues a prefix."""
     if not Path(args.model).exists() and args.model.count("/") != 1:
         raise ValueError(f"{args.model!r} is neither a folder nor a Hub id such as {GenerateArguments.model}.")
     check_reachable(args.model, revision=args.revision)
@@ -84,23 +78,17 @@ def load_captioner(args: GenerateArguments) -> Captioner:
         model.eval().to(device),
         AutoImageProcessor.from_pretrained(args.model, revision=args.revision),
         AutoTokenizer.from_pretrained(args.model, revision=args.revision),
-        args.decoding(),
+        args,
     )
 
 
 def read_prefixes(path: Path) -> list[str]:
-    """What captions begin with, from a file of the form of captions/prefixes.json.
-
-    Raises:
-        ValueError: it is of another form, or holds no prefix, a blank one or one twice.
-        OSError: it can't be read.
-    """
+    """What captions begin with, from a file of the form of captions/prefixes.json. Raises ValueError, OSError."""
     try:
-        content = read_json(path)
+        prefixes = read_json(path, prefixes=list)["prefixes"]
     except ValueError as error:
         raise ValueError(f"{error}. Write it as captions/prefixes.json is written.") from error
-    prefixes = content.get("prefixes") if isinstance(content, dict) else None
-    if not isinstance(prefixes, list) or not all(isinstance(prefix, str) for prefix in prefixes):
+    if not all(isinstance(prefix, str) for prefix in prefixes):
         raise ValueError(f'{path} must hold {{"prefixes": [texts]}}, as captions/prefixes.json does.')
     prefixes = [prefix.strip() for prefix in prefixes]
     if not prefixes or not all(prefixes) or len(set(prefixes)) < len(prefixes):
@@ -108,21 +96,19 @@ def read_prefixes(path: Path) -> list[str]:
     return prefixes
 
 
+@dataclass
 class GenerateProcess:
-    """Rows with an image -> their captions; what `run_stage` calls."""
+    """Rows with an image -> their captions: a `Process`."""
 
-    def __init__(self, captioner: Captioner, prefixes: list[str], image_column: str, files: ImageFiles = BYTES_ALONE):
-        self.captioner, self.prefixes, self.image_column, self.files = captioner, prefixes, image_column, files
-        self.any_caption = False
+    captioner: Captioner
+    prefixes: list[str]
+    image_column: str
+    files: ImageFiles = BYTES_ALONE
+    any_caption: bool = False  # since the start
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
-        """One result a row.
-
-        Raises:
-            ValueError: the memory does not suffice, or no image has got a caption since the start.
-        """
-        with ThreadPoolExecutor(DECODERS) as threads:  # ended before the model computes, whose own threads they slow
-            prepared = list(threads.map(self._prepared, rows))
+        """Raises ValueError where the memory does not suffice, or no image has got a caption since the start."""
+        prepared = by_threads(self._prepared, rows)
         good = [image for image in prepared if not isinstance(image, BadRow)]
         if not good:
             return prepared
@@ -146,8 +132,8 @@ class GenerateProcess:
         try:
             image = decode_image(row[self.image_column], self.files)
             image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
-            digest = hashlib.sha256(row[self.image_column]["bytes"]).digest()
-            return self.captioner.pixels([image.convert("RGB")]), digest
+            pixels = self.captioner.pixels([image.convert("RGB")])
+            return pixels, hashlib.sha256(row[self.image_column]["bytes"]).digest()
         except BadRow as error:
             return error
         except (ValueError, OSError) as error:

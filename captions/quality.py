@@ -1,6 +1,7 @@
-"""What is wrong with a translation, as far as its letters tell: pure functions of a sentence and its translation.
+"""What is wrong with a translation, as far as its letters tell, and the counts of that over a whole data set.
 
     python -c "from captions.quality import flags; print(flags('a cat on a mat', 'a cat on a mat', 'pt'))"  # ['copy']
+    python -c "from captions.quality import write_quality_report; print(write_quality_report('data/pt', 'pt'))"
 
 A flag is a suspicion, not a verdict: a name stays as it is, and a rhyme repeats. So thresholds leave what people write
 alone, and catch what translators do when they fail.
@@ -10,9 +11,15 @@ import re
 import unicodedata
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import List, Value
 
 from caption_data.selection import TOKEN_PATTERN
 from captions.translators.languages import scripts_of
+from common.files import write_json
 
 FLAGS = ("empty", "copy", "wrong script", "length", "repetition", "markup")
 MAX_NAME_WORDS = 3  # so much may be a name: "Rio de Janeiro" is right in every language
@@ -33,6 +40,22 @@ MARKUP = re.compile(
     r"&(?:[a-zA-Z][a-zA-Z0-9]{1,9}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});|</?[a-zA-Z][a-zA-Z0-9]*(?:\s[^<>]*)?/?>|<!--"
     r"|\u2047|\u2581|\ufffd|>>[\w-]+<<|__[a-z]{2,3}__"
 )
+REPORT_FILE = "quality.json"
+EXAMPLES = 5  # of a flag
+MAX_EXAMPLE = 200  # letters of a sentence; a caption can be a book
+# The column `quality-<language>` of a row: how many captions were translated, and those that look wrong.
+QUALITY = {
+    "captions": Value("int32"),
+    "flagged": List(
+        {
+            "column": Value("string"),
+            "position": Value("int32"),  # among the source's captions
+            "flags": List(Value("string")),
+            "source": Value("string"),
+            "translation": Value("string"),
+        }
+    ),
+}
 
 
 def flags(source: str, translation: str, language: str) -> list[str]:
@@ -41,33 +64,21 @@ def flags(source: str, translation: str, language: str) -> list[str]:
         return []
     if not translation.strip() or (_has_letters(source) and not _has_letters(translation)):
         return ["empty"]
+    words, right = _words(source), scripts_of(language)
+    scripts = [script for script in map(_script, translation) if script]
+    one, other = (  # letters of an alphabet
+        sum(DENSITY if _script(letter) in DENSE_SCRIPTS else 1.0 for letter in text) for text in (source, translation)
+    )
     found = {
-        "copy": is_copy(source, translation),
-        "wrong script": has_wrong_script(translation, language),
-        "length": has_absurd_length(source, translation, language),
+        "copy": len(words) > MAX_NAME_WORDS and words == _words(translation),
+        # Never so where the language's script is not known.
+        "wrong script": bool(right and scripts)
+        and sum(script in right for script in scripts) < MIN_SCRIPT_SHARE * len(scripts),
+        "length": max(one, other) > MAX_LENGTH_RATIO * min(one, other) + SPARE_LETTERS,
         "repetition": repeats(translation) and not repeats(source),
         "markup": bool(MARKUP.search(translation)),
     }
     return [name for name, is_so in found.items() if is_so]
-
-
-def is_copy(source: str, translation: str) -> bool:
-    """Whether the words are those of the source, and too many for a name."""
-    words = _words(source)
-    return len(words) > MAX_NAME_WORDS and words == _words(translation)
-
-
-def has_wrong_script(text: str, language: str) -> bool:
-    """Whether most letters are none of the language's; never so where its script is not known (`scripts_of`)."""
-    right = scripts_of(language)
-    scripts = [script for script in map(_script, text) if script]
-    return bool(right and scripts) and sum(script in right for script in scripts) < MIN_SCRIPT_SHARE * len(scripts)
-
-
-def has_absurd_length(source: str, translation: str, language: str) -> bool:
-    """Whether one is far longer than the other, dense scripts allowed for."""
-    one, other = _letters_of_an_alphabet(source), _letters_of_an_alphabet(translation)
-    return max(one, other) > MAX_LENGTH_RATIO * min(one, other) + SPARE_LETTERS
 
 
 def repeats(text: str) -> bool:
@@ -95,10 +106,6 @@ def _has_letters(text: str) -> bool:
     return any(map(str.isalnum, text))
 
 
-def _letters_of_an_alphabet(text: str) -> float:
-    return sum(DENSITY if _script(letter) in DENSE_SCRIPTS else 1.0 for letter in text)
-
-
 @lru_cache(maxsize=10_000)
 def _script(letter: str) -> str | None:
     """The first word of the name of a letter in Unicode; None for what is no letter."""
@@ -107,3 +114,41 @@ def _script(letter: str) -> str | None:
     # "FULLWIDTH LATIN …", "HALFWIDTH KATAKANA …" and "KATAKANA-HIRAGANA PROLONGED SOUND MARK" are of a script, too.
     words = unicodedata.name(letter, "").replace("-", " ").split()
     return next((word for word in words if word not in ("FULLWIDTH", "HALFWIDTH")), None)
+
+
+def write_quality_report(output: Path | str, language: str) -> str:
+    """Write `quality.json` of all parts that are there, and return what it says in a few lines."""
+    output = Path(output)
+    report = quality_of(sorted(output.glob("*.parquet")), language)
+    write_json(output / REPORT_FILE, report)
+    lines = [f"{report['flagged']:,} of {report['captions']:,} translations look wrong, see {output / REPORT_FILE}."]
+    lines += [f"{kind['captions']:12,}  {flag}" for flag, kind in report["flags"].items() if kind["captions"]]
+    if not report["script_is_checked"]:
+        lines.append(f"Letters were not checked: which script {language!r} has is not known here.")
+    return "\n".join(lines)
+
+
+def quality_of(parts: list[Path], language: str) -> dict[str, Any]:
+    """Counts over some parts, and the first examples of each flag."""
+    rows = captions = flagged = 0
+    kinds: dict[str, dict[str, Any]] = {flag: {"captions": 0, "examples": []} for flag in FLAGS}
+    column = f"quality-{language}"
+    for path in parts:
+        qualities = pq.read_table(path, columns=[column])[column].to_pylist()
+        rows += len(qualities)
+        captions += sum(quality["captions"] for quality in qualities)
+        for one in (one for quality in qualities for one in quality["flagged"]):
+            flagged += 1
+            for flag in one["flags"]:
+                kinds[flag]["captions"] += 1
+                if len(kinds[flag]["examples"]) < EXAMPLES:
+                    example = {name: one[name][:MAX_EXAMPLE] for name in ("source", "translation")}
+                    kinds[flag]["examples"].append(example)
+    return {
+        "language": language,
+        "script_is_checked": bool(scripts_of(language)),
+        "rows": rows,
+        "captions": captions,
+        "flagged": flagged,
+        "flags": kinds,
+    }

@@ -21,40 +21,31 @@ from typing import Any
 
 from caption_data.columns import CAPTIONS
 from caption_data.rows import NOT_CHOSEN, BadRow
-from caption_data.selection import WITH_SIMILARITIES, choose_captions, pair_passes
 from caption_data.stage_folder import StageReport, check_complete
-from captions.executors import stage_main
 from captions.stage_arguments import SelectArguments
-from captions.stages import Phase, finished_row_tasks, run_stage
+from captions.stages import Phase, RowStage, finished_row_tasks, stage_main
 from common.cli import run_command
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last
 
 
 class Selection:
-    """The choice of a row, for the data set and for its report.
-
-    Args:
-        args: of the command.
-    """
+    """The choice of a row, for the data set and for its report."""
 
     def __init__(self, args: SelectArguments):
-        self.args, self.choice = args, args.choice()
-        self.captions, self.generated, self.similarities = args.columns().values()
+        self.args = args
+        self.captions, self.generated, self.similarities = args.columns()
 
     def chosen(self, row: dict[str, Any]) -> list[str]:
         """Captions that are kept, none where the image is left out; a column that the row lacks counts as empty.
 
-        Raises:
-            BadRow: the row has no caption, or other than one similarity for each.
+        Raises BadRow where the row has no caption, or other than one similarity for each.
         """
-        args, row = self.args, {self.captions: [], self.generated: [], **row}
+        row = {self.captions: [], self.generated: [], **row}
         if not any(text.strip() for text in [*row[self.captions], *row[self.generated]]):
             raise BadRow("no caption", f"{self.captions!r} and {self.generated!r} are empty")
         try:
-            if args.min_pair_similarity is not None and not pair_passes(row, args.language, args.min_pair_similarity):
-                return []
-            return [text for text in choose_captions(row, args.language, self.choice) if text.strip()]
+            return [text for text in self.args.chosen(row, self.args.language) if text.strip()]
         except ValueError as error:
             raise BadRow("no caption", f"{error}") from error
 
@@ -64,13 +55,11 @@ class Selection:
         known = [None if value is None or math.isnan(value) else value for value in row.get(self.similarities) or []]
         return list(zip(captions, [*known, *[None] * len(captions)], strict=False))
 
-    def first(self, row: dict[str, Any]) -> float | None:
-        """What the pair filter looks at: the similarity of the first original caption."""
-        return self.scored(row)[0][1] if row.get(self.captions) else None
-
     def outcome(self, row: dict[str, Any]) -> tuple[list[str], list[tuple[str, float | None]], float | None]:
-        """What the report needs of a row: `chosen`, `scored` and `first` of it. Raises as `chosen` does."""
-        return self.chosen(row), self.scored(row), self.first(row)
+        """What the report needs of a row: `chosen`, which may raise BadRow, `scored`, and what the pair filter looks
+        at, the similarity of the first original caption."""
+        scored = self.scored(row)
+        return self.chosen(row), scored, scored[0][1] if row.get(self.captions) else None
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
         return [self._new_columns(row) for row in rows]
@@ -97,14 +86,8 @@ def select(args: SelectArguments) -> StageReport:
 
 
 def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """Write the parts of one task that are missing.
-
-    Raises:
-        ValueError: there is no such column.
-        OSError: the disk is full.
-    """
+    """Write the parts of one task that are missing. Raises as `RowStage` does."""
     selection = Selection(args)
-    scored = args.caption_strategy in WITH_SIMILARITIES or args.min_pair_similarity is not None
     settings = {
         "language": args.language,
         "caption_strategy": args.caption_strategy,
@@ -112,9 +95,8 @@ def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> St
         "min_similarity": args.min_similarity if args.caption_strategy in ("threshold", "diverse") else None,
         "min_pair_similarity": args.min_pair_similarity,
     }
-    needed = [selection.similarities] if scored else [selection.captions, selection.generated]
     columns = {selection.captions: CAPTIONS}
-    return run_stage(args, columns, settings, selection, "Selection", needed, rank, world_size)
+    return RowStage(args).run(columns, settings, selection, "Selection", rank, world_size)
 
 
 def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:

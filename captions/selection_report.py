@@ -9,6 +9,7 @@ import heapq
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,27 +65,19 @@ class Side:
 
 @dataclass
 class Summary:
-    """What one pass over the captions found.
+    """What one pass over the captions found; the dictionaries are by whether something was kept."""
 
-    Attributes:
-        kept, not_chosen: images.
-        captions, captions_kept: of the images that could be used; what occurs twice in one counts once.
-        pairs: whether kept -> first captions of such images, by similarity.
-        all: whether kept -> captions.
-        passing: cut -> images whose first caption is at least that similar.
-        at_the_cut: whether kept -> (nearness, row, caption, similarity), the nearest to the other side.
-        by_first: whether the cut is that of the first captions, not of all: `rank` drops captions of images that fit
-            well, and they would hide those that the pair filter has dropped.
-    """
-
+    # Whether the cut is that of the first captions, not of all: `rank` drops captions of images that fit well, and they
+    # would hide those that the pair filter has dropped.
     by_first: bool = False
-    kept: int = 0
-    not_chosen: int = 0
-    captions: int = 0
+    kept: int = 0  # images
+    not_chosen: int = 0  # images
+    captions: int = 0  # of the images that could be used; what occurs twice in one counts once
     captions_kept: int = 0
-    pairs: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})
-    all: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})
-    passing: Counter[float] = field(default_factory=Counter)
+    pairs: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})  # first captions of images
+    all: dict[bool, Side] = field(default_factory=lambda: {True: Side(), False: Side()})  # captions
+    passing: Counter[float] = field(default_factory=Counter)  # cut -> images whose first caption is as similar or more
+    # (nearness, row, caption, similarity), the nearest to the other side
     at_the_cut: dict[bool, list[tuple]] = field(default_factory=lambda: {True: [], False: []})
 
     def add(self, row: int, chosen: list[str], scored: list[tuple[str, float | None]], first: float | None) -> None:
@@ -110,20 +103,14 @@ class Summary:
 
 
 def write_report(args: SelectArguments, outcome: Outcome, whole: StageReport) -> None:
-    """The folder `report` of a selection that is complete; its page is written last.
-
-    Args:
-        args: of the selection.
-        outcome: what it does with a row.
-        whole: of the rows that were left out.
-    """
+    """The folder `report` of a selection that is complete; its page is written last."""
     summary, source = _summary(args, outcome)
     facts = _facts(args, summary, whole)
     examples = {kept: _examples(source, args.image_column, summary.at_the_cut[kept]) for kept in (False, True)}
     facts["examples"] = [
-        {"row": example.row, "caption": example.caption, "similarity": example.similarity, "kept": kept}
+        {"row": one.row, "caption": one.caption, "similarity": one.similarity, "kept": kept}
         for kept, found in examples.items()
-        for example in found
+        for one in found
     ]
     folder, drawn = args.output / "report", {}
     folder.mkdir(exist_ok=True)
@@ -140,9 +127,7 @@ def write_report(args: SelectArguments, outcome: Outcome, whole: StageReport) ->
 
 def _summary(args: SelectArguments, outcome: Outcome) -> tuple[Summary, Source]:
     """One pass over the captions, and the source that they are of."""
-    columns = list(args.columns().values())
-    source = stage_source(args)
-    names = args.renamed()
+    columns, source, names = args.columns(), stage_source(args), args.renamed()
     present = [old for old in source.columns if names.get(old, old) in columns]
     by_first = args.min_pair_similarity is not None and _strategy_cut(args) is None
     summary, unusable = Summary(by_first), _unusable(args.output, args.split)
@@ -166,15 +151,11 @@ def _unusable(output: Path, split: str) -> set[int]:
 
 def _facts(args: SelectArguments, summary: Summary, whole: StageReport) -> dict[str, Any]:
     """`selection.json`, but for the examples."""
+    settings = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     unusable = {reason: number for reason, number in whole.skipped.items() if reason != NOT_CHOSEN}
     return {
         "dataset": short_name(args.dataset),
-        "split": args.split,
-        "language": args.language,
-        "caption_strategy": args.caption_strategy,
-        "caption_count": args.caption_count,
-        "min_similarity": args.min_similarity,
-        "min_pair_similarity": args.min_pair_similarity,
+        **{name: getattr(args, name) for name in ("split", "language", *settings)},
         "images": {"kept": summary.kept, "not chosen": summary.not_chosen, "can't be used": unusable},
         "captions": {"of these images": summary.captions, "kept": summary.captions_kept},
         "first_captions": {"kept": summary.pairs[True].facts(), "dropped": summary.pairs[False].facts()},
@@ -191,12 +172,10 @@ def _strategy_cut(args: SelectArguments) -> float | None:
 
 def _histograms(args: SelectArguments, summary: Summary) -> list[Histogram]:
     strategy_cut = _strategy_cut(args)
-    shown = [
-        ("Images, by their first caption", "images", summary.pairs, args.min_pair_similarity),
-        ("All captions", "captions", summary.all, strategy_cut),
-    ]
-    if summary.captions == summary.kept + summary.not_chosen and strategy_cut is None:
-        shown = shown[:1]  # one caption an image: the second would be the first
+    shown = [("Images, by their first caption", "images", summary.pairs, args.min_pair_similarity)]
+    # With one caption an image this one would be the first.
+    if summary.captions != summary.kept + summary.not_chosen or strategy_cut is not None:
+        shown.append(("All captions", "captions", summary.all, strategy_cut))
     return [
         Histogram(title, unit, sides[True].bins, sides[False].bins, cut)
         for title, unit, sides, cut in shown
@@ -208,22 +187,18 @@ def _examples(source: Source, image_column: str, nearest: list[tuple]) -> list[E
     """The nearest to the cut first."""
 
     def image(row: int) -> PIL.Image.Image | None:
-        try:
+        with suppress(BadRow):
             return decode_image(source.row(row)[image_column], source.files)
-        except BadRow:
-            return None
 
-    found = sorted(nearest, reverse=True)
-    return [Example(-row, text, similarity, image(-row)) for _, row, text, similarity in found]
+    return [Example(-row, text, cosine, image(-row)) for _, row, text, cosine in sorted(nearest, reverse=True)]
 
 
 def _page(facts: dict[str, Any], drawn: dict[str, Any]) -> str:
     """The page of the facts; the similarities' part is left out where there are none."""
     images, captions = facts["images"], facts["captions"]
-    usable = images["kept"] + images["not chosen"]
+    usable, of_images = images["kept"] + images["not chosen"], captions["of these images"]
     counts = [["images", f"{usable:,}", f"{images['kept']:,}", _share(images["kept"], usable)]]
-    of_images, kept = captions["of these images"], captions["kept"]
-    counts.append(["captions", f"{of_images:,}", f"{kept:,}", _share(kept, of_images)])
+    counts.append(["captions", f"{of_images:,}", f"{captions['kept']:,}", _share(captions["kept"], of_images)])
     counts += [[f"images that can't be used: {k}", f"{n:,}", "0", ""] for k, n in images["can't be used"].items()]
     kinds = (("first_captions", "first captions of images"), ("all_captions", "captions"))
     sides = [(f"{name} {side}", facts[kind][side]) for kind, name in kinds for side in ("kept", "dropped")]

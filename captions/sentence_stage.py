@@ -8,7 +8,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -19,124 +19,97 @@ from caption_data.stage_folder import (
     STAGE_FILE,
     StageReport,
     all_parts,
-    claim,
     finished_ranks,
     part_path,
-    progress,
     remove_leftovers,
     share,
     stage_record,
 )
 from captions.sentences import PAIR_SCHEMA, SENTENCES, SentenceFile, TranslationMemory
-from captions.stages import stage_source, write_parts
-from captions.translate_arguments import PAPER_MODEL, TranslateArguments
+from captions.stages import RowStage, plain_record, stage_source, write_parts
+from captions.translate_arguments import KINDS, PAPER_MODEL, TranslateArguments
 from captions.translators import Translator
-from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator, Limits
+from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator
 from captions.translators.pieces import groups
-from captions.translators.tsv_file import FileTranslator
+from captions.tsv import FileTranslator
 from common.environment import package_versions
 from common.files import read_json, write_json
 
 logger = logging.getLogger("capivara")
 
-KINDS = ("captions", "generated-captions")  # the authors' names, before the language
 SENTENCES_PER_ROW = 8  # of a part and of a batch of sentences, for each row of those of the data set
-RECORD_VERSION = 1
 COST = "cost.json"
 
 
 def collect_sentences(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> None:
-    """The first phase, one task: write the file of distinct sentences. For Google, check key, languages and cost.
-
-    Raises:
-        ValueError: the data set lacks the captions or has what would be written, or more would be sent than allowed.
-        OSError: the disk is full, or Google can't be reached.
-    """
-    source = stage_source(args)
-    sentences = sentence_file(args, source)
-    translator = open_translator(args, sys.maxsize, sentences) if args.backend == "google" else None
+    """The first phase, one task: write the file of distinct sentences. For Google, check key, languages and cost."""
+    sentences = sentence_file(args, RowStage(args).source)
+    translator = open_translator(args, sentences) if args.backend == "google" else None
     sentences.write(SENTENCES_PER_ROW * args.rows_per_part)
     if translator is not None:
         memory = TranslationMemory(args.memory_folder, translator.fingerprint)
-        texts = [text for part in _missing(args, _sentence_parts(args, sentences)) for text in sentences.read(part)]
+        texts = _missing_texts(args, sentences, 0, 1)
         characters = sum(map(len, set(texts) - memory.find(texts).keys()))
         check_cost(args, characters)
         write_json(args.work_folder / COST, {"characters": characters})
 
 
 def translate_sentences(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """The second phase: translate a share of the distinct sentences, those apart that the memory knows.
-
-    Raises:
-        ValueError: the translator does not know a language, or the table or the allowed cost does not suffice.
-        OSError: the disk is full, or Google can't be reached; what is done stays.
-    """
+    """The second phase: translate a share of the distinct sentences, those apart that the memory knows."""
     sentences = sentence_file(args, stage_source(args))
-    mine = share(_sentence_parts(args, sentences), rank, world_size)
-    texts = [text for part in _missing(args, mine) for text in sentences.read(part)]
-    translator = open_translator(args, sys.maxsize, sentences)
+    texts = _missing_texts(args, sentences, rank, world_size)
+    translator = open_translator(args, sentences)
     memory = TranslationMemory(args.memory_folder, translator.fingerprint)
     known = memory.find(texts)
     if isinstance(translator, GoogleTranslator):
-        translator.limits = task_limits(args, sum(map(len, set(texts) - known.keys())), world_size)
+        translator.max_characters = task_characters(args, sum(map(len, set(texts) - known.keys())), world_size)
     record = _sentence_record(args, sentences) | {
         "settings": {"translator": translator.fingerprint},
         "columns": {name: "string" for name in PAIR_SCHEMA.names},
         "versions": package_versions(),
     }
-    folder = parts_folder(args)
-    record = claim(folder, record)
-    process = SentenceTranslator(args, sentences, translator, memory, known)
-    title = f"Translating with {translator.name}"
-    write_parts(folder, record, PAIR_SCHEMA, mine, process.rows, title, show=rank == 0)
+    process, title = (
+        SentenceTranslator(args, sentences, translator, memory, known),
+        f"Translating with {translator.name}",
+    )
+    report = write_parts(args.parts_folder, record, PAIR_SCHEMA, process.rows, title, rank, world_size)
     logger.info("%s sentences were translated now; %s has them.", f"{process.translated:,}", args.memory_folder)
-    return progress(folder, record, mine)
+    return report
 
 
 def finished_sentence_tasks(args: TranslateArguments, world_size: int) -> list[int]:
     """`Phase.finished` of `translate_sentences`; removes what kills have left of parts that are there."""
-    remove_leftovers(parts_folder(args))
+    remove_leftovers(args.parts_folder)
     try:
         sentences = sentence_file(args, stage_source(args))
     except (ValueError, OSError):
         return []
     if not sentences.is_there() or _other_table(args):
         return []
-    return finished_ranks(parts_folder(args), _sentence_record(args, sentences), world_size)
+    return finished_ranks(args.parts_folder, _sentence_record(args, sentences), world_size)
 
 
 def _other_table(args: TranslateArguments) -> bool:
     """Whether a table has been corrected since it was used; the task then says so."""
-    if args.import_file is None or not (parts_folder(args) / STAGE_FILE).is_file():
+    if args.import_file is None or not (args.parts_folder / STAGE_FILE).is_file():
         return False
-    used = stage_record(parts_folder(args))["settings"]["translator"].get("sha256")
+    used = stage_record(args.parts_folder)["settings"]["translator"].get("sha256")
     return used != hashlib.sha256(args.import_file.read_bytes()).hexdigest()
 
 
+@dataclass
 class SentenceTranslator:
-    """Translates the sentences of parts, but for those that are known.
+    """Translates the sentences of parts, but for those that are known."""
 
-    Args:
-        args: of the command.
-        sentences: numbered from 0.
-        translator: for what is not known.
-        memory: of that translator; what is new joins it batch by batch.
-        known: sentence -> translation.
-    """
-
-    def __init__(
-        self,
-        args: TranslateArguments,
-        sentences: SentenceFile,
-        translator: Translator,
-        memory: TranslationMemory,
-        known: dict[str, str],
-    ):
-        self.args, self.sentences, self.translator, self.memory, self.known = args, sentences, translator, memory, known
-        self.translated = 0  # sentences
+    args: TranslateArguments
+    sentences: SentenceFile
+    translator: Translator  # for what is not known
+    memory: TranslationMemory  # of that translator; what is new joins it batch by batch
+    known: dict[str, str]  # sentence -> translation
+    translated: int = 0
 
     def rows(self, part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, str]]:
-        """The pairs of a part, in order; nothing is left out."""
+        """Of `write_parts`; no sentence is left out."""
         texts, at_once = self.sentences.read(part), SENTENCES_PER_ROW * self.args.batch_rows
         for start in range(0, len(texts), at_once):
             batch = texts[start : start + at_once]
@@ -146,14 +119,12 @@ class SentenceTranslator:
             bar.update(len(batch))
 
     def translations(self, missing: list[str]) -> dict[str, str]:
-        """Sentence -> translation; what is new joins the memory.
-
-        The longest come first: where the memory of the device does not suffice, it shows at once.
-        """
+        """Sentence -> translation; what is new joins the memory."""
+        # The longest come first: where the memory of the device does not suffice, it shows at once.
         missing, made = sorted(missing, key=lambda sentence: (-len(sentence), sentence)), {}
         paid = self.args.backend == "google"
         # For Google a batch is a request, so that what was paid for is not lost when the next one fails.
-        for batch in groups(missing, self.args.sentences_at_once, MAX_CHARACTERS if paid else sys.maxsize):
+        for batch in groups(missing, MAX_CHARACTERS if paid else sys.maxsize, self.args.sentences_at_once):
             new = dict(zip(batch, self.translator.translate(batch), strict=True))
             if paid:
                 self.memory.add(new)
@@ -171,44 +142,11 @@ def sentence_file(args: TranslateArguments, source: Source) -> SentenceFile:
     return SentenceFile(args.work_folder / SENTENCES, source, columns)
 
 
-def parts_folder(args: TranslateArguments) -> Path:
-    """Of the parts of the second phase."""
-    return args.work_folder / "parts"
-
-
-def _sentence_record(args: TranslateArguments, sentences: SentenceFile) -> dict[str, Any]:
-    """What of `stage.json` is known before the translator is opened."""
-    source = {"name": str(sentences.path), "split": "sentences", "rows": len(sentences)}
-    return {
-        "version": RECORD_VERSION,
-        "command": args.command(),
-        "source": source | {"fingerprint": sentences.fingerprint, "damaged": []},
-        "rows_per_part": SENTENCES_PER_ROW * args.rows_per_part,
-    }
-
-
-def _sentence_parts(args: TranslateArguments, sentences: SentenceFile) -> list[range]:
-    return all_parts(len(sentences), SENTENCES_PER_ROW * args.rows_per_part)
-
-
-def _missing(args: TranslateArguments, parts: list[range]) -> list[range]:
-    return [part for part in parts if not part_path(parts_folder(args), "sentences", part).is_file()]
-
-
 def translated_columns(source: Source, args: TranslateArguments) -> dict[str, str]:
-    """Column of captions, by its name in the output -> the new one.
-
-    Raises:
-        ValueError: there is none, or a new one is there already and `existing` does not say what to do.
-    """
+    """Column of captions, by its name in the output -> the new one. Raises ValueError where that is there already."""
     there = [args.renamed().get(name, name) for name in source.columns]
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in KINDS}
     columns = {column: target for column, target in columns.items() if column in there}
-    if not columns:
-        raise ValueError(
-            f"{source.where} has none of {', '.join(kind + '-' + args.source_language for kind in KINDS)}; there are "
-            f"{there}. --rename caption=captions-{args.source_language} gives a column that name."
-        )
     taken = [target for target in columns.values() if target in there]
     if taken and args.existing == "refuse":
         raise ValueError(
@@ -222,21 +160,13 @@ def translated_columns(source: Source, args: TranslateArguments) -> dict[str, st
     return columns
 
 
-def open_translator(args: TranslateArguments, characters: int, sentences: SentenceFile) -> Translator:
-    """The model, the service or the table.
-
-    Args:
-        args: of the command.
-        characters: that may be sent to a service.
-        sentences: that a table must have.
-    """
+def open_translator(args: TranslateArguments, sentences: SentenceFile) -> Translator:
+    """The model, the service or the table, which must have all the sentences."""
     if args.backend == "file":
-        texts = sentences.read(range(len(sentences)))
-        return FileTranslator(args.import_file, texts, args.language)
+        return FileTranslator(args.import_file, sentences.read(range(len(sentences))), args.language)
     if args.backend == "google":
-        limits = Limits(characters, args.characters_per_second, args.max_tries, args.first_wait_s, args.timeout_s)
-        return GoogleTranslator(args.language, args.source_language, limits, args.google_endpoint or ENDPOINT)
-    from captions.translators.local import load
+        return GoogleTranslator(args.language, args.source_language, args, args.google_endpoint or ENDPOINT)
+    from captions.translators.local import load  # here: torch comes with it
 
     options = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     return load(
@@ -253,11 +183,7 @@ def open_translator(args: TranslateArguments, characters: int, sentences: Senten
 
 
 def check_cost(args: TranslateArguments, characters: int) -> None:
-    """Log what the run will cost.
-
-    Raises:
-        ValueError: it is more than allowed.
-    """
+    """Log what the run will cost. Raises ValueError where it is more than allowed."""
     cost = characters / 1e6 * args.price_per_million
     estimate = f"{characters:,} characters to translate, about {cost:,.2f} at {args.price_per_million:g} a million"
     if cost > (args.max_cost or 0.0):
@@ -266,12 +192,21 @@ def check_cost(args: TranslateArguments, characters: int) -> None:
     logger.info("%s.", estimate)
 
 
-def task_limits(args: TranslateArguments, characters: int, world_size: int) -> Limits:
-    """What a task may send: its own sentences, and its share of what --max_cost leaves over for repeated requests."""
-    if args.price_per_million:
-        allowed = int((args.max_cost or 0.0) / args.price_per_million * 1e6)
-        left = allowed - read_json(args.work_folder / COST, characters=int)["characters"]
-        characters += left // world_size
-    else:
-        characters = sys.maxsize
-    return Limits(characters, args.characters_per_second, args.max_tries, args.first_wait_s, args.timeout_s)
+def task_characters(args: TranslateArguments, own: int, world_size: int) -> int:
+    """That a task may send: its own, and its share of what --max_cost leaves over for repeated requests."""
+    if not args.price_per_million:
+        return sys.maxsize
+    allowed = int((args.max_cost or 0.0) / args.price_per_million * 1e6)
+    left = allowed - read_json(args.work_folder / COST, characters=int)["characters"]
+    return own + left // world_size
+
+
+def _sentence_record(args: TranslateArguments, sentences: SentenceFile) -> dict[str, Any]:
+    return plain_record(sentences, args, SENTENCES_PER_ROW * args.rows_per_part)
+
+
+def _missing_texts(args: TranslateArguments, sentences: SentenceFile, rank: int, world_size: int) -> list[str]:
+    """Of the parts of a task that are not there yet."""
+    parts = share(all_parts(len(sentences), SENTENCES_PER_ROW * args.rows_per_part), rank, world_size)
+    missing = (part for part in parts if not part_path(args.parts_folder, sentences.split, part).is_file())
+    return [text for part in missing for text in sentences.read(part)]

@@ -10,10 +10,7 @@ import contextlib
 import hashlib
 import io
 import itertools
-import json
 import logging
-import os
-import sqlite3
 from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from caption_data.columns import caption_texts
-from caption_data.rows import BadRow
+from caption_data.rows import BadRow, digest_of
 from caption_data.sources import Source
+from caption_data.stage_folder import whole_parquet
 from common.files import write_bytes, write_json
 
 SENTENCES = "sentences.parquet"
@@ -36,25 +34,16 @@ READ_AT_ONCE = 10_000  # sentences
 logger = logging.getLogger("capivara")
 
 
-def sentences_of(row: dict[str, Any], columns: Iterable[str]) -> Iterator[str]:
-    """The captions of a row that are not blank; none of columns that every stage refuses."""
-    for column in columns:
-        with contextlib.suppress(BadRow):
-            yield from filter(str.strip, caption_texts(row.get(column), column))
-
-
 def distinct_sentences(source: Source, columns: list[str], parts: Iterable[range]) -> Iterator[str]:
-    """The captions of some rows in their order, each once; images are not read where the form of the data allows.
-
-    Args:
-        source: of the rows.
-        columns: of captions, by the source's names.
-        parts: the rows.
-    """
+    """The captions of some rows in their order, each once; images are not read where the form of the data allows."""
     seen: set[bytes] = set()  # digests: of tens of millions of sentences they need a tenth of the memory
     for part in parts:
-        for row in itertools.islice(source.rows(part.start, only=columns), len(part)):
-            for sentence in sentences_of(row, columns):
+        rows = itertools.islice(source.rows(part.start, only=columns), len(part))
+        for row, column in ((row, column) for row in rows for column in columns):
+            texts: list[str] = []
+            with contextlib.suppress(BadRow):  # which every stage refuses
+                texts = caption_texts(row.get(column), column)
+            for sentence in filter(str.strip, texts):
                 digest = hashlib.blake2b(sentence.encode(), digest_size=16).digest()
                 if digest not in seen:
                     seen.add(digest)
@@ -62,22 +51,20 @@ def distinct_sentences(source: Source, columns: list[str], parts: Iterable[range
 
 
 class SentenceFile:
-    """The distinct sentences of a source, one a row.
+    """The distinct sentences of a source, one a row: its rows are shared out as those of a `Source`."""
 
-    Args:
-        path: of the parquet file.
-        source: that it shall be of.
-        columns: of captions, by the source's names.
-    """
+    split = "sentences"
 
     def __init__(self, path: Path, source: Source, columns: list[str]):
-        self.path, self.columns, self._source = path, columns, source
-        made_from = [SENTENCES_VERSION, len(source), source.fingerprint(), columns]
-        self.fingerprint = hashlib.blake2b(json.dumps(made_from).encode(), digest_size=16).hexdigest()
+        self.path, self.name, self.columns, self.damaged, self._source = path, str(path), columns, [], source
+        self._fingerprint = digest_of([SENTENCES_VERSION, len(source), source.fingerprint(), columns])
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
 
     def is_there(self) -> bool:
         """Whether the file is whole and of this source."""
-        return self.path.is_file() and pq.read_schema(self.path).metadata.get(SOURCE_KEY) == self.fingerprint.encode()
+        return self.path.is_file() and pq.read_schema(self.path).metadata.get(SOURCE_KEY) == self._fingerprint.encode()
 
     def write(self, rows_per_group: int) -> None:
         """Make it, unless it is there, with so many rows in a row group."""
@@ -86,19 +73,11 @@ class SentenceFile:
         if self.is_there():
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        schema = SCHEMA.with_metadata({SOURCE_KEY: self.fingerprint.encode()})
+        schema = SCHEMA.with_metadata({SOURCE_KEY: self._fingerprint.encode()})
         found = distinct_sentences(self._source, self.columns, [range(len(self._source))])
-        try:
-            with temporary.open("wb") as file:
-                with pq.ParquetWriter(file, schema) as parquet:
-                    while some := list(itertools.islice(found, rows_per_group)):
-                        parquet.write_table(pa.table({"source": some}, schema=schema))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.rename(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_parquet(self.path, schema) as parquet:
+            while some := list(itertools.islice(found, rows_per_group)):
+                parquet.write_table(pa.table({"source": some}, schema=schema))
 
     def __len__(self) -> int:
         return pq.read_metadata(self.path).num_rows
@@ -116,24 +95,17 @@ class SentenceFile:
 
 
 class TranslationMemory:
-    """The translations of one translator that earlier runs and other tasks have made.
-
-    Args:
-        folder: of all translators.
-        fingerprint: of this one.
-    """
+    """The translations of one translator, in a folder of all, that earlier runs and other tasks have made."""
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]):
-        text = json.dumps(fingerprint, sort_keys=True, ensure_ascii=True)
-        self.key = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-        self.folder, self._all, self._fingerprint = folder / self.key, folder, fingerprint
+        self.folder, self._fingerprint = folder / digest_of(fingerprint, sort_keys=True), fingerprint
 
     def find(self, sentences: Iterable[str]) -> dict[str, str]:
         """Sentence -> translation, of those that are known. All files are read, so ask for many at once."""
         wanted = set(sentences)
         if not wanted:
             return {}
-        return self._of_earlier_versions(wanted) | translations_in(sorted(self.folder.glob("*.parquet")), wanted)
+        return translations_in(sorted(self.folder.glob("*.parquet")), wanted)
 
     def add(self, translations: dict[str, str]) -> None:
         """Keep translations in a file of their own, all or none of them. Raises OSError where the disk is full."""
@@ -145,27 +117,10 @@ class TranslationMemory:
         name = hashlib.blake2b("\0".join(translations).encode(), digest_size=16).hexdigest()
         write_bytes(self.folder / f"{name}.parquet", file.getvalue())
 
-    def _of_earlier_versions(self, wanted: set[str]) -> dict[str, str]:
-        """What the SQLite files of version 0.1.0's first builds know: it may have been paid for."""
-        found: dict[str, str] = {}
-        for path in sorted(self._all.glob("*.sqlite")):
-            try:
-                with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-                    query = "SELECT source, translation FROM translations WHERE translator = ?"
-                    found |= {
-                        source: made for source, made in connection.execute(query, (self.key,)) if source in wanted
-                    }
-            except sqlite3.Error as error:
-                logger.warning("The translations in %s can't be read (%s); it is done without them.", path, error)
-        return found
-
 
 def translations_in(paths: Iterable[Path], wanted: Container[str], damaged_are_fatal: bool = False) -> dict[str, str]:
-    """Sentence -> translation, of those that some parquet files have.
-
-    Raises:
-        ValueError: a file is damaged, if that is fatal; else it is named in a warning and left out.
-    """
+    """Sentence -> translation, of those that some parquet files have; a damaged one is left out with a warning, or a
+    ValueError where that is fatal."""
     found: dict[str, str] = {}
     for path in paths:
         try:

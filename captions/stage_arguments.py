@@ -1,87 +1,35 @@
 """Arguments of the stages and of the build: light, so that `--help` answers before torch is imported."""
 
 import hashlib
-import os
 import re
-import shlex
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from caption_data.image_files import ImageFileArguments
-from caption_data.selection import CaptionChoice
+from caption_data.image_files import DATASET_HELP, CaptionDataArguments
+from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
 from caption_data.stage_folder import SPLIT
-from common.cli import at_least, between, flag
+from common.cli import at_least, flag
+from common.tasks import SHARED_BY_TASKS, ExecutorArguments
 
 PREFIXES = Path(__file__).parent / "prefixes.json"
-
-
-SHARED_BY_TASKS = "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
-
-
-@dataclass(kw_only=True)
-class ExecutorArguments:
-    """Where the tasks of a command run: the flags of datatrove's executors, under its names."""
-
-    gone = {  # flags of earlier versions
-        "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
-        "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
-    }
-    executor: Literal["local", "slurm", "ray"] = flag(
-        "local", "local: this machine. slurm: job arrays of a Slurm cluster. ray: a Ray cluster."
-    )
-    tasks: int | None = flag(
-        None,
-        "Shares of the rows, each done by one process. As many as workers where none is given; slurm and "
-        "ray need it. What is done stays whatever the number is next time.",
-    )
-    workers: int | None = flag(
-        None,
-        "Tasks that run at once. local: as many as there are GPUs, else 1, which computes on all cores; "
-        "slurm and ray: no limit but the cluster's.",
-    )
-    partition: str | None = flag(None, "slurm: partition of the jobs.")
-    time: str | None = flag(None, "slurm: limit of a task, as 04:00:00.")
-    sbatch: list[str] = flag([], "slurm: other options of sbatch, as account=vision qos=gpu.")
-    cpus_per_task: int = flag(1, "slurm, ray: cores of a task.")
-    mem_per_cpu_gb: int = flag(4, "slurm, ray: GiB of memory a core.")
-    gpus_per_task: int = flag(0, "slurm, ray: GPUs of a task, where its stage has a model.")
-    logging_dir: Path | None = flag(None, "Folder of the tasks' logs; OUTPUT.logs, of a build OUTPUT/logs, without.")
-
-    def check_executor(self) -> None:
-        at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
-        at_least(self, 0, "gpus_per_task")
-        if self.executor != "local" and self.tasks is None:
-            raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
-        if self.executor == "slurm" and not (self.partition and self.time):
-            raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
-        if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
-            raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ValueError(f"This command is not launched by Accelerate or torchrun: {SHARED_BY_TASKS}.")
-
-    def executor_flags(self) -> dict[str, Any]:
-        """The flags of this class that were given."""
-        defaults = ExecutorArguments()
-        given = {known.name: getattr(self, known.name) for known in fields(defaults)}
-        return {name: value for name, value in given.items() if value != getattr(defaults, name)}
+GONE = {  # flags of earlier versions
+    "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
+    "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
+}
 
 
 @dataclass
-class StageArguments(ImageFileArguments, ExecutorArguments):
+class StageArguments(CaptionDataArguments, ExecutorArguments):
     """The flags of every stage. Raises ValueError where a value breaks its rule."""
 
+    gone = GONE
     module = "captions.stages"  # that `python -m` runs it by
-    dataset: str = flag(
-        ...,
-        "Saved HF data set, folder or pattern of parquet files or WebDataset tars, folder of images with "
-        "metadata.jsonl, Hub id, or the output of another stage.",
-    )
+    dataset: str = flag(..., f"{DATASET_HELP} The output of another stage is such a folder.")
     output: Path = flag(..., "Folder of the parts; the same command finishes an unfinished one.")
     split: str = flag("train", "Split that is read, and that the parts are named by.")
-    image_column: str = flag("image", "Column of the images; `image` in the output.")
     rename: list[str] = flag([], "Columns that get another name, as OLD=NEW: caption=captions-en for most data sets.")
     batch_rows: int = flag(16, "Rows that are worked on at once.")
     rows_per_part: int = flag(500, "Rows of a file: at most what a kill loses, at least what a task takes.")
@@ -98,11 +46,6 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
         self.check_image_files()
         self.check_executor()
 
-    @property
-    def logs(self) -> Path:
-        """Folder of the logs of all tasks."""
-        return self.logging_dir or self.output.with_name(self.output.name + ".logs")
-
     def renamed(self) -> dict[str, str]:
         """Old name -> new name, of `rename`."""
         pairs = [pair.split("=") for pair in self.rename]
@@ -113,38 +56,21 @@ class StageArguments(ImageFileArguments, ExecutorArguments):
             )
         return names
 
-    def command(self) -> str:
-        """The command of this stage, wherever its tasks run."""
-        given, elsewhere = asdict(self), {known.name for known in fields(ExecutorArguments)}
-        for known in fields(self):
-            default = known.default_factory() if known.default_factory is not MISSING else known.default
-            if known.name in elsewhere or given[known.name] == default:
-                del given[known.name]
-        return command_line(self.module, given)
+    def needed_columns(self) -> list[str]:
+        """Of which the data set must have one, by their names in the output."""
+        return []
 
 
-@dataclass(frozen=True)
+@dataclass(kw_only=True)
 class Decoding:
-    """How texts are written.
+    """How texts are written: flags of `captions.generate`. Raises ValueError where a number is out of its range."""
 
-    Attributes:
-        max_new_tokens: of a text, at least 1.
-        micro_batch_size: texts that are generated at once, at least 1.
-        sampling: draw every token; without it the likeliest is taken, and the three below mean nothing.
-        temperature: of the draw, above 0.
-        top_p: share of the probability that is drawn from, above 0 and at most 1.
-        seed: of the draw.
-
-    Raises:
-        ValueError: a number is out of its range.
-    """
-
-    max_new_tokens: int = 50
-    micro_batch_size: int = 160
-    sampling: bool = False
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
+    max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
+    micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
+    sampling: bool = flag(False, "Draw every token at random, instead of the likeliest.")
+    temperature: float = flag(1.0, "With --sampling: above 1 is wilder, below 1 tamer.")
+    top_p: float = flag(1.0, "With --sampling: share of the probability drawn from.")
+    seed: int = flag(0, "With --sampling: seed, image and prefix determine the text.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_new_tokens", "micro_batch_size")
@@ -160,7 +86,7 @@ class Decoding:
 
 
 @dataclass
-class GenerateArguments(StageArguments):
+class GenerateArguments(Decoding, StageArguments):
     module = "captions.generate"
     model: str = flag(
         "Salesforce/blip2-opt-2.7b-coco",
@@ -168,26 +94,15 @@ class GenerateArguments(StageArguments):
     )
     revision: str | None = flag(None, "Branch, tag or commit of a Hub id.")
     prefixes: Path = flag(PREFIXES, "JSON file of the form of captions/prefixes.json.")
-    max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
     precision: Literal["float32", "bf16", "fp16"] = flag(
         "float32", "Of weights and activations; the authors had fp16, with BLIP-2's Q-Former in float32."
     )
-    micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
-    sampling: bool = flag(False, "Draw every token at random, instead of the likeliest.")
-    temperature: float = flag(1.0, "With --sampling: above 1 is wilder, below 1 tamer.")
-    top_p: float = flag(1.0, "With --sampling: share of the probability drawn from.")
-    seed: int = flag(0, "With --sampling: seed, image and prefix determine the text.")
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
-    def decoding(self) -> Decoding:
-        return Decoding(
-            self.max_new_tokens, self.micro_batch_size, self.sampling, self.temperature, self.top_p, self.seed
-        )
-
     def __post_init__(self) -> None:
-        super().__post_init__()
+        StageArguments.__post_init__(self)
+        Decoding.__post_init__(self)
         self.prefixes = Path(self.prefixes)
-        self.decoding()  # refuses what is out of range
 
 
 @dataclass
@@ -210,39 +125,31 @@ class ScoreArguments(StageArguments):
             raise ValueError("model is missing: give the model whose similarities are wanted, such as the base model.")
         at_least(self, 1, "embedding_batch_size")
 
+    def needed_columns(self) -> list[str]:
+        return [f"captions-{self.language}", f"generated-captions-{self.language}"]
+
 
 @dataclass
-class SelectArguments(StageArguments):
+class SelectArguments(CaptionChoice, StageArguments):
     module = "captions.select"
     language: str = flag("pt", "Language of the captions, the end of their columns' names.")
-    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
-        "none",
-        "Which captions of an image are kept: none = the originals; first = these and the first "
-        "`caption_count` generated; all; rank = the `caption_count` most similar to the image; threshold = those "
-        "of `min_similarity` at least; diverse = of these, those unlike each other.",
-    )
-    caption_count: int = flag(5, "Captions of the strategies first and rank.")
-    min_similarity: float = flag(0.2, "Image-caption cosine that threshold and diverse ask for.")
-    min_pair_similarity: float | None = flag(
-        None, "Leave out images whose first caption is less similar to them; all stay without."
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.choice()
-        between(self, -1, 1, "min_pair_similarity")
+        self.check_choice()
 
-    def choice(self) -> CaptionChoice:
-        return CaptionChoice(self.caption_strategy, self.caption_count, self.min_similarity)
+    def columns(self) -> list[str]:
+        """What the choice looks at: captions, generated ones, similarities."""
+        return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
-    def columns(self) -> dict[str, str]:
-        """What the choice looks at: captions, generated and similarities -> column."""
-        names = ("captions", "generated-captions", "similarities")
-        return {name: f"{name}-{self.language}" for name in names}
+    def needed_columns(self) -> list[str]:
+        scored = self.caption_strategy in WITH_SIMILARITIES or self.min_pair_similarity is not None
+        return self.columns()[2:] if scored else self.columns()[:2]
 
 
 @dataclass
 class BuildArguments(ExecutorArguments):
+    gone = GONE
     config: Path = flag(..., "YAML file of the stages, such as configs/captions_pt.yaml.")
     dataset: str | None = flag(None, "The images, in any form that a stage takes; goes before the config's.")
     output: Path | None = flag(None, "Folder of all that is made; goes before the config's.")
@@ -251,14 +158,3 @@ class BuildArguments(ExecutorArguments):
 
     def __post_init__(self) -> None:
         self.check_executor()
-
-
-def command_line(module: str, flags: dict[str, Any]) -> str:
-    """`python -m module --flag value …`, for a shell. Flags that are None, False or empty are left out."""
-    words = ["python", "-m", module]
-    for name, value in flags.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False and value != []:
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)

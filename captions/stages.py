@@ -1,9 +1,10 @@
 """One stage of building a caption data set: rows in, the same rows with more columns out, in parts written whole.
 
-    run_stage(StageArguments("images", Path("generated")), {"captions-pt": CAPTIONS}, {"model": "…"}, process)
+    stage = RowStage(StageArguments("images", Path("generated")))
+    stage.run({"captions-pt": CAPTIONS}, {"model": "…"}, process)
 
 The parts of a folder (`caption_data.stage_folder`) are one data set for `open_source`, and for the next stage. The
-tasks of a stage share the parts out by `rank` and `world_size`, which `captions.executors` gives them, with nothing
+tasks of a stage share the parts out by `rank` and `world_size`, which `common.executors` gives them, with nothing
 between them but the file system. A task that was killed is run again and writes the parts that are missing, so that no
 row is doubled or lost. Images pass through as their original bytes, and no more rows are in memory than are worked on
 at once.
@@ -11,15 +12,12 @@ at once.
 
 import itertools
 import logging
-import os
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Features
 from tqdm.auto import tqdm
 
@@ -31,6 +29,7 @@ from caption_data.stage_folder import (
     DIGEST_KEY,
     StageReport,
     all_parts,
+    check_complete,
     claim,
     finished_ranks,
     identity_digest,
@@ -39,10 +38,15 @@ from caption_data.stage_folder import (
     remove_leftovers,
     share,
     skipped_path,
+    whole_parquet,
 )
 from captions.stage_arguments import StageArguments
+from captions.translators.pieces import groups
+from common.cli import parse, user_errors
 from common.environment import package_versions
+from common.executors import EXPECTED, TasksFailed, Work, execute
 from common.files import no_space_left
+from common.tasks import Phase
 
 logger = logging.getLogger("capivara")
 
@@ -53,108 +57,137 @@ PREPARED_ROWS = 50_000  # whose translations are in memory at once
 Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
 
 
-@dataclass(frozen=True)
-class Phase:
-    """What the tasks of one datatrove pipeline do; a stage has one or several, in order.
-
-    Attributes:
-        run: called with the stage's arguments, rank and world_size.
-        finished: of the arguments and world_size: the ranks with nothing left to do. Without it the phase is one task,
-            which is always run and finds out for itself.
-        uses_model: whether a task needs a GPU.
-    """
-
-    run: Callable[[Any, int, int], Any]
-    finished: Callable[[Any, int], list[int]] | None = None
-    uses_model: bool = False
-
-
-def run_stage(
-    args: StageArguments,
-    columns: dict[str, Any],
-    settings: dict[str, Any],
-    process: Process,
-    title: str = "Rows",
-    any_of: Sequence[str] = (),
-    rank: int = 0,
-    world_size: int = 1,
-    prepare: Callable[[Source, list[range]], None] | None = None,
-) -> StageReport:
-    """Write the parts of one task that are missing.
-
-    Args:
-        args: of the command.
-        columns: new column -> its feature of `datasets`. A column of the same name is replaced.
-        settings: what the new columns depend on, such as the model; a folder holds parts of the same settings only.
-        process: called with at most `args.batch_rows` rows. Their image is `{"bytes", "path"}`, undecoded but there;
-            columns of captions are lists of texts, where the source has the column. It must not depend on how rows
-            are batched, but in rounding.
-        title: of the progress bar.
-        any_of: columns of which the source must have one.
-        rank: number of the task, from 0.
-        world_size: number of tasks.
-        prepare: called with the source and some neighbouring parts, `PREPARED_ROWS` rows at most, before they are made.
-
-    Returns:
-        Of this task.
+class RowStage:
+    """The rows that a stage reads, opened and checked, and what it writes of them.
 
     Raises:
-        ValueError: the folder is of other settings or another source (what differs is named), the source is an
-            unfinished stage, or it lacks the images or the columns.
-        OSError: the disk is full; the parts that are there are whole, and the same command makes the others.
+        ValueError: there is no such data set, it is an unfinished stage, or it lacks the images or the columns.
     """
-    StageArguments.__post_init__(args)  # a subclass may have checks of its own in its place
-    source, features = _opened(args, columns, any_of)
-    record = claim(args.output, _record(args, source, features, settings | args.image_settings()))
-    parts = share(all_parts(len(source), record["rows_per_part"]), rank, world_size)
-    reader = _Reader(args, source, features, process)
-    prepared = (lambda group: prepare(source, group)) if prepare else None
-    write_parts(args.output, record, features.arrow_schema, parts, reader.rows, title, prepared, show=rank == 0)
-    return progress(args.output, record, parts)
+
+    def __init__(self, args: StageArguments):
+        StageArguments.__post_init__(args)  # in a process of its own PIL has its own limit, too
+        self.args, self.source = args, stage_source(args)
+        for damage in self.source.damaged:
+            logger.warning("A damaged archive, read up to there: %s", damage.detail)
+        self.features = passed_features(self.source, args.image_column, args.renamed())
+        needed = args.needed_columns()
+        if needed and self.features.keys().isdisjoint(needed):
+            raise ValueError(
+                f"{self.source.where} has no column {' or '.join(needed)}; there are {list(self.features)}. A column "
+                f"of another name becomes one by --rename OLD={needed[0]}."
+            )
+
+    def run(
+        self,
+        columns: dict[str, Any],
+        settings: dict[str, Any],
+        process: Process,
+        title: str = "Rows",
+        rank: int = 0,
+        world_size: int = 1,
+        prepare: Callable[[list[range]], None] | None = None,
+    ) -> StageReport:
+        """Write the parts of one task that are missing.
+
+        Args:
+            columns: new column -> its feature of `datasets`. A column of the same name is replaced.
+            settings: what the new columns depend on, such as the model; a folder holds parts of the same ones only.
+            process: called with at most `args.batch_rows` rows. Their image is `{"bytes", "path"}`, undecoded but
+                there; columns of captions are lists of texts, where the source has the column. It must not depend on
+                how rows are batched, but in rounding.
+            title, rank, world_size, prepare: as of `write_parts`.
+
+        Raises:
+            ValueError: the folder is of other settings or another source; what differs is named.
+            OSError: the disk is full; the parts that are there are whole, and the same command makes the others.
+        """
+        features = Features(self.features | columns)
+        record = plain_record(self.source, self.args, self.args.rows_per_part) | {
+            "settings": settings | self.args.image_settings(),
+            "columns": {name: repr(feature) for name, feature in features.items()},
+            "versions": package_versions(),
+        }
+
+        def rows(part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
+            for row in self._rows(process, part, skipped, bar):
+                row[IMAGE] = row[self.args.image_column]
+                if self.source.features is not None:
+                    yield {name: row.get(name) for name in features}
+                else:
+                    yield {name: fitting(row.get(name), feature) for name, feature in features.items()}
+
+        return write_parts(self.args.output, record, features.arrow_schema, rows, title, rank, world_size, prepare)
+
+    def _rows(self, process: Process, part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
+        """Those that are not left out, with their new columns."""
+        rows = itertools.islice(self.source.rows(part.start), len(part))
+        numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
+        while batch := list(itertools.islice(numbered, self.args.batch_rows)):
+            results: list[dict[str, Any] | BadRow] = [self._prepared(row) for _, row in batch]
+            good = [index for index, row in enumerate(results) if not isinstance(row, BadRow)]
+            if good:
+                done = process([dict(results[index]) for index in good])
+                for index, new in zip(good, done, strict=True):
+                    results[index] = new if isinstance(new, BadRow) else results[index] | new
+            for (number, _), result in zip(batch, results, strict=True):
+                if isinstance(result, BadRow):
+                    skipped.append(Skipped(self.source.name, self.source.split, number, result.reason, result.detail))
+                else:
+                    yield result
+            bar.update(len(batch))
+
+    def _prepared(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
+        """A row of the source with the bytes of its image, its captions as lists of texts; or what is wrong with it."""
+        names, column = self.args.renamed(), self.args.image_column
+        row = {names.get(old, old): value for old, value in row.items()}
+        try:
+            data = image_bytes(row.get(column), self.source.files)
+            row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
+            return row | {name: caption_texts(row[name], name) for name in row if CAPTION_COLUMN.fullmatch(name)}
+        except BadRow as bad:
+            return bad
 
 
 def finished_row_tasks(args: StageArguments, world_size: int) -> list[int]:
-    """`Phase.finished` of a phase that is `run_stage`; removes what kills have left of parts that are there."""
+    """`Phase.finished` of a phase that is a `RowStage`; removes what kills have left of parts that are there."""
     remove_leftovers(args.output)
     try:
         source = stage_source(args)
     except (ValueError, OSError):  # the stage before is unfinished; any other fault is for the tasks to report
         return []
-    return finished_ranks(args.output, _plain_record(args, source), world_size)
+    return finished_ranks(args.output, plain_record(source, args, args.rows_per_part), world_size)
 
 
 def write_parts(
     output: Path,
     record: dict[str, Any],
     schema: pa.Schema,
-    parts: list[range],
     rows: Callable[[range, list[Skipped], tqdm], Iterator[dict[str, Any]]],
     title: str,
+    rank: int,
+    world_size: int,
     prepare: Callable[[list[range]], None] | None = None,
-    show: bool = True,
-) -> None:
-    """Write those of `parts` that are missing, each with the list of its rows that were left out, whole or not at all.
+) -> StageReport:
+    """Write the parts of one task that are missing, each with the list of its rows that were left out, whole or not.
 
     Args:
-        output: folder of the stage.
-        record: its `stage.json`.
-        schema: of the parts.
-        parts: row numbers of the source.
+        output, record, schema: folder of the stage, its `stage.json`, and what its parts are of.
         rows: of a part; those that are left out are appended to the list, and the bar is moved on.
-        title: of the progress bar.
+        title: of the progress bar, which the first task has.
+        rank, world_size: number of the task, from 0, and of all tasks.
         prepare: called before some neighbouring parts, `PREPARED_ROWS` rows at most, are made.
-        show: whether there is a progress bar.
 
-    Raises:
-        OSError: the disk is full. What `rows` raises passes, with a note that names the part.
+    Raises as `RowStage.run`; what `rows` raises passes, with a note that names the part.
     """
+    record = claim(output, record)
+    parts = share(all_parts(record["source"]["rows"], record["rows_per_part"]), rank, world_size)
     schema = schema.with_metadata({**(schema.metadata or {}), DIGEST_KEY: identity_digest(record).encode()})
     paths = {part: part_path(output, record["source"]["split"], part) for part in parts}
     missing = [part for part in parts if not paths[part].is_file()]
-    done = sum(map(len, parts)) - sum(map(len, missing))
+    total, left = sum(map(len, parts)), sum(map(len, missing))
     try:
-        with tqdm(total=sum(map(len, parts)), initial=done, desc=title, unit="row", disable=not show) as bar:
-            for group in _groups(missing):
+        with tqdm(total=total, initial=total - left, desc=title, unit="row", disable=rank > 0) as bar:
+            for group in groups(missing, PREPARED_ROWS):
                 if prepare:
                     prepare(group)
                 for part in group:
@@ -171,6 +204,7 @@ def write_parts(
                 "run the same command again"
             ) from error
         raise
+    return progress(output, record, parts)
 
 
 def stage_source(args: StageArguments) -> Source:
@@ -178,140 +212,74 @@ def stage_source(args: StageArguments) -> Source:
     return open_source(args.dataset, args.split, args.image_column, in_place=True, **args.limits())
 
 
-def _opened(args: StageArguments, columns: dict[str, Any], any_of: Sequence[str]) -> tuple[Source, Features]:
-    """The rows, and the columns of the output."""
-    source = stage_source(args)
-    for damage in source.damaged:
-        logger.warning("A damaged archive, read up to there: %s", damage.detail)
-    passed = passed_features(source, args.image_column, args.renamed())
-    if any_of and passed.keys().isdisjoint(any_of):
-        raise ValueError(
-            f"{source.where} has no column {' or '.join(any_of)}; there are {list(passed)}. A column of another name "
-            f"becomes one by --rename OLD={any_of[0]}."
-        )
-    return source, Features(passed | columns)
-
-
-def _groups(parts: list[range]) -> Iterator[list[range]]:
-    """Parts in their order, of `PREPARED_ROWS` rows at most, but for a single one."""
-    group: list[range] = []
-    for part in parts:
-        if group and sum(map(len, group)) + len(part) > PREPARED_ROWS:
-            yield group
-            group = []
-        group.append(part)
-    if group:
-        yield group
-
-
-def _write_part(path: Path, schema: pa.Schema, part: range, rows: Callable, bar: tqdm) -> None:
-    temporary = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}-{os.getpid()}.tmp")
-    skipped: list[Skipped] = []
-    try:
-        # No dictionary and no statistics: of images they cost time and serve nobody.
-        options = {"use_dictionary": False, "write_statistics": False}
-        with temporary.open("wb") as file:
-            with pq.ParquetWriter(file, schema, **options) as parquet:
-                left = rows(part, skipped, bar)
-                while group := list(itertools.islice(left, ROWS_PER_GROUP)):
-                    parquet.write_table(pa.Table.from_pylist(group, schema=schema))
-            file.flush()
-            os.fsync(file.fileno())
-        if path.is_file():  # another process was quicker
-            return
-        if skipped:
-            write_skipped(skipped_path(path), skipped)
-        else:
-            skipped_path(path).unlink(missing_ok=True)  # of a killed run that left out others
-        temporary.rename(path)
-    except FileNotFoundError:
-        if not path.is_file():
-            raise
-        # Another process has written the same part meanwhile, and cleaned up.
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@dataclass
-class _Reader:
-    """Rows of the source with their new columns; see `run_stage`."""
-
-    args: StageArguments
-    source: Source
-    features: Features
-    process: Process
-
-    def rows(self, part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
-        """What is written, batch by batch; rows that are left out are appended to `skipped`."""
-        rows = itertools.islice(self.source.rows(part.start), len(part))
-        numbered = zip(part, rows, strict=True)  # a source that has become shorter must not lose rows in silence
-        while batch := list(itertools.islice(numbered, self.args.batch_rows)):
-            results: list[dict[str, Any] | BadRow] = [self._prepared(row) for _, row in batch]
-            good = [index for index, row in enumerate(results) if not isinstance(row, BadRow)]
-            if good:
-                done = self.process([dict(results[index]) for index in good])
-                for index, new in zip(good, done, strict=True):
-                    results[index] = new if isinstance(new, BadRow) else results[index] | new
-            for (number, _), result in zip(batch, results, strict=True):
-                if isinstance(result, BadRow):
-                    line = (self.source.name, self.source.split, number, result.reason, result.detail)
-                    skipped.append(Skipped(*line))
-                else:
-                    yield self._output(result)
-            bar.update(len(batch))
-
-    def _prepared(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
-        """A row of the source with the bytes of its image, its captions as lists of texts; or what is wrong with it."""
-        names = self.args.renamed()
-        row = {names.get(old, old): value for old, value in row.items()}
-        try:
-            image = row.get(self.args.image_column)
-            row[self.args.image_column] = {
-                "bytes": image_bytes(image, self.source.files),
-                "path": Path(image.get("path") or "").name or None,
-            }
-            for name in row:
-                if CAPTION_COLUMN.fullmatch(name):
-                    row[name] = caption_texts(row[name], name)
-        except BadRow as bad:
-            return bad
-        return row
-
-    def _output(self, row: dict[str, Any]) -> dict[str, Any]:
-        row = row | {IMAGE: row[self.args.image_column]}
-        if self.source.features is not None:
-            return {name: row.get(name) for name in self.features}
-        return {name: fitting(row.get(name), feature) for name, feature in self.features.items()}
-
-
-def _plain_record(args: StageArguments, source: Source) -> dict[str, Any]:
-    """What of `stage.json` is known before a model is loaded."""
+def plain_record(source: Any, args: StageArguments, rows_per_part: int) -> dict[str, Any]:
+    """What of `stage.json` is known before a model is loaded; `source` has the rows."""
     return {
         "version": STAGE_VERSION,
         "command": args.command(),
         "source": {
-            "name": args.dataset,
-            "split": args.split,
+            "name": source.name,
+            "split": source.split,
             "rows": len(source),
             "fingerprint": source.fingerprint(),
             "damaged": [damage.detail for damage in source.damaged],
         },
-        "rows_per_part": args.rows_per_part,
+        "rows_per_part": rows_per_part,
     }
 
 
-def _record(args: StageArguments, source: Source, features: Features, settings: dict[str, Any]) -> dict[str, Any]:
-    """`stage.json`."""
-    return _plain_record(args, source) | {
-        "settings": settings,
-        "columns": {name: repr(feature) for name, feature in features.items()},
-        "versions": package_versions(),
-    }
+def _write_part(path: Path, schema: pa.Schema, part: range, rows: Callable, bar: tqdm) -> None:
+    skipped: list[Skipped] = []
+    try:
+        with whole_parquet(path, schema) as parquet:
+            left = rows(part, skipped, bar)
+            while group := list(itertools.islice(left, ROWS_PER_GROUP)):
+                parquet.write_table(pa.Table.from_pylist(group, schema=schema))
+            if path.is_file():
+                raise FileExistsError
+            if skipped:
+                write_skipped(skipped_path(path), skipped)
+            else:
+                skipped_path(path).unlink(missing_ok=True)  # of a killed run that left out others
+    except (FileExistsError, FileNotFoundError):
+        if not path.is_file():
+            raise
+        # Another process has written the same part meanwhile, and maybe cleaned up.
 
 
 def read_rows(args: StageArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """The stage of a split that no other stage works on: its rows as they are."""
-    return run_stage(args, {}, {}, lambda rows: [{} for _ in rows], rank=rank, world_size=world_size)
+    return RowStage(args).run({}, {}, lambda rows: [{} for _ in rows], rank=rank, world_size=world_size)
+
+
+def run_stage_here(args: StageArguments) -> bool:
+    """`execute` all phases of one stage."""
+    try:
+        return execute(Work.of(args), args)
+    except EXPECTED as error:
+        if not (args.output.exists() or isinstance(error, TasksFailed)):  # nothing was begun, the error says it all
+            shutil.rmtree(args.logs, ignore_errors=True)
+        raise
+
+
+@user_errors
+def stage_main(
+    kind: type[StageArguments],
+    description: str,
+    argv: list[str] | None,
+    run: Callable[[Any], bool] = run_stage_here,
+) -> StageArguments | None:
+    """Parse the flags of a stage, run it, and print what was done; an error ends the process in one line.
+
+    Returns the arguments where the stage is complete, of which `run`, called with them, is the judge.
+    """
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    args = parse(kind, description, argv)
+    if not run(args):
+        return None
+    print(f"{args.output}: {check_complete(args.output)}")
+    return args
 
 
 PHASES = {"rows": Phase(read_rows, finished_row_tasks)}

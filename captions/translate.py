@@ -22,25 +22,23 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("captions.translate_arguments:TranslateArguments", __doc__)
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from caption_data.columns import CAPTIONS
 from caption_data.sources import Source
 from caption_data.stage_folder import StageReport, check_all_there, stage_record
-from captions.executors import run_stage_here, stage_main
-from captions.quality import flags
-from captions.quality_report import QUALITY, write_quality_report
+from captions.quality import QUALITY, flags, write_quality_report
 from captions.sentence_stage import (
     collect_sentences,
     finished_sentence_tasks,
-    parts_folder,
     sentence_file,
     translate_sentences,
     translated_columns,
 )
 from captions.sentences import distinct_sentences, translations_in
-from captions.stages import Phase, finished_row_tasks, run_stage, stage_source
+from captions.stages import Phase, RowStage, finished_row_tasks, run_stage_here, stage_main
 from captions.translate_arguments import TranslateArguments
 from captions.tsv import write_sentences
 from common.cli import run_command
@@ -63,14 +61,10 @@ def translate(args: TranslateArguments) -> bool:
 
 
 def export(args: TranslateArguments, path: Path) -> None:
-    """Write the table for a translation elsewhere.
-
-    Raises:
-        ValueError: the file is there: it may hold translations.
-    """
+    """Write the table for a translation elsewhere. Raises ValueError where it is there: it may hold translations."""
     if path.exists():
         raise ValueError(f"{path} is there already, and may hold translations. Choose another --export.")
-    source = stage_source(args)
+    source = RowStage(args).source
     columns = sentence_file(args, source).columns
     sentences = list(distinct_sentences(source, columns, [range(len(source))]))
     write_sentences(path, sentences)
@@ -83,25 +77,20 @@ def export(args: TranslateArguments, path: Path) -> None:
     )
 
 
+@dataclass
 class CaptionJoin:
-    """The `process` of `run_stage`: captions of some rows with their translations beside them.
+    """Captions of some rows with their translations beside them: a `Process`."""
 
-    Args:
-        args: of the command.
-        columns: column of the source, by its name in the output -> new column.
-    """
+    args: TranslateArguments
+    source: Source
+    columns: dict[str, str]  # of the source, by their names in the output -> new column
+    translations: dict[str, str] = field(default_factory=dict)  # of the sentences that are needed next
 
-    def __init__(self, args: TranslateArguments, columns: dict[str, str]):
-        self.args, self.columns = args, columns
-        self._translations: dict[str, str] = {}
-
-    def prepare(self, source: Source, parts: list[range]) -> None:
+    def prepare(self, parts: list[range]) -> None:
         """Load the translations of some parts."""
-        old_names = {new: old for old, new in self.args.renamed().items()}
-        columns = [old_names.get(column, column) for column in self.columns]
-        wanted = set(distinct_sentences(source, columns, parts))
-        paths = sorted(parts_folder(self.args).glob("*.parquet"))
-        self._translations = translations_in(paths, wanted, damaged_are_fatal=True)
+        wanted = set(distinct_sentences(self.source, sentence_file(self.args, self.source).columns, parts))
+        paths = sorted(self.args.parts_folder.glob("*.parquet"))
+        self.translations = translations_in(paths, wanted, damaged_are_fatal=True)
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """`captions-<language>`, `generated-captions-<language>` and `quality-<language>` of each row."""
@@ -112,7 +101,7 @@ class CaptionJoin:
         for column, target in self.columns.items():
             new[target] = list(row.get(target) or []) if self.args.existing == "append" else []
             for position, source in enumerate(row.get(column) or []):
-                translation = self._translations[source] if source.strip() else ""
+                translation = self.translations[source] if source.strip() else ""
                 found = flags(source, translation, self.args.language)
                 number += 1
                 if found:
@@ -124,20 +113,15 @@ class CaptionJoin:
 
 
 def join_translations(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
-    """The third phase: a share of the rows, with the translations of their sentences.
-
-    Raises:
-        ValueError: sentences are not translated yet, or the folder is of something else.
-        OSError: the disk is full.
-    """
-    check_all_there(parts_folder(args))
-    columns = translated_columns(stage_source(args), args)
-    process = CaptionJoin(args, columns)
+    """The third phase: a share of the rows, with the translations of their sentences."""
+    check_all_there(args.parts_folder)
+    stage = RowStage(args)
+    columns = translated_columns(stage.source, args)
+    process = CaptionJoin(args, stage.source, columns)
     new = {target: CAPTIONS for target in columns.values()} | {f"quality-{args.language}": QUALITY}
-    settings = {"translator": stage_record(parts_folder(args))["settings"]["translator"]}
+    settings = {"translator": stage_record(args.parts_folder)["settings"]["translator"]}
     settings |= {name: getattr(args, name) for name in ("language", "source_language", "existing", "drop_flagged")}
-    title = "Translations of the captions"
-    return run_stage(args, new, settings, process, title, rank=rank, world_size=world_size, prepare=process.prepare)
+    return stage.run(new, settings, process, "Translations of the captions", rank, world_size, process.prepare)
 
 
 def write_report(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> str:

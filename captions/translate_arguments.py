@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 from captions.stage_arguments import StageArguments
-from common.cli import flag
+from captions.translators.google_cloud import GoogleArguments
+from common.cli import at_least, between, flag
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
+KINDS = ("captions", "generated-captions")  # the authors' names, before the language
 
 
 @dataclass(kw_only=True)
-class TranslateArguments(StageArguments):
+class TranslateArguments(GoogleArguments, StageArguments):
     module = "captions.translate"
     language: str = flag(..., "To translate into: pt, hi, xh, es, yo, zh-Hant, …; also the ending of the new columns.")
     source_language: str = flag("en", "Of the captions that are there.")
@@ -64,10 +66,6 @@ class TranslateArguments(StageArguments):
         "google: what all tasks of this command may cost together, in the currency of the price. Where it "
         "does not cover the estimate, nothing is sent. A task may spend its share of it.",
     )
-    characters_per_second: float = flag(10_000, "google: mean rate of a task.")
-    max_tries: int = flag(8, "google: of a request, with pauses that double, before the run ends.")
-    first_wait_s: float = flag(1.0, "google: seconds of the first pause.")
-    timeout_s: float = flag(60.0, "google: seconds that an answer may take.")
     google_endpoint: str | None = flag(None, "google: another address of the service.")
 
     export: Path | None = flag(None, "file: write the distinct sentences of all rows to this TSV, and end.")
@@ -82,15 +80,9 @@ class TranslateArguments(StageArguments):
                 raise ValueError(f"{name} must be a code such as pt or zh-Hant, got {getattr(self, name)!r}.")
         if self.language == self.source_language:
             raise ValueError(f"language and source_language are both {self.language!r}; there is nothing to translate.")
-        for name in ("batch_size", "num_beams", "max_new_tokens", "max_tries"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("characters_per_second", "timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-        for name in ("price_per_million", "max_cost", "first_wait_s"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a number from 0, got {getattr(self, name)}.")
+        at_least(self, 1, "batch_size", "num_beams", "max_new_tokens", "max_tries")
+        at_least(self, 0.001, "characters_per_second", "timeout_s")
+        between(self, 0, 1e12, "price_per_million", "max_cost", "first_wait_s")
         self._check_backend()
 
     def _check_backend(self) -> None:
@@ -123,3 +115,11 @@ class TranslateArguments(StageArguments):
     def work_folder(self) -> Path:
         """Of the sentences and their translations."""
         return self.output.with_name(self.output.name + ".translations")
+
+    @property
+    def parts_folder(self) -> Path:
+        """Of the parts of translated sentences."""
+        return self.work_folder / "parts"
+
+    def needed_columns(self) -> list[str]:
+        return [f"{kind}-{self.source_language}" for kind in KINDS]

@@ -11,8 +11,11 @@ source column is compared where there is one.
 """
 
 import hashlib
+import itertools
 import re
 import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.files import write_text
@@ -20,28 +23,40 @@ from common.files import write_text
 COLUMNS = ("id", "source", "translation")
 MAX_NAMED = 5  # faults of a kind that an error names; it gives the number of all
 SHOWN = 40  # letters of a sentence in an error
+WAYS_OUT = {  # of faults
+    "out of order": "sort the rows by the number in the id",
+    "with another source": "spreadsheets that quote a column change it: open the file without a quoting sign",
+    "missing": "a row whose translation is empty is kept, and flagged",
+}
 _SHORT = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _LONG = {short: text for text, short in _SHORT.items()}
 # Line ends of other systems, marks that editors drop or take for the start of a file, and halves of a letter, which
 # UTF-8 has no bytes for.
 _RISKY = ("Cc", "Zl", "Zp", "Cs")
-_FORMULA = tuple("=+-@")  # a cell that begins so is computed, and may fetch an address or start a program
+_FORMULA = "=+-@"  # a cell that begins so is computed, and may fetch an address or start a program
 
 
 def escape(text: str) -> str:
     """`text` on one line, without a tab, no formula to a spreadsheet; `unescape` gives it back exactly."""
-    if text.startswith(_FORMULA):
-        return _code(text[0]) + "".join(map(_escaped, text[1:]))
-    return "".join(map(_escaped, text))
+
+    def escaped(place: int, letter: str) -> str:
+        risky = letter == "\ufeff" or unicodedata.category(letter) in _RISKY or (place == 0 and letter in _FORMULA)
+        return _SHORT.get(letter) or (f"\\u{ord(letter):04x}" if risky else letter)  # all have at most four digits
+
+    return "".join(itertools.starmap(escaped, enumerate(text)))
 
 
 def unescape(text: str) -> str:
-    """What `escape` was given.
+    """What `escape` was given. Raises ValueError where a backslash begins none of the five signs."""
 
-    Raises:
-        ValueError: a backslash begins none of the five signs.
-    """
-    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.?))", _unescaped, text, flags=re.DOTALL)
+    def unescaped(found: re.Match) -> str:
+        if found[1]:
+            return chr(int(found[1], 16))
+        if found[0] not in _LONG:
+            raise ValueError(rf"'\{found[2]}' is none of \t, \n, \r, \\ and \u with four hex digits")
+        return _LONG[found[0]]
+
+    return re.sub(r"\\(?:u([0-9a-fA-F]{4})|(.?))", unescaped, text, flags=re.DOTALL)
 
 
 def sentence_id(number: int, sentence: str) -> str:
@@ -56,44 +71,54 @@ def write_sentences(path: Path, sentences: list[str]) -> None:
 
 
 def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
-    """Sentence -> translation, of a table that came back.
-
-    Args:
-        path: UTF-8, with or without a byte-order mark; lines may end as on Windows.
-        sentences: those that `write_sentences` was given.
+    """Sentence -> translation, of a table of `sentences` that came back: UTF-8, byte-order mark or not, any line ends.
 
     Raises:
         ValueError: the file is no such table, or rows of it are missing, doubled, unknown, out of order, of another
             source, or broken: all are counted and the first of each kind are named.
     """
     numbers = {sentence_id(number, text): number for number, text in enumerate(sentences, 1)}
-    faults: dict[str, list[str]] = {}
+    faults: dict[str, list[str]] = defaultdict(list)
     lines: dict[str, int] = {}  # id -> its line
     found, before = {}, None
     for line, row in _rows(path, faults):
         name = row["id"]
         if name not in numbers:
-            faults.setdefault("unknown", []).append(f"line {line} ({name[:SHOWN]!r})")
+            faults["unknown"].append(f"line {line} ({name[:SHOWN]!r})")
             continue
         if name in lines:
-            faults.setdefault("doubled", []).append(f"line {line} ({name}, as line {lines[name]})")
+            faults["doubled"].append(f"line {line} ({name}, as line {lines[name]})")
             continue
         source = sentences[numbers[name] - 1]
         if row.get("source", source) != source:
             shown = f"{row['source'][:SHOWN]!r} for {source[:SHOWN]!r}"
-            faults.setdefault("with another source", []).append(f"line {line} ({name}, {shown})")
+            faults["with another source"].append(f"line {line} ({name}, {shown})")
         if before and numbers[name] < numbers[before]:
-            faults.setdefault("out of order", []).append(f"line {line} ({name} after {before})")
+            faults["out of order"].append(f"line {line} ({name} after {before})")
         lines[name], found[source], before = line, row["translation"], name
-    missing = [name for name in numbers if name not in lines]
-    if missing:
+    if missing := [name for name in numbers if name not in lines]:
         faults["missing"] = [f"{name} ({sentences[numbers[name] - 1][:SHOWN]!r})" for name in missing]
     if faults:
         raise ValueError(f"{path} does not fit these captions. {_named(faults)}")
     return found
 
 
-def _rows(path: Path, faults: dict[str, list[str]]) -> list[tuple[int, dict[str, str]]]:
+class FileTranslator:
+    """A `Translator` that looks sentences up in a table that came back. Raises as `read_translations` does."""
+
+    name = "the table"
+
+    def __init__(self, path: Path, sentences: list[str], language: str):
+        self._translations = read_translations(path, sentences)
+        self.code = language
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = {"backend": "file", "sha256": digest, "target": language}
+
+    def translate(self, sentences: list[str]) -> list[str]:
+        return [self._translations[sentence] for sentence in sentences]
+
+
+def _rows(path: Path, faults: dict[str, list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
     """Line numbers, from 1, and their columns; lines that can't be read are added to `faults`."""
     data = path.read_bytes()
     try:
@@ -108,50 +133,22 @@ def _rows(path: Path, faults: dict[str, list[str]]) -> list[tuple[int, dict[str,
             f"The first line of {path} must name the columns id and translation, and may name source, apart by tabs; "
             f"it is {lines[0][:80]!r}."
         )
-    rows = []
     for number, line in enumerate(lines[1:], 2):
-        if not line:
-            continue
         cells = line.split("\t")
         try:
-            if len(cells) != len(header):
-                raise ValueError(f"{len(cells)} columns, the first line has {len(header)}")
-            rows.append((number, dict(zip(header, map(unescape, cells), strict=True))))
+            if len(cells) == len(header):
+                yield number, dict(zip(header, map(unescape, cells), strict=True))
+            elif line:
+                faults["broken"].append(f"line {number} ({len(cells)} columns, the first line has {len(header)})")
         except ValueError as error:
-            faults.setdefault("broken", []).append(f"line {number} ({error})")
-    return rows
+            faults["broken"].append(f"line {number} ({error})")
 
 
 def _named(faults: dict[str, list[str]]) -> str:
     """Of each kind the number, and the first ones."""
-    ways_out = {
-        "out of order": "sort the rows by the number in the id",
-        "with another source": "spreadsheets that quote a column change it: open the file without a quoting sign",
-        "missing": "a row whose translation is empty is kept, and flagged",
-    }
     sentences = []
     for kind, names in faults.items():
         more = f", and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-        hint = f" ({ways_out[kind]})" if kind in ways_out else ""
+        hint = f" ({WAYS_OUT[kind]})" if kind in WAYS_OUT else ""
         sentences.append(f"{len(names)} {kind}: {', '.join(names[:MAX_NAMED])}{more}{hint}.")
     return " ".join(sentences)
-
-
-def _escaped(letter: str) -> str:
-    if letter in _SHORT:
-        return _SHORT[letter]
-    if letter == "\ufeff" or unicodedata.category(letter) in _RISKY:
-        return _code(letter)
-    return letter
-
-
-def _code(letter: str) -> str:
-    return f"\\u{ord(letter):04x}"  # all that come here have at most four digits
-
-
-def _unescaped(found: re.Match) -> str:
-    if found[1]:
-        return chr(int(found[1], 16))
-    if f"\\{found[2]}" not in _LONG:
-        raise ValueError(rf"'\{found[2]}' is none of \t, \n, \r, \\ and \u with four hex digits")
-    return _LONG[f"\\{found[2]}"]

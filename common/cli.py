@@ -103,23 +103,33 @@ def config_flags(path: Path, names: list[str]) -> list[str]:
     Raises:
         ValueError: there is no such file, it is no YAML, a key is unknown, or a value is neither text nor list.
     """
+    return as_flags(read_config(path), names, str(path))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, every scalar as text. Raises ValueError where it is none, or no mapping."""
     import yaml
 
     if not path.is_file():
         raise ValueError(f"The config file {path} does not exist.")
     try:
-        # BaseLoader leaves every scalar as text: `no` stays "no", and `1e-4` is converted like a flag's value.
+        # BaseLoader: `no` stays "no", and `1e-4` is converted like a flag's value.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
+    return content
+
+
+def as_flags(content: dict[str, Any], names: list[str], where: str) -> list[str]:
+    """Keys and values as flags; `where` is the subject of an error."""
     flags = []
     for key, value in content.items():
         if key not in names:
-            reject(str(key), f"key in {path}", names)
+            reject(str(key), f"key in {where}", names)
         if isinstance(value, dict):
-            raise ValueError(f"{path}: `{key}` must be a value or a list, got a mapping.")
+            raise ValueError(f"{where}: `{key}` must be a value or a list, got a mapping.")
         if value not in ("", "~", "null", []):
             flags += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return flags
@@ -205,10 +215,10 @@ def refuse_unknown(words: list[str], known: list[str], gone: dict[str, str] | No
         raise ValueError("There is a value without a flag. `--help` lists all flags.")
 
 
-def reject(name: str, what: str, known: list[str]) -> NoReturn:
+def reject(name: str, what: str, known: list[str], rest: str = "`--help` lists all.") -> NoReturn:
     """Raise ValueError about a flag or key that is not known; the nearest one is named."""
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise ValueError(f"Unknown {what}: `{name}`. Did you mean `{nearest}`? `--help` lists all.")
+    raise ValueError(f"Unknown {what}: `{name}`. Did you mean `{nearest}`? {rest}")
 
 
 def program() -> str:

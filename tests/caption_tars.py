@@ -1,4 +1,4 @@
-"""Pictures, captions and tars that test_rows.py and test_sources.py share."""
+"""Pictures, captions, tars and saved data sets that several tests share."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import PIL.Image
+from datasets import Dataset, DatasetDict, Features
 
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
@@ -52,6 +53,19 @@ def tars_by_name(folder):
     write_tar(folder / "shards" / "train-0000.tar", [m for i in range(4) for m in sample(i)])
     write_tar(folder / "shards" / "test-0000.tar", sample(6))
     return str(folder / "shards")
+
+
+def saved_train(folder, features: dict, *columns) -> str:
+    """A saved data set of these columns, in their order; images are their bytes."""
+    pictures = [{"bytes": data, "path": None} for data in columns[0]]
+    rows = dict(zip(features, [pictures, *map(list, columns[1:])], strict=True))
+    DatasetDict(train=Dataset.from_dict(rows, features=Features(features))).save_to_disk(folder)
+    return str(folder)
+
+
+def rows_of(folder, split: str = "train") -> list[dict]:
+    """All rows of what a stage or a build has written."""
+    return list(open_source(str(folder), split, "image", in_place=True).rows())
 
 
 def table_of(source, skipped=None, columns=("captions-pt",), choose=lambda row: row["captions-pt"]):

@@ -23,7 +23,7 @@ from caption_data.columns import CAPTIONS
 from caption_data.rows import BadRow
 from caption_data.stage_folder import unfinished
 from captions.stage_arguments import StageArguments
-from captions.stages import run_stage
+from captions.stages import RowStage
 
 MAX_ROUNDS = 200
 
@@ -46,7 +46,7 @@ def run(dataset: str, output: str, task: tuple[int, int] = (0, 1), process=shout
     """One task, (rank, world_size), of the stage."""
     rank, world_size = task
     columns, settings = {"captions-xx": CAPTIONS}, {"voice": "loud"}
-    return run_stage(arguments(dataset, output), columns, settings, process, rank=rank, world_size=world_size)
+    return RowStage(arguments(dataset, output)).run(columns, settings, process, rank=rank, world_size=world_size)
 
 
 def child(call: Callable[[], object], count: int) -> int:
@@ -68,7 +68,7 @@ def child(call: Callable[[], object], count: int) -> int:
 
     pq.ParquetWriter.write_table = counted(pq.ParquetWriter.write_table)
     captions.stages.write_skipped = counted(captions.stages.write_skipped)
-    captions.stages._Reader._prepared = counted(captions.stages._Reader._prepared)
+    RowStage._prepared = counted(RowStage._prepared)
     Path.rename = counted(Path.rename)
     Path.unlink = counted(Path.unlink)
     sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - the progress bars; it lasts as long as the process
@@ -96,6 +96,7 @@ def kill_stage(dataset: str, output: str, generator: random.Random, numbers: lis
 
 def kill_build(config: str, generator: random.Random) -> int:
     import captions.build
+    from captions import score, select  # noqa: F401 - before the forks, none of which then has to
 
     for kills in range(MAX_ROUNDS):
         if not was_killed(child(lambda: captions.build.main(["--config", config]), generator.randint(4, 24))):

@@ -18,6 +18,8 @@ import multiprocess
 import pyarrow.parquet as pq
 
 import captions.build
+import captions.score  # before the forks, none of which then has to
+import captions.select
 import captions.stages
 
 MAX_SAID = 5000  # letters, of the end

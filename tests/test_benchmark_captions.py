@@ -22,7 +22,7 @@ def steps():
     tokenizer = blip2.build_tokenizer(prefixes)
     model = blip2.build_model(SMALL, tokenizer)
     model.set_attn_implementation("eager")  # PyTorch does not count the FLOP of the CPU's fused attention
-    captioner = Blip2Captioner(model, blip2.build_image_processor(), tokenizer, Decoding(NEW_TOKENS))
+    captioner = Blip2Captioner(model, blip2.build_image_processor(), tokenizer, Decoding(max_new_tokens=NEW_TOKENS))
     assert max(len(captioner.prompt(prefix)) for prefix in prefixes) == 7
     return generation_steps(captioner, prefixes, IMAGES)
 

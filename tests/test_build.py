@@ -17,18 +17,17 @@ import datasets
 import pytest
 import yaml
 from caption_build import CARD, changed, files, openmoji_config, surroundings, write_config
-from caption_tars import picture
+from caption_tars import picture, rows_of
 from datasets import Image, Value
 from huggingface_hub import DatasetCard
 
 from benchmarks import captions_selection
 from caption_data.columns import CAPTIONS, SIMILARITIES
-from caption_data.sources import open_source
 from captions.build import BuildArguments, build, main
 from captions.build_plan import STAGES, read_plan
-from captions.executors import TasksFailed, Work
-from captions.executors import _executor as local_executor
 from captions.select import Selection
+from common.executors import TasksFailed, Work
+from common.executors import _executor as local_executor
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push_plan import files_to_send
 from training.arguments import RunArguments
@@ -59,7 +58,7 @@ def test_from_images_to_a_data_set_with_its_card(config, tmp_path):
         "similarities-xh": SIMILARITIES,
     }
     assert features.items() <= data["train"].features.items() and data["train"].features["url"] == Value("string")
-    rows = list(open_source(str(folder), "train", "image", in_place=True).rows())
+    rows = rows_of(folder)
     kept = [i for i in range(13) if i not in (3, 5)]
     assert [hashlib.sha256(row["image"]["bytes"]).digest() for row in rows] == [
         hashlib.sha256(picture(i)).digest() for i in kept
@@ -222,7 +221,7 @@ def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
         def join(self): ...
 
     context = SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
-    monkeypatch.setattr("captions.executors.multiprocess.get_context", lambda _: context)
+    monkeypatch.setattr("common.executors.multiprocess.get_context", lambda _: context)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     executor = local_executor("local", work, step.args, None)
     assert (executor.tasks, executor.workers) == (2, 2)
@@ -244,6 +243,26 @@ def test_flags_that_are_gone_or_missing(config, flags, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--config", str(config), *flags])
     assert re.search(message, f"{ended.value} {capsys.readouterr().err}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "no/such"}, r"no/such can't be loaded|no/such is no path here"),
+        ({"dataset": "no/such/folder"}, r"no/such/folder does not exist"),
+        ({"split": "training"}, r"no split 'training'; there are \['test', 'train'\]"),
+        ({"image_column": "photo"}, r"no image column 'photo'; there are"),
+        ({"rename": ["captions-en=a", "generated-captions-en=b"]}, r"no column captions-en or generated-captions-en"),
+    ],
+)
+def test_what_the_data_lack_is_said_before_any_model_is_imported(config, tmp_path, changes, message):
+    """In a few seconds, of which most are Python's."""
+    shutil.rmtree(tmp_path / "tables")
+    changed(config, **changes)
+    code = "import sys, captions.build as b\ntry: b.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules\n"
+    done = subprocess.run([sys.executable, "-c", code, "--config", str(config)], **surroundings(), timeout=60)
+    assert done.returncode == 1 and re.search(rf"^error: .*{message}", done.stderr, re.MULTILINE), done.stderr
+    assert not (tmp_path / "built").exists(), "nothing is begun"
 
 
 def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
@@ -276,10 +295,7 @@ def test_another_setting_is_another_output(config, tmp_path):
         build(BuildArguments(config))
     shutil.rmtree(tmp_path / "built" / "dataset")
     build(BuildArguments(config))
-    assert all(
-        len(row["captions-xh"]) == 1
-        for row in open_source(str(tmp_path / "built" / "dataset"), "train", "image").rows()
-    )
+    assert all(len(row["captions-xh"]) == 1 for row in rows_of(tmp_path / "built" / "dataset"))
 
 
 def test_stages_may_be_left_out(config, tmp_path):
@@ -321,12 +337,12 @@ def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"langage": "pt"}, r"unknown key `langage`\. Did you mean `language`"),
-        ({"score": {"modle": "x"}}, r"section score: unknown key `modle`\. Did you mean `model`"),
+        ({"langage": "pt"}, r"Unknown key in .*config.yaml: `langage`\. Did you mean `language`"),
+        ({"score": {"modle": "x"}}, r"section score: `modle`\. Did you mean `model`"),
         ({"score": {"model": "x", "batch_rows": "many"}}, r"section score: argument --batch_rows.*: invalid int value"),
         ({"score": {}}, r"section score: model is missing"),
         ({"select": {"caption_strategy": "best"}}, r"section select: .*invalid choice: 'best'"),
-        ({"select": {"min_similarity": "7"}}, r"section select: min_similarity must be a number from -1 to 1"),
+        ({"select": {"min_similarity": "7"}}, r"section select: min_similarity must be from -1 to 1"),
         ({"select": ["rank"]}, r"`select` must hold `key: value` lines"),
         ({"dataset": None}, r"lacks `dataset`.*give --dataset"),
         ({"language": None}, r"lacks `language`"),
@@ -334,7 +350,7 @@ def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
         ({"card": CARD | {"sources": []}}, r"card.sources must list the sources"),
         ({"card": CARD | {"sources": [{"name": "x"}]}}, r"needs a name and a license"),
         ({"card": CARD | {"license": "Free for all"}}, r"card.license must be an identifier of the Hub"),
-        ({"card": CARD | {"licence": "mit"}}, r"unknown key `licence`\. Did you mean `license`"),
+        ({"card": CARD | {"licence": "mit"}}, r"section card: `licence`\. Did you mean `license`"),
         ({"evaluation_splits": ["train"]}, r"evaluation_splits has 'train'"),
         ({"translate": None, "score": None, "select": None}, r"there is nothing to do"),
         ({"translate": {"backend": "file"}}, r"section translate: --backend file needs"),
@@ -403,7 +419,7 @@ def test_openmoji_comes_back_with_its_own_names(tmp_path, tiny_folder, tiny_data
     config = openmoji_config(tmp_path, tiny_folder)
     folder = build_openmoji(OpenMojiCaptionsArguments(tiny_dataset_folder, config))
     for split, rows in source.items():
-        built = list(open_source(str(folder), split, "image", in_place=True).rows())
+        built = rows_of(folder, split)
         assert [row["captions-pt"] for row in built] == [captions[:1] for captions in rows["captions-pt"]]
     assert "All emojis designed by OpenMoji" in (folder / "README.md").read_text(encoding="utf-8")
 

@@ -376,7 +376,7 @@ def test_own_prefixes(images_folder, blip2_folder, tmp_path):
     [
         ("", "not JSON"),
         ("[]", "must hold"),
-        ('{"prefixes": "a photo of"}', "must hold"),
+        ('{"prefixes": "a photo of"}', "must be of type list"),
         ('{"prefixes": []}', "at least"),
         ('{"prefixes": ["a", " "]}', "none blank"),
         ('{"prefixes": ["a", "a "]}', "twice"),

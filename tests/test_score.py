@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from caption_tars import PICTURES, picture
-from datasets import Dataset, DatasetDict, Features, Image
+from caption_tars import PICTURES, picture, rows_of, saved_train
+from datasets import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import modeling_capivara.embedder
@@ -30,11 +30,7 @@ ROWS = [
 
 
 def saved(folder, rows=ROWS, names=("captions-pt", "generated-captions-pt")):
-    features = Features({"image": Image(), names[0]: CAPTIONS, names[1]: CAPTIONS})
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    data = dict(zip(features, [[{"bytes": b, "path": None} for b in columns[0]], *columns[1:]], strict=True))
-    DatasetDict(train=Dataset.from_dict(data, features=features)).save_to_disk(folder)
-    return str(folder)
+    return saved_train(folder, {"image": Image(), names[0]: CAPTIONS, names[1]: CAPTIONS}, *zip(*rows, strict=True))
 
 
 @pytest.fixture
@@ -44,15 +40,11 @@ def arguments(tmp_path, tiny_folder):
     )
 
 
-def rows_of(args):
-    return list(open_source(str(args.output), "train", "image", in_place=True).rows())
-
-
 def test_captions_then_generated_ones_each_against_its_image(arguments):
     report = score(arguments)
     assert (report.rows, report.skipped) == (4, {"unreadable image": 1, "no caption": 1})
     embedder = load_embedder(arguments.model, "cpu")
-    rows = rows_of(arguments)
+    rows = rows_of(arguments.output)
     assert [row["captions-pt"] for row in rows] == [ROWS[i][1] for i in (0, 1, 2, 5)], "captions stay as they were"
     for row in rows:
         texts = [*row["captions-pt"], *row["generated-captions-pt"]]
@@ -80,7 +72,7 @@ def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):
     monkeypatch.setattr("modeling_capivara.embedder.embed_images", refuses)
     report = score(arguments)
     assert report.rows == 2 and report.skipped == {"unreadable image": 3, "no caption": 1}
-    assert [row["image"]["bytes"] for row in rows_of(arguments)] == [PICTURES[0], PICTURES[2]], "the JPEGs stay"
+    assert [row["image"]["bytes"] for row in rows_of(arguments.output)] == [PICTURES[0], PICTURES[2]], "the JPEGs stay"
 
 
 def test_each_caption_and_image_of_a_batch_is_embedded_once(arguments, monkeypatch):
@@ -174,7 +166,7 @@ def test_a_clip_of_transformers(tmp_path):
     CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(tmp_path / "clip")
     args = ScoreArguments(saved(tmp_path / "data"), tmp_path / "out", model=f"clip:{tmp_path / 'clip'}", device="cpu")
     assert score(args).rows == 4
-    similarities = [value for row in rows_of(args) for value in row["similarities-pt"] if value is not None]
+    similarities = [value for row in rows_of(args.output) for value in row["similarities-pt"] if value is not None]
     assert len(similarities) == 8 and all(-1 <= value <= 1 for value in similarities)
 
 
@@ -184,4 +176,4 @@ def test_captions_under_another_name(tmp_path, tiny_folder):
         dataset, tmp_path / "out", model=str(tiny_folder), device="cpu", rename=["caption=captions-es"], language="es"
     )
     assert score(args).rows == 2
-    assert [len(row["similarities-es"]) for row in rows_of(args)] == [2, 1]
+    assert [len(row["similarities-es"]) for row in rows_of(args.output)] == [2, 1]

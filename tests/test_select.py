@@ -7,12 +7,11 @@ import re
 import numpy as np
 import PIL.Image
 import pytest
-from caption_tars import picture
-from datasets import Dataset, DatasetDict, Features, Image
+from caption_tars import picture, rows_of, saved_train
+from datasets import Image
 
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.selection import STRATEGIES
-from caption_data.sources import open_source
 from captions.select import SelectArguments, main, select, select_rows, write_missing_report
 from records.picture_sheets import Example, plot_examples
 from records.tables import escape_markdown
@@ -37,23 +36,15 @@ FLAGS = [
 
 
 def saved(folder, rows=ROWS, scored=True) -> str:
-    columns = {"captions-pt": CAPTIONS, "generated-captions-pt": CAPTIONS} | (
-        {"similarities-pt": SIMILARITIES} if scored else {}
-    )
-    features = Features({"image": Image(), **columns})
-    images = [{"bytes": picture(i), "path": None} for i in range(len(rows))]
-    data = {"image": images} | dict(zip(columns, map(list, zip(*rows, strict=True)), strict=False))
-    DatasetDict(train=Dataset.from_dict(data, features=features)).save_to_disk(folder)
-    return str(folder)
+    features = {"image": Image(), "captions-pt": CAPTIONS, "generated-captions-pt": CAPTIONS}
+    features |= {"similarities-pt": SIMILARITIES} if scored else {}
+    columns = list(zip(*rows, strict=True))[: len(features) - 1]
+    return saved_train(folder, features, map(picture, range(len(rows))), *columns)
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory) -> str:
     return saved(tmp_path_factory.mktemp("scored") / "data")
-
-
-def rows_of(output):
-    return list(open_source(str(output), "train", "image", in_place=True).rows())
 
 
 def facts_of(output):
@@ -193,7 +184,7 @@ def test_the_command_and_its_slips(scored, tmp_path, capsys):
     assert "3 rows written, 6 left out" in said and "report/index.html" in said
     for more, message in (
         (["--min_pair_similarity", "2"], "min_pair_similarity must be from -1 to 1"),
-        (["--caption_count", "0"], "count must be a whole number from 1"),
+        (["--caption_count", "0"], "caption_count must be at least 1"),
         (["--language", "xh"], "no column similarities-xh"),
         (["--min_pair_similarity", "0.3"], "settings.min_pair_similarity: 0.2 there, 0.3 now"),
     ):

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from caption_tars import CAPTIONS as TEXTS
-from caption_tars import PICTURES, ROWS, sample, write_tar
+from caption_tars import PICTURES, ROWS, rows_of, sample, write_tar
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from killed_stage import arguments, run, shout
 from test_sources import FORMS
@@ -23,8 +23,8 @@ from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.rows import BadRow
 from caption_data.sources import open_source
 from caption_data.stage_folder import check_complete, finished_ranks, stage_record, unfinished
-from captions.stage_arguments import StageArguments
-from captions.stages import run_stage
+from captions.stage_arguments import ScoreArguments, StageArguments
+from captions.stages import RowStage
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 40
@@ -61,8 +61,9 @@ def parts(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "stage.json"}
 
 
-def rows_of(folder: Path, split: str = "train") -> list[dict]:
-    return list(open_source(str(folder), split, "image", in_place=True).rows())
+def run_stage(args: StageArguments, *what, **options):
+    """Columns, settings and process of a stage."""
+    return RowStage(args).run(*what, **options)
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(numbered, undisturbed, tmp_path):
@@ -186,7 +187,10 @@ def test_all_columns_with_a_feature_pass_and_old_ones_are_replaced(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run_stage(
-                StageArguments(args.dataset, tmp_path / "x", "test", "picture", rename), {}, {}, lambda rows: rows
+                StageArguments(args.dataset, tmp_path / "x", "test", rename, image_column="picture"),
+                {},
+                {},
+                lambda rows: rows,
             )
 
 
@@ -312,9 +316,7 @@ def test_folders_that_are_no_output(numbered, undisturbed, tmp_path):
     with pytest.raises(ValueError, match=r"no image column 'img'; there are"):
         run_stage(StageArguments(numbered, tmp_path / "x", image_column="img"), {}, {}, shout)
     with pytest.raises(ValueError, match=r"no column captions-xh or .*--rename OLD=captions-xh"):
-        run_stage(
-            StageArguments(numbered, tmp_path / "x"), {}, {}, shout, any_of=["captions-xh", "generated-captions-xh"]
-        )
+        RowStage(ScoreArguments(numbered, tmp_path / "x", language="xh", model="m"))
 
 
 def test_a_full_disk_leaves_whole_parts_and_the_command_goes_on(numbered, undisturbed, tmp_path, monkeypatch):
@@ -358,7 +360,7 @@ def test_broken_parts_are_named(numbered, undisturbed, tmp_path):
     path, listed = (tmp_path / "out" / f"train-000000000-000000007.{end}" for end in ("parquet", "skipped.jsonl"))
     whole, lines = path.read_bytes(), listed.read_text()
     for data, message in (
-        (whole[:-20], r"train-000000000-000000007.parquet is broken .*Remove it"),
+        (whole[:-20], r"train-000000000-000000007.parquet can.t be loaded: .*Remove it"),
         ((undisturbed / "train-000000007-000000014.parquet").read_bytes(), r"has 7 rows and a list of 1"),
     ):
         path.write_bytes(data)

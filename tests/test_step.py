@@ -17,8 +17,7 @@ from tiny import tiny_tokenizer
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, clip_loss
 from training.contrastive import contrastive_gradients
-from training.memory_budget import GraphMeter
-from training.step import ExactStep, _Lookup, micro_batches, padding_share, sparse_embedding_gradients
+from training.step import ExactStep, GraphMeter, _Lookup, micro_batches, padding_share, sparse_embedding_gradients
 
 TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"no": 1e-5, "bf16": 1e-2}

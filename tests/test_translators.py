@@ -17,7 +17,7 @@ from seq2seq_models import m2m100_folder, marian_folder
 from tiny import tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer, T5Config, T5ForConditionalGeneration
 
-from captions.translators.google_cloud import MAX_CHARACTERS, GoogleTranslator, Limits
+from captions.translators.google_cloud import MAX_CHARACTERS, GoogleArguments, GoogleTranslator
 from captions.translators.local import Seq2SeqTranslator, load
 from captions.translators.pieces import cut, groups
 
@@ -179,8 +179,8 @@ def test_where_a_long_text_is_cut():
 
 
 def test_groups_are_as_large_as_they_may_be():
-    assert list(groups(["aa", "bb", "cc", "dddddd", "e", "f"], 2, 5)) == [["aa", "bb"], ["cc"], ["dddddd"], ["e", "f"]]
-    assert list(groups([], 2, 5)) == []
+    assert list(groups(["aa", "bb", "cc", "dddddd", "e", "f"], 5, 2)) == [["aa", "bb"], ["cc"], ["dddddd"], ["e", "f"]]
+    assert list(groups([], 5, 2)) == []
 
 
 def test_what_a_translation_depends_on_is_in_the_fingerprint(marian, m2m100, tmp_path):
@@ -236,10 +236,12 @@ def service(monkeypatch):
         yield service
 
 
-def google(service, language="pt", waits=None, **limits):
-    limits = Limits(**{"max_characters": 10**6, "characters_per_second": 1e9, "timeout_s": 60.0} | limits)
+def google(service, language="pt", waits=None, max_characters=10**6, **limits):
+    limits = GoogleArguments(**{"characters_per_second": 1e9} | limits)
     wait = (lambda seconds: None) if waits is None else waits.append
-    return GoogleTranslator(language, "en", limits, service.url, wait)
+    translator = GoogleTranslator(language, "en", limits, service.url, wait)
+    translator.max_characters = max_characters
+    return translator
 
 
 def test_google_translates_in_requests_that_it_allows(service):
@@ -380,7 +382,7 @@ def failure(call) -> str:
 
 def test_a_key_that_is_missing_or_unprotected(service, monkeypatch):
     with pytest.raises(ValueError, match="must begin with https://"):
-        GoogleTranslator("pt", "en", Limits(0), "http://translation.example.org")
+        GoogleTranslator("pt", "en", GoogleArguments(), "http://translation.example.org")
     monkeypatch.delenv("GOOGLE_API_KEY")
     with pytest.raises(ValueError, match=r"needs a key .* GOOGLE_API_KEY.*GOOGLE_APPLICATION_CREDENTIALS"):
         google(service)

@@ -8,22 +8,19 @@ from typing import Any, Literal
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from caption_data.image_files import ImageFileArguments
+from caption_data.image_files import DATASET_HELP, CaptionDataArguments
+from caption_data.selection import CaptionChoice
 from common.cli import at_least, between, flag, parse
 
 
 @dataclass
-class ModelAndData(ImageFileArguments):
+class ModelAndData(CaptionChoice, CaptionDataArguments):
     """The base model, the data sets, and which of their captions are trained on."""
 
     _argument_group_name = "model and data"
 
     model: str | None = flag(None, "Base checkpoint to fine-tune: folder or Hub id of a CAPIVARA model. Required.")
-    dataset: list[str] = flag(
-        [],
-        "Where the pairs are: folder of a saved HF DatasetDict, of parquet files, of images with "
-        "metadata.jsonl or of WebDataset tars, or a Hub id. Required. Several are mixed in every batch.",
-    )
+    dataset: list[str] = flag([], f"Where the pairs are: {DATASET_HELP} Required. Several are mixed in every batch.")
     evaluation_dataset: str | None = flag(
         None, "Data set of the validation and test splits, in the same forms; the first `dataset` if none."
     )
@@ -42,22 +39,10 @@ class ModelAndData(ImageFileArguments):
     )
     language: str = flag("pt", "Code of the language to train on: column `captions-<language>`.")
     eval_languages: list[str] = flag([], "Languages of the final table; the trained one where none is given.")
-    caption_strategy: Literal["none", "first", "all", "rank", "threshold", "diverse"] = flag(
-        "none",
-        "Which captions of an image one is drawn from at every step: none = the originals; first = these "
-        "and the first `caption_count` generated; all; rank = the `caption_count` most similar to the image; "
-        "threshold = those of `min_similarity` at least; diverse = of these, those unlike each other.",
-    )
-    caption_count: int = flag(5, "Captions of the strategies first and rank.")
-    min_similarity: float = flag(0.2, "Image-caption cosine that threshold and diverse ask for.")
-    min_pair_similarity: float | None = flag(
-        None, "Leave out images whose first caption is less similar to them; all stay where none is given."
-    )
     caption_column: str = flag(
         "captions-{language}",
         "Name of the caption column, a list or one text; {language} stands for the language's code.",
     )
-    image_column: str = flag("image", "Name of the image column.")
     train_split: str = flag("train", "Name of the training split.")
     validation_split: str = flag("validation", "Name of the validation split, on which choices are made.")
     test_split: str = flag("test", "Name of the test split, of the final table.")
@@ -245,7 +230,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
             if not getattr(self, name):
                 raise ValueError(f"`{name}` is missing: give --{name}, or a --config that has it.")
         at_least(self, 1, "micro_batch_size", "embedding_batch_size", "max_steps", "runs", "eval_steps", "save_steps")
-        at_least(self, 1, "keep_last", "caption_count", "num_threads", "patience")
+        at_least(self, 1, "keep_last", "num_threads", "patience")
         at_least(self, 2, "effective_batch_size")
         at_least(self, 0, "warmup_steps", "weight_decay", "min_learning_rate", "seed", "augmented_views", "lora_rank")
         at_least(self, 0, "loading_workers")
@@ -256,6 +241,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
                 f"carbon_country must be a three-letter ISO code such as BRA, got {self.carbon_country!r}."
             )
         self.check_image_files()
+        self.check_choice()
         self._check_images()
         self._check_sources()
         self.evaluation_dataset = self.evaluation_dataset or self.dataset[0]
@@ -309,7 +295,6 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
             raise ValueError(f"dataset_weights must be above 0, got {self.dataset_weights}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The arguments as JSON takes them."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
 

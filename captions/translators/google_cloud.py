@@ -9,6 +9,7 @@ no other host, and is removed from whatever an error says.
 
 import os
 import random
+import sys
 import time
 import urllib.parse
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 
 from captions.translators.languages import find_code
 from captions.translators.pieces import cut, groups
+from common.cli import flag
 from common.environment import require
 
 GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
@@ -30,32 +32,14 @@ RETRIED = {408, 429, 500, 502, 503, 504}
 REFUSED = {400, 401, 403}
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a run may cost and how hard it may try.
+@dataclass(kw_only=True)
+class GoogleArguments:
+    """How hard a task may try: flags of `captions.translate`. The pauses lose a random part."""
 
-    Attributes:
-        max_characters: that may be sent in all.
-        characters_per_second: mean rate.
-        max_tries: of a request.
-        first_wait_s: after the first failure; it doubles with every further one, and a random part is taken off.
-        timeout_s: of a request.
-    """
-
-    max_characters: int
-    characters_per_second: float = 10_000
-    max_tries: int = 8
-    first_wait_s: float = 1.0
-    timeout_s: float = 60.0
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A request that got no answer: why, without the key, and whether it may get one later."""
-
-    reason: str
-    is_passing: bool
-    wait_s: float = 0.0  # that the service asks for
+    characters_per_second: float = flag(10_000, "google: mean rate of a task.")
+    max_tries: int = flag(8, "google: of a request, with pauses that double, before the run ends.")
+    first_wait_s: float = flag(1.0, "google: seconds of the first pause.")
+    timeout_s: float = flag(60.0, "google: seconds that an answer may take.")
 
 
 class Incomplete(Exception):
@@ -63,14 +47,7 @@ class Incomplete(Exception):
 
 
 class GoogleTranslator:
-    """The service, told the languages.
-
-    Args:
-        language: that it shall write; `same_language` says which codes mean the same.
-        source_language: that it reads.
-        limits: of cost and effort.
-        endpoint: of the service.
-        wait: sleeps so many seconds.
+    """The service, told the languages that it writes and reads; `wait` sleeps so many seconds.
 
     Raises:
         ValueError: no key is given, it is refused, or the service does not know a language.
@@ -83,11 +60,11 @@ class GoogleTranslator:
         self,
         language: str,
         source_language: str,
-        limits: Limits,
+        limits: GoogleArguments,
         endpoint: str = ENDPOINT,
         wait: Callable[[float], None] = time.sleep,
     ):
-        self.limits, self.sent_characters, self._wait = limits, 0, wait
+        self.limits, self.max_characters, self.sent_characters, self._wait = limits, sys.maxsize, 0, wait
         self._next_s = 0.0  # when the rate allows the next request
         self._secrets: list[str] = []
         self._client = _client(endpoint, limits.timeout_s, self._secrets)
@@ -100,7 +77,7 @@ class GoogleTranslator:
     def translate(self, sentences: list[str]) -> list[str]:
         """One translation a sentence; one that is too long is translated in pieces, which are joined by blanks."""
         pieces = [cut(sentence, lambda text: len(text) <= MAX_CHARACTERS) for sentence in sentences]
-        requests = groups([piece for some in pieces for piece in some], MAX_SENTENCES, MAX_CHARACTERS)
+        requests = groups([piece for some in pieces for piece in some], MAX_CHARACTERS, MAX_SENTENCES)
         made = iter([text for request in requests for text in self._translated(request)])
         return [" ".join(next(made) for _ in some) for some in pieces]
 
@@ -140,7 +117,7 @@ class GoogleTranslator:
 
     def _spend(self, characters: int) -> None:
         """Wait until the rate allows so many, and count them."""
-        if self.sent_characters + characters > self.limits.max_characters:
+        if self.sent_characters + characters > self.max_characters:
             raise BudgetExceeded(
                 f"{self.sent_characters:,} characters were sent to Google, and {characters:,} more would cost more "
                 "than --max_cost allows this run. What is translated is kept; the same command goes on."
@@ -160,18 +137,19 @@ class GoogleTranslator:
             except BudgetExceeded:
                 raise
             except Exception as error:  # of google, requests and urllib3, and of answers that are no JSON
-                failure = self._failure(error)
-            if not failure.is_passing:
-                raise ValueError(failure.reason)  # here: an error that was raised in `except` would carry the first one
+                reason, is_passing, wait_s = self._failure(error)
+            if not is_passing:
+                raise ValueError(reason)  # here: an error that was raised in `except` would carry the first one
             if number + 1 < self.limits.max_tries:
                 doubled = min(self.limits.first_wait_s * 2**number, LONGEST_WAIT_S)
-                self._wait(max(doubled * random.uniform(0.5, 1.0), failure.wait_s))
+                self._wait(max(doubled * random.uniform(0.5, 1.0), wait_s))
         raise ConnectionError(
-            f"Google has failed {self.limits.max_tries} times, at last so: {failure.reason}. What is translated is "
+            f"Google has failed {self.limits.max_tries} times, at last so: {reason}. What is translated is "
             "kept; the same command goes on."
         )
 
-    def _failure(self, error: Exception) -> Failure:
+    def _failure(self, error: Exception) -> tuple[str, bool, float]:
+        """Why a request got no answer, without the key; whether it may get one later; the wait that is asked for."""
         from google.api_core.exceptions import GoogleAPICallError
         from google.auth.exceptions import GoogleAuthError
         from requests import exceptions
@@ -183,12 +161,12 @@ class GoogleTranslator:
             too_fast = error.code == 403 and "rate limit exceeded" in said.lower()  # 403 is for quotas, too
             if error.code in REFUSED and not too_fast:
                 said = f"Google refuses the request; see to the key, its rights and its quota. It says: {said}"
-            return Failure(said, error.code in RETRIED or too_fast, wait_s)
+            return said, error.code in RETRIED or too_fast, wait_s
         if isinstance(error, GoogleAuthError):
-            return Failure(f"Google refuses the credentials: {said}", bool(getattr(error, "retryable", False)))
+            return f"Google refuses the credentials: {said}", bool(getattr(error, "retryable", False)), 0.0
         passing = (exceptions.Timeout, exceptions.ConnectionError, exceptions.ChunkedEncodingError)
         garbled = (exceptions.JSONDecodeError, exceptions.ContentDecodingError, AttributeError, TypeError, Incomplete)
-        return Failure(said, isinstance(error, passing + garbled))
+        return said, isinstance(error, passing + garbled), 0.0
 
     def _without_key(self, text: str) -> str:
         for secret in self._secrets:

@@ -4,7 +4,6 @@ python -c "from captions.translators.languages import find_code; print(find_code
 """
 
 import difflib
-import re
 from collections.abc import Iterable
 
 MAX_NAMED = 8  # codes that an error shows
@@ -33,33 +32,12 @@ _SCRIPTS = {
     "LATIN": "af ay az bm br bs ca ceb co cs cy da de ee en eo es et eu fi fil fo fr fy ga gd gl gn gv ha haw hr ht hu "
     "id ig is it jv kk ku la lb lg ln lt lv mg mi ms mt nb nl nn no nso ny oc om pl pt qu rm rn ro rw sg sk sl sm sn "
     "so sq sr ss st su sv sw tk tl tn to tr ts tw ty ug uz ve vi wo xh yo zu",
-    "DEVANAGARI": "hi mr ne sa bho mai",
-    "CYRILLIC": "ba be bg kk ky mk mn ru sr tg tk tt ug uk uz",
-    "ARABIC": "ar az ckb fa ku pa ps sd ug ur",
-    "BENGALI": "as bn",
-    "GURMUKHI": "pa",
-    "GUJARATI": "gu",
-    "ORIYA": "or",
-    "TAMIL": "ta",
-    "TELUGU": "te",
-    "KANNADA": "kn",
-    "MALAYALAM": "ml",
-    "SINHALA": "si",
-    "THAI": "th",
-    "LAO": "lo",
-    "KHMER": "km",
-    "MYANMAR": "my",
-    "TIBETAN": "bo dz",
-    "ETHIOPIC": "am ti",
-    "GEORGIAN": "ka",
-    "ARMENIAN": "hy",
-    "HEBREW": "he yi",
-    "GREEK": "el",
-    "HANGUL": "ko",
-    "CJK": "ja zh yue",
-    "HIRAGANA": "ja",
-    "KATAKANA": "ja",
-}
+    "CYRILLIC": "ba be bg kk ky mk mn ru sr tg tk tt ug uk uz", "ARABIC": "ar az ckb fa ku pa ps sd ug ur",
+    "DEVANAGARI": "hi mr ne sa bho mai", "BENGALI": "as bn", "GURMUKHI": "pa", "GUJARATI": "gu", "ORIYA": "or",
+    "TAMIL": "ta", "TELUGU": "te", "KANNADA": "kn", "MALAYALAM": "ml", "SINHALA": "si", "THAI": "th", "LAO": "lo",
+    "KHMER": "km", "MYANMAR": "my", "TIBETAN": "bo dz", "ETHIOPIC": "am ti", "GEORGIAN": "ka", "ARMENIAN": "hy",
+    "HEBREW": "he yi", "GREEK": "el", "HANGUL": "ko", "CJK": "ja zh yue", "HIRAGANA": "ja", "KATAKANA": "ja",
+}  # fmt: skip
 # Codes of ISO 15924, as in zh-Hant and por_Latn.
 _SCRIPT_CODES = {
     "latn": "LATIN", "deva": "DEVANAGARI", "cyrl": "CYRILLIC", "arab": "ARABIC", "beng": "BENGALI", "guru": "GURMUKHI",
@@ -69,19 +47,15 @@ _SCRIPT_CODES = {
     "hans": "CJK", "hant": "CJK",
 }  # fmt: skip
 
-TWO_LETTERS = {long: short for short, _, long in (pair.partition(":") for pair in _PAIRS.split())}
-_THREE_LETTERS = {short: long for long, short in TWO_LETTERS.items()}
+_THREE_LETTERS = dict(pair.split(":") for pair in _PAIRS.split())
+TWO_LETTERS = {long: short for short, long in _THREE_LETTERS.items()}
 _GROUP_MEMBER = dict(pair.split(":") for pair in _OF_GROUP.split())
 
 
 def find_code(language: str, codes: Iterable[str], translator: str = "The translator") -> str:
-    """The code of `codes` that means `language`.
+    """The code of `codes`, what a translator calls its languages, that means `language`.
 
-    Args:
-        language: of ISO 639-1 or 639-3, with a script or region where it matters: pt, por, zh-Hant, pt-BR; or one of
-            `codes`.
-        codes: what the translator calls its languages.
-        translator: subject of the error.
+    That is of ISO 639-1 or 639-3, with a script or region where it matters: pt, por, zh-Hant, pt-BR; or one of `codes`.
 
     Raises:
         ValueError: there is none, and the nearest are named, or several, and all of them are.
@@ -137,4 +111,4 @@ def _parts(code: str) -> list[str]:
 
 
 def _plain(code: str) -> str:
-    return re.sub("_", "-", code.strip().lower())
+    return code.strip().lower().replace("_", "-")

@@ -8,7 +8,9 @@ skipped in decoding, so it is cut off here.
 """
 
 import hashlib
+import itertools
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from captions.translators.languages import find_code, same_language
-from captions.translators.pieces import cut
+from captions.translators.pieces import cut, groups
 from common.environment import how_to_install, torch_device
 from modeling_capivara.loading import check_reachable
 
@@ -32,9 +34,7 @@ class Seq2SeqTranslator:
 
     Args:
         model: in `eval()`, on the device where it shall work.
-        tokenizer: of the model.
-        language: that it shall write; `same_language` says which codes mean the same.
-        source_language: that it reads.
+        language, source_language: that it shall write, and reads; `same_language` says which codes mean the same.
         source_prefix: goes before every sentence of a model that takes its task in words, such as T5.
         batch_size: sentences, or pieces of long ones, that go through at once.
         options: of `generate`; what is not given is as in the model's generation_config.
@@ -73,20 +73,22 @@ class Seq2SeqTranslator:
             self.code = _only_language(tokenizer, language, source_prefix, self.name)
         if source_prefix:
             self._before += tokenizer(source_prefix, add_special_tokens=False)["input_ids"]
-        self._max_source, self._options["max_new_tokens"] = self._limits(self._options.get("max_new_tokens"))
+        # Within what the model has positions for, of which one is the start token's. Twice the source is more than
+        # languages differ by, and ends a loop.
+        positions = getattr(model.config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
+        self._max_source = min(positions, tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._before))
+        longest = self._options.get("max_new_tokens") or 2 * MAX_SOURCE_TOKENS
+        self._options["max_new_tokens"] = min(positions - 1, longest)
         model.generation_config.max_length = None  # else `generate` warns at every call that it has two limits
-        self.fingerprint = self._fingerprint(source_language, source_prefix, identity)
-
-    def _fingerprint(self, source_language: str, prefix: str | None, identity: dict[str, Any] | None) -> dict[str, Any]:
-        settings = self.model.generation_config.to_diff_dict() | self._options
+        settings = model.generation_config.to_diff_dict() | self._options
         settings.pop("transformers_version", None)
-        return {
+        self.fingerprint = {
             "backend": "transformers",
-            **(identity or {"model": str(self.model.config.name_or_path)}),
-            "source": getattr(self.tokenizer, "src_lang", None) or source_language,
+            **(identity or {"model": str(model.config.name_or_path)}),
+            "source": getattr(tokenizer, "src_lang", None) or source_language,
             "target": self.code,
-            "source_prefix": prefix,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "source_prefix": source_prefix,
+            "dtype": str(model.dtype).removeprefix("torch."),
             "max_source_tokens": self._max_source,
             "generation": settings,
         }
@@ -95,17 +97,17 @@ class Seq2SeqTranslator:
     def translate(self, sentences: list[str]) -> list[str]:
         """One translation a sentence; one that is too long is translated in pieces, which are joined by blanks."""
         pieces = [cut(sentence, self._fits) for sentence in sentences]
-        flat = [piece for some in pieces for piece in some]
-        made: list[str] = []
-        for start in range(0, len(flat), self._batch_size):
-            made += self._translated(flat[start : start + self._batch_size])
-        ends = iter(made)
-        return [" ".join(next(ends) for _ in some).strip() for some in pieces]
+        batches = groups(itertools.chain.from_iterable(pieces), sys.maxsize, self._batch_size)
+        made = (text for batch in batches for text in self._translated(batch))
+        return [" ".join(itertools.islice(made, len(some))).strip() for some in pieces]
 
     def token_ids(self, text: str) -> list[int]:
         """What the encoder reads. A language's token inside a caption is no command, nor is `</s>` an end."""
         ids = self.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
         return self._before + [i for i in ids if i not in self._commands]
+
+    def _fits(self, text: str) -> bool:
+        return len(self.token_ids(text)) <= self._max_source
 
     def _translated(self, texts: list[str]) -> list[str]:
         inputs = self.tokenizer.pad({"input_ids": [self.token_ids(text) for text in texts]}, return_tensors="pt")
@@ -120,17 +122,6 @@ class Seq2SeqTranslator:
             return self._translated(texts[:middle]) + self._translated(texts[middle:])
         kept = [[i for i in row if i not in self._language_ids] for row in ids.tolist()]
         return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
-
-    def _fits(self, text: str) -> bool:
-        return len(self.token_ids(text)) <= self._max_source
-
-    def _limits(self, max_new_tokens: int | None) -> tuple[int, int]:
-        """Tokens of a source piece and of a translation: within what the model has positions for."""
-        config = self.model.config
-        positions = getattr(config, "max_position_embeddings", None) or 2 * MAX_SOURCE_TOKENS
-        source = min(positions, self.tokenizer.model_max_length, MAX_SOURCE_TOKENS + len(self._before))
-        # One position is the start token's. Twice the source is more than languages differ by, and ends a loop.
-        return source, min(positions - 1, max_new_tokens or 2 * MAX_SOURCE_TOKENS)
 
 
 def load(

@@ -1,8 +1,11 @@
-"""What a translator takes at once: captions that are too long are cut where sentences end, short ones are grouped."""
+"""What is taken at once: captions that are too long are cut where sentences end, short ones are grouped."""
 
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import TypeVar
 
+S = TypeVar("S", bound=Sized)
 # Where a text is cut, the best place first: ends of sentences, with no blank behind them in Chinese and Japanese; then
 # of clauses; then of words.
 BOUNDARIES = (r"(?<=[.!?…।॥؟])\s+|(?<=[。！？])|\n+", r"(?<=[,;:،؛、])\s+|(?<=[，；：])", r"\s+")
@@ -31,15 +34,15 @@ def cut(text: str, fits: Callable[[str], bool]) -> list[str]:
     return pieces
 
 
-def groups(texts: list[str], size: int, characters: int) -> Iterator[list[str]]:
-    """Texts in their order, at most `size` at once and at most so many characters, but for a single text."""
-    group: list[str] = []
+def groups(items: Iterable[S], total: int, size: int = sys.maxsize) -> Iterator[list[S]]:
+    """Items in their order, at most `size` at once and together no longer than `total`, but for a single one."""
+    group: list[S] = []
     length = 0
-    for text in texts:
-        if group and (len(group) == size or length + len(text) > characters):
+    for item in items:
+        if group and (len(group) == size or length + len(item) > total):
             yield group
             group, length = [], 0
-        group.append(text)
-        length += len(text)
+        group.append(item)
+        length += len(item)
     if group:
         yield group

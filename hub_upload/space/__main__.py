@@ -72,7 +72,7 @@ class SpaceArguments(ImageFileArguments):
 
 def load_demo(args: SpaceArguments) -> "Demo":
     """The index of every model that is asked for, built where it is not kept."""
-    from eval.embeddings import cache_folder
+    from caption_data.embedding_cache import cache_folder
     from hub_upload.space.answers import Demo
     from hub_upload.space.collection import open_pictures
     from hub_upload.space.index import build_index, is_album, open_album, read_album

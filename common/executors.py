@@ -1,8 +1,8 @@
-"""Stages on datatrove's executors: this machine's processes, job arrays of a Slurm cluster, or a Ray cluster.
+"""Long work on datatrove's executors: this machine's processes, job arrays of a Slurm cluster, or a Ray cluster.
 
-    execute([Work.of(args, GenerateArguments.module)], args)
+    execute(Work.of(args), args)
 
-Every phase of a stage (`captions.stages.Phase`) is a datatrove pipeline of one step, `Task`, and depends on the phase
+Every phase of the work (`common.tasks.Phase`) is a datatrove pipeline of one step, `Task`, and depends on the phase
 before. datatrove skips tasks with a completion file; here these files are made anew at every start, from the parts that
 are on the disk, so that what is done stays done when the number of tasks changes, and what was removed is made again.
 A task that fails leaves the others at work; why it failed is in `failures/RANK.txt` beside its log.
@@ -10,6 +10,7 @@ A task that fails leaves the others at work; why it failed is in `failures/RANK.
 
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -33,12 +34,10 @@ import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 
-from caption_data.stage_folder import check_complete
-from captions.stage_arguments import ExecutorArguments, StageArguments
-from captions.stages import Phase
-from common.cli import parse
 from common.environment import require
 from common.files import write_text
+from common.progress import bars_for_terminals_only, no_bars
+from common.tasks import ExecutorArguments, Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILURES_NAMED = 8
@@ -64,12 +63,12 @@ class TasksFailed(ValueError):
 
 @dataclass(frozen=True)
 class Work:
-    """One phase of one stage.
+    """One phase of a command's work.
 
     Attributes:
         module: that has the phase in its `PHASES`.
         phase: name.
-        args: of the stage.
+        args: of the command.
         logs: folder of the logs, completions and failures of its tasks.
         title: for people.
     """
@@ -81,11 +80,15 @@ class Work:
     title: str
 
     @classmethod
-    def of(cls, args: StageArguments, title: str = "") -> "list[Work]":
-        """All phases of a stage."""
+    def of(cls, args: ExecutorArguments, title: str = "") -> "list[Work]":
+        """All phases of `args.module`."""
         title = title or args.module.rpartition(".")[2]
         phases = import_module(args.module).PHASES
         return [cls(args.module, name, args, args.logs / name, f"{title}: {name}") for name in phases]
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
 
     def definition(self) -> Phase:
         return import_module(self.module).PHASES[self.phase]
@@ -148,45 +151,6 @@ def execute(works: Sequence[Work], args: ExecutorArguments) -> bool:
     return args.executor != "slurm"
 
 
-def run_stage_here(args: StageArguments) -> bool:
-    """`execute` all phases of one stage."""
-    try:
-        return execute(Work.of(args), args)
-    except EXPECTED as error:
-        if not (args.output.exists() or isinstance(error, TasksFailed)):  # nothing was begun, the error says it all
-            shutil.rmtree(args.logs, ignore_errors=True)
-        raise
-
-
-def stage_main(
-    kind: type[StageArguments],
-    description: str,
-    argv: list[str] | None,
-    run: Callable[[Any], bool] = run_stage_here,
-) -> StageArguments | None:
-    """Parse the flags of a stage, run it, and print what was done; an error ends the process in one line.
-
-    Args:
-        kind: of the arguments.
-        description: text of `--help`.
-        argv: the words, `sys.argv[1:]` where None.
-        run: called with the arguments; says whether the stage is complete.
-
-    Returns:
-        The arguments, where the stage is complete.
-    """
-    logging.basicConfig(format="%(message)s")
-    logger.setLevel(logging.INFO)
-    try:
-        args = parse(kind, description, argv)
-        if not run(args):
-            return None
-        print(f"{args.output}: {check_complete(args.output)}")
-    except EXPECTED as error:
-        sys.exit(f"error: {error}")
-    return args
-
-
 def _executor(kind: str, work: Work, args: ExecutorArguments, before: PipelineExecutor | None) -> PipelineExecutor:
     phase = work.definition()
     options: dict[str, Any] = {"pipeline": [Task(work)], "logging_dir": str(work.logs), "depends": before}
@@ -209,7 +173,7 @@ def _executor(kind: str, work: Work, args: ExecutorArguments, before: PipelineEx
         time=args.time,
         partition=args.partition,
         qos="",
-        job_name=f"captions-{work.title.replace(': ', '-').replace(', ', '-')}",
+        job_name="-".join([work.package, *re.split(", |: ", work.title)]),
         env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
         # A job whose predecessor has failed would wait for ever.
         sbatch_args={"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch),
@@ -297,7 +261,8 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
     def _run_in_processes(self, ranks: list[int]) -> dict[int, str]:
         """Returns rank -> signal, of those that were killed."""
         context = multiprocess.get_context(self.start_method)
-        context.set_forkserver_preload([name for name in sys.modules if name.startswith("captions.")])  # once for all
+        package = f"{self.work.package}."
+        context.set_forkserver_preload([name for name in sys.modules if name.startswith(package)])  # once for all
         gpus = _gpus()
         left, slots, killed = ranks[::-1], [gpus[i % len(gpus)] if gpus else "" for i in range(self.workers)], {}
         running: dict[int, tuple[Any, int, str]] = {}  # sentinel -> process, rank, GPU
@@ -326,6 +291,7 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
         threading.Thread(target=_end_with, args=(multiprocess.parent_process(),), daemon=True).start()
         loguru.logger.disable("datatrove")
         logging.basicConfig(format="%(message)s")  # warnings; what each task says of its work is in its log
+        bars_for_terminals_only() if rank == 0 else no_bars()
         if gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         elif "OMP_NUM_THREADS" not in os.environ:

@@ -1,0 +1,100 @@
+"""Work that is shared out to tasks: its flags and its phases. Light, so that `--help` answers at once."""
+
+import os
+import re
+import shlex
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from common.cli import at_least, flag
+
+SHARED_BY_TASKS = "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
+
+
+@dataclass(kw_only=True)
+class ExecutorArguments:
+    """Where the tasks of a command run: the flags of datatrove's executors, under its names."""
+
+    executor: Literal["local", "slurm", "ray"] = flag(
+        "local", "local: this machine. slurm: job arrays of a Slurm cluster. ray: a Ray cluster."
+    )
+    tasks: int | None = flag(
+        None,
+        "Shares of the rows, each done by one process. As many as workers where none is given; slurm and "
+        "ray need it. What is done stays whatever the number is next time.",
+    )
+    workers: int | None = flag(
+        None,
+        "Tasks that run at once. local: as many as there are GPUs, else 1, which computes on all cores; "
+        "slurm and ray: no limit but the cluster's.",
+    )
+    partition: str | None = flag(None, "slurm: partition of the jobs.")
+    time: str | None = flag(None, "slurm: limit of a task, as 04:00:00.")
+    sbatch: list[str] = flag([], "slurm: other options of sbatch, as account=vision qos=gpu.")
+    cpus_per_task: int = flag(1, "slurm, ray: cores of a task.")
+    mem_per_cpu_gb: int = flag(4, "slurm, ray: GiB of memory a core.")
+    gpus_per_task: int = flag(0, "slurm, ray: GPUs of a task, where its step has a model.")
+    logging_dir: Path | None = flag(None, "Folder of the tasks' logs; OUTPUT.logs, of a build OUTPUT/logs, without.")
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the logs of all tasks."""
+        return self.logging_dir or self.output.with_name(self.output.name + ".logs")
+
+    def check_executor(self) -> None:
+        at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
+        at_least(self, 0, "gpus_per_task")
+        if self.executor != "local" and self.tasks is None:
+            raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
+        if self.executor == "slurm" and not (self.partition and self.time):
+            raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
+        if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
+            raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError(f"This command is not launched by Accelerate or torchrun: {SHARED_BY_TASKS}.")
+
+    def executor_flags(self) -> dict[str, Any]:
+        """The flags of this class that were given."""
+        defaults = ExecutorArguments()
+        given = {known.name: getattr(self, known.name) for known in fields(defaults)}
+        return {name: value for name, value in given.items() if value != getattr(defaults, name)}
+
+    def command(self) -> str:
+        """The command line, for a shell, without defaults and without where its tasks run."""
+        words, elsewhere = ["python", "-m", self.module], {known.name for known in fields(ExecutorArguments)}
+        for known in fields(self):
+            value = getattr(self, known.name)
+            default = known.default_factory() if known.default_factory is not MISSING else known.default
+            if known.name in elsewhere or value == default or value is None or value is False:
+                continue
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{known.name}", *([] if value is True else map(str, values))]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the tasks of one datatrove pipeline do; a command's work is one or several, in order.
+
+    Attributes:
+        run: called with the command's arguments, rank and world_size.
+        finished: of the arguments and world_size: the ranks with nothing left to do. Without it the phase is one task,
+            which is always run and finds out for itself.
+        uses_model: whether a task needs a GPU.
+    """
+
+    run: Callable[[Any, int, int], Any]
+    finished: Callable[[Any, int], list[int]] | None = None
+    uses_model: bool = False
+
+
+def all_parts(rows: int, rows_per_part: int) -> list[range]:
+    """Rows in parts of neighbours, which tasks share out."""
+    return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
+
+
+def share(parts: list[range], rank: int, world_size: int) -> list[range]:
+    """The parts of one task of `world_size`: neighbours, so that files are read in order."""
+    return parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
