@@ -23,14 +23,7 @@ FACTS = ("language", "direction", "model", "seed", "value", "n")  # that are kep
 
 
 def train(name: str, dataset: Path, args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
-    """Train on a data set, unless the folder of the run has the result; returns the mean recalls.
-
-    Args:
-        name: of the folder of the run.
-        dataset: that is trained on.
-        args: of the command.
-        more: further flags of the training.
-    """
+    """Train on a data set, unless the folder `name` has the result; returns the mean recalls."""
     output = args.work / name
     if not (output / "table.md").is_file():
         command = [
