@@ -9,9 +9,10 @@ A `Record` checks itself, so that a figure out of its range is neither written n
 import json
 import re
 import sys
+from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -34,16 +35,8 @@ LARGEST_K = 10  # of the mean recall
 ROUNDING = 1e-9  # that a computed share may lie outside of its range
 
 
-class Condition(NamedTuple):
-    """What two figures must share to be compared."""
-
-    task: str
-    dataset: str
-    split: str
-    language: str
-    protocol: str
-    direction: str
-    metric: str
+# What two figures must share to be compared: fields of `Record`.
+Condition = namedtuple("Condition", "task dataset split language protocol direction metric")
 
 
 @dataclass(frozen=True)
@@ -185,15 +178,15 @@ def header(
         dataset: folder, pattern of files, or Hub id of the images; `short_name` of it is kept, as records of retrieval
             have it. Those of classification name the benchmark.
         dataset_fingerprint: digest of its images and captions.
-        model: folder, relative where it lies under the current one, or Hub id.
+        model: folder or Hub id.
         device: in words.
         precision: "float32", or the type of autocast.
         seconds: of the measurement; None where other work is in them.
-        dataset_revision: commit on the Hub; None for a local one.
-        model_revision: commit on the Hub; None for a local one.
+        dataset_revision, model_revision: commits on the Hub; None for a local one.
         skipped: rows that could not be used and are not in the figures.
     """
-    command = " ".join(["python", "-m", _module_name(), *hide_paths(sys.argv[1:])])
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    module = spec.name if spec else Path(sys.argv[0]).stem
     return {
         "dataset": short_name(dataset),
         "dataset_revision": dataset_revision,
@@ -205,15 +198,14 @@ def header(
         "precision": precision,
         "seconds": seconds,
         "skipped_rows": skipped,
-        "command": command,
+        "command": " ".join(["python", "-m", module, *hide_paths(sys.argv[1:])]),
     }
 
 
 def write_records(path: Path, records: list[Record], facts: dict[str, Any], **parts: Any) -> None:
     """Write a result file in one piece: the header `facts`, the records, and further `parts` such as a matrix."""
     listed = [asdict(record) | {"model_folder": hide_paths(record.model_folder)} for record in records]
-    content = {"schema_version": SCHEMA_VERSION, **facts, "records": listed, **parts}
-    write_json(path, content)
+    write_json(path, {"schema_version": SCHEMA_VERSION, **facts, "records": listed, **parts})
 
 
 def read_result(path: Path, folder: Path | None = None) -> ResultFile:
@@ -235,11 +227,7 @@ def read_result(path: Path, folder: Path | None = None) -> ResultFile:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a result file.
-
-    Raises:
-        ValueError: the file has another form, see `read_result`.
-    """
+    """The records of a result file; raises as `read_result`."""
     return list(read_result(path).records)
 
 
@@ -329,9 +317,3 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         raise ValueError("a key stands twice in an object")
     return content
-
-
-def _module_name() -> str:
-    module = sys.modules.get("__main__")
-    spec = getattr(module, "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem
