@@ -24,7 +24,7 @@ The last line of the output is JSON.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import (
     Blip2Config,
@@ -188,7 +188,7 @@ def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Blip2Capti
         named = {"hidden_size": width // args.widths, "num_hidden_layers": max(1, layers // args.layers)}
         return named | {"num_attention_heads": max(1, heads // args.widths)}
 
-    tokenizer = prefix_tokenizer(prefixes)
+    tokenizer = word_tokenizer(" ".join(prefixes).split(), "</s> $A")
     # Salesforce/blip2-opt-2.7b-coco: EVA ViT-g/14, BERT base's sizes, OPT-2.7b (their config.json)
     vision = sizes(1408, 39, 16) | {
         "intermediate_size": 6144 // args.widths,
@@ -215,20 +215,14 @@ def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Blip2Capti
     return Blip2Captioner(model.to(args.device, getattr(torch, args.precision)), processor, tokenizer, decoding)
 
 
-def prefix_tokenizer(prefixes: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as OPT's, to which a word of the prefixes is one token, after the start token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000, special_tokens=["<s>", "<pad>", "</s>"], show_progress=False, min_frequency=1,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
-    tokenizer.train_from_iterator(prefixes, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="</s>"
-    )
+def word_tokenizer(words: Iterable[str], template: str) -> PreTrainedTokenizerFast:
+    """A token for each of the words; `template` says where "</s>" stands."""
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
 def generation_steps(captioner: Blip2Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[int], Tensor]]:
@@ -296,16 +290,9 @@ def translation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
 
 def scaled_translator() -> Seq2SeqTranslator:
     """Marian with random weights: opus-mt-tc-big's layers, and a quarter of its widths, heads and vocabulary."""
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *WORDS.split()])}
-    vocabulary |= {f"w{number}": number for number in range(len(vocabulary), 13_600)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+    tokenizer = word_tokenizer([*WORDS.split(), *(f"w{n}" for n in range(len(WORDS.split()) + 3, 13_600))], "$A </s>")
     sizes = {"d_model": 256, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024}
-    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": len(vocabulary)}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": len(tokenizer)}
     ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
     torch.manual_seed(0)
     model = MarianMTModel(MarianConfig(**sizes, **ids, max_position_embeddings=512)).eval().requires_grad_(False)

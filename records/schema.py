@@ -43,40 +43,24 @@ Condition = namedtuple("Condition", "task dataset split language protocol direct
 class Record:
     """One measured figure.
 
-    Attributes:
-        task: "retrieval", "classification" or "linear_probe".
-        dataset: name of the data set.
-        split: "test" and so on.
-        language: code of the captions' or prompts' language, such as "pt".
-        protocol: what was compared with what; figures of different protocols are not comparable.
-        direction: "text_to_image" or "image_to_text" of retrieval, else "".
-        metric: such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline).
-        value: a share from 0 to 1; of "median_rank" a rank from 1; of a gain from -1 to 1.
-        n: queries or images averaged over.
-        model: role of the model, "baseline" or "capivara".
-        model_folder: the model's folder, relative to the run's.
-        seed: of the training run, None for a model that was not trained in it.
-        chance: expected value of random scores; None where it has no meaning.
-        interval_95: low and high end of a 95 % interval, for a gain.
-
     Raises:
         ValueError: a field has another type, or a value out of its range; the message begins with the field's name.
     """
 
-    task: str
+    task: str  # "retrieval", "classification" or "linear_probe"
     dataset: str
     split: str
-    language: str
-    protocol: str
-    direction: str
-    metric: str
-    value: float
-    n: int
-    model: str
-    model_folder: str
-    seed: int | None = None
-    chance: float | None = None
-    interval_95: tuple[float, float] | None = None
+    language: str  # code of the captions' or prompts' language, such as "pt"
+    protocol: str  # what was compared with what; figures of different protocols are not comparable
+    direction: str  # "text_to_image" or "image_to_text" of retrieval, else ""
+    metric: str  # such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline)
+    value: float  # a share from 0 to 1; of "median_rank" a rank from 1; of a gain from -1 to 1
+    n: int  # queries or images averaged over
+    model: str  # role, "baseline" or "capivara"
+    model_folder: str  # relative to the run's
+    seed: int | None = None  # of the training run, None for a model that was not trained in it
+    chance: float | None = None  # expected value of random scores; None where it has no meaning
+    interval_95: tuple[float, float] | None = None  # low and high end of a 95 % interval, for a gain
 
     def __post_init__(self) -> None:
         if isinstance(self.interval_95, list):
@@ -142,17 +126,11 @@ class Record:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A result file that has the right form.
+    """A result file that has the right form."""
 
-    Attributes:
-        name: path of the file within the folder that was read.
-        records: its figures, at least one.
-        content: the whole JSON object: the header of `header`, `records`, and parts such as `confusion_matrix`.
-    """
-
-    name: str
-    records: tuple[Record, ...]
-    content: dict[str, Any]
+    name: str  # path of the file within the folder that was read
+    records: tuple[Record, ...]  # its figures, at least one
+    content: dict[str, Any]  # the whole JSON object: that of `header`, `records`, and parts such as `confusion_matrix`
 
     @property
     def header(self) -> dict[str, Any]:

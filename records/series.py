@@ -40,17 +40,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Series:
-    """One figure of one model: a record, or one of each seed.
+    """One figure of one model: a record, or one of each seed."""
 
-    Attributes:
-        measured: at least one, in the order of seeds; a model that was not trained has the seed None.
-        files: all result files that hold the figure, also those that repeat it.
-        conflicts: (the first record, another one) of the same seed whose values differ.
-    """
-
-    measured: tuple[Measured, ...]
-    files: tuple[ResultFile, ...] = ()
-    conflicts: tuple[tuple[Measured, Measured], ...] = ()
+    measured: tuple[Measured, ...]  # at least one, in the order of seeds; a model that was not trained has None
+    files: tuple[ResultFile, ...] = ()  # all that hold the figure, also those that repeat it
+    conflicts: tuple[tuple[Measured, Measured], ...] = ()  # of a seed: the first, and one whose value differs
 
     @property
     def first(self) -> Record:
