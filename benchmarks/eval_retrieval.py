@@ -8,8 +8,6 @@ embeddings is taken in a process of its own. JSON is the last line.
 """
 
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
+from benchmarks.timing import conditions, finish, in_own_process, median_ratio, seconds_of, timed_runs
 from common.cli import flag, parse
 from common.environment import peak_resident_bytes, restart_peak
 from common.files import read_json
@@ -85,31 +83,23 @@ def their_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tens
     return recalls
 
 
-def timed(call: Callable[..., Recalls], *args: Any) -> tuple[float, Recalls]:
-    """Seconds of a call, and its recalls."""
-    started = time.perf_counter()
-    recalls = call(*args)
-    return time.perf_counter() - started, recalls
-
-
 def compare_scores(images: int, captions: int, runs: int) -> dict[str, Any]:
-    """Seconds of both, the ratio run by run, our memory, and the largest difference of a recall."""
+    """Median seconds of both, the ratio run by run, our memory, and how far their recalls are apart."""
     sides = random_embeddings(images, captions)
-    memory = in_own_process(memory_command(images, captions))["bytes"]
     programs = {"clip_benchmark": their_recalls, "ours": our_recalls}
-    timing = {name: lambda run, of=of: timed(of, *sides) for name, of in programs.items()}
-    results = alternating(timing, runs, "Alternating runs", warmup=1)
-    seconds = {name: [taken for taken, _ in found] for name, found in results.items()}
-    pairs = zip(results["ours"], results["clip_benchmark"], strict=True)
+    theirs, ours = (recalls(*sides) for recalls in programs.values())  # and the warm-up of both
+    steps = {name: lambda run, recalls=recalls: recalls(*sides) for name, recalls in programs.items()}
+    seconds = timed_runs(steps, runs, "cpu", "Alternating runs", warmup=0)
     return {
-        "images": images, "captions": images * captions, "width": WIDTH, "memory_over_embeddings_bytes": memory,
+        "images": images,
+        "captions": images * captions,
+        "width": WIDTH,
+        "memory_over_embeddings_bytes": in_own_process(memory_command(images, captions))["bytes"],
         "runs": runs,
         "seconds": {name: statistics.median(taken) for name, taken in seconds.items()},
         "ratio": median_ratio(seconds["clip_benchmark"], seconds["ours"]),
-        "largest_difference_of_a_recall": max(
-            abs(found[name] - expected[name]) for (_, found), (_, expected) in pairs for name in expected
-        ),
-    }  # fmt: skip
+        "largest_difference_of_a_recall": max(abs(ours[name] - theirs[name]) for name in theirs),
+    }
 
 
 def measure_large(images: int = 100_000, captions: int = 10) -> dict[str, Any]:
@@ -131,7 +121,7 @@ def measure_memory(images: int, captions: int) -> dict[str, float]:
     sides = random_embeddings(images, captions)
     our_recalls(*random_embeddings(64, captions))  # libraries are loaded
     before = restart_peak()  # making the embeddings held more than they are
-    seconds, _ = timed(our_recalls, *sides)
+    seconds = seconds_of(lambda: our_recalls(*sides))
     return {"bytes": peak_resident_bytes() - before, "seconds": seconds}
 
 
