@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoProcessor
 from .embedding import OnBatch, embed_images, embed_texts
 from .loading import check_reachable, load_model, load_processor, weights_digest
 from .modeling_capivara import CapivaraModel
-from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES
+from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES, first_line
 from .processing_capivara import CapivaraProcessor
 
 OPEN_CLIP_FILES = (OPEN_CLIP_CONFIG, *WEIGHT_FILES)  # one of which the Hub has of a model of open_clip
@@ -188,10 +188,9 @@ def _transformers_clip(source: str, device: torch.device, precision: str, trust_
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"clip:{source} can't be loaded; it must hold a CLIP of transformers with its processor, such as "
-            f"openai/clip-vit-base-patch32: {reason}"
+            f"openai/clip-vit-base-patch32: {first_line(error)}"
         ) from error
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise ValueError(

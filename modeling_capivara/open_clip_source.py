@@ -22,10 +22,10 @@ from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES, check_state, f
 from .open_clip_mapping import POSITION_IDS, open_clip_shapes, refuse
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-VOCABULARY = "tokenizer.json sentencepiece.bpe.model spiece.model tokenizer.model vocab.txt vocab.json"
-VOCABULARY_FILES = VOCABULARY.split()
-TOKENIZER_FILES = [*VOCABULARY_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json"]
-TOKENIZER_FILES += ["added_tokens.json"]
+VOCABULARY_FILES = [f"{name}.model" for name in ("sentencepiece.bpe", "spiece", "tokenizer")]
+VOCABULARY_FILES += ["tokenizer.json", "vocab.txt", "vocab.json"]
+TOKENIZER_FILES = [f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens")]
+TOKENIZER_FILES += [*VOCABULARY_FILES, "merges.txt"]
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
 CARD = """---
 {metadata}---
