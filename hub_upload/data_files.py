@@ -69,7 +69,8 @@ def _check_rows(path: Path, name: Path) -> None:
                 raise ValueError(f"{name}, its header, {SECRET}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
                 if _fault(array):
-                    row, fault = _first_fault(array)
+                    faults = ((row, _fault(array[row : row + 1])) for row in range(len(array)))
+                    row, fault = next(found for found in faults if found[1])
                     raise ValueError(f"{name}, column {column!r}, row {first + row}, {fault}.")
             first += len(batch)
     except pyarrow.ArrowException as error:
@@ -91,15 +92,6 @@ def _batches(path: Path) -> Iterator[Any]:
             about = file.metadata.row_group(group)
             rows = BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)
             yield from file.iter_batches(max(1, min(rows, 2**16)), [group])
-
-
-def _first_fault(array: Any) -> tuple[int, str | None]:
-    """The row of an array that has one, found by halves, and its fault."""
-    start, size = 0, len(array)
-    while size > 1:
-        half = size // 2
-        start, size = (start, half) if _fault(array.slice(start, half)) else (start + half, size - half)
-    return start, _fault(array.slice(start, 1))
 
 
 def _fault(array: Any) -> str | None:

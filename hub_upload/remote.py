@@ -3,7 +3,6 @@
 Texts from the Hub are shown without control characters, and no message holds a token.
 """
 
-import itertools
 import json
 import logging
 import re
@@ -38,8 +37,8 @@ logger = logging.getLogger("capivara")
 WAITS_S = (1, 2, 4)  # before the second, third and fourth try of a call that the client itself does not repeat
 TRY_AGAIN = {408, 429, 500, 502, 503, 504}
 FULL = {402, 413, 507}  # the Hub itself says 403, with words
-AGAIN = "Run the same command again: files that have arrived are not sent a second time."
-LATER = "Run the same command again later."
+ANEW = "Run the same command again."
+AGAIN = f"{ANEW[:-1]}: files that have arrived are not sent a second time."
 CARD_BYTES = 2**21  # of a card on the Hub that is compared line by line
 
 
@@ -52,23 +51,14 @@ class PushError(OSError):
 
 @dataclass
 class Remote:
-    """What a repository on the Hub holds.
-
-    Attributes:
-        exists: whether the token sees one.
-        private: its visibility.
-        head: commit of the branch or pull request; None where there is none of that name.
-        start: commit that the branch would start at, which is the head of one that exists.
-        tags: name -> commit.
-        files: path -> size and hashes, at `start`.
-    """
+    """What a repository on the Hub holds, as far as the token sees."""
 
     exists: bool = False
     private: bool = False
-    head: str | None = None
-    start: str | None = None
-    tags: dict[str, str] = field(default_factory=dict)
-    files: dict[str, RepoFile] = field(default_factory=dict)
+    head: str | None = None  # commit of the branch or pull request; None where there is none of that name
+    start: str | None = None  # commit that the branch would start at, which is the head of one that exists
+    tags: dict[str, str] = field(default_factory=dict)  # name -> commit
+    files: dict[str, RepoFile] = field(default_factory=dict)  # path -> size and hashes, at `start`
 
 
 def look(repo_id: str, repo_type: str, revision: str) -> Remote:
@@ -119,14 +109,13 @@ def remote_text(repo_id: str, repo_type: str, path: str, file: RepoFile, revisio
         return answer.content.decode("utf-8", errors="replace")
 
 
-def newer_commits(repo_id: str, repo_type: str, revision: str, known: str | None) -> str:
-    """Authors and titles of the commits since a known one; empty where the Hub does not answer."""
-    try:
-        commits = HfApi().list_repo_commits(repo_id, repo_type=repo_type, revision=revision)
-    except Exception:  # of whatever kind: nothing depends on it
-        return ""
-    newer = list(itertools.takewhile(lambda commit: commit.commit_id != known, commits))
-    return "; ".join(f'{", ".join(c.authors) or "somebody"}: "{c.title}" ({c.commit_id[:7]})' for c in newer[:3])
+def check_visibility(repo_id: str, remote: Remote, private: bool) -> None:
+    """Raise PushError where what shall be private would be seen by everybody."""
+    if private and remote.exists and not remote.private:
+        raise PushError(
+            f"{repo_id} is public, and --private makes new repositories private only. Change it in the settings of the "
+            "repository first, or take another name."
+        )
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -139,21 +128,26 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {plain(repo_id)!r}.")
 
 
-def with_retries(call: Callable[[], T]) -> T:
-    """The answer of a call that changes nothing, repeated where the connection broke or the Hub is in trouble."""
-    for wait in (*WAITS_S, None):
+def with_retries(call: Callable[[], T], may_succeed: Callable[[Exception], bool] | None = None) -> T:
+    """The answer of a call, repeated after errors of which `may_succeed`, by default `is_transient`, says so."""
+    for wait in WAITS_S:
         try:
             return call()
-        except (HTTPError, OSError) as error:
-            if wait is None or not is_transient(error):
+        except Exception as error:  # a malformed answer raises any kind
+            if not (may_succeed or is_transient)(error):
                 raise
             print(f"{one_line(error)} Trying again in {wait} s.", file=sys.stderr)
             time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+    return call()
+
+
+def is_unclear(error: BaseException) -> bool:
+    """Whether a call that has raised it may have been carried out all the same."""
+    return is_transient(error) or is_malformed(error)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a little later."""
+    """Whether the connection broke or the Hub is in trouble: the same call may succeed a little later."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRY_AGAIN
     return isinstance(error, HTTPError)  # of the transport: no connection, a broken one, a time-out
@@ -230,7 +224,8 @@ def _explained_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> st
             f"({tokens})."
         )
     if status in TRY_AGAIN:
-        return f"The Hub {'takes no more requests' if status == 429 else 'is in trouble'} ({status}): {said}. {LATER}"
+        trouble = "takes no more requests" if status == 429 else "is in trouble"
+        return f"The Hub {trouble} ({status}): {said}. {ANEW[:-1]} later."
     return f"The Hub refused ({status}): {said}."
 
 
