@@ -6,7 +6,6 @@ Values are those of the JSON files, shares and not per cents, to the last digit.
 """
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
@@ -38,21 +37,6 @@ _LICENCES = (
 LICENCES = frozenset(_LICENCES.split())
 
 
-@dataclass(frozen=True)
-class Energy:
-    """Of all runs together, in kWh, kg of CO2e and hours; `about` is what the first of them says of it."""
-
-    kwh: float
-    kg_co2e: float
-    hours: float
-    about: Content
-
-    @property
-    def estimated(self) -> bool:
-        """Whether it was estimated, and not measured."""
-        return "estimated" in str(self.about["method"])
-
-
 def metadata(facts: CardFacts, title: str) -> ModelCardData:
     """The front matter. What names no language, licence or Hub id as the Hub knows them is left out."""
     stated = [code.split("-")[0] for code in facts.run["config"]["eval_languages"] if isinstance(code, str)]
@@ -72,7 +56,10 @@ def metadata(facts: CardFacts, title: str) -> ModelCardData:
         eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
     )
     if used := energy(facts):
-        data["co2_eq_emissions"] = _emissions(facts, used)
+        hardware = used.get("gpu") or used.get("cpu") or facts.run["device"]
+        emissions = {"emissions": 1000 * used["kg_co2e"], "source": str(used["method"]), "training_type": "fine-tuning"}
+        emissions |= {"geographical_location": one_line(used["country"])} if used.get("country") else {}
+        data["co2_eq_emissions"] = emissions | {"hardware_used": one_line(hardware)}
     return data
 
 
@@ -93,8 +80,8 @@ def hub_ids(names: Any) -> list[str]:
     return [name for name in names if isinstance(name, str) and HUB_ID.fullmatch(name)]
 
 
-def energy(facts: CardFacts) -> Energy | None:
-    """What all runs took; None unless each of them was measured.
+def energy(facts: CardFacts) -> Content | None:
+    """What the first run says of its energy, with `kwh`, `kg_co2e` and `hours` of all; None unless all were measured.
 
     Raises:
         ValueError: a run lacks a figure, or does not say whether it was measured or estimated.
@@ -108,8 +95,10 @@ def energy(facts: CardFacts) -> Energy | None:
         for key in ("kwh", "kg_co2e", "hours"):
             if not is_number(about[key]) or about[key] < 0:
                 raise ValueError(f"{about.pointer}/{key} must be a number of at least 0, got {about[key]!r:.60}.")
-    sums = {key: sum(about[key] for about in of_runs) for key in ("kwh", "kg_co2e", "hours")}
-    return Energy(**sums, about=of_runs[0])
+    used = Content(of_runs[0])
+    used.pointer = of_runs[0].pointer
+    used |= {key: sum(about[key] for about in of_runs) for key in ("kwh", "kg_co2e", "hours")}
+    return used
 
 
 def eval_results(facts: CardFacts) -> dict[str, str]:
@@ -164,14 +153,6 @@ def _index_entry(facts: CardFacts, measured: Measured) -> EvalResult:
         metric_value=record.value,
         metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
     )
-
-
-def _emissions(facts: CardFacts, used: Energy) -> dict[str, Any]:
-    about = used.about
-    found = {"emissions": 1000 * used.kg_co2e, "source": str(about["method"]), "training_type": "fine-tuning"}
-    if about.get("country"):
-        found["geographical_location"] = one_line(about["country"])
-    return found | {"hardware_used": one_line(about.get("gpu") or about.get("cpu") or facts.run["device"])}
 
 
 def _slug(name: str) -> str:
