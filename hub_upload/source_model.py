@@ -31,11 +31,7 @@ def read_config(folder: Path) -> CapivaraConfig:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
-
-    Raises:
-        ValueError: there is none, or one that the index names is missing.
-    """
+    """The safetensors files of a folder. Raises ValueError where there is none, or one lacks that the index names."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -51,11 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of safetensors files, as views of the files: the system reads each when it is used.
-
-    Raises:
-        ValueError: a file is broken.
-    """
+    """All tensors of safetensors files, as views of them: the system reads each when it is used. Raises ValueError."""
     tensors = {}
     for file in files:
         try:
