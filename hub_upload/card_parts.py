@@ -189,15 +189,18 @@ def is_worse(pair: Pair) -> bool:
 
 
 def _result_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
-    main = facts.main_pairs()
-    worse = [(pair, _label(facts, pair.model.first, words)) for pair in main if is_worse(pair)]
+    main, summary, worse = facts.main_pairs(), [], []
+    for pair in main:
+        what, cells = _label(facts, pair.model.first, words), _cells(pair, words)
+        if pair.condition.task == "retrieval" and pair.condition.language == facts.language:
+            summary.append((what, *cells[:3]))
+        if is_worse(pair):
+            figures = {"model": words.figure(pair.model), "baseline": words.figure(pair.baseline)}
+            worse.append(words("beside_baseline", what=what, **figures))
     seeds = [str(of.record.seed) for of in max(facts.series, key=lambda series: len(series.measured)).measured]
     return {
-        "summary": _summary(facts, main, words),
-        "worse": [
-            words("beside_baseline", what=what, model=words.figure(pair.model), baseline=words.figure(pair.baseline))
-            for pair, what in worse
-        ],
+        "summary": table(("metric", "baseline", "capivara", "difference"), summary, words),
+        "worse": worse,
         "unsure": _unsure(facts, words),
         "has_baseline": bool(main),
         "tested": [_tested(facts, group, words) for task in TASKS for group in facts.groups(task)],
@@ -213,23 +216,16 @@ def _retrieval_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
     """A section a data set and language: title, table, and the gains with their intervals."""
     sections = []
     for group in facts.groups("retrieval"):
-        first, rows = group[0].first, []
+        first, rows, gains = group[0].first, [], []
         for direction in DIRECTIONS:
             name = words.name(direction)
-            rows += [
-                (f"{name}, {words.name(pair.condition.metric)}", *_cells(pair, words))
-                for pair in pairs(group, direction)
-            ]
-        title = words(
-            "retrieval_title", dataset=_dataset_title(facts, first.dataset), split=code(first.split),
-            language=words.language_name(first.language),
-        )  # fmt: skip
-        gains = []
-        for gain in (
-            s for direction in DIRECTIONS for s in group if s.first.is_gain and s.first.direction == direction
-        ):
-            points, intervals = words.figure(gain, sign=True), _intervals(gain, gain.measured, words)
-            gains.append(words("gain", what=words.name(gain.first.direction), points=points, intervals=intervals))
+            for pair in pairs(group, direction):
+                rows.append((f"{name}, {words.name(pair.condition.metric)}", *_cells(pair, words)))
+            for gain in (series for series in group if series.first.is_gain and series.first.direction == direction):
+                points, intervals = words.figure(gain, sign=True), _intervals(gain, gain.measured, words)
+                gains.append(words("gain", what=name, points=points, intervals=intervals))
+        where = {"split": code(first.split), "language": words.language_name(first.language)}
+        title = words("retrieval_title", dataset=_dataset_title(facts, first.dataset), **where)
         made = table(("metric", "baseline", "capivara", "difference", "chance"), rows, words)
         sections.append({"title": title, "table": made, "gains": gains})
     return sections
@@ -279,16 +275,6 @@ def _unsure(facts: CardFacts, words: Words) -> list[str]:
         if unsure:
             lines.append(f"{_label(facts, gain.first, words, metric=False)}: {_intervals(gain, unsure, words)}")
     return lines
-
-
-def _summary(facts: CardFacts, main: list[Pair], words: Words) -> str:
-    """Table of the main retrieval figures in the language of training; empty where there are none."""
-    rows = [
-        (_label(facts, pair.model.first, words), *_cells(pair, words)[:3])
-        for pair in main
-        if pair.condition.task == "retrieval" and pair.condition.language == facts.language
-    ]
-    return table(("metric", "baseline", "capivara", "difference"), rows, words)
 
 
 def _label(facts: CardFacts, record: Record, words: Words, metric: bool = True) -> str:

@@ -173,7 +173,9 @@ def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
             if isinstance(error, PushError):
                 raise
             logger.debug("A call to the Hub failed.", exc_info=True)
-            raise PushError(explained(_cause(error), repo_id, repo_type)) from None
+            while isinstance(error, RuntimeError) and error.__cause__ is not None:
+                error = error.__cause__  # of an upload, which the client wraps
+            raise PushError(explained(error, repo_id, repo_type)) from None
 
 
 def explained(error: BaseException, repo_id: str, repo_type: str) -> str:
@@ -231,7 +233,9 @@ def _explained_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> st
 
 def plain(text: str) -> str:
     """Text that can be shown: no token, and no character but line breaks that a terminal would obey."""
-    return "".join(sign if _shown(sign) else f"\\u{ord(sign):04x}" for sign in redact(text))
+    text = redact(text)
+    hidden = [sign for sign in {*text} - {*"\n\t"} if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in hidden})
 
 
 def plain_line(text: str) -> str:
@@ -256,17 +260,6 @@ def _name_of(token: str) -> str:
 def _check_types(kind: type, *values: object) -> None:
     if wrong := [value for value in values if not isinstance(value, kind)]:
         raise TypeError(f"{wrong[0]!r:.60} is no {kind.__name__}")
-
-
-def _shown(sign: str) -> bool:
-    return sign in "\n\t" or unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Of an upload, which the client wraps into a RuntimeError."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 @contextmanager
