@@ -34,13 +34,10 @@ MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
 def allowed_files(folder: Path) -> list[Path]:
     """The files of a repository's folder that may be uploaded, relative to it, in order.
 
-    Links are left out, and so are pictures that neither a training run writes nor README.md names.
-
-    Raises:
-        ValueError: one is no regular file; to read a pipe would wait for ever.
+    Links are left out, and so are pictures that neither a training run writes nor README.md names. ValueError where one
+    is no regular file: to read a pipe would wait for ever.
     """
-    found = []
-    card = folder / "README.md"
+    found, card = [], folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)

@@ -69,8 +69,7 @@ class CardArguments:
 def render(facts: CardFacts, language: str = "en", repo_id: str | None = None) -> ModelCard:
     """The card of a folder, in "en" or "pt"; its code loads `repo_id`, or the folder by its name where there is none.
 
-    Raises:
-        ValueError: a figure is missing that the card needs, or the card would hold a path of a machine or a secret.
+    Raises ValueError where a figure is missing that it needs, or it would hold a path of a machine or a secret.
     """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
@@ -107,10 +106,8 @@ def render(facts: CardFacts, language: str = "en", repo_id: str | None = None) -
 def write_card(folder: Path, repo_id: str | None = None, language: str = "en", output: Path | None = None) -> Path:
     """Write the card of a run or of a repository made from it, each file in one piece, and return the card's path.
 
-    Where an `output` is named it alone is written, else README.md and `.eval_results` in the folder.
-
-    Raises:
-        ValueError: as `card_facts` and `render`.
+    Where an `output` is named it alone is written, else README.md and `.eval_results` in the folder. ValueError as of
+    `card_facts` and `render`.
     """
     facts = card_facts(folder)
     card = render(facts, language, repo_id)
@@ -129,11 +126,7 @@ def check(folder: Path) -> list[str]:
 
     The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
     text, if they hold no number, and nothing that could hide or reframe the lines around them. As the card lists the
-    digests of its files, a changed digit that it does not show is noticed, too.
-
-    Raises:
-        ValueError: there is no card.
-        OSError: it can't be read.
+    digests of its files, a changed digit that it does not show is noticed, too. ValueError where there is no card.
     """
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder} has no {CARD}. Make it with `python -m hub_upload.card --model {folder}`.")

@@ -81,11 +81,7 @@ def hub_ids(names: Any) -> list[str]:
 
 
 def energy(facts: CardFacts) -> Content | None:
-    """What the first run says of its energy, with `kwh`, `kg_co2e` and `hours` of all; None unless all were measured.
-
-    Raises:
-        ValueError: a run lacks a figure, or does not say whether it was measured or estimated.
-    """
+    """What the first run says of its energy, with `kwh`, `kg_co2e` and `hours` of all; None where one has none."""
     of_runs = [run.get("energy") for run in facts.runs]
     if not all(of_runs):
         return None

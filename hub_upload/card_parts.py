@@ -36,8 +36,7 @@ def card_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
         "tokens": words.number(facts.tokens),
         "architecture": _architecture(facts, words),
         "energy": _energy_parts(facts, used, words) if used else None,
-        "graphs": _graphs(facts, words),
-        "int8": _int8_lines(facts, words),
+        **_onnx_parts(facts, words),
         "files": table(("file", "digest"), digests, words, text_columns=2),
     }
 
@@ -309,26 +308,18 @@ def _tested(facts: CardFacts, group: list[Series], words: Words) -> str:
     return f"{', '.join(what)}: {'; '.join(about)}.\n  {protocol}"
 
 
-# --- ONNX ------------------------------------------------------------------------------------------------------------
-
-
-def _graphs(facts: CardFacts, words: Words) -> str:
-    """Table of the ONNX graphs: bytes, and how far their embeddings are from the model's."""
+def _onnx_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
+    """The graphs: bytes, and how far their embeddings are from the model's; lines on what int8 costs in recall."""
     rows = []
     for name, about in facts.graphs["graphs"].items() if facts.graphs else ():
         difference, cosine = about.get("largest_difference"), about.get("lowest_cosine")
         size = f"{words.number(about['bytes'] / 1e6, 1)} MB"
         distance = "" if difference is None else words.number(difference, 1, kind="e")
         rows.append((code(f"onnx/{name}"), size, distance, "" if cosine is None else words.number(cosine, 4)))
-    return table(("file", "size", "difference_to_model", "cosine"), rows, words)
-
-
-def _int8_lines(facts: CardFacts, words: Words) -> list[str]:
-    """Mean recall of the int8 graphs beside the float32 ones, a line a direction; empty where it was not measured."""
     recall, lines = facts.graphs.get("recall"), []
     for direction in DIRECTIONS if recall else ():
         shares = {name: words.percent(recall[name][direction]["mean_recall"]) for name in ("float32", "int8")}
         where = {"dataset": code(recall["dataset"]), "split": code(recall["split"])}
         images = words.number(recall["images"])
         lines.append(words("int8", what=words.name(direction), images=images, **shares, **where))
-    return lines
+    return {"graphs": table(("file", "size", "difference_to_model", "cosine"), rows, words), "int8": lines}

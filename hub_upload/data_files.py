@@ -24,10 +24,9 @@ SECRET = "holds what looks like an access token or key. Take it out, and revoke 
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Files of a data set relative to its folder. Hidden ones stay here, and whatever else lies there.
+    """Files of a data set relative to its folder; hidden ones stay here, and whatever else lies there.
 
-    Raises:
-        ValueError: a link leads out of the folder, or a file of a data set is no regular file.
+    Raises ValueError where a link leads out of the folder, or a file of a data set is no regular file.
     """
     refuse_links_out(folder)
     found = []
@@ -95,11 +94,7 @@ def _batches(path: Path) -> Iterator[Any]:
 
 
 def _fault(array: Any) -> str | None:
-    """What must not be sent of the values of a column, in words; None where there is nothing.
-
-    Args:
-        array: of pyarrow; lists and structs are looked into.
-    """
+    """What must not be sent of the values of an array of pyarrow, however nested, in words; None where all may."""
     from pyarrow import ExtensionArray, ListArray, compute, types
 
     kind = array.type

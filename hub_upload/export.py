@@ -28,7 +28,7 @@ from common.cli import parse, run_command
 from common.files import check_free_space, check_output_folder, read_json, whole_folder, write_json, write_text
 from common.privacy import hide_paths
 from hub_upload import allowed_files as allowed
-from hub_upload import loader_files, source_model
+from hub_upload import loader_files, onnx_files, source_model
 from hub_upload.export_arguments import FORMATS, ExportArguments
 from hub_upload.loader_files import OPEN_CLIP_WEIGHTS, TEXT_MODEL, OpenClipPlan
 from hub_upload.remote import check_repo_id
@@ -98,10 +98,9 @@ def export(
         if kept.is_relative_to(output.resolve()):
             raise ValueError(f"The output folder {output} holds {kept}, which would be replaced. Choose another one.")
     config, image_processor = source_model.read_config(model), _read_image_processor(model)
-    plan = (
-        loader_files.plan_open_clip(config, image_processor, text_config, repo_id) if "open_clip" in formats else None
-    )
+    plan = None
     if "open_clip" in formats:
+        plan = loader_files.plan_open_clip(config, image_processor, text_config, repo_id)
         _log_open_clip_plan(plan, repo_id)
     weights = sum(file.stat().st_size for file in source_model.weight_files(model))
     check_free_space(output, int(weights * (1 + (plan is not None) + ONNX_SHARE * ("onnx" in formats))))
@@ -111,9 +110,7 @@ def export(
         if "sentence_transformers" in formats:
             loader_files.write_sentence_transformers(folder)
         if "onnx" in formats:
-            from hub_upload.onnx_files import write_onnx
-
-            write_onnx(folder)
+            onnx_files.write_onnx(folder)
             unmeasured = ["ONNX: the recall of int8 was not measured; --recall_dataset names a data set for it."]
             for line in measure_int8(folder) if measure_int8 else unmeasured:
                 logger.info("%s", line)
@@ -130,9 +127,7 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
     if "transformers" not in formats:
         raise ValueError(f"formats must hold transformers, whose files the others read, got {','.join(formats)!r}.")
     if "onnx" in formats:
-        from hub_upload.onnx_files import check_packages
-
-        check_packages()
+        onnx_files.check_packages()
     return formats
 
 

@@ -48,11 +48,8 @@ def text_config_source(config: CapivaraConfig, text_config: str | None) -> str |
 
     Args:
         config: the architecture.
-        text_config: a Hub id, or a folder with a config.json of the text tower or of the CAPIVARA model; None where
-            nobody has named one.
-
-    Returns:
-        None where open_clip can't build this text tower by a name.
+        text_config: a Hub id, or a folder with a config.json of the text tower or of the CAPIVARA model; None for the
+            published one, and None comes back where the tower is another.
 
     Raises:
         ValueError: it is another text tower than the model's; the message names the fields that differ.
@@ -91,15 +88,10 @@ class OpenClipPlan(NamedTuple):
 def plan_open_clip(
     config: CapivaraConfig, image_processor: CapivaraImageProcessor, text_config: str | None, repo_id: str | None
 ) -> OpenClipPlan | None:
-    """Check whether open_clip can build a model; nothing is written, no weights are read.
+    """Check whether open_clip can build a model; None where the text tower has no name.
 
-    Where open_clip is installed its own model is built, without memory, and its tensors are compared by name and shape.
-
-    Returns:
-        None where the text tower has no name.
-
-    Raises:
-        ValueError: open_clip has no such architecture, text tower or preprocessing.
+    Nothing is written, no weights are read. Where open_clip is installed its own model is built, without memory, and
+    its tensors are compared by name and shape. ValueError where it has no such architecture, tower or preprocessing.
     """
     source = text_config_source(config, text_config)
     if source is None:
@@ -167,11 +159,7 @@ def write_sentence_transformers(folder: Path) -> None:
 
 
 def tokenizer_type(folder: Path, config: CapivaraConfig, tokenizer: CapivaraTokenizer) -> str:
-    """The kind by which open_clip shall load the folder's tokenizer: the first that gives the model's own ids.
-
-    Raises:
-        ValueError: none does.
-    """
+    """The kind by which open_clip shall load the folder's tokenizer, that gives the model's own ids, or ValueError."""
     texts = [*random_texts(), *ODD_TEXTS]
     expected = _ids(tokenizer.plain(), texts)  # open_clip repairs them before
     for kind in (config.text_config.model_type, PLAIN_TOKENIZER_TYPE):

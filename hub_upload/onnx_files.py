@@ -85,8 +85,7 @@ def check_packages() -> None:
 def write_onnx(folder: Path) -> None:
     """Write the graphs of the model in `folder` to its `onnx/`, and `onnx/quantisation.json` about the int8 ones.
 
-    Raises:
-        ValueError: a float32 graph differs from the model by more than `TOLERANCE`.
+    Raises ValueError where a float32 graph differs from the model by more than `TOLERANCE`.
     """
     model, processor = load_model(folder).eval(), load_processor(folder)
     onnx = folder / "onnx"
@@ -173,9 +172,8 @@ def _round_weights(source: Path, target: Path) -> None:
 def _weight_bytes(path: Path) -> int:
     import onnx
 
-    tensors = onnx.load(path, load_external_data=False).graph.initializer
-    sizes = {kind: onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize for kind in {t.data_type for t in tensors}}
-    return sum(int(np.prod(tensor.dims)) * sizes[tensor.data_type] for tensor in tensors)
+    tensors, dtype = onnx.load(path, load_external_data=False).graph.initializer, onnx.helper.tensor_dtype_to_np_dtype
+    return sum(int(np.prod(tensor.dims)) * dtype(tensor.data_type).itemsize for tensor in tensors)
 
 
 @torch.inference_mode()

@@ -25,11 +25,7 @@ from records.schema import DIRECTIONS
 
 
 def int8_measurement(dataset: str, split: str, language: str, caption_column: str) -> Callable[[Path], list[str]]:
-    """Open a data set; returns what measures the graphs of a repository's folder on it, and says the result in lines.
-
-    Raises:
-        ValueError: the data set can't be read.
-    """
+    """Open a data set, or raise ValueError; what measures the graphs of a folder on it, and says so in lines."""
     columns = {"split": split, "language": language, "caption_column": caption_column}
     args = RetrievalArguments(model="onnx", dataset=dataset, output=Path("onnx.json"), **columns)
     data = load_data(args)

@@ -29,9 +29,7 @@ logger = logging.getLogger("capivara")
 def check_access(repo_id: str, private: bool = False) -> None:
     """Make sure, before hours of work, that a model can be pushed; the repository is made where there is none.
 
-    Raises:
-        ValueError: the name is not one of the Hub.
-        PushError: there is no token, it is refused, it may not write, or the repository is public and should not be.
+    Raises ValueError where the name is none of the Hub, PushError where the token or the repository is not as needed.
     """
     hub.check_repo_id(repo_id)
     if hub.user_name(repo_id, "model") is None:

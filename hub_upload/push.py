@@ -32,13 +32,10 @@ NO_TOKEN = "There is no token. Save one that may write by `hf auth login`, or se
 
 
 def push(planned: PushPlan) -> str | None:
-    """Send what was planned, in one commit.
+    """Send what was planned, in one commit, or raise PushError, whose message has the way out.
 
     Returns:
         The address of the commit or pull request; None where the Hub has everything, and no commit was made.
-
-    Raises:
-        PushError: it was not made, or not as planned; the message has the way out.
     """
     args = planned.args
     with hub.hub_errors(args.repo_id, args.repo_type):

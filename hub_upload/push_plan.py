@@ -98,9 +98,7 @@ class PushPlan:
 def plan(args: PushArguments) -> PushPlan:
     """Compare a folder with a repository; nothing is changed anywhere.
 
-    Raises:
-        ValueError: a file must not be sent, or the card is none.
-        PushError: the Hub can't be asked, or the push would be refused.
+    Raises ValueError where a file must not be sent, PushError where the Hub can't be asked or would refuse the push.
     """
     paths = files_to_send(args.model, args.repo_type)
     metadata = card_metadata(args.model / CARD) if Path(CARD) in paths else None
@@ -171,7 +169,9 @@ def report(planned: PushPlan) -> str:
     lines += [f"  stays   {len(planned.stay) - SHOWN} more"] if len(planned.stay) > SHOWN else []
     if planned.metadata:
         lines.append("Card metadata:")
-        lines += [hub.plain_line(f"  {key}: {_shortened(value)}") for key, value in planned.metadata.items()]
+        for key, value in planned.metadata.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(hub.plain_line(f"  {key}: {text if len(text) <= 100 else f'{text[:97]}...'}"))
     if CARD in {file.path_in_repo for file in planned.changed}:
         lines += ["Changes of the card:", *map(hub.plain_line, _card_diff(planned))]
     lines += [f"note: {hub.plain_line(note)}" for note in _notes(planned)]
@@ -230,8 +230,3 @@ def _card_diff(planned: PushPlan) -> list[str]:
     names = (f"{CARD} on the Hub", f"{CARD} in {args.model}")
     # splitlines would also break at characters that only a hostile text has
     return list(difflib.unified_diff(before.split("\n"), after.split("\n"), *names, lineterm="", n=1))
-
-
-def _shortened(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

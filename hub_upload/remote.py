@@ -182,9 +182,7 @@ def explained(error: BaseException, repo_id: str, repo_type: str) -> str:
     """Why a call failed, and the way out."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing is asked of the Hub. Unset it to push."
-    if isinstance(error, HfHubHTTPError):
-        return _explained_answer(error, repo_id, repo_type)
-    if isinstance(error, HTTPError):
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
         return f"The connection to the Hub broke ({type(error).__name__}: {error}). {AGAIN}"
     if is_malformed(error):
         return (
@@ -194,11 +192,8 @@ def explained(error: BaseException, repo_id: str, repo_type: str) -> str:
         )
     if isinstance(error, RuntimeError):  # of Xet
         return f"The upload failed: {error}. {AGAIN}"
-    return str(error) or type(error).__name__
-
-
-def _explained_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> str:
-    """Why the Hub has refused a call, and the way out."""
+    if not isinstance(error, HfHubHTTPError):
+        return str(error) or type(error).__name__
     status = error.response.status_code
     said = " ".join((error.server_message or str(error)).split()).rstrip(".")
     tokens = f"{constants.ENDPOINT}/settings/tokens"
@@ -220,10 +215,9 @@ def _explained_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> st
             "more storage; then run the same command again."
         )
     if status == 403:
-        owner = repo_id.split("/")[0]
         return (
-            f"The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of {owner} "
-            f"({tokens})."
+            f"The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of "
+            f"{repo_id.split('/')[0]} ({tokens})."
         )
     if status in TRY_AGAIN:
         trouble = "takes no more requests" if status == 429 else "is in trouble"

@@ -16,11 +16,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_config(folder: Path) -> CapivaraConfig:
-    """The configuration of a model folder.
-
-    Raises:
-        ValueError: there is no such folder, or it holds no CAPIVARA model; of a run of several seeds these are named.
-    """
+    """The configuration of a model folder. Raises ValueError where it is none; a run's several seeds are named."""
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
@@ -60,8 +56,7 @@ def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 def mapped_model(folder: Path, config: CapivaraConfig) -> CapivaraModel:
     """The model of a folder, to be saved and not to be run: its weights are views of its files.
 
-    Raises:
-        ValueError: weights are missing, surplus or of another shape; all are named.
+    Raises ValueError where weights are missing, surplus or of another shape; all are named.
     """
     with torch.device("meta"):
         model = CapivaraModel(config)
