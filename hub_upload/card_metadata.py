@@ -114,13 +114,8 @@ def eval_results(facts: CardFacts) -> dict[str, str]:
             continue
         seen.add(where)
         notes = f"{record.metric}, language {record.language or '-'}, split {record.split}, {record.protocol}"
-        entry = EvalResultEntry(
-            dataset_id=record.dataset,
-            dataset_revision=revision,
-            task_id="_".join(filter(None, (record.task, record.direction))),
-            value=record.value,
-            notes=one_line(notes),
-        )
+        task = "_".join(filter(None, (record.task, record.direction)))
+        entry = EvalResultEntry(record.dataset, task, record.value, dataset_revision=revision, notes=one_line(notes))
         found.setdefault(f".eval_results/{_slug(record.dataset)}.yaml", []).append(entry)
     return {name: yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) for name, entries in found.items()}
 

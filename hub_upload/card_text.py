@@ -65,14 +65,10 @@ class Words:
         def words(context: jinja2.runtime.Context, *keys: str, **more: Any) -> str:
             return self(*keys, **{**context.get_all(), **more})
 
-        templates = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES),
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            autoescape=False,  # Markdown; texts of others are escaped where they come in
-        )
+        # Not HTML but Markdown: texts of others are escaped where they come in.
+        spaces = dict.fromkeys(("trim_blocks", "lstrip_blocks", "keep_trailing_newline"), True)
+        found = jinja2.FileSystemLoader(TEMPLATES)
+        templates = jinja2.Environment(loader=found, autoescape=False, undefined=jinja2.StrictUndefined, **spaces)
         return _tidy(templates.get_template("model_card.md.j2").render(words=words, **values))
 
     def language_name(self, code: str) -> str:
