@@ -154,19 +154,18 @@ def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, Content, list[Co
     paths = [path for path in (folder / "run.json", *sorted(folder.glob("seed-*/run.json"))) if path.is_file()]
     if not paths:
         raise ValueError(f"{folder} has no run.json, and none in seed-*/: give the folder of a finished training run.")
-    read = [(path.parent, _checked_run(_read(path, folder, digests))) for path in paths]
+    read = []
+    for path in paths:
+        run = _read(path, folder, digests)
+        if run["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"{run.pointer} has schema version {run['schema_version']!r:.20}, not {SCHEMA_VERSION}.")
+        for key, kind in (("config", dict), ("versions", dict), ("seconds", dict), ("seed", int), ("device", str)):
+            if not isinstance(run[key], kind):
+                raise ValueError(f"{run.pointer}/{key} must be of type {kind.__name__}, got {run[key]!r:.60}.")
+        read.append((path.parent, run))
     model, run = read[0] if paths[0].parent == folder else min(read, key=lambda pair: pair[1]["seed"])
     by_seed = {of["seed"]: of for _, of in [*read, (model, run)]}
     return model, run, [by_seed[seed] for seed in sorted(by_seed)]
-
-
-def _checked_run(run: Content) -> Content:
-    if run["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"{run.pointer} has schema version {run['schema_version']!r:.20}, not {SCHEMA_VERSION}.")
-    for key, kind in (("config", dict), ("versions", dict), ("seconds", dict), ("seed", int), ("device", str)):
-        if not isinstance(run[key], kind):
-            raise ValueError(f"{run.pointer}/{key} must be of type {kind.__name__}, got {run[key]!r:.60}.")
-    return run
 
 
 def _read(path: Path, folder: Path, digests: dict[str, str]) -> Content:

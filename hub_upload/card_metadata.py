@@ -43,7 +43,9 @@ def metadata(facts: CardFacts, title: str) -> ModelCardData:
     languages = list(dict.fromkeys(stated))
     tags = ["capivara", "clip", "image-text-retrieval", "zero-shot"]
     tags += ["multilingual"] if len(languages) > 1 else []
-    base = base_models(facts)
+    model = facts.origins.get("model") or {}
+    # The base's own id, or those that the card of a local base names.
+    base = hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
     data = ModelCardData(
         language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,  # ISO 639-1 or -3
         license=licence(facts),
@@ -67,12 +69,6 @@ def licence(facts: CardFacts) -> str | None:
     """The inherited licence that the run noted, if it is one that the Hub knows; "other" says nothing."""
     noted = str(facts.origins.get("license"))
     return noted if noted in LICENCES else None
-
-
-def base_models(facts: CardFacts) -> list[str]:
-    """Hub ids of the base: its own, or those that the card of a local base names."""
-    model = facts.origins.get("model") or {}
-    return hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
 
 
 def hub_ids(names: Any) -> list[str]:
