@@ -41,8 +41,7 @@ def repository(source, tmp_path_factory):
 
 
 def runs(repository, precision: str) -> OnnxModel:
-    paths = graphs(repository, precision)
-    return OnnxModel(load_processor(repository), paths["vision"], paths["text"])
+    return OnnxModel(repository, precision)
 
 
 @torch.no_grad()
