@@ -55,10 +55,10 @@ class Tower(nn.Module):
 class OnnxModel:
     """Both graphs of a repository in onnxruntime, on the CPU, behind the model's own processor."""
 
-    def __init__(self, folder: Path, precision: str):
+    def __init__(self, folder: Path, precision: str, processor: CapivaraProcessor | None = None):
         import onnxruntime
 
-        self.processor, options = load_processor(folder), onnxruntime.SessionOptions()
+        self.processor, options = processor or load_processor(folder), onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self._vision, self._text = (
             onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -114,7 +114,7 @@ def graphs(folder: Path, precision: str) -> dict[str, Path]:
 
 
 def _write_graph(model: CapivaraModel, inputs: dict[str, Tensor], shapes: dict, output: str, path: Path) -> None:
-    """Export the tower from some example `inputs` to `output`, with its weights beside it; other `shapes` are fixed."""
+    """Export the tower of some example `inputs`, weights beside it; dimensions without a name in `shapes` are fixed."""
     with _quiet(), torch.no_grad():
         # In evaluation mode: the exporter restores what it finds, and would leave dropout on.
         program = torch.onnx.export(
@@ -186,7 +186,7 @@ def _compare(model: CapivaraModel, processor: CapivaraProcessor, folder: Path, f
         "text": [model(**processor(text=some, return_tensors="pt")).text_embeds for some in texts],
     }
     for precision in ("float32", "int8"):
-        runs = OnnxModel(folder, precision)
+        runs = OnnxModel(folder, precision, processor)
         embeds = {"vision": map(runs.embed_images, images), "text": map(runs.embed_texts, texts)}
         for kind, path in graphs(folder, precision).items():
             ours, theirs = torch.cat(expected[kind]), torch.cat(list(embeds[kind]))
