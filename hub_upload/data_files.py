@@ -2,6 +2,7 @@
 
 import io
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,8 +69,8 @@ def _check_rows(path: Path, name: Path) -> None:
                 raise ValueError(f"{name}, its header, {SECRET}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
                 if _fault(array):
-                    faults = ((row, _fault(array[row : row + 1])) for row in range(len(array)))
-                    row, fault = next(found for found in faults if found[1])
+                    row = bisect_left(range(len(array)), True, key=lambda row, of=array: bool(_fault(of[: row + 1])))
+                    fault = _fault(array[row : row + 1])
                     raise ValueError(f"{name}, column {column!r}, row {first + row}, {fault}.")
             first += len(batch)
     except pyarrow.ArrowException as error:

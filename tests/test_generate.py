@@ -350,6 +350,7 @@ def test_the_command(images_folder, blip2_folder, tmp_path, capsys):
     assert (settings["max_new_tokens"], settings["precision"]) == (STEPS, "float32")
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_with_the_same_captions(images_folder, blip2_folder, tmp_path):
     sampling = ["--sampling", "--temperature", "2", "--top_p", "0.95", "--seed", "7"]
     main(flags(images_folder, tmp_path / "once", blip2_folder, *sampling))

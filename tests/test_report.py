@@ -105,6 +105,7 @@ def test_in_a_browser(report):
         assert sum(request.startswith("file:") for request in opened.requests) == 1
 
 
+@pytest.mark.slow
 def test_pictures_lie_beside_the_page_and_in_it(report):
     page = (report / "index.html").read_text(encoding="utf-8")
     pngs = sorted(path.name for path in report.glob("*.png"))

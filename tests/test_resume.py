@@ -136,11 +136,8 @@ def assert_as_undisturbed(out: Path, expected: Path) -> None:
 # Killed
 
 
-def case(phase: str) -> object:
-    return phase if phase == "save" else pytest.param(phase, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("phase", map(case, PHASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", PHASES)
 def test_sigkill(run, undisturbed, tmp_path, phase):
     count = random.Random(f"{KILL_SEED} {phase}").randint(1, PHASES[phase])
     print(f"CAPIVARA_KILL_SEED={KILL_SEED}: killed at number {count} of {phase}")

@@ -185,6 +185,7 @@ def same_files(one: Path, other: Path) -> bool:
     return len(files[0]) == 7 + 6 and files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_a_worker_killed_on_the_way(tiny_folder, folder, tmp_path, small_shards):
     """It is named with its rank, the other is done; then nothing is embedded twice, and the bits are those of one."""
     (folder / "test" / "05.png").write_bytes(b"no picture")

@@ -183,6 +183,7 @@ def on_processes(number: int, folder: Path, *options: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("options", [[], ["--trained_images"]], ids=["frozen image tower", "both towers"])
+@pytest.mark.slow
 def test_two_processes_equal_one(options, tmp_path):
     batches, embeds = make_batch(bool(options))
     loss, expected = reference_gradients(build(bool(options)), batches, embeds)
@@ -191,6 +192,7 @@ def test_two_processes_equal_one(options, tmp_path):
         assert largest_error(result["gradients"], expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_gradients_left_apart_are_seen(tmp_path):
     batches, embeds = make_batch(False)
     _, expected = reference_gradients(build(False), batches, embeds)
