@@ -32,7 +32,7 @@ logger = logging.getLogger("capivara")
 
 
 class EmbeddingCache:
-    """Embeddings of rows, memory-mapped: a `.npy` file (rows, …) of each shard.
+    """Embeddings of rows: a `.npy` file (rows, …) of each shard.
 
     After the array, which is NaN where a row is bad, come the list of the bad rows as JSON and a digest of both; a
     shard is there whole or not at all.
@@ -81,21 +81,23 @@ class EmbeddingCache:
         file.write(json.dumps(bad).encode())
         write_with_digest(self.paths()[number], file.getvalue())
 
-    def open(self, row: tuple[int, ...] | None = None, dtype: type = np.float32) -> None:
-        """Map all shards.
+    def open(self, row: tuple[int, ...] | None = None, dtype: type = np.float32, mapped: bool = False) -> None:
+        """Read all shards.
 
         Args:
             row: shape of the embeddings of a row; any where it is None.
             dtype: of the arrays.
+            mapped: leave them on the disk, memory-mapped; each then counts as an open file.
 
         Raises:
             ValueError: a shard is not what it should be.
         """
         for path, part in zip(self.paths(), self.parts, strict=True):
             try:
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
                 with path.open("rb") as file:
-                    file.seek(array.offset + array.nbytes)
+                    array = np.load(path if mapped else file, "r" if mapped else None, allow_pickle=False)
+                    if mapped:
+                        file.seek(array.offset + array.nbytes)
                     bad = json.loads(file.read()[:-DIGEST_BYTES])
             except (ValueError, EOFError, OSError) as error:
                 raise ValueError(f"{path} can't be read: {error}. Remove it.") from error

@@ -16,8 +16,10 @@ import torch
 from test_checkpoints import flipped
 
 import modeling_capivara.embedder
+from caption_data.embedding_cache import EmbeddingCache
 from caption_data.pairs import caption_table, tables_fingerprint
 from caption_data.sources import open_source
+from common.tasks import all_parts
 from eval import classification, linear_probe
 from eval.eval_arguments import caption_positions
 from eval.retrieval import RetrievalArguments, evaluate, load_data, main
@@ -207,6 +209,16 @@ def test_a_worker_killed_on_the_way(tiny_folder, folder, tmp_path, small_shards)
     main(flags(tiny_folder, folder, tmp_path / "one.json", "--cache_dir", tmp_path / "one"))
     assert same_files(tmp_path / "one", tmp_path / "shared")
     assert read_records(tmp_path / "r.json") == read_records(tmp_path / "one.json")
+
+
+def test_many_shards_are_few_open_files(tmp_path):
+    cache = EmbeddingCache(tmp_path, all_parts(90, 3))
+    arrays = np.arange(360, dtype=np.float32).reshape(30, 3, 4)
+    cache.make(cache.missing(), lambda numbers: ((arrays[number], [(1, "bad")]) for number in numbers))
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    cache.open()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert np.array_equal(np.stack(cache.arrays), arrays) and list(cache.bad) == list(range(1, 90, 3))
 
 
 def test_tasks_one_after_the_other(tiny_folder, folder, tmp_path, small_shards, monkeypatch):

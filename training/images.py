@@ -74,7 +74,7 @@ def build_cache(
 
     options = model, views, row, batch_size, workers, accelerator
     cache.make(missing, lambda numbers: _embedded([cache.parts[number] for number in numbers], *options))
-    cache.open(row, np.float16)
+    cache.open(row, np.float16, mapped=True)
     return cache
 
 
