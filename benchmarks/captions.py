@@ -2,52 +2,50 @@
 
     python -m benchmarks.captions --output benchmarks/results/captions.json
     python -m benchmarks.captions --parts generate --images 8 --runs 3
-    python -m benchmarks.captions --parts engine --old_tree ../capivara-before-datatrove
 
 **generate**: BLIP-2 with random weights, in the proportions of `Salesforce/blip2-opt-2.7b-coco`, widths, heads and
-vocabulary divided by 4 and layers by 6 (`benchmarks/blip2_proportions.py` has the formulas), goes on from the ten
-prefixes by 12 tokens. Measured are, in alternating runs on the same images,
+vocabulary divided by 4 and layers by 6, goes on from the ten prefixes by 12 tokens. Measured are, in alternating runs
+on the same images,
 
 - `plain`: `Blip2ForConditionalGeneration.generate`, an image encoded once a prefix;
 - `encoded_once`: the image encoded once, its query block given to `language_model.generate` with each prefix;
 - `ours`: `captions.captioner`, where the language model reads the block once, too; its bare calls, with pixels ready;
 - `stage`: the whole stage around them, parquet to parquet, which decodes, prepares, and writes texts.
 
-The last two are timed over four batches, for which the stage starts once.
-
-A gain is that over `plain`, run by run; the predicted one is the ratio of their FLOP. The overhead is that of `stage`
-over `ours`. Prefixes are padded to the longest in all four.
+The last two are timed over four batches, for which the stage starts once. A gain is that over `plain`, run by run. The
+overhead is that of `stage` over `ours`. Prefixes are padded to the longest in all four.
 
 **translate**: a Marian model of a quarter of the paper's widths, on sentences that are all different (`distinct`), of
 which a share are repetitions (`repeated`: at most 1 / (1 - share) times as fast), and that an earlier run has
 translated (`known`). **score**: CAPIVARA at full size, one caption and ten generated ones an image. **select**: the
 five captions that are most similar.
 
-**engine** (with --old_tree, a checkout from before the stages ran on datatrove): whole commands in both trees by turns;
-`start` is the time of one row, rows/s those of all rows without it, `ratio` how much longer the whole command takes.
-
 The last line of the output is JSON.
 """
 
-import json
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset, Features, Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import HfArgumentParser, MarianConfig, MarianMTModel, PreTrainedTokenizerFast
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    BlipImageProcessor,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedTokenizerFast,
+)
 from transformers import logging as transformers_logging
 
-from benchmarks import blip2_proportions as blip2
-from benchmarks.caption_rows import GENERATED, ORIGINALS, WORDS, caption_lists, sentences, write_rows
-from benchmarks.captions_engine import engine, engine_lines
-from benchmarks.loading import SIZE
-from benchmarks.timing import median_ratio, rate_spread, timed_runs
+from benchmarks.loading import SIZE, photos
+from benchmarks.timing import conditions, finish, median_ratio, rate_spread, software, table, timed_runs
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from captions import sentence_stage
 from captions.captioner import Blip2Captioner, Decoding
@@ -59,14 +57,12 @@ from captions.stages import RowStage
 from captions.translate import PHASES
 from captions.translate_arguments import TranslateArguments
 from captions.translators.local import Seq2SeqTranslator
-from common.environment import device_description, package_versions
-from common.files import write_json
+from common.cli import at_least, flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedder import CapivaraEmbedder
 
-PARTS = ("generate", "translate", "score", "select", "engine")
-WIDTHS, LAYERS = 4, 6  # that BLIP-2's are divided by
+PARTS = ("generate", "translate", "score", "select")
 BATCHES = 4  # that `ours` and `stage` are timed over
 PROGRAMS = ("plain", "encoded_once", "ours", "stage")
 ROW_TITLES = {
@@ -78,72 +74,89 @@ ROW_TITLES = {
     "repeated": "a share of them repeated",
     "known": "all in the memory",
 }
+IMAGE_SIDE, QUERIES = 224, 32  # of BLIP-2: pixels, and tokens that an image becomes
 TRANSLATED_TOKENS = 16  # of a translation; about COCO's
+WORDS = "a the of two old red small happy dog cat house tree child boat street table sits runs plays under near with"
+SENTENCE_WORDS = 10  # of a caption; about COCO's
+ORIGINALS, GENERATED = 1, 10  # captions an image
+CAPTIONS_PER_ROW = ORIGINALS + GENERATED
 
 
 @dataclass
 class CaptionsArguments:
     """Arguments of `benchmarks.captions`."""
 
-    parts: list[str] = field(default_factory=lambda: list(PARTS[:4]), metadata={"help": f"Of {', '.join(PARTS)}."})
-    images: int = field(default=16, metadata={"help": "Rows of generate, all in one batch."})
-    new_tokens: int = field(default=12, metadata={"help": "Tokens of every generated text."})
-    translated_rows: int = field(default=32, metadata={"help": "Rows of translate, of eleven captions."})
-    repeated: float = field(default=0.5, metadata={"help": "Share of the sentences that repeat others, below 1."})
-    scored_rows: int = field(default=8, metadata={"help": "Rows of score, of eleven captions."})
-    selected_rows: int = field(default=1000, metadata={"help": "Rows of select, of eleven captions."})
-    engine_rows: int = field(default=2000, metadata={"help": "Rows of engine, of two captions."})
-    old_tree: Path | None = field(default=None, metadata={"help": "Checkout that engine is compared with."})
-    runs: int = field(default=5, metadata={"help": "Runs of everything; of programs that are compared, alternating."})
-    widths: int = field(default=WIDTHS, metadata={"help": "What BLIP-2's widths, heads and vocabulary are divided by."})
-    layers: int = field(default=LAYERS, metadata={"help": "What BLIP-2's layers are divided by."})
-    device: str = field(default="cpu", metadata={"help": "cpu or cuda, for generate; the others are on the CPU."})
-    precision: str = field(default="float32", metadata={"help": "float32, bfloat16 or float16, of generate."})
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    parts: list[str] = flag(list(PARTS), "Stages that are measured.", choices=PARTS)
+    images: int = flag(16, "Rows of generate, all in one batch.")
+    new_tokens: int = flag(12, "Tokens of every generated text.")
+    translated_rows: int = flag(32, "Rows of translate, of eleven captions.")
+    repeated: float = flag(0.5, "Share of the sentences that repeat others, below 1.")
+    scored_rows: int = flag(8, "Rows of score, of eleven captions.")
+    selected_rows: int = flag(1000, "Rows of select, of eleven captions.")
+    runs: int = flag(5, "Runs of everything; of programs that are compared, alternating.")
+    widths: int = flag(4, "What BLIP-2's widths, heads and vocabulary are divided by.")
+    layers: int = flag(6, "What BLIP-2's layers are divided by.")
+    device: str = flag("cpu", "cpu or cuda, for generate; the others are on the CPU.")
+    precision: str = flag("float32", "float32, bfloat16 or float16, of generate.")
+    output: Path | None = flag(None, "JSON file for the figures.")
 
     def __post_init__(self) -> None:
-        if not set(self.parts) <= set(PARTS):
-            raise ValueError(f"parts must be of {', '.join(PARTS)}, got {self.parts}.")
-        if min(self.images, self.new_tokens, self.translated_rows, self.scored_rows, self.selected_rows, self.runs) < 1:
-            raise ValueError("Numbers of rows, tokens and runs must be at least 1.")
-        if "engine" in self.parts and not (self.old_tree and (self.old_tree / "captions").is_dir()):
-            raise ValueError(f"The part engine needs --old_tree, the folder of another checkout, got {self.old_tree}.")
+        at_least(self, 1, "images", "new_tokens", "translated_rows", "scored_rows", "selected_rows", "runs")
         if not 0 <= self.repeated < 1:
             raise ValueError(f"repeated must be a share from 0 to below 1, got {self.repeated}.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure the stages and print the results."""
-    (args,) = HfArgumentParser(CaptionsArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    args = parse(CaptionsArguments, __doc__, argv)
     transformers_logging.set_verbosity_error()
-    measure: dict[str, Callable[[CaptionsArguments, Path], dict[str, Any]]] = {
-        "generate": generation,
-        "translate": translation,
-        "score": scoring,
-        "select": selecting,
-        "engine": lambda args, folder: engine(args.old_tree, args.engine_rows, args.runs, folder),
-    }
-    results: dict[str, Any] = {"device": device_description(args.device), "versions": package_versions()}
-    results |= {"runs": args.runs, "measured": {}}
+    measure = {"generate": generation, "translate": translation, "score": scoring, "select": selecting}
+    results = {**conditions(args.device), "runs": args.runs, "measured": {}}
     with tempfile.TemporaryDirectory() as folder:
         for part in args.parts:
             results["measured"][part] = measure[part](args, Path(folder) / part)
-    if args.output:
-        write_json(args.output, results)
-    print(markdown_table(results))
-    print(json.dumps(results))
+    print(captions_table(results))
+    finish(results, args.output)
+
+
+# ---- rows ----
+
+
+def write_rows(folder: Path, columns: dict[str, list], rows: int) -> str:
+    """A parquet file of JPEG images of a photo's size, as loading's, beside some columns; returns its folder."""
+    folder.mkdir(parents=True)
+    files = [{"bytes": photo, "path": None} for photo in photos(min(rows, 64))]
+    kinds = {name: SIMILARITIES if name.startswith("similarities") else CAPTIONS for name in columns}
+    data = {"image": [files[row % len(files)] for row in range(rows)], **columns}
+    Dataset.from_dict(data, features=Features({"image": Image()} | kinds)).to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def sentences(number: int) -> list[str]:
+    """Different English word sequences."""
+    draw, words = np.random.default_rng(0), np.array(WORDS.split())
+    found: dict[str, None] = {}
+    while len(found) < number:
+        found[" ".join(draw.choice(words, SENTENCE_WORDS))] = None
+    return list(found)
+
+
+def caption_lists(texts: list[str], language: str) -> dict[str, list]:
+    """The columns of originals and generated captions, an image's in a row."""
+    rows = [texts[start : start + CAPTIONS_PER_ROW] for start in range(0, len(texts), CAPTIONS_PER_ROW)]
+    return {
+        f"captions-{language}": [row[:ORIGINALS] for row in rows],
+        f"generated-captions-{language}": [row[ORIGINALS:] for row in rows],
+    }
 
 
 # ---- generate ----
 
 
 def generation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
-    """Rates of the four programs, measured and predicted gains, the overhead of the stage."""
+    """Rates of the four programs, the gains, and the overhead of the stage."""
     prefixes = read_prefixes(PREFIXES)
-    tokenizer, sizes = blip2.build_tokenizer(prefixes), blip2.REAL.scaled(args.widths, args.layers)
-    model = blip2.build_model(sizes, tokenizer).to(args.device, getattr(torch, args.precision))
-    decoding = Decoding(max_new_tokens=args.new_tokens, micro_batch_size=len(prefixes) * args.images)
-    captioner = Blip2Captioner(model, blip2.build_image_processor(), tokenizer, decoding)
+    captioner = scaled_captioner(args, prefixes)
     steps = generation_steps(captioner, prefixes, args.images)
     tokens = [steps[name](0).tolist() for name in PROGRAMS[:3]]
     dataset, columns = write_rows(folder / "rows", {}, BATCHES * args.images), {COLUMN: CAPTIONS}
@@ -156,34 +169,71 @@ def generation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     steps |= {"ours": lambda run, ours=steps["ours"]: [ours(run) for _ in range(BATCHES)], "stage": stage}
     seconds = timed_runs(steps, args.runs, args.device, "generate")
     seconds |= {name: [run / BATCHES for run in seconds[name]] for name in ("ours", "stage")}
-    prefix_tokens = max(len(captioner.prompt(prefix)) for prefix in prefixes)
-    found: dict[str, Any] = {
+    gains = {name: median_ratio(seconds["plain"], seconds[name]) for name in ("encoded_once", "ours")}
+    return {
         "rows_per_second": {name: rate_spread(args.images, seconds[name]) for name in PROGRAMS},
+        **{f"gain_{name}": {"measured": gain} for name, gain in gains.items()},
         "overhead": median_ratio(seconds["stage"], seconds["ours"]) - 1,
         "same_tokens": tokens[0] == tokens[1] == tokens[2],
         "images": args.images, "batches": BATCHES, "image_size": SIZE, "prefixes": len(prefixes),
-        "prefix_tokens": prefix_tokens, "new_tokens": args.new_tokens, "precision": args.precision,
-        "divided": {"widths": args.widths, "layers": args.layers}, "sizes": vars(sizes),
+        "new_tokens": args.new_tokens, "precision": args.precision,
+        "divided": {"widths": args.widths, "layers": args.layers},
     }  # fmt: skip
-    for name in ("encoded_once", "ours"):
-        predicted = blip2.gains(sizes, prefix_tokens, args.new_tokens)[name]
-        gain = median_ratio(seconds["plain"], seconds[name])
-        at_full_size = blip2.gains(blip2.REAL, prefix_tokens, args.new_tokens)[name]
-        found[f"gain_{name}"] = {
-            "measured": gain, "predicted": predicted, "share": gain / predicted, "predicted_at_full_size": at_full_size
-        }  # fmt: skip
-    return found
+
+
+def scaled_captioner(args: CaptionsArguments, prefixes: list[str]) -> Blip2Captioner:
+    """BLIP-2 of the given divisors, with random weights that never end a text: every caption has the same length."""
+
+    def sizes(width: int, layers: int, heads: int) -> dict[str, int]:
+        named = {"hidden_size": width // args.widths, "num_hidden_layers": max(1, layers // args.layers)}
+        return named | {"num_attention_heads": max(1, heads // args.widths)}
+
+    tokenizer = word_tokenizer(" ".join(prefixes).split(), "</s> $A")
+    # Salesforce/blip2-opt-2.7b-coco: EVA ViT-g/14, BERT base's sizes, OPT-2.7b (their config.json)
+    vision = sizes(1408, 39, 16) | {
+        "intermediate_size": 6144 // args.widths,
+        "image_size": IMAGE_SIDE,
+        "patch_size": 14,
+    }
+    qformer = sizes(768, 12, 12) | {"intermediate_size": 3072 // args.widths, "vocab_size": len(tokenizer)}
+    language, vocabulary = sizes(2560, 32, 32), 50304 // args.widths
+    language |= {"model_type": "opt", "ffn_dim": 10240 // args.widths, "word_embed_proj_dim": language["hidden_size"]}
+    language |= {"vocab_size": vocabulary, "max_position_embeddings": 2048, "bos_token_id": tokenizer.bos_token_id}
+    language |= {"eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    config = Blip2Config(
+        vision_config=vision, qformer_config=qformer, text_config=language, num_query_tokens=QUERIES,
+        image_token_index=vocabulary - 1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Blip2ForConditionalGeneration(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:  # its own vision weights start at 1e-10
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.language_model.generation_config.eos_token_id = None
+    processor = BlipImageProcessor(size={"height": IMAGE_SIDE, "width": IMAGE_SIDE})
+    decoding = Decoding(max_new_tokens=args.new_tokens, micro_batch_size=len(prefixes) * args.images)
+    return Blip2Captioner(model.to(args.device, getattr(torch, args.precision)), processor, tokenizer, decoding)
+
+
+def word_tokenizer(words: Iterable[str], template: str) -> PreTrainedTokenizerFast:
+    """A token for each of the words; `template` says where "</s>" stands."""
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(["<pad>", "</s>", "<unk>", *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
 
 
 def generation_steps(captioner: Blip2Captioner, prefixes: list[str], images: int) -> dict[str, Callable[[int], Tensor]]:
     """Program -> the new token ids (images x prefixes, new tokens) of random pixels."""
     model, new_tokens = captioner.model, captioner.decoding.max_new_tokens
-    pixels = torch.randn(images, 3, blip2.IMAGE_SIDE, blip2.IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(images, 3, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(captioner.device, captioner.writer.dtype)
     prompts = [captioner.prompt(prefix) for prefix in prefixes] * images
     image_of_text = torch.arange(images, device=captioner.device).repeat_interleave(len(prefixes))
     prefix_ids, mask = captioner.padded(prompts, left=True)
-    block = torch.full((len(prompts), blip2.QUERIES), model.config.image_token_index, device=captioner.device)
+    block = torch.full((len(prompts), QUERIES), model.config.image_token_index, device=captioner.device)
     ids, mask = torch.cat([block, prefix_ids], 1), torch.cat([torch.ones_like(block), mask], 1)
     options = {"max_new_tokens": new_tokens, "do_sample": False}
 
@@ -211,67 +261,38 @@ def generation_steps(captioner: Blip2Captioner, prefixes: list[str], images: int
 def translation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     """Rates on different, repeated and known sentences, and the gain of the memory."""
     translator = scaled_translator()
-    number = args.translated_rows * (ORIGINALS + GENERATED)
+    sentence_stage.open_translator = lambda *_: translator  # the stage would load one
+    number = args.translated_rows * CAPTIONS_PER_ROW
     different = sentences(number)
     originals = different[: max(1, round(number * (1 - args.repeated)))]
-    mixed = [originals[i % len(originals)] for i in range(number)]
-    mixed = [mixed[i] for i in np.random.default_rng(1).permutation(number)]
+    mixed = [originals[i % len(originals)] for i in np.random.default_rng(1).permutation(number)]
     folders = {
         name: write_rows(folder / name, caption_lists(texts, "en"), args.translated_rows)
         for name, texts in (("distinct", different), ("repeated", mixed))
     }
-    translated = [0]
-    translate = translator.translate
 
-    def counted(sentences: list[str]) -> list[str]:
-        translated[0] += len(sentences)
-        return translate(sentences)
+    def stage(name: str, sentences: str, run: int) -> None:
+        output, memory = folder / f"{name}-{run}", folder / f"memory-{sentences}-{run}"
+        stage_args = TranslateArguments(dataset=folders[sentences], output=output, language="pt", memory=memory)
+        for phase in ("sentences", "translations", "rows"):
+            PHASES[phase].run(stage_args, 0, 1)
 
-    translator.translate = counted
-    sentence_stage.open_translator = lambda *_: translator  # the stage would load one
-
-    def step(name: str) -> Callable[[int], None]:
-        def stage(run: int) -> None:
-            same = "distinct" if name == "known" else name
-            stage_args = TranslateArguments(
-                dataset=folders[same],
-                output=folder / f"{name}-{run}",
-                language="pt",
-                memory=folder / f"memory-{same}-{run}",
-            )
-            before = translated[0]
-            for phase in ("sentences", "translations", "rows"):
-                PHASES[phase].run(stage_args, 0, 1)
-            expected = {"distinct": number, "repeated": len(originals), "known": 0}[name]
-            if translated[0] - before != expected:
-                raise RuntimeError(f"{name}: {translated[0] - before} sentences were translated, not {expected}.")
-
-        return stage
-
-    seconds = timed_runs(
-        {name: step(name) for name in ("distinct", "repeated", "known")}, args.runs, "cpu", "translate"
-    )
-    gain, predicted = median_ratio(seconds["distinct"], seconds["repeated"]), number / len(originals)
+    of_step = {"distinct": "distinct", "repeated": "repeated", "known": "distinct"}  # in the memory of the first
+    steps = {name: lambda run, own=(name, of): stage(*own, run) for name, of in of_step.items()}
+    seconds = timed_runs(steps, args.runs, "cpu", "translate")
     return {
         "rows_per_second": {name: rate_spread(args.translated_rows, own) for name, own in seconds.items()},
-        "gain_memory": {"measured": gain, "predicted": predicted, "share": gain / predicted},
-        "rows": args.translated_rows, "captions_per_row": ORIGINALS + GENERATED, "repeated_share": args.repeated,
+        "gain_memory": {"measured": median_ratio(seconds["distinct"], seconds["repeated"])},
+        "rows": args.translated_rows, "captions_per_row": CAPTIONS_PER_ROW, "repeated_share": args.repeated,
         "translated_tokens": TRANSLATED_TOKENS, "sizes": {"width": 256, "layers": 6, "vocabulary": 13_600},
     }  # fmt: skip
 
 
 def scaled_translator() -> Seq2SeqTranslator:
     """Marian with random weights: opus-mt-tc-big's layers, and a quarter of its widths, heads and vocabulary."""
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "</s>", "<unk>", *WORDS.split()])}
-    vocabulary |= {f"w{number}": number for number in range(len(vocabulary), 13_600)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
-    )
+    tokenizer = word_tokenizer([*WORDS.split(), *(f"w{n}" for n in range(len(WORDS.split()) + 3, 13_600))], "$A </s>")
     sizes = {"d_model": 256, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024}
-    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": len(vocabulary)}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": len(tokenizer)}
     ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "forced_eos_token_id": None}
     torch.manual_seed(0)
     model = MarianMTModel(MarianConfig(**sizes, **ids, max_position_embeddings=512)).eval().requires_grad_(False)
@@ -282,8 +303,9 @@ def scaled_translator() -> Seq2SeqTranslator:
 
 def scoring(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     """Rate of the similarities."""
-    texts = sentences(args.scored_rows * (ORIGINALS + GENERATED))
-    dataset = write_rows(folder / "rows", caption_lists(texts, "pt"), args.scored_rows)
+    dataset = write_rows(
+        folder / "rows", caption_lists(sentences(args.scored_rows * CAPTIONS_PER_ROW), "pt"), args.scored_rows
+    )
     torch.manual_seed(0)
     processor = CapivaraProcessor(CapivaraImageProcessor(), load_text_encoder()[1])
     embedder = CapivaraEmbedder("random", CapivaraModel(CapivaraConfig()).eval(), processor, "float32")
@@ -298,9 +320,8 @@ def scoring(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
 
 def selecting(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     """Rate of the choice; its report is left out."""
-    width = ORIGINALS + GENERATED
-    columns: dict[str, list] = caption_lists(sentences(args.selected_rows * width), "pt")
-    columns["similarities-pt"] = np.random.default_rng(0).random((args.selected_rows, width)).tolist()
+    columns = caption_lists(sentences(args.selected_rows * CAPTIONS_PER_ROW), "pt")
+    columns["similarities-pt"] = np.random.default_rng(0).random((args.selected_rows, CAPTIONS_PER_ROW)).tolist()
     dataset = write_rows(folder / "rows", columns, args.selected_rows)
 
     def stage(run: int) -> None:
@@ -311,27 +332,23 @@ def selecting(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     return {"rows_per_second": {"select": rate_spread(args.selected_rows, seconds)}, "rows": args.selected_rows}
 
 
-def markdown_table(results: dict[str, Any]) -> str:
-    """The README's tables, out of the JSON."""
-    lines = ["| stage | what | rows/s | gain | predicted | share |", "|---|---|---:|---:|---:|---:|"]
-    for part, found in results["measured"].items():
+def captions_table(results: dict[str, Any]) -> str:
+    """The table of docs/benchmarks.md, out of the JSON."""
+    rows, measured = [], results["measured"]
+    for part, found in measured.items():
         for name, rate in found["rows_per_second"].items():
-            gain = found.get(f"gain_{name}") or (found.get("gain_memory") if name == "repeated" else None)
-            cells = f"{gain['measured']:.2f} | {gain['predicted']:.2f} | {gain['share']:.0%}" if gain else "- | - | -"
-            title = ROW_TITLES.get(name, name if part == "engine" else "")
-            lines.append(f"| {part} | {title} | {rate['median']:.2f} | {cells} |")
-    lines += engine_lines(results["measured"]["engine"]) if "engine" in results["measured"] else []
-    facts = f"Random weights, median of {results['runs']} alternating runs on {results['device']}; torch "
-    facts += f"{results['versions']['torch']}, transformers {results['versions']['transformers']}."
-    if found := results["measured"].get("generate"):
-        full = found["gain_ours"]["predicted_at_full_size"]
+            gain = found.get("gain_memory" if name == "repeated" else f"gain_{name}")
+            cell = f"{gain['measured']:.2f}" if gain else "-"
+            rows.append((part, ROW_TITLES.get(name, ""), f"{rate['median']:.2f}", cell))
+    facts = f"Random weights, median of {results['runs']} alternating runs on {results['device']}; "
+    facts += f"{software(results, 'torch', 'transformers')}."
+    if found := measured.get("generate"):
         facts += (
             f" generate: BLIP-2 in real proportions, widths / {found['divided']['widths']}, layers / "
             f"{found['divided']['layers']}, {found['images']} images, ten prefixes, {found['new_tokens']} new tokens, "
-            f"{found['precision']}; the stage takes {found['overhead']:.1%} longer than its model's calls; the "
-            f"gain predicted at full size is {full:.2f}."
+            f"{found['precision']}; the stage takes {found['overhead']:.1%} longer than its model's calls."
         )
-    return "\n".join([*lines, "", facts])
+    return table(("stage", "what", "rows/s", "gain"), rows, facts, text_columns=2)
 
 
 if __name__ == "__main__":

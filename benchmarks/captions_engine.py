@@ -1,23 +1,53 @@
-"""What the engine costs: whole commands of two stages, as their users start them, in two checkouts by turns.
+"""What datatrove costs: whole commands of two stages, as their users start them, in two checkouts by turns.
 
-    python -m benchmarks.captions --parts engine --old_tree ../capivara-before-datatrove
+    python -m benchmarks.captions_engine --old_tree ../capivara-before-datatrove
 
-The stages are those whose own work is least: select, and translate with a table.
+The stages are those whose own work is least: select, and translate with a table. `start` is the time of one row, rows/s
+those of all rows without it, `ratio` how much longer the whole command takes. The last line of the output is JSON.
 """
 
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.caption_rows import sentences, write_rows
-from benchmarks.timing import median_ratio, rate_spread, timed_runs
+from benchmarks.captions import sentences, write_rows
+from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
 from captions.tsv import unescape
+from common.cli import at_least, flag, parse
+
+
+@dataclass
+class EngineArguments:
+    """Arguments of `benchmarks.captions_engine`. Raises ValueError where the old tree is none."""
+
+    old_tree: Path = flag(..., "Checkout from before the stages ran on datatrove.")
+    rows: int = flag(2000, "Rows, of two captions.")
+    runs: int = flag(5, "Runs of each command, alternating.")
+    output: Path | None = flag(None, "JSON file for the figures.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rows", "runs")
+        if not (self.old_tree / "captions").is_dir():
+            raise ValueError(f"old_tree must be a checkout of this project, got {self.old_tree}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print the ratios."""
+    args = parse(EngineArguments, __doc__, argv)
+    with tempfile.TemporaryDirectory() as folder:
+        found = engine(args.old_tree, args.rows, args.runs, Path(folder))
+    for stage, ratio in found["ratio"].items():
+        starts = [found["start"][f"{stage} {tree}"] for tree in ("new", "old")]
+        print(f"{stage}: new / old {ratio:.3f}; starts in {starts[0]:.1f} s, before in {starts[1]:.1f} s")
+    finish(conditions() | {"measured": {"engine": found}}, args.output)
 
 
 def engine(old_tree: Path, rows: int, runs: int, folder: Path) -> dict[str, Any]:
@@ -50,15 +80,6 @@ def engine(old_tree: Path, rows: int, runs: int, folder: Path) -> dict[str, Any]
     return found
 
 
-def engine_lines(found: dict[str, Any]) -> list[str]:
-    """Rows of the README's table."""
-    return [
-        f"| engine | {stage}: whole command, new / old; starts in {found['start'][f'{stage} new']:.1f} s, before in "
-        f"{found['start'][f'{stage} old']:.1f} s | - | {ratio:.3f} | - | - |"
-        for stage, ratio in found["ratio"].items()
-    ]
-
-
 def _command(tree: Path, stage: str, flags: list[str], output: Path) -> Callable[[int], None]:
     def command(run: int) -> None:
         words = [sys.executable, "-m", f"captions.{stage}", *flags, "--output", f"{output}-{run}"]
@@ -79,17 +100,8 @@ def _translate_flags(folder: Path, rows: int) -> list[str]:
     """A table, filled: its sentences are translated by a look into it."""
     dataset = write_rows(folder / f"translate-{rows}", {"captions-en": [[text] for text in sentences(rows)]}, rows)
     table, flags = folder / f"{rows}.tsv", ["--dataset", dataset, "--language", "pt", "--backend", "file"]
-    words = [
-        sys.executable,
-        "-m",
-        "captions.translate",
-        *flags,
-        "--output",
-        str(folder / "none"),
-        "--export",
-        str(table),
-    ]
-    subprocess.run(words, check=True, capture_output=True)
+    words = [sys.executable, "-m", "captions.translate", *flags, "--output", str(folder / "none")]
+    subprocess.run([*words, "--export", str(table)], check=True, capture_output=True)
     head, *lines = table.read_text(encoding="utf-8").splitlines()
     filled = [line + unescape(line.split("\t")[1]).upper() for line in lines]
     table.write_text("\n".join([head, *filled]) + "\n", encoding="utf-8")
@@ -97,3 +109,6 @@ def _translate_flags(folder: Path, rows: int) -> list[str]:
 
 
 COMMANDS = {"select": _select_flags, "translate": _translate_flags}
+
+if __name__ == "__main__":
+    main()

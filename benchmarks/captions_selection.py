@@ -15,22 +15,14 @@ from typing import Any
 
 from benchmarks.timing import ROOT, conditions, finish, table
 from common.files import read_json
-from records.schema import read_records
+from records.schema import DIRECTIONS, read_records
 from records.tables import percent
 
-DIRECTIONS = ("text_to_image", "image_to_text")
 FACTS = ("language", "direction", "model", "seed", "value", "n")  # that are kept of a record
 
 
 def train(name: str, dataset: Path, args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
-    """Train on a data set, unless the folder of the run has the result; returns the mean recalls.
-
-    Args:
-        name: of the folder of the run.
-        dataset: that is trained on.
-        args: of the command.
-        more: further flags of the training.
-    """
+    """Train on a data set, with `more` flags, unless the folder `name` has the result; returns the mean recalls."""
     output = args.work / name
     if not (output / "table.md").is_file():
         command = [
@@ -42,19 +34,6 @@ def train(name: str, dataset: Path, args: argparse.Namespace, more: list[str]) -
     records = [record for path in sorted(output.glob("results/*.json")) for record in read_records(path)]
     means = [record for record in records if record.metric == "mean_recall"]
     return {"recalls": [{key: getattr(record, key) for key in FACTS} for record in means]}
-
-
-def measure(args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
-    """Both trainings, beside what the selection says of itself."""
-    selection = read_json(args.built / "3-select" / "train" / "report" / "selection.json")
-    kept = {key: selection[key] for key in ("caption_strategy", "min_pair_similarity", "images", "captions")}
-    return {
-        "runs": args.runs,
-        "selection": kept,
-        "selected": train("selected", args.built / "dataset", args, more),
-        "all": train("all", args.built / "2-score" / "train", args, more),
-        **conditions(),
-    }
 
 
 def selection_table(result: dict[str, Any]) -> str:
@@ -81,7 +60,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/captions_selection"), help="folder of the runs")
     parser.add_argument("--output", type=Path, help="JSON file")
     args, more = parser.parse_known_args(argv)
-    result = measure(args, more)
+    selection = read_json(args.built / "3-select" / "train" / "report" / "selection.json")
+    result = {
+        "runs": args.runs,
+        "selection": {key: selection[key] for key in ("caption_strategy", "min_pair_similarity", "images", "captions")},
+        "selected": train("selected", args.built / "dataset", args, more),
+        "all": train("all", args.built / "2-score" / "train", args, more),
+        **conditions(),
+    }
     print(selection_table(result))
     finish(result, args.output)
 

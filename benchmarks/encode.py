@@ -19,7 +19,6 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.captions_pt import caption_of
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
 from common.cli import flag, parse
 from examples.openmoji.encoders import load_text_encoder
@@ -27,6 +26,7 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraMo
 from modeling_capivara.open_clip_mapping import build_open_clip, capivara_state_dict
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
+WORDS = ["uma", "foto", "de", "um", "gato", "preto", "na", "mesa", "da", "casa", "azul", "com", "flores", "amarelas"]
 Encoder = Callable[[], Tensor]  # from raw input to unit-length embeddings
 
 
@@ -105,6 +105,16 @@ def compare(encoders: dict[str, Encoder], number: int, precision: str, args: Enc
         "ratio": median_ratio(seconds["open_clip"], seconds["ours"]),
         "largest_difference": (ours - theirs).abs().max().item(),
     }
+
+
+def caption_of(tokens: int, tokenizer: Any, seed: int) -> str:
+    """A Portuguese text of exactly `tokens` tokens, begin and end included."""
+    words = [WORDS[i] for i in np.random.default_rng(seed).integers(0, len(WORDS), tokens)]
+    while len(tokenizer(" ".join(words))["input_ids"]) > tokens:
+        words.pop()
+    while len(tokenizer(" ".join(words))["input_ids"]) < tokens:
+        words.append("de")
+    return " ".join(words)
 
 
 if __name__ == "__main__":

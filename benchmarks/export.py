@@ -66,27 +66,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(args: ExportBenchmarkArguments) -> dict[str, Any]:
     """All figures, from the making of the model on."""
-    made = in_own_process(command("make", args))
-    exported = in_own_process(command("export", args))
-    return {
-        **conditions(),
-        "runs": args.runs,
-        "layers": args.layers,
-        **made,
-        "export": with_ratio(exported, made["weights_bytes"]),
-        "load": compare_loads(args),
-    }
+    made, exported = measured("make", args), measured("export", args)
+    over = exported["peak_bytes"] - exported["after_imports_bytes"]
+    ratios = {"peak_over_imports_bytes": over, "ratio_to_weights": over / made["weights_bytes"]}
+    settings = {"runs": args.runs, "layers": args.layers}
+    return {**conditions(), **settings, **made, "export": exported | ratios, "load": compare_loads(args)}
 
 
-def command(worker: str, args: ExportBenchmarkArguments) -> list[str]:
-    """Module and flags of one measurement."""
-    return ["benchmarks.export", "--worker", worker, "--folder", str(args.folder), "--layers", str(args.layers)]
-
-
-def with_ratio(measured: dict[str, Any], weights_bytes: int) -> dict[str, Any]:
-    """The peak of memory over that after the imports, also in multiples of the weights."""
-    over = measured["peak_bytes"] - measured["after_imports_bytes"]
-    return {**measured, "peak_over_imports_bytes": over, "ratio_to_weights": over / weights_bytes}
+def measured(worker: str, args: ExportBenchmarkArguments) -> dict[str, Any]:
+    """The result of a worker, in a process of its own."""
+    flags = ["--worker", worker, "--folder", str(args.folder), "--layers", str(args.layers)]
+    return in_own_process(["benchmarks.export", *flags])
 
 
 def make(args: ExportBenchmarkArguments) -> dict[str, Any]:
@@ -107,13 +97,8 @@ def measure_export(args: ExportBenchmarkArguments) -> dict[str, Any]:
     source = args.folder / "model"
     files = export(source, args.folder / "repository", EXPORTED, text_config=str(source), overwrite=True)
     seconds = time.perf_counter() - started
-    return {
-        "after_imports_bytes": before,
-        "peak_bytes": peak_resident_bytes(),
-        "seconds": seconds,
-        "written_bytes": sum(size for _, size in files),
-        "files": len(files),
-    }
+    written = {"written_bytes": sum(size for _, size in files), "files": len(files)}
+    return {"after_imports_bytes": before, "peak_bytes": peak_resident_bytes(), "seconds": seconds, **written}
 
 
 @torch.no_grad()
@@ -133,7 +118,7 @@ def compare_loads(args: ExportBenchmarkArguments) -> dict[str, Any]:
 
     def load(name: str) -> dict[str, float]:
         drop_from_page_cache(args.folder / "repository" / PROGRAMS[name])
-        return in_own_process(command(name, args))
+        return measured(name, args)
 
     runs = alternating({name: lambda run, name=name: load(name) for name in PROGRAMS}, args.runs, "Loads")
     found: dict[str, Any] = {"page_cache": "the weight file is dropped from it before each load"}

@@ -27,7 +27,8 @@ from benchmarks.timing import conditions, finish
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
 from common.cli import flag, parse
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel
+from examples.openmoji.encoders import load_text_encoder
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.images import TrainingImages
 from training.step import resolve_precision
 from training.views import Views, embed_pixels
@@ -50,16 +51,6 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(LoadingArguments, __doc__, argv)
     finish(measure(args), args.output)
-
-
-class ImagesOnly:
-    """The image side of a processor: what `Views` calls, without a tokenizer."""
-
-    def __init__(self):
-        self.image_processor = CapivaraImageProcessor()
-
-    def __call__(self, images, return_tensors: str):
-        return self.image_processor(images, return_tensors=return_tensors)
 
 
 def photos(number: int) -> Iterator[bytes]:
@@ -86,14 +77,13 @@ def measured(batches: Iterator[Tensor], embed) -> dict[str, float]:
     pixels = next(batches)
     embed(pixels)
     images, waited, started = 0, 0.0, time.perf_counter()
-    while True:
+    while pixels is not None:
         asked = time.perf_counter()
         pixels = next(batches, None)
         waited += time.perf_counter() - asked
-        if pixels is None:
-            break
-        embed(pixels)
-        images += len(pixels)
+        if pixels is not None:
+            embed(pixels)
+            images += len(pixels)
     seconds = time.perf_counter() - started
     return {"images_per_second": images / seconds, "share_waiting": waited / seconds}
 
@@ -103,14 +93,14 @@ def measure(args: LoadingArguments) -> dict[str, Any]:
     precision = resolve_precision("auto", torch.device(args.device))
     accelerator = Accelerator(mixed_precision=precision, cpu=args.device == "cpu")
     model = accelerator.prepare_model(CapivaraModel(CapivaraConfig()).eval(), evaluation_mode=True)
-    results = {}
+    processor, results = CapivaraProcessor(CapivaraImageProcessor(), load_text_encoder()[1]), {}
     with tempfile.TemporaryDirectory() as folder:
         write_tar(Path(folder) / "train-0.tar", args.images)
         source = open_source(folder, "train", "image")
         table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], [])
 
         def batches(views: int) -> Iterator[Tensor]:
-            images = TrainingImages([Views(source, table, "image", ImagesOnly(), views, seed=0)])
+            images = TrainingImages([Views(source, table, "image", processor, views, seed=0)])
             starts = range(0, args.images, BATCH)
             items = [[(0, i, 0) for i in range(start, min(start + BATCH, args.images))] for start in starts]
             return images.pixel_batches(items, args.workers)

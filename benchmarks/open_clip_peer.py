@@ -1,6 +1,6 @@
 """Pairs per second and peak memory of open_clip's own trainer, on CAPIVARA's task: the image tower locked.
 
-    python -m benchmarks.open_clip_peer --pairs 16 --micro 8 --accum 2 --precision fp32 --steps 2
+    python -m benchmarks.open_clip_peer --pairs 16 --peer_micro 8 --precision no --steps 2
 
 `open_clip_train.train.train_one_epoch` runs as installed, at the full published size with random weights, with
 `--lock-image --grad-checkpointing --accum-freq`; every caption is padded to 77 tokens, as open_clip's tokenizer does.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.timing import finish, peak_memory_bytes
-from common.cli import at_least, flag, parse
+from common.cli import flag, parse
 from examples.openmoji.encoders import load_text_encoder
 from modeling_capivara import CapivaraConfig
 from modeling_capivara.open_clip_mapping import build_open_clip
@@ -35,48 +35,37 @@ from modeling_capivara.open_clip_mapping import build_open_clip
 MODEL = "xlm-roberta-base-ViT-B-32"  # open_clip's name of CAPIVARA's architecture
 IMAGE_SIZE = 224  # pixels a side
 WARMUP_STEPS = 1  # untimed: the optimiser makes its state in the first step
+PRECISIONS = {"no": "fp32", "bf16": "amp_bfloat16"}  # Accelerate's names -> open_clip's
 
 
 @dataclass
 class PeerArguments:
-    """Arguments of `benchmarks.open_clip_peer`."""
+    """Arguments of `benchmarks.open_clip_peer`; `benchmarks.train_step` checks them."""
 
-    pairs: int = flag(..., "Pairs in memory, a multiple of micro x accum; steps go round them.")
-    micro: int = flag(8, "Pairs of a micro-batch: open_clip's --batch-size.")
-    accum: int = flag(2, "Micro-batches of a step: open_clip's --accum-freq.")
-    precision: Literal["fp32", "amp_bfloat16"] = flag("fp32", "open_clip's --precision.")
-    steps: int = flag(2, "Timed optimiser steps, after one untimed.")
+    pairs: int = flag(96, "Pairs of one step, a multiple of peer_micro.")
+    peer_micro: int = flag(48, "Pairs of a micro-batch: open_clip's --batch-size; pairs / it is its --accum-freq.")
+    precision: Literal["no", "bf16"] = flag("no", "open_clip's --precision: fp32 or amp_bfloat16.")
+    steps: int = flag(1, "Timed optimiser steps, after one untimed.")
     tokens: int = flag(20, "Mean length of the captions before they are padded to 77.")
-
-    def __post_init__(self):
-        at_least(self, 1, "micro", "accum", "steps")
-        if self.pairs < 1 or self.pairs % (self.micro * self.accum):
-            raise ValueError(
-                f"pairs must be a multiple of micro x accum, {self.micro * self.accum}, lest a batch hold a pair "
-                f"twice; got {self.pairs}."
-            )
 
 
 class InMemoryBatches:
-    """Micro-batches as `train_one_epoch` reads them; notes when each optimiser step begins.
+    """Micro-batches of one batch, again at every step, as `train_one_epoch` reads them.
 
     The trainer asks for the first micro-batch of a step when it is done with the step before, and once more after the
     last step: so the differences of `started` are whole steps, optimiser included.
     """
 
-    def __init__(self, pixels: Tensor, tokens: Tensor, args: PeerArguments) -> None:
-        self.pixels, self.tokens = pixels, tokens
-        self.micro, self.accum = args.micro, args.accum
-        self.num_batches = (WARMUP_STEPS + args.steps) * args.accum
-        self.num_samples = self.num_batches * args.micro
+    def __init__(self, pixels: Tensor, tokens: Tensor, micro: int, steps: int) -> None:
+        self.batches = list(zip(pixels.split(micro), tokens.split(micro), strict=True))
+        self.num_batches = steps * len(self.batches)
+        self.num_samples = self.num_batches * micro
         self.started: list[float] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in range(self.num_batches):
-            if batch % self.accum == 0:
-                self.started.append(time.perf_counter())
-            start = batch * self.micro % len(self.pixels)
-            yield self.pixels[start : start + self.micro], self.tokens[start : start + self.micro]
+        for _ in range(self.num_batches // len(self.batches)):
+            self.started.append(time.perf_counter())
+            yield from self.batches
         self.started.append(time.perf_counter())
 
     def step_seconds(self) -> list[float]:
@@ -87,8 +76,7 @@ class InMemoryBatches:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
-    args = parse(PeerArguments, __doc__, argv)
-    finish(measure(args))
+    finish(measure(parse(PeerArguments, __doc__, argv)))
 
 
 def measure(args: PeerArguments) -> dict[str, Any]:
@@ -99,23 +87,22 @@ def measure(args: PeerArguments) -> dict[str, Any]:
         process), the same before the first step (if it is no lower, it hides the training's), and the sizes.
     """
     tokens = caption_tokens(args)
-    pixels = torch.randn(args.pairs, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(len(tokens), 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
     theirs = open_clip_arguments(args)
     model = open_clip_model(theirs)
     optimizer = open_clip_optimizer(model, theirs)
-    batches = InMemoryBatches(pixels, tokens, args)
+    batches = InMemoryBatches(pixels, tokens, args.peer_micro, WARMUP_STEPS + args.steps)
     scheduler = cosine_lr(optimizer, theirs.lr, theirs.warmup, WARMUP_STEPS + args.steps)
     setup_peak = peak_memory_bytes()
     train_one_epoch(
         model, {"train": DataInfo(batches)}, create_loss(theirs), 0, optimizer, None, scheduler, None, theirs
     )
-    seconds, batch_size = batches.step_seconds(), args.micro * args.accum
+    seconds = batches.step_seconds()
     return {
-        "effective_batch": batch_size,
         "padded_tokens": tokens.shape[1],
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "pairs_per_second": batch_size / statistics.median(seconds),
+        "pairs_per_second": len(tokens) / statistics.median(seconds),
         "step_s": seconds,
         "peak_memory_bytes": peak_memory_bytes(),
         "setup_peak_memory_bytes": setup_peak,
@@ -133,8 +120,9 @@ def caption_tokens(args: PeerArguments) -> Tensor:
 def open_clip_arguments(args: PeerArguments) -> Any:
     """open_clip's arguments by its own parser, with what its `main` adds to them."""
     flags = f"--model {MODEL} --lock-image --grad-checkpointing --device cpu --dataset-type synthetic --epochs 1"
-    sizes = ["--batch-size", str(args.micro), "--accum-freq", str(args.accum), "--precision", args.precision]
-    theirs = parse_args([*flags.split(), *sizes])
+    sizes = f"--batch-size {args.peer_micro} --accum-freq {args.pairs // args.peer_micro}"
+    flags += f" {sizes} --precision {PRECISIONS[args.precision]}"
+    theirs = parse_args(flags.split())
     init_distributed_device(theirs)  # one process
     theirs.distill = theirs.wandb = False
     return theirs

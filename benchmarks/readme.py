@@ -64,7 +64,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "eval_retrieval": eval_retrieval_block,
             "export": export_block,
             "space_load": space_load_block,
-            "captions": lambda: captions.markdown_table(_results("captions")),
+            "captions": lambda: captions.captions_table(_results("captions")),
             "captions_selection": lambda: captions_selection.selection_table(_results("captions_selection")),
         },
     }
@@ -75,14 +75,7 @@ def _results(name: str) -> dict[str, Any]:
 
 
 def demo_summary(heads: tuple[str, ...], titles: tuple[str, ...], facts: str, decimal: str) -> str:
-    """The README's table: mean recall of base, model and chance, by language and direction.
-
-    Args:
-        heads: of the columns.
-        titles: of the rows.
-        facts: paragraph under the table, with places for `runs`, `images`, `minutes` and `device`.
-        decimal: sign before the decimals, "." or ",".
-    """
+    """The README's table: mean recall of base, model and chance, by language and direction; words as `SUMMARY_EN`."""
     demo = _results("demo")
     means = [record for record in (Record(**one) for one in demo["records"]) if record.metric == "mean_recall"]
     conditions = [(language, way) for language in ("pt", "en") for way in ("text_to_image", "image_to_text")]
@@ -168,15 +161,9 @@ def real_images_block() -> str:
 def eval_retrieval_block() -> str:
     """Seconds of clip-benchmark and ours, and our memory."""
     found = _results("eval_retrieval")
-    scores, way, large = found["scores"], found["end_to_end"], found["large"]
-    titles = (
-        f"recall at 1, 5, 10 of {scores['images']:,} images x {scores['captions']:,} captions",
-        f"decode, embed and score {way['images']} images x {way['captions']} captions, full size",
-    )
-    rows = [
-        (title, *(f"{part['seconds'][who]:.2f}" for who in ("clip_benchmark", "ours")), f"{part['ratio']:.1f}")
-        for title, part in zip(titles, (scores, way), strict=True)
-    ]
+    scores, large = found["scores"], found["large"]
+    title = f"recall at 1, 5, 10 of {scores['images']:,} images x {scores['captions']:,} captions"
+    row = (title, *(f"{scores['seconds'][who]:.2f}" for who in ("clip_benchmark", "ours")), f"{scores['ratio']:.1f}")
     facts = (
         f"Medians of {scores['runs']} alternating runs on {scores['device']}, recalls equal; ours holds "
         f"{scores['memory_over_embeddings_bytes'] / 2**20:.0f} MiB beside the embeddings. {large['images']:,} images x "
@@ -184,7 +171,7 @@ def eval_retrieval_block() -> str:
         f"{large['memory_over_embeddings_bytes'] / 2**20:.0f} MiB beside the embeddings, where all scores would be "
         f"{large['all_scores_bytes'] / 1e9:.0f} GB."
     )
-    return table(("what", "clip-benchmark, s", "ours, s", "ratio"), rows, facts)
+    return table(("what", "clip-benchmark, s", "ours, s", "ratio"), [row], facts)
 
 
 def export_block() -> str:

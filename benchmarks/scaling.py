@@ -4,10 +4,10 @@
     python -m benchmarks.scaling --device cuda
 
 The towers' cost per pair is measured from 256 to 2816 pairs, on cached image embeddings, no graph kept (a small batch
-could keep all and would be cheaper), one step each in one process after an untimed one. The optimiser's seconds do not
-depend on the batch: the cost per pair is given with and without them. Beyond, to 32,768 pairs, the loss is measured by
-itself on random embeddings of width 512, each size in its own process, and set against a step of that size, which is
-extrapolated from the largest one measured. The last line of the output is JSON.
+could keep all and would be cheaper), one step each in a process of its own, after an untimed one. The optimiser's
+seconds do not depend on the batch: the cost per pair is given with and without them. Beyond, to 32,768 pairs, the loss
+is measured by itself on random embeddings of width 512, each size in its own process, and set against a step of that
+size, which is extrapolated from the largest one measured. The last line of the output is JSON.
 """
 
 from dataclasses import dataclass
@@ -18,14 +18,10 @@ import psutil
 import torch
 from torch.nn import functional as F
 
-from benchmarks import timing
-from benchmarks.captions_pt import benchmark_captions
-from benchmarks.train_step import Engine, TrainStepArguments, random_batch
+from benchmarks import timing, train_step
 from common.cli import flag, parse
-from examples.openmoji.encoders import load_text_encoder
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraProcessor
 from training.contrastive import contrastive_gradients
-from training.step import padding_share, resolve_precision, sparse_embedding_gradients
+from training.step import resolve_precision
 
 
 @dataclass
@@ -39,8 +35,7 @@ class ScalingArguments:
     precision: Literal["auto", "no", "bf16"] = flag("auto", "auto: bf16 where native.")
     device: str = flag("cpu", "cpu or cuda.")
     output: Path = flag(timing.RESULTS / "scaling.json", "JSON file.")
-    plot: Path = flag(timing.ROOT / "docs/scaling.png", "PNG file.")
-    worker: Literal["steps", "loss"] | None = flag(None, "Measure in this process.")
+    worker: bool = flag(False, "Measure the loss of the first of loss_pairs, in this process.")
 
     def __post_init__(self) -> None:
         for name in ("step_pairs", "loss_pairs"):
@@ -53,59 +48,49 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(ScalingArguments, __doc__, argv)
     if args.worker:
-        timing.finish(measure_steps(args) if args.worker == "steps" else measure_loss(args.loss_pairs[0], args))
+        timing.finish(measure_loss(args.loss_pairs[0], args.device))
         return
-    from benchmarks.plots import plot_scaling  # here: the workers' memory shall not hold matplotlib
-
-    flags = ["--micro", str(args.micro), "--tokens", str(args.tokens), "--precision", args.precision]
-    module = ["benchmarks.scaling", "--device", args.device, *flags, "--worker"]
-    steps = timing.in_own_process([*module, "steps", "--step_pairs", *map(str, args.step_pairs)])
-    losses = [timing.in_own_process([*module, "loss", "--loss_pairs", str(pairs)]) for pairs in args.loss_pairs]
+    steps = [measure_step(pairs, args) for pairs in sorted(args.step_pairs)]
+    worker = ["benchmarks.scaling", "--device", args.device, "--worker", "--loss_pairs"]
+    losses = [timing.in_own_process([*worker, str(pairs)]) for pairs in args.loss_pairs]
     results = {
         **timing.conditions(args.device),
         **{name: getattr(args, name) for name in ("micro", "tokens", "precision")},
         **summary(steps, losses),
     }
-    plot_scaling(results, args.plot)
     print(scaling_tables(results))
     timing.finish(results, args.output)
 
 
-def measure_steps(args: ScalingArguments, config: CapivaraConfig | None = None, tokenizer=None) -> list[dict[str, Any]]:
-    """One whole step of every size, in increasing order: the peak of the memory is that of the largest so far."""
-    config, tokenizer = config or CapivaraConfig(), tokenizer or load_text_encoder()[1]
-    processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
-    sizes = sorted(args.step_pairs)
-    captions = benchmark_captions(sizes[-1], tokenizer, args.tokens)
-    shared = {"micro": args.micro, "precision": args.precision, "device": args.device}
-    engine = Engine(config, TrainStepArguments(worker="ours", pairs=sizes[0], accumulation="recompute", **shared))
-    measured = []
-    with sparse_embedding_gradients(engine.model):
-        for number, pairs in enumerate([sizes[0], *sizes]):  # the first one is not counted
-            batch = random_batch(config, processor, captions[:pairs], args.micro, cached=True)
-            step = {"pairs": pairs, **engine(number, batch), "tokens": batch.tokens}
-            step["padding_share"] = padding_share(batch.texts)
-            measured.append(step | {"peak_memory_bytes": timing.peak_memory_bytes(args.device)})
-    return measured[1:]
+def measure_step(pairs: int, args: ScalingArguments) -> dict[str, Any]:
+    """One whole step, in a process of its own."""
+    of_step = train_step.TrainStepArguments(
+        worker="cache_recomputed", pairs=pairs, micro=args.micro, tokens=args.tokens, device=args.device
+    )
+    found = train_step.measured("cache_recomputed", args.precision, of_step)
+    return {
+        "pairs": pairs,
+        **{name: found[name] for name in ("padding_share", "peak_memory_bytes")},
+        **found["steps"][0],
+    }
 
 
-def measure_loss(pairs: int, args: ScalingArguments, width: int = 512) -> dict[str, Any]:
+def measure_loss(pairs: int, device: str, width: int = 512) -> dict[str, Any]:
     """Seconds of the loss and its gradients, and the memory they take beside the embeddings they are given."""
     noise = torch.Generator().manual_seed(0)
-    texts, images = (F.normalize(torch.randn(pairs, width, generator=noise), dim=-1).to(args.device) for _ in range(2))
-    scale, own = torch.tensor(2.66, device=args.device), torch.arange(pairs, device=args.device)
-    cuda = args.device.startswith("cuda")
+    texts, images = (F.normalize(torch.randn(pairs, width, generator=noise), dim=-1).to(device) for _ in range(2))
+    scale, own = torch.tensor(2.66, device=device), torch.arange(pairs, device=device)
+    cuda = device.startswith("cuda")
     contrastive_gradients(texts[:64], images[:64], scale, own[:64])  # warm-up
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if cuda else psutil.Process().memory_info().rss
-    seconds = timing.seconds_of(lambda: contrastive_gradients(texts, images, scale, own), args.device)
+    seconds = timing.seconds_of(lambda: contrastive_gradients(texts, images, scale, own), device)
     return {
         "pairs": pairs,
         "width": width,
         "loss_s": seconds,
-        "memory_over_embeddings_bytes": timing.peak_memory_bytes(args.device) - before,
-        "all_logits_bytes": 4 * pairs**2,
+        "memory_over_embeddings_bytes": timing.peak_memory_bytes(device) - before,
     }
 
 
@@ -114,9 +99,7 @@ def summary(steps: list[dict[str, Any]], losses: list[dict[str, Any]]) -> dict[s
     for step in steps:
         step["seconds_per_pair"] = step["step_s"] / step["pairs"]
         step["seconds_per_pair_without_optimiser"] = (step["step_s"] - step["optimiser_s"]) / step["pairs"]
-        step["seconds_per_token_without_optimiser"] = (step["step_s"] - step["optimiser_s"]) / step["tokens"]
-    names = [name for name in steps[0] if name.startswith("seconds_per_")]
-    largest = steps[-1]
+    names, largest = ("seconds_per_pair", "seconds_per_pair_without_optimiser"), steps[-1]
     for loss in losses:
         # The towers' cost per pair is the largest measured step's, which holds that step's own small loss as well.
         towers_s = loss["pairs"] * largest["seconds_per_pair_without_optimiser"]

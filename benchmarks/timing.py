@@ -34,11 +34,7 @@ def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
 def alternating(programs: dict[Any, Callable[[int], R]], runs: int, title: str, warmup: int = 0) -> dict[Any, list[R]]:
     """Results of all programs, which take turns in every run, so that a slow minute of the machine is everyone's.
 
-    Args:
-        programs: name -> what is run; it gets the number of the run.
-        runs: that are counted.
-        title: of the progress bar.
-        warmup: runs before them, whose results are dropped.
+    A program gets the number of the run; the results of `warmup` runs before those that count are dropped.
     """
     results: dict[Any, list[R]] = {name: [] for name in programs}
     for run in tqdm(range(warmup + runs), desc=title, unit="run"):

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from caption_data.rows import digest_of
 from common.files import read_json, write_json
+from common.tasks import all_parts, share
 
 SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
 STAGE_FILE = "stage.json"
@@ -53,16 +54,6 @@ class StageReport:
             + f" ({reasons})" * bool(reasons)
             + f", {left:,} not done yet" * bool(left)
         )
-
-
-def all_parts(rows: int, rows_per_part: int) -> list[range]:
-    """The rows of every part of a stage."""
-    return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
-
-
-def share(parts: list[range], rank: int, world_size: int) -> list[range]:
-    """The parts of one task of `world_size`: neighbours, so that files are read in order."""
-    return parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]
 
 
 def finished_ranks(output: Path, record: dict[str, Any], world_size: int) -> list[int]:

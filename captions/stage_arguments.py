@@ -2,8 +2,7 @@
 
 import hashlib
 import re
-import shlex
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -60,18 +59,6 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
     def needed_columns(self) -> list[str]:
         """Of which the data set must have one, by their names in the output."""
         return []
-
-    def command(self) -> str:
-        """The command of this stage, for a shell, wherever its tasks run; what is as by default is left out."""
-        words, elsewhere = ["python", "-m", self.module], {known.name for known in fields(ExecutorArguments)}
-        for known in fields(self):
-            value = getattr(self, known.name)
-            default = known.default_factory() if known.default_factory is not MISSING else known.default
-            if known.name in elsewhere or value == default or value is None or value is False:
-                continue
-            values = value if isinstance(value, list) else [value]
-            words += [f"--{known.name}", *([] if value is True else map(str, values))]
-        return shlex.join(words)
 
 
 @dataclass(kw_only=True)

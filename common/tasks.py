@@ -2,8 +2,9 @@
 
 import os
 import re
+import shlex
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +61,18 @@ class ExecutorArguments:
         given = {known.name: getattr(self, known.name) for known in fields(defaults)}
         return {name: value for name, value in given.items() if value != getattr(defaults, name)}
 
+    def command(self) -> str:
+        """The command line, for a shell, without defaults and without where its tasks run."""
+        words, elsewhere = ["python", "-m", self.module], {known.name for known in fields(ExecutorArguments)}
+        for known in fields(self):
+            value = getattr(self, known.name)
+            default = known.default_factory() if known.default_factory is not MISSING else known.default
+            if known.name in elsewhere or value == default or value is None or value is False:
+                continue
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{known.name}", *([] if value is True else map(str, values))]
+        return shlex.join(words)
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -75,3 +88,13 @@ class Phase:
     run: Callable[[Any, int, int], Any]
     finished: Callable[[Any, int], list[int]] | None = None
     uses_model: bool = False
+
+
+def all_parts(rows: int, rows_per_part: int) -> list[range]:
+    """Rows in parts of neighbours, which tasks share out."""
+    return [range(start, min(start + rows_per_part, rows)) for start in range(0, rows, rows_per_part)]
+
+
+def share(parts: list[range], rank: int, world_size: int) -> list[range]:
+    """The parts of one task of `world_size`: neighbours, so that files are read in order."""
+    return parts[len(parts) * rank // world_size : len(parts) * (rank + 1) // world_size]

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,6 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
 
 
 def evaluate(args: ClassificationArguments) -> list[Record]:
-    """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_split(args, args.split, prompts.names_en, prompts.indices)
@@ -126,10 +126,7 @@ def per_class_parts(scores: Tensor, labels: list) -> dict[str, Any]:
     return {"per_class_accuracy": accuracies, "confusion_matrix": confusion_matrix(scores, right).tolist()}
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    run_evaluation(ClassificationArguments, __doc__, argv, evaluate)
-
+main = partial(run_evaluation, ClassificationArguments, __doc__, evaluate)
 
 if __name__ == "__main__":
     run_command(main, resumes=True)

@@ -1,72 +1,54 @@
-"""Embeddings of a data set: computed once, cached by what they depend on, shared by all processes of a launch.
+"""Embeddings of a data set: computed once, kept by what they depend on, shared by all processes of a launch.
 
     store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_folder("auto"), batch_size=32)
     images = store.images(ImageRows(rows.__getitem__, len(rows)))
     text_embeds = store.texts(["uma foto de um gato"])
 
-Rows go through in shards, files of their own: an interrupted run continues at the first one that is missing or damaged
-(by its digest), and the processes of `accelerate launch` share them out. A shard's batches do not depend on who
-embeds it, so that one process and several give the same bits.
+A shard of `caption_data.embedding_cache` is named by its own images or texts: a data set that has grown has its first
+shards, and a task that embeds a share of it (`keep_share`) need not know the others.
 """
 
-import hashlib
-import json
-import logging
-import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
 from caption_data.image_rows import ImageRows
 from caption_data.rows import BadImage, digest_of
-from common.files import DIGEST_BYTES, has_digest, write_with_digest
+from common.tasks import all_parts, share
 from eval.metrics import chance_recall, cross_modal_ranks
 from modeling_capivara.embedder import Embedder, processes
 from records.schema import DIRECTIONS
 
-VERSION = 1  # of the files; raise it when their content changes
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
-logger = logging.getLogger("capivara")
 
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Images of a data set in the shared space.
+    """Images of a data set in the shared space."""
 
-    Attributes:
-        embeds: (kept images, width), unit length, float32.
-        rows: (kept images,), the row of each.
-        skipped: row -> why its image is left out.
-    """
-
-    embeds: Tensor
-    rows: Tensor
-    skipped: dict[int, str]
+    embeds: Tensor  # (kept images, width), unit length, float32
+    rows: Tensor  # (kept images,), the row of each
+    skipped: dict[int, str]  # row -> why its image is left out
 
 
 @dataclass(frozen=True)
 class RetrievalEmbeddings:
-    """A split in the shared space.
+    """A split in the shared space."""
 
-    Attributes:
-        text_embeds: (texts, width), unit length.
-        image_embeds: (images, width), unit length.
-        image_of_text: (texts,), index of the image that each text describes.
-    """
-
-    text_embeds: Tensor
-    image_embeds: Tensor
-    image_of_text: Tensor
+    text_embeds: Tensor  # (texts, width), unit length
+    image_embeds: Tensor  # (images, width), unit length
+    image_of_text: Tensor  # (texts,), index of the image that each text describes
 
     def ranks(self, direction: str) -> Tensor:
         """(queries,), ranks as `retrieval_ranks` defines them."""
@@ -94,17 +76,11 @@ class RetrievalEmbeddings:
 
 @dataclass
 class EmbeddingStore:
-    """A model whose embeddings are kept in files.
-
-    Attributes:
-        embedder: the model.
-        root: folder of all caches; None for a temporary one that lasts as long as this object.
-        batch_size: images that go through at once; twice as many texts.
-    """
+    """A model whose embeddings are kept in files."""
 
     embedder: Embedder
-    root: Path | None = None
-    batch_size: int = 32
+    root: Path | None = None  # folder of all caches; None for a temporary one that lasts as long as this object
+    batch_size: int = 32  # images that go through at once; twice as many texts
 
     def __post_init__(self) -> None:
         self._temporary = None
@@ -118,60 +94,82 @@ class EmbeddingStore:
         Raises:
             ValueError: no image can be read.
         """
+        cache = self.keep_images(images, description)
+        cache.open()
+        good = [[row for row in part if row not in cache.bad] for part in cache.parts]
+        if not any(good):
+            raise ValueError(f"None of the {images.count} images can be read: {next(iter(cache.bad.values()))}.")
+        shards = zip(cache.arrays, cache.parts, good, strict=True)
+        embeds = [array[[row - part.start for row in rows]] for array, part, rows in shards if rows]
+        rows = torch.tensor([row for rows in good for row in rows])
+        return EmbeddedImages(torch.from_numpy(np.concatenate(embeds)), rows, cache.bad)
 
-        def embed(rows: range, bar: tqdm) -> tuple[Tensor, Tensor, dict[int, str]]:
-            kept, parts, skipped = [], [], {}
+    def keep_images(self, images: ImageRows, description: str = "Images") -> EmbeddingCache:
+        """Embed the images whose embeddings are not kept yet."""
+
+        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, list[tuple[int, str]]]:
+            good, parts, bad = [], [], []
             decoded = images.decoded(rows)
             while chunk := list(islice(decoded, self.batch_size)):  # by row, so that a bad one moves no other
-                good = [(row, image) for row, image in chunk if not isinstance(image, BadImage)]
-                skipped |= {row: images.fault(row, bad) for row, bad in chunk if isinstance(bad, BadImage)}
-                if good:
-                    kept += [row for row, _ in good]
-                    parts.append(self.embedder.images([image for _, image in good], self.batch_size))
+                pictures = [image for _, image in chunk if not isinstance(image, BadImage)]
+                good += [row - rows.start for row, image in chunk if not isinstance(image, BadImage)]
+                bad += [(row - rows.start, images.fault(row, why)) for row, why in chunk if isinstance(why, BadImage)]
+                if pictures:
+                    parts.append(self.embedder.images(pictures, self.batch_size))
                 bar.update(len(chunk))
-            return torch.cat(parts) if parts else torch.empty(0, 0), torch.tensor(kept, dtype=torch.long), skipped
+            embeds = np.full((len(rows), parts[0].shape[1] if parts else 0), np.nan, dtype=np.float32)
+            if parts:
+                embeds[good] = torch.cat(parts)
+            return embeds, bad
 
-        shards = _shards(images.count, IMAGES_PER_SHARD)
-        parts = self._through_files("images", images.digest, shards, images.count, embed, description)
-        skipped = {row: reason for part in parts for row, reason in part[2].items()}
-        embeds = [part[0] for part in parts if len(part[1])]
-        if not embeds:
-            raise ValueError(f"None of the {images.count} images can be read: {next(iter(skipped.values()))}.")
-        return EmbeddedImages(torch.cat(embeds), torch.cat([part[1] for part in parts]), skipped)
+        parts = all_parts(images.count, IMAGES_PER_SHARD)
+        digests = [digest_of([images.row_digest(row) for row in part]) for part in parts]
+        return self._kept("images", self.embedder.image_fingerprint, parts, digests, embed, description)
 
     def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
         """(texts, width), unit length, float32. Equal texts are embedded once."""
-        distinct = sorted(set(texts), key=lambda text: (len(text), text))  # neighbours are padded to the same length
-        digest = digest_of(distinct)
-        shards = _shards(len(distinct), TEXTS_PER_SHARD)
-
-        def embed(rows: range, bar: tqdm) -> tuple[Tensor, Tensor, dict[int, str]]:
-            some = distinct[rows.start : rows.stop]
-            return self.embedder.texts(some, 2 * self.batch_size, bar.update), torch.tensor(list(rows)), {}
-
-        parts = self._through_files("texts", digest, shards, len(distinct), embed, description)
+        distinct = distinct_texts(texts)
+        cache = self.keep_texts(distinct, description)
+        cache.open()
         position = {text: number for number, text in enumerate(distinct)}
-        return torch.cat([part[0] for part in parts])[torch.tensor([position[text] for text in texts])]
+        return torch.from_numpy(np.concatenate(cache.arrays)[[position[text] for text in texts]])
 
-    def _through_files(self, kind, digest, shards, total, embed, description) -> list[tuple]:
-        """The shards' (embeds, rows, skipped): those without a file are embedded, each by one of the processes."""
-        model = self.embedder.image_fingerprint if kind == "images" else self.embedder.fingerprint
-        parts = {"version": VERSION, "model": model, "batch_size": self.batch_size, kind: digest}
-        key = hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    def keep_texts(self, distinct: Sequence[str], description: str = "Texts") -> EmbeddingCache:
+        """Embed those of `distinct_texts` whose embeddings are not kept yet."""
+
+        def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, list]:
+            return self.embedder.texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), []
+
+        parts = all_parts(len(distinct), TEXTS_PER_SHARD)
+        digests = [digest_of(distinct[part.start : part.stop]) for part in parts]
+        return self._kept("texts", self.embedder.fingerprint, parts, digests, embed, description)
+
+    def keep_share(
+        self, images_of: Callable[[range], ImageRows], rows: int, texts: Sequence[str], rank: int, world_size: int
+    ) -> None:
+        """Embed a share of all rows and texts, as far as it is not kept yet, for a process that asks for all."""
+        if parts := share(all_parts(rows, IMAGES_PER_SHARD), rank, world_size):
+            self.keep_images(images_of(range(parts[0].start, parts[-1].stop)))
+        distinct = distinct_texts(texts)
+        if parts := share(all_parts(len(distinct), TEXTS_PER_SHARD), rank, world_size):
+            self.keep_texts(distinct[parts[0].start : parts[-1].stop])
+
+    def _kept(
+        self, kind: str, model: str, parts: list[range], digests: list[str], embed: Callable, description: str
+    ) -> EmbeddingCache:
+        """The cache, of which `embed` has made the shards that were missing, each from its rows."""
+        key = cache_key({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size})
         folder = (self.root or self._temporary) / "evaluation" / key
-        state = processes()
-        paths = [folder / f"{kind}-{number:05d}.safetensors" for number in range(len(shards))]
-        missing = [number for number, path in enumerate(paths) if not has_digest(path)]
-        for path in [paths[number] for number in missing if paths[number].exists() and state.is_main_process]:
-            logger.warning("%s is damaged, or of an earlier version; it is made anew.", path)
-        state.wait_for_everyone()  # before one of them writes what another would count as there
-        mine = missing[state.process_index :: state.num_processes]
-        rows = sum(len(shards[number]) for number in mine)
-        with tqdm(total=rows, desc=description, unit=kind[:-1], disable=not mine or _quiet()) as bar:
-            for number in mine:
-                write_with_digest(paths[number], _packed(*embed(shards[number], bar)))
-        state.wait_for_everyone()
-        return [_unpacked(path) for path in paths]
+        cache = EmbeddingCache(folder, parts, [f"{kind}-{digest}.npy" for digest in digests])
+
+        def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, list]]:
+            rows, quiet = sum(len(parts[number]) for number in numbers), not processes().is_main_process
+            with tqdm(total=rows, desc=description, unit=kind[:-1], disable=quiet or not numbers) as bar:
+                for number in numbers:
+                    yield embed(parts[number], bar)
+
+        cache.make(cache.missing(), embed_all)
+        return cache
 
     def close(self) -> None:
         """Remove the temporary folder, where there is one, once all processes have read it."""
@@ -180,31 +178,6 @@ class EmbeddingStore:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
 
-def cache_folder(name: str) -> Path | None:
-    """Root of the caches of an argument: "auto" is $CAPIVARA_CACHE or ~/.cache/capivara, "off" is none."""
-    if name == "off":
-        return None
-    if name == "auto":
-        return Path(os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara")
-    return Path(name)
-
-
-def _shards(rows: int, size: int) -> list[range]:
-    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-def _packed(embeds: Tensor, rows: Tensor, skipped: dict[int, str]) -> bytes:
-    """A shard's file."""
-    reasons = torch.frombuffer(bytearray(json.dumps(skipped).encode()), dtype=torch.uint8)
-    return save({"embeds": embeds.contiguous(), "rows": rows, "skipped": reasons})
-
-
-def _unpacked(path: Path) -> tuple[Tensor, Tensor, dict[int, str]]:
-    tensors = load(path.read_bytes()[:-DIGEST_BYTES])
-    skipped = json.loads(tensors["skipped"].numpy().tobytes())
-    return tensors["embeds"], tensors["rows"], {int(row): why for row, why in skipped.items()}
-
-
-def _quiet() -> bool:
-    """One process shows its bars, the others do not."""
-    return not processes().is_main_process
+def distinct_texts(texts: Sequence[str]) -> list[str]:
+    """The different ones, so that neighbours are padded to the same length."""
+    return sorted(set(texts), key=lambda text: (len(text), text))

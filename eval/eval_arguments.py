@@ -4,17 +4,30 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from caption_data.image_files import DATASET_HELP, FORM_HELP, LABEL_COLUMNS, CaptionDataArguments, ImageFileArguments
 from common.cli import at_least, flag
+from common.tasks import ExecutorArguments
 from eval.benchmarks import METRICS, SUITES
-
-CACHE_HELP = "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
 
 
 @dataclass(kw_only=True)
-class ModelArguments(ImageFileArguments):
+class EmbeddingArguments(ImageFileArguments):
+    """How images and texts are embedded."""
+
+    batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
+    precision: Literal["float32", "bf16"] = flag(
+        "float32", "bf16 is faster; eval.retrieval measures its effect on recall on a part and prints it."
+    )
+    cache_dir: str = flag(
+        "auto", "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
+    )
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+
+
+@dataclass(kw_only=True)
+class ModelArguments(EmbeddingArguments):
     """What every measurement of a model takes."""
 
     role: Literal["baseline", "capivara"] = flag(
@@ -23,12 +36,6 @@ class ModelArguments(ImageFileArguments):
         "open_clip:local-dir:FOLDER, or clip:FOLDER_OR_HUB_ID of transformers.",
     )
     split: str = flag("test", "Split that is measured.")
-    batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
-    precision: Literal["float32", "bf16"] = flag(
-        "float32", "bf16 is faster; eval.retrieval measures its effect on recall on a part and prints it."
-    )
-    cache_dir: str = flag("auto", CACHE_HELP)
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
     trust_remote_code: bool = flag(False, "Execute code that a clip: model brings along.")
 
     def __post_init__(self) -> None:
@@ -37,9 +44,10 @@ class ModelArguments(ImageFileArguments):
 
 
 @dataclass
-class RetrievalArguments(CaptionDataArguments, ModelArguments):
+class RetrievalArguments(CaptionDataArguments, ModelArguments, ExecutorArguments):
     """Flags of `eval.retrieval`."""
 
+    module = "eval.retrieval"
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
     dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file for the result records.")
@@ -61,6 +69,10 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments):
         if not self.recall_at or min(self.recall_at) < 1:
             raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
         at_least(self, 0, "gallery")
+        if self.executor_flags():
+            self.check_executor()
+            if self.cache_dir == "off":
+                raise ValueError("Tasks share embeddings by the cache: cache_dir must be auto or a folder, got 'off'.")
 
 
 @dataclass
@@ -109,7 +121,7 @@ class LinearProbeArguments(ImageArguments):
 
 
 @dataclass
-class SuiteArguments(ImageFileArguments):
+class SuiteArguments(EmbeddingArguments):
     """Flags of `eval.suite`."""
 
     suite: str = flag("paper", f"Which benchmarks: {', '.join(SUITES)}.", positional=True, nargs="?")
@@ -132,34 +144,12 @@ class SuiteArguments(ImageFileArguments):
         "capivara", "Published model to compare with: fine-tuned, or with LoRA (Opt.)."
     )
     offline: bool = flag(False, "Take local data alone.")
-    batch_size: int = flag(32, "Images that go through at once.")
-    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster.")
-    cache_dir: str = flag("auto", CACHE_HELP)
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
     gallery: int = flag(0, "Queries with small copies of pictures to keep for a report.")
     list_benchmarks: bool = flag(False, "Show the suite's benchmarks and where their data are.", aliases=["--list"])
 
 
-# Help where the locale is Portuguese: the description, and the text of every flag.
-REPORT_HELP_PT = {
-    "": """Uma página para quem lê: todos os resultados de uma pasta em um único arquivo HTML, que não precisa de
-mais nada, e suas figuras em PNG.
-
-    python -m eval.report results/ --output report/
-    python -m eval.report runs/openmoji-pt-001/ --output report/ --overwrite_output_dir
-
-A pasta de um treinamento contém `results/` e `run.json`, de onde vêm as curvas do treinamento.
-""",
-    "results": "Pasta com arquivos de resultados; as pastas dentro dela também são lidas.",
-    "output": "Pasta do relatório: index.html e PNGs. Não pode existir, ou precisa estar vazia.",
-    "overwrite_output_dir": "Substitui a pasta do relatório.",
-}
-
-
 @dataclass
 class ReportArguments:
-    help_pt: ClassVar[dict[str, str]] = REPORT_HELP_PT
-
     results: Path = field(metadata={"positional": True, "help": "Folder of result files, those of folders in it too."})
     output: Path = field(metadata={"help": "Folder of the report: index.html and PNGs. Must be missing or empty."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the output folder."})

@@ -26,12 +26,8 @@ def write_gallery(
     """Draw hits (rank 1) and misses, half of each, and write their pictures into `<result's name>.gallery/`.
 
     Args:
-        result: the result file.
-        queries: how many are drawn.
-        embeddings: of the split.
         texts: (texts,), the captions that were embedded.
         rows: (images,), the row of each embedded image in the data set.
-        open_image: a row -> its image.
 
     Returns:
         A dict a query: `query`, `rank` from 1, `right` and `best`, pictures by their path relative to the result.

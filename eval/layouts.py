@@ -52,14 +52,9 @@ def local_data(items: list[str]) -> dict[str, Path]:
 def locate(
     benchmark: Benchmark, given: dict[str, Path], folder: Path | None, offline: bool, hub_fault: Callable[[], str]
 ) -> Location:
-    """Where the data of a benchmark are.
+    """Where the data of a benchmark are: at a `given` path by key, in `folder` under it, or on the Hub.
 
-    Args:
-        benchmark: whose.
-        given: key -> path.
-        folder: with other data, each under its key.
-        offline: take local data alone.
-        hub_fault: says why the Hub can't be used, or ""; asked where it is needed.
+    `hub_fault` says why the Hub can't be used, or ""; it is asked where that is needed.
     """
     keys = [key for key in (benchmark.key, benchmark.data_of) if key]
     paths = [given[key] for key in keys if key in given]
@@ -86,14 +81,9 @@ def hub_fault() -> str:
 
 
 def adapted(reader: str, folder: Path, split: str, language: str, target: Path) -> Path:
-    """`folder`, or what was made of it at `target` where it has the reader's own layout.
+    """`folder`, or what was made of it at `target` where it has the layout of the reader of `READERS`.
 
-    Args:
-        reader: key of `READERS`.
-        folder: as people get it, or in a form that `eval.retrieval` reads anyhow.
-        split: that is wanted.
-        language: code; the captions become the column `captions-<language>`.
-        target: folder that is made anew.
+    The captions become the column `captions-<language>`.
 
     Raises:
         ValueError: a file has another form, a language is missing, or a file name or link points out of the folder.

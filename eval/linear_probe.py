@@ -15,6 +15,7 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -44,12 +45,7 @@ class Features:
     labels: np.ndarray
 
     def subset(self, rows: np.ndarray) -> "Features":
-        """Those of the rows (integers) alone."""
         return Features(self.embeds[rows], self.labels[rows])
-
-    def joined(self, other: "Features") -> "Features":
-        """These, then the others."""
-        return Features(np.concatenate([self.embeds, other.embeds]), np.concatenate([self.labels, other.labels]))
 
 
 def embed(store: EmbeddingStore, data: LabelledImages, description: str) -> tuple[Features, dict[int, str]]:
@@ -90,13 +86,13 @@ def probe_scores(
     """
     if len(np.unique(train.labels)) < 2:
         raise ValueError("A linear probe needs training images of at least two classes.")
+    part = both = train
     if validation is None:
-        fit, choose = held_out(train.labels, generator)
-        part, validation = train.subset(fit), train.subset(choose)
+        part, validation = map(train.subset, held_out(train.labels, generator))
     else:
-        part = train
+        pairs = (train.embeds, validation.embeds), (train.labels, validation.labels)
+        both = Features(*map(np.concatenate, pairs))
     best = _best_penalty(part, validation)
-    both = train if part is not train else train.joined(validation)
     fitted = _fitted(both, best)
     scores = torch.full((len(test.labels), classes), -1e9, dtype=torch.double)  # a class that was never seen
     decision = fitted.decision_function(test.embeds)
@@ -114,7 +110,6 @@ def _best_penalty(train: Features, validation: Features) -> float:
 
 
 def evaluate(args: LinearProbeArguments) -> list[Record]:
-    """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
     splits = [args.train_split, args.validation_split, args.split]
@@ -170,10 +165,7 @@ def _fitted(features: Features, penalty: float) -> LogisticRegression:
     return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(features.embeds, features.labels)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    run_evaluation(LinearProbeArguments, __doc__, argv, evaluate)
-
+main = partial(run_evaluation, LinearProbeArguments, __doc__, evaluate)
 
 if __name__ == "__main__":
     run_command(main, resumes=True)

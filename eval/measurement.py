@@ -1,25 +1,21 @@
 """What the evaluation commands share: a model whose embeddings are kept, the result file, and what a command prints."""
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from common.cli import parse
+from caption_data.embedding_cache import cache_folder
+from common.cli import parse, user_errors
 from common.environment import device_description
 from common.files import read_json
-from eval.embeddings import EmbeddingStore, cache_folder
+from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import ModelArguments
 from modeling_capivara.embedder import load_embedder, processes
 from records.schema import Record, header, hub_revision, write_records
 
 
 def open_store(args: ModelArguments, precision: str | None = None) -> EmbeddingStore:
-    """The model of the arguments, its embeddings kept in their cache folder.
-
-    Args:
-        args: of a command.
-        precision: another one than that of the arguments; such embeddings are not kept.
+    """The model of the arguments, its embeddings kept in their cache folder; those of another `precision` are not kept.
 
     Raises:
         ValueError, OSError, ImportError: as of `load_embedder`.
@@ -41,11 +37,7 @@ def write_result(
     """Write the result file of a command.
 
     Args:
-        args: of the command.
-        records: the figures.
         source: folder or Hub id of the data.
-        fingerprint: of the data.
-        store: that embedded them.
         started: `time.perf_counter()` before the first embedding.
         parts: further keys of the file, `skipped` among them (row -> why it is not in the figures); of these, `name` is
             not written: it is what the header calls the data.
@@ -64,16 +56,17 @@ def write_result(
     write_records(args.output, records, facts, **parts)
 
 
+@user_errors
 def run_evaluation(
-    kind: type[ModelArguments], doc: str, argv: list[str] | None, evaluate: Callable[[Any], list[Record]]
+    kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record] | None], argv: list[str] | None = None
 ) -> None:
-    """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
-    try:
-        args = parse(kind, doc, argv)
-        records = evaluate(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
-    if not processes().is_main_process:
+    """The command of a measurement: read the flags, measure, print the figures and what their reader must know.
+
+    Where `evaluate` gives None, Slurm will measure.
+    """
+    args = parse(kind, doc, argv)
+    records = evaluate(args)
+    if records is None or not processes().is_main_process:
         return
     for record in records:
         what = f"{record.direction:14} {record.metric:12}"

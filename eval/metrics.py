@@ -116,15 +116,9 @@ class _RightPairs:
 def _block_ranks(
     scores: Callable[[int], Tensor], queries: int, items: int, tile_size: int, rows: Tensor, columns: Tensor
 ) -> Tensor:
-    """(queries,), of a block of queries.
+    """(queries,), of a block of queries, whose right items are `columns` of the queries `rows`, both (right pairs,).
 
-    Args:
-        scores: number of a tile -> (queries, items of the tile), which may be overwritten by the next call.
-        queries: of the block.
-        items: all.
-        tile_size: items of a tile.
-        rows: (right pairs,), query of each.
-        columns: (right pairs,), item of each.
+    `scores`: number of a tile -> (queries, items of the tile), which may be overwritten by the next call.
     """
     tile_of = columns // tile_size  # few tiles, where captions lie beside each other as their images do
     pairs = {tile: (tile_of == tile).nonzero().flatten() for tile in tile_of.unique().tolist()}
@@ -159,14 +153,7 @@ def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: T
 
 
 def recall_at_k(ranks: Tensor, k: int) -> float:
-    """Share of queries whose best right item is among the k best-scored ones.
-
-    Args:
-        ranks: (queries,), from `retrieval_ranks`.
-        k: how many items are looked at, at least 1.
-
-    Returns:
-        A share from 0 to 1, not a percentage.
+    """Share (0 to 1) of queries whose best right item is among the k best-scored ones, by their ranks (queries,).
 
     Raises:
         ValueError: k is below 1, or there is no query.
@@ -241,14 +228,7 @@ def paired_bootstrap(
 
 
 def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Tensor:
-    """`retrieval_ranks` of given scores.
-
-    Args:
-        scores: (queries, items).
-        right_items: for each query, the indices of its right items, at least one.
-
-    Returns:
-        (queries,), integers; 0 is a hit at rank 1, a tie with a wrong item counts against the query.
+    """(queries,), as `retrieval_ranks`, of scores (queries, items) and the indices of each query's right items.
 
     Raises:
         ValueError: a score is not finite, a query has no right item, or an index is outside the items.
@@ -278,10 +258,7 @@ def median_rank(ranks: Tensor) -> float:
 def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     """Share of images whose class is among the k best-scored ones; a tie with a wrong class counts against it.
 
-    Args:
-        scores: (images, classes).
-        labels: (images,), index of the right class.
-        k: from 1 to the number of classes.
+    Of scores (images, classes) and labels (images,), the index of the right class.
 
     Raises:
         ValueError: k or a label is outside the classes, or a score is not finite.
@@ -322,12 +299,9 @@ def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
 def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     """Mean over classes of the average precision at the recalls 0, 0.1, …, 1; images can have several classes.
 
-    Source: Everingham et al., The PASCAL Visual Object Classes Challenge (2010), section 4.2. Images of equal score
-    enter together.
-
-    Args:
-        scores: (images, classes).
-        targets: (images, classes), 1 where the image has the class. A class without images is left out.
+    Of scores and targets, both (images, classes), 1 where the image has the class; a class without images is left out,
+    images of equal score enter together.
+    Source: Everingham et al., The PASCAL Visual Object Classes Challenge (2010), section 4.2.
 
     Raises:
         ValueError: shapes differ, a score is not finite, or no class has an image.
@@ -343,11 +317,7 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Chance that a positive scores above a negative, a tie counting half: the area under the ROC curve.
-
-    Args:
-        scores: (images,), higher for the positive class.
-        labels: (images,), 1 for positive and 0 for negative.
+    """Chance that a positive (label 1) scores above a negative (0), a tie counting half: the area under the ROC curve.
 
     Raises:
         ValueError: only one of the two kinds occurs, or a score is not finite.

@@ -15,7 +15,7 @@ import math
 import sys
 from pathlib import Path
 
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.files import check_output_folder, whole_folder, write_text
 from eval.eval_arguments import ReportArguments
 from eval.report_details import class_sections, gallery_sections
@@ -75,13 +75,10 @@ def series_of(found: Found) -> list[Series]:
     return series
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    try:
-        args = parse(ReportArguments, __doc__, argv)
-        found = write_report(args.results, args.output, args.overwrite_output_dir)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    args = parse(ReportArguments, __doc__, argv)
+    found = write_report(args.results, args.output, args.overwrite_output_dir)
     for name, reason in found.unread + found.problems:
         print(f"{name}: {reason}", file=sys.stderr)
     print(f"{len(found.results)} result files, {len(found.runs)} runs: {args.output / 'index.html'}")

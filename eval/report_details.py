@@ -58,17 +58,12 @@ class ClassRow:
         return BarRow(one_line(self.name, 30), *(values if role == "capivara" else values[::-1]), 1 / classes)
 
     def cells(self) -> list[str]:
-        """Of a table, in per cent."""
         accuracies = ["–" if value is None else f"{100 * value:.1f}" for value in (self.before, self.after)]
         return [one_line(self.name, 80), f"{self.images:.0f}", *accuracies, points(self.gain)]
 
 
 class Thumbnails:
-    """Small copies of a folder's pictures, each opened once; those that can't be shown are in `refused`.
-
-    Args:
-        folder: resolved; nothing outside is opened.
-    """
+    """Small copies of the pictures of a resolved folder, each opened once; what can't be shown is in `refused`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -135,18 +130,16 @@ def galleries_of(found: Found) -> dict[Condition, dict[str, list[Query]]]:
     for result in found.results:
         if result.name in found.galleries:
             first, base = result.records[0], PurePosixPath(result.name).parent
-            queries = [_from_folder(query, base) for query in found.galleries[result.name]]
+            queries = [  # their pictures' paths relative to the whole folder, not to the result file
+                Query(q.text, q.rank, str(base / q.right), [(str(base / image), score) for image, score in q.best])
+                for q in found.galleries[result.name]
+            ]
             galleries.setdefault(_without_metric(first.condition), {}).setdefault(first.model, queries)
     return dict(sorted(galleries.items(), key=lambda item: reading_order(item[0])))
 
 
 def confused_pairs(confusion: Tensor, count: int) -> list[tuple[int, int]]:
-    """(true class, taken for) of the largest counts off the diagonal, those of none left out.
-
-    Args:
-        confusion: (classes, classes), counts, a row a true class.
-        count: of pairs at most.
-    """
+    """(true class, taken for) of the largest counts off the diagonal of (classes, classes), those of none left out."""
     off = confusion.clone()
     off.fill_diagonal_(0)
     order = off.flatten().argsort(descending=True, stable=True)[:count].tolist()
@@ -172,12 +165,6 @@ def _merged(role: str, folder: str, files: list[ResultFile], found: Found) -> Cl
     return ClassSeries(role, folder, names, accuracies, sum(f.confusion for f in figures), fitting)
 
 
-def _from_folder(query: Query, base: PurePosixPath) -> Query:
-    """The query with its pictures' paths relative to the whole folder, not to the result file."""
-    best = [(str(base / image), score) for image, score in query.best]
-    return Query(query.text, query.rank, str(base / query.right), best)
-
-
 def _gallery_section(
     condition: Condition, by_role: dict[str, list[Query]], thumbnails: Thumbnails, pictures: Pictures
 ) -> dict[str, Any]:
@@ -191,8 +178,16 @@ def _gallery_section(
         groups.append({"title": title, "count": len(queries), "cards": cards})
     anchor = pictures.anchor("gallery", *name_parts(condition)[1:])
     drawn = hits[:DRAWN_QUERIES] + misses[:DRAWN_QUERIES]
-    rows = [(_drawn_title(q), [(thumbnails.image(i), i == q.right) for i, _ in q.best[:BEST]]) for q in drawn]
-    rows = [[row] for row in rows if row[1]]
+    rows = [
+        [
+            (
+                f"“{one_line(q.text, 60)}”   right one at rank {q.rank:g}",
+                [(thumbnails.image(i), i == q.right) for i, _ in best],
+            )
+        ]
+        for q in drawn
+        if (best := q.best[:BEST])
+    ]
     if rows:
         plot_gallery(rows, pictures.folder / f"{anchor}.png")
     return {
@@ -266,13 +261,8 @@ def _matrix(condition: Condition, series: ClassSeries, note: str, pictures: Pict
     alt = f"Confusion matrix of {name}, {len(series.names)} classes of {condition.dataset}: {title_of(condition)}."
     names = [one_line(text, 24) for text in series.names]
     picture = pictures.draw(anchor, alt, lambda path: plot_confusion(series.confusion, names, note, path))
-    return {"model": name, "picture": picture, "diagonal": _diagonal(series)}
-
-
-def _diagonal(series: ClassSeries) -> str:
-    """Share of all images that were taken for what they are."""
-    total = series.confusion.sum().item()
-    return f"{100 * series.confusion.trace().item() / total:.1f}" if total else "–"
+    total, right = series.confusion.sum().item(), series.confusion.trace().item()
+    return {"model": name, "picture": picture, "diagonal": f"{100 * right / total:.1f}" if total else "–"}
 
 
 def _query_card(
@@ -292,7 +282,3 @@ def _query_card(
         lines.append({"model": MODEL_NAMES[role], "rank": f"{of_model.rank:g}", "found": found})
     own = thumbnails.picture(query.right, f"The picture that “{one_line(query.text, 80)}” describes")
     return {"query": text, "own": own, "lines": lines}
-
-
-def _drawn_title(query: Query) -> str:
-    return f"“{one_line(query.text, 60)}”   right one at rank {query.rank:g}"

@@ -28,41 +28,28 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Query:
-    """A text and what a model found for it.
-
-    Attributes:
-        text: the query.
-        rank: of its own image, from 1.
-        right: path of its own image.
-        best: (image path, cosine similarity) of the images ranked first.
-    """
+    """A text and what a model found for it."""
 
     text: str
-    rank: int
-    right: str
-    best: list[tuple[str, float]]
+    rank: int  # of its own image, from 1
+    right: str  # path of its own image
+    best: list[tuple[str, float]]  # (image path, cosine similarity) of the images ranked first
 
 
 @dataclass
 class Found:
-    """What a folder holds.
+    """What a folder holds."""
 
-    Attributes:
-        folder: resolved.
-        results: in order of their names.
-        classes: name of a result file -> its class figures, where it has them.
-        galleries: name of a result file -> its queries, where it has them.
-        runs: (name, content) of every `run.json`.
-        unread: (name, reason) of the other JSON files, those of a model's folder left out.
-        problems: (name, what is wrong) of parts that are not shown although their file is.
-    """
-
-    folder: Path
-    results: list[ResultFile] = field(default_factory=list)
+    folder: Path  # resolved
+    results: list[ResultFile] = field(default_factory=list)  # in order of their names
+    # name of a result file -> its class figures, where it has them
     classes: dict[str, ClassFigures] = field(default_factory=dict)
+    # name of a result file -> its queries, where it has them
     galleries: dict[str, list[Query]] = field(default_factory=dict)
-    runs: list[tuple[str, dict]] = field(default_factory=list)
+    runs: list[tuple[str, dict]] = field(default_factory=list)  # (name, content) of every `run.json`
+    # (name, reason) of the other JSON files, those of a model's folder left out
     unread: list[tuple[str, str]] = field(default_factory=list)
+    # (name, what is wrong) of parts that are not shown although their file is
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 

@@ -10,7 +10,7 @@ from common.privacy import hide_paths
 from eval.report_folder import Found, skipped_rows
 from records.plots import BarRow, plot_bars, plot_gains, plot_training_curves
 from records.report_page import Cell, Pictures
-from records.schema import MODEL_NAMES, TASKS, Condition, Record
+from records.schema import MODEL_NAMES, TASKS, Condition
 from records.series import Pair, Series, folder_and_seed
 from records.tables import figure_text, one_line, points
 
@@ -84,9 +84,15 @@ def headlines(pairs: list[Pair]) -> list[dict[str, Any]]:
 
 def gains(found: Found, pictures: Pictures) -> dict[str, Any] | None:
     """Gains in mean recall with their intervals; None where none was measured."""
-    records = gains_of(found)
+    records = [
+        (record, folder_and_seed(record, result.name)[0])
+        for result in found.results
+        for record in result.records
+        if record.is_gain and record.interval_95 is not None
+    ]
     if not records:
         return None
+    records.sort(key=lambda gain: reading_order(gain[0].condition))
     several = len({folder for _, folder in records}) > 1
     rows, table = [], []
     for r, folder in records:
@@ -199,27 +205,14 @@ def protocol_pairs(series: list[Series]) -> list[tuple[Series, Series]]:
     return [(authors, ours[key]) for authors, key in keys if key in ours]
 
 
-def gains_of(found: Found) -> list[tuple[Record, str]]:
-    """(record, model's folder) of the gains that have an interval."""
-    gains = [
-        (record, folder_and_seed(record, result.name)[0])
-        for result in found.results
-        for record in result.records
-        if record.is_gain and record.interval_95 is not None
-    ]
-    return sorted(gains, key=lambda gain: reading_order(gain[0].condition))
-
-
 # --- Words -----------------------------------------------------------------------------------------------------------
 
 
 def metric_name(c: Condition) -> str:
-    """A metric in short words."""
     return METRIC_NAMES.get(c.metric, c.metric)
 
 
 def title_of(c: Condition) -> str:
-    """Heading of a group of figures."""
     if c.task == "retrieval":
         return f"Retrieval, {c.dataset}{f', captions in {c.language}' if c.language else ''}, split {c.split}"
     prompts = f", prompts in {c.language}" if c.language else ""
@@ -239,11 +232,7 @@ def protocol_text(protocol: str) -> str:
 
 
 def figure_note(skipped: dict[str, int]) -> str:
-    """What a figure says of images that could not be read; empty where all could.
-
-    Args:
-        skipped: data set -> number of its images.
-    """
+    """What a figure says of images that could not be read, by data set; empty where all could."""
     counts = {dataset: count for dataset, count in skipped.items() if count}
     listed = ", ".join(f"{count} of {one_line(dataset, 30)}" for dataset, count in counts.items())
     if len(counts) > 2:  # a line of a figure holds no more
@@ -257,7 +246,6 @@ def model_label(role: str, folder: str, folders: set[str]) -> str:
 
 
 def shorten_lines(text: str, limit: int = 28) -> str:
-    """Every line of a label cut to `limit` characters."""
     return "\n".join(one_line(line, limit) for line in text.split("\n"))
 
 
@@ -265,7 +253,6 @@ def shorten_lines(text: str, limit: int = 28) -> str:
 
 
 def _file_cells(name: str, header: dict[str, Any]) -> list[str | Cell]:
-    """Name, model, revision, fingerprint, command, seconds and left out rows of a file."""
     shown = {key: one_line(str(value), 400) for key, value in header.items()}
     return [
         Cell(name, is_code=True),
@@ -316,13 +303,6 @@ def _by_models(pairs: list[Pair]) -> dict[tuple[str, str], list[Pair]]:
     return groups
 
 
-def _folders(pair: Pair, block: list[Pair]) -> str:
-    """Folder of the model, and that of the baseline where there are several."""
-    baselines = {other.baseline.folder for other in block if other.baseline}
-    against = f" against {pair.baseline.folder}" if pair.baseline and len(baselines) > 1 else ""
-    return (pair.model.folder if pair.model else "baseline alone") + against
-
-
 def _bar_row(pair: Pair, several: bool) -> BarRow:
     c = pair.condition
     label = f"{DIRECTION_NAMES[c.direction]}, {metric_name(c)}" if c.direction else f"{c.dataset}\n{metric_name(c)}"
@@ -335,9 +315,11 @@ def _bar_row(pair: Pair, several: bool) -> BarRow:
 def _cells(pair: Pair, block: list[Pair], several: bool) -> list[str | Cell]:
     c, difference = pair.condition, pair.difference
     better = None if not difference else (difference < 0) == pair.is_rank
+    baselines = {other.baseline.folder for other in block if other.baseline}
+    against = f" against {pair.baseline.folder}" if pair.baseline and len(baselines) > 1 else ""
     return [
         Cell(f"{DIRECTION_NAMES[c.direction] or c.dataset}, {metric_name(c)}", notes=pair.doubts),
-        *([Cell(_folders(pair, block), is_code=True)] if several else []),
+        *([Cell((pair.model.folder if pair.model else "baseline alone") + against, is_code=True)] if several else []),
         figure_text(pair.baseline),
         figure_text(pair.model),
         Cell(points(difference, pair.is_rank), better),

@@ -2,6 +2,12 @@ r"""Cross-modal retrieval: texts find their image, images find one of their text
 
     python -m eval.retrieval --model data/openmoji/base --dataset data/openmoji/dataset --split test --language pt \
         --output retrieval_pt.json
+
+A large data set is embedded by many processes: by those of `accelerate launch`, or in shares of its rows by the workers
+of this machine, by a Slurm cluster or by Ray (docs/cluster.md). The figures are the same to the bit.
+
+    python -m eval.retrieval … --tasks 8 --workers 8
+    python -m eval.retrieval … --executor slurm --tasks 40 --partition gpu --gpus_per_task 1 --time 01:00:00
 """
 
 from common.start import start_command
@@ -9,9 +15,12 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:RetrievalArguments", __doc__)
 
+import logging
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -23,8 +32,10 @@ from caption_data.image_rows import ImageRows
 from caption_data.rows import BadRow, rows_fingerprint
 from caption_data.sources import Source, open_source
 from common.cli import run_command
+from common.environment import require
 from common.files import check_output_file
-from common.privacy import short_name
+from common.privacy import hide_paths, short_name
+from common.tasks import Phase
 from eval.embeddings import EmbeddedImages, EmbeddingStore, RetrievalEmbeddings
 from eval.eval_arguments import RetrievalArguments, caption_positions
 from eval.gallery import write_gallery
@@ -124,34 +135,37 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
     return records
 
 
-@dataclass(frozen=True)
+@dataclass
 class RetrievalData:
-    """A split that is read: captions now, images when they are needed.
-
-    Attributes:
-        source: the rows.
-        captions: row -> its captions.
-        images: of the rows.
-    """
+    """A split that is read: captions now, images when they are needed."""
 
     source: Source
-    captions: list[list[str]]
-    images: ImageRows
+    captions: list[list[str]]  # row -> its captions
+    image_column: str
+
+    @cached_property
+    def images(self) -> ImageRows:
+        return self.images_of(range(len(self.captions)))
+
+    def images_of(self, rows: range) -> ImageRows:
+        """Of some rows, which are counted from 0."""
+        return ImageRows(lambda row: self.source.row(rows[row])[self.image_column], len(rows), self.source.files)
 
     def embedded(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
         """All images that can be read, with their captions, in the shared space."""
         images = store.images(self.images)
-        texts, image_of_text = flat_captions([self.captions[row] for row in images.rows.tolist()])
-        return RetrievalEmbeddings(store.texts(texts, "Captions"), images.embeds, image_of_text), images
+        texts, row_of_text = flat_captions(self.captions)
+        good = torch.isin(row_of_text, images.rows)
+        text_embeds = store.texts(texts, "Captions")[good]  # of all: a task that embeds captions has seen no image
+        image_of_text = torch.searchsorted(images.rows, row_of_text[good])
+        return RetrievalEmbeddings(text_embeds, images.embeds, image_of_text), images
 
     def fingerprint(self) -> str:
         """The one that a training run gives the same images and captions."""
         return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
 
     def first(self, rows: int) -> "RetrievalData":
-        """The first `rows` rows alone."""
-        images = ImageRows(self.images.row_image, min(rows, self.images.count), self.images.files)
-        return RetrievalData(self.source, self.captions[:rows], images)
+        return RetrievalData(self.source, self.captions[:rows], self.image_column)
 
 
 def load_data(args: RetrievalArguments) -> RetrievalData:
@@ -165,18 +179,48 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([args.image_column, column])
     quiet = not processes().is_main_process
-    rows = tqdm(source.rows(), total=len(source), desc="Reading captions", unit="row", disable=quiet)
+    rows = tqdm(source.rows(only=[column]), total=len(source), desc="Reading captions", unit="row", disable=quiet)
     captions = [_chosen(row.get(column), column, args.caption_positions, number) for number, row in enumerate(rows)]
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
     check_cutoffs(args.recall_at, len(captions))
-    images = ImageRows(lambda row: source.row(row)[args.image_column], len(captions), source.files)
-    return RetrievalData(source, captions, images)
+    return RetrievalData(source, captions, args.image_column)
 
 
-def evaluate(args: RetrievalArguments) -> list[Record]:
-    """Measure and write; returns the records."""
+def run(args: RetrievalArguments) -> list[Record] | None:
+    """`evaluate`, after the tasks that the arguments ask for; None where Slurm has taken the jobs of all.
+
+    Raises:
+        TasksFailed: some tasks have failed; they are named.
+    """
+    if not args.executor_flags():
+        return evaluate(args)
+    require("--executor, --tasks and --workers", "captions", "datatrove")
+    from common.executors import Work, execute
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("capivara").setLevel(logging.INFO)
+    check_output_file(args.output)
+    load_data(args)  # for its errors, before any task
+    embeddings, figures = Work.of(args)
+    if args.executor != "slurm":
+        execute([embeddings], args)
+        return evaluate(args)
+    execute([embeddings, figures], args)
+    print(f"The jobs are submitted. {args.output} will have the figures; logs are in {args.logs}.")
+    return None
+
+
+def embed_share(args: RetrievalArguments, rank: int, world_size: int) -> None:
+    """The task of an executor: a share of the images and of the captions, as far as they are not kept yet."""
+    data = load_data(args)
+    texts, _ = flat_captions(data.captions)
+    open_store(args).keep_share(data.images_of, len(data.captions), texts, rank, world_size)
+
+
+def evaluate(args: RetrievalArguments, **further: Any) -> list[Record]:
+    """Measure and write, with `further` keys of the file; returns the records."""
     check_output_file(args.output)
     data = load_data(args)
     store = open_store(args)
@@ -187,7 +231,7 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     facts |= {"language": args.language, "seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
     records = retrieval_records(embeddings, args.recall_at, protocol, **facts)
-    parts: dict[str, Any] = {"name": args.dataset_name or args.dataset, "skipped": images.skipped}
+    parts: dict[str, Any] = {"name": args.dataset_name or args.dataset, "skipped": images.skipped} | further
     if args.precision != "float32":
         parts["precision_effect"] = precision_effect(args, data, store.embedder)
     store.close()
@@ -242,10 +286,18 @@ def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
     return chosen
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    run_evaluation(RetrievalArguments, __doc__, argv, evaluate)
+def _figures_task(args: RetrievalArguments, rank: int, world_size: int) -> None:
+    """`evaluate` where the command line is Slurm's."""
+    evaluate(args, command=" ".join(hide_paths(shlex.split(args.command()))))
 
+
+PHASES = {
+    "embeddings": Phase(embed_share, lambda args, tasks: [], uses_model=True),  # a task finds out what there is to do
+    "figures": Phase(_figures_task, uses_model=True),
+}
+
+
+main = partial(run_evaluation, RetrievalArguments, __doc__, run)
 
 if __name__ == "__main__":
     run_command(main, resumes=True)

@@ -29,7 +29,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.environment import package_versions
 from common.files import read_json, write_json, write_text
 from common.privacy import hide_paths
@@ -180,16 +180,13 @@ def listing(args: SuiteArguments, suite: str) -> str:
     return "\n".join(lines)
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    try:
-        args = parse(SuiteArguments, __doc__, argv)
-        if args.list_benchmarks:
-            print(listing(args, args.suite))
-            return
-        summary = run(args, args.suite)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    args = parse(SuiteArguments, __doc__, argv)
+    if args.list_benchmarks:
+        print(listing(args, args.suite))
+        return
+    summary = run(args, args.suite)
     if summary is None:
         return
     print(suite_table(summary))

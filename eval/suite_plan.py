@@ -14,54 +14,33 @@ from modeling_capivara.embedder import load_embedder
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the suite.
+    """A model of the suite."""
 
-    Attributes:
-        name: as the tasks take it.
-        role: "baseline" or "capivara".
-        run: number among those of its role, from 0.
-        seed: of its training, as its run.json says.
-        fingerprint: of weights, configuration and precision.
-    """
-
-    name: str
-    role: str
-    run: int
-    seed: int | None
-    fingerprint: str
+    name: str  # as the tasks take it
+    role: str  # "baseline" or "capivara"
+    run: int  # number among those of its role, from 0
+    seed: int | None  # of its training, as its run.json says
+    fingerprint: str  # of weights, configuration and precision
 
     @property
     def suffix(self) -> str:
-        """How names of result files end."""
         return "baseline" if self.role == "baseline" else f"{self.role}-{self.run}"
 
 
 @dataclass
 class Measurement:
-    """One model on one benchmark in one language.
+    """One model on one benchmark in one language."""
 
-    Attributes:
-        benchmark: key.
-        language: code.
-        role, run: of the model.
-        file: name of the result file.
-        status: "planned", "measured" or "not run".
-        reason: why it is not run.
-        skipped: images that could not be read.
-        local: whether its data lie here, so that "not run" is a fault.
-        data: what the task takes.
-    """
-
-    benchmark: str
+    benchmark: str  # key
     language: str
-    role: str
+    role: str  # of the model
     run: int
-    file: str
-    status: str = "planned"
-    reason: str = ""
-    skipped: int = 0
-    local: bool = False
-    data: str = ""
+    file: str  # name of the result file
+    status: str = "planned"  # or "measured", "not run"
+    reason: str = ""  # why it is not run
+    skipped: int = 0  # images that could not be read
+    local: bool = False  # whether its data lie here, so that "not run" is a fault
+    data: str = ""  # what the task takes
 
 
 def chosen(args: SuiteArguments, suite: str) -> list[Benchmark]:

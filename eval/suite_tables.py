@@ -3,15 +3,14 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from eval.benchmarks import METRICS, Average, Benchmark
 from records.schema import MODEL_NAMES
 from records.tables import markdown_table
 
 
-@dataclass(frozen=True)
-class Figure:
+class Figure(NamedTuple):
     """One measured figure of a suite: `value` and `n` as in a `Record`, `run` the number of the model of its role."""
 
     benchmark: str
@@ -26,21 +25,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class SuiteFigures:
-    """What a suite has measured.
-
-    Attributes:
-        figures: all of them.
-        runs: role -> number of its models.
-    """
+    """What a suite has measured."""
 
     figures: Sequence[Figure]
-    runs: dict[str, int]
+    runs: dict[str, int]  # role -> number of its models
 
     def of(self, benchmark: str, language: str, direction: str, metric: str, role: str) -> list[Figure]:
         """A figure a run, in the order of runs; empty where a run has none, since a mean of fewer would mislead."""
         wanted = (benchmark, language, direction, metric, role)
-        key = ("benchmark", "language", "direction", "metric", "role")
-        found = [figure for figure in self.figures if tuple(getattr(figure, name) for name in key) == wanted]
+        found = [figure for figure in self.figures if figure[: len(wanted)] == wanted]
         return sorted(found, key=lambda figure: figure.run) if len(found) == self.runs[role] else []
 
 
@@ -53,12 +46,8 @@ def suite_rows(
 ) -> list[dict[str, Any]]:
     """Rows of a suite's table, as data; all figures but median ranks in per cent.
 
-    Args:
-        benchmarks: with a language each, in the order of rows.
-        measured: by the suite's models.
-        metrics: that get rows of their own beside the benchmark's.
-        published: which model's published figures stand beside CAPIVARA's.
-        protocol: of classification.
+    `metrics` get rows of their own beside the benchmark's; `published` names the model whose published figures stand
+    beside CAPIVARA's.
     """
     rows = []
     for benchmark, language in benchmarks:
@@ -80,13 +69,8 @@ def average_row(
 ) -> dict[str, Any] | None:
     """The row of an average, or None unless each model has measured each of its benchmarks.
 
-    Args:
-        average: which.
-        rows: of the suite.
-        benchmarks: the average's, as far as they are in the suite.
-        measured: by the suite's models.
-        published: which model's published figures stand beside CAPIVARA's.
-    """  # fmt: skip
+    `rows` are those of the suite, `benchmarks` the average's, as far as they are in it.
+    """
     by_role = {
         role: [measured.of(b.key, b.language, "", b.metric, role) for b in benchmarks]
         for role, runs in measured.runs.items()
@@ -193,7 +177,9 @@ def _suite_notes(summary: dict[str, Any]) -> list[str]:
             "\\* not like for like: other captions, another number of images, or other names and prompts than the "
             "published figure's, which was made with the authors' (`--protocol authors --authors_file FILE`)."
         )
-    facts = [*_image_notes(summary), *_protocol_notes(summary), *summary["averages_left_out"], *_not_run(summary)]
+    measured = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in MODEL_NAMES)}
+    of_protocols = [f"{title}: {note}" for key, (title, note) in summary["notes"].items() if note and key in measured]
+    facts = [*_image_notes(summary), *of_protocols, *summary["averages_left_out"], *_not_run(summary)]
     return [*notes, "\n".join(f"- {fact}" for fact in facts)] if facts else notes
 
 
@@ -209,11 +195,6 @@ def _image_notes(summary: dict[str, Any]) -> list[str]:
         for m in summary["measurements"]
         if m["skipped"]
     ]
-
-
-def _protocol_notes(summary: dict[str, Any]) -> list[str]:
-    measured = {row["benchmark"] for row in summary["rows"] if any(row[role]["measured"] for role in MODEL_NAMES)}
-    return [f"{title}: {note}" for key, (title, note) in summary["notes"].items() if note and key in measured]
 
 
 def _not_run(summary: dict[str, Any]) -> list[str]:

@@ -2,25 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from common.cli import at_least, flag
 
 CONFIG = Path("configs/openmoji_captions.yaml")
 DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
-
-# Help where the locale is Portuguese: the description, and the text of every flag.
-PREPARE_HELP_PT = {
-    "": """Prepara o conjunto de dados e o modelo de base do exemplo, onde ainda não existem.
-
-    python -m examples.openmoji.prepare
-
-O conjunto de dados é o OpenMoji, em inglês e em português. O modelo de base junta EfficientNet-Lite0 e
-multilingual-e5-small, alinhados só com as legendas em inglês: o ponto de partida do CAPIVARA, em miniatura.
-""",
-    "dataset": "Pasta do conjunto de dados.",
-    "model": "Pasta do modelo de base.",
-}
 
 
 @dataclass
@@ -64,8 +50,6 @@ class ClassifierArguments:
 @dataclass
 class PrepareArguments:
     """Arguments of `examples.openmoji.prepare`."""
-
-    help_pt: ClassVar[dict[str, str]] = PREPARE_HELP_PT
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the data set.")
     model: Path = flag(Path("data/openmoji/base"), "Folder of the base model.")

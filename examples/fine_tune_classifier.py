@@ -83,14 +83,6 @@ class LabelledRows:
         return {"image": self.found.images.image(row), "labels": self.found.labels[row]}
 
 
-def labelled_rows(args: ClassifierArguments, split: str, names_en: list[str]) -> LabelledRows:
-    """A split of `--images`, its labels in the order of the prompts."""
-    found = load_images(args.images, split, names_en, args.image_column, args.label_column)
-    if isinstance(found.labels[0], list):
-        raise ValueError(f"{args.images} has several labels an image; this example takes one. Choose another data set.")
-    return LabelledRows(found)
-
-
 Rows = Dataset | LabelledRows  # number of a row -> its `image` and its class, `labels`
 
 
@@ -101,8 +93,11 @@ def load_splits(args: ClassifierArguments, prompts: Prompts) -> tuple[Rows, Rows
             raise ValueError(f"--benchmark {args.benchmark} needs its images, a folder or data set: give --images.")
         splits = digits(prompts.names, args.seed)
         return splits["train"], splits["test"]
-    train, test = (labelled_rows(args, split, prompts.names_en) for split in (args.train_split, args.split))
-    return train, test
+    columns = (args.image_column, args.label_column)
+    found = [load_images(args.images, split, prompts.names_en, *columns) for split in (args.train_split, args.split)]
+    if any(isinstance(images.labels[0], list) for images in found):
+        raise ValueError(f"{args.images} has several labels an image; this example takes one. Choose another data set.")
+    return LabelledRows(found[0]), LabelledRows(found[1])
 
 
 def make_trainer(
@@ -167,8 +162,7 @@ def fine_tune(args: ClassifierArguments) -> dict[str, float]:
         facts = {"accuracy": found, "train_images": len(train), "test_images": len(test), "training_s": seconds}
         config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
         config = hide_paths(config)
-        facts |= {"config": config}
-        facts |= {"device": device_description(model.device), "versions": package_versions()}
+        facts |= {"config": config, "device": device_description(model.device), "versions": package_versions()}
         write_json(folder / "results.json", facts)
         config["images"] = config["images"] or "scikit-learn's digits"
         write_text(folder / "README.md", CARD.format(**config))

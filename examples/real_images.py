@@ -26,8 +26,7 @@ from caption_data.source_files import load_embedded
 from common.cli import parse, run_command, user_errors
 from common.environment import device_description, package_versions
 from common.files import read_json, whole_folder, write_json
-from eval import classification, linear_probe, retrieval
-from eval.prompts import load_prompts
+from eval import classification, linear_probe, prompts, retrieval
 from examples.example_arguments import RealImagesArguments
 from records.schema import Record
 
@@ -81,8 +80,9 @@ def digits() -> tuple[DatasetDict, dict]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    names = load_prompts("mnist").names_en
-    classes = _prompts_file("mnist") | {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
+    names = prompts.load_prompts("mnist").names_en
+    classes = read_json(prompts.FOLDER / "pt" / "mnist.json")
+    classes |= {"dataset": "sklearn-digits", "title": "Digits of scikit-learn"}
     pixels = np.rint(255 - found.images * (255 / 16)).astype(np.uint8)  # dark on white, as on paper
     side = (DIGIT_SIDE, DIGIT_SIDE)
     images = [PIL.Image.fromarray(one).resize(side, PIL.Image.Resampling.NEAREST).convert("RGB") for one in pixels]
@@ -119,7 +119,7 @@ def babel_classes() -> dict:
 
     Its own templates are eighty, a quarter of an hour for four photographs; `--protocol babel` has them.
     """
-    found = load_prompts("imagenet-1k", "babel", "pt")
+    found = prompts.load_prompts("imagenet-1k", "babel", "pt")
     english = [found.names_en[place] for place in found.indices]
     repeated = {name for name in english if english.count(name) > 1}
     classes = [
@@ -159,14 +159,12 @@ def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
 
 def probe(args: RealImagesArguments) -> list[Record]:
     """Linear probe on the digits; the image tower is frozen in training, so that one model stands for both."""
-    folder, output = args.data / "digits", args.output / "digits-probe.json"
-    records = []
-    for shots in ([], [1, 2, 4, 8, 16]):
+    folder, records = args.data / "digits", []
+    for name, shots in (("full", []), ("few", [1, 2, 4, 8, 16])):
         records += linear_probe.evaluate(
             linear_probe.LinearProbeArguments(
                 args.baseline, str(folder / "classes.json"), str(folder / "data"),
-                output.with_stem(f"{output.stem}-{'few' if shots else 'full'}"), role="baseline", device=args.device,
-                shots=shots,
+                args.output / f"digits-probe-{name}.json", role="baseline", device=args.device, shots=shots,
             )
         )  # fmt: skip
     return records
@@ -180,10 +178,6 @@ def _labelled(images: list, labels: list[int], names: list[str]) -> Dataset:
 def _classes_file(dataset: str, title: str, classes: list[dict], templates: list[str]) -> dict:
     shared = {"dataset": dataset, "language": "pt", "title": title, "metric": "accuracy"}
     return {**shared, "classes": classes, "templates": templates}
-
-
-def _prompts_file(benchmark: str) -> dict:
-    return read_json(Path(__file__).resolve().parent.parent / "eval" / "prompts" / "pt" / f"{benchmark}.json")
 
 
 @user_errors

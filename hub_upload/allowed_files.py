@@ -2,27 +2,14 @@
 
 import mmap
 import re
-from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from pathlib import Path
 
 import PIL.Image
 
 from common.privacy import machine_path_in, own_paths, secret_in
 
-MODEL_CODE = tuple(
-    f"{name}_capivara.py"
-    for name in (
-        "configuration",
-        "image_classification",
-        "image_processing",
-        "image_tower",
-        "loss",
-        "modeling",
-        "processing",
-        "tokenization",
-    )
-)
+_PARTS = "configuration image_classification image_processing image_tower loss modeling processing tokenization"
+MODEL_CODE = tuple(f"{part}_capivara.py" for part in _PARTS.split())
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json", "merges.txt"),
@@ -47,17 +34,15 @@ MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
 def allowed_files(folder: Path) -> list[Path]:
     """The files of a repository's folder that may be uploaded, relative to it, in order.
 
-    Links are left out, and so are pictures that neither a training run writes nor README.md names.
-
-    Raises:
-        ValueError: one is no regular file; to read a pipe would wait for ever.
+    Links are left out, and so are pictures that neither a training run writes nor README.md names. ValueError where one
+    is no regular file: to read a pipe would wait for ever.
     """
-    found = []
-    card = folder / "README.md"
+    found, card = [], folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if path.is_symlink() or not _is_allowed(name):
+        depth = len(name.parts) - 1
+        if path.is_symlink() or not any(rule.count("/") == depth and name.match(rule) for rule in ALLOWED_FILES):
             continue
         check_regular(path)
         if name.suffix == ".png" and name.name not in (*RUN_PICTURES, *re.findall(r"[\w.-]+\.png", text)):
@@ -85,11 +70,9 @@ def check_contents(folder: Path) -> None:
             _check_words(_unescaped(_safetensors_header(path)), f"{name}, its header,")
             continue
         check_secrets(path, name)
-        if name.suffix in (".onnx", ".model"):
-            _check_binary(path, name)
-        elif name.suffix == ".png":
+        if name.suffix == ".png":
             _check_words(_picture_texts(path, name), f"{name}, a text in it,")
-        elif name.suffix != ".data" and name.name not in NOT_SEARCHED:
+        elif name.suffix not in BINARY and name.name not in NOT_SEARCHED:
             check_paths(path, name)
 
 
@@ -98,16 +81,23 @@ UNREADABLE = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x0
 
 
 def check_secrets(path: Path, name: Path | str) -> None:
-    """Raise ValueError, naming file and line or byte, where a file of any size and form holds a token or key."""
+    """Raise ValueError, naming file and line or byte, where a file of any size and form holds a token or key.
+
+    Graphs and vocabularies that are no text may not name a folder of this machine, either.
+    """
     if not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if (path.suffix not in BINARY or path.suffix == ".tar") and content[:6].startswith(UNREADABLE):
             raise ValueError(f"{name} is compressed or no UTF-8, and can't be searched for secrets. Write it plainly.")
         if found := secret_in(content):
-            line = f"line {_lines_before(file, found[1]) + 1}"
-            where = f"byte {found[1]}" if path.suffix in BINARY else line
+            chunks = (content[at : min(at + CHUNK_BYTES, found[1])] for at in range(0, found[1], CHUNK_BYTES))
+            line = 1 + sum(chunk.count(b"\n") for chunk in chunks)
+            where = f"byte {found[1]}" if path.suffix in BINARY else f"line {line}"
             raise ValueError(f"{name}, {where}, holds {found[0]}. Remove it, and revoke it if it is real.")
+        places = own_paths() if path.suffix in (".onnx", ".model") else ()
+        if place := next((place for place in places if content.find(f"{place}/".encode()) >= 0), None):
+            raise ValueError(f"{name} names a place on this machine, {place!r}. Make the file anew without it.")
 
 
 def check_paths(path: Path, name: Path | str) -> None:
@@ -125,29 +115,12 @@ def _check_words(text: str, where: str) -> None:
 
 
 def _picture_texts(path: Path, name: Path | str) -> str:
-    """What a picture says in words before its pixels, such as comments of PNG, compressed or not.
-
-    Raises:
-        ValueError: it is no picture that can be read.
-    """
+    """What a picture says in words before its pixels, such as comments of PNG, compressed or not."""
     try:
         with PIL.Image.open(path) as image:
             return "\n".join(f"{key}: {text}" for key, text in image.info.items() if isinstance(text, str))
     except Exception:  # PIL raises a dozen kinds
         raise ValueError(f"{name} is no picture that can be read. Remove it.") from None
-
-
-def _is_allowed(name: Path) -> bool:
-    return any(
-        len(name.parts) == len(PurePosixPath(pattern).parts)
-        and all(map(fnmatchcase, name.parts, PurePosixPath(pattern).parts))
-        for pattern in ALLOWED_FILES
-    )
-
-
-def _lines_before(file: BinaryIO, offset: int) -> int:
-    """Line breaks in the first `offset` bytes of a file."""
-    return sum(file.read(min(CHUNK_BYTES, offset - at)).count(b"\n") for at in range(0, offset, CHUNK_BYTES))
 
 
 def _check_machine_paths(text: str, where: str) -> None:
@@ -162,12 +135,6 @@ def _unescaped(line: str) -> str:
         return chr(int(found[2], 16)) if found[2] else found[1] if found[1] in '"\\/' else " "
 
     return re.sub(r"\\(u([0-9a-fA-F]{4})|.)", read, line)
-
-
-def _check_binary(path: Path, name: Path) -> None:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if found := next((folder for folder in own_paths() if content.find(f"{folder}/".encode()) >= 0), None):
-            raise ValueError(f"{name} names a place on this machine, {found!r}. Make the file anew without it.")
 
 
 def _safetensors_header(path: Path) -> str:

@@ -21,6 +21,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -50,9 +51,7 @@ SHOWN = 120  # letters of a line in a message
 class CardArguments:
     model: Path | None = flag(None, "Folder of a finished run, or a repository made from it; its card is written.")
     repo_id: str | None = flag(
-        None,
-        "Hub id, owner/name, that the code in the card loads; where none is given, it loads the folder by "
-        "its name, from the folder above.",
+        None, "Hub id, owner/name, that the card's code loads; without it, the folder by its name, from the one above."
     )
     language: Literal["en", "pt"] = flag("en", "Language of the card's text.")
     output: Path | None = flag(None, "File of the card, in place of README.md in the folder; it alone is written.")
@@ -67,19 +66,10 @@ class CardArguments:
             check_repo_id(self.repo_id)
 
 
-def render(
-    facts: CardFacts, language: str = "en", repo_id: str | None = None, formats: frozenset[str] | None = None
-) -> ModelCard:
-    """The card of a folder.
+def render(facts: CardFacts, language: str = "en", repo_id: str | None = None) -> ModelCard:
+    """The card of a folder, in "en" or "pt"; its code loads `repo_id`, or the folder by its name where there is none.
 
-    Args:
-        facts: of `card_facts`.
-        language: of the text, "en" or "pt".
-        repo_id: that code in the card loads; the folder by its name where None.
-        formats: keys of `card_facts.FORMATS`, loaders that the card has code for; those whose files are there if None.
-
-    Raises:
-        ValueError: a figure is missing that the card needs, or the card would hold a path of a machine or a secret.
+    Raises ValueError where a figure is missing that it needs, or it would hold a path of a machine or a secret.
     """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
@@ -100,7 +90,7 @@ def render(
             title=escaped(title),
             name=repo_id or (facts.name if is_whole else f"{facts.name}/{facts.model.name}"),
             is_repository=repo_id is not None,
-            formats=facts.formats if formats is None else formats,
+            formats=facts.formats,
             **card_parts(facts, words),
         )
     except (TypeError, LookupError, AttributeError) as error:
@@ -113,26 +103,13 @@ def render(
     return card
 
 
-def write_card(
-    folder: Path,
-    repo_id: str | None = None,
-    language: str = "en",
-    output: Path | None = None,
-    name: str | None = None,
-) -> Path:
-    """Write the card of a folder, each file in one piece, and return the card's path.
+def write_card(folder: Path, repo_id: str | None = None, language: str = "en", output: Path | None = None) -> Path:
+    """Write the card of a run or of a repository made from it, each file in one piece, and return the card's path.
 
-    Args:
-        folder: of a run, or a repository made from it.
-        repo_id: see `render`.
-        language: see `render`.
-        output: file that alone is written; where None, README.md and `.eval_results` in the folder.
-        name: how code names the folder where there is no repo_id; its own name where None.
-
-    Raises:
-        ValueError: as `card_facts` and `render`.
+    Where an `output` is named it alone is written, else README.md and `.eval_results` in the folder. ValueError as of
+    `card_facts` and `render`.
     """
-    facts = card_facts(folder, name)
+    facts = card_facts(folder)
     card = render(facts, language, repo_id)
     for file, text in eval_results(facts).items() if output is None else ():
         write_text(folder / file, text)
@@ -149,17 +126,14 @@ def check(folder: Path) -> list[str]:
 
     The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
     text, if they hold no number, and nothing that could hide or reframe the lines around them. As the card lists the
-    digests of its files, a changed digit that it does not show is noticed, too.
-
-    Raises:
-        ValueError: there is no card.
-        OSError: it can't be read.
+    digests of its files, a changed digit that it does not show is noticed, too. ValueError where there is no card.
     """
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder} has no {CARD}. Make it with `python -m hub_upload.card --model {folder}`.")
     text = _read(folder / CARD)
+    if not (options := made_with(text)):
+        return [f"{CARD}: it was not made by `python -m hub_upload.card`, so its figures have no known source."]
     try:
-        options = made_with(text)
         facts = card_facts(folder, options["name"])
         expected = str(render(facts, options["language"], options["repo_id"]))
         wanted = eval_results(facts)
@@ -181,37 +155,22 @@ def check(folder: Path) -> list[str]:
 
 def outdated(folder: Path) -> list[str]:
     """The faults of a folder's card, if there is one and `hub_upload.card` made it; others are their writers' word."""
-    if not (folder / CARD).is_file():
-        return []
-    try:
-        made_with(_read(folder / CARD))
-    except ValueError:
-        return []
-    return check(folder)
+    return check(folder) if (folder / CARD).is_file() and made_with(_read(folder / CARD)) else []
 
 
-def made_with(text: str) -> dict[str, Any]:
-    """The options that a card was made with. Raises ValueError where it does not say so."""
-    found = MADE_WITH.findall(text)
-    try:
-        options = json.loads(found[-1]) if found else {}
+def made_with(text: str) -> dict[str, Any] | None:
+    """The options that a card was made with; None where it does not say so."""
+    with suppress(ValueError, TypeError, IndexError):
+        options = json.loads(MADE_WITH.findall(text)[-1])
         if set(options) == {"language", "repo_id", "name"} and options["language"] in LANGUAGES:
             if options["repo_id"] is not None:
                 check_repo_id(options["repo_id"])
             return options
-    except (ValueError, TypeError):
-        pass
-    raise ValueError("it was not made by `python -m hub_upload.card`, so its figures have no known source.")
+    return None
 
 
 def _line_faults(expected: str, text: str, may_add: bool = False) -> Iterator[str]:
-    """How a text differs from the expected one, line by line.
-
-    Args:
-        expected: the text that the files give.
-        text: the text that is there.
-        may_add: whether sentences may be added to it, below a front matter.
-    """
+    """How a text differs from the expected one, line by line; sentences below a front matter if they `may_add` some."""
     wanted = [line for line in expected.split("\n") if line.strip()]
     there = [(number, line.rstrip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     front = expected.count("\n", 0, expected.find("\n---\n", 1)) if may_add else 0

@@ -10,7 +10,7 @@ needs it, and left out where it doesn't; nothing is guessed.
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,37 +44,21 @@ class Content(dict):
 
 @dataclass
 class CardFacts:
-    """All that a card may state.
+    """All that a card may state."""
 
-    Attributes:
-        folder: of the run, or of the repository made from it.
-        name: of the folder, as code names it.
-        model: folder of the weights.
-        run: the `run.json` of the weights in the folder; of the first seed where each has a folder of its own.
-        runs: every `run.json`, in the order of seeds.
-        series: the figures, in the order of files and records.
-        tokens: longest text that the processor lets through.
-        config: `config.json` of the model; empty where the folder holds none.
-        parameters: numbers in the weights; None where the folder holds none.
-        graphs: `onnx/quantisation.json`, which has the sizes and differences of the graphs; empty where there is none.
-        formats: keys of `FORMATS` whose files are there.
-        pictures: paths of those of `PICTURES` that are there.
-        digests: file -> SHA-256 of all that was read, and of the pictures.
-    """
-
-    folder: Path
-    name: str
-    model: Path
-    run: Content
-    runs: list[Content]
-    series: list[Series]
-    tokens: int
-    config: dict[str, Any] = field(default_factory=dict)
-    parameters: int | None = None
-    graphs: dict[str, Any] = field(default_factory=dict)
-    formats: frozenset[str] = frozenset()
-    pictures: list[str] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)
+    folder: Path  # of the run, or of the repository made from it
+    name: str  # of the folder, as code names it
+    model: Path  # folder of the weights
+    run: Content  # `run.json` of the weights in the folder; of the first seed where each has a folder of its own
+    runs: list[Content]  # every `run.json`, in the order of seeds
+    series: list[Series]  # the figures, in the order of files and records
+    tokens: int  # longest text that the processor lets through
+    config: dict[str, Any]  # `config.json` of the model; empty where the folder holds none
+    parameters: int | None  # numbers in the weights; None where the folder holds none
+    graphs: dict[str, Any]  # `onnx/quantisation.json`: sizes and differences of the graphs; empty where there is none
+    formats: frozenset[str]  # keys of `FORMATS` whose files are there
+    pictures: list[str]  # paths of those of `PICTURES` that are there
+    digests: dict[str, str]  # file -> SHA-256 of all that was read, and of the pictures
 
     @property
     def language(self) -> str:
@@ -116,12 +100,12 @@ class CardFacts:
     def main_pairs(self) -> list[Pair]:
         """Main figures that baseline and model both have: mean recalls, the first metric of each classification."""
         found = []
-        for task in TASKS:
-            for group in self.groups(task):
-                for direction in DIRECTIONS if task == "retrieval" else ("",):
-                    is_any = task != "retrieval"
-                    found += [p for p in pairs(group, direction) if is_any or p.condition.metric == "mean_recall"][:1]
-        return [pair for pair in found if pair.model and pair.baseline]
+        for group in (group for task in TASKS for group in self.groups(task)):
+            is_retrieval = group[0].first.task == "retrieval"
+            for direction in DIRECTIONS if is_retrieval else ("",):
+                main = [p for p in pairs(group, direction) if not is_retrieval or p.condition.metric == "mean_recall"]
+                found += [pair for pair in main[:1] if pair.model and pair.baseline]
+        return found
 
 
 def pairs(group: list[Series], direction: str) -> list[Pair]:
@@ -130,11 +114,9 @@ def pairs(group: list[Series], direction: str) -> list[Pair]:
 
 
 def card_facts(folder: Path, name: str | None = None) -> CardFacts:
-    """Read and check all that the card of a folder may state.
+    """Read and check all that the card of a folder may state: a run of one seed or several, or a repository made of it.
 
-    Args:
-        folder: of a run of `train_accelerate.py`, of one seed or of several, or a repository made from it.
-        name: how code in the card names the folder; its own name where None.
+    Code in the card names the folder `name`, or by its own name where None.
 
     Raises:
         ValueError: a file is missing or has another form, two records give one figure different values, or a file
@@ -172,19 +154,18 @@ def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, Content, list[Co
     paths = [path for path in (folder / "run.json", *sorted(folder.glob("seed-*/run.json"))) if path.is_file()]
     if not paths:
         raise ValueError(f"{folder} has no run.json, and none in seed-*/: give the folder of a finished training run.")
-    read = [(path.parent, _checked_run(_read(path, folder, digests))) for path in paths]
+    read = []
+    for path in paths:
+        run = _read(path, folder, digests)
+        if run["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"{run.pointer} has schema version {run['schema_version']!r:.20}, not {SCHEMA_VERSION}.")
+        for key, kind in (("config", dict), ("versions", dict), ("seconds", dict), ("seed", int), ("device", str)):
+            if not isinstance(run[key], kind):
+                raise ValueError(f"{run.pointer}/{key} must be of type {kind.__name__}, got {run[key]!r:.60}.")
+        read.append((path.parent, run))
     model, run = read[0] if paths[0].parent == folder else min(read, key=lambda pair: pair[1]["seed"])
     by_seed = {of["seed"]: of for _, of in [*read, (model, run)]}
     return model, run, [by_seed[seed] for seed in sorted(by_seed)]
-
-
-def _checked_run(run: Content) -> Content:
-    if run["schema_version"] != SCHEMA_VERSION:
-        raise ValueError(f"{run.pointer} has schema version {run['schema_version']!r:.20}, not {SCHEMA_VERSION}.")
-    for key, kind in (("config", dict), ("versions", dict), ("seconds", dict), ("seed", int), ("device", str)):
-        if not isinstance(run[key], kind):
-            raise ValueError(f"{run.pointer}/{key} must be of type {kind.__name__}, got {run[key]!r:.60}.")
-    return run
 
 
 def _read(path: Path, folder: Path, digests: dict[str, str]) -> Content:

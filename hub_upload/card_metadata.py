@@ -6,7 +6,6 @@ Values are those of the JSON files, shares and not per cents, to the last digit.
 """
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
@@ -38,28 +37,15 @@ _LICENCES = (
 LICENCES = frozenset(_LICENCES.split())
 
 
-@dataclass(frozen=True)
-class Energy:
-    """Of all runs together, in kWh, kg of CO2e and hours; `about` is what the first of them says of it."""
-
-    kwh: float
-    kg_co2e: float
-    hours: float
-    about: Content
-
-    @property
-    def estimated(self) -> bool:
-        """Whether it was estimated, and not measured."""
-        return "estimated" in str(self.about["method"])
-
-
 def metadata(facts: CardFacts, title: str) -> ModelCardData:
     """The front matter. What names no language, licence or Hub id as the Hub knows them is left out."""
     stated = [code.split("-")[0] for code in facts.run["config"]["eval_languages"] if isinstance(code, str)]
     languages = list(dict.fromkeys(stated))
     tags = ["capivara", "clip", "image-text-retrieval", "zero-shot"]
     tags += ["multilingual"] if len(languages) > 1 else []
-    base = base_models(facts)
+    model = facts.origins.get("model") or {}
+    # The base's own id, or those that the card of a local base names.
+    base = hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
     data = ModelCardData(
         language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,  # ISO 639-1 or -3
         license=licence(facts),
@@ -72,7 +58,10 @@ def metadata(facts: CardFacts, title: str) -> ModelCardData:
         eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
     )
     if used := energy(facts):
-        data["co2_eq_emissions"] = _emissions(facts, used)
+        hardware = used.get("gpu") or used.get("cpu") or facts.run["device"]
+        emissions = {"emissions": 1000 * used["kg_co2e"], "source": str(used["method"]), "training_type": "fine-tuning"}
+        emissions |= {"geographical_location": one_line(used["country"])} if used.get("country") else {}
+        data["co2_eq_emissions"] = emissions | {"hardware_used": one_line(hardware)}
     return data
 
 
@@ -82,23 +71,13 @@ def licence(facts: CardFacts) -> str | None:
     return noted if noted in LICENCES else None
 
 
-def base_models(facts: CardFacts) -> list[str]:
-    """Hub ids of the base: its own, or those that the card of a local base names."""
-    model = facts.origins.get("model") or {}
-    return hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
-
-
 def hub_ids(names: Any) -> list[str]:
     """Those of some names that are Hub ids."""
     return [name for name in names if isinstance(name, str) and HUB_ID.fullmatch(name)]
 
 
-def energy(facts: CardFacts) -> Energy | None:
-    """What all runs took; None unless each of them was measured.
-
-    Raises:
-        ValueError: a run lacks a figure, or does not say whether it was measured or estimated.
-    """
+def energy(facts: CardFacts) -> Content | None:
+    """What the first run says of its energy, with `kwh`, `kg_co2e` and `hours` of all; None where one has none."""
     of_runs = [run.get("energy") for run in facts.runs]
     if not all(of_runs):
         return None
@@ -108,8 +87,10 @@ def energy(facts: CardFacts) -> Energy | None:
         for key in ("kwh", "kg_co2e", "hours"):
             if not is_number(about[key]) or about[key] < 0:
                 raise ValueError(f"{about.pointer}/{key} must be a number of at least 0, got {about[key]!r:.60}.")
-    sums = {key: sum(about[key] for about in of_runs) for key in ("kwh", "kg_co2e", "hours")}
-    return Energy(**sums, about=of_runs[0])
+    used = Content(of_runs[0])
+    used.pointer = of_runs[0].pointer
+    used |= {key: sum(about[key] for about in of_runs) for key in ("kwh", "kg_co2e", "hours")}
+    return used
 
 
 def eval_results(facts: CardFacts) -> dict[str, str]:
@@ -129,13 +110,8 @@ def eval_results(facts: CardFacts) -> dict[str, str]:
             continue
         seen.add(where)
         notes = f"{record.metric}, language {record.language or '-'}, split {record.split}, {record.protocol}"
-        entry = EvalResultEntry(
-            dataset_id=record.dataset,
-            dataset_revision=revision,
-            task_id="_".join(filter(None, (record.task, record.direction))),
-            value=record.value,
-            notes=one_line(notes),
-        )
+        task = "_".join(filter(None, (record.task, record.direction)))
+        entry = EvalResultEntry(record.dataset, task, record.value, dataset_revision=revision, notes=one_line(notes))
         found.setdefault(f".eval_results/{_slug(record.dataset)}.yaml", []).append(entry)
     return {name: yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) for name, entries in found.items()}
 
@@ -164,14 +140,6 @@ def _index_entry(facts: CardFacts, measured: Measured) -> EvalResult:
         metric_value=record.value,
         metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
     )
-
-
-def _emissions(facts: CardFacts, used: Energy) -> dict[str, Any]:
-    about = used.about
-    found = {"emissions": 1000 * used.kg_co2e, "source": str(about["method"]), "training_type": "fine-tuning"}
-    if about.get("country"):
-        found["geographical_location"] = one_line(about["country"])
-    return found | {"hardware_used": one_line(about.get("gpu") or about.get("cpu") or facts.run["device"])}
 
 
 def _slug(name: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hub_upload.card_facts import HUB_ID, CardFacts, Content, pairs
-from hub_upload.card_metadata import Energy, energy, licence
+from hub_upload.card_metadata import energy, licence
 from hub_upload.card_text import Words, code, escaped
 from records.schema import DIRECTIONS, TASKS, Record
 from records.series import Measured, Pair, Series
@@ -25,12 +25,9 @@ ONLY_WHERE = {
 
 
 def card_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
-    """All that the template is given but for title, name and formats.
-
-    Raises:
-        ValueError: a figure is missing, or has another form.
-    """
+    """All that the template is given but for title, name and formats. Raises ValueError where a figure is missing."""
     used = energy(facts)
+    digests = [(code(name), f"`{digest[:32]}`") for name, digest in sorted(facts.digests.items())]
     return {
         **_origin_parts(facts, words),
         **_training_parts(facts, words),
@@ -39,25 +36,15 @@ def card_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
         "tokens": words.number(facts.tokens),
         "architecture": _architecture(facts, words),
         "energy": _energy_parts(facts, used, words) if used else None,
-        "graphs": _graphs(facts, words),
-        "int8": _int8_lines(facts, words),
-        "files": table(
-            ("file", "digest"),
-            [(code(name), f"`{digest[:32]}`") for name, digest in sorted(facts.digests.items())],
-            words,
-            text_columns=2,
-        ),
+        **_onnx_parts(facts, words),
+        "files": table(("file", "digest"), digests, words, text_columns=2),
     }
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Words, text_columns: int = 1) -> str:
     """A Markdown table without the columns that no row fills; other gaps become a dash. Empty where there are no rows.
 
-    Args:
-        columns: keys of the words of the head.
-        rows: their cells.
-        words: of the card's language.
-        text_columns: columns that are aligned to the left; the others hold numbers.
+    Its head is made of the words of `columns`; the first `text_columns` are aligned to the left.
     """
     kept = [number for number in range(len(columns)) if any(row[number] for row in rows)]
     header = [words(f"column_{columns[number]}") for number in kept]
@@ -178,18 +165,17 @@ def _architecture(facts: CardFacts, words: Words) -> dict[str, str]:
     return found
 
 
-def _energy_parts(facts: CardFacts, used: Energy, words: Words) -> dict[str, str]:
-    about = used.about
+def _energy_parts(facts: CardFacts, used: Content, words: Words) -> dict[str, str]:
+    hardware = [used[key] for key in ("gpu", "cpu") if used.get(key)] or [facts.run["device"]]
     return {
-        "source": words("estimated" if used.estimated else "measured"),
-        "method": words.phrase(about["method"]),
-        "covers": words.phrase(about["covers"]),
-        "hardware": ", ".join(escaped(about[key]) for key in ("gpu", "cpu") if about.get(key))
-        or escaped(facts.run["device"]),
-        "time": words.duration(3600 * used.hours),
-        "country": code(about["country"]) if about.get("country") else "–",
-        "kwh": words.quantity(used.kwh, ("kWh", "Wh")),
-        "co2e": words.quantity(used.kg_co2e, ("kg", "g")),
+        "source": words("estimated" if "estimated" in str(used["method"]) else "measured"),
+        "method": words.phrase(used["method"]),
+        "covers": words.phrase(used["covers"]),
+        "hardware": ", ".join(map(escaped, hardware)),
+        "time": words.duration(3600 * used["hours"]),
+        "country": code(used["country"]) if used.get("country") else "–",
+        "kwh": words.quantity(used["kwh"], ("kWh", "Wh")),
+        "co2e": words.quantity(used["kg_co2e"], ("kg", "g")),
     }
 
 
@@ -202,14 +188,23 @@ def is_worse(pair: Pair) -> bool:
 
 
 def _result_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
-    main = facts.main_pairs()
+    main, summary, worse = facts.main_pairs(), [], []
+    for pair in main:
+        what, cells = _label(facts, pair.model.first, words), _cells(pair, words)
+        if pair.condition.task == "retrieval" and pair.condition.language == facts.language:
+            summary.append((what, *cells[:3]))
+        if is_worse(pair):
+            figures = {"model": words.figure(pair.model), "baseline": words.figure(pair.baseline)}
+            worse.append(words("beside_baseline", what=what, **figures))
+    seeds = [str(of.record.seed) for of in max(facts.series, key=lambda series: len(series.measured)).measured]
     return {
-        "summary": _summary(facts, main, words),
-        "worse": [_beside_baseline(facts, pair, words) for pair in main if is_worse(pair)],
+        "summary": table(("metric", "baseline", "capivara", "difference"), summary, words),
+        "worse": worse,
         "unsure": _unsure(facts, words),
         "has_baseline": bool(main),
         "tested": [_tested(facts, group, words) for task in TASKS for group in facts.groups(task)],
-        "several_seeds": _several_seeds(facts, words),
+        "seed_count": words.number(len(seeds)) if len(seeds) > 1 else "",
+        "measured_seeds": ", ".join(seeds),
         "results": _retrieval_sections(facts, words) + _image_sections(facts, words),
         "has_gains": any(series.first.is_gain for series in facts.series),
         "pictures": [(kind, name) for kind in ("retrieval", "curves") for name in facts.pictures if kind in name],
@@ -220,20 +215,18 @@ def _retrieval_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
     """A section a data set and language: title, table, and the gains with their intervals."""
     sections = []
     for group in facts.groups("retrieval"):
-        first, rows = group[0].first, []
+        first, rows, gains = group[0].first, [], []
         for direction in DIRECTIONS:
             name = words.name(direction)
-            rows += [
-                (f"{name}, {words.name(pair.condition.metric)}", *_cells(pair, words))
-                for pair in pairs(group, direction)
-            ]
-        title = words(
-            "retrieval_title", dataset=_dataset_title(facts, first.dataset), split=code(first.split),
-            language=words.language_name(first.language),
-        )  # fmt: skip
-        gains = [s for direction in DIRECTIONS for s in group if s.first.is_gain and s.first.direction == direction]
+            for pair in pairs(group, direction):
+                rows.append((f"{name}, {words.name(pair.condition.metric)}", *_cells(pair, words)))
+            for gain in (series for series in group if series.first.is_gain and series.first.direction == direction):
+                points, intervals = words.figure(gain, sign=True), _intervals(gain, gain.measured, words)
+                gains.append(words("gain", what=name, points=points, intervals=intervals))
+        where = {"split": code(first.split), "language": words.language_name(first.language)}
+        title = words("retrieval_title", dataset=_dataset_title(facts, first.dataset), **where)
         made = table(("metric", "baseline", "capivara", "difference", "chance"), rows, words)
-        sections.append({"title": title, "table": made, "gains": [_gain_line(gain, words) for gain in gains]})
+        sections.append({"title": title, "table": made, "gains": gains})
     return sections
 
 
@@ -259,31 +252,15 @@ def _cells(pair: Pair, words: Words) -> list[str]:
     if pair.difference:
         better = 0 if is_worse(pair) else 1
         cells[better] = f"**{cells[better]}**"
-    difference = "" if pair.difference is None else _difference(pair, words)
+    difference = "" if pair.difference is None else words.measure(pair.difference, pair.is_rank, sign=True)
     return [*cells, difference, "" if pair.chance is None else words.percent(pair.chance)]
 
 
-def _difference(pair: Pair, words: Words) -> str:
-    """Model minus baseline, in points or ranks."""
-    if pair.is_rank:
-        return words.number(pair.difference, 1, sign=True)
-    return words.percent(pair.difference, sign=True)
-
-
-def _gain_line(gain: Series, words: Words) -> str:
-    """A gain, with the interval of each seed."""
-    points = words.percent(gain.mean, sign=True)
-    if gain.deviation is not None:
-        points += f" ± {words.percent(gain.deviation)}"
-    intervals = _intervals(gain, gain.measured, words)
-    return words("gain", what=words.name(gain.first.direction), points=points, intervals=intervals)
-
-
 def _intervals(gain: Series, measured: Iterable[Measured], words: Words) -> str:
-    """95 % intervals of those seeds that have one, each with its seed where there are several."""
+    """95 % intervals, in points, of those seeds that have one, each with its seed where there are several."""
     intervals = []
     for record in (of_seed.record for of_seed in measured if of_seed.record.interval_95):
-        interval = words.interval(record.interval_95)
+        interval = f" {words('to')} ".join(words.percent(end, sign=True) for end in record.interval_95)
         several = len(gain.measured) > 1
         intervals.append(words("interval_of_seed", interval=interval, seed=record.seed) if several else interval)
     return "; ".join(intervals)
@@ -297,21 +274,6 @@ def _unsure(facts: CardFacts, words: Words) -> list[str]:
         if unsure:
             lines.append(f"{_label(facts, gain.first, words, metric=False)}: {_intervals(gain, unsure, words)}")
     return lines
-
-
-def _summary(facts: CardFacts, main: list[Pair], words: Words) -> str:
-    """Table of the main retrieval figures in the language of training; empty where there are none."""
-    rows = [
-        (_label(facts, pair.model.first, words), *_cells(pair, words)[:3])
-        for pair in main
-        if pair.condition.task == "retrieval" and pair.condition.language == facts.language
-    ]
-    return table(("metric", "baseline", "capivara", "difference"), rows, words)
-
-
-def _beside_baseline(facts: CardFacts, pair: Pair, words: Words) -> str:
-    model, baseline = words.figure(pair.model), words.figure(pair.baseline)
-    return words("beside_baseline", what=_label(facts, pair.model.first, words), model=model, baseline=baseline)
 
 
 def _label(facts: CardFacts, record: Record, words: Words, metric: bool = True) -> str:
@@ -346,32 +308,18 @@ def _tested(facts: CardFacts, group: list[Series], words: Words) -> str:
     return f"{', '.join(what)}: {'; '.join(about)}.\n  {protocol}"
 
 
-def _several_seeds(facts: CardFacts, words: Words) -> str:
-    """The note on mean and standard deviation; empty where every figure is of one run."""
-    seeds = [str(of.record.seed) for of in max(facts.series, key=lambda series: len(series.measured)).measured]
-    return words("several_seeds", count=words.number(len(seeds)), seeds=", ".join(seeds)) if len(seeds) > 1 else ""
-
-
-# --- ONNX ------------------------------------------------------------------------------------------------------------
-
-
-def _graphs(facts: CardFacts, words: Words) -> str:
-    """Table of the ONNX graphs: bytes, and how far their embeddings are from the model's."""
+def _onnx_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
+    """The graphs: bytes, and how far their embeddings are from the model's; lines on what int8 costs in recall."""
     rows = []
     for name, about in facts.graphs["graphs"].items() if facts.graphs else ():
         difference, cosine = about.get("largest_difference"), about.get("lowest_cosine")
         size = f"{words.number(about['bytes'] / 1e6, 1)} MB"
-        distance = "" if difference is None else words.scientific(difference)
+        distance = "" if difference is None else words.number(difference, 1, kind="e")
         rows.append((code(f"onnx/{name}"), size, distance, "" if cosine is None else words.number(cosine, 4)))
-    return table(("file", "size", "difference_to_model", "cosine"), rows, words)
-
-
-def _int8_lines(facts: CardFacts, words: Words) -> list[str]:
-    """Mean recall of the int8 graphs beside the float32 ones, a line a direction; empty where it was not measured."""
     recall, lines = facts.graphs.get("recall"), []
     for direction in DIRECTIONS if recall else ():
         shares = {name: words.percent(recall[name][direction]["mean_recall"]) for name in ("float32", "int8")}
         where = {"dataset": code(recall["dataset"]), "split": code(recall["split"])}
         images = words.number(recall["images"])
         lines.append(words("int8", what=words.name(direction), images=images, **shares, **where))
-    return lines
+    return {"graphs": table(("file", "size", "difference_to_model", "cosine"), rows, words), "int8": lines}

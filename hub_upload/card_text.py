@@ -5,7 +5,6 @@ import json
 import math
 import re
 import unicodedata
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,40 +44,32 @@ def code(value: Any) -> str:
 
 
 class Words:
-    """The texts of a card in one language, `templates/<language>.json`: `words("gain", what="R@1", …)`."""
+    """The texts of a card in one language, `templates/<language>.json`: `words("gain", what="R@1", …)`.
+
+    `texts` is their key -> text, its lines, or further keys and texts.
+    """
 
     def __init__(self, language: str):
         self.language = language
+        self.texts = json.loads((TEMPLATES / f"{language}.json").read_text(encoding="utf-8"))
 
-    def __call__(self, key: str, **values: Any) -> str:
-        """The text of a key, its `{names}` filled in."""
-        return self._text(key).format_map(values)
-
-    @cached_property
-    def texts(self) -> dict[str, Any]:
-        """Key -> text, its lines, or further keys and texts."""
-        return json.loads((TEMPLATES / f"{self.language}.json").read_text(encoding="utf-8"))
+    def __call__(self, *keys: str, **values: Any) -> str:
+        """The texts of those keys that are not empty, one after the other, their `{names}` filled in."""
+        texts = [self.texts[key] for key in keys if key]
+        return "\n".join(text if isinstance(text, str) else "\n".join(text) for text in texts).format_map(values)
 
     def render(self, **values: Any) -> str:
         """The card's body; a value that the template or a text needs and `values` lack is an error."""
 
         @jinja2.pass_context
-        def words(context: jinja2.runtime.Context, key: str, **more: Any) -> str:
-            return self._text(key).format_map({**context.get_all(), **more})
+        def words(context: jinja2.runtime.Context, *keys: str, **more: Any) -> str:
+            return self(*keys, **{**context.get_all(), **more})
 
-        templates = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(TEMPLATES),
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            keep_trailing_newline=True,
-            autoescape=False,  # Markdown; texts of others are escaped where they come in
-        )
+        # Not HTML but Markdown: texts of others are escaped where they come in.
+        spaces = dict.fromkeys(("trim_blocks", "lstrip_blocks", "keep_trailing_newline"), True)
+        found = jinja2.FileSystemLoader(TEMPLATES)
+        templates = jinja2.Environment(loader=found, autoescape=False, undefined=jinja2.StrictUndefined, **spaces)
         return _tidy(templates.get_template("model_card.md.j2").render(words=words, **values))
-
-    def _text(self, key: str) -> str:
-        text = self.texts[key]
-        return text if isinstance(text, str) else "\n".join(text)
 
     def language_name(self, code: str) -> str:
         """Name of a language in the card's one; where it is unknown, the code."""
@@ -96,22 +87,16 @@ class Words:
             text = text.replace(english, translated)
         return escaped(text)
 
-    def number(self, value: Any, digits: int = 0, sign: bool = False) -> str:
-        """A number of the files. Raises ValueError where it is none."""
+    def number(self, value: Any, digits: int = 0, sign: bool = False, kind: str = "f") -> str:
+        """A number of the files, as format's `kind` "f" or "e" writes it. Raises ValueError where it is none."""
         if not is_number(value):
             raise ValueError(f"A figure of the card must be a number, got {value!r:.60}.")
-        return self._localised(f"{value:{'+' if sign else ''},.{digits}f}")
-
-    def scientific(self, value: float) -> str:
-        """A very small number."""
-        return self._localised(f"{value:.1e}")
+        text = f"{value:{'+' if sign else ''},.{digits}{kind}}"
+        return text.translate(str.maketrans(",.", ".,")) if self.language == "pt" else text
 
     def percent(self, share: Any, sign: bool = False) -> str:
         """A share in per cent, or a difference of shares in points; without the unit."""
         return self.number(100 * share if is_number(share) else share, 2, sign)
-
-    def _localised(self, number: str) -> str:
-        return number.translate(str.maketrans(",.", ".,")) if self.language == "pt" else number
 
     def quantity(self, value: float, units: tuple[str, str]) -> str:
         """`value` to three digits, in the first unit or, where it is small, in the second, a thousandth of it."""
@@ -126,15 +111,14 @@ class Words:
         unit, part = ("hours", 3600) if seconds >= 5400 else ("minutes", 60)
         return f"{self.number(seconds / part, 1)} {self(unit)}"
 
-    def figure(self, series: Series) -> str:
-        """Per cent, or a rank; mean ± standard deviation where there are several seeds."""
-        write = (lambda value: self.number(value, 1)) if series.first.is_rank else self.percent
-        text = write(series.mean)
-        return text if series.deviation is None else f"{text} ± {write(series.deviation)}"
+    def measure(self, value: float, is_rank: bool, sign: bool = False) -> str:
+        """A rank, or a share in per cent."""
+        return self.number(value, 1, sign) if is_rank else self.percent(value, sign)
 
-    def interval(self, ends: tuple[float, float]) -> str:
-        """A gain's 95 % interval, in points."""
-        return f" {self('to')} ".join(self.percent(end, sign=True) for end in ends)
+    def figure(self, series: Series, sign: bool = False) -> str:
+        """Mean of the seeds, ± their standard deviation where there are several."""
+        text, is_rank = self.measure(series.mean, series.first.is_rank, sign), series.first.is_rank
+        return text if series.deviation is None else f"{text} ± {self.measure(series.deviation, is_rank)}"
 
 
 def _tidy(body: str) -> str:

@@ -24,10 +24,9 @@ SECRET = "holds what looks like an access token or key. Take it out, and revoke 
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Files of a data set relative to its folder. Hidden ones stay here, and whatever else lies there.
+    """Files of a data set relative to its folder; hidden ones stay here, and whatever else lies there.
 
-    Raises:
-        ValueError: a link leads out of the folder, or a file of a data set is no regular file.
+    Raises ValueError where a link leads out of the folder, or a file of a data set is no regular file.
     """
     refuse_links_out(folder)
     found = []
@@ -69,7 +68,8 @@ def _check_rows(path: Path, name: Path) -> None:
                 raise ValueError(f"{name}, its header, {SECRET}.")
             for column, array in zip(batch.schema.names, batch.columns, strict=True):
                 if _fault(array):
-                    row, fault = _first_fault(array)
+                    faults = ((row, _fault(array[row : row + 1])) for row in range(len(array)))
+                    row, fault = next(found for found in faults if found[1])
                     raise ValueError(f"{name}, column {column!r}, row {first + row}, {fault}.")
             first += len(batch)
     except pyarrow.ArrowException as error:
@@ -93,21 +93,8 @@ def _batches(path: Path) -> Iterator[Any]:
             yield from file.iter_batches(max(1, min(rows, 2**16)), [group])
 
 
-def _first_fault(array: Any) -> tuple[int, str | None]:
-    """The row of an array that has one, found by halves, and its fault."""
-    start, size = 0, len(array)
-    while size > 1:
-        half = size // 2
-        start, size = (start, half) if _fault(array.slice(start, half)) else (start + half, size - half)
-    return start, _fault(array.slice(start, 1))
-
-
 def _fault(array: Any) -> str | None:
-    """What must not be sent of the values of a column, in words; None where there is nothing.
-
-    Args:
-        array: of pyarrow; lists and structs are looked into.
-    """
+    """What must not be sent of the values of an array of pyarrow, however nested, in words; None where all may."""
     from pyarrow import ExtensionArray, ListArray, compute, types
 
     kind = array.type

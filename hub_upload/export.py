@@ -27,41 +27,16 @@ import modeling_capivara
 from common.cli import parse, run_command
 from common.files import check_free_space, check_output_folder, read_json, whole_folder, write_json, write_text
 from common.privacy import hide_paths
-from hub_upload.allowed_files import (
-    ALLOWED_FILES,
-    MODEL_CODE,
-    RUN_PICTURES,
-    TOKENIZER_FILES,
-    allowed_files,
-    check_contents,
-    check_regular,
-)
+from hub_upload import allowed_files as allowed
+from hub_upload import loader_files, onnx_files, source_model
 from hub_upload.export_arguments import FORMATS, ExportArguments
-from hub_upload.loader_files import (
-    OPEN_CLIP_WEIGHTS,
-    TEXT_MODEL,
-    OpenClipPlan,
-    plan_open_clip,
-    write_open_clip_config,
-    write_open_clip_weights,
-    write_sentence_transformers,
-    written_tensors,
-)
+from hub_upload.loader_files import OPEN_CLIP_WEIGHTS, TEXT_MODEL, OpenClipPlan
 from hub_upload.remote import check_repo_id
-from hub_upload.source_model import (
-    WEIGHTS,
-    check_tensors,
-    mapped_model,
-    mapped_tensors,
-    read_config,
-    tensor_digests,
-    weight_files,
-)
+from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.loading import load_processor
 
-__all__ = ["ALLOWED_FILES", "FORMATS", "allowed_files", "check_contents", "export"]
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES)
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
 ONNX_SHARE = 1.3  # of the weights, that graphs in float32 and int8 take
 GIT_ATTRIBUTES = "".join(
     f"{name} filter=lfs diff=lfs merge=lfs -text\n"
@@ -104,8 +79,7 @@ def export(
         text_config: Hub id or folder of the text tower's configuration, for open_clip; see `text_config_source`.
         overwrite: replace what is at `output`.
         repo_id: where it will be published; open_clip then takes the tokenizer from there.
-        measure_int8: measures the int8 graphs of a folder, and returns lines to log; see
-            `onnx_recall.int8_measurement`.
+        measure_int8: of `onnx_recall.int8_measurement`.
 
     Returns:
         Path relative to the folder and size in bytes of every file, in order.
@@ -123,15 +97,23 @@ def export(
     for kept in (model.resolve(), Path.cwd()):
         if kept.is_relative_to(output.resolve()):
             raise ValueError(f"The output folder {output} holds {kept}, which would be replaced. Choose another one.")
-    config, image_processor = read_config(model), _read_image_processor(model)
-    plan = plan_open_clip(config, image_processor, text_config, repo_id) if "open_clip" in formats else None
+    config, image_processor = source_model.read_config(model), _read_image_processor(model)
+    plan = None
     if "open_clip" in formats:
+        plan = loader_files.plan_open_clip(config, image_processor, text_config, repo_id)
         _log_open_clip_plan(plan, repo_id)
-    _check_space(model, output, formats, plan)
+    weights = sum(file.stat().st_size for file in source_model.weight_files(model))
+    check_free_space(output, int(weights * (1 + (plan is not None) + ONNX_SHARE * ("onnx" in formats))))
     with whole_folder(output, overwrite) as folder:
-        _write_loaders_files(model, folder, config, formats, plan)
+        _write_weights(model, folder, config, with_open_clip=plan is not None)
+        _write_processor(model, folder, config, plan)
+        if "sentence_transformers" in formats:
+            loader_files.write_sentence_transformers(folder)
         if "onnx" in formats:
-            _write_onnx(folder, measure_int8)
+            onnx_files.write_onnx(folder)
+            unmeasured = ["ONNX: the recall of int8 was not measured; --recall_dataset names a data set for it."]
+            for line in measure_int8(folder) if measure_int8 else unmeasured:
+                logger.info("%s", line)
         _write_records(model, folder)
         return _finished(folder)
 
@@ -145,9 +127,7 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
     if "transformers" not in formats:
         raise ValueError(f"formats must hold transformers, whose files the others read, got {','.join(formats)!r}.")
     if "onnx" in formats:
-        from hub_upload.onnx_files import check_packages
-
-        check_packages()
+        onnx_files.check_packages()
     return formats
 
 
@@ -199,48 +179,25 @@ def _log_open_clip_plan(plan: OpenClipPlan | None, repo_id: str | None) -> None:
         )  # fmt: skip
 
 
-def _check_space(model: Path, output: Path, formats: Sequence[str], plan: OpenClipPlan | None) -> None:
-    weights = sum(file.stat().st_size for file in weight_files(model))
-    check_free_space(output, int(weights * (1 + (plan is not None) + ONNX_SHARE * ("onnx" in formats))))
-
-
-def _write_loaders_files(
-    model: Path, folder: Path, config: CapivaraConfig, formats: Sequence[str], plan: OpenClipPlan | None
-) -> None:
-    """All that transformers, open_clip and sentence-transformers read."""
-    _write_weights(model, folder, config, with_open_clip=plan is not None)
-    _write_processor(model, folder)
-    try:
-        tokenizer = load_processor(folder).tokenizer  # after the weights: with them, it would be the peak of memory
-    except ValueError as error:
-        raise ValueError(str(error).replace(str(folder), str(model))) from error
-    if read_json(folder / "tokenizer_config.json").get("tokenizer_class") != type(tokenizer).__name__:
-        tokenizer.save_pretrained(folder)  # of an older folder: now it repairs texts also without the processor
-    if plan:
-        write_open_clip_config(folder, config, plan, tokenizer)
-    if "sentence_transformers" in formats:
-        write_sentence_transformers(folder)
-
-
 def _write_weights(model: Path, folder: Path, config: CapivaraConfig, with_open_clip: bool) -> None:
     """Configuration, code and weights, for transformers and open_clip, each compared with the model by tensor.
 
     Memory holds one copy of the weights at a time: pages of the file that is read or compared.
     """
-    mapped = mapped_model(model, config)
-    expected = tensor_digests(mapped.state_dict())
+    mapped = source_model.mapped_model(model, config)
+    expected = source_model.tensor_digests(mapped.state_dict())
     mapped.save_pretrained(folder)
     if with_open_clip:
-        write_open_clip_weights(mapped, folder)
+        loader_files.write_open_clip_weights(mapped, folder)
     del mapped
     check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
     if with_open_clip:
-        check_tensors(folder / OPEN_CLIP_WEIGHTS, written_tensors(folder), expected)
+        check_tensors(folder / OPEN_CLIP_WEIGHTS, loader_files.written_tensors(folder), expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(expected))
 
 
-def _write_processor(model: Path, folder: Path) -> None:
-    """The processor's files as they are, and all code; a path of this machine in them is made relative."""
+def _write_processor(model: Path, folder: Path, config: CapivaraConfig, plan: OpenClipPlan | None) -> None:
+    """All code, open_clip's configuration, and the processor's files, paths of this machine in them made relative."""
     for name in PROCESSOR_FILES:
         if not (model / name).is_file():
             continue
@@ -251,17 +208,16 @@ def _write_processor(model: Path, folder: Path) -> None:
                 settings.pop(name_of_loading, None)
             write_json(folder / name, settings)
     package = Path(modeling_capivara.__file__).parent
-    for name in MODEL_CODE:
+    for name in allowed.MODEL_CODE:
         shutil.copyfile(package / name, folder / name)
-
-
-def _write_onnx(folder: Path, measure_int8: Callable[[Path], list[str]] | None) -> None:
-    from hub_upload.onnx_files import write_onnx
-
-    write_onnx(folder)
-    unmeasured = ["ONNX: the recall of int8 was not measured; --recall_dataset names a data set for it."]
-    for line in measure_int8(folder) if measure_int8 else unmeasured:
-        logger.info("%s", line)
+    try:
+        tokenizer = load_processor(folder).tokenizer  # after the weights: with them, it would be the peak of memory
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(folder), str(model))) from error
+    if read_json(folder / "tokenizer_config.json").get("tokenizer_class") != type(tokenizer).__name__:
+        tokenizer.save_pretrained(folder)  # of an older folder: now it repairs texts also without the processor
+    if plan:
+        loader_files.write_open_clip_config(folder, config, plan, tokenizer)
 
 
 def _write_records(model: Path, folder: Path) -> None:
@@ -273,23 +229,21 @@ def _write_records(model: Path, folder: Path) -> None:
     if (model / "run.json").is_file():
         records["run.json"] = model / "run.json"
     for name, path in records.items():
-        check_regular(path)
+        allowed.check_regular(path)
         write_json(folder / name, hide_paths(read_json(path)))
-    for name in ("README.md", "LICENSE"):
-        if (model / name).is_file():
-            shutil.copyfile(model / name, folder / name)
-    card = (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").is_file() else ""
-    for path in sorted(model.glob("*.png")):
-        if path.name in RUN_PICTURES or path.name in card:
+    card = (model / "README.md").read_text(encoding="utf-8") if (model / "README.md").is_file() else ""
+    pictures = [path for path in model.glob("*.png") if path.name in allowed.RUN_PICTURES or path.name in card]
+    for path in (model / "README.md", model / "LICENSE", *pictures):
+        if path.is_file():
             shutil.copyfile(path, folder / path.name)
     write_text(folder / ".gitattributes", GIT_ATTRIBUTES)
 
 
 def _finished(folder: Path) -> list[tuple[str, int]]:
     """Name and bytes of all files, after a check that all may be uploaded."""
-    check_contents(folder)
+    allowed.check_contents(folder)
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
-    if surplus := set(names) - set(allowed_files(folder)):
+    if surplus := set(names) - set(allowed.allowed_files(folder)):
         raise ValueError(f"{', '.join(map(str, sorted(surplus)))} would be written, which ALLOWED_FILES does not name.")
     return [(name.as_posix(), (folder / name).stat().st_size) for name in names]
 

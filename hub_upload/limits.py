@@ -5,7 +5,6 @@ import os
 import sys
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -90,18 +89,13 @@ def _check_redirect(response: Any) -> None:
     """Raise OSError where a request, or an answer that is relied on, would go to another host than the Hub."""
     if _ends == math.inf or not response.has_redirect_location:
         return
-    request, target = response.request, response.headers["location"]
-    host = urllib.parse.urlsplit(str(request.url)).netloc
-    try:
-        where = urllib.parse.urlsplit(urllib.parse.urljoin(str(request.url), target))
-    except ValueError:
-        where = urllib.parse.urlsplit("unknown:")
-    keeps_call = request.method in ("GET", "HEAD") or response.status_code in (307, 308)
-    is_file = request.method in ("GET", "HEAD") and "/resolve/" in request.url.path  # which lie in a store of their own
-    is_web = where.scheme in ("http", "https")
-    if request.method == "PUT" or not keeps_call or not is_web or (where.netloc != host and not is_file):
+    call, url = response.request.method, response.request.url
+    where, reads = url.join(response.headers["location"]), call in ("GET", "HEAD")
+    keeps_call = reads or (call != "PUT" and response.status_code in (307, 308))
+    is_near = where.netloc == url.netloc or (reads and "/resolve/" in url.path)  # files lie in a store of their own
+    if not keeps_call or not is_near or where.scheme not in ("http", "https"):
         raise OSError(
-            f"{request.method} {request.url.path} was answered by a redirect ({response.status_code}) to "
-            f"{where.scheme}://{where.netloc}, which is not followed. Does a proxy or a log-in page answer in place of "
-            f"{constants.ENDPOINT}? Check HF_ENDPOINT and the network, then run the same command again."
+            f"{call} {url.path} was answered by a redirect ({response.status_code}) to {where.scheme}://{where.host}, "
+            f"which is not followed. Does a proxy or a log-in page answer in place of {constants.ENDPOINT}? Check "
+            "HF_ENDPOINT and the network, then run the same command again."
         )

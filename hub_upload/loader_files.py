@@ -1,9 +1,8 @@
 """What open_clip and sentence-transformers read of a repository, beside the files of transformers."""
 
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -39,13 +38,8 @@ TEXT_FIELDS = (
 # A type whose tokenizer is read as tokenizer.json has it; XLM-R's is rebuilt and loses its own normaliser.
 PLAIN_TOKENIZER_TYPE = "xlm-roberta-xl"
 ODD_TEXTS = (
-    "ﬁm de ﬁla",
-    "Ｓão João",
-    "a\u0301gua e a\u0303o",
-    "zero\u200blargura",
-    "dois  espaços",
-    "½ xícara ☕",
-    "日本語",
+    *("ﬁm de ﬁla", "Ｓão João", "a\u0301gua e a\u0303o", "zero\u200blargura"),
+    *("dois  espaços", "½ xícara ☕", "日本語"),
 )
 
 
@@ -54,11 +48,8 @@ def text_config_source(config: CapivaraConfig, text_config: str | None) -> str |
 
     Args:
         config: the architecture.
-        text_config: a Hub id, or a folder with a config.json of the text tower or of the CAPIVARA model; None where
-            nobody has named one.
-
-    Returns:
-        None where there is none: open_clip can't build this text tower by a name.
+        text_config: a Hub id, or a folder with a config.json of the text tower or of the CAPIVARA model; None for the
+            published one, and None comes back where the tower is another.
 
     Raises:
         ValueError: it is another text tower than the model's; the message names the fields that differ.
@@ -66,8 +57,15 @@ def text_config_source(config: CapivaraConfig, text_config: str | None) -> str |
     if text_config is None:
         return None if _differences(config.text_config, CapivaraConfig().text_config) else BASE_TEXT_MODEL
     local = Path(text_config).is_dir()
-    named = _named_config(text_config)
-    if isinstance(named, CapivaraConfig) and not local:
+    try:  # of the base it is known by heart: no network
+        known = text_config in BASE_TEXT_NAMES
+        named = CapivaraConfig() if known else AutoConfig.from_pretrained(text_config, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        fault = " ".join(str(error).split())
+        raise ValueError(
+            f"text_config {text_config!r} is no folder and no Hub id with a configuration: {fault}"
+        ) from error
+    if isinstance(named, CapivaraConfig) and not local and not known:
         raise ValueError(
             f"text_config {text_config} is a whole CAPIVARA model, from which open_clip can't take a text tower; name "
             "a repository that holds the text tower's configuration alone, or a folder."
@@ -78,41 +76,22 @@ def text_config_source(config: CapivaraConfig, text_config: str | None) -> str |
     return TEXT_MODEL if local else text_config
 
 
-@dataclass(frozen=True)
-class OpenClipPlan:
-    """Fields of open_clip's configuration beside the architecture.
+class OpenClipPlan(NamedTuple):
+    """Fields of open_clip's configuration beside the architecture."""
 
-    Attributes:
-        source: of the text tower's configuration, a Hub id or the folder `text_model`.
-        tokenizer: Hub id from which `hf-hub:` takes the tokenizer; a folder's own is taken from there.
-        size: pixels a side.
-        preprocess_cfg: open_clip's.
-    """
-
-    source: str
-    tokenizer: str
-    size: int
+    source: str  # of the text tower's configuration, a Hub id or the folder `text_model`
+    tokenizer: str  # Hub id from which `hf-hub:` takes the tokenizer; a folder's own is taken from there
+    size: int  # pixels a side
     preprocess_cfg: dict[str, Any]
 
 
 def plan_open_clip(
     config: CapivaraConfig, image_processor: CapivaraImageProcessor, text_config: str | None, repo_id: str | None
 ) -> OpenClipPlan | None:
-    """Check whether open_clip can build a model; nothing is written, no weights are read.
+    """Check whether open_clip can build a model; None where the text tower has no name.
 
-    Where open_clip is installed its own model is built, without memory, and its tensors are compared by name and shape.
-
-    Args:
-        config: the architecture.
-        image_processor: the model's.
-        text_config: as for `text_config_source`.
-        repo_id: where it will be published; `hf-hub:` then takes the tokenizer from there.
-
-    Returns:
-        None where the text tower has no name.
-
-    Raises:
-        ValueError: open_clip has no such architecture, text tower or preprocessing.
+    Nothing is written, no weights are read. Where open_clip is installed its own model is built, without memory, and
+    its tensors are compared by name and shape. ValueError where it has no such architecture, tower or preprocessing.
     """
     source = text_config_source(config, text_config)
     if source is None:
@@ -144,14 +123,7 @@ def written_tensors(folder: Path) -> dict[str, Tensor]:
 def write_open_clip_config(
     folder: Path, config: CapivaraConfig, plan: OpenClipPlan, tokenizer: CapivaraTokenizer
 ) -> None:
-    """Write open_clip_config.json, and the text tower's configuration where no Hub id has it.
-
-    Args:
-        folder: the repository's, with its tokenizer in it.
-        config: the architecture.
-        plan: of `plan_open_clip`.
-        tokenizer: the model's own.
-    """
+    """Write open_clip_config.json beside the tokenizer, and the text tower's configuration where no Hub id has it."""
     model_cfg = open_clip_model_cfg(config, plan.source, plan.size)
     model_cfg["text_cfg"]["hf_tokenizer_name"] = plan.tokenizer
     # Without it open_clip reads config.json first, and asks on the terminal whether to run the code it names.
@@ -187,11 +159,7 @@ def write_sentence_transformers(folder: Path) -> None:
 
 
 def tokenizer_type(folder: Path, config: CapivaraConfig, tokenizer: CapivaraTokenizer) -> str:
-    """The kind by which open_clip shall load the folder's tokenizer: the first that gives the model's own ids.
-
-    Raises:
-        ValueError: none does.
-    """
+    """The kind by which open_clip shall load the folder's tokenizer, that gives the model's own ids, or ValueError."""
     texts = [*random_texts(), *ODD_TEXTS]
     expected = _ids(tokenizer.plain(), texts)  # open_clip repairs them before
     for kind in (config.text_config.model_type, PLAIN_TOKENIZER_TYPE):
@@ -205,16 +173,6 @@ def tokenizer_type(folder: Path, config: CapivaraConfig, tokenizer: CapivaraToke
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, truncation=True, max_length=CONTEXT_LENGTH)["input_ids"]
-
-
-def _named_config(name: str) -> PreTrainedConfig:
-    if name in BASE_TEXT_NAMES:
-        return CapivaraConfig().text_config  # without network
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        fault = " ".join(str(error).split())
-        raise ValueError(f"text_config {name!r} is no folder and no Hub id with a configuration: {fault}") from error
 
 
 def _differences(ours: PreTrainedConfig, theirs: PreTrainedConfig) -> list[str]:

@@ -10,10 +10,8 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -41,44 +39,31 @@ METHOD = (
 logger = logging.getLogger("capivara")
 
 
-class VisionTower(nn.Module):
-    """Images to embeddings of unit length."""
+class Tower(nn.Module):
+    """Images or tokens to `image_embeds` or `text_embeds`, of unit length."""
 
-    def __init__(self, model: CapivaraModel):
+    def __init__(self, model: CapivaraModel, output: str):
         super().__init__()
-        self.model = model
+        self.model, self.output = model, output
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.model(pixel_values=pixel_values).image_embeds
-
-
-class TextTower(nn.Module):
-    """Tokens to embeddings of unit length."""
-
-    def __init__(self, model: CapivaraModel):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).text_embeds
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
+    ) -> Tensor:
+        return self.model(input_ids, attention_mask, pixel_values)[self.output]
 
 
-@dataclass
 class OnnxModel:
-    """Both graphs in onnxruntime, on the CPU, behind the model's own processor.
+    """Both graphs of a repository in onnxruntime, on the CPU, behind the model's own processor."""
 
-    Attributes:
-        processor: the model's.
-        vision: path of the image tower's graph.
-        text: path of the text tower's graph.
-    """
+    def __init__(self, folder: Path, precision: str):
+        import onnxruntime
 
-    processor: CapivaraProcessor
-    vision: Path
-    text: Path
-
-    def __post_init__(self) -> None:
-        self._vision, self._text = _session(self.vision), _session(self.text)
+        self.processor, options = load_processor(folder), onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._vision, self._text = (
+            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for path in graphs(folder, precision).values()
+        )
 
     def embed_images(self, images: list[Image.Image]) -> Tensor:
         """(images, width), unit length."""
@@ -97,14 +82,10 @@ def check_packages() -> None:
     require("onnx in --formats (leave it out to do without)", "onnx", *ONNX_PACKAGES)
 
 
-def write_onnx(folder: Path) -> dict[str, Any]:
+def write_onnx(folder: Path) -> None:
     """Write the graphs of the model in `folder` to its `onnx/`, and `onnx/quantisation.json` about the int8 ones.
 
-    Returns:
-        The content of that file: for every graph its bytes, and for int8 the lowest cosine to the model.
-
-    Raises:
-        ValueError: a float32 graph differs from the model by more than `TOLERANCE`.
+    Raises ValueError where a float32 graph differs from the model by more than `TOLERANCE`.
     """
     model, processor = load_model(folder).eval(), load_processor(folder)
     onnx = folder / "onnx"
@@ -112,43 +93,33 @@ def write_onnx(folder: Path) -> dict[str, Any]:
     side = processor.image_processor.crop_size["height"]
     batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
     pixels = {"pixel_values": torch.zeros(2, 3, side, side)}
-    _write_graph(VisionTower(model), pixels, {"pixel_values": {0: batch}}, "image_embeds", onnx / "vision_model.onnx")
+    _write_graph(model, pixels, {"pixel_values": {0: batch}}, "image_embeds", onnx / "vision_model.onnx")
     tokens = {name: torch.ones(2, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     shapes = {name: {0: batch, 1: length} for name in tokens}
-    _write_graph(TextTower(model), tokens, shapes, "text_embeds", onnx / "text_model.onnx")
-    facts: dict[str, Any] = {"method": METHOD, "graphs": {}}
-    for kind in ("vision", "text"):
-        facts["graphs"] |= _quantised(onnx, kind)
-    _compare(model, processor, onnx, facts["graphs"])
-    facts |= {"recall": None, "versions": {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}}
+    _write_graph(model, tokens, shapes, "text_embeds", onnx / "text_model.onnx")
+    found = _quantised(onnx, "vision") | _quantised(onnx, "text")
+    _compare(model, processor, folder, found)
+    versions = {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}
+    facts = {"method": METHOD, "graphs": found, "recall": None, "versions": versions}
     write_json(onnx / "quantisation.json", facts)
-    return facts
 
 
 def graphs(folder: Path, precision: str) -> dict[str, Path]:
     """Tower -> graph in "float32" or "int8"; the float32 one stands in where a tower has none in int8."""
-    suffix = {"float32": "", "int8": "_int8"}[precision]
-    found = {}
-    for kind in ("vision", "text"):
-        path = folder / "onnx" / f"{kind}_model{suffix}.onnx"
-        found[kind] = path if path.is_file() else folder / "onnx" / f"{kind}_model.onnx"
+    found = {kind: folder / "onnx" / f"{kind}_model.onnx" for kind in ("vision", "text")}
+    if precision == "int8":
+        rounded = {kind: path.with_stem(f"{path.stem}_int8") for kind, path in found.items()}
+        found |= {kind: path for kind, path in rounded.items() if path.is_file()}
     return found
 
 
-def _write_graph(tower: nn.Module, inputs: dict[str, Tensor], shapes: dict, output: str, path: Path) -> None:
-    """Export one tower.
-
-    Args:
-        tower: to be put in evaluation mode here: the exporter restores what it finds, and would leave dropout on.
-        inputs: an example.
-        shapes: input -> dimension -> its name; the others are fixed.
-        output: name of the result.
-        path: of the graph; its weights come beside it.
-    """
+def _write_graph(model: CapivaraModel, inputs: dict[str, Tensor], shapes: dict, output: str, path: Path) -> None:
+    """Export the tower from some example `inputs` to `output`, with its weights beside it; other `shapes` are fixed."""
     with _quiet(), torch.no_grad():
+        # In evaluation mode: the exporter restores what it finds, and would leave dropout on.
         program = torch.onnx.export(
-            tower.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, input_names=list(inputs),
-            output_names=[output], verbose=False,
+            Tower(model, output).eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
+            input_names=list(inputs), output_names=[output],
         )  # fmt: skip
         program.save(path, external_data=True)
     _strip(path)
@@ -159,11 +130,9 @@ def _strip(path: Path) -> None:
     import onnx
 
     model = onnx.load(path, load_external_data=False)
-    graph = model.graph
-    owners = [model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer]
-    for function in model.functions:
-        owners += [function, *function.node, *function.value_info]
-    for owner in owners:
+    graph, parts = model.graph, [model.graph, *model.functions]
+    owners = [model, *graph.input, *graph.output, *graph.initializer]
+    for owner in [*owners, *parts, *(item for part in parts for item in (*part.node, *part.value_info))]:
         owner.ClearField("metadata_props")
         owner.ClearField("doc_string")
     onnx.save(model, path)
@@ -203,27 +172,24 @@ def _round_weights(source: Path, target: Path) -> None:
 def _weight_bytes(path: Path) -> int:
     import onnx
 
-    tensors = onnx.load(path, load_external_data=False).graph.initializer
-    sizes = {kind: onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize for kind in {t.data_type for t in tensors}}
-    return sum(int(np.prod(tensor.dims)) * sizes[tensor.data_type] for tensor in tensors)
+    tensors, dtype = onnx.load(path, load_external_data=False).graph.initializer, onnx.helper.tensor_dtype_to_np_dtype
+    return sum(int(np.prod(tensor.dims)) * dtype(tensor.data_type).itemsize for tensor in tensors)
 
 
 @torch.inference_mode()
-def _compare(model: CapivaraModel, processor: CapivaraProcessor, onnx: Path, found: dict[str, dict]) -> None:
-    """Add to every graph its distance to the model on random images and texts, one alone and all at once."""
-    images, texts = random_images(), random_texts()
-    # An image alone, a short text alone, and all of them: other sizes than the exporter has seen.
+def _compare(model: CapivaraModel, processor: CapivaraProcessor, folder: Path, found: dict[str, dict]) -> None:
+    """Add to every graph its distance to the model on random images and texts."""
+    # All of them, and an image or a short text alone: other sizes than the exporter has seen.
+    images, texts = ((items, items[:1]) for items in (random_images(), random_texts()))
     expected = {
-        "vision": [model(**processor(images=some, return_tensors="pt")).image_embeds for some in (images, images[:1])],
-        "text": [model(**processor(text=some, return_tensors="pt")).text_embeds for some in (texts, texts[:1])],
+        "vision": [model(**processor(images=some, return_tensors="pt")).image_embeds for some in images],
+        "text": [model(**processor(text=some, return_tensors="pt")).text_embeds for some in texts],
     }
     for precision in ("float32", "int8"):
-        paths = graphs(onnx.parent, precision)
-        runs = OnnxModel(processor, paths["vision"], paths["text"])
-        embeds = {"vision": [runs.embed_images(some) for some in (images, images[:1])]}
-        embeds["text"] = [runs.embed_texts(some) for some in (texts, texts[:1])]
-        for kind, path in paths.items():
-            ours, theirs = torch.cat(expected[kind]), torch.cat(embeds[kind])
+        runs = OnnxModel(folder, precision)
+        embeds = {"vision": map(runs.embed_images, images), "text": map(runs.embed_texts, texts)}
+        for kind, path in graphs(folder, precision).items():
+            ours, theirs = torch.cat(expected[kind]), torch.cat(list(embeds[kind]))
             if path.name.endswith("_int8.onnx"):
                 found[path.name]["lowest_cosine"] = (ours * theirs).sum(dim=-1).min().item()
                 continue
@@ -234,14 +200,6 @@ def _compare(model: CapivaraModel, processor: CapivaraProcessor, onnx: Path, fou
                     "was kept. Leave onnx out of --formats."
                 )
             found[path.name]["largest_difference"] = difference
-
-
-def _session(path: Path) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 @contextmanager

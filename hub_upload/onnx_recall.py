@@ -1,7 +1,7 @@
 """What int8 costs: recall of the float32 and the int8 graphs on the same captions and images, by eval's own measure."""
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +15,17 @@ from eval.retrieval import (
     PROTOCOL,
     RetrievalArguments,
     RetrievalData,
-    RetrievalEmbeddings,
     check_cutoffs,
     load_data,
     retrieval_records,
 )
-from hub_upload.onnx_files import OnnxModel, graphs
+from hub_upload.onnx_files import OnnxModel
 from modeling_capivara.embedder import PlainEmbedder
-from modeling_capivara.loading import load_processor
+from records.schema import DIRECTIONS
 
 
 def int8_measurement(dataset: str, split: str, language: str, caption_column: str) -> Callable[[Path], list[str]]:
-    """Open a data set; returns what measures the graphs of a repository's folder on it, and says the result in lines.
-
-    Raises:
-        ValueError: the data set can't be read.
-    """
+    """Open a data set, or raise ValueError; what measures the graphs of a folder on it, and says so in lines."""
     columns = {"split": split, "language": language, "caption_column": caption_column}
     args = RetrievalArguments(model="onnx", dataset=dataset, output=Path("onnx.json"), **columns)
     data = load_data(args)
@@ -38,16 +33,10 @@ def int8_measurement(dataset: str, split: str, language: str, caption_column: st
 
 
 def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) -> dict[str, Any]:
-    """Measure the recall of both precisions and write it to `onnx/quantisation.json` of a repository.
-
-    Args:
-        folder: the repository's, with `onnx/` in it.
-        args: data set, split, language and columns; the model and the output are not looked at.
-        data: what `eval.retrieval.load_data` gives for them.
+    """Measure the recall of both precisions on the data of `args`, and add it to `onnx/quantisation.json` of a folder.
 
     Returns:
-        What was added to the file as `recall`: about the data, and for "float32" and "int8" direction -> metric ->
-        share from 0 to 1.
+        What was added as `recall`: about the data, and for "float32" and "int8" direction -> metric -> share of 1.
     """
     found: dict[str, Any] = {
         "dataset": short_name(args.dataset),
@@ -57,27 +46,23 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
         "protocol": PROTOCOL,
         "device": device_description(),
     }
+    facts = dict.fromkeys(("dataset", "split", "language", "model_folder"), "") | {"model": "capivara"}
     for precision in ("float32", "int8"):
-        store = EmbeddingStore(_embedder(folder, precision), None, args.batch_size)
-        try:
+        runs = OnnxModel(folder, precision)
+        # Nothing that it computes is kept, so the fingerprint need only differ. "float32" is the autocast of torch,
+        # which has no part in it.
+        about = ("onnx", torch.device("cpu"), "float32", precision)
+        store = EmbeddingStore(PlainEmbedder(*about, runs.embed_images, runs.embed_texts), None, args.batch_size)
+        with closing(store):
             embeddings, images = data.embedded(store)
-        finally:
-            store.close()
         check_cutoffs(args.recall_at, len(images.rows))
         found |= {"images": len(images.rows), "captions": len(embeddings.text_embeds)}
-        found[precision] = _recalls(embeddings, args.recall_at)
+        found[precision] = {direction: {} for direction in DIRECTIONS}
+        for record in retrieval_records(embeddings, args.recall_at, **facts):
+            if not record.is_rank:
+                found[precision][record.direction][record.metric] = record.value
     path = folder / "onnx" / "quantisation.json"
     write_json(path, {**read_json(path), "recall": found})
-    return found
-
-
-def _recalls(embeddings: RetrievalEmbeddings, cutoffs: Sequence[int]) -> dict[str, dict[str, float]]:
-    """Direction -> metric -> share."""
-    facts = dict.fromkeys(("dataset", "split", "language"), "") | {"model": "capivara", "model_folder": ""}
-    found: dict[str, dict[str, float]] = {"text_to_image": {}, "image_to_text": {}}
-    for record in retrieval_records(embeddings, cutoffs, **facts):
-        if not record.is_rank:
-            found[record.direction][record.metric] = record.value
     return found
 
 
@@ -91,12 +76,3 @@ def recall_lines(recall: dict[str, Any]) -> list[str]:
             f"{rounded - exact:+.2f} points ({recall['images']} images, {recall['dataset']} {recall['split']})"
         )
     return lines
-
-
-def _embedder(folder: Path, precision: str) -> PlainEmbedder:
-    """The graphs, as eval takes a model; nothing it computes is kept, so the fingerprint need only differ."""
-    paths = graphs(folder, precision)
-    runs = OnnxModel(load_processor(folder), paths["vision"], paths["text"])
-    fingerprint = hashlib.blake2b(f"onnx {precision}".encode(), digest_size=16).hexdigest()
-    # "float32" is the autocast of torch, which has no part in it.
-    return PlainEmbedder("onnx", torch.device("cpu"), "float32", fingerprint, runs.embed_images, runs.embed_texts)

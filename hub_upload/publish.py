@@ -13,22 +13,12 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi
 
+from hub_upload import remote as hub
 from hub_upload.card import write_card
 from hub_upload.export import export
 from hub_upload.limits import CHECKPOINT_HOURS, DEADLINE_HOURS, time_limit
 from hub_upload.push import NO_TOKEN, push
-from hub_upload.push_plan import check_visibility, plan
-from hub_upload.remote import (
-    PushError,
-    check_repo_id,
-    hub_errors,
-    look,
-    one_line,
-    plain,
-    plain_line,
-    user_name,
-    with_retries,
-)
+from hub_upload.push_plan import PushArguments, plan
 
 REPOSITORY = "repository"  # folder in that of the run, until it is on the Hub
 CHECKPOINTS = "checkpoints"  # branch
@@ -39,33 +29,24 @@ logger = logging.getLogger("capivara")
 def check_access(repo_id: str, private: bool = False) -> None:
     """Make sure, before hours of work, that a model can be pushed; the repository is made where there is none.
 
-    Raises:
-        ValueError: the name is not one of the Hub.
-        PushError: there is no token, it is refused, it may not write, or the repository is public and should not be.
+    Raises ValueError where the name is none of the Hub, PushError where the token or the repository is not as needed.
     """
-    check_repo_id(repo_id)
-    if user_name(repo_id, "model") is None:
-        raise PushError(NO_TOKEN)
-    remote, api = look(repo_id, "model", "main"), HfApi()
-    check_visibility(repo_id, remote, private)
-    with hub_errors(repo_id, "model"):
+    hub.check_repo_id(repo_id)
+    if hub.user_name(repo_id, "model") is None:
+        raise hub.PushError(NO_TOKEN)
+    remote, api = hub.look(repo_id, "model", "main"), HfApi()
+    hub.check_visibility(repo_id, remote, private)
+    with hub.hub_errors(repo_id, "model"):
         if not remote.exists:
             api.create_repo(repo_id, private=private or None)
         elif "write" in inspect.signature(api.auth_check).parameters:  # not in the first releases of 2.x
-            with_retries(lambda: api.auth_check(repo_id, write=True))
+            hub.with_retries(lambda: api.auth_check(repo_id, write=True))
 
 
 def publish_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
-    """Make the repository of a finished run, with its card, and push it.
+    """Make the repository of a finished run, with its card in "en" or "pt", and push it; whether the Hub has it now.
 
-    Args:
-        run: folder of the run. The repository stays in it where the push fails, to be pushed later.
-        repo_id: owner/name.
-        private: whether a new repository is.
-        card_language: "en" or "pt".
-
-    Returns:
-        Whether the Hub has it now.
+    Where the push fails the repository stays in the run's folder, to be pushed later.
     """
     repository = run / REPOSITORY
     words = ["python", "-m", "hub_upload.push", "--model", str(repository), "--repo-id", repo_id, "--push"]
@@ -73,7 +54,7 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
         export(run, repository, FORMATS, overwrite=True, repo_id=repo_id)
         write_card(repository, repo_id, card_language)
         with time_limit(DEADLINE_HOURS):
-            url = push(plan(repository, repo_id, private=private))
+            url = push(plan(PushArguments(repository, repo_id, private=private)))
     except (Exception, KeyboardInterrupt) as error:  # of whatever kind: the run is complete, and must not seem to fail
         way_out = "Make its repository by `python -m hub_upload.export`, and push that by `python -m hub_upload.push`."
         if repository.is_dir():
@@ -81,28 +62,26 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
         logger.warning("NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, _said(error), run, way_out)
         return False
     shutil.rmtree(repository, ignore_errors=True)
-    logger.info("Pushed to %s.", plain_line(url)) if url else logger.info("%s has all of it already.", repo_id)
+    logger.info("Pushed to %s.", hub.plain_line(url)) if url else logger.info("%s has all of it already.", repo_id)
     return True
 
 
 def publish_checkpoint(save: Callable[[Path], None], folder: Path, repo_id: str, step: int) -> bool:
-    """Push the model as it is after a step to the branch `checkpoints`, one commit a checkpoint.
+    """Push the model as it is after a step to the branch `checkpoints`; whether the Hub has it now.
 
     Args:
         save: writes a model folder.
         folder: for temporary files, twice the size of the model.
         repo_id: owner/name, of a repository that exists.
         step: for the title of the commit.
-
-    Returns:
-        Whether the Hub has it now; training continues in any case.
     """
     try:
         with TemporaryDirectory(dir=folder, prefix="tmp-hub-") as temporary:
-            save(Path(temporary) / "model")
-            export(Path(temporary) / "model", Path(temporary) / REPOSITORY, ("transformers",))
+            model, repository = Path(temporary, "model"), Path(temporary, REPOSITORY)
+            save(model)
+            export(model, repository, ("transformers",))
             with time_limit(CHECKPOINT_HOURS):
-                push(plan(Path(temporary) / REPOSITORY, repo_id, revision=CHECKPOINTS, message=f"Step {step}"))
+                push(plan(PushArguments(repository, repo_id, revision=CHECKPOINTS, message=f"Step {step}")))
     except Exception as error:  # of whatever kind: the run matters more
         logger.warning("Step %s was not pushed to %s: %s Training continues.", step, repo_id, _said(error))
         return False
@@ -113,4 +92,4 @@ def publish_checkpoint(save: Callable[[Path], None], folder: Path, repo_id: str,
 def _said(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "Stopped."
-    return " ".join(plain(str(error)).split()) if isinstance(error, ValueError | OSError) else one_line(error)
+    return " ".join(hub.plain(str(error)).split()) if isinstance(error, ValueError | OSError) else hub.one_line(error)

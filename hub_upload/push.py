@@ -16,57 +16,33 @@ from common.start import start_command
 if __name__ == "__main__":
     start_command()
 
+import itertools
 import sys
-import time
+from contextlib import suppress
 
 from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, constants, get_token
 
 from common.cli import parse, run_command
+from hub_upload import remote as hub
 from hub_upload.card import outdated
 from hub_upload.limits import program_limit
-from hub_upload.push_plan import (
-    SHOWN,
-    PushArguments,
-    PushPlan,
-    check_visibility,
-    is_on_hub,
-    plan,
-    readable_size,
-    report,
-)
-from hub_upload.remote import (
-    WAITS_S,
-    PushError,
-    explained,
-    files_at,
-    hub_errors,
-    is_malformed,
-    is_transient,
-    look,
-    newer_commits,
-    one_line,
-    plain,
-    plain_line,
-)
+from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, is_on_hub, plan, readable_size, report
 
 NO_TOKEN = "There is no token. Save one that may write by `hf auth login`, or set HF_TOKEN."
 
 
 def push(planned: PushPlan) -> str | None:
-    """Send what was planned, in one commit.
+    """Send what was planned, in one commit, or raise PushError, whose message has the way out.
 
     Returns:
         The address of the commit or pull request; None where the Hub has everything, and no commit was made.
-
-    Raises:
-        PushError: it was not made, or not as planned; the message has the way out.
     """
     args = planned.args
-    with hub_errors(args.repo_id, args.repo_type):
+    with hub.hub_errors(args.repo_id, args.repo_type):
         if get_token() is None:
-            raise PushError(NO_TOKEN)
+            raise hub.PushError(NO_TOKEN)
         parent = _prepared_parent(planned)
-        commit = _checked_commit(planned, parent) if planned.makes_commit else None
+        commit = _checked_commit(planned, parent) if planned.sent or planned.deleted else None
         if planned.makes_tag:
             _tag(planned, commit.oid if commit else parent)
     return None if commit is None else commit.pr_url or commit.commit_url
@@ -74,15 +50,14 @@ def push(planned: PushPlan) -> str | None:
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        args = parse(PushArguments, __doc__, argv, hide=plain)
-        options = {name: value for name, value in vars(args).items() if name not in ("model", "repo_id")}
+        args = parse(PushArguments, __doc__, argv, hide=hub.plain)
         with program_limit(args.deadline_hours):
-            planned = plan(args.model, args.repo_id, **options)
+            planned = plan(args)
             print(report(planned), flush=True)
             check_card(planned.args)
             _finish(planned)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {plain(str(error))}")
+        sys.exit(f"error: {hub.plain(str(error))}")
     except KeyboardInterrupt:
         print("\nStopped. The same command resumes: files that have arrived are not sent again.", file=sys.stderr)
         sys.exit(130)
@@ -93,7 +68,7 @@ def check_card(args: PushArguments) -> None:
     faults = outdated(args.model) if args.repo_type == "model" else []
     if not faults:
         return
-    listed = "".join(f"\n  {plain_line(fault)}" for fault in faults[:SHOWN])
+    listed = "".join(f"\n  {hub.plain_line(fault)}" for fault in faults[:SHOWN])
     message = f"The card differs from its files; write it again with `python -m hub_upload.card`. {listed}"
     if args.push:
         raise ValueError(f"Nothing was sent. {message}")
@@ -103,7 +78,7 @@ def check_card(args: PushArguments) -> None:
 def _finish(planned: PushPlan) -> None:
     """Push if it was asked for, and print what was done."""
     args, sent = planned.args, planned.sent
-    if not (planned.makes_commit or planned.makes_branch or planned.makes_tag):
+    if not (sent or planned.deleted or planned.makes_branch or planned.makes_tag):
         print("The Hub has all of it already; there is nothing to send.")
         return
     if not args.push:
@@ -111,7 +86,10 @@ def _finish(planned: PushPlan) -> None:
         print(f"Nothing was sent. With --push, {len(sent)} files ({size}) are sent in one commit.")
         return
     url = push(planned)
-    print(f"Pushed in one commit: {plain_line(url)}" if url else "All files were there already; no commit was made.")
+    if url:
+        print(f"Pushed in one commit: {hub.plain_line(url)}")
+    else:
+        print("All files were there already; no commit was made.")
     if planned.makes_tag:
         print(f"Tagged {args.tag}.")
 
@@ -121,12 +99,12 @@ def _prepared_parent(planned: PushPlan) -> str:
     args, remote, api = planned.args, planned.remote, HfApi()
     if not remote.exists:
         api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None)
-        remote = look(args.repo_id, args.repo_type, args.revision)
-        check_visibility(args.repo_id, remote, args.private)
+        remote = hub.look(args.repo_id, args.repo_type, args.revision)
+        hub.check_visibility(args.repo_id, remote, args.private)
     if remote.head is None:
         api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
-        if look(args.repo_id, args.repo_type, args.revision).head is None:
-            raise PushError(f"The Hub has answered, but made no branch {args.revision}. Run the same command again.")
+        if hub.look(args.repo_id, args.repo_type, args.revision).head is None:
+            raise hub.PushError(f"The Hub has answered, but made no branch {args.revision}. {hub.ANEW}")
     return str(remote.start)
 
 
@@ -135,10 +113,10 @@ def _checked_commit(planned: PushPlan, parent: str) -> CommitInfo:
     args = planned.args
     deletions = [CommitOperationDelete(path, is_folder=False) for path in planned.deleted]
     commit = _committed(planned, [*planned.sent, *deletions], parent)
-    there = files_at(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
+    there = hub.files_at(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
     missing = [file.path_in_repo for file in planned.sent if not is_on_hub(file, there.get(file.path_in_repo))]
     if missing:
-        raise PushError(
+        raise hub.PushError(
             f"The commit was made ({commit.commit_url}), but without {', '.join(missing[:SHOWN])}. Has the repository "
             "a .gitignore that leaves it out, or did the folder change meanwhile?"
         )
@@ -150,8 +128,11 @@ def _committed(planned: PushPlan, operations: list, parent: str) -> CommitInfo:
 
     It may have been made all the same, so the Hub is asked before the next try. Uploads are repeated by the client.
     """
-    args = planned.args
-    for wait in (*WAITS_S, None):
+    args, tries = planned.args, itertools.count()
+
+    def attempt() -> CommitInfo:
+        if next(tries) and (made := _made_by_now(planned, parent)):
+            return made
         try:
             return HfApi().create_commit(
                 args.repo_id, operations, commit_message=args.message or _title(planned), repo_type=args.repo_type,
@@ -159,43 +140,41 @@ def _committed(planned: PushPlan, operations: list, parent: str) -> CommitInfo:
             )  # fmt: skip
         except Exception as error:  # a malformed answer raises any kind
             if getattr(getattr(error, "response", None), "status_code", None) == 412:
-                raise PushError(_overtaken(planned, parent)) from None
-            is_unclear = is_transient(error) or is_malformed(error)
-            if args.pull_request and is_unclear:
-                raise PushError(
-                    f"{one_line(error)} Whether the pull request was opened is not known: look at the page of "
+                raise _overtaken(planned, parent) from None
+            if args.pull_request and hub.is_unclear(error):
+                raise hub.PushError(
+                    f"{hub.one_line(error)} Whether the pull request was opened is not known: look at the page of "
                     f"{args.repo_id} before you run the same command again."
                 ) from None
-            if wait is None or not is_unclear:
-                raise
-            print(f"{one_line(error)} Trying again in {wait} s.", file=sys.stderr)
-        time.sleep(wait)
-        if made := _made_by_now(planned, parent):
-            return made
-    raise AssertionError("the last try returns or raises")
+            raise
+
+    return hub.with_retries(attempt, hub.is_unclear)
 
 
 def _made_by_now(planned: PushPlan, parent: str) -> CommitInfo | None:
     """The commit of a try whose answer was lost; None where the branch is as it was."""
     args = planned.args
-    remote = look(args.repo_id, args.repo_type, args.revision)
+    remote = hub.look(args.repo_id, args.repo_type, args.revision)
     if remote.head == parent:
         return None
     arrived = all(is_on_hub(file, remote.files.get(file.path_in_repo)) for file in planned.sent)
     if not arrived or {*planned.deleted} & {*remote.files}:
-        raise PushError(_overtaken(planned, parent))
+        raise _overtaken(planned, parent)
     kind = constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, "")
     url = f"{constants.ENDPOINT}/{kind}{args.repo_id}/commit/{remote.head}"
     return CommitInfo(commit_url=url, commit_message="", commit_description="", oid=str(remote.head))
 
 
-def _overtaken(planned: PushPlan, parent: str) -> str:
-    args = planned.args
-    newer = newer_commits(args.repo_id, args.repo_type, args.revision, parent)
-    return (
-        f"{args.repo_id} ({args.revision}) was changed meanwhile (412)"
-        + (f" by {newer}" if newer else "")
-        + ". Nothing of yours was committed. Run the command without --push to see what is there, then with it."
+def _overtaken(planned: PushPlan, parent: str) -> hub.PushError:
+    """The error that names who has changed the branch meanwhile, where the Hub tells."""
+    args, newer = planned.args, []
+    with suppress(Exception):  # of whatever kind: nothing depends on it
+        commits = HfApi().list_repo_commits(args.repo_id, repo_type=args.repo_type, revision=args.revision)
+        newer = list(itertools.takewhile(lambda commit: commit.commit_id != parent, commits))[:3]
+    said = "; ".join(f'{", ".join(c.authors) or "somebody"}: "{c.title}" ({c.commit_id[:7]})' for c in newer)
+    return hub.PushError(
+        f"{args.repo_id} ({args.revision}) was changed meanwhile (412){' by ' * bool(said)}{said}. Nothing of yours "
+        "was committed. Run the command without --push to see what is there, then with it."
     )
 
 
@@ -203,11 +182,11 @@ def _tag(planned: PushPlan, commit: str) -> None:
     args = planned.args
     try:
         HfApi().create_tag(args.repo_id, tag=str(args.tag), revision=commit, repo_type=args.repo_type)
-        if look(args.repo_id, args.repo_type, args.revision).tags.get(args.tag) != commit:
-            raise PushError("The Hub has answered, but has no such tag. Run the same command again.")
+        if hub.look(args.repo_id, args.repo_type, args.revision).tags.get(args.tag) != commit:
+            raise hub.PushError(f"The Hub has answered, but has no such tag. {hub.ANEW}")
     except Exception as error:  # of whatever kind: the user must know that the files are there
-        reason = explained(error, args.repo_id, args.repo_type)
-        raise PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
+        reason = hub.explained(error, args.repo_id, args.repo_type)
+        raise hub.PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
 
 
 def _title(planned: PushPlan) -> str:

@@ -1,7 +1,6 @@
 """What a push would change: the files of a folder against those of a repository, by their hashes, and the card."""
 
 import difflib
-import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +9,14 @@ from typing import Any, Literal
 import yaml
 from huggingface_hub import CommitOperationAdd, metadata_load
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
 
 from common.cli import flag
 from common.privacy import machine_path_in, secret_in
+from hub_upload import remote as hub
 from hub_upload.allowed_files import allowed_files, check_contents
 from hub_upload.data_files import check_data, data_files
 from hub_upload.limits import DEADLINE_HOURS
-from hub_upload.remote import PushError, Remote, check_repo_id, look, plain_line, remote_text, user_name
 
 CARD = "README.md"
 HUBS_OWN = {".gitattributes"}  # made by the Hub in every repository
@@ -49,7 +49,7 @@ class PushArguments:
             check_message(f"--{name.replace('_', '-')}", getattr(self, name))
         if path := machine_path_in(self.message or ""):
             raise ValueError(f"--message names a place on a machine, {path!r}. Leave it out.")
-        check_repo_id(self.repo_id)
+        hub.check_repo_id(self.repo_id)
         if not self.model.is_dir():
             raise ValueError(f"The folder {self.model} does not exist.")
         for name, value in (("revision", self.revision), ("tag", self.tag)):
@@ -63,93 +63,53 @@ class PushArguments:
 
 def is_on_hub(file: CommitOperationAdd, there: RepoFile | None) -> bool:
     """Whether the Hub has the content of a file of this machine, by the hashes of both; nothing is downloaded."""
-    about = file.upload_info
-    if there is None or there.size != about.size:
+    if there is None or there.size != file.upload_info.size:
         return False
     if there.lfs:
-        return there.lfs.sha256 == about.sha256.hex()
+        return there.lfs.sha256 == file.upload_info.sha256.hex()
     with file.as_file() as content:
-        digest = hashlib.sha1(b"blob %d\0" % about.size, usedforsecurity=False)  # of a git blob
-        while chunk := content.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest() == there.blob_id
+        return git_hash(content.read()) == there.blob_id
 
 
 @dataclass
 class PushPlan:
-    """What a push would do.
-
-    Attributes:
-        args: what was asked for.
-        user: whose token it is; None without one.
-        remote: what is on the Hub.
-        added, changed, same: files of the folder, against the Hub.
-        deleted: files on the Hub that go.
-        stay: files on the Hub that the folder does not have.
-        metadata: of the card.
-        card_diff: lines of the card that change; empty for a new one.
-        notes: what the user should know.
-    """
+    """What a push would do."""
 
     args: PushArguments
-    user: str | None
-    remote: Remote
+    user: str | None  # whose token it is; None without one
+    remote: hub.Remote
+    metadata: dict[str, Any] | None  # of the card; None where the folder has none
     added: list[CommitOperationAdd] = field(default_factory=list)
     changed: list[CommitOperationAdd] = field(default_factory=list)
     same: list[CommitOperationAdd] = field(default_factory=list)
-    deleted: list[str] = field(default_factory=list)
-    stay: list[str] = field(default_factory=list)
-    metadata: dict[str, Any] = field(default_factory=dict)
-    card_diff: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)  # files on the Hub that go
+    stay: list[str] = field(default_factory=list)  # files on the Hub that the folder does not have
+
+    def __post_init__(self) -> None:
+        self.makes_branch = self.remote.exists and self.remote.head is None
+        self.makes_tag = self.args.tag is not None and self.args.tag not in self.remote.tags
 
     @property
     def sent(self) -> list[CommitOperationAdd]:
         """Files that the commit adds or changes."""
         return self.added + self.changed
 
-    @property
-    def makes_commit(self) -> bool:
-        """Whether anything on the Hub changes or goes."""
-        return bool(self.sent or self.deleted)
 
-    @property
-    def makes_branch(self) -> bool:
-        """Whether the branch is missing in a repository that exists."""
-        return self.remote.exists and self.remote.head is None
-
-    @property
-    def makes_tag(self) -> bool:
-        """Whether a tag was asked for that the Hub does not have."""
-        return self.args.tag is not None and self.args.tag not in self.remote.tags
-
-
-def plan(folder: Path, repo_id: str, **options: Any) -> PushPlan:
+def plan(args: PushArguments) -> PushPlan:
     """Compare a folder with a repository; nothing is changed anywhere.
 
-    Args:
-        folder: to be sent.
-        repo_id: owner/name.
-        options: further fields of `PushArguments`.
-
-    Raises:
-        ValueError: a name or the folder is not valid.
-        PushError: the Hub can't be asked, or the push would be refused.
+    Raises ValueError where a file must not be sent, PushError where the Hub can't be asked or would refuse the push.
     """
-    args = PushArguments(folder, repo_id, **options)
     paths = files_to_send(args.model, args.repo_type)
-    metadata = card_metadata(args.model / CARD) if Path(CARD) in paths else {}
-    user, remote = user_name(repo_id, args.repo_type), look(repo_id, args.repo_type, args.revision)
-    found = PushPlan(args, user, remote, metadata=metadata)
+    metadata = card_metadata(args.model / CARD) if Path(CARD) in paths else None
+    user, remote = hub.user_name(args.repo_id, args.repo_type), hub.look(args.repo_id, args.repo_type, args.revision)
+    found = PushPlan(args, user, remote, metadata)
     for path in paths:
         file, there = CommitOperationAdd(path.as_posix(), args.model / path), remote.files.get(path.as_posix())
         (found.added if there is None else found.same if is_on_hub(file, there) else found.changed).append(file)
     found.deleted = [path for path in args.delete if path in remote.files]
     found.stay = sorted({*remote.files} - {path.as_posix() for path in paths} - {*found.deleted} - HUBS_OWN)
     _check_plan(found)
-    if CARD in {file.path_in_repo for file in found.changed}:
-        found.card_diff = _card_diff(found)
-    found.notes = _notes(found, has_card=Path(CARD) in paths)
     return found
 
 
@@ -165,11 +125,11 @@ def files_to_send(folder: Path, repo_type: str) -> list[Path]:
         check_message("The name of a file", path.as_posix())
     if repo_type == "dataset":
         check_data(folder, paths)
-    else:
-        try:
-            check_contents(folder)
-        except ValueError as error:
-            raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
+        return sorted(paths)
+    try:
+        check_contents(folder)
+    except ValueError as error:
+        raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
     return sorted(paths)
 
 
@@ -197,66 +157,59 @@ def report(planned: PushPlan) -> str:
     if remote.exists and remote.head is None:
         branch += ", will be made from main"
     lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}; token of {planned.user or 'nobody'}"]
-    for kind, files in (("add", planned.added), ("change", planned.changed)):
-        for file in files:
-            before = f", was {readable_size(remote.files[file.path_in_repo].size)}" if kind == "change" else ""
-            lines.append(
-                f"  {kind:6}  {plain_line(file.path_in_repo)}  ({readable_size(file.upload_info.size)}{before})"
-            )
-    lines += [f"  delete  {plain_line(path)}  ({readable_size(remote.files[path].size)})" for path in planned.deleted]
+    for file in planned.sent:
+        size, there = readable_size(file.upload_info.size), remote.files.get(file.path_in_repo)
+        kind, before = ("change", f", was {readable_size(there.size)}") if there else ("add", "")
+        lines.append(f"  {kind:6}  {hub.plain_line(file.path_in_repo)}  ({size}{before})")
+    lines += [
+        f"  delete  {hub.plain_line(path)}  ({readable_size(remote.files[path].size)})" for path in planned.deleted
+    ]
     lines += [f"  same    {len(planned.same)} files"] if planned.same else []
-    lines += [f"  stays   {plain_line(path)}  (on the Hub, not in the folder)" for path in planned.stay[:SHOWN]]
+    lines += [f"  stays   {hub.plain_line(path)}  (on the Hub, not in the folder)" for path in planned.stay[:SHOWN]]
     lines += [f"  stays   {len(planned.stay) - SHOWN} more"] if len(planned.stay) > SHOWN else []
     if planned.metadata:
         lines.append("Card metadata:")
-        lines += [plain_line(f"  {key}: {_shortened(value)}") for key, value in planned.metadata.items()]
-    lines += ["Changes of the card:", *(plain_line(line) for line in planned.card_diff)] if planned.card_diff else []
-    lines += [f"note: {plain_line(note)}" for note in planned.notes]
+        for key, value in planned.metadata.items():
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append(hub.plain_line(f"  {key}: {text if len(text) <= 100 else f'{text[:97]}...'}"))
+    if CARD in {file.path_in_repo for file in planned.changed}:
+        lines += ["Changes of the card:", *map(hub.plain_line, _card_diff(planned))]
+    lines += [f"note: {hub.plain_line(note)}" for note in _notes(planned)]
     return "\n".join(lines)
-
-
-def check_visibility(repo_id: str, remote: Remote, private: bool) -> None:
-    """Raise PushError where what shall be private would be seen by everybody."""
-    if private and remote.exists and not remote.private:
-        raise PushError(
-            f"{repo_id} is public, and --private makes new repositories private only. Change it in the settings of the "
-            "repository first, or take another name."
-        )
 
 
 def readable_size(size: int) -> str:
     """Bytes in words, of a thousand each."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size = size / 1000
-    return f"{size:.2f} GB"
+    for exponent, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if size >= 10**exponent:
+            return f"{size / 10**exponent:.{2 if unit == 'GB' else 1}f} {unit}"
+    return f"{size} bytes"
 
 
 def _check_plan(planned: PushPlan) -> None:
     """Raise PushError where the push would be refused, or would not be what was meant."""
     args, remote = planned.args, planned.remote
-    check_visibility(args.repo_id, remote, args.private)
+    hub.check_visibility(args.repo_id, remote, args.private)
     if args.pull_request and not remote.exists:
-        raise PushError(f"There is no {args.repo_id}, or the token does not see it: a pull request needs one.")
+        raise hub.PushError(f"There is no {args.repo_id}, or the token does not see it: a pull request needs one.")
     if args.revision.startswith("refs/") and remote.head is None:
-        raise PushError(f"{args.repo_id} has no open pull request {args.revision}.")
+        raise hub.PushError(f"{args.repo_id} has no open pull request {args.revision}.")
     if args.revision in remote.tags and remote.head is None:
-        raise PushError(f"{args.revision} is a tag of {args.repo_id}, and tags stay where they are. Name a branch.")
+        raise hub.PushError(f"{args.revision} is a tag of {args.repo_id}, and tags stay where they are. Name a branch.")
     both = {*args.delete} & {file.path_in_repo for file in planned.added + planned.changed + planned.same}
     if both:
-        raise PushError(f"--delete names {min(both)}, which the folder has. Remove it there first.")
+        raise hub.PushError(f"--delete names {min(both)}, which the folder has. Remove it there first.")
     tagged = remote.tags.get(args.tag or "")
-    if tagged and (planned.makes_commit or tagged != remote.head):
-        raise PushError(
+    if tagged and (planned.sent or planned.deleted or tagged != remote.head):
+        raise hub.PushError(
             f"The tag {args.tag} of {args.repo_id} exists already, at {tagged[:7]}. Nothing was sent. Take another "
             "name, or delete the tag on the Hub."
         )
 
 
-def _notes(planned: PushPlan, has_card: bool) -> list[str]:
+def _notes(planned: PushPlan) -> list[str]:
     args, notes = planned.args, []
-    if not has_card:
+    if planned.metadata is None:
         notes.append(f"there is no {CARD}: the page on the Hub will be empty.")
     elif "license" not in planned.metadata:
         notes.append("the card states no license, and without one nobody may use what is published.")
@@ -270,15 +223,10 @@ def _notes(planned: PushPlan, has_card: bool) -> list[str]:
 
 def _card_diff(planned: PushPlan) -> list[str]:
     args, remote = planned.args, planned.remote
-    before = remote_text(args.repo_id, args.repo_type, CARD, remote.files[CARD], str(remote.start))
+    before = hub.remote_text(args.repo_id, args.repo_type, CARD, remote.files[CARD], str(remote.start))
     if before is None:
         return [f"(the one on the Hub has {readable_size(remote.files[CARD].size)}, too much to compare)"]
     after = (args.model / CARD).read_text(encoding="utf-8")
     names = (f"{CARD} on the Hub", f"{CARD} in {args.model}")
     # splitlines would also break at characters that only a hostile text has
     return list(difflib.unified_diff(before.split("\n"), after.split("\n"), *names, lineterm="", n=1))
-
-
-def _shortened(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -3,7 +3,6 @@
 Texts from the Hub are shown without control characters, and no message holds a token.
 """
 
-import itertools
 import json
 import logging
 import re
@@ -38,8 +37,8 @@ logger = logging.getLogger("capivara")
 WAITS_S = (1, 2, 4)  # before the second, third and fourth try of a call that the client itself does not repeat
 TRY_AGAIN = {408, 429, 500, 502, 503, 504}
 FULL = {402, 413, 507}  # the Hub itself says 403, with words
-AGAIN = "Run the same command again: files that have arrived are not sent a second time."
-LATER = "Run the same command again later."
+ANEW = "Run the same command again."
+AGAIN = f"{ANEW[:-1]}: files that have arrived are not sent a second time."
 CARD_BYTES = 2**21  # of a card on the Hub that is compared line by line
 
 
@@ -52,23 +51,14 @@ class PushError(OSError):
 
 @dataclass
 class Remote:
-    """What a repository on the Hub holds.
-
-    Attributes:
-        exists: whether the token sees one.
-        private: its visibility.
-        head: commit of the branch or pull request; None where there is none of that name.
-        start: commit that the branch would start at, which is the head of one that exists.
-        tags: name -> commit.
-        files: path -> size and hashes, at `start`.
-    """
+    """What a repository on the Hub holds, as far as the token sees."""
 
     exists: bool = False
     private: bool = False
-    head: str | None = None
-    start: str | None = None
-    tags: dict[str, str] = field(default_factory=dict)
-    files: dict[str, RepoFile] = field(default_factory=dict)
+    head: str | None = None  # commit of the branch or pull request; None where there is none of that name
+    start: str | None = None  # commit that the branch would start at, which is the head of one that exists
+    tags: dict[str, str] = field(default_factory=dict)  # name -> commit
+    files: dict[str, RepoFile] = field(default_factory=dict)  # path -> size and hashes, at `start`
 
 
 def look(repo_id: str, repo_type: str, revision: str) -> Remote:
@@ -119,14 +109,13 @@ def remote_text(repo_id: str, repo_type: str, path: str, file: RepoFile, revisio
         return answer.content.decode("utf-8", errors="replace")
 
 
-def newer_commits(repo_id: str, repo_type: str, revision: str, known: str | None) -> str:
-    """Authors and titles of the commits since a known one; empty where the Hub does not answer."""
-    try:
-        commits = HfApi().list_repo_commits(repo_id, repo_type=repo_type, revision=revision)
-    except Exception:  # of whatever kind: nothing depends on it
-        return ""
-    newer = list(itertools.takewhile(lambda commit: commit.commit_id != known, commits))
-    return "; ".join(f'{", ".join(c.authors) or "somebody"}: "{c.title}" ({c.commit_id[:7]})' for c in newer[:3])
+def check_visibility(repo_id: str, remote: Remote, private: bool) -> None:
+    """Raise PushError where what shall be private would be seen by everybody."""
+    if private and remote.exists and not remote.private:
+        raise PushError(
+            f"{repo_id} is public, and --private makes new repositories private only. Change it in the settings of the "
+            "repository first, or take another name."
+        )
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -139,21 +128,26 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {plain(repo_id)!r}.")
 
 
-def with_retries(call: Callable[[], T]) -> T:
-    """The answer of a call that changes nothing, repeated where the connection broke or the Hub is in trouble."""
-    for wait in (*WAITS_S, None):
+def with_retries(call: Callable[[], T], may_succeed: Callable[[Exception], bool] | None = None) -> T:
+    """The answer of a call, repeated after errors of which `may_succeed`, by default `is_transient`, says so."""
+    for wait in WAITS_S:
         try:
             return call()
-        except (HTTPError, OSError) as error:
-            if wait is None or not is_transient(error):
+        except Exception as error:  # a malformed answer raises any kind
+            if not (may_succeed or is_transient)(error):
                 raise
             print(f"{one_line(error)} Trying again in {wait} s.", file=sys.stderr)
             time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+    return call()
+
+
+def is_unclear(error: BaseException) -> bool:
+    """Whether a call that has raised it may have been carried out all the same."""
+    return is_transient(error) or is_malformed(error)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same call may succeed a little later."""
+    """Whether the connection broke or the Hub is in trouble: the same call may succeed a little later."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRY_AGAIN
     return isinstance(error, HTTPError)  # of the transport: no connection, a broken one, a time-out
@@ -179,16 +173,16 @@ def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
             if isinstance(error, PushError):
                 raise
             logger.debug("A call to the Hub failed.", exc_info=True)
-            raise PushError(explained(_cause(error), repo_id, repo_type)) from None
+            while isinstance(error, RuntimeError) and error.__cause__ is not None:
+                error = error.__cause__  # of an upload, which the client wraps
+            raise PushError(explained(error, repo_id, repo_type)) from None
 
 
 def explained(error: BaseException, repo_id: str, repo_type: str) -> str:
     """Why a call failed, and the way out."""
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing is asked of the Hub. Unset it to push."
-    if isinstance(error, HfHubHTTPError):
-        return _explained_answer(error, repo_id, repo_type)
-    if isinstance(error, HTTPError):
+    if isinstance(error, HTTPError) and not isinstance(error, HfHubHTTPError):
         return f"The connection to the Hub broke ({type(error).__name__}: {error}). {AGAIN}"
     if is_malformed(error):
         return (
@@ -198,11 +192,8 @@ def explained(error: BaseException, repo_id: str, repo_type: str) -> str:
         )
     if isinstance(error, RuntimeError):  # of Xet
         return f"The upload failed: {error}. {AGAIN}"
-    return str(error) or type(error).__name__
-
-
-def _explained_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> str:
-    """Why the Hub has refused a call, and the way out."""
+    if not isinstance(error, HfHubHTTPError):
+        return str(error) or type(error).__name__
     status = error.response.status_code
     said = " ".join((error.server_message or str(error)).split()).rstrip(".")
     tokens = f"{constants.ENDPOINT}/settings/tokens"
@@ -224,19 +215,21 @@ def _explained_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> st
             "more storage; then run the same command again."
         )
     if status == 403:
-        owner = repo_id.split("/")[0]
         return (
-            f"The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of {owner} "
-            f"({tokens})."
+            f"The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of "
+            f"{repo_id.split('/')[0]} ({tokens})."
         )
     if status in TRY_AGAIN:
-        return f"The Hub {'takes no more requests' if status == 429 else 'is in trouble'} ({status}): {said}. {LATER}"
+        trouble = "takes no more requests" if status == 429 else "is in trouble"
+        return f"The Hub {trouble} ({status}): {said}. {ANEW[:-1]} later."
     return f"The Hub refused ({status}): {said}."
 
 
 def plain(text: str) -> str:
     """Text that can be shown: no token, and no character but line breaks that a terminal would obey."""
-    return "".join(sign if _shown(sign) else f"\\u{ord(sign):04x}" for sign in redact(text))
+    text = redact(text)
+    hidden = [sign for sign in {*text} - {*"\n\t"} if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+    return text.translate({ord(sign): f"\\u{ord(sign):04x}" for sign in hidden})
 
 
 def plain_line(text: str) -> str:
@@ -261,17 +254,6 @@ def _name_of(token: str) -> str:
 def _check_types(kind: type, *values: object) -> None:
     if wrong := [value for value in values if not isinstance(value, kind)]:
         raise TypeError(f"{wrong[0]!r:.60} is no {kind.__name__}")
-
-
-def _shown(sign: str) -> bool:
-    return sign in "\n\t" or unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Of an upload, which the client wraps into a RuntimeError."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 @contextmanager

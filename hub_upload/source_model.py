@@ -16,11 +16,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_config(folder: Path) -> CapivaraConfig:
-    """The configuration of a model folder.
-
-    Raises:
-        ValueError: there is no such folder, or it holds no CAPIVARA model; of a run of several seeds these are named.
-    """
+    """The configuration of a model folder. Raises ValueError where it is none; a run's several seeds are named."""
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
@@ -31,11 +27,7 @@ def read_config(folder: Path) -> CapivaraConfig:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
-
-    Raises:
-        ValueError: there is none, or one that the index names is missing.
-    """
+    """The safetensors files of a folder. Raises ValueError where there is none, or one lacks that the index names."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
@@ -51,11 +43,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """All tensors of safetensors files, as views of the files: the system reads each when it is used.
-
-    Raises:
-        ValueError: a file is broken.
-    """
+    """All tensors of safetensors files, as views of them: the system reads each when it is used. Raises ValueError."""
     tensors = {}
     for file in files:
         try:
@@ -68,8 +56,7 @@ def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 def mapped_model(folder: Path, config: CapivaraConfig) -> CapivaraModel:
     """The model of a folder, to be saved and not to be run: its weights are views of its files.
 
-    Raises:
-        ValueError: weights are missing, surplus or of another shape; all are named.
+    Raises ValueError where weights are missing, surplus or of another shape; all are named.
     """
     with torch.device("meta"):
         model = CapivaraModel(config)

@@ -17,9 +17,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,9 +32,9 @@ from .convert_open_clip_flags import BASE_TEXT_MODEL, TOLERANCE, parser, run
 from .loading import load_model, load_processor, read_config
 from .loss_capivara import similarity_logits
 from .modeling_capivara import CapivaraModel
+from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES
 from .open_clip_mapping import (
     BASE_TEXT_NAMES,
-    OPEN_CLIP_CONFIG,
     capivara_config,
     capivara_state_dict,
     image_processor_of,
@@ -46,7 +45,6 @@ from .open_clip_mapping import (
 )
 from .open_clip_source import (
     TOKENIZER_FILES,
-    WEIGHT_FILES,
     OpenClipSource,
     find_capivara,
     find_open_clip,
@@ -58,17 +56,11 @@ from .open_clip_source import (
 from .processing_capivara import CapivaraProcessor
 
 
-@dataclass
-class Conversion:
-    """The result of a conversion.
+class Conversion(NamedTuple):
+    """The result of a conversion."""
 
-    Attributes:
-        largest_difference: between the two programs, over unit-length embeddings and logits, on random inputs.
-        notes: whole sentences for the person who asked.
-    """
-
-    largest_difference: float
-    notes: list[str] = field(default_factory=list)
+    largest_difference: float  # between the two programs: unit-length embeddings and logits, on random inputs
+    notes: list[str]  # whole sentences for the person who asked
 
 
 # --- Command ---------------------------------------------------------------------------------------------------------
@@ -159,7 +151,7 @@ def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conve
     model_cfg["text_cfg"]["hf_tokenizer_name"] = hf_model_name or BASE_TEXT_MODEL  # read for the Hub only
     tensors = {k: v.contiguous() for k, v in open_clip_state_dict(load_model(folder)).items()}
     with _new_folder(output) as target, tempfile.TemporaryDirectory() as scratch:
-        _write_json(target / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg})
+        _write_config(target, model_cfg, preprocess_cfg)
         save_file(tensors, target / WEIGHT_FILES[0], metadata={"format": "pt"})
         del tensors
         processor.tokenizer.plain().save_pretrained(target)  # open_clip repairs texts itself
@@ -167,6 +159,11 @@ def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conve
         config.text_config.save_pretrained(text_folder)
         difference = _checked_difference(folder, target, None, text_folder)
     return Conversion(difference, [_text_name_note(hf_model_name, text_name, config)])
+
+
+def _write_config(folder: Path, model_cfg: dict, preprocess_cfg: dict) -> None:
+    text = json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2) + "\n"
+    (folder / OPEN_CLIP_CONFIG).write_text(text, encoding="utf-8")
 
 
 def _text_name_note(hf_model_name: str | None, text_name: str, config: CapivaraConfig) -> str:
@@ -221,7 +218,7 @@ def _reference_folder(
     model_cfg["text_cfg"]["hf_model_name"] = str(scratch / "text_model")
     model_cfg["text_cfg"]["hf_tokenizer_name"] = BASE_TEXT_MODEL  # any name: a local folder's own tokenizer is taken
     config.text_config.save_pretrained(scratch / "text_model")
-    _write_json(scratch / OPEN_CLIP_CONFIG, {"model_cfg": model_cfg, "preprocess_cfg": found.preprocess_cfg})
+    _write_config(scratch, model_cfg, found.preprocess_cfg)
     if Path(found.tokenizer).is_dir():
         for name in TOKENIZER_FILES:
             if (Path(found.tokenizer) / name).is_file():
@@ -234,16 +231,13 @@ def _reference_folder(
 def _checked_difference(
     capivara: Path, open_clip_folder: Path, weights: Path | None, text_folder: Path | None = None
 ) -> float:
-    """Load both models from their folders and compare them.
+    """Load both models from their folders and compare them; a difference above `TOLERANCE` raises ValueError.
 
     Args:
         capivara: transformers folder.
         open_clip_folder: open_clip folder.
         weights: open_clip's checkpoint file; None is the one in its folder, loaded by open_clip itself.
         text_folder: where the text tower's configuration lies for now, if not where the folder states.
-
-    Raises:
-        ValueError: the largest difference is above `TOLERANCE`.
     """
     open_clip = _open_clip()
     name, overrides = f"local-dir:{open_clip_folder}", {}
@@ -282,12 +276,7 @@ def largest_difference(
 ) -> float:
     """Largest difference of unit-length embeddings and of logits, on the same random images and texts.
 
-    Args:
-        model: ours.
-        processor: ours; pads to the longest of a batch.
-        reference: open_clip's model.
-        preprocess: open_clip's image transform.
-        tokenize: open_clip's tokenizer; pads to 77 tokens.
+    Our processor pads to the longest of a batch, open_clip's `tokenize` to 77 tokens.
     """
     model.eval()
     reference.eval()
@@ -327,10 +316,6 @@ def _open_clip() -> Any:
     except ImportError as error:
         raise ImportError("open_clip is needed to compare the two models: pip install open_clip_torch") from error
     return open_clip
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Embedding models for scoring, evaluation and search: CAPIVARA's, and those of open_clip and transformers."""
+"""Embedding models for scoring, evaluation and search: CAPIVARA's, and those of open_clip and transformers.
+
+All put texts and images into one space, (rows, width), unit length, float32, on the CPU; `on_batch` is called after
+each batch with its size. `fingerprint` is a digest of all that the embeddings depend on, `image_fingerprint` of what
+those of images do: models that share their image tower share these.
+"""
 
 import hashlib
 import os
@@ -6,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from accelerate import PartialState
@@ -14,37 +18,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from .embedding import embed_images, embed_texts
+from .embedding import OnBatch, embed_images, embed_texts
 from .loading import check_reachable, load_model, load_processor, weights_digest
 from .modeling_capivara import CapivaraModel
+from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES, first_line
 from .processing_capivara import CapivaraProcessor
 
-# One of which the Hub has of a model of open_clip.
-OPEN_CLIP_FILES = (
-    *("open_clip_config.json", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
-    "open_clip_pytorch_model.bin",
-)
-OnBatch = Callable[[int], object] | None
-
-
-class Embedder(Protocol):
-    """Texts and images in one space, (rows, width), unit length, float32, on the CPU.
-
-    `on_batch` is called after each batch with its size. `fingerprint` is a digest of all that the embeddings depend on,
-    `image_fingerprint` of what those of images do: models that share their image tower share these.
-    """
-
-    name: str
-    device: torch.device
-    precision: str
-    fingerprint: str
-    image_fingerprint: str
-
-    def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor:
-        """(images, width), `batch_size` at once."""
-
-    def texts(self, texts: Sequence[str], batch_size: int = 64, on_batch: OnBatch = None) -> Tensor:
-        """(texts, width), `batch_size` at once."""
+OPEN_CLIP_FILES = (OPEN_CLIP_CONFIG, *WEIGHT_FILES)  # one of which the Hub has of a model of open_clip
 
 
 @dataclass
@@ -57,10 +37,11 @@ class CapivaraEmbedder:
     precision: str
 
     def __post_init__(self) -> None:
-        config = self.model.config.to_json_string() + self.processor.image_processor.to_json_string()
+        config, image_processor = self.model.config, self.processor.image_processor.to_json_string()
         tokenizer = self.processor.tokenizer.backend_tokenizer.to_str() + str(self.processor.tokenizer.model_max_length)
-        self.fingerprint = _digest(weights_digest(self.model), config, tokenizer, self.precision)
-        vision = self.model.config.vision_config.to_json_string() + self.processor.image_processor.to_json_string()
+        whole = config.to_json_string() + image_processor
+        self.fingerprint = _digest(weights_digest(self.model), whole, tokenizer, self.precision)
+        vision = config.vision_config.to_json_string() + image_processor
         image_side = weights_digest(self.model, ("vision_model.", "visual_projection."))
         self.image_fingerprint = _digest(image_side, vision, self.precision)
 
@@ -108,6 +89,9 @@ class PlainEmbedder:
                 if on_batch is not None:
                     on_batch(len(batch))
         return torch.cat(embeds)
+
+
+Embedder = CapivaraEmbedder | PlainEmbedder
 
 
 def load_embedder(
@@ -204,10 +188,9 @@ def _transformers_clip(source: str, device: torch.device, precision: str, trust_
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"clip:{source} can't be loaded; it must hold a CLIP of transformers with its processor, such as "
-            f"openai/clip-vit-base-patch32: {reason}"
+            f"openai/clip-vit-base-patch32: {first_line(error)}"
         ) from error
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise ValueError(

@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
 
+OnBatch = Callable[[int], object] | None
+
 
 @torch.inference_mode()
 def embed_texts(
@@ -19,7 +21,7 @@ def embed_texts(
     texts: Sequence[str],
     batch_size: int = 64,
     description: str | None = None,
-    on_batch: Callable[[int], object] | None = None,
+    on_batch: OnBatch = None,
 ) -> Tensor:
     """Embeddings of `texts`, in their order.
 
@@ -43,14 +45,15 @@ def embed_texts(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = processor.tokenizer.pad([dict(tokens[i]) for i in rows], return_tensors="pt")
-            output = model(
-                input_ids=batch["input_ids"].to(model.device), attention_mask=batch["attention_mask"].to(model.device)
-            )
+            found = model(
+                **{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            ).text_embeds
             if embeds is None:
-                embeds = torch.empty(len(texts), output.text_embeds.shape[1])
-            embeds[rows] = output.text_embeds.float().cpu()
+                embeds = torch.empty(len(texts), found.shape[1])
+            embeds[rows] = found.float().cpu()
             bar.update(len(rows))
-            _call(on_batch, len(rows))
+            if on_batch is not None:
+                on_batch(len(rows))
     return embeds
 
 
@@ -61,33 +64,19 @@ def embed_images(
     images: Iterable[Image.Image],
     batch_size: int = 32,
     description: str | None = None,
-    on_batch: Callable[[int], object] | None = None,
+    on_batch: OnBatch = None,
 ) -> Tensor:
-    """Embeddings of `images`, in their order.
+    """Embeddings of `images`, in their order: (images, projection_dim), unit length, float32, on the CPU.
 
-    Args:
-        model: put in evaluation mode by the caller.
-        processor: the model's own.
-        images: anything that yields PIL images, at least one; they are read batch by batch.
-        batch_size: images that go through at once.
-        description: title of a progress bar; None shows none.
-        on_batch: called after each batch with its size, for a bar of the caller's.
-
-    Returns:
-        (images, projection_dim), unit length, float32, on the CPU.
+    `images` is anything that yields PIL images, at least one; they are read batch by batch. The rest as `embed_texts`.
     """
-    embeds = []
+    embeds, iterator = [], iter(images)
     total = len(images) if hasattr(images, "__len__") else None
-    iterator = iter(images)
     with tqdm(total=total, desc=description, unit="image", disable=description is None) as bar:
         while batch := list(islice(iterator, batch_size)):
             pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
             embeds.append(model(pixel_values=pixel_values.to(model.device)).image_embeds.float().cpu())
             bar.update(len(batch))
-            _call(on_batch, len(batch))
+            if on_batch is not None:
+                on_batch(len(batch))
     return torch.cat(embeds)
-
-
-def _call(on_batch: Callable[[int], object] | None, size: int) -> None:
-    if on_batch is not None:
-        on_batch(size)

@@ -47,7 +47,6 @@ def load_model(source: str | Path) -> CapivaraModel:
             surplus; all of them are named.
     """
     _check_folder(source, "config.json", "is no model folder")
-    _check_config(source)
     try:
         model, report = CapivaraModel.from_pretrained(
             source, dtype="float32", use_safetensors=True, output_loading_info=True
@@ -72,7 +71,6 @@ def load_processor(source: str | Path) -> CapivaraProcessor:
         "processor_config.json",
         "has no processor; save one there with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`",
     )
-    _check_config(source)
     try:
         processor = AutoProcessor.from_pretrained(source)
     except Exception as error:
@@ -134,18 +132,14 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
     return digest.hexdigest()
 
 
-def _check_config(source: str | Path) -> None:
-    """Raise ValueError where a local config.json is not as it should be; transformers' message would not name it."""
-    if (Path(source) / "config.json").is_file():
-        read_config(source)
-
-
 def _check_folder(source: str | Path, needed: str, fault: str) -> None:
     """A path that looks local must be a folder with the needed file; anything else may be a Hub id."""
     folder = Path(source)
     if folder.is_dir():
         if not (folder / needed).is_file():
             raise ValueError(f"The folder {source} {fault} ({needed} is missing).")
+        if (folder / "config.json").is_file():
+            read_config(folder)  # transformers' message about a wrong one would not name it
     elif str(source).count("/") != 1 or str(source).startswith((".", "/")):
         raise ValueError(f"The model folder {source} does not exist.")
     else:

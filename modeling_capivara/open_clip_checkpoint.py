@@ -13,6 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+# In order of preference: a pickle is opened only where there is nothing safer.
+WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
+
 
 class InertObject:
     """Stands in for the classes of a training program's settings: takes any arguments and any state, keeps nothing."""

@@ -1,5 +1,6 @@
 """Names of tensors and fields of configurations, between open_clip's model and CAPIVARA's: pure functions."""
 
+import json
 import re
 import tempfile
 from collections.abc import Mapping
@@ -14,12 +15,13 @@ from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .image_processing_capivara import CapivaraImageProcessor
 from .modeling_capivara import CapivaraModel
-from .open_clip_checkpoint import check_state, first_line
+from .open_clip_checkpoint import OPEN_CLIP_CONFIG, check_state, first_line
 from .processing_capivara import CONTEXT_LENGTH
 
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 
+# A block of the vision transformer, with its number.
+BLOCK, OUR_BLOCK = "visual.transformer.resblocks.{}.", "vision_model.encoder.layers.{}."
 # open_clip's name, or its beginning, to transformers'.
 NAMES = {
     "logit_scale": "logit_scale",
@@ -32,18 +34,16 @@ NAMES = {
     "visual.head.proj.": "visual_projection.",
     "text.transformer.": "text_model.",
     "text.proj.": "text_projection.",
+    BLOCK + "ln_1.": OUR_BLOCK + "layer_norm1.",
+    BLOCK + "ln_2.": OUR_BLOCK + "layer_norm2.",
+    BLOCK + "attn.": OUR_BLOCK + "self_attn.",
+    BLOCK + "mlp.c_fc.": OUR_BLOCK + "mlp.fc1.",
+    BLOCK + "mlp.c_proj.": OUR_BLOCK + "mlp.fc2.",
 }
-# The same inside a block of the vision transformer, after its number.
-BLOCK_NAMES = {
-    "ln_1.": "layer_norm1.",
-    "ln_2.": "layer_norm2.",
-    "attn.out_proj.": "self_attn.out_proj.",
-    "mlp.c_fc.": "mlp.fc1.",
-    "mlp.c_proj.": "mlp.fc2.",
-}
-OPEN_CLIP_BLOCK = re.compile(r"visual\.transformer\.resblocks\.(\d+)\.(.+)")
-CAPIVARA_BLOCK = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.(.+)")
-PROJECTION = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)")
+NUMBER = re.compile(r"(?<=^visual\.transformer\.resblocks\.)\d+|(?<=^vision_model\.encoder\.layers\.)\d+")
+# Of a block's attention, open_clip has query, key and value in one tensor, `in_proj_weight` and `in_proj_bias`.
+FUSED = re.compile(r"(visual\.transformer\.resblocks\.\d+\.attn\.)in_proj_(weight|bias)")
+PROJECTION = re.compile(r"(visual\.transformer\.resblocks\.\d+\.attn\.)([qkv])_proj\.(weight|bias)")
 # A constant (0, 1, 2, ...) that transformers before 4.31 saved with every text encoder; no model reads it any more.
 POSITION_IDS = "text.transformer.embeddings.position_ids"
 
@@ -62,14 +62,10 @@ def capivara_state_dict(open_clip_state: Mapping[str, Tensor], config: CapivaraC
     check_state(state, open_clip_shapes(config))
     result = {}
     for name, tensor in state.items():
-        block = OPEN_CLIP_BLOCK.fullmatch(name)
-        if block and block[2].startswith("attn.in_proj_"):
-            kind = block[2].removeprefix("attn.in_proj_")
+        if fused := FUSED.fullmatch(name):
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 # A clone: tensors that share memory are refused by safetensors.
-                result[f"vision_model.encoder.layers.{block[1]}.self_attn.{letter}_proj.{kind}"] = part.clone()
-        elif block:
-            result[f"vision_model.encoder.layers.{block[1]}.{_renamed(block[2], BLOCK_NAMES)}"] = tensor
+                result[_renamed(f"{fused[1]}{letter}_proj.{fused[2]}", NAMES)] = part.clone()
         elif name == "visual.proj":
             result["visual_projection.weight"] = tensor.T.contiguous()
         else:
@@ -85,20 +81,15 @@ def open_clip_state_dict(model: CapivaraModel) -> dict[str, Tensor]:
     """
     vit = _vision_kind(model.config) == "clip_vision_model"
     names = {ours: theirs for theirs, ours in NAMES.items()}
-    block_names = {ours: theirs for theirs, ours in BLOCK_NAMES.items()}
     result, parts = {}, {}
     for name, tensor in model.state_dict().items():
-        block = CAPIVARA_BLOCK.fullmatch(name) if vit else None
-        projection = PROJECTION.fullmatch(block[2]) if block else None
-        if projection:
-            fused = f"visual.transformer.resblocks.{block[1]}.attn.in_proj_{projection[2]}"
-            parts.setdefault(fused, {})[projection[1]] = tensor
-        elif block:
-            result[f"visual.transformer.resblocks.{block[1]}.{_renamed(block[2], block_names)}"] = tensor
+        renamed = _renamed(name, names)
+        if projection := PROJECTION.fullmatch(renamed):
+            parts.setdefault(f"{projection[1]}in_proj_{projection[3]}", {})[projection[2]] = tensor
         elif vit and name == "visual_projection.weight":
             result["visual.proj"] = tensor.T.contiguous()
         else:
-            result[_renamed(name, names)] = tensor
+            result[renamed] = tensor
     result.update({fused: torch.cat([letters[x] for x in "qkv"]) for fused, letters in parts.items()})
     return result
 
@@ -111,29 +102,23 @@ def open_clip_shapes(config: CapivaraConfig) -> dict[str, torch.Size]:
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:
+    number = NUMBER.search(name)
+    plain = NUMBER.sub("{}", name)
     for old, new in names.items():
-        if name == old or (old.endswith(".") and name.startswith(old)):
-            return new + name[len(old) :]
+        if plain == old or (old.endswith(".") and plain.startswith(old)):
+            return (new + plain[len(old) :]).replace("{}", number[0] if number else "{}")
     raise ValueError(f"The tensor {name!r} has no counterpart in the other program.")
 
 
 # Fields of open_clip that only training, or only another kind of tower, looks at; and those with one way supported.
 TRAINING_FIELDS = {"patch_dropout", "timm_model_pretrained", "timm_drop", "timm_drop_path", "hf_model_pretrained"}
+MODEL_FREE = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"}
 VIT_FIELDS = {"layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size"}
 MODEL_FIXED = {"custom_text": (True, False, None), "init_logit_bias": (None,), "nonscalar_logit_scale": (False,)}
-BLOCK_FIXED = {
-    "block_type": (None,),
-    "act_kwargs": (None,),
-    "norm_kwargs": (None,),
-    "ls_init_value": (None,),
-    "output_tokens": (False,),
-    **dict.fromkeys(("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), (False,)),
-    **dict.fromkeys(("scale_attn", "scale_fc", "final_ln_after_pool"), (False,)),
-}
 VISION_FIXED = {
-    **BLOCK_FIXED,
-    "attentional_pool": (False,),
-    "no_ln_pre": (False,),
+    **dict.fromkeys(("block_type", "act_kwargs", "norm_kwargs", "ls_init_value"), (None,)),
+    **dict.fromkeys(("output_tokens", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner"), (False,)),
+    **dict.fromkeys(("scale_attn", "scale_fc", "final_ln_after_pool", "attentional_pool", "no_ln_pre"), (False,)),
     "pos_embed_type": ("learnable",),
     "pool_type": ("tok",),
     "timm_model_name": (None, ""),
@@ -161,8 +146,7 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
     Raises:
         ValueError: a field is missing, unknown, or has a value that is not supported.
     """
-    known = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"}
-    _check_fields("model_cfg", model_cfg, MODEL_FIXED, known)
+    _check_fields("model_cfg", model_cfg, MODEL_FIXED, MODEL_FREE)
     for name, kind in {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}.items():
         if not isinstance(model_cfg.get(name), kind):
             refuse("model_cfg", name, model_cfg.get(name), "a whole number" if kind is int else "fields in braces")
@@ -177,14 +161,10 @@ def capivara_config(model_cfg: dict) -> CapivaraConfig:
     vision = _vision_config(model_cfg["vision_cfg"], bool(model_cfg.get("quick_gelu", False)))
     scale = {} if init_logit_scale is None else {"logit_scale_init_value": float(init_logit_scale)}
     text = _text_config(text_cfg["hf_model_name"])
+    projection = text_cfg.get("hf_proj_type", "mlp")  # open_clip's default too
+    sizes = {"projection_dim": model_cfg["embed_dim"], "text_projection_type": projection, **scale}
     try:
-        return CapivaraConfig(
-            vision_config=vision,
-            text_config=text,
-            projection_dim=model_cfg["embed_dim"],
-            text_projection_type=text_cfg.get("hf_proj_type", "mlp"),  # "mlp" is open_clip's default too
-            **scale,
-        )
+        return CapivaraConfig(vision_config=vision, text_config=text, **sizes)
     except ValueError as error:
         raise ValueError(f"model_cfg of {OPEN_CLIP_CONFIG} can't be: {error}") from error
 
@@ -283,12 +263,10 @@ def _timm_pool(architecture: str) -> str | None:
 
 
 def _vit_cfg(vision: PreTrainedConfig) -> dict[str, Any]:
-    if vision.hidden_act not in ("gelu", "quick_gelu"):
-        refuse("vision_config", "hidden_act", vision.hidden_act, '"gelu" or "quick_gelu"', "config.json")
-    if vision.layer_norm_eps != 1e-5:
-        refuse("vision_config", "layer_norm_eps", vision.layer_norm_eps, "1e-05", "config.json")
-    if vision.num_channels != 3:
-        refuse("vision_config", "num_channels", vision.num_channels, "3", "config.json")
+    fixed = {"hidden_act": ("gelu", "quick_gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,)}
+    for name, known in fixed.items():
+        if (value := getattr(vision, name)) not in known:
+            refuse("vision_config", name, value, " or ".join(map(json.dumps, known)), "config.json")
     ratio = vision.intermediate_size / vision.hidden_size
     if int(vision.hidden_size * ratio) != vision.intermediate_size:  # open_clip's own rounding
         ratio = (vision.intermediate_size + 0.5) / vision.hidden_size

@@ -18,19 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .configuration_capivara import CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .loading import card_metadata
-from .open_clip_checkpoint import check_state, first_line, load_checkpoint
-from .open_clip_mapping import OPEN_CLIP_CONFIG, POSITION_IDS, open_clip_shapes, refuse
+from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES, check_state, first_line, load_checkpoint
+from .open_clip_mapping import POSITION_IDS, open_clip_shapes, refuse
 
-# In order of preference: a pickle is opened only where there is nothing safer.
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-VOCABULARY_FILES = (
-    *("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt", "vocab.json"),
-)
-TOKENIZER_FILES = (
-    *VOCABULARY_FILES,
-    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-)
+VOCABULARY_FILES = [f"{name}.model" for name in ("sentencepiece.bpe", "spiece", "tokenizer")]
+VOCABULARY_FILES += ["tokenizer.json", "vocab.txt", "vocab.json"]
+TOKENIZER_FILES = [f"{name}.json" for name in ("tokenizer_config", "special_tokens_map", "added_tokens")]
+TOKENIZER_FILES += [*VOCABULARY_FILES, "merges.txt"]
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
 CARD = """---
 {metadata}---
@@ -44,23 +39,14 @@ model is, how it was trained and under which licence it may be used is stated wh
 
 @dataclass
 class OpenClipSource:
-    """An open_clip model, found but not yet read.
+    """An open_clip model, found but not yet read."""
 
-    Attributes:
-        model_cfg: as in open_clip_config.json; None for a bare checkpoint file.
-        preprocess_cfg: as in open_clip_config.json.
-        weights: the checkpoint file.
-        tokenizer: folder or Hub id.
-        folder: that holds it; None for a bare checkpoint file.
-        repo_id: of the Hub, where it was fetched from there.
-    """
-
-    model_cfg: dict | None
-    preprocess_cfg: dict
-    weights: Path
-    tokenizer: str
-    folder: Path | None = None
-    repo_id: str | None = None
+    model_cfg: dict | None  # as in open_clip_config.json; None for a bare checkpoint file
+    preprocess_cfg: dict  # as in open_clip_config.json
+    weights: Path  # the checkpoint file
+    tokenizer: str  # folder or Hub id
+    folder: Path | None = None  # that holds it; None for a bare checkpoint file
+    repo_id: str | None = None  # of the Hub, where it was fetched from there
 
 
 def find_open_clip(source: str, tokenizer: str | None = None) -> OpenClipSource:
@@ -220,17 +206,17 @@ def origin_card(folder: Path, repo_id: str | None = None) -> str | None:
         repo_id: where on the Hub it was fetched from, which is the base of what is made from it; where None, the base
             is the one that the source's card names.
     """
-    stated = {key: value for key, value in card_metadata(folder / "README.md").items() if _is_text(value)}
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+    stated = {key: value for key, value in card_metadata(folder / "README.md").items() if is_text(value)}
     known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in KEPT}}
     known = {key: value for key, value in known.items() if value}
     if not known:
         return None
     about = {**known, "library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
     return CARD.format(metadata=yaml_dump(about, sort_keys=False), title=html.escape(repo_id or folder.resolve().name))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
 
 
 def read_fields(path: Path) -> dict:

@@ -63,14 +63,7 @@ class Example:
 
 
 def plot_gallery(rows: list[list[tuple[str, Found]]], path: Path, headings: Sequence[str] = (), note: str = "") -> None:
-    """A row a query: what it says, and the pictures that were found best, the right one framed.
-
-    Args:
-        rows: of each query, a block a model: its title and what the model found.
-        path: the PNG.
-        headings: of the blocks, if any.
-        note: below all rows.
-    """
+    """A row a query: a block a model with its title and the pictures that were found best, the right one framed."""
     columns, blocks = max(len(found) for row in rows for _, found in row), len(rows[0])
     above, below = 0.3 + 0.35 * bool(headings), 0.45 * bool(note)  # inches
     height = 1.45 * len(rows) + above + below
@@ -112,9 +105,13 @@ def sheet_queries(before: "Tensor", after: "Tensor", seed: int) -> list[tuple[in
     import torch
 
     order = torch.randperm(len(before), generator=torch.Generator().manual_seed(seed))
-    change = (after - before)[order]
-    of_kind = {"gain": change < 0, "tie": change == 0, "loss": change > 0}
+    of_kind = _kinds((after - before)[order])
     return [(query, kind) for kind, count in KINDS.items() for query in order[of_kind[kind]][:count].tolist()]
+
+
+def _kinds(change: "Tensor") -> "dict[str, Tensor]":
+    """Which queries are of a kind, by the difference of their ranks."""
+    return {"gain": change < 0, "tie": change == 0, "loss": change > 0}
 
 
 def plot_retrieval_sheet(
@@ -148,28 +145,15 @@ def plot_retrieval_sheet(
             title = f"“{one_line(queries[query], 40)}”   {rank}" + f" ({words[kind]})" * (role == "capivara")
             row.append((title, [(images[index], index == right_images[query]) for index in best]))
         rows.append(row)
-    change = ranks["capivara"] - ranks["baseline"]
-    counts = {"gain": int((change < 0).sum()), "tie": int((change == 0).sum()), "loss": int((change > 0).sum())}
+    counts = {kind: int(of.sum()) for kind, of in _kinds(ranks["capivara"] - ranks["baseline"]).items()}
     note = words["rule"].format(seed=seed, **counts)
     plot_gallery(rows, path, [words["baseline"], words["capivara"]], note)
 
 
 def plot_examples(dropped: list[Example], kept: list[Example], path: Path) -> None:
-    """A row of pictures with captions for each side of the cut.
-
-    Args:
-        dropped: the nearest to the cut first.
-        kept: likewise.
-        path: the PNG.
-    """
-    rows = [
-        (title, colour, found)
-        for title, colour, found in (
-            ("Dropped, the most similar first", DROPPED_COLOUR, dropped),
-            ("Kept, the least similar first", KEPT_COLOUR, kept),
-        )
-        if found
-    ]
+    """A row of pictures with captions for each side of the cut, the nearest to it first."""
+    rows = [("Dropped, the most similar first", DROPPED_COLOUR, dropped)] if dropped else []
+    rows += [("Kept, the least similar first", KEPT_COLOUR, kept)] if kept else []
     height = 3.05 * len(rows)
     with plt.rc_context({"font.family": _fonts()}):
         figure = plt.figure(figsize=(1.95 * COLUMNS, height))

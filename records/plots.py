@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import matplotlib
 
 from common.files import write_bytes
+from records.tables import points
 
 matplotlib.use("Agg")  # files only; a screen is not needed
 
@@ -83,8 +84,15 @@ def save_figure(figure: plt.Figure, path: Path) -> None:
     write_bytes(path, file.getvalue())
 
 
+def tidy(axis: plt.Axes, grid: str, *bare_sides: str) -> None:
+    """Faint lines of a grid ("x", "y" or "both") behind what is drawn, and no frame at some sides."""
+    axis.spines[list(bare_sides)].set_visible(False)
+    axis.grid(axis=grid, alpha=0.25)
+    axis.set_axisbelow(True)
+
+
 def plot_training_curves(curve: list[dict], language: str, path: Path, words: str = "en") -> None:
-    """Loss and learning rate of every step, recall of the validation split, as one PNG.
+    """Loss and learning rate of every step, recall of the validation split.
 
     Args:
         curve: of `run.json`: an entry a step with `step`, `loss`, `learning_rate` and, where the split was measured,
@@ -109,18 +117,12 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, words: st
     right.set(xlabel=labels["step"], ylabel=labels["recall"], title=labels["recall_title"].format(language=language))
     right.legend(frameon=False)
     for axis in (left, right):
-        axis.spines[["top"]].set_visible(False)
-        axis.grid(alpha=0.25)
+        tidy(axis, "both", "top")
     save_figure(figure, path)
 
 
 def plot_similarities(histograms: list[Histogram], path: Path) -> None:
-    """Kept over dropped, stacked, with the cut as a line; a panel a histogram, as wide as its values.
-
-    Args:
-        histograms: at least one, none of them all zero.
-        path: the PNG.
-    """
+    """Kept over dropped, stacked, with the cut as a line; a panel a histogram, none all zero, as wide as its values."""
     size = (6 * len(histograms), 3.8)
     figure, axes = plt.subplots(1, len(histograms), figsize=size, layout="constrained", squeeze=False)
     for axis, histogram in zip(axes[0], histograms, strict=True):
@@ -143,22 +145,14 @@ def plot_similarities(histograms: list[Histogram], path: Path) -> None:
             xlabel="similarity of image and caption (cosine, lowest to highest)",
             ylabel=histogram.unit,
         )
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.25)
-        axis.set_axisbelow(True)
+        tidy(axis, "y", "top", "right")
         axis.yaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.17))  # no bar is below
     save_figure(figure, path)
 
 
 def plot_bars(rows: list[BarRow | None], note: str, path: Path) -> None:
-    """Baseline against model, a pair of bars a row, their difference in points at the right.
-
-    Args:
-        rows: from top to bottom; None is a gap.
-        note: below the picture, such as what was left out.
-        path: the PNG.
-    """
+    """Baseline against model, a pair of bars a row (None is a gap), their difference in points at the right."""
     figure, axis = plt.subplots(figsize=(REPORT_WIDTH, 1.2 + 0.46 * len(rows)), layout="constrained")
     drawn = [(height, row) for height, row in enumerate(rows) if row]
     for name, offset, colour in (("baseline", -0.2, BASELINE_COLOUR), ("model", 0.2, MODEL_COLOUR)):
@@ -183,20 +177,13 @@ def plot_bars(rows: list[BarRow | None], note: str, path: Path) -> None:
     axis.set_ylim(len(rows) - 0.4, -0.6)
     axis.set_xlabel("per cent" + (f"\n{note}" if note else ""), color=FAINT, fontsize=9, parse_math=False)
     axis.tick_params(length=0, labelcolor=INK)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.grid(axis="x", alpha=0.25)
-    axis.set_axisbelow(True)
+    tidy(axis, "x", "top", "right", "left")
     _bar_legend(figure, [row for _, row in drawn])
     save_figure(figure, path)
 
 
 def plot_gains(rows: list[tuple[str, float, float, float]], path: Path) -> None:
-    """Gains with their 95 % intervals, beside zero.
-
-    Args:
-        rows: (label, gain, low end, high end), shares.
-        path: the PNG.
-    """
+    """Gains with their 95 % intervals, beside zero; rows of (label, gain, low end, high end), shares."""
     lines = max(label.count("\n") + 1 for label, *_ in rows)
     figure, axis = plt.subplots(figsize=(REPORT_WIDTH, 1.0 + 0.38 * lines * len(rows) / 2), layout="constrained")
     axis.axvline(0, color=FAINT, linewidth=1)
@@ -208,8 +195,7 @@ def plot_gains(rows: list[tuple[str, float, float, float]], path: Path) -> None:
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel("gain in mean recall, points, with its 95 % interval", color=FAINT, fontsize=9)
     axis.tick_params(length=0, labelcolor=INK)
-    axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.grid(axis="x", alpha=0.25)
+    tidy(axis, "x", "top", "right", "left")
     save_figure(figure, path)
 
 
@@ -274,7 +260,6 @@ def _difference_column(axis: plt.Axes, drawn: list[tuple[int, BarRow]]) -> None:
     for height, difference in both:
         rounded = round(100 * difference, 1)
         colour = MODEL_COLOUR if rounded > 0 else LOSS_COLOUR if rounded < 0 else FAINT
-        text = f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
-        axis.annotate(text, (1.02, height), color=colour, weight="bold", **style)
+        axis.annotate(points(difference), (1.02, height), color=colour, weight="bold", **style)
     if both:
         axis.annotate("points", (1.02, -0.75), color=FAINT, **(style | {"fontsize": 8}))

@@ -34,27 +34,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table that is more than a text.
-
-    Attributes:
-        text: what it says.
-        better: coloured as a gain where True, as a loss where False.
-        is_code: a name, such as a path.
-        notes: lines below it.
-    """
+    """A cell of a table that is more than a text."""
 
     text: str
-    better: bool | None = None
-    is_code: bool = False
-    notes: Sequence[str] = ()
+    better: bool | None = None  # coloured as a gain where True, as a loss where False
+    is_code: bool = False  # a name, such as a path
+    notes: Sequence[str] = ()  # lines below it
 
 
 class Pictures:
-    """Draws the figures of a page into its folder and embeds them.
-
-    Args:
-        folder: of the page.
-    """
+    """Draws the figures of a page into its folder and embeds them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -86,11 +75,7 @@ def thumbnail(image: Image.Image, alt: str) -> Picture:
 
 
 def render_page(template: Path, **parts: Any) -> str:
-    """The HTML of a template that extends `report_page.html.j2`.
-
-    Args:
-        template: its file.
-        parts: values that it shows. Texts are escaped: they are anybody's.
+    """The HTML of a template that extends `report_page.html.j2`; texts among its `parts` are escaped, as anybody's.
 
     Raises:
         jinja2.UndefinedError: the template asks for a part that is not given.

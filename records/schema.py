@@ -9,9 +9,10 @@ A `Record` checks itself, so that a figure out of its range is neither written n
 import json
 import re
 import sys
+from collections import namedtuple
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -34,56 +35,32 @@ LARGEST_K = 10  # of the mean recall
 ROUNDING = 1e-9  # that a computed share may lie outside of its range
 
 
-class Condition(NamedTuple):
-    """What two figures must share to be compared."""
-
-    task: str
-    dataset: str
-    split: str
-    language: str
-    protocol: str
-    direction: str
-    metric: str
+# What two figures must share to be compared: fields of `Record`.
+Condition = namedtuple("Condition", "task dataset split language protocol direction metric")
 
 
 @dataclass(frozen=True)
 class Record:
     """One measured figure.
 
-    Attributes:
-        task: "retrieval", "classification" or "linear_probe".
-        dataset: name of the data set.
-        split: "test" and so on.
-        language: code of the captions' or prompts' language, such as "pt".
-        protocol: what was compared with what; figures of different protocols are not comparable.
-        direction: "text_to_image" or "image_to_text" of retrieval, else "".
-        metric: such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline).
-        value: a share from 0 to 1; of "median_rank" a rank from 1; of a gain from -1 to 1.
-        n: queries or images averaged over.
-        model: role of the model, "baseline" or "capivara".
-        model_folder: the model's folder, relative to the run's.
-        seed: of the training run, None for a model that was not trained in it.
-        chance: expected value of random scores; None where it has no meaning.
-        interval_95: low and high end of a 95 % interval, for a gain.
-
     Raises:
         ValueError: a field has another type, or a value out of its range; the message begins with the field's name.
     """
 
-    task: str
+    task: str  # "retrieval", "classification" or "linear_probe"
     dataset: str
     split: str
-    language: str
-    protocol: str
-    direction: str
-    metric: str
-    value: float
-    n: int
-    model: str
-    model_folder: str
-    seed: int | None = None
-    chance: float | None = None
-    interval_95: tuple[float, float] | None = None
+    language: str  # code of the captions' or prompts' language, such as "pt"
+    protocol: str  # what was compared with what; figures of different protocols are not comparable
+    direction: str  # "text_to_image" or "image_to_text" of retrieval, else ""
+    metric: str  # such as "recall@1", "mean_recall", "accuracy", or "mean_recall_gain" (model minus baseline)
+    value: float  # a share from 0 to 1; of "median_rank" a rank from 1; of a gain from -1 to 1
+    n: int  # queries or images averaged over
+    model: str  # role, "baseline" or "capivara"
+    model_folder: str  # relative to the run's
+    seed: int | None = None  # of the training run, None for a model that was not trained in it
+    chance: float | None = None  # expected value of random scores; None where it has no meaning
+    interval_95: tuple[float, float] | None = None  # low and high end of a 95 % interval, for a gain
 
     def __post_init__(self) -> None:
         if isinstance(self.interval_95, list):
@@ -149,17 +126,11 @@ class Record:
 
 @dataclass(frozen=True)
 class ResultFile:
-    """A result file that has the right form.
+    """A result file that has the right form."""
 
-    Attributes:
-        name: path of the file within the folder that was read.
-        records: its figures, at least one.
-        content: the whole JSON object: the header of `header`, `records`, and parts such as `confusion_matrix`.
-    """
-
-    name: str
-    records: tuple[Record, ...]
-    content: dict[str, Any]
+    name: str  # path of the file within the folder that was read
+    records: tuple[Record, ...]  # its figures, at least one
+    content: dict[str, Any]  # the whole JSON object: that of `header`, `records`, and parts such as `confusion_matrix`
 
     @property
     def header(self) -> dict[str, Any]:
@@ -185,15 +156,15 @@ def header(
         dataset: folder, pattern of files, or Hub id of the images; `short_name` of it is kept, as records of retrieval
             have it. Those of classification name the benchmark.
         dataset_fingerprint: digest of its images and captions.
-        model: folder, relative where it lies under the current one, or Hub id.
+        model: folder or Hub id.
         device: in words.
         precision: "float32", or the type of autocast.
         seconds: of the measurement; None where other work is in them.
-        dataset_revision: commit on the Hub; None for a local one.
-        model_revision: commit on the Hub; None for a local one.
+        dataset_revision, model_revision: commits on the Hub; None for a local one.
         skipped: rows that could not be used and are not in the figures.
     """
-    command = " ".join(["python", "-m", _module_name(), *hide_paths(sys.argv[1:])])
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    module = spec.name if spec else Path(sys.argv[0]).stem
     return {
         "dataset": short_name(dataset),
         "dataset_revision": dataset_revision,
@@ -205,15 +176,14 @@ def header(
         "precision": precision,
         "seconds": seconds,
         "skipped_rows": skipped,
-        "command": command,
+        "command": " ".join(["python", "-m", module, *hide_paths(sys.argv[1:])]),
     }
 
 
 def write_records(path: Path, records: list[Record], facts: dict[str, Any], **parts: Any) -> None:
     """Write a result file in one piece: the header `facts`, the records, and further `parts` such as a matrix."""
     listed = [asdict(record) | {"model_folder": hide_paths(record.model_folder)} for record in records]
-    content = {"schema_version": SCHEMA_VERSION, **facts, "records": listed, **parts}
-    write_json(path, content)
+    write_json(path, {"schema_version": SCHEMA_VERSION, **facts, "records": listed, **parts})
 
 
 def read_result(path: Path, folder: Path | None = None) -> ResultFile:
@@ -235,11 +205,7 @@ def read_result(path: Path, folder: Path | None = None) -> ResultFile:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a result file.
-
-    Raises:
-        ValueError: the file has another form, see `read_result`.
-    """
+    """The records of a result file; raises as `read_result`."""
     return list(read_result(path).records)
 
 
@@ -329,9 +295,3 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         raise ValueError("a key stands twice in an object")
     return content
-
-
-def _module_name() -> str:
-    module = sys.modules.get("__main__")
-    spec = getattr(module, "__spec__", None)
-    return spec.name if spec else Path(sys.argv[0]).stem

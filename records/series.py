@@ -16,13 +16,7 @@ from records.schema import Condition, Record, ResultFile
 
 @dataclass(frozen=True)
 class Measured:
-    """A record and where it stands.
-
-    Attributes:
-        record: the figure.
-        file: its result file.
-        number: of the record in the file, from 0.
-    """
+    """A record, its result file, and its number there, from 0."""
 
     record: Record
     file: ResultFile
@@ -34,29 +28,23 @@ class Measured:
         return f"{self.file.name}#/records/{self.number}"
 
     @property
-    def precision(self) -> str:
-        """In which it was measured, such as "float32"."""
-        return str(self.file.content.get("precision", ""))
-
-    @property
     def folder(self) -> str:
         """Of the model; of several seeds, the one around theirs."""
         return folder_and_seed(self.record, self.file.name)[0]
 
+    @property
+    def precision(self) -> str:
+        """In which it was measured, such as "float32"."""
+        return str(self.file.content.get("precision", ""))
+
 
 @dataclass(frozen=True)
 class Series:
-    """One figure of one model: a record, or one of each seed.
+    """One figure of one model: a record, or one of each seed."""
 
-    Attributes:
-        measured: at least one, in the order of seeds; a model that was not trained has the seed None.
-        files: all result files that hold the figure, also those that repeat it.
-        conflicts: (the first record, another one) of the same seed whose values differ.
-    """
-
-    measured: tuple[Measured, ...]
-    files: tuple[ResultFile, ...] = ()
-    conflicts: tuple[tuple[Measured, Measured], ...] = ()
+    measured: tuple[Measured, ...]  # at least one, in the order of seeds; a model that was not trained has None
+    files: tuple[ResultFile, ...] = ()  # all that hold the figure, also those that repeat it
+    conflicts: tuple[tuple[Measured, Measured], ...] = ()  # of a seed: the first, and one whose value differs
 
     @property
     def first(self) -> Record:
@@ -183,32 +171,25 @@ def collect_series(
     files: Iterable[ResultFile],
     group_and_seed: Callable[[Measured], tuple[Hashable, int | None]] = by_model_folder,
 ) -> list[Series]:
-    """All figures, those of several seeds together, in the order of files and records.
-
-    Args:
-        files: result files.
-        group_and_seed: which records are one figure, and of which seed each is.
-    """
-    groups: dict[Hashable, dict[int | None, Measured]] = {}
-    sources: dict[Hashable, list[ResultFile]] = {}
-    conflicts: dict[Hashable, list[tuple[Measured, Measured]]] = {}
+    """All figures, in the order of files and records; `group_and_seed` says which are one, and of which seed each."""
+    groups: dict[Hashable, tuple[dict, list, list]] = {}  # measured by seed, files, conflicts
     for file in files:
         for number, record in enumerate(file.records):
             measured = Measured(record, file, number)
             group, seed = group_and_seed(measured)
-            known = groups.setdefault(group, {}).setdefault(seed, measured)
-            of_group = sources.setdefault(group, [])
-            if not of_group or of_group[-1] is not file:
-                of_group.append(file)
+            by_seed, sources, conflicts = groups.setdefault(group, ({}, [], []))
+            known = by_seed.setdefault(seed, measured)
+            if not sources or sources[-1] is not file:
+                sources.append(file)
             if known.record.value != record.value:
-                conflicts.setdefault(group, []).append((known, measured))
+                conflicts.append((known, measured))
     return [
         Series(
             tuple(by_seed[seed] for seed in sorted(by_seed, key=lambda seed: -1 if seed is None else seed)),
-            tuple(sources[group]),
-            tuple(conflicts.get(group, ())),
+            tuple(sources),
+            tuple(conflicts),
         )
-        for group, by_seed in groups.items()
+        for by_seed, sources, conflicts in groups.values()
     ]
 
 

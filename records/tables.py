@@ -5,7 +5,7 @@ import re
 import statistics
 from collections.abc import Sequence
 
-from records.schema import GAIN, MODEL_NAMES, Record
+from records.schema import DIRECTIONS, MODEL_NAMES, Record
 from records.series import Series
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
@@ -52,12 +52,7 @@ def escape_markdown(text: str, limit: int = 300) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]], text_columns: int) -> str:
-    """A table in Markdown.
-
-    Args:
-        rows: cells, the head first.
-        text_columns: how many columns are aligned to the left; the others hold numbers.
-    """
+    """A table in Markdown, the head first; `text_columns` of them stand to the left, before those of numbers."""
     rule = ["---"] * text_columns + ["---:"] * (len(rows[0]) - text_columns)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [rows[0], rule, *rows[1:]])
 
@@ -77,23 +72,20 @@ def retrieval_table(records: Sequence[Record]) -> str:
             if of_role:
                 rows.append([language, name, *_cells(of_role, lambda found: [r.value for r in found])])
         rows.append([language, "chance", *_cells(of_language, lambda found: [r.chance for r in found][:1])])
-    return "\n".join([markdown_table(rows, 2), "", *_gain_lines(records)]).rstrip() + "\n"
+    gains = [_gain_line(record) for record in records if record.is_gain]
+    return "\n".join([markdown_table(rows, 2), "", *gains]).rstrip() + "\n"
 
 
 def _cells(records, values) -> list[str]:
     """A cell a direction and metric, of the `values` of its records."""
-    wanted = [(direction, metric) for direction in ("text_to_image", "image_to_text") for metric in COLUMNS]
+    wanted = [(direction, metric) for direction in DIRECTIONS for metric in COLUMNS]
     return [percent(values([r for r in records if (r.direction, r.metric) == key])) for key in wanted]
 
 
-def _gain_lines(records: Sequence[Record]) -> list[str]:
-    lines = []
-    for r in records:
-        if r.metric == GAIN:
-            low, high = r.interval_95
-            seed = "" if r.seed is None else f", seed {r.seed}"
-            lines.append(
-                f"- {r.language}, {r.direction.replace('_', '-')}{seed}: gain {100 * r.value:+.1f} points, "
-                f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-            )
-    return lines
+def _gain_line(r: Record) -> str:
+    low, high = r.interval_95
+    seed = "" if r.seed is None else f", seed {r.seed}"
+    return (
+        f"- {r.language}, {r.direction.replace('_', '-')}{seed}: gain {100 * r.value:+.1f} points, "
+        f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    )

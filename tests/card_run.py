@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import randomise, tiny_config
 from datasets import concatenate_datasets, load_from_disk
+from tiny import randomise, tiny_config
 
 import train_accelerate
 from modeling_capivara import CapivaraModel, CapivaraProcessor

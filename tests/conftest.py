@@ -1,99 +1,28 @@
-"""The real model at toy width, and a small tokenizer of XLM-R's kind: built here, nothing is downloaded."""
+"""What many tests share. Heavy packages are imported where they are used: a file of tests starts in a second or two."""
 
-import math
 import os
+import sys
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the Hub would wait for a time-out
 
-import numpy as np
-import PIL.Image
-import torch
-from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
-
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-
-TINY_VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 32,
-    "patch_size": 16,
-}
-TINY_TEXT = {
-    "model_type": "xlm-roberta",
-    "vocab_size": 300,
-    "hidden_size": 40,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 82,
-}
-WORDS = "um uma foto de gato cachorro capivara casa carro árvore água são joão pão céu azul verde a o the of cat dog"
-
-
-def tiny_config(**overrides) -> CapivaraConfig:
-    return CapivaraConfig(**{"vision_config": TINY_VISION, "text_config": TINY_TEXT, "projection_dim": 24, **overrides})
-
-
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every tensor random and non-trivial, biases, norms and `logit_scale` included: a swapped layer cannot hide."""
-    generator = torch.Generator().manual_seed(seed)
-    saved = model.state_dict().keys()  # rotary frequencies, say, are computed and not saved
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or name not in saved:
-            continue
-        noise = torch.randn(tensor.shape, generator=generator)
-        if "logit_scale" in name:
-            tensor.data.fill_(math.log(1 / 0.07) + 0.3)
-        elif "running_var" in name:
-            tensor.data.copy_(0.5 + noise.abs())
-        elif tensor.ndim == 1:  # biases around 0, norm weights around 1
-            tensor.data.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
-        else:
-            tensor.data.copy_(noise * 0.7 / math.sqrt(tensor[0].numel()))
-    return model
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """An XLM-R-like Unigram tokenizer of under 300 pieces: every Latin letter, and a few words."""
-    letters = [chr(c) for c in range(0x21, 0x7F)] + list("áàâãéêíóôõúüçÁÉÍÓÚÇ")
-    pieces = [("▁" + w, -5.0) for w in dict.fromkeys(WORDS.split())] + [(c, -9.0) for c in ["▁", *letters]]
-    vocab = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *pieces]
-    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=3))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        cls_token="<s>",
-        sep_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        model_input_names=["input_ids", "attention_mask"],
-        model_max_length=77,
-    )
-
 
 @pytest.fixture
-def tiny_model() -> CapivaraModel:
+def tiny_model():
+    from tiny import randomise, tiny_config
+
+    from modeling_capivara import CapivaraModel
+
     return randomise(CapivaraModel(tiny_config())).eval()
 
 
 @pytest.fixture(scope="session")
-def tiny_processor() -> CapivaraProcessor:
+def tiny_processor():
+    from tiny import tiny_tokenizer
+
+    from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
+
     image_processor = CapivaraImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return CapivaraProcessor(image_processor, tiny_tokenizer())
 
@@ -104,6 +33,7 @@ def xlmr(tmp_path_factory):
     from open_clip.tokenizer import HFTokenizer
 
     from examples.openmoji.encoders import load_text_encoder
+    from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 
     folder = tmp_path_factory.mktemp("xlmr")
     tokenizer = load_text_encoder()[1]
@@ -122,6 +52,10 @@ def tiny_folder(tmp_path, tiny_model, tiny_processor):
 @pytest.fixture(scope="session")
 def tiny_dataset_folder(tmp_path_factory):
     """A saved DatasetDict of coloured squares: 12, 6 and 8 pictures, one or two captions in two languages each."""
+    import numpy as np
+    import PIL.Image
+    from datasets import Dataset, DatasetDict, Features, Image, List, Value
+
     colours = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
     features = Features({"image": Image(), "captions-pt": List(Value("string")), "captions-en": List(Value("string"))})
 
@@ -156,7 +90,6 @@ def own_cache(tmp_path_factory):
 def fresh_accelerate_state():
     """Accelerate keeps one state a process; a test must not inherit the one before."""
     yield
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    if state := sys.modules.get("accelerate.state"):
+        for one in (state.AcceleratorState, state.GradientState, state.PartialState):
+            one._reset_state()

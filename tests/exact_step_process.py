@@ -11,7 +11,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from accelerate import Accelerator
-from conftest import randomise, tiny_config, tiny_tokenizer
+from tiny import randomise, tiny_config, tiny_tokenizer
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.step import ExactStep, micro_batches, sparse_embedding_gradients

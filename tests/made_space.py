@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from conftest import randomise, tiny_config
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pictures
+from tiny import randomise, tiny_config
 
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from conftest import randomise
+from tiny import randomise
 from transformers import (
     M2M100Config,
     M2M100ForConditionalGeneration,

@@ -6,7 +6,7 @@ import pytest
 from made_benchmarks import BENCHMARKS, ELEVATER
 
 from common.files import read_json
-from eval.benchmarks import FOLDER, METRICS, load_averages, must_be_known, read_benchmark
+from eval.benchmarks import FOLDER, METRICS, SUITES, Benchmark, load_averages, must_be_known, read_benchmark
 from eval.prompts import load_prompts
 
 RECORD_METRICS = {
@@ -62,21 +62,23 @@ def test_published_figures_are_those_of_the_card():
         assert sum(figures) / 20 == pytest.approx(average.published[model]["mean"], abs=0.006)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"metric": "acuracy"}, "no metric 'acuracy' of classification"),
-        ({"task": "detection"}, "unknown task"),
-        ({"suite": ["papr"]}, "unknown suite 'papr'"),
-        ({"splits": "test"}, r"unknown keys \['splits'\]"),
-        ({"published": {"baseline": {"std": 0.0}}}, "has no mean"),
-        ({"key": "mnist"}, "is not the file's name"),
-    ],
-)
-def test_a_data_file_of_another_form_is_refused(tmp_path, changes, message):
-    content = read_json(FOLDER / "cifar-10.json") | changes
+def test_every_file_says_what_it_is():
+    for path in FOLDER.glob("*.json"):
+        read = read_benchmark(path)
+        assert read.key == path.stem and set(read.suite) <= set(SUITES)
+        figures = read.published.values()
+        if isinstance(read, Benchmark):
+            assert METRICS[read.metric] == read.task
+            if read.task == "retrieval":
+                assert all(of_model.keys() <= set(read.directions) for of_model in figures)
+                figures = [figure for of_model in figures for figure in of_model.values()]
+        assert all(isinstance(figure["mean"], float) for figure in figures)
+
+
+def test_a_data_file_of_another_form_is_refused(tmp_path):
+    content = read_json(FOLDER / "cifar-10.json") | {"splits": "test"}
     (tmp_path / "cifar-10.json").write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"cifar-10.json is no benchmark: .*'splits'"):
         read_benchmark(tmp_path / "cifar-10.json")
 
 

@@ -44,9 +44,11 @@ def test_encode_embeds_the_same_as_open_clip(tmp_path):
 def test_eval_retrieval_at_small_size(tmp_path):
     from benchmarks.eval_retrieval import main
 
-    flags = ["--images", "40", "--captions", "3", "--runs", "1", "--parts", "scores"]
-    main([*flags, "--output", str(tmp_path / "r.json")])
-    result = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["scores"]
+    (tmp_path / "r.json").write_text('{"large": {"seconds": 9}, "gone": 1}', encoding="utf-8")
+    main(["--images", "40", "--captions", "3", "--runs", "1", "--output", str(tmp_path / "r.json")])
+    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert found.pop("large") == {"seconds": 9} and found.keys() == {"scores"}, "the other part is kept"
+    result = found["scores"]
     assert result["largest_difference_of_a_recall"] < 1e-6 and result["ratio"] > 0 and result["captions"] == 120
 
 
@@ -56,11 +58,3 @@ def test_loading_at_small_size(tmp_path):
     main(["--images", "40", "--workers", "0", "--device", "cpu", "--output", str(tmp_path / "l.json")])
     measured = json.loads((tmp_path / "l.json").read_text(encoding="utf-8"))["measured"]
     assert all(found["images_per_second"] > 0 and 0 <= found["share_waiting"] <= 1 for found in measured.values())
-
-
-@pytest.mark.slow
-def test_end_to_end_gives_clip_benchmarks_recalls():
-    from benchmarks.eval_retrieval import compare_end_to_end
-
-    found = compare_end_to_end(12, 1)
-    assert found["largest_difference_of_a_recall"] < 1e-4 and found["captions"] == 60

@@ -103,6 +103,7 @@ def test_what_is_done_is_not_done_again_and_no_model_is_loaded(config, tmp_path,
     assert "2-score, train: done" in caplog.text and "dataset: done" in caplog.text
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_in_the_same_bytes(config, tmp_path):
     build(BuildArguments(config))
     (tmp_path / "built").rename(tmp_path / "undisturbed")
@@ -117,6 +118,7 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(config, tmp_path):
     assert {name for name in expected if found[name] != expected[name]} == set()
 
 
+@pytest.mark.slow
 def test_tasks_and_what_is_removed(config, tmp_path):
     """Another number of tasks ends in the same bytes; a part that was removed is made again, and no other one."""
     build(BuildArguments(config, tasks=3))
@@ -282,6 +284,7 @@ def test_a_dry_run_says_what_it_would_do(config, tmp_path, caplog):
     assert f"--import_file {tmp_path}/tables/test.tsv" in caplog.text and "--rows_per_part 6" in caplog.text
 
 
+@pytest.mark.slow
 def test_another_setting_is_another_output(config, tmp_path):
     build(BuildArguments(config))
     changed(config, select={"caption_strategy": "rank", "caption_count": 1, "rows_per_part": 6})

@@ -55,6 +55,7 @@ def test_numbers_are_written_as_a_language_does(language, expected):
         Words(language).number("1")
 
 
+@pytest.mark.slow
 def test_a_secret_or_a_path_of_a_machine_is_refused(tmp_path_factory, tiny_dataset_folder, tiny_processor, tmp_path):
     """An invisible character keeps them from being found in the file, and is left out of the card."""
     trained = trained_run(tmp_path_factory, tiny_dataset_folder, tiny_processor)

@@ -165,6 +165,7 @@ def flipped(path: Path, place: int, mask: int = 1) -> None:
         file.write(bytes([byte ^ mask]))
 
 
+@pytest.mark.slow
 def test_every_byte_of_a_checkpoint_flipped_in_turn_is_noticed(checkpoints):
     checkpoints.save(TrainerState(1, [{"step": 0}], {"seed": 7}))
     folder = checkpoints.path(1)

@@ -5,13 +5,15 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 
 import common.cli
+from common.cli import portuguese_help
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "pandas", "sklearn", "matplotlib", "gradio", "open_clip"}
@@ -39,12 +41,11 @@ COMMANDS = {
     "examples.real_images": "--model m",
     "examples.fine_tune_classifier": "",
 }
-# Commands of people who only use a model, whose help is there in Portuguese, too, with their arguments.
-IN_PORTUGUESE = {
-    "hub_upload.space": "hub_upload.space.__main__:SpaceArguments",
-    "eval.report": "eval.eval_arguments:ReportArguments",
-    "examples.openmoji.prepare": "examples.example_arguments:PrepareArguments",
-}
+# The commands whose help is there in Portuguese, too: the package `modeling_capivara` has no catalogue.
+IN_PORTUGUESE = [command for command in COMMANDS if not command.startswith("modeling_capivara")]
+# What no language changes: placeholders, `code`, flags, names with digits or underscores, names of files and modules.
+CODE = re.compile(r"%\(\w+\)s|\{\w+\}|`[^`]+`|--[a-z][\w-]*|\$?\b\w*[\d_]\w*|\b[\w-]+\.[a-z]\w+")
+HEADING = re.compile(r"^(\w[\w ]*):$", re.MULTILINE)
 INTERRUPTED = ("train_accelerate.py", "captions.score", "modeling_capivara.convert_open_clip", "hub_upload.space")
 INTERRUPTED += ("examples.real_images", "examples.fine_tune_classifier")
 
@@ -54,9 +55,9 @@ def words(command: str) -> list[str]:
     return [sys.executable, "-X", "importtime", *name]
 
 
-def answer(command: str, *flags: str) -> tuple[subprocess.CompletedProcess, set[str], str]:
+def answer(command: str, *flags: str, **options: Any) -> tuple[subprocess.CompletedProcess, set[str], str]:
     """The process, the packages that it imported, and what it said to stderr beside them."""
-    done = subprocess.run([*words(command), *flags], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*words(command), *flags], cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
     imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
     return done, imported, re.sub(r"^import time:.*\n", "", done.stderr, flags=re.MULTILINE)
 
@@ -67,38 +68,79 @@ def test_no_documented_command_is_left_out():
     assert named and named <= set(COMMANDS)
 
 
+@cache
+def help_in(locale: str, command: str) -> str:
+    """The help of a command, its texts on lines of any length."""
+    others = {key: value for key, value in os.environ.items() if key not in ("LC_ALL", "LC_MESSAGES", "LANG")}
+    done, imported, said = answer(
+        command, "--help", env=others | {"LANG": locale, "COLUMNS": "10000", "PYTHONUTF8": "1"}
+    )
+    assert (done.returncode, said) == (0, "")
+    assert "argparse" in imported and not imported & HEAVY
+    return done.stdout
+
+
+def flags_in(text: str) -> dict[str, tuple[set[str], str]]:
+    """Name of a flag -> the choices that it has, and what a help says of it, without the default."""
+    entries = re.findall(r"^  (\S.*?)(?: {2,}|\n {6,})(\S.*)$", text, re.MULTILINE)
+    return {
+        re.search(r"(?:--|^)(\w+)", names)[1]: (
+            set(re.findall(r"\w+", "".join(re.findall(r"\{(.*?)\}", names)))),
+            re.sub(r" \((default|padrão): .*\)$", "", said),
+        )
+        for names, said in entries
+    }
+
+
+def description_in(text: str) -> str:
+    """What stands between the usage and the first heading."""
+    return re.split(HEADING, text.partition("\n\n")[2], maxsplit=1)[0].strip()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_comes_before_the_heavy_imports(command):
-    done, imported, said = answer(command, "--help")
-    assert (done.returncode, said) == (0, "")
     called = command if command.endswith(".py") else f"python -m {command}"
-    assert done.stdout.startswith(f"usage: {called} [-h]")
-    assert "argparse" in imported and not imported & HEAVY
-
-
-def help_in(locale: dict[str, str], command: str) -> str:
-    """The help of a command in a locale, on lines of any length."""
-    others = {key: value for key, value in os.environ.items() if key not in ("LC_ALL", "LC_MESSAGES", "LANG")}
-    done = subprocess.run(
-        [sys.executable, "-m", command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120,
-        env=others | locale | {"COLUMNS": "10000", "PYTHONUTF8": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert help_in("C", command).startswith(f"usage: {called} [-h]")
 
 
 @pytest.mark.parametrize("command", IN_PORTUGUESE)
 def test_help_is_portuguese_where_the_locale_is(command):
-    module = command if command != "hub_upload.space" else "hub_upload.space.__main__"
-    kind = resolve_name(IN_PORTUGUESE[command])
-    portuguese, english = help_in({"LANG": "pt_BR.UTF-8"}, command), help_in({"LANG": "C"}, command)
-    assert kind.help_pt[""].strip() in portuguese and "mostra esta ajuda" in portuguese
-    assert resolve_name(module).__doc__.strip() in english and "show this help" in english
-    for field in fields(kind):
-        assert kind.help_pt[field.name] in portuguese and kind.help_pt[field.name] not in english
-        assert field.metadata["help"] in english and field.metadata["help"] not in portuguese
-    commands = [re.findall(r"^    (python -m [\w.]+)", text, re.MULTILINE) for text in (portuguese, english)]
-    assert commands[0] == commands[1], "both show the same commands"
+    english, portuguese = help_in("C", command), help_in("pt_BR.UTF-8", command)
+    assert portuguese.startswith("uso: ") and english.count("(default: ") == portuguese.count("(padrão: ")
+    headings = [HEADING.findall(text) for text in (english, portuguese)]
+    assert [portuguese_help()["headings"][heading] for heading in headings[0]] == headings[1]
+    ours, theirs = flags_in(portuguese), flags_in(english)
+    assert list(ours) == list(theirs) and "help" in ours
+    for name, (choices, text) in theirs.items():
+        translated = ours[name][1]
+        assert translated != text, name
+        kept = set(CODE.findall(text)) | {choice for choice in choices if re.search(rf"\b{choice}\b", text)}
+        kept -= {"FOLDER_OR_HUB_ID"}
+        lost = {word for word in kept if not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", translated)}
+        assert not lost, f"{name}: {lost}"
+    texts = [description_in(text) for text in (english, portuguese)]
+    assert texts[0] != texts[1] and max(map(len, texts[1].splitlines())) <= 120
+    named = [set(re.findall(r"python -m [\w.]+|`[^`]+`|--[a-z][\w-]*", " ".join(text.split()))) for text in texts]
+    assert named[0] == named[1], "both show the same commands and flags"
+
+
+def test_no_portuguese_text_is_stale():
+    """Every one is some flag's; one that several flags share stands for one English text, and such a text has one."""
+    said, translations = {}, {}
+    for command in IN_PORTUGUESE:
+        name = command.removesuffix(".py")
+        texts = {flag: text for flag, (_, text) in flags_in(help_in("C", command)).items()}
+        for flag, text in (texts | {"description": description_in(help_in("C", command))}).items():
+            sections = (name, name.split(".")[0], "shared")
+            section = next(section for section in sections if flag in portuguese_help().get(section, {}))
+            said.setdefault((section, flag), set()).add(text)
+            translations.setdefault(text, set()).add(portuguese_help()[section][flag])
+    sections = {name: texts for name, texts in portuguese_help().items() if name != "headings"}
+    assert said.keys() == {(section, flag) for section, texts in sections.items() for flag in texts}
+    assert not {place: texts for place, texts in said.items() if len(texts) > 1}
+    assert not {text: ours for text, ours in translations.items() if len(ours) > 1}
+    headings = [HEADING.findall(help_in("C", command)) for command in IN_PORTUGUESE]
+    assert portuguese_help()["headings"].keys() == {"usage: ", "(default: "}.union(*headings)
 
 
 def test_the_first_locale_that_is_set_decides(monkeypatch):

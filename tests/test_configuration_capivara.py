@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import TINY_TEXT, TINY_VISION, tiny_config
+from tiny import TINY_TEXT, TINY_VISION, tiny_config
 from transformers import AutoConfig, CLIPVisionConfig, TimmWrapperConfig, ViTConfig, XLMRobertaConfig
 
 from modeling_capivara import CapivaraConfig

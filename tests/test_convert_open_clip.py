@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from hub_server import HubServer
 from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
+from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from torch.func import functional_call
 
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
@@ -197,6 +197,7 @@ def test_configuration_that_open_clip_ships_for_the_base_model_is_the_published_
     assert config.to_dict() == CapivaraConfig().to_dict()
 
 
+@pytest.mark.slow
 def test_open_clip_loads_the_written_folder_by_itself_offline(tiny_folder, tmp_path):
     convert(str(tiny_folder), tmp_path / "out", to_open_clip=True)
     code = (
@@ -230,6 +231,7 @@ def test_text_model_name_for_publishing(tiny_folder, tmp_path, capsys):
     assert "Largest difference" in printed
 
 
+@pytest.mark.slow
 def test_both_directions_from_the_hub_fetch_what_they_need(open_clip_folder, tiny_folder, tmp_path):
     """The real client in a process of its own, as it reads its settings at import, against a server here."""
     (open_clip_folder / "text").rename(tmp_path / "text")

@@ -79,7 +79,7 @@ def test_mixed_sources_and_a_missing_column_in_one(tiny_dataset_folder, tmp_path
     DatasetDict(train=other["train"].select(range(5))).save_to_disk(tmp_path / "good")
     DatasetDict(train=other["train"].remove_columns("captions-pt")).save_to_disk(tmp_path / "bad")
     splits = training_splits(arguments(tiny_dataset_folder, tmp_path / "good"), [])
-    assert [len(split) for split in splits] == [12, 5] and splits[1].image(4).size == (36, 40)
+    assert [len(split) for split in splits] == [12, 5] and splits[1][4].size == (36, 40)
     with pytest.raises(ValueError, match=r"bad, split 'train' has no column 'captions-pt'; there are .*captions-en"):
         training_splits(arguments(tiny_dataset_folder, tmp_path / "bad"), [])
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from hub_server import HubServer
 from safetensors.torch import load_file
+from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 
 from hub_upload import loader_files
 from hub_upload.export import FORMATS, export
@@ -307,7 +307,7 @@ def test_text_config_must_be_the_models(source, tmp_path):
 
 def test_a_whole_model_on_the_hub_is_no_text_tower(source, monkeypatch):
     config = CapivaraConfig.from_pretrained(source)
-    monkeypatch.setattr(loader_files, "_named_config", lambda name: config)
+    monkeypatch.setattr(loader_files.AutoConfig, "from_pretrained", lambda name, **options: config)
     with pytest.raises(ValueError, match="is a whole CAPIVARA model"):
         text_config_source(config, "us/capivara")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
-from conftest import tiny_tokenizer
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from test_layout import MODEL_FILES
+from tiny import tiny_tokenizer
 from transformers import AutoTokenizer
 
 from hub_upload import export as export_module

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import TINY_VISION, randomise, tiny_config
 from safetensors.torch import load_file
+from tiny import TINY_VISION, randomise, tiny_config
 
 from eval.retrieval import RetrievalArguments, load_data
 from hub_upload.export import export, main
@@ -41,8 +41,7 @@ def repository(source, tmp_path_factory):
 
 
 def runs(repository, precision: str) -> OnnxModel:
-    paths = graphs(repository, precision)
-    return OnnxModel(load_processor(repository), paths["vision"], paths["text"])
+    return OnnxModel(repository, precision)
 
 
 @torch.no_grad()

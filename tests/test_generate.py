@@ -9,7 +9,7 @@ import PIL.Image
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import randomise
+from tiny import randomise
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     Blip2Config,

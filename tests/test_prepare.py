@@ -3,8 +3,8 @@
 import PIL.Image
 import pytest
 import torch
-from conftest import TINY_TEXT, randomise, tiny_config
 from datasets import Dataset, Image
+from tiny import TINY_TEXT, randomise, tiny_config
 
 from eval.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import randomise, tiny_config, tiny_tokenizer
+from tiny import randomise, tiny_config, tiny_tokenizer
 from transformers import AutoProcessor, BertTokenizer
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text

@@ -119,6 +119,7 @@ def plain_loop(folder, dataset) -> tuple[list[float], dict]:
     return losses, model.state_dict()
 
 
+@pytest.mark.slow
 def test_fifty_steps_equal_a_plain_loop(model_without_dropout, tiny_dataset_folder, tmp_path):
     expected, weights = plain_loop(model_without_dropout, tiny_dataset_folder)
     values = {"effective_batch_size": BATCH, "micro_batch_size": 3, "max_steps": STEPS, "warmup_steps": WARMUP}

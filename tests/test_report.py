@@ -85,6 +85,7 @@ def written(folder: Path, *records: dict, name: str = "r.json", **more) -> Path:
 # --- The page --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_in_a_browser(report):
     with open_browser() as opened:
         opened.open_file(report / "index.html")
@@ -115,6 +116,7 @@ def test_pictures_lie_beside_the_page_and_in_it(report):
     assert "95 % interval" in page and "Most confused pairs" in page
 
 
+@pytest.mark.slow
 def test_text_from_data_is_text(results, tmp_path):
     """Markup in every text of every file, and in the names of the files."""
     attack = "\"'><img src=x onerror=alert(1)><script>alert(1)</script>{{ 7*7 }}"

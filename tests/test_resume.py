@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import randomise, tiny_config
 from datasets import DatasetDict, load_from_disk
 from safetensors.torch import load_file
 from test_checkpoints import flipped
 from test_train_accelerate import flags
+from tiny import randomise, tiny_config
 
 import train_accelerate
 import training.step
@@ -137,7 +137,7 @@ def assert_as_undisturbed(out: Path, expected: Path) -> None:
 
 
 def case(phase: str) -> object:
-    return phase if phase in ("forward", "save") else pytest.param(phase, marks=pytest.mark.slow)
+    return phase if phase == "save" else pytest.param(phase, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("phase", map(case, PHASES))
@@ -199,6 +199,7 @@ QUICK = ("lora", "interpolation")
 
 
 @pytest.mark.parametrize("variant", [v if v in QUICK else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS])
+@pytest.mark.slow
 def test_every_kind_of_training_resumes(run, tmp_path, variant):
     expected, out = tmp_path / "expected", tmp_path / "out"
     if "lora_rank" in VARIANTS[variant]:
@@ -213,6 +214,7 @@ def test_every_kind_of_training_resumes(run, tmp_path, variant):
         assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_of_several_seeds_those_that_are_done_are_not_trained_again(run, tmp_path, monkeypatch):
     train_accelerate.main(run(tmp_path / "expected", runs=2))
     killed_run(run(tmp_path / "out", runs=2), Trainer, "_one_step", 6 + 4)
@@ -398,6 +400,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
 @pytest.mark.parametrize("full_in", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer.json"])
+@pytest.mark.slow
 def test_disk_full_while_saving_keeps_the_checkpoint_before(run, undisturbed, small_disk, monkeypatch, full_in):
     out, checkpoints = small_disk / "out", small_disk / "out.partial" / "checkpoints"
     save = Checkpoints.save
@@ -527,6 +530,7 @@ def test_a_complete_run_is_left_as_it_is(run, undisturbed, capsys):
     assert state() == before
 
 
+@pytest.mark.slow
 def test_a_run_that_shall_replace_a_complete_one_goes_on(run, undisturbed, tmp_path):
     out = tmp_path / "out"
     train_accelerate.main(run(out, max_steps=2))
@@ -619,6 +623,7 @@ def test_patience_ends_with_the_best(run, tmp_path, monkeypatch):
     assert saved.keys() == best.keys() and all(torch.equal(saved[name], best[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_patience_that_ran_out_before_a_kill_is_not_given_again(run, tmp_path, monkeypatch):
     values = [0.1, 0.5, 0.4, 0.3, 0.9, 0.9, 0.9]
     argv = {"eval_steps": 1, "patience": 2, "save_steps": 1}

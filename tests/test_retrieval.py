@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -97,7 +98,7 @@ def test_second_run_embeds_nothing(tiny_folder, folder, tmp_path, monkeypatch):
 def test_a_flipped_byte_of_the_cache_is_noticed_and_made_anew(tiny_folder, folder, tmp_path, kind, caplog):
     more = ("--cache_dir", tmp_path / "cache")
     main(flags(tiny_folder, folder, tmp_path / "a.json", *more))
-    (path,) = (tmp_path / "cache").rglob(f"{kind}-*.safetensors")
+    (path,) = (tmp_path / "cache").rglob(f"{kind}-*.npy")
     whole = path.read_bytes()
     flipped(path, len(whole) // 2, 0x40)  # of an embedding
     main(flags(tiny_folder, folder, tmp_path / "b.json", *more))
@@ -108,21 +109,21 @@ def test_a_flipped_byte_of_the_cache_is_noticed_and_made_anew(tiny_folder, folde
 def test_another_model_or_picture_is_another_cache(tiny_folder, folder, tmp_path):
     more = ("--cache_dir", tmp_path / "cache")
     main(flags(tiny_folder, folder, tmp_path / "a.json", *more))
-    first = set((tmp_path / "cache" / "evaluation").iterdir())
+    first = set((tmp_path / "cache" / "evaluation").rglob("*.npy"))
     PIL.Image.new("RGB", (40, 40), (1, 2, 3)).save(folder / "test" / "03.png")
     main(flags(tiny_folder, folder, tmp_path / "b.json", *more))
-    second = set((tmp_path / "cache" / "evaluation").iterdir())
+    second = set((tmp_path / "cache" / "evaluation").rglob("*.npy"))
     assert len(second - first) == 1, "the pictures' embeddings, not the captions'"
     model = CapivaraModel.from_pretrained(tiny_folder)
     model.visual_projection.weight.data.mul_(-1)
     model.save_pretrained(tiny_folder)
     main(flags(tiny_folder, folder, tmp_path / "c.json", *more))
-    third = set((tmp_path / "cache" / "evaluation").iterdir())
+    third = set((tmp_path / "cache" / "evaluation").rglob("*.npy"))
     assert len(third - second) == 2
     model.text_projection[0].weight.data.mul_(-1)
     model.save_pretrained(tiny_folder)
     main(flags(tiny_folder, folder, tmp_path / "d.json", *more))
-    fourth = set((tmp_path / "cache" / "evaluation").iterdir())
+    fourth = set((tmp_path / "cache" / "evaluation").rglob("*.npy"))
     assert len(fourth - third) == 1, "a model with the same image tower embeds texts alone"
 
 
@@ -166,8 +167,80 @@ def test_two_processes_give_the_bits_of_one(tiny_folder, folder, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("mean_recall") == 2, "one process prints"
     assert read_records(tmp_path / "one.json") == read_records(tmp_path / "two.json")
-    for path in sorted((tmp_path / "one").rglob("*.safetensors")):
+    for path in sorted((tmp_path / "one").rglob("*.npy")):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
+
+
+# --- shared out by an executor (a real Slurm and a real Ray are in test_executors.py) ---
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("eval.embeddings.IMAGES_PER_SHARD", 2)
+    monkeypatch.setattr("eval.embeddings.TEXTS_PER_SHARD", 10)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    files = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.npy")} for root in (one, other)]
+    return len(files[0]) == 7 + 6 and files[0] == files[1]
+
+
+def test_a_worker_killed_on_the_way(tiny_folder, folder, tmp_path, small_shards):
+    """It is named with its rank, the other is done; then nothing is embedded twice, and the bits are those of one."""
+    (folder / "test" / "05.png").write_bytes(b"no picture")
+    shared = ["--cache_dir", tmp_path / "shared", "--workers", "2"]
+    command = [sys.executable, ROOT / "tests" / "killed_task.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    more = flags(tiny_folder, folder, tmp_path / "r.json", *shared, "--tasks", "2")
+    killed = subprocess.run([*command, *more], **options)
+    assert killed.returncode == 1 and "retrieval: embeddings: 1 of 2 tasks have failed" in killed.stderr, killed.stderr
+    assert re.search(r"task [01]: was killed by SIGKILL; out of memory\?", killed.stderr)
+    assert not (tmp_path / "r.json").exists() and (tmp_path / "r.json.logs" / "embeddings" / "logs").is_dir()
+    resumed = subprocess.run(
+        [*command, *flags(tiny_folder, folder, tmp_path / "r.json", *shared, "--tasks", "3")], **options
+    )
+    assert resumed.returncode == 0 and resumed.stdout.count("mean_recall") == 2, resumed.stderr
+    written = (tmp_path / "written").read_text().split()
+    assert len(written) == len(set(written)) == 7 + 6
+    main(flags(tiny_folder, folder, tmp_path / "one.json", "--cache_dir", tmp_path / "one"))
+    assert same_files(tmp_path / "one", tmp_path / "shared")
+    assert read_records(tmp_path / "r.json") == read_records(tmp_path / "one.json")
+
+
+def test_tasks_one_after_the_other(tiny_folder, folder, tmp_path, small_shards, monkeypatch):
+    """One that fails leaves the others at work, and is named; more tasks than shards is no fault."""
+    more = flags(tiny_folder, folder, tmp_path / "r.json", "--tasks", "9", "--cache_dir", tmp_path / "cache")
+    real = modeling_capivara.embedder.embed_texts
+
+    def fails(model, processor, texts, *args, **kwargs):
+        if "foto 13 gato" in texts:
+            raise ValueError("no gato today")
+        return real(model, processor, texts, *args, **kwargs)
+
+    monkeypatch.setattr("modeling_capivara.embedder.embed_texts", fails)
+    with pytest.raises(
+        SystemExit, match=r"1 of 9 tasks have failed, the others are done\.\n  task [0-8]: no gato today"
+    ):
+        main(more)
+    monkeypatch.setattr("modeling_capivara.embedder.embed_texts", real)
+    main(more)
+    monkeypatch.setattr("modeling_capivara.embedder.embed_texts", lambda *args, **kwargs: pytest.fail("again"))
+    main(flags(tiny_folder, folder, tmp_path / "one.json", "--cache_dir", tmp_path / "cache"))
+    assert read_records(tmp_path / "r.json") == read_records(tmp_path / "one.json")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--executor", "slurm", "--tasks", "2"], "needs --partition and --time"),
+        (["--executor", "ray"], "--executor ray needs --tasks"),
+        (["--tasks", "2", "--cache_dir", "off"], "cache_dir must be auto or a folder"),
+    ],
+)
+def test_flags_of_executors_that_do_not_fit(folder, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message):
+        main(flags("no-model", folder, tmp_path / "r.json", *more))
 
 
 def test_positions():

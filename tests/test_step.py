@@ -1,5 +1,6 @@
 """The exact step equals one graph over the same micro-batches, with dropout, in every way it can be run."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -11,13 +12,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs
-from conftest import tiny_tokenizer
 from exact_step_process import CAPTIONS, MICRO, SEED, STEP, build, gradients_of, make_batch
+from tiny import tiny_tokenizer
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, clip_loss
 from training.contrastive import contrastive_gradients
-from training.memory_budget import GraphMeter
-from training.step import ExactStep, _Lookup, micro_batches, padding_share, sparse_embedding_gradients
+from training.step import ExactStep, GraphMeter, _Lookup, micro_batches, padding_share, sparse_embedding_gradients
 
 TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"no": 1e-5, "bf16": 1e-2}
@@ -54,10 +54,15 @@ def largest_error(actual: dict, expected: dict) -> float:
     return max(errors.values())
 
 
-@pytest.mark.parametrize("accumulation", ["recompute", "keep", "auto"])
-@pytest.mark.parametrize("trained_images", [False, True], ids=["frozen image tower", "both towers"])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+# Fast: each of the four choices both ways, not their product.
+FAST = [("recompute", False, "bf16", False), ("keep", True, "no", False), ("auto", False, "no", True)]
+ALL = itertools.product(["recompute", "keep", "auto"], [False, True], ["no", "bf16"], [False, True])
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "trained_images", "precision", "checkpointing"),
+    [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in ALL],
+)
 def test_step_equals_one_graph(accumulation, trained_images, precision, checkpointing):
     batches, embeds = make_batch(trained_images)
     loss, expected = reference_gradients(
@@ -72,7 +77,9 @@ def test_step_equals_one_graph(accumulation, trained_images, precision, checkpoi
     assert largest_error(actual, expected) < TOLERANCE[precision]
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 50])  # 3 leaves a remainder, 50 exceeds the batch
+@pytest.mark.parametrize(
+    "size", [pytest.param(1, marks=pytest.mark.slow), 3, 7, 50]
+)  # 3 leaves a remainder, 50 exceeds the batch
 def test_any_micro_batch_size(size):
     batches, embeds = make_batch(False, size)
     _, expected = reference_gradients(build(False), batches, embeds)
@@ -80,7 +87,7 @@ def test_any_micro_batch_size(size):
     assert largest_error(actual, expected) < 1e-5
 
 
-@pytest.mark.parametrize("size", [1, 2, 7])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, 7])
 def test_without_dropout_it_equals_one_forward_of_the_whole_batch(size):
     """In the captions' own order, padded to 77, through clip_loss."""
     model, (batches, embeds) = build(False).eval(), make_batch(False, size)
@@ -118,7 +125,7 @@ def test_auto_keeps_what_fits(monkeypatch):
     assert 1 <= step(STEP, batches, 7, embeds).graphs_kept <= 3
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
     """What fits in memory may then differ between a run and its continuation."""
     results = {}

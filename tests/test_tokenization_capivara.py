@@ -10,8 +10,8 @@ import time
 import ftfy
 import pytest
 import torch
-from conftest import tiny_tokenizer
 from PIL import Image
+from tiny import tiny_tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, pipeline
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, CapivaraTokenizer, repair_text

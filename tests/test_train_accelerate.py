@@ -68,6 +68,7 @@ def test_a_run_and_all_that_it_leaves(tiny_folder, tiny_dataset_folder, tmp_path
     assert "CAPIVARA" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_saved_model_is_the_trained_one(tiny_folder, tiny_dataset_folder, tmp_path):
     out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out"))
     before, after = load_model(tiny_folder).state_dict(), load_model(out).state_dict()
@@ -86,6 +87,7 @@ def test_the_saved_model_is_the_trained_one(tiny_folder, tiny_dataset_folder, tm
             assert record["value"] == pytest.approx(again[record["direction"], record["metric"]])
 
 
+@pytest.mark.slow
 def test_several_seeds(tiny_folder, tiny_dataset_folder, tmp_path):
     out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", runs=2, max_steps=2))
     assert " ± " in (out / "table.md").read_text(encoding="utf-8")

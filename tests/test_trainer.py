@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import TINY_TEXT, randomise, tiny_config
+from tiny import TINY_TEXT, randomise, tiny_config
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_capivara import CapivaraModel

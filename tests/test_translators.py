@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
+from tiny import tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer, T5Config, T5ForConditionalGeneration
 
 from captions.translators.google_cloud import MAX_CHARACTERS, GoogleArguments, GoogleTranslator
@@ -153,6 +153,7 @@ def test_madlad_s_token_goes_before_the_sentence():
     assert tokenizer.convert_ids_to_tokens(translator.token_ids("a cat"))[:2] == ["<2xh>", "<s>"]
 
 
+@pytest.mark.slow
 def test_a_caption_of_ten_thousand_characters(marian, m2m100):
     for folder in (marian, m2m100):
         translator = load(str(folder), "pt", options={"max_new_tokens": 2, "num_beams": 1}, batch_size=64)
@@ -210,6 +211,7 @@ def test_out_of_memory_is_tried_again_with_fewer(marian, monkeypatch):
     assert translator.translate(["a cat", "a dog", "horses"]) == expected and sizes == [3, 1, 2, 1, 1]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_its_package_names_the_extra(marian):
     code = "import sys; sys.modules['sentencepiece'] = None; from captions.translators.local import load; "
     command = [sys.executable, "-c", f"{code}load({str(marian)!r}, 'pt')"]

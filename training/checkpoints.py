@@ -28,13 +28,7 @@ from training.arguments import RunArguments
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
-LOADED_SUFFIXES = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pkl",
-    ".json",
-)  # what Accelerate and this module may read of a checkpoint
+LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what may be read of a checkpoint
 DAMAGE_ERRORS = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)  # what torch.load raises
 FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
 # Settings that may differ between a run and its continuation: they change no weight.
@@ -47,29 +41,17 @@ logger = logging.getLogger("capivara")
 @strict
 @dataclass
 class TrainerState:
-    """How far a run is, and under which settings.
+    """How far a run is, and under which settings."""
 
-    Attributes:
-        step: optimiser steps done.
-        curve: an entry a step, see `records.plots.plot_training_curves`.
-        config: arguments of the run.
-        data: name -> fingerprint of what it trains on.
-        best_step: of the highest validation recall so far; None before a measurement.
-        best_recall: mean of both directions, a share from 0 to 1.
-        seconds: of training so far.
-        threads: of the CPU; another number gives other last bits.
-        device: in words, and the number of processes; others give other last bits, too.
-    """
-
-    step: int = 0
-    curve: list[dict] = field(default_factory=list)
+    step: int = 0  # optimiser steps done
+    curve: list[dict] = field(default_factory=list)  # an entry a step, see `records.plots.plot_training_curves`
     config: dict[str, Any] = field(default_factory=dict)
-    data: dict[str, str] = field(default_factory=dict)
-    best_step: int | None = None
-    best_recall: float | None = None
-    seconds: float = 0.0
-    threads: int = 0
-    device: str = ""
+    data: dict[str, str] = field(default_factory=dict)  # name -> fingerprint of what it trains on
+    best_step: int | None = None  # of the highest validation recall so far; None before a measurement
+    best_recall: float | None = None  # mean of both directions, a share from 0 to 1
+    seconds: float = 0.0  # of training so far
+    threads: int = 0  # of the CPU; another number gives other last bits
+    device: str = ""  # in words, and the number of processes; others give other last bits, too
 
     def __post_init__(self) -> None:
         if self.step < 0:
@@ -77,23 +59,16 @@ class TrainerState:
 
 
 class Checkpoints:
-    """The checkpoints of a run: `step-00000100`, …; whole ones only.
-
-    Attributes:
-        folder: of all of them.
-        keep_last: how many are kept beside the best.
-    """
+    """The checkpoints of a run: `step-00000100`, …; whole ones only, of which the last and the best are kept."""
 
     def __init__(self, folder: Path, keep_last: int, accelerator: Accelerator):
         self.folder, self.keep_last, self.accelerator = folder, keep_last, accelerator
 
     def steps(self) -> list[int]:
-        """Numbers of the whole checkpoints, in order."""
         names = [NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
         return sorted(int(match[1]) for match in names if match)
 
     def path(self, step: int) -> Path:
-        """The folder of the checkpoint of a step, whether it is there or not."""
         return self.folder / f"step-{step:08d}"
 
     def clean(self) -> None:
@@ -127,7 +102,8 @@ class Checkpoints:
             self.accelerator.wait_for_everyone()
         except BaseException as error:
             # torch.save does not name a full disk.
-            full = no_space_left(error) or (isinstance(error, RuntimeError) and self._is_full())
+            unnamed = isinstance(error, RuntimeError) and shutil.disk_usage(self.folder).free < FULL_BYTES
+            full = no_space_left(error) or unnamed
             shutil.rmtree(temporary, ignore_errors=True)
             if full:
                 kept = self.steps()
@@ -155,9 +131,6 @@ class Checkpoints:
                 f"({type(error).__name__}). Remove it, and --resume auto goes on from an earlier one or from the start."
             ) from error
         return state
-
-    def _is_full(self) -> bool:
-        return shutil.disk_usage(self.folder).free < FULL_BYTES
 
     def _remove_old(self, state: TrainerState) -> None:
         kept = {*self.steps()[-self.keep_last :], state.best_step}
@@ -236,12 +209,7 @@ def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str
 
 
 def check_settings_of_checkpoints(args: RunArguments, folder: Path) -> None:
-    """Raise ValueError where the checkpoint to resume has other settings: before any long work; its data come later.
-
-    Args:
-        args: of the run.
-        folder: that the run works in.
-    """
+    """Raise ValueError where the checkpoint to resume has other settings: before any long work; its data come later."""
     if args.resume is None:
         return
     paths = [Path(args.resume)] if args.resume != "auto" else sorted(folder.rglob("checkpoints/step-*"))[-1:]
@@ -253,13 +221,8 @@ def check_settings_of_checkpoints(args: RunArguments, folder: Path) -> None:
 def checkpoint_to_resume(args: RunArguments, checkpoints: Checkpoints, now: TrainerState) -> Path | None:
     """The checkpoint to resume from; None for a run from the start.
 
-    Args:
-        args: of the run.
-        checkpoints: of the run.
-        now: its settings, data, threads and device, which are compared with those of the checkpoint.
-
     Raises:
-        ValueError: the checkpoint is of other settings or data.
+        ValueError: the checkpoint is of other settings or data than `now`.
     """
     checkpoints.clean()
     if args.resume is None or (args.resume == "auto" and not checkpoints.steps()):

@@ -13,18 +13,11 @@ TILE_ELEMENTS = 2**24  # of one tile of logits, 64 MiB in float32; four such ten
 
 @dataclass(frozen=True)
 class ContrastiveGradients:
-    """The loss of `clip_loss` over a whole batch, and what flows back from it.
+    """The loss of `clip_loss` over a whole batch, and what flows back from it."""
 
-    Attributes:
-        loss: scalar in nats, of the whole batch.
-        text_embeds: (texts, width), for the texts that were given.
-        image_embeds: (pairs, width), for all images; None where they were not asked for.
-        logit_scale: scalar.
-    """
-
-    loss: Tensor
-    text_embeds: Tensor
-    image_embeds: Tensor | None
+    loss: Tensor  # scalar in nats, of the whole batch
+    text_embeds: Tensor  # (texts, width), for the texts that were given
+    image_embeds: Tensor | None  # (pairs, width), for all images; None where they were not asked for
     logit_scale: Tensor
 
 

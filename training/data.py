@@ -21,50 +21,26 @@ from training.step import MicroBatch, micro_batches, padding_share
 
 @dataclass
 class Split:
-    """The usable pairs of one split of one data set.
-
-    Attributes:
-        source: the rows.
-        table: `row`, `digest` and `captions` of each pair.
-        image_column: of the source.
-    """
+    """The usable pairs of one split of one data set, as a sequence of their images."""
 
     source: Source
-    table: Dataset
+    table: Dataset  # `row`, `digest` and `captions` of each pair
     image_column: str
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def image(self, pair: int) -> PIL.Image.Image:
+    def __getitem__(self, pair: int) -> PIL.Image.Image:
         """The image of a pair, decoded. Raises BadImage where it can't be used."""
         return decode_image(self.source.row(self.table[int(pair)]["row"])[self.image_column], self.source.files)
 
-    def images(self) -> "Sequence[PIL.Image.Image]":
-        """All images, decoded one by one as they are asked for."""
-        return _Images(self)
-
     def captions(self) -> list[list[str]]:
-        """The captions of every pair."""
         return self.table["captions"][:]
 
     @property
     def fingerprint(self) -> str:
         """Hex digest of images, captions and their order."""
         return tables_fingerprint(self.table)
-
-
-@dataclass
-class _Images:
-    split: Split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, pair: int) -> PIL.Image.Image:
-        if not 0 <= pair < len(self.split):
-            raise IndexError(pair)
-        return self.split.image(pair)
 
 
 def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
@@ -136,7 +112,6 @@ def evaluation_split(args: RunArguments, split: str, languages: list[str]) -> di
 
 
 def caption_column(args: RunArguments, language: str) -> str:
-    """The name of the column of the captions in a language."""
     return args.caption_column.replace("{language}", language)
 
 
@@ -203,45 +178,26 @@ def _at(captions: Sequence[list[str]], rows: np.ndarray) -> list[list[str]]:
 
 @dataclass
 class StepPlan:
-    """All that is drawn for a step, in the order of its micro-batches.
+    """All that is drawn for a step, in the order of its micro-batches."""
 
-    Attributes:
-        step: counted from 0.
-        sources: (pairs,), which data set each pair is from.
-        pairs: (pairs,), its number there.
-        views: (pairs,), the view of its image.
-        batches: all micro-batches, of all processes.
-        tokens: of the batch, padding left out.
-        padding: share of the tokens that are padding, 0 to 1.
-    """
-
-    step: int
-    sources: np.ndarray
-    pairs: np.ndarray
-    views: np.ndarray
-    batches: list[MicroBatch]
-    tokens: int
-    padding: float
+    step: int  # counted from 0
+    sources: np.ndarray  # (pairs,), which data set each pair is from
+    pairs: np.ndarray  # (pairs,), its number there
+    views: np.ndarray  # (pairs,), the view of its image
+    batches: list[MicroBatch]  # all micro-batches, of all processes
+    tokens: int  # of the batch, padding left out
+    padding: float  # share of the tokens that are padding, 0 to 1
 
 
 @dataclass
 class Planner:
-    """Draws the batches of a run; step n is the same whatever was drawn before.
+    """Draws the batches of a run; step n is the same whatever was drawn before."""
 
-    Attributes:
-        captions: data set -> pair -> captions.
-        counts: pairs of a batch from each data set.
-        processor: the model's own.
-        micro_batch_size: texts of a micro-batch.
-        augmented_views: of every image.
-        seed: of the run.
-    """
-
-    captions: list[Sequence[list[str]]]
-    counts: list[int]
+    captions: list[Sequence[list[str]]]  # data set -> pair -> captions
+    counts: list[int]  # pairs of a batch from each data set
     processor: CapivaraProcessor
-    micro_batch_size: int
-    augmented_views: int
+    micro_batch_size: int  # texts of a micro-batch
+    augmented_views: int  # of every image
     seed: int
 
     def __call__(self, step: int) -> StepPlan:

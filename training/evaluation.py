@@ -28,7 +28,7 @@ def validate(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict[s
     model.eval()
     embeds = inputs.validation_embeds
     if embeds is None:
-        embeds = embed_images(model, inputs.processor, inputs.validation.images(), args.embedding_batch_size)
+        embeds = embed_images(model, inputs.processor, inputs.validation, args.embedding_batch_size)
     embeddings = embed_captions(model, inputs.processor, inputs.validation.captions(), embeds)
     return validation_measures(embeddings, model.logit_scale)
 
@@ -38,7 +38,7 @@ def embed_test(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict
     model.eval()
     embeds = inputs.test_embeds
     if args.towers == "both":
-        images = inputs.test[args.language].images()
+        images = inputs.test[args.language]
         embeds = embed_images(model, inputs.processor, images, args.embedding_batch_size, "Images, test")
     return {
         language: embed_captions(model, inputs.processor, split.captions(), embeds)
@@ -47,7 +47,6 @@ def embed_test(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict
 
 
 def baseline_records(args: RunArguments, baseline: dict[str, RetrievalEmbeddings]) -> list[Record]:
-    """The records of the base model on the test split, of all languages."""
     records = []
     for language, embeddings in baseline.items():
         records += retrieval_records(embeddings, **_record_fields(args, language, "baseline", args.model, None))
@@ -63,12 +62,7 @@ def trained_records(
 ) -> list[Record]:
     """The records of a trained model on the test split, of all languages, and its gains over the base model.
 
-    Args:
-        args: of the run.
-        baseline: language -> the test split embedded by the base model.
-        trained: the same by the trained model.
-        model_folder: of the trained model, relative to that of the run.
-        seed: it was trained with.
+    `model_folder` is relative to that of the run.
     """
     records, gains = [], []
     for language, embeddings in trained.items():
@@ -89,7 +83,7 @@ def draw_sheet(
     split = inputs.test[args.language]
     models = {"baseline": baseline[args.language], "capivara": trained[args.language]}
     plot_retrieval_sheet(
-        images=split.images(),
+        images=split,
         queries=[text for texts in split.captions() for text in texts],
         right_images=models["capivara"].image_of_text.tolist(),
         scores=lambda role, query: models[role].image_embeds @ models[role].text_embeds[query],
@@ -118,7 +112,6 @@ def write_results(
 
 
 def _record_fields(args: RunArguments, language: str, model: str, model_folder: str, seed: int | None) -> dict:
-    """The fields of a record that its measurement does not know."""
     return {
         "dataset": short_name(args.evaluation_dataset),
         "split": args.test_split,

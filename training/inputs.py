@@ -1,7 +1,6 @@
 """What a run starts from, checked: model, processor, splits and images; what is quick to fail comes first."""
 
 import copy
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
+from caption_data.embedding_cache import cache_home
 from caption_data.pairs import check_bad_share
 from caption_data.rows import Skipped, write_skipped
 from common.files import check_free_space
@@ -17,40 +17,26 @@ from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
 from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
-from training.images import TrainingImages, build_cache, loading_workers
+from training.images import TrainingImages, build_cache, cached_embeds, loading_workers
 from training.trainable import prepare_trainable
 from training.views import Views, bad_images, check_images
 
 
 @dataclass
 class Inputs:
-    """What a run starts from.
+    """What a run starts from."""
 
-    Attributes:
-        base: the model before training.
-        processor: its own.
-        training: the usable pairs of each data set.
-        counts: pairs of a batch from each.
-        images: of the training pairs.
-        validation: that choices are made on.
-        validation_embeds: (images, width) by the frozen image tower; None where it is trained.
-        test: language -> the split of the final table.
-        test_embeds: (images, width) by the base's image tower, float32.
-        skipped: training rows that were left out.
-        base_digest: of the base's weights.
-    """
-
-    base: CapivaraModel
+    base: CapivaraModel  # the model before training
     processor: CapivaraProcessor
-    training: list[Split]
-    counts: list[int]
+    training: list[Split]  # the usable pairs of each data set
+    counts: list[int]  # pairs of a batch from each
     images: TrainingImages
-    validation: Split
-    validation_embeds: Tensor | None
-    test: dict[str, Split]
-    test_embeds: Tensor
-    skipped: list[Skipped]
-    base_digest: str
+    validation: Split  # that choices are made on
+    validation_embeds: Tensor | None  # (images, width) by the frozen image tower; None where it is trained
+    test: dict[str, Split]  # language -> the split of the final table
+    test_embeds: Tensor  # (images, width) by the base's image tower, float32
+    skipped: list[Skipped]  # training rows that were left out
+    base_digest: str  # of the base's weights
 
     def planner(self, args: RunArguments, seed: int) -> Planner:
         """What draws the batches of a run with this seed."""
@@ -72,11 +58,9 @@ class Inputs:
 
 
 def cache_root(args: RunArguments) -> Path:
-    """Where image-embedding caches lie."""
     if args.image_embedding_cache not in ("auto", "off"):
         return Path(args.image_embedding_cache)
-    home = os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara"
-    return Path(home) / "image_embeddings"
+    return cache_home() / "image_embeddings"
 
 
 def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
@@ -116,7 +100,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         validation=validation,
         validation_embeds=_validation_embeds(args, base, processor, validation, accelerator),
         test=measured[args.test_split],
-        test_embeds=embed_images(base, processor, test.images(), args.embedding_batch_size, "Images, test"),
+        test_embeds=embed_images(base, processor, test, args.embedding_batch_size, "Images, test"),
         skipped=skipped,
         base_digest=weights_digest(base),
     )
@@ -169,12 +153,12 @@ def _validation_embeds(
     if args.towers == "both":
         return None
     if args.image_embedding_cache == "off":
-        return embed_images(base, processor, split.images(), args.embedding_batch_size, "Images, validation")
+        return embed_images(base, processor, split, args.embedding_batch_size, "Images, validation")
     views = Views(split.source, split.table, split.image_column, processor, augmented_views=1, seed=args.seed)
     root = cache_root(args)
     root = root.parent if (root / "cache.json").is_file() else root  # that of the training images alone
     cache = build_cache(base, views, root, args.embedding_batch_size, loading_workers(args, accelerator), accelerator)
-    return cache.embeds(range(len(split)), [0] * len(split))
+    return cached_embeds(cache, range(len(split)), [0] * len(split))
 
 
 def _check_skipped(args: RunArguments, skipped: list[Skipped], rows: int, output_dir: Path) -> None:

@@ -22,9 +22,8 @@ from training.arguments import RunArguments
 from training.checkpoints import Checkpoints, TrainerState
 from training.data import Planner, StepPlan
 from training.images import TrainingImages, loading_workers
-from training.memory_budget import used_memory
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradients
+from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradients, used_memory
 from training.trainable import set_training_mode
 from training.views import embed_pixels
 
@@ -32,12 +31,7 @@ MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the lo
 
 
 class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the run is saved and can be resumed.
-
-    Attributes:
-        signal: its number.
-        step: that is saved.
-    """
+    """SIGTERM or Ctrl-C, by the number of the signal: the run is saved at a step and can be resumed."""
 
     def __init__(self, number: int, step: int):
         super().__init__(f"Stopped at step {step}, which is saved.")
@@ -46,32 +40,20 @@ class Interrupted(Exception):
 
 @dataclass
 class Trainer:
-    """The training of one model with one seed.
-
-    Attributes:
-        args: of the run.
-        seed: of order, captions, views and dropout.
-        model: the plain model; its adapters, where there are any, are in it.
-        wrapped: what is trained: the model, or peft's wrapper around it.
-        planner: draws the batches.
-        images: of the pairs.
-        accelerator: device, precision and processes.
-        validate: measures the model: direction -> recall, and `loss`; only the main process calls it.
-        checkpoints: of this run.
-        state: where the run is.
-        after_checkpoint: called on the main process with the number of a step whose checkpoint was written.
-    """
+    """The training of one model with one seed."""
 
     args: RunArguments
-    seed: int
-    model: CapivaraModel
-    wrapped: nn.Module
-    planner: Planner
-    images: TrainingImages
-    accelerator: Accelerator
+    seed: int  # of order, captions, views and dropout
+    model: CapivaraModel  # the plain model; its adapters, where there are any, are in it
+    wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
+    planner: Planner  # draws the batches
+    images: TrainingImages  # of the pairs
+    accelerator: Accelerator  # device, precision and processes
+    # measures the model: direction -> recall, and `loss`; only the main process calls it
     validate: Callable[[CapivaraModel], dict[str, float]]
     checkpoints: Checkpoints
-    state: TrainerState
+    state: TrainerState  # where the run is
+    # called on the main process with the number of a step whose checkpoint was written
     after_checkpoint: Callable[[int], object] | None = None
     stopped_early: bool = field(default=False, init=False)
     reported: bool = field(default=False, init=False)
@@ -79,9 +61,6 @@ class Trainer:
 
     def train(self, resume: Path | None = None) -> TrainerState:
         """Train to `max_steps`, or until the recall has stopped rising for `patience` measurements.
-
-        Args:
-            resume: checkpoint to resume from.
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.
@@ -98,7 +77,13 @@ class Trainer:
             self.state.curve.append({"step": 0, "validation": self._measured()})
         self.stopped_early = self._out_of_patience()  # of a run that was killed then
         self.started = time.perf_counter() - self.state.seconds
-        with _signals() as received, sparse_embedding_gradients(self.model), self._plans() as plans, self._bar() as bar:
+        with (
+            _signals() as received,
+            sparse_embedding_gradients(self.model),
+            ThreadPoolExecutor(1) as executor,
+            self._bar() as bar,
+        ):
+            plans = _PlansAhead(self.planner, executor, args.max_steps)
             pixels = self._pixels(plans)
             while self.state.step < args.max_steps and not self.stopped_early:
                 started = time.perf_counter()
@@ -251,9 +236,7 @@ class Trainer:
 
     def _measured(self) -> dict[str, float]:
         results = [self.validate(self.model) if self.accelerator.is_main_process else None]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(results)
-        return results[0]
+        return broadcast_object_list(results)[0]
 
     def _agreed(self, received: list[int]) -> int:
         """The signal that any process has got, else 0: all stop after the same step."""
@@ -277,7 +260,6 @@ class Trainer:
         return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
 
     def _report_accumulation(self, kept: int, batches: int) -> None:
-        """Log once how the batch is accumulated."""
         self.reported = True
         if self.accelerator.is_main_process:
             fitting = f" ({self.step.budget / 1e9:.1f} GB of them fit)" if self.args.accumulation == "auto" else ""
@@ -293,11 +275,6 @@ class Trainer:
             unit="pair", unit_scale=True, disable=not self.accelerator.is_main_process,
         )  # fmt: skip
 
-    @contextmanager
-    def _plans(self) -> Iterator["_PlansAhead"]:
-        with ThreadPoolExecutor(1) as executor:
-            yield _PlansAhead(self.planner, executor, self.args.max_steps)
-
 
 class _PlansAhead:
     """Plans by step; the next one is made while a step computes."""
@@ -310,7 +287,6 @@ class _PlansAhead:
         return self._future(step).result()
 
     def pop(self, step: int) -> StepPlan:
-        """The plan of a step that is about to be run."""
         plan = self.get(step)
         del self._plans[step]
         if step + 1 < self._max_steps:
@@ -347,6 +323,5 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _recall(validation: dict[str, float]) -> float:
-    """Mean of both directions."""
     values = [value for key, value in validation.items() if key != "loss"]
     return sum(values) / max(len(values), 1)

@@ -57,12 +57,7 @@ def run_facts(
     """Content of `run.json`: all that the run was and measured.
 
     Args:
-        args: of the run.
-        seed: the one that this repetition used.
-        state: at the end of training.
-        accelerator: device and processes.
         seconds: phase -> wall-clock seconds; "training" has the measurements of the validation split in it.
-        skipped: training rows that were left out.
         energy: of `measure_energy`; empty where it was not measured.
     """
     pairs = state.step * args.effective_batch_size
@@ -141,11 +136,7 @@ def origins(args: RunArguments) -> dict[str, Any]:
 
 
 def inherited_license(stated: list[list[str]]) -> str | None:
-    """The licence of a model made from works under these licences; None where it does not follow from them.
-
-    Args:
-        stated: the licences of each work, none where its card states none.
-    """
+    """The licence of a model made from works of the `stated` licences each; None where it does not follow from them."""
     if not all(stated):
         return None
     named = {licence for licences in stated for licence in licences}
@@ -233,7 +224,6 @@ def _texts(value: Any) -> list[str]:
 
 
 def _heading(card: Path) -> str | None:
-    """The first heading of a card."""
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     found = re.search(r"^# +(.+)$", text, re.MULTILINE)
     return found[1].strip() if found else None

@@ -41,9 +41,7 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
         chosen = [next_numbered_folder(Path("runs"), name)]
         if args.resume == "auto" and unfinished:
             chosen = [unfinished[-1].with_suffix("")]
-        if state.num_processes > 1:
-            broadcast_object_list(chosen)
-        return chosen[0]
+        return broadcast_object_list(chosen)[0]
     if state.is_main_process:
         remove_leftovers(args.output_dir)  # before any process looks at what is there
     state.wait_for_everyone()

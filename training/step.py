@@ -6,11 +6,14 @@ run a second time with the random state of the first: the result is the same to 
 """
 
 import logging
+import os
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,9 +21,9 @@ from torch.nn import functional as F
 
 from modeling_capivara import CapivaraProcessor
 from training.contrastive import contrastive_gradients
-from training.memory_budget import GraphMeter, free_memory
 
 BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
 logger = logging.getLogger("capivara")
 
 
@@ -39,21 +42,13 @@ def resolve_precision(requested: str, device: torch.device) -> str:
 
 @dataclass
 class MicroBatch:
-    """Texts that go through the tower at once.
+    """Texts that go through the tower at once."""
 
-    Attributes:
-        index: of the micro-batch within the whole batch, over all processes; its random state derives from it.
-        start: row of its first text in the whole batch, which is in order of length.
-        input_ids: (texts, tokens).
-        attention_mask: (texts, tokens).
-        pixel_values: (texts, 3, height, width), where the image tower is trained; else None.
-    """
-
-    index: int
-    start: int
-    input_ids: Tensor
-    attention_mask: Tensor
-    pixel_values: Tensor | None = None
+    index: int  # of the micro-batch within the whole batch, over all processes; its random state derives from it
+    start: int  # row of its first text in the whole batch, which is in order of length
+    input_ids: Tensor  # (texts, tokens)
+    attention_mask: Tensor  # (texts, tokens)
+    pixel_values: Tensor | None = None  # (texts, 3, height, width), where the image tower is trained; else None
 
     @property
     def positions(self) -> Tensor:
@@ -78,22 +73,16 @@ def micro_batches(processor: CapivaraProcessor, captions: Sequence[str], size: i
 
 
 def padding_share(batches: Sequence[MicroBatch]) -> float:
-    """Share of the tokens that are padding, 0 to 1."""
     kept = sum(int(batch.attention_mask.sum()) for batch in batches)
     return 1 - kept / sum(batch.attention_mask.numel() for batch in batches)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step gave beside the gradients.
+    """What one step gave beside the gradients."""
 
-    Attributes:
-        loss: of the whole batch, in nats.
-        graphs_kept: micro-batches of this process whose graph was kept, not run again.
-    """
-
-    loss: float
-    graphs_kept: int
+    loss: float  # of the whole batch, in nats
+    graphs_kept: int  # micro-batches of this process whose graph was kept, not run again
 
 
 @dataclass
@@ -102,19 +91,13 @@ class ExactStep:
 
     The model is called, but not wrapped for gradient averaging: the processes' gradients are summed once, at the end.
     A wrapper would average them, at every micro-batch, and wait for ever where one process has fewer of them.
-
-    Attributes:
-        model: as Accelerate prepared it, in training mode.
-        logit_scale: the model's own parameter.
-        accelerator: device, precision and processes.
-        seed: of the run.
-        accumulation: "keep" the graphs of all micro-batches, "recompute" them all, or "auto": keep what fits.
     """
 
-    model: nn.Module
-    logit_scale: nn.Parameter
-    accelerator: Accelerator
+    model: nn.Module  # as Accelerate prepared it, in training mode
+    logit_scale: nn.Parameter  # the model's own parameter
+    accelerator: Accelerator  # device, precision and processes
     seed: int
+    # "keep" the graphs of all micro-batches, "recompute" them all, or "auto": keep what fits
     accumulation: str = "auto"
     budget: float | None = None  # bytes of graphs; found at the first step
     _costs: tuple[float, float] | None = field(default=None, repr=False)  # bytes a token, bytes a text
@@ -167,12 +150,8 @@ class ExactStep:
         return StepReport(gradients.loss.item(), graphs)
 
     def gather_rows(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
-        """(pairs, width), the embeddings of all processes in the order of the batch.
-
-        Args:
-            parts: (rows, width) each, the rows of this process.
-            own: (rows of all parts,), which rows of the batch they are.
-            pairs: of the whole batch.
+        """(pairs, width), of all processes in the order of the batch; this one's `parts`, (rows, width) each, are its
+        rows `own`.
         """
         width = self.accelerator.unwrap_model(self.model).config.projection_dim
         embeds = torch.zeros(pairs, width, device=self.accelerator.device)
@@ -288,3 +267,42 @@ def sparse_embedding_gradients(model: nn.Module, min_rows: int = 10_000):
     finally:
         for module in patched:
             del module.forward
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`, the limit of a container included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or one without a limit, which is "max"
+        limit = int(CONTAINER_LIMIT.read_text(encoding="ascii"))
+        free = min(free, limit - psutil.Process().memory_info().rss)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one machine share it
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process holds on `device`; the most it has held, on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class GraphMeter(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd saves for the backward pass within it, the model's own tensors left out."""
+
+    def __init__(self, model: nn.Module):
+        self.bytes = 0
+        self._seen = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+        super().__init__(self._count, lambda tensor: tensor)
+
+    def __enter__(self) -> "GraphMeter":
+        super().__enter__()
+        return self
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor

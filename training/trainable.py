@@ -23,21 +23,15 @@ def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
     """
     if args.towers == "text":
         model.freeze_image_tower()
+    names = [name for name, _ in model.named_parameters()]
     for expression in args.frozen_parameters:
-        matched = [p for name, p in model.named_parameters() if _full_match(expression, name, "frozen_parameters")]
-        if not matched:
+        if not any(_full_match(expression, name, "frozen_parameters") for name in names):
             raise ValueError(
-                f"frozen_parameters: {expression!r} matches no parameter. There are, among others, "
-                f"{_examples(name for name, _ in model.named_parameters())}."
+                f"frozen_parameters: {expression!r} matches no parameter. There are, among others, {_examples(names)}."
             )
-        for parameter in matched:
-            parameter.requires_grad_(False)
     wrapped = _with_adapters(model, args) if args.lora_rank else model
     for name, parameter in model.named_parameters():  # also what peft has made trainable
-        if any(
-            _full_match(expression, _PEFT_NAMES.sub("", name), "frozen_parameters")
-            for expression in args.frozen_parameters
-        ):
+        if any(re.fullmatch(expression, _PEFT_NAMES.sub("", name)) for expression in args.frozen_parameters):
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing is left to train: frozen_parameters match everything that is not frozen already.")
@@ -67,14 +61,9 @@ def save_adapters(wrapped: nn.Module, folder: Path) -> None:
 
 @torch.no_grad()
 def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: float) -> None:
-    """Move the weights back towards the base: `share` of the trained ones, the rest of the base.
+    """Move the weights of a trained model back, in place: `share` (0 to 1) of them, the rest of the base's state.
 
     Source: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT, arXiv 2109.01903), section 3.
-
-    Args:
-        model: trained; changed in place.
-        base: state of the model before training.
-        share: 0 (the base) to 1 (unchanged).
     """
     if share == 1:
         return
@@ -127,7 +116,6 @@ def _full_match(expression: str, name: str, key: str) -> bool:
         raise ValueError(f"{key}: {expression!r} is no regular expression ({error}).") from error
 
 
-def _examples(names) -> list[str]:
+def _examples(names: list[str]) -> list[str]:
     """A few names, from everywhere in the list."""
-    names = list(names)
     return names[:: max(1, len(names) // 6)]

@@ -58,23 +58,14 @@ def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
 
 @dataclass
 class Views:
-    """Pixels of any view of any image of a source; travels to the workers of a `DataLoader`.
-
-    Attributes:
-        source: of the images.
-        table: its rows, with `row` and `digest`.
-        image_column: of the source.
-        processor: the model's own.
-        augmented_views: see the module's text.
-        seed: of the augmentation.
-    """
+    """Pixels of any view of any image of a source; travels to the workers of a `DataLoader`."""
 
     source: Source
-    table: Dataset
+    table: Dataset  # its rows, with `row` and `digest`
     image_column: str
     processor: CapivaraProcessor
-    augmented_views: int
-    seed: int
+    augmented_views: int  # see the module's text
+    seed: int  # of the augmentation
 
     def __getitem__(self, item: tuple[int, int]) -> Tensor | BadImage:
         """(3, height, width) of a view of the image of a pair; what is wrong with the image where it is bad."""
@@ -99,15 +90,11 @@ class Views:
         except ValueError as error:
             raise BadImage("unreadable image", str(error)) from error
 
-    def batches(self, items: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[list]:
-        """Lists of what `__getitem__` gives, one a list of `items`, read ahead by `workers` processes."""
-        return read_ahead(self, items, workers, list)
-
     def __len__(self) -> int:
         return len(self.table)
 
     def streamed(self, items: Iterable[Sequence[tuple[int, int]]]) -> Iterator[list]:
-        """As `batches` for pairs in their order, in one pass over the source; ValueError where it ends early."""
+        """As `__getitem__` for pairs in their order, in one pass over the source; ValueError where it ends early."""
         rows, number, image = None, -1, None
         for batch in items:
             pixels: list[Tensor | BadImage] = []

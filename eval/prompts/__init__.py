@@ -27,27 +27,16 @@ FOOD_FAULT = (
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a classifier is made of.
+    """What a classifier is made of."""
 
-    Attributes:
-        benchmark: key of the data set, such as "cifar-10".
-        protocol: "ours", "authors" or "babel".
-        names: of the classes, in the order of the labels, as results show them.
-        names_en: English names of all classes of the data set, by which its own order is matched.
-        filled: class -> its prompts.
-        metric: "accuracy", "mean-per-class", "11point_mAP" or "roc_auc".
-        notes: what a reader of the figure must know.
-        indices: class of these prompts -> its index in `names_en`; None where they are the same.
-    """
-
-    benchmark: str
-    protocol: str
-    names: list[str]
-    names_en: list[str]
-    filled: list[list[str]]
-    metric: str
-    notes: tuple[str, ...] = ()
-    indices: list[int] | None = None
+    benchmark: str  # key of the data set, such as "cifar-10"
+    protocol: str  # "ours", "authors" or "babel"
+    names: list[str]  # of the classes, in the order of the labels, as results show them
+    names_en: list[str]  # English names of all classes of the data set, by which its own order is matched
+    filled: list[list[str]]  # class -> its prompts
+    metric: str  # "accuracy", "mean-per-class", "11point_mAP" or "roc_auc"
+    notes: tuple[str, ...] = ()  # what a reader of the figure must know
+    indices: list[int] | None = None  # class of these prompts -> its index in `names_en`; None where they are the same
 
     @property
     def classes(self) -> int:
@@ -82,7 +71,7 @@ def load_prompts(
     if benchmark not in benchmarks():
         nearest = get_close_matches(benchmark, benchmarks(), n=3, cutoff=0.0)
         raise ValueError(f"Unknown benchmark {benchmark!r}; the nearest are {nearest}. There are {benchmarks()}.")
-    ours = _ours(benchmark)
+    ours = _prompts(benchmark, read_json(FOLDER / "pt" / f"{benchmark}.json"))
     if protocol == "ours":
         return ours
     if protocol == "authors":
@@ -95,11 +84,9 @@ def load_prompts(
 
 
 def fill(template: str, entry: dict) -> str:
-    """A template with a class's name in place of its placeholder, its article and contractions agreeing.
+    """A template with a class's name in place of {nome}, {um}, {o}, {do} or {no}, article and contractions agreeing.
 
-    Args:
-        template: with one of {nome}, {um}, {o}, {do}, {no}.
-        entry: `pt`, `gender`, `number` and, for a name without article, `article` false.
+    `entry` has `pt`, `gender`, `number` and, for a name without article, `article` false.
     """
     name = entry["pt"]
     forms = {"nome": name, "um": name, "o": name, "do": f"de {name}", "no": f"em {name}"}
@@ -113,12 +100,7 @@ def fill(template: str, entry: dict) -> str:
     raise ValueError(f"The template {template!r} has none of the placeholders {sorted(forms)}.")
 
 
-def _ours(benchmark: str) -> Prompts:
-    return _prompts(benchmark, read_json(FOLDER / "pt" / f"{benchmark}.json"))
-
-
 def _own(path: Path) -> Prompts:
-    """Prompts of a user's file."""
     if not path.is_file():
         raise ValueError(f"The file of classes {path} does not exist.")
     try:

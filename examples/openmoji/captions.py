@@ -14,7 +14,6 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("examples.example_arguments:OpenMojiCaptionsArguments", __doc__)
 
 import logging
-import sys
 from pathlib import Path
 
 from datasets import DatasetDict
@@ -24,7 +23,7 @@ from captions.build import BuildArguments, ManualStepRequired, build
 from captions.build_plan import read_plan
 from captions.select import REPORT
 from captions.tsv import escape, unescape
-from common.cli import parse, run_command
+from common.cli import parse, run_command, user_errors
 from common.files import whole_folder, write_text
 from examples.example_arguments import OpenMojiCaptionsArguments
 
@@ -75,13 +74,11 @@ def _filled(line: str, portuguese: dict[str, str]) -> str:
     return f"{name}\t{sentence}\t{escape(portuguese[unescape(sentence)])}"
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        args = parse(OpenMojiCaptionsArguments, __doc__, argv)
-        folder = build_openmoji(args)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    folder = build_openmoji(parse(OpenMojiCaptionsArguments, __doc__, argv))
     report = folder.parent / "3-select" / "train" / REPORT
     print(
         f"Data set: {folder}\nReport of the selection: {report}\nTrain on it: accelerate launch train_accelerate.py "

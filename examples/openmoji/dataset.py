@@ -26,14 +26,9 @@ from examples.openmoji.concepts import (
 
 IMAGE_SIZE = 224  # pixels, the input of the image encoder
 
+TEXT = Value("string")
 FEATURES = Features(
-    {
-        "image": Image(),
-        "captions-en": List(Value("string")),
-        "captions-pt": List(Value("string")),
-        "concept": Value("string"),
-        "emoji": Value("string"),
-    }
+    {"image": Image(), "captions-en": List(TEXT), "captions-pt": List(TEXT), "concept": TEXT, "emoji": TEXT}
 )
 
 CARD = """---
@@ -90,13 +85,7 @@ are left out.
 
 
 def build_dataset(seed: int = 0) -> DatasetDict:
-    """Splits the concepts, draws the pictures and returns the data set.
-
-    Args:
-        seed: see `split_concepts`.
-
-    Returns:
-        Splits `train`, `validation` and `test` with the columns of `FEATURES`.
+    """Splits the concepts and draws the pictures: `train`, `validation` and `test` with the columns of `FEATURES`.
 
     Raises:
         ImportError: a package of the `demo` extra is not installed.
@@ -149,15 +138,7 @@ def render_png(emoji: str) -> bytes:
 
 
 def save_dataset(dataset: DatasetDict, folder: str | Path) -> None:
-    """Writes the data set and its card to `folder`, wholly or not at all.
-
-    Args:
-        dataset: what `build_dataset` returns; `datasets.load_from_disk(folder)` reads it back.
-        folder: must not exist, or be empty.
-
-    Raises:
-        ValueError: `folder` holds files.
-    """
+    """Writes the data set and its card to `folder`, wholly or not at all. Raises ValueError where it holds files."""
     with whole_folder(Path(folder)) as temporary:
         dataset.save_to_disk(temporary)
         write_text(temporary / "README.md", dataset_card(dataset))

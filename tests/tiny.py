@@ -1,0 +1,79 @@
+"""The real model at toy width, and a small tokenizer of XLM-R's kind: built here, nothing is downloaded."""
+
+import math
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from modeling_capivara import CapivaraConfig
+
+TINY_VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 16,
+}
+TINY_TEXT = {
+    "model_type": "xlm-roberta",
+    "vocab_size": 300,
+    "hidden_size": 40,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 82,
+}
+WORDS = "um uma foto de gato cachorro capivara casa carro árvore água são joão pão céu azul verde a o the of cat dog"
+
+
+def tiny_config(**overrides) -> CapivaraConfig:
+    return CapivaraConfig(**{"vision_config": TINY_VISION, "text_config": TINY_TEXT, "projection_dim": 24, **overrides})
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every tensor random and non-trivial, biases, norms and `logit_scale` included: a swapped layer cannot hide."""
+    generator = torch.Generator().manual_seed(seed)
+    saved = model.state_dict().keys()  # rotary frequencies, say, are computed and not saved
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not tensor.is_floating_point() or name not in saved:
+            continue
+        noise = torch.randn(tensor.shape, generator=generator)
+        if "logit_scale" in name:
+            tensor.data.fill_(math.log(1 / 0.07) + 0.3)
+        elif "running_var" in name:
+            tensor.data.copy_(0.5 + noise.abs())
+        elif tensor.ndim == 1:  # biases around 0, norm weights around 1
+            tensor.data.copy_(noise * 0.2 + (1.0 if name.endswith("weight") else 0.0))
+        else:
+            tensor.data.copy_(noise * 0.7 / math.sqrt(tensor[0].numel()))
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """An XLM-R-like Unigram tokenizer of under 300 pieces: every Latin letter, and a few words."""
+    letters = [chr(c) for c in range(0x21, 0x7F)] + list("áàâãéêíóôõúüçÁÉÍÓÚÇ")
+    pieces = [("▁" + w, -5.0) for w in dict.fromkeys(WORDS.split())] + [(c, -9.0) for c in ["▁", *letters]]
+    vocab = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *pieces]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=3))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_input_names=["input_ids", "attention_mask"],
+        model_max_length=77,
+    )
