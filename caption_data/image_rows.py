@@ -18,7 +18,7 @@ from modeling_capivara.embedder import processes
 DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36 MB
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ImageRows:
     """Images that are read when they are needed."""
 
@@ -30,16 +30,14 @@ class ImageRows:
 
     def __post_init__(self) -> None:
         digests = bytearray()
-        for row in tqdm(
-            range(self.count), desc="Reading images", unit="image", disable=not processes().is_main_process
-        ):
+        shown = processes().is_main_process
+        for row in tqdm(range(self.count), desc="Reading images", unit="image", disable=not shown):
             try:
                 digests += image_digest(self.row_image(row), self.files)
             except BadImage as bad:
                 reason = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
                 digests += hashlib.blake2b(reason, digest_size=16).digest()
-        object.__setattr__(self, "_digests", bytes(digests))
-        object.__setattr__(self, "digest", hashlib.blake2b(digests, digest_size=16).hexdigest())
+        self._digests, self.digest = bytes(digests), hashlib.blake2b(digests, digest_size=16).hexdigest()
 
     def image(self, row: int) -> PIL.Image.Image:
         """Decoded. Raises BadImage where it can't be used."""

@@ -65,7 +65,9 @@ def caption_table(
             except BadRow as bad:
                 skipped.append(Skipped(source.name, source.split, number, bad.reason, bad.detail))
 
-    table = _written(_batches(entries()))
+    found = entries()
+    chunks = iter(lambda: list(itertools.islice(found, ROWS_PER_CHUNK)), [])
+    table = _written(pa.RecordBatch.from_pylist(chunk, schema=TABLE_FEATURES.arrow_schema) for chunk in chunks)
     if part is None or not part.start:  # every part sees the same archives
         skipped += source.damaged
     return table
@@ -125,11 +127,6 @@ def _entry(
     if not captions:
         raise BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
     return {"digest": image_digest(image, files).hex(), "captions": captions}
-
-
-def _batches(entries: Iterator[dict]) -> Iterator[pa.RecordBatch]:
-    while chunk := list(itertools.islice(entries, ROWS_PER_CHUNK)):
-        yield pa.RecordBatch.from_pylist(chunk, schema=TABLE_FEATURES.arrow_schema)
 
 
 def _written(batches: Iterable[pa.RecordBatch]) -> Dataset:

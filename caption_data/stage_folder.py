@@ -109,8 +109,7 @@ def remove_leftovers(output: Path) -> None:
 def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Make `output` the folder of this stage, or check that it is; returns the record that is there.
 
-    Raises:
-        ValueError: it is of another stage, and what differs is named, or it holds other parquet files.
+    Raises ValueError where it is of another stage, and what differs is named, or holds other parquet files.
     """
     path = output / STAGE_FILE
     if not path.is_file():
@@ -159,11 +158,7 @@ def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> St
 
 
 def check_complete(output: Path | str) -> StageReport:
-    """Of a stage that is done: all its rows.
-
-    Raises:
-        ValueError: there is no stage, parts of it are missing or broken; the command that goes on is named.
-    """
+    """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
     output, record = Path(output), stage_record(output)
     report = progress(output, record, _parts_of(record))
     _refuse_missing(output, record, report.missing)

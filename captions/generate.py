@@ -31,13 +31,13 @@ from caption_data.rows import BadImage, BadRow
 from captions.captioner import KINDS, Captioner
 from captions.stage_arguments import GenerateArguments
 from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
+from captions.translators.local import DTYPES
 from common.cli import run_command
 from common.environment import torch_device
 from common.files import read_json
 from modeling_capivara.loading import check_reachable, weights_digest
 
 COLUMN = "generated-captions-en"
-DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def generate(args: GenerateArguments, rank: int = 0, world_size: int = 1) -> StageReport:

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
@@ -28,7 +28,6 @@ from caption_data.stage_folder import (
 from captions.sentences import PAIR_SCHEMA, SENTENCES, SentenceFile, TranslationMemory
 from captions.stages import RowStage, plain_record, stage_source, write_parts
 from captions.translate_arguments import KINDS, PAPER_MODEL, TranslateArguments
-from captions.translators import Translator
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator
 from captions.translators.pieces import groups
 from captions.tsv import FileTranslator
@@ -39,6 +38,18 @@ logger = logging.getLogger("capivara")
 
 SENTENCES_PER_ROW = 8  # of a part and of a batch of sentences, for each row of those of the data set
 COST = "cost.json"
+
+
+class Translator(Protocol):
+    """Turns sentences of one language into another."""
+
+    name: str  # for people
+    code: str  # what the translator calls the target language
+    fingerprint: dict[str, Any]  # all that a translation depends on beside the sentence; the memory keeps these apart
+
+    def translate(self, sentences: list[str]) -> list[str]:
+        """One translation a sentence, in order. No sentence is blank."""
+        ...
 
 
 def collect_sentences(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> None:

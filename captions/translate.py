@@ -47,13 +47,7 @@ logger = logging.getLogger("capivara")
 
 
 def translate(args: TranslateArguments) -> bool:
-    """Run all phases, or write the table for a translation elsewhere; returns whether the stage is complete.
-
-    Raises:
-        ValueError: the data set lacks the captions or has what would be written, the translator does not know a
-            language, the table or the allowed cost does not suffice, or the folders are of something else.
-        OSError: the disk is full, or Google can't be reached; what is done stays, and the same command does the rest.
-    """
+    """Run all phases, or write the table for a translation elsewhere; returns whether the stage is complete."""
     if args.export:
         export(args, args.export)
         return False
