@@ -90,6 +90,10 @@ def test_eleven_point_map_by_hand():
     assert eleven_point_map(scores, targets) == pytest.approx((6 * 1 + 5 * 2 / 3) / 11)
 
 
+def test_a_tie_of_scores_counts_against_the_query():
+    assert ranks_of_scores(torch.tensor([[1.0, 1.0, 0.0], [0.5, 1.0, 0.5]]), [[0], [1]]).tolist() == [1, 0]
+
+
 def test_ranks_of_scores_are_those_of_embeddings():
     queries, items = torch.nn.functional.normalize(torch.randn(2, 9, 5, generator=GENERATOR), dim=-1)
     groups = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 3])

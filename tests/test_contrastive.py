@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -29,6 +31,35 @@ def test_equals_clip_loss(tile):
     torch.testing.assert_close(result.text_embeds, texts.grad, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(result.image_embeds, images.grad, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(result.logit_scale, scale.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("cut", [5, 1])
+def test_two_processes_equal_one(cut):
+    """As threads, which wait for one another as processes do."""
+    texts, images, scale, pairs = *(side.detach() for side in sides(11)), torch.tensor(2.9), torch.arange(11)
+    whole = contrastive_gradients(texts, images, scale, pairs, image_gradient=True)
+    parts, meeting = (slice(0, cut), slice(cut, 11)), threading.Barrier(2, timeout=60)
+    brought = [None, None]
+
+    def process(number: int):
+        def gather(own):
+            brought[number] = own
+            meeting.wait()
+            found = torch.stack(brought)
+            meeting.wait()
+            return found
+
+        part = parts[number]
+        more = {"image_gradient": True, "tile_rows": 2, "gather": gather, "total": lambda own: gather(own).sum(0)}
+        return contrastive_gradients(texts[part], images, scale, pairs[part], **more)
+
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(process, range(2)))
+    texts_gradient = torch.cat([result.text_embeds for result in results])
+    torch.testing.assert_close(texts_gradient, whole.text_embeds, rtol=1e-5, atol=1e-7)
+    for result in results:
+        for name in ("loss", "image_embeds", "logit_scale"):
+            torch.testing.assert_close(getattr(result, name), getattr(whole, name), rtol=1e-5, atol=1e-7)
 
 
 def test_no_image_gradient_unless_asked_for():

@@ -34,6 +34,9 @@ def test_json_is_replaced_whole(tmp_path):
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "ação"}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+    with path.open(encoding="utf-8") as reader:  # whoever reads has the old file whole
+        write_json(path, {"b": 1})
+        assert json.load(reader) == {"a": "ação"}
 
 
 def test_every_byte_of_a_file_with_a_digest_counts(tmp_path):
