@@ -52,6 +52,7 @@ def test_eval_retrieval_at_small_size(tmp_path):
     assert result["largest_difference_of_a_recall"] < 1e-6 and result["ratio"] > 0 and result["captions"] == 120
 
 
+@pytest.mark.slow
 def test_loading_at_small_size(tmp_path):
     from benchmarks.loading import main
 

@@ -318,6 +318,7 @@ def test_the_commands_that_it_prints_can_be_pasted(config, tmp_path, capsys):
     assert words[words.index("upload") + 2] == folder and words[words.index("--dataset") + 1] == f"{folder},"
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
 

@@ -150,6 +150,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("copied", [False, True], ids=["of the checkout", "copied"])
+@pytest.mark.slow
 def test_evaluate_loads_every_metric_away_from_the_checkout(copied, tmp_path):
     """By its path alone: nothing of this project can be imported there."""
     path = str(EVAL / "capivara_metrics.py")

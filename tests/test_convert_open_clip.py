@@ -101,7 +101,9 @@ def nothing_left(output: Path) -> bool:
 # --- Same numbers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("timm")) for name in ARCHITECTURES]
+)
 def test_open_clip_to_transformers_and_back_gives_the_same_numbers_and_weights(tmp_path, name):
     original = write_open_clip(tmp_path / "source", tiny_config(**ARCHITECTURES[name]))
     assert all(t.float().std() > 0 for t in original.values() if t.numel() > 1 and t.is_floating_point())

@@ -246,6 +246,7 @@ def test_weights_are_never_loaded_whole(source, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_timm_tower_in_transformers_and_open_clip(inputs, tmp_path):
     config = tiny_config(vision_config=TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
     randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")

@@ -221,6 +221,7 @@ def test_drawn_tokens_follow_the_probabilities():
             torch.testing.assert_close(share, expected, atol=0.015, rtol=0)
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_seed_image_and_prefix_alone(blip2):
     images, keys = pictures(4), [b"a", b"b", b"c", b"d"]
     options = {"sampling": True, "temperature": 2.0, "top_p": 0.9}
@@ -332,6 +333,7 @@ def rows_of(output: Path) -> dict[str, dict]:
     return {row["captions-en"][0]: row for row in rows}
 
 
+@pytest.mark.slow
 def test_the_command(images_folder, blip2_folder, tmp_path, capsys):
     output = tmp_path / "generated"
     main(flags(images_folder, output, blip2_folder))
@@ -412,6 +414,7 @@ def test_the_command_refuses_in_one_line(images_folder, blip2_folder, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_faults_of_the_model_end_the_run(blip2_folder, monkeypatch):
     captioner = load_captioner(arguments(blip2_folder))
     process = GenerateProcess(captioner, TEN, "image")

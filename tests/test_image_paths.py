@@ -368,6 +368,7 @@ def test_the_stages_and_a_build(tmp_path, hostile, server, tiny_folder, blip2_fo
     assert not server.requests
 
 
+@pytest.mark.slow
 def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     as_parquet(tmp_path / "data", rows_of(hostile))

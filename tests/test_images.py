@@ -178,6 +178,7 @@ def test_every_view_is_an_augmentation_of_its_own(tiny_model, tiny_processor, ti
 # --- the pass ---
 
 
+@pytest.mark.slow
 def test_training_with_a_cache_decodes_no_image(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
     def refuse(*args):
         raise AssertionError("an image was decoded")

@@ -48,6 +48,7 @@ def run(words: list[str], folder: Path) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_without_network_every_loader_says_so_within_seconds(tmp_path):
     done = run(["-c", PROGRAM], tmp_path)
     said = json.loads(done.stdout.splitlines()[-1])

@@ -117,6 +117,7 @@ def test_the_page_of_an_index_has_no_link_into_the_repository(built):
         assert targets and all("".join(target).startswith("https://") for target in targets)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_on_its_own(built, tmp_path, tiny_folder):
     """Installed into an empty folder, outside of the checkout; the code is that of the page of an index."""
     (wheel,) = built.glob("*.whl")

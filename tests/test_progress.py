@@ -39,6 +39,7 @@ def started(stderr: int, *libraries: str) -> subprocess.Popen:
     return subprocess.Popen(words, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=stderr)
 
 
+@pytest.mark.slow
 def test_a_log_gets_lines_now_and_then():
     process = started(subprocess.PIPE, *LIBRARIES)
     said = process.communicate(timeout=120)[1].decode()

@@ -124,6 +124,7 @@ def test_no_answer_to_any_call_ends_in_a_traceback(push):
             assert done.code == 0 or done.err.rstrip().splitlines()[-1].startswith("error: "), (call, name, done.err)
 
 
+@pytest.mark.slow
 def test_a_server_that_answers_a_letter_at_a_time(commands, push):
     """Each letter comes within the limit of silence."""
     hub, started = commands.hub, time.perf_counter()

@@ -60,6 +60,7 @@ def loaded(hub: HubServer, home: Path, code: str, *arguments: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_transformers_and_open_clip_load_what_was_pushed(hub, commands, tiny_folder, tmp_path):
     load_model(tiny_folder).config.text_config.save_pretrained(tmp_path / "text_model")
     hub.store(TEXT_MODEL, tmp_path / "text_model")

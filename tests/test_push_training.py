@@ -46,6 +46,7 @@ def texts(folder) -> str:
     return "".join(p.read_bytes().decode("latin-1") for p in folder.rglob("*") if p.is_file())
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_push(hub, train, tmp_path):
     done = train(**PUSH, hub_private="true")
     assert done.code == 0 and f"Pushed to {hub.url}/us/run/commit/" in done.err, done.err
@@ -87,6 +88,7 @@ def test_a_repository_that_may_only_be_read_is_noticed_first(hub, train, tmp_pat
     assert done.code == 1 and "us/run is public" in done.err and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_costs_nothing_and_is_made_later(commands, hub, train, tmp_path):
     hub.faults = Faults(quota_bytes=0)
     done = train(**PUSH)
@@ -102,6 +104,7 @@ def test_a_push_that_fails_costs_nothing_and_is_made_later(commands, hub, train,
     assert later.code == 0 and "model.safetensors" in hub.files("us/run"), later.err
 
 
+@pytest.mark.slow
 def test_checkpoints_are_pushed_to_a_branch_and_a_failure_changes_no_bit(hub, train, tmp_path):
     values = {"max_steps": 6, "save_steps": 2, "eval_steps": 6}
     hub.faults = Faults(commit_statuses=[400], commit_message="no checkpoint today")
@@ -117,6 +120,7 @@ def test_checkpoints_are_pushed_to_a_branch_and_a_failure_changes_no_bit(hub, tr
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_adapters_are_merged_in_a_copy(hub, train, tmp_path):
     values = {"max_steps": 2, "save_steps": 1, "lora_rank": 2}
     done = train(**PUSH, **values, hub_strategy="checkpoint")

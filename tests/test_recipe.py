@@ -203,6 +203,7 @@ def test_frozen_parameters_hold_under_lora(tiny_folder, tiny_dataset_folder, tmp
     assert moved and all(".query.weight" in name or ".value.weight" in name for name in moved)
 
 
+@pytest.mark.slow
 def test_interpolation_is_half_way(tiny_folder, tiny_dataset_folder, tmp_path):
     whole = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "whole")).state_dict()
     half = load_model(run(tiny_folder, tiny_dataset_folder, tmp_path / "half", interpolate=0.5)).state_dict()
@@ -211,6 +212,7 @@ def test_interpolation_is_half_way(tiny_folder, tiny_dataset_folder, tmp_path):
             torch.testing.assert_close(half[name], (base + whole[name]) / 2, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_energy_is_in_the_run(tiny_folder, tiny_dataset_folder, tmp_path):
     out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", carbon_country="BRA")
     energy = json.loads((out / "run.json").read_text(encoding="utf-8"))["energy"]

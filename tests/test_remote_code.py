@@ -69,6 +69,7 @@ def elsewhere(tmp_path):
     return {"env": environment, "cwd": tmp_path / "elsewhere"}
 
 
+@pytest.mark.slow
 def test_without_the_package(tiny_folder, tiny_model, tiny_processor, elsewhere, tmp_path):
     # -I: not even the folder of an editable install is on the path
     hide = "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]\n"

@@ -221,6 +221,7 @@ def test_many_shards_are_few_open_files(tmp_path):
     assert np.array_equal(np.stack(cache.arrays), arrays) and list(cache.bad) == list(range(1, 90, 3))
 
 
+@pytest.mark.slow
 def test_tasks_one_after_the_other(tiny_folder, folder, tmp_path, small_shards, monkeypatch):
     """One that fails leaves the others at work, and is named; more tasks than shards is no fault."""
     more = flags(tiny_folder, folder, tmp_path / "r.json", "--tasks", "9", "--cache_dir", tmp_path / "cache")

@@ -282,6 +282,7 @@ def test_thumbnails_of_every_mode(mode):
 # --- Answers ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_captions_and_two_models(embedder, tmp_path):
     made_space.save_dataset(tmp_path / "d")
     album = open_album(open_pictures(str(tmp_path / "d")), tmp_path / "cache")

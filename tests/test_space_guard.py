@@ -419,6 +419,7 @@ def test_sessions_are_bounded(page):
 # --- How long --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_picture_that_takes_too_long_is_given_up(page, upload):
     page.ask("search_by_image", upload, 6)  # the process that decodes has started
     slow = {"path": page.upload(slow_jpeg(), "a.jpg")}
@@ -480,6 +481,7 @@ def test_turns(monkeypatch):
     asyncio.run(visits())
 
 
+@pytest.mark.slow
 def test_the_decoding_process_gives_the_same_image():
     decode = decoder.Decoder()
     try:

@@ -184,6 +184,7 @@ def test_disk_full_while_saving_leaves_nothing(tiny_folder, tiny_dataset_folder,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, tmp_path):
     """By torchrun, with dropout: the same batches, one contrastive loss, one folder."""
     for number, name in ((1, "one"), (2, "two")):

@@ -347,6 +347,7 @@ def test_languages_are_google_s(service):
     assert service.requests == [], "to ask for the languages costs nothing"
 
 
+@pytest.mark.slow
 def test_the_key_is_nowhere(service, caplog, capfd, monkeypatch):
     caplog.set_level(logging.DEBUG)
     secret = "AIza/wrong+key=%41'\"<&>"
