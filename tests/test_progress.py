@@ -11,6 +11,8 @@ import termios
 import textwrap
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = textwrap.dedent(
     """
