@@ -75,6 +75,7 @@ def finished_ranks(output: Path, record: dict[str, Any], world_size: int) -> lis
 
 
 def part_path(output: Path, split: str, part: range) -> Path:
+    """The file of the rows of a part."""
     return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
 
 

@@ -121,6 +121,7 @@ def _state(step: Step) -> str:
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
+    """The command; ends with 1 where tasks have failed."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         folder = build(parse(BuildArguments, __doc__, argv))

@@ -43,6 +43,7 @@ class Step:
 
     @property
     def title(self) -> str:
+        """Stage and split, for messages."""
         return f"{self.args.output.parent.name}, {self.args.split}"
 
     @property
@@ -61,6 +62,7 @@ class Plan:
     card: dict[str, Any]  # facts of the card that only people know
 
     def all_steps(self) -> list[Step]:
+        """The steps of all splits, in the order in which they run."""
         return [step for steps in self.steps.values() for step in steps]
 
 

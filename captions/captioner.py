@@ -38,6 +38,7 @@ class DrawnTokens(LogitsProcessor):
         self.top_p = TopPLogitsWarper(decoding.top_p) if decoding.top_p < 1 else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(texts, vocabulary), all but the token that is drawn at minus infinity."""
         scores = scores.float() / self.temperature  # (texts, vocabulary)
         if self.top_p:
             scores = self.top_p(input_ids, scores)
@@ -55,6 +56,7 @@ class FiniteScores(LogitsProcessor):
         self.broken = torch.zeros(texts, dtype=torch.bool, device=device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """The scores, unchanged."""
         self.broken |= scores.isnan().any(-1)
         return scores
 
@@ -180,6 +182,7 @@ class RoomyLayer(DynamicLayer):
         self.update(*(s[images] for s in states))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of a step put behind the others, (texts, heads, positions, head width) each."""
         start, self.length = self.length, self.length + key_states.shape[-2]
         for whole, states in zip(self.whole, (key_states, value_states), strict=True):
             whole[:, :, start : self.length] = states
@@ -200,6 +203,7 @@ class Blip2Captioner(Captioner):
 
     @property
     def writer(self) -> PreTrainedModel:
+        """The language model."""
         return self.model.language_model
 
     def encode(self, pixel_values: Tensor) -> tuple[Tensor, DynamicCache | None]:
@@ -212,11 +216,13 @@ class Blip2Captioner(Captioner):
         return blocks, cache
 
     def prompt(self, prefix: str) -> list[int]:
+        """The token ids of a prefix."""
         return self.tokenizer(prefix)["input_ids"]
 
     def continued(
         self, encoded: tuple[Tensor, DynamicCache | None], images: Tensor, prompts: list[list[int]], **options: Any
     ) -> Tensor:
+        """Token ids (texts, new tokens) that follow each prompt; `images` is the number of each text's image."""
         blocks, cache = encoded
         ids, mask = self.padded(prompts, left=cache is not None)
         embeds = self.model.get_input_embeddings()(ids).to(blocks.dtype)

@@ -141,6 +141,7 @@ class GenerateProcess:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     stage_main(GenerateArguments, __doc__, argv)
 
 

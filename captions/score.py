@@ -42,6 +42,7 @@ class ScoreProcess:
     files: ImageFiles = BYTES_ALONE
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+        """The new column of each row, or what is wrong with the row."""
         captions = [[text for column in self.columns for text in row.get(column) or []] for row in rows]
         images = by_threads(self._image, rows, captions)
         good = [place for place, image in enumerate(images) if not isinstance(image, BadRow)]
@@ -98,6 +99,7 @@ PHASES = {"rows": Phase(score, finished_row_tasks, uses_model=True)}
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     stage_main(ScoreArguments, __doc__, argv)
 
 

@@ -62,6 +62,7 @@ class Selection:
         return self.chosen(row), scored, scored[0][1] if row.get(self.captions) else None
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any] | BadRow]:
+        """The new columns of each row, or what is wrong with the row."""
         return [self._new_columns(row) for row in rows]
 
     def _new_columns(self, row: dict[str, Any]) -> dict[str, Any] | BadRow:
@@ -111,6 +112,7 @@ PHASES = {"rows": Phase(select_rows, finished_row_tasks), "report": Phase(write_
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command; says where the report is."""
     args = stage_main(SelectArguments, __doc__, argv)
     if args is not None:
         print(f"Report with pictures: {args.output / REPORT}")

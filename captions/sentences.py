@@ -60,6 +60,7 @@ class SentenceFile:
         self._fingerprint = digest_of([SENTENCES_VERSION, len(source), source.fingerprint(), columns])
 
     def fingerprint(self) -> str:
+        """Of what the sentences were collected from."""
         return self._fingerprint
 
     def is_there(self) -> bool:

@@ -87,6 +87,8 @@ class Decoding:
 
 @dataclass
 class GenerateArguments(Decoding, StageArguments):
+    """Arguments of `captions.generate`."""
+
     module = "captions.generate"
     model: str = flag(
         "Salesforce/blip2-opt-2.7b-coco",
@@ -107,6 +109,8 @@ class GenerateArguments(Decoding, StageArguments):
 
 @dataclass
 class ScoreArguments(StageArguments):
+    """Arguments of `captions.score`."""
+
     module = "captions.score"
     language: str = flag("pt", "Language of the captions, the end of their columns' names.")
     model: str | None = flag(
@@ -126,11 +130,14 @@ class ScoreArguments(StageArguments):
         at_least(self, 1, "embedding_batch_size")
 
     def needed_columns(self) -> list[str]:
+        """Columns of captions, of which one must be there."""
         return [f"captions-{self.language}", f"generated-captions-{self.language}"]
 
 
 @dataclass
 class SelectArguments(CaptionChoice, StageArguments):
+    """Arguments of `captions.select`."""
+
     module = "captions.select"
     language: str = flag("pt", "Language of the captions, the end of their columns' names.")
 
@@ -143,12 +150,15 @@ class SelectArguments(CaptionChoice, StageArguments):
         return [f"{name}-{self.language}" for name in ("captions", "generated-captions", "similarities")]
 
     def needed_columns(self) -> list[str]:
+        """Columns of captions, and of similarities where they decide, of which one must be there."""
         scored = self.caption_strategy in WITH_SIMILARITIES or self.min_pair_similarity is not None
         return self.columns()[2:] if scored else self.columns()[:2]
 
 
 @dataclass
 class BuildArguments(ExecutorArguments):
+    """Arguments of `captions.build`."""
+
     gone = GONE
     config: Path = flag(..., "YAML file of the stages, such as configs/captions_pt.yaml.")
     dataset: str | None = flag(None, "The images, in any form that a stage takes; goes before the config's.")

@@ -132,6 +132,7 @@ PHASES = {
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command; prints what the quality report says."""
     args = stage_main(TranslateArguments, __doc__, argv, translate)
     if args is not None:
         print(write_quality_report(args.output, args.language))

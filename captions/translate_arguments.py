@@ -15,6 +15,8 @@ KINDS = ("captions", "generated-captions")  # the authors' names, before the lan
 
 @dataclass(kw_only=True)
 class TranslateArguments(GoogleArguments, StageArguments):
+    """Arguments of `captions.translate`."""
+
     module = "captions.translate"
     language: str = flag(..., "To translate into: pt, hi, xh, es, yo, zh-Hant, …; also the ending of the new columns.")
     source_language: str = flag("en", "Of the captions that are there.")
@@ -105,10 +107,12 @@ class TranslateArguments(GoogleArguments, StageArguments):
 
     @property
     def sentences_at_once(self) -> int:
+        """Sentences in one call of the translator."""
         return self.batch_size or (32 if self.backend == "transformers" else 128)
 
     @property
     def memory_folder(self) -> Path:
+        """Where translations are kept for later builds."""
         return self.memory or self.output.with_name(self.output.name + ".memory")
 
     @property
@@ -122,4 +126,5 @@ class TranslateArguments(GoogleArguments, StageArguments):
         return self.work_folder / "parts"
 
     def needed_columns(self) -> list[str]:
+        """Columns of captions in the source language, of which one must be there."""
         return [f"{kind}-{self.source_language}" for kind in KINDS]

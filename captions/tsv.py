@@ -115,6 +115,7 @@ class FileTranslator:
         self.fingerprint = {"backend": "file", "sha256": digest, "target": language}
 
     def translate(self, sentences: list[str]) -> list[str]:
+        """The table's translation of each sentence."""
         return [self._translations[sentence] for sentence in sentences]
 
 

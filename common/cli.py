@@ -260,12 +260,15 @@ class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptio
         self._command = prog.removeprefix("python -m ").removesuffix(".py")
 
     def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        """As argparse's, in the language of the locale."""
         super().add_usage(usage, actions, groups, prefix or in_locale("usage: "))
 
     def add_text(self, text: str | None) -> None:
+        """As argparse's, in the language of the locale."""
         super().add_text(text and in_locale(text, self._command, "description"))
 
     def start_section(self, heading: str) -> None:
+        """As argparse's, in the language of the locale."""
         super().start_section(in_locale(heading))
 
     def _get_help_string(self, action: argparse.Action) -> str:

@@ -88,9 +88,11 @@ class Work:
 
     @property
     def package(self) -> str:
+        """The room that the work is of."""
         return self.module.partition(".")[0]
 
     def definition(self) -> Phase:
+        """What the module says of the phase."""
         return import_module(self.module).PHASES[self.phase]
 
 
@@ -240,6 +242,7 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
     """
 
     def run(self) -> None:
+        """Do the tasks that are not done yet, on this machine's processes."""
         self.run_before()
         self.note_finished()
         ranks = self.get_incomplete_ranks()
@@ -309,6 +312,7 @@ class SlurmExecutor(_Executor, SlurmPipelineExecutor):
     """Submits a job array, which starts when the jobs it depends on are done."""
 
     def launch_job(self) -> None:
+        """Submit the job array. Raises ValueError where there is no sbatch, or it refuses."""
         if shutil.which("sbatch") is None:
             raise ValueError(
                 "--executor slurm needs sbatch, which this machine lacks. Run it where jobs are submitted."
@@ -336,6 +340,7 @@ class RayExecutor(_Executor, RayPipelineExecutor):
     """Tasks on the Ray cluster of RAY_ADDRESS or of this machine; without one, a cluster of this machine alone."""
 
     def run(self) -> None:
+        """Do the tasks that are not done yet, on the Ray cluster."""
         require("--executor ray", "ray", "ray")
         import ray
 

@@ -44,6 +44,7 @@ class ExecutorArguments:
         return self.logging_dir or self.output.with_name(self.output.name + ".logs")
 
     def check_executor(self) -> None:
+        """Raise ValueError where a flag of the executor breaks its rule."""
         at_least(self, 1, "tasks", "workers", "cpus_per_task", "mem_per_cpu_gb")
         at_least(self, 0, "gpus_per_task")
         if self.executor != "local" and self.tasks is None:

@@ -91,6 +91,7 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
 
 
 def evaluate(args: ClassificationArguments) -> list[Record]:
+    """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark, args.protocol, args.language, args.authors_file)
     data = load_split(args, args.split, prompts.names_en, prompts.indices)

@@ -150,6 +150,8 @@ class SuiteArguments(EmbeddingArguments):
 
 @dataclass
 class ReportArguments:
+    """Arguments of `eval.report`."""
+
     results: Path = field(metadata={"positional": True, "help": "Folder of result files, those of folders in it too."})
     output: Path = field(metadata={"help": "Folder of the report: index.html and PNGs. Must be missing or empty."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the output folder."})

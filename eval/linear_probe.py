@@ -45,6 +45,7 @@ class Features:
     labels: np.ndarray
 
     def subset(self, rows: np.ndarray) -> "Features":
+        """The features of some images."""
         return Features(self.embeds[rows], self.labels[rows])
 
 
@@ -110,6 +111,7 @@ def _best_penalty(train: Features, validation: Features) -> float:
 
 
 def evaluate(args: LinearProbeArguments) -> list[Record]:
+    """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
     splits = [args.train_split, args.validation_split, args.split]

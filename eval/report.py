@@ -77,6 +77,7 @@ def series_of(found: Found) -> list[Series]:
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
+    """The command; says what was left out and where the page is."""
     args = parse(ReportArguments, __doc__, argv)
     found = write_report(args.results, args.output, args.overwrite_output_dir)
     for name, reason in found.unread + found.problems:

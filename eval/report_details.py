@@ -58,6 +58,7 @@ class ClassRow:
         return BarRow(one_line(self.name, 30), *(values if role == "capivara" else values[::-1]), 1 / classes)
 
     def cells(self) -> list[str]:
+        """The row as texts."""
         accuracies = ["–" if value is None else f"{100 * value:.1f}" for value in (self.before, self.after)]
         return [one_line(self.name, 80), f"{self.images:.0f}", *accuracies, points(self.gain)]
 

@@ -209,10 +209,12 @@ def protocol_pairs(series: list[Series]) -> list[tuple[Series, Series]]:
 
 
 def metric_name(c: Condition) -> str:
+    """The short name of a metric."""
     return METRIC_NAMES.get(c.metric, c.metric)
 
 
 def title_of(c: Condition) -> str:
+    """The title of a group of figures."""
     if c.task == "retrieval":
         return f"Retrieval, {c.dataset}{f', captions in {c.language}' if c.language else ''}, split {c.split}"
     prompts = f", prompts in {c.language}" if c.language else ""
@@ -246,6 +248,7 @@ def model_label(role: str, folder: str, folders: set[str]) -> str:
 
 
 def shorten_lines(text: str, limit: int = 28) -> str:
+    """Each line cut at `limit` letters."""
     return "\n".join(one_line(line, limit) for line in text.split("\n"))
 
 

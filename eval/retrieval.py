@@ -145,6 +145,7 @@ class RetrievalData:
 
     @cached_property
     def images(self) -> ImageRows:
+        """The images of all rows."""
         return self.images_of(range(len(self.captions)))
 
     def images_of(self, rows: range) -> ImageRows:
@@ -165,6 +166,7 @@ class RetrievalData:
         return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
 
     def first(self, rows: int) -> "RetrievalData":
+        """The first rows alone."""
         return RetrievalData(self.source, self.captions[:rows], self.image_column)
 
 

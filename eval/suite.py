@@ -182,6 +182,7 @@ def listing(args: SuiteArguments, suite: str) -> str:
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     args = parse(SuiteArguments, __doc__, argv)
     if args.list_benchmarks:
         print(listing(args, args.suite))

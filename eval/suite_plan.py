@@ -24,6 +24,7 @@ class Model:
 
     @property
     def suffix(self) -> str:
+        """Of the names of its result files."""
         return "baseline" if self.role == "baseline" else f"{self.role}-{self.run}"
 
 

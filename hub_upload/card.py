@@ -49,6 +49,8 @@ SHOWN = 120  # letters of a line in a message
 
 @dataclass
 class CardArguments:
+    """Arguments of `hub_upload.card`."""
+
     model: Path | None = flag(None, "Folder of a finished run, or a repository made from it; its card is written.")
     repo_id: str | None = flag(
         None, "Hub id, owner/name, that the card's code loads; without it, the folder by its name, from the one above."
@@ -195,6 +197,7 @@ def _read(path: Path) -> str:
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     args = parse(CardArguments, __doc__, argv)
     if args.check is None:
         path = write_card(args.model, args.repo_id, args.language, args.output)

@@ -46,6 +46,7 @@ logger = logging.getLogger("capivara")
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args = parse(ExportArguments, __doc__, argv)

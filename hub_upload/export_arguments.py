@@ -10,6 +10,8 @@ FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
 
 @dataclass
 class ExportArguments:
+    """Arguments of `hub_upload.export`."""
+
     model: Path = flag(..., "Folder of a CAPIVARA model, as a training run or `save_pretrained` leaves it.")
     output: Path = flag(..., "Folder of the repository. Must be missing or empty.")
     formats: str = flag(

@@ -49,6 +49,7 @@ class Tower(nn.Module):
     def forward(
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
     ) -> Tensor:
+        """(rows, projection_dim), unit length, of the texts or of the images."""
         return self.model(input_ids, attention_mask, pixel_values)[self.output]
 
 

@@ -49,6 +49,7 @@ def push(planned: PushPlan) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     try:
         args = parse(PushArguments, __doc__, argv, hide=hub.plain)
         with program_limit(args.deadline_hours):

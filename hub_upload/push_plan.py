@@ -27,6 +27,8 @@ SHOWN = 20  # names of one kind
 
 @dataclass
 class PushArguments:
+    """Arguments of `hub_upload.push`."""
+
     model: Path = flag(..., "Folder to send: of a model or, with --repo-type dataset, of a data set.")
     repo_id: str = flag(..., "Repository on the Hub, owner/name. It is made where there is none.")
     push: bool = flag(False, "Send it. Without this flag nothing is changed on the Hub.")

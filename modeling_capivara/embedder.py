@@ -47,13 +47,16 @@ class CapivaraEmbedder:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.model.device
 
     def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor:
+        """(images, width), `batch_size` at once."""
         with _autocast(self):
             return embed_images(self.model, self.processor, images, batch_size, on_batch=on_batch)
 
     def texts(self, texts: Sequence[str], batch_size: int = 64, on_batch: OnBatch = None) -> Tensor:
+        """(texts, width), `batch_size` at once."""
         with _autocast(self):
             return embed_texts(self.model, self.processor, texts, batch_size, on_batch=on_batch)
 
@@ -71,12 +74,15 @@ class PlainEmbedder:
 
     @property
     def image_fingerprint(self) -> str:
+        """That of the whole model: which part the images need is not known."""
         return self.fingerprint
 
     def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor:
+        """(images, width), `batch_size` at once."""
         return self._embedded(images, self.encode_images, batch_size, on_batch)
 
     def texts(self, texts: Sequence[str], batch_size: int = 64, on_batch: OnBatch = None) -> Tensor:
+        """(texts, width), `batch_size` at once."""
         return self._embedded(texts, self.encode_texts, batch_size, on_batch)
 
     @torch.inference_mode()

@@ -91,6 +91,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
         self.config.auto_map = auto_map  # a `CapivaraModel` of the same configuration must not name this class
 
     def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding of the image tower."""
         return self.vision_model.get_input_embeddings()
 
     @can_return_tuple

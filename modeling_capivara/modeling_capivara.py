@@ -42,6 +42,7 @@ class CapivaraOutput(ModelOutput):
     pooler_output: Tensor | None = None
 
     def to_tuple(self) -> tuple:
+        """As transformers' own CLIPOutput: the outputs of the towers become tuples, too."""
         return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
@@ -78,9 +79,11 @@ class CapivaraModel(CapivaraPreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
+        """The word embeddings of the text tower."""
         return self.text_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the word embeddings of the text tower."""
         self.text_model.set_input_embeddings(value)
 
     @can_return_tuple

@@ -22,6 +22,7 @@ class InertObject:
     """Stands in for the classes of a training program's settings: takes any arguments and any state, keeps nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Takes and drops all arguments."""
         return object.__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -35,6 +36,7 @@ class InertDict:
     """Stands in for kinds of dictionaries. torch fills items into nothing but `dict` and `OrderedDict` themselves."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict:
+        """Takes and drops all arguments."""
         return OrderedDict()
 
 

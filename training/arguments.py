@@ -295,6 +295,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
             raise ValueError(f"dataset_weights must be above 0, got {self.dataset_weights}.")
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
 
 

@@ -65,10 +65,12 @@ class Checkpoints:
         self.folder, self.keep_last, self.accelerator = folder, keep_last, accelerator
 
     def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, the lowest first."""
         names = [NAME.fullmatch(path.name) for path in self.folder.glob("step-*")]
         return sorted(int(match[1]) for match in names if match)
 
     def path(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
         return self.folder / f"step-{step:08d}"
 
     def clean(self) -> None:

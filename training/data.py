@@ -35,6 +35,7 @@ class Split:
         return decode_image(self.source.row(self.table[int(pair)]["row"])[self.image_column], self.source.files)
 
     def captions(self) -> list[list[str]]:
+        """The captions of each image."""
         return self.table["captions"][:]
 
     @property
@@ -112,6 +113,7 @@ def evaluation_split(args: RunArguments, split: str, languages: list[str]) -> di
 
 
 def caption_column(args: RunArguments, language: str) -> str:
+    """The column of the captions in a language."""
     return args.caption_column.replace("{language}", language)
 
 
@@ -201,6 +203,7 @@ class Planner:
     seed: int
 
     def __call__(self, step: int) -> StepPlan:
+        """The pairs of a step, counted from 0."""
         sources, pairs, texts = [], [], []
         for number, (captions, count) in enumerate(zip(self.captions, self.counts, strict=True)):
             seed = self.seed + (number << 32)  # the first data set is drawn from as if it were alone

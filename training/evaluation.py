@@ -47,6 +47,7 @@ def embed_test(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict
 
 
 def baseline_records(args: RunArguments, baseline: dict[str, RetrievalEmbeddings]) -> list[Record]:
+    """The base model's figures in each language."""
     records = []
     for language, embeddings in baseline.items():
         records += retrieval_records(embeddings, **_record_fields(args, language, "baseline", args.model, None))

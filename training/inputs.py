@@ -58,6 +58,7 @@ class Inputs:
 
 
 def cache_root(args: RunArguments) -> Path:
+    """Where image embeddings are kept."""
     if args.image_embedding_cache not in ("auto", "off"):
         return Path(args.image_embedding_cache)
     return cache_home() / "image_embeddings"

@@ -41,6 +41,7 @@ def interpolate(base: str, trained: str, share: float, output: Path) -> None:
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     args = parse(InterpolateArguments, __doc__, argv)
     interpolate(args.base, args.trained, args.share, args.output)
     print(f"Written to {args.output}.")

@@ -73,6 +73,7 @@ def micro_batches(processor: CapivaraProcessor, captions: Sequence[str], size: i
 
 
 def padding_share(batches: Sequence[MicroBatch]) -> float:
+    """Share of the tokens that are padding, 0 to 1."""
     kept = sum(int(batch.attention_mask.sum()) for batch in batches)
     return 1 - kept / sum(batch.attention_mask.numel() for batch in batches)
 

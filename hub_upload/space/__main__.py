@@ -35,6 +35,8 @@ PACKAGES = ("gradio", "accelerate", "datasets")  # of the extra `app`
 
 @dataclass
 class SpaceArguments(ImageFileArguments):
+    """Arguments of `hub_upload.space`."""
+
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model.")
     compare: str | None = flag(None, "A second model, whose answers are shown beside the first's.")
     pictures: str = flag(
@@ -91,6 +93,7 @@ def load_demo(args: SpaceArguments) -> "Demo":
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     args = parse(SpaceArguments, __doc__, argv)
     try:
         run(args)

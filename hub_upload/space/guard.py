@@ -53,6 +53,7 @@ class Guard:
         self._places = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or refuse it with a status and a reason."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
