@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.captions import sentences, write_rows
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
 from captions.tsv import unescape
-from common.cli import at_least, flag, parse
+from common.cli import at_least, flag, parse, user_errors
 
 
 @dataclass
@@ -39,6 +39,7 @@ class EngineArguments:
             raise ValueError(f"old_tree must be a checkout of this project, got {self.old_tree}.")
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the ratios."""
     args = parse(EngineArguments, __doc__, argv)

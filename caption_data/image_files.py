@@ -85,13 +85,12 @@ class ImageFileArguments:
     )
 
     def check_image_files(self) -> None:
-        """Raise ValueError where a root is no folder or the limit below 1; PIL's own limit is raised to ours."""
+        """Raise ValueError where a root is no folder or the limit below 1."""
         self.image_roots = [Path(root).expanduser() for root in self.image_roots]
         for root in self.image_roots:
             if not root.is_dir():
                 raise ValueError(f"image_roots must be folders that are there, got {root}.")
         at_least(self, 1, "max_pixels")
-        PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, self.max_pixels)  # PIL has a limit of its own
 
     def limits(self) -> dict[str, Any]:
         """As keyword arguments of `caption_data.sources.open_source`."""
@@ -160,6 +159,8 @@ def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image
     """The file, and the image with nothing but its header decoded."""
     data = _read(row_image, files)
     name = _name(row_image, data)
+    # PIL's own limit gives way to ours; here, since a task of an executor has flags that were checked elsewhere.
+    PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, files.max_pixels)
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
     except PIL.UnidentifiedImageError as error:

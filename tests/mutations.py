@@ -33,6 +33,8 @@ def main() -> None:
     mutations = [
         m for m in yaml.safe_load((ROOT / "tests/mutations.yaml").read_text()) if m["file"].startswith(args.only)
     ]
+    if not mutations or not args.tests.is_dir():
+        sys.exit(f"error: no mutation's file starts with {args.only!r}, or {args.tests} is no folder.")
     for mutation in mutations:
         if (count := (ROOT / mutation["file"]).read_text(encoding="utf-8").count(mutation["find"])) != 1:
             sys.exit(f"error: {mutation['file']} holds {mutation['find']!r} {count} times, expected once.")
