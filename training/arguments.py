@@ -127,6 +127,12 @@ class Trained:
         "Regular expressions: parameters whose whole name one of them matches are left as they are, such "
         r"as 'text_model\.embeddings\..*'.",
     )
+    trained_vocabulary: Literal["used", "all"] | None = flag(
+        None,
+        "Rows of the word embeddings that are trained: used = those of the tokens in the training captions, with "
+        "the weights of `all` in less time and memory, as long as there is no weight_decay (it moves unused rows, too); "
+        "all = the whole table. used without a weight_decay, else all, where none is given.",
+    )
     gradient_checkpointing: bool = flag(
         False, "Recompute each layer in the backward pass: less memory, a third more time."
     )
@@ -143,6 +149,15 @@ class Trained:
         "Weights of the saved model: this share of the trained ones, 0 to 1, and the rest of the base "
         "(WiSE-FT). Below 1 more of what the base knew is kept.",
     )
+
+    def choose_vocabulary(self, weight_decay: float) -> None:
+        """Fill in `trained_vocabulary`. Raises ValueError for `used` with a decay, which would not be what `all` is."""
+        if self.trained_vocabulary == "used" and weight_decay:
+            raise ValueError(
+                "trained_vocabulary: used leaves the rows of unused tokens as they are, but a weight_decay of "
+                f"{weight_decay:g} moves them, too. Use --trained_vocabulary all, or --weight_decay 0."
+            )
+        self.trained_vocabulary = self.trained_vocabulary or ("all" if weight_decay else "used")
 
 
 @dataclass
@@ -263,6 +278,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name):g}.")
         if self.runs > 1 and self.resume not in (None, "auto"):
             raise ValueError(f"The checkpoint {self.resume} is of one run, not of {self.runs}. Use --resume auto.")
+        self.choose_vocabulary(self.weight_decay)
         self.check_hub(self.runs)
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 

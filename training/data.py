@@ -1,6 +1,6 @@
 """Which pairs a step trains on: a function of seed and step alone, so that a run can resume at any step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -201,6 +201,12 @@ class Planner:
     micro_batch_size: int  # texts of a micro-batch
     augmented_views: int  # of every image
     seed: int
+
+    def texts(self) -> Iterator[str]:
+        """All texts that a step may draw."""
+        for captions in self.captions:
+            for texts in captions:
+                yield from texts
 
     def __call__(self, step: int) -> StepPlan:
         """The pairs of a step, counted from 0."""
