@@ -597,7 +597,7 @@ def recalls(monkeypatch, values: list[float]) -> None:
     left = iter(values)
 
     def validate(args, model, inputs):
-        return dict.fromkeys(("text_to_image", "image_to_text"), next(left)) | {"loss": 1.0}
+        return {"validation": dict.fromkeys(("text_to_image", "image_to_text"), next(left)) | {"loss": 1.0}}
 
     monkeypatch.setattr(train_accelerate, "validate", validate)
 
