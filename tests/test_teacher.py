@@ -246,7 +246,9 @@ def test_a_run_on_parallel_text_alone(base_folder, tiny_dataset_folder, tmp_path
 def test_leaks_and_small_texts_end_a_run_before_any_work(base_folder, tiny_dataset_folder, tmp_path, monkeypatch):
     leak = lines(tmp_path / "leak.jsonl", [*PAIRS, {"pt": "foto 1 azul verde", "en": "something"}])
     taught = {"text_teacher": "base", "parallel_batch_size": 4, "image_embedding_cache": tmp_path / "none"}
-    with pytest.raises(SystemExit, match=r"'foto 1 azul verde', row 9 of .*is a caption of the split '(validation|test)' in 'pt'"):
+    with pytest.raises(
+        SystemExit, match=r"'foto 1 azul verde', row 9 of .*is a caption of the split '(validation|test)' in 'pt'"
+    ):
         train_accelerate.main(flags(base_folder, tiny_dataset_folder, tmp_path / "o", parallel_text=leak, **taught))
     few = lines(tmp_path / "few.jsonl", PAIRS[:3])
     with pytest.raises(SystemExit, match="exceeds the 3 usable pairs"):
