@@ -55,7 +55,6 @@ def test_a_log_gets_lines_now_and_then():
     assert not lines
 
 
-@pytest.mark.slow
 def test_a_terminal_gets_bars():
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows and columns
