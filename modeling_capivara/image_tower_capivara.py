@@ -89,10 +89,13 @@ def unit_length(features: Tensor) -> Tensor:
     return nn.functional.normalize(features.float(), dim=-1)
 
 
-def check_truncate_dim(dim: int | None, width: int) -> None:
-    """Raise ValueError unless an embedding of `width` numbers has a first `dim` of them; None stands for all."""
+def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:
+    """Raise ValueError, about the argument `name`, unless embeddings of `width` numbers have a first `dim` of them.
+
+    None stands for all.
+    """
     if dim is not None and not 1 <= dim <= width:
-        raise ValueError(f"truncate_dim must be from 1 to the embedding's width, {width}, got {dim}.")
+        raise ValueError(f"{name} must be from 1 to the embedding's width, {width}, got {dim}.")
 
 
 def check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: str) -> None:
