@@ -42,12 +42,12 @@ def make_batch(trained_images: bool, size: int = MICRO):
     return batches, None if trained_images else embeds
 
 
-def gradients_of(model, accelerator, batches, image_embeds, accumulation="recompute"):
+def gradients_of(model, accelerator, batches, image_embeds, accumulation="recompute", dims=()):
     """Loss and gradients of the engine, name -> tensor."""
     prepared = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, no wrapper
     own = [batch for batch in batches if batch.index % accelerator.num_processes == accelerator.process_index]
     with sparse_embedding_gradients(model, min_rows=0):
-        step = ExactStep(prepared, model.logit_scale, accelerator, SEED, accumulation)
+        step = ExactStep(prepared, model.logit_scale, accelerator, SEED, accumulation, dims)
         report = step(STEP, own, len(CAPTIONS), image_embeds)
     scale = accelerator.scaler.get_scale() if accelerator.scaler else 1
     return report, {n: p.grad.clone() / scale for n, p in model.named_parameters() if p.grad is not None}

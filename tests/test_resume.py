@@ -189,6 +189,7 @@ VARIANTS = {
     "recomputed": {"accumulation": "recompute"},
     "checkpointing": {"gradient_checkpointing": "true"},
     "all captions": {"language": "en", "eval_languages": "en"},
+    "prefixes": {"matryoshka_dims": [12, 8], "interpolate": 0.5},
 }
 
 

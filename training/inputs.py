@@ -1,11 +1,14 @@
 """What a run starts from, checked: model, processor, splits and images; what is quick to fail comes first."""
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 
 from caption_data.embedding_cache import cache_home
@@ -13,13 +16,18 @@ from caption_data.pairs import check_bad_share
 from caption_data.rows import Skipped, write_skipped
 from common.files import check_free_space
 from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.configuration_capivara import checked_widths
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
 from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
 from training.images import TrainingImages, build_cache, cached_embeds, loading_workers
+from training.matryoshka import load_rotation, principal_rotation, rotate_, save_rotation
+from training.run_folder import can_resume
 from training.trainable import prepare_trainable
-from training.views import Views, bad_images, check_images
+from training.views import Views, bad_images, check_images, embed_pixels
+
+ROTATION_IMAGES = 2**14  # that the principal axes are taken of; a covariance of 512 dimensions needs no more
 
 
 @dataclass
@@ -37,6 +45,21 @@ class Inputs:
     test_embeds: Tensor  # (images, width) by the base's image tower, float32
     skipped: list[Skipped]  # training rows that were left out
     base_digest: str  # of the base's weights
+    rotation: Tensor | None = None  # (width, width), of the space that is trained in, not of `base` and `test_embeds`
+
+    def turn(self, rotation: Tensor) -> None:
+        """Turn the space that is trained in, once: models that start, and what they are trained and validated on."""
+        self.rotation = self.images.rotation = rotation
+        if self.validation_embeds is not None:
+            self.validation_embeds = self.validation_embeds @ rotation.T
+
+    def start_model(self, args: RunArguments) -> CapivaraModel:
+        """The model that a training starts from: the base, turned where its space is."""
+        model = load_model(args.model)
+        if self.rotation is not None:
+            rotate_(model, self.rotation)
+        model.config.matryoshka_dims = checked_widths(args.matryoshka_dims, model.config.projection_dim) or None
+        return model
 
     def planner(self, args: RunArguments, seed: int) -> Planner:
         """What draws the batches of a run with this seed."""
@@ -73,6 +96,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     """
     processor = load_processor(args.model)
     base = load_model(args.model)
+    checked_widths(args.matryoshka_dims, base.config.projection_dim)  # before any long work
     trial = load_model(args.model)
     prepare_trainable(trial, args)  # its names match, before any long work
     check_free_space(output_dir, _bytes_of_run(args, trial))
@@ -105,6 +129,42 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         skipped=skipped,
         base_digest=weights_digest(base),
     )
+
+
+def turn_space(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:
+    """Where prefixes are trained beside a frozen image tower, turn the space of a run to its images' principal axes.
+
+    The rotation is in the run's `folder` from then on. A run that is resumed reads its own: on another machine the axes
+    of equal variance may come out otherwise.
+    """
+    if not args.matryoshka_dims or args.towers == "both":
+        return
+    first = folder if args.resume in (None, "auto") else Path(args.resume).parent.parent  # checkpoints/step-…
+    rotation = load_rotation(first) if can_resume(first) else None
+    if rotation is None:
+        rotation = principal_rotation(_sample_of_images(args, inputs, accelerator))
+    rotation = broadcast(rotation.to(accelerator.device)).cpu()  # the same to the bit in all processes
+    if accelerator.is_main_process:
+        save_rotation(rotation, folder)
+    inputs.turn(rotation)
+
+
+def _sample_of_images(args: RunArguments, inputs: Inputs, accelerator: Accelerator) -> Tensor:
+    """(images, width), unit length: the first view of up to `ROTATION_IMAGES` training images, evenly spaced."""
+    starts = np.cumsum([0, *map(len, inputs.training)])
+    chosen = np.linspace(0, starts[-1] - 1, min(starts[-1], ROTATION_IMAGES)).astype(np.int64)
+    sources = np.searchsorted(starts, chosen, side="right") - 1
+    pairs, views = chosen - starts[sources], np.zeros_like(chosen)
+    if inputs.images.caches is not None:
+        return inputs.images.cached_embeds(sources, pairs, views)
+
+    def batches() -> Iterator[list[tuple[int, int, int]]]:
+        items = list(zip(sources.tolist(), pairs.tolist(), views.tolist(), strict=True))
+        for start in range(0, len(items), args.embedding_batch_size):
+            yield items[start : start + args.embedding_batch_size]
+
+    pixels = inputs.images.pixel_batches(batches(), loading_workers(args, accelerator))
+    return torch.cat([embed_pixels(inputs.base, batch, accelerator).cpu() for batch in pixels])
 
 
 def _training_images(

@@ -16,6 +16,7 @@ from common.cli import parse, run_command, user_errors
 from common.files import whole_folder
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import InterpolateArguments
+from training.matryoshka import load_rotation, rotate_, save_rotation
 from training.trainable import interpolate_weights
 
 
@@ -29,7 +30,10 @@ def interpolate(base: str, trained: str, share: float, output: Path) -> None:
         raise ValueError(f"share must be from 0 to 1, got {share:g}.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"The output folder {output} is not empty. Choose another one.")
-    model, base_state = load_model(trained), load_model(base).state_dict()
+    model, before, rotation = load_model(trained), load_model(base), load_rotation(trained)
+    if rotation is not None:  # the trained model's space is the base's, turned
+        rotate_(before, rotation)
+    base_state = before.state_dict()
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if shapes != {name: tensor.shape for name, tensor in base_state.items()}:
         raise ValueError(f"{trained} was not trained from {base}: their tensors differ in name or shape.")
@@ -37,6 +41,8 @@ def interpolate(base: str, trained: str, share: float, output: Path) -> None:
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
         load_processor(trained).save_pretrained(folder)
+        if rotation is not None:
+            save_rotation(rotation, folder)
 
 
 @user_errors

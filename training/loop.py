@@ -72,7 +72,9 @@ class Trainer:
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped, args))
         if resume:
             self.state = self.checkpoints.load(resume)
-        self.step = ExactStep(self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation)
+        self.step = ExactStep(
+            self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation, args.matryoshka_dims
+        )
         if not self.state.curve:
             self.state.curve.append({"step": 0, "validation": self._measured()})
         self.stopped_early = self._out_of_patience()  # of a run that was killed then

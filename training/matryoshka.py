@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from common.files import write_bytes
 from modeling_capivara import CapivaraModel
 from training.contrastive import ContrastiveGradients, contrastive_gradients
 
@@ -69,7 +70,7 @@ def rotate_(model: CapivaraModel, rotation: Tensor) -> None:
 
 def save_rotation(rotation: Tensor, folder: Path) -> None:
     """Write the rotation beside a model's weights."""
-    save_file({"rotation": rotation}, folder / ROTATION_FILE)
+    write_bytes(folder / ROTATION_FILE, save({"rotation": rotation}))
 
 
 def load_rotation(folder: str | Path) -> Tensor | None:

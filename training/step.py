@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling_capivara import CapivaraProcessor
-from training.contrastive import contrastive_gradients
+from training.matryoshka import matryoshka_gradients
 
 BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
@@ -100,6 +100,7 @@ class ExactStep:
     seed: int
     # "keep" the graphs of all micro-batches, "recompute" them all, or "auto": keep what fits
     accumulation: str = "auto"
+    dims: Sequence[int] = ()  # widths of the embeddings' prefixes that the loss is taken of, too
     budget: float | None = None  # bytes of graphs; found at the first step
     _costs: tuple[float, float] | None = field(default=None, repr=False)  # bytes a token, bytes a text
 
@@ -122,11 +123,12 @@ class ExactStep:
         trained_images = image_embeds is None
         if trained_images:
             image_embeds = self.gather_rows([image for _, image in outputs], own, pairs)
-        gradients = contrastive_gradients(
+        gradients = matryoshka_gradients(
             torch.cat([text.detach().float() for text, _ in outputs]) if outputs else image_embeds[:0],
             image_embeds.float(),
             self.logit_scale.detach(),
             own,
+            dims=self.dims,
             image_gradient=trained_images,
             gather=self._gather,
             total=self._total,
