@@ -39,10 +39,10 @@ from training.checkpoints import (
     checkpoint_to_resume,
 )
 from training.evaluation import baseline_records, draw_sheet, embed_test, trained_records, validate, write_results
-from training.inputs import Inputs, load_inputs, turn_space
+from training.inputs import Inputs, load_inputs
 from training.launch import create_accelerator, join_processes, set_up_logging, start_tracker
 from training.loop import Trainer
-from training.matryoshka import save_rotation
+from training.matryoshka import run_rotation, save_rotation
 from training.outputs import measure_energy, model_card, run_facts, save_step
 from training.run_folder import choose_output_dir, is_complete, remove_work_files, run_folder
 from training.step import resolve_precision
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> Path:
         check_settings_of_checkpoints(args, folder)
         prepare(args, accelerator)
         inputs = load_inputs(args, accelerator, output_dir)
-        turn_space(args, inputs, accelerator, folder)
+        if args.matryoshka_dims and args.towers == "text":
+            inputs.turn(run_rotation(args, inputs.base, inputs.images, accelerator, folder))
         start_tracker(args, accelerator)
         train_all_seeds(args, inputs, accelerator, folder)
         accelerator.wait_for_everyone()

@@ -152,6 +152,56 @@ class Trained:
 
 
 @dataclass
+class TextTeacher:
+    """A frozen text tower that the trained one is held to, so that a language that is known is not forgotten."""
+
+    _argument_group_name = "text teacher"
+
+    text_teacher: str | None = flag(
+        None,
+        "Hold each caption to what a frozen text tower makes of the caption that it translates: base = the model "
+        "before training; or the folder or Hub id of another one, as wide. None where none is given, as in the paper.",
+    )
+    teacher_language: str = flag("en", "Language that the teacher reads: column `captions-<language>`.")
+    teacher_weight: float = flag(1.0, "Weight of the teacher's loss; that of the images has 1.")
+    teacher_loss: Literal["contrastive", "cosine", "both"] = flag(
+        "contrastive",
+        "contrastive = each caption finds its own among all teacher's embeddings of the batch; cosine = 1 - cosine to "
+        "its own; both = their sum.",
+    )
+    anchor_share: float = flag(
+        0.0,
+        "Share of the pairs of a batch, 0 to below 1, whose caption is the one in the teacher's language: what keeps "
+        "the tower where it was for that language.",
+    )
+    parallel_text: str | None = flag(
+        None,
+        "Pairs of sentences without pictures, for the teacher alone: a JSONL, CSV or parquet file, or a data set, with "
+        "a column for each language, named by its code. Without a `dataset`, training is on these alone.",
+    )
+    parallel_batch_size: int = flag(256, "Sentence pairs of `parallel_text` in a batch, beside its images' pairs.")
+
+    def check_teacher(self, language: str) -> None:
+        """Raise ValueError where the options contradict one another, or a value is out of its range."""
+        at_least(self, 0, "teacher_weight")
+        between(self, 0, 1, "anchor_share")
+        if not self.teacher_weight < float("inf") or self.anchor_share == 1:
+            raise ValueError(
+                "teacher_weight must be a number, and anchor_share below 1 so that captions of the language are left; "
+                f"got {self.teacher_weight:g} and {self.anchor_share:g}."
+            )
+        if not self.text_teacher and (self.anchor_share or self.parallel_text):
+            name = "anchor_share" if self.anchor_share else "parallel_text"
+            raise ValueError(f"{name} needs a teacher: give --text_teacher base.")
+        if self.text_teacher and self.teacher_language == language:
+            raise ValueError(f"teacher_language is {language!r}, the language that is trained; give another one.")
+        if self.parallel_text:
+            at_least(self, 2, "parallel_batch_size")
+            if not self.teacher_weight:
+                raise ValueError("parallel_text is for the teacher alone, and teacher_weight is 0.")
+
+
+@dataclass
 class Output:
     """What is written, measured and kept, and when."""
 
@@ -222,19 +272,23 @@ class Hub:
             )
 
 
-GROUPS = (ModelAndData, Batch, Optimisation, Trained, Output, Hub)
+GROUPS = (ModelAndData, Batch, Optimisation, Trained, TextTeacher, Output, Hub)
 
 
 @dataclass
-class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
+class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, ModelAndData):
     """All arguments of a run, flat. Raises ValueError where a value breaks its rule."""
 
     def __post_init__(self) -> None:
         self.dataset = [self.dataset] if isinstance(self.dataset, str) else self.dataset
         self.dataset = [name.rstrip("/") or name for name in self.dataset]
-        for name in ("model", "dataset"):
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` is missing: give --{name}, or a --config that has it.")
+        if not self.model:
+            raise ValueError("`model` is missing: give --model, or a --config that has it.")
+        if not self.dataset and not (self.parallel_text and self.evaluation_dataset):
+            raise ValueError(
+                "`dataset` is missing: give --dataset, or a --config that has it. A training on --parallel_text alone "
+                "needs an --evaluation_dataset."
+            )
         at_least(self, 1, "micro_batch_size", "embedding_batch_size", "max_steps", "runs", "eval_steps", "save_steps")
         at_least(self, 1, "keep_last", "num_threads", "patience")
         at_least(self, 2, "effective_batch_size")
@@ -242,6 +296,8 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
         at_least(self, 0, "loading_workers")
         if any(width < 1 for width in self.matryoshka_dims):
             raise ValueError(f"matryoshka_dims must be at least 1, got {self.matryoshka_dims}.")
+        if self.matryoshka_dims and not self.dataset:
+            raise ValueError("matryoshka_dims are trained on images: give a --dataset of them, or no widths.")
         between(self, 0, 1, "max_bad_share", "interpolate", "lora_dropout")
         between(self, 1, 1024, "num_threads")
         if self.carbon_country is not None and not re.fullmatch(r"[A-Z]{3}", self.carbon_country):
@@ -250,6 +306,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
             )
         self.check_image_files()
         self.check_choice()
+        self.check_teacher(self.language)
         self._check_images()
         self._check_sources()
         self.evaluation_dataset = self.evaluation_dataset or self.dataset[0]
@@ -301,6 +358,12 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
             )
         if any(not 0 < weight < float("inf") for weight in self.dataset_weights):
             raise ValueError(f"dataset_weights must be above 0, got {self.dataset_weights}.")
+
+    @property
+    def texts_per_step(self) -> int:
+        """Texts of a whole batch: those with an image, and those of the parallel text."""
+        pairs = self.effective_batch_size if self.dataset else 0
+        return pairs + (self.parallel_batch_size if self.parallel_text else 0)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

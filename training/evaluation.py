@@ -24,14 +24,26 @@ from training.arguments import RunArguments
 from training.inputs import Inputs
 
 
-def validate(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict[str, float]:
-    """Mean recall of the validation split in each direction, a share from 0 to 1, and its loss in nats."""
+def validate(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict[str, dict[str, float]]:
+    """What is measured during training.
+
+    Returns:
+        `validation`: mean recall of the validation split in each direction, a share from 0 to 1, and its loss in nats.
+        With a text teacher, `teacher_language`: the same in its language, and `cosine_to_base`, the mean cosine of the
+        captions' embeddings with those before training, 1 where nothing has moved.
+    """
     model.eval()
     embeds = inputs.validation_embeds
     if embeds is None:
         embeds = embed_images(model, inputs.processor, inputs.validation, args.embedding_batch_size)
     embeddings = embed_captions(model, inputs.processor, inputs.validation.captions(), embeds)
-    return validation_measures(embeddings, model.logit_scale)
+    measured = {"validation": validation_measures(embeddings, model.logit_scale)}
+    if inputs.teacher_validation is not None:
+        captions, before = inputs.teacher_validation
+        known = embed_captions(model, inputs.processor, captions, embeds)
+        cosine = (known.text_embeds * before).sum(dim=1).mean().item()
+        measured["teacher_language"] = validation_measures(known, model.logit_scale) | {"cosine_to_base": cosine}
+    return measured
 
 
 def embed_test(

@@ -12,15 +12,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from common.files import write_bytes
 from modeling_capivara import CapivaraModel
+from training.arguments import RunArguments
 from training.contrastive import ContrastiveGradients, contrastive_gradients
+from training.images import TrainingImages, loading_workers
+from training.views import embed_pixels
 
 ROTATION_FILE = "rotation.safetensors"  # beside a model's weights
+ROTATION_IMAGES = 2**14  # that the axes are taken of: enough for the second moments of a thousand dimensions
 
 
 @torch.no_grad()
@@ -66,6 +74,44 @@ def rotate_(model: CapivaraModel, rotation: Tensor) -> None:
     for layer in (model.visual_projection, text[-1] if isinstance(text, nn.Sequential) else text):
         turned = rotation.to(layer.weight.device).double() @ layer.weight.double()
         layer.weight.copy_(turned)
+
+
+def run_rotation(
+    args: RunArguments, base: CapivaraModel, images: TrainingImages, accelerator: Accelerator, folder: Path
+) -> Tensor:
+    """The principal rotation of a run's training images, (width, width), which is in its `folder` from then on.
+
+    A run that is resumed reads its own: on another machine axes of nearly equal variance may come out otherwise. Of
+    more than `ROTATION_IMAGES` images so many are taken, evenly spaced, in their first view.
+    """
+    first = folder if args.resume in (None, "auto") else Path(args.resume).parent.parent  # of `checkpoints/step-…`
+    rotation = load_rotation(first) if any(first.rglob("checkpoints/step-*")) else None
+    if rotation is None:
+        starts = np.cumsum([0, *map(len, images.cache_rows or images.views)])
+        chosen = np.linspace(0, starts[-1] - 1, min(starts[-1], ROTATION_IMAGES)).astype(np.int64)
+        sources = np.searchsorted(starts, chosen, side="right") - 1
+        items = sources, chosen - starts[sources], np.zeros_like(chosen)
+        embeds = images.cached_embeds(*items) if images.caches else _embedded(args, base, images, items, accelerator)
+        rotation = principal_rotation(embeds)
+    rotation = broadcast(rotation.to(accelerator.device)).cpu()  # the same to the bit in all processes
+    if accelerator.is_main_process:
+        save_rotation(rotation, folder)
+    return rotation
+
+
+def _embedded(
+    args: RunArguments,
+    base: CapivaraModel,
+    images: TrainingImages,
+    items: Sequence[np.ndarray],
+    accelerator: Accelerator,
+) -> Tensor:
+    """(images, width), of data sets, pairs and views, where nothing is cached."""
+    rows, size = list(zip(*(numbers.tolist() for numbers in items), strict=True)), args.embedding_batch_size
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    pixels = images.pixel_batches(batches, loading_workers(args, accelerator))
+    bar = tqdm(pixels, "Images, their axes", len(batches), unit="batch", disable=not accelerator.is_main_process)
+    return torch.cat([embed_pixels(base, batch, accelerator).cpu() for batch in bar])
 
 
 def save_rotation(rotation: Tensor, folder: Path) -> None:

@@ -61,7 +61,7 @@ def run_facts(
         seconds: phase -> wall-clock seconds; "training" has the measurements of the validation split in it.
         energy: of `measure_energy`; empty where it was not measured.
     """
-    pairs = state.step * args.effective_batch_size
+    pairs = state.step * args.texts_per_step
     return {
         "schema_version": 2,
         "config": args.to_dict(),
@@ -130,10 +130,18 @@ def origins(args: RunArguments) -> dict[str, Any]:
         Under "license" what the model inherits from all of them: the one licence that binds it, or None where one of
         them states none, or where several bind it.
     """
-    found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in args.dataset]}
-    stated = [source["licenses"] for source in (found["model"], *found["datasets"])]
+    names = [*args.dataset, *([args.parallel_text] if args.parallel_text else [])]
+    found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in names]}
+    if args.text_teacher not in (None, "base"):
+        found["teacher"] = origin(args.text_teacher, "model")
+    stated = [source["licenses"] for source in _works(found)]
     evaluation = origin(args.evaluation_dataset, "dataset")
     return {"license": inherited_license(stated), **found, "evaluation_dataset": evaluation}
+
+
+def _works(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that a model is made from."""
+    return [found["model"], *found["datasets"], *([found["teacher"]] if "teacher" in found else [])]
 
 
 def inherited_license(stated: list[list[str]]) -> str | None:
@@ -183,7 +191,7 @@ def model_card(args: RunArguments, title: str) -> str:
     trained = "the text tower, the image tower left as it was" if args.towers == "text" else "both towers"
     if args.lora_rank:
         trained += f", through LoRA adapters of rank {args.lora_rank}"
-    parts = [sources["model"], *sources["datasets"]]
+    parts = _works(sources)
     stated = [f"{part['title']}: {', '.join(part['licenses']) or 'no licence stated'}." for part in parts]
     licence = "Base and data state these licences, check them before you share this model:"
     if sources["license"]:
