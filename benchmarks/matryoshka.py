@@ -82,6 +82,7 @@ def measure(args: MatryoshkaArguments) -> dict[str, Any]:
         data = RetrievalArguments(
             model=model, dataset=config["evaluation_dataset"], output=Path("unused"), split=config["test_split"],
             language=args.language, caption_column=config["caption_column"], image_column=config["image_column"],
+            recall_at=[1],
         )  # fmt: skip
         return load_data(data).embedded(open_store(data))[0]
 

@@ -56,6 +56,18 @@ def test_a_run_with_widths(tiny_folder, tiny_dataset_folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_teacher_of_the_space_before_is_turned_with_it(tiny_folder, tiny_dataset_folder, tmp_path):
+    taught = {"text_teacher": "base", "teacher_loss": "both"}
+    curves = []
+    for name, dims in (("plain", []), ("out", [12, 8])):
+        out = trained(tiny_folder, tiny_dataset_folder, tmp_path / name, matryoshka_dims=dims, **taught)
+        curves.append(json.loads((out / "run.json").read_text())["curve"])
+    for curve in curves:
+        assert curve[0]["teacher_language"]["cosine_to_base"] == pytest.approx(1, abs=1e-5)
+    assert curves[0][1]["teacher_loss"] == pytest.approx(curves[1][1]["teacher_loss"], abs=1e-3)
+
+
+@pytest.mark.slow
 def test_views_that_no_cache_holds(tiny_folder, tiny_dataset_folder, tmp_path):
     out = trained(tiny_folder, tiny_dataset_folder, tmp_path / "out", augmented_views=0, image_embedding_cache="off")
     with torch.no_grad():

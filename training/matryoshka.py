@@ -85,7 +85,8 @@ def run_rotation(
     more than `ROTATION_IMAGES` images so many are taken, evenly spaced, in their first view.
     """
     first = folder if args.resume in (None, "auto") else Path(args.resume).parent.parent  # of `checkpoints/step-…`
-    rotation = load_rotation(first) if any(first.rglob("checkpoints/step-*")) else None
+    resumed = any(any(first.rglob(name)) for name in ("checkpoints/step-*", "records.json"))
+    rotation = load_rotation(first) if resumed else None
     if rotation is None:
         starts = np.cumsum([0, *map(len, images.cache_rows or images.views)])
         chosen = np.linspace(0, starts[-1] - 1, min(starts[-1], ROTATION_IMAGES)).astype(np.int64)
