@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -316,3 +317,26 @@ def test_interpolation_of_a_finished_run(tiny_folder, tiny_dataset_folder, tmp_p
             torch.testing.assert_close(weight, 0.75 * base[name] + 0.25 * trained[name], rtol=1e-5, atol=1e-6)
     with pytest.raises(SystemExit, match="share must be from 0 to 1"):
         interpolate([str(tiny_folder), str(out), "--share", "2", "--output", str(tmp_path / "no")])
+    interpolate([str(tiny_folder), str(out), str(tiny_folder), "--share", "1", "--output", str(tmp_path / "mean")])
+    for name, weight in load_model(tmp_path / "mean").state_dict().items():
+        if weight.is_floating_point():
+            torch.testing.assert_close(weight, (base[name] + trained[name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_the_share_of_interpolation_is_chosen_on_validation(tiny_folder, tiny_dataset_folder, tmp_path, capsys):
+    from training.interpolate import best_share, interpolate
+    from training.interpolate import main as command
+
+    def measured(pt: float, en: float) -> dict:
+        return {language: {"text_to_image": v, "image_to_text": v} for language, v in (("pt", pt), ("en", en))}
+
+    recalls = {0.0: measured(0.2, 0.5), 0.5: measured(0.3, 0.496), 1.0: measured(0.4, 0.48)}
+    assert best_share(recalls, ["pt", "en"], 0.005) == 0.5
+    assert best_share(recalls, ["pt", "en"], 0.02) == 1.0 == best_share(recalls, ["pt"], 0)
+    assert best_share({0.0: measured(0.2, 0.5), 1.0: measured(0.4, 0.4)}, ["pt", "en"], 0) == 0.0
+
+    data = ["--validation", str(tiny_dataset_folder), "--split", "train", "--languages", "pt", "en"]
+    command([str(tiny_folder), str(tiny_folder), *data, "--output", str(tmp_path / "best")])
+    told = capsys.readouterr().out
+    assert len(re.findall(r"^ +\d\.\d ", told, re.MULTILINE)) == 11 and told.count("<- best") == 1
+    assert (tmp_path / "best" / "model.safetensors").is_file() and interpolate

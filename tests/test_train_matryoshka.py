@@ -12,7 +12,7 @@ from benchmarks.matryoshka import main as benchmark
 from benchmarks.matryoshka import matryoshka_table
 from modeling_capivara.loading import load_model, load_processor
 from records.schema import read_records
-from training.interpolate import interpolate
+from training.interpolate import main as interpolate
 from training.matryoshka import load_rotation, rotate_
 
 PIXELS = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -87,7 +87,7 @@ def test_the_way_back_is_to_the_turned_base(tiny_folder, tiny_dataset_folder, tm
     """Between weights of two spaces there would be nothing."""
     out = trained(tiny_folder, tiny_dataset_folder, tmp_path / "out")
     half = trained(tiny_folder, tiny_dataset_folder, tmp_path / "half", interpolate=0.5)
-    interpolate(str(tiny_folder), str(out), 0.5, tmp_path / "same")
+    interpolate([str(tiny_folder), str(out), "--share", "0.5", "--output", str(tmp_path / "same")])
     base = load_model(tiny_folder)
     rotate_(base, load_rotation(out))
     made = [load_model(folder).state_dict() for folder in (out, half, tmp_path / "same")]
@@ -96,6 +96,8 @@ def test_the_way_back_is_to_the_turned_base(tiny_folder, tiny_dataset_folder, tm
             for found in made[1:]:
                 torch.testing.assert_close(found[name], (weight + made[0][name]) / 2, rtol=1e-5, atol=1e-6)
     assert torch.equal(load_rotation(tmp_path / "same"), load_rotation(out))
+    with pytest.raises(SystemExit, match="turned in other ways"):
+        interpolate([str(tiny_folder), str(out), str(tiny_folder), "--output", str(tmp_path / "none")])
 
 
 @pytest.mark.slow

@@ -98,6 +98,12 @@ class Optimisation:
     min_learning_rate: float = flag(1e-7, "Where the linear warm-up starts and the cosine decay ends.")
     warmup_steps: int = flag(500, "Steps of the linear warm-up.")
     weight_decay: float = flag(0.2, "L2 penalty of adam, decay of adamw.")
+    decay_towards: Literal["zero", "base"] = flag(
+        "zero", "What the decay pulls weights towards: zero, the paper's; or base, the model before training."
+    )
+    layer_decay: float = flag(
+        1.0, "Learning rate of a layer, as a share of that of the layer above it, 0 to 1; 1 = all alike."
+    )
     adam_beta1: float = flag(0.9, "Decay of Adam's first moment, 0 to 1.")
     adam_beta2: float = flag(0.98, "Decay of Adam's second moment, 0 to 1.")
     adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
@@ -298,7 +304,7 @@ class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, Model
             raise ValueError(f"matryoshka_dims must be at least 1, got {self.matryoshka_dims}.")
         if self.matryoshka_dims and not self.dataset:
             raise ValueError("matryoshka_dims are trained on images: give a --dataset of them, or no widths.")
-        between(self, 0, 1, "max_bad_share", "interpolate", "lora_dropout")
+        between(self, 0, 1, "max_bad_share", "interpolate", "lora_dropout", "layer_decay")
         between(self, 1, 1024, "num_threads")
         if self.carbon_country is not None and not re.fullmatch(r"[A-Z]{3}", self.carbon_country):
             raise ValueError(
@@ -375,9 +381,22 @@ class InterpolateArguments:
     """Arguments of `training.interpolate`."""
 
     base: str = flag(..., "Folder or Hub id of the model before training.", positional=True)
-    trained: str = flag(..., "Folder or Hub id of the model after training.", positional=True)
+    trained: list[str] = flag(
+        ..., "Folders or Hub ids of the model after training; of several, their mean.", positional=True, nargs="+"
+    )
     output: Path = flag(..., "Folder of the new model.")
     share: float = flag(0.5, "Of the trained weights, 0 to 1.")
+    validation: str | None = flag(
+        None,
+        "Data set on which the share is chosen, in the forms of a training's; `share` is then not used.",
+    )
+    split: str = flag("validation", "Split of the data set.")
+    languages: list[str] = flag(["pt", "en"], "Languages that are measured; the first is the one that was trained.")
+    max_loss: float = flag(0.5, "Points of mean recall that a further language may lose in either direction.")
+
+    def __post_init__(self) -> None:
+        between(self, 0, 1, "share")
+        at_least(self, 0, "max_loss")
 
 
 def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:

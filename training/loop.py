@@ -148,7 +148,7 @@ class Trainer:
             FloatingPointError: it is not finite, and there is no scaler that leaves such a step out.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
