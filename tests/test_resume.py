@@ -190,6 +190,7 @@ VARIANTS = {
     "recomputed": {"accumulation": "recompute"},
     "checkpointing": {"gradient_checkpointing": "true"},
     "all captions": {"language": "en", "eval_languages": "en"},
+    "prefixes": {"matryoshka_dims": [12, 8], "interpolate": 0.5},
 }
 
 
@@ -350,7 +351,7 @@ def test_ctrl_c_outside_of_the_steps(run, undisturbed, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_and_its_batch_is_saved(run, tmp_path, monkeypatch, tiny_dataset_folder):
-    original, calls = training.step.contrastive_gradients, itertools.count(1)
+    original, calls = training.step.matryoshka_gradients, itertools.count(1)
 
     def bad(*args, **kwargs):
         gradients = original(*args, **kwargs)
@@ -358,7 +359,7 @@ def test_a_loss_that_is_not_finite_stops_and_its_batch_is_saved(run, tmp_path, m
             gradients.loss.fill_(float("nan"))
         return gradients
 
-    monkeypatch.setattr(training.step, "contrastive_gradients", bad)
+    monkeypatch.setattr(training.step, "matryoshka_gradients", bad)
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match=r"The loss is nan.*bad-batch-step-4\.json.*learning rate"):
         train_accelerate.main(run(out))

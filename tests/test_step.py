@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs
 from exact_step_process import ALONE, CAPTIONS, MICRO, SEED, STEP, add_taught, build, gradients_of, make_batch
+from test_matryoshka import plain_loss
 from tiny import tiny_tokenizer
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, clip_loss
@@ -30,7 +32,9 @@ def teacher_loss(texts: torch.Tensor, targets: TextTargets, scale: torch.Tensor)
     return {"contrastive": contrastive, "cosine": cosine, "both": contrastive + cosine}[targets.loss]
 
 
-def reference_gradients(model, batches, image_embeds, autocast: torch.dtype | None = None, targets=None):
+def reference_gradients(
+    model, batches, image_embeds, autocast: torch.dtype | None = None, targets=None, loss_of=clip_loss
+):
     """One graph over all micro-batches, their random states the engine's, one loss."""
     texts, images = [], []
     device = model.device
@@ -45,7 +49,7 @@ def reference_gradients(model, batches, image_embeds, autocast: torch.dtype | No
     images = [image for image in images if image is not None]
     image_embeds = torch.cat(images) if image_embeds is None else image_embeds.to(device).float()
     texts = torch.cat(texts)
-    loss = clip_loss(texts[: len(image_embeds)], image_embeds, model.logit_scale)
+    loss = loss_of(texts[: len(image_embeds)], image_embeds, model.logit_scale)
     taught = 0 if targets is None else targets.weight * teacher_loss(texts, targets, model.logit_scale)
     (loss + taught).backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -85,6 +89,16 @@ def test_step_equals_one_graph(accumulation, trained_images, precision, checkpoi
     assert report.graphs_kept == (0 if accumulation == "recompute" else 4)
     assert "logit_scale" in actual and "text_model.embeddings.word_embeddings.weight" in actual
     assert largest_error(actual, expected) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("trained_images", [False, True], ids=["frozen image tower", "both towers"])
+def test_step_over_prefixes_equals_one_graph(trained_images):
+    batches, embeds = make_batch(trained_images)
+    loss, expected = reference_gradients(
+        build(trained_images), batches, embeds, loss_of=partial(plain_loss, widths=[24, 12, 6])
+    )
+    report, actual = gradients_of(build(trained_images), Accelerator(cpu=True), batches, embeds, dims=[12, 6])
+    assert report.loss == pytest.approx(loss, rel=1e-5) and largest_error(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -196,7 +210,7 @@ def changed_gradients(change):
         gradients = contrastive_gradients(*args, **kwargs)
         return replace(gradients, **change(gradients))
 
-    return lambda patch: patch.setattr("training.step.contrastive_gradients", mutant)
+    return lambda patch: patch.setattr("training.matryoshka.contrastive_gradients", mutant)
 
 
 MUTATIONS = {

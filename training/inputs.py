@@ -17,11 +17,13 @@ from common.files import check_free_space
 from common.privacy import short_name
 from eval.retrieval import flat_captions
 from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.configuration_capivara import checked_widths
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
 from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
 from training.images import TrainingImages, build_cache, cached_embeds, loading_workers
+from training.matryoshka import rotate_
 from training.teacher import Teacher, TeacherTexts
 from training.trainable import prepare_trainable
 from training.views import Views, bad_images, check_images
@@ -46,6 +48,24 @@ class Inputs:
     parallel: Dataset | None  # sentences without images
     # the validation captions in the teacher's language, and the base's embeddings of them (captions, width)
     teacher_validation: tuple[list[list[str]], Tensor] | None
+    rotation: Tensor | None = None  # (width, width), of the space that is trained in, not of `base` and `test_embeds`
+
+    def turn(self, rotation: Tensor) -> None:
+        """Turn the space that is trained in, once: models that start, and what they are trained and validated on."""
+        self.rotation = self.images.rotation = rotation
+        if self.validation_embeds is not None:
+            self.validation_embeds = self.validation_embeds @ rotation.T
+        if self.teacher_validation is not None:
+            captions, embeds = self.teacher_validation
+            self.teacher_validation = captions, embeds @ rotation.T
+
+    def start_model(self, args: RunArguments) -> CapivaraModel:
+        """The model that a training starts from: the base, turned where its space is."""
+        model = load_model(args.model)
+        if self.rotation is not None:
+            rotate_(model, self.rotation)
+        model.config.matryoshka_dims = checked_widths(args.matryoshka_dims, model.config.projection_dim) or None
+        return model
 
     def planner(self, args: RunArguments, seed: int) -> Planner:
         """What draws the batches of a run with this seed."""
@@ -90,6 +110,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     """
     processor = load_processor(args.model)
     base = load_model(args.model)
+    checked_widths(args.matryoshka_dims, base.config.projection_dim)  # before any long work
     trial = load_model(args.model)
     prepare_trainable(trial, args)  # its names match, before any long work
     check_free_space(output_dir, _bytes_of_run(args, trial))

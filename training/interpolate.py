@@ -27,6 +27,7 @@ from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
 from records.schema import DIRECTIONS
 from training.arguments import InterpolateArguments
+from training.matryoshka import load_rotation, rotate_, save_rotation
 from training.trainable import interpolate_weights
 
 SHARES = [number / 10 for number in range(11)]
@@ -41,8 +42,11 @@ def interpolate(args: InterpolateArguments) -> float:
     output = args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"The output folder {output} is not empty. Choose another one.")
-    base, model = load_model(args.base).state_dict(), load_model(args.trained[0])
-    trained = mean_weights(args.trained)
+    rotation = common_rotation(args.trained)
+    start, model = load_model(args.base), load_model(args.trained[0])
+    if rotation is not None:  # the space that was trained in is the base's, turned
+        rotate_(start, rotation)
+    base, trained = start.state_dict(), mean_weights(args.trained)
     shapes = {name: tensor.shape for name, tensor in trained.items()}
     if shapes != {name: tensor.shape for name, tensor in base.items()}:
         raise ValueError(f"{args.trained[0]} was not trained from {args.base}: their tensors differ in name or shape.")
@@ -56,7 +60,21 @@ def interpolate(args: InterpolateArguments) -> float:
     with whole_folder(output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        if rotation is not None:
+            save_rotation(rotation, folder)
     return share
+
+
+def common_rotation(folders: list[str]) -> Tensor | None:
+    """The rotation that models have in common, None of those without; ValueError where they differ in it."""
+    first, *others = (load_rotation(folder) for folder in folders)
+    for folder, other in zip(folders[1:], others, strict=True):
+        if (other is None) != (first is None) or (first is not None and not torch.equal(first, other)):
+            raise ValueError(
+                f"{folder} and {folders[0]} were trained in spaces that are turned in other ways, so that nothing lies "
+                "between their weights. Take seeds of one run."
+            )
+    return first
 
 
 def mean_weights(folders: list[str]) -> dict[str, Tensor]:

@@ -75,7 +75,9 @@ class Trainer:
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped, args))
         if resume:
             self.state = self.checkpoints.load(resume)
-        self.step = ExactStep(self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation)
+        self.step = ExactStep(
+            self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation, args.matryoshka_dims
+        )
         if not self.state.curve:
             self.state.curve.append({"step": 0, **self._measured()})
         self.stopped_early = self._out_of_patience()  # of a run that was killed then
@@ -233,6 +235,8 @@ class Trainer:
             texts = np.flatnonzero(plan.sources == number)
             if len(texts):
                 embeds[texts] = source.embeds(plan.taught[texts])
+        if self.images.rotation is not None:
+            embeds = embeds @ self.images.rotation.T
         embeds = embeds.to(self.accelerator.device)
         return TextTargets(embeds, self.args.teacher_weight, self.args.teacher_loss)
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from torch import nn
+from torch import Tensor, nn
 
 from caption_data.rows import Skipped
 from common.environment import device_description, package_versions
@@ -25,6 +25,7 @@ from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import card_metadata
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
+from training.matryoshka import save_rotation
 from training.trainable import merge_adapters
 
 # Licences that let what is made of several works carry the licence of the other ones, their notices kept.
@@ -208,11 +209,20 @@ def model_card(args: RunArguments, title: str) -> str:
     )
 
 
-def save_step(args: RunArguments, wrapped: nn.Module, processor: CapivaraProcessor, step: int, folder: Path) -> None:
-    """Save the model as it is after a step of the training, with processor and card, into `folder`."""
+def save_step(
+    args: RunArguments,
+    wrapped: nn.Module,
+    processor: CapivaraProcessor,
+    rotation: Tensor | None,
+    step: int,
+    folder: Path,
+) -> None:
+    """Save the model as it is after a step of the training, with processor, rotation and card, into `folder`."""
     # Merging changes the weights that are being trained, so that it is done to a copy.
     model = merge_adapters(copy.deepcopy(wrapped)) if args.lora_rank else wrapped
     model.save_pretrained(folder)
+    if rotation is not None:
+        save_rotation(rotation, folder)
     processor.save_pretrained(folder)
     write_text(folder / "README.md", model_card(args, f"CAPIVARA ({args.language}), step {step} of a run"))
 

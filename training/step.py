@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling_capivara import CapivaraProcessor
-from training.contrastive import TextTargets, contrastive_gradients, teacher_gradients
+from training.contrastive import TextTargets, teacher_gradients
+from training.matryoshka import matryoshka_gradients
 
 BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
@@ -108,6 +109,7 @@ class ExactStep:
     seed: int
     # "keep" the graphs of all micro-batches, "recompute" them all, or "auto": keep what fits
     accumulation: str = "auto"
+    dims: Sequence[int] = ()  # widths of the embeddings' prefixes that the loss is taken of, too
     budget: float | None = None  # bytes of graphs; found at the first step
     _costs: tuple[float, float] | None = field(default=None, repr=False)  # bytes a token, bytes a text
 
@@ -173,9 +175,9 @@ class ExactStep:
         scale_gradient = torch.zeros_like(self.logit_scale)
         if pairs:
             paired = own < pairs
-            found = contrastive_gradients(
+            found = matryoshka_gradients(
                 texts[paired], image_embeds.float(), self.logit_scale.detach(), own[paired],
-                image_gradient=image_gradient, **whole,
+                dims=self.dims, image_gradient=image_gradient, **whole,
             )  # fmt: skip
             loss, gradient[paired], image_rows = found.loss, found.text_embeds, found.image_embeds
             scale_gradient = found.logit_scale
