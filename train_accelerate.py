@@ -29,7 +29,6 @@ from common.environment import device_description
 from common.files import finish_folder, read_json, write_json, write_text
 from eval.retrieval import RetrievalEmbeddings
 from hub_upload.publish import check_access, publish_checkpoint, publish_run
-from modeling_capivara.loading import load_model
 from records.plots import plot_training_curves
 from records.schema import Record
 from training.arguments import RunArguments, parse_arguments
@@ -44,6 +43,7 @@ from training.evaluation import baseline_records, draw_sheet, embed_test, traine
 from training.inputs import Inputs, load_inputs
 from training.launch import create_accelerator, join_processes, set_up_logging, start_tracker
 from training.loop import Trainer
+from training.matryoshka import run_rotation, save_rotation
 from training.outputs import measure_energy, model_card, run_facts, save_step
 from training.run_folder import choose_output_dir, is_complete, remove_work_files, run_folder
 from training.step import resolve_precision
@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> Path:
         check_settings_of_checkpoints(args, folder)
         prepare(args, accelerator)
         inputs = load_inputs(args, accelerator, output_dir)
+        if args.matryoshka_dims and args.towers == "text":
+            inputs.turn(run_rotation(args, inputs.base, inputs.images, accelerator, folder))
         start_tracker(args, accelerator)
         train_all_seeds(args, inputs, accelerator, folder)
         accelerator.wait_for_everyone()
@@ -124,7 +126,7 @@ def train_seed(
 ) -> list[Record]:
     """Train with one seed, save the model in `folder`, measure it; returns its records, on the main process alone."""
     set_seed(seed)
-    model = load_model(args.model)
+    model = inputs.start_model(args)
     wrapped = prepare_trainable(model, args)
     device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
     state = TrainerState(
@@ -133,7 +135,7 @@ def train_seed(
     checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
 
     def publish_step(step: int) -> None:
-        save = partial(save_step, args, wrapped, inputs.processor, step)
+        save = partial(save_step, args, wrapped, inputs.processor, inputs.rotation, step)
         publish_checkpoint(save, checkpoints.folder, args.hub_model_id, step)
 
     planner = inputs.planner(args, seed)
@@ -149,14 +151,17 @@ def train_seed(
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
         return []
-    save_adapters(wrapped, folder)
+    if inputs.rotation is None:
+        save_adapters(wrapped, folder)
+    else:  # adapters of a turned base fit no other
+        save_rotation(inputs.rotation, folder)
     model = merge_adapters(wrapped)
     if args.interpolate != 1:
-        interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
+        interpolate_weights(model, inputs.start_model(args).state_dict(), args.interpolate)
     model.save_pretrained(folder)
     inputs.processor.save_pretrained(folder)
     started = time.perf_counter()
-    trained = embed_test(args, model, inputs)
+    trained = embed_test(args, model, inputs, inputs.rotation)
     seconds = {"training": state.seconds, "evaluation": time.perf_counter() - started}
     records = trained_records(args, baseline, trained, model_folder, seed)
     write_json(folder / "run.json", run_facts(args, seed, state, accelerator, seconds, inputs.skipped, energy))

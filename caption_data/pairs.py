@@ -10,7 +10,7 @@ import itertools
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -24,7 +24,10 @@ from caption_data.sources import Source
 from modeling_capivara import repair_text
 
 ROWS_PER_CHUNK = 1000  # of the table of captions; what of it is in memory while it is written
-TABLE_FEATURES = Features({"row": Value("int64"), "digest": Value("string"), "captions": List(Value("string"))})
+TEXTS = List(Value("string"))
+TABLE_FEATURES = Features(
+    {"row": Value("int64"), "digest": Value("string"), "captions": TEXTS, "teacher_captions": TEXTS}
+)
 
 
 def caption_table(
@@ -34,6 +37,8 @@ def caption_table(
     choose: Callable[[dict], list[str]],
     skipped: list[Skipped],
     part: range | None = None,
+    teach: Callable[[dict, list[str]], list[str]] = lambda row, captions: [],
+    teach_columns: Sequence[str] = (),
 ) -> Dataset:
     """One pass over the rows: what a run needs to know of each but its pixels, in a memory-mapped temporary file.
 
@@ -43,15 +48,17 @@ def caption_table(
         choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
         skipped: rows that have no image or no caption are appended, and the archives that were damaged.
         part: the rows that are read, of a source that is not streamed; all where None.
+        teach: gives what a text teacher reads, of the row and its chosen captions; it may raise ValueError.
+        teach_columns: caption columns that `teach` needs beside these.
 
     Returns:
-        Columns `row` (number in the source), `digest` (hex, BLAKE2b-128 of the file of the image) and `captions`
-        (not empty, none of them empty). It lasts as long as the process.
+        Columns `row` (number in the source), `digest` (hex, BLAKE2b-128 of the file of the image), `captions`
+        (not empty, none of them empty) and `teacher_captions`. It lasts as long as the process.
 
     Raises:
         ValueError: the source lacks a column; those that are there are named.
     """
-    source.check_columns([image_column, *caption_columns])
+    source.check_columns([image_column, *caption_columns, *teach_columns])
     if part is None and not source.streaming:
         part = range(len(source))
 
@@ -61,16 +68,22 @@ def caption_table(
         bar = tqdm(rows, desc=f"Captions, {source.where}", total=total, unit="row", leave=False)
         for number, row in enumerate(bar, start=0 if part is None else part.start):
             try:
-                yield {"row": number, **_entry(row, image_column, caption_columns, choose, source.files)}
+                for column in teach_columns:
+                    row[column] = caption_texts(row.get(column), column)
+                yield {"row": number, **_entry(row, image_column, caption_columns, choose, teach, source.files)}
             except BadRow as bad:
                 skipped.append(Skipped(source.name, source.split, number, bad.reason, bad.detail))
 
-    found = entries()
-    chunks = iter(lambda: list(itertools.islice(found, ROWS_PER_CHUNK)), [])
-    table = _written(pa.RecordBatch.from_pylist(chunk, schema=TABLE_FEATURES.arrow_schema) for chunk in chunks)
+    table = written_table(entries())
     if part is None or not part.start:  # every part sees the same archives
         skipped += source.damaged
     return table
+
+
+def written_table(entries: Iterator[dict]) -> Dataset:
+    """Rows of a `caption_table`, as a memory-mapped temporary file that lasts as long as the process."""
+    chunks = iter(lambda: list(itertools.islice(entries, ROWS_PER_CHUNK)), [])
+    return _written(pa.RecordBatch.from_pylist(chunk, schema=TABLE_FEATURES.arrow_schema) for chunk in chunks)
 
 
 def table_bytes(table: Dataset) -> bytes:
@@ -108,6 +121,7 @@ def _entry(
     image_column: str,
     caption_columns: list[str],
     choose: Callable[[dict], list[str]],
+    teach: Callable[[dict, list[str]], list[str]],
     files: ImageFiles,
 ) -> dict:
     image = row.pop(image_column, None)
@@ -126,7 +140,11 @@ def _entry(
         raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
         raise BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
-    return {"digest": image_digest(image, files).hex(), "captions": captions}
+    try:
+        taught = teach(row, captions)
+    except ValueError as error:
+        raise BadRow("no caption", f"{error}") from error
+    return {"digest": image_digest(image, files).hex(), "captions": captions, "teacher_captions": taught}
 
 
 def _written(batches: Iterable[pa.RecordBatch]) -> Dataset:

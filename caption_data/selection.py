@@ -97,6 +97,31 @@ def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str
     return _diverse(passed, _distinct(texts), choice)
 
 
+def taught_captions(row: dict, captions: list[str], language: str, teacher_language: str) -> list[str]:
+    """What a text teacher reads of a row, in its own language.
+
+    Where the row has as many texts in both languages (captions, then generated ones), those that the chosen `captions`
+    translate, in their order; else all that there are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    texts = {code: _all_texts(row, code) for code in (language, teacher_language)}
+    if len(texts[language]) == len(texts[teacher_language]):
+        of_caption = dict(zip(reversed(texts[language]), reversed(texts[teacher_language]), strict=True))
+        translated = [of_caption.get(text, "") for text in captions]
+        if all(text.strip() for text in translated):
+            return translated
+    taught = _distinct(text for text in texts[teacher_language] if text.strip())
+    if not taught:
+        raise ValueError(f"no caption in the teacher's language, {teacher_language!r}")
+    return taught
+
+
+def _all_texts(row: dict, language: str) -> list[str]:
+    return [*(row.get(f"captions-{language}") or []), *(row.get(f"generated-captions-{language}") or [])]
+
+
 def pair_passes(row: dict, language: str, min_similarity: float) -> bool:
     """Whether the first original caption fits its image; a row without one, or with NaN for it, does not pass.
 

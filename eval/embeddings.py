@@ -28,6 +28,7 @@ from caption_data.rows import BadImage, digest_of
 from common.tasks import all_parts, share
 from eval.metrics import chance_recall, cross_modal_ranks
 from modeling_capivara.embedder import Embedder, processes
+from modeling_capivara.image_tower_capivara import check_truncate_dim, unit_length
 from records.schema import DIRECTIONS
 
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
@@ -49,6 +50,20 @@ class RetrievalEmbeddings:
     text_embeds: Tensor  # (texts, width), unit length
     image_embeds: Tensor  # (images, width), unit length
     image_of_text: Tensor  # (texts,), index of the image that each text describes
+    whole_width: int | None = None  # of the embeddings that these are the first numbers of; None where they are whole
+
+    def cut(self, dim: int | None) -> "RetrievalEmbeddings":
+        """The first `dim` numbers of every embedding, scaled to unit length; the same where it is None or the width.
+
+        Raises:
+            ValueError: `dim` is below 1 or above the width.
+        """
+        width = self.text_embeds.shape[1]
+        check_truncate_dim(dim, width, "dim")
+        if dim in (None, width):
+            return self
+        sides = (unit_length(embeds[:, :dim]) for embeds in (self.text_embeds, self.image_embeds))
+        return RetrievalEmbeddings(*sides, self.image_of_text, self.whole_width or width)
 
     def ranks(self, direction: str) -> Tensor:
         """(queries,), ranks as `retrieval_ranks` defines them."""

@@ -59,6 +59,9 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments, ExecutorArguments
         "files of ten captions, Marian's are even and Google's odd.",
     )
     recall_at: list[int] = flag([1, 5, 10], "The k of recall@k; their mean comes, too.")  # `metrics.RECALL_CUTOFFS`
+    dim: int | None = flag(
+        None, "Compare the first so many numbers of the embeddings, scaled to unit length; all where none is given."
+    )
     gallery: int = flag(8, "Queries for the report, half of them misses.")
     seed: int | None = flag(None, "Seed of the training run, for the records.")
     dataset_name: str | None = flag(None, "What records call the data set; its last parts.")
@@ -69,6 +72,7 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments, ExecutorArguments
         if not self.recall_at or min(self.recall_at) < 1:
             raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
         at_least(self, 0, "gallery")
+        at_least(self, 1, "dim")
         if self.executor_flags():
             self.check_executor()
             if self.cache_dir == "off":

@@ -51,6 +51,7 @@ from eval.metrics import (
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedder import Embedder, processes
 from modeling_capivara.embedding import embed_texts
+from modeling_capivara.image_tower_capivara import check_truncate_dim
 from records.schema import DIRECTIONS, Record
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
@@ -90,6 +91,7 @@ def retrieval_records(
         facts: the other fields of `Record`: dataset, split, language, model, model_folder and seed.
     """
     records, cutoffs = [], reported_cutoffs(cutoffs, len(embeddings.image_embeds))
+    facts |= width_facts(embeddings, protocol)
     for direction in DIRECTIONS:
         ranks = embeddings.ranks(direction)
         values = {f"recall@{k}": (recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
@@ -100,11 +102,19 @@ def retrieval_records(
         for metric, (value, chance) in values.items():
             records.append(
                 Record(
-                    task="retrieval", protocol=protocol, direction=direction, metric=metric, value=value, n=len(ranks),
-                    chance=chance, **facts,
+                    task="retrieval", direction=direction, metric=metric, value=value, n=len(ranks), chance=chance,
+                    **facts,
                 )
             )  # fmt: skip
     return records
+
+
+def width_facts(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any]:
+    """`protocol` and `dim` of a `Record`: figures of embeddings that were cut are not comparable to others."""
+    if embeddings.whole_width is None:
+        return {"protocol": protocol, "dim": None}
+    dim = embeddings.text_embeds.shape[1]
+    return {"protocol": f"{protocol}; first {dim} of {embeddings.whole_width} dimensions", "dim": dim}
 
 
 @torch.no_grad()
@@ -123,13 +133,14 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
     records: list[Record] = []
     if reported_cutoffs(RECALL_CUTOFFS, len(after.image_embeds)) != RECALL_CUTOFFS:
         return records
+    facts |= width_facts(after, PROTOCOL)
     for direction in DIRECTIONS:
         hits = [mean_hits(embeddings.ranks(direction)) for embeddings in (before, after)]
         gain, low, high = paired_bootstrap(*hits, after.groups(direction))
         records.append(
             Record(
-                task="retrieval", protocol=PROTOCOL, direction=direction, metric="mean_recall_gain", value=gain,
-                n=len(hits[0]), interval_95=(low, high), **facts,
+                task="retrieval", direction=direction, metric="mean_recall_gain", value=gain, n=len(hits[0]),
+                interval_95=(low, high), **facts,
             )
         )  # fmt: skip
     return records
@@ -218,16 +229,17 @@ def embed_share(args: RetrievalArguments, rank: int, world_size: int) -> None:
     """The task of an executor: a share of the images and of the captions, as far as they are not kept yet."""
     data = load_data(args)
     texts, _ = flat_captions(data.captions)
-    open_store(args).keep_share(data.images_of, len(data.captions), texts, rank, world_size)
+    _open(args).keep_share(data.images_of, len(data.captions), texts, rank, world_size)
 
 
 def evaluate(args: RetrievalArguments, **further: Any) -> list[Record]:
     """Measure and write, with `further` keys of the file; returns the records."""
     check_output_file(args.output)
     data = load_data(args)
-    store = open_store(args)
+    store = _open(args)
     started = time.perf_counter()
-    embeddings, images = data.embedded(store)
+    whole, images = data.embedded(store)
+    embeddings = whole.cut(args.dim)
     check_cutoffs(args.recall_at, len(images.rows))
     facts = {"dataset": short_name(args.dataset_name or args.dataset), "split": args.split}
     facts |= {"language": args.language, "seed": args.seed, "model": args.role, "model_folder": args.model}
@@ -246,13 +258,22 @@ def evaluate(args: RetrievalArguments, **further: Any) -> list[Record]:
     return records
 
 
+def _open(args: RetrievalArguments) -> EmbeddingStore:
+    """The store of the arguments' model. Raises ValueError, before any long work, where it is too narrow for `dim`."""
+    store = open_store(args)
+    if args.dim is not None:
+        check_truncate_dim(args.dim, store.embedder.texts(["capivara"]).shape[1], "dim")
+    return store
+
+
 def precision_effect(args: RetrievalArguments, data: RetrievalData, embedder: Embedder) -> dict[str, Any]:
     """Mean recall of the first images in float32 and in the precision of `embedder`, among themselves."""
     part = data.first(PRECISION_CHECK_IMAGES)
     effect: dict[str, Any] = {"images": part.images.count}
     for store in (open_store(args, "float32"), EmbeddingStore(embedder, None, args.batch_size)):
         embeddings, _ = part.embedded(store)
-        effect[store.embedder.precision] = {name: mean_recall(embeddings.ranks(name)) for name in DIRECTIONS}
+        cut = embeddings.cut(args.dim)
+        effect[store.embedder.precision] = {name: mean_recall(cut.ranks(name)) for name in DIRECTIONS}
         store.close()
     return effect
 

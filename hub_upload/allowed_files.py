@@ -17,7 +17,7 @@ TOKENIZER_FILES = (
 # A star stands for any part of one name, never for a folder. Export and upload know no other list.
 ALLOWED_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *MODEL_CODE),
-    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
+    *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
     *("open_clip_config.json", "open_clip_model.safetensors", "text_model/config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Normalize/config.json"),
     *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/quantisation.json"),

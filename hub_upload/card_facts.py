@@ -52,6 +52,7 @@ class CardFacts:
     run: Content  # `run.json` of the weights in the folder; of the first seed where each has a folder of its own
     runs: list[Content]  # every `run.json`, in the order of seeds
     series: list[Series]  # the figures, in the order of files and records
+    cut: list[Series]  # those of embeddings that were cut to their first dimensions, apart from the others
     tokens: int  # longest text that the processor lets through
     config: dict[str, Any]  # `config.json` of the model; empty where the folder holds none
     parameters: int | None  # numbers in the weights; None where the folder holds none
@@ -129,7 +130,7 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
     digests: dict[str, str] = {}
     model, run, runs = _runs(folder, digests)
     results = [_result(path, folder, digests) for path in sorted((folder / "results").glob("*.json"))]
-    series = _series([result for result in results if result])
+    series, cut = _series([result for result in results if result])
     from modeling_capivara.processing_capivara import CONTEXT_LENGTH  # here: --help of the commands awaits no torch
 
     pictures = [(model / name).relative_to(folder).as_posix() for name in PICTURES if (model / name).is_file()]
@@ -139,7 +140,7 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
     digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
     formats = frozenset(key for key, files in FORMATS.items() if all((folder / file).is_file() for file in files))
     return CardFacts(
-        folder, name or _usable(folder.resolve().name), model, run, runs, series, CONTEXT_LENGTH, config,
+        folder, name or _usable(folder.resolve().name), model, run, runs, series, cut, CONTEXT_LENGTH, config,
         _parameters(model), graphs, formats, pictures, digests,
     )  # fmt: skip
 
@@ -201,10 +202,11 @@ def _result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | N
         raise ValueError(f"{content.pointer}/{error}.") from error
 
 
-def _series(results: list[ResultFile]) -> list[Series]:
-    """The figures of all files, each with one value a seed."""
+def _series(results: list[ResultFile]) -> tuple[list[Series], list[Series]]:
+    """The figures of all files, each with one value a seed: of whole embeddings, and of those that were cut."""
     found = collect_series(results, by_role_and_precision)
-    if not found:
+    whole, cut = ([s for s in found if (s.first.dim is not None) == is_cut] for is_cut in (False, True))
+    if not whole:
         raise ValueError("The folder's results hold no measurement, and a card states what was measured.")
     for series in found:
         for one, other in series.conflicts:
@@ -217,7 +219,7 @@ def _series(results: list[ResultFile]) -> list[Series]:
                 f"{series.measured[0].source} names no seed, where others of the same figure do. Measure it with "
                 "--seed, or remove the file."
             )
-    return found
+    return whole, cut
 
 
 def _parameters(model: Path) -> int | None:

@@ -117,7 +117,7 @@ def eval_results(facts: CardFacts) -> dict[str, str]:
 
 
 def _published(facts: CardFacts) -> list[Measured]:
-    """Of each of CAPIVARA's figures the one of the weights in the folder; no gains."""
+    """Of each of CAPIVARA's figures of whole embeddings the one of the weights in the folder; no gains."""
     of_seed = [series.of_seed(facts.run["seed"]) for series in facts.series if series.role == "capivara"]
     return [measured for measured in of_seed if measured and not measured.record.is_gain]
 

@@ -1,5 +1,6 @@
 """What the card's template is given: tables and lines made of the facts of a run, in the card's language."""
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ ARCHITECTURE = {  # part -> object of config.json, and its keys that are shown
     "text": ("text_config", ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")),
     "space": (None, ("projection_dim", "text_projection_type")),
 }
+WIDTH_COLUMNS = ("metric", "dimensions", "baseline", "capivara", "kept")
 # Settings that say something only where another one has one of these values.
 ONLY_WHERE = {
     "caption_count": ("caption_strategy", ("first", "rank")),
@@ -94,6 +96,7 @@ def _training_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
         "both_towers": config["towers"] == "both",
         "lora_rank": words.number(config["lora_rank"]) if config["lora_rank"] else None,
         "interpolate": code(config["interpolate"]) if config["interpolate"] != 1 else None,
+        "widths": ", ".join(map(words.number, config.get("matryoshka_dims") or ())),
         "train_split": code(config["train_split"]),
         "skipped": ", ".join(
             f"{escaped(reason)}: {words.number(count)}" for reason, count in (run.get("skipped_rows") or {}).items()
@@ -205,7 +208,8 @@ def _result_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
         "tested": [_tested(facts, group, words) for task in TASKS for group in facts.groups(task)],
         "seed_count": words.number(len(seeds)) if len(seeds) > 1 else "",
         "measured_seeds": ", ".join(seeds),
-        "results": _retrieval_sections(facts, words) + _image_sections(facts, words),
+        "results": _retrieval_sections(facts, words) + _width_sections(facts, words) + _image_sections(facts, words),
+        "has_cut": bool(facts.cut),
         "has_gains": any(series.first.is_gain for series in facts.series),
         "pictures": [(kind, name) for kind in ("retrieval", "curves") for name in facts.pictures if kind in name],
     }
@@ -228,6 +232,44 @@ def _retrieval_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
         made = table(("metric", "baseline", "capivara", "difference", "chance"), rows, words)
         sections.append({"title": title, "table": made, "gains": gains})
     return sections
+
+
+def _width_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
+    """A section a data set and language whose recall was measured at several widths, all of them in falling order.
+
+    Of the mean recall, or of R@1 where there are too few images for it.
+    """
+    groups: dict[tuple, list[Series]] = {}
+    for series in (*facts.series, *facts.cut):
+        record = series.first
+        protocol = record.protocol.rpartition("; first ")[0] if record.dim else record.protocol
+        key = record.dataset, record.split, record.language, protocol, series.measured[0].precision
+        if record.metric in ("mean_recall", "recall@1"):
+            groups.setdefault(key, []).append(series)
+    sections = []
+    for (dataset, split, language, *_), group in groups.items():
+        if not any(series.first.dim for series in group):
+            continue
+        where = {"split": code(split), "language": words.language_name(language)}
+        title = words("widths_title", dataset=_dataset_title(facts, dataset), **where)
+        metric = "mean_recall" if any(series.first.metric == "mean_recall" for series in group) else "recall@1"
+        rows = [row for direction in DIRECTIONS for row in _width_rows(group, direction, metric, words)]
+        sections.append({"title": title, "table": table(WIDTH_COLUMNS, rows, words), "gains": []})
+    return sections
+
+
+def _width_rows(group: list[Series], direction: str, metric: str, words: Words) -> list[tuple[str, ...]]:
+    """Baseline, CAPIVARA, and the share that CAPIVARA keeps of its whole recall, by width."""
+    by_width = {(p.model or p.baseline).first.dim: p for p in pairs(group, direction) if p.condition.metric == metric}
+    whole, rows = by_width.get(None), []
+    for dim in sorted(by_width, key=lambda dim: -(dim or sys.maxsize)):
+        pair, kept = by_width[dim], ""
+        if dim and whole and whole.model and pair.model and whole.model.mean:
+            kept = words.percent(pair.model.mean / whole.model.mean)
+        cells = (words.figure(series) if series else "" for series in (pair.baseline, pair.model))
+        what = f"{words.name(direction)}, {words.name(metric)}"
+        rows.append((what, words.number(dim) if dim else words("all_dimensions"), *cells, kept))
+    return rows
 
 
 def _image_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:

@@ -234,7 +234,7 @@ def _write_records(model: Path, folder: Path) -> None:
         write_json(folder / name, hide_paths(read_json(path)))
     card = (model / "README.md").read_text(encoding="utf-8") if (model / "README.md").is_file() else ""
     pictures = [path for path in model.glob("*.png") if path.name in allowed.RUN_PICTURES or path.name in card]
-    for path in (model / "README.md", model / "LICENSE", *pictures):
+    for path in (model / "README.md", model / "LICENSE", model / "rotation.safetensors", *pictures):
         if path.is_file():
             shutil.copyfile(path, folder / path.name)
     write_text(folder / ".gitattributes", GIT_ATTRIBUTES)

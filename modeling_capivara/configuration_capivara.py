@@ -1,7 +1,7 @@
 """CAPIVARA configuration: two towers, the size of the space they share, the temperature."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -38,10 +38,13 @@ class CapivaraConfig(PreTrainedConfig):
         text_projection_type: "mlp" is width -> (width + projection_dim) // 2 -> GELU -> projection_dim, as published;
             "linear" is one matrix. Neither has a bias.
         logit_scale_init_value: natural logarithm of the scale that multiplies the cosines.
+        matryoshka_dims: widths, beside the whole, at which the first numbers of an embedding were trained to be
+            embeddings of their own (Matryoshka representation learning, arXiv 2205.13147); kept in falling order. The
+            architecture does not depend on it: any width can be cut, these keep more of the recall.
 
     Raises:
-        ValueError: a size is below 1 or over `LARGEST`, the scale is not finite, a tower's kind is unknown, or the text
-            tower is an encoder-decoder.
+        ValueError: a size is below 1 or over `LARGEST`, the scale is not finite, a tower's kind is unknown, the text
+            tower is an encoder-decoder, or a width of `matryoshka_dims` does not divide `projection_dim`.
     """
 
     model_type = "capivara"
@@ -56,12 +59,14 @@ class CapivaraConfig(PreTrainedConfig):
     projection_dim: int = 512
     text_projection_type: Literal["mlp", "linear"] = "mlp"
     logit_scale_init_value: float = math.log(1 / 0.07)  # temperature 0.07, CLIP (arXiv 2103.00020) section 2.5
+    matryoshka_dims: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, got {self.projection_dim}.")
         if not math.isfinite(self.logit_scale_init_value):
             raise ValueError(f"logit_scale_init_value must be a finite number, got {self.logit_scale_init_value}.")
+        self.matryoshka_dims = checked_widths(self.matryoshka_dims or (), self.projection_dim) or None
         _check_sizes("", kwargs.get)
         self.vision_config = _tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
         self.text_config = _tower_config("text_config", self.text_config, TEXT_DEFAULTS)
@@ -71,6 +76,23 @@ class CapivaraConfig(PreTrainedConfig):
                 "use a model type that has an encoder alone, such as 'xlm-roberta'."
             )
         super().__post_init__(**kwargs)
+
+
+def checked_widths(widths: Iterable[int], projection_dim: int) -> list[int]:
+    """The widths that a model is trained for, the widest first, each once.
+
+    Raises:
+        ValueError: one is below 1, exceeds `projection_dim` or does not divide it.
+    """
+    for width in widths:
+        if not 0 < width <= projection_dim or projection_dim % width:
+            fault = "exceeds it" if width > projection_dim else "does not divide it" if width > 0 else "is below 1"
+            known = [n for n in range(projection_dim, 0, -1) if not projection_dim % n]
+            raise ValueError(
+                f"matryoshka_dims must divide the embedding's width, {projection_dim}, and {width} {fault}; choose of "
+                f"{', '.join(map(str, known[:12]))}."
+            )
+    return sorted(set(widths), reverse=True)
 
 
 def _tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:

@@ -48,21 +48,25 @@ class CapivaraPreTrainedModel(PreTrainedModel):
 
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, pixel_values: Tensor, truncate_dim: int | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
         """Image tower and projection.
 
         Args:
             pixel_values: (images, 3, height, width), as `CapivaraImageProcessor` makes them.
+            truncate_dim: keep the first so many numbers of each embedding; all where None. See `matryoshka_dims` of
+                the configuration.
 
         Returns:
-            The tower's output; `pooler_output` is (images, projection_dim), projected, not normalised.
+            The tower's output; `pooler_output` is (images, truncate_dim or projection_dim), projected, not normalised.
 
         Raises:
-            ValueError: `pixel_values` is no batch of images, or the tower has no pooled output.
+            ValueError: `pixel_values` is no batch of images, the tower has no pooled output, or `truncate_dim` is below
+                1 or above `projection_dim`.
         """
+        check_truncate_dim(truncate_dim, self.config.projection_dim)
         outputs = self._image_outputs(pixel_values, **kwargs)
-        outputs.pooler_output = self.visual_projection(outputs.pooler_output)
+        outputs.pooler_output = self.visual_projection(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
     def _image_outputs(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
@@ -83,6 +87,15 @@ class CapivaraPreTrainedModel(PreTrainedModel):
 def unit_length(features: Tensor) -> Tensor:
     """`features` (rows, width) scaled to Euclidean length 1 a row, in float32."""
     return nn.functional.normalize(features.float(), dim=-1)
+
+
+def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:
+    """Raise ValueError, about the argument `name`, unless embeddings of `width` numbers have a first `dim` of them.
+
+    None stands for all.
+    """
+    if dim is not None and not 1 <= dim <= width:
+        raise ValueError(f"{name} must be from 1 to the embedding's width, {width}, got {dim}.")
 
 
 def check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: str) -> None:

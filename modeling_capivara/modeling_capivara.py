@@ -13,7 +13,13 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .configuration_capivara import CapivaraConfig
 from .image_classification_capivara import CapivaraForImageClassification
-from .image_tower_capivara import CapivaraPreTrainedModel, check_main_input, unit_length, vision_width
+from .image_tower_capivara import (
+    CapivaraPreTrainedModel,
+    check_main_input,
+    check_truncate_dim,
+    unit_length,
+    vision_width,
+)
 from .loss_capivara import clip_loss, similarity_logits
 
 
@@ -92,6 +98,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        truncate_dim: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """Text tower and projection.
@@ -100,15 +107,18 @@ class CapivaraModel(CapivaraPreTrainedModel):
             input_ids: (texts, tokens).
             attention_mask: (texts, tokens), 1 for a token and 0 for padding; without it, padding tokens are masked.
             token_type_ids: taken because BERT's tokenizers give them, and not used: a single text has one type.
+            truncate_dim: as for `get_image_features`, to compare the two.
 
         Returns:
-            The tower's output; `pooler_output` is (texts, projection_dim), projected, not normalised.
+            The tower's output; `pooler_output` is (texts, truncate_dim or projection_dim), projected, not normalised.
 
         Raises:
-            ValueError: a row has no token that the mask keeps, or a shape is wrong.
+            ValueError: a row has no token that the mask keeps, a shape is wrong, or `truncate_dim` is below 1 or above
+                `projection_dim`.
         """
+        check_truncate_dim(truncate_dim, self.config.projection_dim)
         outputs = self._text_outputs(input_ids, attention_mask, **kwargs)
-        outputs.pooler_output = self.text_projection(outputs.pooler_output)
+        outputs.pooler_output = self.text_projection(outputs.pooler_output)[:, :truncate_dim]
         return outputs
 
     def _text_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> BaseModelOutputWithPooling:

@@ -61,6 +61,7 @@ class Record:
     seed: int | None = None  # of the training run, None for a model that was not trained in it
     chance: float | None = None  # expected value of random scores; None where it has no meaning
     interval_95: tuple[float, float] | None = None  # low and high end of a 95 % interval, for a gain
+    dim: int | None = None  # first numbers of the embeddings that were compared, `protocol` says it too; None of all
 
     def __post_init__(self) -> None:
         if isinstance(self.interval_95, list):
@@ -92,8 +93,10 @@ class Record:
             value = getattr(self, name)
             if not is_number(value) and not (name == "chance" and value is None):
                 raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
-        if self.seed is not None and (not isinstance(self.seed, int) or isinstance(self.seed, bool)):
-            raise ValueError(f"seed must be a whole number or null, got {_shown(self.seed)}")
+        for name in ("seed", "dim"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{name} must be a whole number or null, got {_shown(value)}")
         interval = self.interval_95
         if interval is not None and not (isinstance(interval, tuple) and len(interval) == 2 and _ordered(*interval)):
             raise ValueError(f"interval_95 must be two numbers, the low end first, got {_shown(interval)}")
@@ -118,6 +121,8 @@ class Record:
             raise ValueError(f"chance must be a share from 0 to 1, got {self.chance:g}")
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n:g}")
+        if self.dim is not None and self.dim < 1:
+            raise ValueError(f"dim must be at least 1, got {self.dim}")
         k = int(self.metric.removeprefix("recall@")) if self.metric.startswith("recall@") else 0
         k = LARGEST_K if self.metric.startswith("mean_recall") else k
         if k and self.n <= k:  # every query would be a hit

@@ -60,18 +60,21 @@ def markdown_table(rows: Sequence[Sequence[str]], text_columns: int) -> str:
 def retrieval_table(records: Sequence[Record]) -> str:
     """The paper's table, in per cent: a row a language and model, mean ± standard deviation over several seeds.
 
+    Figures of embeddings that were cut have rows of their own, the whole ones before them.
+
     The gain's interval is that of the paired bootstrap over the split's images, for each seed where there are several.
     """
     rows = [["Language", "Model"]]
     for direction in ("Text-to-image", "Image-to-text"):
         rows[0] += [f"{direction} R@1", "R@5", "R@10", "**Mean recall**"]
-    for language in dict.fromkeys(record.language for record in records):
-        of_language = [r for r in records if r.language == language]
+    for language, dim in dict.fromkeys((record.language, record.dim) for record in records):
+        of_language = [r for r in records if (r.language, r.dim) == (language, dim)]
+        title = language if dim is None else f"{language}, first {dim} dimensions"
         for role, name in MODEL_NAMES.items():
             of_role = [r for r in of_language if r.model == role]
             if of_role:
-                rows.append([language, name, *_cells(of_role, lambda found: [r.value for r in found])])
-        rows.append([language, "chance", *_cells(of_language, lambda found: [r.chance for r in found][:1])])
+                rows.append([title, name, *_cells(of_role, lambda found: [r.value for r in found])])
+        rows.append([title, "chance", *_cells(of_language, lambda found: [r.chance for r in found][:1])])
     gains = [_gain_line(record) for record in records if record.is_gain]
     return "\n".join([markdown_table(rows, 2), "", *gains]).rstrip() + "\n"
 

@@ -14,10 +14,12 @@ from accelerate import Accelerator
 from tiny import randomise, tiny_config, tiny_tokenizer
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from training.contrastive import TextTargets
 from training.step import ExactStep, micro_batches, sparse_embedding_gradients
 
 CAPTIONS = ["gato", "uma foto de um gato azul", "a casa", "o carro verde e a árvore", "pão", "são joão", "água"]
-SEED, STEP, MICRO = 5, 3, 2
+ALONE = ["o mar", "uma pedra na praia"]  # without an image
+SEED, STEP, MICRO, PAIRS = 5, 3, 2, 7
 
 
 def build(trained_images: bool, checkpointing: bool = False) -> CapivaraModel:
@@ -42,13 +44,24 @@ def make_batch(trained_images: bool, size: int = MICRO):
     return batches, None if trained_images else embeds
 
 
-def gradients_of(model, accelerator, batches, image_embeds, accumulation="recompute"):
+def add_taught(batches: list, loss: str = "both") -> TextTargets:
+    """Micro-batches of texts without an image after the others, and what a teacher makes of all texts."""
+    processor = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())
+    batches += micro_batches(processor, ALONE, MICRO, len(batches), len(CAPTIONS))[0]
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.nn.functional.normalize(torch.randn(len(CAPTIONS + ALONE), 24, generator=generator), dim=-1)
+    return TextTargets(embeds, 0.7, loss)
+
+
+def gradients_of(
+    model, accelerator, batches, image_embeds, accumulation="recompute", targets=None, pairs=PAIRS, dims=()
+):
     """Loss and gradients of the engine, name -> tensor."""
     prepared = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, no wrapper
     own = [batch for batch in batches if batch.index % accelerator.num_processes == accelerator.process_index]
     with sparse_embedding_gradients(model, min_rows=0):
-        step = ExactStep(prepared, model.logit_scale, accelerator, SEED, accumulation)
-        report = step(STEP, own, len(CAPTIONS), image_embeds)
+        step = ExactStep(prepared, model.logit_scale, accelerator, SEED, accumulation, dims)
+        report = step(STEP, own, pairs, image_embeds, targets)
     scale = accelerator.scaler.get_scale() if accelerator.scaler else 1
     return report, {n: p.grad.clone() / scale for n, p in model.named_parameters() if p.grad is not None}
 
@@ -57,14 +70,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
     parser.add_argument("--trained_images", action="store_true")
+    parser.add_argument("--taught", action="store_true")
     parser.add_argument("--unsummed", action="store_true", help="the mutation: gradients are left unsummed")
     args = parser.parse_args()
     if args.unsummed:
         ExactStep._sum_over_processes = lambda self: None
     accelerator = Accelerator(cpu=True)
-    report, gradients = gradients_of(
-        build(args.trained_images), accelerator, *make_batch(args.trained_images), "recompute"
-    )
+    batches, embeds = make_batch(args.trained_images)
+    targets = add_taught(batches) if args.taught else None
+    report, gradients = gradients_of(build(args.trained_images), accelerator, batches, embeds, "recompute", targets)
     rank = accelerator.process_index
     torch.save({"loss": report.loss, "gradients": gradients}, args.output / f"{rank}.pt")
     accelerator.end_training()

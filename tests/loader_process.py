@@ -63,6 +63,11 @@ def sentence_transformers():
     model = SentenceTransformer(REPOSITORY, trust_remote_code=True, device="cpu")
     images, texts = model.encode(PICTURES), model.encode(TEXTS)
     assert model.similarity(texts, images).shape == (len(texts), len(images))
+    narrow = SentenceTransformer(REPOSITORY, trust_remote_code=True, device="cpu", truncate_dim=6)
+    sides = [narrow.encode(TEXTS), narrow.encode(PICTURES)]
+    assert [side.shape[1] for side in sides] == [6, 6]
+    cut = [torch.nn.functional.normalize(torch.from_numpy(side[:, :6]), dim=-1) for side in (texts, images)]
+    torch.testing.assert_close(narrow.similarity(*sides), cut[0] @ cut[1].T)
     return torch.from_numpy(images), torch.from_numpy(texts)
 
 

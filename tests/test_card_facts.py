@@ -120,6 +120,37 @@ def test_several_seeds(trained, tmp_path):
     assert {m["args"]["seed"] for m in metrics} == {1} and 0.30000000000000004 in {m["value"] for m in metrics}
 
 
+def test_recall_at_each_width_has_a_table_of_its_own(run):
+    """Figures of cut embeddings stand there alone, beside those of the whole ones."""
+
+    def add_widths(content: dict) -> None:
+        cut = []
+        for dim, share in ((8, 0.5), (12, 0.75)):
+            about = {"dim": dim, "protocol": f"{content['records'][0]['protocol']}; first {dim} of 24 dimensions"}
+            shares = [r for r in content["records"] if r["metric"] == "mean_recall"]
+            cut += [{**r, **about, "value": share * r["value"]} for r in shares]
+        content["records"] += cut
+
+    whole = card_facts(run)
+    change(results_of(run), add_widths)
+    facts = card_facts(run)
+    assert [s.first for s in facts.series] == [s.first for s in whole.series] and len(facts.cut) == 8
+    for language, title in (("en", "Retrieval by the first dimensions"), ("pt", "Recuperação só pelas primeiras")):
+        write_card(run, language=language)
+        assert check(run) == []
+        sections = card_of(run).split(f"#### {title}")
+        assert len(sections) == 2, "one data set and language of the two has such figures"
+        rows = [[c.strip() for c in line.split("|")[1:-1]] for line in sections[1].splitlines() if "|" in line][2:8]
+        every = "all" if language == "en" else "todas"
+        assert [row[1] for row in rows] == 2 * [every, "12", "8"]
+        assert [row[4].replace(",", ".") for row in rows] == 2 * ["–", "75.00", "50.00"]
+        assert "first 8 of 24" not in card_of(run) and "truncate_dim" in sections[1]
+    for name in (path.name for path in (run / "results").glob("*.json")):
+        change(run / "results" / name, lambda content: [r.update(dim=8) for r in content["records"]])
+    with pytest.raises(ValueError, match="hold no measurement"):
+        card_facts(run)
+
+
 def test_energy_is_marked_as_estimated_or_measured(run):
     energy = {"kwh": 6.49, "kg_co2e": 0.5, "hours": 31, "country": "BRA", "cpu": "A CPU", "gpu": "1 x A GPU"}
     energy |= {"covers": "the run", "method": "codecarbon 3.3.2, offline; estimated without a power meter"}
@@ -157,6 +188,7 @@ def on_the_hub(run):
     return run
 
 
+@pytest.mark.slow
 def test_only_what_is_on_the_hub_is_named_as_such(on_the_hub):
     data, body = split_card(card_of(on_the_hub))
     assert (data["base_model"], data["datasets"]) == ("laion/base", [HUB_DATA])
@@ -178,6 +210,7 @@ def test_only_what_is_on_the_hub_is_named_as_such(on_the_hub):
     assert "no result file" in check(on_the_hub)[0], "a file that was right before"
 
 
+@pytest.mark.slow
 def test_one_changed_digit_in_eval_results_fails(on_the_hub):
     (path,) = (on_the_hub / ".eval_results").iterdir()
     assert check(on_the_hub) == []

@@ -33,11 +33,13 @@ def test_equals_clip_loss(tile):
     torch.testing.assert_close(result.logit_scale, scale.grad, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("cut", [5, 1])
-def test_two_processes_equal_one(cut):
-    """As threads, which wait for one another as processes do."""
+def by_two_processes(gradients, cut: int, **options) -> tuple:
+    """Result for all of 11 pairs, and the two of processes that have `cut` texts and the others.
+
+    As threads, which wait for one another as processes do.
+    """
     texts, images, scale, pairs = *(side.detach() for side in sides(11)), torch.tensor(2.9), torch.arange(11)
-    whole = contrastive_gradients(texts, images, scale, pairs, image_gradient=True)
+    whole = gradients(texts, images, scale, pairs, image_gradient=True, **options)
     parts, meeting = (slice(0, cut), slice(cut, 11)), threading.Barrier(2, timeout=60)
     brought = [None, None]
 
@@ -51,10 +53,15 @@ def test_two_processes_equal_one(cut):
 
         part = parts[number]
         more = {"image_gradient": True, "tile_rows": 2, "gather": gather, "total": lambda own: gather(own).sum(0)}
-        return contrastive_gradients(texts[part], images, scale, pairs[part], **more)
+        return gradients(texts[part], images, scale, pairs[part], **more, **options)
 
     with ThreadPoolExecutor(2) as threads:
-        results = list(threads.map(process, range(2)))
+        return whole, list(threads.map(process, range(2)))
+
+
+@pytest.mark.parametrize("cut", [5, 1])
+def test_two_processes_equal_one(cut):
+    whole, results = by_two_processes(contrastive_gradients, cut)
     texts_gradient = torch.cat([result.text_embeds for result in results])
     torch.testing.assert_close(texts_gradient, whole.text_embeds, rtol=1e-5, atol=1e-7)
     for result in results:

@@ -59,9 +59,9 @@ def test_counts_follow_the_weights():
 def test_a_plan_is_a_function_of_step_and_seed(tiny_processor):
     planner = Planner([CAPTIONS, CAPTIONS[:6]], [4, 2], tiny_processor, 4, 1, seed=3)
     plans = [planner(5), Planner([CAPTIONS, CAPTIONS[:6]], [4, 2], tiny_processor, 4, 1, seed=3)(5)]
-    assert all(np.array_equal(plans[0].pairs, plan.pairs) for plan in plans)
+    assert all(np.array_equal(plans[0].rows, plan.rows) for plan in plans)
     assert sorted(plans[0].sources) == [0, 0, 0, 0, 1, 1]
-    assert not np.array_equal(planner(6).pairs, plans[0].pairs)
+    assert not np.array_equal(planner(6).rows, plans[0].rows)
     assert [len(batch.input_ids) for batch in plans[0].batches] == [4, 2]
 
 
@@ -71,7 +71,7 @@ def test_texts_and_images_of_a_plan_belong_together(tiny_processor):
     for step in range(4):
         plan = planner(step)
         texts = [t for b in plan.batches for t in tiny_processor.batch_decode(b.input_ids, skip_special_tokens=True)]
-        assert [int(text.split()[-1]) for text in texts] == plan.pairs.tolist()
+        assert [int(text.split()[-1]) for text in texts] == plan.rows.tolist()
 
 
 def test_mixed_sources_and_a_missing_column_in_one(tiny_dataset_folder, tmp_path):

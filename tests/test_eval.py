@@ -37,6 +37,28 @@ def test_records_of_a_perfect_and_a_random_model():
     assert perfect["image_to_text", "recall@1"].chance == pytest.approx(2 / 80)
 
 
+def test_figures_of_several_widths_are_not_one():
+    """By protocol, so that no table or series takes them for the same."""
+    whole = embeddings(0, 1.5)
+    cut = whole.cut(4)
+    for sides in ((whole.text_embeds, cut.text_embeds), (whole.image_embeds, cut.image_embeds)):
+        torch.testing.assert_close(sides[1], torch.nn.functional.normalize(sides[0][:, :4], dim=-1))
+    assert whole.cut(None) is whole and whole.cut(16) is whole and cut.cut(2).whole_width == 16
+    records = [*retrieval_records(whole, **FACTS), *retrieval_records(cut, **FACTS), *gain_records(cut, cut, **FACTS)]
+    assert {(r.dim, r.protocol.removeprefix(retrieval.PROTOCOL)) for r in records} == {
+        (None, ""), (4, "; first 4 of 16 dimensions"),
+    }  # fmt: skip
+    assert len({r.condition for r in records}) == len(records)
+    table = retrieval_table(records)
+    rows = [line.split("|")[1:4] for line in table.splitlines() if line.startswith("| pt")]
+    assert [row[0].strip() for row in rows] == ["pt", "pt", *["pt, first 4 dimensions"] * 2]
+    values = [r.value for r in records if (r.direction, r.metric) == ("text_to_image", "recall@1")]
+    assert [float(row[2]) for row in rows[::2]] == [round(100 * value, 1) for value in values]
+    for dim in (0, 17):
+        with pytest.raises(ValueError, match=f"dim must be from 1 to the embedding's width, 16, got {dim}"):
+            whole.cut(dim)
+
+
 def test_gain_is_the_difference_of_the_records():
     before, after = embeddings(0, 1.5), embeddings(0, 0.3)
     values = [
@@ -108,6 +130,7 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["pt", "hi"])
 def test_pictures(tmp_path, language):
     images = [Image.new("RGB", (30, 30), (8 * i, 0, 0)) for i in range(12)]

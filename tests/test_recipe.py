@@ -143,6 +143,7 @@ def run(folder, dataset, output, **overrides):
     return train_accelerate.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_dataset_folder, tmp_path):
     from peft import PeftModel
 
@@ -172,6 +173,9 @@ def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_
         ({"frozen_parameters": ".*"}, "Nothing is left to train"),
         ({"frozen_parameters": "("}, "is no regular expression"),
         ({"interpolate": 1.5}, "interpolate must be from 0 to 1"),
+        ({"matryoshka_dims": "12 9"}, "must divide the embedding's width, 24, and 9 does not divide it"),
+        ({"matryoshka_dims": "48"}, "must divide the embedding's width, 24, and 48 exceeds it"),
+        ({"matryoshka_dims": "0"}, "matryoshka_dims must be at least 1"),
         ({"carbon_country": "Brasil"}, "three-letter ISO code"),
         ({"carbon_country": "BRZ"}, "'BRZ' is unknown to codecarbon"),
         ({"dataset_weights": "0.5 0.5"}, "dataset_weights has 2 numbers for 1"),
@@ -186,6 +190,7 @@ def test_bad_choices_end_before_training(tiny_folder, tiny_dataset_folder, tmp_p
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_layers_can_be_left_as_they_are(tiny_folder, tiny_dataset_folder, tmp_path):
     frozen = r"text_model\.(embeddings|encoder\.layer\.0)\..*"
     out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", frozen_parameters=frozen)
@@ -195,6 +200,7 @@ def test_layers_can_be_left_as_they_are(tiny_folder, tiny_dataset_folder, tmp_pa
     assert any(n.startswith("text_model.encoder.layer.1") for n in moved) and "logit_scale" in moved
 
 
+@pytest.mark.slow
 def test_frozen_parameters_hold_under_lora(tiny_folder, tiny_dataset_folder, tmp_path):
     frozen = r"text_projection\..*"
     out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", lora_rank=2, frozen_parameters=frozen)

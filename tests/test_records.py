@@ -36,6 +36,8 @@ RECORD = Record(
         ({"chance": 2}, "chance must be a share from 0 to 1"),
         ({"interval_95": (0.2, 0.1)}, "interval_95 must be two numbers, the low end first"),
         ({"language": None}, "language must be text, got None"),
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"dim": "96"}, "dim must be a whole number or null, got '96'"),
     ],
 )
 def test_a_figure_out_of_its_range_is_no_record(change, message):

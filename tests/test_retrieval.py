@@ -52,6 +52,25 @@ def flags(model, dataset, output, *more) -> list[str]:
     return [str(part) for part in names]
 
 
+def test_embeddings_are_cut(tiny_folder, folder, tmp_path):
+    """To their first numbers, whose recall is another figure; all of them are kept once, whole."""
+    found = {}
+    for dim in (None, 6, 24):
+        more = [] if dim is None else ["--dim", dim]
+        main(flags(tiny_folder, folder, tmp_path / "r.json", "--gallery", 0, *more))
+        found[dim] = read_records(tmp_path / "r.json")
+    assert found[24] == found[None] != found[6]
+    assert {(r.dim, r.protocol.rpartition("; ")[2]) for r in found[6]} == {(6, "first 6 of 24 dimensions")}
+    assert not {r.condition for r in found[6]} & {r.condition for r in found[None]}
+
+
+@pytest.mark.parametrize(("dim", "rule"), [(25, "from 1 to the embedding's width, 24"), (0, "at least 1")])
+def test_a_width_that_the_model_has_not(tiny_folder, folder, tmp_path, dim, rule, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(flags(tiny_folder, folder, tmp_path / "r.json", "--dim", dim))
+    assert f"dim must be {rule}, got {dim}" in f"{stop.value}{capsys.readouterr().err}"
+
+
 def test_a_folder_of_images(tiny_folder, folder, tmp_path, capsys):
     main(flags(tiny_folder, folder, tmp_path / "r.json", "--gallery", 4))
     records = {(r.direction, r.metric): r for r in read_records(tmp_path / "r.json")}

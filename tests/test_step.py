@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,28 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs
-from exact_step_process import CAPTIONS, MICRO, SEED, STEP, build, gradients_of, make_batch
+from exact_step_process import ALONE, CAPTIONS, MICRO, SEED, STEP, add_taught, build, gradients_of, make_batch
+from test_matryoshka import plain_loss
 from tiny import tiny_tokenizer
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, clip_loss
-from training.contrastive import contrastive_gradients
+from training.contrastive import TextTargets, contrastive_gradients
 from training.step import ExactStep, GraphMeter, _Lookup, micro_batches, padding_share, sparse_embedding_gradients
 
 TESTS = Path(__file__).resolve().parent
 TOLERANCE = {"no": 1e-5, "bf16": 1e-2}
 
 
-def reference_gradients(model, batches, image_embeds, autocast: torch.dtype | None = None):
+def teacher_loss(texts: torch.Tensor, targets: TextTargets, scale: torch.Tensor) -> torch.Tensor:
+    """As the plain formulas have it."""
+    contrastive = clip_loss(texts, targets.embeds, scale.detach())
+    cosine = 1 - (texts * targets.embeds).sum(dim=1).mean()
+    return {"contrastive": contrastive, "cosine": cosine, "both": contrastive + cosine}[targets.loss]
+
+
+def reference_gradients(
+    model, batches, image_embeds, autocast: torch.dtype | None = None, targets=None, loss_of=clip_loss
+):
     """One graph over all micro-batches, their random states the engine's, one loss."""
     texts, images = [], []
     device = model.device
@@ -35,9 +46,12 @@ def reference_gradients(model, batches, image_embeds, autocast: torch.dtype | No
             output = model(batch.input_ids.to(device), batch.attention_mask.to(device), pixels)
             texts.append(output.text_embeds)
             images.append(output.image_embeds)
+    images = [image for image in images if image is not None]
     image_embeds = torch.cat(images) if image_embeds is None else image_embeds.to(device).float()
-    loss = clip_loss(torch.cat(texts), image_embeds, model.logit_scale)
-    loss.backward()
+    texts = torch.cat(texts)
+    loss = loss_of(texts[: len(image_embeds)], image_embeds, model.logit_scale)
+    taught = 0 if targets is None else targets.weight * teacher_loss(texts, targets, model.logit_scale)
+    (loss + taught).backward()
     return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -75,6 +89,51 @@ def test_step_equals_one_graph(accumulation, trained_images, precision, checkpoi
     assert report.graphs_kept == (0 if accumulation == "recompute" else 4)
     assert "logit_scale" in actual and "text_model.embeddings.word_embeddings.weight" in actual
     assert largest_error(actual, expected) < TOLERANCE[precision]
+
+
+@pytest.mark.parametrize("trained_images", [False, True], ids=["frozen image tower", "both towers"])
+def test_step_over_prefixes_equals_one_graph(trained_images):
+    batches, embeds = make_batch(trained_images)
+    loss, expected = reference_gradients(
+        build(trained_images), batches, embeds, loss_of=partial(plain_loss, widths=[24, 12, 6])
+    )
+    report, actual = gradients_of(build(trained_images), Accelerator(cpu=True), batches, embeds, dims=[12, 6])
+    assert report.loss == pytest.approx(loss, rel=1e-5) and largest_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "trained_images", "loss"),
+    [("recompute", False, "both"), ("keep", True, "contrastive"), ("auto", False, "cosine")],
+)
+def test_a_taught_step_equals_one_graph(accumulation, trained_images, loss):
+    """The teacher's term over all texts, two of them without an image."""
+    batches, embeds = make_batch(trained_images)
+    targets = add_taught(batches, loss)
+    expected_loss, expected = reference_gradients(build(trained_images), batches, embeds, targets=targets)
+    model, accelerator = build(trained_images), Accelerator(cpu=True)
+    report, actual = gradients_of(model, accelerator, batches, embeds, accumulation, targets)
+    assert report.loss == pytest.approx(expected_loss, rel=1e-5) and report.teacher_loss > 0
+    assert largest_error(actual, expected) < 1e-5
+    _, untaught = gradients_of(build(trained_images), accelerator, batches[:-1], embeds, accumulation)
+    assert largest_error(untaught, expected) > 1e-2, "the teacher's term is there"
+
+
+def test_a_step_on_sentences_without_images():
+    batches: list = []
+    targets = add_taught(batches)
+    targets = TextTargets(targets.embeds[: len(ALONE)], targets.weight, "both")
+    for batch in batches:
+        batch.start -= len(CAPTIONS)
+    model, step_model = build(False), build(False)
+    model.logit_scale.requires_grad_(False)
+    state = np.random.SeedSequence([SEED, STEP, 0]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state) >> 1)
+    texts = model(batches[0].input_ids, batches[0].attention_mask).text_embeds
+    (targets.weight * teacher_loss(texts, targets, model.logit_scale)).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    step_model.logit_scale.requires_grad_(False)
+    report, actual = gradients_of(step_model, Accelerator(cpu=True), batches, None, "recompute", targets, pairs=0)
+    assert report.loss == 0 and largest_error(actual, expected) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -151,7 +210,7 @@ def changed_gradients(change):
         gradients = contrastive_gradients(*args, **kwargs)
         return replace(gradients, **change(gradients))
 
-    return lambda patch: patch.setattr("training.step.contrastive_gradients", mutant)
+    return lambda patch: patch.setattr("training.matryoshka.contrastive_gradients", mutant)
 
 
 MUTATIONS = {
@@ -189,6 +248,14 @@ def test_two_processes_equal_one(options, tmp_path):
     loss, expected = reference_gradients(build(bool(options)), batches, embeds)
     for result in on_processes(2, tmp_path / "two", *options):
         assert result["loss"] == pytest.approx(loss, rel=1e-5)
+        assert largest_error(result["gradients"], expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_a_teacher(tmp_path):
+    batches, embeds = make_batch(True)
+    _, expected = reference_gradients(build(True), batches, embeds, targets=add_taught(batches))
+    for result in on_processes(2, tmp_path / "two", "--trained_images", "--taught"):
         assert largest_error(result["gradients"], expected) < 1e-5
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_a_folder_that_the_run_needs_is_not_overwritten(tiny_folder, tiny_datase
     assert load_model(tiny_folder)
 
 
+@pytest.mark.slow
 def test_overwrite(tiny_folder, tiny_dataset_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -174,6 +176,7 @@ def test_bad_values(tiny_folder, tiny_dataset_folder, tmp_path, fault):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.slow
 def test_disk_full_while_saving_leaves_nothing(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -204,6 +207,7 @@ def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, t
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_two_data_sets_are_mixed_in_every_batch(tiny_folder, tiny_dataset_folder, tmp_path):
     """Image and caption of a pair stay together over both: without dropout, the loss is that of one data set."""
     config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
@@ -223,6 +227,7 @@ def test_two_data_sets_are_mixed_in_every_batch(tiny_folder, tiny_dataset_folder
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_clamp_binds_in_a_run(tiny_folder, tiny_dataset_folder, tmp_path):
     """CAPIVARA's own code has the clamp in a hook that is never called."""
     model = load_model(tiny_folder)
@@ -246,6 +251,7 @@ def test_files_of_others_are_not_removed(tiny_folder, tiny_dataset_folder, tmp_p
     assert (tmp_path / "out.partial" / "precious.txt").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_lost_where_its_folder_was_filled(
     tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch
 ):
@@ -285,6 +291,7 @@ def test_skipped_rows_are_listed_where_they_stop_the_run(tiny_folder, tiny_datas
     assert len((tmp_path / "out.skipped.jsonl").read_text(encoding="utf-8").splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_a_complete_run_of_other_settings_is_not_said_to_be_this_one(tiny_folder, tiny_dataset_folder, tmp_path):
     out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=2))
     with pytest.raises(SystemExit, match=r"learning_rate: 0\.001 there, 0\.5 now"):
@@ -305,6 +312,7 @@ def test_a_folder_at_work_is_not_taken(tiny_folder, tiny_dataset_folder, tmp_pat
         os.close(handle)
 
 
+@pytest.mark.slow
 def test_interpolation_of_a_finished_run(tiny_folder, tiny_dataset_folder, tmp_path):
     from training.interpolate import main as interpolate
 
@@ -316,3 +324,26 @@ def test_interpolation_of_a_finished_run(tiny_folder, tiny_dataset_folder, tmp_p
             torch.testing.assert_close(weight, 0.75 * base[name] + 0.25 * trained[name], rtol=1e-5, atol=1e-6)
     with pytest.raises(SystemExit, match="share must be from 0 to 1"):
         interpolate([str(tiny_folder), str(out), "--share", "2", "--output", str(tmp_path / "no")])
+    interpolate([str(tiny_folder), str(out), str(tiny_folder), "--share", "1", "--output", str(tmp_path / "mean")])
+    for name, weight in load_model(tmp_path / "mean").state_dict().items():
+        if weight.is_floating_point():
+            torch.testing.assert_close(weight, (base[name] + trained[name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_the_share_of_interpolation_is_chosen_on_validation(tiny_folder, tiny_dataset_folder, tmp_path, capsys):
+    from training.interpolate import best_share, interpolate
+    from training.interpolate import main as command
+
+    def measured(pt: float, en: float) -> dict:
+        return {language: {"text_to_image": v, "image_to_text": v} for language, v in (("pt", pt), ("en", en))}
+
+    recalls = {0.0: measured(0.2, 0.5), 0.5: measured(0.3, 0.496), 1.0: measured(0.4, 0.48)}
+    assert best_share(recalls, ["pt", "en"], 0.005) == 0.5
+    assert best_share(recalls, ["pt", "en"], 0.02) == 1.0 == best_share(recalls, ["pt"], 0)
+    assert best_share({0.0: measured(0.2, 0.5), 1.0: measured(0.4, 0.4)}, ["pt", "en"], 0) == 0.0
+
+    data = ["--validation", str(tiny_dataset_folder), "--split", "train", "--languages", "pt", "en"]
+    command([str(tiny_folder), str(tiny_folder), *data, "--output", str(tmp_path / "best")])
+    told = capsys.readouterr().out
+    assert len(re.findall(r"^ +\d\.\d ", told, re.MULTILINE)) == 11 and told.count("<- best") == 1
+    assert (tmp_path / "best" / "model.safetensors").is_file() and interpolate

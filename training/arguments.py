@@ -98,6 +98,12 @@ class Optimisation:
     min_learning_rate: float = flag(1e-7, "Where the linear warm-up starts and the cosine decay ends.")
     warmup_steps: int = flag(500, "Steps of the linear warm-up.")
     weight_decay: float = flag(0.2, "L2 penalty of adam, decay of adamw.")
+    decay_towards: Literal["zero", "base"] = flag(
+        "zero", "What the decay pulls weights towards: zero, the paper's; or base, the model before training."
+    )
+    layer_decay: float = flag(
+        1.0, "Learning rate of a layer, as a share of that of the layer above it, 0 to 1; 1 = all alike."
+    )
     adam_beta1: float = flag(0.9, "Decay of Adam's first moment, 0 to 1.")
     adam_beta2: float = flag(0.98, "Decay of Adam's second moment, 0 to 1.")
     adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
@@ -129,9 +135,15 @@ class Trained:
     )
     trained_vocabulary: Literal["used", "all"] | None = flag(
         None,
-        "Rows of the word embeddings that are trained: used = those of the tokens in the training captions, with "
-        "the weights of `all` in less time and memory, as long as there is no weight_decay (it moves unused rows, too); "
-        "all = the whole table. used without a weight_decay, else all, where none is given.",
+        "Rows of the word embeddings that are trained: used = those of the tokens of the training texts, for the weights "
+        "of `all` in less time and memory (not with a weight_decay, which moves every row); all = the whole table. "
+        "By default used without, all with a weight_decay.",
+    )
+    matryoshka_dims: list[int] = flag(
+        [],
+        "Widths, such as 256 128 64 of 512, whose first numbers of the embeddings are trained to be embeddings, too, "
+        "beside the whole; each divides the whole. With towers: text the space is turned to the principal axes of the "
+        "training images before, by rotation.safetensors beside the model.",
     )
     gradient_checkpointing: bool = flag(
         False, "Recompute each layer in the backward pass: less memory, a third more time."
@@ -150,14 +162,55 @@ class Trained:
         "(WiSE-FT). Below 1 more of what the base knew is kept.",
     )
 
-    def choose_vocabulary(self, weight_decay: float) -> None:
-        """Fill in `trained_vocabulary`. Raises ValueError for `used` with a decay, which would not be what `all` is."""
-        if self.trained_vocabulary == "used" and weight_decay:
+
+@dataclass
+class TextTeacher:
+    """A frozen text tower that the trained one is held to, so that a language that is known is not forgotten."""
+
+    _argument_group_name = "text teacher"
+
+    text_teacher: str | None = flag(
+        None,
+        "Hold each caption to what a frozen text tower makes of the caption that it translates: base = the model "
+        "before training; or the folder or Hub id of another one, as wide. None where none is given, as in the paper.",
+    )
+    teacher_language: str = flag("en", "Language that the teacher reads: column `captions-<language>`.")
+    teacher_weight: float = flag(1.0, "Weight of the teacher's loss; that of the images has 1.")
+    teacher_loss: Literal["contrastive", "cosine", "both"] = flag(
+        "contrastive",
+        "contrastive = each caption finds its own among all teacher's embeddings of the batch; cosine = 1 - cosine to "
+        "its own; both = their sum.",
+    )
+    anchor_share: float = flag(
+        0.0,
+        "Share of the pairs of a batch, 0 to below 1, whose caption is the one in the teacher's language: what keeps "
+        "the tower where it was for that language.",
+    )
+    parallel_text: str | None = flag(
+        None,
+        "Pairs of sentences without pictures, for the teacher alone: a JSONL, CSV or parquet file, or a data set, with "
+        "a column for each language, named by its code. Without a `dataset`, training is on these alone.",
+    )
+    parallel_batch_size: int = flag(256, "Sentence pairs of `parallel_text` in a batch, beside its images' pairs.")
+
+    def check_teacher(self, language: str) -> None:
+        """Raise ValueError where the options contradict one another, or a value is out of its range."""
+        at_least(self, 0, "teacher_weight")
+        between(self, 0, 1, "anchor_share")
+        if not self.teacher_weight < float("inf") or self.anchor_share == 1:
             raise ValueError(
-                "trained_vocabulary: used leaves the rows of unused tokens as they are, but a weight_decay of "
-                f"{weight_decay:g} moves them, too. Use --trained_vocabulary all, or --weight_decay 0."
+                "teacher_weight must be a number, and anchor_share below 1 so that captions of the language are left; "
+                f"got {self.teacher_weight:g} and {self.anchor_share:g}."
             )
-        self.trained_vocabulary = self.trained_vocabulary or ("all" if weight_decay else "used")
+        if not self.text_teacher and (self.anchor_share or self.parallel_text):
+            name = "anchor_share" if self.anchor_share else "parallel_text"
+            raise ValueError(f"{name} needs a teacher: give --text_teacher base.")
+        if self.text_teacher and self.teacher_language == language:
+            raise ValueError(f"teacher_language is {language!r}, the language that is trained; give another one.")
+        if self.parallel_text:
+            at_least(self, 2, "parallel_batch_size")
+            if not self.teacher_weight:
+                raise ValueError("parallel_text is for the teacher alone, and teacher_weight is 0.")
 
 
 @dataclass
@@ -231,25 +284,33 @@ class Hub:
             )
 
 
-GROUPS = (ModelAndData, Batch, Optimisation, Trained, Output, Hub)
+GROUPS = (ModelAndData, Batch, Optimisation, Trained, TextTeacher, Output, Hub)
 
 
 @dataclass
-class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
+class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, ModelAndData):
     """All arguments of a run, flat. Raises ValueError where a value breaks its rule."""
 
     def __post_init__(self) -> None:
         self.dataset = [self.dataset] if isinstance(self.dataset, str) else self.dataset
         self.dataset = [name.rstrip("/") or name for name in self.dataset]
-        for name in ("model", "dataset"):
-            if not getattr(self, name):
-                raise ValueError(f"`{name}` is missing: give --{name}, or a --config that has it.")
+        if not self.model:
+            raise ValueError("`model` is missing: give --model, or a --config that has it.")
+        if not self.dataset and not (self.parallel_text and self.evaluation_dataset):
+            raise ValueError(
+                "`dataset` is missing: give --dataset, or a --config that has it. A training on --parallel_text alone "
+                "needs an --evaluation_dataset."
+            )
         at_least(self, 1, "micro_batch_size", "embedding_batch_size", "max_steps", "runs", "eval_steps", "save_steps")
         at_least(self, 1, "keep_last", "num_threads", "patience")
         at_least(self, 2, "effective_batch_size")
         at_least(self, 0, "warmup_steps", "weight_decay", "min_learning_rate", "seed", "augmented_views", "lora_rank")
         at_least(self, 0, "loading_workers")
-        between(self, 0, 1, "max_bad_share", "interpolate", "lora_dropout")
+        if any(width < 1 for width in self.matryoshka_dims):
+            raise ValueError(f"matryoshka_dims must be at least 1, got {self.matryoshka_dims}.")
+        if self.matryoshka_dims and not self.dataset:
+            raise ValueError("matryoshka_dims are trained on images: give a --dataset of them, or no widths.")
+        between(self, 0, 1, "max_bad_share", "interpolate", "lora_dropout", "layer_decay")
         between(self, 1, 1024, "num_threads")
         if self.carbon_country is not None and not re.fullmatch(r"[A-Z]{3}", self.carbon_country):
             raise ValueError(
@@ -257,6 +318,7 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
             )
         self.check_image_files()
         self.check_choice()
+        self.check_teacher(self.language)
         self._check_images()
         self._check_sources()
         self.evaluation_dataset = self.evaluation_dataset or self.dataset[0]
@@ -278,7 +340,12 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name):g}.")
         if self.runs > 1 and self.resume not in (None, "auto"):
             raise ValueError(f"The checkpoint {self.resume} is of one run, not of {self.runs}. Use --resume auto.")
-        self.choose_vocabulary(self.weight_decay)
+        if self.trained_vocabulary == "used" and self.weight_decay:
+            raise ValueError(
+                "trained_vocabulary: used leaves the rows of unused tokens as they are, but a weight_decay of "
+                f"{self.weight_decay:g} moves them, too. Use --trained_vocabulary all, or --weight_decay 0."
+            )
+        self.trained_vocabulary = self.trained_vocabulary or ("all" if self.weight_decay else "used")
         self.check_hub(self.runs)
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 
@@ -310,6 +377,12 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
         if any(not 0 < weight < float("inf") for weight in self.dataset_weights):
             raise ValueError(f"dataset_weights must be above 0, got {self.dataset_weights}.")
 
+    @property
+    def texts_per_step(self) -> int:
+        """Texts of a whole batch: those with an image, and those of the parallel text."""
+        pairs = self.effective_batch_size if self.dataset else 0
+        return pairs + (self.parallel_batch_size if self.parallel_text else 0)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
@@ -320,9 +393,22 @@ class InterpolateArguments:
     """Arguments of `training.interpolate`."""
 
     base: str = flag(..., "Folder or Hub id of the model before training.", positional=True)
-    trained: str = flag(..., "Folder or Hub id of the model after training.", positional=True)
+    trained: list[str] = flag(
+        ..., "Folders or Hub ids of the model after training; of several, their mean.", positional=True, nargs="+"
+    )
     output: Path = flag(..., "Folder of the new model.")
     share: float = flag(0.5, "Of the trained weights, 0 to 1.")
+    validation: str | None = flag(
+        None,
+        "Data set on which the share is chosen, in the forms of a training's; `share` is then not used.",
+    )
+    split: str = flag("validation", "Split of the data set.")
+    languages: list[str] = flag(["pt", "en"], "Languages that are measured; the first is the one that was trained.")
+    max_loss: float = flag(0.5, "Points of mean recall that a further language may lose in either direction.")
+
+    def __post_init__(self) -> None:
+        between(self, 0, 1, "share")
+        at_least(self, 0, "max_loss")
 
 
 def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ class ContrastiveGradients:
     text_embeds: Tensor  # (texts, width), for the texts that were given
     image_embeds: Tensor | None  # (pairs, width), for all images; None where they were not asked for
     logit_scale: Tensor
+
+
+@dataclass(frozen=True)
+class TextTargets:
+    """What a teacher makes of the texts of a batch, and how strongly the texts are held to it."""
+
+    embeds: Tensor  # (texts, width), unit length, float32; of the whole batch, in its order
+    weight: float  # of the teacher's loss, beside 1 of the contrastive loss with the images
+    loss: Literal["contrastive", "cosine", "both"]
 
 
 @torch.no_grad()
@@ -82,3 +92,41 @@ def contrastive_gradients(
             image_gradients.addmm_(weights.T, text_embeds[tile] * scale)
     image_gradients = total(image_gradients) if image_gradient else None
     return ContrastiveGradients(loss, text_gradient, image_gradients, total(scale_gradient))
+
+
+@torch.no_grad()
+def teacher_gradients(
+    text_embeds: Tensor,
+    targets: TextTargets,
+    logit_scale: Tensor,
+    target_of_text: Tensor,
+    *,
+    gather: Callable[[Tensor], Tensor] = lambda own: own.unsqueeze(0),
+    total: Callable[[Tensor], Tensor] = lambda own: own,
+) -> tuple[Tensor, Tensor]:
+    """Loss of the texts against a teacher's embeddings of what they translate, and its gradient; no weight is applied.
+
+    "contrastive" is `clip_loss` with the teacher's embeddings in the place of the images, at the model's present scale,
+    which gets no gradient from it: it belongs to the images. "cosine" is the mean of 1 - cosine. "both" is their sum.
+
+    Args:
+        text_embeds: (texts, width), unit length, float32; the texts of this process.
+        targets: of the whole batch.
+        logit_scale: scalar, natural logarithm of the scale.
+        target_of_text: (texts,), index of each text's target.
+        gather, total: as in `contrastive_gradients`.
+
+    Returns:
+        The loss, a scalar in nats (contrastive) or without unit (cosine), and (texts, width).
+    """
+    loss, gradient = torch.zeros((), device=text_embeds.device), torch.zeros_like(text_embeds)
+    if targets.loss != "cosine":
+        found = contrastive_gradients(
+            text_embeds, targets.embeds, logit_scale, target_of_text, gather=gather, total=total
+        )
+        loss, gradient = loss + found.loss, gradient + found.text_embeds
+    if targets.loss != "contrastive":
+        right, texts = targets.embeds[target_of_text], len(targets.embeds)
+        loss = loss + 1 - total((text_embeds * right).sum()) / texts
+        gradient = gradient - right / texts
+    return loss, gradient

@@ -6,18 +6,25 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor
 
 from caption_data.embedding_cache import cache_home
-from caption_data.pairs import check_bad_share
+from caption_data.pairs import check_bad_share, tables_fingerprint
+from caption_data.parallel_text import check_no_leak, parallel_table
 from caption_data.rows import Skipped, write_skipped
 from common.files import check_free_space
+from common.privacy import short_name
+from eval.retrieval import flat_captions
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedding import embed_images
+from modeling_capivara.configuration_capivara import checked_widths
+from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
 from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
 from training.images import TrainingImages, build_cache, cached_embeds, loading_workers
+from training.matryoshka import rotate_
+from training.teacher import Teacher, TeacherTexts
 from training.trainable import prepare_trainable
 from training.views import Views, bad_images, check_images
 
@@ -37,13 +44,40 @@ class Inputs:
     test_embeds: Tensor  # (images, width) by the base's image tower, float32
     skipped: list[Skipped]  # training rows that were left out
     base_digest: str  # of the base's weights
+    teacher_texts: list[TeacherTexts]  # of each data set and of the parallel text; none without a teacher
+    parallel: Dataset | None  # sentences without images
+    # the validation captions in the teacher's language, and the base's embeddings of them (captions, width)
+    teacher_validation: tuple[list[list[str]], Tensor] | None
+    rotation: Tensor | None = None  # (width, width), of the space that is trained in, not of `base` and `test_embeds`
+
+    def turn(self, rotation: Tensor) -> None:
+        """Turn the space that is trained in, once: models that start, and what they are trained and validated on."""
+        self.rotation = self.images.rotation = rotation
+        if self.validation_embeds is not None:
+            self.validation_embeds = self.validation_embeds @ rotation.T
+        if self.teacher_validation is not None:
+            captions, embeds = self.teacher_validation
+            self.teacher_validation = captions, embeds @ rotation.T
+
+    def start_model(self, args: RunArguments) -> CapivaraModel:
+        """The model that a training starts from: the base, turned where its space is."""
+        model = load_model(args.model)
+        if self.rotation is not None:
+            rotate_(model, self.rotation)
+        model.config.matryoshka_dims = checked_widths(args.matryoshka_dims, model.config.projection_dim) or None
+        return model
 
     def planner(self, args: RunArguments, seed: int) -> Planner:
         """What draws the batches of a run with this seed."""
         captions = [split.table["captions"] for split in self.training]
         # A copy: it plans in a thread, and a tokenizer remembers padding and length from its last call.
         processor = copy.deepcopy(self.processor)
-        return Planner(captions, self.counts, processor, args.micro_batch_size, args.augmented_views, seed)
+        planner = Planner(captions, self.counts, processor, args.micro_batch_size, args.augmented_views, seed)
+        if args.text_teacher:
+            planner.teacher_texts, planner.anchor_share = self.teacher_texts, args.anchor_share
+        if self.parallel is not None:
+            planner.parallel, planner.parallel_count = self.parallel["captions"], args.parallel_batch_size
+        return planner
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
         """Name of a data set and split -> digest of its images and captions."""
@@ -51,6 +85,9 @@ class Inputs:
         prints |= {
             f"{name} {args.train_split}": s.fingerprint for name, s in zip(args.dataset, self.training, strict=True)
         }
+        prints |= {f"teacher's texts {n}": t.cache.folder.name for n, t in enumerate(self.teacher_texts) if t.cache}
+        if self.parallel is not None:
+            prints[f"parallel text {args.parallel_text}"] = tables_fingerprint(self.parallel)
         prints[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.fingerprint
         for language, split in self.test.items():
             prints[f"{args.evaluation_dataset} {args.test_split} {language}"] = split.fingerprint
@@ -73,17 +110,22 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     """
     processor = load_processor(args.model)
     base = load_model(args.model)
+    checked_widths(args.matryoshka_dims, base.config.projection_dim)  # before any long work
     trial = load_model(args.model)
     prepare_trainable(trial, args)  # its names match, before any long work
     check_free_space(output_dir, _bytes_of_run(args, trial))
     del trial
     base.to(accelerator.device).eval()
-    languages = {args.validation_split: [args.language], args.test_split: args.eval_languages}
+    known = [args.teacher_language] if args.text_teacher else []
+    languages = {args.validation_split: [args.language, *known], args.test_split: args.eval_languages}
     measured = {name: evaluation_split(args, name, languages[name]) for name in languages}
     skipped: list[Skipped] = []
+    parallel = _parallel_text(args, measured, skipped, output_dir)
+    others = len(skipped)
+    teacher = Teacher.load(args.text_teacher, base, processor) if args.text_teacher else None
     splits = training_splits(args, skipped)
-    rows = sum(map(len, splits)) + len(skipped)
-    _check_skipped(args, skipped, rows, output_dir)
+    rows = sum(map(len, splits)) + len(skipped) - others
+    _check_skipped(args, skipped[others:], rows, output_dir)
     batch_counts(args.effective_batch_size, list(map(len, splits)), args.dataset_weights)
 
     validation, test = measured[args.validation_split][args.language], measured[args.test_split][args.language]
@@ -91,7 +133,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         for split in (validation, test):
             _require_good(split, processor, cache_root(args))
     splits, images = _training_images(args, base, processor, splits, skipped, accelerator)
-    _check_skipped(args, skipped, rows, output_dir)
+    _check_skipped(args, skipped[others:], rows, output_dir)
     return Inputs(
         base=base,
         processor=processor,
@@ -104,7 +146,55 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         test_embeds=embed_images(base, processor, test, args.embedding_batch_size, "Images, test"),
         skipped=skipped,
         base_digest=weights_digest(base),
+        teacher_texts=_teacher_texts(args, teacher, splits, parallel, accelerator) if teacher else [],
+        parallel=parallel,
+        teacher_validation=_teacher_validation(args, base, processor, measured) if teacher else None,
     )
+
+
+def _parallel_text(
+    args: RunArguments, measured: dict[str, dict[str, Split]], skipped: list[Skipped], output_dir: Path
+) -> Dataset | None:
+    """The usable pairs of the parallel text, none of which is measured on; None where there is none."""
+    if not args.parallel_text:
+        return None
+    own: list[Skipped] = []
+    table = parallel_table(args.parallel_text, args.language, args.teacher_language, own)
+    _check_skipped(args, own, len(table) + len(own), output_dir)
+    if len(table) < args.parallel_batch_size:
+        raise ValueError(
+            f"parallel_batch_size ({args.parallel_batch_size}) exceeds the {len(table)} usable pairs of "
+            f"{args.parallel_text}. Choose a smaller one."
+        )
+    captions = {
+        f"the split {name!r} in {language!r}": split.captions()
+        for name, languages in measured.items()
+        for language, split in languages.items()
+    }
+    check_no_leak(table, args.parallel_text, captions)
+    skipped += own
+    return table
+
+
+def _teacher_texts(
+    args: RunArguments, teacher: Teacher, splits: list[Split], parallel: Dataset | None, accelerator: Accelerator
+) -> list[TeacherTexts]:
+    tables = {split.source.where: split.table for split in splits}
+    if parallel is not None:
+        tables[short_name(args.parallel_text)] = parallel
+    found = {where: TeacherTexts.of(table, "teacher_captions") for where, table in tables.items()}
+    if args.teacher_weight:
+        root = cache_root(args).with_name("teacher_embeddings")
+        for where, texts in found.items():
+            texts.embed(teacher, root, accelerator, where)
+    return list(found.values())
+
+
+def _teacher_validation(
+    args: RunArguments, base: CapivaraModel, processor: CapivaraProcessor, measured: dict[str, dict[str, Split]]
+) -> tuple[list[list[str]], Tensor]:
+    captions = measured[args.validation_split][args.teacher_language].captions()
+    return captions, embed_texts(base, processor, flat_captions(captions)[0], description="Captions, validation")
 
 
 def _training_images(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -20,6 +21,7 @@ from common.files import write_json
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 from training.checkpoints import Checkpoints, TrainerState
+from training.contrastive import TextTargets
 from training.data import Planner, StepPlan
 from training.images import TrainingImages, loading_workers
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
@@ -27,6 +29,7 @@ from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradie
 from training.trainable import set_training_mode
 from training.views import embed_pixels
 
+MEASURED = ("validation", "teacher_language")  # entries of the curve that hold several figures
 MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault
 
 
@@ -49,8 +52,8 @@ class Trainer:
     planner: Planner  # draws the batches
     images: TrainingImages  # of the pairs
     accelerator: Accelerator  # device, precision and processes
-    # measures the model: direction -> recall, and `loss`; only the main process calls it
-    validate: Callable[[CapivaraModel], dict[str, float]]
+    # measures the model: `validation` and, with a teacher, `teacher_language`; only the main process calls it
+    validate: Callable[[CapivaraModel], dict[str, dict[str, float]]]
     checkpoints: Checkpoints
     state: TrainerState  # where the run is
     # called on the main process with the number of a step whose checkpoint was written
@@ -72,9 +75,11 @@ class Trainer:
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped, args))
         if resume:
             self.state = self.checkpoints.load(resume)
-        self.step = ExactStep(self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation)
+        self.step = ExactStep(
+            self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation, args.matryoshka_dims
+        )
         if not self.state.curve:
-            self.state.curve.append({"step": 0, "validation": self._measured()})
+            self.state.curve.append({"step": 0, **self._measured()})
         self.stopped_early = self._out_of_patience()  # of a run that was killed then
         self.started = time.perf_counter() - self.state.seconds
         with (
@@ -90,7 +95,7 @@ class Trainer:
                 plan = plans.pop(self.state.step)
                 point = self._one_step(plan, pixels, started)
                 bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
-                bar.update(args.effective_batch_size)
+                bar.update(args.texts_per_step)
                 self._after_step(point, plan)
                 if number := self._agreed(received):
                     self._save()
@@ -114,21 +119,23 @@ class Trainer:
         set_training_mode(self.wrapped)
         self.optimizer.zero_grad(set_to_none=False)
         try:
-            report = self.step(plan.step, own, len(plan.pairs), image_embeds)
+            report = self.step(plan.step, own, plan.pairs, image_embeds, self._targets(plan))
             norm = self._update(learning_rate_at(plan.step, args))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
         if not self.reported:
             self._report_accumulation(report.graphs_kept, len(own))
         seconds = time.perf_counter() - started
+        taught = {} if report.teacher_loss is None else {"teacher_loss": report.teacher_loss}
         return {
             "step": plan.step + 1,
             "loss": report.loss,
+            **taught,
             "learning_rate": learning_rate_at(plan.step, args),
             "logit_scale": self.model.logit_scale.item(),
             "gradient_norm": norm,
             "padding_share": plan.padding,
-            "pairs_per_second": len(plan.pairs) / seconds,
+            "pairs_per_second": len(plan.rows) / seconds,
             "tokens_per_second": plan.tokens / seconds,
             "data_share_of_time": waited / seconds,
             "memory_bytes": used_memory(self.accelerator.device),
@@ -141,7 +148,7 @@ class Trainer:
             FloatingPointError: it is not finite, and there is no scaler that leaves such a step out.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
@@ -164,7 +171,7 @@ class Trainer:
         due = checkpointed and (state.step % args.save_steps == 0 or state.step == args.max_steps)
         if state.step % args.eval_steps == 0 or state.step == args.max_steps:
             try:
-                point["validation"] = self._measured()
+                point |= self._measured()
             except ValueError as error:  # of numbers: the same measurement was taken before the first step
                 raise FloatingPointError(f"After step {state.step}: {error} {self._save_batch(plan)}") from error
             recall = _recall(point["validation"])
@@ -191,16 +198,21 @@ class Trainer:
 
     def _logged(self, point: dict) -> dict[str, float]:
         """An entry of the curve as trackers take it; of several seeds, each under its own name."""
-        values = {f"validation/{key}": value for key, value in point.get("validation", {}).items()}
-        values |= {key: value for key, value in point.items() if key not in ("step", "validation")}
+        values = {f"{name}/{key}": value for name in MEASURED for key, value in point.get(name, {}).items()}
+        values |= {key: value for key, value in point.items() if key not in ("step", *MEASURED)}
         prefix = f"seed-{self.seed}/" if self.args.runs > 1 else ""
         return {prefix + key: value for key, value in values.items() if value is not None}
 
     def _image_embeds(self, plan: StepPlan, own: list[MicroBatch], pixels: Iterator[Tensor] | None) -> Tensor | None:
-        """(pairs, width) on the device; None where the image tower is trained, its pixels are then in `own`."""
+        """(pairs, width) on the device; None where there are no pairs, or where the image tower is trained, its pixels
+        are then in `own`.
+        """
+        if not plan.pairs:
+            return None
         if pixels is None:
-            embeds = self.images.cached_embeds(plan.sources, plan.pairs, plan.views)
+            embeds = self.images.cached_embeds(plan.sources[: plan.pairs], plan.rows[: plan.pairs], plan.views)
             return embeds.to(self.accelerator.device)
+        own = [batch for batch in own if batch.start < plan.pairs]
         if self.args.towers == "both":
             for batch in own:
                 batch.pixel_values = next(pixels)
@@ -212,11 +224,25 @@ class Trainer:
             for _ in positions.split(self.args.embedding_batch_size)
             if len(positions)
         ]
-        return self.step.gather_rows(parts, positions.to(self.accelerator.device), len(plan.pairs))
+        return self.step.gather_rows(parts, positions.to(self.accelerator.device), plan.pairs)
+
+    def _targets(self, plan: StepPlan) -> TextTargets | None:
+        """What the teacher makes of the texts of a step; None without a teacher."""
+        if not self.args.text_teacher or not self.args.teacher_weight:
+            return None
+        embeds = torch.empty(len(plan.rows), self.model.config.projection_dim)
+        for number, source in enumerate(self.planner.teacher_texts):
+            texts = np.flatnonzero(plan.sources == number)
+            if len(texts):
+                embeds[texts] = source.embeds(plan.taught[texts])
+        if self.images.rotation is not None:
+            embeds = embeds @ self.images.rotation.T
+        embeds = embeds.to(self.accelerator.device)
+        return TextTargets(embeds, self.args.teacher_weight, self.args.teacher_loss)
 
     def _pixels(self, plans: "_PlansAhead") -> Iterator[Tensor] | None:
         """The pixels of all steps to come, in order; None with a cache."""
-        if self.images.caches is not None:
+        if self.images.caches is not None or not self.args.dataset:
             return None
         return self.images.pixel_batches(self._items(plans), loading_workers(self.args, self.accelerator))
 
@@ -224,17 +250,17 @@ class Trainer:
         """Data set, pair and view of every image of this process, as they go through the tower at once."""
         for step in range(self.state.step, self.args.max_steps):
             plan = plans.get(step)
-            own = [batch.positions for batch in self._own(plan)]
+            own = [batch.positions for batch in self._own(plan) if batch.start < plan.pairs]
             if self.args.towers == "text" and own:
                 own = torch.cat(own).split(self.args.embedding_batch_size)
             for positions in own:
-                yield [(plan.sources[i], plan.pairs[i], plan.views[i]) for i in positions.tolist()]
+                yield [(plan.sources[i], plan.rows[i], plan.views[i]) for i in positions.tolist()]
 
     def _own(self, plan: StepPlan) -> list[MicroBatch]:
         """Every n-th micro-batch: all processes get short and long ones."""
         return plan.batches[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _measured(self) -> dict[str, float]:
+    def _measured(self) -> dict[str, dict[str, float]]:
         results = [self.validate(self.model) if self.accelerator.is_main_process else None]
         return broadcast_object_list(results)[0]
 
@@ -254,8 +280,9 @@ class Trainer:
         path = self.checkpoints.folder / f"bad-batch-step-{plan.step + 1}.json"
         if self.accelerator.is_main_process:
             texts = [t for batch in plan.batches for t in self.planner.processor.batch_decode(batch.input_ids)]
-            drawn = zip(plan.sources.tolist(), plan.pairs.tolist(), plan.views.tolist(), texts, strict=True)
-            rows = [{"data_set": self.args.dataset[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in drawn]
+            names, views = [*self.args.dataset, self.args.parallel_text], [*plan.views.tolist(), *[None] * len(texts)]
+            drawn = zip(plan.sources.tolist(), plan.rows.tolist(), views[: len(texts)], texts, strict=True)
+            rows = [{"data_set": names[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in drawn]
             write_json(path, {"step": plan.step + 1, "seed": self.seed, "pairs": rows})
         return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
 
@@ -269,7 +296,7 @@ class Trainer:
             )  # fmt: skip
 
     def _bar(self) -> tqdm:
-        size = self.args.effective_batch_size
+        size = self.args.texts_per_step
         return tqdm(
             total=self.args.max_steps * size, initial=self.state.step * size, desc=f"Training, seed {self.seed}",
             unit="pair", unit_scale=True, disable=not self.accelerator.is_main_process,

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from torch import nn
+from torch import Tensor, nn
 
 from caption_data.rows import Skipped
 from common.environment import device_description, package_versions
@@ -25,6 +25,7 @@ from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import card_metadata
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
+from training.matryoshka import save_rotation
 from training.trainable import merge_adapters
 from training.vocabulary import whole_vocabulary
 
@@ -61,7 +62,7 @@ def run_facts(
         seconds: phase -> wall-clock seconds; "training" has the measurements of the validation split in it.
         energy: of `measure_energy`; empty where it was not measured.
     """
-    pairs = state.step * args.effective_batch_size
+    pairs = state.step * args.texts_per_step
     return {
         "schema_version": 2,
         "config": args.to_dict(),
@@ -130,10 +131,18 @@ def origins(args: RunArguments) -> dict[str, Any]:
         Under "license" what the model inherits from all of them: the one licence that binds it, or None where one of
         them states none, or where several bind it.
     """
-    found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in args.dataset]}
-    stated = [source["licenses"] for source in (found["model"], *found["datasets"])]
+    names = [*args.dataset, *([args.parallel_text] if args.parallel_text else [])]
+    found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in names]}
+    if args.text_teacher not in (None, "base"):
+        found["teacher"] = origin(args.text_teacher, "model")
+    stated = [source["licenses"] for source in _works(found)]
     evaluation = origin(args.evaluation_dataset, "dataset")
     return {"license": inherited_license(stated), **found, "evaluation_dataset": evaluation}
+
+
+def _works(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """All that a model is made from."""
+    return [found["model"], *found["datasets"], *([found["teacher"]] if "teacher" in found else [])]
 
 
 def inherited_license(stated: list[list[str]]) -> str | None:
@@ -183,7 +192,7 @@ def model_card(args: RunArguments, title: str) -> str:
     trained = "the text tower, the image tower left as it was" if args.towers == "text" else "both towers"
     if args.lora_rank:
         trained += f", through LoRA adapters of rank {args.lora_rank}"
-    parts = [sources["model"], *sources["datasets"]]
+    parts = _works(sources)
     stated = [f"{part['title']}: {', '.join(part['licenses']) or 'no licence stated'}." for part in parts]
     licence = "Base and data state these licences, check them before you share this model:"
     if sources["license"]:
@@ -201,12 +210,21 @@ def model_card(args: RunArguments, title: str) -> str:
     )
 
 
-def save_step(args: RunArguments, wrapped: nn.Module, processor: CapivaraProcessor, step: int, folder: Path) -> None:
-    """Save the model as it is after a step of the training, with processor and card, into `folder`."""
+def save_step(
+    args: RunArguments,
+    wrapped: nn.Module,
+    processor: CapivaraProcessor,
+    rotation: Tensor | None,
+    step: int,
+    folder: Path,
+) -> None:
+    """Save the model as it is after a step of the training, with processor, rotation and card, into `folder`."""
     # Merging changes the weights that are being trained, so that it is done to a copy.
     model = merge_adapters(copy.deepcopy(wrapped)) if args.lora_rank else wrapped
     with whole_vocabulary(model):
         model.save_pretrained(folder)
+    if rotation is not None:
+        save_rotation(rotation, folder)
     processor.save_pretrained(folder)
     write_text(folder / "README.md", model_card(args, f"CAPIVARA ({args.language}), step {step} of a run"))
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modeling_capivara import CapivaraProcessor
-from training.contrastive import contrastive_gradients
+from training.contrastive import TextTargets, teacher_gradients
+from training.matryoshka import matryoshka_gradients
 
 BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
@@ -56,19 +57,26 @@ class MicroBatch:
         return torch.arange(self.start, self.start + len(self.input_ids))
 
 
-def micro_batches(processor: CapivaraProcessor, captions: Sequence[str], size: int) -> tuple[list[MicroBatch], list]:
+def micro_batches(
+    processor: CapivaraProcessor, captions: Sequence[str], size: int, first_batch: int = 0, first_text: int = 0
+) -> tuple[list[MicroBatch], list[int]]:
     """Captions tokenised and cut in order of length, each micro-batch padded to its own longest.
+
+    `first_batch` micro-batches of `first_text` texts come before them in the whole batch.
 
     Returns:
         The micro-batches, and the order: row in them -> index in `captions`.
     """
+    if not captions:
+        return [], []
     tokens = processor(text=list(captions), padding=False)
     order = sorted(range(len(captions)), key=lambda i: len(tokens["input_ids"][i]))
     batches = []
     for start in range(0, len(order), size):
         rows = [{key: tokens[key][i] for key in ("input_ids", "attention_mask")} for i in order[start : start + size]]
         padded = processor.tokenizer.pad(rows, return_tensors="pt")
-        batches.append(MicroBatch(len(batches), start, padded["input_ids"], padded["attention_mask"]))
+        place = first_batch + len(batches), first_text + start
+        batches.append(MicroBatch(*place, padded["input_ids"], padded["attention_mask"]))
     return batches, order
 
 
@@ -82,7 +90,8 @@ def padding_share(batches: Sequence[MicroBatch]) -> float:
 class StepReport:
     """What one step gave beside the gradients."""
 
-    loss: float  # of the whole batch, in nats
+    loss: float  # of the whole batch with its images, in nats; 0 where there are none
+    teacher_loss: float | None  # of the whole batch against its teacher, not weighted; None without one
     graphs_kept: int  # micro-batches of this process whose graph was kept, not run again
 
 
@@ -100,55 +109,88 @@ class ExactStep:
     seed: int
     # "keep" the graphs of all micro-batches, "recompute" them all, or "auto": keep what fits
     accumulation: str = "auto"
+    dims: Sequence[int] = ()  # widths of the embeddings' prefixes that the loss is taken of, too
     budget: float | None = None  # bytes of graphs; found at the first step
     _costs: tuple[float, float] | None = field(default=None, repr=False)  # bytes a token, bytes a text
 
-    def __call__(self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None) -> StepReport:
+    def __call__(
+        self,
+        step: int,
+        batches: Sequence[MicroBatch],
+        pairs: int,
+        image_embeds: Tensor | None,
+        targets: TextTargets | None = None,
+    ) -> StepReport:
         """Fill the gradients; they are zero or None before.
 
         Args:
             step: counted from 0.
-            batches: the micro-batches of this process.
-            pairs: of the whole batch, over all processes.
+            batches: the micro-batches of this process. Texts without an image come after all that have one, in
+                micro-batches of their own.
+            pairs: texts of the whole batch that have an image, over all processes; its first rows.
             image_embeds: (pairs, width), unit length, in the order of the micro-batches; None where the image tower is
-                trained and each micro-batch has its pixels.
+                trained and each micro-batch has its pixels, or where there are no pairs.
+            targets: what a teacher makes of all texts of the batch; needed for texts without an image.
 
         Raises:
-            FloatingPointError: the loss is not finite. No gradient was computed.
+            FloatingPointError: a loss is not finite. No gradient was computed.
         """
         outputs, graphs = self._embed(step, batches)
+        device = self.accelerator.device
         own = torch.cat([batch.positions for batch in batches]) if batches else torch.empty(0, dtype=torch.long)
-        own = own.to(self.accelerator.device)
-        trained_images = image_embeds is None
+        own = own.to(device)
+        width = self.accelerator.unwrap_model(self.model).config.projection_dim
+        texts = torch.cat([text.detach().float() for text, _ in outputs] or [torch.empty(0, width, device=device)])
+        trained_images = image_embeds is None and pairs > 0
         if trained_images:
-            image_embeds = self.gather_rows([image for _, image in outputs], own, pairs)
-        gradients = contrastive_gradients(
-            torch.cat([text.detach().float() for text, _ in outputs]) if outputs else image_embeds[:0],
-            image_embeds.float(),
-            self.logit_scale.detach(),
-            own,
-            image_gradient=trained_images,
-            gather=self._gather,
-            total=self._total,
-        )
-        if not torch.isfinite(gradients.loss):
-            raise FloatingPointError(f"The loss is {gradients.loss.item()}.")
-        text_rows = gradients.text_embeds.split([len(batch.input_ids) for batch in batches])
-        image_rows = gradients.image_embeds[own].split([len(t) for t in text_rows]) if trained_images else None
+            image_embeds = self.gather_rows(
+                [image for _, image in outputs if image is not None], own[own < pairs], pairs
+            )
+        losses, text_rows, image_rows = self._losses(texts, image_embeds, own, pairs, trained_images, targets)
+        text_rows = text_rows.split([len(batch.input_ids) for batch in batches])
         with self.accelerator.autocast():
             for i, batch in enumerate(batches):
                 text, image = outputs[i] if i < graphs else self._forward(step, batch)
                 outputs[i] = None  # its graph is freed with the backward pass
                 weighted = (text * text_rows[i]).sum()
-                if trained_images:
-                    weighted = weighted + (image * image_rows[i]).sum()
-                with torch.autocast(self.accelerator.device.type, enabled=False):
+                if image is not None:
+                    weighted = weighted + (image * image_rows[batch.positions.to(device)]).sum()
+                with torch.autocast(device.type, enabled=False):
                     self.accelerator.backward(weighted)
         self._sum_over_processes()
+        return StepReport(*losses, graphs)
+
+    def _losses(
+        self,
+        texts: Tensor,
+        image_embeds: Tensor | None,
+        own: Tensor,
+        pairs: int,
+        image_gradient: bool,
+        targets: TextTargets | None,
+    ) -> tuple[tuple[float, float | None], Tensor, Tensor | None]:
+        """Both losses, the gradient of this process's `texts` and, if asked for, of all images; the scale's is set."""
+        whole = {"gather": self._gather, "total": self._total}
+        loss, teacher_loss, image_rows, gradient = torch.zeros(()), None, None, torch.zeros_like(texts)
+        scale_gradient = torch.zeros_like(self.logit_scale)
+        if pairs:
+            paired = own < pairs
+            found = matryoshka_gradients(
+                texts[paired], image_embeds.float(), self.logit_scale.detach(), own[paired],
+                dims=self.dims, image_gradient=image_gradient, **whole,
+            )  # fmt: skip
+            loss, gradient[paired], image_rows = found.loss, found.text_embeds, found.image_embeds
+            scale_gradient = found.logit_scale
+        if targets is not None:
+            teacher_loss, rows = teacher_gradients(texts, targets, self.logit_scale.detach(), own, **whole)
+            gradient += targets.weight * rows
+        for name, value in (("loss", loss), ("teacher's loss", teacher_loss)):
+            if value is not None and not torch.isfinite(value):
+                raise FloatingPointError(f"The {name} is {value.item()}.")
         if self.logit_scale.requires_grad:
             scaler = self.accelerator.scaler
-            self.logit_scale.grad = gradients.logit_scale * (scaler.get_scale() if scaler else 1)
-        return StepReport(gradients.loss.item(), graphs)
+            self.logit_scale.grad = scale_gradient * (scaler.get_scale() if scaler else 1)
+        return (loss.item(), None if teacher_loss is None else teacher_loss.item()), gradient, image_rows
 
     def gather_rows(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
         """(pairs, width), of all processes in the order of the batch; this one's `parts`, (rows, width) each, are its

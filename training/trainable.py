@@ -23,6 +23,8 @@ def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
     """
     if args.towers == "text":
         model.freeze_image_tower()
+    if not args.dataset:  # the scale belongs to the images
+        model.logit_scale.requires_grad_(False)
     names = [name for name, _ in model.named_parameters()]
     for expression in args.frozen_parameters:
         if not any(_full_match(expression, name, "frozen_parameters") for name in names):
