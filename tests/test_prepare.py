@@ -98,7 +98,7 @@ def test_features_are_kept_batch_by_batch(tmp_path, tiny_model, tiny_processor, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["features-train.pt", "alignment.pt"])
+@pytest.mark.parametrize("name", ["features-train.pt", "aligned.pt"])
 def test_what_is_kept_is_loaded_as_it_was_saved_or_made_anew(tmp_path, caplog, name):
     """Every byte flipped in turn, and cut at some places; the next save puts a good file in its place."""
     kept, saved = prepare.Kept(tmp_path, {"train": "a"}), [torch.arange(6.0), torch.ones(2, 3)]
@@ -119,10 +119,10 @@ def test_what_is_kept_is_loaded_as_it_was_saved_or_made_anew(tmp_path, caplog, n
 def test_damaged_features_and_states_are_computed_again(tmp_path, small_alignment, caplog):
     kept = prepare.Kept(tmp_path, {"train": "a"})
     whole, curve = small_alignment(kept)
-    path = tmp_path / "alignment.pt"
+    path = tmp_path / "aligned.pt"
     path.write_bytes(path.read_bytes()[:-1000])
     again, same_curve = small_alignment(kept)
-    assert "alignment.pt is damaged" in caplog.text and same_curve == curve
+    assert "aligned.pt is damaged" in caplog.text and same_curve == curve
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 

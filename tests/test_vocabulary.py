@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from exact_step_process import CAPTIONS, SEED, build, make_batch
 from accelerate import Accelerator
+from exact_step_process import CAPTIONS, SEED, build, make_batch
 from safetensors.torch import load_file
 from test_train_accelerate import flags
 from tiny import TINY_TEXT

@@ -135,8 +135,8 @@ class Trained:
     )
     trained_vocabulary: Literal["used", "all"] | None = flag(
         None,
-        "Rows of the word embeddings that are trained: used = those of the tokens of the training texts, for the weights "
-        "of `all` in less time and memory (not with a weight_decay, which moves every row); all = the whole table. "
+        "Rows of the word embeddings that are trained: used = those of the tokens of the training texts, for the "
+        "weights of `all` in less time and memory (not with a weight_decay, which moves every row); all = every row. "
         "By default used without, all with a weight_decay.",
     )
     matryoshka_dims: list[int] = flag(
