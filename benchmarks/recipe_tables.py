@@ -22,9 +22,11 @@ def variants_table(found: Row) -> str:
         drift = f"{statistics.mean(row['drift']):.3f}" if row["drift"] else "–"
         rows.append((row["name"], row["what"], f"`{flags}`" if flags else "", str(len(row["seeds"])), seconds, drift))
     failed = [f"- {row['name']} failed: {escape_markdown(row['failed'])}" for row in found["rows"] if row.get("failed")]
+    config = found["config"]
     facts = (
-        "Seconds of training and test, a model made of several runs with all of theirs; cosine: mean over the English "
-        f"test captions, between base and model. On {found['device']}; {software(found, 'torch', 'transformers')}."
+        f"{config['max_steps']} steps of {config['effective_batch_size']} pairs, where no flag says otherwise. Seconds "
+        "of training and test, a model made of several runs with all of theirs; cosine: mean over the English test "
+        f"captions, between base and model. On {found['device']}; {software(found, 'torch', 'transformers')}."
     )
     heads = ("Variant", "What it is", "Flags", "Models", "Seconds a run", "Cosine of English to the base")
     return table(heads, rows, "\n".join([facts, "", *failed]).strip(), text_columns=3)

@@ -99,6 +99,7 @@ def test_a_failed_seed_is_listed_and_the_others_go_on(runner):
 
 def test_tables_show_what_was_measured(runner):
     found = run(runner) | {"device": "a CPU", "versions": {"torch": "2", "transformers": "5"}}
+    found["config"] = {"max_steps": "3", "effective_batch_size": "4"}
     base, _, _, half = found["rows"][:4]
     half["values"]["noto/validation/en/image_to_text"] = [base["values"][KEYS[0]][0] - 0.02] * 2
     variants = recipe_tables.variants_table(found)
