@@ -105,3 +105,5 @@ def test_the_whole_table_is_trained_where_a_decay_moves_it(decay, expected):
 def test_a_used_vocabulary_with_a_decay_is_refused():
     with pytest.raises(ValueError, match=r"a weight_decay of 0.2 moves them, too\. Use --trained_vocabulary all"):
         parse_arguments([*MINIMUM, "--trained_vocabulary", "used"], "")
+    towards_base = parse_arguments([*MINIMUM, "--decay_towards", "base"], "")
+    assert towards_base.trained_vocabulary == "used", "an unused row is where it was"

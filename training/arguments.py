@@ -136,8 +136,8 @@ class Trained:
     trained_vocabulary: Literal["used", "all"] | None = flag(
         None,
         "Rows of the word embeddings that are trained: used = those of the tokens of the training texts, for the "
-        "weights of `all` in less time and memory (not with a weight_decay, which moves every row); all = every row. "
-        "By default used without, all with a weight_decay.",
+        "weights of `all` in less time and memory (not with a weight_decay towards zero, which moves every row); all = "
+        "every row. By default all with such a decay, else used.",
     )
     matryoshka_dims: list[int] = flag(
         [],
@@ -340,12 +340,7 @@ class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, Model
                 raise ValueError(f"{name} must be from 0 to below 1, got {getattr(self, name):g}.")
         if self.runs > 1 and self.resume not in (None, "auto"):
             raise ValueError(f"The checkpoint {self.resume} is of one run, not of {self.runs}. Use --resume auto.")
-        if self.trained_vocabulary == "used" and self.weight_decay:
-            raise ValueError(
-                "trained_vocabulary: used leaves the rows of unused tokens as they are, but a weight_decay of "
-                f"{self.weight_decay:g} moves them, too. Use --trained_vocabulary all, or --weight_decay 0."
-            )
-        self.trained_vocabulary = self.trained_vocabulary or ("all" if self.weight_decay else "used")
+        self._choose_vocabulary()
         self.check_hub(self.runs)
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 
@@ -382,6 +377,15 @@ class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, Model
         """Texts of a whole batch: those with an image, and those of the parallel text."""
         pairs = self.effective_batch_size if self.dataset else 0
         return pairs + (self.parallel_batch_size if self.parallel_text else 0)
+
+    def _choose_vocabulary(self) -> None:
+        moves_all = self.weight_decay > 0 and self.decay_towards == "zero"
+        if self.trained_vocabulary == "used" and moves_all:
+            raise ValueError(
+                f"trained_vocabulary: used leaves unused rows as they are, but a weight_decay of {self.weight_decay:g} "
+                "moves them, too. Use --trained_vocabulary all, --decay_towards base or --weight_decay 0."
+            )
+        self.trained_vocabulary = self.trained_vocabulary or ("all" if moves_all else "used")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
