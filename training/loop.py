@@ -291,8 +291,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             fitting = f" ({self.step.budget / 1e9:.1f} GB of them fit)" if self.args.accumulation == "auto" else ""
             logger.info(
-                "Accumulation %s: the graphs of %s of %s micro-batches are kept%s, the others are run twice. About %.0f "
-                "minutes to step %s; Ctrl-C saves the run, and --resume auto goes on with it.",
+                "Accumulation %s: the graphs of %s of %s micro-batches are kept%s, the others are run twice. About "
+                "%.0f minutes to step %s; Ctrl-C saves the run, and --resume auto goes on with it.",
                 self.args.accumulation, kept, batches, fitting, remaining_s / 60 + 0.5, self.args.max_steps,
             )  # fmt: skip
 
