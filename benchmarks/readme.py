@@ -78,6 +78,7 @@ def demo_summary(heads: tuple[str, ...], titles: tuple[str, ...], facts: str, de
     """The README's table: mean recall of base, model and chance, by language and direction; words as `SUMMARY_EN`."""
     demo = _results("demo")
     means = [record for record in (Record(**one) for one in demo["records"]) if record.metric == "mean_recall"]
+    means = [record for record in means if record.dim is None]
     conditions = [(language, way) for language in ("pt", "en") for way in ("text_to_image", "image_to_text")]
     of = [[r for r in means if (r.language, r.direction) == condition] for condition in conditions]
     rows = [[percent([r.value for r in same if r.model == model]) for same in of] for model in ("baseline", "capivara")]
