@@ -58,7 +58,7 @@ from captions.translate import PHASES
 from captions.translate_arguments import TranslateArguments
 from captions.translators.local import Seq2SeqTranslator
 from common.cli import at_least, flag, parse
-from examples.openmoji.encoders import load_text_encoder
+from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedder import CapivaraEmbedder
 
@@ -307,7 +307,7 @@ def scoring(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
         folder / "rows", caption_lists(sentences(args.scored_rows * CAPTIONS_PER_ROW), "pt"), args.scored_rows
     )
     torch.manual_seed(0)
-    processor = CapivaraProcessor(CapivaraImageProcessor(), load_text_encoder()[1])
+    processor = CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer())
     embedder = CapivaraEmbedder("random", CapivaraModel(CapivaraConfig()).eval(), processor, "float32")
     process = ScoreProcess(embedder, ["captions-pt", "generated-captions-pt"], "similarities-pt", "image", 32)
 

@@ -1,7 +1,7 @@
 """Portuguese captions for timings: names of emoji in simple sentences, as long as a benchmark asks.
 
     python -c "from benchmarks.captions_pt import benchmark_captions; from examples.openmoji.encoders import \
-    load_text_encoder; print(benchmark_captions(3, load_text_encoder()[1]))"
+    load_tokenizer; print(benchmark_captions(3, load_tokenizer()))"
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ def benchmark_captions(number: int, tokenizer: PreTrainedTokenizerBase, tokens: 
 
     Args:
         number: how many. The first ones do not depend on it.
-        tokenizer: counts the tokens; meant is the XLM-R vocabulary, `load_text_encoder()[1]`.
+        tokenizer: counts the tokens; meant is the XLM-R vocabulary, `load_tokenizer()`.
         tokens: mean length, begin and end included.
         seed: another seed gives other captions.
 

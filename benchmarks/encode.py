@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
 from common.cli import flag, parse
-from examples.openmoji.encoders import load_text_encoder
+from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.open_clip_mapping import build_open_clip, capivara_state_dict
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
     """ "images" and "captions" -> program -> its encoder."""
     torch.manual_seed(0)
-    config, tokenizer = CapivaraConfig(), load_text_encoder()[1]
+    config, tokenizer = CapivaraConfig(), load_tokenizer()
     theirs = build_open_clip(config).eval().to(args.device)
     ours = CapivaraModel(config)
     ours.load_state_dict(capivara_state_dict(theirs.state_dict(), config))

@@ -24,7 +24,7 @@ from transformers import AutoModel, CLIPVisionModel, XLMRobertaModel  # noqa: F4
 from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
 from common.cli import at_least, flag, parse
 from common.environment import peak_resident_bytes
-from examples.openmoji.encoders import load_text_encoder
+from examples.openmoji.encoders import load_tokenizer
 from hub_upload.export import export
 from hub_upload.loader_files import OPEN_CLIP_WEIGHTS
 from hub_upload.source_model import WEIGHTS
@@ -85,7 +85,7 @@ def make(args: ExportBenchmarkArguments) -> dict[str, Any]:
     towers = {"num_hidden_layers": args.layers}
     model = CapivaraModel(CapivaraConfig(vision_config=towers, text_config=towers))
     model.save_pretrained(args.folder / "model")
-    CapivaraProcessor(CapivaraImageProcessor(), load_text_encoder()[1]).save_pretrained(args.folder / "model")
+    CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(args.folder / "model")
     weights = (args.folder / "model" / WEIGHTS).stat().st_size
     return {"parameters": sum(p.numel() for p in model.parameters()), "weights_bytes": weights}
 

@@ -27,7 +27,7 @@ from benchmarks.timing import conditions, finish
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
 from common.cli import flag, parse
-from examples.openmoji.encoders import load_text_encoder
+from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.images import TrainingImages
 from training.step import resolve_precision
@@ -93,7 +93,7 @@ def measure(args: LoadingArguments) -> dict[str, Any]:
     precision = resolve_precision("auto", torch.device(args.device))
     accelerator = Accelerator(mixed_precision=precision, cpu=args.device == "cpu")
     model = accelerator.prepare_model(CapivaraModel(CapivaraConfig()).eval(), evaluation_mode=True)
-    processor, results = CapivaraProcessor(CapivaraImageProcessor(), load_text_encoder()[1]), {}
+    processor, results = CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()), {}
     with tempfile.TemporaryDirectory() as folder:
         write_tar(Path(folder) / "train-0.tar", args.images)
         source = open_source(folder, "train", "image")

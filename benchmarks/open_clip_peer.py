@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.timing import finish, peak_memory_bytes
 from common.cli import flag, parse
-from examples.openmoji.encoders import load_text_encoder
+from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig
 from modeling_capivara.open_clip_mapping import build_open_clip
 
@@ -111,7 +111,7 @@ def measure(args: PeerArguments) -> dict[str, Any]:
 
 def caption_tokens(args: PeerArguments) -> Tensor:
     """Captions as open_clip's tokenizer hands them over, (pairs, 77)."""
-    tokenizer = load_text_encoder()[1]
+    tokenizer = load_tokenizer()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return HFTokenizer(folder)(benchmark_captions(args.pairs, tokenizer, args.tokens))

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
 from common.cli import at_least, flag, parse
-from examples.openmoji.encoders import load_text_encoder
+from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
@@ -173,7 +173,7 @@ def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None,
         `pairs_per_second` (median over the timed steps), the steps themselves, `peak_memory_bytes` of the process or of
         the GPU, and the same before the first step (if it is no lower, it hides the training's).
     """
-    config, tokenizer = config or CapivaraConfig(), tokenizer or load_text_encoder()[1]
+    config, tokenizer = config or CapivaraConfig(), tokenizer or load_tokenizer()
     captions = benchmark_captions(args.pairs, tokenizer, args.tokens)
     batch = random_batch(config, tokenizer, captions, args.micro, cached=args.worker != "no_cache")
     engine = Engine(config, args, "recompute" if args.worker == "cache_recomputed" else "auto")

@@ -1,11 +1,20 @@
-"""What many tests share. Heavy packages are imported where they are used: a file of tests starts in a second or two."""
+"""What many tests share. Heavy packages are imported where they are used."""
 
+import gc
 import os
+import shutil
 import sys
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the Hub would wait for a time-out
+
+gc.disable()  # what the imports make stays: to look for waste among it takes a fifth of their time
+
+
+def pytest_collection_finish():
+    gc.freeze()  # nor is it looked through later: the end of a process took another second
+    gc.enable()
 
 
 @pytest.fixture
@@ -32,21 +41,31 @@ def xlmr(tmp_path_factory):
     """A processor with the real XLM-R vocabulary, and open_clip's tokenizer of it."""
     from open_clip.tokenizer import HFTokenizer
 
-    from examples.openmoji.encoders import load_text_encoder
+    from examples.openmoji.encoders import load_tokenizer
     from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 
     folder = tmp_path_factory.mktemp("xlmr")
-    tokenizer = load_text_encoder()[1]
+    tokenizer = load_tokenizer()
     tokenizer.save_pretrained(folder)
     return CapivaraProcessor(CapivaraImageProcessor(), tokenizer), HFTokenizer(str(folder))
 
 
+@pytest.fixture(scope="session")
+def saved_tiny_folder(tmp_path_factory, tiny_processor):
+    from tiny import randomise, tiny_config
+
+    from modeling_capivara import CapivaraModel
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    randomise(CapivaraModel(tiny_config())).save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def tiny_folder(tmp_path, tiny_model, tiny_processor):
-    """A saved tiny model with its processor."""
-    tiny_model.save_pretrained(tmp_path / "model")
-    tiny_processor.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def tiny_folder(saved_tiny_folder, tmp_path):
+    """A saved tiny model with its processor; its weights are those of `tiny_model`."""
+    return shutil.copytree(saved_tiny_folder, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")

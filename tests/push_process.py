@@ -59,10 +59,12 @@ def answer(request: dict) -> dict:
         for kind in (state.AcceleratorState, state.GradientState, state.PartialState):
             kind._reset_state()
     gc.collect()
+    gc.freeze()  # what is left, modules above all, is not looked through after the next call
     return {"code": code, "waits_s": waits, **texts}
 
 
 def main() -> None:
+    gc.disable()  # it would look through all modules again and again while they are imported
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     for line in sys.stdin:
         replies.write(json.dumps(answer(json.loads(line))) + "\n")

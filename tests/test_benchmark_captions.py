@@ -29,6 +29,7 @@ def test_programs_give_the_same_tokens(steps):
     assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
 
 
+@pytest.mark.slow
 def test_the_model_has_the_proportions_of_the_real_one():
     model = scaled_captioner(CaptionsArguments(), read_prefixes(PREFIXES)).model
     vision, language = model.config.vision_config, model.config.text_config
@@ -37,6 +38,7 @@ def test_the_model_has_the_proportions_of_the_real_one():
     assert model.config.qformer_config.hidden_size == 192
 
 
+@pytest.mark.slow
 def test_whole_benchmark_at_small_size(tmp_path, capsys, monkeypatch):
     # The benchmark puts its own translator in place of this; other tests shall find it again.
     monkeypatch.setattr(sentence_stage, "open_translator", sentence_stage.open_translator)

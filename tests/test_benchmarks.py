@@ -41,6 +41,7 @@ def test_encode_embeds_the_same_as_open_clip(tmp_path):
     assert all(measured[f"{what}_float32"]["largest_difference"] < 1e-5 for what in ("images", "captions"))
 
 
+@pytest.mark.slow
 def test_eval_retrieval_at_small_size(tmp_path):
     from benchmarks.eval_retrieval import main
 

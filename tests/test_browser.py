@@ -15,6 +15,7 @@ def test_a_missing_browser_is_a_failure_in_ci(monkeypatch):
         require_chromium()
 
 
+@pytest.mark.slow
 def test_the_browser_notes_what_a_page_should_not_do(tmp_path):
     page = "<img src='http://example.org/a.png'><script>alert(1); console.error('no'); throw Error('thrown')</script>"
     (tmp_path / "page.html").write_text(f"<!doctype html><div style='width: 3000px'>wide</div>{page}", encoding="utf-8")

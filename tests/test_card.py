@@ -121,6 +121,7 @@ def test_templates_hold_no_figure():
         assert not re.findall(r".*\d.*", re.sub(allowed, "", text)), path.name
 
 
+@pytest.mark.slow
 def test_one_changed_digit_in_the_card_fails(run):
     text = card_of(run)
     places = [match.start() for match in re.finditer(r"\d", text)]
@@ -148,6 +149,7 @@ def test_the_changed_line_is_named(run, shown):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_one_changed_digit_in_a_json_file_fails(run):
     generator = random.Random(1)
     for path in [run / "run.json", *(run / "results").glob("*.json"), run / "config.json"]:
@@ -171,6 +173,7 @@ def test_a_changed_measurement_is_named(run):
     assert any("`results/" in fault for fault in faults), "its digest differs, too"
 
 
+@pytest.mark.slow
 def test_what_is_added_by_hand(run):
     text = card_of(run)
     marker = "## Technical facts\n"

@@ -188,6 +188,7 @@ def on_the_hub(run):
     return run
 
 
+@pytest.mark.slow
 def test_only_what_is_on_the_hub_is_named_as_such(on_the_hub):
     data, body = split_card(card_of(on_the_hub))
     assert (data["base_model"], data["datasets"]) == ("laion/base", [HUB_DATA])
@@ -209,6 +210,7 @@ def test_only_what_is_on_the_hub_is_named_as_such(on_the_hub):
     assert "no result file" in check(on_the_hub)[0], "a file that was right before"
 
 
+@pytest.mark.slow
 def test_one_changed_digit_in_eval_results_fails(on_the_hub):
     (path,) = (on_the_hub / ".eval_results").iterdir()
     assert check(on_the_hub) == []

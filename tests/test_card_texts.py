@@ -107,6 +107,7 @@ def test_hostile_texts_stay_texts(hostile, tmp_path, language):
     assert "alert(1)" in body and "{{ 7 \\* 7 }}" in body and "# New" not in body.split("\n")
 
 
+@pytest.mark.slow
 def test_nothing_of_it_runs_in_a_browser(hostile, tmp_path):
     shutil.copytree(hostile, tmp_path / "run")
     write_card(tmp_path / "run")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sampling import one_in
 
 import common.cli
 from common.cli import portuguese_help
@@ -97,13 +98,13 @@ def description_in(text: str) -> str:
     return re.split(HEADING, text.partition("\n\n")[2], maxsplit=1)[0].strip()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", one_in(5, COMMANDS))
 def test_help_comes_before_the_heavy_imports(command):
     called = command if command.endswith(".py") else f"python -m {command}"
     assert help_in("C", command).startswith(f"usage: {called} [-h]")
 
 
-@pytest.mark.parametrize("command", IN_PORTUGUESE)
+@pytest.mark.parametrize("command", one_in(5, IN_PORTUGUESE))
 def test_help_is_portuguese_where_the_locale_is(command):
     english, portuguese = help_in("C", command), help_in("pt_BR.UTF-8", command)
     assert portuguese.startswith("uso: ") and english.count("(default: ") == portuguese.count("(padrão: ")
@@ -124,6 +125,7 @@ def test_help_is_portuguese_where_the_locale_is(command):
     assert named[0] == named[1], "both show the same commands and flags"
 
 
+@pytest.mark.slow
 def test_no_portuguese_text_is_stale():
     """Every one is some flag's; one that several flags share stands for one English text, and such a text has one."""
     said, translations = {}, {}
@@ -153,7 +155,7 @@ def test_the_first_locale_that_is_set_decides(monkeypatch):
     assert not common.cli.locale_is_portuguese()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", one_in(5, COMMANDS))
 def test_a_wrong_flag_is_told_in_one_line_before_the_heavy_imports(command):
     done, imported, said = answer(command, *COMMANDS[command].split(), "--no_such_flag", "1")
     assert done.returncode in (1, 2) and "no_such_flag" in said
@@ -163,7 +165,7 @@ def test_a_wrong_flag_is_told_in_one_line_before_the_heavy_imports(command):
 
 @pytest.mark.parametrize(
     ("command", "imported"),
-    [(command, r"torch\._\w+") for command in INTERRUPTED] + [(command, "argparse") for command in COMMANDS],
+    one_in(9, [(command, r"torch\._\w+") for command in INTERRUPTED] + [(command, "argparse") for command in COMMANDS]),
 )
 def test_ctrl_c_during_the_imports_is_one_line(command, imported):
     """While torch is imported, and while the flags are not read yet."""

@@ -133,6 +133,7 @@ def open_clip_tools(folder: Path):
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_any_two_layers_of_one_shape_swapped_are_noticed(open_clip_folder):
     """Each pair of the mapping in turn, by the same limit as the program's own check; fewer inputs, for time."""
@@ -311,6 +312,7 @@ def test_the_command_of_the_module_is_a_program(monkeypatch, capsys):
     assert "hf-hub:OWNER/NAME" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_timm_model_that_open_clip_builds_otherwise_is_a_clear_error(tmp_path, tiny_processor):
     config = tiny_config(vision_config=mapping.TimmWrapperConfig(architecture="mobilenetv3_small_050"))
     CapivaraModel(config).save_pretrained(tmp_path / "model")

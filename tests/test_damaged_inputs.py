@@ -1,12 +1,14 @@
 """Damaged or harmful files at every entrance: one line that names the file, no traceback, and no long work."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import datasets
 import pytest
 from killed_stage import run
+from sampling import one_in
 from test_train_accelerate import flags
 
 import train_accelerate
@@ -71,7 +73,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("fault", CONFIGS)
+@pytest.mark.parametrize("fault", one_in(3, CONFIGS))
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_a_config_that_cannot_be(tiny_folder, tiny_dataset_folder, tmp_path, entrance, fault):
     with_config(tiny_folder, CONFIGS[fault])
@@ -87,13 +89,20 @@ def test_load_model_names_the_config(tiny_folder, fault):
         load_model(tiny_folder)
 
 
+@pytest.fixture(scope="module")
+def finished(tiny_dataset_folder, tmp_path_factory):
+    """The data of a stage beside its output."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(numbered(tiny_dataset_folder, folder), folder / "stage")
+    assert len(list((folder / "stage").glob("*.parquet"))) == 2
+    return folder
+
+
 @pytest.fixture
-def stage(tiny_dataset_folder, tmp_path, monkeypatch):
+def stage(finished, tmp_path, monkeypatch):
     """The output of a stage with two parts of a split "train"; the second has a list of rows that were left out."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
-    run(numbered(tiny_dataset_folder, tmp_path), tmp_path / "stage")
-    assert len(list((tmp_path / "stage").glob("*.parquet"))) == 2
-    return tmp_path / "stage"
+    return shutil.copytree(finished / "stage", tmp_path / "stage")
 
 
 def numbered(dataset: Path, folder: Path) -> str:
@@ -136,15 +145,15 @@ RECORDS = {
 }
 
 
-@pytest.mark.parametrize("fault", RECORDS)
+@pytest.mark.parametrize("fault", one_in(3, RECORDS))
 @pytest.mark.parametrize("reader", READERS)
-def test_a_stage_json_that_cannot_be(stage, tiny_folder, tmp_path, reader, fault):
+def test_a_stage_json_that_cannot_be(finished, stage, tiny_folder, tmp_path, reader, fault):
     path = stage / "stage.json"
     changed = RECORDS[fault](json.loads(path.read_text(encoding="utf-8")))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed), encoding="utf-8")
     main, argv = READERS[reader](tiny_folder, stage, tmp_path / "out")
     assert f"{path}" in (said := refused(main, argv)) and "run its stage again" in said
-    for step in (check_complete, lambda folder: run(str(tmp_path / "numbered"), folder)):
+    for step in (check_complete, lambda folder: run(str(finished / "numbered"), folder)):
         with pytest.raises(ValueError, match=r"^[^\n]*stage\.json[^\n]*run its stage again\.$"):
             step(stage)
 

@@ -130,6 +130,7 @@ def _seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("language", ["pt", "hi"])
 def test_pictures(tmp_path, language):
     images = [Image.new("RGB", (30, 30), (8 * i, 0, 0)) for i in range(12)]

@@ -79,6 +79,7 @@ def test_folder_appears_at_the_end(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("umask", ["022", "007"])
 def test_weights_are_as_readable_as_their_neighbours(tmp_path, umask):
     code = """
@@ -201,6 +202,7 @@ def whole(word: str, folder: str = "out") -> dict[str, str]:
     return {f"{folder}/{name}": word for name in ("a", "c", "inner/b")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["whole", "finish"])
 def test_sigkill_at_any_step_of_a_replacement(tmp_path, kind):
     """A whole output is there at any time, the next run finds it under its name, and nothing else stays."""

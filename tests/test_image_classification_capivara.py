@@ -317,6 +317,7 @@ def test_the_trainer_lowers_the_loss(classifier, pixels, tmp_path, head_only, gr
     assert torch.equal(classifier.visual_projection.weight, tower) == head_only
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["single", "multi"])
 def test_accumulated_batches_are_one_batch(tiny_model, tiny_processor, pixels, tmp_path, kind):
     labels = torch.tensor([0, 1, 2, 2, 1, 0])

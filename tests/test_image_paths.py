@@ -252,6 +252,7 @@ for hub_id, name in ((None, "pictures"), ("us/private", "private"), (None, "priv
 """
 
 
+@pytest.mark.slow
 def test_an_address_on_the_hub_is_followed(tmp_path):
     """The public ones; what the user's token opens is read for the data set that it belongs to alone."""
     pictures = tmp_path / "pictures"
@@ -334,6 +335,7 @@ def test_the_check_itself_sees_what_arrives(tmp_path):
         (tmp_path / name).unlink()
 
 
+@pytest.mark.slow
 def test_the_stages_and_a_build(tmp_path, hostile, server, tiny_folder, blip2_folder, capsys):
     as_parquet(tmp_path / "data", rows_of(hostile))
     out, number = tmp_path / "out", len(hostile)
@@ -387,6 +389,7 @@ def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypa
     assert shards and MARK not in b"".join(path.read_bytes() for path in shards)
 
 
+@pytest.mark.slow
 def test_retrieval_its_gallery_and_the_report(tmp_path, hostile, server, tiny_folder, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     as_parquet(tmp_path / "data", rows_of(hostile), "test")

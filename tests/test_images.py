@@ -358,6 +358,7 @@ def test_workers_make_the_same_cache(tiny_model, tiny_processor, tiny_dataset_fo
     assert shards(caches[0].folder) == shards(caches[1].folder) and len(shards(caches[0].folder)) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["saved", "tars"])
 def test_streaming_is_one_pass_to_the_same_cache(
     tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, form
@@ -440,6 +441,7 @@ def test_a_full_disk_ends_the_run_before_the_work(tiny_folder, tiny_dataset_fold
 # --- bad images ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tmp_path, cache):
     negative = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
@@ -468,6 +470,7 @@ def test_a_bad_image_does_not_hide_behind_augmentation(tiny_processor, tiny_data
 # --- training with and without ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("views", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_training_is_the_same_with_and_without_cache(tiny_folder, tiny_dataset_folder, tmp_path, views):
     dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN})  # places and rows differ
@@ -519,6 +522,7 @@ def test_an_augmentation_is_a_function_of_its_state(tiny_dataset_folder):
     assert len({random_state(*numbers) for numbers in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 2))}) == 3
 
 
+@pytest.mark.slow
 def test_both_towers(tiny_folder, tiny_dataset_folder, tmp_path):
     options = {"towers": "both", "image_embedding_cache": "off", "augmented_views": 0, "max_steps": 2}
     after, losses, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "out", **options)

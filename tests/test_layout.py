@@ -183,6 +183,7 @@ def test_nobody_hides_the_builtin_eval():
                 )
 
 
+@pytest.mark.slow
 def test_import_is_light():
     """Neither open_clip nor datasets is loaded, and no more is paid than for the Auto classes themselves."""
     code = "import sys, modeling_capivara; print({'open_clip', 'datasets', 'timm', 'matplotlib'} & set(sys.modules))"

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from sampling import one_in
 from tiny import TINY_TEXT, randomise, tiny_config
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
@@ -193,7 +194,7 @@ TEXT_TOWERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [*VISION_TOWERS, *TEXT_TOWERS])
+@pytest.mark.parametrize("kind", one_in(3, [*VISION_TOWERS, *TEXT_TOWERS]))
 def test_other_towers(kind, tmp_path, batch):
     towers = {"vision_config": VISION_TOWERS[kind]} if kind in VISION_TOWERS else {"text_config": TEXT_TOWERS[kind]}
     model = randomise(CapivaraModel(tiny_config(**towers))).eval()
@@ -304,6 +305,7 @@ def test_copies_are_independent_and_stay_frozen(tiny_model, batch):
     assert tiny_model.logit_scale > 2
 
 
+@pytest.mark.slow
 def test_exports_both_towers(tiny_model, batch):
     exported = torch.export.export(tiny_model, (), batch).module()
     torch.testing.assert_close(exported(**batch).logits_per_text, tiny_model(**batch).logits_per_text)
@@ -325,6 +327,7 @@ def test_fresh_weights_are_initialised(tmp_path):
     assert 0.01 < loaded.visual_projection.weight.std() < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("towers", "message"),
     [

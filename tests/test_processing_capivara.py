@@ -91,6 +91,7 @@ def test_repair_step_by_step(text, expected):
     assert repair_text(text) == expected
 
 
+@pytest.mark.slow
 def test_seeded_mixtures_have_open_clips_ids(xlmr):
     processor, reference = xlmr
     rng = np.random.default_rng(0)

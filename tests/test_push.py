@@ -16,6 +16,7 @@ from hub_client import hub_commands
 from hub_server import QUOTA, READ_TOKEN, TOKEN
 from hub_storage import Faults
 from pyarrow import parquet
+from sampling import one_in
 
 from hub_upload.push_plan import PushArguments, card_metadata, readable_size
 from hub_upload.remote import plain, plain_line, redact
@@ -100,6 +101,7 @@ def test_create_push_and_push_again(hub, push, folder):
     assert hub.commits("us/model") == ["First"]
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_sent_and_what_others_have_put_there_stays(hub, push, folder):
     hub.page_size = 2  # of the Hub's list of files: all of its pages are read
     push("--push")
@@ -152,6 +154,7 @@ def test_a_link_out_of_the_folder_is_not_followed(hub, push, folder):
     assert ("models", "us/model") not in hub.storage.repos or "processor_config.json" not in hub.files("us/model")
 
 
+@pytest.mark.slow
 def test_private(hub, push):
     assert push("--push", "--private").code == 0
     assert hub.repo("us/model").private
@@ -161,6 +164,7 @@ def test_private(hub, push):
     assert done.code == 1 and "us/model is public" in done.err
 
 
+@pytest.mark.slow
 def test_branch(hub, push, folder):
     push("--push")
     assert (
@@ -175,6 +179,7 @@ def test_branch(hub, push, folder):
     assert other.code == 0 and hub.commits("us/other", "v2") == ["Add 4 files"] and not hub.commits("us/other")
 
 
+@pytest.mark.slow
 def test_tag(hub, push, folder):
     assert "Tagged v1.0" in push("--push", "--tag", "v1.0").out
     repo = hub.repo("us/model")
@@ -190,6 +195,7 @@ def test_tag(hub, push, folder):
     assert "v1.0 is a tag" in push("--push", "--revision", "v1.0").err
 
 
+@pytest.mark.slow
 def test_pull_request_of_somebody_who_may_only_read(hub, push, folder):
     assert "a pull request needs one" in push("--push", "--pull-request", token=READ_TOKEN).err
     push("--push")
@@ -204,6 +210,7 @@ def test_pull_request_of_somebody_who_may_only_read(hub, push, folder):
     assert "no open pull request refs/pr/7" in push("--push", "--revision", "refs/pr/7").err
 
 
+@pytest.mark.slow
 def test_data_set(commands, hub, tmp_path):
     data = tmp_path / "data"
     (data / "train").mkdir(parents=True)
@@ -274,6 +281,7 @@ def test_a_connection_that_drops_is_tried_again(hub, push, folder):
     assert hub.files("us/model")["model.safetensors"] == weights(b"m", 300_000)
 
 
+@pytest.mark.slow
 def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, push, folder):
     hub.faults = Faults(fail_upload_after_bytes=200_000)  # the smaller file arrives, the larger one never
     done = push("--push")
@@ -287,6 +295,7 @@ def test_an_interrupted_upload_goes_on_with_what_is_missing(hub, push, folder):
     assert hub.commits("us/model") == ["Add 4 files"]
 
 
+@pytest.mark.slow
 def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
     hub.faults = Faults(silent_uploads=1)
     code = "import time; time.sleep = lambda s: None; import hub_upload.limits as limits; limits.TIMEOUT_S = 2\n"
@@ -299,6 +308,7 @@ def test_a_line_that_has_died_is_noticed(hub, folder, tmp_path):
     assert hub.commits("us/model") == ["Add 4 files"]
 
 
+@pytest.mark.slow
 def test_nobody_listens(folder):
     code = "import time; time.sleep = lambda s: None; from hub_upload.push import main; main()"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": TOKEN}
@@ -310,6 +320,7 @@ def test_nobody_listens(folder):
     assert done.stderr.count("Trying again") == 3 and TOKEN not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_offline(folder):
     command = [sys.executable, "-m", "hub_upload.push", "--model", str(folder), "--repo-id", "us/model"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_TOKEN": TOKEN}, capture_output=True, text=True)
@@ -318,6 +329,7 @@ def test_offline(folder):
     )
 
 
+@pytest.mark.slow
 def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, push):
     hub.faults = Faults(lost_commit_replies=1)
     done = push("--push", "--tag", "v1")
@@ -326,6 +338,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, push):
     assert hub.repo("us/model").tags["v1"] == hub.repo("us/model").branches["main"]
 
 
+@pytest.mark.slow
 def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, push, folder):
     push("--push")
     (folder / "config.json").write_text("{}", encoding="utf-8")
@@ -335,6 +348,7 @@ def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, push, fold
     assert len(hub.repo("us/model").pulls) == 1
 
 
+@pytest.mark.slow
 def test_a_hub_in_trouble_is_asked_again_and_not_for_ever(hub, push):
     hub.faults = Faults(commit_statuses=[503, 500])
     assert push("--push").code == 0
@@ -344,7 +358,7 @@ def test_a_hub_in_trouble_is_asked_again_and_not_for_ever(hub, push):
     assert done.code == 1 and "The Hub is in trouble (500)" in done.err and sum(done.waits_s) < 60
 
 
-@pytest.mark.parametrize("status", [403, 413, 507])
+@pytest.mark.parametrize("status", one_in(3, [403, 413, 507]))
 def test_full_quota(hub, push, status):
     hub.faults = Faults(quota_bytes=350_000, quota_status=status)
     done = push("--push")
@@ -354,6 +368,7 @@ def test_full_quota(hub, push, status):
     assert push("--push").code == 0
 
 
+@pytest.mark.slow
 def test_somebody_else_commits_meanwhile(hub, push, folder):
     push("--push")
     (folder / "config.json").write_text("{}", encoding="utf-8")
@@ -386,6 +401,7 @@ def test_a_card_that_is_no_card_is_refused_before_the_upload(hub, push, folder):
 # --- Secrets and terminals -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_the_hub_says_is_shown_without_the_token_and_as_plain_text(hub, push, folder):
     hub.faults = Faults(commit_statuses=[400], commit_message=f"no {TOKEN} \x1b[2J")
     hub.faults.commit_message = hub.faults.commit_message.encode().decode("latin-1")
@@ -489,6 +505,7 @@ def test_card_metadata(folder):
         card_metadata(folder / "README.md")
 
 
+@pytest.mark.slow
 def test_it_is_a_program_and_its_help_teaches():
     done = subprocess.run(
         [sys.executable, "-m", "hub_upload.push", "--help"], cwd=ROOT, capture_output=True, text=True, check=True

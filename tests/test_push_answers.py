@@ -12,6 +12,7 @@ import pytest
 from hub_client import hub_commands
 from hub_server import HubServer
 from hub_storage import Faults
+from sampling import one_in
 from test_push import CARD, weights
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,7 +37,7 @@ BODIES = {
     **{f"{status} elsewhere": (status, {"Location": "{other}/api"}, b"") for status in (301, 302, 307, 308)},
 }
 FORM, LED = "has answered in another form than the Hub does", "is not followed"
-FAST = [
+ANSWERS = [
     ("whoami", "null", FORM), ("whoami", "html", FORM), ("create", "other types", FORM),
     ("create", "302 elsewhere", LED),
     ("info", "list", FORM), ("info", "307 elsewhere", LED), ("info", "301 of the Hub", r"The Hub refused \(404\)"),
@@ -47,7 +48,7 @@ FAST = [
     ("validate_yaml", "null", FORM), ("create_branch", "html", "made no branch"), ("create_tag", "null", "no such tag"),
     ("create_tag", "308 elsewhere", "but the tag v1 was not made.*is not followed"), ("resolve", "a file", LED),
 ]  # fmt: skip
-CALLS = sorted({call for call, *_ in FAST} | {"lfs_verify", "commits"})
+CALLS = sorted({call for call, *_ in ANSWERS} | {"lfs_verify", "commits"})
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def push(commands, tmp_path):
     return run
 
 
-@pytest.mark.parametrize(("call", "answer", "message"), FAST)
+@pytest.mark.parametrize(("call", "answer", "message"), one_in(3, ANSWERS))
 def test_what_is_no_answer_of_the_hub_is_one_line(commands, push, call, answer, message):
     loop = (302, {"Location": "/api/models/us/model/refs"}, b"")
     done = push(call, loop if answer == "loop" else BODIES[answer])
@@ -95,6 +96,7 @@ def test_what_is_no_answer_of_the_hub_is_one_line(commands, push, call, answer, 
         assert not commands.hub.storage.repos or not commands.hub.commits("us/model")
 
 
+@pytest.mark.slow
 def test_nothing_goes_to_another_host(commands, push):
     """307 and 308 would send the content of the files on."""
     with HubServer(Path(commands.home) / "other") as other:
@@ -104,6 +106,7 @@ def test_nothing_goes_to_another_host(commands, push):
         assert other.requests == []
 
 
+@pytest.mark.slow
 def test_a_file_may_lie_in_another_store_which_gets_no_token(commands, push, tmp_path):
     (tmp_path / "stored").mkdir()
     (tmp_path / "stored" / "README.md").write_text("# Of the store\n", encoding="utf-8")
@@ -141,6 +144,7 @@ def test_a_server_that_answers_a_letter_at_a_time(commands, push):
     assert time.perf_counter() - started < 20
 
 
+@pytest.mark.slow
 def test_a_program_that_waits_for_something_else_ends_itself():
     code = "import time, hub_upload.limits as limits; limits.GRACE_S = 0.3\n"
     code += "with limits.program_limit(0.0001): time.sleep(100)"

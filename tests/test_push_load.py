@@ -77,6 +77,7 @@ def test_transformers_and_open_clip_load_what_was_pushed(hub, commands, tiny_fol
     assert not [name for name in hub.fetched if name.startswith(TEXT_MODEL) and name.endswith(".safetensors")]
 
 
+@pytest.mark.slow
 def test_datasets_loads_what_was_pushed(hub, commands, tiny_dataset_folder, tmp_path):
     data = tmp_path / "data"
     data.mkdir()

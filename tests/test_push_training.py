@@ -72,6 +72,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", REFUSED)
 def test_what_could_not_be_pushed_is_not_trained(hub, train, tmp_path, fault):
     overrides, token, message = REFUSED[fault]
@@ -80,6 +81,7 @@ def test_what_could_not_be_pushed_is_not_trained(hub, train, tmp_path, fault):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_repository_that_may_only_be_read_is_noticed_first(hub, train, tmp_path):
     hub.storage.create("models", "us/run", private=False)
     done = train(token=READ_TOKEN, **PUSH)

@@ -50,6 +50,7 @@ def test_a_changed_digit_is_noticed(page, block, monkeypatch, tmp_path):
     readme.main(["--check"])
 
 
+@pytest.mark.slow
 def test_pictures_are_small_and_copies_look_the_same(tmp_path):
     for path in (ROOT / "docs").glob("*.png"):
         assert path.stat().st_size < 400_000, f"{path.name}: save it by benchmarks.readme.save_small_picture"
@@ -70,6 +71,7 @@ def test_code_runs(tiny_folder, capsys):
     assert "vermelho" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_trainer_example_runs(tiny_model, tiny_processor, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     captions = ["um gato", "a casa azul", "o carro", "pão"]

@@ -143,6 +143,7 @@ def run(folder, dataset, output, **overrides):
     return train_accelerate.main([part for key, value in values.items() for part in (f"--{key}", str(value))])
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_dataset_folder, tmp_path):
     from peft import PeftModel
 
@@ -189,6 +190,7 @@ def test_bad_choices_end_before_training(tiny_folder, tiny_dataset_folder, tmp_p
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
 def test_layers_can_be_left_as_they_are(tiny_folder, tiny_dataset_folder, tmp_path):
     frozen = r"text_model\.(embeddings|encoder\.layer\.0)\..*"
     out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", frozen_parameters=frozen)
@@ -198,6 +200,7 @@ def test_layers_can_be_left_as_they_are(tiny_folder, tiny_dataset_folder, tmp_pa
     assert any(n.startswith("text_model.encoder.layer.1") for n in moved) and "logit_scale" in moved
 
 
+@pytest.mark.slow
 def test_frozen_parameters_hold_under_lora(tiny_folder, tiny_dataset_folder, tmp_path):
     frozen = r"text_projection\..*"
     out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", lora_rank=2, frozen_parameters=frozen)

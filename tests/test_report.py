@@ -244,13 +244,14 @@ def test_shares_are_drawn_and_of_a_data_set_its_own_metric(results):
 
 
 def test_figures_of_cut_embeddings_have_a_block_of_their_own(tmp_path):
-    whole = BASELINE | {"task": "retrieval", "direction": "text_to_image", "metric": "mean_recall", "n": 20}
-    written(tmp_path, whole, whole | {"dim": 96, "protocol": "ours; first 96 of 384 dimensions"})
-    found = pairs(tmp_path)
-    titles = [title_of(block[0].condition) for block in blocks_of(found)]
+    about = {"task": "retrieval", "direction": "text_to_image", "metric": "mean_recall", "n": 20}
+    cut = {"dim": 96, "protocol": "ours; first 96 of 384 dimensions"}
+    written(tmp_path, *(model | about | width for model in (BASELINE, MODEL) for width in ({}, cut)))
+    blocks = blocks_of(pairs(tmp_path))
+    titles = [title_of(block[0].condition) for block in blocks]
     assert len(titles) == 2 and titles[1] == f"{titles[0]}, first 96 dimensions"
-    assert len({tuple(name_parts(block[0].condition)) for block in blocks_of(found)}) == 2, "pictures of one name"
-    assert len(headlines(found)) == 1, "the whole alone"
+    assert len({tuple(name_parts(block[0].condition)) for block in blocks}) == 2, "pictures of one name"
+    assert len(headlines(pairs(tmp_path))) == 1, "the whole alone"
 
 
 def test_authors_against_ours_on_the_same_model(results):

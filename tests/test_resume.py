@@ -19,6 +19,7 @@ import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
 from safetensors.torch import load_file
+from sampling import one_in
 from test_checkpoints import flipped
 from test_train_accelerate import flags
 from tiny import randomise, tiny_config
@@ -171,7 +172,7 @@ def test_sigkill_again_and_again(run, undisturbed, tmp_path):
     assert_as_undisturbed(out, undisturbed)
 
 
-@pytest.mark.parametrize("count", [1, pytest.param(8, marks=pytest.mark.slow), 13, 19])
+@pytest.mark.parametrize("count", one_in(4, [13, 1, 8, 19]))
 def test_killed_at_any_forward_pass(run, undisturbed, tmp_path, count):
     out = tmp_path / "out"
     killed_run(run(out), ExactStep, "_forward", count)
@@ -240,6 +241,7 @@ def test_of_several_seeds_those_that_are_done_are_not_trained_again(run, tmp_pat
     assert table.replace(str(out), "") == (tmp_path / "expected" / "table.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_finished_seed_of_other_settings_is_refused(run, tmp_path):
     """Also where the second seed has no checkpoint that would tell."""
     killed_run(run(tmp_path / "out", runs=2), Trainer, "_one_step", 6 + 1)
@@ -269,6 +271,7 @@ def started(argv: list[str], checkpoints: Path, launcher: tuple[str, ...] = ()):
         running.communicate(timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatch, capsys, number):
     out, update, calls = tmp_path / "out", Trainer._update, itertools.count(1)
@@ -328,6 +331,7 @@ def test_a_signal_to_two_processes_and_their_launcher(run, tmp_path):
     assert_as_undisturbed(out, tmp_path / "expected")
 
 
+@pytest.mark.slow
 def test_ctrl_c_outside_of_the_steps(run, undisturbed, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
@@ -371,6 +375,7 @@ def test_a_loss_that_is_not_finite_stops_and_its_batch_is_saved(run, tmp_path, m
     assert len({pair["pair"] for pair in batch["pairs"]}) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eval_steps", [1, 100])
 def test_a_real_divergence(run, tmp_path, eval_steps):
     """Whichever notices it first, a loss or the measurement: the error says what happened, and nothing is poisoned."""
@@ -465,6 +470,7 @@ def test_one_other_caption_is_another_data_set(run, base_folder, tiny_dataset_fo
     assert f"data {dataset} train: '" in stop.value.code and "validation" not in stop.value.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin"])
 def test_a_flipped_byte_ends_the_run_before_any_work_and_an_earlier_checkpoint_goes_on(
     run, undisturbed, tmp_path, monkeypatch, name
@@ -482,6 +488,7 @@ def test_a_flipped_byte_ends_the_run_before_any_work_and_an_earlier_checkpoint_g
     assert_as_undisturbed(out, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ['"x"', "-8"])
 def test_a_state_that_cannot_be_is_one_line(run, tmp_path, step):
     killed_run(run(tmp_path / "out"), Trainer, "_one_step", 6)
@@ -492,6 +499,7 @@ def test_a_state_that_cannot_be_is_one_line(run, tmp_path, step):
         train_accelerate.main(run(tmp_path / "out", resume="auto"))
 
 
+@pytest.mark.slow
 def test_settings_that_change_no_weight_may_change(run, undisturbed, tmp_path):
     out = tmp_path / "out"
     killed_run(run(out), Trainer, "_one_step", 4)
@@ -499,6 +507,7 @@ def test_settings_that_change_no_weight_may_change(run, undisturbed, tmp_path):
     assert_as_undisturbed(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_is_said(run, tmp_path, caplog, monkeypatch):
     killed_run(run(tmp_path / "out"), Trainer, "_one_step", 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -540,6 +549,7 @@ def test_a_run_that_shall_replace_a_complete_one_goes_on(run, undisturbed, tmp_p
     assert_as_undisturbed(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_kill_after_the_rename_leaves_nothing_for_ever(run, tmp_path, monkeypatch):
     finish = train_accelerate.finish_folder
 
@@ -582,6 +592,7 @@ def test_an_unfinished_run_is_not_started_over_by_mistake(run, tmp_path):
     assert (tmp_path / "out.partial/checkpoints/step-00000002").is_dir()
 
 
+@pytest.mark.slow
 def test_a_finished_seed_is_not_thrown_away_by_mistake(run, tmp_path):
     killed_run(run(tmp_path / "out", runs=2, save_steps=100), Trainer, "_one_step", 6 + 1)
     assert not list((tmp_path / "out.partial").rglob("step-*"))
@@ -603,6 +614,7 @@ def recalls(monkeypatch, values: list[float]) -> None:
     monkeypatch.setattr(train_accelerate, "validate", validate)
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
     recalls(monkeypatch, [0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))
@@ -610,6 +622,7 @@ def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
     assert steps == ["step-00000002", "step-00000007", "step-00000008"]
 
 
+@pytest.mark.slow
 def test_patience_ends_with_the_best(run, tmp_path, monkeypatch):
     recalls(monkeypatch, [0.1, 0.2, 0.5, 0.4, 0.3])
     argv = {"eval_steps": 1, "patience": 2, "save_steps": 100}
@@ -639,6 +652,7 @@ def test_patience_that_ran_out_before_a_kill_is_not_given_again(run, tmp_path, m
 # Trackers, pickles
 
 
+@pytest.mark.slow
 def test_tensorboard(run, tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -671,6 +685,7 @@ def test_a_tracker_that_is_not_installed(run, tmp_path, monkeypatch):
         train_accelerate.main(run(tmp_path / "out", tracker="wandb"))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_pickles(run, undisturbed, tmp_path, monkeypatch):
     killed_run(run(tmp_path / "out"), Trainer, "_one_step", 6)
     given, load = [], torch.load

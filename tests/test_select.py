@@ -106,6 +106,7 @@ def test_the_report_counts_each_image_and_caption(scored, tmp_path):
     assert "céu $x_1$ \\frac" in [row[1] for row in rows] and max(len(row[1]) for row in rows) <= 300
 
 
+@pytest.mark.slow
 def test_the_cut_of_the_pair_filter_is_shown_under_rank_too(tmp_path):
     """What `rank` drops is more similar than what it keeps of other images, and would be all that is shown."""
     rows = [([f"foto {i}"], [f"melhor {i}", f"boa {i}"], [0.05 * i, 0.9, 0.8]) for i in range(8)]
@@ -118,6 +119,7 @@ def test_the_cut_of_the_pair_filter_is_shown_under_rank_too(tmp_path):
     assert shown[True] == ["foto 4", "foto 5", "foto 6", "foto 7"]
 
 
+@pytest.mark.slow
 def test_texts_of_the_data_are_shown_and_not_obeyed(tmp_path):
     texts = [
         "$\\frac{1}$",
@@ -166,6 +168,7 @@ def test_without_similarities(tmp_path):
         select(SelectArguments(dataset, tmp_path / "x", caption_strategy="rank"))
 
 
+@pytest.mark.slow
 def test_tasks_report_what_one_run_reports(scored, tmp_path):
     flags = {"caption_strategy": "rank", "min_pair_similarity": 0.2, "rows_per_part": 2}
     select(SelectArguments(scored, tmp_path / "one", **flags))
@@ -205,6 +208,7 @@ def test_what_sbatch_refuses_is_one_line(scored, tmp_path, monkeypatch):
         main(flags)
 
 
+@pytest.mark.slow
 def test_a_large_selection_is_quick_to_report(tmp_path):
     """Examples are the nearest to the cut out of all rows, not the first ones."""
     similarities = np.random.default_rng(0).permutation(np.linspace(0, 0.5, 400))

@@ -193,6 +193,7 @@ def test_a_foreign_origin_is_refused_on_every_route(page):
     assert page.ask("search_by_text", "azul", 6, Origin=page.url)[0] == 200
 
 
+@pytest.mark.slow
 def test_the_host_of_a_proxy_is_believed_only_by_a_page_that_may_have_one(page, demo):
     forwarded = {"Origin": "https://us-demo.hf.space", "X_Forwarded_Host": "us-demo.hf.space"}
     assert page.post("/gradio_api/upload", form(b"x"), FORM, **forwarded)[0] == 403
@@ -279,6 +280,7 @@ def status_line(sent: socket.socket) -> bytes:
     return sent.recv(10_000).partition(b"\r\n")[0]
 
 
+@pytest.mark.slow
 def test_a_request_that_never_ends_is_given_up(page, monkeypatch):
     monkeypatch.setattr(guard, "RECEIVE_S", 1)
     monkeypatch.setattr(guard, "STEP_S", 1)
@@ -287,6 +289,7 @@ def test_a_request_that_never_ends_is_given_up(page, monkeypatch):
             assert b" 408 " in status_line(sent)
 
 
+@pytest.mark.slow
 def test_an_upload_that_comes_too_slowly_is_given_up(page, monkeypatch):
     """However little time is left to all of it, or however much: each step has its own."""
     monkeypatch.setattr(guard, "STEP_S", 0.8)
@@ -304,6 +307,7 @@ def test_an_upload_that_comes_too_slowly_is_given_up(page, monkeypatch):
     assert time.monotonic() - started < 3
 
 
+@pytest.mark.slow
 def test_a_fast_upload_has_a_limit_for_all_of_it(page, monkeypatch):
     monkeypatch.setattr(guard, "RECEIVE_S", 1)
     with begun(page, form(bytes(150_000))[:150_000], 2_000_000) as sent:
@@ -316,6 +320,7 @@ def test_a_fast_upload_has_a_limit_for_all_of_it(page, monkeypatch):
     assert b" 408 " in line
 
 
+@pytest.mark.slow
 def test_slow_visitors_keep_nobody_from_uploading(page, monkeypatch):
     """Eight hold all places and send nothing more: who waits too long is told so, and soon they are gone."""
     monkeypatch.setattr(guard, "STEP_S", 2)
@@ -433,6 +438,7 @@ def test_a_picture_that_takes_too_long_is_given_up(page, upload):
     assert "<data>" in page.ask("search_by_image", upload, 6)[1]
 
 
+@pytest.mark.slow
 def test_a_question_that_takes_too_long_is_given_up(page, monkeypatch):
     released, search = threading.Event(), Index.search
 

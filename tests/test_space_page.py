@@ -115,6 +115,7 @@ def test_only_this_machine_and_only_the_page_is_served(served):
         assert asked(url + path)[0] == 404
 
 
+@pytest.mark.slow
 def test_an_upload_over_the_limit_is_not_kept(served):
     _, _, url = served
     for size, expected in ((1000, 200), (MAX_UPLOAD_BYTES + 1, 413)):

@@ -66,6 +66,7 @@ def run_stage(args: StageArguments, *what, **options):
     return RowStage(args).run(*what, **options)
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_goes_on_to_the_same_bytes(numbered, undisturbed, tmp_path):
     """SIGKILL after every kind of thing that a run does, to one run, tasks at once, changing numbers, and twins."""
     rounds = ["1", "1,3,2", "4,1", "-2"]

@@ -59,6 +59,7 @@ def data(tmp_path_factory) -> Path:
 FAST = ["flickr30k-pt", "pracegover", "mnist", "hateful-memes", "voc-2007-classification", "flickr30k_200"]
 
 
+@pytest.mark.slow
 def test_benchmarks_of_every_kind(models, data, tmp_path, capsys):
     main(flags(models[0], tmp_path, "--only", *FAST, data_dir=data))
     rows = rows_of(tmp_path)
@@ -96,6 +97,7 @@ def test_protocols_of_xm3600(models, data, tmp_path):
     assert rows["xm3600", "hi", "image_to_text", "recall@1"]["capivara"]["published"] is None
 
 
+@pytest.mark.slow
 def test_babel_takes_the_images_of_imagenet(models, tmp_path):
     prompts = load_prompts("imagenet-1k", "babel", language="xh")
     names = [prompts.names_en[place] for place in prompts.indices]
@@ -142,6 +144,7 @@ def test_a_clip_benchmark_copy(models, tmp_path):
     assert sorted(np.flatnonzero(matrix.sum(axis=1))) == sorted(ours.index(name) for name in names[:4])
 
 
+@pytest.mark.slow
 def test_mean_and_deviation_over_runs(models, data, tmp_path):
     more = ["--runs", *models[1:], "--only", "mnist", "flickr30k-pt"]
     main(flags(models[1], tmp_path, *more, baseline=models[0], data_dir=data))  # --model is one of --runs

@@ -57,6 +57,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LONG)
 def test_long_texts_have_open_clips_ids(xlmr, kind):
     processor, reference = xlmr
@@ -65,6 +66,7 @@ def test_long_texts_have_open_clips_ids(xlmr, kind):
     assert (actual != 1).sum() > 3, "a text of which nothing is left would prove nothing"
 
 
+@pytest.mark.slow
 def test_a_text_that_fits_is_read_to_its_last_character(xlmr):
     """Nothing is cut within the stated size: 75 of the longest pieces are a third of it."""
     processor, reference = xlmr

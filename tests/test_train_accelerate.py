@@ -104,6 +104,7 @@ def test_a_folder_that_the_run_needs_is_not_overwritten(tiny_folder, tiny_datase
     assert load_model(tiny_folder)
 
 
+@pytest.mark.slow
 def test_overwrite(tiny_folder, tiny_dataset_folder, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -175,6 +176,7 @@ def test_bad_values(tiny_folder, tiny_dataset_folder, tmp_path, fault):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
 
+@pytest.mark.slow
 def test_disk_full_while_saving_leaves_nothing(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -205,6 +207,7 @@ def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, t
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.slow
 def test_two_data_sets_are_mixed_in_every_batch(tiny_folder, tiny_dataset_folder, tmp_path):
     """Image and caption of a pair stay together over both: without dropout, the loss is that of one data set."""
     config = json.loads((tiny_folder / "config.json").read_text(encoding="utf-8"))
@@ -224,6 +227,7 @@ def test_two_data_sets_are_mixed_in_every_batch(tiny_folder, tiny_dataset_folder
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_clamp_binds_in_a_run(tiny_folder, tiny_dataset_folder, tmp_path):
     """CAPIVARA's own code has the clamp in a hook that is never called."""
     model = load_model(tiny_folder)
@@ -247,6 +251,7 @@ def test_files_of_others_are_not_removed(tiny_folder, tiny_dataset_folder, tmp_p
     assert (tmp_path / "out.partial" / "precious.txt").read_text(encoding="utf-8") == "mine"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_lost_where_its_folder_was_filled(
     tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch
 ):
@@ -286,6 +291,7 @@ def test_skipped_rows_are_listed_where_they_stop_the_run(tiny_folder, tiny_datas
     assert len((tmp_path / "out.skipped.jsonl").read_text(encoding="utf-8").splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_a_complete_run_of_other_settings_is_not_said_to_be_this_one(tiny_folder, tiny_dataset_folder, tmp_path):
     out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=2))
     with pytest.raises(SystemExit, match=r"learning_rate: 0\.001 there, 0\.5 now"):
@@ -306,6 +312,7 @@ def test_a_folder_at_work_is_not_taken(tiny_folder, tiny_dataset_folder, tmp_pat
         os.close(handle)
 
 
+@pytest.mark.slow
 def test_interpolation_of_a_finished_run(tiny_folder, tiny_dataset_folder, tmp_path):
     from training.interpolate import main as interpolate
 

@@ -143,6 +143,7 @@ translate.main(sys.argv[3:])
 SLOW = pytest.mark.slow  # every process loads torch and transformers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "count"),
     [
@@ -251,6 +252,7 @@ def test_what_costs_more_than_allowed_is_not_begun(service, dataset, tmp_path, f
     assert service.requests == [] and not (tmp_path / "pt").exists()
 
 
+@pytest.mark.slow
 def test_the_estimate_is_of_what_the_memory_does_not_know(service, dataset, tmp_path, caplog):
     flags = google_flags(service, dataset, tmp_path / "pt")
     without = [flag for flag in flags if flag not in ("--max_cost", "10")]
@@ -295,6 +297,7 @@ def test_languages_and_keys_are_refused_before_any_work(service, dataset, tmp_pa
 # Models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["marian", "m2m100"])
 def test_a_model_translates_a_data_set(dataset, tmp_path, kind, capsys):
     model = marian_folder(tmp_path / "m" / "model") if kind == "marian" else m2m100_folder(tmp_path / "m" / "model")
@@ -406,6 +409,7 @@ def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, c
     assert read_json(tmp_path / "dropped" / "quality.json")["flags"] == report["flags"]
 
 
+@pytest.mark.slow
 def test_columns_that_are_there(service, dataset, tmp_path):
     main(google_flags(service, dataset, tmp_path / "pt"))
     first = str(tmp_path / "pt")

