@@ -1,8 +1,8 @@
 """What cut embeddings keep of the recall: plainly cut, turned to the axes of the images, and trained to be cut.
 
-    train="accelerate launch train_accelerate.py --config configs/openmoji.yaml --runs 3"
+    train="accelerate launch train_accelerate.py --config configs/openmoji.yaml --runs 3 --num_threads 1"
     $train --output_dir runs/cut
-    $train --output_dir runs/cut-trained --matryoshka_dims 192 96 48 24
+    $train --output_dir runs/cut-trained --matryoshka_dims 192 96 48
     python -m benchmarks.matryoshka --plain runs/cut --trained runs/cut-trained \
         --output benchmarks/results/matryoshka.json
 
