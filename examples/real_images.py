@@ -96,16 +96,19 @@ def digits() -> tuple[DatasetDict, dict]:
 
 def photos(names: Iterable[str], labels: dict[str, str], classes: dict) -> tuple[DatasetDict, dict]:
     """scikit-image's photographs by the names of its functions, with their class by its English name."""
-    import skimage.data
-
-    images = []
-    for name in names:
-        pixels = getattr(skimage.data, name)()
-        pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a stereo pair: the left one
-        pixels = pixels if pixels.dtype == np.uint8 else (255 * (pixels / pixels.max())).astype(np.uint8)
-        images.append(PIL.Image.fromarray(pixels).convert("RGB"))
+    images = [photo(name) for name in names]
     order = [entry["en"] for entry in classes["classes"]]
     return DatasetDict(test=_labelled(images, [order.index(labels[name]) for name in names], order)), classes
+
+
+def photo(name: str) -> PIL.Image.Image:
+    """A picture of scikit-image, RGB, by the name of its function."""
+    import skimage.data
+
+    pixels = getattr(skimage.data, name)()
+    pixels = pixels[0] if isinstance(pixels, tuple) else pixels  # a stereo pair: the left one
+    pixels = pixels if pixels.dtype == np.uint8 else (255 * (pixels / pixels.max())).astype(np.uint8)
+    return PIL.Image.fromarray(pixels).convert("RGB")
 
 
 def photo_classes() -> dict:

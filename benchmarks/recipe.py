@@ -1,0 +1,270 @@
+"""Which changes to the paper's recipe help: train every variant with several seeds, measure all, keep one table.
+
+    python -m benchmarks.recipe
+    python -m benchmarks.recipe --only paper interpolate-0.5 --seeds 0
+
+Variants are data, in benchmarks/recipe.yaml. It needs the data of `examples.openmoji.prepare` and of
+`examples.openmoji.proxies`. What is done lies in the work folder and is not done again, and after each variant the
+results are written (docs/recipe.md shows them). A variant that fails is listed with its error, and the others go on.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.recipe_measures import Measures
+from benchmarks.timing import RESULTS, ROOT, conditions
+from caption_data.rows import digest_of
+from common.cli import flag, parse, read_config, reject, run_command, user_errors
+from common.files import read_json, write_json, write_text
+from eval.metrics import paired_bootstrap
+from modeling_capivara import CapivaraModel
+from modeling_capivara.loading import load_model
+from training.trainable import interpolate_weights
+
+REFERENCE = "paper"  # the variant that all are compared with
+COMPARED = (
+    "openmoji/",
+    "twemoji/",
+    "noto/",
+)  # conditions that get an interval; the others are too small, or shown plain
+
+
+@dataclass
+class RecipeArguments:
+    """Arguments of `benchmarks.recipe`. Raises ValueError where a seed is there twice, or none."""
+
+    variants: Path = flag(ROOT / "benchmarks" / "recipe.yaml", "YAML file of the variants.")
+    config: Path = flag(ROOT / "configs" / "openmoji.yaml", "Config that they change.")
+    only: list[str] = flag([], "Names of the variants to run; all where none is given.")
+    seeds: list[int] = flag([0, 1, 2], "Seeds of each.")
+    base: str = flag("data/openmoji/base", "Folder of the base model.")
+    openmoji: str = flag("data/openmoji/dataset", "Folder of the demo's data set.")
+    proxies: Path = flag(Path("data/openmoji/proxies"), "Folder that `examples.openmoji.proxies` has made.")
+    work: Path = flag(Path("runs/recipe"), "Folder of runs and measurements, half a gigabyte a run.")
+    output: Path = flag(RESULTS / "recipe.json", "JSON file of the results.")
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}.")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table."""
+
+    name: str
+    what: str  # it is, in words
+    flags: dict[str, Any] = field(default_factory=dict)  # of train_accelerate.py
+    of: str | None = None  # variant whose finished runs are changed without training
+    share: float = 1.0  # of the trained weights, from 0 to 1; the rest is the base's
+    mean: str | None = None  # "seeds": one model of the mean weights of all seeds
+
+
+class RunFailed(Exception):
+    """A training that ended with an error; the message is its last line."""
+
+
+def read_variants(path: Path) -> dict[str, Variant]:
+    """The variants of a YAML file, by name.
+
+    Raises:
+        ValueError: a key is unknown, `paper` is missing, or what a variant is made `of` is none that is trained.
+    """
+    variants = {name: _variant(name, content, path) for name, content in read_config(path).items()}
+    for variant in variants.values():
+        if variant.of and (variant.of not in variants or variants[variant.of].of):
+            raise ValueError(f"{path}: {variant.name} is of {variant.of!r}, which is no variant that is trained.")
+    if REFERENCE not in variants:
+        raise ValueError(f"{path} has no {REFERENCE!r}, which all are compared with.")
+    return variants
+
+
+def _variant(name: str, content: Any, path: Path) -> Variant:
+    """Out of its entry in the YAML file, in which every number is text."""
+    where, known = f"{path}: {name}", [one.name for one in fields(Variant)][1:]
+    if not isinstance(content, dict) or not content.get("what"):
+        raise ValueError(f"{where} must say `what` it is in words, got {content!r}.")
+    for key in content.keys() - set(known):
+        reject(key, f"key of {name} in {path}", known, "")
+    variant = Variant(**{"name": name, **content, "flags": content.get("flags") or {}})
+    if not re.fullmatch(r"0(\.\d+)?|1(\.0+)?", str(variant.share)):
+        raise ValueError(f"{where}: share must be a number from 0 to 1, got {variant.share!r}.")
+    if variant.mean not in (None, "seeds") or (variant.flags and variant.of):
+        raise ValueError(f"{where} must have either flags or `of`, and no mean but that of seeds.")
+    return replace(variant, share=float(variant.share))
+
+
+@dataclass
+class Runner:
+    """Makes and measures models, each once, in the work folder."""
+
+    args: RecipeArguments
+    variants: dict[str, Variant]
+    measures: Measures
+
+    def run(self, variant: Variant) -> None:
+        """All seeds of a variant, as far as they are not there yet; what fails is noted beside."""
+        for seed in self.models(variant):
+            path = self.folder(variant) / f"{seed}.json"
+            failed = path.with_suffix(".failed")
+            if path.is_file() and read_json(path).get("data") == self.measures.fingerprint:
+                continue
+            print(f"{variant.name}, seed {seed}", flush=True)
+            try:
+                model, seconds = self.model(variant, seed)
+            except (RunFailed, ValueError, OSError) as error:
+                write_text(failed, str(error))
+                print(f"{variant.name}, seed {seed} failed: {error}", file=sys.stderr)
+                continue
+            write_json(path, self.measures.of(model) | {"seconds": seconds})
+            failed.unlink(missing_ok=True)
+
+    def models(self, variant: Variant) -> list[str]:
+        """Names of the models that a variant consists of: its seeds, or the one mean of them."""
+        return ["mean"] if variant.mean else [str(seed) for seed in self.args.seeds]
+
+    def model(self, variant: Variant, seed: str) -> tuple[CapivaraModel, float]:
+        """A model, trained where it is not yet, and the seconds of training and test that are in it."""
+        source = self.variants[variant.of] if variant.of else variant
+        runs = [self.trained(source, one) for one in (self.models(source) if variant.mean else [seed])]
+        model = mean_of(runs)
+        interpolate_weights(model, self.base(), variant.share)
+        seconds = [sum(read_json(run / "run.json")["seconds"].values()) for run in runs]
+        return model, sum(seconds)
+
+    def trained(self, variant: Variant, seed: str) -> Path:
+        """The folder of a finished run. Raises RunFailed."""
+        folder = self.folder(variant) / f"seed-{seed}"
+        if (folder / "run.json").is_file():
+            return folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        args, flags = self.args, []
+        for name, value in variant.flags.items():
+            values = value if isinstance(value, list) else [value]
+            flags += [f"--{name}", *(str(one).replace("{proxies}", str(args.proxies.absolute())) for one in values)]
+        command = [sys.executable, "train_accelerate.py", "--config", str(args.config.absolute())]
+        command += ["--model", str(Path(args.base).absolute()), "--dataset", str(Path(args.openmoji).absolute())]
+        command += ["--output_dir", str(folder.absolute()), "--resume", "auto", "--seed", seed, *flags]
+        log = folder.with_suffix(".log")
+        with log.open("w", encoding="utf-8") as out:
+            done = subprocess.run(
+                command, cwd=ROOT, stdout=out, stderr=out, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            )
+        if done.returncode or not (folder / "run.json").is_file():
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise RunFailed(lines[-1] if lines else f"exit code {done.returncode}")
+        return folder
+
+    def folder(self, variant: Variant) -> Path:
+        """Of a variant, by all that makes it: other flags, another config or base is another folder."""
+        source = self.variants[variant.of] if variant.of else variant
+        parts = [source.flags, variant.share, variant.mean, read_config(self.args.config), self.measures.base_digest]
+        seeds = self.args.seeds if variant.mean else []
+        return self.args.work / f"{variant.name}-{digest_of([str(parts), str(seeds)])[:8]}"
+
+    def base(self) -> dict[str, torch.Tensor]:
+        """The base's weights."""
+        return _state(self.args.base)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a variant that has been run, after that of the base; hits of single queries stay in the work folder."""
+        path = self.args.work / "base.json"
+        if not path.is_file() or read_json(path).get("data") != self.measures.fingerprint:
+            write_json(path, self.measures.of(load_model(self.args.base)))
+        rows = [{"name": "base", "what": "not trained", **summary({"base": read_json(path)})}]
+        reference = self.found(self.variants[REFERENCE])
+        for variant in self.variants.values():
+            found = self.found(variant)
+            failed = [path.read_text(encoding="utf-8") for path in sorted(self.folder(variant).glob("*.failed"))]
+            if found or failed:
+                row = asdict(variant) | {"failed": failed[0] if failed else None, **summary(found)}
+                rows.append(row | {"gain": self.gains(reference, found) if variant.name != REFERENCE else {}})
+        return rows
+
+    def found(self, variant: Variant) -> dict[str, dict[str, Any]]:
+        """Seed -> what was measured of it, on today's data."""
+        paths = sorted(self.folder(variant).glob("*.json"))
+        found = {path.stem: read_json(path) for path in paths}
+        return {seed: content for seed, content in found.items() if content["data"] == self.measures.fingerprint}
+
+    def gains(self, reference: dict[str, dict], found: dict[str, dict]) -> dict[str, tuple[float, float, float]]:
+        """Condition -> mean recall above the reference's, with its 95 % interval; of the seeds that both have."""
+        shared = reference.keys() & found.keys()
+        sides = [[side[seed] for seed in sorted(shared or side)] for side in (reference, found)]
+        if not all(sides):
+            return {}
+        keys = [key for key in sides[0][0]["hits"] if key.startswith(COMPARED)]
+        return {
+            key: _bootstrap(*(_mean_hits([one["hits"][key] for one in side]) for side in sides), self.groups(key))
+            for key in keys
+        }
+
+    def groups(self, key: str) -> tuple[int, ...]:
+        """As `Measures.groups`."""
+        return tuple(self.measures.groups(key).tolist())
+
+
+def mean_of(runs: list[Path]) -> CapivaraModel:
+    """The first run's model with the mean of the weights of all; what none has changed stays the same to the bit."""
+    model, others = load_model(runs[0]), [load_model(run).state_dict() for run in runs[1:]]
+    if others:
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                tensor.add_(sum(other[name] - tensor for other in others) / len(runs))
+    return model
+
+
+def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Of a variant's models: their seeds, and by condition the mean recall of each, a share from 0 to 1."""
+    keys = next(iter(found.values()))["hits"] if found else {}
+    return {
+        "seeds": list(found),
+        "seconds": [one["seconds"] for one in found.values() if "seconds" in one],
+        "drift": [one["drift"] for one in found.values()],
+        "values": {key: [sum(one["hits"][key]) / len(one["hits"][key]) for one in found.values()] for key in keys},
+    }
+
+
+def _mean_hits(hits: list[list[float]]) -> tuple[float, ...]:
+    return tuple(torch.tensor(hits, dtype=torch.double).mean(dim=0).tolist())
+
+
+@cache  # the results are written after every variant
+def _bootstrap(*sides: tuple) -> tuple[float, float, float]:
+    return paired_bootstrap(*map(torch.tensor, sides))
+
+
+@cache
+def _state(folder: str) -> dict[str, torch.Tensor]:
+    return load_model(folder).state_dict()
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    """Run the variants, and write the results after each."""
+    args = parse(RecipeArguments, __doc__, argv)
+    variants = read_variants(args.variants)
+    for name in args.only:
+        if name not in variants:
+            reject(name, "variant", list(variants), f"{args.variants} has all.")
+    measures = Measures(args.base, args.openmoji, args.proxies, args.work / "cache")
+    runner = Runner(args, variants, measures)
+    for variant in variants.values():
+        if not args.only or variant.name in args.only:
+            runner.run(variant)
+            facts = conditions() | {"config": read_config(args.config)}
+            numbers = {key: len(measures.groups(key)) for key in measures.chance}
+            write_json(args.output, facts | {"n": numbers, "chance": measures.chance, "rows": runner.rows()})
+    print(f"Results: {args.output}. `python -m benchmarks.readme` puts them into docs/recipe.md.")
+
+
+if __name__ == "__main__":
+    run_command(main, resumes=True)

@@ -1,0 +1,196 @@
+"""The runner of recipe variants: what is done is not done again, failures stop nobody, tables show what is measured."""
+
+import json
+import random
+
+import PIL.Image
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
+
+from benchmarks import recipe, recipe_tables
+from benchmarks.recipe_measures import DRAWINGS, NAMES, SETS
+from modeling_capivara.loading import load_model
+
+VARIANTS = """
+paper: {what: as it is}
+hotter: {what: warmer, flags: {learning_rate: 1e-4, eval_languages: [pt, en]}}
+half: {what: half-way, of: paper, share: 0.5}
+soup: {what: mean, of: paper, mean: seeds}
+"""
+CONDITIONS = [f"{name}/{split}/{language}" for name, split, languages in SETS for language in languages] + [NAMES]
+KEYS = [f"{condition}/{way}" for condition in CONDITIONS for way in ("text_to_image", "image_to_text")]
+
+
+class FakeMeasures:
+    """Hits that the test names by the model: here a model is a number."""
+
+    fingerprint, base_digest = "today", "of the base"
+    chance = dict.fromkeys(KEYS, 0.1)
+
+    def of(self, model):
+        hits = [min(1.0, max(0.0, model + i / 40)) for i in range(8)]
+        return {"hits": dict.fromkeys(KEYS, hits), "drift": 1 - model / 10, "data": self.fingerprint}
+
+    def groups(self, key):
+        return torch.arange(8)
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    """One whose models are numbers; `made` lists what was trained."""
+    (tmp_path / "v.yaml").write_text(VARIANTS)
+    config = tmp_path / "c.yaml"
+    config.write_text("max_steps: 3")
+    args = recipe.RecipeArguments(tmp_path / "v.yaml", config, seeds=[0, 1], work=tmp_path / "work", base="base")
+    found = recipe.Runner(args, recipe.read_variants(args.variants), FakeMeasures())
+    found.made = []
+
+    def model(variant, seed):
+        found.made.append((variant.name, seed))
+        if variant.name == "hotter" and seed == "1":
+            raise recipe.RunFailed("error: Unknown flag")
+        return {"paper": 0.2, "hotter": 0.4, "half": 0.3, "soup": 0.25}[variant.name], 60.0
+
+    monkeypatch.setattr(found, "model", model)
+    monkeypatch.setattr(recipe, "load_model", lambda folder: 0.1)
+    return found
+
+
+def run(runner):
+    for variant in runner.variants.values():
+        runner.run(variant)
+    rows = runner.rows()
+    return json.loads(json.dumps({"n": dict.fromkeys(KEYS, 8), "chance": FakeMeasures.chance, "rows": rows}))
+
+
+def test_what_is_done_is_not_done_again(runner):
+    run(runner)
+    assert runner.made == [*((name, seed) for name in ("paper", "hotter", "half") for seed in "01"), ("soup", "mean")]
+    runner.made.clear()
+    run(runner)
+    assert runner.made == [("hotter", "1")], "only what failed is tried again"
+    runner.measures.fingerprint = "tomorrow"
+    run(runner)
+    assert len(runner.made) == 8, "other data are measured anew"
+
+
+def test_other_flags_are_another_run(runner):
+    folders = {name: runner.folder(variant) for name, variant in runner.variants.items()}
+    assert len(set(folders.values())) == 4
+    changed = recipe.replace(runner.variants["hotter"], flags={"learning_rate": "2e-4"})
+    assert runner.folder(changed) != folders["hotter"]
+    runner.args.config.write_text("max_steps: 4")
+    assert not {runner.folder(variant) for variant in runner.variants.values()} & set(folders.values())
+
+
+def test_a_failed_seed_is_listed_and_the_others_go_on(runner):
+    rows = {row["name"]: row for row in run(runner)["rows"]}
+    assert list(rows) == ["base", "paper", "hotter", "half", "soup"]
+    assert rows["hotter"]["seeds"] == ["0"] and rows["hotter"]["failed"] == "error: Unknown flag"
+    assert rows["half"]["seeds"] == ["0", "1"] and rows["half"]["failed"] is None
+    key = "openmoji/validation/pt/text_to_image"
+    assert rows["paper"]["values"][key] == pytest.approx([0.2 + 3.5 / 40] * 2)
+    gain, low, high = rows["half"]["gain"][key]
+    assert gain == pytest.approx(0.1) and low <= gain <= high, "every query gained as much"
+    assert rows["soup"]["gain"][key][0] == pytest.approx(0.05), "one model against the mean of the seeds"
+    assert rows["paper"]["gain"] == {} and not any(key.startswith("photos") for key in rows["half"]["gain"])
+
+
+def test_tables_show_what_was_measured(runner):
+    found = run(runner) | {"device": "a CPU", "versions": {"torch": "2", "transformers": "5"}}
+    found["config"] = {"max_steps": "3", "effective_batch_size": "4"}
+    base, _, _, half = found["rows"][:4]
+    half["values"]["noto/validation/en/image_to_text"] = [base["values"][KEYS[0]][0] - 0.02] * 2
+    variants = recipe_tables.variants_table(found)
+    assert "| hotter | warmer | `--learning_rate 1e-4 --eval_languages pt en` | 1 | 60 | 0.960 |" in variants
+    assert "- hotter failed: error: Unknown flag" in variants
+    choice = recipe_tables.choice_table(found)
+    assert "| half | +20.0 | +20.0 | −2.0 (Noto, i→t) | +10.0 (+10.0 to +10.0) |" in choice
+    assert "| base |" not in choice and "| paper | +10.0 | +10.0 |" in choice
+    for split, columns in (("validation", 8), ("test", 10)):
+        head, _, *rows = recipe_tables.recall_table(found, split).splitlines()[:8]
+        assert head.count("|") == columns + 2 and len(rows) == 6
+    assert "| base | 18.8 | 18.8 |" in recipe_tables.neighbours_table(found)
+    assert f"{8} names of ImageNet's classes" in recipe_tables.neighbours_table(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("paper: {}", "must say `what` it is"),
+        ("paper: {what: a, flag: {}}", "Unknown key of paper.*Did you mean `flags`"),
+        ("paper: {what: a, share: 1.5}", "a number from 0 to 1, got '1.5'"),
+        ("paper: {what: a, share: half}", "a number from 0 to 1, got 'half'"),
+        ("paper: {what: a}\nb: {what: b, of: paper, flags: {a: 1}}", "either flags or `of`"),
+        ("paper: {what: a}\nb: {what: b, of: papr}", "of 'papr', which is no variant that is trained"),
+        ("a: {what: a}", "has no 'paper'"),
+    ],
+)
+def test_variants_that_can_not_be(text, message, tmp_path):
+    (tmp_path / "v.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        recipe.read_variants(tmp_path / "v.yaml")
+
+
+def test_the_committed_variants_are_read():
+    variants = recipe.read_variants(recipe.RecipeArguments().variants)
+    assert variants["paper"].flags == {} and len(variants) > 1
+
+
+def test_mean_of_weights(tiny_folder, tmp_path):
+    other = load_model(tiny_folder)
+    with torch.no_grad():
+        other.text_projection[0].weight.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    mean, first = recipe.mean_of([tiny_folder, tmp_path / "other"]).state_dict(), load_model(tiny_folder).state_dict()
+    for name, tensor in first.items():
+        if name == "text_projection.0.weight":
+            torch.testing.assert_close(mean[name], tensor + 0.5)
+        else:
+            assert torch.equal(mean[name], tensor), f"{name} is the same to the bit, so that images are embedded once"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Folders of a data set of twelve pictures a split, and of proxies."""
+    noise, features = random.Random(0), {"image": Image()}
+    features = Features(features | {f"captions-{code}": List(Value("string")) for code in ("pt", "en", "es", "fa")})
+
+    def split():
+        columns = {f"captions-{code}": [[f"{code} gato {i}"] for i in range(12)] for code in ("pt", "en", "es", "fa")}
+        images = [PIL.Image.new("RGB", (32, 32), tuple(noise.randbytes(3))) for _ in range(12)]
+        return Dataset.from_dict({"image": images, **columns}, features=features)
+
+    folders = {name: tmp_path / "proxies" / name for name in (*DRAWINGS[1:], "photos", "neighbours")}
+    for folder in [tmp_path / "openmoji", *folders.values()]:
+        DatasetDict(train=split(), validation=split(), test=split()).save_to_disk(folder)
+    lines = [json.dumps({"en": f"dog {i}", "hi": f"cão {i}"}) + "\n" for i in range(12)]
+    (tmp_path / "proxies" / "parallel-hi.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_command(data, tiny_folder):
+    (data / "c.yaml").write_text("effective_batch_size: 4\nmax_steps: 2\nwarmup_steps: 0\neval_languages: [pt, en]\n")
+    (data / "v.yaml").write_text(
+        "paper: {what: as it is, flags: {learning_rate: 1e-3}}\nwrong: {what: a, flags: {no_such: 1}}\n"
+        "none: {what: the base, of: paper, share: 0}\n"
+    )
+    flags = ["--base", tiny_folder, "--openmoji", data / "openmoji", "--proxies", data / "proxies"]
+    flags += ["--config", data / "c.yaml", "--variants", data / "v.yaml", "--work", data / "work"]
+    flags = [str(flag) for flag in [*flags, "--output", data / "recipe.json", "--seeds", 0]]
+    recipe.main(flags)
+    content = json.loads((data / "recipe.json").read_text())
+    base, paper, wrong, none = content["rows"]
+    assert none["values"] == base["values"], "nothing of it was trained"
+    assert none["drift"] == pytest.approx([1]) and max(paper["drift"]) < 0.9999
+    assert wrong["failed"].startswith("error: Unknown flag: `--no_such`") and not wrong["seeds"]
+    assert paper["seconds"][0] > 0 and none["gain"]
+    assert set(base["values"]) == set(KEYS) == set(content["n"]) and content["chance"][KEYS[0]] == pytest.approx(
+        16 / 36
+    )
+    for make in (recipe_tables.variants_table, recipe_tables.choice_table, recipe_tables.neighbours_table):
+        assert "| paper |" in make(content)
+    with pytest.raises(SystemExit, match=r"Unknown variant: `papr`\. Did you mean `paper`"):
+        recipe.main([*flags, "--only", "papr"])

