@@ -14,6 +14,7 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
 
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from training.outputs import measure_energy, model_card, run_facts, save_step
 from training.run_folder import choose_output_dir, is_complete, remove_work_files, run_folder
 from training.step import resolve_precision
 from training.trainable import interpolate_weights, merge_adapters, prepare_trainable, save_adapters
+from training.vocabulary import used_ids, used_vocabulary
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -136,12 +138,15 @@ def train_seed(
         save = partial(save_step, args, wrapped, inputs.processor, inputs.rotation, step)
         publish_checkpoint(save, checkpoints.folder, args.hub_model_id, step)
 
+    planner = inputs.planner(args, seed)
     trainer = Trainer(
-        args, seed, model, wrapped, inputs.planner(args, seed), inputs.images, accelerator,
+        args, seed, model, wrapped, planner, inputs.images, accelerator,
         lambda trained: validate(args, trained, inputs), checkpoints, state,
         publish_step if args.push_to_hub and args.hub_strategy == "checkpoint" else None,
     )  # fmt: skip
-    with measure_energy(args, accelerator) as energy:
+    used = args.trained_vocabulary == "used"
+    trained_rows = used_vocabulary(model, used_ids(inputs.processor, planner.texts())) if used else nullcontext()
+    with measure_energy(args, accelerator) as energy, trained_rows:
         state = trainer.train(checkpoint_to_resume(args, checkpoints, state))
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()

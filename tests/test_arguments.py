@@ -94,3 +94,16 @@ def test_help_keeps_commands_on_their_lines(capsys):
         parse_arguments(["--help"], "What it does.\n\n    first command\n    second command")
     text = capsys.readouterr().out
     assert "    first command\n    second command" in text and "(default: 2816)" in text
+
+
+@pytest.mark.parametrize(("decay", "expected"), [("0", "used"), ("0.2", "all")])
+def test_the_whole_table_is_trained_where_a_decay_moves_it(decay, expected):
+    assert parse_arguments([*MINIMUM, "--weight_decay", decay], "").trained_vocabulary == expected
+    assert parse_arguments([*MINIMUM, "--trained_vocabulary", "all"], "").trained_vocabulary == "all"
+
+
+def test_a_used_vocabulary_with_a_decay_is_refused():
+    with pytest.raises(ValueError, match=r"a weight_decay of 0.2 moves them, too\. Use --trained_vocabulary all"):
+        parse_arguments([*MINIMUM, "--trained_vocabulary", "used"], "")
+    towards_base = parse_arguments([*MINIMUM, "--decay_towards", "base"], "")
+    assert towards_base.trained_vocabulary == "used", "an unused row is where it was"

@@ -1,15 +1,26 @@
 """The embedded default's preparation: what is missing is made, once, whole or not at all."""
 
+import re
+
+import numpy as np
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset, Image
+from accelerate import Accelerator
+from datasets import Dataset, Image, load_from_disk
 from tiny import TINY_TEXT, randomise, tiny_config
 
+import training.images
 from eval.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_texts
+from modeling_capivara.loading import load_model, load_processor
+from training.arguments import RunArguments
+from training.data import evaluation_split
+from training.images import build_cache
+from training.inputs import cache_root
+from training.views import Views
 
 
 def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
@@ -98,7 +109,36 @@ def test_features_are_kept_batch_by_batch(tmp_path, tiny_model, tiny_processor, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["features-train.pt", "alignment.pt"])
+def test_a_run_finds_the_embeddings_of_the_pictures(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
+    """The pictures go through the tower once: the cache of a run is there, and as the run would make it."""
+    monkeypatch.setattr(prepare, "resolve_precision", lambda *_: "no")
+    model, processor, data = load_model(tiny_folder), load_processor(tiny_folder), load_from_disk(tiny_dataset_folder)
+    kept = prepare.Kept(tmp_path / "kept", {})
+    features = {name: prepare.pooled_features(model, processor, data[name], kept, name) for name in data}
+    prepare.keep_embeddings(tiny_dataset_folder, tiny_folder, features)
+    args = RunArguments(model=str(tiny_folder), dataset=[str(tiny_dataset_folder)])
+    for name in data:
+        split = evaluation_split(args, name, ["pt"])["pt"]
+        views = Views(split.source, split.table, split.image_column, processor, 1, 0)
+        options = 4, 0, Accelerator(cpu=True, mixed_precision="no")
+        made = build_cache(model, views, tmp_path / "cache", *options)
+        with monkeypatch.context() as patch:
+            patch.setattr(training.images, "embed_pixels", lambda *_: pytest.fail("embedded again"))
+            found = build_cache(model, views, cache_root(args), *options)
+        np.testing.assert_allclose(found.arrays[0], made.arrays[0], rtol=0, atol=1e-3)
+
+
+def test_the_time_is_told_before_the_work(tiny_folder, tiny_dataset_folder, caplog):
+    model, processor, data = load_model(tiny_folder), load_processor(tiny_folder), load_from_disk(tiny_dataset_folder)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with caplog.at_level("INFO"):
+        prepare.announce(model, processor, data, data["train"]["captions-en"][:])
+    assert re.search(r"About \d+ minutes on this machine: \d+ s for the pictures, then some 30 steps of", caplog.text)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["features-train.pt", "aligned.pt"])
 def test_what_is_kept_is_loaded_as_it_was_saved_or_made_anew(tmp_path, caplog, name):
     """Every byte flipped in turn, and cut at some places; the next save puts a good file in its place."""
     kept, saved = prepare.Kept(tmp_path, {"train": "a"}), [torch.arange(6.0), torch.ones(2, 3)]
@@ -119,10 +159,10 @@ def test_what_is_kept_is_loaded_as_it_was_saved_or_made_anew(tmp_path, caplog, n
 def test_damaged_features_and_states_are_computed_again(tmp_path, small_alignment, caplog):
     kept = prepare.Kept(tmp_path, {"train": "a"})
     whole, curve = small_alignment(kept)
-    path = tmp_path / "alignment.pt"
+    path = tmp_path / "aligned.pt"
     path.write_bytes(path.read_bytes()[:-1000])
     again, same_curve = small_alignment(kept)
-    assert "alignment.pt is damaged" in caplog.text and same_curve == curve
+    assert "aligned.pt is damaged" in caplog.text and same_curve == curve
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 

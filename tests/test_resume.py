@@ -273,7 +273,8 @@ def started(argv: list[str], checkpoints: Path, launcher: tuple[str, ...] = ()):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatch, capsys, number):
+@pytest.mark.parametrize("save_steps", [2, 100])  # a run of so few steps has no checkpoints of its own
+def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatch, capsys, save_steps, number):
     out, update, calls = tmp_path / "out", Trainer._update, itertools.count(1)
 
     def signalled(*args):
@@ -283,7 +284,7 @@ def test_a_signal_is_taken_after_the_step(run, undisturbed, tmp_path, monkeypatc
 
     monkeypatch.setattr(Trainer, "_update", signalled)
     with pytest.raises(SystemExit) as stop:
-        train_accelerate.main(run(out))
+        train_accelerate.main(run(out, save_steps=save_steps))
     assert stop.value.code == 128 + number
     assert "Stopped at step 3, which is saved. Go on with --resume auto --output_dir" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "out.partial/checkpoints").iterdir()] == ["step-00000003"]

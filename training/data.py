@@ -1,6 +1,7 @@
 """Which pairs a step trains on: a function of seed and step alone, so that a run can resume at any step."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -234,6 +235,12 @@ class Planner:
     anchor_share: float = 0.0  # of the pairs, whose caption is the teacher's
     parallel: Sequence[list[str]] = ()  # sentences without an image; their teacher's texts come after the data sets'
     parallel_count: int = 0  # of a batch
+
+    def texts(self) -> Iterator[str]:
+        """All texts that a step may put through the tower that is trained."""
+        anchors = self.teacher_texts[: len(self.captions)] if self.anchor_share else []
+        for texts in itertools.chain(*self.captions, self.parallel, *(source.rows for source in anchors)):
+            yield from texts
 
     def __call__(self, step: int) -> StepPlan:
         """The pairs of a step, counted from 0, and its parallel text."""

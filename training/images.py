@@ -78,6 +78,21 @@ def build_cache(
     return cache
 
 
+def write_cache(model: CapivaraModel, views: Views, root: Path, precision: str, embeds: Tensor) -> None:
+    """Write what `build_cache` would make, of embeddings that are known, (pairs, width): by this process alone.
+
+    Args:
+        model, views, root: as of `build_cache`; one view of every image, all of them good.
+        precision: that the embeddings were computed in, as Accelerate names it.
+        embeds: of the images of `views`, in their order.
+    """
+    parts = cache_parts(model, views, precision)
+    cache = EmbeddingCache(_cache_folder(root, parts), all_parts(len(views), SHARD_ROWS))
+    write_json(cache.folder / "cache.json", parts)
+    for number, part in enumerate(cache.parts):
+        cache.write(number, embeds[part.start : part.stop, None].half().numpy(), [])
+
+
 def cached_embeds(cache: EmbeddingCache, pairs: Sequence[int], views: Sequence[int]) -> Tensor:
     """(pairs, width), float32: of each pair, one view of its image."""
     rows = [cache.arrays[p // SHARD_ROWS][p % SHARD_ROWS, v] for p, v in zip(pairs, views, strict=True)]

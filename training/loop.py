@@ -123,9 +123,9 @@ class Trainer:
             norm = self._update(learning_rate_at(plan.step, args))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
-        if not self.reported:
-            self._report_accumulation(report.graphs_kept, len(own))
         seconds = time.perf_counter() - started
+        if not self.reported:
+            self._report_first_step(report.graphs_kept, len(own), seconds * (args.max_steps - plan.step))
         taught = {} if report.teacher_loss is None else {"teacher_loss": report.teacher_loss}
         return {
             "step": plan.step + 1,
@@ -286,13 +286,14 @@ class Trainer:
             write_json(path, {"step": plan.step + 1, "seed": self.seed, "pairs": rows})
         return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
 
-    def _report_accumulation(self, kept: int, batches: int) -> None:
+    def _report_first_step(self, kept: int, batches: int, remaining_s: float) -> None:
         self.reported = True
         if self.accelerator.is_main_process:
             fitting = f" ({self.step.budget / 1e9:.1f} GB of them fit)" if self.args.accumulation == "auto" else ""
             logger.info(
-                "Accumulation %s: the graphs of %s of %s micro-batches are kept%s, the others are run twice.",
-                self.args.accumulation, kept, batches, fitting,
+                "Accumulation %s: the graphs of %s of %s micro-batches are kept%s, the others are run twice. About "
+                "%.0f minutes to step %s; Ctrl-C saves the run, and --resume auto goes on with it.",
+                self.args.accumulation, kept, batches, fitting, remaining_s / 60 + 0.5, self.args.max_steps,
             )  # fmt: skip
 
     def _bar(self) -> tqdm:

@@ -27,6 +27,7 @@ from training.arguments import RunArguments
 from training.checkpoints import TrainerState
 from training.matryoshka import save_rotation
 from training.trainable import merge_adapters
+from training.vocabulary import whole_vocabulary
 
 # Licences that let what is made of several works carry the licence of the other ones, their notices kept.
 PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
@@ -220,7 +221,8 @@ def save_step(
     """Save the model as it is after a step of the training, with processor, rotation and card, into `folder`."""
     # Merging changes the weights that are being trained, so that it is done to a copy.
     model = merge_adapters(copy.deepcopy(wrapped)) if args.lora_rank else wrapped
-    model.save_pretrained(folder)
+    with whole_vocabulary(model):
+        model.save_pretrained(folder)
     if rotation is not None:
         save_rotation(rotation, folder)
     processor.save_pretrained(folder)

@@ -117,7 +117,8 @@ class Views:
 def embed_pixels(model: CapivaraModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
     """(images, width), unit length, float32, on the device: in the precision of the run."""
     with accelerator.autocast():
-        return model(pixel_values=pixels.to(accelerator.device)).image_embeds.float()
+        pixels = pixels.to(accelerator.device, memory_format=torch.channels_last)  # convolutions are faster so
+        return model(pixel_values=pixels).image_embeds.float()
 
 
 def check_images(views: Views, root: Path) -> dict[int, tuple[str, str]]:

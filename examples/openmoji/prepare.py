@@ -11,13 +11,16 @@ from common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:PrepareArguments", __doc__)
 
+import itertools
 import logging
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from datasets import DatasetDict
 from torch import Tensor
@@ -34,9 +37,15 @@ from examples.openmoji.dataset import build_dataset, save_dataset
 from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import embed_texts
-from training.data import batch_indices, drawn_captions
+from modeling_capivara.loading import load_model, load_processor
+from training.arguments import RunArguments
+from training.data import batch_indices, drawn_captions, evaluation_split
+from training.images import write_cache
+from training.inputs import cache_root
 from training.optimiser import clamp_logit_scale
 from training.step import micro_batches, resolve_precision
+from training.views import Views
+from training.vocabulary import used_ids, used_vocabulary
 
 # Chosen on the validation concepts, English captions; the test split played no part.
 RIDGE_PENALTY = 3.0  # times the number of training pictures
@@ -50,6 +59,7 @@ WARMUP_STEPS = 5
 EVAL_STEPS = 5
 PATIENCE = 3  # measurements without a new best, after which the recall has stopped rising and training ends
 MAX_STEPS = 160
+USUAL_STEPS = 30  # after which the recall stops rising, roughly: for the announcement
 SEED = 0
 BASE_BYTES = 2_100_000_000  # on disk, generously: 120 million parameters in float32, and with Adam's state beside
 
@@ -92,7 +102,8 @@ def prepare(dataset_dir: Path, model_dir: Path) -> None:
         dataset = load_embedded(dataset_dir)
         kept = Kept(partial_folder(model_dir), {name: split._fingerprint for name, split in dataset.items()})
         with whole_folder(model_dir) as folder:
-            build_base(dataset, folder, kept)
+            features = build_base(dataset, folder, kept)
+        keep_embeddings(dataset_dir, model_dir, features)
         shutil.rmtree(kept.folder, ignore_errors=True)
 
 
@@ -126,8 +137,12 @@ class Kept:
             temporary.unlink(missing_ok=True)
 
 
-def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> None:
-    """Align the two towers on the English captions and save model, processor and curve into `folder`."""
+def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> dict[str, Tensor]:
+    """Align the two towers on the English captions and save model, processor and curve into `folder`.
+
+    Returns:
+        Split -> `pooled_features` of its pictures.
+    """
     torch.manual_seed(SEED)
     image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
     processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
@@ -136,13 +151,55 @@ def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> None:
     model = CapivaraModel(CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear"))
     model.vision_model.load_state_dict(image_encoder.state_dict())
     model.text_model.load_state_dict(text_encoder.state_dict())
-    features = {name: pooled_features(model, processor, dataset[name], kept, name) for name in ("train", "validation")}
-    start_by_ridge(model, processor, features["train"], [texts[0] for texts in dataset["train"]["captions-en"]])
-    curve = align(model, processor, dataset, features, kept)
+    captions = dataset["train"]["captions-en"][:]
+    with used_vocabulary(model, used_ids(processor, itertools.chain(*captions))):
+        announce(model, processor, dataset, captions)
+        features = {
+            name: pooled_features(model, processor, dataset[name], kept, name) for name in ("train", "validation")
+        }
+        start_by_ridge(model, processor, features["train"], [texts[0] for texts in captions])
+        curve = align(model, processor, dataset, features, kept)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
     write_text(folder / "README.md", CARD)
+    return features
+
+
+def announce(model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, captions: list) -> None:
+    """Say how long the base model takes on this machine, by four pictures and one micro-batch."""
+    few = dataset["train"][:4]["image"]
+    (batch,), _ = micro_batches(processor, [texts[0] for texts in captions[:MICRO_BATCH_SIZE]], MICRO_BATCH_SIZE)
+    for _ in range(2):  # the first time is slower
+        started = time.perf_counter()
+        _pooled(model.eval(), processor, few)
+        pictures = time.perf_counter()
+        model.train()(batch.input_ids, batch.attention_mask).text_embeds.sum().backward()
+        ended = time.perf_counter()
+        model.zero_grad()
+    of_pictures = (pictures - started) / len(few) * (len(dataset["train"]) + len(dataset["validation"]))
+    of_step = (ended - pictures) * BATCH_SIZE / MICRO_BATCH_SIZE
+    logger.info(
+        "About %.0f minutes on this machine: %.0f s for the pictures, then some %d steps of %.1f s. Ctrl-C keeps what "
+        "is done.", (of_pictures + USUAL_STEPS * of_step) / 60 + 0.5, of_pictures, USUAL_STEPS, of_step,
+    )  # fmt: skip
+
+
+def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tensor]) -> None:
+    """Write the pictures' embeddings into the cache where a run of the default looks for them.
+
+    Not where it computes in bfloat16: these are in float32.
+    """
+    if resolve_precision("auto", torch.device("cpu")) != "no":
+        return
+    args = RunArguments(model=str(model_dir), dataset=[str(dataset_dir)])
+    model, processor = load_model(model_dir), load_processor(model_dir)
+    for name, pooled in features.items():
+        split = evaluation_split(args, name, [args.language])[args.language]
+        views = Views(split.source, split.table, split.image_column, processor, args.augmented_views, args.seed)
+        with torch.no_grad():
+            embeds = F.normalize(model.visual_projection(pooled), dim=-1)
+        write_cache(model, views, cache_root(args), "no", embeds)
 
 
 @torch.inference_mode()
@@ -152,11 +209,15 @@ def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split, k
     done = kept.load(f"features-{name}.pt") or []
     starts = range(0, len(split), IMAGE_BATCH_SIZE)
     for start in tqdm(starts[len(done) :], desc="Features", total=len(starts), initial=len(done), unit="batch"):
-        images = split[start : start + IMAGE_BATCH_SIZE]["image"]
-        pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
-        done.append(model.vision_model(pixel_values=pixel_values).pooler_output)
+        done.append(_pooled(model, processor, split[start : start + IMAGE_BATCH_SIZE]["image"]))
         kept.save(f"features-{name}.pt", done)
     return torch.cat(done).clone()  # a clone may carry gradients, an inference tensor may not
+
+
+@torch.inference_mode()
+def _pooled(model: CapivaraModel, processor: CapivaraProcessor, images: list[PIL.Image.Image]) -> Tensor:
+    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
+    return model.vision_model(pixel_values=pixel_values.contiguous(memory_format=torch.channels_last)).pooler_output
 
 
 def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
@@ -191,7 +252,7 @@ def align(
     noise = FEATURE_NOISE * features["train"].std(dim=0)
     optimizer, warmup = _optimizer(model)
     captions, bar = dataset["train"]["captions-en"], tqdm(total=MAX_STEPS, desc="Aligning on English", unit="step")
-    best = kept.load("alignment.pt") or {"step": 0, "curve": [], "loss": None}
+    best = kept.load("aligned.pt") or {"step": 0, "curve": [], "loss": None}
     if best["curve"]:
         logger.info("Going on from step %d of the alignment.", best["step"])
         for name, part in (("model", model), ("optimizer", optimizer), ("warmup", warmup)):
@@ -209,7 +270,7 @@ def align(
                 best = {"step": step, "curve": list(curve), "loss": loss, "warmup": warmup.state_dict()}
                 best["model"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
                 best["optimizer"] = optimizer.state_dict()
-                kept.save("alignment.pt", best)
+                kept.save("aligned.pt", best)
             if all(point["validation_mean_recall"] < highest for point in curve[-PATIENCE:]):
                 break
         loss = align_step(model, processor, captions, features["train"], noise, optimizer, step)
