@@ -110,7 +110,7 @@ def measure(args: MatryoshkaArguments) -> dict[str, Any]:
 
 def check_runs(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Raise ValueError unless two runs differ in their widths alone, and have the same seeds."""
-    free = ("matryoshka_dims", "output_dir", "overwrite_output_dir", "resume", "save_steps")
+    free = ("matryoshka_dims", "output_dir", "overwrite_output_dir", "resume", "save_steps", "runs", "seed")
     kept = {
         name: [{k: v for k, v in run["config"].items() if k not in free} | {"its seed": run["seed"]} for run in of]
         for name, of in runs.items()

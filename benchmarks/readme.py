@@ -16,7 +16,7 @@ from typing import Any
 
 import PIL.Image
 
-from benchmarks import captions, captions_selection, recipe_tables, scaling, train_step
+from benchmarks import captions, captions_selection, matryoshka, recipe_tables, scaling, train_step
 from benchmarks.timing import RESULTS, ROOT, software, table
 from common.cli import flag, parse, run_command
 from common.files import read_json, write_json, write_text
@@ -73,6 +73,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "recipe_validation": lambda: recipe_tables.recall_table(_results("recipe"), "validation"),
             "recipe_test": lambda: recipe_tables.recall_table(_results("recipe"), "test"),
             "recipe_neighbours": lambda: recipe_tables.neighbours_table(_results("recipe")),
+            "matryoshka": lambda: matryoshka.matryoshka_table(_results("matryoshka")),
         },
     }
 
