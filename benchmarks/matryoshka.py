@@ -1,8 +1,8 @@
 """What cut embeddings keep of the recall: plainly cut, turned to the axes of the images, and trained to be cut.
 
-    train="accelerate launch train_accelerate.py --config configs/openmoji.yaml --runs 3"
+    train="accelerate launch train_accelerate.py --config configs/openmoji.yaml --runs 3 --num_threads 1"
     $train --output_dir runs/cut
-    $train --output_dir runs/cut-trained --matryoshka_dims 192 96 48 24
+    $train --output_dir runs/cut-trained --matryoshka_dims 192 96 48
     python -m benchmarks.matryoshka --plain runs/cut --trained runs/cut-trained \
         --output benchmarks/results/matryoshka.json
 
@@ -110,7 +110,7 @@ def measure(args: MatryoshkaArguments) -> dict[str, Any]:
 
 def check_runs(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Raise ValueError unless two runs differ in their widths alone, and have the same seeds."""
-    free = ("matryoshka_dims", "output_dir", "overwrite_output_dir", "resume", "save_steps")
+    free = ("matryoshka_dims", "output_dir", "overwrite_output_dir", "resume", "save_steps", "runs", "seed")
     kept = {
         name: [{k: v for k, v in run["config"].items() if k not in free} | {"its seed": run["seed"]} for run in of]
         for name, of in runs.items()

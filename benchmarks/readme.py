@@ -16,7 +16,7 @@ from typing import Any
 
 import PIL.Image
 
-from benchmarks import captions, captions_selection, recipe_tables, scaling, train_step
+from benchmarks import captions, captions_selection, matryoshka, recipe_tables, scaling, train_step
 from benchmarks.timing import RESULTS, ROOT, software, table
 from common.cli import flag, parse, run_command
 from common.files import read_json, write_json, write_text
@@ -73,6 +73,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "recipe_validation": lambda: recipe_tables.recall_table(_results("recipe"), "validation"),
             "recipe_test": lambda: recipe_tables.recall_table(_results("recipe"), "test"),
             "recipe_neighbours": lambda: recipe_tables.neighbours_table(_results("recipe")),
+            "matryoshka": lambda: matryoshka.matryoshka_table(_results("matryoshka")),
         },
     }
 
@@ -85,6 +86,7 @@ def demo_summary(heads: tuple[str, ...], titles: tuple[str, ...], facts: str, de
     """The README's table: mean recall of base, model and chance, by language and direction; words as `SUMMARY_EN`."""
     demo = _results("demo")
     means = [record for record in (Record(**one) for one in demo["records"]) if record.metric == "mean_recall"]
+    means = [record for record in means if record.dim is None]
     conditions = [(language, way) for language in ("pt", "en") for way in ("text_to_image", "image_to_text")]
     of = [[r for r in means if (r.language, r.direction) == condition] for condition in conditions]
     rows = [[percent([r.value for r in same if r.model == model]) for same in of] for model in ("baseline", "capivara")]

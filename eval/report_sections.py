@@ -65,9 +65,13 @@ def benchmarks(pairs: list[Pair], found: Found, pictures: Pictures) -> list[dict
 
 
 def headlines(pairs: list[Pair]) -> list[dict[str, Any]]:
-    """The figures to look at first, Portuguese before others: mean recall, and the mean over the sets of a protocol."""
+    """The figures to look at first, Portuguese before others: mean recall, and the mean over the sets of a protocol.
+
+    Of whole embeddings; those that were cut have blocks of their own.
+    """
     cards = []
-    for block in sorted(blocks_of(pairs), key=lambda block: reading_order(block[0].condition)[1:]):
+    whole = blocks_of(pair for pair in pairs if pair.condition.dim is None)
+    for block in sorted(whole, key=lambda block: reading_order(block[0].condition)[1:]):
         c, groups = block[0].condition, _by_models(main_pairs(block))
         for (_, model), both in groups.items():
             suffix = f", {model}" * (len(groups) > 1)
@@ -216,14 +220,16 @@ def metric_name(c: Condition) -> str:
 def title_of(c: Condition) -> str:
     """The title of a group of figures."""
     if c.task == "retrieval":
-        return f"Retrieval, {c.dataset}{f', captions in {c.language}' if c.language else ''}, split {c.split}"
+        width = f", first {c.dim} dimensions" if c.dim else ""
+        return f"Retrieval, {c.dataset}{f', captions in {c.language}' if c.language else ''}, split {c.split}{width}"
     prompts = f", prompts in {c.language}" if c.language else ""
     return f"{TASK_NAMES[c.task]}, {one_line(c.protocol, 40)}{prompts}, split {c.split}"
 
 
 def name_parts(c: Condition) -> list[str]:
     """What tells the pictures of a report apart, for their names; a protocol of retrieval is a whole sentence."""
-    return [c.task, c.dataset, c.language, "" if c.task == "retrieval" else c.protocol, c.split]
+    protocol = "" if c.task == "retrieval" else c.protocol
+    return [c.task, c.dataset, c.language, protocol, c.split, *([f"first {c.dim}"] if c.dim else [])]
 
 
 def protocol_text(protocol: str) -> str:

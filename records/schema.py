@@ -36,7 +36,7 @@ ROUNDING = 1e-9  # that a computed share may lie outside of its range
 
 
 # What two figures must share to be compared: fields of `Record`.
-Condition = namedtuple("Condition", "task dataset split language protocol direction metric")
+Condition = namedtuple("Condition", "task dataset split language protocol direction metric dim", defaults=(None,))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Record:
         return self.metric == GAIN
 
     def _check_types(self) -> None:
-        for name in (*Condition._fields, "model", "model_folder"):
+        for name in (*Condition._fields[:-1], "model", "model_folder"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be text, got {_shown(getattr(self, name))}")
         for name in ("value", "n", "chance"):

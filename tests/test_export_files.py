@@ -9,6 +9,7 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 from sampling import one_in
@@ -79,13 +80,15 @@ def test_tokenizer_of_an_older_folder_is_written_anew(run_folder, tmp_path):
 
 
 def test_only_files_of_the_list_are_written(run_folder, tmp_path):
+    save_file({"rotation": torch.eye(24)}, run_folder / "rotation.safetensors")  # of a run with matryoshka_dims
     names = exported(run_folder, tmp_path / "repository")
     assert names == [
         *(".gitattributes", "README.md", "config.json", "configuration_capivara.py", "curves.png", "hits.png"),
         *("image_classification_capivara.py", "image_processing_capivara.py", "image_tower_capivara.py"),
         *("loss_capivara.py", "model.safetensors"),
         *("modeling_capivara.py", "processing_capivara.py", "processor_config.json", "results/a.json"),
-        *("retrieval.png", "run.json", "tokenization_capivara.py", "tokenizer.json", "tokenizer_config.json"),
+        *("retrieval.png", "rotation.safetensors", "run.json", "tokenization_capivara.py", "tokenizer.json"),
+        "tokenizer_config.json",
     ]
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "repository").rglob("*") if path.is_file()} == {0o644}
     assert set(map(str, allowed_files(tmp_path / "repository"))) == set(names)

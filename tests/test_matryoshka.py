@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import fields
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch.nn.functional import normalize
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
 from training.contrastive import contrastive_gradients
+from training.images import TrainingImages
+from training.inputs import Inputs
 from training.matryoshka import load_rotation, matryoshka_gradients, principal_rotation, rotate_, save_rotation
 
 DIMS = [8, 4, 1]
@@ -103,6 +106,18 @@ def test_a_turned_model_has_the_same_cosines(kind, tiny_processor, tmp_path):
     assert load_rotation(tmp_path) is None
     save_rotation(rotation, tmp_path)
     assert torch.equal(load_rotation(tmp_path), rotation)
+
+
+def test_all_that_is_trained_and_validated_on_is_turned():
+    """And nothing of the base, whose figures are those before."""
+    rotation, embeds = principal_rotation(space()), space(5)
+    empty = dict.fromkeys(field.name for field in fields(Inputs))
+    given = {"images": TrainingImages([]), "validation_embeds": embeds, "teacher_validation": ([["a"]], embeds)}
+    inputs = Inputs(**{**empty, **given, "test_embeds": embeds})
+    inputs.turn(rotation)
+    for turned in (inputs.validation_embeds, inputs.teacher_validation[1]):
+        torch.testing.assert_close(turned, embeds @ rotation.T)
+    assert inputs.images.rotation is inputs.rotation is rotation and inputs.test_embeds is embeds
 
 
 def test_a_rotation_of_another_width_is_refused(tiny_model):

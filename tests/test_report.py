@@ -18,7 +18,7 @@ from common.files import read_json, write_json
 from eval.report import main, series_of, write_report
 from eval.report_details import class_series, confused_pairs
 from eval.report_folder import open_picture, read_folder
-from eval.report_sections import main_pairs, protocol_pairs
+from eval.report_sections import blocks_of, headlines, main_pairs, name_parts, protocol_pairs, title_of
 from records.schema import Record, write_records
 from records.series import folder_and_seed, pairs_of
 from records.tables import figure_text
@@ -241,6 +241,17 @@ def test_shares_are_drawn_and_of_a_data_set_its_own_metric(results):
     assert rank not in main_pairs(block) and rank.difference == -2 and figure_text(rank.model) == "rank 2"
     block = [pair for pair in pairs(results) if pair.condition.task == "classification"]
     assert {pair.condition.metric for pair in main_pairs(block)} == {"accuracy"}
+
+
+def test_figures_of_cut_embeddings_have_a_block_of_their_own(tmp_path):
+    about = {"task": "retrieval", "direction": "text_to_image", "metric": "mean_recall", "n": 20}
+    cut = {"dim": 96, "protocol": "ours; first 96 of 384 dimensions"}
+    written(tmp_path, *(model | about | width for model in (BASELINE, MODEL) for width in ({}, cut)))
+    blocks = blocks_of(pairs(tmp_path))
+    titles = [title_of(block[0].condition) for block in blocks]
+    assert len(titles) == 2 and titles[1] == f"{titles[0]}, first 96 dimensions"
+    assert len({tuple(name_parts(block[0].condition)) for block in blocks}) == 2, "pictures of one name"
+    assert len(headlines(pairs(tmp_path))) == 1, "the whole alone"
 
 
 def test_authors_against_ours_on_the_same_model(results):

@@ -235,7 +235,10 @@ def test_a_run_on_parallel_text_alone(base_folder, tiny_dataset_folder, tmp_path
         parallel_text=lines(tmp_path / "names.jsonl", PAIRS), parallel_batch_size=6,
     )  # fmt: skip
     place = argv.index("--dataset")
-    out = train_accelerate.main(argv[:place] + argv[place + 2 :])
+    argv = argv[:place] + argv[place + 2 :]
+    with pytest.raises(SystemExit, match="matryoshka_dims are trained on images: give a --dataset"):
+        train_accelerate.main([*argv, "--matryoshka_dims", "12"])
+    out = train_accelerate.main(argv)
     facts = json.loads((out / "run.json").read_text())
     assert facts["pairs"] == 6 * facts["steps"] and facts["curve"][-1]["loss"] == 0
     before, after = (load_file(folder / "model.safetensors") for folder in (base_folder, out))

@@ -188,11 +188,12 @@ def test_disk_full_while_saving_leaves_nothing(tiny_folder, tiny_dataset_folder,
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"matryoshka_dims": [12, 8]}], ids=["whole", "prefixes"])
+def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, tmp_path, more):
     """By torchrun, with dropout: the same batches, one contrastive loss, one folder."""
     for number, name in ((1, "one"), (2, "two")):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-        command += ["train_accelerate.py", *flags(tiny_folder, tiny_dataset_folder, tmp_path / name)]
+        command += ["train_accelerate.py", *flags(tiny_folder, tiny_dataset_folder, tmp_path / name, **more)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     one, two = load_model(tmp_path / "one").state_dict(), load_model(tmp_path / "two").state_dict()

@@ -34,6 +34,7 @@ def validation(out) -> list[dict]:
     return [p["validation"] for p in json.loads((out / "run.json").read_text())["curve"] if "validation" in p]
 
 
+@pytest.mark.slow
 def test_a_run_with_widths(tiny_folder, tiny_dataset_folder, tmp_path):
     plain = trained(tiny_folder, tiny_dataset_folder, tmp_path / "plain", matryoshka_dims=[])
     out = trained(tiny_folder, tiny_dataset_folder, tmp_path / "out")
@@ -130,6 +131,7 @@ def test_the_benchmark_of_two_runs(tiny_folder, tiny_dataset_folder, tmp_path, c
         benchmark([*named[:3], str(folders["plain"])])
 
 
+@pytest.mark.slow
 def test_the_rotation_is_one_tensor_of_its_own_name(tiny_folder, tiny_dataset_folder, tmp_path):
     out = trained(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=1, warmup_steps=0, eval_steps=1)
     assert list(load_file(out / "rotation.safetensors")) == ["rotation"]

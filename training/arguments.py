@@ -30,10 +30,6 @@ class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, Model
         at_least(self, 2, "effective_batch_size")
         at_least(self, 0, "warmup_steps", "weight_decay", "min_learning_rate", "seed", "augmented_views", "lora_rank")
         at_least(self, 0, "loading_workers")
-        if any(width < 1 for width in self.matryoshka_dims):
-            raise ValueError(f"matryoshka_dims must be at least 1, got {self.matryoshka_dims}.")
-        if self.matryoshka_dims and not self.dataset:
-            raise ValueError("matryoshka_dims are trained on images: give a --dataset of them, or no widths.")
         between(self, 0, 1, "max_bad_share", "interpolate", "lora_dropout", "layer_decay")
         between(self, 1, 1024, "num_threads")
         if self.carbon_country is not None and not re.fullmatch(r"[A-Z]{3}", self.carbon_country):

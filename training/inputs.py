@@ -111,6 +111,8 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     processor = load_processor(args.model)
     base = load_model(args.model)
     checked_widths(args.matryoshka_dims, base.config.projection_dim)  # before any long work
+    if args.matryoshka_dims and not args.dataset:
+        raise ValueError("matryoshka_dims are trained on images: give a --dataset of them, or no widths.")
     trial = load_model(args.model)
     prepare_trainable(trial, args)  # its names match, before any long work
     check_free_space(output_dir, _bytes_of_run(args, trial))
