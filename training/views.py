@@ -27,6 +27,7 @@ from caption_data.rows import BadImage, Skipped
 from caption_data.sources import Source
 from common.files import DIGEST_BYTES, has_digest, write_with_digest
 from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.embedding import image_parts
 
 PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
@@ -117,8 +118,8 @@ class Views:
 def embed_pixels(model: CapivaraModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
     """(images, width), unit length, float32, on the device: in the precision of the run."""
     with accelerator.autocast():
-        pixels = pixels.to(accelerator.device, memory_format=torch.channels_last)  # convolutions are faster so
-        return model(pixel_values=pixels).image_embeds.float()
+        parts = image_parts(pixels, accelerator.device)
+        return torch.cat([model(pixel_values=part).image_embeds.float() for part in parts])
 
 
 def check_images(views: Views, root: Path) -> dict[int, tuple[str, str]]:

@@ -36,7 +36,7 @@ from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedding import embed_texts
+from modeling_capivara.embedding import embed_texts, image_parts
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
 from training.data import batch_indices, drawn_captions, evaluation_split
@@ -217,7 +217,9 @@ def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split, k
 @torch.inference_mode()
 def _pooled(model: CapivaraModel, processor: CapivaraProcessor, images: list[PIL.Image.Image]) -> Tensor:
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
-    return model.vision_model(pixel_values=pixel_values.contiguous(memory_format=torch.channels_last)).pooler_output
+    return torch.cat(
+        [model.vision_model(pixel_values=p).pooler_output for p in image_parts(pixel_values, model.device)]
+    )
 
 
 def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
