@@ -16,7 +16,7 @@ from typing import Any
 
 import PIL.Image
 
-from benchmarks import captions, captions_selection, matryoshka, recipe_tables, scaling, train_step
+from benchmarks import captions, captions_selection, main_job, matryoshka, recipe_tables, scaling, train_step
 from benchmarks.timing import RESULTS, ROOT, software, table
 from common.cli import flag, parse, run_command
 from common.files import read_json, write_json, write_text
@@ -28,15 +28,16 @@ BLOCK = "<!-- {name}: made by `python -m benchmarks.readme` -->\n{text}\n<!-- en
 # The summary of the demo in the README and its translation: heads of the columns, rows, and what is said of them.
 SUMMARY_EN = (
     ("Model", *(f"{name}: {way}" for name in ("Portuguese", "English") for way in ("text to image", "image to text"))),
-    ("Base model", "CAPIVARA", "Chance"),
+    ("Base model", "CAPIVARA, the paper's recipe", "CAPIVARA, [ours](docs/recipe.md)", "Chance"),
     "Mean recall (recall@1, @5 and @10) in per cent, mean ± standard deviation of {runs} seeds, among {images} test "
-    "images of concepts that were never trained; {minutes} minutes per seed on {device}.",
+    "images of concepts that were never trained; {minutes} minutes per seed on {device}. Ours is `{ours}`.",
 )
 SUMMARY_PT = (
     ("Modelo", *(f"{name}: {way}" for name in ("português", "inglês") for way in ("texto → imagem", "imagem → texto"))),
-    ("Modelo de base", "CAPIVARA", "Acaso"),
+    ("Modelo de base", "CAPIVARA, receita do artigo", "CAPIVARA, [a nossa](docs/recipe.md)", "Acaso"),
     "Revocação média (recall@1, @5 e @10) em por cento, com média ± desvio padrão de {runs} sementes, entre {images} "
-    "imagens de teste, de conceitos que não aparecem no treinamento; {minutes} min por semente em {device}.",
+    "imagens de teste, de conceitos que não aparecem no treinamento; {minutes} min por semente em {device}. A nossa é "
+    "`{ours}`.",
 )
 
 
@@ -56,6 +57,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "LEIAME.md": {"demo_summary": lambda: demo_summary(*SUMMARY_PT, decimal=",")},
         "docs/benchmarks.md": {
             "demo": demo_block,
+            "main_job": lambda: main_job.main_job_table(_results("main_job")),
             "encode": encode_block,
             "train_step": lambda: train_step.train_step_table(_results("train_step")),
             "scaling": lambda: scaling.scaling_tables(_results("scaling")),
@@ -90,13 +92,18 @@ def demo_summary(heads: tuple[str, ...], titles: tuple[str, ...], facts: str, de
     conditions = [(language, way) for language in ("pt", "en") for way in ("text_to_image", "image_to_text")]
     of = [[r for r in means if (r.language, r.direction) == condition] for condition in conditions]
     rows = [[percent([r.value for r in same if r.model == model]) for same in of] for model in ("baseline", "capivara")]
+    rows.append(recipe_tables.test_recalls(_results("recipe"), recipe_tables.OURS, conditions))
     rows.append([percent([same[0].chance]) for same in of])
     cells = [[title, *(cell.replace(".", decimal) for cell in row)] for title, row in zip(titles, rows, strict=True)]
     run = demo["runs"][0]
     minutes = f"{sum(run['seconds'].values()) / 60:.1f}".replace(".", decimal)
     images = next(r.n for r in means if r.direction == "image_to_text")
     return table(
-        heads, cells, facts.format(runs=len(demo["runs"]), images=images, minutes=minutes, device=run["device"])
+        heads,
+        cells,
+        facts.format(
+            runs=len(demo["runs"]), images=images, minutes=minutes, device=run["device"], ours=recipe_tables.OURS
+        ),
     )
 
 
