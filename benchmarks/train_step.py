@@ -315,7 +315,7 @@ def train_step_table(results: dict[str, Any]) -> str:
         )
         if "teacher_s" in recipe:
             share = 100 * recipe["teacher_s"] / recipe["step_s"]
-            facts += f" A text teacher adds {recipe['teacher_s']:.2f} s to it, {share:.2g} %."
+            facts += f" A text teacher's loss adds {recipe['teacher_s']:.2f} s to it, {share:.2g} %."
     return timing.table(("trainer", "precision", "pairs/s", "ratio", "memory, GiB"), rows, facts, text_columns=2)
 
 

@@ -3,6 +3,7 @@
 table = parallel_table("names.jsonl", "pt", "en", skipped := [])
 """
 
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def _opened(name: str) -> Dataset:
     if path.is_file():
         if path.suffix not in LOADERS:
             raise ValueError(f"parallel_text: {name} must end in one of {', '.join(LOADERS)}.")
+        if not path.stat().st_size:
+            raise ValueError(f"parallel_text: {name} is empty.")
         return load_files(LOADERS[path.suffix], [path], name)
     if path.suffix in LOADERS or name.count("/") != 1 or name.startswith((".", "/")):
         raise ValueError(f"parallel_text: {name} does not exist, and is no Hub id.")
@@ -90,6 +93,8 @@ def _opened(name: str) -> Dataset:
 
 def _pair(row: dict[str, Any], languages: tuple[str, str]) -> list[str]:
     sides = row if languages[0] in row else row.get(TRANSLATION) or {}
+    if not isinstance(sides, dict):
+        raise BadRow("no caption", f"{TRANSLATION!r} must hold a text for each language, it is {sides!r}")
     texts = [sides.get(code) for code in languages]
     for code, text in zip(languages, texts, strict=True):
         if not isinstance(text, str) or not repair_text(text):
@@ -100,4 +105,5 @@ def _pair(row: dict[str, Any], languages: tuple[str, str]) -> list[str]:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.casefold().split())
+    """As the model sees it, but for capitals."""
+    return unicodedata.normalize("NFKC", repair_text(text)).casefold()

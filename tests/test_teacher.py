@@ -1,5 +1,6 @@
 """The text teacher: what it reads, that it is embedded once, and that a run with it resumes to the same bits."""
 
+import copy
 import json
 
 import numpy as np
@@ -12,15 +13,19 @@ from test_train_accelerate import flags
 from tiny import randomise, tiny_config
 
 import train_accelerate
+from caption_data.embedding_cache import cache_key
 from caption_data.parallel_text import check_no_leak, parallel_table
-from caption_data.selection import taught_captions
+from caption_data.selection import CaptionChoice, taught_captions
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_texts
 from training.arguments import parse_arguments
 from training.data import Planner, training_splits
+from training.inputs import teacher_root
 from training.loop import Trainer
-from training.teacher import SHARD_TEXTS, Teacher, TeacherTexts
+from training.matryoshka import save_rotation
+from training.teacher import Teacher, TeacherTexts
 
+ALONE = {"dataset": "", "text_teacher": "base", "parallel_text": "x", "evaluation_dataset": "d"}  # no pictures
 PAIRS = [{"pt": f"pedra {i}", "en": f"a stone {i}"} for i in range(9)]
 
 
@@ -43,15 +48,23 @@ def teacher(tiny_model, tiny_processor):
 
 
 def test_the_text_that_a_caption_translates():
-    row = {"captions-pt": ["um", "dois"], "captions-en": ["one", "two"]}
-    assert taught_captions(row, ["dois", "um"], "pt", "en") == ["two", "one"]
+    plain, first = CaptionChoice(), CaptionChoice(caption_strategy="all")
+
+    def taught(row, captions, choice=plain):
+        return taught_captions(row, captions, "pt", "en", choice)
+
+    row = {"captions-pt": ["um", "dois"], "captions-en": ["one", "two"], "generated-captions-en": ["gen"]}
+    assert taught(row, ["dois", "um"]) == ["two", "one"], "columns that the strategy does not use say nothing"
     row |= {"generated-captions-pt": ["três"], "generated-captions-en": ["three"]}
-    assert taught_captions(row, ["três"], "pt", "en") == ["three"]
+    assert taught(row, ["três", "um"], first) == ["three", "one"]
+    uneven = row | {"captions-en": ["one", "two", "more"], "generated-captions-en": ["three"]}
+    assert taught(uneven, ["três"], first) == ["three"], "column by column"
+    assert taught(uneven, ["um"], first) == ["one", "two", "more", "three"]
     several = {"captions-pt": ["um"], "captions-en": ["one", "", "a", "one"]}
-    assert taught_captions(several, ["um"], "pt", "en") == ["one", "a"], "any of the row's, where they are not as many"
-    assert taught_captions({"captions-pt": ["a", "b"], "captions-en": ["", "B"]}, ["a"], "pt", "en") == ["B"]
+    assert taught(several, ["um"]) == ["one", "a"], "any of the row's, where they are not as many"
+    assert taught({"captions-pt": ["a", "b"], "captions-en": ["", "B"]}, ["a"]) == ["B"]
     with pytest.raises(ValueError, match="'en'"):
-        taught_captions({"captions-pt": ["um"], "captions-en": [" "]}, ["um"], "pt", "en")
+        taught({"captions-pt": ["um"], "captions-en": [" "]}, ["um"])
 
 
 def test_training_rows_bring_what_the_teacher_reads(tiny_dataset_folder, tmp_path):
@@ -79,6 +92,12 @@ def test_parallel_text_in_all_its_forms(tmp_path):
 
 
 def test_bad_parallel_text(tmp_path):
+    text = Dataset.from_list([{"translation": "pedra"}])
+    DatasetDict(train=text).save_to_disk(tmp_path / "text")
+    with pytest.raises(ValueError, match="must hold a text for each language"):
+        parallel_table(str(tmp_path / "text"), "pt", "en", [])
+    with pytest.raises(ValueError, match="is empty"):
+        parallel_table(str(lines(tmp_path / "nothing.jsonl", [])), "pt", "en", [])
     bad = [{"pt": "", "en": "x"}, {"pt": "y", "en": None}, {"pt": "Piano ", "en": "piano"}]
     table = parallel_table(str(lines(tmp_path / "b.jsonl", [*PAIRS, *bad])), "pt", "en", skipped := [])
     assert len(table) == 9 and [line.row for line in skipped] == [9, 10, 11]
@@ -93,11 +112,12 @@ def test_bad_parallel_text(tmp_path):
         parallel_table(str(lines(tmp_path / "b.txt", PAIRS)), "pt", "en", [])
 
 
-@pytest.mark.parametrize("caption", ["Pedra  4", "A stone 4"])
+@pytest.mark.parametrize("caption", ["Pedra  4", "A stone 4", "PEDRA\u00a04"])
 def test_a_caption_that_is_measured_on_is_refused_and_named(tmp_path, caption):
     table = parallel_table(str(lines(tmp_path / "a.jsonl", PAIRS)), "pt", "en", [])
     check_no_leak(table, "a.jsonl", {"the split 'test'": [["gato"], ["casa"]]})
-    with pytest.raises(ValueError, match=r"stone 4'|pedra 4'.*row 4 of a.jsonl, is a caption of the split 'test'"):
+    named = r"(stone|pedra) 4', row 4 of a\.jsonl, is a caption of the split 'test'"
+    with pytest.raises(ValueError, match=named):
         check_no_leak(table, "a.jsonl", {"the split 'test'": [["gato"], ["casa", caption]]})
 
 
@@ -113,6 +133,8 @@ def test_a_caption_that_is_measured_on_is_refused_and_named(tmp_path, caption):
         ({"text_teacher": "base", "parallel_text": "x", "teacher_weight": 0}, "teacher_weight is 0"),
         ({"text_teacher": "base", "parallel_text": "x", "parallel_batch_size": 1}, "parallel_batch_size"),
         ({"dataset": "", "text_teacher": "base", "parallel_text": "x"}, "needs an --evaluation_dataset"),
+        (ALONE | {"prepare": "openmoji"}, "there are no pictures"),
+        (ALONE | {"anchor_share": 0.5}, "there are no pictures"),
     ],
 )
 def test_arguments_that_contradict_one_another(values, message):
@@ -127,6 +149,25 @@ def test_a_teacher_of_another_width(tiny_model, tiny_processor, tmp_path):
     tiny_processor.save_pretrained(tmp_path / "narrow")
     with pytest.raises(ValueError, match="narrow are 12 wide, those of the model are 24"):
         Teacher.load(str(tmp_path / "narrow"), tiny_model, tiny_processor)
+
+
+def test_a_teacher_of_a_turned_space(tiny_model, tiny_processor, tmp_path):
+    tiny_model.save_pretrained(tmp_path / "turned")
+    tiny_processor.save_pretrained(tmp_path / "turned")
+    assert Teacher.load(str(tmp_path / "turned"), tiny_model, tiny_processor)
+    save_rotation(torch.eye(24), tmp_path / "turned")
+    with pytest.raises(ValueError, match="Give its base"):
+        Teacher.load(str(tmp_path / "turned"), tiny_model, tiny_processor)
+
+
+@pytest.mark.parametrize(
+    ("cache", "root"),
+    [("auto", "home/teacher_embeddings"), ("mine", "mine/teacher_embeddings"), (".", "teacher_embeddings")],
+)
+def test_where_its_embeddings_are_kept(cache, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAPIVARA_CACHE", "home")
+    assert teacher_root(arguments(image_embedding_cache=cache)).as_posix() == root
 
 
 # Its embeddings
@@ -152,7 +193,13 @@ def test_embeddings_are_those_of_the_tower_and_made_once(teacher, tmp_path, monk
         TeacherTexts.of(table_of([*texts, ["new"]]), "teacher_captions").embed(
             teacher, tmp_path, Accelerator(cpu=True), "here"
         )
-    assert SHARD_TEXTS > 4
+    changed = Teacher(copy.deepcopy(teacher.model), teacher.processor)
+    with torch.no_grad():
+        changed.model.text_projection[0].weight.add_(0.1)
+    with pytest.raises(TypeError):  # of other weights: made anew
+        TeacherTexts.of(table_of(texts), "teacher_captions").embed(changed, tmp_path, Accelerator(cpu=True), "here")
+    keys = {cache_key(found._depends_on(teacher, precision)) for precision in ("no", "bf16")}
+    assert len(keys) == 2 and found.cache.folder.name in keys
 
 
 def test_a_plan_draws_the_translation_and_the_anchors(tiny_processor):
@@ -250,9 +297,16 @@ def test_leaks_and_small_texts_end_a_run_before_any_work(base_folder, tiny_datas
     leak = lines(tmp_path / "leak.jsonl", [*PAIRS, {"pt": "foto 1 azul verde", "en": "something"}])
     taught = {"text_teacher": "base", "parallel_batch_size": 4, "image_embedding_cache": tmp_path / "none"}
     with pytest.raises(
-        SystemExit, match=r"'foto 1 azul verde', row 9 of .*is a caption of the split '(validation|test)' in 'pt'"
+        SystemExit,
+        match=r"'foto 1 azul verde', row 9 of .*is a caption of the split '(validation|test)', column 'captions-pt'",
     ):
         train_accelerate.main(flags(base_folder, tiny_dataset_folder, tmp_path / "o", parallel_text=leak, **taught))
+    english = lines(tmp_path / "english.jsonl", [*PAIRS, {"pt": "outra coisa", "en": "The azul 0"}])
+    with pytest.raises(SystemExit, match=r"'The azul 0', row 9 of .*, column 'captions-en'"):
+        argv = flags(
+            base_folder, tiny_dataset_folder, tmp_path / "o", parallel_text=english, eval_languages="pt", **taught
+        )
+        train_accelerate.main(argv)
     few = lines(tmp_path / "few.jsonl", PAIRS[:3])
     with pytest.raises(SystemExit, match="exceeds the 3 usable pairs"):
         train_accelerate.main(flags(base_folder, tiny_dataset_folder, tmp_path / "o", parallel_text=few, **taught))

@@ -109,3 +109,14 @@ def test_a_run_saves_the_same_model_and_smaller_checkpoints(tiny_folder, tiny_da
         torch.testing.assert_close(used[name], tensor, rtol=0, atol=1e-6, msg=name)
     sizes = [sum(p.stat().st_size for p in f.rglob("checkpoints/step-*/*")) for f in folders.values()]
     assert sizes[0] < sizes[1]
+
+
+def test_a_table_that_peft_trains_as_a_whole_is_left_alone(tiny_processor):
+    peft = pytest.importorskip("peft")
+    model = build(trained_images=False)
+    config = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["text_model.embeddings"])
+    peft.get_peft_model(model, config)
+    before = model.get_input_embeddings()
+    assert before.weight.requires_grad
+    with used_vocabulary(model, used_ids(tiny_processor, ["gato"])):
+        assert model.get_input_embeddings() is before

@@ -25,6 +25,11 @@ class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, Model
                 "`dataset` is missing: give --dataset, or a --config that has it. A training on --parallel_text alone "
                 "needs an --evaluation_dataset."
             )
+        if not self.dataset and (self.prepare or self.anchor_share or self.towers == "both"):
+            raise ValueError(
+                "Without a dataset there are no pictures: leave out prepare, anchor_share and towers: both, which need "
+                "them, or give --dataset."
+            )
         at_least(self, 1, "micro_batch_size", "embedding_batch_size", "max_steps", "runs", "eval_steps", "save_steps")
         at_least(self, 1, "keep_last", "num_threads", "patience")
         at_least(self, 2, "effective_batch_size")
@@ -106,6 +111,12 @@ class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, Model
                 "moves them, too. Use --trained_vocabulary all, --decay_towards base or --weight_decay 0."
             )
         self.trained_vocabulary = self.trained_vocabulary or ("all" if moves_all else "used")
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        """Of all processes."""
+        pairs = self.effective_batch_size if self.dataset else 0
+        return sum(-(-count // self.micro_batch_size) for count in (pairs, self.texts_per_step - pairs))
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

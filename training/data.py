@@ -65,7 +65,7 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
         if not args.text_teacher:
             return []
         both = named(named(row, args.language), args.teacher_language)
-        return taught_captions(both, captions, args.language, args.teacher_language)
+        return taught_captions(both, captions, args.language, args.teacher_language, args)
 
     columns = _caption_columns(args, args.language)
     taught = _caption_columns(args, args.teacher_language, similarities=False) if args.text_teacher else []

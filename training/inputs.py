@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
+from caption_data.columns import CAPTION_COLUMN, caption_texts
 from caption_data.embedding_cache import cache_home
 from caption_data.pairs import check_bad_share, tables_fingerprint
 from caption_data.parallel_text import check_no_leak, parallel_table
 from caption_data.rows import Skipped, write_skipped
+from caption_data.sources import open_source
 from common.files import check_free_space
 from common.privacy import short_name
 from eval.retrieval import flat_captions
@@ -21,7 +23,7 @@ from modeling_capivara.configuration_capivara import checked_widths
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
-from training.data import Planner, Split, batch_counts, evaluation_split, training_splits
+from training.data import Planner, Split, batch_counts, caption_column, evaluation_split, training_splits
 from training.images import TrainingImages, build_cache, cached_embeds, loading_workers
 from training.matryoshka import rotate_
 from training.teacher import Teacher, TeacherTexts
@@ -85,7 +87,8 @@ class Inputs:
         prints |= {
             f"{name} {args.train_split}": s.fingerprint for name, s in zip(args.dataset, self.training, strict=True)
         }
-        prints |= {f"teacher's texts {n}": t.cache.folder.name for n, t in enumerate(self.teacher_texts) if t.cache}
+        for number, texts in enumerate(self.teacher_texts):
+            prints[f"teacher's texts {number}"] = texts.cache.folder.name if texts.cache else texts.fingerprint
         if self.parallel is not None:
             prints[f"parallel text {args.parallel_text}"] = tables_fingerprint(self.parallel)
         prints[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.fingerprint
@@ -122,7 +125,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     languages = {args.validation_split: [args.language, *known], args.test_split: args.eval_languages}
     measured = {name: evaluation_split(args, name, languages[name]) for name in languages}
     skipped: list[Skipped] = []
-    parallel = _parallel_text(args, measured, skipped, output_dir)
+    parallel = _parallel_text(args, skipped, output_dir)
     others = len(skipped)
     teacher = Teacher.load(args.text_teacher, base, processor) if args.text_teacher else None
     splits = training_splits(args, skipped)
@@ -154,9 +157,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     )
 
 
-def _parallel_text(
-    args: RunArguments, measured: dict[str, dict[str, Split]], skipped: list[Skipped], output_dir: Path
-) -> Dataset | None:
+def _parallel_text(args: RunArguments, skipped: list[Skipped], output_dir: Path) -> Dataset | None:
     """The usable pairs of the parallel text, none of which is measured on; None where there is none."""
     if not args.parallel_text:
         return None
@@ -168,28 +169,44 @@ def _parallel_text(
             f"parallel_batch_size ({args.parallel_batch_size}) exceeds the {len(table)} usable pairs of "
             f"{args.parallel_text}. Choose a smaller one."
         )
-    captions = {
-        f"the split {name!r} in {language!r}": split.captions()
-        for name, languages in measured.items()
-        for language, split in languages.items()
-    }
-    check_no_leak(table, args.parallel_text, captions)
+    check_no_leak(table, args.parallel_text, _measured_captions(args))
     skipped += own
     return table
+
+
+def _measured_captions(args: RunArguments) -> dict[str, list[list[str]]]:
+    """All captions of the validation and test split, in whatever language, by what they are of."""
+    named = {caption_column(args, language) for language in (args.language, args.teacher_language)}
+    found = {}
+    for split in (args.validation_split, args.test_split):
+        source = open_source(args.evaluation_dataset, split, args.image_column, **args.limits())
+        columns = [name for name in source.columns if name in named or CAPTION_COLUMN.fullmatch(name)]
+        rows = list(source.rows(only=columns))
+        for name in columns:
+            where = f"the split {split!r}, column {name!r}"
+            found[where] = [caption_texts(row.get(name), name) for row in rows]
+    return found
+
+
+def teacher_root(args: RunArguments) -> Path:
+    """Where a text teacher's embeddings are kept: beside those of the images, or in the folder that is named."""
+    root = cache_root(args)
+    if args.image_embedding_cache not in ("auto", "off"):
+        root = (root.parent if (root / "cache.json").is_file() else root) / "image_embeddings"
+    return root.with_name("teacher_embeddings")
 
 
 def _teacher_texts(
     args: RunArguments, teacher: Teacher, splits: list[Split], parallel: Dataset | None, accelerator: Accelerator
 ) -> list[TeacherTexts]:
-    tables = {split.source.where: split.table for split in splits}
+    tables = [(split.source.where, split.table) for split in splits]
     if parallel is not None:
-        tables[short_name(args.parallel_text)] = parallel
-    found = {where: TeacherTexts.of(table, "teacher_captions") for where, table in tables.items()}
+        tables.append((short_name(args.parallel_text), parallel))
+    found = [TeacherTexts.of(table, "teacher_captions") for _, table in tables]
     if args.teacher_weight:
-        root = cache_root(args).with_name("teacher_embeddings")
-        for where, texts in found.items():
-            texts.embed(teacher, root, accelerator, where)
-    return list(found.values())
+        for (where, _), texts in zip(tables, found, strict=True):
+            texts.embed(teacher, teacher_root(args), accelerator, where)
+    return found
 
 
 def _teacher_validation(

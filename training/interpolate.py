@@ -47,6 +47,11 @@ def interpolate(args: InterpolateArguments) -> float:
     if rotation is not None:  # the space that was trained in is the base's, turned
         rotate_(start, rotation)
     base, trained = start.state_dict(), mean_weights(args.trained)
+    if rotation is None and model.config.matryoshka_dims and not _same_images(base, trained):
+        raise ValueError(
+            f"{args.trained[0]} was trained with matryoshka_dims, in a space that is turned, and its "
+            "rotation.safetensors is missing: nothing lies between its weights and the base's. Fetch the file."
+        )
     shapes = {name: tensor.shape for name, tensor in trained.items()}
     if shapes != {name: tensor.shape for name, tensor in base.items()}:
         raise ValueError(f"{args.trained[0]} was not trained from {args.base}: their tensors differ in name or shape.")
@@ -99,7 +104,7 @@ def measured_shares(
     trained: dict[str, Tensor],
 ) -> dict[float, dict[str, dict[str, float]]]:
     """Share -> language -> direction -> mean recall, from 0 to 1; images of a frozen tower are embedded once."""
-    frozen = all(torch.equal(base[name], trained[name]) for name in base if name.startswith(("vision_", "visual_")))
+    frozen = _same_images(base, trained)
     data = {
         language: load_data(
             RetrievalArguments(args.trained[0], args.validation, args.output, language=language, split=args.split)
@@ -144,6 +149,11 @@ def recall_table(recalls: dict[float, dict[str, dict[str, float]]], best: float)
         cells = "  ".join(f"{value:{len(name)}.1f}" for name, value in zip(names, values, strict=True))
         lines.append(f"{share:5.1f}  {cells}{'  <- best' * (share == best)}")
     return "\n".join(lines)
+
+
+def _same_images(base: dict[str, Tensor], trained: dict[str, Tensor]) -> bool:
+    """Whether both models embed images alike."""
+    return all(torch.equal(base[name], trained[name]) for name in base if name.startswith(("vision_", "visual_")))
 
 
 @user_errors

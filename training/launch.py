@@ -56,11 +56,11 @@ def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if args.mixed_precision == "fp16" and PartialState().device.type == "cpu":
         raise ValueError("mixed_precision fp16 needs a GPU; use bf16, no or auto.")
-    processes, micro_batches = PartialState().num_processes, -(-args.effective_batch_size // args.micro_batch_size)
+    processes, micro_batches = PartialState().num_processes, args.micro_batches_per_step
     if processes > micro_batches:
         raise ValueError(
-            f"{processes} processes can't share the {micro_batches} micro-batches of {args.micro_batch_size} in an "
-            f"effective_batch_size of {args.effective_batch_size}: each needs one. Use a smaller --micro_batch_size."
+            f"{processes} processes can't share the {micro_batches} micro-batches of {args.micro_batch_size} in a "
+            f"batch of {args.texts_per_step}: each needs one. Use a smaller --micro_batch_size."
         )
     if (warning := hopeless_rate(args)) and PartialState().is_main_process:
         logger.warning("Warning: %s", warning)

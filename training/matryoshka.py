@@ -9,6 +9,7 @@ text tower then learns to be near the images in every prefix.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -85,6 +89,8 @@ def run_rotation(
     more than `ROTATION_IMAGES` images so many are taken, evenly spaced, in their first view.
     """
     first = folder if args.resume in (None, "auto") else Path(args.resume).parent.parent  # of `checkpoints/step-…`
+    if not (first / ROTATION_FILE).is_file() and (first.parent / ROTATION_FILE).is_file():
+        first = first.parent  # of several seeds
     resumed = any(any(first.rglob(name)) for name in ("checkpoints/step-*", "records.json"))
     rotation = load_rotation(first) if resumed else None
     if rotation is None:
@@ -120,10 +126,21 @@ def save_rotation(rotation: Tensor, folder: Path) -> None:
     write_bytes(folder / ROTATION_FILE, save({"rotation": rotation}))
 
 
-def load_rotation(folder: str | Path) -> Tensor | None:
-    """The rotation between a model and its base, (width, width); None where there was none."""
-    path = Path(folder) / ROTATION_FILE
-    return load_file(path)["rotation"] if path.is_file() else None
+def load_rotation(model: str | Path) -> Tensor | None:
+    """The rotation between a model, a folder or Hub id, and its base, (width, width); None where there was none.
+
+    Raises ValueError where its file can't be read.
+    """
+    path = Path(model) / ROTATION_FILE
+    if not Path(model).exists():
+        with suppress(EntryNotFoundError):
+            path = Path(hf_hub_download(str(model), ROTATION_FILE))
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)["rotation"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Fetch or make the model again.") from error
 
 
 def matryoshka_gradients(

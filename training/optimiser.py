@@ -61,6 +61,8 @@ def _decay_towards_now(optimizer: torch.optim.Optimizer, args: RunArguments) -> 
 
     @torch.no_grad()
     def pull(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if getattr(optimizer, "found_inf", None) is not None and optimizer.found_inf.item():
+            return  # fp16's scaler leaves this step out
         for group, bases in zip(optimizer.param_groups, before, strict=True):
             for parameter, base in zip(group["params"], bases, strict=True):
                 if args.optimizer == "adamw":

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from common.tasks import all_parts
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_texts
 from modeling_capivara.loading import load_model, load_processor, weights_digest
+from training.matryoshka import load_rotation
 
 SHARD_TEXTS = 8192  # of one file of the cache: what a kill can lose
 TEXT_BATCH = 64  # texts that go through the tower at once
@@ -43,7 +45,7 @@ class Teacher:
         """ "base" is the model before training; anything else a folder or Hub id.
 
         Raises:
-            ValueError: its embeddings are not as wide as the base's.
+            ValueError: its embeddings are not as wide as the base's, or of a space that is turned.
         """
         if name == "base":
             return cls(base, processor)
@@ -53,7 +55,16 @@ class Teacher:
                 f"text_teacher: the embeddings of {name} are {model.config.projection_dim} wide, those of the model "
                 f"are {base.config.projection_dim}. A teacher has the width of its student: give `base`, or another."
             )
+        if load_rotation(name) is not None:
+            raise ValueError(
+                f"text_teacher: {name} was trained with matryoshka_dims, in a space that is turned. Give its base."
+            )
         return cls(model.to(base.device).eval(), load_processor(name))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights of the text tower."""
+        return weights_digest(self.model, ("text_model.", "text_projection."))
 
 
 @dataclass
@@ -72,6 +83,11 @@ class TeacherTexts:
         """Those of a column of lists; it stays where it is, a memory-mapped file."""
         lengths = [len(texts) for chunk in table.select_columns(column).iter(ROWS_PER_CHUNK) for texts in chunk[column]]
         return cls(table[column], np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the texts and their order."""
+        return rows_fingerprint(self.rows)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -113,12 +129,12 @@ class TeacherTexts:
         tokenizer |= {"padding": None, "truncation": None}  # of the last call
         return {
             "files": FILES_VERSION,
-            "tower_weights": weights_digest(teacher.model, ("text_model.", "text_projection.")),
+            "tower_weights": teacher.digest,
             "tower_config": teacher.model.config.text_config.to_json_string(),
             "tokenizer": hashlib.blake2b(json.dumps(tokenizer).encode(), digest_size=16).hexdigest(),
             "max_tokens": teacher.processor.tokenizer.model_max_length,
             "precision": precision,
-            "texts": rows_fingerprint(self.rows),
+            "texts": self.fingerprint,
         }
 
     def _embedded(

@@ -67,13 +67,16 @@ def used_ids(processor: CapivaraProcessor, texts: Iterable[str]) -> Tensor:
 def used_vocabulary(model: CapivaraModel, ids: Tensor) -> Iterator[None]:
     """Within it, of the word embeddings only the rows `ids` are parameters; after it the model is whole again.
 
-    Nothing changes where they are not trained at all, or are not a plain table that is there once.
+    Nothing changes where they are not trained at all, or are not a plain table that is there once, as in adapters.
     """
     whole = model.get_input_embeddings()
     plain = type(whole) is nn.Embedding and whole.weight.requires_grad
-    if not plain or sum(getattr(module, "weight", None) is whole.weight for module in model.modules()) != 1:
+    wrapped = any(module is whole and "modules_to_save" in name for name, module in model.named_modules())  # by peft
+    if not plain or wrapped or sum(getattr(module, "weight", None) is whole.weight for module in model.modules()) != 1:
         yield
         return
+    if whole.padding_idx is not None:
+        ids = torch.cat([ids, torch.tensor([whole.padding_idx])]).unique()
     model.set_input_embeddings(UsedRows(whole, ids.to(whole.weight.device)).train(model.training))
     try:
         yield

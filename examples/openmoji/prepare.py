@@ -36,7 +36,7 @@ from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedding import embed_texts, image_parts
+from modeling_capivara.embedding import CPU_IMAGES, embed_texts, image_parts
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
 from training.data import batch_indices, drawn_captions, evaluation_split
@@ -198,7 +198,8 @@ def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tens
         split = evaluation_split(args, name, [args.language])[args.language]
         views = Views(split.source, split.table, split.image_column, processor, args.augmented_views, args.seed)
         with torch.no_grad():
-            embeds = F.normalize(model.visual_projection(pooled), dim=-1)
+            parts = pooled.split(CPU_IMAGES)  # as a run embeds them: the bits depend on it
+            embeds = torch.cat([F.normalize(model.visual_projection(part), dim=-1) for part in parts])
         write_cache(model, views, cache_root(args), "no", embeds)
 
 
