@@ -13,6 +13,9 @@ from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 import train_accelerate
+from benchmarks.recipe import read_variants
+from benchmarks.recipe_tables import OURS
+from common.cli import read_config
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import parse_arguments
 from training.views import AUGMENTATION, augmented
@@ -41,6 +44,17 @@ def test_configs_hold_the_published_recipe(name, published):
     config = str(ROOT / "configs" / f"{name}.yaml")
     args = parse_arguments(["--config", config, "--model", "m", "--dataset", "d"], "")
     assert {key: getattr(args, key) for key in PUBLISHED | published} == PUBLISHED | published
+
+
+def test_our_recipe_is_the_paper_s_with_a_teacher():
+    """At full size, and in the embedded default as docs/recipe.md has chosen it."""
+    ours = read_variants(ROOT / "benchmarks" / "recipe.yaml")[OURS].flags
+    for name, others in (("capivara", {"parallel_text", "parallel_batch_size"}), ("openmoji", set())):
+        paper, plus = (read_config(ROOT / "configs" / f"{name}{suffix}.yaml") for suffix in ("", "_plus"))
+        added = {key: value for key, value in plus.items() if paper.get(key) != value}
+        expected = {key: str(value) for key, value in ours.items() if key not in others}
+        expected = {key: value.replace("{proxies}", "data/openmoji/proxies") for key, value in expected.items()}
+        assert {key: str(value) for key, value in added.items()} == expected and paper.keys() <= plus.keys()
 
 
 def test_the_augmentation_is_the_published_one():
