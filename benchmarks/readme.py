@@ -8,6 +8,7 @@ python -m benchmarks.readme --check   # fails where a block is not what the JSON
 
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from benchmarks import captions, captions_selection, main_job, matryoshka, recip
 from benchmarks.timing import RESULTS, ROOT, software, table
 from common.cli import flag, parse, run_command
 from common.files import read_json, write_json, write_text
-from records.schema import Record, read_records
+from records.schema import DIRECTIONS, Record, read_records
 from records.tables import percent, retrieval_table
 
 PICTURES = ROOT / "docs"
@@ -28,16 +29,15 @@ BLOCK = "<!-- {name}: made by `python -m benchmarks.readme` -->\n{text}\n<!-- en
 # The summary of the demo in the README and its translation: heads of the columns, rows, and what is said of them.
 SUMMARY_EN = (
     ("Model", *(f"{name}: {way}" for name in ("Portuguese", "English") for way in ("text to image", "image to text"))),
-    ("Base model", "CAPIVARA, the paper's recipe", "CAPIVARA, [ours](docs/recipe.md)", "Chance"),
+    ("Base model", "CAPIVARA, the paper's recipe", "CAPIVARA, [our recipe](docs/recipe.md)", "Chance"),
     "Mean recall (recall@1, @5 and @10) in per cent, mean ± standard deviation of {runs} seeds, among {images} test "
-    "images of concepts that were never trained; {minutes} minutes per seed on {device}. Ours is `{ours}`.",
+    "images of concepts that were never trained; {paper} and {ours} minutes per seed on {device}.",
 )
 SUMMARY_PT = (
     ("Modelo", *(f"{name}: {way}" for name in ("português", "inglês") for way in ("texto → imagem", "imagem → texto"))),
-    ("Modelo de base", "CAPIVARA, receita do artigo", "CAPIVARA, [a nossa](docs/recipe.md)", "Acaso"),
+    ("Modelo de base", "CAPIVARA, receita do artigo", "CAPIVARA, [nossa receita](docs/recipe.md)", "Acaso"),
     "Revocação média (recall@1, @5 e @10) em por cento, com média ± desvio padrão de {runs} sementes, entre {images} "
-    "imagens de teste, de conceitos que não aparecem no treinamento; {minutes} min por semente em {device}. A nossa é "
-    "`{ours}`.",
+    "imagens de teste, de conceitos que não aparecem no treinamento; {paper} e {ours} min por semente em {device}.",
 )
 
 
@@ -85,26 +85,18 @@ def _results(name: str) -> dict[str, Any]:
 
 
 def demo_summary(heads: tuple[str, ...], titles: tuple[str, ...], facts: str, decimal: str) -> str:
-    """The README's table: mean recall of base, model and chance, by language and direction; words as `SUMMARY_EN`."""
-    demo = _results("demo")
-    means = [record for record in (Record(**one) for one in demo["records"]) if record.metric == "mean_recall"]
-    means = [record for record in means if record.dim is None]
-    conditions = [(language, way) for language in ("pt", "en") for way in ("text_to_image", "image_to_text")]
-    of = [[r for r in means if (r.language, r.direction) == condition] for condition in conditions]
-    rows = [[percent([r.value for r in same if r.model == model]) for same in of] for model in ("baseline", "capivara")]
-    rows.append(recipe_tables.test_recalls(_results("recipe"), recipe_tables.OURS, conditions))
-    rows.append([percent([same[0].chance]) for same in of])
+    """Mean recall of base, both recipes and chance, by language and direction, in words such as `SUMMARY_EN`."""
+    found = _results("recipe")
+    keys = [f"openmoji/test/{language}/{way}" for language in ("pt", "en") for way in DIRECTIONS]
+    of = {row["name"]: row for row in found["rows"]}
+    names = ("base", recipe_tables.REFERENCE, recipe_tables.OURS)
+    rows = [[percent(of[name]["values"][key]) for key in keys] for name in names]
+    rows.append([percent([found["chance"][key]]) for key in keys])
     cells = [[title, *(cell.replace(".", decimal) for cell in row)] for title, row in zip(titles, rows, strict=True)]
-    run = demo["runs"][0]
-    minutes = f"{sum(run['seconds'].values()) / 60:.1f}".replace(".", decimal)
-    images = next(r.n for r in means if r.direction == "image_to_text")
-    return table(
-        heads,
-        cells,
-        facts.format(
-            runs=len(demo["runs"]), images=images, minutes=minutes, device=run["device"], ours=recipe_tables.OURS
-        ),
-    )
+    minutes = [f"{statistics.mean(of[name]['seconds']) / 60:.1f}".replace(".", decimal) for name in names[1:]]
+    numbers = {"runs": len(of[recipe_tables.REFERENCE]["seeds"]), "images": found["n"][keys[1]]}
+    facts = facts.format(**numbers, paper=minutes[0], ours=minutes[1], device=found["device"])
+    return table(heads, cells, facts)
 
 
 def demo_block() -> str:

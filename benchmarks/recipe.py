@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.recipe_measures import Measures
+from benchmarks.recipe_tables import REFERENCE
 from benchmarks.timing import RESULTS, ROOT, conditions
 from caption_data.rows import digest_of
 from common.cli import flag, parse, read_config, reject, run_command, user_errors
@@ -29,7 +30,6 @@ from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model
 from training.trainable import interpolate_weights
 
-REFERENCE = "paper"  # the variant that all are compared with
 COMPARED = (
     "openmoji/",
     "twemoji/",

@@ -10,6 +10,7 @@ from records.tables import escape_markdown, percent, points
 
 STYLES = {"openmoji": "OpenMoji", "twemoji": "Twemoji", "noto": "Noto", "photos": "photographs"}
 ARROWS = {"text_to_image": "t→i", "image_to_text": "i→t"}
+REFERENCE = "paper"  # the variant that all are compared with
 OURS = "distil"  # the variant that was chosen, of configs/openmoji_plus.yaml
 Row = dict[str, Any]
 
@@ -80,12 +81,6 @@ def recall_table(found: Row, split: str) -> str:
         f"averaged but for OpenMoji. Pictures: {numbers}."
     )
     return _recalls(found, heads, columns, facts)
-
-
-def test_recalls(found: Row, name: str, conditions: list[tuple[str, str]]) -> list[str]:
-    """Mean recall of a variant on OpenMoji's test, in per cent, for pairs of language and direction."""
-    row = next(row for row in found["rows"] if row["name"] == name)
-    return [percent(row["values"][f"openmoji/test/{language}/{way}"]) for language, way in conditions]
 
 
 def neighbours_table(found: Row) -> str:
