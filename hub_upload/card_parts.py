@@ -19,11 +19,21 @@ ARCHITECTURE = {  # part -> object of config.json, and its keys that are shown
     "space": (None, ("projection_dim", "text_projection_type")),
 }
 WIDTH_COLUMNS = ("metric", "dimensions", "baseline", "capivara", "kept")
-# Settings that say something only where another one has one of these values.
-ONLY_WHERE = {
+OF_PICTURES = ("effective_batch_size", "caption_strategy", "min_pair_similarity", "augmented_views")
+OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets", "lora_modules_to_save")
+# Settings that say something only where another one has one of these values, or any that is not empty.
+ONLY_WHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     "caption_count": ("caption_strategy", ("first", "rank")),
     "min_similarity": ("caption_strategy", ("threshold", "diverse")),
+    "decay_towards": ("weight_decay", ()),
+    "parallel_batch_size": ("parallel_text", ()),
+    **dict.fromkeys(OF_PICTURES, ("dataset", ())),
+    **dict.fromkeys(OF_LORA, ("lora_rank", ())),
+    **dict.fromkeys(("teacher_language", "teacher_weight"), ("text_teacher", ())),
+    "teacher_loss": ("teacher_weight", ()),
 }
+# Values that are what is done without the setting.
+USUAL = {"decay_towards": "zero", "layer_decay": 1, "trained_vocabulary": "all", "anchor_share": 0, "lora_rank": 0}
 
 
 def card_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
@@ -58,26 +68,44 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Words, t
 
 
 def _origin_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
-    """Base, data, and their licences."""
+    """Base, data and teacher, and their licences."""
     config = facts.run["config"]
     if facts.origins:
         base, data = facts.origins["model"], facts.origins["datasets"]
     else:  # of a run before they were noted
         base, *data = (Content(title=Path(str(name)).name) for name in (config["model"], *config["dataset"]))
-    linked = [_linked(origin, "datasets/") for origin in data]
-    licences = []
-    for kind, origin in (("model", base), *(("dataset", origin) for origin in data)):
+    is_taught = config.get("text_teacher") and config.get("teacher_weight")  # without, on its language's captions alone
+    teacher = facts.origins.get("teacher")  # where it is not the base
+    works, licences = [("model", base), *(("dataset", origin) for origin in data)], []
+    for kind, origin in [*works, ("teacher", teacher)] if teacher else works:
         stated = ", ".join(map(code, origin.get("licenses") or ())) or words("none_stated")
         credit = f". {escaped(origin['attribution'])}" if origin.get("attribution") else ""
         licences.append(words(f"licence_{kind}", title=escaped(origin["title"]), licences=stated) + credit)
     return {
         "base": _linked(base, ""),
-        "datasets": ", ".join(linked),
-        "dataset": linked[0],
-        "more_datasets": linked[1:],
+        **_data_parts(facts, data, words),
+        "teacher": (_linked(teacher, "") if teacher else words("teacher_base")) if is_taught else None,
         "license": code(licence(facts)) if licence(facts) else None,
         "licences": licences,
     }
+
+
+def _data_parts(facts: CardFacts, data: list[Content], words: Words) -> dict[str, Any]:
+    """The data sets, in the first sentence and as a list: those with pictures, and the sentence pairs without."""
+    config, linked = facts.run["config"], [_linked(origin, "datasets/") for origin in data]
+    pictures, parallel = (linked[:-1], linked[-1:]) if config.get("parallel_text") else (linked, [])
+    codes = {"language": facts.language, "teacher_language": config.get("teacher_language")}
+    about = {name: words.language_name(str(language)) for name, language in codes.items()}
+    trained_on, listed = [], []
+    if pictures:
+        trained_on.append(words("captions_of", datasets=", ".join(pictures), **about))
+        about["train_split"] = code(config["train_split"])
+        listed = [words("first_dataset", dataset=pictures[0], **about), *pictures[1:]]
+    for name in parallel:
+        trained_on.append(words("sentences_of", parallel=name, **about))
+        listed.append(words("parallel_text", parallel=name, **about))
+    trained = f" {words('and')} ".join(trained_on)
+    return {**about, "trained_on": trained, "training_data": listed, "has_pictures": bool(pictures)}
 
 
 def _linked(origin: Content, kind: str) -> str:
@@ -91,13 +119,12 @@ def _training_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
     languages = sorted({words.language_name(s.first.language) for s in facts.series if s.first.language})
     numbers = {"batch": "effective_batch_size", "micro_batch": "micro_batch_size", "max_steps": "max_steps"}
     return {
-        "language": words.language_name(str(facts.language)),
         "measured_languages": f" {words('and')} ".join(filter(None, (", ".join(languages[:-1]), *languages[-1:]))),
         "both_towers": config["towers"] == "both",
         "lora_rank": words.number(config["lora_rank"]) if config["lora_rank"] else None,
         "interpolate": code(config["interpolate"]) if config["interpolate"] != 1 else None,
         "widths": ", ".join(map(words.number, config.get("matryoshka_dims") or ())),
-        "train_split": code(config["train_split"]),
+        "parallel_batch": words.number(config["parallel_batch_size"]) if config.get("parallel_text") else None,
         "skipped": ", ".join(
             f"{escaped(reason)}: {words.number(count)}" for reason, count in (run.get("skipped_rows") or {}).items()
         ),
@@ -130,14 +157,20 @@ def _settings(config: Content, words: Words) -> str:
     rows = []
     for key, name in words.texts["settings"].items():
         value = config.get(key)
-        decisive, wanted = ONLY_WHERE.get(key, (None, ()))
-        unused = (decisive and config[decisive] not in wanted) or (key.startswith("lora_") and not config["lora_rank"])
-        if value in (None, "", [], {}) or value is False or unused:
+        if value in (None, "", [], {}) or value is False or value == USUAL.get(key) or not _applies(key, config):
             continue
         if key == "image_embedding_cache" and value != "off":
             value = "on"  # a folder of the machine, otherwise
         rows.append((name, f"`{key}`", code(value)))
     return table(("what", "setting", "value"), rows, words, text_columns=2)
+
+
+def _applies(key: str, config: Content) -> bool:
+    """Whether a setting says something beside the others."""
+    decisive, wanted = ONLY_WHERE.get(key, (None, ()))
+    if decisive is None:
+        return True
+    return (config[decisive] in wanted if wanted else bool(config.get(decisive))) and _applies(decisive, config)
 
 
 def _validation(facts: CardFacts, words: Words) -> str:

@@ -12,9 +12,8 @@ from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
 
 OnBatch = Callable[[int], object] | None
-CPU_IMAGES = (
-    4  # through the tower at once: activations of more are new memory at every layer, which takes half the time
-)
+# Images that go through the tower at once: activations of more are new memory at every layer, half of the time.
+CPU_IMAGES = 4
 
 
 @torch.inference_mode()

@@ -232,6 +232,78 @@ def test_a_licence_that_does_not_follow_is_left_out(run):
     assert "license" not in split_card(card_of(run))[0] and check(run) == []
 
 
+NEW_KEYS = (
+    *("text_teacher", "teacher_language", "teacher_weight", "teacher_loss", "anchor_share", "parallel_text"),
+    *("parallel_batch_size", "decay_towards", "layer_decay", "trained_vocabulary", "matryoshka_dims"),
+)
+TEACHER = {"text_teacher": "base", "teacher_weight": 2.5, "teacher_loss": "both"}
+PARALLEL = {"parallel_text": "names.jsonl", "parallel_batch_size": 1234}
+UNSTATED = {"name": "x", "hub_id": None, "revision": None, "base_model": [], "licenses": [], "attribution": None}
+
+
+def card_with(run, config: dict, language: str = "en", **origins) -> str:
+    """The card of a run whose `config` and `origins` are changed."""
+
+    def edit(content: dict) -> None:
+        content["config"] |= config
+        content["origins"] |= origins
+
+    change(run / "run.json", edit)
+    write_card(run, language=language)
+    assert check(run) == []
+    return card_of(run)
+
+
+def test_settings_are_shown_where_they_say_something(run):
+    keys = ("teacher_", "text_teacher", "anchor_", "parallel_", "decay_towards", "layer_decay", "trained_vocabulary")
+    plain = {"weight_decay": 0.2, "trained_vocabulary": "all"}
+    assert not [key for key in keys if f"`{key}" in card_with(run, plain)]
+    special = {"decay_towards": "base", "layer_decay": 0.9, "trained_vocabulary": "used", "anchor_share": 0.25}
+    text = card_with(run, {**special, **TEACHER, **PARALLEL})
+    for key, value in {**special, **TEACHER, "teacher_language": "en", "parallel_batch_size": 1234}.items():
+        assert f"| `{key}` | `{value}` |" in text
+    assert "`decay_towards`" not in card_with(run, {"weight_decay": 0}), "nothing is pulled"
+    text = card_with(run, {"teacher_weight": 0})
+    assert "Its teacher" not in text and "`teacher_loss`" not in text and "`anchor_share`" in text
+
+
+def test_the_teacher_is_described_and_its_licence_stated(run):
+    assert "teacher" not in card_with(run, {})
+    text = card_with(run, TEACHER)
+    assert "a frozen text tower (that of the base)" in text and "in\nEnglish which the text translates" in text
+    assert "- Teacher" not in text
+    own = {**UNSTATED, "title": "us/teacher", "hub_id": "us/teacher"}
+    own |= {"licenses": ["cc-by-4.0"], "attribution": "By us."}
+    text = card_with(run, {"text_teacher": "us/teacher"}, teacher=own)
+    assert "text tower ([us/teacher](https://huggingface.co/us/teacher))" in text
+    assert "- Teacher, us/teacher: `cc-by-4.0`. By us." in text
+    assert "- Professora, us/teacher: `cc-by-4.0`. By us." in card_with(run, {}, language="pt")
+
+
+def test_parallel_text_has_no_pictures(run):
+    pictures = json.loads((run / "run.json").read_text(encoding="utf-8"))["origins"]["datasets"]
+    names = {**UNSTATED, "title": "names.jsonl"}
+    about = "sentence pairs without pictures, in Portuguese and English"
+    text = card_with(run, {**TEACHER, **PARALLEL}, datasets=[*pictures, names])
+    assert f"captions in Portuguese of *Quadrados coloridos* and {about}, of *names.jsonl*." in text
+    assert f"- *Quadrados coloridos*, split `train`, captions in Portuguese\n- *names.jsonl*, {about}\n" in text
+    assert "The batch is exact" in text and "No picture" not in text
+    text = card_with(run, {"dataset": []}, datasets=[names])
+    assert f"fine-tuned on\n{about}, of *names.jsonl*." in text and "split `train`" not in text
+    assert "No picture was trained on: a batch is 1,234 sentence pairs" in text and "The batch is exact" not in text
+    assert not [key for key in ("effective_batch_size", "caption_strategy", "augmented_views") if f"`{key}`" in text]
+    text = card_with(run, {}, language="pt")
+    assert "pares de frases sem imagens, em português e inglês, de *names.jsonl*." in text
+    assert "um lote tem 1.234 pares de frases" in text and "O lote é exato" not in text
+
+
+def test_a_run_of_before_these_settings(run):
+    change(run / "run.json", lambda content: [content["config"].pop(key) for key in NEW_KEYS])
+    text = card_with(run, {"weight_decay": 0.2})
+    assert "The batch is exact" in text and "| `weight_decay` | `0.2` |" in text
+    assert not [key for key in NEW_KEYS if f"`{key}`" in text]
+
+
 def test_classification_and_linear_probe(run):
     common = {
         "dataset": "cifar-10",

@@ -140,9 +140,9 @@ class Trained:
     )
     matryoshka_dims: list[int] = flag(
         [],
-        "Widths, such as 256 128 64 of 512, whose first numbers of the embeddings are trained to be embeddings, too, "
-        "beside the whole; each divides the whole. With towers: text the space is turned to the principal axes of the "
-        "training images before, by rotation.safetensors beside the model.",
+        "Widths, such as 256 128 64 of 512: so many first numbers of each embedding are trained to be an embedding, "
+        "too, beside the whole, which each width divides. With towers: text the space is turned to the principal axes "
+        "of the training images before; the rotation is in rotation.safetensors beside the model.",
     )
     gradient_checkpointing: bool = flag(
         False, "Recompute each layer in the backward pass: less memory, a third more time."

@@ -3,10 +3,10 @@
     python -m training.interpolate models/base runs/pt --share 0.5 --output models/half
     python -m training.interpolate models/base runs/pt --validation data --languages pt en --output models/best
 
-Of several trained models, such as seeds or the last checkpoints of a run, the mean of the weights is taken. With
-`--validation` eleven shares from 0 to 1 are measured, and the best is written: the one of the highest mean recall in
-the first language among those that lose no more than `--max_loss` in the others. The processor and the configuration
-are those of the first trained model.
+Of several trained models, such as the seeds of a run, the mean of the weights is taken. With `--validation` eleven
+shares from 0 to 1 are measured, and the best is written: the one of the highest mean recall in the first language among
+those that lose no more than `--max_loss` in the others. The processor and the configuration are those of the first
+trained model.
 """
 
 from common.start import start_command
