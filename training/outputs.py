@@ -39,7 +39,7 @@ CARD = """---
 
 # {title}
 
-A [CAPIVARA](https://arxiv.org/abs/2310.13683) model: `{model}` fine-tuned on captions in "{language}" of the data set
+A [CAPIVARA](https://arxiv.org/abs/2310.13683) model: `{model}` fine-tuned on texts in "{language}" of
 {dataset}; trained was {trained}. `run.json` has every setting and measurement of the run,
 `results/` the evaluation. `python -m hub_upload.card` makes the full card of both.
 
