@@ -106,9 +106,10 @@ def figures(folder: Path) -> dict[str, Any]:
 
 def main_job_table(results: dict[str, Any]) -> str:
     """The table of docs/benchmarks.md, out of the JSON."""
-    phases = [*PHASES, "total"]
+    shown = {phase for runs in results["measured"].values() for found in runs.values() for phase in found["seconds"]}
+    phases = [phase for phase in (*PHASES, "total") if phase in shown]  # a short one has no bar
     rows = [
-        (f"{tree}, {run}", *(f"{found['seconds'].get(phase, 0):.0f}" for phase in phases))
+        (f"{tree}, {run}", *(f"{s:.0f}" if (s := found["seconds"].get(phase)) else "–" for phase in phases))
         for tree, runs in results["measured"].items()
         for run, found in runs.items()
     ]
