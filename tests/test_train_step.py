@@ -85,20 +85,21 @@ def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(monkeypatc
     seen = []
     # a round is a precision of a run: the machine is twice as slow in the second run, the ratios are not
     peers = iter([1.0, 2.0, 0.5, 1.0, 1.0, 2.0])
-    ours = iter([2.0, 4.0, 6.0, 5.0] + [20.0] * 3 + [2.0, 3.0, 2.5] + [10.0] * 3 + [5.0, 7.0, 6.0] + [20.0] * 3)
-    monkeypatch.setattr(timing, "in_own_process", fake_process(peers, ours, seen))
+    ours = [2.0, 4.0, 6.0, 6.0, 5.0, *[20.0] * 4, 2.0, 3.0, 3.0, 2.5, *[10.0] * 4, 5.0, 7.0, 7.0, 6.0, *[20.0] * 4]
+    monkeypatch.setattr(timing, "in_own_process", fake_process(peers, iter(ours), seen))
     output = tmp_path / "train_step.json"
     flags = ["--pairs", "8", "--micro", "4", "--peer_micro", "4", "--runs", "3"]
     bench.main([*flags, "--output", str(output)])
     results = json.loads(output.read_text())
     assert json.loads(capsys.readouterr().out.strip().splitlines()[-1]) == results, "JSON is the last line"
-    assert [command[0].split(".")[1] for command in seen[1:]] == ["open_clip_peer", *["train_step"] * 3] * 6
+    assert [command[0].split(".")[1] for command in seen[1:]] == ["open_clip_peer", *["train_step"] * 4] * 6
     measured = results["measured"]["float32"]
     assert measured["no_cache"]["ratio"] == 4.0 and measured["cache"]["ratio"] == 6.0
     assert measured["cache"]["pairs_per_second"] == {"median": 6.0, "slowest": 3.0, "fastest": 7.0}
     assert results["peer_accum"] == 2 and measured[PEER]["ratio"] == 1.0
     assert results["recipe"]["projected_hours"] == pytest.approx(8 / 2.0 * 5863 / 3600)
     assert set(results["measured"]) == set(PRECISIONS.values()) and set(measured) == set(TITLES)
+    assert 0 < results["recipe"]["teacher_s"] < 60
     table = bench.train_step_table(results)
     assert "| ours, cache | float32 | 6.00 | 6.0 | 5.0 |" in table
 
@@ -120,6 +121,7 @@ def test_a_gpu_leaves_the_peer_out(monkeypatch):
     monkeypatch.setattr(timing, "in_own_process", fake_process(iter([]), iter([3.0] * 100), seen))
     monkeypatch.setattr(timing, "device_description", lambda device: "a GPU")
     monkeypatch.setattr(bench, "resolve_precision", lambda requested, device: "bf16")
+    monkeypatch.setattr(bench, "teacher_seconds", lambda args: 0.1)
     results = bench.compare(TrainStepArguments(pairs=9, device="cuda", runs=1))
     assert PEER not in results["measured"]["float32"] and "peer_micro" not in results
     assert "ratio" not in results["measured"]["float32"]["cache"]
