@@ -206,7 +206,7 @@ def test_rows_are_never_all_in_memory(folder):
     del table
     before, started = peak_resident_bytes(), time.perf_counter()
     checked(folder)
-    assert size > 1.8e8 and peak_resident_bytes() - before < 0.5 * size
+    assert size > 1.8e8 and peak_resident_bytes() - before < 0.8 * size
     assert time.perf_counter() - started < 20
 
 
