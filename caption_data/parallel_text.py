@@ -13,6 +13,7 @@ from datasets import Dataset
 from caption_data.pairs import written_table
 from caption_data.rows import BadRow, Skipped, storable
 from caption_data.source_files import load_by_datasets, load_files, load_saved, of_split
+from caption_data.sources import undecoded
 from modeling_capivara import repair_text
 
 LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -41,6 +42,11 @@ def parallel_table(name: str, language: str, teacher_language: str, skipped: lis
                 f"parallel_text: {name} has no column {code!r}; there are {data.column_names}. It needs a column for "
                 f"each language, {language!r} and {teacher_language!r}."
             )
+
+    columns = languages if set(languages) <= set(data.column_names) else (TRANSLATION,)
+    data = data.select_columns(list(columns))
+    for column in columns:
+        data = data.cast_column(column, undecoded(data.features[column]))
 
     def entries() -> Iterator[dict]:
         for number, row in enumerate(data):

@@ -107,8 +107,8 @@ class _ArrowSource(Source):
         super().__init__(*options)
         self.features, self._fingerprint = data.features, getattr(data, "_fingerprint", None)
         for column, feature in (data.features or {}).items():
-            if (undecoded := _undecoded(feature)) != feature:
-                data = data.cast_column(column, undecoded)
+            if (plain := undecoded(feature)) != feature:
+                data = data.cast_column(column, plain)
         self._items = data
         self.columns = list(data.column_names or next(iter(data), {}))
 
@@ -298,14 +298,14 @@ def _not_empty(source: Source) -> Source:
     return source
 
 
-def _undecoded(feature: Any) -> Any:
-    """A feature whose images, sounds and films, at any depth, are left as they are: `datasets` would open any path."""
+def undecoded(feature: Any) -> Any:
+    """The feature, its images, sounds and films at any depth left as they are: `datasets` would open any path."""
     if isinstance(feature, dict):
-        return {name: _undecoded(inner) for name, inner in feature.items()}
+        return {name: undecoded(inner) for name, inner in feature.items()}
     if isinstance(feature, list):
-        return [_undecoded(inner) for inner in feature]
+        return [undecoded(inner) for inner in feature]
     if hasattr(feature, "feature"):  # List and its kin
-        return replace(feature, feature=_undecoded(feature.feature))
+        return replace(feature, feature=undecoded(feature.feature))
     return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
 
 

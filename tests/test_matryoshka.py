@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from test_contrastive import by_two_processes, sides
+from test_contrastive import by_two_processes, check_joined, sides
 from tiny import randomise, tiny_config
 from torch.nn.functional import normalize
 
@@ -66,12 +66,7 @@ def test_without_prefixes_it_is_the_loss_of_the_whole_to_the_bit(dims):
 
 
 def test_two_processes_equal_one():
-    whole, results = by_two_processes(matryoshka_gradients, cut=4, dims=DIMS)
-    found = torch.cat([result.text_embeds for result in results])
-    torch.testing.assert_close(found, whole.text_embeds, rtol=1e-4, atol=1e-6)
-    for result in results:
-        for name in ("loss", "image_embeds", "logit_scale"):
-            torch.testing.assert_close(getattr(result, name), getattr(whole, name), rtol=1e-4, atol=1e-6)
+    check_joined(*by_two_processes(matryoshka_gradients, cut=4, dims=DIMS), rtol=1e-4, atol=1e-6)
 
 
 def test_the_rotation_is_orthogonal_and_puts_the_most_first():

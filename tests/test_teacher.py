@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 from safetensors.torch import load_file
 from test_train_accelerate import flags
-from tiny import randomise, tiny_config
+from tiny import tiny_config
 
 import train_accelerate
 from caption_data.embedding_cache import cache_key
@@ -89,6 +89,20 @@ def test_parallel_text_in_all_its_forms(tmp_path):
         table = parallel_table(str(tmp_path / name), "pt", "en", skipped := [])
         assert table[1]["captions"] == ["pedra 1"] and table[1]["teacher_captions"] == ["a stone 1"] and not skipped
         assert len(table) == 9
+
+
+def test_pictures_of_parallel_text_are_not_opened(tmp_path):
+    """`datasets` would open any path, and fetch any address."""
+    elsewhere = {"bytes": None, "path": str(lines(tmp_path / "elsewhere.png", []))}
+    features = Features({"pt": Value("string"), "en": Value("string"), "picture": Image()})
+    rows = Dataset.from_list([row | {"picture": elsewhere} for row in PAIRS], features=features)
+    DatasetDict(train=rows).save_to_disk(tmp_path / "beside")
+    sides = Dataset.from_list([{"pt": elsewhere, "en": "a"}], features=Features({"pt": Image(), "en": Value("string")}))
+    DatasetDict(train=sides).save_to_disk(tmp_path / "side")
+    (tmp_path / "elsewhere.png").unlink()  # to open it would fail
+    assert len(parallel_table(str(tmp_path / "beside"), "pt", "en", [])) == 9
+    with pytest.raises(ValueError, match="no usable pair"):
+        parallel_table(str(tmp_path / "side"), "pt", "en", [])
 
 
 def test_bad_parallel_text(tmp_path):
@@ -228,12 +242,9 @@ class Killed(BaseException):
     """Ends a run within this process."""
 
 
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory, tiny_processor):
-    folder = tmp_path_factory.mktemp("base") / "model"
-    randomise(CapivaraModel(tiny_config())).save_pretrained(folder)
-    tiny_processor.save_pretrained(folder)
-    return folder
+@pytest.fixture
+def base_folder(saved_tiny_folder):
+    return saved_tiny_folder
 
 
 @pytest.fixture(autouse=True)
