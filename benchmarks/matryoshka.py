@@ -1,4 +1,4 @@
-"""What cut embeddings keep of the recall: plainly cut, turned to the axes of the images, and trained to be cut.
+"""What cut embeddings keep of the recall: plainly cut, rotated to the axes of the images, and trained to be cut.
 
     train="accelerate launch train_accelerate.py --config configs/openmoji.yaml --runs 3 --num_threads 1"
     $train --output_dir runs/cut
@@ -32,10 +32,10 @@ from training.matryoshka import load_rotation
 
 ROWS = {  # key -> what was trained, and how it is cut
     "base, cut": "base, plainly cut",
-    "base, turned": "base, turned, then cut",
+    "base, turned": "base, rotated, then cut",
     "plain, cut": "trained without widths, plainly cut",
-    "plain, turned": "trained without widths, turned, then cut",
-    "trained": "turned, then trained with the widths",
+    "plain, turned": "trained without widths, rotated, then cut",
+    "trained": "rotated, then trained with the widths",
 }
 
 

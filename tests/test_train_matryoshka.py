@@ -97,7 +97,7 @@ def test_the_way_back_is_to_the_turned_base(tiny_folder, tiny_dataset_folder, tm
             for found in made[1:]:
                 torch.testing.assert_close(found[name], (weight + made[0][name]) / 2, rtol=1e-5, atol=1e-6)
     assert torch.equal(load_rotation(tmp_path / "same"), load_rotation(out))
-    with pytest.raises(SystemExit, match="turned in other ways"):
+    with pytest.raises(SystemExit, match="rotated otherwise"):
         interpolate([str(tiny_folder), str(out), str(tiny_folder), "--output", str(tmp_path / "none")])
 
 

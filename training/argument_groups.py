@@ -141,7 +141,7 @@ class Trained:
     matryoshka_dims: list[int] = flag(
         [],
         "Widths, such as 256 128 64 of 512: so many first numbers of each embedding are trained to be an embedding, "
-        "too, beside the whole, which each width divides. With towers: text the space is turned to the principal axes "
+        "too, beside the whole, which each width divides. With towers: text the space is rotated to the principal axes "
         "of the training images before; the rotation is in rotation.safetensors beside the model.",
     )
     gradient_checkpointing: bool = flag(

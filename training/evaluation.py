@@ -49,7 +49,7 @@ def validate(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict[s
 def embed_test(
     args: RunArguments, model: CapivaraModel, inputs: Inputs, rotation: Tensor | None = None
 ) -> dict[str, RetrievalEmbeddings]:
-    """Language -> the test split embedded by the model, whose space is the base's turned by `rotation`."""
+    """Language -> the test split embedded by the model, whose space is the base's rotated by `rotation`."""
     model.eval()
     embeds = inputs.test_embeds if rotation is None else inputs.test_embeds @ rotation.T
     if args.towers == "both":

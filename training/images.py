@@ -158,7 +158,7 @@ class TrainingImages:
     views: list[Views]  # of each data set, over its usable pairs
     caches: list[EmbeddingCache] | None = None  # of each data set; None where every image is embedded at every step
     cache_rows: list[np.ndarray] | None = None  # pair of a data set -> its row in the cache
-    rotation: Tensor | None = None  # (width, width), that what is cached is turned by; see `training.matryoshka`
+    rotation: Tensor | None = None  # (width, width), that what is cached is rotated by; see `training.matryoshka`
 
     def cached_embeds(self, sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
         """(pairs, width), float32: data set, pair and view of each; only with caches."""

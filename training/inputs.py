@@ -62,7 +62,7 @@ class Inputs:
             self.teacher_validation = captions, embeds @ rotation.T
 
     def start_model(self, args: RunArguments) -> CapivaraModel:
-        """The model that a training starts from: the base, turned where its space is."""
+        """The model that a training starts from: the base, rotated where its space is."""
         model = load_model(args.model)
         if self.rotation is not None:
             rotate_(model, self.rotation)

@@ -44,12 +44,12 @@ def interpolate(args: InterpolateArguments) -> float:
         raise ValueError(f"The output folder {output} is not empty. Choose another one.")
     rotation = common_rotation(args.trained)
     start, model = load_model(args.base), load_model(args.trained[0])
-    if rotation is not None:  # the space that was trained in is the base's, turned
+    if rotation is not None:  # the space that was trained in is the base's, rotated
         rotate_(start, rotation)
     base, trained = start.state_dict(), mean_weights(args.trained)
     if rotation is None and model.config.matryoshka_dims and not _same_images(base, trained):
         raise ValueError(
-            f"{args.trained[0]} was trained with matryoshka_dims, in a space that is turned, and its "
+            f"{args.trained[0]} was trained with matryoshka_dims, in a space that is rotated, and its "
             "rotation.safetensors is missing: nothing lies between its weights and the base's. Fetch the file."
         )
     shapes = {name: tensor.shape for name, tensor in trained.items()}
@@ -76,7 +76,7 @@ def common_rotation(folders: list[str]) -> Tensor | None:
     for folder, other in zip(folders[1:], others, strict=True):
         if (other is None) != (first is None) or (first is not None and not torch.equal(first, other)):
             raise ValueError(
-                f"{folder} and {folders[0]} were trained in spaces that are turned in other ways, so that nothing lies "
+                f"{folder} and {folders[0]} were trained in spaces that are rotated otherwise, so that nothing lies "
                 "between their weights. Take seeds of one run."
             )
     return first

@@ -4,7 +4,7 @@
     rotate_(model, rotation)  # no cosine of whole embeddings changes; the first numbers now hold most
     stored = stored @ rotation.T  # vectors of the model before
 
-A frozen image tower can't learn which numbers come first, so its space is turned to its principal axes beforehand; the
+A frozen image tower can't learn which numbers come first, so its space is rotated to its principal axes beforehand; the
 text tower then learns to be near the images in every prefix.
 """
 
@@ -47,7 +47,7 @@ def principal_rotation(image_embeds: Tensor) -> Tensor:
         image_embeds: (images, width), unit length; more images than the width, or the last axes are arbitrary.
 
     Returns:
-        (width, width), float32: `embeds @ rotation.T` are the turned embeddings.
+        (width, width), float32: `embeds @ rotation.T` are the rotated embeddings.
 
     Raises:
         ValueError: there is no image, or an embedding is not finite.
@@ -76,8 +76,8 @@ def rotate_(model: CapivaraModel, rotation: Tensor) -> None:
         raise ValueError(f"The rotation is of {len(rotation)} dimensions, the model's embeddings are of {width}.")
     text = model.text_projection
     for layer in (model.visual_projection, text[-1] if isinstance(text, nn.Sequential) else text):
-        turned = rotation.to(layer.weight.device).double() @ layer.weight.double()
-        layer.weight.copy_(turned)
+        rotated = rotation.to(layer.weight.device).double() @ layer.weight.double()
+        layer.weight.copy_(rotated)
 
 
 def run_rotation(

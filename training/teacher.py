@@ -45,7 +45,7 @@ class Teacher:
         """ "base" is the model before training; anything else a folder or Hub id.
 
         Raises:
-            ValueError: its embeddings are not as wide as the base's, or of a space that is turned.
+            ValueError: its embeddings are not as wide as the base's, or of a space that is rotated.
         """
         if name == "base":
             return cls(base, processor)
@@ -57,7 +57,7 @@ class Teacher:
             )
         if load_rotation(name) is not None:
             raise ValueError(
-                f"text_teacher: {name} was trained with matryoshka_dims, in a space that is turned. Give its base."
+                f"text_teacher: {name} was trained with matryoshka_dims, in a space that is rotated. Give its base."
             )
         return cls(model.to(base.device).eval(), load_processor(name))
 
