@@ -22,8 +22,8 @@ import torch
 from transformers import AutoModel, CLIPVisionModel, XLMRobertaModel  # noqa: F401, else imported while a load is timed
 
 from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
-from common.cli import at_least, flag, parse
-from common.environment import peak_resident_bytes
+from capivara_search.common.cli import at_least, flag, parse
+from capivara_search.common.environment import peak_resident_bytes
 from examples.openmoji.encoders import load_tokenizer
 from hub_upload.export import export
 from hub_upload.loader_files import OPEN_CLIP_WEIGHTS

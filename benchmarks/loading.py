@@ -24,9 +24,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.timing import conditions, finish
+from capivara_search.common.cli import flag, parse
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
-from common.cli import flag, parse
 from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.images import TrainingImages

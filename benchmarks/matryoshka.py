@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.timing import conditions, finish, table
-from common.cli import flag, parse, user_errors
-from common.files import read_json
+from capivara_search.common.cli import flag, parse, user_errors
+from capivara_search.common.files import read_json
 from eval.embeddings import RetrievalEmbeddings
 from eval.eval_arguments import RetrievalArguments
 from eval.measurement import open_store

@@ -19,8 +19,8 @@ import PIL.Image
 
 from benchmarks import captions, captions_selection, main_job, matryoshka, recipe_tables, scaling, train_step
 from benchmarks.timing import RESULTS, ROOT, software, table
-from common.cli import flag, parse, run_command
-from common.files import read_json, write_json, write_text
+from capivara_search.common.cli import flag, parse, run_command
+from capivara_search.common.files import read_json, write_json, write_text
 from records.schema import DIRECTIONS, Record, read_records
 from records.tables import percent, retrieval_table
 

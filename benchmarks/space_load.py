@@ -30,7 +30,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from benchmarks.timing import conditions, finish
-from common.cli import flag, parse
+from capivara_search.common.cli import flag, parse
 from hub_upload.space.guard import QUESTION, UPLOAD
 from hub_upload.space.turns import BUSY
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from common.environment import device_description, package_versions, peak_resident_bytes
-from common.files import write_json
+from capivara_search.common.environment import device_description, package_versions, peak_resident_bytes
+from capivara_search.common.files import write_json
 from records.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent

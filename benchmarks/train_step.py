@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
-from common.cli import at_least, flag, parse
+from capivara_search.common.cli import at_least, flag, parse
 from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments

@@ -8,7 +8,8 @@ from typing import Any
 
 from datasets import Features, Image, List, Value
 
-from caption_data.rows import BadRow, storable
+from capivara_search.common.image_files import BadRow
+from caption_data.rows import storable
 from caption_data.sources import HEAD_ROWS, Source
 
 CAPTIONS = List(Value("string"))

@@ -17,9 +17,9 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
+from capivara_search.common.image_files import BadRow, ImageFiles, image_digest
 from caption_data.columns import SIMILARITY_COLUMN, caption_texts, similarities
-from caption_data.image_files import ImageFiles, image_digest
-from caption_data.rows import NOT_CHOSEN, BadRow, Skipped, rows_fingerprint
+from caption_data.rows import NOT_CHOSEN, Skipped, rows_fingerprint
 from caption_data.sources import Source
 from modeling_capivara import repair_text
 

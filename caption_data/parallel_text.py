@@ -10,8 +10,9 @@ from typing import Any
 
 from datasets import Dataset
 
+from capivara_search.common.image_files import BadRow
 from caption_data.pairs import written_table
-from caption_data.rows import BadRow, Skipped, storable
+from caption_data.rows import Skipped, storable
 from caption_data.source_files import load_by_datasets, load_files, load_saved, of_split
 from caption_data.sources import undecoded
 from modeling_capivara import repair_text

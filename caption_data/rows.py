@@ -7,9 +7,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from common.files import write_text
+from capivara_search.common.files import write_text
 
-MAX_DETAIL = 300  # letters of a line of skipped.jsonl; a caption can be a book
 NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy; left out, but not bad
 
 
@@ -24,21 +23,6 @@ class Skipped:
         str  # not chosen, no image, unreadable image, absurd image size, no caption, missing column, damaged archive
     )
     detail: str
-
-
-class BadRow(ValueError):
-    """A row that can't be used, with the reason and detail of its `Skipped`."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail[:MAX_DETAIL]
-
-    def __reduce__(self):  # as a result of a worker process it is pickled
-        return type(self), (self.reason, self.detail)
-
-
-class BadImage(BadRow):
-    """An image that can't be used."""
 
 
 def digest_of(value: Any, sort_keys: bool = False) -> str:

@@ -17,10 +17,10 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from caption_data.image_files import SUFFIXES
-from caption_data.links import Bounds, refuse_links_out
+from capivara_search.common.files import read_json
+from capivara_search.common.image_files import SUFFIXES
+from capivara_search.common.links import Bounds, refuse_links_out
 from caption_data.stage_folder import one_line, opened_parquet, parquet_batches
-from common.files import read_json
 
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")

@@ -23,9 +23,9 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset
 from tqdm.auto import tqdm
 
-from caption_data.image_files import MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, ImageFiles
-from caption_data.links import Bounds
-from caption_data.rows import MAX_DETAIL, Skipped
+from capivara_search.common.image_files import MAX_DETAIL, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, ImageFiles
+from capivara_search.common.links import Bounds
+from caption_data.rows import Skipped
 from caption_data.source_files import (
     FORMS,
     copied_bounds,
@@ -46,7 +46,8 @@ SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fi
 class Source:
     """One split of one data set, in a fixed order.
 
-    An image is left as it is, `{"bytes", "path"}`: `caption_data.image_files` opens it, with the `files` of the source.
+    An image is left as it is, `{"bytes", "path"}`: `capivara_search.common.image_files` opens it, with the `files` of
+    the source.
     """
 
     def __init__(self, name: str, split: str, streaming: bool, files: ImageFiles, image_column: str):

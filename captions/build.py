@@ -12,7 +12,7 @@ same command does what is missing after a kill, whatever the number of tasks. do
 config, docs/cluster.md how to run it on a cluster.
 """
 
-from common.start import start_command
+from capivara_search.common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.stage_arguments:BuildArguments", __doc__)
@@ -23,6 +23,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from capivara_search.common.cli import parse, run_command, user_errors
+from capivara_search.common.environment import require
+from capivara_search.common.executors import Work, execute, failures
 from caption_data.stage_folder import STAGE_FILE, unfinished
 from captions.build_plan import Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER
@@ -30,9 +33,6 @@ from captions.stage_arguments import BuildArguments
 from captions.stages import RowStage
 from captions.translate import export
 from captions.translators.google_cloud import GOOGLE_MODULES
-from common.cli import parse, run_command, user_errors
-from common.environment import require
-from common.executors import Work, execute, failures
 
 logger = logging.getLogger("capivara")
 

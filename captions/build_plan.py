@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from capivara_search.common.cli import as_flags, parser, read_config, reject
 from captions.stage_arguments import GenerateArguments, ScoreArguments, SelectArguments, StageArguments
 from captions.translate_arguments import TranslateArguments
-from common.cli import as_flags, parser, read_config, reject
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
 STAGES = {

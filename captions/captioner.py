@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from caption_data.rows import BadRow
+from capivara_search.common.image_files import BadRow
 from captions.stage_arguments import Decoding
 
 NOT_FINITE = "no finite scores"  # reason of a `BadRow`

@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 from datasets import Features
 from tqdm.auto import tqdm
 
+from capivara_search.common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
+from capivara_search.common.privacy import hide_paths
+from capivara_search.common.tasks import Phase
 from caption_data.columns import CAPTION_COLUMN
 from caption_data.stage_folder import check_complete, identity_digest, stage_record, whole_parquet
 from captions.build_plan import Plan, Step
 from captions.dataset_card import dataset_card
 from captions.quality import REPORT_FILE
-from common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
-from common.privacy import hide_paths
-from common.tasks import Phase
 
 DATASET_FOLDER = "dataset"
 FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes

@@ -11,7 +11,7 @@ What an image's prefixes share is computed once: of BLIP-2 the vision encoder, t
 reading of the image. BLIP, GIT and vision-encoder-decoder models encode the image anew for every prefix.
 """
 
-from common.start import start_command
+from capivara_search.common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.stage_arguments:GenerateArguments", __doc__)
@@ -25,16 +25,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+from capivara_search.common.cli import run_command
+from capivara_search.common.environment import torch_device
+from capivara_search.common.files import read_json
+from capivara_search.common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
 from caption_data.columns import CAPTIONS
-from caption_data.image_files import BYTES_ALONE, ImageFiles, by_threads, decode_image
-from caption_data.rows import BadImage, BadRow
 from captions.captioner import KINDS, Captioner
 from captions.stage_arguments import GenerateArguments
 from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
 from captions.translators.local import DTYPES
-from common.cli import run_command
-from common.environment import torch_device
-from common.files import read_json
 from modeling_capivara.loading import check_reachable, weights_digest
 
 COLUMN = "generated-captions-en"

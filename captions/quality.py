@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import List, Value
 
+from capivara_search.common.files import write_json
 from caption_data.selection import TOKEN_PATTERN
 from captions.translators.languages import scripts_of
-from common.files import write_json
 
 FLAGS = ("empty", "copy", "wrong script", "length", "repetition", "markup")
 MAX_NAME_WORDS = 3  # so much may be a name: "Rio de Janeiro" is right in every language

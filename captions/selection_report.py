@@ -16,15 +16,15 @@ from typing import Any
 
 import PIL.Image
 
+from capivara_search.common.files import write_json, write_text
+from capivara_search.common.image_files import BadRow, decode_image
+from capivara_search.common.privacy import short_name
 from caption_data.columns import caption_texts
-from caption_data.image_files import decode_image
-from caption_data.rows import NOT_CHOSEN, BadRow
+from caption_data.rows import NOT_CHOSEN
 from caption_data.sources import Source
 from caption_data.stage_folder import StageReport, skipped_path
 from captions.stage_arguments import SelectArguments
 from captions.stages import stage_source
-from common.files import write_json, write_text
-from common.privacy import short_name
 from records.picture_sheets import Example, plot_examples
 from records.plots import Histogram, plot_similarities
 from records.report_page import Pictures, render_page

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
+from capivara_search.common.environment import package_versions
+from capivara_search.common.files import read_json, write_json
 from caption_data.rows import Skipped
 from caption_data.sources import Source
 from caption_data.stage_folder import (
@@ -31,8 +33,6 @@ from captions.translate_arguments import KINDS, PAPER_MODEL, TranslateArguments
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator
 from captions.translators.pieces import groups
 from captions.tsv import FileTranslator
-from common.environment import package_versions
-from common.files import read_json, write_json
 
 logger = logging.getLogger("capivara")
 

@@ -18,11 +18,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capivara_search.common.files import write_bytes, write_json
+from capivara_search.common.image_files import BadRow
 from caption_data.columns import caption_texts
-from caption_data.rows import BadRow, digest_of
+from caption_data.rows import digest_of
 from caption_data.sources import Source
 from caption_data.stage_folder import whole_parquet
-from common.files import write_bytes, write_json
 
 SENTENCES = "sentences.parquet"
 SENTENCES_VERSION = 1

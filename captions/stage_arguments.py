@@ -8,11 +8,11 @@ from typing import Literal
 
 import numpy as np
 
-from caption_data.image_files import DATASET_HELP, CaptionDataArguments
+from capivara_search.common.cli import at_least, flag
+from capivara_search.common.image_files import DATASET_HELP, CaptionDataArguments
+from capivara_search.common.tasks import SHARED_BY_TASKS, ExecutorArguments
 from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
 from caption_data.stage_folder import SPLIT
-from common.cli import at_least, flag
-from common.tasks import SHARED_BY_TASKS, ExecutorArguments
 
 PREFIXES = Path(__file__).parent / "prefixes.json"
 GONE = {  # flags of earlier versions

@@ -4,10 +4,10 @@
     stage.run({"captions-pt": CAPTIONS}, {"model": "…"}, process)
 
 The parts of a folder (`caption_data.stage_folder`) are one data set for `open_source`, and for the next stage. The
-tasks of a stage share the parts out by `rank` and `world_size`, which `common.executors` gives them, with nothing
-between them but the file system. A task that was killed is run again and writes the parts that are missing, so that no
-row is doubled or lost. Images pass through as their original bytes, and no more rows are in memory than are worked on
-at once.
+tasks of a stage share the parts out by `rank` and `world_size`, which `capivara_search.common.executors` gives them,
+with nothing between them but the file system. A task that was killed is run again and writes the parts that are
+missing, so that no row is doubled or lost. Images pass through as their original bytes, and no more rows are in memory
+than are worked on at once.
 """
 
 import itertools
@@ -21,9 +21,14 @@ import pyarrow as pa
 from datasets import Features
 from tqdm.auto import tqdm
 
+from capivara_search.common.cli import parse, user_errors
+from capivara_search.common.environment import package_versions
+from capivara_search.common.executors import EXPECTED, TasksFailed, Work, execute
+from capivara_search.common.files import no_space_left
+from capivara_search.common.image_files import BadRow, image_bytes
+from capivara_search.common.tasks import Phase
 from caption_data.columns import CAPTION_COLUMN, IMAGE, caption_texts, fitting, passed_features
-from caption_data.image_files import image_bytes
-from caption_data.rows import BadRow, Skipped, write_skipped
+from caption_data.rows import Skipped, write_skipped
 from caption_data.sources import Source, open_source
 from caption_data.stage_folder import (
     DIGEST_KEY,
@@ -42,11 +47,6 @@ from caption_data.stage_folder import (
 )
 from captions.stage_arguments import StageArguments
 from captions.translators.pieces import groups
-from common.cli import parse, user_errors
-from common.environment import package_versions
-from common.executors import EXPECTED, TasksFailed, Work, execute
-from common.files import no_space_left
-from common.tasks import Phase
 
 logger = logging.getLogger("capivara")
 

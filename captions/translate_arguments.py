@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from capivara_search.common.cli import at_least, between, flag
 from captions.stage_arguments import StageArguments
 from captions.translators.google_cloud import GoogleArguments
-from common.cli import at_least, between, flag
 
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 KINDS = ("captions", "generated-captions")  # the authors' names, before the language

@@ -6,9 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from caption_data.image_files import DATASET_HELP, FORM_HELP, LABEL_COLUMNS, CaptionDataArguments, ImageFileArguments
-from common.cli import at_least, flag
-from common.tasks import ExecutorArguments
+from capivara_search.common.cli import at_least, flag
+from capivara_search.common.image_files import (
+    DATASET_HELP,
+    FORM_HELP,
+    LABEL_COLUMNS,
+    CaptionDataArguments,
+    ImageFileArguments,
+)
+from capivara_search.common.tasks import ExecutorArguments
 from eval.benchmarks import METRICS, SUITES
 
 

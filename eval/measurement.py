@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from capivara_search.common.cli import parse, user_errors
+from capivara_search.common.environment import device_description
+from capivara_search.common.files import read_json
 from caption_data.embedding_cache import cache_folder
-from common.cli import parse, user_errors
-from common.environment import device_description
-from common.files import read_json
 from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import ModelArguments
 from modeling_capivara.embedder import load_embedder, processes

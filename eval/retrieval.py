@@ -10,7 +10,7 @@ of this machine, by a Slurm cluster or by Ray (docs/cluster.md). The figures are
     python -m eval.retrieval … --executor slurm --tasks 40 --partition gpu --gpus_per_task 1 --time 01:00:00
 """
 
-from common.start import start_command
+from capivara_search.common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:RetrievalArguments", __doc__)
@@ -27,15 +27,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from capivara_search.common.cli import run_command
+from capivara_search.common.environment import require
+from capivara_search.common.files import check_output_file
+from capivara_search.common.image_files import BadRow
+from capivara_search.common.privacy import hide_paths, short_name
+from capivara_search.common.tasks import Phase
 from caption_data.columns import caption_texts
 from caption_data.image_rows import ImageRows
-from caption_data.rows import BadRow, rows_fingerprint
+from caption_data.rows import rows_fingerprint
 from caption_data.sources import Source, open_source
-from common.cli import run_command
-from common.environment import require
-from common.files import check_output_file
-from common.privacy import hide_paths, short_name
-from common.tasks import Phase
 from eval.embeddings import EmbeddedImages, EmbeddingStore, RetrievalEmbeddings
 from eval.eval_arguments import RetrievalArguments, caption_positions
 from eval.gallery import write_gallery
@@ -210,7 +211,7 @@ def run(args: RetrievalArguments) -> list[Record] | None:
     if not args.executor_flags():
         return evaluate(args)
     require("--executor, --tasks and --workers", "captions", "datatrove")
-    from common.executors import Work, execute
+    from capivara_search.common.executors import Work, execute
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("capivara").setLevel(logging.INFO)

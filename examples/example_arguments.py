@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import at_least, flag
+from capivara_search.common.cli import at_least, flag
 
 CONFIG = Path("configs/openmoji_captions.yaml")
 DIGITS = "mnist"  # benchmark whose names and templates the embedded images have

@@ -13,7 +13,7 @@ makes. `--images` is a folder of splits with a sub-folder of images a class, a s
     print(pipeline("image-classification", "runs/classifier")("digit.png"))
 """
 
-from common.start import start_command
+from capivara_search.common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:ClassifierArguments", __doc__)
@@ -27,12 +27,12 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from capivara_search.common.cli import parse, run_command, user_errors
+from capivara_search.common.environment import device_description, package_versions
+from capivara_search.common.files import whole_folder, write_json, write_text
+from capivara_search.common.image_files import BadImage
+from capivara_search.common.privacy import hide_paths
 from caption_data.labelled_images import LabelledImages, load_images
-from caption_data.rows import BadImage
-from common.cli import parse, run_command, user_errors
-from common.environment import device_description, package_versions
-from common.files import whole_folder, write_json, write_text
-from common.privacy import hide_paths
 from eval.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
 from examples.example_arguments import DIGITS, ClassifierArguments

@@ -9,7 +9,7 @@ will read is compared with the model tensor by tensor. Nothing is written but wh
 hold a path of a machine or an access token.
 """
 
-from common.start import start_command
+from capivara_search.common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("hub_upload.export_arguments:ExportArguments", __doc__)
@@ -24,9 +24,16 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 import modeling_capivara
-from common.cli import parse, run_command
-from common.files import check_free_space, check_output_folder, read_json, whole_folder, write_json, write_text
-from common.privacy import hide_paths
+from capivara_search.common.cli import parse, run_command
+from capivara_search.common.files import (
+    check_free_space,
+    check_output_folder,
+    read_json,
+    whole_folder,
+    write_json,
+    write_text,
+)
+from capivara_search.common.privacy import hide_paths
 from hub_upload import allowed_files as allowed
 from hub_upload import loader_files, onnx_files, source_model
 from hub_upload.export_arguments import FORMATS, ExportArguments

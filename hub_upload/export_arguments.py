@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.cli import flag
+from capivara_search.common.cli import flag
 
 FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
 

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from common.environment import package_versions, require
-from common.files import write_json
+from capivara_search.common.environment import package_versions, require
+from capivara_search.common.files import write_json
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor

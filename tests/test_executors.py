@@ -17,8 +17,8 @@ from caption_build import changed, files, openmoji_config, surroundings, write_c
 from slurm_node import missing_programs, slurm_node
 from tiny import randomise, tiny_config
 
+from capivara_search.common.executors import failures
 from captions.build import BuildArguments, build
-from common.executors import failures
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from modeling_capivara import CapivaraModel
 from records.schema import read_records

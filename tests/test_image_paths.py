@@ -28,10 +28,9 @@ from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 from tiny import randomise
 
 import train_accelerate
-from caption_data.image_files import ImageFiles, decode_image, image_bytes
+from capivara_search.common.image_files import BadImage, ImageFiles, decode_image, image_bytes
+from capivara_search.common.links import Bounds
 from caption_data.labelled_images import load_images
-from caption_data.links import Bounds
-from caption_data.rows import BadImage
 from caption_data.source_files import load_embedded
 from caption_data.sources import open_source
 from captions.build import BuildArguments, build
@@ -238,9 +237,9 @@ def test_more_than_the_default_of_pixels_is_asked_for():
 
 HUB_READ = """
 from pathlib import Path
-from caption_data.image_files import ImageFiles, image_bytes
-from caption_data.links import Bounds
-from caption_data.rows import BadImage
+from capivara_search.common.image_files import ImageFiles, image_bytes
+from capivara_search.common.links import Bounds
+from capivara_search.common.image_files import BadImage
 import sys
 for hub_id, name in ((None, "pictures"), ("us/private", "private"), (None, "private"), ("us/priv", "private")):
     files = ImageFiles(Bounds(Path(sys.argv[1])), hub_id=hub_id)
@@ -437,7 +436,7 @@ def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_proc
 WITHOUT_HEIF = """
 import sys
 sys.modules["pillow_heif"] = None  # as where the extra is not installed
-from caption_data.image_files import decode_image
+from capivara_search.common.image_files import decode_image
 decode_image({"bytes": open(sys.argv[1], "rb").read(), "path": "a.heic"})
 """
 

@@ -24,10 +24,10 @@ from test_train_accelerate import ROOT, flags
 import train_accelerate
 import training.images
 import training.views
-from caption_data.image_files import decode_image
+from capivara_search.common.files import DIGEST_BYTES, has_digest
+from capivara_search.common.image_files import decode_image
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
-from common.files import DIGEST_BYTES, has_digest
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model

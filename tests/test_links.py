@@ -6,9 +6,8 @@ import pytest
 from caption_tars import PICTURES, sample, write_tar
 from datasets import Dataset, DatasetDict
 
-from caption_data.image_files import image_bytes
-from caption_data.links import Bounds, refuse_links_out
-from caption_data.rows import BadImage
+from capivara_search.common.image_files import BadImage, image_bytes
+from capivara_search.common.links import Bounds, refuse_links_out
 from caption_data.sources import open_source
 
 

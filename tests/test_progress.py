@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = textwrap.dedent(
     """
     import importlib, sys, time
-    from common import progress
-    from common.cli import run_command
+    from capivara_search.common import progress
+    from capivara_search.common.cli import run_command
 
     progress.LINE_EVERY_S = 0.4
 

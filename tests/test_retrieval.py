@@ -16,10 +16,10 @@ import torch
 from test_checkpoints import flipped
 
 import modeling_capivara.embedder
+from capivara_search.common.tasks import all_parts
 from caption_data.embedding_cache import EmbeddingCache
 from caption_data.pairs import caption_table, tables_fingerprint
 from caption_data.sources import open_source
-from common.tasks import all_parts
 from eval import classification, linear_probe
 from eval.eval_arguments import caption_positions
 from eval.retrieval import RetrievalArguments, evaluate, load_data, main

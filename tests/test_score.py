@@ -11,8 +11,8 @@ from datasets import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import modeling_capivara.embedder
+from capivara_search.common.image_files import decode_image
 from caption_data.columns import CAPTIONS, SIMILARITIES
-from caption_data.image_files import decode_image
 from caption_data.sources import open_source
 from caption_data.stage_folder import stage_record
 from captions.score import ScoreArguments, main, score

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from common.privacy import short_name
+from capivara_search.common.privacy import short_name
 from eval import embeddings
 from hub_upload.space import index as index_module
 from hub_upload.space.answers import MAX_LABELS, MAX_UPLOAD_BYTES, Demo

@@ -18,7 +18,7 @@ from PIL import Image
 from test_space_page import asked, free_port
 from tiny import randomise, tiny_config
 
-from caption_data.image_files import decode_image
+from capivara_search.common.image_files import decode_image
 from hub_upload.space.answers import Demo, Refusal
 from hub_upload.space.collection import open_pictures
 from hub_upload.space.index import Index, build_index, open_album

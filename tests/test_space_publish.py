@@ -41,7 +41,7 @@ def test_the_program_is_what_the_page_imports():
         "modeling_capivara/embedder.py",
         "caption_data/rows.py",
     } <= files
-    assert {"modeling_capivara/modeling_capivara.py", "eval/embeddings.py", "common/files.py"} <= files
+    assert {"modeling_capivara/modeling_capivara.py", "eval/embeddings.py", "capivara_search/common/files.py"} <= files
     assert not [name for name in files if name.startswith(("training/", "tests/", "benchmarks/", "examples/"))]
     assert "hub_upload/space/publish_space.py" not in files and all((ROOT / name).is_file() for name in files)
     beside = {
@@ -174,7 +174,7 @@ def test_two_models_of_one_name_do_not_become_one(flags, tmp_path):
 
 
 def test_a_missing_extra_says_how_to_get_it(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("common.environment.find_spec", lambda name: None if name == "gradio" else True)
+    monkeypatch.setattr("capivara_search.common.environment.find_spec", lambda name: None if name == "gradio" else True)
     with pytest.raises(SystemExit, match=r'error: The page needs gradio, .*: pip install -e "\.\[app\]"$'):
         main(flags)
     assert not (tmp_path / "cache").exists()

@@ -19,8 +19,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from killed_stage import arguments, run, shout
 from test_sources import FORMS
 
+from capivara_search.common.image_files import BadRow
 from caption_data.columns import CAPTIONS, SIMILARITIES
-from caption_data.rows import BadRow
 from caption_data.sources import open_source
 from caption_data.stage_folder import check_complete, finished_ranks, stage_record, unfinished
 from captions.stage_arguments import ScoreArguments, StageArguments

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
 
+from capivara_search.common.files import read_json, write_json
 from caption_data.sources import open_source
 from caption_data.stage_folder import check_complete
 from captions.sentence_stage import COST, task_characters
@@ -22,7 +23,6 @@ from captions.sentences import TranslationMemory
 from captions.translate import main
 from captions.translate_arguments import TranslateArguments
 from captions.tsv import read_translations, unescape
-from common.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = 24

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 
-from common.environment import require
-from common.files import partial_folder
+from capivara_search.common.environment import require
+from capivara_search.common.files import partial_folder
 from training.arguments import RunArguments
 from training.optimiser import hopeless_rate
 from training.outputs import check_country

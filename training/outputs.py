@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from torch import Tensor, nn
 
+from capivara_search.common.environment import device_description, package_versions
+from capivara_search.common.files import write_text
+from capivara_search.common.privacy import short_name
 from caption_data.rows import Skipped
-from common.environment import device_description, package_versions
-from common.files import write_text
-from common.privacy import short_name
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import card_metadata
 from training.arguments import RunArguments

@@ -19,10 +19,10 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from capivara_search.common.files import check_free_space, write_json
+from capivara_search.common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
 from caption_data.rows import rows_fingerprint
-from common.files import check_free_space, write_json
-from common.tasks import all_parts
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_texts
 from modeling_capivara.loading import load_model, load_processor, weights_digest

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from caption_data.image_files import decode_image
-from caption_data.rows import BadImage, Skipped
+from capivara_search.common.files import DIGEST_BYTES, has_digest, write_with_digest
+from capivara_search.common.image_files import BadImage, decode_image
+from caption_data.rows import Skipped
 from caption_data.sources import Source
-from common.files import DIGEST_BYTES, has_digest, write_with_digest
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import image_parts
 

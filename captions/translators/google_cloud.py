@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from capivara_search.common.cli import flag
+from capivara_search.common.environment import require
 from captions.translators.languages import find_code
 from captions.translators.pieces import cut, groups
-from common.cli import flag
-from common.environment import require
 
 GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
 KEY, ACCOUNT = "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"

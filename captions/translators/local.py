@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from capivara_search.common.environment import how_to_install, torch_device
 from captions.translators.languages import find_code, same_language
 from captions.translators.pieces import cut, groups
-from common.environment import how_to_install, torch_device
 from modeling_capivara.loading import check_reachable
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

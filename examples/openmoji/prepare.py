@@ -6,7 +6,7 @@ The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is E
 multilingual-e5-small (`encoders.py`), aligned on the English captions only: what CAPIVARA starts from, in miniature.
 """
 
-from common.start import start_command
+from capivara_search.common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:PrepareArguments", __doc__)
@@ -27,10 +27,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from capivara_search.common.cli import parse, run_command, user_errors
+from capivara_search.common.environment import package_versions
+from capivara_search.common.files import (
+    add_digest,
+    check_free_space,
+    has_digest,
+    partial_folder,
+    whole_folder,
+    write_json,
+    write_text,
+)
 from caption_data.source_files import load_embedded
-from common.cli import parse, run_command, user_errors
-from common.environment import package_versions
-from common.files import add_digest, check_free_space, has_digest, partial_folder, whole_folder, write_json, write_text
 from eval.metrics import mean_recall, retrieval_ranks
 from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset

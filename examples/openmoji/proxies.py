@@ -12,7 +12,7 @@ style: these sets ask for the concepts that it holds out, drawn by others, and f
 - `lexicon-pt.jsonl`: names of things in English and Portuguese, out of two word nets.
 """
 
-from common.start import start_command
+from capivara_search.common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:ProxiesArguments", __doc__)
@@ -29,10 +29,10 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
+from capivara_search.common.cli import parse, run_command, user_errors
+from capivara_search.common.environment import require
+from capivara_search.common.files import whole_folder, write_text
 from caption_data.source_files import load_embedded
-from common.cli import parse, run_command, user_errors
-from common.environment import require
-from common.files import whole_folder, write_text
 from eval.prompts import load_prompts
 from examples.example_arguments import ProxiesArguments
 from examples.openmoji.concepts import demo_package

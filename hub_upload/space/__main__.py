@@ -10,7 +10,7 @@ The page opens on this machine alone, at http://127.0.0.1:7860, and asks nothing
 index of the pictures is built once, with progress, and kept in $CAPIVARA_CACHE or ~/.cache/capivara.
 """
 
-from common.start import start_command
+from capivara_search.common.start import start_command
 
 if __name__ == "__main__":
     start_command()
@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from caption_data.image_files import FORM_HELP, ImageFileArguments
-from common.cli import flag, parse, run_command, user_errors
-from common.environment import require
-from common.privacy import short_name
+from capivara_search.common.cli import flag, parse, run_command, user_errors
+from capivara_search.common.environment import require
+from capivara_search.common.image_files import FORM_HELP, ImageFileArguments
+from capivara_search.common.privacy import short_name
 
 if TYPE_CHECKING:
     from hub_upload.space.answers import Demo

@@ -10,8 +10,7 @@ from typing import Any
 import PIL.Image
 import torch
 
-from caption_data.image_files import IMAGE_FORMATS, decode_image
-from caption_data.rows import BadImage
+from capivara_search.common.image_files import IMAGE_FORMATS, BadImage, decode_image
 from hub_upload.space import page
 from hub_upload.space.index import Album, Index
 from hub_upload.space.uploads import MAX_UPLOAD_BYTES

@@ -19,11 +19,11 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 from tqdm.auto import tqdm
 
-from caption_data.image_files import BYTES_ALONE, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from caption_data.links import Bounds
+from capivara_search.common.files import read_json
+from capivara_search.common.image_files import BYTES_ALONE, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
+from capivara_search.common.links import Bounds
 from caption_data.source_files import FORMS, SPLIT_NAMES, form_hint, picture_files
 from caption_data.sources import Source, open_source
-from common.files import read_json
 
 logger = logging.getLogger("capivara")
 

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from caption_data.image_files import decode_image
-from caption_data.rows import BadImage
+from capivara_search.common.image_files import BadImage, decode_image
 
 ROOT = Path(__file__).resolve().parents[2]
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # of pixels, and a palette; what others there are becomes RGB
@@ -25,7 +24,7 @@ PICTURE_S = 10  # a photograph of 50 million pixels takes under 2 s
 
 
 class Decoder:
-    """Called with the file of an upload, gives its image as `caption_data.image_files.decode_image` does."""
+    """Called with the file of an upload, gives its image as `capivara_search.common.image_files.decode_image` does."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -26,9 +26,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from capivara_search.common.files import read_json, write_bytes, write_json
+from capivara_search.common.image_files import BadImage
 from caption_data.image_rows import ImageRows
-from caption_data.rows import BadImage
-from common.files import read_json, write_bytes, write_json
 from eval.embeddings import EmbeddingStore
 from hub_upload.space.collection import Credit, Pictures
 from modeling_capivara.embedder import CapivaraEmbedder

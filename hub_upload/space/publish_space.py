@@ -19,8 +19,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import HfApi, get_token
 
-from common.files import whole_folder, write_text
-from common.privacy import short_name
+from capivara_search.common.files import whole_folder, write_text
+from capivara_search.common.privacy import short_name
 from hub_upload.allowed_files import TOKENIZER_FILES, check_contents
 from hub_upload.push import NO_TOKEN
 from hub_upload.push_plan import readable_size

@@ -24,9 +24,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from caption_data.links import Bounds
-from caption_data.rows import BadImage
-from common.cli import at_least, flag
+from capivara_search.common.cli import at_least, flag
+from capivara_search.common.links import Bounds
 
 try:
     import pillow_heif  # extra `heic`
@@ -55,8 +54,24 @@ DECODERS = 4  # threads
 HUB, ARCHIVES = "hf://", ("zip://", "tar://", "gzip://")  # addresses: a file on the Hub, or in an archive there
 
 T = TypeVar("T")
+MAX_DETAIL = 300  # letters that are kept of what is wrong; a caption can be a book
 PIL.Image.init()
 _FORMATS = tuple(name for name in IMAGE_FORMATS if name in PIL.Image.OPEN)  # PIL's build may lack AVIF
+
+
+class BadRow(ValueError):
+    """A row that can't be used, with the reason and detail of its `Skipped`."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail[:MAX_DETAIL]
+
+    def __reduce__(self):  # as a result of a worker process it is pickled
+        return type(self), (self.reason, self.detail)
+
+
+class BadImage(BadRow):
+    """An image that can't be used."""
 
 
 @dataclass(frozen=True)

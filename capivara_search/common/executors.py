@@ -34,12 +34,12 @@ import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 
-from common.environment import require
-from common.files import write_text
-from common.progress import bars_for_terminals_only, no_bars
-from common.tasks import ExecutorArguments, Phase
+from capivara_search.common.environment import require
+from capivara_search.common.files import write_text
+from capivara_search.common.progress import bars_for_terminals_only, no_bars
+from capivara_search.common.tasks import ExecutorArguments, Phase
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FAILURES_NAMED = 8
 EXPECTED = (ValueError, OSError, ImportError)  # whose message is enough; of others the traceback is kept
 

@@ -1,0 +1,106 @@
+"""What the index answers: plain records, for the command, the page and your own programs alike."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A picture that was found.
+
+    Attributes:
+        path: of its file, absolute.
+        score: cosine similarity to the query, -1 to 1.
+        width: pixels, upright.
+        height: pixels, upright.
+        taken: when, by its EXIF data, in the camera's local time; None where that is not known.
+        latitude: degrees, by its EXIF data; None where that is not known.
+        longitude: degrees.
+        size: bytes of the file.
+        modified: when the file was changed last.
+    """
+
+    path: str
+    score: float
+    width: int
+    height: int
+    taken: datetime | None = None
+    latitude: float | None = None
+    longitude: float | None = None
+    size: int = 0
+    modified: datetime | None = None
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A file that has no row in the index, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass
+class Added:
+    """What `PictureIndex.add` has done, in numbers of pictures.
+
+    Attributes:
+        embedded: went through the image tower.
+        new: are in the index for the first time; copies of known pictures among them.
+        changed: had another content before.
+        moved: have another path now; their vector was kept.
+        unchanged: were not read again.
+        removed: are no longer there.
+        left_out: files that are no pictures that can be read, of this time and of earlier ones.
+        seconds: that it took.
+    """
+
+    embedded: int = 0
+    new: int = 0
+    changed: int = 0
+    moved: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    left_out: list[LeftOut] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A picture with the label that fits it best.
+
+    Attributes:
+        path: of its file.
+        label: the best one; None where none fits better than a sentence that says nothing.
+        shares: label -> share, 0 to 1; they sum to 1.
+    """
+
+    path: str
+    label: str | None
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an index is.
+
+    Attributes:
+        where: folder or address of it.
+        pictures: rows.
+        left_out: files that could not be read.
+        folders: folder that was indexed -> pictures below it.
+        model: name of the model that has embedded the pictures last.
+        bytes: on the disk; None where that can't be asked.
+        approximate: whether an approximate index answers (`capivara_search.table.EXACT_ROWS`).
+        first: when the oldest picture was taken; None where no picture says so.
+        last: when the newest one was.
+    """
+
+    where: str
+    pictures: int
+    left_out: list[LeftOut]
+    folders: dict[str, int]
+    model: str | None
+    bytes: int | None = None
+    approximate: bool = False
+    first: datetime | None = None
+    last: datetime | None = None
