@@ -180,6 +180,27 @@ class PictureIndex:
                 return sorted(hits, key=lambda hit: (-hit.score, hit.path))[:k]
             asked *= 4
 
+    def newest(
+        self, k: int = 12, folder: str | Path | None = None, since: date | None = None, until: date | None = None
+    ) -> list[Hit]:
+        """The pictures that were taken last, latest first; by the file's time where no camera says when.
+
+        Args:
+            k: how many at most.
+            folder, since, until: as `search` has them.
+        """
+        clauses = taken_between(since, until)
+        if folder is not None:
+            clauses.append(within(Path(folder).expanduser().absolute()))
+        rows = self._table.rows(["path", "taken", "mtime_ns"], " AND ".join(clauses) or None)
+        taken = rows["taken"].to_numpy().astype("datetime64[us]")
+        modified = np.array([datetime.fromtimestamp(ns / 1e9) for ns in rows["mtime_ns"].to_pylist()], "datetime64[us]")
+        times = np.where(np.isnat(taken), modified, taken)
+        latest = [rows["path"][int(row)].as_py() for row in np.argsort(-times.astype(np.int64), kind="stable")[:k]]
+        found = self._table.rows(HIT_COLUMNS, among("path", latest)) if latest else rows.slice(0, 0)
+        of_path = {hit.path: hit for hit in to_hits(found)} if latest else {}
+        return [of_path[path] for path in latest if path in of_path]
+
     def _of_model(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some."""
         digest = self.model.image_digest

@@ -1,7 +1,7 @@
 """Answers of the page: from a question to plain values for JSON, of one index or of two with different models.
 
-    answers = Answers(index)
-    answers.search(Question.read({"text": "um gato", "k": 12}), None)["models"][0]["hits"]
+answers = Answers(index)
+answers.search(Question.read({"text": "um gato", "k": 12}), None)["models"][0]["hits"]
 """
 
 import dataclasses
@@ -89,13 +89,13 @@ class Question:
 def _checked(name: str, value: object) -> Any:
     """A value of a question in the type of its field. Raises Refusal."""
     match name, value:
-        case ("text" | "like" | "folder" | "template"), str() if _is_text(value):
+        case (("text" | "like" | "folder" | "template"), str()) if _is_text(value):
             return value
         case "k", int() if not isinstance(value, bool) and 1 <= value <= MAX_PICTURES:
             return value
-        case ("since" | "until"), "":
+        case (("since" | "until"), ""):
             return None
-        case ("since" | "until"), str():
+        case (("since" | "until"), str()):
             try:
                 return date.fromisoformat(value)
             except ValueError:
@@ -172,10 +172,10 @@ class Answers:
             self._facts = (index.version(), index.folders(), len(index))
         return {"version": self._facts[0], "count": self._facts[2]}
 
-    def _hits(
-        self, index: "PictureIndex", question: Question, image: PIL.Image.Image | None
-    ) -> list[dict[str, Any]]:
+    def _hits(self, index: "PictureIndex", question: Question, image: PIL.Image.Image | None) -> list[dict[str, Any]]:
         where = {"folder": question.folder or None, "since": question.since, "until": question.until}
+        if not len(index):
+            return []
         vector = _vector(index, question, image)
         if vector is None:
             return [picture(hit, scored=False) for hit in index.newest(question.k, **where)]
@@ -191,9 +191,10 @@ def _vector(index: "PictureIndex", question: Question, image: PIL.Image.Image | 
     if image is not None:
         vectors.append(index.model.images([image])[0])
     if question.like:
-        if index.row(question.like) is None:
-            raise Refusal("gone", 404)
-        vectors.append(index.vectors([question.like])[0])
+        try:
+            vectors.append(index.vectors([question.like])[0])
+        except KeyError:
+            raise Refusal("gone", 404) from None
     if not vectors:
         return None
     mean = np.mean(vectors, axis=0)
@@ -234,8 +235,8 @@ def _groups(
         hits = []
         for one in members[:GROUP_PICTURES]:
             if (row := index.row(one.path)) is not None:
-                more = {"share": float(max(one.shares.values()))}
-                hits.append(picture(row, scored=False) | more | {k: other[k2] for k, k2 in (("other", one.path),) if k2 in other})
+                theirs = {"other": other[one.path]} if one.path in other else {}
+                hits.append(picture(row, scored=False) | {"share": float(max(one.shares.values()))} | theirs)
         if members:
             groups.append({"label": label, "n": len(members), "hits": hits})
     differ = sum(one.path in other and other[one.path] != one.label for one in found)

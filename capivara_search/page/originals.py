@@ -1,7 +1,7 @@
 """The files of the pictures: only those that are rows of the index, and only as pictures.
 
-    originals = Originals([index], decoder)
-    originals.view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
+originals = Originals([index], decoder)
+originals.view("/home/ana/Fotos/praia.jpg")  # JPEG of at most 1600 pixels
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from capivara_search.common.image_files import BadImage
-from capivara_search.picture_files import picture_bytes
 from capivara_search.page.decoder import Decoder
 from capivara_search.page.turns import Refusal
+from capivara_search.picture_files import picture_bytes
 from capivara_search.results import Hit
 
 if TYPE_CHECKING:

@@ -23,14 +23,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import uvicorn
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.concurrency import run_in_threadpool
 
 from capivara_search.page.answers import LANGUAGES, Answers, Question, decoded
 from capivara_search.page.decoder import Decoder
@@ -126,7 +127,7 @@ def serve_index(
 
     Raises:
         OSError: the port is taken, or there is no such host.
-        ValueError: there is no such language.
+        ValueError: there is no such language, or a model does not fit its index.
     """
     page = open_page(index, host, port, compare, language, credit)
     try:
@@ -152,6 +153,9 @@ def open_page(
     """Open the page and return; arguments and errors are those of `serve_index`."""
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
+    for one in (index, compare):
+        if one is not None and len(one):
+            one.search_vector(np.ones(one.model.width, np.float32), k=1)  # says now where the model does not fit
     listening = _listening(host, port)
     app = build_app(Answers(index, compare), host, language, credit)
     name = f"[{host}]" if ":" in host else host
@@ -237,7 +241,9 @@ class Site:
     async def page(self, request: Request) -> Response:
         """The page itself, in the language that its address names."""
         language = request.query_params.get("lang", "")
-        return Response(_page(language if language in LANGUAGES else self.language, self.local, self.credit), media_type="text/html")
+        return Response(
+            _page(language if language in LANGUAGES else self.language, self.local, self.credit), media_type="text/html"
+        )
 
     def _asked(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:

@@ -1,9 +1,9 @@
 """Words that are worth searching for: of some three hundred common nouns, those that stand out in the collection.
 
-    suggestions = Suggestions(index)
-    while suggestions.embed_more("pt"):  # a few words at a time
-        pass
-    suggestions.best("pt")  # ["praia", "cachorro", ...]
+suggestions = Suggestions(index)
+while suggestions.embed_more("pt"):  # a few words at a time
+    pass
+suggestions.best("pt")  # ["praia", "cachorro", ...]
 """
 
 from functools import cache
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NOUNS = Path(__file__).parent / "words" / "nouns.txt"  # a line each: Portuguese = English
 AT_ONCE = 16  # words that are embedded in one turn, between the questions of visitors
-PICTURES = 2000  # that are looked at, the newest
+PICTURES = 1000  # that are looked at, the newest
 SHOWN = 10  # words
 NEAREST = 3  # pictures that a word is judged by; fewer in a small collection
 TEMPLATES = {"pt": "uma imagem de {}", "en": "an image of {}"}
@@ -46,7 +46,10 @@ class Suggestions:
         version = self._index.version()
         if self._best.get(language, (None,))[0] != version:
             paths = [hit.path for hit in self._index.newest(PICTURES)]
-            pictures = self._index.vectors(paths) if paths else np.empty((0, self._index.model.width))
+            try:
+                pictures = self._index.vectors(paths) if paths else np.empty((0, self._index.model.width))
+            except KeyError:  # some are about to be embedded anew, by this model
+                return []
             words = standing_out(np.stack(self._vectors[language]), pictures)
             self._best[language] = (version, [nouns(language)[word] for word in words])
         return self._best[language][1]

@@ -1,7 +1,7 @@
 """Questions of visitors one after another, each within a stated time: tokenizers are no good in two threads at once.
 
-    turns = Turns()
-    answer = await turns.ask(lambda: index.search("um gato"))
+turns = Turns()
+answer = await turns.ask(lambda: index.search("um gato"))
 """
 
 import asyncio
