@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import quote
 
 import numpy as np
 import uvicorn
@@ -285,7 +286,8 @@ class Site:
         """A row's file as it is."""
         path = request.query_params.get("path", "")
         file, size, kind = await self._views.ask(lambda: self._originals.file(path))
-        headers = {"Content-Disposition": "attachment", "Content-Length": str(size)}
+        name = quote(Path(path).name, safe="")
+        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{name}", "Content-Length": str(size)}
         return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers)
 
 

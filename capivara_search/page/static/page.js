@@ -1,5 +1,5 @@
 // The search: as one types, by a picture, or by one of the results; its state is the page's address.
-import { LANGUAGE, address, ask, element, find, given, notice, number, say, shrunk, takeFiles, tile } from "./common.js";
+import { LANGUAGE, WORDS, address, ask, element, find, given, notice, number, say, shrunk, takeFiles, tile } from "./common.js";
 import { classify, setFolders } from "./classify.js";
 import { open } from "./viewer.js";
 
@@ -40,6 +40,8 @@ function remember(keep) {
   const address = new URL(location.href);
   for (const key of STATE) asked[key] ? address.searchParams.set(key, asked[key]) : address.searchParams.delete(key);
   if (keep && address.href !== location.href) history[`${keep}State`](null, "", address);
+  address.searchParams.set("lang", WORDS.other);
+  document.querySelector(".language").href = address.search; // the same search, in the other language
 }
 
 function recall() {

@@ -39,7 +39,7 @@ function show() {
   image.style.maxHeight = `${2 * shown.height}px`;
   image.src = address("thumbnail", shown); // at once, until the large one is there
   const large = new Image();
-  large.onload = () => shown === picture() && (image.src = large.src);
+  large.onload = () => shown === picture() && (image.src = address("picture", shown));
   large.src = address("picture", shown);
   ask("about", { like: shown.path }).then(
     ({ original }) => {
