@@ -2,16 +2,20 @@
 
 import logging
 import os
+import time
 from datetime import timedelta
+
+import lance_namespace  # noqa: F401 - of lancedb what may be forked, and takes longest
+import pandas  # noqa: F401
+import PIL.Image
 
 import capivara_search.adding
 import capivara_search.models
 import capivara_search.table
-import modeling_capivara.embedding
-import modeling_capivara.loading  # noqa: F401
+from modeling_capivara import CapivaraModel, CapivaraProcessor  # noqa: F401
 
 
-def add(where: str, model: str, folder: str, started, log: str, commit_rows: int = 8) -> None:
+def add(where: str, model: str, folder: str, started, log: str, commit_rows: int = 8, pause_s: float = 0.0) -> None:
     """`PictureIndex.add` of one picture at a time, with many small commits; tells `started` when it begins."""
     from capivara_search.index import PictureIndex
 
@@ -22,8 +26,8 @@ def add(where: str, model: str, folder: str, started, log: str, commit_rows: int
     capivara_search.table.KEEP_VERSIONS = timedelta(0)
     index = PictureIndex.open(where, model=model)
     index.model.image_digest  # noqa: B018 - computed before the clock starts
-    import lancedb  # noqa: F401
-
+    len(index)  # imports lancedb
+    index.model.images([PIL.Image.new("RGB", (32, 32))])
     started.set()
-    added = index.add(folder, batch_size=1)
+    added = index.add(folder, batch_size=1, on_progress=lambda done, total: time.sleep(pause_s))
     logging.info("embedded %d", added.embedded)

@@ -18,6 +18,7 @@ from capivara_search.index import PictureIndex
 
 PICTURES = 200
 KILLS = 20
+PAUSE_S = 0.01  # a picture, so that the kills come while it works on any machine
 
 
 @pytest.fixture(scope="session")
@@ -56,14 +57,14 @@ def test_killed_at_twenty_moments_it_goes_on_with_nothing_twice(tmp_path, proces
     folder = tmp_path / "fotos"
     make_pictures(folder, PICTURES)
     (folder / "broken.jpg").write_bytes(b"no picture")
-    process, begun = start(processes, tmp_path, "whole", model, folder), time.monotonic()
+    process, begun = start(processes, tmp_path, "whole", model, folder, pause_s=PAUSE_S), time.monotonic()
     process.join()
     seconds = time.monotonic() - begun
     assert process.exitcode == 0
     moments, killed, seen = random.Random(0), 0, set()
     for kill in range(KILLS):
-        process = start(processes, tmp_path, "killed", model, folder)
-        process.join(moments.uniform(0, seconds / 7))
+        process = start(processes, tmp_path, "killed", model, folder, pause_s=PAUSE_S)
+        process.join(moments.uniform(0, seconds / 6))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
@@ -77,7 +78,7 @@ def test_killed_at_twenty_moments_it_goes_on_with_nothing_twice(tmp_path, proces
     process.join()
     assert process.exitcode == 0
     assert killed >= KILLS // 2, f"only {killed} kills came in time: the test proves little"
-    assert len(seen) > 4, f"the kills came at {seen} rows alone"
+    assert len(seen) > 5, f"the kills came at {seen} rows alone"
     whole, gone_on = PictureIndex.open(tmp_path / "whole"), PictureIndex.open(tmp_path / "killed")
     assert rows_of(gone_on) == rows_of(whole)
     assert len(whole) == PICTURES
@@ -88,7 +89,7 @@ def test_killed_at_twenty_moments_it_goes_on_with_nothing_twice(tmp_path, proces
 def test_of_two_who_add_at_once_the_second_waits_and_has_nothing_to_do(tmp_path, processes, model):
     folder = tmp_path / "fotos"
     make_pictures(folder, 60)
-    both = [start(processes, tmp_path, "both", model, folder) for _ in range(2)]
+    both = [start(processes, tmp_path, "both", model, folder, pause_s=0.02) for _ in range(2)]
     for process in both:
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
