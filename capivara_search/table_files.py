@@ -10,6 +10,7 @@ Every call sees the newest version, whole. What can't be read of a damaged index
 serves; who holds the lock takes it out for good, so that its pictures are embedded again.
 """
 
+import errno
 import logging
 import os
 import random
@@ -31,7 +32,6 @@ from capivara_search.picture_columns import EMPTY, KEYS, PICTURES, THUMBNAIL, ch
 if TYPE_CHECKING:
     import lancedb
 
-KEY_MARK = b"lance-schema:unenforced-primary-key:position"
 REMOTE_AGE = timedelta(seconds=1)  # how old what is known of an object storage may be: to ask costs a request
 CACHE_BYTES = 640 << 20  # of the approximate index in memory; that of 1,000,000 pictures of 512 numbers needs 520 MiB
 TRIES = 12  # of a write that others' writes get in the way of
@@ -102,8 +102,9 @@ class Tables:
             OSError: it may not be read.
         """
         if name not in self._tables:
-            if not self.remote and not Path(self.address(name)).is_dir():
-                return None
+            with explained(self.where):
+                if not self.remote and not Path(self.address(name)).is_dir():
+                    return None
             try:
                 table = self._connection.open_table(name)
             except FAILURES as error:
@@ -134,9 +135,6 @@ class Tables:
                 columns = schema(width) if name == PICTURES else EMPTY[name]
                 with explained(self.where, name):
                     self._connection.create_table(name, schema=columns, exist_ok=True)
-            if KEY_MARK not in (self.table(name).schema.field(KEYS[name]).metadata or {}):
-                # Two who insert the same key at the same time are told apart by it.
-                self.write(name, lambda table, key=KEYS[name]: table.set_unenforced_primary_key(key))
         if width not in self.widths():
             column = pa.schema([schema(width).field(vector_column(width))])
             self.write(PICTURES, lambda table: None if width in self.widths() else table.add_columns(column))
@@ -173,7 +171,8 @@ class Tables:
                 if is_of_storage(error):
                     raise
             try:
-                return operation(table)  # files may have been compacted away while they were read
+                table.checkout_latest()
+                return operation(table)  # its files may have been compacted away while they were read
             except FAILURES as error:
                 return operation(self._rest(name, table, error))
 
@@ -191,37 +190,50 @@ class Tables:
         raise AssertionError("unreachable")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, repairs: bool = True) -> Iterator[None]:
         """Be the only one who adds to an index in a folder; who comes second waits, and says so.
 
         On object storage there is no lock: rows of one path are told apart by their key.
+
+        Args:
+            repairs: take out what is found to be damaged.
         """
-        lock = None
-        if not self.remote:
-            with explained(self.where):
-                Path(self.where).mkdir(parents=True, exist_ok=True)
-            lock = self._lock()
-        self.repairs = True
+        lock = None if self.remote else self._lock()
+        self.repairs = repairs
         self._rests.clear()
+        self._tables.clear()  # some may stand in for what can't be read
         try:
             yield
         finally:
             self.repairs = False
             if lock is not None:
+                with suppress(OSError):  # it is not empty, as it is where nothing was made
+                    Path(self.where).rmdir()
                 os.close(lock)
 
     def _lock(self) -> int | None:
-        waits = False
+        """The folder, made where it is missing, and locked; None on a disk without locks."""
+        folder, waits = Path(self.where), False
         while True:
             try:
-                return lock_folder(Path(self.where))
+                with explained(self.where):
+                    folder.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(folder)
+                with suppress(FileNotFoundError):  # who had it may have removed it
+                    if os.path.samestat(os.fstat(lock), os.stat(folder)):
+                        return lock
+                os.close(lock)
             except BlockingIOError:
                 if not waits:
                     logger.warning("Another process is adding to %s; waiting until it has ended.", self.where)
                 waits = True
                 time.sleep(LOCK_EVERY_S)
-            except OSError:  # a disk without locks
-                return None
+            except PermissionError as error:
+                raise explanation(error, self.where) from error
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    return None
+                raise
 
     # --- damaged parts
 
@@ -281,7 +293,6 @@ class Tables:
         with suppress(*FAILURES):
             self._connection.drop_table(name)
         table = self._connection.create_table(name, schema=EMPTY[name], mode="overwrite")
-        table.set_unenforced_primary_key(KEYS[name])
         self._tables[name] = table
         return table
 
