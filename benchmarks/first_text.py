@@ -58,13 +58,12 @@ def main(argv: list[str] | None = None) -> None:
         | {"slowest_whole_s": max(run["whole_s"] for run in runs)}
         for name, runs in found.items()
     }
-    finish(
-        {**conditions("cpu"), "runs": args.runs, "largest_difference": difference, "measured": measured}, args.output
-    )
+    results = {**conditions("cpu"), "runs": args.runs, "largest_difference": difference, "measured": measured}
+    finish(results, args.output)
 
 
 def seconds(code: str, folder: Path) -> dict[str, Any]:
-    """Of one new process: to the embedding, to the end with lancedb imported, and of the processors, user and system."""
+    """Of one new process: to the embedding, to the end with lancedb imported, and of computing, user and system."""
     code = BESIDE + code.replace("{folder!r}", repr(str(folder)))
     code += "import json, resource, time; text = time.time(); beside.join(); whole = time.time()\n"
     code += "used = resource.getrusage(resource.RUSAGE_SELF)\n"
