@@ -25,14 +25,14 @@ import PIL.Image
 
 from capivara_search.common.image_files import BadImage, decode_image, open_image, open_regular_file
 from capivara_search.picture_files import FileState, read_picture
+from capivara_search.picture_pixels import at_most, on_white
 
 PROGRAM = "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
 ROOT = Path(__file__).resolve().parents[2]
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # of pixels, and a palette; what others there are becomes RGB
 PREPARED = "modeling_capivara.image_processing_capivara"  # makes 8 bits of 16; its import takes seconds
 HEADER_BYTES = 2**16
 PICTURE_S = 10  # a photograph of 50 million pixels takes under 2 s
-VIEW_SIDE = 1600  # pixels of the longer side, of a picture that is shown large
+VIEW_SIDE = 1600  # pixels of the longer side; the model sees a few hundred
 VIEW_QUALITY = 88  # of its JPEG
 
 
@@ -44,16 +44,13 @@ class Decoder:
         self._start()
 
     def image(self, upload: bytes) -> PIL.Image.Image:
-        """The image of an upload, as `capivara_search.common.image_files.decode_image` gives it.
+        """The image of an upload, upright, RGB, transparent parts white, its longer side at most `VIEW_SIDE` pixels.
 
         Raises:
             BadImage: it can't be read, has too many pixels, or takes longer than `PICTURE_S`.
         """
         about, pixels = self._answer({}, upload)
-        image = PIL.Image.frombytes(about["mode"], about["size"], pixels)
-        if about["palette"]:
-            image.putpalette(about["palette"])
-        return image
+        return PIL.Image.frombytes("RGB", about["size"], pixels)
 
     def view(self, path: str) -> bytes:
         """A file of the index as JPEG, upright, its longer side at most `VIEW_SIDE`. Raises BadImage as `image`."""
@@ -125,13 +122,11 @@ def _is_deep(question: dict[str, str], upload: bytes) -> bool:
 
 
 def _image(upload: bytes) -> tuple[dict[str, Any], bytes]:
-    image = decode_image({"bytes": upload, "path": None})
-    image = image if image.mode in MODES else image.convert("RGB")
-    return {"mode": image.mode, "size": image.size, "palette": image.getpalette()}, image.tobytes()
+    image = at_most(on_white(decode_image({"bytes": upload, "path": None})), VIEW_SIDE)
+    return {"size": image.size}, image.tobytes()
 
 
 def _view(path: str) -> tuple[dict[str, Any], bytes]:
-    image = read_picture(FileState(path, 0, 0), VIEW_SIDE).image
-    image.thumbnail((VIEW_SIDE, VIEW_SIDE))
+    image = at_most(read_picture(FileState(path, 0, 0), VIEW_SIDE).image, VIEW_SIDE)
     image.save(file := io.BytesIO(), "JPEG", quality=VIEW_QUALITY)
     return {}, file.getvalue()
