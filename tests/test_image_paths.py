@@ -23,13 +23,13 @@ from caption_tars import write_tar
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from hub_client import hub_commands
 from hub_server import TOKEN, HubServer
-from safetensors.torch import load_file
 from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 from tiny import randomise
 
 import train_accelerate
 from capivara_search.common.image_files import BadImage, ImageFiles, decode_image, image_bytes
 from capivara_search.common.links import Bounds
+from capivara_search.index import PictureIndex
 from caption_data.labelled_images import load_images
 from caption_data.source_files import load_embedded
 from caption_data.sources import open_source
@@ -40,12 +40,9 @@ from captions.select import main as select
 from eval.classification import main as classify
 from eval.report import main as report
 from eval.retrieval import main as retrieve
-from hub_upload.space.answers import Demo
-from hub_upload.space.collection import open_pictures
-from hub_upload.space.index import build_index, open_album
-from hub_upload.space.publish_space import write_space
+from hub_upload.space.collection import picture_folder
+from hub_upload.space.publish_space import open_indexes, write_space
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedder import load_embedder
 
 MARK = b"SENTINEL-0f3a9c"  # stands in every file that must not be read
 MAGENTA = (255, 0, 255)  # of the private photo, all of it; no other picture has it
@@ -417,18 +414,15 @@ def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_proc
     randomise(CapivaraModel(tiny_model.config)).save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     as_parquet(tmp_path / "data", rows_of(hostile), "test")
-    embedder, cache = load_embedder(str(tmp_path / "model"), "cpu"), tmp_path / "cache"
-    album = open_album(open_pictures(str(tmp_path / "data")), cache)
-    assert len(album.skipped) == len(hostile)
-    write_space(Demo([build_index(album, embedder, cache)]), [str(tmp_path / "model")], tmp_path / "space")
-    for path in (tmp_path / "space").rglob("thumbnails-*.safetensors"):
-        assert all(not has_magenta(album.thumbnail(row)) for row in range(GOOD)) and "files" in load_file(path)
-    assert not server.requests
-    for index in (tmp_path / "space").rglob("index.json"):
-        assert MARK.decode() not in index.read_text(encoding="utf-8")
-    (tmp_path / "data" / "a.png").write_bytes(good()[0])
-    plain = open_pictures(str(tmp_path / "data"), form="images")
-    assert plain.titles == ["a"], "neither a link that leads out nor a FIFO is a picture of the folder"
+    models = [str(tmp_path / "model")]
+    indexes, credit = open_indexes(str(tmp_path / "data"), models, str(tmp_path / "cache"), "cpu", 32)
+    assert len(indexes[0]) == GOOD and not indexes[0].status().left_out
+    write_space(indexes, models, tmp_path / "space", credit)
+    copy = PictureIndex.open(tmp_path / "space" / "index-1.lance", models[0])
+    shown = [copy.thumbnail(hit.path) for hit in copy.newest(100)]
+    assert len(shown) == GOOD and not any(map(has_magenta, shown)) and not server.requests
+    for folder in ("cache", "space"):
+        nothing_arrived(tmp_path / folder)
 
 
 # --- Pictures of phones, and folders that hold more than pictures ----------------------------------------------------
@@ -447,7 +441,6 @@ def test_heic(tmp_path):
     image = decode_image({"bytes": (tmp_path / "a.heic").read_bytes(), "path": None})
     red, green, blue = image.convert("RGB").getpixel((20, 20))
     assert image.size == (64, 48) and red > 180 and max(green, blue) < 60
-    assert len(open_pictures(str(tmp_path))) == 1, "a folder's pictures are counted whether they can be read or not"
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_HEIF, str(tmp_path / "a.heic")],
         capture_output=True, text=True, cwd=Path(__file__).parents[1],
@@ -464,15 +457,16 @@ def test_the_user_decides_what_a_folder_is(other, tmp_path, caplog):
         (folder / name / f"{number}.png").write_bytes(good()[number])
     if other == "a.parquet":
         pq.write_table(pa.table({"image": [b"x"]}), folder / other)
-        open_pictures(str(folder))
+        with pytest.raises(ValueError, match="No row of the data set has a picture"):
+            picture_folder(str(folder), tmp_path)
         assert "is read as a data set. The folder holds pictures, too: --form images takes these" in caplog.text
         with pytest.raises(ValueError, match=r"no split 'test'.* --form images takes these"):
             load_images(str(folder), "test", ["cat", "dog"])
     else:
         shutil.make_archive(str(folder / "a"), "gztar", folder, "cat")
         with pytest.raises(ValueError, match=r"compressed.* --form images takes these"):
-            open_pictures(str(folder))
-    assert open_pictures(str(folder), form="images").titles == ["0", "2", "1", "3"]
+            picture_folder(str(folder), tmp_path)
+    assert picture_folder(str(folder), tmp_path, form="images")[0] == folder
     images = load_images(str(folder), "test", ["cat", "dog"], form="images")
     assert images.labels == [0, 0, 1, 1] and [images.images.image(row).size for row in range(4)] == [(32, 32)] * 4
 
@@ -547,7 +541,7 @@ def test_a_pipe_in_a_data_set_is_not_waited_for(place, tmp_path):
 def test_a_list_of_splits_that_is_none_is_named(content, tmp_path):
     DatasetDict(train=Dataset.from_dict({"image": [1]})).save_to_disk(tmp_path)
     (tmp_path / "dataset_dict.json").write_text(content, encoding="utf-8")
-    for read in (lambda: open_source(str(tmp_path), "train", "image"), lambda: open_pictures(str(tmp_path))):
+    for read in (lambda: open_source(str(tmp_path), "train", "image"), lambda: picture_folder(str(tmp_path), tmp_path)):
         with pytest.raises(ValueError, match=r"dataset_dict\.json"):
             read()
 

@@ -30,6 +30,10 @@ async function search(keep = "replace") {
   } catch (error) {
     if (error.name === "AbortError") return;
     notice(error);
+    if (["no_picture", "too_many_pixels", "too_large"].includes(error.code)) {
+      asked.file = null; // the next word shall not fail because of it
+      showPicture();
+    }
   } finally {
     clearTimeout(slow);
     if (running === mine) find("results").classList.remove("waiting");
@@ -105,8 +109,9 @@ function list({ name, hits }, other, searched) {
 /** How the rank of a picture differs from that in the other model's answer: a mark, and its meaning. */
 function difference(rank, otherRank) {
   const by = otherRank === undefined ? null : otherRank - rank;
-  const key = by === null ? "only_here" : by > 0 ? "higher" : by < 0 ? "lower" : "same";
-  const sign = { only_here: "★", higher: `▲ ${by}`, lower: `▼ ${-by}`, same: "=" }[key];
+  if (by === 0) return [null, null];
+  const key = by === null ? "only_here" : by > 0 ? "higher" : "lower";
+  const sign = { only_here: "★", higher: `▲ ${by}`, lower: `▼ ${-by}` }[key];
   const meaning = say(`${key}_long`, { n: Math.abs(by) });
   const shown = key === "only_here" ? `${sign} ${say(key)}` : sign;
   return [element("span", { class: `mark ${key}`, title: meaning, "aria-hidden": "true" }, shown), meaning];
