@@ -221,6 +221,9 @@ class Site:
                 with contextlib.suppress(Refusal):
                     more = await self._questions.ask(partial(suggestions.embed_more, language))
                 await asyncio.sleep(0.05)
+        if not self.local:  # where a first visitor would wait for the import of torch, and be given up
+            with contextlib.suppress(Refusal):
+                await self._questions.ask(self.answers.prepare_images)
 
     def routes(self) -> list[Route]:
         """All that is answered."""

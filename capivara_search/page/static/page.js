@@ -21,7 +21,10 @@ async function search(keep = "replace") {
   running?.abort();
   const mine = (running = new AbortController());
   remember(keep);
-  const slow = setTimeout(() => find("results").classList.add("waiting"), 300);
+  const slow = setTimeout(() => {
+    find("results").classList.add("waiting");
+    find("said").textContent = say("searching");
+  }, 400);
   try {
     const { file, ...question } = asked;
     const answer = await ask("search", question, file && (await shrunk(file)), mine.signal);
@@ -77,9 +80,11 @@ async function refresh() {
 
 function showAnswer({ models, count, version, cut }) {
   if (version !== facts.version && facts.version !== null) refresh();
-  const searched = asked.text.trim() || asked.like || asked.file;
+  const [text, image] = [asked.text.trim(), asked.like || asked.file];
+  const searched = text || image;
   const none = !models[0].hits.length;
-  const said = none ? say(count ? "nothing" : "empty") : searched ? say("found") : say("newest");
+  const found = text ? (image ? "found_both" : "found_text") : image ? "found_picture" : "newest";
+  const said = none ? say(count ? "nothing" : "empty") : say(found, { text: text.slice(0, 80) });
   const [first, second] = models.map((model) => new Map(model.hits.map((hit, i) => [hit.path, i])));
   let compared = "";
   if (second && searched && !none) {
@@ -124,10 +129,12 @@ const actions = () => ({
     Object.assign(asked, { text: "", like: picture.path, file: null, k: PAGE });
     find("text").value = "";
     start("push");
+    find("results").focus({ preventScroll: true });
   },
   folder: (folder) => {
     asked.folder = folder;
     start("push");
+    find("results").focus({ preventScroll: true });
   },
 });
 
@@ -233,6 +240,7 @@ document.addEventListener("keydown", (event) => {
   choosePart("search");
   find("text").select();
 });
+for (const event of ["dragover", "drop"]) document.addEventListener(event, (it) => it.preventDefault()); // beside the page
 addEventListener("popstate", () => (recall(), search(null)));
 classify(actions);
 recall();
