@@ -4,6 +4,7 @@ answers = Answers(index)
 answers.search(Question.read({"text": "um gato", "k": 12}), None)["models"][0]["hits"]
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -28,6 +29,7 @@ READ_LETTERS = 400  # beyond which 77 tokens do not reach
 MAX_PICTURES = 240  # of an answer
 MAX_LABELS, MIN_LABELS = 50, 2
 MAX_CLASSIFIED = 20_000  # pictures of a folder
+LAST_YEAR = 9999  # of dates; it has a day that none follows
 GROUP_PICTURES = 24  # of a label, shown of a folder that is classified
 LANGUAGES = ("pt", "en")
 
@@ -92,17 +94,18 @@ class Question:
 def _checked(name: str, value: object) -> Any:
     """A value of a question in the type of its field. Raises Refusal."""
     match name, value:
-        case (("text" | "like" | "folder" | "template"), str()) if _is_text(value):
+        case (("text" | "like" | "template"), str()) if _is_text(value):
+            return value
+        case "folder", str() if _is_text(value) and (not value or Path(value).is_absolute()):  # "~maria" is looked up
             return value
         case "k", int() if not isinstance(value, bool) and 1 <= value <= MAX_PICTURES:
             return value
         case (("since" | "until"), ""):
             return None
         case (("since" | "until"), str()):
-            try:
-                return date.fromisoformat(value)
-            except ValueError:
-                raise Refusal("bad_question") from None
+            with contextlib.suppress(ValueError):
+                if (day := date.fromisoformat(value)).year < LAST_YEAR:
+                    return day
         case "labels", list() if all(isinstance(label, str) and _is_text(label) for label in value):
             return tuple(value)
         case "language", str():

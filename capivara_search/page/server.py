@@ -81,7 +81,8 @@ class Page:
 
     def __init__(self, app: Starlette, listening: socket.socket, url: str):
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="on",
+            app, log_level="warning", access_log=False, server_header=False, proxy_headers=False,
+            ws="none", lifespan="on",
             timeout_graceful_shutdown=ENDING_S,
         )  # fmt: skip
         self.url, self._server = url, uvicorn.Server(config)
