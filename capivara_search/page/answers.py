@@ -239,10 +239,8 @@ def picture(hit: Hit, scored: bool = True) -> dict[str, Any]:
     return values
 
 
-def decoded(upload: bytes, decode: Callable[[bytes], PIL.Image.Image]) -> PIL.Image.Image | None:
-    """The picture that came with a question; None where none did. Raises Refusal where it can't be read."""
-    if not upload:
-        return None
+def decoded(upload: bytes, decode: Callable[[bytes], PIL.Image.Image]) -> PIL.Image.Image:
+    """The picture that came with a question. Raises Refusal where it can't be read."""
     try:
         return decode(upload)
     except BadImage as bad:
