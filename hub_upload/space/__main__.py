@@ -1,13 +1,11 @@
-"""A page to try a CAPIVARA model: search pictures by text or picture, classify, find captions, compare two models.
+"""The page as a Space: an index of pictures, the model that searches it, and the program, in a folder or on the Hub.
 
-    python -m hub_upload.space --model data/openmoji/base
-    python -m hub_upload.space --model runs/mine --compare data/openmoji/base --pictures data/openmoji/dataset
-    python -m hub_upload.space --model runs/mine --pictures ~/Pictures --port 8000
-    python -m hub_upload.space --model runs/mine --repo_id org/demo         # lists what a Space would get
-    python -m hub_upload.space --model runs/mine --repo_id org/demo --push  # and sends it
+    python -m hub_upload.space --model runs/mine --pictures ~/Pictures --space demo
+    python -m hub_upload.space --model runs/mine --pictures data/openmoji/dataset --repo_id org/demo         # lists it
+    python -m hub_upload.space --model runs/mine --pictures data/openmoji/dataset --repo_id org/demo --push  # sends it
 
-The page opens on this machine alone, at http://127.0.0.1:7860, and asks nothing of the network; Ctrl-C ends it. The
-index of the pictures is built once, with progress, and kept in $CAPIVARA_CACHE or ~/.cache/capivara.
+Thumbnails stand for the pictures, whose files stay here, as do their folders' names and the places where they were
+taken. To search on this machine: `capivara app`.
 """
 
 from capivara_search.common.start import start_command
@@ -15,22 +13,17 @@ from capivara_search.common.start import start_command
 if __name__ == "__main__":
     start_command()
 
-import signal
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from capivara_search.common.cli import flag, parse, run_command, user_errors
 from capivara_search.common.environment import require
 from capivara_search.common.image_files import FORM_HELP, ImageFileArguments
-from capivara_search.common.privacy import short_name
 
-if TYPE_CHECKING:
-    from hub_upload.space.answers import Demo
-
-PACKAGES = ("gradio", "accelerate", "datasets")  # of the extra `app`
+PACKAGES = ("lancedb", "starlette", "uvicorn", "datasets")
 
 
 @dataclass
@@ -41,8 +34,7 @@ class SpaceArguments(ImageFileArguments):
     compare: str | None = flag(None, "A second model, whose answers are shown beside the first's.")
     pictures: str = flag(
         "data/openmoji/dataset",
-        "Folder of pictures, data set (saved, parquet, metadata.jsonl, WebDataset tars, Hub id), or an "
-        "index that was kept.",
+        "Index of pictures, folder of pictures, or data set (saved, parquet, metadata.jsonl, WebDataset tars, Hub id).",
     )
     form: Literal["auto", "images"] = flag("auto", FORM_HELP)
     split: list[str] = flag(["all"], "Splits of a data set that are searched, or all.")
@@ -50,45 +42,24 @@ class SpaceArguments(ImageFileArguments):
     caption_column: str | None = flag(
         None, "Column of the captions; captions-pt, caption, captions or text where there."
     )
-    host: str = flag("127.0.0.1", "Address of the page. Any other is open to the network around you.")
-    port: int = flag(7860, "Port of the page, 1 to 65535.")
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
     batch_size: int = flag(32, "Pictures that are embedded at once.")
     cache_dir: str = flag("auto", "Folder of the index; auto = $CAPIVARA_CACHE or ~/.cache/capivara.")
-    space: Path | None = flag(None, "Write the folder of a Space here, and list its files; opens no page.")
-    repo_id: str | None = flag(
-        None, "Space on the Hub, such as org/demo. Without --push its files are only listed; no page."
-    )
+    space: Path | None = flag(None, "Write the folder of the Space here, and list its files.")
+    repo_id: str | None = flag(None, "Space on the Hub, such as org/demo. Without --push its files are only listed.")
     push: bool = flag(False, "Send the Space to --repo_id, with the token of `hf`.")
     private: bool = flag(False, "A new Space is seen by its owner alone.")
 
     def __post_init__(self) -> None:
         self.check_image_files()
-        if not 1 <= self.port <= 65535 or self.batch_size < 1:
-            raise ValueError(f"port must be 1 to 65535, batch_size at least 1, got {self.port}, {self.batch_size}.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
         if self.push and self.repo_id is None:
             raise ValueError("--push needs --repo_id, the Space on the Hub, such as org/demo.")
+        if self.space is None and self.repo_id is None:
+            raise ValueError("Say where the Space goes: --space FOLDER or --repo_id org/demo; `capivara app` searches.")
         if self.cache_dir == "off":
             raise ValueError("The index is kept; cache_dir must be auto or a folder, got 'off'.")
-
-
-def load_demo(args: SpaceArguments) -> "Demo":
-    """The index of every model that is asked for, built where it is not kept."""
-    from caption_data.embedding_cache import cache_folder
-    from hub_upload.space.answers import Demo
-    from hub_upload.space.collection import open_pictures
-    from hub_upload.space.index import build_index, is_album, open_album, read_album
-    from modeling_capivara.embedder import load_embedder
-
-    cache, kept = cache_folder(args.cache_dir), is_album(Path(args.pictures))
-    options = (args.split, args.image_column, args.caption_column, args.form)
-    # Before the models, for its errors.
-    pictures = None if kept else open_pictures(args.pictures, *options, **args.limits())
-    embedders = [load_embedder(model, args.device) for model in (args.model, args.compare) if model]
-    for embedder in embedders:
-        embedder.name = short_name(embedder.name)
-    album = read_album(Path(args.pictures)) if kept else open_album(pictures, cache)
-    return Demo([build_index(album, embedder, cache, args.batch_size) for embedder in embedders])
 
 
 @user_errors
@@ -103,49 +74,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(args: SpaceArguments) -> None:
-    """Build the index, then write a Space, or serve the page until Ctrl-C."""
-    check_before_work(args)
-    demo = load_demo(args)
-    album = demo.album
-    print(f"{len(album.captions) - len(album.skipped)} pictures, index in {album.folder}.")
-    for row, reason in list(album.skipped.items())[:5]:
-        print(f"Left out, row {row}: {reason}")
-    if len(album.skipped) > 5:
-        print(f"Left out as well: {len(album.skipped) - 5} more; {album.folder / 'index.json'} lists them.")
-    if args.space or args.repo_id:
-        publish(demo, args)
-        return
-    from hub_upload.space.app import is_loopback, serve
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what visitors have sent is removed
-    blocks = serve(demo, args.host, args.port)
-    whom = "this machine alone" if is_loopback(args.host) else "everybody who reaches this machine"
-    print(f"http://{args.host}:{args.port} is open, to {whom}; Ctrl-C ends it.", flush=True)
-    blocks.block_thread()
-
-
-def check_before_work(args: SpaceArguments) -> None:
-    """What would be noticed only after the index is built, which can take an hour.
-
-    Raises:
-        ImportError: a package of the page is missing.
-        ValueError: the Space has no name of the Hub, its folder holds something, or two models have one name.
-    """
-    require("The page", "app", *PACKAGES)
-    if args.space or args.repo_id:
-        from hub_upload.space.publish_space import check_target
-
-        check_target([args.model, args.compare or ""], args.space, args.repo_id)
-
-
-def publish(demo: "Demo", args: SpaceArguments) -> None:
-    """Write the folder of the Space, list it, and send it if that was asked for."""
-    from hub_upload.space.publish_space import listing, push_space, write_space
+    """Build the index where it is not there, write the Space, list it, and send it if that was asked for."""
+    require("A Space", "search", *PACKAGES)
+    from hub_upload.space.publish_space import check_target, listing, open_indexes, push_space, write_space
 
     models = [model for model in (args.model, args.compare) if model]
+    check_target(models, args.space, args.repo_id)  # before the index is built, which can take an hour
+    options = {"splits": args.split, "image_column": args.image_column, "caption_column": args.caption_column}
+    options |= {"form": args.form, **args.limits()}
+    indexes, credit = open_indexes(args.pictures, models, args.cache_dir, args.device, args.batch_size, **options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.space or Path(temporary) / "space"
-        print(listing(folder, write_space(demo, models, folder)))
+        print(listing(folder, write_space(indexes, models, folder, credit)))
         if args.space:
             print(f"The Space is in {folder}; `python app.py` there starts it.")
         if args.push:

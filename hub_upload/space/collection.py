@@ -1,17 +1,17 @@
-"""The images that the page searches: a plain folder, or a data set of any form that training reads.
+"""The pictures of a Space as a folder of files, which an index takes: a plain folder, or a data set of any form.
 
-    pictures = open_pictures("data/openmoji/dataset")
-    print(len(pictures), pictures.captions[0])
+    folder, credit = picture_folder("data/openmoji/dataset", Path("cache"))
 
-Whose pictures they are is read from the README of their folder, in the form that the Hub gives it.
+The pictures of a data set are written to files that are named by their captions. Whose pictures they are is read from
+the README of their folder, in the form that the Hub gives it.
 """
 
+import hashlib
+import json
 import logging
 import re
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +19,35 @@ import yaml
 from huggingface_hub.repocard import metadata_load
 from tqdm.auto import tqdm
 
-from capivara_search.common.files import read_json
-from capivara_search.common.image_files import BYTES_ALONE, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from capivara_search.common.links import Bounds
-from caption_data.source_files import FORMS, SPLIT_NAMES, form_hint, picture_files
+from capivara_search.common.files import read_json, write_bytes
+from capivara_search.common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, BadImage, image_bytes
+from capivara_search.page.server import Credit
+from caption_data.source_files import FORMS, SPLIT_NAMES, form_hint
 from caption_data.sources import Source, open_source
 
 logger = logging.getLogger("capivara")
 
 CAPTION_COLUMNS = ("captions-pt", "caption", "captions", "text")  # where none is named, the first that there is
-MAX_SHOWN = 300  # letters of a caption; one can be a book
+MAX_NAME = 100  # letters of a file's name; a caption can be a book, and a name has 255 bytes at most
+MAX_SHOWN = 5  # rows without a picture that are named
 
 
-@dataclass(frozen=True)
-class Credit:
-    """Whose pictures they are, as the data set's README says; empty where it says nothing.
-
-    Attributes:
-        name: of the data set.
-        licence: identifier, such as "cc-by-sa-4.0".
-        attribution: the sentence that the licence asks for.
-    """
-
-    name: str
-    licence: str = ""
-    attribution: str = ""
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures that are read when they are needed.
-
-    Attributes:
-        row_image: number of a picture -> its image as `datasets` gives it undecoded, `{"bytes", "path"}`.
-        captions: of each picture; an empty list where it has none.
-        titles: of each picture, shown where it has no caption: the name of its file, or "".
-        credit: whose they are.
-        files: which of them may be opened.
-    """
-
-    row_image: Callable[[int], dict | None]
-    captions: list[list[str]]
-    titles: list[str]
-    credit: Credit
-    files: ImageFiles = BYTES_ALONE
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-
-def open_pictures(
+def picture_folder(
     where: str,
+    cache: Path,
     splits: Sequence[str] = ("all",),
     image_column: str = "image",
     caption_column: str | None = None,
     form: str = "auto",
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
-) -> Pictures:
-    """Pictures with their captions.
+) -> tuple[Path, Credit]:
+    """A folder of pictures, and whose they are.
 
     Args:
-        where: folder of pictures, itself or in folders; or a data set as `caption_data.sources.open_source` takes it.
+        where: folder of pictures, itself or in folders, which is taken as it is; or a data set as
+            `caption_data.sources.open_source` takes it, whose pictures are written below `cache`.
+        cache: root of all caches.
         splits: of a data set; "all" stands for those of the usual names that it has.
         image_column: column of the pictures.
         caption_column: column of a caption or a list of captions; the first of `CAPTION_COLUMNS` where None.
@@ -91,14 +58,10 @@ def open_pictures(
     Raises:
         ValueError: there is no such folder, data set, split or column, or no picture in it.
     """
-    folder, credit = Path(where), _credit(Path(where))
+    folder = Path(where)
+    credit = credit_of(folder)
     if form == "images" or _is_plain_folder(folder):
-        found = picture_files(folder)
-        if not found:
-            raise ValueError(f"{where} holds no picture. Names of pictures end in {', '.join(SUFFIXES)}.")
-        images = [{"bytes": None, "path": str(file.absolute())} for file in found]
-        files = ImageFiles(Bounds(folder, image_roots), max_pixels)
-        return Pictures(images.__getitem__, [[] for _ in found], [file.stem for file in found], credit, files)
+        return folder, credit
     limits = {"image_roots": image_roots, "max_pixels": max_pixels}
     try:
         sources = _sources(where, splits, image_column, limits)
@@ -107,12 +70,56 @@ def open_pictures(
     if hint := form_hint(folder):
         logger.warning("%s is read as a data set.%s", where, hint)
     column = _caption_column(sources, image_column, caption_column)
-    captions, titles = [], []
+    asked = [str(folder.resolve()) if folder.exists() else where, list(splits), image_column, column]
+    key = hashlib.blake2b(json.dumps(asked).encode(), digest_size=16).hexdigest()
+    made = cache / "space" / key / "pictures"
+    _write_pictures(_named_pictures(sources, image_column, column), made, sum(map(len, sources)))
+    return made, credit
+
+
+def _write_pictures(pictures: Iterator[tuple[str, bytes]], folder: Path, count: int) -> None:
+    """Files of these names, and no others; those that are there are kept."""
+    names: set[str] = set()
+    for name, data in tqdm(pictures, total=count, desc="Pictures of the data set", unit="picture"):
+        path = folder / name
+        names.add(name)
+        if not path.is_file() or path.read_bytes() != data:  # the same file is not embedded again
+            write_bytes(path, data)
+    if not names:
+        raise ValueError("No row of the data set has a picture that can be read.")
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def _named_pictures(
+    sources: list[Source], image_column: str, caption_column: str | None
+) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each picture of a data set; what can't be read is left out, and the log says so."""
+    taken, bad = Counter(), []
     for source in sources:
-        for row in tqdm(source.rows(), total=len(source), desc=f"Reading captions, {source.split}", unit="row"):
-            captions.append(_texts(row.get(column)) if column else [])
-            titles.append(Path((row[image_column] or {}).get("path") or "").stem)
-    return Pictures(_row_image(sources, image_column), captions, titles, credit, sources[0].files)
+        for number, row in enumerate(source.rows()):
+            image = row[image_column]
+            try:
+                data = image_bytes(image, source.files)
+            except BadImage as error:
+                bad.append(f"row {number} of {source.split}: {error}")
+                continue
+            path = Path((image or {}).get("path") or "")
+            stem = _file_name(next(iter(_texts(row.get(caption_column))), "") or path.stem) or f"{number + 1}"
+            taken[stem.casefold()] += 1
+            again = f" ({taken[stem.casefold()]})" if taken[stem.casefold()] > 1 else ""
+            yield f"{stem}{again}{path.suffix.lower() if path.suffix.lower() in SUFFIXES else '.png'}", data
+    for line in bad[:MAX_SHOWN]:
+        logger.warning("Left out: %s", line)
+    if len(bad) > MAX_SHOWN:
+        logger.warning("Left out as well: %d more.", len(bad) - MAX_SHOWN)
+
+
+def _file_name(caption: str) -> str:
+    """A caption as a file of any system may be named, without its end; empty where nothing of it is left."""
+    plain = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+', " ", caption.encode("utf-8", "ignore").decode())
+    return plain[:MAX_NAME].strip(" .")
 
 
 def _is_plain_folder(path: Path) -> bool:
@@ -151,21 +158,10 @@ def _caption_column(sources: list[Source], image_column: str, asked: str | None)
     return asked or next(iter(there), None)
 
 
-def _row_image(sources: list[Source], image_column: str) -> Callable[[int], dict | None]:
-    ends = list(accumulate(len(source) for source in sources))
-
-    def row_image(number: int) -> dict | None:
-        source = bisect_right(ends, number)
-        start = ends[source - 1] if source else 0
-        return sources[source].row(number - start)[image_column]
-
-    return row_image
-
-
 def _texts(value: object) -> list[str]:
-    """Captions of a row, cut; other values are left out."""
+    """Captions of a row; other values are left out."""
     texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    return [text.strip()[:MAX_SHOWN] for text in texts if isinstance(text, str) and text.strip()]
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 def stated(card: Path) -> dict[str, Any]:
@@ -176,8 +172,9 @@ def stated(card: Path) -> dict[str, Any]:
         return {}
 
 
-def _credit(path: Path) -> Credit:
-    front_matter = stated(path / "README.md")
+def credit_of(folder: Path) -> Credit:
+    """Whose the pictures of a folder are, as its README says."""
+    front_matter = stated(folder / "README.md")
     keys = ("pretty_name", "license", "attribution")
     name, licence, attribution = (v if isinstance(v := front_matter.get(key), str) else "" for key in keys)
-    return Credit(name or path.name, licence, attribution)
+    return Credit(name or folder.resolve().name, licence, attribution)

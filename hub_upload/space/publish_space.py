@@ -4,51 +4,73 @@
     python -m hub_upload.space --model runs/mine --repo_id org/demo           # lists what would be sent
     python -m hub_upload.space --model runs/mine --repo_id org/demo --push
 
-The Space gets the modules that the page imports, found by following the imports; requirements are pinned to the
-versions that built the index, since what keeps embeddings apart names transformers' version.
+Requirements are pinned to the versions that built the index. The Space is one of Docker: the page is no gradio
+application.
 """
 
 import configparser
+import hashlib
 import re
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from importlib import metadata
-from modulefinder import ModuleFinder
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, get_token
 
+from capivara_search.common.environment import cache_home
 from capivara_search.common.files import whole_folder, write_text
 from capivara_search.common.privacy import short_name
+from capivara_search.index import PictureIndex
+from capivara_search.models import find_model
+from capivara_search.page.server import DEFAULT_PORT, Credit
 from hub_upload.allowed_files import TOKENIZER_FILES, check_contents
 from hub_upload.push import NO_TOKEN
 from hub_upload.push_plan import readable_size
 from hub_upload.remote import PushError, check_repo_id, hub_errors
-from hub_upload.space.answers import Demo
-from hub_upload.space.collection import stated
-from hub_upload.space.index import embeddings_path
+from hub_upload.space.collection import credit_of, picture_folder, stated
+from hub_upload.space.published_index import publish_index
 
 ROOT = Path(__file__).resolve().parents[2]
-STARTS = "hub_upload/space/__main__.py"
-OTHER_FILES = (Path("LICENSE"), Path("hub_upload/space/style.css"), Path("hub_upload/space/page.js"))
-LEFT_OUT = ["hub_upload.space.publish_space"]  # a Space publishes nothing
+PROGRAM = ("capivara_search", "modeling_capivara")
+PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".yaml")
+STORES = ("s3://", "gs://", "az://")  # how addresses of indexes begin
+PACKAGES = ("lancedb", "pillow-heif", "starlette", "uvicorn")  # of the page, beside those of the model
 MODEL_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
-APP = '''"""{title}. Made by `python -m hub_upload.space`; the program is in hub_upload/space."""
+APP = '''"""{title}. Made by `python -m hub_upload.space`; the program is in capivara_search/page."""
 
-from hub_upload.space.__main__ import main
+from capivara_search.index import PictureIndex
+from capivara_search.page.server import Credit, serve_index
 
-main({arguments!r})
+if __name__ == "__main__":
+    index, *compare = [PictureIndex.open(where, model) for where, model in {indexes!r}]
+    credit = {credit!r}
+    serve_index(index, "0.0.0.0", {port}, *compare, open_browser=False, credit=credit)
 '''
+# torch of PyPI brings several GB for GPUs, which a free Space has none of. Spaces run as the user 1000.
+DOCKERFILE = """\
+FROM python:3.11-slim
+RUN useradd --create-home --uid 1000 user
+WORKDIR /home/user/app
+COPY requirements.txt .
+RUN pip install --no-cache-dir torch=={torch} --index-url https://download.pytorch.org/whl/cpu \\
+ && pip install --no-cache-dir --requirement requirements.txt
+COPY --chown=user . .
+USER user
+EXPOSE {port}
+CMD ["python", "app.py"]
+"""
 BODY = """
 # {title}
 
 Busca de imagens e classificação com palavras em português, com o modelo CAPIVARA
-([artigo](https://arxiv.org/abs/2310.13683)). Escreva uma frase ou envie uma imagem: a página mostra o que combina e com
-que pontuação.
+([artigo](https://arxiv.org/abs/2310.13683)). Escreva uma frase ou envie uma imagem: a página mostra o que combina.
 
 - Modelo: {models}
 - Imagens: {pictures}
@@ -59,13 +81,50 @@ O código é MIT. {licences} Quem copia este Space aceita essas licenças.
 """
 
 
-def write_space(demo: Demo, models: list[str], folder: Path, title: str = "CAPIVARA: busca em português") -> list[Path]:
+def open_indexes(
+    pictures: str, models: Sequence[str], cache_dir: str, device: str | None, batch_size: int, **options: Any
+) -> tuple[list[PictureIndex], Credit]:
+    """An index of the pictures for each model, built or brought up to date where it is not given.
+
+    Args:
+        pictures: index, folder of pictures, or data set.
+        models: folders or Hub ids.
+        cache_dir: "auto", or root of all caches.
+        device: of the models; the GPU where there is one.
+        batch_size: pictures that are embedded at once.
+        options: of `picture_folder`, for a data set.
+
+    Raises:
+        ValueError: there are no such pictures, or no such model; an index was built with another model.
+    """
+    if Path(pictures, "pictures.lance").is_dir() or pictures.startswith(STORES):
+        indexes = [PictureIndex.open(pictures, model, device) for model in models]
+        return indexes, credit_of(Path(next(iter(indexes[0].folders()), pictures)))
+    cache = cache_home() if cache_dir == "auto" else Path(cache_dir)
+    folder, credit = picture_folder(pictures, cache, **options)
+    indexes = []
+    for model in [find_model(model, device) for model in models]:
+        key = hashlib.blake2b(f"{folder.resolve()}\0{model.image_digest}".encode(), digest_size=16).hexdigest()
+        index = PictureIndex.open(cache / "space" / key / "index.lance", model)
+        index.add(folder, batch_size=batch_size)  # what it has is not embedded again
+        indexes.append(index)
+    return indexes, credit
+
+
+def write_space(
+    indexes: Sequence[PictureIndex],
+    models: Sequence[str],
+    folder: Path,
+    credit: Credit,
+    title: str = "CAPIVARA: busca em português",
+) -> list[Path]:
     """Write the folder of a Space.
 
     Args:
-        demo: what the page answers from.
-        models: folder or Hub id of each model of `demo`; a folder is copied, an id is left to the Space to fetch.
+        indexes: of the pictures, one for each model; those of the same image tower may be one and the same.
+        models: folder or Hub id of each model; a folder is copied, an id is left to the Space to fetch.
         folder: where to; missing or empty.
+        credit: whose pictures they are.
         title: of the Space.
 
     Returns:
@@ -75,23 +134,25 @@ def write_space(demo: Demo, models: list[str], folder: Path, title: str = "CAPIV
         ValueError: the folder is not empty, or a model's file names a path of this machine or a token.
     """
     with whole_folder(folder) as made:
-        for source in (*program_files(), *OTHER_FILES):
+        for source in (*program_files(), Path("LICENSE")):
             _copy(ROOT / source, made / source)
-        for source in sorted(demo.album.folder.glob("thumbnails-*.safetensors")):
-            _copy(source, made / "index" / source.name)
-        for source in [embeddings_path(index.album, index.embedder) for index in demo.indexes]:
-            _copy(source, made / "index" / source.name)
-        _copy(demo.album.folder / "index.json", made / "index" / "index.json")
         there = [_copied_model(model, made) for model in models]
-        flags = [part for flag, model in zip(("--model", "--compare"), there, strict=False) for part in (flag, model)]
-        arguments = [*flags, "--pictures", "index", "--host", "0.0.0.0"]
-        write_text(made / "app.py", APP.format(title=title, arguments=arguments))
-        write_text(made / "requirements.txt", "".join(f"{line}\n" for line in requirements(demo)))
-        write_text(made / "README.md", _readme(demo, models, title))
+        places: dict[str, str] = {}
+        for index, model in zip(indexes, there, strict=True):
+            if index.where not in places:
+                places[index.where] = f"index-{len(places) + 1}.lance"
+                publish_index(index, made / places[index.where], model, credit.name)
+        opened = [(places[index.where], model) for index, model in zip(indexes, there, strict=True)]
+        app = APP.format(title=title, indexes=opened, credit=credit, port=DEFAULT_PORT)
+        write_text(made / "app.py", app)
+        pinned = requirements(models)
+        write_text(made / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
+        write_text(made / "Dockerfile", DOCKERFILE.format(torch=pinned["torch"], port=DEFAULT_PORT))
+        write_text(made / "README.md", _readme(models, credit, title))
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def check_target(models: list[str], folder: Path | None, repo_id: str | None) -> None:
+def check_target(models: Sequence[str], folder: Path | None, repo_id: str | None) -> None:
     """Raise ValueError where a Space of these models can't be written to `folder`, or `repo_id` is none of the Hub."""
     if len(models) > len({short_name(model) for model in models}):
         raise ValueError(f"{' and '.join(models)} would both be {short_name(models[0])} in the Space; rename one.")
@@ -101,13 +162,23 @@ def check_target(models: list[str], folder: Path | None, repo_id: str | None) ->
         check_repo_id(repo_id)
 
 
-def listing(folder: Path, files: list[Path]) -> str:
-    """The files with their sizes, small ones of the program as one line."""
-    shown = [file for file in files if file.suffix not in (".py", ".js", ".css") or file == Path("app.py")]
-    lines = [f"  {file} ({readable_size((folder / file).stat().st_size)})" for file in shown]
-    lines.append(f"  and {len(files) - len(shown)} files of the program")
-    total = readable_size(sum((folder / file).stat().st_size for file in files))
-    return "\n".join([*lines, f"{len(files)} files, {total}"])
+def listing(folder: Path, files: Sequence[Path]) -> str:
+    """The files with their sizes, small ones of the program and of the index as a line each."""
+    parts = {"files of the program": [], "files of the index": []}
+    lines = []
+    for file in files:
+        if any(part.endswith(".lance") for part in file.parts):
+            parts["files of the index"].append(file)
+        elif file.parts[0] in PROGRAM:
+            parts["files of the program"].append(file)
+        else:
+            lines.append(f"  {file} ({readable_size((folder / file).stat().st_size)})")
+    lines += [f"  {len(group)} {name} ({_size(folder, group)})" for name, group in parts.items()]
+    return "\n".join([*lines, f"{len(files)} files, {_size(folder, files)}"])
+
+
+def _size(folder: Path, files: Sequence[Path]) -> str:
+    return readable_size(sum((folder / file).stat().st_size for file in files))
 
 
 def push_space(folder: Path, repo_id: str, private: bool) -> str:
@@ -130,31 +201,29 @@ def push_space(folder: Path, repo_id: str, private: bool) -> str:
         if get_token() is None:
             raise PushError(NO_TOKEN)
         api = HfApi()
-        api.create_repo(repo_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        api.create_repo(repo_id, repo_type="space", space_sdk="docker", private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Demonstração do CAPIVARA",
-            delete_patterns=["index/*", "models/*"],  # of an earlier index or model, if it is not sent again
+            delete_patterns=["index*", "models/*", "*.py"],  # of an earlier version, if it is not sent again
         )  # fmt: skip
     return commit.commit_url
 
 
 def program_files() -> list[Path]:
-    """The modules that the page imports, relative to the checkout, their packages included."""
-    finder = ModuleFinder([str(ROOT)], excludes=LEFT_OUT)
-    finder.run_script(str(ROOT / STARTS))
-    return sorted(Path(module.__file__).relative_to(ROOT) for module in finder.modules.values() if module.__file__)
+    """The two packages that the page consists of, relative to the checkout, with what lies beside their modules."""
+    found = [path for package in PROGRAM for path in (ROOT / package).rglob("*") if path.suffix in PROGRAM_SUFFIXES]
+    return sorted(path.relative_to(ROOT) for path in found)
 
 
-def requirements(demo: Demo) -> list[str]:
-    """What the page and its models need, at the versions that are installed; gradio's is in the README."""
+def requirements(models: Sequence[str]) -> dict[str, str]:
+    """What the page and its models need: package -> version, that which is installed."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg", encoding="utf-8")
-    needed = config["options"]["install_requires"] + config["options.extras_require"]["app"]
-    names = [re.match(r"[\w.-]+", line)[0] for line in needed.split() if re.match(r"[A-Za-z]", line)]
-    if any("timm_wrapper" in index.embedder.model.config.to_json_string() for index in demo.indexes):
+    names = [re.match(r"[\w.-]+", line)[0] for line in config["options"]["install_requires"].split("\n") if line]
+    names += PACKAGES
+    if any("timm_wrapper" in (find_model(model).folder / "config.json").read_text("utf-8") for model in models):
         names.append("timm")
-    pinned = {name: metadata.version(name).partition("+")[0] for name in names if name != "gradio"}
-    return [f"{name}=={version}" for name, version in pinned.items()]
+    return {name: metadata.version(name).partition("+")[0] for name in names}
 
 
 def _copied_model(model: str, made: Path) -> str:
@@ -175,13 +244,12 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _readme(demo: Demo, models: list[str], title: str) -> str:
-    credit = demo.album.credit
+def _readme(models: Sequence[str], credit: Credit, title: str) -> str:
     licences = {"as imagens": credit.licence, **{f"o modelo {short_name(m)}": _model_licence(m) for m in models}}
     known = {subject: licence for subject, licence in licences.items() if licence}
     about = {
-        "title": title, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "gradio",
-        "sdk_version": metadata.version("gradio"), "python_version": "3.11", "app_file": "app.py", "pinned": False,
+        "title": title, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "docker",
+        "app_port": DEFAULT_PORT, "pinned": False,
         "license": next(iter(known.values())) if len(set(known.values())) == 1 else "other",
         "models": [model for model in models if not Path(model).is_dir()],
         "short_description": "Busca de imagens com palavras em português",
