@@ -1,0 +1,97 @@
+"""The command `capivara`: search your own pictures, in Portuguese or English.
+
+    capivara index ~/Fotos                        # capivara indexar
+    capivara search "cachorro correndo na praia"  # capivara buscar
+    python -m capivara_search --help
+
+    from capivara_search.cli import main
+
+    main(["buscar", "um gato dormindo", "--index", "fotos.lance", "--json"])
+
+Its flags stand in `command_flags.py`, what it does in `commands.py`, what it says in `words.yaml`. Nothing that takes
+time is imported here: `--help` and wrong use are answered at once.
+"""
+
+import errno
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from capivara_search import commands
+from capivara_search.command_flags import WrongUse, language_of, parsed, parser
+from capivara_search.common.files import no_space_left
+from capivara_search.common.progress import bars_for_terminals_only
+from capivara_search.shell_completion import completion
+from capivara_search.terminal import Words, harmless
+
+WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside those of `commands`; the help explains them
+EXPECTED = (WrongUse, commands.Unusable, ValueError, OSError, ImportError, RuntimeError)  # whose message is enough
+# What the library says in English, and the text of `words.yaml` that says it, with its exit code.
+OF_THE_LIBRARY: dict[str, tuple[str, int]] = {}
+
+
+def run() -> None:
+    """The console script: `main`, which Ctrl-C ends in one line from the start."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        words = Words(language_of(sys.argv[1:]))
+        # KeyboardInterrupt would get lost in the imports of C extensions; commands that clean up set a handler.
+        signal.signal(signal.SIGINT, lambda *_: _stop_at_once(words("stopped")))
+    bars_for_terminals_only()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # of a terminal with few letters
+    main()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command.
+
+    Args:
+        argv: its words, `sys.argv[1:]` where None.
+
+    Raises:
+        SystemExit: always, with the exit code that the help explains.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    words = Words(language_of(argv))
+    try:
+        args = parsed(argv, words)
+        if args.command == "completion":
+            print(completion(parser(words), args.shell), end="")
+            sys.exit(commands.DONE)
+        code = commands.run(args, words)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"\n{words('stopped_goes_on' if args.command == 'index' else 'stopped')}", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    except BrokenPipeError:  # `capivara search … | head`; what is left must not be written at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except EXPECTED as error:
+        code, text = explained(error, words)
+        print(words("error", text=text), file=sys.stderr)
+    sys.exit(code)
+
+
+def explained(error: Exception, words: Words) -> tuple[int, str]:
+    """The exit code of an error, and one line about it; in the language, where the error is a usual one."""
+    if isinstance(error, WrongUse | commands.Unusable):
+        return WRONG_USE if isinstance(error, WrongUse) else UNUSABLE, str(error)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return UNUSABLE, words("missing_package", name=error.name.partition(".")[0])
+    if no_space_left(error):
+        return UNUSABLE, words("no_space")
+    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return UNUSABLE, words("no_permission", path=harmless(str(error.filename)))
+    text = harmless(" ".join(str(error).split())) or type(error).__name__
+    for pattern, (key, code) in OF_THE_LIBRARY.items():
+        if found := re.search(pattern, text):
+            return code, words(key, **found.groupdict())
+    return UNUSABLE, text
+
+
+def _stop_at_once(text: str) -> NoReturn:
+    print(f"\n{text}", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)
