@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
+from capivara_search.common.environment import cache_home
 from capivara_search.common.files import DIGEST_BYTES, has_digest, write_with_digest
 from caption_data.rows import digest_of
 from modeling_capivara.embedder import processes
@@ -112,11 +113,6 @@ class EmbeddingCache:
 def cache_key(parts: dict[str, Any]) -> str:
     """The name of a folder of embeddings, after what they depend on."""
     return digest_of(parts, sort_keys=True)
-
-
-def cache_home() -> Path:
-    """Where all caches lie: $CAPIVARA_CACHE, or ~/.cache/capivara."""
-    return Path(os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara")
 
 
 def cache_folder(name: str) -> Path | None:

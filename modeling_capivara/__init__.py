@@ -23,7 +23,8 @@ from .image_processing_capivara import CapivaraImageProcessor
 from .loss_capivara import clip_loss
 from .modeling_capivara import CapivaraModel, CapivaraOutput
 from .processing_capivara import CapivaraProcessor
-from .tokenization_capivara import CapivaraTokenizer, repair_text
+from .text_repair_capivara import repair_text
+from .tokenization_capivara import CapivaraTokenizer
 
 __version__ = "0.1.0"
 

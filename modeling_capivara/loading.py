@@ -14,6 +14,7 @@ from transformers import AutoProcessor
 
 from .configuration_capivara import CapivaraConfig
 from .modeling_capivara import CapivaraModel
+from .open_clip_checkpoint import first_line
 from .processing_capivara import CapivaraProcessor
 
 HUB_TIMEOUT_S = 10
@@ -98,18 +99,25 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
         return
     try:
         get_hf_file_metadata(hf_hub_url(str(source), names[0], revision=revision), timeout=HUB_TIMEOUT_S)
-    except RepositoryNotFoundError as error:
-        raise ValueError(
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
+            return  # the Hub answers: the loader raises what is missing or refused
+        raise reach_failure(source, error) from error
+
+
+def reach_failure(source: str | Path, error: Exception) -> ValueError:
+    """What is to be said where the Hub was asked for a model, and `error` was the answer."""
+    if isinstance(error, RepositoryNotFoundError):
+        return ValueError(
             f"There is no model {source}: it is no folder here, and the Hub has none of that name for you. Check the "
             "name; a private or gated one needs `hf auth login`."
-        ) from error
-    except HfHubHTTPError:
-        return  # the Hub answers: the loader raises what is missing or refused
-    except (HTTPError, OSError) as error:
-        raise ValueError(
-            f"The model {source} is no folder here, nor in the cache of the Hub ({constants.HF_HUB_CACHE}), and the "
-            f"Hub can't be reached ({type(error).__name__}). Check the name, or the connection and HF_HUB_OFFLINE."
-        ) from error
+        )
+    if isinstance(error, HfHubHTTPError):
+        return ValueError(f"{source} could not be fetched from the Hub: {first_line(error)}")
+    return ValueError(
+        f"The model {source} is no folder here, nor in the cache of the Hub ({constants.HF_HUB_CACHE}), and the "
+        f"Hub can't be reached ({type(error).__name__}). Check the name, or the connection and HF_HUB_OFFLINE."
+    )
 
 
 def card_metadata(card: Path) -> dict[str, Any]:

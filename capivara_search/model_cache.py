@@ -1,0 +1,188 @@
+"""Models of the Hub on this machine: found without asking, fetched once, converted once where they are open_clip's.
+
+    folder = model_folder("hiaac-nlp/CAPIVARA")  # of a CAPIVARA model, whatever the repository holds
+
+A converted model lies in `cache_home()/open_clip/OWNER--NAME/COMMIT`, and the name of its branch beside it; it is there
+whole or not at all. What is in the cache is used as it is, without a request; a revision asks the Hub for another one.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+
+from capivara_search.common.environment import cache_home
+from capivara_search.common.files import whole_folder, write_text
+from capivara_search.weight_file import weight_files
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelInfo
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+NEEDED = ("config.json", "processor_config.json")  # of a CAPIVARA folder, beside its weights
+SHORT_TIMEOUT_S = 3  # to learn whether the Hub is there, before the miniature is taken
+MAIN = "main"
+
+
+def model_folder(source: str, revision: str | None = None) -> Path:
+    """The folder of a CAPIVARA model, by folder or Hub id, also one of open_clip's; fetched where it is not here.
+
+    Args:
+        source: folder or Hub id, with or without open_clip's `hf-hub:` or `local-dir:` before it.
+        revision: branch, tag or commit of a Hub id; where None, what is in the cache, else the main branch.
+
+    Raises:
+        ValueError: there is no such model, it is of another kind, or it can't be fetched.
+    """
+    name = source.removeprefix("local-dir:")
+    path = Path(name).expanduser()
+    if path.exists() or not is_hub_id(source):
+        return _local_folder(path, name)
+    repo_id = source.removeprefix("hf-hub:")
+    return (None if revision else cached_folder(repo_id)) or _fetched_folder(repo_id, revision)
+
+
+def cached_folder(repo_id: str) -> Path | None:
+    """The folder of a model of the Hub that is on this machine, as it is or converted; None where it is not."""
+    if found := _snapshot(repo_id, "config.json"):
+        if is_capivara(found):
+            return found
+    try:
+        commit = (_converted(repo_id) / "refs" / MAIN).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    folder = _converted(repo_id) / commit
+    return folder if is_capivara(folder) else None
+
+
+def is_reachable(repo_id: str) -> bool:
+    """Whether the Hub answers within `SHORT_TIMEOUT_S`, and has the model; not asked with `HF_HUB_OFFLINE`."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        HfApi().model_info(repo_id, timeout=SHORT_TIMEOUT_S)
+    except (HfHubHTTPError, HTTPError, OSError, ValueError):
+        return False
+    return True
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether it may be the name of a repository, owner/name."""
+    name = source.removeprefix("hf-hub:")
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def is_capivara(folder: Path) -> bool:
+    """Whether a folder holds a whole CAPIVARA model: settings, processor and weights."""
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        return kind == "capivara" and all(path.is_file() for path in [folder / NEEDED[1], *weight_files(folder)])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _local_folder(path: Path, name: str) -> Path:
+    if is_capivara(path):
+        return path.resolve()
+    if path.is_file() or (path / OPEN_CLIP_CONFIG).is_file():
+        return _converted_from_disk(path.resolve())
+    from modeling_capivara.loading import load_processor, read_config  # they say what is wrong
+
+    load_processor(name)
+    read_config(path)
+    weight_files(path)
+    raise ValueError(f"The model folder {path} can't be read.")
+
+
+def _fetched_folder(repo_id: str, revision: str | None) -> Path:
+    info = _asked(repo_id, revision)
+    files = {file.rfilename for file in info.siblings or ()} if info else set()
+    if info and set(NEEDED) <= files:
+        patterns = ["*.json", "model*.safetensors", "*.model", "*.txt"]
+        folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns))
+        if is_capivara(folder):
+            return folder
+    if info and OPEN_CLIP_CONFIG not in files:
+        raise ValueError(
+            f"The repository {repo_id} holds neither a CAPIVARA model ({', '.join(NEEDED)}, model.safetensors) nor one "
+            f"of open_clip ({OPEN_CLIP_CONFIG})."
+        )
+    return _converted_from_hub(repo_id, info.sha if info else None, revision or MAIN)
+
+
+def _asked(repo_id: str, revision: str | None) -> "ModelInfo | None":
+    """What the Hub says of a model; None where it can't be asked but the files are in its cache."""
+    from modeling_capivara.loading import HUB_TIMEOUT_S, reach_failure
+
+    try:
+        return HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_S)
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        known = isinstance(error, RepositoryNotFoundError) or not _snapshot(repo_id, OPEN_CLIP_CONFIG, revision)
+        if known:
+            raise reach_failure(repo_id, error) from error
+        return None
+
+
+def _converted_from_hub(repo_id: str, commit: str | None, branch: str) -> Path:
+    from modeling_capivara.open_clip_conversion import write_capivara
+    from modeling_capivara.open_clip_source import find_open_clip
+
+    if commit is None:  # without the network: what the Hub's cache has
+        commit = _snapshot(repo_id, OPEN_CLIP_CONFIG, branch).name
+    folder = _converted(repo_id) / commit
+    with _alone(folder):
+        if not is_capivara(folder):
+            found = find_open_clip(f"hf-hub:{repo_id}", revision=commit)
+            with whole_folder(folder, overwrite=True) as new:
+                write_capivara(found, new)
+        write_text(_converted(repo_id) / "refs" / branch, commit)
+    return folder
+
+
+def _converted_from_disk(path: Path) -> Path:
+    """Of a folder or checkpoint file of open_clip; made anew where the files have changed."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    state = "".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files)
+    folder = (
+        cache_home() / "open_clip" / f"{path.name}-{hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()}"
+    )
+    with _alone(folder):
+        if is_capivara(folder) and (folder / "origin.txt").read_text(encoding="utf-8") == state:
+            return folder
+        from modeling_capivara.open_clip_conversion import write_capivara
+        from modeling_capivara.open_clip_source import find_open_clip
+
+        found = find_open_clip(f"local-dir:{path}" if path.is_dir() else str(path))
+        with whole_folder(folder, overwrite=True) as new:
+            write_capivara(found, new)
+            write_text(new / "origin.txt", state)
+    return folder
+
+
+def _converted(repo_id: str) -> Path:
+    return cache_home() / "open_clip" / repo_id.replace("/", "--")
+
+
+def _snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | None:
+    """The folder of a revision in the Hub's cache, where a file of that name is in it."""
+    found = try_to_load_from_cache(repo_id, name, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process works on a folder of the cache: a conversion is not done twice at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

@@ -1,0 +1,169 @@
+"""The model of an index: found, fetched once, and quick to answer a text.
+
+    model = find_model("hiaac-nlp/CAPIVARA")  # or a folder; None: that one, or the miniature where there is no network
+    model.texts(["um gato dormindo"])  # (1, width), without torch
+    model.images([picture])  # (1, width)
+
+A model of open_clip is converted when it is fetched (`model_cache.py`). Nothing heavy is imported before it is needed.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from capivara_search.image_digest import image_digest
+from capivara_search.model_cache import cached_folder, is_reachable, model_folder
+from capivara_search.text_tower import TextTower, open_text_tower
+from capivara_search.weight_file import WeightFile, weight_files
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from modeling_capivara import CapivaraModel, CapivaraProcessor
+
+DEFAULT_MODEL = "hiaac-nlp/CAPIVARA"
+MINIATURE = "miniature"  # as the name of a model
+MODEL_VARIABLE = "CAPIVARA_MODEL"  # of the environment; what None stands for
+MANY_TEXTS = 256  # from here on the import of torch pays
+logger = logging.getLogger("capivara")
+
+
+@dataclass
+class SearchModel:
+    """A CAPIVARA model on this machine.
+
+    Attributes:
+        name: for people: the Hub id, or the folder's own name.
+        source: what it was asked for by, and can be found by again.
+        folder: that holds it.
+        note: what has to be said of it, in English and Portuguese; None where there is nothing.
+        device: "cpu", "cuda", …; the GPU where there is one, for images, where None.
+    """
+
+    name: str
+    source: str
+    folder: Path
+    note: str | None = None
+    device: str | None = None
+
+    @cached_property
+    def image_digest(self) -> str:
+        """Hex digest of all that the embeddings of images depend on; models that share it can share them.
+
+        These are the weights of the image tower and its projection, and the settings of the image processor; neither
+        the text side nor the version of transformers is among them.
+        """
+        return image_digest(self.folder)
+
+    @property
+    def width(self) -> int:
+        """Numbers of an embedding."""
+        return int(self._config["projection_dim"])
+
+    @cached_property
+    def side(self) -> int:
+        """Pixels a side of what the image tower sees."""
+        settings = _read(self.folder / "processor_config.json")["image_processor"]
+        return int(settings["crop_size"]["height"])
+
+    @cached_property
+    def logit_scale(self) -> float:
+        """What multiplies the cosines before a softmax."""
+        for path in weight_files(self.folder):
+            weights = WeightFile(path)
+            if "logit_scale" in weights.places:
+                return math.exp(float(weights.array("logit_scale")))
+        raise ValueError(f"The weights of {self.folder} hold no logit_scale.")
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts, in their order: (texts, width), float32, unit length.
+
+        Few texts are answered without torch where the model's shape allows; see `text_tower.py`.
+
+        Raises:
+            ValueError: a text is not a string, or there is none; the model is damaged.
+        """
+        if "_loaded" not in self.__dict__ and len(texts) <= MANY_TEXTS and self._text_tower is not None:
+            return self._text_tower.embed(texts)
+        from modeling_capivara.embedding import embed_texts
+        from modeling_capivara.text_repair_capivara import checked_texts
+
+        model, processor = self._loaded
+        return embed_texts(model, processor, checked_texts(list(texts))).numpy()
+
+    def images(self, images: Sequence["Image.Image"], batch_size: int = 32) -> np.ndarray:
+        """Embeddings of PIL images, in their order: (images, width), float32, unit length.
+
+        The first call imports torch and loads the model.
+
+        Raises:
+            ValueError: the model can't be loaded, or there is no such device.
+        """
+        if not len(images):
+            return np.empty((0, self.width), np.float32)
+        model, processor = self._loaded
+        from modeling_capivara.embedding import embed_images
+
+        return embed_images(model, processor, images, batch_size).numpy()
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return _read(self.folder / "config.json")
+
+    @cached_property
+    def _text_tower(self) -> TextTower | None:
+        return open_text_tower(self.folder)
+
+    @cached_property
+    def _loaded(self) -> tuple["CapivaraModel", "CapivaraProcessor"]:
+        from capivara_search.common.environment import torch_device
+        from modeling_capivara.loading import load_model, load_processor
+
+        processor, device = load_processor(self.folder), torch_device(self.device)
+        return load_model(self.folder).eval().to(device), processor
+
+
+def find_model(model: str | None = None, device: str | None = None) -> SearchModel:
+    """A model for search, by its name; it is fetched and converted where that has not been done before.
+
+    Args:
+        model: folder or Hub id of a CAPIVARA model, or of one of open_clip with an XLM-RoBERTa text tower; "miniature".
+            Where None: what `CAPIVARA_MODEL` of the environment says, else `DEFAULT_MODEL` where it is in the cache or
+            the Hub can be reached, else the miniature.
+        device: of the images' side, such as "cuda"; the GPU where there is one.
+
+    Raises:
+        ValueError: there is no such model, or it is of another kind; the Hub can't be reached.
+        ImportError: a package that the miniature is made of is not installed.
+        OSError: no space is left for it.
+    """
+    model = model or os.environ.get(MODEL_VARIABLE) or None
+    if model is None:
+        model = DEFAULT_MODEL if cached_folder(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE
+    if model == MINIATURE and not Path(model).exists():
+        from capivara_search.miniature import NOTE, miniature_folder
+
+        return SearchModel(MINIATURE, MINIATURE, miniature_folder(), NOTE, device)
+    folder = model_folder(model)
+    here = Path(model).expanduser()
+    if here.exists():
+        return SearchModel(here.resolve().name, str(here.resolve()), folder, None, device)
+    return SearchModel(model, model, folder, None, device)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} of the model can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} of the model must hold fields, it holds a {type(content).__name__}.")
+    return content

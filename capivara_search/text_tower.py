@@ -1,0 +1,237 @@
+"""Texts to embeddings without torch and transformers, whose imports alone take longer than a search may.
+
+    tower = open_text_tower("data/openmoji/base")  # None where the model is of another shape than this file knows
+    tower.embed(["um gato dormindo"])  # (1, width), unit length
+
+XLM-RoBERTa, mean pooling and projection as `CapivaraModel` has them, in NumPy; the embeddings are equal to 1e-5.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from capivara_search.weight_file import WeightFile
+
+WEIGHTS = "model.safetensors"
+BATCH_TEXTS = 32
+EMBEDDINGS = "text_model.embeddings."
+# Fields of the text tower with one value that is known here; absent ones have it.
+KNOWN = {
+    "model_type": "xlm-roberta",
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "quantization_config": None,
+}
+
+
+@cache
+def text_repair() -> ModuleType:
+    """`modeling_capivara.text_repair_capivara`, without the package around it, whose import takes seconds."""
+    name = "modeling_capivara.text_repair_capivara"
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = Path(importlib.util.find_spec("modeling_capivara").origin).parent
+    spec = importlib.util.spec_from_file_location("capivara_search_text_repair", folder / "text_repair_capivara.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class TextTower:
+    """The text side of a model folder.
+
+    Attributes:
+        weights: its tensors.
+        config: its `config.json`.
+        tokenizer: cuts at 77 tokens and does not pad.
+    """
+
+    weights: WeightFile
+    config: dict[str, Any]
+    tokenizer: Tokenizer
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings of texts, in their order: (texts, projection_dim), float32, unit length.
+
+        Raises:
+            ValueError: a text is not a string, or there is none; a text has no token at all.
+        """
+        repair = text_repair()
+        ids = [found.ids for found in self.tokenizer.encode_batch_fast(
+            [repair.repair_text(text) for text in repair.checked_texts(list(texts))]
+        )]  # fmt: skip
+        order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
+        embeds = np.empty((len(ids), self.config["projection_dim"]), np.float32)
+        for start in range(0, len(order), BATCH_TEXTS):
+            numbers = order[start : start + BATCH_TEXTS]
+            embeds[numbers] = self._embed_ids([ids[number] for number in numbers])
+        return embeds
+
+    def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:
+        pad = self.config["text_config"]["pad_token_id"]
+        tokens = np.full((len(ids), max(map(len, ids))), pad)
+        for row, found in zip(tokens, ids, strict=True):
+            row[: len(found)] = found
+        mask = tokens != pad  # (texts, tokens); also of the padding tokens that a text spells
+        if not mask.any(axis=1).all():
+            raise ValueError("Every text needs at least one token; the tokenizer gives none for an empty one.")
+        hidden = self._embeddings(tokens, mask, pad)
+        for number in range(self.config["text_config"]["num_hidden_layers"]):
+            hidden = self._layer(hidden, mask, f"text_model.encoder.layer.{number}.")
+        kept = mask[..., None].astype(np.float32)
+        pooled = (hidden * kept).sum(axis=1) / kept.sum(axis=1)  # (texts, width)
+        embeds = self._projected(pooled)
+        return embeds / np.maximum(np.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
+
+    def _embeddings(self, tokens: np.ndarray, mask: np.ndarray, pad: int) -> np.ndarray:
+        distinct, places = np.unique(tokens, return_inverse=True)
+        words = self.weights.rows(f"{EMBEDDINGS}word_embeddings.weight", distinct)[places.reshape(tokens.shape)]
+        positions = np.where(mask, mask.cumsum(axis=1) + pad, pad)  # XLM-R numbers them from pad + 1
+        places = self.weights.array(f"{EMBEDDINGS}position_embeddings.weight")[positions]
+        kind = self.weights.array(f"{EMBEDDINGS}token_type_embeddings.weight")[0]
+        return self._normed(words + kind + places, f"{EMBEDDINGS}LayerNorm.")
+
+    def _layer(self, hidden: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
+        attended = self._attention(hidden, mask, f"{name}attention.self.")
+        attended = self._linear(attended, f"{name}attention.output.dense.")
+        hidden = self._normed(attended + hidden, f"{name}attention.output.LayerNorm.")
+        inner = gelu(self._linear(hidden, f"{name}intermediate.dense."))
+        return self._normed(self._linear(inner, f"{name}output.dense.") + hidden, f"{name}output.LayerNorm.")
+
+    def _attention(self, hidden: np.ndarray, mask: np.ndarray, name: str) -> np.ndarray:
+        texts, tokens, width = hidden.shape
+        heads = self.config["text_config"]["num_attention_heads"]
+        query, key, value = (
+            self._linear(hidden, f"{name}{part}.").reshape(texts, tokens, heads, -1).swapaxes(1, 2)
+            for part in ("query", "key", "value")
+        )  # (texts, heads, tokens, width of a head)
+        scores = query @ key.swapaxes(-1, -2) / np.float32((width // heads) ** 0.5)
+        scores = np.where(mask[:, None, None], scores, -np.inf)
+        shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        shares /= shares.sum(axis=-1, keepdims=True)
+        return (shares @ value).swapaxes(1, 2).reshape(hidden.shape)
+
+    def _projected(self, pooled: np.ndarray) -> np.ndarray:
+        if self.config["text_projection_type"] == "linear":
+            return pooled @ self.weights.array("text_projection.weight").T
+        inner = gelu(pooled @ self.weights.array("text_projection.0.weight").T)
+        return inner @ self.weights.array("text_projection.2.weight").T
+
+    def _linear(self, hidden: np.ndarray, name: str) -> np.ndarray:
+        flat = hidden.reshape(-1, hidden.shape[-1])  # one product of matrices, not one a text
+        result = flat @ self.weights.array(f"{name}weight").T + self.weights.array(f"{name}bias")
+        return result.reshape(*hidden.shape[:-1], -1)
+
+    def _normed(self, hidden: np.ndarray, name: str) -> np.ndarray:
+        centred = hidden - hidden.mean(axis=-1, keepdims=True)
+        variance = np.square(centred).mean(axis=-1, keepdims=True)
+        normed = centred / np.sqrt(variance + np.float32(self.config["text_config"]["layer_norm_eps"]))
+        return normed * self.weights.array(f"{name}weight") + self.weights.array(f"{name}bias")
+
+
+def open_text_tower(folder: str | Path) -> TextTower | None:
+    """The text tower of a model folder; None where it is not exactly of the shape that is known here.
+
+    Adapters, other encoders, quantised weights, weights in several files and vocabularies that transformers would
+    complete are left to `CapivaraModel`.
+
+    Raises:
+        ValueError: the weights can't be read.
+    """
+    folder = Path(folder)
+    needed = [folder / name for name in ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")]
+    if not all(path.is_file() for path in needed) or (folder / "adapter_config.json").exists():
+        return None
+    try:
+        config, settings = (json.loads(path.read_text(encoding="utf-8")) for path in (needed[0], needed[3]))
+        weights = WeightFile(needed[1])
+        if not _is_known(config, weights):
+            return None
+        tokenizer = _tokenizer(needed[2], settings, config["text_config"]["pad_token_id"])
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError):
+        return None  # damaged: transformers says what is wrong
+    return tokenizer and TextTower(weights, config, tokenizer)
+
+
+def _is_known(config: dict[str, Any], weights: WeightFile) -> bool:
+    text, width = config["text_config"], config["projection_dim"]
+    if config["model_type"] != "capivara" or any(text.get(name, value) != value for name, value in KNOWN.items()):
+        return False
+    if config.get("quantization_config") or text["hidden_size"] % text["num_attention_heads"]:
+        return False
+    own = {name: place for name, place in weights.places.items() if name.startswith(("text_model.", "text_projection"))}
+    if {place.kind for place in own.values()} - {"F32", "F16", "BF16"}:
+        return False
+    return {name: place.shape for name, place in own.items()} == _shapes(text, config["text_projection_type"], width)
+
+
+def _shapes(text: dict[str, Any], projection: str, projection_dim: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the text side."""
+    width, inner = text["hidden_size"], text["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{EMBEDDINGS}word_embeddings.weight": (text["vocab_size"], width),
+        f"{EMBEDDINGS}position_embeddings.weight": (text["max_position_embeddings"], width),
+        f"{EMBEDDINGS}token_type_embeddings.weight": (text["type_vocab_size"], width),
+    }
+    linear = {f"attention.self.{part}": (width, width) for part in ("query", "key", "value")}
+    linear |= {"attention.output.dense": (width, width), "intermediate.dense": (inner, width)}
+    linear |= {"output.dense": (width, inner)}
+    norms = [f"{EMBEDDINGS}LayerNorm"]
+    for number in range(text["num_hidden_layers"]):
+        layer = f"text_model.encoder.layer.{number}."
+        for part, shape in linear.items():
+            shapes |= {f"{layer}{part}.weight": shape, f"{layer}{part}.bias": shape[:1]}
+        norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
+    shapes |= {f"{norm}.{part}": (width,) for norm in norms for part in ("weight", "bias")}
+    if projection == "linear":
+        return shapes | {"text_projection.weight": (projection_dim, width)}
+    middle = (width + projection_dim) // 2
+    return shapes | {
+        "text_projection.0.weight": (middle, width),
+        "text_projection.2.weight": (projection_dim, middle),
+    }
+
+
+def _tokenizer(path: Path, settings: dict[str, Any], pad: int) -> Tokenizer | None:
+    """The tokenizer of a folder; None where transformers would add tokens to it, or pad otherwise than the tower."""
+    if settings.get("tokenizer_class") != "CapivaraTokenizer":
+        return None
+    tokenizer = Tokenizer.from_file(str(path))
+    added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+    named = {name.removesuffix("_token"): value for name, value in settings.items() if name.endswith("_token")}
+    named = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}
+    special = [*named.values(), *settings.get("extra_special_tokens", [])]
+    if not all(token in added for token in special if token is not None):
+        return None
+    if added.get(named.get("pad")) != pad or named["pad"] in (named.get("eos"), named.get("sep")):
+        return None
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(text_repair().CONTEXT_LENGTH, direction=settings.get("truncation_side", "right"))
+    return tokenizer
+
+
+def gelu(values: np.ndarray) -> np.ndarray:
+    """x times the share of the normal distribution below x: the exact GELU, not the one by tanh."""
+    return values * np.float32(0.5) * (1 + erf(values * np.float32(0.5**0.5)))
+
+
+def erf(values: np.ndarray) -> np.ndarray:
+    """The error function to 2e-7, about float32's own precision: Abramowitz and Stegun, formula 7.1.26."""
+    size = np.abs(values)
+    t = 1 / (1 + np.float32(0.3275911) * size)
+    series = np.full_like(t, 1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        series = series * t + np.float32(coefficient)
+    return np.copysign(1 - series * t * np.exp(-size * size), values)
