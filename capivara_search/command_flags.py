@@ -57,10 +57,11 @@ class WrongUse(Exception):
 
 def language_of(argv: Sequence[str]) -> str:
     """ "pt" or "en": what `--lang` says, else the locale."""
-    for word, value in zip(argv, [*argv[1:], ""], strict=True):
-        name, _, joined = word.partition("=")
-        if name == "--lang" and (joined or value) in ("pt", "en"):
-            return joined or value
+    for number, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        value = value if equals else "".join(argv[number + 1 : number + 2])
+        if name == "--lang" and value in ("pt", "en"):
+            return value
     return "pt" if locale_is_portuguese() else "en"
 
 
@@ -129,16 +130,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises WrongUse, which says what argparse says in English."""
         flag, text = re.fullmatch(r"(?:argument (.+?): )?(.*)", message, re.DOTALL).groups()
+        prefix = f"{flag}: " if flag and flag.startswith("-") else ""
         for pattern, key in OF_ARGPARSE.items():
             if found := re.fullmatch(pattern, text, re.DOTALL):
                 values = {name: harmless(value) for name, value in found.groupdict().items()}
                 if key == "bad_choice" and set(COMMANDS) <= set(re.findall(r"\w+", values["choices"])):
-                    flag, text = None, self._unknown_command(values["value"].strip("'"))
+                    prefix, text = "", self._unknown_command(values["value"].strip("'"))
                 else:
                     text = self.words(key, **values)
+                text += self.words("see_help")
                 break
-        text = self.words("flag_and", flag=flag, text=text) if flag else text
-        raise WrongUse(text + self.words("see_help"))
+        raise WrongUse(prefix + text)
 
     def _unknown_command(self, name: str) -> str:
         nearest = difflib.get_close_matches(name, [*COMMANDS, *COMMANDS.values()], n=1, cutoff=0.0)[0]
@@ -357,8 +359,9 @@ def _check_search(args: argparse.Namespace, words: Words) -> None:
 
 def _check_classify(args: argparse.Namespace, words: Words) -> None:
     args.labels = [" ".join(label.split()) for label in args.labels]
-    for label, times in Counter(label.casefold() for label in args.labels).items():
-        if not label or times > 1:
+    times = Counter(label.casefold() for label in args.labels)
+    for label in args.labels:
+        if not label or times[label.casefold()] > 1:
             raise WrongUse(words("label_twice" if label else "empty_label", label=harmless(label)))
     if args.template.count("{}") != 1:
         raise WrongUse(words("bad_template"))

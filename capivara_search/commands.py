@@ -164,7 +164,7 @@ def show(hits: Sequence[Hit], pictures: "PictureIndex", args: argparse.Namespace
         head.pop(2), [row.pop(2) for row in rows]
     for row, hit in zip(rows, hits, strict=True):
         row[-1] = link(hit.path, shown_path(hit.path)) if terminal.links else shown_path(hit.path)
-    for line in table(head, rows, right=(0, 1)):
+    for line in table([head, *rows], right=(0, 1)):
         print(line)
 
 
@@ -207,7 +207,7 @@ def classify(args: argparse.Namespace, words: Words) -> int:
         shares = [words.number(100 * max(row["shares"].values())) + " %" for row in rows]
         head = [words(f"column.{name}") for name in ("label", "share", "path")]
         cells = [[text, share, shown_path(row["path"])] for text, share, row in zip(texts, shares, rows, strict=True)]
-        for line in table(head, cells, right=(1,)):
+        for line in table([head, *cells], right=(1,)):
             print(line)
         if len(rows) > 1:
             _say(", ".join(f"{text}: {words.number(n)}" for text, n in Counter(texts).most_common()))
@@ -247,7 +247,7 @@ def status(args: argparse.Namespace, words: Words) -> int:
     lines += [[words("status.folders") * (row == 0), "  ".join(cells)] for row, cells in enumerate(folders)]
     left = [f"{shown_path(one.path)}: {harmless(one.reason)}" for one in found.left_out]
     lines += [[words("status.left_out") * (row == 0), text] for row, text in enumerate(left)]
-    for line in table(["", ""], lines):
+    for line in table(lines):
         print(line)
     return DONE
 

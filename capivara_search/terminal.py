@@ -129,10 +129,10 @@ def cut(text: str, columns: int) -> str:
     return text + " " * (columns - width(text))
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
+def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
     """Lines of a table, all columns but the last of one width; the columns `right` are flush right."""
-    widths = [max(map(width, column)) for column in zip(head, *rows, strict=True)]
-    for row in (head, *rows):
+    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
         cells = [
             " " * (widths[number] - width(text)) + text if number in right else cut(text, widths[number])
             for number, text in enumerate(row[:-1])
@@ -276,8 +276,8 @@ def _side_by_side(pictures: Sequence[bytes | None], across: int, place: tuple[in
             continue
         scale = min((place[0] - gap) / picture.width, place[1] / picture.height)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        left = number * place[0] + (place[0] - size[0]) // 2
-        sheet.paste(picture.resize(size, PIL.Image.Resampling.LANCZOS), (left, place[1] - size[1]))
+        at = (number * place[0] + gap, place[1] - size[1])  # above the first letter of its caption
+        sheet.paste(picture.resize(size, PIL.Image.Resampling.LANCZOS), at)
     return sheet
 
 
