@@ -9,54 +9,57 @@ whole or not at all. What is in the cache is used as it is, without a request; a
 import fcntl
 import hashlib
 import json
+import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from capivara_search.common.environment import cache_home
-from capivara_search.common.files import whole_folder, write_text
+from capivara_search.common.files import read_json, whole_folder, write_json, write_text
 from capivara_search.weight_file import weight_files
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelInfo
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 NEEDED = ("config.json", "processor_config.json")  # of a CAPIVARA folder, beside its weights
+CAPIVARA_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt"]
 SHORT_TIMEOUT_S = 3  # to learn whether the Hub is there, before the miniature is taken
 MAIN = "main"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+ORIGIN = "conversion.json"  # in a converted folder: where it is from
+logger = logging.getLogger("capivara")
 
 
 def model_folder(source: str, revision: str | None = None) -> Path:
     """The folder of a CAPIVARA model, by folder or Hub id, also one of open_clip's; fetched where it is not here.
 
     Args:
-        source: folder or Hub id, with or without open_clip's `hf-hub:` or `local-dir:` before it.
+        source: folder or Hub id, with or without open_clip's `hf-hub:` or `local-dir:` before it; or a checkpoint file
+            of open_clip.
         revision: branch, tag or commit of a Hub id; where None, what is in the cache, else the main branch.
 
     Raises:
         ValueError: there is no such model, it is of another kind, or it can't be fetched.
+        OSError: no space is left for it.
     """
     name = source.removeprefix("local-dir:")
     path = Path(name).expanduser()
     if path.exists() or not is_hub_id(source):
         return _local_folder(path, name)
     repo_id = source.removeprefix("hf-hub:")
-    return (None if revision else cached_folder(repo_id)) or _fetched_folder(repo_id, revision)
+    asks = revision is not None and not COMMIT.fullmatch(revision)  # a branch or tag may have moved
+    return (None if asks else cached_folder(repo_id, revision)) or _fetched_folder(repo_id, revision)
 
 
-def cached_folder(repo_id: str) -> Path | None:
+def cached_folder(repo_id: str, revision: str | None = None) -> Path | None:
     """The folder of a model of the Hub that is on this machine, as it is or converted; None where it is not."""
-    if found := _snapshot(repo_id, "config.json"):
-        if is_capivara(found):
-            return found
-    try:
-        commit = (_converted(repo_id) / "refs" / MAIN).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+    if (found := _snapshot(repo_id, "config.json", revision)) and is_capivara(found):
+        return found
+    commit = revision if revision and COMMIT.fullmatch(revision) else _kept_commit(repo_id, revision or MAIN)
+    if commit is None:
         return None
     folder = _converted(repo_id) / commit
     return folder if is_capivara(folder) else None
@@ -102,72 +105,80 @@ def _local_folder(path: Path, name: str) -> Path:
 
 
 def _fetched_folder(repo_id: str, revision: str | None) -> Path:
-    info = _asked(repo_id, revision)
-    files = {file.rfilename for file in info.siblings or ()} if info else set()
-    if info and set(NEEDED) <= files:
-        patterns = ["*.json", "model*.safetensors", "*.model", "*.txt"]
-        folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns))
+    from modeling_capivara.loading import HUB_TIMEOUT_S, reach_failure
+
+    try:
+        info = HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_S)
+    except HfHubHTTPError as error:
+        raise reach_failure(repo_id, error) from error
+    except (HTTPError, OSError) as error:
+        # Without the network, what is in the cache serves: converted, or as the Hub's own cache has it.
+        if folder := cached_folder(repo_id, revision):
+            return folder
+        if folder := _snapshot(repo_id, OPEN_CLIP_CONFIG, revision):
+            return _converted_from_hub(repo_id, folder.name, revision or MAIN)
+        raise reach_failure(repo_id, error) from error
+    files = {file.rfilename for file in info.siblings or ()}
+    if set(NEEDED) <= files:
+        folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=CAPIVARA_FILES))
         if is_capivara(folder):
             return folder
-    if info and OPEN_CLIP_CONFIG not in files:
+    if OPEN_CLIP_CONFIG not in files:
         raise ValueError(
             f"The repository {repo_id} holds neither a CAPIVARA model ({', '.join(NEEDED)}, model.safetensors) nor one "
             f"of open_clip ({OPEN_CLIP_CONFIG})."
         )
-    return _converted_from_hub(repo_id, info.sha if info else None, revision or MAIN)
+    return _converted_from_hub(repo_id, str(info.sha), revision or MAIN)
 
 
-def _asked(repo_id: str, revision: str | None) -> "ModelInfo | None":
-    """What the Hub says of a model; None where it can't be asked but the files are in its cache."""
-    from modeling_capivara.loading import HUB_TIMEOUT_S, reach_failure
-
-    try:
-        return HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_S)
-    except (HfHubHTTPError, HTTPError, OSError) as error:
-        known = isinstance(error, RepositoryNotFoundError) or not _snapshot(repo_id, OPEN_CLIP_CONFIG, revision)
-        if known:
-            raise reach_failure(repo_id, error) from error
-        return None
-
-
-def _converted_from_hub(repo_id: str, commit: str | None, branch: str) -> Path:
-    from modeling_capivara.open_clip_conversion import write_capivara
-    from modeling_capivara.open_clip_source import find_open_clip
-
-    if commit is None:  # without the network: what the Hub's cache has
-        commit = _snapshot(repo_id, OPEN_CLIP_CONFIG, branch).name
+def _converted_from_hub(repo_id: str, commit: str, branch: str) -> Path:
+    """Of a commit; `branch` leads to it from now on."""
+    if not COMMIT.fullmatch(commit):
+        raise ValueError(f"The Hub names the commit {commit[:80]!r} of {repo_id}; a commit has 40 hexadecimal digits.")
     folder = _converted(repo_id) / commit
     with _alone(folder):
         if not is_capivara(folder):
-            found = find_open_clip(f"hf-hub:{repo_id}", revision=commit)
-            with whole_folder(folder, overwrite=True) as new:
-                write_capivara(found, new)
-        write_text(_converted(repo_id) / "refs" / branch, commit)
+            _convert(f"hf-hub:{repo_id}", folder, revision=commit)
+        if branch != commit:
+            write_text(_converted(repo_id) / "refs" / branch, commit)
     return folder
+
+
+def _convert(source: str, folder: Path, revision: str | None = None, state: str | None = None) -> None:
+    from modeling_capivara.open_clip_conversion import write_capivara
+    from modeling_capivara.open_clip_source import find_open_clip
+
+    found = find_open_clip(source, revision=revision)
+    logger.info("Converting %s from open_clip's format, once …", source)
+    with whole_folder(folder, overwrite=True) as new:
+        digest = write_capivara(found, new)
+        write_json(new / ORIGIN, {"source": source, "revision": revision, "state": state, "weights_digest": digest})
 
 
 def _converted_from_disk(path: Path) -> Path:
     """Of a folder or checkpoint file of open_clip; made anew where the files have changed."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    state = "".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}\n" for file in files)
-    folder = (
-        cache_home() / "open_clip" / f"{path.name}-{hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()}"
-    )
+    known = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    state = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+    name = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
+    folder = cache_home() / "open_clip" / f"{path.name}-{name}"
     with _alone(folder):
-        if is_capivara(folder) and (folder / "origin.txt").read_text(encoding="utf-8") == state:
-            return folder
-        from modeling_capivara.open_clip_conversion import write_capivara
-        from modeling_capivara.open_clip_source import find_open_clip
-
-        found = find_open_clip(f"local-dir:{path}" if path.is_dir() else str(path))
-        with whole_folder(folder, overwrite=True) as new:
-            write_capivara(found, new)
-            write_text(new / "origin.txt", state)
+        if not (is_capivara(folder) and read_json(folder / ORIGIN).get("state") == state):
+            _convert(f"local-dir:{path}" if path.is_dir() else str(path), folder, state=state)
     return folder
 
 
 def _converted(repo_id: str) -> Path:
     return cache_home() / "open_clip" / repo_id.replace("/", "--")
+
+
+def _kept_commit(repo_id: str, branch: str) -> str | None:
+    """The commit that a branch led to when it was converted last; None where it never was."""
+    try:
+        commit = (_converted(repo_id) / "refs" / branch).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+    return commit if COMMIT.fullmatch(commit) else None
 
 
 def _snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | None:

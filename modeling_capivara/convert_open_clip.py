@@ -12,7 +12,6 @@ import errno
 import json
 import logging
 import os
-import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -33,23 +31,13 @@ from .loading import load_model, load_processor, read_config
 from .loss_capivara import similarity_logits
 from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES
-from .open_clip_mapping import (
-    BASE_TEXT_NAMES,
-    capivara_config,
-    capivara_state_dict,
-    image_processor_of,
-    open_clip_model_cfg,
-    open_clip_state_dict,
-    preprocess_cfg_of,
-    square,
-)
+from .open_clip_conversion import random_images, random_texts, read_open_clip, write_read
+from .open_clip_mapping import BASE_TEXT_NAMES, open_clip_model_cfg, open_clip_state_dict, preprocess_cfg_of
 from .open_clip_source import (
     TOKENIZER_FILES,
     OpenClipSource,
     find_capivara,
     find_open_clip,
-    load_tokenizer,
-    origin_card,
     read_fields,
     read_open_clip_state,
 )
@@ -119,26 +107,13 @@ def convert(
 
 def _to_transformers(source: str, output: Path, tokenizer: str | None, config: CapivaraConfig | None) -> Conversion:
     found = find_open_clip(source, tokenizer)
-    if found.model_cfg is not None:
-        config = capivara_config(found.model_cfg)
-    else:
-        config = config or CapivaraConfig()
-        found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
-    # An unsupported configuration is refused up to here, before the weights are read.
-    image_processor = image_processor_of(found.preprocess_cfg, square(found.model_cfg["vision_cfg"]))
-    state, notes = read_open_clip_state(found.weights, config)
-    processor = CapivaraProcessor(image_processor, load_tokenizer(found.tokenizer, config))
-    notes.insert(0, f"Weights: {found.weights}; tokenizer: {found.tokenizer}")
+    read = read_open_clip(found, config)
     with _new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        ours = capivara_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, config)
-        CapivaraModel.from_pretrained(None, config=config, state_dict=ours).save_pretrained(folder)
-        processor.save_pretrained(folder)
-        if found.folder and (card := origin_card(found.folder, found.repo_id)):
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        del ours, state
-        reference = _reference_folder(Path(scratch), found, config, processor.tokenizer.plain())
+        write_read(read, found, folder)
+        del read.state
+        reference = _reference_folder(Path(scratch), found, read.config, read.processor.tokenizer.plain())
         difference = _checked_difference(folder, reference, found.weights)
-    return Conversion(difference, notes)
+    return Conversion(difference, read.notes)
 
 
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conversion:
@@ -292,22 +267,6 @@ def largest_difference(
     pairs = [(our_images, their_images), (our_texts, their_texts), (our_logits, their_logits)]
     # torch's max, unlike Python's, passes NaN on.
     return torch.stack([(ours - theirs).abs().max() for ours, theirs in pairs]).max().item()
-
-
-def random_images(seed: int = 0) -> list[Image.Image]:
-    """Colour images of odd sizes, smaller and larger than towers take, one in grey and one with transparency."""
-    numbers = np.random.default_rng(seed)
-    shapes = [(37, 61, 3), (301, 199, 3), (224, 227, 3), (97, 450, 3), (130, 131), (259, 225, 4)]
-    return [Image.fromarray(numbers.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
-
-
-def random_texts(seed: int = 0) -> list[str]:
-    """Portuguese-looking texts of 1 to 120 words: far below and above the length that is kept."""
-    numbers = random.Random(seed)
-    syllables = ("ca", "pi", "va", "ra", "ção", "ões", "nha", "lho", "ba", "tu", "gue", "mar", "é", "ão", "sol", "que")
-    lengths = (1, 2, 5, 9, 30, 120)
-    words = [["".join(numbers.choices(syllables, k=numbers.randint(1, 4))) for _ in range(n)] for n in lengths]
-    return [" ".join(text) for text in words]
 
 
 def _open_clip() -> Any:

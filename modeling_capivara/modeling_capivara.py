@@ -1,5 +1,6 @@
 """CAPIVARA: an image tower and a multilingual text tower that embed into one space."""
 
+import importlib
 import inspect
 import os
 from dataclasses import dataclass
@@ -73,6 +74,28 @@ class CapivaraModel(CapivaraPreTrainedModel):
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))
         self.image_tower_frozen = False
         self.post_init()
+
+    @classmethod
+    def from_open_clip(cls, source: str, revision: str | None = None, **kwargs) -> "CapivaraModel":
+        """A model of open_clip, such as "hiaac-nlp/CAPIVARA"; open_clip itself is not needed.
+
+        The first time it is fetched, converted, checked and kept in `$CAPIVARA_CACHE`, or ~/.cache/capivara; after that
+        neither the Hub nor the converter is asked. Its processor: `AutoProcessor.from_pretrained(model.name_or_path)`.
+
+        Args:
+            source: Hub id, folder or checkpoint file.
+            revision: branch, tag or commit of a Hub id; where None, what is in the cache, else the main branch.
+            kwargs: as of `from_pretrained`.
+
+        Raises:
+            ValueError: there is no such model, it can't be converted, or the Hub can't be reached.
+            ImportError: this is a copy of the code that has travelled with a model, without the rest of the package.
+        """
+        try:  # by name: the converter stays at home when this file travels with a model
+            model_cache = importlib.import_module("capivara_search.model_cache")
+        except ImportError as error:
+            raise ImportError("from_open_clip needs the package capivara_search, installed with this one.") from error
+        return cls.from_pretrained(model_cache.model_folder(source, revision), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in transformers; the folder also names the classes for image classification, zero-shot and fine-tuned."""

@@ -19,7 +19,7 @@ from .configuration_capivara import CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .loading import card_metadata
 from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES, check_state, first_line, load_checkpoint
-from .open_clip_mapping import POSITION_IDS, open_clip_shapes, refuse
+from .open_clip_mapping import BASE_TEXT_NAMES, POSITION_IDS, open_clip_shapes, refuse
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 VOCABULARY_FILES = [f"{name}.model" for name in ("sentencepiece.bpe", "spiece", "tokenizer")]
@@ -49,19 +49,20 @@ class OpenClipSource:
     repo_id: str | None = None  # of the Hub, where it was fetched from there
 
 
-def find_open_clip(source: str, tokenizer: str | None = None) -> OpenClipSource:
+def find_open_clip(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
     """Find an open_clip model, downloading what is needed of it; the weights are not read.
 
     Args:
         source: `hf-hub:OWNER/NAME`, `local-dir:FOLDER` or a checkpoint file.
         tokenizer: folder or Hub id, where `source` neither holds nor names one.
+        revision: branch, tag or commit of a Hub id; the main branch where None.
 
     Raises:
         ValueError: there is no such model, or it is not open_clip's.
     """
     if source.startswith("hf-hub:"):
         repo_id = source.removeprefix("hf-hub:")
-        return replace(_find_in_folder(_download_open_clip(repo_id), tokenizer), repo_id=repo_id)
+        return replace(_find_in_folder(_download_open_clip(repo_id, revision), tokenizer), repo_id=repo_id)
     if source.startswith("local-dir:"):
         return _find_in_folder(Path(source.removeprefix("local-dir:")), tokenizer)
     path = Path(source)
@@ -94,8 +95,8 @@ def _find_in_folder(folder: Path, tokenizer: str | None) -> OpenClipSource:
     return OpenClipSource(model_cfg, settings.get("preprocess_cfg") or {}, weights, name, folder)
 
 
-def _download_open_clip(repo_id: str) -> Path:
-    folder = _download(repo_id, [OPEN_CLIP_CONFIG, "README.md", *TOKENIZER_FILES, WEIGHT_FILES[0]])
+def _download_open_clip(repo_id: str, revision: str | None) -> Path:
+    folder = _download(repo_id, [OPEN_CLIP_CONFIG, "README.md", *TOKENIZER_FILES, WEIGHT_FILES[0]], revision)
     for name in WEIGHT_FILES[1:]:  # one at a time: a second file of the same weights is over a gigabyte
         if any((folder / found).is_file() for found in WEIGHT_FILES):
             break
@@ -138,8 +139,10 @@ def _is_capivara(folder: Path) -> bool:
 
 def load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id. Raises ValueError where it does not fit the text tower of `config`."""
+    # The Hub sends who asks for the short name on to the long one.
+    source = BASE_TEXT_MODEL if name in BASE_TEXT_NAMES and not Path(name).is_dir() else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"No tokenizer is to be had from {name!r} ({first_line(error)}); give another with --tokenizer."

@@ -26,6 +26,7 @@ from torch.func import functional_call
 
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara import convert_open_clip as conversion
+from modeling_capivara import open_clip_conversion
 from modeling_capivara import open_clip_mapping as mapping
 from modeling_capivara.convert_open_clip import convert
 from modeling_capivara.open_clip_checkpoint import is_settings_class, load_checkpoint
@@ -168,7 +169,7 @@ def test_wrong_mapping_fails_and_leaves_nothing(open_clip_folder, tmp_path, monk
         pre, post = "visual.ln_pre.weight", "visual.ln_post.weight"
         return capivara_state_dict({**state, pre: state[post], post: state[pre]}, config)
 
-    monkeypatch.setattr(conversion, "capivara_state_dict", swapped)
+    monkeypatch.setattr(open_clip_conversion, "capivara_state_dict", swapped)
     with pytest.raises(ValueError, match="differs from the original by"):
         convert(f"local-dir:{open_clip_folder}", tmp_path / "out")
     assert nothing_left(tmp_path / "out")
