@@ -13,15 +13,16 @@ time is imported here: `--help` and wrong use are answered at once.
 """
 
 import errno
+import logging
 import os
-import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from capivara_search import commands
-from capivara_search.command_flags import WrongUse, language_of, parsed, parser
+from capivara_search.command_flags import COMMANDS, WrongUse, language_of, parsed, parser
 from capivara_search.common.files import no_space_left
 from capivara_search.common.progress import bars_for_terminals_only
 from capivara_search.shell_completion import completion
@@ -29,8 +30,6 @@ from capivara_search.terminal import Words, harmless
 
 WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside those of `commands`; the help explains them
 EXPECTED = (WrongUse, commands.Unusable, ValueError, OSError, ImportError, RuntimeError)  # whose message is enough
-# What the library says in English, and the text of `words.yaml` that says it, with its exit code.
-OF_THE_LIBRARY: dict[str, tuple[str, int]] = {}
 
 
 def run() -> None:
@@ -57,14 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     words = Words(language_of(argv))
     try:
-        args = parsed(argv, words)
-        if args.command == "completion":
-            print(completion(parser(words), args.shell), end="")
-            sys.exit(commands.DONE)
-        code = commands.run(args, words)
+        with _notes_shown(words):
+            code = _code(argv, words)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print(f"\n{words('stopped_goes_on' if args.command == 'index' else 'stopped')}", file=sys.stderr)
+        goes_on = {"index", COMMANDS["index"]} & set(argv)
+        print("\n" + words("stopped_goes_on" if goes_on else "stopped"), file=sys.stderr)
         code = 128 + signal.SIGINT
     except BrokenPipeError:  # `capivara search … | head`; what is left must not be written at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -85,11 +82,36 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         return UNUSABLE, words("no_space")
     if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         return UNUSABLE, words("no_permission", path=harmless(str(error.filename)))
-    text = harmless(" ".join(str(error).split())) or type(error).__name__
-    for pattern, (key, code) in OF_THE_LIBRARY.items():
-        if found := re.search(pattern, text):
-            return code, words(key, **found.groupdict())
-    return UNUSABLE, text
+    text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
+    return UNUSABLE, words.of_library(text) or type(error).__name__
+
+
+def _code(argv: Sequence[str], words: Words) -> int:
+    args = parsed(argv, words)
+    if args.command == "completion":
+        print(completion(parser(words), args.shell), end="")
+        return commands.DONE
+    return commands.run(args, words)
+
+
+@contextmanager
+def _notes_shown(words: Words) -> Iterator[None]:
+    """What the library logs for people, such as that it waits, is shown on stderr, in the language."""
+    handler, logger = logging.Handler(logging.INFO), logging.getLogger("capivara")
+
+    def emit(record: logging.LogRecord) -> None:
+        from tqdm.std import tqdm  # a bar goes on below it
+
+        tqdm.write(words.of_library(record.getMessage()), file=sys.stderr)
+
+    handler.emit, level = emit, logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def _stop_at_once(text: str) -> NoReturn:

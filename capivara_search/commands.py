@@ -119,8 +119,7 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     if added.left_out:
         parts.append(words.count("left_out", len(added.left_out)))
     line = ", ".join(parts)
-    time_taken = words("in_time", time=words.duration(added.seconds))
-    yield f"{line} {time_taken}{':' if added.left_out else '.'}"
+    yield f"{line} ({words.duration(added.seconds)}){':' if added.left_out else '.'}"
     for left in added.left_out[:LEFT_OUT_SHOWN]:
         yield f"  {shown_path(left.path)}: {harmless(left.reason)}"
     if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:

@@ -54,6 +54,14 @@ class Words:
         """Whether there is such a text."""
         return key in self._texts
 
+    def of_library(self, text: str) -> str:
+        """What the library says in English, in the language where `words.yaml` has it; harmless, in one line."""
+        text = harmless(" ".join(text.split()))
+        for key, entry in self._texts.items():
+            if key.startswith("library.") and (found := re.search(entry["match"], text)) and self.language in entry:
+                return self(key, **found.groupdict())
+        return text
+
     def __call__(self, key: str, **values: Any) -> str:
         """The text with its `{name}` filled in."""
         return self.raw(key).format(**values)
