@@ -47,6 +47,7 @@ from transformers import logging as transformers_logging
 from benchmarks.loading import SIZE, photos
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, software, table, timed_runs
 from capivara_search.common.cli import at_least, flag, parse
+from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from captions import sentence_stage
 from captions.captioner import Blip2Captioner, Decoding
@@ -58,7 +59,6 @@ from captions.stages import RowStage
 from captions.translate import PHASES
 from captions.translate_arguments import TranslateArguments
 from captions.translators.local import Seq2SeqTranslator
-from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedder import CapivaraEmbedder
 

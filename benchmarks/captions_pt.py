@@ -1,6 +1,6 @@
 """Portuguese captions for timings: names of emoji in simple sentences, as long as a benchmark asks.
 
-    python -c "from benchmarks.captions_pt import benchmark_captions; from examples.openmoji.encoders import \
+    python -c "from benchmarks.captions_pt import benchmark_captions; from capivara_search.miniature_encoders import \
     load_tokenizer; print(benchmark_captions(3, load_tokenizer()))"
 """
 

@@ -24,7 +24,7 @@ from transformers import AutoModel, CLIPVisionModel, XLMRobertaModel  # noqa: F4
 from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
 from capivara_search.common.cli import at_least, flag, parse
 from capivara_search.common.environment import peak_resident_bytes
-from examples.openmoji.encoders import load_tokenizer
+from capivara_search.miniature_encoders import load_tokenizer
 from hub_upload.export import export
 from hub_upload.loader_files import OPEN_CLIP_WEIGHTS
 from hub_upload.source_model import WEIGHTS

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from benchmarks.timing import conditions, finish
 from capivara_search.common.cli import flag, parse
+from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
-from examples.openmoji.encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.images import TrainingImages
 from training.step import resolve_precision

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
 from capivara_search.common.cli import at_least, flag, parse
-from examples.openmoji.encoders import load_tokenizer
+from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
 from training.contrastive import TextTargets, teacher_gradients

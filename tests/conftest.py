@@ -41,7 +41,7 @@ def xlmr(tmp_path_factory):
     """A processor with the real XLM-R vocabulary, and open_clip's tokenizer of it."""
     from open_clip.tokenizer import HFTokenizer
 
-    from examples.openmoji.encoders import load_tokenizer
+    from capivara_search.miniature_encoders import load_tokenizer
     from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 
     folder = tmp_path_factory.mktemp("xlmr")

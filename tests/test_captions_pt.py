@@ -9,7 +9,7 @@ from benchmarks.captions_pt import benchmark_captions
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from examples.openmoji.encoders import load_tokenizer
+    from capivara_search.miniature_encoders import load_tokenizer
 
     return load_tokenizer()
 

@@ -24,9 +24,14 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from torch.func import functional_call
 
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara import (
+    CapivaraConfig,
+    CapivaraImageProcessor,
+    CapivaraModel,
+    CapivaraProcessor,
+    open_clip_conversion,
+)
 from modeling_capivara import convert_open_clip as conversion
-from modeling_capivara import open_clip_conversion
 from modeling_capivara import open_clip_mapping as mapping
 from modeling_capivara.convert_open_clip import convert
 from modeling_capivara.open_clip_checkpoint import is_settings_class, load_checkpoint

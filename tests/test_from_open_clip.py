@@ -1,0 +1,349 @@
+"""A model of open_clip as it is published: fetched, converted and checked once, without open_clip; then it is there."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import HubServer
+from safetensors.torch import load_file
+from tiny import randomise, tiny_config, tiny_tokenizer
+
+from capivara_search.model_cache import model_folder
+from capivara_search.models import find_model
+from modeling_capivara import CapivaraConfig, CapivaraModel, open_clip_conversion
+from modeling_capivara.open_clip_mapping import build_open_clip, open_clip_model_cfg
+
+NAME = "hiaac-nlp/CAPIVARA"
+WEIGHTS = "open_clip_pytorch_model.bin"
+TEXTS = ["um gato dormindo", "SÃ£o JoÃ£o &amp;amp; cia", "", "uma praia ao pôr do sol, com coqueiros " * 9]
+# What a user writes; open_clip can't be imported, as where it is not installed.
+PROGRAM = """
+import json, sys, time
+sys.modules["open_clip"] = None
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+from modeling_capivara import CapivaraModel
+started = time.perf_counter()
+model = CapivaraModel.from_open_clip({name!r}).eval()
+seconds = time.perf_counter() - started
+processor = AutoProcessor.from_pretrained(model.name_or_path)
+image = Image.effect_mandelbrot((310, 227), (-2, -1.5, 1, 1.5), 100)
+with torch.no_grad():
+    outputs = model(**processor(text={texts!r}, images=[image], return_tensors="pt"))
+print(json.dumps([model.name_or_path, outputs.text_embeds.tolist(), outputs.image_embeds.tolist(), seconds]))
+"""
+
+
+def published(folder: Path, config: CapivaraConfig, size: int | None = None, tokenizer=None) -> Path:
+    """A repository as open_clip's users publish theirs: configuration, pickled weights, tokenizer, card."""
+    folder.mkdir()
+    model = randomise(build_open_clip(config), seed=1)
+    state = model.state_dict()
+    # Saved with the older versions of transformers that such models were trained with
+    state["text.transformer.embeddings.position_ids"] = torch.arange(config.text_config.max_position_embeddings)[None]
+    torch.save(state, folder / WEIGHTS)
+    model_cfg = open_clip_model_cfg(config, "xlm-roberta-base", size)
+    model_cfg["text_cfg"]["hf_tokenizer_name"] = "xlm-roberta-base"
+    settings = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: pt\n---\n# CAPIVARA\n", encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_published(tmp_path):
+    """An open_clip folder at toy width that names its text tower's configuration by a folder."""
+    folder = published(tmp_path / "open", tiny_config(), tokenizer=tiny_tokenizer())
+    tiny_config().text_config.save_pretrained(tmp_path / "text")
+    settings = json.loads((folder / "open_clip_config.json").read_text())
+    settings["model_cfg"]["text_cfg"]["hf_model_name"] = str(tmp_path / "text")
+    (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def run(environment: dict[str, str], cache: Path, program: str = PROGRAM, name: str = NAME, **changes):
+    environment = {**os.environ, **environment, "CAPIVARA_CACHE": str(cache), **changes}
+    code = program.replace("{name!r}", repr(name)).replace("{texts!r}", repr(TEXTS))
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=550
+    )  # fmt: skip
+
+
+def answer(done: subprocess.CompletedProcess) -> list:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def of_open_clip(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """open_clip's own embeddings of the same texts and image."""
+    import open_clip
+    from PIL import Image
+
+    name = f"local-dir:{folder}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained_text=False)
+    image = Image.effect_mandelbrot((310, 227), (-2, -1.5, 1, 1.5), 100)
+    with torch.no_grad():
+        texts = model.eval().encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True)
+        return texts, model.encode_image(preprocess(image)[None], normalize=True)
+
+
+# --- Once -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_fetched_converted_and_kept(tiny_published, cache, tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        commit = hub.store(NAME, tiny_published).at("main").oid
+        environment = hub.environment(tmp_path / "home", token=None)
+        folder, *ours, _ = answer(run(environment, cache))
+        assert folder == str(cache / "open_clip" / "hiaac-nlp--CAPIVARA" / commit)
+        assert f"{NAME}/{WEIGHTS}" in hub.fetched
+        for found, expected in zip(ours, of_open_clip(tiny_published), strict=True):
+            torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
+        requests, files = len(hub.requests), {path: path.stat().st_mtime_ns for path in cache.rglob("*")}
+        assert answer(run(environment, cache))[:3] == [folder, *ours]
+        assert len(hub.requests) == requests  # not one more
+        assert {path: path.stat().st_mtime_ns for path in cache.rglob("*")} == files
+    # Without the network, and without the Hub's own cache
+    shutil.rmtree(tmp_path / "home")
+    assert answer(run(environment, cache))[:3] == [folder, *ours]
+    card = (Path(folder) / "README.md").read_text()
+    assert "license: mit" in card and f"base_model: {NAME}" in card
+    origin = json.loads((Path(folder) / "conversion.json").read_text())
+    assert origin["source"] == f"hf-hub:{NAME}" and origin["revision"] == commit and len(origin["weights_digest"]) == 32
+    missing = run({**environment, "HF_HOME": str(tmp_path / "empty")}, tmp_path / "other_cache")
+    assert "The model hiaac-nlp/CAPIVARA is no folder here, nor in the cache of the Hub" in missing.stderr
+
+
+@pytest.mark.slow
+def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tmp_path):
+    program = """
+import json, sys
+from capivara_search.model_cache import model_folder
+for revision in sys.argv[1:]:
+    print(json.dumps(str(model_folder({name!r}, None if revision == "-" else revision))))
+"""
+
+    def folders(*revisions: str) -> list[Path]:
+        code = program.replace("{name!r}", repr(NAME))
+        done = subprocess.run(
+            [sys.executable, "-c", code, *revisions],
+            env={**os.environ, **environment, "CAPIVARA_CACHE": str(cache)},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [Path(json.loads(line)) for line in done.stdout.splitlines()]
+
+    with HubServer(tmp_path / "hub") as hub:
+        repo = hub.store(NAME, tiny_published)
+        environment = hub.environment(tmp_path / "home", token=None)
+        first = repo.at("main").oid
+        assert [folder.name for folder in folders("-")] == [first]
+        state = torch.load(tiny_published / WEIGHTS, weights_only=True)
+        torch.save({**state, "logit_scale": state["logit_scale"] + 1}, tiny_published / WEIGHTS)
+        added = hub.storage.add((tiny_published / WEIGHTS).read_bytes(), True)
+        second = repo.commit("main", "trained on", "ana", {WEIGHTS: added}).oid
+        # What is here is used as it is; the branch's name asks for the new one, which is the usual one from then on.
+        found = folders("-", "main", "-", first)
+        assert [folder.name for folder in found] == [first, second, second, first]
+    scales = [load_file(folder / "model.safetensors")["logit_scale"] for folder in (found[0], found[1])]
+    assert scales[1] - scales[0] == pytest.approx(1)
+    assert [folder.name for folder in folders("main", second)] == [second, second]  # nobody answers: what is here
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_leaves_nothing_half(tiny_published, cache, tmp_path):
+    """Killed by SIGKILL while fetching and converting; in the end the model is whole, and nothing else is there."""
+    with HubServer(tmp_path / "hub") as hub:
+        commit = hub.store(NAME, tiny_published).at("main").oid
+        environment = {**os.environ, **hub.environment(tmp_path / "home", token=None), "CAPIVARA_CACHE": str(cache)}
+        kept = cache / "open_clip" / "hiaac-nlp--CAPIVARA"
+        code = PROGRAM.replace("{name!r}", repr(NAME)).replace("{texts!r}", repr(TEXTS))
+        home = tmp_path / "home"
+        moments = [
+            lambda: any(home.rglob("*.incomplete")) or any(home.rglob("open_clip_config*")),
+            lambda: any(kept.glob(f".{commit}.tmp-*")),
+            lambda: any(kept.glob(f".{commit}.tmp-*/model.safetensors")),
+            lambda: any(kept.glob(f".{commit}.tmp-*/processor_config.json")),
+        ]
+        for moment in moments:
+            process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+            while process.poll() is None and not moment():
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, "the process had ended before it was killed"
+            assert not (kept / commit).exists() and not (kept / "refs").exists()
+        folder, *_ = answer(run(hub.environment(tmp_path / "home", token=None), cache))
+    assert folder == str(kept / commit)
+    assert {path.name for path in kept.iterdir()} == {commit, f".{commit}.lock", "refs"}
+
+
+@pytest.mark.slow
+def test_two_at_once_convert_once(tiny_published, cache):
+    program = textwrap.dedent(
+        f"""
+        import logging, sys
+        logging.basicConfig(level=logging.INFO)
+        from capivara_search.model_cache import model_folder
+        print(model_folder({str(tiny_published)!r}))
+        """
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ended = [process.communicate(timeout=200) for process in processes]
+    assert ended[0][0] == ended[1][0] and Path(ended[0][0].strip(), "model.safetensors").is_file()
+    assert sum("Converting" in errors for _, errors in ended) == 1
+
+
+# --- Checked ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_published, cache):
+    model = find_model(str(tiny_published))
+    expected, _ = of_open_clip(tiny_published)
+    torch.testing.assert_close(torch.from_numpy(model.texts(TEXTS)), expected, rtol=0, atol=1e-5)
+    assert model.folder.parent == cache / "open_clip" and model.name == "open" and model.side == 32
+    made = (model.folder / "model.safetensors").stat().st_mtime_ns
+    assert model_folder(f"local-dir:{tiny_published}") == model.folder
+    assert (model.folder / "model.safetensors").stat().st_mtime_ns == made
+    state = torch.load(tiny_published / WEIGHTS, weights_only=True)
+    state["visual.proj"] = state["visual.proj"] * -1
+    torch.save(state, tiny_published / WEIGHTS)
+    again = find_model(str(tiny_published))
+    assert again.folder == model.folder and again.image_digest != model.image_digest
+
+
+def test_a_model_of_open_clip_shares_the_image_side_of_the_base_it_was_trained_from(tiny_published, cache, tmp_path):
+    shutil.copytree(tiny_published, tmp_path / "trained")
+    state = torch.load(tmp_path / "trained" / WEIGHTS, weights_only=True)
+    state["text.proj.0.weight"] = state["text.proj.0.weight"] * 2
+    torch.save(state, tmp_path / "trained" / WEIGHTS)
+    base, trained = find_model(str(tiny_published)), find_model(str(tmp_path / "trained"))
+    assert base.image_digest == trained.image_digest
+    assert abs(base.texts(TEXTS) - trained.texts(TEXTS)).max() > 0.01
+
+
+def nothing_kept(cache: Path) -> bool:
+    return not [path for path in cache.rglob("*") if path.is_dir() and path.name != "open_clip"]
+
+
+def test_a_tensor_that_comes_back_changed_is_noticed(tiny_published, cache, monkeypatch):
+    convert = open_clip_conversion.capivara_state_dict
+
+    def swapped(state, config):
+        found = convert(state, config)
+        names = "vision_model.pre_layrnorm.weight", "vision_model.post_layernorm.weight"
+        return {**found, names[0]: found[names[1]], names[1]: found[names[0]]}
+
+    monkeypatch.setattr(open_clip_conversion, "capivara_state_dict", swapped)
+    with pytest.raises(
+        ValueError, match=r"changed by the conversion.*: visual\.ln_post\.weight, visual\.ln_pre\.weight\."
+    ):
+        model_folder(str(tiny_published))
+    assert nothing_kept(cache)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("text.proj.0.weight"), r"missing: text\.proj\.0\.weight"),
+        (lambda state: state.update({"head": torch.ones(2)}), "surplus: head"),
+        (lambda state: state.update({"visual.proj": torch.ones(2, 3)}), r"visual\.proj has shape \(2, 3\), not"),
+        (lambda state: state["visual.ln_post.bias"].fill_(torch.nan), "random images are not finite"),
+        (lambda state: state["text.proj.2.weight"].zero_(), "different texts have one embedding"),
+    ],
+)
+def test_weights_that_are_not_a_models_are_refused(tiny_published, cache, change, message):
+    state = torch.load(tiny_published / WEIGHTS, weights_only=True)
+    change(state)
+    torch.save(state, tiny_published / WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        model_folder(str(tiny_published))
+    assert nothing_kept(cache)
+
+
+def test_a_checkpoint_that_names_code_is_refused(tiny_published, cache):
+    class Code:
+        def __reduce__(self):
+            return os.system, ("touch /tmp/executed",)
+
+    torch.save({"state_dict": {}, "more": Code()}, tiny_published / WEIGHTS)
+    with pytest.raises(ValueError, match="which is code, not data"):
+        model_folder(str(tiny_published))
+    assert nothing_kept(cache)
+
+
+def test_a_repository_that_holds_neither(cache, tmp_path, monkeypatch):
+    from capivara_search import model_cache
+
+    class Answer:
+        sha, siblings = "0" * 40, []
+
+    monkeypatch.setattr(model_cache.HfApi, "model_info", lambda *_, **__: Answer)
+    with pytest.raises(ValueError, match=r"us/other holds neither a CAPIVARA model .* nor one of open_clip"):
+        model_folder("us/other")
+    Answer.sha, Answer.siblings = "../../x", [type("File", (), {"rfilename": "open_clip_config.json"})]
+    with pytest.raises(ValueError, match=r"the commit '\.\./\.\./x' of us/other; a commit has 40"):
+        model_folder("us/other")
+
+
+def test_the_copy_that_travels_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "capivara_search.model_cache", None)
+    with pytest.raises(ImportError, match="needs the package capivara_search"):
+        CapivaraModel.from_open_clip(NAME)
+
+
+# --- At full size -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_at_full_size_in_the_published_layout(cache, tmp_path):
+    """366 million parameters, XLM-R's own vocabulary, the text tower known by its name alone."""
+    from capivara_search.miniature_encoders import load_tokenizer
+
+    folder = published(tmp_path / "open", CapivaraConfig(), tokenizer=load_tokenizer())
+    assert json.loads((folder / "open_clip_config.json").read_text())["model_cfg"] == {
+        "embed_dim": 512,
+        "vision_cfg": {
+            **{"image_size": 224, "layers": 12, "width": 768, "patch_size": 32, "head_width": 64, "mlp_ratio": 4.0}
+        },
+        "text_cfg": {
+            **{"hf_model_name": "xlm-roberta-base", "hf_tokenizer_name": "xlm-roberta-base"},
+            **{"hf_proj_type": "mlp", "hf_pooler_type": "mean_pooler"},
+        },
+    }
+    with HubServer(tmp_path / "hub") as hub:
+        hub.store(NAME, folder)
+        environment = hub.environment(tmp_path / "home", token=None)
+        kept, *ours, seconds = answer(run(environment, cache))
+        assert hub.fetched.count(f"{NAME}/{WEIGHTS}") == 1
+        requests = len(hub.requests)
+        *again, quick = answer(run(environment, cache))
+        assert again == [kept, *ours] and len(hub.requests) == requests and quick < seconds
+    assert (Path(kept) / "model.safetensors").stat().st_size > 4 * 366_121_473
+    # open_clip would fetch the text tower's configuration
+    CapivaraConfig().text_config.save_pretrained(tmp_path / "text")
+    settings = json.loads((folder / "open_clip_config.json").read_text())
+    settings["model_cfg"]["text_cfg"]["hf_model_name"] = str(tmp_path / "text")
+    (folder / "open_clip_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    for found, expected in zip(ours, of_open_clip(folder), strict=True):
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
