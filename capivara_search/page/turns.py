@@ -1,4 +1,8 @@
-"""Questions of visitors one after another, each within a stated time: tokenizers are no good in two threads at once."""
+"""Questions of visitors one after another, each within a stated time: tokenizers are no good in two threads at once.
+
+    turns = Turns()
+    answer = await turns.ask(lambda: index.search("um gato"))
+"""
 
 import asyncio
 import threading
@@ -7,15 +11,25 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
 
-from hub_upload.space.answers import Refusal
-
 QUERY_S = 20  # of a question, which takes well under 1 s; then it is given up, and the next one is answered
 WAIT_S = 30  # for the questions before it
 MAX_WAITING = 256  # questions
 MAX_GIVEN_UP = 3  # threads of questions that were given up and still run, as no thread can be ended
-BUSY = "Há visitantes demais agora. Tente de novo em um minuto."
-TOO_SLOW = "A resposta demorou demais e foi abandonada. Tente de novo, talvez com uma imagem menor."
 T = TypeVar("T")
+
+
+class Refusal(ValueError):
+    """A request that is not answered.
+
+    Args:
+        code: of the reason, such as "busy"; `words/*.json` have its text in each language.
+        status: of HTTP.
+        values: that the text names.
+    """
+
+    def __init__(self, code: str, status: int = 400, **values: object):
+        super().__init__(code)
+        self.code, self.status, self.values = code, status, values
 
 
 class Turns:
@@ -33,13 +47,13 @@ class Turns:
             Refusal: too many wait, or it took too long.
         """
         if self._waiting >= MAX_WAITING or self._given_up >= MAX_GIVEN_UP:
-            raise Refusal(BUSY)
+            raise Refusal("busy", 503)
         self._waiting += 1
         try:
             async with asyncio.timeout(WAIT_S):
                 await self._turn.acquire()
         except TimeoutError:
-            raise Refusal(BUSY) from None
+            raise Refusal("busy", 503) from None
         finally:
             self._waiting -= 1
         try:
@@ -60,7 +74,7 @@ class Turns:
         answer.add_done_callback(lambda _: loop.call_soon_threadsafe(self._ended))
         self._tasks.put(None)
         self._tasks = _thread()
-        raise Refusal(TOO_SLOW)
+        raise Refusal("too_slow", 503)
 
     def _ended(self) -> None:
         self._given_up -= 1

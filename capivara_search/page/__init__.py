@@ -1,0 +1,5 @@
+"""The page of an index, in a browser: `serve_index(PictureIndex.open("fotos.lance"))`, until Ctrl-C."""
+
+from capivara_search.page.server import Credit, serve_index
+
+__all__ = ["Credit", "serve_index"]

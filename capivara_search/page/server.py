@@ -1,0 +1,343 @@
+"""The page: search and classification of one's own pictures in a browser, served to this machine alone.
+
+    serve_index(PictureIndex.open("fotos.lance"))  # until Ctrl-C
+
+A small Starlette application of files and JSON: every route stands below, nothing else is answered.
+"""
+
+import asyncio
+import contextlib
+import html
+import ipaddress
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import webbrowser
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.concurrency import run_in_threadpool
+
+from capivara_search.page.answers import LANGUAGES, Answers, Question, decoded
+from capivara_search.page.decoder import Decoder
+from capivara_search.page.guard import Guard, refused
+from capivara_search.page.originals import Originals
+from capivara_search.page.turns import Refusal, Turns
+
+if TYPE_CHECKING:
+    from capivara_search.index import PictureIndex
+
+FOLDER = Path(__file__).parent
+DEFAULT_PORT = 7860
+START_S = 30  # for the server to listen
+ENDING_S = 3  # for open connections, when the page ends
+KEPT_S = 3600  # by a browser, of a picture; its address changes with the file
+KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+LICENCES = {  # identifier of the Hub -> name and address, of those that ask for a link
+    "cc-by-4.0": ("CC BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),
+    "cc-by-sa-4.0": ("CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/"),
+    "cc0-1.0": ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/"),
+}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Credit:
+    """Whose pictures they are, as a page says that is open to others.
+
+    Attributes:
+        name: of the data set.
+        licence: identifier, such as "cc-by-sa-4.0"; "" where none is stated.
+        attribution: the sentence that the licence asks for; "" where it asks for none.
+    """
+
+    name: str
+    licence: str = ""
+    attribution: str = ""
+
+
+class Page:
+    """A page that is open; `close` ends it.
+
+    Attributes:
+        url: its address.
+    """
+
+    def __init__(self, app: Starlette, listening: socket.socket, url: str):
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="on",
+            timeout_graceful_shutdown=ENDING_S,
+        )  # fmt: skip
+        self.url, self._server = url, uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
+        self._thread.start()
+        started = time.monotonic()
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() - started > START_S:
+                raise OSError(f"The page at {url} did not start.")
+            time.sleep(0.01)
+
+    def wait(self) -> None:
+        """Return when the page has ended; Ctrl-C raises KeyboardInterrupt."""
+        while self._thread.is_alive():
+            self._thread.join(1)
+
+    def close(self) -> None:
+        """End the page."""
+        self._server.should_exit = True
+        self._thread.join(ENDING_S + 10)
+
+
+def serve_index(
+    index: "PictureIndex",
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    compare: "PictureIndex | None" = None,
+    open_browser: bool = True,
+    language: str = "pt",
+    credit: Credit | None = None,
+    on_open: Callable[[str], None] | None = None,
+) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        index: what is searched; it may grow meanwhile.
+        host: address of the page; any but that of this machine itself opens it, without a login, to a network.
+        port: of the page. Where the default one is taken, a free one is.
+        compare: the same pictures with another model, whose answers are shown beside.
+        open_browser: whether the visitor's browser is opened.
+        language: "pt" or "en"; `?lang=` in the address of the page chooses the other one.
+        credit: whose pictures they are, for a page that is open to others.
+        on_open: is called with the address when the page is open.
+
+    Raises:
+        OSError: the port is taken, or there is no such host.
+        ValueError: there is no such language.
+    """
+    page = open_page(index, host, port, compare, language, credit)
+    try:
+        if on_open is not None:
+            on_open(page.url)
+        if open_browser and (sys.platform in ("darwin", "win32") or os.environ.keys() & {"DISPLAY", "WAYLAND_DISPLAY"}):
+            webbrowser.open(page.url)  # elsewhere it would be one that fills this terminal
+        page.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        page.close()
+
+
+def open_page(
+    index: "PictureIndex",
+    host: str = "127.0.0.1",
+    port: int = DEFAULT_PORT,
+    compare: "PictureIndex | None" = None,
+    language: str = "pt",
+    credit: Credit | None = None,
+) -> Page:
+    """Open the page and return; arguments and errors are those of `serve_index`."""
+    if language not in LANGUAGES:
+        raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
+    listening = _listening(host, port)
+    app = build_app(Answers(index, compare), host, language, credit)
+    name = f"[{host}]" if ":" in host else host
+    return Page(app, listening, f"http://{name}:{listening.getsockname()[1]}")
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError:
+        if port != DEFAULT_PORT:
+            raise
+        return socket.create_server((host, 0), family=family)
+
+
+def build_app(answers: Answers, host: str, language: str = "pt", credit: Credit | None = None) -> Starlette:
+    """The application: routes, what stands before them, and what runs beside.
+
+    Args:
+        answers: of the index.
+        host: that the page is bound to; only where it is this machine's own are files shown in their folders.
+        language: where the address of the page names none.
+        credit: whose pictures they are.
+    """
+    site = Site(answers, is_loopback(host), language, credit)
+    guards = [Middleware(Guard, behind_proxy=not site.local)]
+    if site.local:  # a page of another name that resolves to this machine must not read the pictures
+        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
+    return Starlette(
+        routes=site.routes(),
+        middleware=guards,
+        lifespan=site.lifespan,
+        exception_handlers={Refusal: _refused, Exception: _failed},
+    )
+
+
+class Site:
+    """What is answered at each address."""
+
+    def __init__(self, answers: Answers, local: bool, language: str, credit: Credit | None):
+        self.answers, self.local, self.language, self.credit = answers, local, language, credit
+        self._questions, self._views = Turns(), Turns()
+        self._decoder: Decoder
+        self._originals: Originals
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Keep a process for pictures, and embed the words of suggestions between the questions."""
+        self._decoder = Decoder()
+        self._originals = Originals(self.answers.indexes, self._decoder)
+        preparing = asyncio.create_task(self._prepare())
+        yield
+        preparing.cancel()
+        self._decoder.close()
+
+    async def _prepare(self) -> None:
+        suggestions = self.answers.suggestions
+        for language in sorted(LANGUAGES, key=lambda one: one != self.language):
+            more = True
+            while more:
+                with contextlib.suppress(Refusal):
+                    more = await self._questions.ask(partial(suggestions.embed_more, language))
+                await asyncio.sleep(0.05)
+
+    def routes(self) -> list[Route]:
+        """All that is answered."""
+        questions = {"search": self.answers.search, "classify": self.answers.classify}
+        asked = [Route(f"/api/{name}", self._asked(ask), methods=["POST"]) for name, ask in questions.items()]
+        files = [Route(f"/static/{path.name}", _file(path)) for path in (FOLDER / "static").iterdir()]
+        return [
+            Route("/", self.page),
+            *files,
+            *asked,
+            Route("/api/status", self.status, methods=["POST"]),
+            Route("/api/about", self.about, methods=["POST"]),
+            Route("/api/show", self.show, methods=["POST"]),
+            Route("/thumbnail", self.thumbnail),
+            Route("/picture", self.picture),
+            Route("/download", self.download),
+        ]
+
+    async def page(self, request: Request) -> Response:
+        """The page itself, in the language that its address names."""
+        language = request.query_params.get("lang", "")
+        return Response(_page(language if language in LANGUAGES else self.language, self.local, self.credit), media_type="text/html")
+
+    def _asked(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
+        async def answer(request: Request) -> Response:
+            question, upload = await _read(request)
+            return JSONResponse(await self._questions.ask(lambda: ask(question, decoded(upload, self._decoder.image))))
+
+        return answer
+
+    async def status(self, request: Request) -> Response:
+        """What the index holds by now."""
+        question, _ = await _read(request)
+        found = await self._questions.ask(lambda: self.answers.status(question))
+        return JSONResponse(found | {"local": self.local})
+
+    async def about(self, request: Request) -> Response:
+        """Whether the file of a picture is there."""
+        question, _ = await _read(request)
+        return JSONResponse({"original": await run_in_threadpool(self._originals.is_there, question.like)})
+
+    async def show(self, request: Request) -> Response:
+        """Open the folder of a picture, for a visitor who sits at this machine, and only from the page itself."""
+        if not self.local or "origin" not in request.headers:  # a foreign origin was refused before
+            raise Refusal("not_here", 403)
+        question, _ = await _read(request)
+        await run_in_threadpool(self._originals.show, question.like)
+        return JSONResponse({})
+
+    async def thumbnail(self, request: Request) -> Response:
+        """The thumbnail of a row."""
+        data = await run_in_threadpool(self._originals.thumbnail, request.query_params.get("path", ""))
+        return _kept(data, "image/webp")
+
+    async def picture(self, request: Request) -> Response:
+        """A row's picture, large."""
+        path = request.query_params.get("path", "")
+        return _kept(*await self._views.ask(lambda: self._originals.view(path)))
+
+    async def download(self, request: Request) -> Response:
+        """A row's file as it is."""
+        path = request.query_params.get("path", "")
+        data, kind = await self._views.ask(lambda: self._originals.file(path))
+        return Response(data, media_type=kind, headers={"Content-Disposition": "attachment"})
+
+
+async def _read(request: Request) -> tuple[Question, bytes]:
+    """A question, and the picture that came with it. Raises Refusal."""
+    line, _, upload = (await request.body()).partition(b"\n")
+    try:
+        values = json.loads(line, parse_constant=int)  # which raises ValueError for NaN and Infinity, that are no JSON
+    except (ValueError, RecursionError) as error:
+        raise Refusal("bad_question") from error
+    return Question.read(values), upload
+
+
+def _kept(data: bytes, kind: str) -> Response:
+    return Response(data, media_type=kind, headers={"Cache-Control": f"private, max-age={KEPT_S}"})
+
+
+def _file(path: Path) -> Callable[[Request], Any]:
+    content = path.read_bytes()
+
+    async def answer(request: Request) -> Response:
+        return Response(content, media_type=KINDS[path.suffix])
+
+    return answer
+
+
+async def _refused(request: Request, refusal: Refusal) -> Response:
+    return refused(refusal)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    return refused(Refusal("failed", 500))  # the server's log has it
+
+
+@cache
+def _page(language: str, local: bool, credit: Credit | None) -> str:
+    """The page's HTML with the words of a language."""
+    words = json.loads((FOLDER / "words" / f"{language}.json").read_text(encoding="utf-8"))
+    texts = {name: html.escape(text) for name, text in words.items() if isinstance(text, str)}
+    texts |= {"language": language, "privacy": texts["privacy_here" if local else "privacy_there"]}
+    texts |= {"words": json.dumps(words, ensure_ascii=False).replace("<", "\\u003c")}
+    texts |= {"credit": _credit(credit, words) if credit else ""}
+    page = (FOLDER / "page.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: texts[name[1]], page)
+
+
+def _credit(credit: Credit, words: dict[str, Any]) -> str:
+    """Whose pictures they are, as HTML."""
+    name, address = LICENCES.get(credit.licence, (credit.licence, ""))
+    name = html.escape(name)
+    link = f'<a href="{address}" target="_blank" rel="noopener noreferrer">{name}</a>' if address else name
+    licence = html.escape(words["licence"]).format(licence=link) if name else ""
+    line = html.escape(words["credit_line"])
+    return line.format(name=html.escape(credit.name), licence=licence, attribution=html.escape(credit.attribution))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name is that of this machine alone."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

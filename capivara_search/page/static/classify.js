@@ -1,0 +1,89 @@
+// Classification: a picture, or a folder of the index, with labels of the visitor.
+import { ask, element, find, given, notice, number, say, shrunk, takeFiles, tile } from "./common.js";
+import { open } from "./viewer.js";
+
+let file = null;
+let actions = () => ({});
+
+/** Makes the form work; `act` gives what the large view can do. */
+export function classify(act) {
+  actions = act;
+  takeFiles(document.querySelector("#classify .drop"), find("classify-file"), take, () => !find("classify").hidden);
+  find("classify-folder").addEventListener("change", () => find("classify-folder").value && take(null));
+  find("labels-form").addEventListener("submit", (event) => (event.preventDefault(), run()));
+}
+
+/** The folders of the index, to choose from. */
+export function setFolders(folders, short) {
+  const chosen = find("classify-folder").value;
+  const options = Object.entries(folders).map(([path, n]) => element("option", { value: path, title: path }, `${short(path)} (${number(n)})`));
+  find("classify-folder").replaceChildren(element("option", { value: "" }, say("choose_folder")), ...options);
+  find("classify-folder").value = chosen in folders ? chosen : "";
+}
+
+function take(picture) {
+  file = picture;
+  if (file) find("classify-folder").value = "";
+  const shown = find("classify-picture");
+  shown.querySelectorAll("img").forEach((image) => URL.revokeObjectURL(image.src));
+  shown.replaceChildren(...(file ? [given(URL.createObjectURL(file), () => take(null))] : []));
+  if (file) run();
+}
+
+async function run() {
+  const button = find("labels-form").querySelector("[type=submit]");
+  const labels = find("labels").value.split(/[\n,;]/);
+  const question = { labels, template: find("template").value, folder: find("classify-folder").value };
+  button.disabled = true;
+  find("classify-said").textContent = say("classifying");
+  try {
+    const { models } = await ask("classify", question, file && (await shrunk(file)));
+    notice();
+    find("classify-said").textContent = models.length > 1 ? disagreement(models) : "";
+    find("classified").classList.toggle("two", models.length > 1);
+    const lists = models.map((model, i) => (model.groups ? groups(model, models[1 - i]) : shares(model)));
+    const named = lists.map((made, i) => element("section", { class: "of-model" }, element("h2", {}, models[i].name), made));
+    find("classified").replaceChildren(...(models.length > 1 ? named : lists));
+  } catch (error) {
+    notice(error);
+    find("classify-said").textContent = "";
+  } finally {
+    button.disabled = false;
+  }
+}
+
+function disagreement(models) {
+  if (!models[0].groups) return "";
+  return say("compared_classes", { differ: number(models[0].differ), n: number(models[0].pictures) });
+}
+
+/** The shares of the labels for one picture. */
+function shares({ label, shares }) {
+  const best = label === null ? say("no_label") : say("label_is", { label });
+  const lines = shares.map(([name, share]) => {
+    const bar = element("i");
+    bar.style.setProperty("width", `${100 * share}%`);
+    const percent = `${number(100 * share, 1)} %`;
+    return element("li", {}, element("span", {}, name), element("span", { class: "bar", "aria-hidden": "true" }, bar), element("data", {}, percent));
+  });
+  const why = label === null ? element("p", { class: "hint" }, say("no_label_long")) : null;
+  return element("div", { class: label === null ? "shares none" : "shares" }, element("h3", {}, best), why, element("ol", {}, ...lines));
+}
+
+/** The pictures of a folder by their labels; a mark where the other model says something else. */
+function groups(model, other) {
+  const sections = model.groups.map(({ label, n, hits }) => {
+    const name = label ?? say("no_label");
+    const tiles = hits.map((hit, i) => {
+      const differs = other && hit.other !== undefined && hit.other !== label;
+      const theirs = differs ? say("differs_long", { label: hit.other ?? say("no_label") }) : null;
+      const mark = differs ? element("span", { class: "mark lower", title: theirs, "aria-hidden": "true" }, `≠ ${hit.other ?? say("no_label")}`) : null;
+      const text = [hit.name, `${name} ${number(100 * hit.share)} %`, theirs].filter(Boolean).join(", ");
+      return element("li", {}, tile(hit, text, () => open(hits, i, actions()), mark));
+    });
+    const counted = say("of_n", { n }) + (n > hits.length ? ` · ${say("shown_of", { shown: hits.length, n: number(n) })}` : "");
+    const head = element("h3", {}, name, element("small", {}, counted));
+    return element("section", { class: label === null ? "group none" : "group" }, head, element("ol", { class: "gallery" }, ...tiles));
+  });
+  return element("div", {}, ...sections);
+}

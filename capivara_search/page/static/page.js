@@ -1,0 +1,234 @@
+// The search: as one types, by a picture, or by one of the results; its state is the page's address.
+import { LANGUAGE, address, ask, element, find, given, notice, number, say, shrunk, takeFiles, tile } from "./common.js";
+import { classify, setFolders } from "./classify.js";
+import { open } from "./viewer.js";
+
+const PAGE = 48; // pictures at first, and with each "more"
+const TYPING_MS = 250; // without a key, then a search begins
+const POLL_MS = 10_000; // the index may grow
+const STATE = ["text", "like", "folder", "since", "until"];
+
+const asked = { text: "", like: "", folder: "", since: "", until: "", k: PAGE, file: null };
+let facts = { version: null, count: 0, models: [], folders: {}, suggestions: [], local: false };
+let running = null; // the search whose answer is awaited
+let typing = 0;
+
+// --- Questions -------------------------------------------------------------------------------------------------------
+
+/** Asks the server and shows the answer. `keep`: how the address changes, "push", "replace" or not at all. */
+async function search(keep = "replace") {
+  clearTimeout(typing);
+  running?.abort();
+  const mine = (running = new AbortController());
+  remember(keep);
+  const slow = setTimeout(() => find("results").classList.add("waiting"), 300);
+  try {
+    const { file, ...question } = asked;
+    const answer = await ask("search", question, file && (await shrunk(file)), mine.signal);
+    notice();
+    showAnswer(answer);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    notice(error);
+  } finally {
+    clearTimeout(slow);
+    if (running === mine) find("results").classList.remove("waiting");
+  }
+}
+
+function remember(keep) {
+  const address = new URL(location.href);
+  for (const key of STATE) asked[key] ? address.searchParams.set(key, asked[key]) : address.searchParams.delete(key);
+  if (keep && address.href !== location.href) history[`${keep}State`](null, "", address);
+}
+
+function recall() {
+  const saved = new URL(location.href).searchParams;
+  for (const key of STATE) asked[key] = saved.get(key) ?? "";
+  Object.assign(asked, { k: PAGE, file: null });
+  find("text").value = asked.text;
+  showFilters();
+  showPicture();
+}
+
+/** What the index holds by now; the first pictures follow where it has changed and nothing is searched for. */
+async function refresh() {
+  const before = facts.version;
+  try {
+    facts = await ask("status", { language: LANGUAGE });
+  } catch (error) {
+    if (before === null) notice(error);
+    return;
+  }
+  showFacts();
+  if (before !== null && before !== facts.version) {
+    find("said").textContent = say("changed", { n: facts.count });
+    if (!asked.text && !asked.like && !asked.file && find("results").getBoundingClientRect().top > 0) search(null);
+  }
+}
+
+// --- What is shown ---------------------------------------------------------------------------------------------------
+
+function showAnswer({ models, count, version, cut }) {
+  if (version !== facts.version && facts.version !== null) refresh();
+  const searched = asked.text.trim() || asked.like || asked.file;
+  const none = !models[0].hits.length;
+  const said = none ? say(count ? "nothing" : "empty") : searched ? say("found") : say("newest");
+  const [first, second] = models.map((model) => new Map(model.hits.map((hit, i) => [hit.path, i])));
+  let compared = "";
+  if (second && searched && !none) {
+    const same = [...first.keys()].filter((path) => second.has(path)).length;
+    compared = ` ${say("compared", { same, only: first.size + second.size - 2 * same })}`;
+  }
+  find("said").textContent = `${said}${none ? "" : "."}${compared}${cut ? ` ${say("cut")}` : ""}`;
+  const lists = models.map((model, i) => list(model, models.length > 1 && [second, first][i], searched));
+  find("results").classList.toggle("two", models.length > 1);
+  find("results").replaceChildren(...lists);
+  find("more").hidden = Math.max(...models.map((model) => model.hits.length)) < asked.k || asked.k >= 240;
+}
+
+function list({ name, hits }, other, searched) {
+  const tiles = hits.map((hit, i) => {
+    const [mark, meaning] = other && searched ? difference(i, other.get(hit.path)) : [null, null];
+    const score = hit.score == null ? null : say("score", { score: number(hit.score, 2) });
+    const text = [searched ? say("place_of", { rank: i + 1, name: hit.name }) : hit.name, score, meaning];
+    const made = tile(hit, text.filter(Boolean).join(", "), () => open(hits, i, actions()), mark);
+    if (score) made.querySelector(".caption").append(element("span", { class: "score" }, number(hit.score, 2)));
+    return element("li", {}, made);
+  });
+  const pictures = element("ol", { class: "gallery" }, ...tiles);
+  return other ? element("section", { class: "of-model", "aria-label": name }, element("h2", {}, name), pictures) : pictures;
+}
+
+/** How the rank of a picture differs from that in the other model's answer: a mark, and its meaning. */
+function difference(rank, otherRank) {
+  const by = otherRank === undefined ? null : otherRank - rank;
+  const key = by === null ? "only_here" : by > 0 ? "higher" : by < 0 ? "lower" : "same";
+  const sign = { only_here: "★", higher: `▲ ${by}`, lower: `▼ ${-by}`, same: "=" }[key];
+  const meaning = say(`${key}_long`, { n: Math.abs(by) });
+  const shown = key === "only_here" ? `${sign} ${say(key)}` : sign;
+  return [element("span", { class: `mark ${key}`, title: meaning, "aria-hidden": "true" }, shown), meaning];
+}
+
+const actions = () => ({
+  local: facts.local,
+  folders: Object.keys(facts.folders),
+  similar: (picture) => {
+    Object.assign(asked, { text: "", like: picture.path, file: null, k: PAGE });
+    find("text").value = "";
+    start("push");
+  },
+  folder: (folder) => {
+    asked.folder = folder;
+    start("push");
+  },
+});
+
+/** Begins a search of another kind: the part, the picture and the filters on the page follow. */
+function start(keep) {
+  choosePart("search");
+  asked.k = PAGE;
+  showFilters();
+  showPicture();
+  scrollTo({ top: 0 });
+  search(keep);
+}
+
+function showPicture() {
+  const shown = find("search-picture");
+  shown.querySelectorAll("img").forEach((image) => URL.revokeObjectURL(image.src));
+  const source = asked.file ? URL.createObjectURL(asked.file) : asked.like && address("thumbnail", { path: asked.like, v: 0 });
+  const remove = () => {
+    Object.assign(asked, { like: "", file: null });
+    start("push");
+    find("text").focus();
+  };
+  shown.replaceChildren(...(source ? [given(source, remove)] : []));
+}
+
+function showFilters() {
+  const chosen = find("folder");
+  const folders = Object.entries(facts.folders);
+  if (asked.folder && !(asked.folder in facts.folders)) folders.push([asked.folder, null]);
+  const counted = ([path, count]) => `${short(path)}${count === null ? "" : ` (${number(count)})`}`;
+  const options = folders.map((folder) => element("option", { value: folder[0], title: folder[0] }, counted(folder)));
+  chosen.replaceChildren(element("option", { value: "" }, say("all_folders")), ...options);
+  for (const id of ["folder", "since", "until"]) find(id).value = asked[id];
+  find("clear").hidden = !asked.folder && !asked.since && !asked.until;
+}
+
+/** The end of a path, as far as it tells folders apart well enough. */
+const short = (path) => path.split(/[\\/]/).filter(Boolean).slice(-2).join("/");
+
+function showFacts() {
+  const names = facts.models.join(" · ");
+  find("facts").textContent = [say("of_n", { n: facts.count }), say("models", { n: facts.models.length, names })].join(", ");
+  showFilters();
+  setFolders(facts.folders, short);
+  const chip = (word) => {
+    const take = () => {
+      Object.assign(asked, { text: word, like: "", file: null });
+      find("text").value = word;
+      start("push");
+    };
+    return element("li", {}, element("button", { type: "button", click: take }, word));
+  };
+  find("suggestions").replaceChildren(...facts.suggestions.map(chip));
+  if (!facts.suggestions.length && facts.suggesting) setTimeout(refresh, 700); // the words are being embedded
+}
+
+// --- What the visitor does -------------------------------------------------------------------------------------------
+
+function choosePart(name) {
+  for (const part of ["search", "classify"]) find(part).hidden = part !== name;
+  for (const button of document.querySelectorAll("[data-part]")) button.setAttribute("aria-pressed", button.dataset.part === name);
+  notice();
+}
+
+for (const button of document.querySelectorAll("[data-part]")) button.addEventListener("click", () => choosePart(button.dataset.part));
+find("text").addEventListener("input", () => {
+  asked.text = find("text").value;
+  asked.k = PAGE;
+  clearTimeout(typing);
+  typing = setTimeout(() => search(), TYPING_MS);
+});
+find("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  search("push");
+});
+for (const id of ["folder", "since", "until"])
+  find(id).addEventListener("change", () => {
+    asked[id] = find(id).value;
+    start("push");
+  });
+find("clear").addEventListener("click", () => {
+  Object.assign(asked, { folder: "", since: "", until: "" });
+  start("push");
+});
+find("more").addEventListener("click", async () => {
+  const shown = document.querySelectorAll("#results .tile").length;
+  asked.k += PAGE;
+  await search(null);
+  document.querySelectorAll("#results .tile")[shown]?.focus({ preventScroll: true });
+});
+takeFiles(
+  find("search"),
+  find("search-file"),
+  (file) => {
+    Object.assign(asked, { file, like: "" });
+    start("push");
+  },
+  () => !find("search").hidden,
+);
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "/" || event.ctrlKey || event.metaKey || event.target.closest("input, textarea, select, dialog")) return;
+  event.preventDefault();
+  choosePart("search");
+  find("text").select();
+});
+addEventListener("popstate", () => (recall(), search(null)));
+classify(actions);
+recall();
+search(null);
+refresh();
+setInterval(() => document.hidden || refresh(), POLL_MS);
