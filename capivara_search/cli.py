@@ -29,6 +29,12 @@ from capivara_search.shell_completion import completion
 from capivara_search.terminal import Words, harmless
 
 WRONG_USE, UNUSABLE = 2, 3  # exit codes, beside those of `commands`; the help explains them
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+OF_THE_SYSTEM = {  # number of an OSError -> key of `words.yaml`
+    **dict.fromkeys(DENIED, "no_permission"),
+    errno.EADDRINUSE: "port_in_use",
+    errno.EADDRNOTAVAIL: "no_host",
+}
 EXPECTED = (WrongUse, commands.Unusable, ValueError, OSError, ImportError, RuntimeError)  # whose message is enough
 
 
@@ -80,8 +86,12 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         return UNUSABLE, words("missing_package", name=error.name.partition(".")[0])
     if no_space_left(error):
         return UNUSABLE, words("no_space")
-    if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
-        return UNUSABLE, words("no_permission", path=harmless(str(error.filename)))
+    if isinstance(error, OSError):
+        number = error.errno or 0
+        if number in OF_THE_SYSTEM and (error.filename or number not in DENIED):
+            return UNUSABLE, words(OF_THE_SYSTEM[number], path=harmless(str(error.filename)))
+        if number < 0:  # socket.gaierror, whose numbers are the resolver's
+            return UNUSABLE, words("no_host")
     text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
     return UNUSABLE, words.of_library(text) or type(error).__name__
 

@@ -215,13 +215,19 @@ def classify(args: argparse.Namespace, words: Words) -> int:
 
 def app(args: argparse.Namespace, words: Words) -> int:
     """The page, until Ctrl-C."""
-    from capivara_search.page import serve_index
-
     pictures = _filled_index(args, words)
     compare = _index(args, args.compare) if args.compare else None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what visitors have sent is removed
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    serve_index(pictures, args.host, args.port, compare, not args.no_open, words.language)
+    from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
+
+    def tell(address: str) -> None:
+        print(words("page_open", address=address), flush=True)
+        if not is_loopback(args.host):
+            _say(words("open_to_all"))
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
+        signal.signal(number, signal.default_int_handler)
+    open_browser = not args.no_open
+    serve_index(pictures, args.host, args.port, compare, open_browser, words.language, on_open=tell)
     return DONE
 
 

@@ -149,8 +149,8 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[
 
 
 def link(path: str, text: str) -> str:
-    """The text, which opens the file where the terminal lets links be clicked."""
-    return f"\x1b]8;;file://{quote(os.fsencode(path))}\x1b\\{text}\x1b]8;;\x1b\\"
+    """The text, which opens the file where the terminal lets links be clicked; without a link for a strange name."""
+    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if harmless(path) == path else text
 
 
 @dataclass(frozen=True)
