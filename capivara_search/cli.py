@@ -93,7 +93,8 @@ def explained(error: Exception, words: Words) -> tuple[int, str]:
         if number < 0:  # socket.gaierror, whose numbers are the resolver's
             return UNUSABLE, words("no_host")
     text = error.strerror if isinstance(error, OSError) and error.strerror and not error.filename else str(error)
-    return UNUSABLE, words.of_library(text) or type(error).__name__
+    text, code = words.of_library(text)
+    return UNUSABLE if code is None else code, text or type(error).__name__
 
 
 def _code(argv: Sequence[str], words: Words) -> int:
@@ -112,7 +113,7 @@ def _notes_shown(words: Words) -> Iterator[None]:
     def emit(record: logging.LogRecord) -> None:
         from tqdm.std import tqdm  # a bar goes on below it
 
-        tqdm.write(words.of_library(record.getMessage()), file=sys.stderr)
+        tqdm.write(words.of_library(record.getMessage())[0], file=sys.stderr)
 
     handler.emit, level = emit, logger.level
     logger.addHandler(handler)

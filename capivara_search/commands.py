@@ -121,7 +121,7 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     line = ", ".join(parts)
     yield f"{line} ({words.duration(added.seconds)}){':' if added.left_out else '.'}"
     for left in added.left_out[:LEFT_OUT_SHOWN]:
-        yield f"  {shown_path(left.path)}: {harmless(left.reason)}"
+        yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"
     if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:
         yield "  " + words.count("and_more", more, command=f"capivara {named('status', words.language)}")
     yield words.count("in_index", pictures) + "."
@@ -250,7 +250,7 @@ def status(args: argparse.Namespace, words: Words) -> int:
     lines = [[words(f"status.{name}"), value] for name, value in facts.items() if value]
     folders = [[shown_path(folder), words.number(number)] for folder, number in found.folders.items()]
     lines += [[words("status.folders") * (row == 0), "  ".join(cells)] for row, cells in enumerate(folders)]
-    left = [f"{shown_path(one.path)}: {harmless(one.reason)}" for one in found.left_out]
+    left = [f"{shown_path(one.path)}: {words.reason(one.reason)}" for one in found.left_out]
     lines += [[words("status.left_out") * (row == 0), text] for row, text in enumerate(left)]
     for line in table(lines):
         print(line)
@@ -344,7 +344,7 @@ def _query_picture(path: Path, words: Words) -> "PIL.Image.Image":
     try:
         return open_query_picture(path)
     except BadImage as error:
-        reason = harmless(error.detail)
+        reason = words.reason(str(error))
         raise WrongUse(words("bad_picture", path=shown_path(str(path)), reason=reason)) from error
 
 

@@ -54,13 +54,22 @@ class Words:
         """Whether there is such a text."""
         return key in self._texts
 
-    def of_library(self, text: str) -> str:
-        """What the library says in English, in the language where `words.yaml` has it; harmless, in one line."""
+    def of_library(self, text: str) -> tuple[str, int | None]:
+        """What the library says in English, harmless and in one line; in the language where `words.yaml` has it.
+
+        The second is the exit code of the error, where it has one of its own.
+        """
         text = harmless(" ".join(text.split()))
         for key, entry in self._texts.items():
-            if key.startswith("library.") and (found := re.search(entry["match"], text)) and self.language in entry:
-                return self(key, **found.groupdict())
-        return text
+            if key.startswith("library.") and (found := re.search(entry["match"], text)):
+                code = int(entry["code"]) if "code" in entry else None
+                return self(key, **found.groupdict()) if self.language in entry else text, code
+        return text, None
+
+    def reason(self, text: str) -> str:
+        """Why a file was left out, harmless: `reason: detail`, of which other languages have the reason alone."""
+        key = f"reason.{text.partition(':')[0]}"
+        return self(key) if self.language != "en" and self.has(key) else harmless(text)
 
     def __call__(self, key: str, **values: Any) -> str:
         """The text with its `{name}` filled in."""
