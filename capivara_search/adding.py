@@ -1,283 +1,218 @@
 """Folders into the table of an index: what is new is embedded, what is known stays, what is gone goes.
 
-added = add_folders(table, model, [Path("/home/maria/Fotos")])
+    added = add_folders(table, model, [Path("/home/maria/Fotos")])
 
-Rows are written in commits of `COMMIT_ROWS` pictures or `COMMIT_S` seconds, so that a kill loses no more than that.
+Rows are written in commits of `COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the end: a
+kill at any moment loses no more than the last commit, and the next run does what is missing.
 """
 
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from itertools import islice
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from capivara_search.common.image_files import DECODERS, BadImage
-from capivara_search.picture_files import FileState, Picture, find_pictures, read_bytes_digest, read_picture
+from capivara_search.common.image_files import BadImage, by_threads
+from capivara_search.index_plan import Plan, make_plan
+from capivara_search.picture_columns import (
+    EMPTY,
+    FOLDER_KEY,
+    LEFT_OUT,
+    PICTURES,
+    VECTOR,
+    among,
+    quoted,
+    to_arrow,
+    vector_column,
+    within,
+)
+from capivara_search.picture_files import FileState, Picture, read_bytes_digest, read_picture
+from capivara_search.read_ahead import Read, ReadAhead
 from capivara_search.results import Added, LeftOut
-from capivara_search.table import LEFT_OUT, LEFT_OUT_SCHEMA, PictureTable, among, schema, vector_column, within
+from capivara_search.table import PictureTable
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
 COMMIT_S = 20.0  # seconds
-FOLDER_KEY = "folder:"  # of the folders in `about`
 
+Progress = Callable[[int, int], None]
 logger = logging.getLogger("capivara")
 
 
-@dataclass(frozen=True)
-class Known:
-    """What the table says of a path."""
-
-    size: int
-    mtime_ns: int
-    digest: str
-    current: bool  # whether the vector is of the model in use
-
-
-@dataclass
-class Plan:
-    """What there is to do.
-
-    Attributes:
-        files: to be read, new and changed ones, and those whose vector is of another model.
-        known: path -> row, of the folders.
-        gone: paths of rows whose file is no longer there.
-        unchanged: number of rows that stay as they are.
-        left_out: what could not even be looked at.
-    """
-
-    files: list[FileState] = field(default_factory=list)
-    known: dict[str, Known] = field(default_factory=dict)
-    gone: list[str] = field(default_factory=list)
-    unchanged: int = 0
-    left_out: list[LeftOut] = field(default_factory=list)
-
-
-def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], share: tuple[int, int] = (0, 1)) -> Plan:
-    """Compare folders with the table.
-
-    Args:
-        table: of the index.
-        image_digest: of the model in use.
-        folders: absolute paths.
-        share: rank and number of those who share the files among them.
-
-    Raises:
-        ValueError: a folder is not there, or holds no picture: nothing is removed for that.
-    """
-    found, left_out = find_pictures(folders)
-    clause = " OR ".join(within(folder) for folder in folders)
-    rows = table.rows(["path", "size", "mtime_ns", "digest", "model"], clause)
-    plan = Plan(known={row["path"]: _known(row, image_digest) for row in rows.to_pylist()}, left_out=left_out)
-    skipped = {(row["path"], row["size"], row["mtime_ns"]) for row in table.rows(["*"], clause, LEFT_OUT).to_pylist()}
-    for file in found:
-        known = plan.known.get(file.path)
-        if known and known.current and (known.size, known.mtime_ns) == (file.size, file.mtime_ns):
-            plan.unchanged += 1
-        elif (file.path, file.size, file.mtime_ns) not in skipped and is_of_share(file.path, share):
-            plan.files.append(file)
-    there = {file.path for file in found}
-    unread = tuple(one.path + os.sep for one in left_out)
-    shut = {one.path for one in left_out}
-    plan.gone = [p for p in plan.known if p not in there and p not in shut and not p.startswith(unread)]
-    return plan
-
-
-def is_of_share(path: str, share: tuple[int, int]) -> bool:
-    """Whether a file is that of one rank; by its name, so that all ranks agree whatever they see."""
-    rank, number = share
-    return number == 1 or int.from_bytes(blake2b(path.encode(), digest_size=8).digest()) % number == rank
-
-
-def _known(row: dict[str, Any], image_digest: str) -> Known:
-    return Known(row["size"], row["mtime_ns"], row["digest"], row["model"] == image_digest)
-
-
 class Writer:
-    """Collects rows, and writes them in commits."""
+    """Collects rows and files that were left out, and writes them in commits."""
 
-    def __init__(self, table: PictureTable, model: "SearchModel"):
-        self.table, self.model = table, model
-        self.schema = table.pictures.schema
-        self.rows: dict[str, dict[str, Any]] = {}  # by digest, for copies
-        self.left_out: list[dict[str, Any]] = []
+    def __init__(self, table: PictureTable):
+        self.table, self.columns = table, table.columns()
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.by_digest: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, dict[str, Any]] = {}
+        self.all_left_out: set[str] = set()
         self.since = time.monotonic()
 
     def put(self, row: dict[str, Any]) -> None:
-        """Add a row, as `row_of` makes it."""
-        self.rows[row["path"]] = row
-        self.write_when_due()
+        """Add a row, with its vector as `vector`."""
+        self.rows[row["path"]] = self.by_digest[row["digest"]] = row
 
     def leave_out(self, file: FileState, reason: str) -> None:
         """Note a file that can't be read; a row that it has had is no longer true."""
-        self.left_out.append({"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "reason": reason})
-        self.write_when_due()
+        row = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "reason": reason}
+        self.left_out[file.path] = row
+        self.all_left_out.add(file.path)
 
     def write_when_due(self) -> None:
-        """Write when there is enough, or it is long ago."""
+        """Write where there is enough, or the last time is long ago."""
         if len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S:
             self.write()
 
     def write(self) -> None:
         """Write what was collected."""
         if self.rows:
-            self.table.merge(to_arrow(list(self.rows.values()), self.schema, self.model.width))
+            self.table.merge(to_arrow(list(self.rows.values()), self.columns))
         if self.left_out:
-            self.table.merge(pa.Table.from_pylist(self.left_out, LEFT_OUT_SCHEMA), LEFT_OUT)
-            self.table.remove([row["path"] for row in self.left_out])
-        self.rows, self.left_out, self.since = {}, [], time.monotonic()
-
-
-def to_arrow(rows: Sequence[dict[str, Any]], columns: pa.Schema, width: int) -> pa.Table:
-    """Rows whose `vector` is an array, as a table of an index."""
-    arrays = []
-    for one in columns:
-        if one.name == vector_column(width):
-            flat = np.concatenate([row["vector"] for row in rows]).astype(np.float16)
-            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), width))
-        else:
-            arrays.append(pa.array([row.get(one.name) for row in rows], one.type))
-    return pa.Table.from_arrays(arrays, schema=columns)
-
-
-def row_of(picture: Picture, vector: np.ndarray, image_digest: str) -> dict[str, Any]:
-    """The row of a picture and its vector."""
-    file = picture.file
-    return {
-        "path": file.path,
-        "size": file.size,
-        "mtime_ns": file.mtime_ns,
-        "digest": picture.digest,
-        "width": picture.width,
-        "height": picture.height,
-        "taken": picture.taken,
-        "latitude": picture.latitude,
-        "longitude": picture.longitude,
-        "thumbnail": picture.thumbnail,
-        "model": image_digest,
-        "vector": vector,
-    }
+            self.table.merge(pa.Table.from_pylist(list(self.left_out.values()), EMPTY[LEFT_OUT]), LEFT_OUT)
+            self.table.remove(list(self.left_out))
+        self.rows, self.by_digest, self.left_out, self.since = {}, {}, {}, time.monotonic()
 
 
 class Adding:
-    """One run of `add`, or one worker's share of it."""
+    """Reads, embeds and writes the files of a plan.
+
+    Args:
+        table: of the index.
+        model: that embeds.
+        plan: what there is to do.
+        batch_size: pictures that the model sees at once.
+        progress: called with the files that are done, and all of the plan.
+        builds: whether the approximate index is built meanwhile.
+    """
 
     def __init__(
         self,
         table: PictureTable,
         model: "SearchModel",
         plan: Plan,
-        exact: bool = False,
         batch_size: int = 32,
-        on_progress: Callable[[int, int], None] | None = None,
+        progress: Progress = lambda done, total: None,
+        builds: bool = True,
     ):
-        self.table, self.model, self.plan, self.exact, self.batch_size = table, model, plan, exact, batch_size
-        self.on_progress = on_progress or (lambda done, total: None)
-        self.added = Added(unchanged=plan.unchanged)
-        self.writer = Writer(table, model)
-        self.gone = {plan.known[path].digest: path for path in plan.gone}
-        self.done = 0
-        self.sizes = frozenset(table.rows(["size"])["size"].unique().to_pylist())
+        self.table, self.model, self.plan = table, model, plan
+        self.batch_size, self.progress, self.builds = batch_size, progress, builds
+        self.digest, self.column = model.image_digest, vector_column(model.width)
+        self.added, self.done = Added(unchanged=plan.unchanged), 0
+        self.writer = Writer(table)
+        self.gone = {plan.known[path][2]: path for path in plan.gone}
+        self.sizes = set(table.rows(["size"])["size"].unique().to_pylist())  # another size is another content
 
-    def run(self) -> Added:
-        """Read, embed and write the files of the plan."""
-        with ThreadPoolExecutor(DECODERS) as threads:
-            try:
-                files, waiting = self._unknown(threads), []
-                while True:
-                    for file in islice(files, 2 * self.batch_size - len(waiting)):
-                        waiting.append((file, threads.submit(read_picture, file, self.model.side, self.exact)))
-                    if not waiting:
-                        break
-                    self._embed(waiting[: self.batch_size])
-                    del waiting[: self.batch_size]
-            finally:
-                threads.shutdown(wait=False, cancel_futures=True)
+    def run(self, exact: bool = False) -> Added:
+        """Do it; pictures are decoded at full size where `exact`."""
+        read = partial(read_picture, side=self.model.side, exact=exact)
+        self.progress(0, len(self.plan.files))
+        with ReadAhead(self._unknown(), read, self.batch_size) as batches:
+            for batch in batches:
+                self._embed(batch)
+                self._write()
         self.writer.write()
         return self.added
 
-    def _step(self, number: int = 1) -> None:
-        self.done += number
-        self.on_progress(self.done, len(self.plan.files))
+    def _write(self) -> None:
+        self.writer.write_when_due()
+        if self.builds:
+            self.table.build_meanwhile(self.model.width)
 
-    def _unknown(self, threads: ThreadPoolExecutor) -> Iterator[FileState]:
+    def _unknown(self) -> Iterator[FileState]:
         """The files that must be decoded; those whose content is in the table get their rows on the way."""
         for start in range(0, len(self.plan.files), COMMIT_ROWS):
             group = self.plan.files[start : start + COMMIT_ROWS]
-            maybe = [file for file in group if file.size in self.sizes]  # another size is another content
-            digests = dict(zip(maybe, threads.map(_digest, maybe), strict=True))
-            kept = self._kept({digest for digest in digests.values() if digest})
+            digests = dict(zip(group, by_threads(self._digest_before, group), strict=True))
+            kept = self._kept(digests.values())
             for file in group:
-                row = kept.get(digests.get(file))
-                if row is None:
-                    yield file
+                if row := kept.get(digests[file]):
+                    self._put(file, row, row[VECTOR])
                 else:
-                    self._count(file.path, row["digest"])
-                    self.writer.put({**row, "path": file.path, "size": file.size, "mtime_ns": file.mtime_ns})
-                    self._step()
+                    yield file
+            self._write()
 
-    def _kept(self, digests: set[str]) -> dict[str | None, dict[str, Any]]:
+    def _digest_before(self, file: FileState) -> str | None:
+        """The digest of a file that may be known."""
+        if self.plan.known.is_as(file):
+            return self.plan.known[file.path][2]
+        if file.size not in self.sizes:
+            return None
+        try:
+            return read_bytes_digest(file.path)
+        except (BadImage, OSError):
+            return None  # reading it says why
+
+    def _kept(self, digests: Sequence[str | None]) -> dict[str | None, dict[str, Any]]:
         """Digest -> a row of this model's with that content."""
-        if not digests:
+        wanted = sorted(set(digests) - {None})
+        if not wanted:
             return {}
-        rows = self.table.rows(self.table.pictures.schema.names, among("digest", sorted(digests))).to_pylist()
-        column = vector_column(self.model.width)
-        return {
-            row["digest"]: {**row, "vector": np.asarray(row[column], np.float16)}
-            for row in rows
-            if row["model"] == self.model.image_digest
-        }
+        clause = f"{among('digest', wanted)} AND model = {quoted(self.digest)}"
+        rows = self.table.rows(self.table.columns().names, clause).to_pylist()
+        return {row["digest"]: {**row, VECTOR: row[self.column]} for row in rows}
 
-    def _embed(self, read: Sequence[tuple[FileState, "Future[Picture]"]]) -> None:
-        pictures: list[Picture] = []
-        for file, future in read:
-            try:
-                pictures.append(future.result())
-            except FileNotFoundError:  # gone since it was found; the next run sees that
+    def _embed(self, batch: Sequence[Read]) -> None:
+        pictures: dict[FileState, Picture] = {}
+        for file, picture in batch:
+            if isinstance(picture, FileNotFoundError):  # gone since it was found; the next run sees that
                 self._step()
-            except (BadImage, OSError) as error:
-                self.writer.leave_out(file, str(error))
+            elif isinstance(picture, BadImage | OSError):
+                self.writer.leave_out(file, str(picture))
                 self._step()
-        distinct = {picture.digest: picture for picture in pictures}
-        if not distinct:
-            return
-        vectors = self.model.images([picture.image for picture in distinct.values()], batch_size=self.batch_size)
-        by_digest = dict(zip(distinct, vectors, strict=True))
-        self.added.embedded += len(distinct)
-        for picture in pictures:
-            self._count(picture.file.path, picture.digest)
-            self.writer.put(row_of(picture, by_digest[picture.digest], self.model.image_digest))
-        self._step(len(pictures))
+            elif isinstance(picture, Exception):
+                raise picture
+            else:
+                pictures[file] = picture
+        # Copies of what this run has met meanwhile.
+        known = (
+            self._kept([one.digest for file, one in pictures.items() if file.size in self.sizes]) if pictures else {}
+        )
+        known |= self.writer.by_digest
+        new = {one.digest: one for one in pictures.values() if one.digest not in known}
+        vectors = self.model.images([one.image for one in new.values()], self.batch_size) if new else []
+        of_digest = dict(zip(new, vectors, strict=True))
+        self.added.embedded += len(new)
+        for file, picture in pictures.items():
+            vector = of_digest[picture.digest] if picture.digest in of_digest else known[picture.digest][VECTOR]
+            self._put(file, picture_columns(picture), vector)
+
+    def _put(self, file: FileState, row: dict[str, Any], vector: np.ndarray) -> None:
+        """Add a row with the content of another one or of a picture, and count what it is."""
+        state = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "model": self.digest}
+        self.writer.put({**row, **state, VECTOR: vector})
+        self.sizes.add(file.size)
+        self._count(file.path, row["digest"])
+        self._step()
+
+    def _step(self) -> None:
+        self.done += 1
+        self.progress(self.done, len(self.plan.files))
 
     def _count(self, path: str, digest: str) -> None:
-        known = self.plan.known.get(path)
-        if known is None and digest in self.gone:
-            self.gone.pop(digest)
+        known = self.plan.known[path]
+        if known is None and self.gone.pop(digest, None):
             self.added.moved += 1
         elif known is None:
             self.added.new += 1
-        elif known.digest != digest:
+        elif known[2] != digest:
             self.added.changed += 1
-        elif known.current:
+        elif known[3]:
             self.added.unchanged += 1
 
 
-def _digest(file: FileState) -> str | None:
-    try:
-        return read_bytes_digest(file.path)
-    except (BadImage, OSError):
-        return None  # reading it says why
+def picture_columns(picture: Picture) -> dict[str, Any]:
+    """What the table keeps of a picture, beside its file's state and its vector."""
+    names = ("digest", "width", "height", "taken", "latitude", "longitude", "thumbnail")
+    return {name: getattr(picture, name) for name in names}
 
 
 def add_folders(
@@ -286,29 +221,69 @@ def add_folders(
     folders: Sequence[Path],
     exact: bool = False,
     batch_size: int = 32,
-    on_progress: Callable[[int, int], None] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Added:
-    """`PictureIndex.add`, with the lock held."""
+    """`PictureIndex.add`; the table is made where it is missing, and locked."""
     start = time.monotonic()
-    plan = make_plan(table, model.image_digest, folders)
-    note_model(table, model)
-    added = Adding(table, model, plan, exact, batch_size, on_progress).run()
-    finish(table, plan, folders, added)
-    added.seconds = time.monotonic() - start
-    return added
+    with table.locked():
+        table.create(model.width)
+        plan = make_plan(table, model.image_digest, folders)
+        note_model(table, model)
+        adding = Adding(table, model, plan, batch_size, progress)
+        adding.run(exact)
+        finish(table, model, plan, adding.added, adding.writer.all_left_out)
+    adding.added.seconds = time.monotonic() - start
+    return adding.added
 
 
 def note_model(table: PictureTable, model: "SearchModel") -> None:
-    """Write which model the index is of from now on."""
+    """Write which model the index is of from now on, and say what that means for its pictures."""
+    before, pictures = table.model(), table.count()
     facts = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
+    if before == facts:
+        return
     table.note({"model": json.dumps(facts)})
+    if not before or not pictures:
+        return
+    others = table.of_other_models(model.image_digest)
+    if not others:
+        logger.info("Exchange of the text side, %s for %s: 0 pictures embedded again.", model.name, before.get("name"))
+    else:
+        logger.info("%s has another image side than %s: %d pictures are embedded again.", model.name,
+                    before.get("name"), others)  # fmt: skip
 
 
-def finish(table: PictureTable, plan: Plan, folders: Sequence[Path], added: Added) -> None:
-    """Remove what is gone, and note what was left out."""
+def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, left_out: Collection[str] = ()) -> None:
+    """Remove what is gone, note the folders and what was left out, and tidy up.
+
+    Args:
+        table: of the index.
+        model: in use.
+        plan: made before files were added.
+        added: what was counted then; the rest is filled in.
+        left_out: paths of files that were left out this time.
+    """
     table.remove(plan.gone)
     added.removed = len(plan.gone) - added.moved
-    table.note({FOLDER_KEY + str(folder): "" for folder in folders})
-    clause = " OR ".join(within(folder) for folder in folders)
-    added.left_out = [LeftOut(**row) for row in table.rows(["path", "reason"], clause, LEFT_OUT).to_pylist()]
-    added.left_out += plan.left_out
+    table.note({FOLDER_KEY + str(folder): "" for folder in plan.folders})
+    rows = table.rows(["path", "size", "mtime_ns", "reason"], within(*plan.folders), LEFT_OUT).to_pylist()
+    true = [row for row in rows if row["path"] in left_out or tuple(row.values())[:3] in plan.broken]
+    table.remove(sorted({row["path"] for row in rows} - {row["path"] for row in true}), LEFT_OUT)
+    added.left_out = sorted(
+        [LeftOut(row["path"], row["reason"]) for row in true] + plan.unseen, key=lambda one: one.path
+    )
+    if len(table.widths()) > 1 and not table.of_other_models(model.image_digest):
+        columns = [vector_column(width) for width in table.widths() if width != model.width]
+        table.write(PICTURES, lambda opened: opened.drop_columns(columns))
+    table.tidy(model.width)
+
+
+def embed_files(model: "SearchModel", files: Sequence[FileState], batch_size: int = 32) -> dict[str, np.ndarray]:
+    """Path -> vector, of files that can be read; nothing is written."""
+    found = {}
+    with ReadAhead(files, partial(read_picture, side=model.side), batch_size) as batches:
+        for batch in batches:
+            pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
+            vectors = model.images([one.image for one in pictures.values()], batch_size)
+            found |= dict(zip(pictures, vectors, strict=True))
+    return found

@@ -9,39 +9,47 @@ for hit in index.search("um gato dormindo", k=5):
 import logging
 import os
 from collections.abc import Callable, Sequence
-from datetime import date, datetime
+from dataclasses import replace
+from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow.compute as pc
 
-from capivara_search.results import Added, Classified, Hit, LeftOut, Status
-from capivara_search.table import (
+from capivara_search.labelling import checked_labels, classify_vectors
+from capivara_search.near_duplicates import near_groups
+from capivara_search.picture_columns import (
+    ABOUT,
+    FOLDER_KEY,
+    HIT_COLUMNS,
     LEFT_OUT,
     PICTURES,
-    PictureTable,
-    among,
-    is_remote,
-    locked,
+    THUMBNAIL,
+    VECTOR,
+    as_array,
     quoted,
     taken_between,
+    to_hits,
     vector_column,
     within,
-)
+)  # fmt: skip
+from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
+from capivara_search.results import Added, Classified, Hit, LeftOut, Status
+from capivara_search.table import PictureTable
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from capivara_search.models import SearchModel
 
-HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
 TIES = 16  # more rows than wanted are asked for, so that which of equal ones comes last is decided by path
 
 logger = logging.getLogger("capivara")
 
 
-def default_place() -> Path:
+def default_place() -> str | Path:
     """Where an index lies that no place was named for: $CAPIVARA_INDEX, or in the user's data."""
     if named := os.environ.get("CAPIVARA_INDEX"):
         return named
@@ -110,12 +118,13 @@ class PictureIndex:
         """
         from capivara_search.adding import add_folders
 
-        paths = [Path(folder).expanduser().absolute() for folder in folders or self.folders()]
+        paths = [absolute_folder(folder) for folder in folders or self.folders()]
         if not paths:
             raise ValueError("No folder was named, and none was added before. Name a folder of pictures.")
-        self._table.create(self.model.width)
-        with locked(self._table):
-            return add_folders(self._table, self.model, paths, exact, batch_size, on_progress)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        progress = on_progress or (lambda done, total: None)
+        return add_folders(self._table, self.model, paths, exact, batch_size, progress)
 
     def search(
         self,
@@ -150,8 +159,6 @@ class PictureIndex:
         return self.search_vector(np.mean([unit(v) for v in vectors], axis=0), k, folder, since, until, exact)
 
     def _vector_of(self, like: "str | Path | Image.Image") -> np.ndarray:
-        from capivara_search.picture_files import open_query_picture
-
         image = open_query_picture(like) if isinstance(like, str | Path) else like
         return self.model.images([image])[0]
 
@@ -167,17 +174,20 @@ class PictureIndex:
         """`search` by a vector (width,) of the model's."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
-        vector = unit(vector)
-        clauses = taken_between(since, until)
+        if np.shape(vector) != (self.model.width,):
+            raise ValueError(f"The vector must have {self.model.width} numbers, got the shape {np.shape(vector)}.")
+        if since and until and since > until:
+            raise ValueError(f"since must not be after until, got {since} and {until}.")
+        vector, clauses = unit(vector), [*self._of_model(), *taken_between(since, until)]
         if folder is not None:
-            clauses.append(within(Path(folder).expanduser().absolute()))
-        clauses += self._of_model()
-        where, asked = " AND ".join(clauses) or None, k + TIES
+            clauses.append(within(absolute_folder(folder)))
+        asked = k + TIES
         while True:
-            found = self._table.nearest(vector, asked, HIT_COLUMNS, where, exact)
-            hits = to_hits(found, vector)
+            found = self._table.nearest(vector, asked, " AND ".join(clauses) or None, exact)
+            scores = np.clip(unit(as_array(found[VECTOR])) @ vector, -1, 1)
+            hits = sorted(to_hits(found, scores), key=lambda hit: (-hit.score, hit.path))
             if len(hits) < asked or hits[-1].score < hits[k - 1].score:
-                return sorted(hits, key=lambda hit: (-hit.score, hit.path))[:k]
+                return hits[:k]
             asked *= 4
 
     def newest(
@@ -204,65 +214,78 @@ class PictureIndex:
     def _of_model(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some."""
         digest = self.model.image_digest
-        others, total = self._table.of_other_models(digest), self._table.count()
-        if self.model.width not in self._table.widths() or (others == total and total):
-            known = (self._table.model() or {}).get("name", "another model")
+        others, total = self._table.of_other_models(digest), len(self)
+        if total and (others == total or self.model.width not in self._table.widths()):
+            known = (self._table.model() or {}).get("name") or "another model"
             raise ValueError(
-                f"The pictures of {self.where} were embedded by {known}, whose image side {self.model.name} does not "
-                "share. Search with that model, or add the folders again with this one, which embeds them anew."
+                f"{self.model.name} does not fit the index {self.where}: its pictures were embedded by {known}, of "
+                "another image side. Search with that model, or add the folders again with this one, which embeds "
+                f"the {total} pictures anew."
             )
         if not others:
             return []
-        logger.info("%d of %d pictures were not yet embedded by %s, and are not found.", others, total, self.model.name)
+        logger.warning("%d of %d pictures are not yet embedded by %s, and not found.", others, total, self.model.name)
         return [f"model = {quoted(digest)}"]
 
     def thumbnail(self, path: str) -> bytes | None:
         """The small picture (WebP, at most 256 pixels long) of a row; None where there is no such row."""
-        found = self._table.rows(["thumbnail"], f"path = {quoted(path)}")
-        return found["thumbnail"][0].as_py() if found.num_rows else None
+        found = self._table.of_paths([THUMBNAIL], [str(path)])
+        return found[THUMBNAIL][0].as_py() if found.num_rows else None
 
     def row(self, path: str) -> Hit | None:
         """What is known of one picture; None where there is no such row."""
-        found = self._table.rows(HIT_COLUMNS, f"path = {quoted(path)}")
+        found = self._table.of_paths(HIT_COLUMNS, [str(path)])
         return to_hits(found)[0] if found.num_rows else None
 
     def vectors(self, paths: Sequence[str]) -> np.ndarray:
-        """Vectors (paths, width), unit length, of rows. Raises KeyError where a path has none of this model's."""
+        """Vectors of rows: (paths, width), float32, unit length. Raises KeyError where a path has none."""
+        known = self._known_vectors(paths)
+        if missing := [path for path in paths if path not in known]:
+            raise KeyError(f"{missing[0]} has no vector of {self.model.name} in the index {self.where}.")
+        return np.stack([known[path] for path in paths]) if known else np.empty((0, self.model.width), np.float32)
+
+    def _known_vectors(self, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        """Path -> vector, of those that have one of this model's."""
         column = vector_column(self.model.width)
-        digest = quoted(self.model.image_digest)
-        found = self._table.rows(["path", column], f"{among('path', paths)} AND model = {digest}")
-        of_path = dict(zip(found["path"].to_pylist(), as_array(found[column]), strict=True))
-        return np.stack([of_path[path] for path in paths]).astype(np.float32)
+        if not self._table.exists() or self.model.width not in self._table.widths():
+            return {}
+        found = self._table.of_paths(["path", "model", column], list(paths))
+        found = found.filter(pc.equal(found["model"], self.model.image_digest))
+        return dict(zip(found["path"].to_pylist(), unit(as_array(found[column])), strict=True))
 
     def forget(self, folder: str | Path) -> int:
         """Remove the rows of a folder, or of a file; returns how many. The files stay."""
-        path = Path(folder).expanduser().absolute()
-        with locked(self._table):
+        path = absolute_folder(folder)
+        if not self._table.exists():
+            return 0
+        with self._table.locked():
             self._table.remove_where(within(path), LEFT_OUT)
-            self._table.remove_where(f"key = {quoted('folder:' + str(path))}", "about")
+            known = [key for key in self._table.about() if key.startswith(FOLDER_KEY)]
+            inside = [key for key in known if Path(key.removeprefix(FOLDER_KEY)).is_relative_to(path)]
+            self._table.remove(inside, ABOUT)
             return self._table.remove_where(within(path), PICTURES)
 
     def folders(self) -> dict[str, int]:
-        """Folder that was added -> pictures in it and its folders."""
-        folders = sorted(key.removeprefix("folder:") for key in self._table.about() if key.startswith("folder:"))
+        """Folder that was added -> pictures in it and the folders in it."""
+        known = [key for key in self._table.about() if key.startswith(FOLDER_KEY)]
+        folders = sorted(key.removeprefix(FOLDER_KEY) for key in known)
         return {folder: self._table.count(within(folder)) for folder in folders}
 
     def status(self) -> Status:
         """What the index is."""
-        taken = self._table.rows(["taken"], "taken IS NOT NULL")["taken"].to_pylist()
+        first, last = self._table.first_and_last()
         left_out = self._table.rows(["path", "reason"], table=LEFT_OUT).to_pylist()
-        size = None
-        if not is_remote(self.where):
-            size = sum(path.stat().st_size for path in Path(self.where).rglob("*") if path.is_file())
+        model = self._table.model() or {}
         return Status(
             where=self.where,
             pictures=len(self),
-            left_out=[LeftOut(**row) for row in left_out],
+            left_out=sorted((LeftOut(**row) for row in left_out), key=lambda one: one.path),
             folders=self.folders(),
-            model=(self._table.model() or {}).get("name"),
-            bytes=size,
-            first=min(taken, default=None),
-            last=max(taken, default=None),
+            model=model.get("name"),
+            bytes=self._table.bytes(),
+            approximate=bool(model) and self._table.exists() and self._table.is_approximate(model["width"]),
+            first=first,
+            last=last,
         )
 
     def version(self) -> int:
@@ -275,38 +298,79 @@ class PictureIndex:
     def classify(
         self, folder: "str | Path | Image.Image", labels: Sequence[str], template: str = "uma imagem de {}"
     ) -> list[Classified]:
-        """The label of each picture of a folder."""
-        raise NotImplementedError
+        """The label that fits each picture best, by the vectors of the index; other pictures are read, and not kept.
+
+        Args:
+            folder: of pictures, one picture's path, or a picture.
+            labels: words, in Portuguese.
+            template: sentence with `{}` where a label goes.
+
+        Raises:
+            ValueError: no label, one twice, or a template without `{}`; no such folder, or no picture in it.
+        """
+        labels = checked_labels(labels, template)
+        if not isinstance(folder, str | Path):
+            return classify_vectors(self.model, [""], self.model.images([folder]), labels, template)
+        paths, vectors = self._vectors_in(absolute_folder(folder))
+        return classify_vectors(self.model, paths, vectors, labels, template)
+
+    def _vectors_in(self, place: Path) -> tuple[list[str], np.ndarray]:
+        """Paths of the pictures of a folder, or of one, and their vectors."""
+        from capivara_search.adding import embed_files
+        from capivara_search.index_plan import KnownRows
+
+        if place.is_file():
+            state = place.stat()
+            files = [FileState(str(place), state.st_size, state.st_mtime_ns)]
+        else:
+            files, _ = find_pictures([place])
+        rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], within(place))
+        known = KnownRows(rows, self.model.image_digest)
+        vectors = self._known_vectors([file.path for file in files if known.is_done(file)])
+        vectors |= embed_files(self.model, [file for file in files if file.path not in vectors])
+        paths = [file.path for file in files if file.path in vectors]
+        return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 
     def duplicates(self, threshold: float = 0.97) -> list[list[Hit]]:
-        """Groups of pictures that are nearly the same."""
-        raise NotImplementedError
+        """Groups of pictures that are nearly the same, the largest group first.
+
+        Args:
+            threshold: least cosine similarity of a picture to another one of its group, above 0 to 1.
+
+        Returns:
+            Of each group the picture with most pixels first, then by similarity to it, which is their score.
+        """
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}.")
+        if not self._table.exists():
+            return []
+        column = vector_column(self.model.width)
+        clause = " AND ".join(self._of_model()) or None
+        rows = self._table.rows([*HIT_COLUMNS, column], clause).sort_by("path")
+        vectors = as_array(rows[column])
+        groups = []
+        for numbers in near_groups(vectors, threshold):
+            members = to_hits(rows.take(numbers))
+            best = min(range(len(members)), key=lambda i: (-members[i].width * members[i].height, -members[i].size, i))
+            scores = np.clip(unit(vectors[numbers]) @ unit(vectors[numbers[best]]), -1, 1)
+            scored = [replace(hit, score=float(score)) for hit, score in zip(members, scores, strict=True)]
+            first = scored.pop(best)
+            groups.append([first, *sorted(scored, key=lambda hit: (-hit.score, hit.path))])
+        return groups
 
     def export(self, path: str | Path) -> int:
-        """Write the rows to a .parquet or .csv file."""
-        raise NotImplementedError
+        """Write the rows to a .parquet file, with vectors, or a .csv file; returns how many there are.
+
+        Raises:
+            ValueError: another suffix, no file can be made there, or there is no index.
+            OSError: no space left.
+        """
+        from capivara_search.exporting import export_rows
+
+        return export_rows(self._table, path)
 
 
-def unit(vector: np.ndarray) -> np.ndarray:
-    """A vector, of length 1."""
-    vector = np.asarray(vector, np.float32)
-    return vector / max(float(np.linalg.norm(vector)), 1e-12)
-
-
-def as_array(column: Any) -> np.ndarray:
-    """A column of vectors, (rows, width)."""
-    column = column.combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-
-
-def to_hits(found: Any, query: np.ndarray | None = None) -> list[Hit]:
-    """Rows of the table as hits, with their similarity to a query where they have vectors."""
-    scores = [0.0] * found.num_rows
-    if query is not None and found.num_rows:
-        scores = (as_array(found["vector"]).astype(np.float32) @ query).tolist()
-        found = found.drop_columns(["vector"])
-    hits = []
-    for row, score in zip(found.select(list(HIT_COLUMNS)).to_pylist(), scores, strict=True):
-        modified = datetime.fromtimestamp(row.pop("mtime_ns") / 1e9)
-        hits.append(Hit(score=score, modified=modified, **row))
-    return hits
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (..., width), of length 1, float32."""
+    vectors = np.asarray(vectors, np.float32)
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)

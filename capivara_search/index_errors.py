@@ -1,7 +1,10 @@
 """What a storage says when it fails, as one line for people: which index, which part, what to do.
 
-with explained("s3://bucket/fotos", "pictures"):
-    table.count_rows()
+    with explained("s3://bucket/fotos", "pictures"):
+        table.count_rows()
+
+LanceDB raises the errors of its engine as RuntimeError or ValueError, with a text for developers over many lines; an
+object storage's answers stand somewhere in it.
 """
 
 import errno
@@ -9,46 +12,87 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from capivara_search.common.files import no_space_left
 
-class DamagedPart(ValueError):
-    """A part of an index can't be read; `part` names it."""
+# Of the engine's texts. The rest of them stands for a file that is missing or broken.
+FULL = re.compile(r"No space left|os error 28|StorageFull|InsufficientCapacity")
+NOT_ALLOWED = re.compile(r"Permission denied|os error 13|os error 1\)|Read-only file system|os error 30")
+REFUSED = re.compile(r"\b403\b|Forbidden|AccessDenied|\b401\b|InvalidAccessKeyId|SignatureDoesNotMatch")
+NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist", re.IGNORECASE)
+NO_ANSWER = re.compile(
+    r"error sending request|tcp connect|dns error|Connection refused|kind: (Connect|Timeout|Request|Unknown)"
+    r"|operation timed out|instance metadata|CredentialsNotLoaded|BadScheme|URL scheme is not allowed"
+)
+CONFLICT = re.compile(r"[Cc]ommit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
+ENGINE = re.compile(r"lance error|LanceError|External error|DataFusion|Encountered corrupt|Arrow error|Invalid input")
+MAX_DETAIL = 200  # letters of the engine's own text
 
-    def __init__(self, message: str, part: str):
-        super().__init__(message)
-        self.part = part
 
-    def __reduce__(self):
-        return type(self), (str(self), self.part)
+class DamagedIndex(ValueError):
+    """A part of an index can't be read; the text names the part."""
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Whether another process has written at the same moment, so that the same call may succeed now."""
+    return bool(CONFLICT.search(str(error)))
+
+
+def is_of_storage(error: BaseException) -> bool:
+    """Whether the disk or the object storage has refused: what lies there may be whole."""
+    text = str(error)
+    known = isinstance(error, PermissionError) or no_space_left(error)
+    return known or any(found.search(text) for found in (FULL, NOT_ALLOWED, REFUSED, NO_BUCKET, NO_ANSWER))
 
 
 @contextmanager
 def explained(where: str, part: str = "") -> Iterator[None]:
     """Let what LanceDB raises become one line.
 
+    Args:
+        where: folder or address of the index.
+        part: name of the table that is worked on.
+
     Raises:
-        OSError: no space left, no permission, no answer of an object storage or a refusal.
-        DamagedPart: a file of the index is missing or broken.
+        OSError: no space left, no permission, a refusal of the object storage, or no answer.
+        DamagedIndex: a file of the index is missing or broken.
     """
     try:
         yield
-    except (DamagedPart, KeyboardInterrupt):
+    except DamagedIndex:
         raise
     except (RuntimeError, OSError, ValueError) as error:
         raise explanation(error, where, part) from error
 
 
-def explanation(error: Exception, where: str, part: str) -> Exception:
+def explanation(error: Exception, where: str, part: str = "") -> Exception:
     """The error in our words; itself where it is none of the known ones."""
     text = " ".join(str(error).split())
-    number = getattr(error, "errno", None)
-    if number == errno.ENOSPC or "No space left" in text or "os error 28" in text:
-        return OSError(errno.ENOSPC, f"No space left on the disk of {where}. Free some; what was written stays")
-    if number in (errno.EACCES, errno.EPERM) or "Permission denied" in text or "os error 13" in text:
-        return PermissionError(errno.EACCES, f"{where} may not be opened or written. Ask its owner, or choose another")
-    if re.search(r"\b403\b|Forbidden|AccessDenied", text):
+    if no_space_left(error) or FULL.search(text):
+        return OSError(
+            errno.ENOSPC,
+            f"No space left on the disk of the index {where}. Free some and run the same again; what was written stays",
+        )
+    if isinstance(error, PermissionError) or NOT_ALLOWED.search(text):
+        return PermissionError(
+            errno.EACCES, f"The index {where} can't be opened or written: no permission. Choose another place"
+        )
+    if NO_BUCKET.search(text):
+        return OSError(errno.ENOENT, f"There is no bucket for the index {where}. Make it, or check the name")
+    if REFUSED.search(text):
         return PermissionError(
             errno.EACCES,
             f"The storage of {where} answers 403, access denied. Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
-            "what the bucket allows",
+            "what they may do in the bucket",
+        )
+    if NO_ANSWER.search(text):
+        return OSError(
+            errno.EIO,
+            f"The storage of {where} can't be reached. Check AWS_ENDPOINT_URL, AWS_REGION, the keys and the network: "
+            + text[:MAX_DETAIL],
+        )
+    if isinstance(error, RuntimeError | ValueError) and ENGINE.search(text):
+        return DamagedIndex(
+            f"The index {where} is damaged in its part {part or 'tables'}: {text[:MAX_DETAIL]}. Restore that folder "
+            "from a copy, or remove it and add the pictures again."
         )
     return error

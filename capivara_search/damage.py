@@ -1,0 +1,124 @@
+"""An index of which some files are missing or broken: which ones, and a view of the rest.
+
+    fragments = damaged_fragments(table, table.schema.names)
+    rest = without(fragments, table, "fotos.lance/pictures.lance")
+
+The rows of a table lie in fragments, one data file each. A row's number has its fragment's in the upper half, and a
+clause on row numbers alone opens no other fragment's file: so the broken ones are found, left out and removed.
+"""
+
+import logging
+import re
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+FRAGMENT_BITS = 32
+MAX_DETAIL = 200  # letters
+SET_ASIDE = ".damaged"  # appended to the name of a file
+
+logger = logging.getLogger("capivara")
+
+
+def clause_of(fragment: int) -> str:
+    """The clause for the rows of a fragment."""
+    return f"(_rowid >= {fragment << FRAGMENT_BITS} AND _rowid < {(fragment + 1) << FRAGMENT_BITS})"
+
+
+def fragments_of(table: Any) -> list[int]:
+    """Numbers of the fragments that have rows, found without opening their files."""
+    found, last = [], 0
+    left = table.count_rows()
+    while left > 0:
+        step = 1  # numbers have gaps: small ones where rows were removed, large ones after a compaction
+        while not table.count_rows(_between(last, last + step)):
+            last, step = last + step, step * 2
+        while step > 1:
+            step //= 2
+            if not table.count_rows(_between(last, last + step)):
+                last += step
+        rows = table.count_rows(clause_of(last))
+        found.append(last)
+        last, left = last + 1, left - rows
+    return found
+
+
+def _between(start: int, end: int) -> str:
+    return f"(_rowid >= {start << FRAGMENT_BITS} AND _rowid < {end << FRAGMENT_BITS})"
+
+
+def damaged_fragments(table: Any, columns: Sequence[str]) -> list[int]:
+    """Numbers of the fragments in which one of some columns can't be read."""
+    damaged = []
+    for fragment in fragments_of(table):
+        try:
+            for _ in table.search().where(clause_of(fragment)).select(list(columns)).to_batches():
+                pass
+        except (RuntimeError, OSError, ValueError):
+            damaged.append(fragment)
+    return damaged
+
+
+def without(fragments: Sequence[int], table: Any, address: str) -> Any:
+    """A view of a table without some fragments: a copy of its record of files alone, in a temporary folder.
+
+    Args:
+        fragments: numbers.
+        table: of LanceDB.
+        address: of the table's folder.
+    """
+    import lancedb
+
+    folder = tempfile.TemporaryDirectory(prefix="capivara-")
+    rest = lancedb.connect(folder.name).clone_table("rest", address, source_version=table.version)
+    rest.capivara_folder = folder  # removed with the view
+    remove(fragments, rest)
+    return rest
+
+
+def remove(fragments: Sequence[int], table: Any) -> None:
+    """Remove the rows of some fragments, whose files are not opened for that."""
+    for fragment in fragments:
+        table.delete(clause_of(fragment))
+
+
+def empty_table(columns: pa.Schema) -> Any:
+    """A table without rows, in place of one that can't be read."""
+    import lancedb
+
+    folder = tempfile.TemporaryDirectory(prefix="capivara-")
+    table = lancedb.connect(folder.name).create_table("empty", schema=columns)
+    table.capivara_folder = folder
+    return table
+
+
+def set_newest_aside(folder: Path) -> str | None:
+    """Let the version before the newest one be the table's, where the record of the newest one can't be read.
+
+    Such a record is written whole or not at all, so that a broken one is an accident of the disk. It keeps its content
+    under another name.
+
+    Returns:
+        The record's name; None where there is no other version.
+    """
+    records = sorted((folder / "_versions").glob("*.manifest"), key=lambda path: (len(path.stem), path.stem))
+    if len(records) < 2:
+        return None
+    newest = records[0]  # they are numbered downwards
+    with suppress(OSError):
+        newest.rename(newest.with_name(newest.name + SET_ASIDE))
+        (folder / "_versions" / "latest_version_hint.json").unlink(missing_ok=True)
+        return newest.name
+    return None
+
+
+def detail(error: Exception) -> str:
+    """What an error says of the part that is damaged, in a line: its file where that is named."""
+    text = " ".join(str(error).split())
+    if named := re.search(r"\S+\.lance/((data|_deletions|_indices|_versions)/\S+?)[,:]?(\s|$)", text):
+        return named[1]
+    return text[:MAX_DETAIL]

@@ -1,0 +1,109 @@
+"""The rows of an index as a file for other programs.
+
+    export_rows(table, "fotos.parquet")  # with the vectors
+    export_rows(table, "fotos.csv")      # without
+
+Thumbnails stay in the index.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from capivara_search.common.files import UMASK, check_output_file, no_space_left
+from capivara_search.picture_columns import THUMBNAIL
+from capivara_search.table import PictureTable
+
+SUFFIXES = (".parquet", ".csv")
+
+
+def export_rows(table: PictureTable, path: str | Path) -> int:
+    """Write all rows to a file, in one piece; returns how many there are.
+
+    Args:
+        table: of the index.
+        path: of the file; one that is there is replaced.
+
+    Raises:
+        ValueError: another suffix than .parquet or .csv, or no file can be made there.
+        OSError: no space left.
+    """
+    path = Path(path).expanduser().absolute()
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"The file to export to must end in {' or '.join(SUFFIXES)}, got {path.name}.")
+    check_output_file(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        rows = _write(table, temporary, path.suffix.lower() == ".csv")
+        os.chmod(temporary, 0o666 & ~UMASK)
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if no_space_left(error):
+            raise OSError(
+                getattr(error, "errno", None), f"No space left for {path}; nothing was kept. Free some"
+            ) from error
+        raise
+    return rows
+
+
+def _write(table: PictureTable, temporary: str, csv: bool) -> int:
+    rows, writer = 0, None
+    for batch in _batches(table, csv):
+        if writer is None:
+            writer = _writer(temporary, batch.schema, csv)
+        writer.write(batch)
+        rows += batch.num_rows
+    (writer or _writer(temporary, _without_rows(table, csv), csv)).close()
+    return rows
+
+
+def _writer(temporary: str, columns: pa.Schema, csv: bool):
+    if csv:
+        from pyarrow.csv import CSVWriter
+
+        return CSVWriter(temporary, columns)
+    from pyarrow.parquet import ParquetWriter
+
+    return ParquetWriter(temporary, columns)
+
+
+def _batches(table: PictureTable, csv: bool) -> Iterator[pa.RecordBatch]:
+    for batch in table.batches(_names(table, csv)):
+        yield _readable(batch)
+
+
+def _names(table: PictureTable, csv: bool) -> list[str]:
+    return [
+        one.name
+        for one in table.columns()
+        if one.name != THUMBNAIL and not (csv and pa.types.is_fixed_size_list(one.type))
+    ]
+
+
+def _without_rows(table: PictureTable, csv: bool) -> pa.Schema:
+    columns = pa.schema([table.columns().field(name).remove_metadata() for name in _names(table, csv)])
+    return _readable(pa.RecordBatch.from_pylist([], columns)).schema
+
+
+def _readable(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Times as times, and vectors in float32, which every reader of parquet knows."""
+    columns = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if name == "mtime_ns":
+            times = [datetime.fromtimestamp(ns.as_py() / 1e9).replace(microsecond=0) for ns in column]
+            columns["modified"] = pa.array(times, pa.timestamp("s"))
+        elif pa.types.is_fixed_size_list(column.type):
+            width = column.type.list_size
+            flat = pa.array(column.values.to_numpy(zero_copy_only=False).astype(np.float32))
+            part = flat.slice(column.offset * width, len(column) * width)
+            columns[name] = pa.FixedSizeListArray.from_arrays(part, width, mask=column.is_null())
+        else:
+            columns[name] = column
+    return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))

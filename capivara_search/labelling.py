@@ -1,0 +1,64 @@
+"""Which of some labels fits a picture best, and whether any does.
+
+    for found in classify_vectors(model, paths, vectors, ["praia", "cidade"], "uma imagem de {}"):
+        print(found.path, found.label)
+
+Beside the labels' sentences competes one that says nothing (`NEUTRAL`): where it fits a picture best, no label does.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from capivara_search.results import Classified
+
+if TYPE_CHECKING:
+    from capivara_search.models import SearchModel
+
+NEUTRAL = "uma imagem"
+MAX_LABELS = 1_000
+
+
+def checked_labels(labels: Sequence[str], template: str) -> list[str]:
+    """The labels, without blanks around them.
+
+    Raises:
+        ValueError: there is none, too many, one is empty or there twice, or the template has no place for one.
+    """
+    if isinstance(labels, str):
+        raise ValueError(f"labels must be a list of words, got the text {labels[:80]!r}. Write [{labels[:80]!r}].")
+    labels = [str(label).strip() for label in labels]
+    if not labels or not all(labels):
+        raise ValueError("labels must be words, at least one. Name what the pictures may show, such as praia cidade.")
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ValueError(f"The label {twice[0]!r} is there twice. Name each label once.")
+    if len(labels) > MAX_LABELS:
+        raise ValueError(f"labels must be at most {MAX_LABELS}, got {len(labels)}.")
+    if template.count("{}") != 1 or template.replace("{}", "").count("{") or template.replace("{}", "").count("}"):
+        raise ValueError(f"template must have one {{}}, where the label goes, got {template!r}.")
+    return labels
+
+
+def classify_vectors(
+    model: "SearchModel", paths: Sequence[str], vectors: np.ndarray, labels: Sequence[str], template: str
+) -> list[Classified]:
+    """The best label of each picture.
+
+    Args:
+        model: of the vectors.
+        paths: of the pictures.
+        vectors: (pictures, width), unit length.
+        labels: as `checked_labels` returns them.
+        template: sentence with `{}` where a label goes.
+    """
+    texts = model.texts([*(template.replace("{}", label) for label in labels), NEUTRAL])
+    scores = model.logit_scale * (np.asarray(vectors, np.float32) @ texts.T)  # (pictures, labels + 1)
+    own = scores[:, :-1] - scores[:, :-1].max(axis=1, keepdims=True)
+    shares = np.exp(own) / np.exp(own).sum(axis=1, keepdims=True)
+    found = []
+    for path, row, share in zip(paths, scores, shares, strict=True):
+        best = int(row.argmax())
+        label = labels[best] if best < len(labels) else None
+        found.append(Classified(path, label, dict(zip(labels, share.tolist(), strict=True))))
+    return found

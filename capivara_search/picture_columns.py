@@ -1,0 +1,140 @@
+"""The columns of an index, how rows are made of them, and the clauses that choose rows.
+
+    clause = f"{within('/home/maria/Fotos')} AND {among('model', [model.image_digest])}"
+    rows = to_arrow([{"path": "/home/maria/Fotos/a.jpg", "vector": vector, ...}], schema(512))
+
+One table `pictures`, and two small ones beside it: `left_out`, the files that could not be read and why, and `about`,
+what is known of the whole.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime, time, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from capivara_search.results import Hit
+
+LAYOUT = 1  # of the tables; a later one that this version can't read has a larger number
+LAYOUT_KEY = b"capivara.layout"
+PICTURES, LEFT_OUT, ABOUT = "pictures", "left_out", "about"
+FOLDER_KEY = "folder:"  # in `about`, before the path of a folder that was added
+KEYS = {PICTURES: "path", LEFT_OUT: "path", ABOUT: "key"}
+THUMBNAIL = "thumbnail"
+VECTOR = "vector"  # in rows that are no part of a table: that of the model in use
+HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
+HASHED_AT_ONCE = 8  # letters
+
+LEFT_OUT_SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string(), False),
+        pa.field("size", pa.int64(), False),
+        pa.field("mtime_ns", pa.int64(), False),
+        pa.field("reason", pa.string(), False),
+    ]
+)
+ABOUT_SCHEMA = pa.schema([pa.field("key", pa.string(), False), pa.field("value", pa.string(), False)])
+
+
+def schema(width: int) -> pa.Schema:
+    """The columns of `pictures`, with vectors of `width` numbers."""
+    return pa.schema(
+        [
+            pa.field("path", pa.string(), False),  # absolute
+            pa.field("size", pa.int64(), False),  # bytes
+            pa.field("mtime_ns", pa.int64(), False),
+            pa.field("digest", pa.string(), False),  # BLAKE2b-128 of the file, in hexadecimal
+            pa.field("width", pa.int32(), False),  # pixels, upright
+            pa.field("height", pa.int32(), False),
+            pa.field("taken", pa.timestamp("us")),  # the camera's local time
+            pa.field("latitude", pa.float64()),  # degrees
+            pa.field("longitude", pa.float64()),
+            pa.field(THUMBNAIL, pa.binary()),  # WebP
+            pa.field("model", pa.string(), False),  # SearchModel.image_digest
+            pa.field(vector_column(width), pa.list_(pa.float16(), width)),  # unit length
+        ],
+        metadata={LAYOUT_KEY: str(LAYOUT).encode()},
+    )
+
+
+def vector_column(width: int) -> str:
+    """The column of vectors of one width: a model of another width adds its own."""
+    return f"vector_{width}"
+
+
+EMPTY = {PICTURES: schema(1), LEFT_OUT: LEFT_OUT_SCHEMA, ABOUT: ABOUT_SCHEMA}
+
+
+def check_layout(found: pa.Schema, where: str) -> None:
+    """Raise ValueError where a table was not made by this project, or by a newer version of it."""
+    number = (found.metadata or {}).get(LAYOUT_KEY, b"").decode(errors="replace")
+    if not number.isdigit():
+        raise ValueError(f"The table at {where} was not made by capivara. Choose another place for the index.")
+    if int(number) > LAYOUT:
+        raise ValueError(
+            f"The index {where} has layout {number}, this version of capivara reads up to {LAYOUT}. Install a newer "
+            "one, or make another index at another place."
+        )
+
+
+def to_arrow(rows: Sequence[Mapping[str, Any]], columns: pa.Schema) -> pa.Table:
+    """Rows as a table; `vector` of each, (width,), goes where vectors of its width are."""
+    arrays = []
+    for one in columns:
+        if one.name == vector_column(len(rows[0][VECTOR])):
+            flat = np.concatenate([np.asarray(row[VECTOR], np.float16) for row in rows])
+            arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(flat), one.type.list_size))
+        else:  # vectors of another width are of another model, and no longer true
+            arrays.append(pa.array([row.get(one.name) for row in rows], one.type))
+    return pa.Table.from_arrays(arrays, schema=columns)
+
+
+def as_array(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of vectors, without empty ones, as (rows, width) float16."""
+    column = column.combine_chunks()
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+
+
+def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:
+    """Rows with `HIT_COLUMNS`, and their scores, as hits."""
+    hits = []
+    for number, row in enumerate(rows.select(list(HIT_COLUMNS)).to_pylist()):
+        modified = datetime.fromtimestamp(row.pop("mtime_ns") / 1e9)
+        hits.append(Hit(score=float(scores[number]) if scores is not None else 0.0, modified=modified, **row))
+    return hits
+
+
+def quoted(text: str) -> str:
+    """A text as SQL writes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def among(column: str, values: Iterable[str]) -> str:
+    """The clause for rows whose column has one of some values."""
+    return f"{column} IN ({', '.join(map(quoted, values))})"
+
+
+def within(*folders: str | Path) -> str:
+    """The clause for rows of folders, with the folders in them, or of single files."""
+    clauses = []
+    for folder in folders:
+        path = str(folder).rstrip(os.sep)
+        clauses.append(f"path = {quoted(path)} OR starts_with(path, {quoted(path + os.sep)})")
+    return f"({' OR '.join(clauses)})"
+
+
+def taken_between(since: date | None, until: date | None) -> list[str]:
+    """The clauses for pictures of some days, both included; by the file's time where no camera says when."""
+    clauses = []
+    for day, sign in ((since, ">="), (until and until + timedelta(days=1), "<")):
+        if day is not None:
+            start = datetime.combine(day, time())
+            modified = int(start.timestamp()) * 10**9
+            clauses.append(
+                f"((taken IS NOT NULL AND taken {sign} timestamp '{start:%Y-%m-%d %H:%M:%S}')"
+                f" OR (taken IS NULL AND mtime_ns {sign} {modified}))"
+            )
+    return clauses
