@@ -27,7 +27,7 @@ from benchmarks.search_photos import make_model, measure_photos, small_photos
 from benchmarks.timing import RESULTS, conditions, finish, in_own_process, peak_memory_bytes
 from capivara_search import PictureIndex
 from capivara_search.common.cli import flag, parse
-from capivara_search.table import schema, vector_column
+from capivara_search.picture_columns import schema, vector_column
 
 WIDTH, CLUSTERS, SPREAD = 512, 2000, 1.0  # numbers of a vector; clusters; noise beside a centre of length 1
 QUERIES, K = 200, 10
@@ -177,7 +177,7 @@ def fill(args: SearchArguments) -> dict[str, Any]:
     for start in range(0, args.rows, ROWS_AT_ONCE):
         table.pictures.add(made_rows(vectors[start : start + ROWS_AT_ONCE], start, digest))
     written = time.perf_counter()
-    index.optimise()
+    table.tidy(WIDTH)
     return {
         "written_s": written - started,
         "optimised_s": time.perf_counter() - written,  # compaction, and the approximate index where there is one
