@@ -23,6 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from capivara_search.common.environment import cache_home
 from capivara_search.common.files import whole_folder, write_json, write_text
+from capivara_search.common.progress import no_bars_of_transformers
 from capivara_search.weight_file import weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -138,7 +139,7 @@ def _converted_from_hub(repo_id: str, commit: str, branch: str) -> Path:
     if not COMMIT.fullmatch(commit):
         raise ValueError(f"The Hub names the commit {commit[:80]!r} of {repo_id}; a commit has 40 hexadecimal digits.")
     folder = _converted(repo_id) / commit
-    with _alone(folder):
+    with one_at_a_time(folder):
         if not is_capivara(folder):
             _convert(f"hf-hub:{repo_id}", folder, revision=commit)
         if branch != commit:
@@ -152,7 +153,7 @@ def _convert(source: str, folder: Path, revision: str | None = None) -> None:
 
     found = find_open_clip(source, revision=revision)
     logger.info("Converting %s from open_clip's format, once …", source)
-    with whole_folder(folder, overwrite=True) as new:
+    with no_bars_of_transformers(), whole_folder(folder, overwrite=True) as new:
         digest = write_capivara(found, new)
         write_json(new / ORIGIN, {"source": source, "revision": revision, "weights_digest": digest})
 
@@ -164,7 +165,7 @@ def _converted_from_disk(path: Path) -> Path:
     state = hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
     name = hashlib.blake2b(str(path).encode(), digest_size=8).hexdigest()
     place = cache_home() / "open_clip" / f"{path.name}-{name}"
-    with _alone(place):
+    with one_at_a_time(place):
         if not is_capivara(place / state):
             _convert(f"local-dir:{path}" if path.is_dir() else str(path), place / state)
             for old in set(place.iterdir()) - {place / state}:
@@ -192,7 +193,7 @@ def _snapshot(repo_id: str, name: str, revision: str | None = None) -> Path | No
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def one_at_a_time(folder: Path) -> Iterator[None]:
     """Wait until no other process works on a folder of the cache: a conversion is not done twice at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder.parent / f".{folder.name}.lock", os.O_RDWR | os.O_CREAT, 0o666)

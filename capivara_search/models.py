@@ -44,7 +44,7 @@ class SearchModel:
         name: for people: the Hub id, or the folder's own name.
         source: what it was asked for by, and can be found by again.
         folder: that holds it.
-        note: what has to be said of it, in English and Portuguese; None where there is nothing.
+        note: what has to be said of it, a line in English and one in Portuguese; None where there is nothing.
         device: "cpu", "cuda", …; the GPU where there is one, for images, where None.
     """
 
@@ -53,6 +53,10 @@ class SearchModel:
     folder: Path
     note: str | None = None
     device: str | None = None
+
+    def note_in(self, language: str) -> str | None:
+        """The line of `note` in a language, "en" or "pt"."""
+        return self.note and self.note.splitlines()[language == "pt"]
 
     @cached_property
     def image_digest(self) -> str:
@@ -125,10 +129,12 @@ class SearchModel:
     @cached_property
     def _loaded(self) -> tuple["CapivaraModel", "CapivaraProcessor"]:
         from capivara_search.common.environment import torch_device
+        from capivara_search.common.progress import no_bars_of_transformers
         from modeling_capivara.loading import load_model, load_processor
 
-        processor, device = load_processor(self.folder), torch_device(self.device)
-        return load_model(self.folder).eval().to(device), processor
+        device = torch_device(self.device)
+        with no_bars_of_transformers():
+            return load_model(self.folder).eval().to(device), load_processor(self.folder)
 
 
 def find_model(model: str | None = None, device: str | None = None) -> SearchModel:
@@ -149,9 +155,9 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     if model is None:
         model = DEFAULT_MODEL if cached_folder(DEFAULT_MODEL) or is_reachable(DEFAULT_MODEL) else MINIATURE
     if model == MINIATURE and not Path(model).exists():
-        from capivara_search.miniature import NOTE, miniature_folder
+        from capivara_search.miniature import NOTES, miniature_folder
 
-        return SearchModel(MINIATURE, MINIATURE, miniature_folder(), NOTE, device)
+        return SearchModel(MINIATURE, MINIATURE, miniature_folder(), "\n".join(NOTES.values()), device)
     folder = model_folder(model)
     here = Path(model).expanduser()
     if here.exists():

@@ -56,6 +56,14 @@ class PrepareArguments:
 
 
 @dataclass
+class MiniatureArguments:
+    """Arguments of `examples.openmoji.miniature`."""
+
+    dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
+    output: Path = flag(Path("capivara_search/miniature.safetensors"), "File that is written.")
+
+
+@dataclass
 class ProxiesArguments:
     """Arguments of `examples.openmoji.proxies`."""
 

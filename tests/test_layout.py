@@ -27,7 +27,16 @@ ALLOWED = {
     "train_accelerate": {
         *(COMMON, "caption_data", "records", "training", "eval", "modeling_capivara", "examples", "hub_upload"),
     },
-    "examples": {COMMON, "caption_data", "records", "captions", "training", "eval", "modeling_capivara"},
+    "examples": {
+        COMMON,
+        "capivara_search",
+        "caption_data",
+        "records",
+        "captions",
+        "training",
+        "eval",
+        "modeling_capivara",
+    },
     "benchmarks": {
         *(COMMON, "caption_data", "records", "captions", "training", "eval", "modeling_capivara", "examples"),
         *("hub_upload", "train_accelerate", "capivara_search"),

@@ -1,6 +1,8 @@
 """Progress bars are drawn in a terminal; a log file gets a line of each every half minute."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm.std import tqdm
@@ -20,6 +22,20 @@ def bars_for_terminals_only() -> None:
 def no_bars() -> None:
     """Draw no bar in this process, whose neighbour has one."""
     tqdm.display = tqdm.close = lambda bar, *args, **options: None
+
+
+@contextmanager
+def no_bars_of_transformers() -> Iterator[None]:
+    """Let transformers draw no bars in the block, as those of weights that are read within a second."""
+    from transformers.utils import logging  # here: what has no use for it does not pay for it
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 _close_of_tqdm = tqdm.close

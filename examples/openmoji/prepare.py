@@ -233,22 +233,33 @@ def _pooled(model: CapivaraModel, processor: CapivaraProcessor, images: list[PIL
 
 
 def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
-    """Set both projections without training: ridge regression of the text embeddings on the image features.
-
-    Neither projection has a bias, so the mean is taken off by projecting its direction out on both sides. Features are
-    (pictures, image width), with a caption each; the text projection is square.
-    """
-    scale = features.std(dim=0) + 1e-3
+    """Set both projections without training. Features are (pictures, image width), with a caption each."""
     model.text_projection.weight.data = torch.eye(model.config.projection_dim)
     texts = embed_texts(model.eval(), processor, captions, description="Captions")
+    visual, text = ridge_projections(features, texts)
+    model.visual_projection.weight.data, model.text_projection.weight.data = visual, text
+
+
+def ridge_projections(features: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+    """Both projections by ridge regression of the text embeddings on the image features.
+
+    Neither has a bias, so the mean is taken off by projecting its direction out on both sides.
+
+    Args:
+        features: (pictures, image width), the image tower's pooled output.
+        texts: (pictures, text width), a text of each, unit length.
+
+    Returns:
+        (text width, image width) for images, and (text width, text width) for texts.
+    """
+    scale = features.std(dim=0) + 1e-3
     without_text_mean = _without_direction(texts.mean(dim=0))
     without_image_mean = _without_direction((features / scale).mean(dim=0))
     inputs = features / scale @ without_image_mean  # (pictures, image width)
     targets = F.normalize(texts @ without_text_mean, dim=-1)  # (pictures, text width)
     penalty = RIDGE_PENALTY * len(inputs) * torch.eye(inputs.shape[1])
     weights = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ targets)  # (image width, text width)
-    model.visual_projection.weight.data = (torch.diag(1 / scale) @ without_image_mean @ weights).T.contiguous()
-    model.text_projection.weight.data = without_text_mean
+    return (torch.diag(1 / scale) @ without_image_mean @ weights).T.contiguous(), without_text_mean
 
 
 def align(
