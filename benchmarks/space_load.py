@@ -2,20 +2,21 @@
 
     python -m benchmarks.space_load --output benchmarks/results/space_load.json
 
-Needs the embedded default (`python -m examples.openmoji.prepare`). The page is started as a user starts it, on this
-machine alone, and ended afterwards. A visitor opens the page, searches by a text of one's own, and every tenth by a
-picture of one's own as well; each is a session. Memory is what the page's processes hold together, sampled four times
-a second; the first visitors, for whom libraries load, come before it is measured. The time of a search is that of the
-visitors one after another. Ends with an error where memory has grown by more than `--most_growth_mb`, or a request was
-not answered. The last line of the output is JSON.
+Needs the embedded default (`python -m examples.openmoji.prepare`). The page is started in a process of its own, on this
+machine alone, and ended afterwards. A visitor opens the page, searches by a text of one's own, gets the thumbnails of
+the first pictures, and every tenth searches by a picture of one's own as well. Memory is what the page's processes hold
+together, sampled four times a second; the first visitors, for whom libraries load, come before it is measured. The time
+of a search is that of the visitors one after another. Ends with an error where memory has grown by more than
+`--most_growth_mb`, or a request was not answered. The last line of the output is JSON.
 """
 
 import asyncio
 import io
-import socket
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -31,13 +32,21 @@ from tqdm.auto import tqdm
 
 from benchmarks.timing import conditions, finish
 from capivara_search.common.cli import flag, parse
-from hub_upload.space.guard import QUESTION, UPLOAD
-from hub_upload.space.turns import BUSY
+from capivara_search.index import PictureIndex
+from hub_upload.space.collection import picture_folder
 
 HANGS_S = 120  # a request without an answer: the page gives a question up after 50 s at most
-START_S = 1800  # the index is built where there is none
 SHOWN = 24  # pictures of an answer
+THUMBNAILS = 4  # of them that a visitor gets
 PICTURE_EVERY = 10  # visitors
+ANSWERED = ("200", "503", "of them told to come back")  # statuses; 503: too many are waiting
+PAGE = """
+import sys
+from capivara_search.index import PictureIndex
+from capivara_search.page import serve_index
+index = PictureIndex.open(*sys.argv[1:])
+serve_index(index, open_browser=False, on_open=lambda url: print(url, flush=True))
+"""
 
 
 @dataclass
@@ -56,32 +65,27 @@ class SpaceLoadArguments:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(SpaceLoadArguments, __doc__, argv)
-    with started_page(args.model, args.pictures) as (process, url):
-        measured = asyncio.run(load(process, url, args))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, _ = picture_folder(args.pictures, Path(temporary))
+        index = PictureIndex.open(Path(temporary) / "pictures.lance", args.model)
+        index.add(folder)
+        with started_page(index.where, args.model) as (process, url):
+            measured = asyncio.run(load(process, url, args))
     results = conditions() | measured
-    results["versions"] |= {name: metadata.version(name) for name in ("gradio", "uvicorn")}
+    results["versions"] |= {name: metadata.version(name) for name in ("lancedb", "starlette", "uvicorn")}
     finish(results, args.output)
     if measured["growth_mb"] > args.most_growth_mb or measured["not_answered"]:
         sys.exit(f"error: grew by {measured['growth_mb']} MB, {measured['not_answered']} requests were not answered.")
 
 
 @contextmanager
-def started_page(model: str, pictures: str):
-    """The page in a process of its own, and its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "hub_upload.space", "--model", model, "--pictures", pictures, "--port", str(port)]
-    process, url = subprocess.Popen(command), f"http://127.0.0.1:{port}"
+def started_page(where: str, model: str):
+    """The page of an index in a process of its own, and its address."""
+    process = subprocess.Popen([sys.executable, "-c", PAGE, where, model], stdout=subprocess.PIPE, text=True)
     try:
-        for _ in range(START_S):
-            if process.poll() is not None:
-                raise RuntimeError(f"The page ended with {process.returncode}; its message is above.")
-            try:
-                httpx.get(f"{url}/config", timeout=10)
-                break
-            except httpx.HTTPError:
-                time.sleep(1)
+        url = process.stdout.readline().strip()
+        if not url:
+            raise RuntimeError(f"The page ended with {process.wait()}; its message is above.")
         yield psutil.Process(process.pid), url
     finally:
         process.terminate()
@@ -97,11 +101,9 @@ async def load(process: psutil.Process, url: str, args: SpaceLoadArguments) -> d
     waits: list[float] = []  # seconds of each search
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=HANGS_S, limits=limits) as client:
-        found = (await client.get("/config")).json()["dependencies"]
-        numbers = {event["api_name"]: event["id"] for event in found}
 
         def visits(first: int, count: int) -> list:
-            return [visit(client, numbers, number, answers, waits) for number in range(first, first + count)]
+            return [visit(client, number, answers, waits) for number in range(first, first + count)]
 
         async def in_a_row(first: int, count: int) -> None:
             for one in tqdm(visits(first, count), desc="One after another", unit="visitor", disable=None):
@@ -115,18 +117,15 @@ async def load(process: psutil.Process, url: str, args: SpaceLoadArguments) -> d
     return {
         "visitors": {"warm_up": args.warm_up, "at_once": args.at_once, "in_a_row": args.sessions},
         "answers": dict(answers),
-        "not_answered": sum(answers.values()) - answers["200"] - answers["of them told to come back"],
+        "not_answered": sum(n for kind, n in answers.items() if kind not in ANSWERED),
         "milliseconds_in_a_row": {"median": round(1000 * statistics.median(waits), 1)},
         "memory_mb": parts,
         "growth_mb": round(parts["in_a_row"]["after"] - parts["at_once"]["before"], 1),
     }
 
 
-async def visit(
-    client: httpx.AsyncClient, numbers: dict[str, int], number: int, answers: Counter[str], waits: list[float]
-) -> None:
-    """One session; the status of each answer, or the kind of error, is counted, and a search's seconds are kept."""
-    session = f"visitor{number}"
+async def visit(client: httpx.AsyncClient, number: int, answers: Counter[str], waits: list[float]) -> None:
+    """One visitor; the status of each answer, or the kind of error, is counted, and a search's seconds are kept."""
 
     async def sent(method: str, path: str, **content) -> httpx.Response | None:
         try:
@@ -137,22 +136,23 @@ async def visit(
             answers[type(error).__name__] += 1
             return None
 
-    async def asked(name: str, *data: object) -> None:
-        question = {"data": data, "fn_index": numbers[name], "session_hash": session}
+    async def asked(text: str = "", picture: bytes = b"") -> list[dict]:
+        question = json.dumps({"text": text, "k": SHOWN}).encode() + b"\n" + picture
         started = time.perf_counter()
-        answer = await sent("POST", QUESTION, json=question)
+        answer = await sent("POST", "/api/search", content=question)
         waits.append(time.perf_counter() - started)
-        if answer is not None and BUSY in answer.text:
+        if answer is not None and answer.status_code == 503:
             answers["of them told to come back"] += 1
-        elif answer is not None and answer.text.count("<data>") != SHOWN:
+        found = answer.json()["models"][0]["hits"] if answer is not None and answer.status_code == 200 else []
+        if answer is not None and answer.status_code == 200 and len(found) != SHOWN:
             answers["without pictures"] += 1
+        return found
 
     await sent("GET", "/")
-    await asked("search_by_text", f"um gato na casa número {number}", SHOWN)
+    for hit in (await asked(f"um gato na casa número {number}"))[:THUMBNAILS]:
+        await sent("GET", "/thumbnail", params={"path": hit["path"]})
     if number % PICTURE_EVERY == 0:
-        uploaded = await sent("POST", UPLOAD, files={"files": ("a.png", _picture(number))})
-        if uploaded is not None and uploaded.status_code == 200:
-            await asked("search_by_image", {"path": uploaded.json()[0], "meta": {"_type": "gradio.FileData"}}, SHOWN)
+        await asked(picture=_picture(number))
 
 
 async def _memory_during(process: psutil.Process, work) -> dict[str, float]:

@@ -1,375 +1,412 @@
-"""The page: what it serves and to whom, and a visitor in a browser."""
+"""The page in a browser: searching, looking, comparing and classifying, in two languages and on a telephone."""
 
-import contextlib
-import io
 import os
-import random
+import shutil
 import socket
-import subprocess
-import sys
-import threading
-import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager
+import stat
+from datetime import datetime
 from pathlib import Path
 
-import made_space
+import made_pictures
 import pytest
-from browser import open_browser, require_chromium
-from test_space import bomb
+from browser import Browser, open_browser, require_chromium
+from made_pictures import CAPTIONS, bomb, made_index, png, save_folder
+from page_process import Asked, running
+from PIL import Image
+from tiny import randomise, tiny_config
 
-from hub_upload.space.answers import MAX_UPLOAD_BYTES, Demo
-from hub_upload.space.collection import open_pictures
-from hub_upload.space.index import build_index, open_album
-from modeling_capivara.embedder import CapivaraEmbedder
+pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
-gradio = pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
+from capivara_search.index import PictureIndex
+from capivara_search.page import server
+from capivara_search.page.guard import MAX_UPLOAD_BYTES
+from capivara_search.page.server import open_page
+from modeling_capivara import CapivaraModel
 
-ROOT = Path(__file__).resolve().parent.parent
-LICENCE = "pretty_name: Áreas coloridas\nlicense: cc-by-sa-4.0\nattribution: Made for a test\n"
-TABS = ["Buscar por texto", "Buscar por imagem", "Classificar", "Legendas parecidas"]
-# What the server asks of the network is written to a file, and refused.
-WATCHED = """
-import ipaddress, runpy, socket, sys
-connect, resolve, log = socket.socket.connect, socket.getaddrinfo, open(sys.argv.pop(1), "a", buffering=1)
-
-def is_local(host):
-    try:
-        return host in (None, "", "localhost", b"localhost") or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-def watched(self, address):
-    if isinstance(address, tuple) and not is_local(address[0]):
-        log.write(f"{address}\\n")
-        raise OSError("refused by the test")
-    return connect(self, address)
-
-def resolved(host, *args, **kwargs):
-    if not is_local(host) and host != "0.0.0.0":
-        log.write(f"{host}\\n")
-        raise OSError("refused by the test")
-    return resolve(host, *args, **kwargs)
-
-socket.socket.connect, socket.getaddrinfo = watched, resolved
-runpy.run_module("hub_upload.space", run_name="__main__", alter_sys=True)
-"""
-
-
-def free_port() -> int:
-    """Below the ports that the system gives to connections, of which one might take it before the server does."""
-    for port in random.SystemRandom().sample(range(12_000, 32_000), 50):
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port was found")
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
+ATTACK = "<img src=x onerror=alert(1)>"
+# Buttons, links and fields that a screen reader would have no name for.
+NAMELESS = """() => [...document.querySelectorAll("button, a[href], input, select, textarea, dialog, section, nav")]
+  .filter((one) => !(one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.innerText?.trim()
+    || one.closest("label")?.innerText.trim() || (one.id && document.querySelector(`label[for=${one.id}]`))))
+  .map((one) => one.outerHTML.slice(0, 80))"""
 
 
 # --- What is served --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def album_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("space") / "areas"
-    made_space.save_dataset(folder, LICENCE)
-    return folder
+def plain_index(tmp_path_factory, saved_tiny_folder):
+    folder = tmp_path_factory.mktemp("plain")
+    return made_index(folder / "i.lance", save_folder(folder / "fotos"), saved_tiny_folder)
 
 
-@pytest.fixture
-def demo(tiny_model, tiny_processor, album_folder, tmp_path):
-    embedder = CapivaraEmbedder("tiny", tiny_model, tiny_processor, "float32")
-    return Demo([build_index(open_album(open_pictures(str(album_folder)), tmp_path), embedder, tmp_path)])
-
-
-@pytest.fixture
-def served(demo):
-    """A page that runs in this process, and its address."""
-    from hub_upload.space.app import serve
-
-    blocks = serve(demo, "127.0.0.1", port := free_port())
-    yield demo, blocks, f"http://127.0.0.1:{port}"
-    blocks.close()
-
-
-def asked(url: str, data: bytes | None = None, **headers: str) -> tuple[int, dict, bytes]:
-    """Status, headers and body of an answer."""
-    request = urllib.request.Request(url, data, {name.replace("_", "-"): text for name, text in headers.items()})
+def test_the_language_of_the_page(plain_index):
+    opened = open_page(plain_index, port=0, language="en")
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, dict(answer.headers), answer.read()
-    except urllib.error.HTTPError as error:
-        return error.code, dict(error.headers), error.read()
+        for query, tag, word in (("", "en", "Search"), ("?lang=pt", "pt-BR", "Buscar"), ("?lang=xx", "en", "Search")):
+            page = Asked(opened.url).get(query)[2].decode()
+            assert f'<html lang="{tag}">' in page and f">{word}</button>" in page
+    finally:
+        opened.close()
+    with pytest.raises(ValueError, match="language must be one of pt, en, got 'fr'"):
+        open_page(plain_index, language="fr")
 
 
-def test_only_this_machine_and_only_the_page_is_served(served):
-    _, blocks, url = served
-    status, headers, page = asked(url)
-    assert status == 200 and "connect-src 'self'" in headers["content-security-policy"]
-    assert b"fonts.googleapis" not in page and b"cdnjs" not in page
-    assert not blocks.share and blocks.share_url is None and not blocks.analytics_enabled and not blocks.allowed_paths
-    assert blocks.max_file_size == MAX_UPLOAD_BYTES and not blocks.api_open
-    for host in ("evil.example", "evil.example:7860"):
-        assert asked(url, Host=host)[0] == 400, "a foreign name for this machine was answered"
-    for path in ("/docs", "/redoc", "/openapi.json", "/gradio_api/info", "/gradio_api/openapi.json"):
-        assert asked(url + path)[0] == 404
+def test_a_free_port_is_taken_where_the_usual_one_is_not_free(plain_index, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(server, "DEFAULT_PORT", port)
+        opened = open_page(plain_index, port=port)
+        assert Asked(opened.url).port != port and Asked(opened.url).get("")[0] == 200
+        opened.close()
+        monkeypatch.setattr(server, "DEFAULT_PORT", 7860)
+        with pytest.raises(OSError, match="ddress already in use"):
+            open_page(plain_index, port=port)
 
 
-@pytest.mark.slow
-def test_an_upload_over_the_limit_is_not_kept(served):
-    _, _, url = served
-    for size, expected in ((1000, 200), (MAX_UPLOAD_BYTES + 1, 413)):
-        parts = b'--X\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(size)
-        status, _, body = asked(
-            f"{url}/gradio_api/upload", parts + b"\r\n--X--\r\n", Content_Type="multipart/form-data; boundary=X"
-        )
-        assert status == expected, body[:200]
+def test_a_model_that_does_not_fit_the_index_is_said_before_the_page_opens(plain_index, saved_tiny_folder, tmp_path):
+    other = shutil.copytree(saved_tiny_folder, tmp_path / "outro")
+    randomise(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
+    with pytest.raises(ValueError, match="image side outro does not share"):
+        open_page(PictureIndex.open(plain_index.where, str(other)), port=0)
 
 
-def test_tabs_follow_the_pictures(demo, tmp_path):
-    from hub_upload.space.app import build_page
-    from hub_upload.space.uploads import Uploads
-
-    def tabs(blocks):
-        return [block.label for block in blocks.blocks.values() if isinstance(block, gradio.Tab)]
-
-    assert tabs(build_page(demo, Uploads(tmp_path))) == TABS
-    (tmp_path / "plain").mkdir()
-    made_space.made_pictures()[0].save(tmp_path / "plain" / "a.png")
-    album = open_album(open_pictures(str(tmp_path / "plain")), tmp_path)
-    plain = build_page(Demo([build_index(album, demo.indexes[0].embedder, tmp_path)]), Uploads(tmp_path))
-    assert tabs(plain) == TABS[:3]
-
-
-def test_nothing_is_written_beside_the_sources():
-    """gradio writes type files beside the module of every component class of one's own."""
-    assert not [*(ROOT / "hub_upload").rglob("*.pyi")]
+def test_pictures_are_kept_by_the_browser_and_answers_are_not(plain_index):
+    opened = open_page(plain_index, port=0)
+    try:
+        asked, path = Asked(opened.url), plain_index.newest(1)[0].path
+        assert "private, max-age" in asked.get("thumbnail", path)[1]["cache-control"]
+        for route in ("", "download", "static/page.js"):
+            assert asked.get(route, path)[1]["cache-control"] == "no-store"
+    finally:
+        opened.close()
 
 
 # --- A visitor -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def running(tmp_path: Path, *flags: object):
-    """The command in a process of its own; address of the page, and the file of what it asked of the network."""
-    log, port = tmp_path / "network.txt", free_port()
-    environment = {name: text for name, text in os.environ.items() if name != "HF_HUB_OFFLINE"}
-    environment |= {"CAPIVARA_CACHE": str(tmp_path / "cache"), "GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
-    log.touch()
-    command = [sys.executable, "-c", WATCHED, str(log), *map(str, flags), "--port", str(port)]
-    with open(tmp_path / "said.txt", "w") as said:
-        server = subprocess.Popen(
-            ["timeout", "-k", "60", "400", *command], cwd=ROOT, env=environment, stdout=said, stderr=said
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{port}", server, tmp_path / "said.txt")
-        yield f"http://127.0.0.1:{port}", log
-    finally:
-        server.terminate()
-        try:
-            server.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-
-
-def wait_for(url: str, server: subprocess.Popen, said: Path) -> None:
-    for _ in range(240):
-        assert server.poll() is None, said.read_text(encoding="utf-8")
-        try:
-            asked(url)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(said.read_text(encoding="utf-8"))
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_processor):
     folder = tmp_path_factory.mktemp("trained") / "treinado"
-    made_space.save_trained_model(folder, tiny_processor)
+    made_pictures.save_trained_model(folder, tiny_processor)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory, trained):
+    """Coloured areas that the model knows, real photographs with a date and a place, and a hostile name."""
+    from skimage import data
+
+    folder = save_folder(tmp_path_factory.mktemp("collection") / "fotos")
+    (folder / "viagem").mkdir()
+    for number, name in enumerate(PHOTOS):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9003] = f"2025:0{number + 1}:05 14:30:00"
+        exif.get_ifd(0x8825).update({1: "S", 2: (12.0, 58.0, 15.0), 3: "W", 4: (38.0, 30.0, 36.0)})
+        Image.fromarray(getattr(data, name)()).convert("RGB").save(folder / "viagem" / f"{name}.jpg", exif=exif)
+    made_pictures.made_pictures()[12].save(folder / "viagem" / f"{ATTACK}.png")
+    os.utime(folder / "viagem" / f"{ATTACK}.png", (datetime(2024, 6, 1).timestamp(),) * 2)
+    made_index(folder.parent / "fotos.lance", folder, trained)
     return folder
 
 
 class Visitor:
     """What a visitor does and sees."""
 
-    def __init__(self, page):
-        self.page = page
+    def __init__(self, opened: Browser):
+        self.opened, self.page = opened, opened.page
 
     def open(self, url: str) -> None:
         self.page.goto(url, wait_until="load")
-        self.page.wait_for_selector("#cap-query :is(textarea, input)", timeout=60_000)
-
-    def tab(self, name: str) -> None:
-        self.page.get_by_role("tab", name=name).click()
-
-    def type(self, text: str) -> None:
-        self.page.locator("#cap-query :is(textarea, input)").first.fill(text)
-
-    def upload(self, tab: str, name: str, data: bytes) -> None:
-        """Give a file, in place of the one before."""
-        clear = self.page.locator(f"#cap-{tab}-upload button[aria-label='Remove Image']")
-        if clear.count():
-            clear.click()
-            self.sees(f"#cap-{tab}-result .cap-empty", "aparecem aqui")
-        files = [{"name": name, "mimeType": "image/png", "buffer": data}]
-        self.page.locator(f"#cap-{tab}-upload input[type=file]").first.set_input_files(files)
+        self.page.locator("#results .tile").first.wait_for(timeout=60_000)
 
     def sees(self, selector: str, text: str) -> None:
         self.page.locator(selector, has_text=text).first.wait_for(timeout=30_000)
 
-    def first(self, selector: str) -> str:
-        return self.page.locator(selector).first.inner_text().strip()
+    def first_is(self, name: str) -> None:
+        self.page.locator(f"#results li:first-child > .tile[title='{name}']").wait_for(timeout=30_000)
+
+    def gives(self, part: str, name: str, data: bytes) -> None:
+        self.page.set_input_files(f"#{part}-file", [{"name": name, "mimeType": "image/png", "buffer": data}])
+
+    def tiles(self) -> int:
+        return self.page.locator("#results .tile").count()
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+    def focused(self) -> str:
+        return self.page.evaluate("document.activeElement.id || document.activeElement.className")
 
 
-def png(number: int) -> bytes:
-    made_space.made_pictures()[number].save(file := io.BytesIO(), "PNG")
-    return file.getvalue()
-
-
-@pytest.mark.slow
-def test_uploads_go_with_a_page_that_ends_while_one_arrives(trained, album_folder, tmp_path):
-    with running(tmp_path, "--model", trained, "--pictures", album_folder) as (url, _):
-        assert [*(tmp_path / "gradio").glob("capivara-page-*")]
-        threading.Thread(target=sends_slowly, args=(url,), daemon=True).start()
-        time.sleep(2)
-    assert not [*(tmp_path / "gradio").glob("capivara-page-*")], "uploads outlived the page"
-
-
-def sends_slowly(url: str) -> None:
-    """An upload of 9 MB at 130 kB/s, which is fast enough not to be given up, until the page ends."""
-    host, _, port = url.removeprefix("http://").partition(":")
-    with socket.create_connection((host, int(port))) as connection, contextlib.suppress(OSError):
-        connection.sendall(
-            f"POST /gradio_api/upload HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: 9000000\r\n"
-            'Content-Type: multipart/form-data; boundary=X\r\n\r\n--X\r\nContent-Disposition: form-data; name="files"; '
-            'filename="a.png"\r\n\r\n'.encode()
-        )
-        for _ in range(60):
-            connection.sendall(bytes(130_000))
-            time.sleep(1)
+@pytest.fixture
+def managed(tmp_path, monkeypatch) -> Path:
+    """A file manager that writes what it is asked to show to a file."""
+    program = tmp_path / "bin" / "dbus-send"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/shown.txt\n', encoding="utf-8")
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    return tmp_path / "shown.txt"
 
 
 @pytest.mark.slow
-def test_a_visit(trained, album_folder, tmp_path):
+def test_a_visit(trained, collection, tmp_path, managed):
     require_chromium()
-    with running(tmp_path, "--model", trained, "--pictures", album_folder) as (url, network), open_browser() as opened:
-        visitor = Visitor(opened.page)
-        visitor.open(url)
+    pair = f"{collection.parent / 'fotos.lance'}={trained}"
+    with running(tmp_path, pair) as (asked, network), open_browser() as opened:
+        visitor = Visitor(opened)
+        visitor.open(asked.url)
         assert opened.page.evaluate("document.documentElement.lang") == "pt-BR"
-        visits_the_search(visitor)
-        visits_the_uploads(visitor)
-        visits_labels_and_captions(visitor)
-        footer = visitor.first(".cap-footer")
-        assert "Áreas coloridas" in footer and "CC BY-SA 4.0" in footer and "Made for a test" in footer
+        assert not opened.page.evaluate(NAMELESS)
+        searches(visitor)
+        narrows_the_search(visitor, collection)
+        looks_closely(visitor, collection, managed)
+        searches_by_pictures(visitor)
+        classifies(visitor, collection)
+        uses_the_keyboard(visitor)
+        sees_the_index_grow(visitor, collection, trained)
+        comes_from_abroad_with_a_telephone(visitor, asked.url)
+        assert not opened.errors and not opened.refused and not opened.dialogs
+        gives_too_much(visitor)
+        assert all(request.startswith((asked.url, "data:", "blob:")) for request in opened.requests)
+    assert network.read_text() == "", "the server asked something of the network"
+
+
+def searches(visitor: Visitor) -> None:
+    """First the newest; then as one types, with Enter, and by what the collection has."""
+    visitor.first_is("rocket")
+    visitor.sees("#said", "As mais recentes")
+    assert visitor.tiles() == 35 and "35 imagens, modelo treinado" in visitor.text("#facts")
+    assert ATTACK in visitor.page.locator(f".tile[title='{ATTACK}'] .caption").inner_text()
+    for text in ("vermelho embaixo", "azul inteiro"):
+        visitor.page.fill("#text", text)  # no key but those of the words
+        visitor.first_is(text)
+    visitor.page.fill("#text", "amarelo na direita")
+    visitor.page.keyboard.press("Enter")
+    visitor.first_is("amarelo na direita")
+    assert "text=amarelo" in visitor.page.url
+    visitor.page.go_back()
+    visitor.page.reload()
+    visitor.page.locator("#results .tile").first.wait_for()
+    chip = visitor.page.locator("#suggestions button").first
+    chip.wait_for(timeout=60_000)
+    word = chip.inner_text()
+    chip.click()
+    visitor.sees("#said", "As mais parecidas")
+    assert visitor.page.input_value("#text") == word
+    visitor.page.fill("#text", "um gato " * 80)
+    visitor.sees("#said", "só lê o começo")
+    visitor.page.fill("#text", "")
+    visitor.first_is("rocket")
+
+
+def narrows_the_search(visitor: Visitor, folder: Path) -> None:
+    visitor.page.fill("#since", "2024-01-03")
+    visitor.page.fill("#until", "2024-01-05")
+    visitor.page.locator("#results .tile").nth(3).wait_for(state="detached")
+    assert visitor.tiles() == 3 and "since=2024-01-03" in visitor.page.url
+    visitor.page.fill("#until", "2023-01-01")
+    visitor.sees("#notice", "A primeira data vem depois da segunda")
+    visitor.page.click("#clear")
+    visitor.first_is("rocket")
+    assert visitor.page.locator("#notice").is_hidden()
+    visitor.page.fill("#until", "2000-01-01")
+    visitor.sees("#said", "Nenhuma imagem nesta pasta e nestas datas")
+    visitor.page.click("#clear")
+    visitor.first_is("rocket")
+    visitor.page.select_option("#folder", str(folder))
+    visitor.first_is("rocket")
+    visitor.page.click("#clear")
+
+
+def looks_closely(visitor: Visitor, folder: Path, shown: Path) -> None:
+    """A picture large, with all that is known of it, and what can be done with it."""
+    page, path = visitor.page, folder / "viagem" / "coffee.jpg"
+    page.click(".tile[title='coffee']")
+    page.wait_for_function("document.getElementById('viewer-picture').naturalWidth === 600")
+    facts = visitor.text("#viewer-facts")
+    assert "5 de março de 2025" in facts and "600 × 400 pixels" in facts and "12,97083° S, 38,51000° O" in facts
+    assert f"{round(path.stat().st_size / 1000)} kB" in facts
+    assert visitor.text("#viewer-path") == str(path) and visitor.text("#viewer-title") == "coffee"
+    assert not page.evaluate(NAMELESS)
+    page.keyboard.press("ArrowRight")
+    visitor.sees("#viewer-title", "chelsea")
+    page.keyboard.press("ArrowLeft")
+    visitor.sees("#viewer-title", "coffee")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#copy")
+    visitor.sees("#viewer-said", "Caminho copiado")
+    assert page.evaluate("navigator.clipboard.readText()") == str(path)
+    page.click("#show")
+    visitor.sees("#viewer-said", "Aberta no gerenciador")
+    assert f"file://{path}" in shown.read_text(encoding="utf-8")
+    with page.expect_download() as download:
+        page.click("#download")
+    assert download.value.suggested_filename == "coffee.jpg"
+    assert Path(download.value.path()).read_bytes() == path.read_bytes()
+    page.keyboard.press("Escape")
+    assert page.locator("#viewer").is_hidden()
+    assert page.evaluate("document.activeElement.title") == "coffee", "the focus returns to where it was"
+    page.keyboard.press("Enter")
+    page.click("#viewer-path button:text-is('viagem')")
+    visitor.sees("#folder", "viagem")
+    page.locator("#results .tile").nth(5).wait_for(state="detached")
+    assert visitor.tiles() == 5
+    page.click("#clear")
+    visitor.first_is("rocket")
+    page.click(".tile[title='azul inteiro']")
+    page.click("#similar")
+    visitor.sees("#said", "As mais parecidas")
+    page.locator("#search-picture img").wait_for()
+    assert not page.locator("#results .tile[title='azul inteiro']").count(), "what is like a picture is another one"
+    page.click("#search-picture button")
+    visitor.first_is("rocket")
+    page.go_back()
+    page.locator("#search-picture img").wait_for()
+    page.go_back()
+    visitor.first_is("rocket")
+
+
+def searches_by_pictures(visitor: Visitor) -> None:
+    """Broken ones, one that is found again, one of several megabytes, and one with words."""
+    for name, data, said in (
+        ("ilegivel.png", b"\x89PNG\r\n\x1a\nnada disso", "Não foi possível ler"),
+        ("bomba.png", bomb(), "pixels demais"),
+    ):
+        visitor.gives("search", name, data)
+        visitor.sees("#notice", said)
+    visitor.gives("search", "boa.png", png(13))
+    visitor.first_is(CAPTIONS[13])
+    assert "1,00" in visitor.page.locator("#results .tile .score").first.inner_text()
+    noise = Image.effect_noise((1500, 1500), 90).convert("RGB")
+    path = visitor.page.evaluate("() => ''") or "grande.png"
+    import io
+
+    noise.save(file := io.BytesIO(), "PNG")
+    assert len(file.getvalue()) > 1_000_000
+    with visitor.page.expect_request(lambda request: "api/search" in request.url) as sent:
+        visitor.gives("search", path, file.getvalue())
+    assert len(sent.value.post_data_buffer or b"") < len(file.getvalue()), "a large picture is made smaller before"
+    visitor.sees("#said", "As mais parecidas")
+    visitor.gives("search", "boa.png", png(0))
+    visitor.first_is(CAPTIONS[0])
+    visitor.page.fill("#text", CAPTIONS[0])
+    visitor.first_is(CAPTIONS[0])
+    visitor.page.fill("#text", "")
+    visitor.page.click("#search-picture button")
+    visitor.first_is("rocket")
+
+
+def classifies(visitor: Visitor, folder: Path) -> None:
+    page = visitor.page
+    page.click("[data-part=classify]")
+    assert page.locator("#search").is_hidden() and not page.evaluate(NAMELESS)
+    page.click("#labels-form [type=submit]")
+    visitor.sees("#notice", "Escolha uma imagem ou uma pasta")
+    page.fill("#labels", "azul inteiro\nverde embaixo\npreto em cima")
+    page.fill("#template", "{}")
+    visitor.gives("classify", "boa.png", png(CAPTIONS.index("verde embaixo")))
+    visitor.sees("#classified .shares li:first-child", "verde embaixo")
+    assert visitor.page.locator("#classified data").first.inner_text().endswith(" %")
+    page.fill("#labels", "um só")
+    page.click("#labels-form [type=submit]")
+    visitor.sees("#notice", "pelo menos dois")
+    page.fill("#labels", "azul inteiro\nverde embaixo")
+    page.select_option("#classify-folder", str(folder))
+    page.click("#labels-form [type=submit]")
+    visitor.sees("#classified .group h3", "azul inteiro")
+    page.click("#classified .group:first-child .tile[title='azul inteiro']")
+    visitor.sees("#viewer-title", "azul inteiro")
+    page.keyboard.press("Escape")
+    page.click("[data-part=search]")
+
+
+def uses_the_keyboard(visitor: Visitor) -> None:
+    """From the start of the page by Tab, and by "/" from anywhere."""
+    page = visitor.page
+    page.reload()
+    page.locator("#results .tile").first.wait_for()
+    page.keyboard.press("Tab")
+    assert visitor.focused() == "skip"
+    order = []
+    for _ in range(8):
+        page.keyboard.press("Tab")
+        order.append(visitor.focused())
+    assert order.index("text") < order.index("search-file") < order.index("go")
+    page.locator("#results .tile").first.focus()
+    page.keyboard.press("/")
+    assert visitor.focused() == "text"
+
+
+def sees_the_index_grow(visitor: Visitor, folder: Path, model: Path) -> None:
+    made_pictures.made_pictures()[3].save(folder / "novissima.png")
+    made_index(folder.parent / "fotos.lance", folder, model)
+    visitor.page.fill("#text", "azul na esquerda")
+    visitor.sees("#facts", "36 imagens")
+    visitor.page.fill("#text", "")
+    visitor.first_is("novissima")
+
+
+def comes_from_abroad_with_a_telephone(visitor: Visitor, url: str) -> None:
+    """In English, 390 pixels wide."""
+    page = visitor.page
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.click(".language")
+    page.locator("#results .tile").first.wait_for()
+    assert "lang=en" in page.url and page.evaluate("document.documentElement.lang") == "en"
+    visitor.sees("#said", "Most recent first")
+    page.fill("#text", "vermelho embaixo")
+    visitor.first_is("vermelho embaixo")
+    assert not visitor.opened.scrolls_sideways()
+    page.click("#results .tile >> nth=0")
+    visitor.sees("#similar", "More like this")
+    assert not visitor.opened.scrolls_sideways() and "Similarity" in visitor.text("#viewer-facts")
+    assert page.locator("#download").bounding_box()["x"] < 390
+    page.click("#close")
+    page.click("[data-part=classify]")
+    page.fill("#labels", "azul inteiro, verde embaixo")
+    visitor.gives("classify", "boa.png", png(0))
+    visitor.sees("#classified h3", "It is: azul inteiro")
+    assert not visitor.opened.scrolls_sideways() and not page.evaluate(NAMELESS)
+    page.goto(f"{url}/?lang=pt")
+    visitor.first_is("novissima")
+    page.set_viewport_size({"width": 1280, "height": 900})
+
+
+def gives_too_much(visitor: Visitor) -> None:
+    """More than the server takes, in a form that a browser does not make smaller; it is told so as an error."""
+    visitor.gives("search", "grande.png", bytes(MAX_UPLOAD_BYTES + 300_000))
+    visitor.sees("#notice", "o limite é de 20 MB")
+
+
+@pytest.mark.slow
+def test_two_models_side_by_side(trained, collection, saved_tiny_folder, tmp_path):
+    require_chromium()
+    where = collection.parent
+    made_index(tmp_path / "outro.lance", collection, saved_tiny_folder)
+    pairs = (f"{where / 'fotos.lance'}={trained}", f"{tmp_path / 'outro.lance'}={saved_tiny_folder}")
+    with running(tmp_path, *pairs) as (asked, _), open_browser() as opened:
+        visitor = Visitor(opened)
+        visitor.open(f"{asked.url}/?text=branco+em+cima")
+        visitor.sees(".of-model:first-child li:first-child", "branco em cima")
+        assert opened.page.locator(".of-model h2").all_inner_texts() == ["treinado", "model"]
+        visitor.sees("#said", "em comum")
+        marks = opened.page.locator(".of-model .mark").all_inner_texts()
+        assert len(marks) == visitor.tiles() and any(mark.startswith("▲") for mark in marks)
+        up = opened.page.locator(".of-model:first-child .mark.higher").first
+        other = opened.page.locator(".of-model:last-child .tile", has_text=up.locator("..").get_attribute("title"))
+        assert up.inner_text().replace("▲", "▼") in other.first.inner_text(), "what is higher here is lower there"
+        assert "acima do outro" in up.locator("..").get_attribute("aria-label")
         for width in (1280, 390):
             opened.page.set_viewport_size({"width": width, "height": 900})
-            for name in TABS:
-                visitor.tab(name)
-                assert not opened.scrolls_sideways(), f"{name} at {width} pixels"
-        fonts = opened.page.evaluate("getComputedStyle(document.querySelector('.cap-header h1')).fontFamily")
-        assert fonts.startswith("system-ui")
-        visits_with_an_upload_that_is_gone(visitor, tmp_path / "gradio")
-        assert not opened.errors
-        visits_with_a_large_file(visitor)
-        assert not opened.refused and not opened.dialogs
-        assert all(request.startswith((url, "data:", "blob:")) for request in opened.requests)
-    assert network.read_text() == "", "the server asked something of the network"
-    assert not [*(tmp_path / "gradio").glob("capivara-page-*")], "uploads outlived the page"
-
-
-def visits_the_search(visitor: Visitor) -> None:
-    """A question, another one, none, a very long one."""
-    for text in ("vermelho embaixo", "azul inteiro", "amarelo na direita"):
-        visitor.type(text)
-        visitor.page.keyboard.press("Enter")
-        visitor.sees("#cap-text-result .cap-card:first-child .cap-title", text)
-    assert visitor.page.locator("#cap-text-result .cap-card").count() == 12
-    widths = visitor.page.evaluate(
-        "Promise.all([...document.querySelectorAll('.cap-card img')].map(i => i.decode().then(() => i.naturalWidth)))"
-    )
-    assert widths == [32] * 12 and visitor.page.locator(".cap-card img:not([alt])").count() == 0
-    visitor.page.locator("#cap-text-result summary").click()
-    visitor.sees("#cap-text-result .cap-how p", "similaridade de cosseno")
-    visitor.type("")
-    visitor.page.click("#cap-search")
-    visitor.sees("#cap-text-result .cap-erro", "Escreva o que você procura")
-    visitor.type("verde em cima " * 5000)
-    visitor.page.click("#cap-search")
-    visitor.sees("#cap-text-result .cap-aviso", "77 tokens")
-    visitor.page.get_by_label("6", exact=True).first.check()
-    visitor.type("preto na esquerda")
-    visitor.page.click("#cap-search")
-    visitor.sees("#cap-text-result .cap-card:first-child .cap-title", "preto na esquerda")
-    assert visitor.page.locator("#cap-text-result .cap-card").count() == 6
-
-
-def visits_the_uploads(visitor: Visitor) -> None:
-    """No picture, broken ones, and one that is found again."""
-    visitor.tab("Buscar por imagem")
-    visitor.page.click("#cap-image-ask")
-    visitor.sees("#cap-image-result .cap-erro", "Envie uma imagem")
-    visitor.upload("image", "ilegivel.png", b"\x89PNG\r\n\x1a\nnada disso")
-    visitor.sees("#cap-image-result .cap-erro", "Não foi possível ler")
-    visitor.upload("image", "bomba.png", bomb())
-    visitor.sees("#cap-image-result .cap-erro", "pixels demais")
-    visitor.upload("image", "boa.png", png(13))
-    visitor.sees("#cap-image-result .cap-card:first-child .cap-title", made_space.CAPTIONS[13])
-    assert visitor.first("#cap-image-result data") == "1,000"
-    visitor.page.click("#cap-image-random")
-    visitor.sees("#cap-image-result .cap-card:first-child", "1º")
-
-
-def visits_with_a_large_file(visitor: Visitor) -> None:
-    visitor.tab("Buscar por imagem")
-    visitor.upload("image", "grande.png", bytes(MAX_UPLOAD_BYTES + 1))
-    visitor.sees(".toast-message-text", "o limite é de 20 MB")
-
-
-def visits_with_an_upload_that_is_gone(visitor: Visitor, folder: Path) -> None:
-    visitor.tab("Buscar por imagem")
-    visitor.upload("image", "boa.png", png(3))
-    visitor.sees("#cap-image-result .cap-card:first-child .cap-title", made_space.CAPTIONS[3])
-    for path in folder.rglob("*.png"):
-        path.unlink()
-    visitor.page.click("#cap-image-ask")
-    visitor.sees("#cap-image-result .cap-erro", "Envie uma imagem (de novo")
-
-
-def visits_labels_and_captions(visitor: Visitor) -> None:
-    visitor.tab("Classificar")
-    visitor.page.locator("#cap-labels textarea").fill("azul inteiro\nverde embaixo\npreto em cima")
-    visitor.page.locator("#cap-template :is(textarea, input)").first.fill("{}")
-    visitor.upload("label", "boa.png", png(made_space.CAPTIONS.index("verde embaixo")))
-    visitor.sees("#cap-label-result li", "")
-    visitor.page.click("#cap-label-ask")  # typed faster than by any visitor, the words may come after the picture
-    visitor.sees("#cap-label-result li:first-child", "verde embaixo")
-    assert visitor.first("#cap-label-result data").endswith(" %")
-    visitor.page.locator("#cap-labels textarea").fill("um só")
-    visitor.page.click("#cap-label-ask")
-    visitor.sees("#cap-label-result .cap-erro", "pelo menos dois")
-    visitor.tab("Legendas parecidas")
-    visitor.upload("caption", "boa.png", png(22))
-    visitor.sees("#cap-caption-result li:first-child", made_space.CAPTIONS[22])
-
-
-@pytest.mark.slow
-def test_two_models_side_by_side(trained, album_folder, tiny_folder, tmp_path):
-    require_chromium()
-    flags = ("--model", trained, "--compare", tiny_folder, "--pictures", album_folder)
-    with running(tmp_path, *flags) as (url, _), open_browser() as opened:
-        visitor = Visitor(opened.page)
-        visitor.open(url)
-        visitor.type("branco em cima")
-        visitor.page.click("#cap-search")
-        visitor.sees(".cap-model:first-child .cap-card:first-child", "branco em cima")
-        assert [name.split("/")[-1] for name in opened.page.locator(".cap-model h3").all_inner_texts()] == [
-            "treinado",
-            "model",
-        ]
-        assert opened.page.locator(".cap-card").count() == 24
-        for width, side_by_side in ((1280, True), (390, False)):
-            opened.page.set_viewport_size({"width": width, "height": 900})
-            first, second = (model.bounding_box() for model in opened.page.locator(".cap-model").all())
-            assert (first["y"] == second["y"]) == side_by_side
-            assert (second["x"] > first["x"]) == side_by_side and not opened.scrolls_sideways()
+            first, second = (model.bounding_box() for model in opened.page.locator(".of-model").all())
+            assert first["y"] == second["y"] and second["x"] > first["x"] and not opened.scrolls_sideways()
+        opened.page.click("[data-part=classify]")
+        opened.page.fill("#labels", "azul inteiro\nverde embaixo\npreto em cima")
+        opened.page.select_option("#classify-folder", str(collection))
+        opened.page.click("#labels-form [type=submit]")
+        visitor.sees("#classify-said", "Os modelos discordam em")
+        visitor.sees("#classified .mark", "≠")
+        assert not opened.errors and not opened.refused

@@ -1,400 +1,289 @@
-"""The page's pictures, index and answers, without the page: what is kept, found, refused and said."""
+"""The page's answers, without the page: what is found, refused, suggested and said."""
 
-import io
 import json
+import re
 import shutil
-import struct
-import zlib
-from html.parser import HTMLParser
+from datetime import date
 from pathlib import Path
 
-import made_space
+import made_pictures
 import numpy as np
 import pytest
-import torch
-from PIL import Image
-from safetensors.torch import load_file
+from made_pictures import CAPTIONS, made_index, save_folder
+from tiny import randomise, tiny_config
 
-from capivara_search.common.privacy import short_name
-from eval import embeddings
-from hub_upload.space import index as index_module
-from hub_upload.space.answers import MAX_LABELS, MAX_UPLOAD_BYTES, Demo
-from hub_upload.space.collection import open_pictures
-from hub_upload.space.index import build_index, is_album, open_album, read_album, thumbnail_file
-from hub_upload.space.page import decimal, thousands
-from modeling_capivara.embedder import CapivaraEmbedder
+from capivara_search.common.image_files import decode_image
+from capivara_search.index import PictureIndex
+from capivara_search.page import server
+from capivara_search.page.answers import MAX_LABELS, MAX_LETTERS, MAX_PICTURES, Answers, Question, decoded
+from capivara_search.page.suggestions import AT_ONCE, Suggestions, nouns, standing_out
+from capivara_search.page.turns import Refusal
+from modeling_capivara import CapivaraModel
 
-ATTACK = "<img src=x onerror=alert(1)>\"'${alert(1)}"
-
-
-@pytest.fixture
-def embedder(tiny_model, tiny_processor):
-    return CapivaraEmbedder("tiny", tiny_model, tiny_processor, "float32")
+PAGE = Path(server.__file__).parent
+ATTACK = "<img src=x onerror=alert(1)>\"'${alert(1)}</script>"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A plain folder of thirteen pictures, of which three can't be read."""
-    generator = np.random.default_rng(0)
-    made = tmp_path / "fotos"
-    (made / "férias").mkdir(parents=True)
-    for i in range(10):
-        pixels = (generator.random((40, 48, 3)) * 80 + generator.random(3) * 170).astype(np.uint8)
-        Image.fromarray(pixels).save(made / ("férias" if i % 2 else ".") / f"foto {i:02d}.PNG")
-    (made / "a_cortada.png").write_bytes((made / "foto 00.PNG").read_bytes()[:200])
-    (made / "b_texto.jpg").write_text("não sou imagem", encoding="utf-8")
-    (made / "c_bomba.png").write_bytes(bomb())
-    return made
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_folder(tmp_path_factory.mktemp("pictures") / "fotos")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory, folder, saved_tiny_folder):
+    return made_index(tmp_path_factory.mktemp("index") / "fotos.lance", folder, saved_tiny_folder)
 
 
 @pytest.fixture
-def demo(embedder, folder, tmp_path):
-    return Demo([build_index(open_album(open_pictures(str(folder)), tmp_path / "cache"), embedder, tmp_path / "cache")])
+def answers(index):
+    return Answers(index)
 
 
-def bomb() -> bytes:
-    """A PNG file of 29,000 x 29,000 pixels in a few hundred bytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 29_000, 29_000, 8, 2, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(bytes(100_000)))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+def paths(answer: dict, model: int = 0) -> list[str]:
+    return [hit["path"] for hit in answer["models"][model]["hits"]]
 
 
-def embedded_pictures(embedder, monkeypatch) -> list[int]:
-    """Sizes of the batches of pictures that go through the model from now on."""
-    seen, embed = [], CapivaraEmbedder.images
-
-    def counted(self, images, *args, **kwargs):
-        seen.append(len(images))
-        return embed(self, images, *args, **kwargs)
-
-    monkeypatch.setattr(CapivaraEmbedder, "images", counted)
-    return seen
+def names(answer: dict, model: int = 0) -> list[str]:
+    return [hit["name"] for hit in answer["models"][model]["hits"]]
 
 
-class Shown(HTMLParser):
-    """Tags, and texts of an answer."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.tags, self.attributes, self.texts = [], set(), []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-    def handle_data(self, data):
-        self.texts.append(data)
+def upload(number: int):
+    return made_pictures.made_pictures()[number]
 
 
-# --- Pictures --------------------------------------------------------------------------------------------------------
+# --- Search ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_plain_folder(folder, tmp_path):
-    outside = tmp_path / "fora.png"
-    shutil.copy(folder / "foto 00.PNG", outside)
-    (folder / "liga.png").symlink_to(outside)
-    (folder / ".oculta.png").write_bytes(outside.read_bytes())
-    (folder / "notas.txt").write_text("nada", encoding="utf-8")
-    pictures = open_pictures(str(folder))
-    assert len(pictures) == 13 and sorted(pictures.titles)[-1] == "foto 09"
-    assert not [title for title in pictures.titles if title in ("liga", ".oculta", "notas")]
-    assert pictures.credit.name == "fotos" and not any(pictures.captions)
+def test_search_is_that_of_a_plain_computation(answers, index, folder):
+    every = [str(folder / caption.split()[0] / f"{caption}.png") for caption in CAPTIONS]
+    vectors, picture = index.vectors(every), index.model.images([upload(7)])[0]
+    text = index.model.texts(["um gato azul"])[0]
+    for question, image, query in (
+        ({"text": " um gato azul"}, None, text),
+        ({}, upload(7), picture),
+        ({"text": "um gato azul"}, upload(7), text + picture),
+        ({"like": every[3]}, None, vectors[3]),
+        ({"like": every[3], "text": "um gato azul"}, None, vectors[3] + text),
+    ):
+        answer = answers.search(Question.read({**question, "k": 9}), image)
+        scores = vectors @ (query / np.linalg.norm(query))
+        expected = [every[i] for i in np.argsort(-scores, kind="stable") if every[i] != question.get("like")][:9]
+        found = [hit["score"] for hit in answer["models"][0]["hits"]]
+        assert len(found) == 9 and found == sorted(found, reverse=True)
+        np.testing.assert_allclose(found, [scores[every.index(path)] for path in expected], atol=2e-3)
+        assert paths(answer)[0] == expected[0]
+    assert answer["count"] == 30 and answer["models"][0]["name"] == index.model.name
 
 
-def test_a_data_set_of_several_splits(tmp_path):
-    made_space.save_dataset(tmp_path / "d", "pretty_name: Áreas\nlicense: cc-by-sa-4.0\nattribution: feitas aqui\n")
-    pictures = open_pictures(str(tmp_path / "d"))
-    assert [captions[0] for captions in pictures.captions] == made_space.CAPTIONS
-    assert (pictures.credit.name, pictures.credit.licence) == ("Áreas", "cc-by-sa-4.0")
-    assert [len(open_pictures(str(tmp_path / "d"), [split])) for split in ("train", "test")] == [20, 10]
-    first_of_test = open_pictures(str(tmp_path / "d"), ["test"]).row_image(0)["bytes"]
-    assert pictures.row_image(20)["bytes"] == first_of_test != pictures.row_image(19)["bytes"]
+def test_without_a_question_the_newest_come_first(answers):
+    first = answers.search(Question.read({"k": 5}), None)
+    assert names(first) == CAPTIONS[:-6:-1] and {hit["score"] for hit in first["models"][0]["hits"]} == {None}
+    assert answers.search(Question.read({"text": "  \n"}), None) == answers.search(Question(), None)
 
 
-def test_a_folder_with_metadata_and_a_plain_caption_column(tmp_path):
-    (tmp_path / "validation").mkdir()
-    for i, picture in enumerate(made_space.made_pictures()[:3]):
-        picture.save(tmp_path / "validation" / f"{i}.png")
-    lines = [{"file_name": f"{i}.png", "caption": ["um", " ", None][i]} for i in range(3)]
-    (tmp_path / "validation" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    pictures = open_pictures(str(tmp_path))
-    assert pictures.captions == [["um"], [], []] and pictures.titles == ["0", "1", "2"]
-    (tmp_path / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # no YAML
-    assert open_pictures(str(tmp_path)).credit.licence == ""
+def test_folder_and_dates_narrow_every_search(answers, folder):
+    for question in ({}, {"text": "um gato"}, {"like": str(folder / "azul" / "azul inteiro.png")}):
+        found = answers.search(Question.read({**question, "folder": str(folder / "verde")}), None)
+        assert sorted(names(found)) == sorted(caption for caption in CAPTIONS if caption.startswith("verde"))
+        days = {"since": "2024-01-03", "until": "2024-01-04"}
+        assert sorted(names(answers.search(Question.read({**question, **days}), None))) == sorted(CAPTIONS[2:4])
+
+
+def test_a_picture_that_is_gone_and_an_index_without_pictures(answers, saved_tiny_folder, tmp_path):
+    with pytest.raises(Refusal, match="gone"):
+        answers.search(Question.read({"like": "/etc/passwd"}), None)
+    empty = Answers(PictureIndex.open(tmp_path / "new.lance", str(saved_tiny_folder)))
+    assert empty.search(Question.read({"text": "gato"}), None)["models"][0]["hits"] == []
+    assert empty.status(Question()) | {"version": 0} == {
+        "version": 0, "count": 0, "folders": {}, "models": ["model"], "suggestions": [], "suggesting": True,
+    }  # fmt: skip
+
+
+def test_pictures_that_come_and_go_are_seen_at_once(saved_tiny_folder, tmp_path):
+    folder = save_folder(tmp_path / "fotos")
+    (folder / "azul" / "azul inteiro.png").rename(tmp_path / "kept.png")
+    answers = Answers(made_index(tmp_path / "i.lance", folder, saved_tiny_folder))
+    before = answers.status(Question())
+    (tmp_path / "kept.png").rename(folder / "azul" / "azul novo.png")
+    made_index(tmp_path / "i.lance", folder, saved_tiny_folder)  # as another process does
+    after = answers.search(Question.read({"text": "azul", "k": 240}), None)
+    assert (before["count"], after["count"]) == (29, 30) and before["version"] != after["version"]
+    assert "azul novo" in names(after) and answers.status(Question())["folders"] == {str(folder): 30}
+
+
+def test_a_long_text_is_read_to_where_the_model_reads(answers):
+    sentence = "um gato azul e uma casa verde "
+    short, long = (answers.search(Question.read({"text": sentence * n, "k": 3}), None) for n in (1, 300))
+    assert long["cut"] and not short["cut"] and len(names(long)) == 3
+    with pytest.raises(Refusal, match="long_text"):
+        Question.read({"text": "a" * (MAX_LETTERS + 1)})
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    "question",
     [
-        ({"splits": ["tests"]}, "no split 'tests'"),
-        ({"caption_column": "captions-xx"}, "no column 'captions-xx'"),
-        ({"image_column": "foto"}, "no column 'foto'"),
+        *(None, [], "azul", 5, {"fn_index": 1}, {"text": 5}, {"text": None}, {"text": ["a"]}, {"text": "\ud800"}),
+        *({"like": {"path": "/etc"}}, {"like": 5}, {"folder": ["a"]}, {"template": {}}, {"language": 5}),
+        *({"k": k} for k in (0, -1, MAX_PICTURES + 1, True, None, "6", 6.0, [6], 10**400)),
+        *({day: value} for day in ("since", "until") for value in (5, "ontem", "2024-13-01", "2024", None)),
+        *({"labels": labels} for labels in ("azul", {}, [5], [None], ["\udfff"], [["a"]], 7)),
     ],
 )
-def test_what_a_data_set_lacks(tiny_dataset_folder, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        open_pictures(str(tiny_dataset_folder), **arguments)
+def test_what_is_no_question_is_refused(question):
+    with pytest.raises(Refusal, match="bad_question"):
+        Question.read(question)
 
 
-def test_no_pictures(tmp_path):
-    with pytest.raises(ValueError, match="no picture"):
-        open_pictures(str(tmp_path))
-    with pytest.raises(ValueError, match="does not exist"):
-        open_pictures(str(tmp_path / "missing" / "folder"))
+def test_what_is_a_question_is_read():
+    asked = {"since": "2024-02-01", "until": "", "labels": [" um  gato", "casa", "casa", ""], "language": "pt-BR"}
+    question = Question.read(asked)
+    assert (question.since, question.until, question.language) == (date(2024, 2, 1), None, "pt")
+    assert question.checked_labels() == ["um gato", "casa"] and Question.read({"language": "fr"}).language == "en"
+    with pytest.raises(Refusal, match="dates"):
+        Question.read({"since": "2024-02-02", "until": "2024-02-01"})
 
 
-# --- Index -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (b"isto nao e uma imagem", "no_picture"),
+        (made_pictures.bomb(), "too_many_pixels"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no_picture"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "no_picture"),
+    ],
+)
+def test_uploads_that_are_refused(given, said):
+    with pytest.raises(Refusal, match=said):
+        decoded(given, lambda data: decode_image({"bytes": data}))
+    assert decoded(b"", lambda data: 1 / 0) is None
 
 
-def test_index_is_built_once_and_kept(embedder, folder, tmp_path, monkeypatch):
-    cache, seen = tmp_path / "cache", embedded_pictures(embedder, monkeypatch)
-    first = build_index(open_album(open_pictures(str(folder)), cache), embedder, cache)
-    assert sum(seen) == 10
-    written = {path: path.stat().st_mtime_ns for path in first.album.folder.iterdir()}
-    seen.clear()
-    again = build_index(open_album(open_pictures(str(folder)), cache), embedder, cache)
-    kept = build_index(read_album(first.album.folder), embedder, cache)  # which has no pictures
-    assert not seen and {path: path.stat().st_mtime_ns for path in first.album.folder.iterdir()} == written
-    for index in (again, kept):
-        assert torch.equal(index.image_embeds, first.image_embeds) and index.album.skipped == first.album.skipped
-        assert index.album.thumbnail(5) == first.album.thumbnail(5)
-    assert is_album(first.album.folder) and not is_album(folder)
+# --- Classification and comparison -----------------------------------------------------------------------------------
 
 
-def test_another_picture_or_caption_is_another_index(embedder, folder, tmp_path):
-    first = open_album(open_pictures(str(folder)), tmp_path / "cache")
-    Image.new("RGB", (40, 40), "red").save(folder / "foto 00.PNG")
-    changed = open_album(open_pictures(str(folder)), tmp_path / "cache")
-    (folder / "foto 00.PNG").rename(folder / "outro 00.PNG")
-    renamed = open_album(open_pictures(str(folder)), tmp_path / "cache")
-    assert len({album.folder for album in (first, changed, renamed)}) == 3
+def test_labels_of_a_picture(answers, index):
+    labels = ["gato", "casa verde", "céu"]
+    answer = answers.classify(Question.read({"labels": labels, "template": "{}"}), upload(3))
+    (one,) = index.classify(upload(3), labels, "{}")
+    shares = answer["models"][0]["shares"]
+    assert dict(map(tuple, shares)) == pytest.approx(one.shares) and answer["models"][0]["label"] == one.label
+    assert [share for _, share in shares] == sorted((share for _, share in shares), reverse=True)
 
 
-def test_an_interrupted_build_goes_on(embedder, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "ROWS_PER_SHARD", 4)
-    monkeypatch.setattr(embeddings, "IMAGES_PER_SHARD", 4)
-    cache, read = tmp_path / "cache", []
-    whole = build_index(open_album(open_pictures(str(folder)), tmp_path / "other"), embedder, tmp_path / "other")
-    make, pictures = thumbnail_file, open_pictures(str(folder))
-
-    def stops_at_sixth(image):
-        read.append(image)
-        if len(read) == 6:
-            raise KeyboardInterrupt
-        return make(image)
-
-    monkeypatch.setattr(index_module, "thumbnail_file", stops_at_sixth)
-    with pytest.raises(KeyboardInterrupt):
-        open_album(pictures, cache)
-    album = open_album(pictures, cache)
-    assert len(read) < 6 + 10, "the first shard was made again"
-    seen = embedded_pictures(embedder, monkeypatch)
-    counted = CapivaraEmbedder.images
-
-    def stops_at_third(self, images, *args, **kwargs):
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return counted(self, images, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CapivaraEmbedder, "images", stops_at_third)
-        with pytest.raises(KeyboardInterrupt):
-            build_index(album, embedder, cache)
-    before = sum(seen)
-    index = build_index(album, embedder, cache)
-    assert 0 < before < 10 and sum(seen) == 10, "what was embedded before the interruption was embedded again"
-    assert torch.equal(index.image_embeds, whole.image_embeds)
-    assert [index.album.thumbnail(row) for row in range(13)] == [whole.album.thumbnail(row) for row in range(13)]
+def test_a_folder_by_its_labels(answers, index, folder):
+    labels = ["gato", "casa verde", "céu", "um pão"]
+    answer = answers.classify(Question.read({"labels": labels, "folder": str(folder)}), None)["models"][0]
+    found = {one.path: one for one in index.classify(str(folder), labels)}
+    assert sum(group["n"] for group in answer["groups"]) == answer["pictures"] == 30
+    order = [group["label"] for group in answer["groups"]]
+    assert order == sorted(order, key=[*labels, None].index), "labels as they were given, what fits none last"
+    for group in answer["groups"]:
+        assert all(found[hit["path"]].label == group["label"] for hit in group["hits"])
+        shares = [hit["share"] for hit in group["hits"]]
+        assert shares == sorted(shares, reverse=True) and len(shares) == min(group["n"], 24)
 
 
-def test_broken_pictures_are_counted_and_listed(demo, folder, tmp_path):
-    skipped = demo.album.skipped
-    assert sorted(skipped) == [0, 1, 2] and demo.indexes[0].rows.tolist() == list(range(3, 13))
-    assert "a_cortada.png" in skipped[0] and "b_texto.jpg" in skipped[1] and "absurd image size" in skipped[2]
-    kept = (demo.album.folder / "index.json").read_text(encoding="utf-8")
-    assert str(tmp_path) not in kept and json.loads(kept)["skipped"] == {str(row): why for row, why in skipped.items()}
-    assert demo.album.thumbnail(1) == b"" and demo.album.thumbnail(3)
-
-
-def test_no_picture_can_be_read(embedder, tmp_path):
-    (tmp_path / "f").mkdir()
-    (tmp_path / "f" / "a.png").write_bytes(b"nada")
-    with pytest.raises(ValueError, match="None of the 1 images can be read"):
-        build_index(open_album(open_pictures(str(tmp_path / "f")), tmp_path / "c"), embedder, tmp_path / "c")
-
-
-def test_a_kept_index_knows_its_models_and_version(demo, embedder, tmp_path):
-    other = CapivaraEmbedder("other", embedder.model, embedder.processor, "bf16")
-    with pytest.raises(ValueError, match="was not built with the model other"):
-        build_index(read_album(demo.album.folder), other, tmp_path / "cache")
-    about = json.loads((demo.album.folder / "index.json").read_text(encoding="utf-8"))
-    (demo.album.folder / "index.json").write_text(json.dumps({**about, "version": 0}), encoding="utf-8")
-    with pytest.raises(ValueError, match="of version 0"):
-        read_album(demo.album.folder)
-
-
-def test_search_is_that_of_a_plain_computation(demo):
-    index = demo.indexes[0]
-    query = index.embed_text("um gato azul")
-    stored = load_file(next(index.album.folder.glob("embeddings-*.safetensors")))
-    scores = stored["images"].double().numpy() @ query.double().numpy()
-    expected = sorted(range(len(scores)), key=lambda place: -scores[place])
-    hits = index.search(query, 7)
-    assert [hit.row for hit in hits] == [int(stored["rows"][place]) for place in expected[:7]]
-    np.testing.assert_allclose([hit.score for hit in hits], sorted(scores, reverse=True)[:7], atol=1e-6)
-    assert len(index.search(query, 1000)) == 10
-    picture = Image.open(index.album.images.row_image(5)["path"])
-    assert index.search(index.embed_image(picture), 1)[0].row == 5
-
-
-def test_equal_scores_keep_the_order_of_the_rows(demo):
-    index = demo.indexes[0]
-    equal = type(index)(index.album, index.embedder, index.rows, index.image_embeds[:1].repeat(10, 1), index.rows[:0])
-    assert [hit.row for hit in equal.search(index.image_embeds[0], 10)] == list(range(3, 13))
-
-
-def test_shares_are_the_models_own(demo, tiny_model, tiny_processor):
-    index, image = demo.indexes[0], made_space.made_pictures()[3]
-    prompts = ["uma foto azul", "um gato", "o pão"]
-    inputs = tiny_processor(text=prompts, images=[image], return_tensors="pt")
-    with torch.inference_mode():
-        expected = tiny_model(**inputs).logits_per_image.softmax(dim=1)[0]
-        torch.testing.assert_close(index.classify(index.embed_image(image), prompts), expected)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16"])
-def test_thumbnails_of_every_mode(mode):
-    image = Image.new("RGB", (600, 300), (200, 30, 30))
-    image = Image.new(mode, image.size) if mode == "I;16" else image.convert(mode)
-    if mode == "RGBA":
-        image.putalpha(0)
-    thumbnail = Image.open(io.BytesIO(thumbnail_file(image)))
-    assert thumbnail.format == "WEBP" and thumbnail.size == (256, 128)
-    if mode == "RGBA":
-        assert min(thumbnail.convert("L").getextrema()) > 250, "what is transparent is white"
-
-
-# --- Answers ---------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"labels": []}, "few_labels"),
+        ({"labels": ["gato", " gato "]}, "few_labels"),
+        ({"labels": [f"casa {i}" for i in range(MAX_LABELS + 1)]}, "many_labels"),
+        ({"labels": ["a", "b"], "template": "uma foto"}, "template"),
+        ({"labels": ["a", "b"], "template": "{} e {}"}, "template"),
+        ({"labels": ["a", "b"]}, "nothing_given"),
+    ],
+)
+def test_classifications_that_are_refused(answers, asked, said):
+    with pytest.raises(Refusal, match=said):
+        answers.classify(Question.read(asked), None)
 
 
 @pytest.mark.slow
-def test_captions_and_two_models(embedder, tmp_path):
-    made_space.save_dataset(tmp_path / "d")
-    album = open_album(open_pictures(str(tmp_path / "d")), tmp_path / "cache")
-    other = CapivaraEmbedder("segundo", embedder.model, embedder.processor, "bf16")
-    demo = Demo([build_index(album, e, tmp_path / "cache") for e in (embedder, other)])
-    assert len({path.name for path in album.folder.glob("embeddings-*")}) == 2
-    upload = thumbnail_file(made_space.made_pictures()[4])
-    shown = Shown(demo.similar_captions(upload, 6))
-    assert shown.tags.count("h3") == 2 and shown.tags.count("li") == 12 and "segundo" in shown.texts
-    query = demo.indexes[0].embed_image(made_space.made_pictures()[4])
-    best = demo.indexes[0].similar_captions(query, 6)
-    assert [text for text, _ in best] == sorted(
-        made_space.CAPTIONS, key=lambda text: -float(demo.indexes[0].embed_text(text) @ query)
-    )[:6]
-    assert Shown(demo.search_by_text("azul", 4)).tags.count("img") == 8
-    assert Shown(demo.search_by_image(upload, 4)).tags.count("img") == 8
+def test_two_models_answer_side_by_side(answers, index, folder, saved_tiny_folder, tmp_path):
+    other = shutil.copytree(saved_tiny_folder, tmp_path / "outro")
+    randomise(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
+    both = Answers(index, made_index(tmp_path / "outro.lance", folder, other))
+    found = both.search(Question.read({"text": "um gato", "k": 6}), None)
+    assert [model["name"] for model in found["models"]] == ["model", "outro"] and paths(found) != paths(found, 1)
+    assert paths(found) == paths(answers.search(Question.read({"text": "um gato", "k": 6}), None))
+    first, second = both.classify(Question.read({"labels": ["gato", "casa"], "folder": str(folder)}), None)["models"]
+    theirs = {hit["path"]: group["label"] for group in second["groups"] for hit in group["hits"]}
+    for group in first["groups"]:
+        assert all(theirs.get(hit["path"], hit["other"]) == hit["other"] for hit in group["hits"])
+    assert first["differ"] == second["differ"] > 0
 
 
-@pytest.mark.parametrize("text", ["", "   ", None, "\n\t", "&#32;"])
-def test_an_empty_question(demo, text):
-    answer = demo.search_by_text(text, 12)
-    assert 'role="alert"' in answer and ("Escreva o que você procura" in answer) and "<img" not in answer
+# --- Suggestions -----------------------------------------------------------------------------------------------------
 
 
-def test_a_long_text_is_cut_and_said_so(demo, embedder):
-    sentence = "um gato azul e uma casa verde "
-    answer, short = demo.search_by_text(sentence * 40_000, 3), demo.search_by_text(sentence, 3)
-    assert "só os primeiros 77 tokens" in answer and answer.count("<img") == 3
-    assert "77 tokens" not in short
-    fits = "a " * 75  # and begin and end
-    assert "77 tokens" not in demo.search_by_text(fits, 3) and "77 tokens" in demo.search_by_text(fits + "a", 3)
-    beginning = embedder.texts([sentence * 40])[0]
-    assert [hit.row for hit in demo.indexes[0].search(beginning, 3)] == [
-        hit.row for hit in demo.indexes[0].search(embedder.texts([sentence * 400])[0], 3)
-    ]
+def test_words_of_pictures_that_are_there_stand_out():
+    generator = np.random.default_rng(0)
+    words = generator.normal(size=(40, 64))
+    words /= np.linalg.norm(words, axis=1, keepdims=True)
+    shown = words[[4, 9, 23]].repeat(5, axis=0) + 0.05 * generator.normal(size=(15, 64))
+    hub = 5 * words[30]  # a word that is near to every picture
+    pictures = np.concatenate([shown, generator.normal(size=(60, 64)) / 8]) + hub
+    pictures /= np.linalg.norm(pictures, axis=1, keepdims=True)
+    assert set(standing_out(words, pictures, 3)) == {4, 9, 23}
 
 
-@pytest.mark.parametrize(
-    ("upload", "said"),
-    [
-        (None, "Envie uma imagem"),
-        (b"", "Envie uma imagem"),
-        (b"isto nao e uma imagem", "Não foi possível ler"),
-        (bytes(MAX_UPLOAD_BYTES + 1), "o limite é de 20 MB"),
-        (bomb(), "pixels demais"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "Não foi possível ler"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "Não foi possível ler"),
-    ],
-)
-def test_uploads_that_are_refused(demo, upload, said):
-    for answer in (
-        demo.search_by_image(upload, 3),
-        demo.similar_captions(upload, 3),
-        demo.classify(upload, "gato\ncasa", "uma foto de {}"),
-    ):
-        assert said in answer and 'role="alert"' in answer and "<img" not in answer
+def test_words_lead_to_different_pictures():
+    words = np.eye(6)[[0, 0, 1, 2, 2]]  # the first two are the same, and so are the last
+    assert sorted(standing_out(words, np.eye(6)[[0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 4, 5]], 5)) in ([0, 2, 3], [1, 2, 3])
+    assert standing_out(words, np.empty((0, 6))) == [] and len(standing_out(words, np.eye(6)[:1])) == 1
 
 
-@pytest.mark.parametrize(
-    ("labels", "template", "said"),
-    [
-        ("", "uma foto de {}", "pelo menos dois"),
-        ("gato, gato", "uma foto de {}", "pelo menos dois"),
-        ("\n".join(f"casa {i}" for i in range(MAX_LABELS + 1)), "{}", "O limite é de 50"),
-        ("gato\ncasa", "uma foto", "precisa ter {}"),
-        ("gato\ncasa", "{} e {}", "precisa ter {}"),
-    ],
-)
-def test_labels_that_are_refused(demo, labels, template, said):
-    assert said in demo.classify(thumbnail_file(made_space.made_pictures()[0]), labels, template)
+def test_words_are_embedded_a_few_at_a_time(index, monkeypatch):
+    suggestions, seen = Suggestions(index), []
+    texts = type(index.model).texts
+    monkeypatch.setattr(
+        type(index.model), "texts", lambda self, given: (seen.append(len(given)), texts(self, given))[1]
+    )
+    assert suggestions.best("pt") is None
+    while suggestions.embed_more("pt"):
+        pass
+    words = suggestions.best("pt")
+    assert words and set(words) <= set(nouns("pt")) and max(seen) == AT_ONCE and sum(seen) == len(nouns("pt"))
+    assert suggestions.best("pt") is words and suggestions.best("en") is None
 
 
-def test_labels_of_ones_own(demo):
-    shown = Shown(demo.classify(thumbnail_file(made_space.made_pictures()[0]), "gato, casa; céu\ngato\n\n", ""))
-    assert shown.tags.count("li") == 3
-    shares = [float(text.removesuffix(" %").replace(",", ".")) for text in shown.texts if text.endswith(" %")]
-    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
+# --- Words -----------------------------------------------------------------------------------------------------------
 
 
-def test_text_of_visitors_and_data_is_text(embedder, tmp_path):
-    folder = tmp_path / "f"
-    folder.mkdir()
-    for i, picture in enumerate(made_space.made_pictures()[:2]):
-        picture.save(folder / f"{i}.png")
-    lines = [{"file_name": f"{i}.png", "caption": f"{ATTACK} {i}"} for i in range(2)]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    index = build_index(open_album(open_pictures(str(folder)), tmp_path / "c"), embedder, tmp_path / "c")
-    demo, upload = Demo([index]), thumbnail_file(made_space.made_pictures()[0])
-    for answer in (
-        demo.search_by_text(ATTACK, 2),
-        demo.similar_captions(upload, 2),
-        demo.classify(upload, f"{ATTACK}\ngato", "{}"),
-    ):
-        shown = Shown(answer)
-        assert "onerror" not in shown.attributes and not set(shown.tags) & {"script", "iframe"}
-        assert all("data:image/webp" in part for part in answer.split("<img ")[1:])
+def words(language: str) -> dict:
+    found = json.loads((PAGE / "words" / f"{language}.json").read_text(encoding="utf-8"))
+    return found | {f"errors.{key}": text for key, text in found.pop("errors").items()}
 
 
-def test_a_random_picture_is_one_of_the_collection(demo):
-    assert demo.random_picture().size == (48, 40)
-    assert demo.search_by_image(thumbnail_file(demo.random_picture()), 1).count("<img") == 1
+def test_both_languages_say_the_same():
+    portuguese, english = words("pt"), words("en")
+    assert portuguese.keys() == english.keys()
+    for key, text in portuguese.items():
+        assert set(re.findall(r"\{\w*\}", text)) == set(re.findall(r"\{\w*\}", english[key])), key
+        assert text != english[key] or key == "pixels", f"{key} is not translated"
+    assert len(nouns("pt")) == len(nouns("en")) == len(set(nouns("pt"))) == len(set(nouns("en"))) > 300
 
 
-def test_a_models_name_is_none_of_a_person(tmp_path, monkeypatch):
-    home = tmp_path / "home" / "ana"
-    (home / "runs" / "mine").mkdir(parents=True)
-    assert short_name(str(home / "runs" / "mine")) == "mine"
-    monkeypatch.setattr(Path, "home", lambda: home / "runs")
-    assert short_name(str(home / "runs" / "mine")) == "mine"
-    monkeypatch.chdir(home / "runs")
-    assert (short_name("mine"), short_name("org/model")) == ("mine", "org/model")
+def test_every_word_is_used_and_every_used_word_is_there():
+    scripts = "".join(path.read_text(encoding="utf-8") for path in (PAGE / "static").glob("*.js"))
+    page = (PAGE / "page.html").read_text(encoding="utf-8")
+    source = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.py"))
+    there = words("pt").keys()
+    said = set(re.findall(r'say\("(\w+)"', scripts)) | set(re.findall(r"\{\{(\w+)\}\}", page))
+    made = {"language", "words", "credit", "privacy"}  # by the server
+    assert {key for key in said if key not in there and f"{key}_other" not in there} == made
+    refusals = set(re.findall(r'Refusal\(\s*"(\w+)"', source)) | {"connection", "no_picture", "too_many_pixels"}
+    assert refusals == {key.removeprefix("errors.") for key in there if key.startswith("errors.")}
+    spoken = set(re.findall(r'["`{](\w+)["`}]', scripts + page + source))
+    plain = {re.sub("_(one|other|long)$", "", key) for key in there if not key.startswith("errors.")}
+    assert not plain - spoken - {"differs"}, "words that nothing says"
 
 
-def test_numbers_are_written_as_in_portuguese():
-    assert decimal(-0.0314) == "−0,031" and decimal(25.26, 1) == "25,3" and thousands(1_234_567) == "1.234.567"
+def test_text_of_a_data_set_is_text():
+    credit = server.Credit(ATTACK, ATTACK, "{{words}} {name} " + ATTACK)
+    shown = server._page("pt", False, credit)
+    assert "<img src=x" not in shown.replace('<img src="static', "") and shown.count("</script>") == 2
+    assert "{{words}} {name}" in shown
+    known = server._page("en", False, server.Credit("Áreas", "cc-by-sa-4.0", "Made here"))
+    assert ">CC BY-SA 4.0</a>. Made here" in known and '<html lang="en">' in known

@@ -191,10 +191,9 @@ def _vector(index: "PictureIndex", question: Question, image: PIL.Image.Image | 
     if image is not None:
         vectors.append(index.model.images([image])[0])
     if question.like:
-        try:
-            vectors.append(index.vectors([question.like])[0])
-        except KeyError:
-            raise Refusal("gone", 404) from None
+        if index.row(question.like) is None:
+            raise Refusal("gone", 404)
+        vectors.append(index.vectors([question.like])[0])
     if not vectors:
         return None
     mean = np.mean(vectors, axis=0)

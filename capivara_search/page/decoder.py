@@ -103,6 +103,8 @@ def main(descriptor: int, seconds: float, prepared: bool) -> None:
                 about, answer = _view(question["path"]) if "path" in question else _image(upload)
             except BadImage as bad:
                 about, answer = {"reason": bad.reason, "detail": bad.detail}, b""
+            except OSError as error:  # of a file that is gone
+                about, answer = {"reason": "unreadable image", "detail": str(error)}, b""
             signal.setitimer(signal.ITIMER_REAL, 0)
             page.send_bytes(json.dumps(about).encode())  # what was fed strangers' files gets no say in objects
             page.send_bytes(answer)

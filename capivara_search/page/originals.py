@@ -11,13 +11,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote
 
-from capivara_search.common.image_files import BadImage
+from capivara_search.common.image_files import BadImage, open_regular_file
 from capivara_search.page.decoder import Decoder
 from capivara_search.page.turns import Refusal
-from capivara_search.picture_files import picture_bytes
 from capivara_search.results import Hit
 
 if TYPE_CHECKING:
@@ -65,18 +64,22 @@ class Originals:
 
     def is_there(self, path: str) -> bool:
         """Whether the file of a row is on this machine. Raises Refusal where the path is no row."""
-        with contextlib.suppress(OSError, ValueError):
-            return Path(self.row(path).path).is_file()
-        return False
+        self.row(path)
+        return os.path.isfile(path)
 
-    def file(self, path: str) -> tuple[bytes, str]:
-        """The file of a row as it is, and its media type. Raises Refusal where it is no picture, or no row."""
+    def file(self, path: str) -> tuple[BinaryIO, int, str]:
+        """The file of a row, open, with its bytes and its media type. Raises Refusal where it is no picture, or no row.
+
+        An index may be somebody else's, and name any file: what can't be shown as a picture is not given away.
+        """
         self.row(path)
         try:
-            data = picture_bytes(path)
-        except BadImage:
+            self._decoder.view(path)
+            file = open_regular_file(path, repr(path))
+        except (BadImage, OSError):
             raise Refusal("no_original", 404) from None
-        return data, mimetypes.guess_type(path)[0] or "application/octet-stream"
+        kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
+        return file, os.fstat(file.fileno()).st_size, kind
 
     def show(self, path: str) -> None:
         """Open the folder of a row in the file manager of this machine. Raises Refusal where that can't be done."""

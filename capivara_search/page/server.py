@@ -17,11 +17,11 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import uvicorn
@@ -30,7 +30,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from capivara_search.page.answers import LANGUAGES, Answers, Question, decoded
@@ -46,6 +46,7 @@ FOLDER = Path(__file__).parent
 DEFAULT_PORT = 7860
 START_S = 30  # for the server to listen
 ENDING_S = 3  # for open connections, when the page ends
+CHUNK_BYTES = 2**18  # of a file that is downloaded
 KEPT_S = 3600  # by a browser, of a picture; its address changes with the file
 KINDS = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 LICENCES = {  # identifier of the Hub -> name and address, of those that ask for a link
@@ -53,7 +54,6 @@ LICENCES = {  # identifier of the Hub -> name and address, of those that ask for
     "cc-by-sa-4.0": ("CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/"),
     "cc0-1.0": ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/"),
 }
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,9 @@ class Site:
     async def download(self, request: Request) -> Response:
         """A row's file as it is."""
         path = request.query_params.get("path", "")
-        data, kind = await self._views.ask(lambda: self._originals.file(path))
-        return Response(data, media_type=kind, headers={"Content-Disposition": "attachment"})
+        file, size, kind = await self._views.ask(lambda: self._originals.file(path))
+        headers = {"Content-Disposition": "attachment", "Content-Length": str(size)}
+        return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers)
 
 
 async def _read(request: Request) -> tuple[Question, bytes]:
@@ -296,6 +297,14 @@ async def _read(request: Request) -> tuple[Question, bytes]:
     except (ValueError, RecursionError) as error:
         raise Refusal("bad_question") from error
     return Question.read(values), upload
+
+
+def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """A file in parts, as long as it was when it was opened."""
+    with file:
+        while size > 0 and (chunk := file.read(min(CHUNK_BYTES, size))):
+            size -= len(chunk)
+            yield chunk
 
 
 def _kept(data: bytes, kind: str) -> Response:

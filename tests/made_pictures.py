@@ -1,5 +1,10 @@
 """What the tests of the page search: thirty pictures of coloured areas, and a tiny model that has learnt them."""
 
+import io
+import os
+import struct
+import zlib
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -7,6 +12,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as Pictures
 from tiny import randomise, tiny_config
 
+from capivara_search.index import PictureIndex
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 
 COLOURS = {
@@ -30,6 +36,40 @@ def made_pictures() -> list[Pictures.Image]:
             picture.paste(colour, place)
             pictures.append(picture)
     return pictures
+
+
+def save_folder(folder: Path) -> Path:
+    """The pictures as PNG files that are named by their captions, a folder for each colour, the last one the newest."""
+    for number, (caption, picture) in enumerate(zip(CAPTIONS, made_pictures(), strict=True)):
+        path = folder / caption.split()[0] / f"{caption}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        os.utime(path, (datetime(2024, 1, 1 + number, 12).timestamp(),) * 2)
+    return folder
+
+
+def made_index(where: Path, folder: Path, model: Path) -> PictureIndex:
+    """An index of a folder."""
+    index = PictureIndex.open(where, str(model))
+    index.add(folder)
+    return index
+
+
+def png(number: int) -> bytes:
+    """The file of a picture."""
+    made_pictures()[number].save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG file of 29,000 x 29,000 pixels in a few hundred bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 29_000, 29_000, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(100_000)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
 def save_dataset(folder: Path, about: str = "") -> None:

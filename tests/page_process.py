@@ -1,0 +1,120 @@
+"""A page for tests: opened in this process or in one of its own, and asked as a program would."""
+
+import contextlib
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+# What the server asks of the network is written to a file, and refused.
+WATCHED = """
+import ipaddress, socket, sys
+connect, resolve, log = socket.socket.connect, socket.getaddrinfo, open(sys.argv.pop(1), "a", buffering=1)
+
+def is_local(host):
+    try:
+        return host in (None, "", "localhost", b"localhost") or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+def watched(self, address):
+    if isinstance(address, tuple) and not is_local(address[0]):
+        log.write(f"{address}\\n")
+        raise OSError("refused by the test")
+    return connect(self, address)
+
+def resolved(host, *args, **kwargs):
+    if not is_local(host) and host != "0.0.0.0":
+        log.write(f"{host}\\n")
+        raise OSError("refused by the test")
+    return resolve(host, *args, **kwargs)
+
+socket.socket.connect, socket.getaddrinfo = watched, resolved
+from capivara_search.index import PictureIndex
+from capivara_search.page import serve_index
+(where, model), *compare = [pair.split("=") for pair in sys.argv[1:]]
+more = [PictureIndex.open(*pair) for pair in compare]
+serve_index(PictureIndex.open(where, model), "127.0.0.1", 7860, *more, on_open=lambda url: print(url, flush=True))
+"""
+
+
+def answered(url: str, data: bytes | None = None, **headers: str) -> tuple[int, dict, bytes]:
+    """Status, headers and body of an answer."""
+    request = urllib.request.Request(url, data, {name.replace("_", "-"): text for name, text in headers.items()})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, dict(answer.headers), answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, dict(error.headers), error.read()
+
+
+@dataclass
+class Asked:
+    """A page, and what a program sends to it."""
+
+    url: str
+
+    @property
+    def port(self) -> int:
+        return urllib.parse.urlsplit(self.url).port
+
+    def post(self, name: str, body: Any, **headers: str) -> tuple[int, dict, bytes]:
+        headers.setdefault("Content_Type", "application/octet-stream")
+        return answered(f"{self.url}/api/{name}", body, **headers)
+
+    def ask(self, name: str, question: Any, picture: bytes = b"", **headers: str) -> tuple[int, Any]:
+        """Status and values of the answer to a question."""
+        status, _, body = self.post(name, json.dumps(question).encode() + b"\n" + picture, **headers)
+        return status, json.loads(body)
+
+    def get(self, route: str, path: str | None = None, **headers: str) -> tuple[int, dict, bytes]:
+        """Status, headers and body at a route, of a picture's path where one is named."""
+        query = "" if path is None else "?" + urllib.parse.urlencode({"path": path}, errors="surrogatepass")
+        return answered(f"{self.url}/{route}{query}", **headers)
+
+    def status_of(self, method: str, path: str, **headers: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request(method, path, headers={name.replace("_", "-"): text for name, text in headers.items()})
+        with contextlib.closing(connection):
+            return connection.getresponse().status
+
+
+@contextlib.contextmanager
+def running(tmp_path: Path, *pairs: str, **more: str) -> Iterator[tuple[Asked, Path]]:
+    """A page in a process of its own, and the file of what it asked of the network.
+
+    Args:
+        tmp_path: for its files.
+        pairs: "index=model", of one or two.
+        more: of the environment.
+    """
+    log, said = tmp_path / "network.txt", tmp_path / "said.txt"
+    environment = {name: text for name, text in os.environ.items() if name not in ("HF_HUB_OFFLINE", "DISPLAY")}
+    log.touch()
+    command = ["timeout", "-k", "60", "400", sys.executable, "-c", WATCHED, str(log), *pairs]
+    with open(said, "w") as output:
+        server = subprocess.Popen(command, cwd=ROOT, env=environment | more, stdout=output, stderr=output)
+    try:
+        for _ in range(600):
+            lines = said.read_text(encoding="utf-8").splitlines()
+            if address := next((line for line in lines if line.startswith("http://")), None):
+                break
+            assert server.poll() is None, lines
+            time.sleep(0.2)
+        yield Asked(address), log
+    finally:
+        server.terminate()
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            server.kill()
