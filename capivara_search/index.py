@@ -204,11 +204,10 @@ class PictureIndex:
             clauses.append(within(Path(folder).expanduser().absolute()))
         rows = self._table.rows(["path", "taken", "mtime_ns"], " AND ".join(clauses) or None)
         taken = rows["taken"].to_numpy().astype("datetime64[us]")
-        modified = np.array([datetime.fromtimestamp(ns / 1e9) for ns in rows["mtime_ns"].to_pylist()], "datetime64[us]")
+        modified = (rows["mtime_ns"].to_numpy() // 1000).astype("datetime64[us]")  # in UTC: some hours off, at most
         times = np.where(np.isnat(taken), modified, taken)
         latest = [rows["path"][int(row)].as_py() for row in np.argsort(-times.astype(np.int64), kind="stable")[:k]]
-        found = self._table.rows(HIT_COLUMNS, among("path", latest)) if latest else rows.slice(0, 0)
-        of_path = {hit.path: hit for hit in to_hits(found)} if latest else {}
+        of_path = {hit.path: hit for hit in to_hits(self._table.of_paths(HIT_COLUMNS, latest))} if latest else {}
         return [of_path[path] for path in latest if path in of_path]
 
     def _of_model(self) -> list[str]:
