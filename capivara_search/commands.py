@@ -62,8 +62,8 @@ def index(args: argparse.Namespace, words: Words) -> int:
     pictures = _index(args)
     before, model = pictures.status().model, pictures.model
     _say(words("model_line", model=harmless(model.name)))
-    if model.note:
-        _say(harmless(model.note))
+    if model.note:  # two lines, English and Portuguese
+        _say(harmless(model.note.splitlines()[-1 if words.language == "pt" else 0]))
     _say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in args.folders)))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is finished or undone

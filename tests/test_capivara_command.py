@@ -18,7 +18,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from capivara_search.cli import main
+from capivara_search.command import main
 from capivara_search.command_flags import COMMANDS, parsed
 from capivara_search.terminal import Words
 
