@@ -67,10 +67,12 @@ class Writer:
         self.left_out[file.path] = row
         self.all_left_out.add(file.path)
 
-    def write_when_due(self) -> None:
-        """Write where there is enough, or the last time is long ago."""
-        if len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S:
+    def write_when_due(self) -> bool:
+        """Write where there is enough, or the last time is long ago; returns whether it has."""
+        due = len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S
+        if due:
             self.write()
+        return due
 
     def write(self) -> None:
         """Write what was collected."""
@@ -123,8 +125,7 @@ class Adding:
         return self.added
 
     def _write(self) -> None:
-        self.writer.write_when_due()
-        if self.builds:
+        if self.writer.write_when_due() and self.builds:
             self.table.build_meanwhile(self.model.width)
 
     def _unknown(self) -> Iterator[FileState]:

@@ -8,6 +8,7 @@ for hit in index.search("um gato dormindo", k=5):
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
@@ -201,13 +202,16 @@ class PictureIndex:
         """
         clauses = taken_between(since, until)
         if folder is not None:
-            clauses.append(within(Path(folder).expanduser().absolute()))
+            clauses.append(within(absolute_folder(folder)))
         rows = self._table.rows(["path", "taken", "mtime_ns"], " AND ".join(clauses) or None)
+        if not rows.num_rows:
+            return []
         taken = rows["taken"].to_numpy().astype("datetime64[us]")
-        modified = (rows["mtime_ns"].to_numpy() // 1000).astype("datetime64[us]")  # in UTC: some hours off, at most
-        times = np.where(np.isnat(taken), modified, taken)
-        latest = [rows["path"][int(row)].as_py() for row in np.argsort(-times.astype(np.int64), kind="stable")[:k]]
-        of_path = {hit.path: hit for hit in to_hits(self._table.of_paths(HIT_COLUMNS, latest))} if latest else {}
+        here = time.localtime().tm_gmtoff * 1_000_000  # cameras tell the time of the place
+        modified = (rows["mtime_ns"].to_numpy() // 1000 + here).astype("datetime64[us]")
+        order = np.argsort(-np.where(np.isnat(taken), modified, taken).astype(np.int64), kind="stable")
+        latest = rows["path"].take(order[:k]).to_pylist()
+        of_path = {hit.path: hit for hit in to_hits(self._table.of_paths(HIT_COLUMNS, latest))}
         return [of_path[path] for path in latest if path in of_path]
 
     def _of_model(self) -> list[str]:

@@ -24,7 +24,7 @@ NO_ANSWER = re.compile(
     r"|operation timed out|instance metadata|CredentialsNotLoaded|BadScheme|URL scheme is not allowed"
 )
 CONFLICT = re.compile(r"[Cc]ommit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
-ENGINE = re.compile(r"lance error|LanceError|External error|DataFusion|Encountered corrupt|Arrow error|Invalid input")
+ENGINE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found")
 MAX_DETAIL = 200  # letters of the engine's own text
 
 

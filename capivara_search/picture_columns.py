@@ -95,7 +95,7 @@ def to_arrow(rows: Sequence[Mapping[str, Any]], columns: pa.Schema) -> pa.Table:
 def as_array(column: pa.ChunkedArray) -> np.ndarray:
     """A column of vectors, without empty ones, as (rows, width) float16."""
     column = column.combine_chunks()
-    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), column.type.list_size)
 
 
 def to_hits(rows: pa.Table, scores: Sequence[float] | None = None) -> list[Hit]:

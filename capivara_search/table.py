@@ -78,9 +78,9 @@ class PictureTable(Tables):
         found = [self.rows(columns, among("path", part)) for part in parts]
         return pa.concat_tables(found) if found else self.rows(columns, "false")
 
-    def batches(self, columns: Sequence[str], rows: int = 4096) -> Iterator[pa.RecordBatch]:
-        """Some columns of all pictures, at most `rows` of them at a time, of one version."""
-        yield from self.read(PICTURES, lambda table: plain(table, columns).to_batches(batch_size=rows))
+    def batches(self, columns: Sequence[str], where: str | None = None, rows: int = 4096) -> Iterator[pa.RecordBatch]:
+        """Some columns of all pictures, or of those of a clause, at most `rows` at a time, of one version."""
+        yield from self.read(PICTURES, lambda table: plain(table, columns, where).to_batches(batch_size=rows))
 
     def count(self, where: str | None = None, table: str = PICTURES) -> int:
         """Rows, all or those of a clause."""
@@ -170,7 +170,7 @@ class PictureTable(Tables):
 
         def merge(opened: Any) -> None:
             query = opened.merge_insert(KEYS[table]).when_matched_update_all().when_not_matched_insert_all()
-            query.execute(rows)
+            query.execute(rows, on_bad_vectors="null")  # rows of another width have none
 
         self.write(table, merge)
 
@@ -218,7 +218,7 @@ class PictureTable(Tables):
         """Put small files together, bring the indices up to date, and remove old versions, where that is due."""
         if self._building is not None:
             self._building.join()
-        if self._is_to_be_built(width):
+        if self._is_to_be_built(width) or not self._answers(width):
             self._build(width)
         found = [self.indices().get(column) for column in ("path", vector_column(width))]
         behind = max((one.num_unindexed_rows for one in found if one), default=0)
@@ -241,14 +241,16 @@ class PictureTable(Tables):
         if rows <= EXACT_ROWS:
             return False
         found = self.indices().get(vector_column(width))
-        if found is None or found.index_uuid in self._broken or not self._answers(width):
+        if found is None or found.index_uuid in self._broken:
             return True
         return rows >= GROWTH * int(self.about().get(TRAINED_KEY, 0))
 
     def _answers(self, width: int) -> bool:
-        """Whether the approximate index can be read."""
+        """Whether the approximate index, where there is one, can be read; one partition of it is."""
+        if vector_column(width) not in self.indices():
+            return True
         try:
-            _search(self.pictures, np.ones(width, np.float32), 1, None, approximate=True).to_arrow()
+            _search(self.pictures, np.ones(width, np.float32), 1, None, approximate=True).nprobes(1).to_arrow()
         except FAILURES as error:
             if is_of_storage(error):
                 raise

@@ -8,8 +8,10 @@ XLM-RoBERTa, mean pooling and projection as `CapivaraModel` has them, in NumPy; 
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,12 +19,13 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer
 
 from capivara_search.weight_file import WeightFile
 
 WEIGHTS = "model.safetensors"
-BATCH_TEXTS = 32
+BATCH_TEXTS = 8  # a batch a thread; with threads within its products, they wait for each other on a busy machine
 EMBEDDINGS = "text_model.embeddings."
 # Fields of the text tower with one value that is known here; absent ones have it.
 KNOWN = {
@@ -74,9 +77,11 @@ class TextTower:
         )]  # fmt: skip
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         embeds = np.empty((len(ids), self.config["projection_dim"]), np.float32)
-        for start in range(0, len(order), BATCH_TEXTS):
-            numbers = order[start : start + BATCH_TEXTS]
-            embeds[numbers] = self._embed_ids([ids[number] for number in numbers])
+        batches = [order[start : start + BATCH_TEXTS] for start in range(0, len(order), BATCH_TEXTS)]
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(os.cpu_count() or 1) as executor:
+            found = executor.map(lambda numbers: self._embed_ids([ids[number] for number in numbers]), batches)
+            for numbers, rows in zip(batches, found, strict=True):
+                embeds[numbers] = rows
         return embeds
 
     def _embed_ids(self, ids: list[list[int]]) -> np.ndarray:

@@ -57,7 +57,7 @@ class PrepareArguments:
 
 @dataclass
 class MiniatureArguments:
-    """Arguments of `examples.openmoji.miniature`."""
+    """Arguments of `examples.openmoji.fit_miniature`."""
 
     dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
     output: Path = flag(Path("capivara_search/miniature.safetensors"), "File that is written.")

@@ -138,7 +138,9 @@ def test_what_is_a_question_is_read():
     asked = {"since": "2024-02-01", "until": "", "labels": [" um  gato", "casa", "casa", ""], "language": "pt-BR"}
     question = Question.read(asked)
     assert (question.since, question.until, question.language) == (date(2024, 2, 1), None, "pt")
-    assert question.checked_labels() == ["um gato", "casa"] and Question.read({"language": "fr"}).language == "en"
+    assert (
+        question.labels_and_template()[0] == ["um gato", "casa"] and Question.read({"language": "fr"}).language == "en"
+    )
     with pytest.raises(Refusal, match="dates"):
         Question.read({"since": "2024-02-02", "until": "2024-02-01"})
 
@@ -172,6 +174,9 @@ def test_labels_of_a_picture(answers, index):
 
 def test_a_folder_by_its_labels(answers, index, folder):
     labels = ["gato", "casa verde", "céu", "um pão"]
+    made_pictures.made_pictures()[0].save(folder.parent / "private.png")
+    outside = answers.classify(Question.read({"labels": labels, "folder": str(folder.parent / "private.png")}), None)
+    assert outside["models"][0]["pictures"] == 0, "a file was read that is none of the index"
     answer = answers.classify(Question.read({"labels": labels, "folder": str(folder)}), None)["models"][0]
     found = {one.path: one for one in index.classify(str(folder), labels)}
     assert sum(group["n"] for group in answer["groups"]) == answer["pictures"] == 30

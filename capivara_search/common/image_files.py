@@ -149,11 +149,7 @@ def decode_image(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> PIL
         image.load()
         if image.getexif().get(PIL.Image.ExifTags.Base.Orientation, 1) != 1:
             image = PIL.ImageOps.exif_transpose(image)
-        if image.mode.startswith(("I", "F")):  # 16-bit, 32-bit and float pixels, some of which are no pixels
-            # As the model's image processor has it, so that an image it refuses is a bad row and does not end a run.
-            from modeling_capivara.image_processing_capivara import to_eight_bits  # here: torch comes with it
-
-            image = PIL.Image.fromarray(to_eight_bits(np.asarray(image)))
+        image = eight_bits(image)
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise BadImage("unreadable image", f"{_name(row_image, data)}: {error}") from error
     return image
@@ -173,9 +169,25 @@ def image_digest(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> byt
 def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image.Image]:
     """The file, and the image with nothing but its header decoded."""
     data = _read(row_image, files)
-    name = _name(row_image, data)
+    return data, open_image(data, _name(row_image, data), files.max_pixels)
+
+
+def open_image(
+    data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, way_out: str = " (--max_pixels raises it)"
+) -> PIL.Image.Image:
+    """The image that a file holds, within the limits, with nothing but its header decoded.
+
+    Args:
+        data: the file.
+        name: of the file, for messages.
+        max_pixels: that it may have, width x height.
+        way_out: what the user can do where it has more, for the message.
+
+    Raises:
+        BadImage: it is no image, or too large.
+    """
     # PIL's own limit gives way to ours; here, since a task of an executor has flags that were checked elsewhere.
-    PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, files.max_pixels)
+    PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS or 0, max_pixels)
     try:
         image = PIL.Image.open(io.BytesIO(data), formats=_FORMATS)
     except PIL.UnidentifiedImageError as error:
@@ -184,8 +196,20 @@ def _opened(row_image: dict | None, files: ImageFiles) -> tuple[bytes, PIL.Image
         raise BadImage("absurd image size", f"{name}: {error}") from error
     except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
         raise BadImage("unreadable image", f"{name}: {error}") from error
-    _check_size(image, name, files.max_pixels)
-    return data, image
+    _check_size(image, name, max_pixels, way_out)
+    return image
+
+
+def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image of 16-bit, 32-bit or float pixels as 8-bit, as the model's image processor has it; others as they are.
+
+    Raises ValueError where some of its pixels are no pixels: then it is a bad row, and does not end a run.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    from modeling_capivara.image_processing_capivara import to_eight_bits  # here: torch comes with it
+
+    return PIL.Image.fromarray(to_eight_bits(np.asarray(image)))
 
 
 def _read(row_image: dict | None, files: ImageFiles) -> bytes:
@@ -236,16 +260,29 @@ def _local_file(path: str, bounds: Bounds) -> BinaryIO:
             "unreadable image",
             f"{path!r} lies outside of the data set's folder; --image_roots names others that may be read",
         )
-    real = os.path.realpath(next((file for file in inside if file.is_file()), inside[0]))
+    return open_regular_file(next((file for file in inside if file.is_file()), inside[0]), repr(path))
+
+
+def open_regular_file(path: str | Path, name: str) -> BinaryIO:
+    """A file that the user has named, or that lies where he has allowed it; links are followed.
+
+    Args:
+        path: of the file.
+        name: of the file, for messages.
+
+    Raises:
+        BadImage: it is no regular file.
+        OSError: it is not there, or can't be opened.
+    """
     # Opening a FIFO would wait for a writer, and a device may never end; neither is waited for or read.
-    number = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    number = os.open(os.path.realpath(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise BadImage("unreadable image", f"{path!r} is no regular file")
+        raise BadImage("unreadable image", f"{name} is no regular file")
     return os.fdopen(number, "rb")
 
 
-def _check_size(image: PIL.Image.Image, name: str, max_pixels: int) -> None:
+def _check_size(image: PIL.Image.Image, name: str, max_pixels: int, way_out: str) -> None:
     short, long = sorted(image.size)
     tile = (image.tag_v2.get(322, 0), image.tag_v2.get(323, 0)) if hasattr(image, "tag_v2") else (0, 0)
     if tile[0] * tile[1] > max_pixels:  # of TIFF: a tile is decoded whole, however small the image is
@@ -254,13 +291,19 @@ def _check_size(image: PIL.Image.Image, name: str, max_pixels: int) -> None:
     if long > MAX_IMAGE_SIDE or short * long > max_pixels or long > MAX_ASPECT * short:
         raise BadImage(
             "absurd image size",
-            f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,} (--max_pixels raises it), "
+            f"{name} has {image.width} x {image.height} pixels; all may be {max_pixels:,}{way_out}, "
             f"the longer side {MAX_IMAGE_SIDE:,} and {MAX_ASPECT} times the shorter one",
         )
 
 
+def needs_heif(data: bytes) -> bool:
+    """Whether a file is HEIC, and pillow-heif, which reads it, is not installed."""
+    brands = (b"heic", b"heix", b"hevc", b"mif1", b"msf1")
+    return pillow_heif is None and data[4:8] == b"ftyp" and data[8:12] in brands
+
+
 def _kind(data: bytes) -> str:
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1") and pillow_heif is None:
+    if needs_heif(data):
         return 'HEIC, which the extra `heic` reads: pip install -e ".[heic]"'
     return f"no image of {', '.join(_FORMATS)}"
 

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 
 from capivara_search.common.image_files import BadImage
+from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.page.suggestions import Suggestions
 from capivara_search.page.turns import Refusal
 from capivara_search.results import Classified, Hit
@@ -26,6 +27,7 @@ MAX_LETTERS = 10_000  # of a text; the model reads some 400 of them
 READ_LETTERS = 400  # beyond which 77 tokens do not reach
 MAX_PICTURES = 240  # of an answer
 MAX_LABELS, MIN_LABELS = 50, 2
+MAX_CLASSIFIED = 20_000  # pictures of a folder
 GROUP_PICTURES = 24  # of a label, shown of a folder that is classified
 LANGUAGES = ("pt", "en")
 
@@ -69,21 +71,22 @@ class Question:
             raise Refusal("dates")
         return question
 
-    def checked_labels(self) -> list[str]:
-        """The labels, without blanks and repetitions. Raises Refusal where there are too few or too many."""
+    def labels_and_template(self) -> tuple[list[str], str]:
+        """The labels, without blanks and repetitions, and the sentence, which is the label alone where there is none.
+
+        Raises:
+            Refusal: there are too few labels or too many, or the sentence does not have {} once.
+        """
         names = list(dict.fromkeys(name for label in self.labels if (name := " ".join(label.split()))))
         if len(names) < MIN_LABELS:
             raise Refusal("few_labels")
         if len(names) > MAX_LABELS:
             raise Refusal("many_labels", labels=len(names), limit=MAX_LABELS)
-        return names
-
-    def checked_template(self) -> str:
-        """The sentence; the label alone where there is none. Raises Refusal where {} is not in it once."""
         template = self.template.strip() or "{}"
-        if template.count("{}") != 1:
-            raise Refusal("template")
-        return template
+        try:
+            return checked_labels(names, template), template
+        except ValueError:
+            raise Refusal("template") from None
 
 
 def _checked(name: str, value: object) -> Any:
@@ -140,10 +143,15 @@ class Answers:
         Raises:
             Refusal: there is neither picture nor folder, or the labels or the template break their rules.
         """
-        labels, template = question.checked_labels(), question.checked_template()
+        labels, template = question.labels_and_template()
         if image is None and not question.folder:
             raise Refusal("nothing_given")
-        found = [index.classify(image or question.folder, labels, template) for index in self.indexes]
+        if image is not None:
+            found = [index.classify(image, labels, template) for index in self.indexes]
+        else:  # of the index alone: `PictureIndex.classify` reads other files, too
+            found = [
+                classify_vectors(index.model, *_of_folder(index, question), labels, template) for index in self.indexes
+            ]
         names = [index.model.name for index in self.indexes]
         if image is not None:
             models = [_shares(name, one) for name, (one,) in zip(names, found, strict=True)]
@@ -183,6 +191,20 @@ class Answers:
         return [picture(hit) for hit in hits if hit.path != question.like][: question.k]
 
 
+def _of_folder(index: "PictureIndex", question: Question) -> tuple[list[str], np.ndarray]:
+    """Paths and vectors of a folder's newest pictures. Raises Refusal where the model has not seen all of them."""
+    where = {"folder": question.folder, "since": question.since, "until": question.until}
+    paths = [hit.path for hit in index.newest(MAX_CLASSIFIED, **where)]
+    return paths, _known_vectors(index, paths)
+
+
+def _known_vectors(index: "PictureIndex", paths: list[str]) -> np.ndarray:
+    try:
+        return index.vectors(paths)
+    except KeyError:
+        raise Refusal("not_ready", 503) from None
+
+
 def _vector(index: "PictureIndex", question: Question, image: PIL.Image.Image | None) -> np.ndarray | None:
     """(width,), unit length: the mean of all that is asked for; None where nothing is. Raises Refusal."""
     vectors = []
@@ -193,7 +215,7 @@ def _vector(index: "PictureIndex", question: Question, image: PIL.Image.Image | 
     if question.like:
         if index.row(question.like) is None:
             raise Refusal("gone", 404)
-        vectors.append(index.vectors([question.like])[0])
+        vectors.append(_known_vectors(index, [question.like])[0])
     if not vectors:
         return None
     mean = np.mean(vectors, axis=0)

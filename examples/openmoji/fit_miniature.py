@@ -1,6 +1,6 @@
 """Fit the projection of `capivara_search`'s miniature, which installs with it, and say how well it finds pictures.
 
-    python -m examples.openmoji.miniature --output capivara_search/miniature.safetensors
+    python -m examples.openmoji.fit_miniature --output capivara_search/miniature.safetensors
 
 Ridge regression from EfficientNet-Lite0's pooled features to the texts' space of multilingual-e5-small, neither trained
 further: on the English captions of OpenMoji's training pictures, and on the English names of ImageNet's classes. Of a

@@ -1,0 +1,390 @@
+"""Pictures on the disk: found in folders, and each read once.
+
+    files, left_out = find_pictures([Path("/home/maria/Fotos")])
+    picture = read_picture(files[0])
+    print(picture.width, picture.height, picture.taken, len(picture.thumbnail))
+
+What can't be read is said in one line, "reason: detail", whose reason is one of `REASONS`. Files are opened by
+`capivara_search.common.image_files` alone.
+"""
+
+import os
+import stat
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime
+from hashlib import blake2b
+from pathlib import Path
+
+import PIL.Image
+
+from capivara_search.common.image_files import (
+    MAX_IMAGE_BYTES,
+    MAX_IMAGE_PIXELS,
+    SUFFIXES,
+    BadImage,
+    eight_bits,
+    needs_heif,
+    open_image,
+    open_regular_file,
+)
+from capivara_search.common.links import Bounds
+from capivara_search.picture_details import (
+    INSTALL,
+    RAW_SUFFIXES,
+    Details,
+    Preview,
+    raw_exif,
+    raw_preview,
+    read_details,
+)
+from capivara_search.picture_pixels import LYING, THUMBNAIL_SIDE, at_most, on_white, short_side, thumbnail_file, upright
+from capivara_search.results import LeftOut
+
+REASONS = (
+    *("no permission", "read error", "gone", "no regular file", "name is no text", "link out of the folder"),
+    *("broken link", "empty file", "no picture", "damaged picture", "too large", "no preview"),
+    *("needs rawpy", "needs pillow-heif"),
+)
+PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
+# Beside hidden ones: what file systems, NAS boxes and zip files of a Mac put among the pictures.
+SKIPPED_NAMES = {"@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"}
+# The best camera phones take 16,320 x 12,240. Above the gate's limit a picture is decoded alone, and reduced at once.
+MAX_PICTURE_PIXELS = 200_000_000
+# A JPEG is decoded at a half, a quarter or an eighth of its size where its short side is then still so many times that
+# of the model's input. Of 17 photographs scaled to sizes at which it is just that, the embeddings of the demo model
+# keep a cosine of 0.9995 and more, and the 224 pixels differ by half a level of 256; with noise of 2 % in every pixel,
+# 0.998 and more, which is less than a model sees of plus or minus one level. At twice, 0.996 is left without noise.
+REDUCED_SIDES = 3
+
+_alone = threading.Lock()
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was when it was seen.
+
+    Attributes:
+        path: absolute.
+        size: bytes.
+        mtime_ns: when it was changed last, nanoseconds since 1970.
+    """
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that was read.
+
+    Attributes:
+        file: as it was when it was read.
+        digest: BLAKE2b-128 of the file, in hexadecimal.
+        width: pixels, upright; of a RAW file, of the RAW picture.
+        height: pixels.
+        taken: when, by its EXIF data, in the camera's local time.
+        latitude: degrees.
+        longitude: degrees.
+        image: upright, RGB, transparent parts white, for the model's image processor.
+        thumbnail: WebP file, upright, the longer side at most 256 pixels.
+    """
+
+    file: FileState
+    digest: str
+    width: int
+    height: int
+    taken: datetime | None
+    latitude: float | None
+    longitude: float | None
+    image: PIL.Image.Image
+    thumbnail: bytes
+
+
+class MissingPicture(BadImage, FileNotFoundError):
+    """A file that is no longer there."""
+
+
+# --- In folders ------------------------------------------------------------------------------------------------------
+
+
+def absolute_folder(folder: str | Path) -> Path:
+    """A folder as its pictures' paths begin: absolute, `~` and `..` resolved, links left as they are."""
+    return Path(os.path.abspath(Path(folder).expanduser()))
+
+
+def find_pictures(
+    folders: Sequence[str | Path], on_found: Callable[[int], None] | None = None
+) -> tuple[list[FileState], list[LeftOut]]:
+    """The pictures in folders and all folders below, by the ends of their names, sorted by path.
+
+    Hidden files and folders are skipped. A link is followed where it stays within the folders, and its target is not
+    found under its own name.
+
+    Args:
+        folders: to look through.
+        on_found: called after each folder with the number of pictures so far.
+
+    Returns:
+        The pictures, and what could not be looked at, with the reason.
+
+    Raises:
+        ValueError: a folder is not there, can't be opened, or holds no picture.
+    """
+    roots = [absolute_folder(folder) for folder in folders]
+    if not roots:
+        raise ValueError("No folder was named.")
+    for root in roots:
+        if not root.is_dir():
+            fault = "is a file, not a folder" if root.exists() else "is not there"
+            raise ValueError(f"The folder {root} {fault}. Name a folder of pictures.")
+    walk = _Walk(roots, on_found or (lambda found: None))
+    for root in roots:
+        walk.folder(str(root))
+    walk.follow_links()
+    paths = [*walk.found, *(one.path for one in walk.left_out)]
+    for root in map(str, roots):
+        denied = next((one for one in walk.left_out if one.path == root), None)
+        if denied:
+            raise ValueError(f"The folder {root} can't be opened: {denied.reason}.")
+        if not _is_any_in(paths, root):
+            ends = ", ".join(PICTURE_SUFFIXES)
+            raise ValueError(f"The folder {root} holds no picture. Names of pictures end in {ends}.")
+    return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
+
+
+def _is_any_in(paths: Sequence[str], root: str) -> bool:
+    if any(path.startswith(os.path.join(root, "")) for path in paths):
+        return True
+    real = Path(os.path.realpath(root))  # another root may lead to it by another name
+    return any(Path(os.path.realpath(folder)).is_relative_to(real) for folder in {os.path.dirname(p) for p in paths})
+
+
+class _Walk:
+    """Looks through folders, each once."""
+
+    def __init__(self, roots: Sequence[Path], on_found: Callable[[int], None]):
+        self.on_found = on_found
+        self.bounds = Bounds(roots[0], roots[1:])
+        self.found: dict[str, FileState] = {}
+        self.left_out: list[LeftOut] = []
+        self.links: list[str] = []
+        self.seen: set[tuple[int, int]] = set()  # folders and files that lie here themselves, by device and number
+
+    def folder(self, path: str) -> None:
+        """Look through a folder and all below; links are put aside."""
+        waiting = [path]
+        while waiting:
+            folder = waiting.pop()
+            try:
+                state = os.stat(folder)
+                if (state.st_dev, state.st_ino) in self.seen:
+                    continue
+                self.seen.add((state.st_dev, state.st_ino))
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        if entry.name.startswith(".") or entry.name in SKIPPED_NAMES:
+                            continue
+                        if entry.is_symlink():
+                            self.links.append(entry.path)
+                        elif entry.is_dir(follow_symlinks=False):
+                            waiting.append(entry.path)
+                        elif is_picture_name(entry.name):
+                            self.file(entry.path)
+            except OSError as error:
+                self.leave_out(folder, _fault(error))
+            self.on_found(len(self.found))
+
+    def file(self, path: str) -> None:
+        """Note a file whose name is that of a picture."""
+        try:
+            state = os.stat(path)
+        except OSError as error:  # gone since its folder was read
+            return self.leave_out(path, _fault(error))
+        if not _is_text(path):
+            self.leave_out(path, BadImage("name is no text", "its name is not in UTF-8; rename it"))
+        elif not stat.S_ISREG(state.st_mode):
+            self.leave_out(path, BadImage("no regular file", "it is a pipe, a socket or a device"))
+        elif not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            self.leave_out(path, _fault(PermissionError()))
+        else:
+            self.seen.add((state.st_dev, state.st_ino))
+            self.found[path] = FileState(path, state.st_size, state.st_mtime_ns)
+
+    def follow_links(self) -> None:
+        """Look at the links that were put aside, and at those that they lead to."""
+        while self.links:
+            links, self.links = sorted(self.links), []
+            for link in links:
+                self._follow(link)
+
+    def _follow(self, link: str) -> None:
+        try:
+            state = os.stat(link)
+        except OSError as error:  # it leads nowhere, or in a circle
+            if is_picture_name(link):
+                detail = f"it leads to {os.path.realpath(link)}, which can't be opened: {error.strerror}"
+                self.leave_out(link, BadImage("broken link", detail))
+            return
+        is_folder = stat.S_ISDIR(state.st_mode)
+        if (not is_folder and not is_picture_name(link)) or (state.st_dev, state.st_ino) in self.seen:
+            return
+        if not self.bounds.hold(Path(link)):
+            detail = f"it leads to {os.path.realpath(link)}, and is not followed; index that folder, too"
+            self.leave_out(link, BadImage("link out of the folder", detail))
+        elif is_folder:
+            self.folder(link)
+        else:
+            self.file(link)
+
+    def leave_out(self, path: str, fault: BadImage) -> None:
+        """Note what is not among the pictures, and why."""
+        shown = path.encode(errors="surrogateescape").decode(errors="replace")
+        self.left_out.append(LeftOut(shown, str(fault)))
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether a file is taken for a picture by the end of its name."""
+    return name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # bytes that are no UTF-8
+        return False
+    return True
+
+
+# --- One by one ------------------------------------------------------------------------------------------------------
+
+
+def read_bytes_digest(path: str | Path) -> str:
+    """BLAKE2b-128 of a file, in hexadecimal, as `Picture.digest`. Raises BadImage where it can't be read."""
+    return _digest(_contents(path)[0])
+
+
+def picture_bytes(path: str | Path) -> bytes:
+    """A file as it is, which begins as a picture within the limits. Raises BadImage where it does not."""
+    data = _contents(path)[0]
+    _opened(data, str(path))
+    return data
+
+
+def read_picture(file: FileState, side: int = 224, exact: bool = False) -> Picture:
+    """Read a picture once: digest, size, EXIF data, pixels and thumbnail. May be called by many threads.
+
+    Args:
+        file: of `find_pictures`.
+        side: pixels that the model's image processor brings the short side to.
+        exact: decode and keep all pixels, unless there are more than 50 million. Otherwise a JPEG is decoded at reduced
+            size (`REDUCED_SIDES`), and the image is brought to `side` by PIL's bicubic filter, as the processor does.
+
+    Raises:
+        BadImage: it can't be read, is no picture, damaged or too large; as `MissingPicture` where it is gone.
+    """
+    data, state = _contents(file.path)
+    opened, preview = _opened(data, file.path)
+    width, height = opened.size
+    is_large = width * height > MAX_IMAGE_PIXELS
+    with _alone if is_large else nullcontext():
+        is_whole = exact and not is_large
+        pixels = _decoded(opened, None if is_whole else max(REDUCED_SIDES * side, THUMBNAIL_SIDE))
+        details = _details(opened, preview, data)
+        small = at_most(pixels, THUMBNAIL_SIDE)
+        image = pixels if is_whole else short_side(pixels, (width, height), side)
+    if preview:
+        width, height = preview.width, preview.height
+    return Picture(
+        FileState(file.path, state.st_size, state.st_mtime_ns),
+        _digest(data),
+        *((height, width) if details.orientation in LYING else (width, height)),
+        details.taken,
+        details.latitude,
+        details.longitude,
+        upright(image, details.orientation),
+        thumbnail_file(upright(small, details.orientation)),
+    )
+
+
+def open_query_picture(path: str | Path) -> PIL.Image.Image:
+    """A picture to search with, whole, upright, RGB, transparent parts white. Raises BadImage as `read_picture`."""
+    path = absolute_folder(path)
+    data = _contents(path)[0]
+    opened, preview = _opened(data, str(path))
+    image = _decoded(opened, None)
+    return upright(image, _details(opened, preview, data).orientation)
+
+
+def _contents(path: str | Path) -> tuple[bytes, os.stat_result]:
+    try:
+        with open_regular_file(path, "the file") as file:
+            state, data = os.fstat(file.fileno()), file.read(MAX_IMAGE_BYTES + 1)
+    except BadImage as error:
+        raise BadImage("no regular file", "it is a folder, a pipe, a socket or a device") from error
+    except OSError as error:
+        raise _fault(error) from error
+    except ValueError as error:  # a zero in the name
+        raise MissingPicture("gone", "there is no file of this name") from error
+    if not data:
+        raise BadImage("empty file", "it has 0 bytes")
+    if len(data) > MAX_IMAGE_BYTES:
+        raise BadImage("too large", f"it has more than {MAX_IMAGE_BYTES / 1e6:.0f} MB")
+    return data, state
+
+
+def _fault(error: OSError) -> BadImage:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return MissingPicture("gone", "there is no file of this name")
+    if isinstance(error, PermissionError):
+        return BadImage("no permission", "it may not be read; its owner can allow it")
+    return BadImage("read error", error.strerror or str(error))
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+def _opened(data: bytes, path: str) -> tuple[PIL.Image.Image, Preview | None]:
+    """The image with nothing but its header decoded, and the preview that it is of, where the file is RAW."""
+    preview = raw_preview(data) if path.lower().endswith(RAW_SUFFIXES) else None
+    try:
+        return open_image(preview.data if preview else data, "the file", MAX_PICTURE_PIXELS, way_out=""), preview
+    except BadImage as error:
+        if needs_heif(data):
+            detail = f"HEIC files of phones are read by pillow-heif, which is not installed: {INSTALL}"
+            raise BadImage("needs pillow-heif", detail) from error
+        if error.reason == "absurd image size":
+            raise BadImage("too large", error.detail) from error
+        if isinstance(error.__cause__, PIL.UnidentifiedImageError):
+            raise BadImage("no picture", f"{error.detail}, or its beginning is damaged") from error
+        raise BadImage("damaged picture", error.detail) from error
+
+
+def _decoded(image: PIL.Image.Image, reduced_to: int | None) -> PIL.Image.Image:
+    """RGB, as it lies in the file; a JPEG perhaps at reduced size, its short side at least `reduced_to`."""
+    try:
+        if reduced_to:
+            image.draft(None, (reduced_to, reduced_to))
+        image.load()
+        return on_white(eight_bits(image))
+    except Exception as error:  # PIL raises a dozen kinds, SyntaxError among them
+        detail = f"its pixels can't be decoded: {str(error) or type(error).__name__}"
+        raise BadImage("damaged picture", detail) from error
+
+
+def _details(image: PIL.Image.Image, preview: Preview | None, data: bytes) -> Details:
+    """What the EXIF data of a decoded image say: in PNG they may stand behind the pixels, and TIFF is turned by PIL."""
+    try:
+        details = read_details(image.getexif())
+    except Exception:  # PIL raises a dozen kinds
+        details = Details()
+    if preview:
+        raw = read_details(raw_exif(data))
+        place = details if details.latitude is not None else raw
+        orientation = details.orientation or preview.orientation
+        details = Details(orientation, details.taken or raw.taken, place.latitude, place.longitude)
+    return details

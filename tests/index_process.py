@@ -1,0 +1,33 @@
+"""Functions that tests run in processes of their own. Forked from a server that has torch, but not lancedb yet."""
+
+import logging
+import os
+import time
+from datetime import timedelta
+
+import lance_namespace  # noqa: F401 - of lancedb what may be forked, and takes longest
+import pandas  # noqa: F401
+import PIL.Image
+
+import capivara_search.adding
+import capivara_search.models
+import capivara_search.table
+from modeling_capivara import CapivaraModel, CapivaraProcessor  # noqa: F401
+
+
+def add(where: str, model: str, folder: str, started, log: str, commit_rows: int = 8, pause_s: float = 0.0) -> None:
+    """`PictureIndex.add` of one picture at a time, with many small commits; tells `started` when it begins."""
+    from capivara_search.index import PictureIndex
+
+    logging.basicConfig(filename=log, level=logging.INFO)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    capivara_search.adding.COMMIT_ROWS = commit_rows
+    capivara_search.table.SMALL_FILES = 6
+    capivara_search.table.KEEP_VERSIONS = timedelta(0)
+    index = PictureIndex.open(where, model=model)
+    index.model.image_digest  # noqa: B018 - computed before the clock starts
+    len(index)  # imports lancedb
+    index.model.images([PIL.Image.new("RGB", (32, 32))])
+    started.set()
+    added = index.add(folder, batch_size=1, on_progress=lambda done, total: time.sleep(pause_s))
+    logging.info("embedded %d", added.embedded)

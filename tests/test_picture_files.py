@@ -1,0 +1,659 @@
+"""Pictures on the disk: which are found, what is read of each, and what is said of those that can't be."""
+
+import io
+import os
+import re
+import shutil
+import struct
+import tempfile
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pytest
+import skimage.data
+from made_raw import made_dng
+from PIL.ExifTags import GPS, IFD, Base
+
+from capivara_search import picture_details, picture_files
+from capivara_search.common import image_files
+from capivara_search.common.image_files import BadImage
+from capivara_search.picture_details import RAW_SUFFIXES, read_details
+from capivara_search.picture_files import (
+    REASONS,
+    FileState,
+    MissingPicture,
+    find_pictures,
+    open_query_picture,
+    picture_bytes,
+    read_bytes_digest,
+    read_picture,
+)
+from capivara_search.picture_pixels import TURNS, short_side, thumbnail_file
+from modeling_capivara import CapivaraImageProcessor
+from modeling_capivara.image_processing_capivara import resize_short_side
+
+SLOW = pytest.mark.slow
+RED, GREEN, BLUE, GREY = (220, 30, 30), (30, 200, 30), (30, 30, 220), (128, 128, 128)
+# Formats whose pictures may lie on their side.
+TURNED_KINDS = ["JPEG", "PNG", "WEBP", "TIFF", *(pytest.param(kind, marks=SLOW) for kind in ("AVIF", "HEIF"))]
+
+
+def corners(size: tuple[int, int] = (80, 60)) -> PIL.Image.Image:
+    """Red, green, blue and grey quarters, from the upper left as one reads: any turn is seen."""
+    image, (width, height) = PIL.Image.new("RGB", size), size
+    for number, colour in enumerate((RED, GREEN, BLUE, GREY)):
+        left, top = number % 2 * width // 2, number // 2 * height // 2
+        image.paste(colour, (left, top, left + width // 2, top + height // 2))
+    return image
+
+
+def as_upright(image: PIL.Image.Image) -> bool:
+    """Whether an image shows `corners`."""
+    width, height = image.size
+    seen = [image.getpixel((x * width // 4, y * height // 4)) for y in (1, 3) for x in (1, 3)]
+    return all(np.abs(np.subtract(a, b)).max() < 40 for a, b in zip(seen, (RED, GREEN, BLUE, GREY), strict=True))
+
+
+def encoded(image: PIL.Image.Image, kind: str = "JPEG", **options) -> bytes:
+    image.save(stream := io.BytesIO(), kind, **options)
+    return stream.getvalue()
+
+
+def saved(path: Path, data: bytes | PIL.Image.Image, **options) -> FileState:
+    """A file, as `find_pictures` sees it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else encoded(data, **options))
+    state = path.stat()
+    return FileState(str(path), state.st_size, state.st_mtime_ns)
+
+
+def photograph(width: int, height: int) -> PIL.Image.Image:
+    """A real one, scaled."""
+    return PIL.Image.fromarray(skimage.data.astronaut()).resize((width, height), PIL.Image.Resampling.BICUBIC)
+
+
+def exif_of(orientation: int | None = None, **dates: str) -> PIL.Image.Exif:
+    exif = PIL.Image.Exif()
+    if orientation:
+        exif[Base.Orientation] = orientation
+    for name, date in dates.items():
+        tag = Base[name]
+        (exif if tag == Base.DateTime else exif.get_ifd(IFD.Exif))[tag] = date
+    return exif
+
+
+def found(*folders: Path) -> tuple[list[str], dict[str, str]]:
+    """Names of pictures, and name -> reason of what was left out, below the first folder."""
+    files, left_out = find_pictures(folders)
+    return (
+        [os.path.relpath(file.path, folders[0]) for file in files],
+        {os.path.relpath(one.path, folders[0]): one.reason for one in left_out},
+    )
+
+
+def reason(path: Path) -> str:
+    with pytest.raises(BadImage) as error:
+        read_picture(FileState(str(path), 0, 0))
+    assert error.value.reason in REASONS and str(path.parent) not in str(error.value)
+    return str(error.value)
+
+
+# --- In folders ------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_folders(tmp_path):
+    names = ["b.JPG", "a/z.heic", "a/é.png", "a/b/c.CR2", "a.jpg", "férias 2024/IMG 1.jpeg"]
+    others = [
+        *("notes.txt", "jpg", ".hidden.jpg", "a/.thumbnails/x.jpg", "@eaDir/b.JPG/thumb.jpg", "__MACOSX/._b.jpg"),
+        *("film.mp4", "a/b.jpg.part", "$RECYCLE.BIN/x.jpg"),
+    ]
+    states = [saved(tmp_path / name, b"anything") for name in names]
+    for name in others:
+        saved(tmp_path / name, b"anything")
+    counts = []
+    files, left_out = find_pictures([tmp_path], counts.append)
+    assert files == sorted(states, key=lambda file: file.path) and not left_out
+    assert counts[-1] == len(names) and counts == sorted(counts)
+    assert find_pictures([tmp_path / "a", tmp_path, str(tmp_path)])[0] == files, "each once, however often it is named"
+
+
+def test_paths_are_absolute_and_named_as_the_user_names_them(tmp_path, monkeypatch):
+    saved(tmp_path / "disk" / "fotos" / "a.jpg", b"x")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "Fotos").symlink_to(tmp_path / "disk" / "fotos")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "home")
+    path = str(tmp_path / "home" / "Fotos" / "a.jpg")
+    for folder in ("~/Fotos", "Fotos", Path("../home/./Fotos/")):
+        assert [file.path for file in find_pictures([folder])[0]] == [path]
+    assert [file.path for file in find_pictures(["Fotos", tmp_path / "disk"])[0]] == [path], "once, though by two names"
+
+
+def test_folders_that_are_none(tmp_path):
+    saved(tmp_path / "a.jpg", b"x")
+    saved(tmp_path / "empty" / "notes.txt", b"x")
+    for folders, message in (
+        ([tmp_path / "gone"], "gone is not there"),
+        ([tmp_path / "a.jpg"], "a.jpg is a file, not a folder"),
+        ([tmp_path, tmp_path / "empty"], r"empty holds no picture\. Names of pictures end in \.jpg, .*\.dng"),
+        ([], "No folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_pictures(folders)
+
+
+def test_links_stay_within_the_folder(tmp_path):
+    fotos = tmp_path / "fotos"
+    saved(tmp_path / "private" / "secret.jpg", b"x")
+    for name in ("a.jpg", ".annex/objects/k1.jpg", ".annex/more/k2.jpg", "year/b.jpg"):
+        saved(fotos / name, b"x")
+    for link, target in (
+        ("out.jpg", tmp_path / "private" / "secret.jpg"),
+        ("out", tmp_path / "private"),
+        ("notes", tmp_path / "private" / "secret.jpg"),  # no name of a picture: nobody misses it
+        ("same.jpg", fotos / "a.jpg"),  # found under its own name
+        ("again", fotos / "year"),
+        ("year/round", fotos),
+        ("year/itself", fotos / "year" / "itself"),
+        ("kept.jpg", fotos / ".annex" / "objects" / "k1.jpg"),  # as git-annex keeps pictures
+        ("more", fotos / ".annex" / "more"),
+        ("lost.jpg", fotos / "nowhere.jpg"),
+    ):
+        (fotos / link).symlink_to(target)
+    names, left_out = found(fotos)
+    assert names == ["a.jpg", "kept.jpg", "more/k2.jpg", "year/b.jpg"]
+    assert {name: why.split(":")[0] for name, why in left_out.items()} == {
+        "out.jpg": "link out of the folder",
+        "out": "link out of the folder",
+        "lost.jpg": "broken link",
+    }
+    names, left_out = found(fotos, tmp_path / "private")
+    assert "../private/secret.jpg" in names and set(left_out) == {"lost.jpg"}, "within one of the folders"
+
+
+def test_pipes_are_never_opened(tmp_path):
+    saved(tmp_path / "a.jpg", b"x")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    names, left_out = found(tmp_path)
+    assert names == ["a.jpg"]
+    assert left_out["pipe.jpg"].startswith("no regular file: it is a pipe")
+    assert left_out["zero.jpg"].startswith("link out of the folder")
+    assert reason(tmp_path / "pipe.jpg").startswith("no regular file")
+    assert reason(tmp_path / "zero.jpg").startswith("no regular file")
+    assert reason(tmp_path).startswith("no regular file")
+
+
+@pytest.fixture
+def of_somebody():
+    """A folder whose permissions count: root, whom none stop, becomes nobody for the test."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o755)
+    yield folder
+    if os.getuid() == 0:
+        os.seteuid(0)
+    for path in folder.rglob("*"):
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+def test_what_may_not_be_read_is_listed(of_somebody):
+    readable, shut = saved(of_somebody / "a.jpg", corners()), saved(of_somebody / "shut.jpg", corners())
+    saved(of_somebody / "closed" / "b.jpg", corners())
+    saved(of_somebody / "root" / "b.jpg", corners())
+    for name in ("shut.jpg", "closed", "root"):
+        (of_somebody / name).chmod(0)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    names, left_out = found(of_somebody)
+    assert names == ["a.jpg"] and set(left_out) == {"shut.jpg", "closed", "root"}
+    assert all(why.startswith("no permission: ") for why in left_out.values())
+    with pytest.raises(ValueError, match=r"root can't be opened: no permission"):
+        find_pictures([of_somebody / "root"])
+    assert reason(Path(shut.path)).startswith("no permission")
+    assert read_picture(readable).image.size == (80, 60)
+
+
+def test_names_that_are_no_text(tmp_path):
+    saved(tmp_path / "a.jpg", b"x")
+    try:
+        os.close(os.open(os.fsencode(tmp_path) + b"/f\xe9rias.jpg", os.O_CREAT))
+    except OSError:
+        pytest.skip("this disk takes UTF-8 alone")
+    names, left_out = found(tmp_path)
+    assert names == ["a.jpg"] and left_out == {"f�rias.jpg": "name is no text: its name is not in UTF-8; rename it"}
+
+
+@pytest.mark.slow
+def test_many_pictures_are_found_soon(tmp_path):
+    """A hundred thousand take 0.6 to 0.9 s; to make them here would take more than a minute."""
+    for number in range(10_000):
+        if number % 1000 == 0:
+            (folder := tmp_path / f"{number}").mkdir()
+        os.close(os.open(folder / f"IMG_{number}.JPG", os.O_CREAT))
+    start = time.process_time()
+    assert len(find_pictures([tmp_path])[0]) == 10_000
+    assert time.process_time() - start < 0.5
+
+
+# --- What is read of a picture ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000", "PPM", "HEIF"])
+def test_every_format(kind, tmp_path):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif")
+    file = saved(tmp_path / "a.jpg", corners((400, 300)), kind=kind)  # by what it holds, not by its name
+    for exact in (False, True):
+        picture = read_picture(file, side=64, exact=exact)
+        assert (picture.width, picture.height) == (400, 300) and picture.file == file
+        assert picture.image.mode == "RGB" and as_upright(picture.image)
+        assert picture.image.size == ((400, 300) if exact else (85, 64))
+        thumbnail = PIL.Image.open(io.BytesIO(picture.thumbnail))
+        assert thumbnail.format == "WEBP" and thumbnail.size == (256, 192) and as_upright(thumbnail.convert("RGB"))
+        assert picture.taken is picture.latitude is picture.longitude is None
+    assert as_upright(open_query_picture(file.path)) and picture_bytes(file.path) == Path(file.path).read_bytes()
+
+
+@pytest.mark.parametrize("kind", TURNED_KINDS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_upright(orientation, kind, tmp_path):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif")
+    # The size shows that the shape comes from the file, where reduced sides are rounded up.
+    lying = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}.get(orientation)  # the turn that undoes that of EXIF
+    image = corners((1212, 900)) if lying is None else corners((1212, 900)).transpose(TURNS[lying])
+    file = saved(tmp_path / "a", image, kind=kind, exif=exif_of(orientation).tobytes())
+    for exact in (False, True):
+        picture = read_picture(file, side=32, exact=exact)
+        assert (picture.width, picture.height) == (1212, 900)
+        assert as_upright(picture.image) and picture.image.size == ((1212, 900) if exact else (43, 32))
+        assert as_upright(PIL.Image.open(io.BytesIO(picture.thumbnail)).convert("RGB"))
+    assert as_upright(open_query_picture(file.path))
+
+
+def test_copies_and_moved_files_have_one_digest(tmp_path):
+    file = saved(tmp_path / "a.jpg", corners())
+    expected = blake2b(Path(file.path).read_bytes(), digest_size=16).hexdigest()
+    shutil.copy(file.path, tmp_path / "copy.png")
+    (tmp_path / "a.jpg").rename(tmp_path / "moved.jpg")
+    for name in ("copy.png", "moved.jpg"):
+        path = str(tmp_path / name)
+        assert read_bytes_digest(path) == read_picture(FileState(path, 0, 0)).digest == expected
+    other = saved(tmp_path / "other.jpg", corners(), quality=60)
+    assert read_bytes_digest(other.path) != expected
+
+
+def test_state_is_that_of_what_was_read(tmp_path):
+    """A file that was written between the walk and the reading: its row must not say the older state."""
+    before = saved(tmp_path / "a.jpg", corners())
+    after = saved(tmp_path / "a.jpg", corners((90, 60)))
+    assert read_picture(before).file == after != before
+
+
+def test_animated_pictures_by_their_first_frame(tmp_path):
+    frames = [PIL.Image.new("RGB", (60, 40), colour) for colour in (GREEN, RED, BLUE)]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF", "MPO", "AVIF"):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+        picture = read_picture(saved(tmp_path / "a.gif", data), exact=True)
+        assert picture.image.size == (60, 40)
+        assert np.abs(np.subtract(picture.image.getpixel((20, 20)), GREEN)).max() < 25, kind
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "I;16", "I", "F", "YCbCr", "LAB", "La", "RGBa"])
+def test_every_mode_becomes_rgb(mode, tmp_path):
+    """Lighter on the left, whatever there is of colours; what is transparent is white, as on the page."""
+    grey = PIL.Image.fromarray(np.repeat([[230, 20]], 32, axis=1).astype(np.uint8).repeat(48, axis=0))
+    if mode in ("I;16", "I", "F"):
+        image = PIL.Image.fromarray(np.asarray(grey).astype({"I;16": "uint16", "I": "int32", "F": "float32"}[mode]))
+        image = PIL.Image.fromarray(np.asarray(grey).astype(np.uint16) * 257) if mode == "I;16" else image
+    elif mode in ("La", "RGBa"):
+        image = grey.convert("LA" if mode == "La" else "RGBA").convert(mode)
+    else:
+        image = grey.convert("RGB").convert(mode)
+    assert image.mode == mode
+    kinds = {"YCbCr": "JPEG"} | dict.fromkeys(("RGBA", "LA", "P", "L", "1", "I;16"), "PNG")
+    if mode in ("La", "RGBa"):
+        read = picture_files.on_white(image)
+    else:
+        read = read_picture(saved(tmp_path / "a", image, kind=kinds.get(mode, "TIFF")), exact=True).image
+    left, right = np.asarray(read)[:, :30].mean(), np.asarray(read)[:, 34:].mean()
+    assert read.mode == "RGB" and left > 200 and right < 50
+
+
+def test_transparent_parts_are_white(tmp_path):
+    logo = PIL.Image.new("RGBA", (300, 300), (0, 0, 0, 0))
+    logo.paste((0, 0, 0, 255), (100, 100, 200, 200))
+    palette = PIL.Image.new("P", (300, 300), 1)
+    palette.putpalette([0, 0, 0, 0, 0, 0])
+    palette.paste(0, (100, 100, 200, 200))
+    for data in (encoded(logo, "PNG"), encoded(logo, "WEBP", lossless=True), encoded(palette, "GIF", transparency=1)):
+        picture = read_picture(saved(tmp_path / "a.png", data), side=150)
+        for image in (picture.image, PIL.Image.open(io.BytesIO(picture.thumbnail)).convert("RGB")):
+            assert min(image.getpixel((5, 5))) > 245
+            assert max(image.getpixel((image.width // 2, image.height // 2))) < 10
+
+
+# --- Decoded at reduced size -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(500, 333), *(pytest.param(size, marks=SLOW) for size in [(1353, 677), (1613, 1380), (1346, 2689), (4000, 401)])],
+)
+def test_images_are_those_of_the_image_processor(size, tmp_path):
+    """All pixels to the last bit, reduced JPEGs to half a level; and none is shifted by a rounded side."""
+    processor = CapivaraImageProcessor()
+    image = photograph(*size)
+    for kind in ("PNG", "JPEG"):
+        file = saved(tmp_path / "a", image, kind=kind)
+        exact, reduced = read_picture(file, exact=True), read_picture(file)
+        assert exact.image.size == size == (reduced.width, reduced.height) and min(reduced.image.size) == 224
+        wanted, got = processor([exact.image, reduced.image], do_normalize=False).pixel_values.numpy() * 255
+        assert np.asarray(exact.image).tobytes() == np.asarray(PIL.Image.open(file.path)).tobytes()
+        difference = np.sqrt(np.square(wanted - got).mean())
+        assert difference == 0 if kind == "PNG" or min(size) < 2 * 3 * 224 else 0 < difference < 0.8
+
+
+def test_shapes_are_those_of_the_image_processor():
+    generator = np.random.default_rng(0)
+    for width, height in generator.integers(225, 900, (100, 2)).tolist():
+        image = PIL.Image.new("L", (width, height))
+        assert short_side(image, image.size, 224).size == resize_short_side(image, 224, 3, 2**30).size
+
+
+def test_embeddings_of_reduced_pictures(tiny_model, tiny_processor, tmp_path, monkeypatch):
+    """At the least size that a JPEG is decoded at: a quarter here, 102 pixels for 32."""
+    from modeling_capivara.embedding import embed_images
+
+    monkeypatch.setattr(picture_files, "THUMBNAIL_SIDE", 1)
+    names = ("astronaut", "coffee", "chelsea", "rocket", "camera", "hubble_deep_field")
+    pairs = []
+    for name in names:
+        image = PIL.Image.fromarray(getattr(skimage.data, name)()).convert("RGB")
+        file = saved(tmp_path / "a.jpg", image.resize((605, 409)), quality=92)
+        pairs.append([read_picture(file, side=32, exact=exact) for exact in (True, False)])
+    embeds = [embed_images(tiny_model, tiny_processor, [pair[i].image for pair in pairs], 32) for i in (0, 1)]
+    assert all(pair[1].image.size == (47, 32) for pair in pairs)
+    assert (embeds[0] * embeds[1]).sum(dim=-1).min() > 0.999
+    assert (embeds[0] @ embeds[0].T).min() < 0.99, "or all pictures would look alike to this model"
+
+
+def test_thumbnails_are_sharp_however_small_the_model_is(tmp_path):
+    picture = read_picture(saved(tmp_path / "a.jpg", photograph(2400, 1800)), side=16)
+    assert picture.image.size == (21, 16)
+    thumbnail = PIL.Image.open(io.BytesIO(picture.thumbnail)).convert("RGB")
+    expected = PIL.Image.open(io.BytesIO(thumbnail_file(photograph(2400, 1800)))).convert("RGB")
+    assert thumbnail.size == (256, 192)
+    assert np.abs(np.asarray(thumbnail).astype(int) - np.asarray(expected)).mean() < 2
+
+
+def test_small_pictures_are_left_to_the_image_processor(tmp_path):
+    picture = read_picture(saved(tmp_path / "a.png", corners((50, 40)), kind="PNG"))
+    assert picture.image.size == (50, 40)
+    assert PIL.Image.open(io.BytesIO(picture.thumbnail)).size == (50, 40)
+
+
+def test_pictures_of_the_largest_cameras(tmp_path, monkeypatch):
+    """Above the limit of rows of data sets they are read one after another, and are not kept whole."""
+    file = saved(tmp_path / "a.jpg", photograph(1600, 1200))
+    monkeypatch.setattr(picture_files, "MAX_IMAGE_PIXELS", 1_000_000)
+    picture = read_picture(file, exact=True)
+    assert (picture.width, picture.height) == (1600, 1200) and picture.image.size == (298, 224)
+    with picture_files._alone, ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(read_picture, file)
+        time.sleep(0.2)
+        assert not waiting.done()
+        picture_files._alone.release()
+        assert waiting.result().digest == picture.digest
+        picture_files._alone.acquire()
+
+
+# --- RAW and HEIC ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_raw_by_its_preview(orientation, tmp_path):
+    pytest.importorskip("rawpy")
+    lying = {3: 3, 6: 8, 8: 6}.get(orientation)
+    image = corners((640, 480)) if orientation in (1, 3) else corners((480, 640))
+    preview = image if lying is None else image.transpose(TURNS[lying])
+    for exif in (None, exif_of(DateTimeOriginal="2001:01:01 00:00:00")):  # LibRaw writes EXIF where there is none
+        data = encoded(preview, exif=exif) if exif else encoded(preview)
+        file = saved(tmp_path / "IMG_1.DNG", made_dng(data, orientation, (66, 50)))
+        picture = read_picture(file, exact=True)
+        assert (picture.width, picture.height) == ((66, 50) if orientation in (1, 3) else (50, 66))
+        assert picture.image.size == image.size and as_upright(picture.image)
+        assert picture.taken == (datetime(2001, 1, 1) if exif else datetime(2024, 7, 9, 10, 11, 12))
+        assert (picture.latitude, picture.longitude) == pytest.approx((-22.9, -47.06))
+        assert picture.digest == read_bytes_digest(file.path)
+        assert as_upright(open_query_picture(file.path)) and picture_bytes(file.path) == Path(file.path).read_bytes()
+
+
+def test_raw_that_cannot_be_read(tmp_path, monkeypatch):
+    pytest.importorskip("rawpy")
+    whole = made_dng(encoded(corners((640, 480))))
+    saved(tmp_path / "none.dng", made_dng(None))
+    assert reason(tmp_path / "none.dng").startswith("no preview: the RAW file holds no preview")
+    saved(tmp_path / "cut.nef", whole[:3000])
+    assert re.match("(damaged picture|no preview): ", reason(tmp_path / "cut.nef"))
+    saved(tmp_path / "text.cr2", b"a text" * 100)
+    assert reason(tmp_path / "text.cr2").startswith("damaged picture: the RAW file can't be read")
+    saved(tmp_path / "bomb.dng", made_dng(jpeg_of_size(encoded(corners()), 20_000, 20_000)))
+    assert reason(tmp_path / "bomb.dng").startswith("too large")
+    saved(tmp_path / "whole.dng", whole)
+    monkeypatch.setattr(picture_details, "rawpy", None)
+    assert 'pip install "modeling-capivara[search]"' in reason(tmp_path / "whole.dng")
+    assert len(find_pictures([tmp_path])[0]) == 5, "a folder's pictures are counted whether they can be read or not"
+
+
+def test_raw_suffixes(tmp_path):
+    assert set(RAW_SUFFIXES) == set([".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw"])
+    for suffix in RAW_SUFFIXES:
+        saved(tmp_path / f"a{suffix.upper()}", b"x")
+    assert len(find_pictures([tmp_path])[0]) == len(RAW_SUFFIXES)
+
+
+def test_heic_without_its_package(tmp_path, monkeypatch):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(corners((400, 300))).save(tmp_path / "a.heic")
+    assert as_upright(read_picture(FileState(str(tmp_path / "a.heic"), 0, 0)).image)
+    monkeypatch.setattr(image_files, "pillow_heif", None)
+    monkeypatch.setattr(image_files, "_FORMATS", tuple(name for name in image_files._FORMATS if name != "HEIF"))
+    assert 'pillow-heif, which is not installed: pip install "modeling-capivara[search]"' in reason(tmp_path / "a.heic")
+
+
+# --- EXIF ------------------------------------------------------------------------------------------------------------
+
+
+def taken(**dates: str) -> datetime | None:
+    return read_details(exif_of(**dates)).taken
+
+
+def test_when_a_picture_was_taken(tmp_path):
+    original, digitized, changed = "2023:12:31 23:59:58", "2024:01:02 03:04:05", "2024:05:06 07:08:09"
+    exif = exif_of(DateTimeOriginal=original, DateTimeDigitized=digitized, DateTime=changed)
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "HEIF"):
+        if kind in PIL.Image.SAVE:
+            file = saved(tmp_path / "a", corners(), kind=kind, exif=exif.tobytes())
+            assert read_picture(file).taken == datetime(2023, 12, 31, 23, 59, 58), kind
+    assert taken(DateTimeDigitized=digitized, DateTime=changed) == datetime(2024, 1, 2, 3, 4, 5)
+    assert taken(DateTimeOriginal="0000:00:00 00:00:00", DateTime=changed) == datetime(2024, 5, 6, 7, 8, 9)
+    assert taken(DateTimeOriginal="2024-02-29T01:02:03\0") == datetime(2024, 2, 29, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        *("", "    :  :     :  :  ", "0000:00:00 00:00:00", "2023:02:30 10:00:00", "2023:12:31 24:00:00", "2023:12:31"),
+        *("0001:01:01 00:00:00", "yesterday", "2023:13:01 10:00:00", "\0" * 20, "20231231 100000"),
+        "2023:١٢:31 10:00:00",
+    ],
+)
+def test_dates_that_are_none(date):
+    assert taken(DateTimeOriginal=date) is None
+
+
+def placed(latitude: object, south: object, longitude: object, west: object) -> tuple[float | None, float | None]:
+    exif = PIL.Image.Exif()
+    exif.get_ifd(IFD.GPSInfo).update({
+        GPS.GPSLatitude: latitude, GPS.GPSLatitudeRef: south, GPS.GPSLongitude: longitude, GPS.GPSLongitudeRef: west,
+    })  # fmt: skip
+    details = read_details(exif)
+    return details.latitude, details.longitude
+
+
+def test_where_a_picture_was_taken(tmp_path):
+    exif = exif_of()
+    exif.get_ifd(IFD.GPSInfo).update({
+        GPS.GPSLatitude: (22.0, 54.0, 21.6), GPS.GPSLatitudeRef: "S",
+        GPS.GPSLongitude: (47.0, 3.6, 0.0), GPS.GPSLongitudeRef: "W",
+    })  # fmt: skip
+    picture = read_picture(saved(tmp_path / "a.jpg", corners(), exif=exif))
+    assert (picture.latitude, picture.longitude) == pytest.approx((-22.906, -47.06))
+    assert not PIL.Image.open(io.BytesIO(picture.thumbnail)).getexif(), "it may be shown to others"
+    assert placed((52.5,), b"N\0", (13, 24), "e") == pytest.approx((52.5, 13.4))
+
+
+def test_places_that_are_none():
+    good, nothing = (10.0, 30.0, 0.0), (None, None)
+    assert placed(good, "N", good, "E") == (10.5, 10.5)
+    assert placed((0.0, 0.0, 0.0), "N", (0.0, 0.0, 0.0), "E") == nothing, "a phone without a fix"
+    assert placed((0.0, 0.0, 0.0), "N", good, "E") == (0.0, 10.5), "the equator"
+    for bad in ((91.0,), (-3.0, 0.0, 0.0), (float("nan"),) * 3, (float("inf"), 0, 0), (), (1, 2, 3, 4), "10", 5):
+        assert placed(bad, "N", good, "E") == nothing, bad
+    for side in (None, "", "X", 7, b"\xff"):
+        assert placed(good, side, good, "E") == placed(good, "N", good, side) == nothing, side
+    assert placed(good, "N", (180.5,), "W") == nothing
+
+
+def with_exif(exif: bytes) -> bytes:
+    """A JPEG file with these bytes as its EXIF data."""
+    data = encoded(corners((400, 300)))
+    segment = b"Exif\0\0" + exif
+    return data[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + data[2:]
+
+
+def test_broken_exif_never_fails_a_picture(tmp_path):
+    exif = exif_of(6, DateTimeOriginal="2023:12:31 23:59:58")
+    exif.get_ifd(IFD.GPSInfo)[GPS.GPSLatitude] = (1.0, 2.0, 3.0)
+    good, generator = exif.tobytes()[6:], np.random.default_rng(0)
+    assert read_picture(saved(tmp_path / "a.jpg", with_exif(good))).height == 400
+    broken = [b"", b"x", b"II*\0", b"MM\0*\xff\xff\xff\xff", good[: len(good) // 2], b"II*\0\x08\0\0\0\xff\xff" + good]
+    for _ in range(30):
+        damaged = bytearray(good)
+        for place in generator.integers(0, len(good), 4):
+            damaged[place] = generator.integers(0, 256)
+        broken.append(bytes(damaged))
+    for data in broken:
+        picture = read_picture(saved(tmp_path / "a.jpg", with_exif(data)))
+        assert {picture.width, picture.height} == {400, 300}
+    assert open_query_picture(tmp_path / "a.jpg").mode == "RGB"
+    tiff = encoded(corners((400, 300)), "TIFF", exif=exif.tobytes())
+    for tag in (IFD.Exif, IFD.GPSInfo):
+        at = tiff.index(struct.pack("<HH", tag, 4)) + 8
+        for place in (0, len(tiff) + 100, 2**32 - 1, at):
+            picture = read_picture(saved(tmp_path / "a.tif", tiff[:at] + struct.pack("<I", place) + tiff[at + 4 :]))
+            assert (picture.width, picture.height) == (300, 400)
+
+
+# --- What is no picture ----------------------------------------------------------------------------------------------
+
+
+def jpeg_of_size(data: bytes, width: int, height: int) -> bytes:
+    """A JPEG file whose header says another size."""
+    at = data.index(b"\xff\xc0") + 5
+    return data[:at] + struct.pack(">HH", height, width) + data[at + 4 :]
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    data = bytearray(encoded(PIL.Image.new("1", (8, 8)), "PNG"))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+def test_files_that_are_no_pictures(tmp_path, monkeypatch):
+    whole = encoded(photograph(640, 480))
+    for data, expected in (
+        (b"", "empty file: it has 0 bytes"),
+        ("não sou imagem".encode(), "no picture: the file is no image of JPEG, PNG"),
+        (whole[:20], "no picture: .*or its beginning is damaged"),
+        (whole[: len(whole) // 2], "damaged picture: its pixels can't be decoded: .*truncated"),
+        (encoded(photograph(640, 480), "PNG")[:5000], "damaged picture: its pixels can't be decoded"),
+        (encoded(photograph(64, 48), "WEBP")[:500], "(damaged|no) picture"),
+        (encoded(corners(), "PCX"), "no picture"),  # not a format of photographs
+        (jpeg_of_size(whole, 20_000, 15_000), "too large: the file has 20000 x 15000 pixels; all may be 200,000,000,"),
+        (png_of_size(40_000, 50_000), "too large"),
+        (png_of_size(5, 1000), "too large: the file has 5 x 1000 pixels; .* 50 times the shorter"),
+    ):
+        saved(tmp_path / "a.jpg", data)
+        assert re.match(expected, reason(tmp_path / "a.jpg")), expected
+        with pytest.raises(BadImage):
+            open_query_picture(tmp_path / "a.jpg")
+    saved(tmp_path / "a.jpg", whole)
+    monkeypatch.setattr(picture_files, "MAX_IMAGE_BYTES", len(whole) - 1)
+    assert reason(tmp_path / "a.jpg").startswith("too large: it has more than")
+    with pytest.raises(BadImage, match="too large"):
+        picture_bytes(tmp_path / "a.jpg")
+
+
+def test_a_file_that_is_gone(tmp_path):
+    def as_row(path: str | Path) -> None:
+        read_picture(FileState(str(path), 1, 1))
+
+    for path in (tmp_path / "gone.jpg", tmp_path / "gone" / "a.jpg", "a\0b.jpg"):
+        for read in (read_bytes_digest, open_query_picture, picture_bytes, as_row):
+            with pytest.raises(MissingPicture, match="gone: there is no file of this name") as error:
+                read(path)
+    assert isinstance(error.value, FileNotFoundError) and isinstance(error.value, BadImage)
+
+
+def test_a_disk_that_fails(tmp_path, monkeypatch):
+    saved(tmp_path / "a.jpg", corners())
+    real = os.open
+
+    def failing(path, flags, *rest):
+        if str(path).endswith("a.jpg"):
+            raise OSError(5, "Input/output error")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", failing)
+    assert reason(tmp_path / "a.jpg") == "read error: Input/output error"
+
+
+# --- Threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_threads_read_the_same(tmp_path):
+    """Pictures of every kind at once, many times over: each comes out as alone."""
+    files = [
+        saved(tmp_path / "a.jpg", photograph(1600, 1200), exif=exif_of(6)),
+        saved(tmp_path / "b.png", corners((300, 200)).convert("RGBA"), kind="PNG"),
+        saved(tmp_path / "c.gif", corners((300, 200)), kind="GIF"),
+        saved(tmp_path / "d.webp", photograph(500, 400), kind="WEBP"),
+        saved(tmp_path / "e.jpg", b"no picture"),
+    ]
+    if picture_details.rawpy:
+        files.append(saved(tmp_path / "f.dng", made_dng(encoded(photograph(640, 480)), 8)))
+    if image_files.pillow_heif:
+        files.append(saved(tmp_path / "g.heic", photograph(320, 200), kind="HEIF"))
+
+    def content(file: FileState) -> tuple:
+        try:
+            picture = read_picture(file)
+        except BadImage as error:
+            return (str(error),)
+        return picture.digest, picture.width, picture.taken, picture.image.tobytes(), picture.thumbnail
+
+    alone = [content(file) for file in files]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(content, files * 4)) == alone * 4

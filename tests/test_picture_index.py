@@ -1,0 +1,399 @@
+"""An index of pictures: what is added, kept, found and answered. Everything runs on a tiny model."""
+
+import logging
+import os
+import shutil
+from datetime import date, datetime
+
+import numpy as np
+import PIL.Image
+import pytest
+from made_index import make_pictures, rows_of, save_model
+
+from capivara_search import adding, table
+from capivara_search.index import PictureIndex
+from capivara_search.models import find_model
+from capivara_search.near_duplicates import near_groups
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory, tiny_processor):
+    """One model, another text side, another image side, and another width."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "base": str(save_model(folder / "base", tiny_processor)),
+        "text": str(save_model(folder / "text", tiny_processor, text_seed=7)),
+        "image": str(save_model(folder / "image", tiny_processor, seed=3)),
+        "wide": str(save_model(folder / "wide", tiny_processor, seed=4, projection_dim=32)),
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_pictures(tmp_path / "fotos", 20)
+    return tmp_path / "fotos"
+
+
+@pytest.fixture
+def index(tmp_path, folder, models):
+    found = PictureIndex.open(tmp_path / "i.lance", model=models["base"])
+    found.add(folder)
+    return found
+
+
+def reads(monkeypatch) -> list[str]:
+    """The paths whose files are opened from here on."""
+    opened = []
+    for name in ("read_picture", "read_bytes_digest"):
+        real = getattr(adding, name)
+
+        def noted(file, *args, real=real, **options):
+            opened.append(str(getattr(file, "path", file)))
+            return real(file, *args, **options)
+
+        monkeypatch.setattr(adding, name, noted)
+    return opened
+
+
+def test_hits_are_those_of_the_model_itself_best_first(index, folder):
+    paths = sorted(str(path) for path in folder.rglob("*.png"))
+    images = [PIL.Image.open(path).convert("RGB") for path in paths]
+    scores = index.model.images(images) @ index.model.texts(["um gato"])[0]
+    hits = index.search("um gato", k=7)
+    best = np.argsort(-scores)[:7]
+    assert [hit.path for hit in hits] == [paths[i] for i in best]
+    np.testing.assert_allclose([hit.score for hit in hits], scores[best], atol=2e-3)  # vectors are kept in float16
+    assert (hits[0].width, hits[0].height) == images[best[0]].size
+    assert hits[0].size == os.path.getsize(hits[0].path)
+    assert abs(hits[0].modified.timestamp() - os.path.getmtime(hits[0].path)) < 1e-3
+
+
+def test_text_and_picture_are_searched_by_their_mean(index, folder):
+    like = folder / "d0" / "p0000.png"
+    text, picture = index.model.texts(["um gato"])[0], index.vectors([str(like)])[0]
+    both = index.search("um gato", like=like, k=20)
+    expected = index.search_vector(text + picture, k=20)
+    assert [hit.path for hit in both] == [hit.path for hit in expected]
+    assert index.search(like=like, k=1)[0].path == str(like)
+    assert index.search(like=PIL.Image.open(like).convert("RGB"), k=1)[0].path == str(like)
+
+
+@pytest.mark.parametrize("query", [{}, {"text": ""}, {"text": " \n"}, {"text": None}])
+def test_an_empty_query_is_an_error(index, query):
+    with pytest.raises(ValueError, match="The query is empty"):
+        index.search(**query)
+
+
+def test_a_query_of_ten_thousand_letters_is_answered(index):
+    assert len(index.search("gato " * 2000, k=3)) == 3
+
+
+def test_what_has_not_changed_is_not_read_again(index, folder, monkeypatch):
+    opened, before = reads(monkeypatch), index.version()
+    added = index.add(folder)
+    assert (added.unchanged, added.embedded, added.new, opened) == (20, 0, 0, [])
+    assert index.version() == before, "nothing has changed, but the version says so"
+
+
+def test_a_touched_file_is_compared_by_its_content_and_keeps_its_vector(index, folder, monkeypatch):
+    path = folder / "d1" / "p0001.png"
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    opened = reads(monkeypatch)
+    added = index.add(folder)
+    assert (added.unchanged, added.embedded, added.changed, opened) == (20, 0, 0, [str(path)])
+    assert index.row(str(path)).modified == datetime.fromtimestamp(1_000_000_000)
+    assert index.add(folder).unchanged == 20
+    assert len(opened) == 1
+
+
+def test_moved_copied_changed_vanished_and_broken_files(index, folder):
+    vector = index.vectors([str(folder / "d0" / "p0000.png")])
+    (folder / "d0" / "p0000.png").rename(folder / "novo.png")
+    shutil.copy(folder / "d1" / "p0001.png", folder / "copia.png")
+    make_pictures(folder / "outra", 1, seed=9)[0].rename(folder / "d2" / "p0002.png")
+    (folder / "d3" / "p0003.png").unlink()
+    (folder / "d4" / "p0004.png").write_bytes(b"no picture")
+    added = index.add(folder)
+    counts = (added.moved, added.new, added.changed, added.removed, added.embedded, added.unchanged)
+    assert counts == (1, 1, 1, 1, 1, 16)
+    assert [one.path for one in added.left_out] == [str(folder / "d4" / "p0004.png")]
+    assert added.left_out[0].reason
+    np.testing.assert_array_equal(index.vectors([str(folder / "novo.png")]), vector)
+    gone = [folder / "d0" / "p0000.png", folder / "d3" / "p0003.png", folder / "d4" / "p0004.png"]
+    assert [index.row(str(path)) for path in gone] == [None] * 3
+    assert len(index) == 19
+
+
+def test_a_broken_file_is_listed_again_without_being_read_and_found_when_mended(index, folder, monkeypatch):
+    broken = folder / "d0" / "quebrada.jpg"
+    broken.write_bytes(b"no picture")
+    first = index.add(folder).left_out
+    opened = reads(monkeypatch)
+    assert index.add(folder).left_out == first == index.status().left_out
+    assert opened == []
+    PIL.Image.new("RGB", (50, 50), "red").save(broken)
+    added = index.add(folder)
+    assert (added.new, added.left_out, index.status().left_out) == (1, [], [])
+    broken.write_bytes(b"again")
+    assert len(index.add(folder).left_out) == 1
+    broken.unlink()
+    assert index.add(folder).left_out == []
+
+
+def test_a_copy_within_one_run_is_embedded_once(tmp_path, folder, models):
+    for number in range(3):
+        shutil.copy(folder / "d0" / "p0000.png", folder / f"copia{number}.png")
+    index = PictureIndex.open(tmp_path / "j.lance", model=models["base"])
+    added = index.add(folder, batch_size=2)
+    assert (added.new, added.embedded, len(index)) == (23, 20, 23)
+
+
+def test_equal_pictures_come_in_the_order_of_their_paths(index, folder):
+    names = [folder / f"z{number:02d}.png" for number in range(40)]
+    for name in names:
+        shutil.copy(folder / "d0" / "p0000.png", name)
+    index.add(folder)
+    hits = index.search(like=folder / "d0" / "p0000.png", k=5)
+    assert [hit.path for hit in hits] == [str(folder / "d0" / "p0000.png"), *map(str, names[:4])]
+
+
+@pytest.mark.parametrize("fault", ["empty", "gone"])
+def test_a_folder_that_has_become_empty_or_unreachable_removes_nothing(index, folder, fault):
+    kept = folder.rename(folder.with_name("disk"))
+    if fault == "empty":
+        folder.mkdir()
+    with pytest.raises(ValueError, match=r"keeps its 20 pictures of these folders; `forget` removes them"):
+        index.add(folder)
+    with pytest.raises(ValueError, match="keeps its 20 pictures"):
+        index.add(kept, folder)
+    assert len(index) == 20
+    assert index.forget(folder) == 20
+
+
+def test_the_table_of_another_folder_is_left_alone(index, folder, tmp_path):
+    other = tmp_path / "fotos2"  # a name that begins like the other one's
+    make_pictures(other, 3, seed=5)
+    assert index.add(other).new == 3
+    assert index.folders() == {str(folder): 20, str(other): 3}
+    assert index.add().unchanged == 23
+    assert index.forget(folder) == 20
+    assert index.folders() == {str(other): 3}
+
+
+def test_filters_by_folder_and_date(index, folder):
+    strange = folder / "d'0%_x"
+    make_pictures(strange, 3, seed=8)
+    os.utime(strange / "d0" / "p0000.png", (datetime(2021, 5, 3, 12).timestamp(),) * 2)
+    exif = PIL.Image.Exif()
+    exif.get_ifd(PIL.ExifTags.IFD.Exif)[PIL.ExifTags.Base.DateTimeOriginal] = "2021:05:02 23:59:59"
+    PIL.Image.new("RGB", (60, 50), "blue").save(strange / "taken.jpg", exif=exif)
+    index.add(folder)
+    assert {hit.path for hit in index.search("gato", k=50, folder=strange)} == {
+        str(path) for path in strange.rglob("*.*")
+    }
+    assert len(index.search("gato", k=50, folder=folder / "d0")) == 4
+    day = {"since": date(2021, 5, 2), "until": date(2021, 5, 2)}
+    assert [hit.path for hit in index.search("gato", **day)] == [str(strange / "taken.jpg")]
+    next_day = {"since": date(2021, 5, 3), "until": date(2021, 5, 3)}
+    assert [hit.path for hit in index.search("gato", **next_day)] == [str(strange / "d0" / "p0000.png")]
+    assert len(index.search("gato", k=50, until=date(2021, 5, 3))) == 2
+    assert index.search("gato", folder=folder / "nothing") == []
+    with pytest.raises(ValueError, match="since must not be after until"):
+        index.search("gato", since=date(2021, 5, 3), until=date(2021, 5, 2))
+    assert index.status().first == index.status().last == datetime(2021, 5, 2, 23, 59, 59)
+
+
+def test_another_text_side_embeds_nothing_again_and_says_so(index, folder, models, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "capivara"):
+        other = PictureIndex.open(tmp_path / "i.lance", model=models["text"])
+        assert other.search("um gato", k=20) != index.search("um gato", k=20)
+        assert other.add(folder).embedded == 0
+    assert "Exchange of the text side, text for base: 0 pictures embedded again." in caplog.text
+    assert PictureIndex.open(tmp_path / "i.lance").model.name == "text"
+
+
+@pytest.mark.parametrize("name", ["image", "wide"])
+def test_another_image_side_is_refused_in_search_and_embeds_all_again(index, folder, models, tmp_path, name, caplog):
+    make_pictures(folder.with_name("outras"), 4, seed=6)
+    index.add(folder.with_name("outras"))
+    other = PictureIndex.open(tmp_path / "i.lance", model=models[name])
+    with pytest.raises(ValueError, match=r"does not fit the index .* embedded by base, of another image side. Search "):
+        other.search("um gato")
+    with caplog.at_level(logging.INFO, "capivara"):
+        added = other.add(folder)  # those of the other folder, too
+    assert "has another image side than base: 24 pictures are embedded again" in caplog.text
+    assert (added.embedded, added.new, added.changed, added.moved) == (24, 0, 0, 0)
+    fresh = PictureIndex.open(tmp_path / "fresh.lance", model=models[name])
+    fresh.add(folder, folder.with_name("outras"))
+    assert rows_of(other) == rows_of(fresh)
+    with pytest.raises(ValueError, match="does not fit"):
+        index.search("um gato")
+
+
+def test_while_embedded_by_two_models_only_the_rows_of_the_querys_model_are_found(
+    index, folder, models, monkeypatch, caplog
+):
+    other = PictureIndex.open(index.where, model=models["wide"])
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done >= 8:
+            raise Stopped
+
+    monkeypatch.setattr(adding, "COMMIT_ROWS", 4)
+    with pytest.raises(Stopped):
+        other.add(folder, batch_size=4, on_progress=stop)
+    newer = len(other.search("um gato", k=50))
+    assert 0 < newer < 20
+    assert f"{20 - newer} of 20 pictures are not yet embedded by wide, and not found." in caplog.text
+    assert len(index.search("um gato", k=50)) == 20 - newer
+    assert other.add(folder).embedded == 20 - newer
+    assert len(other.search("um gato", k=50)) == 20
+
+
+def test_classification_uses_kept_vectors_reads_others_and_can_say_none(index, folder, tmp_path, monkeypatch):
+    labels = ["gato", "cachorro", "casa"]
+    kept = index.classify(folder, labels)
+    opened = reads(monkeypatch)
+    assert index.classify(folder, labels) == kept
+    assert opened == []
+    fresh = PictureIndex.open(tmp_path / "none.lance", model=index.model).classify(folder, labels)
+    assert [(one.path, one.label) for one in fresh] == [(one.path, one.label) for one in kept]
+    assert not (tmp_path / "none.lance").exists()
+    assert all(abs(sum(one.shares.values()) - 1) < 1e-5 for one in kept)
+    texts = index.model.texts([*(f"uma imagem de {label}" for label in labels), "uma imagem"])
+    scores = index.vectors([one.path for one in kept]) @ texts.T
+    expected = [[*labels, None][best] for best in scores.argmax(axis=1)]
+    assert [one.label for one in kept] == expected
+    one = index.classify(folder / "d0" / "p0000.png", labels)
+    assert (one[0].path, one[0].label) == (kept[0].path, kept[0].label)
+    assert index.classify(PIL.Image.open(kept[0].path).convert("RGB"), labels)[0].label == kept[0].label
+
+
+@pytest.mark.parametrize(
+    ("labels", "template", "message"),
+    [
+        ([], "{}", "at least one"),
+        (["a", " "], "{}", "labels must be words"),
+        (["a", "b", "a "], "{}", "The label 'a' is there twice"),
+        ("praia", "{}", "must be a list"),
+        (["a"], "uma imagem", r"template must have one \{\}"),
+        (["a"], "{} {x}", r"template must have one \{\}"),
+    ],
+)
+def test_wrong_labels_are_named(index, folder, labels, template, message):
+    with pytest.raises(ValueError, match=message):
+        index.classify(folder, labels, template)
+
+
+def test_near_duplicates_are_grouped_with_the_largest_picture_first(index, folder, tmp_path):
+    original = PIL.Image.open(folder / "d0" / "p0000.png")
+    original.resize((400, 400), PIL.Image.Resampling.NEAREST).save(folder / "large.png")
+    shutil.copy(folder / "d1" / "p0001.png", folder / "copia.png")
+    index.add(folder)
+    groups = [[hit.path for hit in group] for group in index.duplicates(0.9999)]
+    assert [str(folder / "copia.png"), str(folder / "d1" / "p0001.png")] in groups
+    near = next(group for group in groups if str(folder / "large.png") in group)
+    assert near[0] == str(folder / "large.png")
+    assert str(folder / "d0" / "p0000.png") in near
+    with pytest.raises(ValueError, match="threshold must be above 0"):
+        index.duplicates(0)
+
+
+def test_groups_are_those_of_all_pairs():
+    generator = np.random.default_rng(0)
+    vectors = generator.standard_normal((3000, 96))
+    for number in range(200):
+        vectors[generator.integers(3000)] = vectors[number] + generator.standard_normal(96) * 0.18
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    exact = vectors.astype(np.float32) @ vectors.astype(np.float32).T
+    pairs = {(i, j) for i, j in zip(*np.nonzero(exact >= 0.969), strict=True) if i < j}
+    groups = near_groups(vectors, 0.97)
+    assert len(groups) > 100
+    of_row = {row: number for number, group in enumerate(groups) for row in group.tolist()}
+    assert all(of_row.get(i, -1) == of_row.get(j, -2) for i, j in pairs)
+    assert {row for pair in pairs for row in pair} == set(of_row)
+
+
+def test_export_holds_every_row(index, tmp_path):
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    assert index.export(tmp_path / "a.parquet") == index.export(tmp_path / "a.csv") == 20
+    parquet, csv = pyarrow.parquet.read_table(tmp_path / "a.parquet"), pyarrow.csv.read_csv(tmp_path / "a.csv")
+    assert parquet["path"].to_pylist() == csv["path"].to_pylist()
+    assert "thumbnail" not in parquet.column_names
+    vectors = np.stack([np.array(row, np.float32) for row in parquet["vector_24"].to_pylist()])
+    np.testing.assert_allclose(vectors, index.vectors(parquet["path"].to_pylist()), atol=1e-3)
+    with pytest.raises(ValueError, match=r"must end in \.parquet or \.csv"):
+        index.export(tmp_path / "a.xlsx")
+    with pytest.raises(ValueError, match="can't be made"):
+        index.export(tmp_path / "a.csv" / "b.csv")
+
+
+def test_thumbnails_rows_and_vectors_of_unknown_paths(index, folder):
+    import io
+
+    path = str(folder / "d0" / "p0000.png")
+    assert PIL.Image.open(io.BytesIO(index.thumbnail(path))).format == "WEBP"
+    assert index.thumbnail("/nothing") is index.row("/nothing") is None
+    assert index.row("'") is None
+    with pytest.raises(KeyError, match="/nothing has no vector"):
+        index.vectors([path, "/nothing"])
+    assert index.vectors([]).shape == (0, 24)
+
+
+def test_what_is_no_index_yet_is_empty_and_is_not_made_by_reading(tmp_path, models):
+    index = PictureIndex.open(tmp_path / "none.lance", model=models["base"])
+    assert (len(index), index.folders(), index.duplicates(), index.forget("/x")) == (0, {}, [], 0)
+    assert index.status().pictures == 0
+    with pytest.raises(ValueError, match=r"There is no index at .*none.lance. Make it by adding a folder"):
+        index.search("gato")
+    with pytest.raises(ValueError, match="No folder was named"):
+        index.add()
+    assert not (tmp_path / "none.lance").exists()
+
+
+def test_a_folder_of_other_files_is_no_index(tmp_path, folder):
+    with pytest.raises(ValueError, match=r"is no index: it holds other files, such as d0. Choose another place"):
+        PictureIndex.open(folder)
+    with pytest.raises(ValueError, match="is a file; an index is a folder"):
+        PictureIndex.open(folder / "d0" / "p0000.png")
+
+
+def test_the_place_of_the_index_is_the_users(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.delenv("CAPIVARA_INDEX", raising=False)
+    assert PictureIndex.open().where == str(tmp_path / "data" / "capivara" / "pictures.lance")
+    monkeypatch.setenv("CAPIVARA_INDEX", str(tmp_path / "mine.lance"))
+    assert PictureIndex.open().where == str(tmp_path / "mine.lance")
+
+
+@pytest.mark.slow
+def test_the_approximate_index_is_built_by_add_and_finds_what_the_exact_search_finds(
+    tmp_path, models, monkeypatch, folder
+):
+    monkeypatch.setattr(table, "EXACT_ROWS", 300)
+    monkeypatch.setattr(table, "UNINDEXED_ROWS", 50)
+    monkeypatch.setattr(adding, "COMMIT_ROWS", 100)
+    index = PictureIndex.open(tmp_path / "many.lance", model=find_model(models["base"]))
+    many = tmp_path / "many"
+    make_pictures(many, 400)
+    index.add(many)
+    assert index.status().approximate
+    queries = [f"{word} {number}" for number in range(10) for word in ("gato", "casa")]
+    recall = [
+        len({hit.path for hit in index.search(q, k=10)} & {hit.path for hit in index.search(q, k=10, exact=True)}) / 10
+        for q in queries
+    ]
+    assert np.mean(recall) >= 0.98
+    make_pictures(many / "neu", 20, seed=3)  # beside the approximate index, found all the same
+    index.add(many)
+    added = many / "neu" / "d0" / "p0000.png"
+    assert index.search(like=added, k=1)[0].path == str(added)
+    assert index._table.indices()["vector_24"].num_unindexed_rows >= 20
+    make_pictures(many / "neu2", 60, seed=4)
+    index.add(many)
+    assert index._table.indices()["vector_24"].num_unindexed_rows == 0
