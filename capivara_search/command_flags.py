@@ -229,9 +229,12 @@ def _search_flags(one: Parser, words: Words) -> None:
 
 
 def _classify_flags(one: Parser, words: Words) -> None:
-    one.flag("place", type=_folder(words, or_file=True), metavar=words("metavar.place"))
-    one.flag("--labels", nargs="+", required=True, metavar=words("metavar.label"))
-    one.flag("--template", default=TEMPLATE, metavar=words("metavar.text"))
+    place, label, text = (words(f"metavar.{name}") for name in ("place", "label", "text"))
+    one.flag("place", type=_folder(words, or_file=True), metavar=place)
+    one.flag("--labels", nargs="+", required=True, metavar=label)
+    one.flag("--template", default=TEMPLATE, metavar=text)
+    # argparse would show the place last, where --labels takes it for a label.
+    one.usage = f"{one.prog} {place} --labels {label} [{label} ...] [--template {text}] [--json | --csv] [...]"
     _output_flags(one)
 
 
@@ -370,5 +373,5 @@ def _check_classify(args: argparse.Namespace, words: Words) -> None:
 def _check_executor(args: argparse.Namespace, words: Words) -> None:
     if args.executor != "local" and args.tasks is None:
         raise WrongUse(words("needs_flags", executor=args.executor, flags="--tasks"))
-    if args.executor == "slurm" and not (args.partition and args.time):
-        raise WrongUse(words("needs_flags", executor="slurm", flags="--partition, --time"))
+    if args.executor == "slurm" and not (args.partition and args.time and args.logging_dir):
+        raise WrongUse(words("needs_flags", executor="slurm", flags="--partition, --time, --logging-dir"))

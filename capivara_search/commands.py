@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,22 +60,31 @@ def run(args: argparse.Namespace, words: Words) -> int:
 def index(args: argparse.Namespace, words: Words) -> int:
     """Add folders to the index, with progress and a summary."""
     pictures = _index(args)
-    before, model = pictures.status().model, pictures.model
-    _say(words("model_line", model=harmless(model.name)))
-    if model.note:  # two lines, English and Portuguese
-        _say(harmless(model.note.splitlines()[-1 if words.language == "pt" else 0]))
+    _say(words("model_line", model=harmless(pictures.model.name)))
+    _say_note(pictures, words)
     _say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in args.folders)))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is finished or undone
-    with Progress(words) as progress:
-        added = pictures.add(*args.folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress)
-    if before is not None and before != model.name:
-        again = added.embedded - added.new - added.changed
-        names = {"before": harmless(before), "model": harmless(model.name)}
-        print(words.count("embedded_again", again, **names) if again > 0 else words("text_exchanged", **names))
-    for line in summary(added, len(pictures), words):
+    if args.executor != "local" or args.tasks or args.workers:
+        added = _add_with_workers(args, pictures, words)
+    else:
+        with Progress(words) as progress:
+            added = pictures.add(*args.folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress)
+    for line in summary(added, len(pictures), words) if added else ():
         print(line)
-    return DONE if len(pictures) else NOTHING
+    return DONE
+
+
+def _add_with_workers(args: argparse.Namespace, pictures: "PictureIndex", words: Words) -> Added | None:
+    from capivara_search.workers import WorkerArguments, add_with_workers
+
+    names = [known.name for known in fields(WorkerArguments) if known.name not in ("where", "folders")]
+    given = {name: getattr(args, name) for name in names}
+    arguments = WorkerArguments(where=pictures.where, folders=list(map(str, args.folders)), **given)
+    added = add_with_workers(arguments)
+    if added is None:
+        print(words("jobs_sent", path=shown_path(str(arguments.logs))))
+    return added
 
 
 class Progress:
@@ -134,6 +143,7 @@ def search(args: argparse.Namespace, words: Words) -> int:
         _say(words("long_query", length=length, kept=kept))
         args.query = args.query[:MAX_LETTERS]
     pictures = _filled_index(args, words)
+    _say_note(pictures, words)
     like = args.like and _query_picture(args.like, words)
     filters = {"folder": args.folder, "since": args.since, "until": args.until}
     hits = pictures.search(args.query or None, like=like, k=args.k, exact=args.exact, **filters)
@@ -194,9 +204,11 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
 def classify(args: argparse.Namespace, words: Words) -> int:
     """The label of each picture of a folder, or of one picture."""
     pictures = _index(args)
-    place = args.place if args.place.is_dir() else _query_picture(args.place, words)
-    found = pictures.classify(place, args.labels, args.template)
-    rows = [{"path": one.path or str(args.place), "label": one.label, "shares": one.shares} for one in found]
+    _say_note(pictures, words)
+    found = pictures.classify(args.place, args.labels, args.template)
+    if not found and args.place.is_file():
+        _query_picture(args.place, words)  # says what is wrong with it
+    rows = [asdict(one) for one in found]
     if args.json:
         _write_json(rows)
     elif args.csv:
@@ -216,6 +228,7 @@ def classify(args: argparse.Namespace, words: Words) -> int:
 def app(args: argparse.Namespace, words: Words) -> int:
     """The page, until Ctrl-C."""
     pictures = _filled_index(args, words)
+    _say_note(pictures, words)
     compare = _index(args, args.compare) if args.compare else None
     from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
 
@@ -346,6 +359,12 @@ def _query_picture(path: Path, words: Words) -> "PIL.Image.Image":
     except BadImage as error:
         reason = words.reason(str(error))
         raise WrongUse(words("bad_picture", path=shown_path(str(path)), reason=reason)) from error
+
+
+def _say_note(pictures: "PictureIndex", words: Words) -> None:
+    """What has to be said of the model every time: that it is a miniature."""
+    if note := pictures.model.note_in(words.language):
+        _say(note)
 
 
 def _say(text: str) -> None:
