@@ -72,17 +72,17 @@ def explanation(error: Exception, where: str, part: str = "") -> Exception:
             errno.ENOSPC,
             f"No space left on the disk of the index {where}. Free some and run the same again; what was written stays",
         )
-    if isinstance(error, PermissionError) or NOT_ALLOWED.search(text):
-        return PermissionError(
-            errno.EACCES, f"The index {where} can't be opened or written: no permission. Choose another place"
-        )
     if NO_BUCKET.search(text):
         return OSError(errno.ENOENT, f"There is no bucket for the index {where}. Make it, or check the name")
-    if REFUSED.search(text):
+    if "://" in where and (isinstance(error, PermissionError) or REFUSED.search(text)):
         return PermissionError(
             errno.EACCES,
             f"The storage of {where} answers 403, access denied. Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
             "what they may do in the bucket",
+        )
+    if isinstance(error, PermissionError) or NOT_ALLOWED.search(text):
+        return PermissionError(
+            errno.EACCES, f"The index {where} can't be opened or written: no permission. Choose another place"
         )
     if NO_ANSWER.search(text):
         return OSError(

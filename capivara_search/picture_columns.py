@@ -28,22 +28,24 @@ VECTOR = "vector"  # in rows that are no part of a table: that of the model in u
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
 HASHED_AT_ONCE = 8  # letters
 
+# Two who insert the same key at the same time are told apart by it.
+KEY = {b"lance-schema:unenforced-primary-key:position": b"1"}
 LEFT_OUT_SCHEMA = pa.schema(
     [
-        pa.field("path", pa.string(), False),
+        pa.field("path", pa.string(), False, KEY),
         pa.field("size", pa.int64(), False),
         pa.field("mtime_ns", pa.int64(), False),
         pa.field("reason", pa.string(), False),
     ]
 )
-ABOUT_SCHEMA = pa.schema([pa.field("key", pa.string(), False), pa.field("value", pa.string(), False)])
+ABOUT_SCHEMA = pa.schema([pa.field("key", pa.string(), False, KEY), pa.field("value", pa.string(), False)])
 
 
 def schema(width: int) -> pa.Schema:
     """The columns of `pictures`, with vectors of `width` numbers."""
     return pa.schema(
         [
-            pa.field("path", pa.string(), False),  # absolute
+            pa.field("path", pa.string(), False, KEY),  # absolute
             pa.field("size", pa.int64(), False),  # bytes
             pa.field("mtime_ns", pa.int64(), False),
             pa.field("digest", pa.string(), False),  # BLAKE2b-128 of the file, in hexadecimal

@@ -31,7 +31,6 @@ from capivara_search.picture_columns import EMPTY, KEYS, PICTURES, THUMBNAIL, ch
 if TYPE_CHECKING:
     import lancedb
 
-KEY_MARK = b"lance-schema:unenforced-primary-key:position"
 REMOTE_AGE = timedelta(seconds=1)  # how old what is known of an object storage may be: to ask costs a request
 CACHE_BYTES = 640 << 20  # of the approximate index in memory; that of 1,000,000 pictures of 512 numbers needs 520 MiB
 TRIES = 12  # of a write that others' writes get in the way of
@@ -134,9 +133,6 @@ class Tables:
                 columns = schema(width) if name == PICTURES else EMPTY[name]
                 with explained(self.where, name):
                     self._connection.create_table(name, schema=columns, exist_ok=True)
-            if KEY_MARK not in (self.table(name).schema.field(KEYS[name]).metadata or {}):
-                # Two who insert the same key at the same time are told apart by it.
-                self.write(name, lambda table, key=KEYS[name]: table.set_unenforced_primary_key(key))
         if width not in self.widths():
             column = pa.schema([schema(width).field(vector_column(width))])
             self.write(PICTURES, lambda table: None if width in self.widths() else table.add_columns(column))
@@ -203,6 +199,7 @@ class Tables:
             lock = self._lock()
         self.repairs = True
         self._rests.clear()
+        self._tables.clear()  # some may stand in for what can't be read
         try:
             yield
         finally:
@@ -281,7 +278,6 @@ class Tables:
         with suppress(*FAILURES):
             self._connection.drop_table(name)
         table = self._connection.create_table(name, schema=EMPTY[name], mode="overwrite")
-        table.set_unenforced_primary_key(KEYS[name])
         self._tables[name] = table
         return table
 

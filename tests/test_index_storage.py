@@ -1,0 +1,249 @@
+"""An index on object storage, filled by several workers; and storage that refuses: 403, no permission, no space."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from made_index import make_pictures, rows_of, save_model
+
+from capivara_search import adding
+from capivara_search.index import PictureIndex
+from capivara_search.workers import WorkerArguments, add_with_workers
+
+BUCKET = "fotos"
+
+
+def start_server(folder: Path, **environment: str) -> tuple[subprocess.Popen, str]:
+    """A server of the S3 protocol on a free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
+    for _ in range(600):
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            return server, f"http://127.0.0.1:{port}"
+        except OSError:
+            assert server.poll() is None, (folder / "server.log").read_text()
+            time.sleep(0.1)
+    server.kill()
+    raise TimeoutError("the server has not started")
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """The address of a server with a bucket; the usual variables name it."""
+    import boto3
+
+    pytest.importorskip("moto.server")
+    server, endpoint = start_server(tmp_path_factory.mktemp("server"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        patch.setenv("AWS_ACCESS_KEY_ID", "someone")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_REGION", "us-east-1")
+        boto3.client("s3", region_name="us-east-1").create_bucket(Bucket=BUCKET)
+        yield endpoint
+    server.terminate()
+    server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tiny_processor):
+    return str(save_model(tmp_path_factory.mktemp("model") / "m", tiny_processor))
+
+
+def test_an_index_in_a_bucket_is_as_one_in_a_folder(storage, tmp_path, model):
+    folder = tmp_path / "fotos"
+    make_pictures(folder, 12)
+    address = f"s3://{BUCKET}/one"
+    remote = PictureIndex.open(address, model=model)
+    assert (len(remote), remote.where) == (0, address)
+    remote.add(folder)
+    local = PictureIndex.open(tmp_path / "local", model=model)
+    local.add(folder)
+    assert rows_of(PictureIndex.open(address)) == rows_of(local)
+    assert remote.search("um gato", k=3) == local.search("um gato", k=3)
+    (folder / "d0" / "p0000.png").rename(folder / "novo.png")
+    added = remote.add(folder)
+    assert (added.moved, added.embedded, added.unchanged) == (1, 0, 11)
+    assert remote.status().bytes is None
+    assert remote.forget(folder) == 12
+
+
+@pytest.mark.slow
+def test_two_workers_fill_one_table_as_one_does(storage, tmp_path, model):
+    folder = tmp_path / "fotos"
+    make_pictures(folder, 40)
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    arguments = {"folders": [str(folder)], "model": model, "logging_dir": tmp_path / "logs", "batch_size": 1}
+    both = WorkerArguments(where=f"s3://{BUCKET}/both", workers=2, tasks=3, **arguments)
+    added = add_with_workers(both)
+    assert (added.embedded, added.new, len(added.left_out)) == (40, 40, 1)
+    alone = PictureIndex.open(tmp_path / "alone", model=model)
+    alone.add(folder, batch_size=1)
+    filled = PictureIndex.open(f"s3://{BUCKET}/both")
+    assert rows_of(filled) == rows_of(alone)
+    assert filled.status().left_out == alone.status().left_out
+    assert filled.folders() == {str(folder): 40}
+
+    (folder / "d1" / "p0001.png").unlink()
+    (folder / "d2" / "p0002.png").rename(folder / "novo.png")
+    again = add_with_workers(both)
+    counts = (again.embedded, again.new, again.moved, again.removed, again.unchanged, len(again.left_out))
+    assert counts == (0, 0, 1, 1, 38, 1)
+    assert add_with_workers(both).unchanged == 39
+    assert len(rows_of(filled)) == 39
+
+
+@pytest.mark.slow
+def test_two_who_add_the_same_folder_to_a_bucket_leave_no_row_twice(storage, tmp_path, model, monkeypatch):
+    folder, address = tmp_path / "fotos", f"s3://{BUCKET}/twice"
+    make_pictures(folder, 30)
+    monkeypatch.setattr(adding, "COMMIT_ROWS", 5)
+    first, failures = PictureIndex.open(address, model=model), []
+    first.model.images([PIL.Image.new("RGB", (32, 32))])  # loaded once, for all
+
+    def add() -> None:
+        try:
+            PictureIndex.open(address, model=first.model).add(folder, batch_size=5)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=add) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(rows_of(PictureIndex.open(address))) == 30  # `rows_of` finds rows that are there twice
+
+
+@pytest.mark.slow
+def test_a_failed_task_is_named_and_the_same_command_does_what_is_missing(tmp_path, model):
+    folder = tmp_path / "fotos"
+    make_pictures(folder, 10)
+    arguments = WorkerArguments(
+        where=str(tmp_path / "i"), folders=[str(folder)], model=model, workers=2, logging_dir=tmp_path / "logs"
+    )
+    arguments.device = "nonsense"
+    with pytest.raises(ValueError, match=r"(?s)index: embed: 2 of 2 tasks have failed.*device must be cpu"):
+        add_with_workers(arguments)
+    arguments.device = "cpu"
+    assert add_with_workers(arguments).new == 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"folders": []}, "No folder was named"),
+        ({"executor": "slurm", "tasks": 2, "partition": "p", "time": "1"}, "needs --logging_dir"),
+        ({"executor": "ray"}, "needs --tasks"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_wrong_flags_of_workers_are_named(flags, message):
+    with pytest.raises(ValueError, match=message):
+        WorkerArguments(**{"where": "s3://b/i", "folders": ["/fotos"], **flags})
+
+
+def one_line(error: BaseException) -> str:
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def test_a_bucket_that_answers_403_or_is_not_there_is_told_in_one_line(storage, tmp_path, model, monkeypatch):
+    with pytest.raises(OSError, match=r"There is no bucket for the index s3://nowhere/i\. Make it, or") as caught:
+        PictureIndex.open("s3://nowhere/i")
+    one_line(caught.value)
+    server, endpoint = start_server(tmp_path, INITIAL_NO_AUTH_ACTION_COUNT="0")  # nobody may do anything
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(PermissionError, match=r"answers 403, access denied\. Check AWS_ACCESS_KEY_ID") as caught:
+            PictureIndex.open(f"s3://{BUCKET}/i")
+        one_line(caught.value)
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.slow
+def test_a_storage_that_does_not_answer_is_told_in_one_line(storage, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match=r"The storage of s3://fotos/i can't be reached\. Check AWS_EN") as caught:
+        PictureIndex.open(f"s3://{BUCKET}/i")
+    one_line(caught.value)
+
+
+REFUSED = """
+import os, sys
+from pathlib import Path
+
+import PIL.Image
+
+from capivara_search import adding
+from capivara_search.index import PictureIndex
+
+place, model, folder = sys.argv[1:]
+adding.COMMIT_ROWS = 10
+index = PictureIndex.open(Path(place, "index"), model=model)
+index.model.images([PIL.Image.new("RGB", (32, 32))])
+{before}
+try:
+    print(index.add(folder, batch_size=5))
+except OSError as error:
+    print(type(error).__name__, error.errno, error)
+{after}
+"""
+
+
+def refused(tmp_path, model, script: str, *prefix: str) -> list[str]:
+    """The lines that a process prints which adds a folder to an index in `place`."""
+    make_pictures(tmp_path / "fotos", 60)
+    (tmp_path / "place").mkdir()
+    command = [*prefix, sys.executable, "-c", script, str(tmp_path / "place"), model, str(tmp_path / "fotos")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+CAN_MOUNT = subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAN_MOUNT, reason="a small disk can't be made here")
+def test_a_full_disk_is_told_what_was_written_stays_and_the_rest_follows(tmp_path, model):
+    script = REFUSED.format(
+        before="Path(place, 'ballast').write_bytes(bytes(1_700_000))",
+        after="""
+print(len(index), len(index.search("um gato", k=100)))
+Path(place, "ballast").unlink()
+print(index.add(folder).new, len(index))
+""",
+    )
+    mount = f'mount -t tmpfs -o size=2m tmpfs {tmp_path / "place"} && exec "$@"'
+    lines = refused(tmp_path, model, script, "unshare", "-rm", "sh", "-c", mount, "sh")
+    assert lines[0].startswith("OSError 28 [Errno 28] No space left on the disk of the index")
+    kept = int(lines[1].split()[0])
+    assert 0 < kept < 60
+    assert lines[1:] == [f"{kept} {kept}", f"{60 - kept} 60"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("when", ["new", "written before"])
+def test_no_permission_is_told_in_one_line(tmp_path, model, when):
+    before = "" if when == "new" else "index.add(folder + '/d0')\n"
+    lines = refused(tmp_path, model, REFUSED.format(before=before + "os.seteuid(65534)", after=""))
+    assert len(lines) == 1
+    assert lines[0].startswith("PermissionError 13 [Errno 13] The index")
+    assert lines[0].endswith("no permission. Choose another place")
