@@ -9,6 +9,7 @@ kill at any moment loses no more than the last commit, and the next run does wha
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from capivara_search.picture_columns import (
     EMPTY,
     FOLDER_KEY,
     LEFT_OUT,
+    MODEL_KEY,
     PICTURES,
     VECTOR,
     among,
@@ -110,17 +112,21 @@ class Adding:
         self.digest, self.column = model.image_digest, vector_column(model.width)
         self.added, self.done = Added(unchanged=plan.unchanged), 0
         self.writer = Writer(table)
-        self.gone = {plan.known[path][2]: path for path in plan.gone}
+        self.gone = Counter(plan.known[path][2] for path in plan.gone)  # digests
         self.sizes = set(table.rows(["size"])["size"].unique().to_pylist())  # another size is another content
 
     def run(self, exact: bool = False) -> Added:
         """Do it; pictures are decoded at full size where `exact`."""
         read = partial(read_picture, side=self.model.side, exact=exact)
         self.progress(0, len(self.plan.files))
-        with ReadAhead(self._unknown(), read, self.batch_size) as batches:
-            for batch in batches:
-                self._embed(batch)
-                self._write()
+        try:
+            with ReadAhead(self._unknown(), read, self.batch_size) as batches:
+                for batch in batches:
+                    self._embed(batch)
+                    self._write()
+        except KeyboardInterrupt:  # what was embedded is kept
+            self.writer.write()
+            raise
         self.writer.write()
         return self.added
 
@@ -200,7 +206,8 @@ class Adding:
 
     def _count(self, path: str, digest: str) -> None:
         known = self.plan.known[path]
-        if known is None and self.gone.pop(digest, None):
+        if known is None and self.gone[digest] > 0:
+            self.gone[digest] -= 1
             self.added.moved += 1
         elif known is None:
             self.added.new += 1
@@ -227,12 +234,15 @@ def add_folders(
     """`PictureIndex.add`; the table is made where it is missing, and locked."""
     start = time.monotonic()
     with table.locked():
+        plan = make_plan(table, model.image_digest, folders)  # says what is wrong with the folders
         table.create(model.width)
-        plan = make_plan(table, model.image_digest, folders)
         note_model(table, model)
         adding = Adding(table, model, plan, batch_size, progress)
-        adding.run(exact)
-        finish(table, model, plan, adding.added, adding.writer.all_left_out)
+        try:
+            adding.run(exact)
+            finish(table, model, plan, adding.added, adding.writer.all_left_out)
+        finally:
+            table.wait_for_build()
     adding.added.seconds = time.monotonic() - start
     return adding.added
 
@@ -243,7 +253,7 @@ def note_model(table: PictureTable, model: "SearchModel") -> None:
     facts = {"source": model.source, "name": model.name, "width": model.width, "image_digest": model.image_digest}
     if before == facts:
         return
-    table.note({"model": json.dumps(facts)})
+    table.note({"model": json.dumps(facts), MODEL_KEY + model.image_digest: model.name})
     if not before or not pictures:
         return
     others = table.of_other_models(model.image_digest)
@@ -267,16 +277,25 @@ def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, 
     table.remove(plan.gone)
     added.removed = len(plan.gone) - added.moved
     table.note({FOLDER_KEY + str(folder): "" for folder in plan.folders})
-    rows = table.rows(["path", "size", "mtime_ns", "reason"], within(*plan.folders), LEFT_OUT).to_pylist()
-    true = [row for row in rows if row["path"] in left_out or tuple(row.values())[:3] in plan.broken]
-    table.remove(sorted({row["path"] for row in rows} - {row["path"] for row in true}), LEFT_OUT)
-    added.left_out = sorted(
-        [LeftOut(row["path"], row["reason"]) for row in true] + plan.unseen, key=lambda one: one.path
-    )
+    added.left_out = _left_out(table, plan, left_out)
     if len(table.widths()) > 1 and not table.of_other_models(model.image_digest):
         columns = [vector_column(width) for width in table.widths() if width != model.width]
         table.write(PICTURES, lambda opened: opened.drop_columns(columns))
     table.tidy(model.width)
+
+
+def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[LeftOut]:
+    """What was left out of the folders; the table of it is brought up to date."""
+    columns = ["path", "size", "mtime_ns", "reason"]
+    rows = table.rows(columns, within(*plan.folders), LEFT_OUT).to_pylist()
+    true = {row["path"]: row for row in rows if row["path"] in new or tuple(row.values())[:3] in plan.broken}
+    for one in plan.unseen:  # without size and time, so that they are looked at each time
+        path = one.path.encode("utf-8", "replace").decode()  # of a name that is no text
+        true[path] = {"path": path, "size": -1, "mtime_ns": -1, "reason": one.reason}
+    table.remove([row["path"] for row in rows if row["path"] not in true], LEFT_OUT)
+    if unknown := [row for row in true.values() if row not in rows]:
+        table.merge(pa.Table.from_pylist(unknown, EMPTY[LEFT_OUT]), LEFT_OUT)
+    return [LeftOut(path, true[path]["reason"]) for path in sorted(true)]
 
 
 def embed_files(model: "SearchModel", files: Sequence[FileState], batch_size: int = 32) -> dict[str, np.ndarray]:

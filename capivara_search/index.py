@@ -219,7 +219,7 @@ class PictureIndex:
         digest = self.model.image_digest
         others, total = self._table.of_other_models(digest), len(self)
         if total and (others == total or self.model.width not in self._table.widths()):
-            known = (self._table.model() or {}).get("name") or "another model"
+            known = self._table.other_model(digest)
             raise ValueError(
                 f"{self.model.name} does not fit the index {self.where}: its pictures were embedded by {known}, of "
                 "another image side. Search with that model, or add the folders again with this one, which embeds "

@@ -22,6 +22,7 @@ LAYOUT = 1  # of the tables; a later one that this version can't read has a larg
 LAYOUT_KEY = b"capivara.layout"
 PICTURES, LEFT_OUT, ABOUT = "pictures", "left_out", "about"
 FOLDER_KEY = "folder:"  # in `about`, before the path of a folder that was added
+MODEL_KEY = "model:"  # before the image_digest of a model whose name is the value
 KEYS = {PICTURES: "path", LEFT_OUT: "path", ABOUT: "key"}
 THUMBNAIL = "thumbnail"
 VECTOR = "vector"  # in rows that are no part of a table: that of the model in use

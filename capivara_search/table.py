@@ -30,6 +30,7 @@ from capivara_search.picture_columns import (
     EMPTY,
     HIT_COLUMNS,
     KEYS,
+    MODEL_KEY,
     PICTURES,
     VECTOR,
     among,
@@ -103,6 +104,12 @@ class PictureTable(Tables):
         if self.remote:
             return None
         return sum(path.stat().st_size for path in Path(self.where).rglob("*") if path.is_file())
+
+    def other_model(self, image_digest: str) -> str:
+        """Name of a model, another one, that has embedded rows."""
+        digests = self.rows(["model"], f"model != {quoted(image_digest)}")["model"].unique().to_pylist()
+        names = [name for digest in digests if (name := self.about().get(MODEL_KEY + digest))]
+        return names[0] if names else "another model"
 
     # --- the nearest rows
 
@@ -214,10 +221,14 @@ class PictureTable(Tables):
             self._building = Thread(target=self._build, args=(width,), daemon=True)
             self._building.start()
 
-    def tidy(self, width: int) -> None:
-        """Put small files together, bring the indices up to date, and remove old versions, where that is due."""
+    def wait_for_build(self) -> None:
+        """Let the thread of `build_meanwhile` end."""
         if self._building is not None:
             self._building.join()
+
+    def tidy(self, width: int) -> None:
+        """Put small files together, bring the indices up to date, and remove old versions, where that is due."""
+        self.wait_for_build()
         if self._is_to_be_built(width) or not self._answers(width):
             self._build(width)
         found = [self.indices().get(column) for column in ("path", vector_column(width))]

@@ -10,6 +10,7 @@ Every call sees the newest version, whole. What can't be read of a damaged index
 serves; who holds the lock takes it out for good, so that its pictures are embedded again.
 """
 
+import errno
 import logging
 import os
 import random
@@ -192,11 +193,7 @@ class Tables:
 
         On object storage there is no lock: rows of one path are told apart by their key.
         """
-        lock = None
-        if not self.remote:
-            with explained(self.where):
-                Path(self.where).mkdir(parents=True, exist_ok=True)
-            lock = self._lock()
+        lock = None if self.remote else self._lock()
         self.repairs = True
         self._rests.clear()
         self._tables.clear()  # some may stand in for what can't be read
@@ -205,20 +202,33 @@ class Tables:
         finally:
             self.repairs = False
             if lock is not None:
+                with suppress(OSError):  # it is not empty, as it is where nothing was made
+                    Path(self.where).rmdir()
                 os.close(lock)
 
     def _lock(self) -> int | None:
-        waits = False
+        """The folder, made where it is missing, and locked; None on a disk without locks."""
+        folder, waits = Path(self.where), False
         while True:
             try:
-                return lock_folder(Path(self.where))
+                with explained(self.where):
+                    folder.mkdir(parents=True, exist_ok=True)
+                lock = lock_folder(folder)
+                with suppress(FileNotFoundError):  # who had it may have removed it
+                    if os.path.samestat(os.fstat(lock), os.stat(folder)):
+                        return lock
+                os.close(lock)
             except BlockingIOError:
                 if not waits:
                     logger.warning("Another process is adding to %s; waiting until it has ended.", self.where)
                 waits = True
                 time.sleep(LOCK_EVERY_S)
-            except OSError:  # a disk without locks
-                return None
+            except PermissionError as error:
+                raise explanation(error, self.where) from error
+            except OSError as error:
+                if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    return None
+                raise
 
     # --- damaged parts
 

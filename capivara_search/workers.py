@@ -82,9 +82,9 @@ def add_with_workers(arguments: WorkerArguments) -> Added | None:
     start, table = time.monotonic(), arguments.table()
     with table.locked():
         model = arguments.search_model(table)
+        unchanged = _plan(arguments, table, model).unchanged  # says what is wrong with the folders
         table.create(model.width)
         arguments.model = model.source  # so that all tasks have the same one
-        unchanged = _plan(arguments, table, model).unchanged  # says what is wrong with the folders
         note_model(table, model)
         for path in _counts(arguments):
             path.unlink()

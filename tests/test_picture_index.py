@@ -356,6 +356,51 @@ def test_what_is_no_index_yet_is_empty_and_is_not_made_by_reading(tmp_path, mode
     assert not (tmp_path / "none.lance").exists()
 
 
+@pytest.mark.parametrize("fault", ["missing", "empty"])
+def test_a_wrong_folder_leaves_no_index_behind(tmp_path, models, fault):
+    if fault == "empty":
+        (tmp_path / "fotos").mkdir()
+    index = PictureIndex.open(tmp_path / "i.lance", model=models["base"])
+    with pytest.raises(ValueError, match=r"is not there|holds no picture"):
+        index.add(tmp_path / "fotos")
+    assert not (tmp_path / "i.lance").exists()
+
+
+def test_what_can_not_even_be_looked_at_is_listed_and_its_rows_stay(index, folder):
+    (folder / "d0").rename(folder / "kept")
+    os.mkfifo(folder / "pipe.jpg")
+    os.symlink("/etc/hostname", folder / "out.jpg")
+    added = index.add(folder)
+    assert (added.moved, added.removed) == (4, 0)
+    assert [os.path.basename(one.path) for one in added.left_out] == ["out.jpg", "pipe.jpg"]
+    assert index.status().left_out == added.left_out
+    version = index.version()
+    assert index.add(folder).left_out == added.left_out
+    assert index.version() == version
+    (folder / "pipe.jpg").unlink()
+    assert len(index.add(folder).left_out) == len(index.status().left_out) == 1
+
+
+def test_ctrl_c_keeps_what_was_embedded(tmp_path, folder, models):
+    def interrupt(done: int, total: int) -> None:
+        if done == 12:
+            raise KeyboardInterrupt
+
+    index = PictureIndex.open(tmp_path / "j.lance", model=models["base"])
+    with pytest.raises(KeyboardInterrupt):
+        index.add(folder, batch_size=4, on_progress=interrupt)
+    assert len(index) == 12
+    assert index.add(folder).embedded == 8
+
+
+def test_copies_that_have_moved_are_all_moved(index, folder):
+    shutil.copy(folder / "d0" / "p0000.png", folder / "d0" / "copia.png")
+    index.add(folder)
+    (folder / "d0").rename(folder / "novo")
+    added = index.add(folder)
+    assert (added.moved, added.new, added.removed, added.embedded) == (5, 0, 0, 0)
+
+
 def test_a_folder_of_other_files_is_no_index(tmp_path, folder):
     with pytest.raises(ValueError, match=r"is no index: it holds other files, such as d0. Choose another place"):
         PictureIndex.open(folder)
