@@ -24,7 +24,8 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from benchmarks.search_photos import make_model, measure_photos, small_photos
-from benchmarks.timing import RESULTS, conditions, finish, in_own_process, peak_memory_bytes
+from benchmarks.search_tables import plot_growth
+from benchmarks.timing import RESULTS, ROOT, conditions, finish, in_own_process, peak_memory_bytes
 from capivara_search import PictureIndex
 from capivara_search.common.cli import flag, parse
 from capivara_search.picture_columns import schema, vector_column
@@ -48,6 +49,7 @@ class SearchArguments:
     runs: int = flag(5, "Parts of the photographs, in which the programs take turns; runs of a new process.")
     work: Path = flag(Path("runs/search"), "Folder of vectors, indexes, photographs and model; some 10 GB.")
     output: Path = flag(RESULTS / "search.json", "JSON file.")
+    plot: Path = flag(ROOT / "docs" / "search_growth.png", "Picture of how the cost grows.")
     worker: Worker | None = flag(None, "Measure one program, in this process.")
     rows: int = flag(1000, "Pictures (worker).")
 
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
         make_vectors(args.work, rows)
-        sizes[rows] = own(args, "fill", rows) | own(args, "index", rows)
+        sizes[str(rows)] = own(args, "fill", rows) | own(args, "index", rows)
     largest = max(args.sizes)
     results = {
         **conditions(),
@@ -78,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if args.photographs:
         results["photographs"] = measure_photos(args.work, args.photographs, args.runs)
+    results = json.loads(json.dumps(results))  # as it is read back
+    plot_growth(results, args.plot)
     finish(results, args.output)
 
 

@@ -39,6 +39,7 @@ DONE, NOTHING = 0, 1  # exit codes; the help explains them
 LEFT_OUT_SHOWN = 5
 MAX_LETTERS = 4096  # of a query; the model reads no more of a text
 SHORT_WORK_S = 60  # no time is announced for what takes less
+MEASURED_S = 1  # of work that an announced time goes by
 VIEWERS = {"darwin": "open"}  # platform -> what opens a file in the system's viewer
 HIT_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified")
 
@@ -88,12 +89,12 @@ def _add_with_workers(args: argparse.Namespace, pictures: "PictureIndex", words:
 
 
 class Progress:
-    """`on_progress` of an index: a bar with rate and time left, and after the first batch how long it will take."""
+    """`on_progress` of an index: a bar with rate and time left, and a line on how long it will take."""
 
     def __init__(self, words: Words):
         self.words = words
         self._bar: Any = None
-        self._start = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first pictures were done, and how many
         self._announced = False
 
     def __enter__(self) -> "Progress":
@@ -108,14 +109,16 @@ class Progress:
         if self._bar is None:
             from tqdm.std import tqdm
 
-            self._start = time.monotonic()
             options = {"bar_format": self.words.raw("bar"), "unit": self.words("unit"), "dynamic_ncols": True}
             self._bar = tqdm(total=total, **options)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
-        if done and not self._announced:
+        now = time.monotonic()
+        if self._first is None and done:  # until then the model was loaded
+            self._first = now, done
+        elif self._first and not self._announced and now - self._first[0] >= MEASURED_S and done > self._first[1]:
             self._announced = True
-            seconds = (time.monotonic() - self._start) / done * (total - done)
+            seconds = (now - self._first[0]) / (done - self._first[1]) * (total - done)
             if seconds >= SHORT_WORK_S:
                 number, needed = self.words.number(total - done), self.words.duration(seconds)
                 self._bar.write(self.words("will_take", number=number, time=needed), file=sys.stderr)

