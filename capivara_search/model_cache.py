@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 from capivara_search.common.environment import cache_home
@@ -123,7 +123,7 @@ def _fetched_folder(repo_id: str, revision: str | None) -> Path:
         raise reach_failure(repo_id, error) from error
     files = {file.rfilename for file in info.siblings or ()}
     if set(NEEDED) <= files:
-        folder = Path(snapshot_download(repo_id, revision=info.sha, allow_patterns=CAPIVARA_FILES))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=CAPIVARA_FILES))
         if is_capivara(folder):
             return folder
     if OPEN_CLIP_CONFIG not in files:
@@ -131,6 +131,8 @@ def _fetched_folder(repo_id: str, revision: str | None) -> Path:
             f"The repository {repo_id} holds neither a CAPIVARA model ({', '.join(NEEDED)}, model.safetensors) nor one "
             f"of open_clip ({OPEN_CLIP_CONFIG})."
         )
+    # By its branch: the Hub's cache then knows it, and what was fetched can be converted without the network.
+    hf_hub_download(repo_id, OPEN_CLIP_CONFIG, revision=revision)
     return _converted_from_hub(repo_id, str(info.sha), revision or MAIN)
 
 

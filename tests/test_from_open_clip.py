@@ -104,7 +104,7 @@ def of_open_clip(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
         return texts, model.encode_image(preprocess(image)[None], normalize=True)
 
 
-# --- Once -------------------------------------------------------------------------------------------------------------
+# --- Once -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -196,6 +196,16 @@ def test_killed_at_any_moment_leaves_nothing_half(tiny_published, cache, tmp_pat
 
 
 @pytest.mark.slow
+def test_what_was_fetched_is_converted_without_the_network(tiny_published, cache, tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        hub.store(NAME, tiny_published)
+        environment = hub.environment(tmp_path / "home", token=None)
+        folder, *ours, _ = answer(run(environment, cache))
+    shutil.rmtree(cache)  # as if the conversion had been killed
+    assert answer(run(environment, cache))[:3] == [folder, *ours]
+
+
+@pytest.mark.slow
 def test_two_at_once_convert_once(tiny_published, cache):
     program = textwrap.dedent(
         f"""
@@ -214,7 +224,7 @@ def test_two_at_once_convert_once(tiny_published, cache):
     assert sum("Converting" in errors for _, errors in ended) == 1
 
 
-# --- Checked ----------------------------------------------------------------------------------------------------------
+# --- Checked --------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_published, cache):
@@ -302,6 +312,7 @@ def test_a_repository_that_holds_neither(cache, tmp_path, monkeypatch):
         sha, siblings = "0" * 40, []
 
     monkeypatch.setattr(model_cache.HfApi, "model_info", lambda *_, **__: Answer)
+    monkeypatch.setattr(model_cache, "hf_hub_download", lambda *_, **__: None)
     with pytest.raises(ValueError, match=r"us/other holds neither a CAPIVARA model .* nor one of open_clip"):
         model_folder("us/other")
     Answer.sha, Answer.siblings = "../../x", [type("File", (), {"rfilename": "open_clip_config.json"})]
@@ -315,7 +326,7 @@ def test_the_copy_that_travels_says_what_it_lacks(monkeypatch):
         CapivaraModel.from_open_clip(NAME)
 
 
-# --- At full size -----------------------------------------------------------------------------------------------------
+# --- At full size ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

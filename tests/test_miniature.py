@@ -1,0 +1,117 @@
+"""The miniature: put together once, whole or not at all, and as good as its benchmark says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from capivara_search import miniature
+from capivara_search.miniature import NOTES, PROJECTION, miniature_folder
+from capivara_search.model_cache import is_capivara
+from capivara_search.models import find_model
+from examples.openmoji.fit_miniature import class_features, recall
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = """
+import logging
+logging.basicConfig(level=logging.INFO)
+from capivara_search.miniature import miniature_folder
+print(miniature_folder())
+"""
+
+
+def start(cache: Path) -> subprocess.Popen:
+    environment = {**os.environ, "CAPIVARA_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_the_projection_that_is_installed_is_small_and_whole():
+    tensors = load_file(PROJECTION)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "visual": (384, 1280), "direction": (384,), "logit_scale": ()
+    }  # fmt: skip
+    assert PROJECTION.stat().st_size < 1_100_000
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert tensors["direction"].norm().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_the_notes_say_what_it_is_and_how_to_get_the_real_one():
+    assert NOTES.keys() == {"en", "pt"} and all("\n" not in note for note in NOTES.values())
+    assert all("--model hiaac-nlp/CAPIVARA" in note for note in NOTES.values())
+
+
+def test_without_its_packages_it_says_how_to_get_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path))
+    monkeypatch.setattr(miniature, "MODULES", ("no_such_package",))
+    with pytest.raises(
+        ImportError, match="The miniature needs no_such_package, not installed yet: pip install no_such"
+    ):
+        miniature_folder()
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_projection_is_another_folder(monkeypatch, tmp_path):
+    key = miniature._key()
+    (tmp_path / "other").write_bytes(PROJECTION.read_bytes() + b" ")
+    monkeypatch.setattr(miniature, "PROJECTION", tmp_path / "other")
+    assert miniature._key() != key
+
+
+@pytest.mark.slow
+def test_put_together_once_by_two_at_once_and_killed_before(tmp_path):
+    cache = tmp_path / "cache"
+    process = start(cache)
+    while not list(cache.glob("miniature/.*.tmp-*/*")) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not [p for p in (cache / "miniature").iterdir() if p.name[0] != "."]
+    ended = [process.communicate(timeout=300) for process in [start(cache), start(cache)]]
+    assert ended[0][0] == ended[1][0]
+    assert sum(errors.count("Putting the miniature together") for _, errors in ended) == 1
+    folder = Path(ended[0][0].strip())
+    assert is_capivara(folder) and {p.name for p in folder.parent.iterdir()} == {folder.name, f".{folder.name}.lock"}
+    assert sum(path.stat().st_size for path in folder.iterdir()) < miniature.DISK_BYTES
+    assert "CC BY-SA 4.0" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_it_finds_photographs_in_portuguese():
+    from examples.openmoji.proxies import photographs
+
+    model, photos = find_model("miniature", device="cpu"), photographs()
+    assert (model.width, model.side, model.name) == (384, 224, "miniature") and 1 < model.logit_scale < 100
+    assert model.note_in("pt") == NOTES["pt"] and model.note_in("en") == NOTES["en"]
+    images = model.images(photos["image"][:])
+    names = list(photos["name"])
+    wanted = {"um gato": "chelsea", "café": "coffee", "um cavalo": "horse", "uma moto": "stereo_motorcycle"}
+    for text, name in {**wanted, "um relógio": "clock", "uma flor": "flower"}.items():
+        best = (model.texts([text]) @ images.T)[0].argsort()[::-1][:2]
+        assert name in [names[number] for number in best], text
+    measured = json.loads((ROOT / "benchmarks" / "results" / "miniature.json").read_text())["measured"]["miniature"]
+    texts = model.texts([captions[0] for captions in photos["captions-pt"]])
+    found = 100 * recall(torch.from_numpy(images), torch.from_numpy(texts))
+    expected = np.mean([measured["photo_names_pt"][way] for way in ("text_to_image", "image_to_text")])
+    assert found == pytest.approx(expected, abs=2)  # the committed figures are of the committed projection
+
+
+def test_features_of_classes_without_a_picture():
+    generator = torch.Generator().manual_seed(0)
+    features, weights = torch.rand(50, 8, generator=generator) + 3, torch.randn(5, 8, generator=generator)
+    found = class_features(features, weights, 1.0)
+    mean = features.mean(dim=0)
+    usual = (features - mean).norm(dim=-1).mean()
+    torch.testing.assert_close((found - mean).norm(dim=-1), usual.expand(5))
+    scores = (found - mean) @ (weights - weights.mean(dim=0)).T
+    assert (scores.argmax(dim=1) == torch.arange(5)).all()  # each lies where its own class is
+    assert (class_features(features, weights, 100.0) >= 0).all()
+    assert recall(torch.eye(12), torch.eye(12)) == 1

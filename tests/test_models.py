@@ -1,0 +1,271 @@
+"""The model of a search: found by folder or Hub id, fetched once, compared with others by its image side alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import HubServer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from capivara_search import image_digest as digests
+from capivara_search.models import DEFAULT_MODEL, MANY_TEXTS, find_model
+from modeling_capivara.embedding import embed_images, embed_texts
+from modeling_capivara.loading import load_model, load_processor
+
+NOBODY = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}  # nobody answers at the port of discard
+PROGRAM = """
+import json, sys, time
+started = time.perf_counter()
+from capivara_search.models import find_model
+try:
+    model = find_model(*sys.argv[1:])
+except ValueError as error:
+    print(json.dumps({"error": str(error), "seconds": time.perf_counter() - started}))
+else:
+    texts = model.texts(["um gato", "SÃ£o JoÃ£o"]).tolist()
+    heavy = sorted({"torch", "transformers"} & set(sys.modules))
+    print(json.dumps({"name": model.name, "source": model.source, "folder": str(model.folder), "note": model.note,
+                      "texts": texts, "digest": model.image_digest, "heavy": heavy}))
+"""
+
+
+def run(*words: str, **environment: str) -> dict:
+    environment = {**os.environ, **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def change(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields), encoding="utf-8")
+
+
+def change_weights(folder: Path, start: str, by: float = 1.0) -> None:
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    name = next(name for name in state if name.startswith(start))
+    save_file({**state, name: state[name] + by}, path, {"format": "pt"})
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# --- Found and used ---------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_as_it_is(tiny_folder, tiny_model, monkeypatch):
+    model = find_model(str(tiny_folder), device="cpu")
+    assert (model.name, model.source, model.folder, model.note) == ("model", str(tiny_folder), tiny_folder, None)
+    assert (model.width, model.side) == (24, 32)
+    assert model.logit_scale == pytest.approx(tiny_model.logit_scale.exp().item())
+    monkeypatch.setenv("HOME", str(tiny_folder.parent))
+    assert find_model("~/model").folder == tiny_folder
+    monkeypatch.chdir(tiny_folder.parent)
+    assert find_model("model").source == str(tiny_folder)  # found again from elsewhere
+    monkeypatch.setenv("CAPIVARA_MODEL", str(tiny_folder))
+    assert find_model().folder == tiny_folder
+
+
+def test_embeddings_are_those_of_the_model(tiny_folder, tiny_model, tiny_processor):
+    model = find_model(str(tiny_folder), device="cpu")
+    images = [Image.effect_mandelbrot((60 + 7 * n, 45), (-2, -1.5, 1, 1.5), 20 + n).convert("RGB") for n in range(5)]
+    texts = ["um gato", "São João", ""]
+    quick = model.texts(texts)
+    found = model.images(images, batch_size=2)
+    assert found.dtype == quick.dtype == np.float32 and found.shape == (5, 24)
+    np.testing.assert_allclose(found, embed_images(tiny_model, tiny_processor, images).numpy(), rtol=0, atol=1e-6)
+    expected = embed_texts(tiny_model, tiny_processor, texts).numpy()
+    for texts_found in (quick, model.texts(texts), model.texts(tuple(texts))):
+        np.testing.assert_allclose(texts_found, expected, rtol=0, atol=1e-5)
+    many = find_model(str(tiny_folder), device="cpu").texts(["um gato"] * (MANY_TEXTS + 1))
+    np.testing.assert_allclose(many, np.tile(expected[0], (len(many), 1)), rtol=0, atol=1e-5)
+    assert model.images([]).shape == (0, 24)
+
+
+@pytest.mark.parametrize(("texts", "message"), [([], "There is no text"), (["a", 3], "must be a string, got int")])
+def test_texts_that_are_none(tiny_folder, texts, message):
+    model = find_model(str(tiny_folder), device="cpu")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            model.texts(texts)
+        model.images([Image.new("RGB", (40, 40))])  # from here on the whole model answers
+
+
+def test_what_does_not_fit_is_named(tiny_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"The model folder /no/such does not exist"):
+        find_model("/no/such")
+    with pytest.raises(ValueError, match=r"The model folder \./such/no does not exist"):
+        find_model("./such/no")
+    with pytest.raises(ValueError, match=r"empty has no processor"):
+        find_model(str(tmp_path / "empty"))
+    for fault, message in [
+        (lambda f: change(f / "config.json", model_type="clip"), "model_type is 'clip', not 'capivara'"),
+        (lambda f: (f / "config.json").write_text("{"), "is of no CAPIVARA model"),
+        (lambda f: (f / "config.json").unlink(), "is of no CAPIVARA model"),
+        (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
+        (lambda f: (f / "processor_config.json").unlink(), "has no processor"),
+    ]:
+        folder = shutil.copytree(tiny_folder, tmp_path / "copy", dirs_exist_ok=True)
+        fault(folder)
+        with pytest.raises(ValueError, match=message):
+            find_model(str(folder))
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="device must be cpu, cuda"):
+        find_model(str(tiny_folder), device="abacus").images([Image.new("RGB", (40, 40))])
+
+
+# --- The Hub ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_fetched_once(tiny_folder, tmp_path):
+    expected = find_model(str(tiny_folder))
+    own = {"CAPIVARA_CACHE": str(tmp_path / "cache")}
+    with HubServer(tmp_path / "hub") as hub:
+        hub.store("us/model", tiny_folder)
+        environment = {**hub.environment(tmp_path / "home", token=None), **own}
+        found = run("us/model", **environment)
+        assert (found["name"], found["source"], found["digest"]) == ("us/model", "us/model", expected.image_digest)
+        np.testing.assert_allclose(found["texts"], expected.texts(["um gato", "SÃ£o JoÃ£o"]), atol=1e-6)
+        assert found["heavy"]  # to fetch it
+        requests = len(hub.requests)
+        again = run("us/model", **environment)
+        assert len(hub.requests) == requests and again == {**found, "heavy": []}
+        missing = run("us/none", **environment)
+        assert missing["error"].startswith("There is no model us/none: it is no folder here, and the Hub has none")
+    assert run("us/model", **environment) == again  # nobody answers: it is here
+    alone = run("us/none", **environment)
+    assert "is no folder here, nor in the cache of the Hub" in alone["error"] and alone["seconds"] < 30
+
+
+@pytest.mark.slow
+def test_half_of_a_model_in_the_cache_of_the_hub_is_fetched_whole(tiny_folder, tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        hub.store("us/model", tiny_folder)
+        environment = hub.environment(tmp_path / "home", token=None) | {"CAPIVARA_CACHE": str(tmp_path / "cache")}
+        folder = Path(run("us/model", **environment)["folder"])
+        (folder / "model.safetensors").unlink()  # as where a fetch was killed
+        assert Path(run("us/model", **environment)["folder"], "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_where_none_is_named_it_is_the_published_one_where_it_can_be_had(tiny_folder, tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        hub.store(DEFAULT_MODEL, tiny_folder)
+        environment = hub.environment(tmp_path / "home", token=None) | {"CAPIVARA_CACHE": str(tmp_path / "cache")}
+        found = run(**environment)
+        assert found["name"] == DEFAULT_MODEL and found["note"] is None
+    assert run(**environment)["name"] == DEFAULT_MODEL  # in the cache
+    assert run(**{**environment, "HF_HUB_OFFLINE": "1"})["name"] == DEFAULT_MODEL
+    assert run(**{**environment, "CAPIVARA_MODEL": str(tiny_folder)})["name"] == "model"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [NOBODY, {"HF_HUB_OFFLINE": "1"}], ids=["nobody answers", "offline"])
+def test_where_none_is_named_and_none_can_be_had_it_is_the_miniature(tmp_path, network):
+    found = run(**network, HF_HOME=str(tmp_path / "home"))
+    assert found["name"] == found["source"] == "miniature"
+    english, portuguese = found["note"].splitlines()
+    assert "This is a miniature, for trying" in english and "--model hiaac-nlp/CAPIVARA" in english
+    assert "modelo em miniatura, para experimentar" in portuguese and "--model hiaac-nlp/CAPIVARA" in portuguese
+
+
+# --- The image side ---------------------------------------------------------------------------------------------------
+
+
+def test_models_that_share_their_image_side_share_the_digest(tiny_folder, cache, tmp_path):
+    digest = find_model(str(tiny_folder)).image_digest
+    assert len(digest) == 32
+    same = {
+        "text": lambda f: change_weights(f, "text_model."),
+        "projection": lambda f: change_weights(f, "text_projection."),
+        "scale": lambda f: change_weights(f, "logit_scale"),
+        "version": lambda f: change(f / "config.json", transformers_version="9.9"),
+        "copy": lambda f: None,
+    }
+    for name, alter in same.items():
+        alter(shutil.copytree(tiny_folder, tmp_path / name))
+        assert find_model(str(tmp_path / name)).image_digest == digest, name
+
+    def vision(folder: Path, **fields) -> None:
+        change(
+            folder / "config.json",
+            vision_config=json.loads((folder / "config.json").read_text())["vision_config"] | fields,
+        )
+
+    def processor(folder: Path, **fields) -> None:
+        path = folder / "processor_config.json"
+        change(path, image_processor=json.loads(path.read_text())["image_processor"] | fields)
+
+    for name, alter in {
+        "dropout": lambda f: vision(f, attention_dropout=0.1, dtype="bfloat16", initializer_range=1.0),
+        "limit": lambda f: processor(f, max_resized_pixels=10_000_000),
+    }.items():
+        alter(shutil.copytree(tiny_folder, tmp_path / name))
+        assert find_model(str(tmp_path / name)).image_digest == digest, name
+    others = {
+        "tower": lambda f: change_weights(f, "vision_model."),
+        "visual": lambda f: change_weights(f, "visual_projection."),
+        "activation": lambda f: vision(f, hidden_act="quick_gelu"),
+        "heads": lambda f: vision(f, num_attention_heads=2),
+        "mean": lambda f: processor(f, image_mean=[0.5, 0.5, 0.5]),
+        "crop": lambda f: processor(f, crop_size={"height": 32, "width": 31}),
+        "resample": lambda f: processor(f, resample=2),
+    }
+    found = {digest}
+    for name, alter in others.items():
+        alter(shutil.copytree(tiny_folder, tmp_path / name))
+        found.add(find_model(str(tmp_path / name)).image_digest)
+    assert len(found) == 1 + len(others)
+
+
+def test_the_digest_is_computed_once(tiny_folder, cache, monkeypatch):
+    digest = find_model(str(tiny_folder)).image_digest
+    (kept,) = (cache / "image_digests").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(digests, "_digest_of", lambda paths: pytest.fail("the weights were read again"))
+        assert find_model(str(tiny_folder)).image_digest == digest
+    kept.write_text('{"weights": "damaged"}')
+    assert find_model(str(tiny_folder)).image_digest == digest and "damaged" not in kept.read_text()
+    change_weights(tiny_folder, "vision_model.")  # the same size
+    os.utime(tiny_folder / "model.safetensors", ns=(time.time_ns(), time.time_ns()))
+    assert find_model(str(tiny_folder)).image_digest != digest
+    assert len(list((cache / "image_digests").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_to_costs_nothing_else(tiny_folder, tmp_path, monkeypatch):
+    digest = find_model(str(tiny_folder)).image_digest
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "file"))
+    assert find_model(str(tiny_folder)).image_digest == digest
+
+
+def test_settings_that_cannot_be_read(tiny_folder):
+    model = find_model(str(tiny_folder))
+    (tiny_folder / "processor_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"settings of the model .* can't be read"):
+        _ = model.image_digest
+
+
+def test_the_weights_in_half_precision_are_other_weights(tiny_folder, tmp_path, cache):
+    shutil.copytree(tiny_folder, tmp_path / "half")
+    path = tmp_path / "half" / "model.safetensors"
+    save_file({name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    half, whole = find_model(str(tmp_path / "half")), find_model(str(tiny_folder))
+    assert half.image_digest != whole.image_digest
+    assert half.logit_scale == pytest.approx(load_model(half.folder).logit_scale.exp().item())
+    assert load_processor(half.folder) is not None

@@ -1,0 +1,314 @@
+"""Texts without torch: the same embeddings as `CapivaraModel`'s, for any text; other models are left to that."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
+
+from capivara_search.models import SearchModel, find_model
+from capivara_search.text_tower import erf, open_text_tower
+from capivara_search.weight_file import WeightFile
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara.embedding import embed_texts
+from modeling_capivara.loading import load_model, load_processor
+
+PLAIN = ["um gato dormindo", "a dog on the beach", "praia ao pôr do sol", "São João, 24 de junho", "AÇÃO", "coração"]
+AWKWARD = [
+    *(
+        "",
+        " ",
+        "\t\n",
+        "<pad>",
+        "um <pad> gato",
+        "<pad><pad>",
+        "<s>",
+        "</s> gato <s>",
+        "<mask>",
+        "<unk>",
+        "▁",
+        "▁▁gato",
+    ),
+    *("SÃ£o JoÃ£o &amp;amp; cia", "&lt;gato&gt;", "&amp;" * 40, "a\x00b", "\ud800 gato", "\udcff", "\u200bgato\ufeff"),
+    *(
+        "😀",
+        "👩🏽‍🚀 astronauta",
+        "🇧🇷🇧🇷",
+        "❤️‍🔥",
+        "1️⃣",
+        "ｇａｔｏ",
+        "ﬁm",
+        "½ ㎏",
+        "日本の猫",
+        "قطة",
+        "кошка",
+        "ไมว",
+        "𝕘𝕒𝕥𝕠",
+    ),
+    *(
+        "gato " * 200,
+        "x" * 5000,
+        "é" * 300,
+        "a\n" * 600,
+        "!?" * 100,
+        "Ω≈ç√∫",
+        "não-me-toques",
+        "d'água",
+        "...",
+        "🐈" * 200,
+    ),
+]
+
+
+def awkward_texts(number: int) -> list[str]:
+    """The texts above, and mixtures of them with Portuguese letters in both normal forms, of 1 to 60 parts."""
+    numbers = random.Random(0)
+    texts = [*PLAIN, *AWKWARD]
+    while len(texts) < number:
+        parts = numbers.choices(
+            [*PLAIN, *AWKWARD[:30], "ção", "ões", "à", "lhe", "nº", ";", "R$ 5,00"], k=numbers.randint(1, 60)
+        )
+        text = numbers.choice(["", " ", "  ", "\n"]).join(parts)
+        texts.append(unicodedata.normalize("NFD", text) if numbers.random() < 0.2 else text)
+    return texts[:number]
+
+
+def of_the_model(folder: Path, texts: list[str]) -> np.ndarray:
+    return embed_texts(load_model(folder).eval(), load_processor(folder), texts).numpy()
+
+
+def change(path: Path, **fields) -> None:
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | fields))
+
+
+def save(folder: Path, config: CapivaraConfig) -> Path:
+    image_processor = CapivaraImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    randomise(CapivaraModel(config)).save_pretrained(folder)
+    CapivaraProcessor(image_processor, tiny_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+# --- The same ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_for_500_awkward_texts(tiny_folder):
+    texts = awkward_texts(500)
+    assert len(set(texts)) > 480
+    found = open_text_tower(tiny_folder).embed(texts)
+    expected = of_the_model(tiny_folder, texts)
+    assert found.dtype == np.float32 and np.abs(np.linalg.norm(found, axis=1) - 1).max() < 1e-6
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert np.abs(expected[0] - expected[1:6]).max(axis=1).min() > 0.01, "equal embeddings would prove nothing"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text_projection_type": "linear"},
+        {"text_config": {**TINY_TEXT, "num_attention_heads": 1, "layer_norm_eps": 1e-3, "type_vocab_size": 2}},
+        {"text_config": {**TINY_TEXT, "num_hidden_layers": 5, "intermediate_size": 33}, "matryoshka_dims": [12, 6]},
+    ],
+)
+def test_shapes_that_are_known(tmp_path, fields):
+    folder = save(tmp_path / "model", tiny_config(**fields))
+    np.testing.assert_allclose(open_text_tower(folder).embed(AWKWARD), of_the_model(folder, AWKWARD), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_of_half_precision(tiny_folder, dtype):
+    path = tiny_folder / "model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    expected = of_the_model(tiny_folder, AWKWARD)
+    np.testing.assert_allclose(open_text_tower(tiny_folder).embed(AWKWARD), expected, rtol=0, atol=1e-5)
+
+
+def test_the_order_is_that_of_the_texts_and_a_text_does_not_depend_on_its_neighbours(tiny_folder):
+    tower, texts = open_text_tower(tiny_folder), awkward_texts(60)
+    together = tower.embed(texts)
+    for number in (0, 7, 23, 59):
+        np.testing.assert_allclose(tower.embed([texts[number]])[0], together[number], rtol=0, atol=1e-6)
+
+
+def test_error_function():
+    values = np.linspace(-8, 8, 100_001, dtype=np.float32)
+    assert np.abs(erf(values) - torch.erf(torch.from_numpy(values)).numpy()).max() < 6e-7
+    assert erf(np.float32([0.0, -0.0])).tolist() == pytest.approx([0, 0], abs=2e-7)
+
+
+@pytest.mark.slow
+def test_real_weights_of_multilingual_e5():
+    """Those of the miniature: 250,037 words, twelve layers, word embeddings in float16."""
+    folder, texts = find_model("miniature").folder, awkward_texts(200)
+    np.testing.assert_allclose(open_text_tower(folder).embed(texts), of_the_model(folder, texts), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_at_full_size(tmp_path):
+    """XLM-R base with its own vocabulary and random weights."""
+    from capivara_search.miniature_encoders import load_tokenizer
+
+    randomise(CapivaraModel(CapivaraConfig())).save_pretrained(tmp_path)
+    CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(tmp_path)
+    texts = awkward_texts(70)
+    np.testing.assert_allclose(open_text_tower(tmp_path).embed(texts), of_the_model(tmp_path, texts), rtol=0, atol=1e-5)
+
+
+# --- Left to the model ------------------------------------------------------------------------------------------------
+
+
+def with_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def with_more_tensors(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({**load_file(path), "text_model.encoder.layer.0.lora_A": torch.zeros(2)}, path, {"format": "pt"})
+
+
+def without_a_special_token(folder: Path) -> None:
+    """transformers adds what tokenizer.json does not mark."""
+    change(folder / "tokenizer_config.json", mask_token="<mask>")
+
+
+def of_another_activation(folder: Path) -> None:
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change(folder / "config.json", text_config={**text, "hidden_act": "gelu_new"})
+
+
+def of_another_tokenizer(folder: Path) -> None:
+    change(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def quantised(folder: Path) -> None:
+    change(folder / "config.json", quantization_config={"quant_method": "x"})
+
+
+CASES = [
+    with_adapter,
+    with_more_tensors,
+    without_a_special_token,
+    of_another_activation,
+    of_another_tokenizer,
+    quantised,
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_models_are_not_taken(tiny_folder, case):
+    assert open_text_tower(tiny_folder) is not None
+    case(tiny_folder)
+    assert open_text_tower(tiny_folder) is None
+
+
+@pytest.mark.parametrize("case", [without_a_special_token, of_another_activation, of_another_tokenizer])
+def test_what_is_not_taken_is_embedded_by_the_model(tiny_folder, case):
+    case(tiny_folder)
+    texts = [*PLAIN, "um <mask> gato", "um <pad> gato"]
+    found = SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(texts)
+    np.testing.assert_allclose(found, of_the_model(tiny_folder, texts), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_other_encoders_are_embedded_by_the_model(tmp_path, kind):
+    sizes = {"dim": 40, "hidden_dim": 80, "n_layers": 2, "n_heads": 4} if kind == "distilbert" else {}
+    text = {**TINY_TEXT, **sizes, "model_type": kind, "pad_token_id": 1}
+    folder = save(tmp_path / "model", tiny_config(text_config=text))
+    assert open_text_tower(folder) is None
+    found = SearchModel("tiny", str(folder), folder, device="cpu").texts(PLAIN)
+    np.testing.assert_allclose(found, of_the_model(folder, PLAIN), rtol=0, atol=1e-6)
+
+
+def test_weights_in_several_files_are_embedded_by_the_model(tiny_folder):
+    expected = of_the_model(tiny_folder, PLAIN)
+    model = load_model(tiny_folder)
+    (tiny_folder / "model.safetensors").unlink()
+    model.save_pretrained(tiny_folder, max_shard_size="50kB")
+    assert len(list(tiny_folder.glob("model-*.safetensors"))) > 1 and open_text_tower(tiny_folder) is None
+    found = SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu")
+    np.testing.assert_allclose(found.texts(PLAIN), expected, rtol=0, atol=1e-6)
+    assert len(found.image_digest) == 32 and found.logit_scale > 1
+
+
+# --- Damage -----------------------------------------------------------------------------------------------------------
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def with_wrong_offsets(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"shape":[24,32]', b'"shape":[24,33]', 1))
+
+
+def with_a_giant_header(path: Path) -> None:
+    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+
+
+@pytest.mark.parametrize(
+    "damage", [cut, with_wrong_offsets, with_a_giant_header, Path.unlink, lambda p: p.write_bytes(b"")]
+)
+def test_damaged_weights_are_named(tiny_folder, damage):
+    path = tiny_folder / "model.safetensors"
+    damage(path)
+    with pytest.raises(ValueError, match=r"model\.safetensors.* can't be read"):
+        WeightFile(path)
+
+
+def test_tensors_are_read_where_they_lie(tiny_folder):
+    file, expected = WeightFile(tiny_folder / "model.safetensors"), load_file(tiny_folder / "model.safetensors")
+    assert file.places.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(file.array(name), tensor.numpy())
+    words = "text_model.embeddings.word_embeddings.weight"
+    np.testing.assert_array_equal(file.rows(words, np.array([7, 0, 299])), expected[words].numpy()[[7, 0, 299]])
+    with pytest.raises(ValueError, match="has 300 rows; asked for 0 to 300"):
+        file.rows(words, np.array([0, 300]))
+
+
+def test_a_tokenizer_that_gives_no_token(tiny_folder):
+    settings = json.loads((tiny_folder / "tokenizer.json").read_text())
+    (tiny_folder / "tokenizer.json").write_text(json.dumps(settings | {"post_processor": None}))
+    with pytest.raises(ValueError, match="Every text needs at least one token"):
+        open_text_tower(tiny_folder).embed(["gato", ""])
+
+
+# --- Quick ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_neither_torch_nor_transformers_is_imported(tiny_folder, tmp_path):
+    program = (
+        "import sys\nfrom capivara_search.models import find_model\n"
+        f"print(find_model({str(tiny_folder)!r}).texts(['um gato']).shape)\n"
+        "print({'torch', 'transformers', 'modeling_capivara', 'PIL', 'lancedb'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+    assert done.stdout.splitlines() == ["(1, 24)", "set()"], done.stderr
+
+
+@pytest.mark.slow
+def test_the_repair_is_the_processors_own(tiny_folder):
+    """Loaded beside the package, it is the same file."""
+    code = (
+        "from capivara_search.text_tower import text_repair\n"
+        "alone = text_repair()\nimport modeling_capivara.text_repair_capivara as own\n"
+        "print(alone.__file__ == own.__file__, alone is own, text_repair() is alone)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["True", "False", "True"], done.stderr
+
+
+def test_a_copy_elsewhere_is_the_same_model(tiny_folder, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "copy")
+    both = [open_text_tower(folder).embed(PLAIN) for folder in (tiny_folder, tmp_path / "copy")]
+    np.testing.assert_array_equal(*both)
