@@ -33,10 +33,10 @@ def search_table(results: dict[str, Any]) -> str:
         )  # fmt: skip
     first = statistics.median(results["first_search_s"])
     facts = (
-        f"{results['peer_rows']:,} made vectors of {results['width']} numbers, {results['queries']} queries by a vector; "
+        f"{results['peer_rows']:,} made vectors of {results['width']} numbers, {results['queries']} as queries; "
         f"recall@{results['k']} against comparing all in float32; memory is the most that the searching process has "
-        "held, with its libraries; sentence-transformers and the flat index keep float32, ours float16 and, on the disk, "
-        "the paths and facts of the pictures (without thumbnails, about 5 kB each). The first `capivara search` of a new "
+        "held, with its libraries; sentence-transformers and the flat index keep float32, ours float16 and, on the "
+        "disk, the facts of the pictures (without thumbnails, about 5 kB each). The first `capivara search` of a new "
         f"process, text tower of the full published size: {first:.1f} s, median of {len(results['first_search_s'])}. "
         f"{results['device']}, {results['threads']} threads; "
         f"{software(results, 'lancedb', 'faiss-cpu', 'sentence-transformers', 'torch')}."
@@ -78,8 +78,8 @@ def photos_table(results: dict[str, Any]) -> str:
         near = f"{cosine['lowest']:.4f}" if cosine else "–"
         rows.append((title, f"{rate:.1f}", f"{median_ratio(seconds['open_clip'], seconds[name]):.2f}", near))
     facts = (
-        f"{found['photographs']:,} JPEG files of {found['megapixels']:.0f} megapixels, {found['megabytes_each']:.1f} MB "
-        f"each, made from real photographs; {len(seconds['index'])} alternating runs of {count} each, full size, random "
+        f"{found['photographs']:,} JPEG files of {found['megapixels']:.0f} megapixels, {found['megabytes_each']:.1f} "
+        f"MB each, made from real ones; {len(seconds['index'])} alternating runs of {count} each, full size, random "
         f"weights, float32, on {results['device']}, {results['threads']} threads; the cosine is that of the least "
         "similar vector to open_clip's, and an index keeps float16."
     )
