@@ -102,8 +102,9 @@ class Tables:
             OSError: it may not be read.
         """
         if name not in self._tables:
-            if not self.remote and not Path(self.address(name)).is_dir():
-                return None
+            with explained(self.where):
+                if not self.remote and not Path(self.address(name)).is_dir():
+                    return None
             try:
                 table = self._connection.open_table(name)
             except FAILURES as error:
