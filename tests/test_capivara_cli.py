@@ -21,7 +21,7 @@ from typing import Any
 import PIL.Image
 import pytest
 
-from capivara_search.cli import explained, main
+from capivara_search.command import explained, main
 from capivara_search.command_flags import COMMANDS, parsed
 from capivara_search.commands import Progress
 from capivara_search.terminal import Words
