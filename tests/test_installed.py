@@ -5,9 +5,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +79,11 @@ def installed(wheel, tmp_path_factory) -> Callable[..., subprocess.CompletedProc
         assert done.returncode == code, done.stderr
         return done
 
-    run.home, run.modules = home, place / "modules.txt"
+    def start(*words: str) -> subprocess.Popen:
+        command = [str(environment / "bin" / "capivara"), *words]
+        return subprocess.Popen(command, cwd=home, env=variables, stdout=subprocess.PIPE, text=True)
+
+    run.home, run.modules, run.start = home, place / "modules.txt", start
     return run
 
 
@@ -118,6 +124,14 @@ def test_every_command_works_in_a_fresh_environment(installed, saved_tiny_folder
     assert {"coffee.png", "copy.png"} in [{Path(hit["path"]).name for hit in group} for group in groups]
     installed("export", "all.csv")
     assert len(list(csv.DictReader((home / "all.csv").open(encoding="utf-8")))) == len(PICTURES) + 1
+    page = installed.start("abrir", "--no-open")
+    address = re.search(r"http://127\.0\.0\.1:\d+", page.stdout.readline())[0]
+    for part in ("/", "/static/page.js", "/static/page.css"):
+        with urllib.request.urlopen(address + part, timeout=60) as answer:
+            assert answer.status == 200 and answer.read()
+    page.send_signal(signal.SIGINT)
+    assert page.wait(timeout=60) == 0
+    assert "_capivara" in installed("completion", "zsh").stdout
     installed("esquecer", "Fotos")
     installed("buscar", "um gato", code=3)
     assert (pictures / "chelsea.png").is_file()
