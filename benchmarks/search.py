@@ -1,7 +1,7 @@
 """The index at a thousand to a million pictures, beside faiss and sentence-transformers, and photographs a second.
 
     python -m benchmarks.search
-    python -m benchmarks.search --sizes 1000 10000 --photographs 0 --output /tmp/search.json
+    python -m benchmarks.search --sizes 1000 10000 --parts index peers --output /tmp/search.json
 
 Vectors of 512 numbers are made, in clusters; their rows have all columns but a thumbnail. Every figure of a program is
 that of a process of its own, so that its peak of memory is its own. The text tower is of the full published size, with
@@ -28,6 +28,7 @@ from benchmarks.search_tables import plot_growth
 from benchmarks.timing import RESULTS, ROOT, conditions, finish, in_own_process, peak_memory_bytes
 from capivara_search import PictureIndex
 from capivara_search.common.cli import flag, parse
+from capivara_search.common.files import read_json, write_json
 from capivara_search.picture_columns import schema, vector_column
 
 WIDTH, CLUSTERS, SPREAD = 512, 2000, 1.0  # numbers of a vector; clusters; noise beside a centre of length 1
@@ -45,7 +46,8 @@ class SearchArguments:
     """Arguments of `benchmarks.search`."""
 
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Pictures of the indexes.")
-    photographs: int = flag(2000, "Photographs of 12 megapixels; 0 leaves them out.")
+    photographs: int = flag(2000, "Photographs of 12 megapixels.")
+    parts: list[str] = flag(["index", "peers", "photographs"], "Parts to measure; the file keeps the others.")
     runs: int = flag(5, "Parts of the photographs, in which the programs take turns; runs of a new process.")
     work: Path = flag(Path("runs/search"), "Folder of vectors, indexes, photographs and model; some 10 GB.")
     output: Path = flag(RESULTS / "search.json", "JSON file.")
@@ -60,34 +62,46 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         finish(WORKERS[args.worker](args))
         return
-    model = args.work / "model"
-    make_model(model)
+    make_model(args.work / "model")
     small_photos(args.work / "small", max(ADDED))
+    results = read_json(args.output) if args.output.is_file() else {}
+    results |= {**conditions(), "width": WIDTH, "k": K, "queries": QUERIES}
+    for part in args.parts:  # a part that is measured later keeps the others of the file
+        results |= json.loads(json.dumps(PARTS[part](args)))
+        write_json(args.output, results)
+    if "index" in results:
+        plot_growth(results, args.plot)
+    finish(results, args.output)
+
+
+def index_part(args: SearchArguments) -> dict[str, Any]:
+    """Our index at all sizes, and the first search of a new process at the largest."""
     sizes = {}
     for rows in tqdm(args.sizes, desc="Indexes", unit="size"):
         make_vectors(args.work, rows)
         sizes[str(rows)] = own(args, "fill", rows) | own(args, "index", rows)
-    largest = max(args.sizes)
-    results = {
-        **conditions(),
-        "width": WIDTH,
-        "k": K,
-        "queries": QUERIES,
-        "index": sizes,
-        "peers": {name: measured_peer(args, name, largest) for name in tqdm(PEERS, desc="Peers", unit="program")},
-        "peer_rows": largest,
-        "first_search_s": first_searches(args, largest),
-    }
-    if args.photographs:
-        results["photographs"] = measure_photos(args.work, args.photographs, args.runs)
-    results = json.loads(json.dumps(results))  # as it is read back
-    plot_growth(results, args.plot)
-    finish(results, args.output)
+    return {"index": sizes, "first_search_s": first_searches(args, max(args.sizes))}
+
+
+def peers_part(args: SearchArguments) -> dict[str, Any]:
+    """All peers at the largest size."""
+    rows = max(args.sizes)
+    make_vectors(args.work, rows)
+    peers = {name: measured_peer(args, name, rows) for name in tqdm(PEERS, desc="Peers", unit="program")}
+    return {"peers": peers, "peer_rows": rows}
+
+
+def photographs_part(args: SearchArguments) -> dict[str, Any]:
+    """Photographs into an index, and by open_clip's loop."""
+    return {"photographs": measure_photos(args.work, args.photographs, args.runs)}
+
+
+PARTS = {"index": index_part, "peers": peers_part, "photographs": photographs_part}
 
 
 def own(args: SearchArguments, worker: str, rows: int) -> dict[str, Any]:
     """What a worker measures, in a process of its own."""
-    flags = ["--worker", worker, "--rows", str(rows), "--work", str(args.work)]
+    flags = ["--worker", worker, "--rows", str(rows), "--work", str(args.work), "--sizes", *map(str, args.sizes)]
     return in_own_process(["benchmarks.search", *flags])
 
 
@@ -222,7 +236,8 @@ def search_index(args: SearchArguments) -> dict[str, Any]:
     words = [QUERY_WORDS[number % len(QUERY_WORDS)] + f" {number}" for number in range(QUERIES)]
     measured["text_ms"] = times(lambda text: index.search(text, k=K), words)
     measured["memory_with_text_tower_bytes"] = peak_memory_bytes()
-    measured["added_s"] = {count: added(args, index, count) for count in ADDED}
+    counts = ADDED if args.rows == max(args.sizes) else ADDED[:1]
+    measured["added_s"] = {count: added(args, index, count) for count in counts}
     return measured
 
 
