@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from capivara_search.common.environment import cache_home, require
 from capivara_search.common.files import check_free_space, whole_folder, write_text
 from capivara_search.common.progress import no_bars_of_transformers
@@ -72,14 +74,17 @@ def miniature_folder() -> Path:
     return folder
 
 
-def write_miniature(folder: Path, visual, direction, logit_scale) -> None:
+def write_miniature(folder: Path, visual: np.ndarray, direction: np.ndarray, logit_scale: np.ndarray) -> None:
     """Write model, processor and card into a folder.
 
     Args:
         folder: that is there and empty.
         visual: (text width, image width), from the pooled image to the space of texts.
         direction: (text width,), unit length; what all texts have in common, which is taken off them.
-        logit_scale: natural logarithm of the scale.
+        logit_scale: (), natural logarithm of the scale.
+
+    Raises:
+        ImportError, ValueError: a tower's package is missing or damaged.
     """
     import torch
 

@@ -14,8 +14,9 @@ import logging
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
@@ -70,13 +71,17 @@ def cached_folder(repo_id: str, revision: str | None = None) -> Path | None:
 
 def is_reachable(repo_id: str) -> bool:
     """Whether the Hub answers within `SHORT_TIMEOUT_S`, and has the model; not asked with `HF_HUB_OFFLINE`."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        HfApi().model_info(repo_id, timeout=SHORT_TIMEOUT_S)
-    except (HfHubHTTPError, HTTPError, OSError, ValueError):
-        return False
-    return True
+    answers = []
+
+    def ask() -> None:
+        with suppress(HfHubHTTPError, HTTPError, OSError, ValueError):
+            answers.append(HfApi().model_info(repo_id, timeout=SHORT_TIMEOUT_S))
+
+    if not constants.HF_HUB_OFFLINE:
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(SHORT_TIMEOUT_S)  # its own limit is of each step: names may be looked up, or bytes drip, for ever
+    return bool(answers)
 
 
 def is_hub_id(source: str) -> bool:

@@ -38,6 +38,7 @@ COMMANDS = {
     "modeling_capivara.convert_open_clip": "s o",
     "training.interpolate": "a b --output o",
     "examples.openmoji.prepare": "",
+    "examples.openmoji.fit_miniature": "",
     "examples.openmoji.captions": "",
     "examples.openmoji.proxies": "",
     "examples.real_images": "--model m",
