@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from capivara_search.models import SearchModel
 
-TIES = 16  # more rows than wanted are asked for, so that which of equal ones comes last is decided by path
+TIES = 4  # more rows than wanted are asked for, so that which of equal ones comes last is decided by path
 
 logger = logging.getLogger("capivara")
 
@@ -370,7 +370,10 @@ class PictureIndex:
         """
         from capivara_search.exporting import export_rows
 
-        return export_rows(self._table, path)
+        if not self._table.exists():
+            raise ValueError(f"There is no index at {self.where}, and nothing to export. Add a folder of pictures.")
+        with self._table.locked(repairs=False):  # what is read is not tidied away meanwhile
+            return export_rows(self._table, path)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -31,7 +31,8 @@ class ReadAhead:
     def __init__(self, files: Iterable[FileState], read: Callable[[FileState], Picture], batch_size: int):
         self.files, self.read, self.batch_size = iter(files), read, batch_size
         self._threads = ThreadPoolExecutor(DECODERS)
-        self._pixels, self._changed, self._ended = 0, Condition(), False
+        self._pixels, self._next = 0, 0  # that wait; number of the picture that is wanted next
+        self._changed, self._ended = Condition(), False
 
     def __enter__(self) -> Iterator[list[Read]]:
         return self._batches()
@@ -44,31 +45,36 @@ class ReadAhead:
 
     def _batches(self) -> Iterator[list[Read]]:
         waiting: deque[tuple[FileState, Future[Picture]]] = deque()
+        number = 0
         while True:
             for file in islice(self.files, 2 * self.batch_size - len(waiting)):
-                future = self._threads.submit(self._read, file)
+                future = self._threads.submit(self._read, file, number)
                 future.add_done_callback(self._notify)
                 waiting.append((file, future))
+                number += 1
             if not waiting:
                 return
             batch: list[Read] = []
             while waiting and len(batch) < self.batch_size and self._is_next(waiting[0][1], bool(batch)):
                 file, future = waiting.popleft()
                 batch.append((file, future.exception() or future.result()))
+                with self._changed:
+                    self._next += 1
+                    self._changed.notify_all()
             yield batch
             with self._changed:
                 self._pixels -= sum(_pixels(picture) for _, picture in batch)
                 self._changed.notify_all()
 
     def _is_next(self, future: Future, is_some: bool) -> bool:
-        """Wait for a picture; False where its thread waits for the pictures before it to be embedded."""
+        """Wait for a picture; False where the bound is reached, and the pictures before it are to be embedded first."""
         with self._changed:
             self._changed.wait_for(lambda: future.done() or (is_some and self._pixels >= MAX_PIXELS))
             return future.done()
 
-    def _read(self, file: FileState) -> Picture:
-        with self._changed:
-            self._changed.wait_for(lambda: self._ended or self._pixels < MAX_PIXELS)
+    def _read(self, file: FileState, number: int) -> Picture:
+        with self._changed:  # the one that is waited for is always read, whatever later ones hold
+            self._changed.wait_for(lambda: self._ended or self._pixels < MAX_PIXELS or number == self._next)
         picture = self.read(file)
         with self._changed:
             self._pixels += _pixels(picture)

@@ -171,7 +171,8 @@ class Tables:
                 if is_of_storage(error):
                     raise
             try:
-                return operation(table)  # files may have been compacted away while they were read
+                table.checkout_latest()
+                return operation(table)  # its files may have been compacted away while they were read
             except FAILURES as error:
                 return operation(self._rest(name, table, error))
 
@@ -189,13 +190,16 @@ class Tables:
         raise AssertionError("unreachable")
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, repairs: bool = True) -> Iterator[None]:
         """Be the only one who adds to an index in a folder; who comes second waits, and says so.
 
         On object storage there is no lock: rows of one path are told apart by their key.
+
+        Args:
+            repairs: take out what is found to be damaged.
         """
         lock = None if self.remote else self._lock()
-        self.repairs = True
+        self.repairs = repairs
         self._rests.clear()
         self._tables.clear()  # some may stand in for what can't be read
         try:

@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-from datetime import timedelta
 
 import lance_namespace  # noqa: F401 - of lancedb what may be forked, and takes longest
 import pandas  # noqa: F401
@@ -23,7 +22,6 @@ def add(where: str, model: str, folder: str, started, log: str, commit_rows: int
     os.environ["OMP_NUM_THREADS"] = "1"
     capivara_search.adding.COMMIT_ROWS = commit_rows
     capivara_search.table.SMALL_FILES = 6
-    capivara_search.table.KEEP_VERSIONS = timedelta(0)
     index = PictureIndex.open(where, model=model)
     index.model.image_digest  # noqa: B018 - computed before the clock starts
     len(index)  # imports lancedb

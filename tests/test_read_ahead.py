@@ -1,0 +1,74 @@
+"""Pictures decoded ahead of the model: in order, in batches, within a bound of memory, and never waiting for ever."""
+
+import random
+import threading
+import time
+
+import PIL.Image
+import pytest
+
+from capivara_search import read_ahead
+from capivara_search.picture_files import FileState, Picture
+from capivara_search.read_ahead import ReadAhead
+
+SIDE = 10
+
+
+def files(number: int) -> list[FileState]:
+    return [FileState(f"/f/{i}", i, 0) for i in range(number)]
+
+
+def picture(file: FileState) -> Picture:
+    image = PIL.Image.new("RGB", (SIDE, SIDE))
+    return Picture(file, str(file.size), SIDE, SIDE, None, None, None, image, b"")
+
+
+def batches_of(number: int, read, batch_size: int) -> list[list]:
+    with ReadAhead(files(number), read, batch_size) as batches:
+        return list(batches)
+
+
+@pytest.mark.parametrize("allowed", [1, SIDE * SIDE, 5 * SIDE * SIDE, 10**9])
+def test_all_pictures_come_in_order_whatever_the_bound(monkeypatch, allowed):
+    monkeypatch.setattr(read_ahead, "MAX_PIXELS", allowed)
+    times = random.Random(0)
+
+    def read(file: FileState) -> Picture:
+        time.sleep(times.random() / 500)
+        if file.size % 7 == 3:
+            raise ValueError(str(file.size))
+        return picture(file)
+
+    batches = batches_of(100, read, 8)
+    got = [(file, found) for batch in batches for file, found in batch]
+    assert [file for file, _ in got] == files(100)
+    assert all(isinstance(found, ValueError) == (file.size % 7 == 3) for file, found in got)
+    assert max(map(len, batches)) <= 8
+    if allowed == 10**9:
+        assert [len(batch) for batch in batches] == [8] * 12 + [4]
+
+
+def test_no_more_pixels_wait_than_are_allowed_and_one_for_each_thread(monkeypatch):
+    monkeypatch.setattr(read_ahead, "MAX_PIXELS", 5 * SIDE * SIDE)
+    held, most, lock = [0], [0], threading.Lock()
+
+    def read(file: FileState) -> Picture:
+        with lock:
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+        return picture(file)
+
+    with ReadAhead(files(60), read, 16) as batches:
+        for batch in batches:
+            time.sleep(0.005)  # the model computes, and the threads go on
+            with lock:
+                held[0] -= len(batch)
+    assert 5 <= most[0] <= 5 + read_ahead.DECODERS
+
+
+def test_leaving_early_ends_the_threads():
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), ReadAhead(files(1000), picture, 4) as batches:
+        next(batches)
+        raise KeyboardInterrupt
+    assert threading.active_count() == before
