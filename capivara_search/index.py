@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from datetime import date
+from datetime import date, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -203,16 +203,17 @@ class PictureIndex:
         clauses = taken_between(since, until)
         if folder is not None:
             clauses.append(within(absolute_folder(folder)))
-        rows = self._table.rows(["path", "taken", "mtime_ns"], " AND ".join(clauses) or None)
-        if not rows.num_rows:
-            return []
+        rows = self._table.rows(["taken", "mtime_ns"], " AND ".join(clauses) or None)
         taken = rows["taken"].to_numpy().astype("datetime64[us]")
         here = time.localtime().tm_gmtoff * 1_000_000  # cameras tell the time of the place
         modified = (rows["mtime_ns"].to_numpy() // 1000 + here).astype("datetime64[us]")
-        order = np.argsort(-np.where(np.isnat(taken), modified, taken).astype(np.int64), kind="stable")
-        latest = rows["path"].take(order[:k]).to_pylist()
-        of_path = {hit.path: hit for hit in to_hits(self._table.of_paths(HIT_COLUMNS, latest))}
-        return [of_path[path] for path in latest if path in of_path]
+        times = np.sort(np.where(np.isnat(taken), modified, taken))
+        if len(times) > k:
+            last = times[-k].astype(datetime)
+            nanoseconds = (int(times[-k].astype(np.int64)) - here) * 1000
+            clauses.append(f"(taken >= timestamp '{last}' OR (taken IS NULL AND mtime_ns >= {nanoseconds}))")
+        hits = to_hits(self._table.rows(HIT_COLUMNS, " AND ".join(clauses) or None))
+        return sorted(hits, key=lambda hit: (-(hit.taken or hit.modified).timestamp(), hit.path))[:k]
 
     def _of_model(self) -> list[str]:
         """The clause that leaves out vectors of other models, where there are some."""

@@ -34,7 +34,7 @@ COMMANDS = {
     "hub_upload.export": "--model m --output o",
     "hub_upload.card": "--model m",
     "hub_upload.push": "--model . --repo_id a/b",
-    "hub_upload.space": "--model m",
+    "hub_upload.space": "--model m --space s",
     "modeling_capivara.convert_open_clip": "s o",
     "training.interpolate": "a b --output o",
     "examples.openmoji.prepare": "",
@@ -49,7 +49,7 @@ IN_PORTUGUESE = [command for command in COMMANDS if not command.startswith("mode
 # What no language changes: placeholders, `code`, flags, names with digits or underscores, names of files and modules.
 CODE = re.compile(r"%\(\w+\)s|\{\w+\}|`[^`]+`|--[a-z][\w-]*|\$?\b\w*[\d_]\w*|\b[\w-]+\.[a-z]\w+")
 HEADING = re.compile(r"^(\w[\w ]*):$", re.MULTILINE)
-INTERRUPTED = ("train_accelerate.py", "captions.score", "modeling_capivara.convert_open_clip", "hub_upload.space")
+INTERRUPTED = ("train_accelerate.py", "captions.score", "modeling_capivara.convert_open_clip")
 INTERRUPTED += ("examples.real_images", "examples.fine_tune_classifier")
 
 

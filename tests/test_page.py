@@ -1,5 +1,6 @@
 """The page in a browser: searching, looking, comparing and classifying, in two languages and on a telephone."""
 
+import io
 import os
 import shutil
 import socket
@@ -68,7 +69,7 @@ def test_a_free_port_is_taken_where_the_usual_one_is_not_free(plain_index, monke
 def test_a_model_that_does_not_fit_the_index_is_said_before_the_page_opens(plain_index, saved_tiny_folder, tmp_path):
     other = shutil.copytree(saved_tiny_folder, tmp_path / "outro")
     randomise(CapivaraModel(tiny_config()), seed=5).save_pretrained(other)
-    with pytest.raises(ValueError, match="image side outro does not share"):
+    with pytest.raises(ValueError, match="outro does not fit the index"):
         open_page(PictureIndex.open(plain_index.where, str(other)), port=0)
 
 
@@ -168,7 +169,8 @@ def test_a_visit(trained, collection, tmp_path, managed):
         uses_the_keyboard(visitor)
         sees_the_index_grow(visitor, collection, trained)
         comes_from_abroad_with_a_telephone(visitor, asked.url)
-        assert not opened.errors and not opened.refused and not opened.dialogs
+        assert not [error for error in opened.errors if "status of 400" not in error], "beside what was refused"
+        assert not opened.refused and not opened.dialogs
         gives_too_much(visitor)
         assert all(request.startswith((asked.url, "data:", "blob:")) for request in opened.requests)
     assert network.read_text() == "", "the server asked something of the network"
@@ -225,7 +227,8 @@ def looks_closely(visitor: Visitor, folder: Path, shown: Path) -> None:
     """A picture large, with all that is known of it, and what can be done with it."""
     page, path = visitor.page, folder / "viagem" / "coffee.jpg"
     page.click(".tile[title='coffee']")
-    page.wait_for_function("document.getElementById('viewer-picture').naturalWidth === 600")
+    page.locator("#viewer-picture[src^='picture?']").wait_for()
+    assert page.evaluate("document.getElementById('viewer-picture').naturalWidth") == 600
     facts = visitor.text("#viewer-facts")
     assert "5 de março de 2025" in facts and "600 × 400 pixels" in facts and "12,97083° S, 38,51000° O" in facts
     assert f"{round(path.stat().st_size / 1000)} kB" in facts
@@ -281,13 +284,10 @@ def searches_by_pictures(visitor: Visitor) -> None:
     visitor.first_is(CAPTIONS[13])
     assert "1,00" in visitor.page.locator("#results .tile .score").first.inner_text()
     noise = Image.effect_noise((1500, 1500), 90).convert("RGB")
-    path = visitor.page.evaluate("() => ''") or "grande.png"
-    import io
-
     noise.save(file := io.BytesIO(), "PNG")
     assert len(file.getvalue()) > 1_000_000
     with visitor.page.expect_request(lambda request: "api/search" in request.url) as sent:
-        visitor.gives("search", path, file.getvalue())
+        visitor.gives("search", "grande.png", file.getvalue())
     assert len(sent.value.post_data_buffer or b"") < len(file.getvalue()), "a large picture is made smaller before"
     visitor.sees("#said", "As mais parecidas")
     visitor.gives("search", "boa.png", png(0))
@@ -394,7 +394,7 @@ def test_two_models_side_by_side(trained, collection, saved_tiny_folder, tmp_pat
         assert opened.page.locator(".of-model h2").all_inner_texts() == ["treinado", "model"]
         visitor.sees("#said", "em comum")
         marks = opened.page.locator(".of-model .mark").all_inner_texts()
-        assert len(marks) == visitor.tiles() and any(mark.startswith("▲") for mark in marks)
+        assert any(mark.startswith("▲") for mark in marks) and any(mark.startswith("▼") for mark in marks)
         up = opened.page.locator(".of-model:first-child .mark.higher").first
         other = opened.page.locator(".of-model:last-child .tile", has_text=up.locator("..").get_attribute("title"))
         assert up.inner_text().replace("▲", "▼") in other.first.inner_text(), "what is higher here is lower there"

@@ -24,6 +24,7 @@ from capivara_search.page import decoder, guard, turns
 from capivara_search.page.guard import MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES
 from capivara_search.page.server import open_page
 from capivara_search.page.turns import Refusal
+from capivara_search.picture_pixels import on_white
 
 PICTURE_S = 2
 LABELS = {"labels": ["azul", "verde"]}
@@ -393,9 +394,8 @@ def test_the_decoding_process_gives_the_same_image(folder):
             image = made_pictures()[11]
             image = Image.new(mode, (9, 7), 300) if mode == "I;16" else image.convert(mode)
             image.save(file := io.BytesIO(), kind, **({"transparency": 0} if mode == "P" else {}))
-            there, here = decode.image(file.getvalue()), decode_image({"bytes": file.getvalue(), "path": None})
+            there, here = decode.image(file.getvalue()), on_white(decode_image({"bytes": file.getvalue()}))
             assert (there.mode, there.size, there.tobytes()) == (here.mode, here.size, here.tobytes())
-            assert there.getpalette() == here.getpalette()
         os.kill(decode._process.pid, 9)
         with pytest.raises(BadImage, match="broke its reader"):
             decode.image(file.getvalue())
@@ -421,7 +421,11 @@ def test_a_large_picture_is_sent_upright_and_small(tmp_path, saved_tiny_folder):
         assert shown.size == (1200, 1600) and shown.getpixel((600, 300))[2] > 150 > shown.getpixel((600, 1300))[2]
         assert not shown.getexif(), "where it was taken is none of the browser's business"
         status, headers, body = asked.get("download", path)
-        assert status == 200 and body == Path(path).read_bytes() and headers["content-disposition"] == "attachment"
+        assert (
+            status == 200
+            and body == Path(path).read_bytes()
+            and headers["content-disposition"].startswith("attachment;")
+        )
     finally:
         opened.close()
 

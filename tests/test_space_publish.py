@@ -1,4 +1,4 @@
-"""The page as a Space: which files it gets, that they are enough, and what is sent."""
+"""The page as a Space: which pictures and files it gets, that they are enough, and what is sent."""
 
 import json
 import os
@@ -9,16 +9,21 @@ import sys
 from pathlib import Path
 
 import hub_server
-import made_space
+import made_pictures
 import pytest
 import yaml
 from hub_client import hub_commands
-from test_space_page import asked, free_port, wait_for
+from made_pictures import CAPTIONS, made_index, png, save_folder
+from page_process import Asked
+from PIL import Image
 
-pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
+pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
+from capivara_search.index import PictureIndex
 from hub_upload.space.__main__ import main
-from hub_upload.space.publish_space import OTHER_FILES, program_files
+from hub_upload.space.collection import picture_folder
+from hub_upload.space.publish_space import program_files
+from hub_upload.space.published_index import publish_index
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "---\nlicense: cc-by-sa-4.0\n---\n"
@@ -26,28 +31,96 @@ CARD = "---\nlicense: cc-by-sa-4.0\n---\n"
 
 @pytest.fixture
 def flags(tiny_folder, tmp_path):
-    made_space.save_dataset(tmp_path / "areas", "pretty_name: Áreas\nlicense: cc-by-sa-4.0\nattribution: Made here\n")
+    made_pictures.save_dataset(
+        tmp_path / "areas", "pretty_name: Áreas\nlicense: cc-by-sa-4.0\nattribution: Made here\n"
+    )
     (tiny_folder / "README.md").write_text(CARD, encoding="utf-8")
     (tiny_folder / "optimizer.pt").write_bytes(b"of a training run")
     cache = tmp_path / "cache"
     return ["--model", str(tiny_folder), "--pictures", str(tmp_path / "areas"), "--cache_dir", str(cache)]
 
 
-def test_the_program_is_what_the_page_imports():
+# --- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_folder_is_taken_as_it_is(tmp_path):
+    folder = save_folder(tmp_path / "fotos")
+    (folder / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # no YAML
+    made, credit = picture_folder(str(folder), tmp_path / "cache")
+    assert (made, credit.name, credit.licence) == (folder, "fotos", "") and not (tmp_path / "cache").exists()
+
+
+def test_pictures_of_a_data_set_are_named_by_their_captions(tmp_path):
+    made_pictures.save_dataset(tmp_path / "d", "pretty_name: Áreas\nlicense: cc-by-sa-4.0\nattribution: feitas aqui\n")
+    folder, credit = picture_folder(str(tmp_path / "d"), tmp_path / "cache")
+    assert sorted(path.stem for path in folder.iterdir()) == sorted(CAPTIONS)
+    assert (credit.name, credit.licence, credit.attribution) == ("Áreas", "cc-by-sa-4.0", "feitas aqui")
+    there = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again, _ = picture_folder(str(tmp_path / "d"), tmp_path / "cache")
+    assert again == folder and {path: path.stat().st_mtime_ns for path in folder.iterdir()} == there
+    sizes = [
+        len(list(picture_folder(str(tmp_path / "d"), tmp_path / "cache", [s])[0].iterdir())) for s in ("train", "test")
+    ]
+    assert sizes == [20, 10]
+
+
+def test_captions_that_are_no_names_of_files(tmp_path):
+    captions = ["um/dois\n\tmal:*?", "um dois mal", "", None, "..", "a" * 400, "\u732b" * 300]
+    (tmp_path / "test").mkdir()
+    for number in range(len(captions)):
+        (tmp_path / "test" / f"{number}.png").write_bytes(png(number))
+    lines = [{"file_name": f"{number}.png", "caption": caption} for number, caption in enumerate(captions)]
+    (tmp_path / "test" / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    folder, _ = picture_folder(str(tmp_path), tmp_path / "cache")
+    names = sorted(path.stem for path in folder.iterdir())
+    assert names == sorted(["um dois mal", "um dois mal (2)", "2", "3", "4", "a" * 100, "\u732b" * 66])
+    assert {path.read_bytes() for path in folder.iterdir()} == {png(number) for number in range(7)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"splits": ["tests"]}, "no split 'tests'"),
+        ({"caption_column": "captions-xx"}, "no column 'captions-xx'"),
+        ({"image_column": "foto"}, "no column 'foto'"),
+    ],
+)
+def test_what_a_data_set_lacks(tiny_dataset_folder, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        picture_folder(str(tiny_dataset_folder), tmp_path, **arguments)
+    with pytest.raises(ValueError, match="does not exist"):
+        picture_folder(str(tmp_path / "missing" / "folder"), tmp_path)
+
+
+def test_a_published_index_names_no_place(saved_tiny_folder, tmp_path):
+    folder = save_folder(tmp_path / "ana" / "fotos")
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9003] = "2025:03:05 14:30:00"
+    exif.get_ifd(0x8825).update({1: "S", 2: (12.0, 58.0, 15.0), 3: "W", 4: (38.0, 30.0, 36.0)})
+    made_pictures.made_pictures()[3].resize((300, 300)).save(folder / "casa.jpg", exif=exif)
+    index = made_index(tmp_path / "i.lance", folder, saved_tiny_folder)
+    assert index.row(str(folder / "casa.jpg")).latitude is not None, "nowhere to hide would prove nothing"
+    assert publish_index(index, tmp_path / "public.lance", "models/mine") == 31
+    copy = PictureIndex.open(tmp_path / "public.lance", str(saved_tiny_folder))
+    assert copy.folders() == {"/fotos": 31} and copy.newest(1)[0].path == "/fotos/casa.jpg"
+    shown = copy.row("/fotos/casa.jpg")
+    assert (shown.latitude, shown.longitude) == (None, None) and shown.taken and len(copy.thumbnail("/fotos/casa.jpg"))
+    assert [hit.path for hit in copy.search("um gato", k=9)] == [
+        "/fotos/" + os.path.relpath(hit.path, folder) for hit in index.search("um gato", k=9)
+    ]
+    for path in (tmp_path / "public.lance").rglob("*"):
+        assert not path.is_file() or b"/ana/" not in path.read_bytes(), f"{path} names a folder of this machine"
+
+
+# --- The folder ------------------------------------------------------------------------------------------------------
+
+
+def test_the_program_is_all_that_the_page_is_made_of():
     files = set(map(str, program_files()))
-    assert {
-        "hub_upload/space/app.py",
-        "hub_upload/__init__.py",
-        "modeling_capivara/embedder.py",
-        "caption_data/rows.py",
-    } <= files
-    assert {"modeling_capivara/modeling_capivara.py", "eval/embeddings.py", "capivara_search/common/files.py"} <= files
-    assert not [name for name in files if name.startswith(("training/", "tests/", "benchmarks/", "examples/"))]
-    assert "hub_upload/space/publish_space.py" not in files and all((ROOT / name).is_file() for name in files)
-    beside = {
-        path.relative_to(ROOT) for path in (ROOT / "hub_upload/space").iterdir() if path.suffix in (".css", ".js")
-    }
-    assert beside <= set(OTHER_FILES)
+    assert {"capivara_search/page/server.py", "capivara_search/page/page.html", "capivara_search/index.py"} <= files
+    assert {"capivara_search/page/static/page.js", "capivara_search/page/words/nouns.txt"} <= files
+    assert {"modeling_capivara/modeling_capivara.py", "capivara_search/common/files.py"} <= files
+    assert not [name for name in files if "__pycache__" in name or not name.startswith(("capivara_", "modeling_"))]
 
 
 def test_the_folder_of_a_space(flags, tmp_path, capsys):
@@ -57,18 +130,19 @@ def test_the_folder_of_a_space(flags, tmp_path, capsys):
     assert "README.md" in said and "files of the program" in said and "Nothing was sent" not in said
     _, head, body = (space / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     about = yaml.safe_load(head)
-    assert about["sdk"] == "gradio" and about["app_file"] == "app.py" and about["license"] == "cc-by-sa-4.0"
+    assert (about["sdk"], about["app_port"], about["license"]) == ("docker", 7860, "cc-by-sa-4.0")
     assert "Áreas. Made here" in body and "models" not in about
     files = {path.relative_to(space).as_posix() for path in space.rglob("*") if path.is_file()}
-    assert "optimizer.pt" not in " ".join(files) and "LICENSE" in files
-    assert sum(name.startswith("index/embeddings-") for name in files) == 1
+    assert "optimizer.pt" not in " ".join(files) and {"LICENSE", "Dockerfile", "models/model/config.json"} <= files
     for name in files:
-        if name.endswith((".py", ".json", ".md", ".txt")) and not name.endswith("tokenizer.json"):
-            assert str(tmp_path) not in (space / name).read_text(encoding="utf-8"), f"{name} names this machine"
+        if not name.endswith(("tokenizer.json", ".safetensors")):
+            assert str(tmp_path).encode() not in (space / name).read_bytes(), f"{name} names this machine"
     lines = (space / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert {line.split("==")[0] for line in lines} >= {"torch", "transformers", "datasets", "accelerate", "pillow"}
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines) and "gradio" not in " ".join(lines)
+    assert {line.split("==")[0] for line in lines} >= {"torch", "transformers", "lancedb", "starlette", "pillow"}
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines) and "datasets" not in " ".join(lines)
     assert not [line for line in lines if line.startswith("timm")], "no tower of this model is timm's"
+    docker = (space / "Dockerfile").read_text(encoding="utf-8")
+    assert f"torch=={dict(line.split('==') for line in lines)['torch']} " in docker and "EXPOSE 7860" in docker
     with pytest.raises(SystemExit, match="not empty"):
         main([*flags, "--space", str(space)])
 
@@ -89,25 +163,46 @@ def test_a_model_that_names_this_machine_is_not_copied(flags, tiny_folder, tmp_p
 
 
 @pytest.mark.slow
+def test_an_index_becomes_a_space_with_two_models(tiny_folder, tmp_path):
+    """Two models of one image tower search one copy."""
+    folder = save_folder(tmp_path / "fotos")
+    made_index(tmp_path / "i.lance", folder, tiny_folder)
+    shutil.copytree(tiny_folder, tmp_path / "outro")
+    flags = ["--model", str(tiny_folder), "--compare", str(tmp_path / "outro"), "--pictures", str(tmp_path / "i.lance")]
+    main([*flags, "--space", str(tmp_path / "space")])
+    app = (tmp_path / "space" / "app.py").read_text(encoding="utf-8")
+    assert "[('index-1.lance', 'models/model'), ('index-1.lance', 'models/outro')]" in app
+    assert sorted(path.name for path in (tmp_path / "space").glob("*.lance")) == ["index-1.lance"]
+    assert PictureIndex.open(tmp_path / "space" / "index-1.lance", str(tiny_folder)).folders() == {"/fotos": 30}
+
+
+@pytest.mark.slow
 def test_a_space_runs_from_its_folder_alone(flags, tmp_path):
     main([*flags, "--space", str(tmp_path / "space")])
-    port = free_port()
+    for gone in ("areas", "cache", "model"):
+        shutil.rmtree(tmp_path / gone)
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     app = (tmp_path / "space" / "app.py").read_text(encoding="utf-8")
-    assert "'0.0.0.0'" in app
-    started = app.replace("'0.0.0.0'", f"'127.0.0.1', '--port', '{port}'")  # nothing is opened to the network here
+    assert '"0.0.0.0", 7860' in app
+    started = app.replace('"0.0.0.0", 7860', '"127.0.0.1", 7860')  # nothing is opened to the network here
+    started = started.replace("credit=credit)", "credit=credit, on_open=lambda url: print(url, flush=True))")
     (tmp_path / "space" / "app.py").write_text(started, encoding="utf-8")
     command = ["timeout", "-k", "5", "300", sys.executable, "app.py"]
-    with open(tmp_path / "said.txt", "w") as said:
-        server = subprocess.Popen(command, cwd=tmp_path / "space", env=environment, stdout=said, stderr=said)
+    server = subprocess.Popen(command, cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        wait_for(f"http://127.0.0.1:{port}", server, tmp_path / "said.txt")
-        assert b"30 imagens" in asked(f"http://127.0.0.1:{port}/config")[2]
-        told = (tmp_path / "said.txt").read_text(encoding="utf-8")
-        assert "Embedding" not in told and "Thumbnails" not in told, "the index was built again"
+        asked = Asked(server.stdout.readline().strip())
+        assert "Imagens: Áreas, licença" in asked.get("")[2].decode()
+        status, found = asked.ask("search", {"text": "azul", "k": 3}, png(4))
+        assert status == 200 and found["count"] == 30 and found["models"][0]["hits"][0]["name"] in CAPTIONS
+        path = found["models"][0]["hits"][0]["path"]
+        assert path.startswith("/Áreas/") and asked.ask("about", {"like": path}) == (200, {"original": False})
+        assert asked.get("picture", path)[1]["content-type"] == "image/webp", "a thumbnail stands for the picture"
     finally:
         server.terminate()
         server.wait(timeout=30)
+
+
+# --- The Hub ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -130,13 +225,14 @@ def test_push(commands, flags):
         return commands(*flags, *more, call="hub_upload.space.__main__:main", **options)
 
     listed = run("--repo_id", "us/demo")
-    assert listed.code == 0 and "Nothing was sent" in listed.out and "app.py" in listed.out
+    assert listed.code == 0 and "Nothing was sent" in listed.out and "app.py" in listed.out, listed.err
     assert ("spaces", "us/demo") not in commands.hub.storage.repos
     assert "there is no token" in run("--repo_id", "us/demo", "--push", token=None).err.lower()
     sent = run("--repo-id", "us/demo", "--push", "--private")
     assert sent.code == 0 and "Sent: http" in sent.out, sent.err
-    there = commands.hub.files("us/demo", kind="spaces")
-    assert {"app.py", "README.md", "requirements.txt", "index/index.json"} <= set(there)
+    there = set(commands.hub.files("us/demo", kind="spaces"))
+    assert {"app.py", "README.md", "requirements.txt", "Dockerfile"} <= there
+    assert [name for name in there if name.startswith("index-1.lance/pictures.lance/data/")]
     assert commands.hub.repo("us/demo", "spaces").private
     refused = run("--repo-id", "them/demo", "--push")
     assert refused.code and "error: " in refused.err and "them" in refused.err
@@ -146,13 +242,15 @@ def test_push(commands, flags):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--port", "0"], "port must be 1 to 65535"),
-        (["--cache_dir", "off"], "index is kept"),
-        (["--pictures", "no/such/folder"], "does not exist"),
-        (["--model", "./no-model"], "does not exist"),
+        ([], "--space FOLDER or --repo_id"),
+        (["--space", "x", "--batch_size", "0"], "batch_size must be at least 1"),
+        (["--space", "x", "--cache_dir", "off"], "index is kept"),
+        (["--space", "x", "--pictures", "no/such/folder"], "does not exist"),
+        (["--space", "x", "--model", "./no-model"], "no-model"),
     ],
 )
-def test_errors_are_one_line(flags, more, message):
+def test_errors_are_one_line(flags, tmp_path, monkeypatch, more, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=message) as error:
         main([*flags, *more])
     assert str(error.value).startswith("error: ") and "\n" not in str(error.value)
@@ -174,7 +272,8 @@ def test_two_models_of_one_name_do_not_become_one(flags, tmp_path):
 
 
 def test_a_missing_extra_says_how_to_get_it(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("capivara_search.common.environment.find_spec", lambda name: None if name == "gradio" else True)
-    with pytest.raises(SystemExit, match=r'error: The page needs gradio, .*: pip install -e "\.\[app\]"$'):
-        main(flags)
+    missing = "starlette"
+    monkeypatch.setattr("capivara_search.common.environment.find_spec", lambda name: None if name == missing else True)
+    with pytest.raises(SystemExit, match=r'error: A Space needs starlette, .*: pip install -e "\.\[search\]"$'):
+        main([*flags, "--space", str(tmp_path / "space")])
     assert not (tmp_path / "cache").exists()

@@ -163,6 +163,11 @@ class Answers:
             ]
         return self._state() | {"models": models}
 
+    def prepare_images(self) -> None:
+        """Load what pictures of visitors need."""
+        for index in self.indexes:
+            index.model.images([PIL.Image.new("RGB", (8, 8))])
+
     def status(self, question: Question) -> dict[str, Any]:
         """What the index holds by now, and words that are worth searching for."""
         words = self.suggestions.best(question.language)

@@ -8,6 +8,7 @@ A JPEG of 400 kB can take minutes, a JPEG 2000 of 2 kB stops all threads of its 
 can be ended.
 """
 
+import importlib
 import io
 import json
 import os
@@ -22,14 +23,16 @@ from typing import Any
 
 import PIL.Image
 
-from capivara_search.common.image_files import BadImage, decode_image
+from capivara_search.common.image_files import BadImage, decode_image, open_image, open_regular_file
 from capivara_search.picture_files import FileState, read_picture
+from capivara_search.picture_pixels import at_most, on_white
 
-PROGRAM = "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]), {})"
+PROGRAM = "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
 ROOT = Path(__file__).resolve().parents[2]
-MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK")  # of pixels, and a palette; what others there are becomes RGB
+PREPARED = "modeling_capivara.image_processing_capivara"  # makes 8 bits of 16; its import takes seconds
+HEADER_BYTES = 2**16
 PICTURE_S = 10  # a photograph of 50 million pixels takes under 2 s
-VIEW_SIDE = 1600  # pixels of the longer side, of a picture that is shown large
+VIEW_SIDE = 1600  # pixels of the longer side; the model sees a few hundred
 VIEW_QUALITY = 88  # of its JPEG
 
 
@@ -41,16 +44,13 @@ class Decoder:
         self._start()
 
     def image(self, upload: bytes) -> PIL.Image.Image:
-        """The image of an upload, as `capivara_search.common.image_files.decode_image` gives it.
+        """The image of an upload, upright, RGB, transparent parts white, its longer side at most `VIEW_SIDE` pixels.
 
         Raises:
             BadImage: it can't be read, has too many pixels, or takes longer than `PICTURE_S`.
         """
         about, pixels = self._answer({}, upload)
-        image = PIL.Image.frombytes(about["mode"], about["size"], pixels)
-        if about["palette"]:
-            image.putpalette(about["palette"])
-        return image
+        return PIL.Image.frombytes("RGB", about["size"], pixels)
 
     def view(self, path: str) -> bytes:
         """A file of the index as JPEG, upright, its longer side at most `VIEW_SIDE`. Raises BadImage as `image`."""
@@ -70,15 +70,15 @@ class Decoder:
                 about, answer = json.loads(self._connection.recv_bytes()), self._connection.recv_bytes()
             except (EOFError, OSError):
                 self.close()
-                self._start(prepared=True)
+                self._start()
                 about = {"reason": "unreadable image", "detail": f"not read in {PICTURE_S} s, or it broke its reader"}
         if "reason" in about:
             raise BadImage(about["reason"], about["detail"])
         return about, answer
 
-    def _start(self, prepared: bool = False) -> None:
+    def _start(self) -> None:
         self._connection, far = Pipe()
-        command = [sys.executable, "-c", PROGRAM.format(prepared), str(far.fileno()), str(PICTURE_S)]
+        command = [sys.executable, "-c", PROGRAM, str(far.fileno()), str(PICTURE_S)]
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         with far:  # a session of its own: Ctrl-C is the page's
             self._process = subprocess.Popen(
@@ -86,12 +86,8 @@ class Decoder:
             )
 
 
-def main(descriptor: int, seconds: float, prepared: bool) -> None:
+def main(descriptor: int, seconds: float) -> None:
     """Decode what comes, until the page has closed its end."""
-    if prepared:
-        # A picture of 16 bits needs it, and it takes seconds to import: perhaps those that the last one did not have.
-        import modeling_capivara.image_processing_capivara  # noqa: F401
-
     with Connection(descriptor) as page:
         while True:
             try:
@@ -100,6 +96,10 @@ def main(descriptor: int, seconds: float, prepared: bool) -> None:
                 return
             signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process, whatever that is doing
             try:
+                if _is_deep(question, upload) and PREPARED not in sys.modules:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    importlib.import_module(PREPARED)
+                    signal.setitimer(signal.ITIMER_REAL, seconds)
                 about, answer = _view(question["path"]) if "path" in question else _image(upload)
             except BadImage as bad:
                 about, answer = {"reason": bad.reason, "detail": bad.detail}, b""
@@ -110,14 +110,23 @@ def main(descriptor: int, seconds: float, prepared: bool) -> None:
             page.send_bytes(answer)
 
 
+def _is_deep(question: dict[str, str], upload: bytes) -> bool:
+    """Whether a picture has 16 bits or more, as far as the beginning of its file says."""
+    if "path" in question:
+        with open_regular_file(question["path"], repr(question["path"])) as file:
+            upload = file.read(HEADER_BYTES)
+    try:
+        return open_image(upload, "").mode.startswith(("I", "F"))
+    except BadImage:  # which is said when it is decoded
+        return False
+
+
 def _image(upload: bytes) -> tuple[dict[str, Any], bytes]:
-    image = decode_image({"bytes": upload, "path": None})
-    image = image if image.mode in MODES else image.convert("RGB")
-    return {"mode": image.mode, "size": image.size, "palette": image.getpalette()}, image.tobytes()
+    image = at_most(on_white(decode_image({"bytes": upload, "path": None})), VIEW_SIDE)
+    return {"size": image.size}, image.tobytes()
 
 
 def _view(path: str) -> tuple[dict[str, Any], bytes]:
-    image = read_picture(FileState(path, 0, 0), VIEW_SIDE).image
-    image.thumbnail((VIEW_SIDE, VIEW_SIDE))
+    image = at_most(read_picture(FileState(path, 0, 0), VIEW_SIDE).image, VIEW_SIDE)
     image.save(file := io.BytesIO(), "JPEG", quality=VIEW_QUALITY)
     return {}, file.getvalue()

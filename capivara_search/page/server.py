@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import quote
 
 import numpy as np
 import uvicorn
@@ -220,6 +221,9 @@ class Site:
                 with contextlib.suppress(Refusal):
                     more = await self._questions.ask(partial(suggestions.embed_more, language))
                 await asyncio.sleep(0.05)
+        if not self.local:  # where a first visitor would wait for the import of torch, and be given up
+            with contextlib.suppress(Refusal):
+                await self._questions.ask(self.answers.prepare_images)
 
     def routes(self) -> list[Route]:
         """All that is answered."""
@@ -285,7 +289,8 @@ class Site:
         """A row's file as it is."""
         path = request.query_params.get("path", "")
         file, size, kind = await self._views.ask(lambda: self._originals.file(path))
-        headers = {"Content-Disposition": "attachment", "Content-Length": str(size)}
+        name = quote(Path(path).name, safe="")
+        headers = {"Content-Disposition": f"attachment; filename*=utf-8''{name}", "Content-Length": str(size)}
         return StreamingResponse(_chunks(file, size), media_type=kind, headers=headers)
 
 

@@ -28,7 +28,8 @@ from caption_data.sources import Source, open_source
 logger = logging.getLogger("capivara")
 
 CAPTION_COLUMNS = ("captions-pt", "caption", "captions", "text")  # where none is named, the first that there is
-MAX_NAME = 100  # letters of a file's name; a caption can be a book, and a name has 255 bytes at most
+MAX_NAME = 100  # letters of a file's name; a caption can be a book
+MAX_NAME_BYTES = 200  # with what is added to it; file systems take 255
 MAX_SHOWN = 5  # rows without a picture that are named
 
 
@@ -106,7 +107,8 @@ def _named_pictures(
                 bad.append(f"row {number} of {source.split}: {error}")
                 continue
             path = Path((image or {}).get("path") or "")
-            stem = _file_name(next(iter(_texts(row.get(caption_column))), "") or path.stem) or f"{number + 1}"
+            caption = next(iter(_texts(row.get(caption_column))), "")
+            stem = _file_name(caption) or _file_name(path.stem) or f"{number + 1}"
             taken[stem.casefold()] += 1
             again = f" ({taken[stem.casefold()]})" if taken[stem.casefold()] > 1 else ""
             yield f"{stem}{again}{path.suffix.lower() if path.suffix.lower() in SUFFIXES else '.png'}", data
@@ -118,8 +120,8 @@ def _named_pictures(
 
 def _file_name(caption: str) -> str:
     """A caption as a file of any system may be named, without its end; empty where nothing of it is left."""
-    plain = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+', " ", caption.encode("utf-8", "ignore").decode())
-    return plain[:MAX_NAME].strip(" .")
+    plain = re.sub(r'[\x00-\x1f\x7f<>:"/\\|?*\s]+', " ", caption)[:MAX_NAME]
+    return plain.encode("utf-8", "ignore")[:MAX_NAME_BYTES].decode("utf-8", "ignore").strip(" .")
 
 
 def _is_plain_folder(path: Path) -> bool:

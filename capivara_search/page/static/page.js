@@ -1,5 +1,5 @@
 // The search: as one types, by a picture, or by one of the results; its state is the page's address.
-import { LANGUAGE, address, ask, element, find, given, notice, number, say, shrunk, takeFiles, tile } from "./common.js";
+import { LANGUAGE, WORDS, address, ask, element, find, given, notice, number, say, shrunk, takeFiles, tile } from "./common.js";
 import { classify, setFolders } from "./classify.js";
 import { open } from "./viewer.js";
 
@@ -21,7 +21,10 @@ async function search(keep = "replace") {
   running?.abort();
   const mine = (running = new AbortController());
   remember(keep);
-  const slow = setTimeout(() => find("results").classList.add("waiting"), 300);
+  const slow = setTimeout(() => {
+    find("results").classList.add("waiting");
+    find("said").textContent = say("searching");
+  }, 400);
   try {
     const { file, ...question } = asked;
     const answer = await ask("search", question, file && (await shrunk(file)), mine.signal);
@@ -30,6 +33,10 @@ async function search(keep = "replace") {
   } catch (error) {
     if (error.name === "AbortError") return;
     notice(error);
+    if (["no_picture", "too_many_pixels", "too_large"].includes(error.code)) {
+      asked.file = null; // the next word shall not fail because of it
+      showPicture();
+    }
   } finally {
     clearTimeout(slow);
     if (running === mine) find("results").classList.remove("waiting");
@@ -40,6 +47,8 @@ function remember(keep) {
   const address = new URL(location.href);
   for (const key of STATE) asked[key] ? address.searchParams.set(key, asked[key]) : address.searchParams.delete(key);
   if (keep && address.href !== location.href) history[`${keep}State`](null, "", address);
+  address.searchParams.set("lang", WORDS.other);
+  document.querySelector(".language").href = address.search; // the same search, in the other language
 }
 
 function recall() {
@@ -71,9 +80,11 @@ async function refresh() {
 
 function showAnswer({ models, count, version, cut }) {
   if (version !== facts.version && facts.version !== null) refresh();
-  const searched = asked.text.trim() || asked.like || asked.file;
+  const [text, image] = [asked.text.trim(), asked.like || asked.file];
+  const searched = text || image;
   const none = !models[0].hits.length;
-  const said = none ? say(count ? "nothing" : "empty") : searched ? say("found") : say("newest");
+  const found = text ? (image ? "found_both" : "found_text") : image ? "found_picture" : "newest";
+  const said = none ? say(count ? "nothing" : "empty") : say(found, { text: text.slice(0, 80) });
   const [first, second] = models.map((model) => new Map(model.hits.map((hit, i) => [hit.path, i])));
   let compared = "";
   if (second && searched && !none) {
@@ -103,8 +114,9 @@ function list({ name, hits }, other, searched) {
 /** How the rank of a picture differs from that in the other model's answer: a mark, and its meaning. */
 function difference(rank, otherRank) {
   const by = otherRank === undefined ? null : otherRank - rank;
-  const key = by === null ? "only_here" : by > 0 ? "higher" : by < 0 ? "lower" : "same";
-  const sign = { only_here: "★", higher: `▲ ${by}`, lower: `▼ ${-by}`, same: "=" }[key];
+  if (by === 0) return [null, null];
+  const key = by === null ? "only_here" : by > 0 ? "higher" : "lower";
+  const sign = { only_here: "★", higher: `▲ ${by}`, lower: `▼ ${-by}` }[key];
   const meaning = say(`${key}_long`, { n: Math.abs(by) });
   const shown = key === "only_here" ? `${sign} ${say(key)}` : sign;
   return [element("span", { class: `mark ${key}`, title: meaning, "aria-hidden": "true" }, shown), meaning];
@@ -117,10 +129,12 @@ const actions = () => ({
     Object.assign(asked, { text: "", like: picture.path, file: null, k: PAGE });
     find("text").value = "";
     start("push");
+    find("results").focus({ preventScroll: true });
   },
   folder: (folder) => {
     asked.folder = folder;
     start("push");
+    find("results").focus({ preventScroll: true });
   },
 });
 
@@ -226,6 +240,7 @@ document.addEventListener("keydown", (event) => {
   choosePart("search");
   find("text").select();
 });
+for (const event of ["dragover", "drop"]) document.addEventListener(event, (it) => it.preventDefault()); // beside the page
 addEventListener("popstate", () => (recall(), search(null)));
 classify(actions);
 recall();

@@ -39,7 +39,7 @@ function show() {
   image.style.maxHeight = `${2 * shown.height}px`;
   image.src = address("thumbnail", shown); // at once, until the large one is there
   const large = new Image();
-  large.onload = () => shown === picture() && (image.src = large.src);
+  large.onload = () => shown === picture() && (image.src = address("picture", shown));
   large.src = address("picture", shown);
   ask("about", { like: shown.path }).then(
     ({ original }) => {
@@ -100,6 +100,11 @@ find("close").addEventListener("click", () => viewer.close());
 find("copy").addEventListener("click", copy);
 find("show").addEventListener("click", () => ask("show", { like: picture().path }).then(() => say_here(say("shown")), fault));
 find("similar").addEventListener("click", () => (viewer.close(), state.actions.similar(picture())));
+viewer.addEventListener("close", () => {
+  // to the picture that was seen last, which may be another one, or drawn anew meanwhile
+  const tiles = [...document.querySelectorAll(".tile")].filter((tile) => tile.dataset.path === picture().path);
+  (tiles.find((tile) => tile === document.activeElement) ?? tiles.find((tile) => tile.offsetParent))?.focus();
+});
 viewer.addEventListener("click", (event) => event.target === viewer && viewer.close());
 viewer.addEventListener("keydown", (event) => {
   if (event.key === "ArrowLeft") step(-1);
