@@ -87,8 +87,8 @@ def photos_table(results: dict[str, Any]) -> str:
     facts = (
         f"{found['photographs']:,} JPEG files of {found['megapixels']:.0f} megapixels, {found['megabytes_each']:.1f} "
         f"MB each, made from real ones; {len(seconds['index'])} alternating runs of {count} each, full size, random "
-        f"weights, float32, `--exact` in the first run alone, on {results['device']}, {results['threads']} threads; the cosine is that of the least "
-        "similar vector to open_clip's, and an index keeps float16."
+        f"weights, float32, `--exact` in the first run alone, on {results['device']}, {results['threads']} threads; "
+        "the cosine is that of the least similar vector to open_clip's, and an index keeps float16."
     )
     return table(("program", "photographs/s", "ratio", "lowest cosine"), rows, facts)
 
