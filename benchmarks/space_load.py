@@ -45,7 +45,7 @@ import sys
 from capivara_search.index import PictureIndex
 from capivara_search.page import serve_index
 index = PictureIndex.open(*sys.argv[1:])
-serve_index(index, open_browser=False, on_open=lambda url: print(url, flush=True))
+serve_index(index, port=0, open_browser=False, on_open=lambda url: print(url, flush=True))
 """
 
 

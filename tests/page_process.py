@@ -44,7 +44,7 @@ from capivara_search.index import PictureIndex
 from capivara_search.page import serve_index
 (where, model), *compare = [pair.split("=") for pair in sys.argv[1:]]
 more = [PictureIndex.open(*pair) for pair in compare]
-serve_index(PictureIndex.open(where, model), "127.0.0.1", 7860, *more, on_open=lambda url: print(url, flush=True))
+serve_index(PictureIndex.open(where, model), "127.0.0.1", 0, *more, on_open=lambda url: print(url, flush=True))
 """
 
 

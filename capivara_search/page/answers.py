@@ -4,6 +4,7 @@ answers = Answers(index)
 answers.search(Question.read({"text": "um gato", "k": 12}), None)["models"][0]["hits"]
 """
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ READ_LETTERS = 400  # beyond which 77 tokens do not reach
 MAX_PICTURES = 240  # of an answer
 MAX_LABELS, MIN_LABELS = 50, 2
 MAX_CLASSIFIED = 20_000  # pictures of a folder
+LAST_YEAR = 9999  # of dates; it has a day that none follows
 GROUP_PICTURES = 24  # of a label, shown of a folder that is classified
 LANGUAGES = ("pt", "en")
 
@@ -102,10 +104,9 @@ def _checked(name: str, value: object) -> Any:
         case (("since" | "until"), ""):
             return None
         case (("since" | "until"), str()):
-            try:
-                return date.fromisoformat(value)
-            except ValueError:
-                raise Refusal("bad_question") from None
+            with contextlib.suppress(ValueError):
+                if (day := date.fromisoformat(value)).year < LAST_YEAR:
+                    return day
         case "labels", list() if all(isinstance(label, str) and _is_text(label) for label in value):
             return tuple(value)
         case "language", str():
@@ -244,10 +245,8 @@ def picture(hit: Hit, scored: bool = True) -> dict[str, Any]:
     return values
 
 
-def decoded(upload: bytes, decode: Callable[[bytes], PIL.Image.Image]) -> PIL.Image.Image | None:
-    """The picture that came with a question; None where none did. Raises Refusal where it can't be read."""
-    if not upload:
-        return None
+def decoded(upload: bytes, decode: Callable[[bytes], PIL.Image.Image]) -> PIL.Image.Image:
+    """The picture that came with a question. Raises Refusal where it can't be read."""
     try:
         return decode(upload)
     except BadImage as bad:

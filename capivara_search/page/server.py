@@ -81,8 +81,8 @@ class Page:
 
     def __init__(self, app: Starlette, listening: socket.socket, url: str):
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, ws="none", lifespan="on",
-            timeout_graceful_shutdown=ENDING_S,
+            app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, ws="none",
+            lifespan="on", timeout_graceful_shutdown=ENDING_S,
         )  # fmt: skip
         self.url, self._server = url, uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -252,7 +252,10 @@ class Site:
     def _asked(self, ask: Callable[[Question, Any], dict[str, Any]]) -> Callable[[Request], Any]:
         async def answer(request: Request) -> Response:
             question, upload = await _read(request)
-            return JSONResponse(await self._questions.ask(lambda: ask(question, decoded(upload, self._decoder.image))))
+            image = None
+            if upload:  # in another turn: one that takes long keeps no question of words waiting
+                image = await self._views.ask(lambda: decoded(upload, self._decoder.image))
+            return JSONResponse(await self._questions.ask(lambda: ask(question, image)))
 
         return answer
 
