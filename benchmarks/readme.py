@@ -17,7 +17,15 @@ from typing import Any
 
 import PIL.Image
 
-from benchmarks import captions, captions_selection, main_job, matryoshka, recipe_tables, scaling, train_step
+from benchmarks import (
+    captions,
+    captions_selection,
+    main_job,
+    matryoshka,
+    recipe_tables,
+    scaling,
+    train_step,
+)
 from benchmarks.timing import RESULTS, ROOT, software, table
 from capivara_search.common.cli import flag, parse, run_command
 from capivara_search.common.files import read_json, write_json, write_text

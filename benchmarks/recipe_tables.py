@@ -11,7 +11,7 @@ from records.tables import escape_markdown, percent, points
 STYLES = {"openmoji": "OpenMoji", "twemoji": "Twemoji", "noto": "Noto", "photos": "photographs"}
 ARROWS = {"text_to_image": "t→i", "image_to_text": "i→t"}
 REFERENCE = "paper"  # the variant that all are compared with
-OURS = "distil"  # the variant that was chosen, of configs/openmoji_plus.yaml
+OURS = "distil-captions"  # the variant that was chosen, of configs/openmoji_plus.yaml
 Row = dict[str, Any]
 
 

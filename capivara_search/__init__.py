@@ -1,1 +1,32 @@
-"""Search your own pictures by a sentence: an index that grows, the command `capivara`, and its page."""
+"""Search your own pictures by a sentence: an index that grows, the command `capivara`, and its page.
+
+from capivara_search import PictureIndex
+
+index = PictureIndex.open("fotos.lance", model="hiaac-nlp/CAPIVARA")
+index.add("~/Fotos")
+for hit in index.search("um gato dormindo", k=5):
+    print(hit.path, hit.score)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from capivara_search.index import PictureIndex
+    from capivara_search.models import SearchModel, find_model
+    from capivara_search.results import Added, Classified, Hit, LeftOut, Status
+
+_MODULES = {
+    "PictureIndex": "index",
+    **dict.fromkeys(("SearchModel", "find_model"), "models"),
+    **dict.fromkeys(("Added", "Classified", "Hit", "LeftOut", "Status"), "results"),
+}
+__all__ = ["Added", "Classified", "Hit", "LeftOut", "PictureIndex", "SearchModel", "Status", "find_model"]
+
+
+def __getattr__(name: str) -> Any:
+    """What the package offers, imported when it is asked for: `capivara --help` waits for none of it."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -41,6 +41,8 @@ LEFT_OUT_SCHEMA = pa.schema(
 )
 ABOUT_SCHEMA = pa.schema([pa.field("key", pa.string(), False, KEY), pa.field("value", pa.string(), False)])
 
+EARLIEST, LATEST = date(1800, 1, 1), date(2200, 1, 1)  # days that a file's time in nanoseconds can be compared with
+
 
 def schema(width: int) -> pa.Schema:
     """The columns of `pictures`, with vectors of `width` numbers."""
@@ -132,8 +134,9 @@ def within(*folders: str | Path) -> str:
 def taken_between(since: date | None, until: date | None) -> list[str]:
     """The clauses for pictures of some days, both included; by the file's time where no camera says when."""
     clauses = []
-    for day, sign in ((since, ">="), (until and until + timedelta(days=1), "<")):
+    for day, sign, after in ((since, ">=", 0), (until, "<", 1)):
         if day is not None:
+            day = min(max(day, EARLIEST), LATEST) + timedelta(days=after)
             start = datetime.combine(day, time())
             modified = int(start.timestamp()) * 10**9
             clauses.append(

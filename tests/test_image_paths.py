@@ -27,9 +27,10 @@ from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 from tiny import randomise
 
 import train_accelerate
+from capivara_search import PictureIndex
 from capivara_search.common.image_files import BadImage, ImageFiles, decode_image, image_bytes
 from capivara_search.common.links import Bounds
-from capivara_search.index import PictureIndex
+from capivara_search.picture_files import find_pictures
 from caption_data.labelled_images import load_images
 from caption_data.source_files import load_embedded
 from caption_data.sources import open_source
@@ -414,15 +415,20 @@ def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_proc
     randomise(CapivaraModel(tiny_model.config)).save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     as_parquet(tmp_path / "data", rows_of(hostile), "test")
-    models = [str(tmp_path / "model")]
-    indexes, credit = open_indexes(str(tmp_path / "data"), models, str(tmp_path / "cache"), "cpu", 32)
-    assert len(indexes[0]) == GOOD and not indexes[0].status().left_out
-    write_space(indexes, models, tmp_path / "space", credit)
-    copy = PictureIndex.open(tmp_path / "space" / "index-1.lance", models[0])
-    shown = [copy.thumbnail(hit.path) for hit in copy.newest(100)]
-    assert len(shown) == GOOD and not any(map(has_magenta, shown)) and not server.requests
-    for folder in ("cache", "space"):
-        nothing_arrived(tmp_path / folder)
+    model, cache = str(tmp_path / "model"), tmp_path / "cache"
+    indexes, credit = open_indexes(str(tmp_path / "data"), [model], str(cache), "cpu", 4)
+    assert len(indexes[0]) == GOOD
+    write_space(indexes, [model], tmp_path / "space", credit)
+    published = PictureIndex.open(next((tmp_path / "space").glob("index-*.lance")), model)
+    shown = [published.thumbnail(hit.path) for hit in published.newest(2 * GOOD)]
+    assert len(shown) == GOOD and not any(has_magenta(thumbnail) for thumbnail in shown)
+    assert not server.requests
+    for path in (tmp_path / "space").rglob("*"):
+        assert not path.is_file() or MARK not in path.read_bytes(), path
+    (tmp_path / "data" / "a.png").write_bytes(good()[0])
+    folder, _ = picture_folder(str(tmp_path / "data"), cache, form="images")
+    names = [Path(file.path).name for file in find_pictures([folder])[0]]
+    assert names == ["a.png"], "neither a link that leads out nor a FIFO is a picture of the folder"
 
 
 # --- Pictures of phones, and folders that hold more than pictures ----------------------------------------------------
@@ -441,6 +447,7 @@ def test_heic(tmp_path):
     image = decode_image({"bytes": (tmp_path / "a.heic").read_bytes(), "path": None})
     red, green, blue = image.convert("RGB").getpixel((20, 20))
     assert image.size == (64, 48) and red > 180 and max(green, blue) < 60
+    assert len(find_pictures([tmp_path])[0]) == 1, "a folder's pictures are counted whether they can be read or not"
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_HEIF, str(tmp_path / "a.heic")],
         capture_output=True, text=True, cwd=Path(__file__).parents[1],
@@ -456,17 +463,16 @@ def test_the_user_decides_what_a_folder_is(other, tmp_path, caplog):
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / f"{number}.png").write_bytes(good()[number])
     if other == "a.parquet":
-        pq.write_table(pa.table({"image": [b"x"]}), folder / other)
-        with pytest.raises(ValueError, match="No row of the data set has a picture"):
-            picture_folder(str(folder), tmp_path)
+        pq.write_table(pa.table({"image": [good()[0]]}), folder / other)
+        picture_folder(str(folder), tmp_path / "cache")
         assert "is read as a data set. The folder holds pictures, too: --form images takes these" in caplog.text
         with pytest.raises(ValueError, match=r"no split 'test'.* --form images takes these"):
             load_images(str(folder), "test", ["cat", "dog"])
     else:
         shutil.make_archive(str(folder / "a"), "gztar", folder, "cat")
         with pytest.raises(ValueError, match=r"compressed.* --form images takes these"):
-            picture_folder(str(folder), tmp_path)
-    assert picture_folder(str(folder), tmp_path, form="images")[0] == folder
+            picture_folder(str(folder), tmp_path / "cache")
+    assert picture_folder(str(folder), tmp_path / "cache", form="images")[0] == folder
     images = load_images(str(folder), "test", ["cat", "dog"], form="images")
     assert images.labels == [0, 0, 1, 1] and [images.images.image(row).size for row in range(4)] == [(32, 32)] * 4
 
@@ -541,7 +547,9 @@ def test_a_pipe_in_a_data_set_is_not_waited_for(place, tmp_path):
 def test_a_list_of_splits_that_is_none_is_named(content, tmp_path):
     DatasetDict(train=Dataset.from_dict({"image": [1]})).save_to_disk(tmp_path)
     (tmp_path / "dataset_dict.json").write_text(content, encoding="utf-8")
-    for read in (lambda: open_source(str(tmp_path), "train", "image"), lambda: picture_folder(str(tmp_path), tmp_path)):
+    open_train = lambda: open_source(str(tmp_path), "train", "image")  # noqa: E731
+    as_pictures = lambda: picture_folder(str(tmp_path), tmp_path / "cache")  # noqa: E731
+    for read in (open_train, as_pictures):
         with pytest.raises(ValueError, match=r"dataset_dict\.json"):
             read()
 

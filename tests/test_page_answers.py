@@ -325,3 +325,9 @@ def test_text_of_a_data_set_is_text():
     assert "{{words}} {name}" in shown
     known = server._page("en", False, server.Credit("Áreas", "cc-by-sa-4.0", "Made here"))
     assert ">CC BY-SA 4.0</a>. Made here" in known and '<html lang="en">' in known
+
+
+@pytest.mark.parametrize("folder", ["~root", "~nosuchuser", "../Fotos", "/Fotos/../etc", "Fotos"])
+def test_a_folder_is_named_as_the_index_names_it(folder):
+    with pytest.raises(Refusal, match="bad_question"):
+        Question.read({"folder": folder})

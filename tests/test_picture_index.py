@@ -14,6 +14,7 @@ from capivara_search import adding, table
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.near_duplicates import near_groups
+from capivara_search.picture_columns import taken_between
 
 
 @pytest.fixture(scope="session")
@@ -442,3 +443,8 @@ def test_the_approximate_index_is_built_by_add_and_finds_what_the_exact_search_f
     make_pictures(many / "neu2", 60, seed=4)
     index.add(many)
     assert index._table.indices()["vector_24"].num_unindexed_rows == 0
+
+
+@pytest.mark.parametrize("day", [date.min, date.max])
+def test_a_day_that_no_clock_of_a_file_has_is_compared_all_the_same(day):
+    assert len(taken_between(day, day)) == 2

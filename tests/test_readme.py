@@ -119,7 +119,11 @@ def test_the_architecture_names_what_is_there():
 
 # ---- translations ----
 
-TRANSLATIONS = {"README.md": "LEIAME.md", "docs/your_language.md": "docs/seu_idioma.md"}
+TRANSLATIONS = {
+    "README.md": "LEIAME.md",
+    "docs/search.md": "docs/busca.md",
+    "docs/your_language.md": "docs/seu_idioma.md",
+}
 OTHER_PAGE = {Path(name).name: Path(other).name for name, other in TRANSLATIONS.items()}
 OTHER_PAGE |= {other: name for name, other in OTHER_PAGE.items()}
 

@@ -274,6 +274,6 @@ def test_two_models_of_one_name_do_not_become_one(flags, tmp_path):
 def test_a_missing_extra_says_how_to_get_it(flags, tmp_path, monkeypatch):
     missing = "starlette"
     monkeypatch.setattr("capivara_search.common.environment.find_spec", lambda name: None if name == missing else True)
-    with pytest.raises(SystemExit, match=r'error: A Space needs starlette, .*: pip install -e "\.\[search\]"$'):
+    with pytest.raises(SystemExit, match=r'error: A Space needs starlette, .*: pip install -e "\.\[app\]"$'):
         main([*flags, "--space", str(tmp_path / "space")])
     assert not (tmp_path / "cache").exists()

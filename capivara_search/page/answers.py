@@ -6,6 +6,7 @@ answers.search(Question.read({"text": "um gato", "k": 12}), None)["models"][0]["
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import date, datetime
@@ -96,7 +97,7 @@ def _checked(name: str, value: object) -> Any:
     match name, value:
         case (("text" | "like" | "template"), str()) if _is_text(value):
             return value
-        case "folder", str() if _is_text(value) and (not value or Path(value).is_absolute()):  # "~maria" is looked up
+        case "folder", str() if _is_text(value) and (not value or _is_plain(value)):
             return value
         case "k", int() if not isinstance(value, bool) and 1 <= value <= MAX_PICTURES:
             return value
@@ -111,6 +112,11 @@ def _checked(name: str, value: object) -> Any:
         case "language", str():
             return "pt" if value.startswith("pt") else "en"
     raise Refusal("bad_question")
+
+
+def _is_plain(folder: str) -> bool:
+    """Whether a folder is named as the index names it; "~ana" would say who has a home here, ".." how deep it lies."""
+    return os.path.isabs(folder) and ".." not in Path(folder).parts
 
 
 def _is_text(text: str) -> bool:

@@ -50,6 +50,12 @@ class Originals:
                 return found
         raise Refusal("gone", 404)
 
+    def _is_within(self, path: str) -> bool:
+        """Whether a row's file lies in a folder that was added, links followed: since then it may have become one."""
+        real = os.path.realpath(path)
+        folders = {os.path.realpath(folder) for index in self._indexes for folder in index.folders()}
+        return any(real.startswith(os.path.join(folder, "")) for folder in folders)
+
     def view(self, path: str) -> tuple[bytes, str]:
         """A picture, large, and its media type; its thumbnail where the file can't be read any more.
 
@@ -58,6 +64,8 @@ class Originals:
         """
         self.row(path)
         try:
+            if not self._is_within(path):
+                raise BadImage("unreadable image", "it leads out of the folders")
             return self._decoder.view(path), "image/jpeg"
         except BadImage:
             return self.thumbnail(path), "image/webp"
@@ -65,14 +73,15 @@ class Originals:
     def is_there(self, path: str) -> bool:
         """Whether the file of a row is on this machine. Raises Refusal where the path is no row."""
         self.row(path)
-        return os.path.isfile(path)
+        return os.path.isfile(path) and self._is_within(path)
 
     def file(self, path: str) -> tuple[BinaryIO, int, str]:
         """The file of a row, open, with its bytes and its media type. Raises Refusal where it is no picture, or no row.
 
         An index may be somebody else's, and name any file: what can't be shown as a picture is not given away.
         """
-        self.row(path)
+        if not self.is_there(path):
+            raise Refusal("no_original", 404)
         try:
             self._decoder.view(path)
             file = open_regular_file(path, repr(path))

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: SpaceArguments) -> None:
     """Build the index where it is not there, write the Space, list it, and send it if that was asked for."""
-    require("A Space", "search", *PACKAGES)
+    require("A Space", "app", *PACKAGES)
     from hub_upload.space.publish_space import check_target, listing, open_indexes, push_space, write_space
 
     models = [model for model in (args.model, args.compare) if model]

@@ -27,7 +27,8 @@ from capivara_search.common.privacy import short_name
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
-from hub_upload.allowed_files import TOKENIZER_FILES, check_contents
+from capivara_search.table import PictureTable
+from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_paths, check_secrets
 from hub_upload.push import NO_TOKEN
 from hub_upload.push_plan import readable_size
 from hub_upload.remote import PushError, check_repo_id, hub_errors
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ("capivara_search", "modeling_capivara")
 PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".yaml")
 STORES = ("s3://", "gs://", "az://")  # how addresses of indexes begin
-PACKAGES = ("lancedb", "pillow-heif", "starlette", "uvicorn")  # of the page, beside those of the model
+PACKAGES = ("lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")  # of the page, beside those of the model
 MODEL_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
@@ -149,6 +150,12 @@ def write_space(
         write_text(made / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
         write_text(made / "Dockerfile", DOCKERFILE.format(torch=pinned["torch"], port=DEFAULT_PORT))
         write_text(made / "README.md", _readme(models, credit, title))
+        write_text(made / "names.txt", "\n".join(_names(made / place) for place in places.values()))
+        for name in ("README.md", "app.py", "names.txt"):  # what a stranger's card and files are called
+            check_secrets(made / name, name)
+        for name in ("README.md", "app.py"):
+            check_paths(made / name, name)
+        (made / "names.txt").unlink()
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
@@ -224,6 +231,11 @@ def requirements(models: Sequence[str]) -> dict[str, str]:
     if any("timm_wrapper" in (find_model(model).folder / "config.json").read_text("utf-8") for model in models):
         names.append("timm")
     return {name: metadata.version(name).partition("+")[0] for name in names}
+
+
+def _names(index: Path) -> str:
+    """The paths of a published index, a line each."""
+    return "\n".join(PictureTable(index).rows(["path"])["path"].to_pylist())
 
 
 def _copied_model(model: str, made: Path) -> str:

@@ -65,4 +65,4 @@ def _renamed(path: str, names: dict[str, str]) -> str:
     for folder, name in names.items():
         if PurePath(path).is_relative_to(folder):
             return str(PurePath(name, PurePath(path).relative_to(folder)))
-    return str(PurePath("/", PurePath(path).name))  # of a folder that was forgotten
+    return str(PurePath("/", PurePath(path).name))  # of a folder that is no longer listed

@@ -47,6 +47,7 @@ async function run() {
   } catch (error) {
     notice(error);
     find("classify-said").textContent = "";
+    find("classified").replaceChildren();
   } finally {
     button.disabled = false;
   }

@@ -106,7 +106,8 @@ viewer.addEventListener("close", () => {
   (tiles.find((tile) => tile === document.activeElement) ?? tiles.find((tile) => tile.offsetParent))?.focus();
 });
 viewer.addEventListener("click", (event) => event.target === viewer && viewer.close());
-viewer.addEventListener("keydown", (event) => {
+document.addEventListener("keydown", (event) => {
+  if (!viewer.open) return; // on the document: a button that is disabled loses the focus to it
   if (event.key === "ArrowLeft") step(-1);
   else if (event.key === "ArrowRight") step(1);
   else return;

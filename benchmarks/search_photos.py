@@ -1,0 +1,218 @@
+"""Photographs into an index, against open_clip's plain loop; `benchmarks.search` runs it.
+
+    python -m benchmarks.search_photos --worker index --photos runs/search/photos --first 0 --count 400
+
+The photographs are of 12 megapixels, made from real ones: crops, mirrored or not, brightened or not, enlarged, with the
+noise of a sensor. Both programs hold the full-size published architecture with the same random weights, in float32.
+"""
+
+import datetime
+import io
+import shutil
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import PIL.Image
+import PIL.ImageEnhance
+import torch
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+
+from benchmarks.timing import finish, in_own_process
+from capivara_search.common.cli import flag, parse
+from capivara_search.common.files import write_bytes
+from examples.real_images import PHOTOS, photo
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara.loading import load_model
+
+SIZE = (4000, 3000)  # pixels, width and height: 12 megapixels
+NOISE = 3.0  # standard deviation of a pixel, of 255
+QUALITY = 90  # of the JPEG files; they have 3 to 5 MB
+BATCH = 32
+Program = Literal["index", "index_exact", "open_clip"]
+
+
+@dataclass
+class PhotoArguments:
+    """Arguments of `benchmarks.search_photos`."""
+
+    photos: Path = flag(Path("runs/search/photos"), "Folder of the photographs.")
+    model: Path = flag(Path("runs/search/model"), "Folder of the full-size model with random weights.")
+    worker: Program = flag("index", "Program that is measured, in this process.")
+    first: int = flag(0, "Number of the first photograph.")
+    count: int = flag(400, "Photographs.")
+    embeds: Path | None = flag(None, "Safetensors file to which the embeddings go.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure one program once."""
+    args = parse(PhotoArguments, __doc__, argv)
+    paths = [photo_path(args.photos, number) for number in range(args.first, args.first + args.count)]
+    measure = open_clip_loop if args.worker == "open_clip" else partial(into_index, exact=args.worker == "index_exact")
+    seconds, embeds = measure(paths, args.model)
+    if args.embeds:
+        save_file({"embeds": embeds}, args.embeds)
+    finish({"seconds": seconds, "photographs": len(paths)})
+
+
+def measure_photos(work: Path, number: int, runs: int) -> dict[str, Any]:
+    """All programs in turns, each time on the next photographs; and how near the embeddings of ours are to theirs.
+
+    Args:
+        work: folder of the photographs and the model, made where they are missing.
+        number: photographs.
+        runs: parts that they are divided into.
+    """
+    photos, model = work / "photos", work / "model"
+    make_photos(photos, number)
+    make_model(model)
+    count = number // runs
+    seconds: dict[str, list[float]] = {name: [] for name in ("open_clip", "index", "index_exact")}
+    cosines: dict[str, list[torch.Tensor]] = {"index": [], "index_exact": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for run in tqdm(range(runs), desc="Photographs into the index", unit="run"):
+            embeds = {}
+            for name, found in seconds.items():
+                if name == "index_exact" and run:
+                    continue  # once is enough to see what it costs
+                file = Path(folder) / f"{name}.safetensors"
+                flags = {"worker": name, "photos": photos, "model": model, "first": run * count, "count": count}
+                words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+                found.append(in_own_process(["benchmarks.search_photos", *words, "--embeds", str(file)])["seconds"])
+                embeds[name] = load_file(file)["embeds"]
+            for name, found in cosines.items():
+                if name not in embeds:
+                    continue
+                found.append((embeds[name] * embeds["open_clip"]).sum(dim=1))
+    return {
+        "photographs": number,
+        "photographs_a_run": count,
+        "megapixels": SIZE[0] * SIZE[1] / 1e6,
+        "megabytes_each": sum(photo_path(photos, n).stat().st_size for n in range(number)) / number / 1e6,
+        "seconds": seconds,
+        "cosine_to_open_clip": {
+            name: {"lowest": torch.cat(found).min().item(), "mean": torch.cat(found).mean().item()}
+            for name, found in cosines.items()
+        },
+    }
+
+
+# ---- what is measured ----
+
+
+def into_index(paths: list[Path], model: Path, exact: bool) -> tuple[float, torch.Tensor]:
+    """Seconds of `PictureIndex.add` on a new index, the model loaded before, and what the index then holds."""
+    from capivara_search import PictureIndex
+
+    with tempfile.TemporaryDirectory() as folder:
+        chosen = Path(folder) / "photos"
+        chosen.mkdir()
+        for path in paths:
+            shutil.copy(path, chosen)
+        index = PictureIndex.open(Path(folder) / "index.lance", model=str(model))
+        index.model.images([PIL.Image.new("RGB", (64, 64))])  # loads it
+        started = time.perf_counter()
+        index.add(chosen, exact=exact, batch_size=BATCH)
+        seconds = time.perf_counter() - started
+        vectors = index.vectors([str(chosen / path.name) for path in paths])
+    return seconds, torch.nn.functional.normalize(torch.from_numpy(np.asarray(vectors, dtype=np.float32)), dim=1)
+
+
+@torch.inference_mode()
+def open_clip_loop(paths: list[Path], model: Path) -> tuple[float, torch.Tensor]:
+    """Seconds of open_clip's loop: open, preprocess, stack, encode; and the embeddings."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    from modeling_capivara.open_clip_mapping import build_open_clip, open_clip_state_dict
+
+    theirs = build_open_clip(CapivaraConfig()).eval()
+    theirs.load_state_dict(open_clip_state_dict(load_model(model)))
+    preprocess = image_transform_v2(PreprocessCfg(), is_train=False)
+    theirs.encode_image(torch.zeros(1, 3, 224, 224))
+    started, embeds = time.perf_counter(), []
+    for start in range(0, len(paths), BATCH):
+        batch = torch.stack([preprocess(PIL.Image.open(path)) for path in paths[start : start + BATCH]])
+        embeds.append(theirs.encode_image(batch, normalize=True))
+    return time.perf_counter() - started, torch.cat(embeds)
+
+
+# ---- what it is measured on ----
+
+
+def photo_path(folder: Path, number: int) -> Path:
+    """Where a photograph lies."""
+    return folder / f"{number // 100:03d}" / f"IMG_{number:05d}.jpg"
+
+
+def make_photos(folder: Path, number: int) -> None:
+    """The photographs that are missing."""
+    missing = [n for n in range(number) if not photo_path(folder, n).is_file()]
+    with ProcessPoolExecutor() as pool:
+        for _ in tqdm(
+            pool.map(partial(make_photo, folder), missing), total=len(missing), desc="Making photographs",
+            unit="picture", disable=not missing,
+        ):  # fmt: skip
+            pass
+
+
+@cache
+def sources() -> list[PIL.Image.Image]:
+    """The real photographs."""
+    return [photo(name).convert("RGB") for name in PHOTOS]
+
+
+def make_photo(folder: Path, number: int) -> None:
+    """One photograph; the same number gives the same picture."""
+    dice = np.random.default_rng(number)
+    image = sources()[number % len(sources())]
+    width = int(min(image.width, image.height * 4 / 3) * dice.uniform(0.6, 1))
+    height = width * 3 // 4
+    left, top = dice.integers(0, image.width - width + 1), dice.integers(0, image.height - height + 1)
+    image = image.crop((left, top, left + width, top + height)).resize(SIZE, PIL.Image.Resampling.BICUBIC)
+    if dice.random() < 0.5:
+        image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+    image = PIL.ImageEnhance.Brightness(image).enhance(dice.uniform(0.8, 1.2))
+    noise = dice.standard_normal((SIZE[1] // 4, SIZE[0], 3), dtype=np.float32) * NOISE
+    pixels = np.asarray(image).astype(np.float32) + np.tile(noise, (4, 1, 1))
+    image = PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    exif = PIL.Image.Exif()
+    taken = datetime.datetime(2020, 1, 1) + datetime.timedelta(hours=int(number))
+    exif[PIL.Image.ExifTags.Base.DateTime] = taken.strftime("%Y:%m:%d %H:%M:%S")
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=QUALITY, exif=exif)
+    write_bytes(photo_path(folder, number), buffer.getvalue())
+
+
+def small_photos(folder: Path, number: int) -> None:
+    """Photographs of 640 x 480 pixels, the crops and mirror images of real ones, where they are missing."""
+    for n in range(number):
+        path = folder / f"IMG_{n:05d}.jpg"
+        if path.is_file():
+            continue
+        dice, image = np.random.default_rng(n), sources()[n % len(sources())]
+        side = int(min(image.size) * dice.uniform(0.5, 1))
+        left, top = (int(dice.integers(0, length - side + 1)) for length in image.size)
+        buffer = io.BytesIO()
+        image.crop((left, top, left + side, top + side * 3 // 4)).resize((640, 480)).save(buffer, "JPEG", quality=90)
+        write_bytes(path, buffer.getvalue())
+
+
+def make_model(folder: Path) -> None:
+    """The full-size published architecture with random weights and the real tokenizer, as a model folder."""
+    from capivara_search.miniature_encoders import load_tokenizer
+
+    if (folder / "config.json").is_file():
+        return
+    torch.manual_seed(0)
+    CapivaraModel(CapivaraConfig()).save_pretrained(folder)
+    CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

