@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,12 +31,14 @@ from capivara_search import PictureIndex
 from capivara_search.common.cli import flag, parse
 from capivara_search.common.files import read_json, write_json
 from capivara_search.picture_columns import schema, vector_column
+from capivara_search.table import EXACT_ROWS
 
 WIDTH, CLUSTERS, SPREAD = 512, 2000, 1.0  # numbers of a vector; clusters; noise beside a centre of length 1
 QUERIES, K = 200, 10
 ROWS_AT_ONCE = 100_000
 ADDED = (1, 1000)  # pictures
 QUERY_WORDS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniversário", "pôr do sol", "rua à noite")
+PACKAGES = ("lancedb", "faiss-cpu", "sentence-transformers")
 PEERS = ("faiss_flat", "faiss_ivfpq", "semantic_search")
 LISTS, CODES, PROBES = 4096, 64, 64  # of faiss's IVF-PQ, as its guidelines have them for a million
 Worker = Literal["fill", "index", "faiss_flat", "faiss_ivfpq", "semantic_search"]
@@ -47,7 +50,9 @@ class SearchArguments:
 
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Pictures of the indexes.")
     photographs: int = flag(2000, "Photographs of 12 megapixels.")
-    parts: list[str] = flag(["index", "peers", "photographs"], "Parts to measure; the file keeps the others.")
+    parts: list[str] = flag(
+        ["index", "peers", "photographs"], "Parts to measure; the file keeps the others. `picture`: none, draw it anew."
+    )
     runs: int = flag(5, "Parts of the photographs, in which the programs take turns; runs of a new process.")
     work: Path = flag(Path("runs/search"), "Folder of vectors, indexes, photographs and model; some 10 GB.")
     output: Path = flag(RESULTS / "search.json", "JSON file.")
@@ -66,9 +71,12 @@ def main(argv: list[str] | None = None) -> None:
     small_photos(args.work / "small", max(ADDED))
     results = read_json(args.output) if args.output.is_file() else {}
     results |= {**conditions(), "width": WIDTH, "k": K, "queries": QUERIES}
+    results["versions"] |= {name: metadata.version(name) for name in PACKAGES}
     for part in args.parts:  # a part that is measured later keeps the others of the file
         results |= json.loads(json.dumps(PARTS[part](args)))
         write_json(args.output, results)
+    for rows, one in results.get("index", {}).items():
+        one["approximate"] = int(rows) > EXACT_ROWS
     if "index" in results:
         plot_growth(results, args.plot)
     finish(results, args.output)
@@ -96,7 +104,7 @@ def photographs_part(args: SearchArguments) -> dict[str, Any]:
     return {"photographs": measure_photos(args.work, args.photographs, args.runs)}
 
 
-PARTS = {"index": index_part, "peers": peers_part, "photographs": photographs_part}
+PARTS = {"index": index_part, "peers": peers_part, "photographs": photographs_part, "picture": lambda args: {}}
 
 
 def own(args: SearchArguments, worker: str, rows: int) -> dict[str, Any]:
@@ -199,7 +207,6 @@ def fill(args: SearchArguments) -> dict[str, Any]:
     return {
         "written_s": written - started,
         "optimised_s": time.perf_counter() - written,  # compaction, and the approximate index where there is one
-        "approximate": index.status().approximate,
         "bytes": sum(path.stat().st_size for path in where.rglob("*") if path.is_file()),
     }
 
