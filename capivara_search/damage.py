@@ -20,6 +20,7 @@ import pyarrow as pa
 FRAGMENT_BITS = 32
 READ_ROWS = 2048  # at once
 MAX_DETAIL = 200  # letters
+WHOLE = b"LANC"  # how a record ends that was written whole
 SET_ASIDE = ".damaged"  # appended to the name of a file
 
 logger = logging.getLogger("capivara")
@@ -112,6 +113,8 @@ def set_newest_aside(folder: Path) -> str | None:
         return None
     newest = records[0]  # they are numbered downwards
     with suppress(OSError):
+        if newest.read_bytes().endswith(WHOLE):  # of a newer LanceDB, or what fails is the disk: it is left alone
+            return None
         newest.rename(newest.with_name(newest.name + SET_ASIDE))
         (folder / "_versions" / "latest_version_hint.json").unlink(missing_ok=True)
         return newest.name

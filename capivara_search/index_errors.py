@@ -44,6 +44,11 @@ def is_of_storage(error: BaseException) -> bool:
     return known or any(found.search(text) for found in (FULL, NOT_ALLOWED, REFUSED, NO_BUCKET, NO_ANSWER))
 
 
+def is_of_damage(error: BaseException) -> bool:
+    """Whether the engine says that a file is missing or broken."""
+    return bool(re.search(r"[Nn]ot found|[Cc]orrupt|[Mm]agic|LanceError|lance error|footer|manifest", str(error)))
+
+
 @contextmanager
 def explained(where: str, part: str = "") -> Iterator[None]:
     """Let what LanceDB raises become one line.

@@ -26,7 +26,7 @@ import pyarrow as pa
 
 from capivara_search import damage
 from capivara_search.common.files import lock_folder
-from capivara_search.index_errors import DamagedIndex, explained, explanation, is_conflict, is_of_storage
+from capivara_search.index_errors import DamagedIndex, explained, explanation, is_conflict, is_of_damage, is_of_storage
 from capivara_search.picture_columns import EMPTY, KEYS, PICTURES, THUMBNAIL, check_layout, schema, vector_column
 
 if TYPE_CHECKING:
@@ -256,8 +256,9 @@ class Tables:
                 return self._connection.open_table(name)
         if name == PICTURES:
             raise DamagedIndex(
-                f"The index {self.where} is damaged: no record of its files is left in {self.address(name)}/_versions. "
-                "Restore it from a copy, or remove the index and add the pictures again."
+                f"The index {self.where} is damaged: no record of its files is left in {self.address(name)}/_versions "
+                "that this LanceDB can read. Upgrade lancedb where a newer one wrote it; else restore it from a copy, "
+                "or remove the index and add the pictures again."
             ) from error
         return self._emptied(name, error)
 
@@ -287,6 +288,8 @@ class Tables:
 
     def _emptied(self, name: str, error: Exception) -> Any:
         """An empty table in place of a damaged one, for good where repairs are made."""
+        if not is_of_damage(error):
+            raise error  # such as too many open files: what lies there may be whole
         logger.warning("%s is damaged and taken for empty: %s", self.address(name), damage.detail(error))
         if not self.repairs:
             return damage.empty_table(EMPTY[name])
