@@ -33,7 +33,7 @@ from capivara_search.picture_columns import (
     vector_column,
     within,
 )
-from capivara_search.picture_files import FileState, Picture, read_bytes_digest, read_picture
+from capivara_search.picture_files import PASSING, FileState, Picture, read_bytes_digest, read_picture
 from capivara_search.read_ahead import Read, ReadAhead
 from capivara_search.results import Added, LeftOut
 from capivara_search.table import PictureTable
@@ -64,7 +64,10 @@ class Writer:
         self.rows[row["path"]] = self.by_digest[row["digest"]] = row
 
     def leave_out(self, file: FileState, reason: str) -> None:
-        """Note a file that can't be read; a row that it has had is no longer true."""
+        """Note a file that can't be read; a row that it has had is no longer true.
+
+        What only could not be opened keeps its row: it may be as it was.
+        """
         row = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "reason": reason}
         self.left_out[file.path] = row
         self.all_left_out.add(file.path)
@@ -82,7 +85,7 @@ class Writer:
             self.table.merge(to_arrow(list(self.rows.values()), self.columns))
         if self.left_out:
             self.table.merge(pa.Table.from_pylist(list(self.left_out.values()), EMPTY[LEFT_OUT]), LEFT_OUT)
-            self.table.remove(list(self.left_out))
+            self.table.remove([path for path, row in self.left_out.items() if not row["reason"].startswith(PASSING)])
         self.rows, self.by_digest, self.left_out, self.since = {}, {}, {}, time.monotonic()
 
 
@@ -164,7 +167,9 @@ class Adding:
         if not wanted:
             return {}
         clause = f"{among('digest', wanted)} AND model = {quoted(self.digest)}"
-        rows = self.table.rows(self.table.columns().names, clause).to_pylist()
+        copies = self.table.rows(["digest", "path"], clause)  # of one picture there may be thousands
+        paths = dict(zip(copies["digest"].to_pylist(), copies["path"].to_pylist(), strict=True))
+        rows = self.table.of_paths(self.table.columns().names, list(paths.values())).to_pylist()
         return {row["digest"]: {**row, VECTOR: row[self.column]} for row in rows}
 
     def _embed(self, batch: Sequence[Read]) -> None:

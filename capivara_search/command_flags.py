@@ -1,6 +1,7 @@
 """The flags of the command `capivara`, in the words of a language, and what is wrong with them in one line.
 
-    from capivara_search.command_flags import parsed
+    from capivara_search.results import TEMPLATE
+from capivara_search.command_flags import parsed
     from capivara_search.terminal import Words
 
     parsed(["buscar", "um", "gato", "-k", "3"], Words("pt")).query  # "um gato"
@@ -23,6 +24,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from capivara_search.common.cli import locale_is_portuguese
 from capivara_search.common.tasks import ExecutorArguments
+from capivara_search.results import TEMPLATE
 from capivara_search.terminal import KINDS, Words, harmless, shown_path
 
 # English name -> Portuguese name; both work in both languages.
@@ -38,7 +40,6 @@ COMMANDS = {
     "completion": "completar",
 }
 SHELLS = ("bash", "zsh", "fish")
-TEMPLATE = "uma imagem de {}"
 MOST_OPENED = 12  # pictures, by --open: more windows at once are of no use
 # What argparse says -> the text that says it; a text without a translation is shown as it is.
 OF_ARGPARSE = {
@@ -218,7 +219,7 @@ def _index_flags(one: Parser, words: Words) -> None:
 def _search_flags(one: Parser, words: Words) -> None:
     one.flag("query", nargs="*", metavar=words("metavar.query"))
     one.flag("--like", type=_file(words), metavar=words("metavar.file"))
-    one.flag("-k", type=_number(words, int, 1), default=12, metavar="N")
+    one.flag("-k", type=_number(words, int, 1, 10_000), default=12, metavar="N")
     one.flag("--folder", type=_absolute, metavar=words("metavar.folder"))
     one.flag("--since", type=lambda text: _day(text, words, last=False), metavar=words("metavar.date"))
     one.flag("--until", type=lambda text: _day(text, words, last=True), metavar=words("metavar.date"))
@@ -258,7 +259,7 @@ def _export_flags(one: Parser, words: Words) -> None:
 
 
 def _duplicates_flags(one: Parser, words: Words) -> None:
-    one.flag("--threshold", type=_number(words, float, 0, 1), default=0.97, metavar="X")
+    one.flag("--threshold", type=_number(words, float, 0.01, 1), default=0.97, metavar="X")
     _output_flags(one)
     _picture_flags(one)
 
@@ -320,6 +321,8 @@ def _file(words: Words) -> Callable[[str], Path]:
 def _table_file(words: Words) -> Callable[[str], Path]:
     def read(text: str) -> Path:
         path = _absolute(text)
+        if not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(words("no_folder", path=shown_path(str(path.parent))))
         if path.suffix.lower() in (".parquet", ".csv"):
             return path
         raise argparse.ArgumentTypeError(words("bad_suffix", path=shown_path(str(path))))

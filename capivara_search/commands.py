@@ -215,7 +215,9 @@ def classify(args: argparse.Namespace, words: Words) -> int:
     if args.json:
         _write_json(rows)
     elif args.csv:
-        _write_csv(("path", "label", *args.labels), [row | row.pop("shares") for row in rows])
+        columns = {label: f"share of {label}" if label in ("path", "label") else label for label in args.labels}
+        shares = [{columns[label]: share for label, share in row.pop("shares").items()} for row in rows]
+        _write_csv(("path", "label", *columns.values()), [row | own for row, own in zip(rows, shares, strict=True)])
     else:
         texts = [row["label"] or words("none_fits") for row in rows]
         shares = [words.number(100 * max(row["shares"].values())) + " %" for row in rows]

@@ -66,18 +66,20 @@ def damaged_fragments(table: Any, columns: Sequence[str]) -> list[int]:
     return damaged
 
 
-def without(fragments: Sequence[int], table: Any, address: str) -> Any:
+def without(fragments: Sequence[int], table: Any, address: str, options: dict[str, str] | None) -> Any:
     """A view of a table without some fragments: a copy of its record of files alone, in a temporary folder.
 
     Args:
         fragments: numbers.
         table: of LanceDB.
         address: of the table's folder.
+        options: of its storage.
     """
     import lancedb
 
     folder = tempfile.TemporaryDirectory(prefix="capivara-")
-    rest = lancedb.connect(folder.name).clone_table("rest", address, source_version=table.version)
+    connection = lancedb.connect(folder.name, storage_options=options)
+    rest = connection.clone_table("rest", address, source_version=table.version)
     rest.capivara_folder = folder  # removed with the view
     remove(fragments, rest)
     return rest

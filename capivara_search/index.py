@@ -37,7 +37,7 @@ from capivara_search.picture_columns import (
     within,
 )  # fmt: skip
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
-from capivara_search.results import Added, Classified, Hit, LeftOut, Status
+from capivara_search.results import TEMPLATE, Added, Classified, Hit, LeftOut, Status
 from capivara_search.table import PictureTable
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ class PictureIndex:
         return dict(zip(found["path"].to_pylist(), unit(as_array(found[column])), strict=True))
 
     def forget(self, folder: str | Path) -> int:
-        """Remove the rows of a folder, or of a file; returns how many. The files stay."""
+        """Remove the rows of a folder, or of a file, and their thumbnails; returns how many. The files stay."""
         path = absolute_folder(folder)
         if not self._table.exists():
             return 0
@@ -267,7 +267,9 @@ class PictureIndex:
             known = [key for key in self._table.about() if key.startswith(FOLDER_KEY)]
             inside = [key for key in known if Path(key.removeprefix(FOLDER_KEY)).is_relative_to(path)]
             self._table.remove(inside, ABOUT)
-            return self._table.remove_where(within(path), PICTURES)
+            removed = self._table.remove_where(within(path), PICTURES)
+            self._table.purge()
+            return removed
 
     def folders(self) -> dict[str, int]:
         """Folder that was added -> pictures in it and the folders in it."""
@@ -300,7 +302,7 @@ class PictureIndex:
         return self._table.count()
 
     def classify(
-        self, folder: "str | Path | Image.Image", labels: Sequence[str], template: str = "uma imagem de {}"
+        self, folder: "str | Path | Image.Image", labels: Sequence[str], template: str = TEMPLATE
     ) -> list[Classified]:
         """The label that fits each picture best, by the vectors of the index; other pictures are read, and not kept.
 

@@ -37,11 +37,17 @@ def is_conflict(error: BaseException) -> bool:
     return bool(CONFLICT.search(str(error)))
 
 
-def is_of_storage(error: BaseException) -> bool:
-    """Whether the disk or the object storage has refused: what lies there may be whole."""
-    text = str(error)
+def is_of_storage(error: BaseException, where: str) -> bool:
+    """Whether the disk or the object storage of an index has refused: what lies there may be whole."""
+    text = _text(error, where)
     known = isinstance(error, PermissionError) or no_space_left(error)
-    return known or any(found.search(text) for found in (FULL, NOT_ALLOWED, REFUSED, NO_BUCKET, NO_ANSWER))
+    remote = (REFUSED, NO_BUCKET, NO_ANSWER) if "://" in where else ()
+    return known or any(found.search(text) for found in (FULL, NOT_ALLOWED, *remote))
+
+
+def _text(error: BaseException, where: str) -> str:
+    """What an error says, in a line, without the name of the index, which may say anything."""
+    return " ".join(str(error).replace(where, "").split())
 
 
 def is_of_damage(error: BaseException) -> bool:
@@ -71,13 +77,13 @@ def explained(where: str, part: str = "") -> Iterator[None]:
 
 def explanation(error: Exception, where: str, part: str = "") -> Exception:
     """The error in our words; itself where it is none of the known ones."""
-    text = " ".join(str(error).split())
+    text = _text(error, where)
     if no_space_left(error) or FULL.search(text):
         return OSError(
             errno.ENOSPC,
             f"No space left on the disk of the index {where}. Free some and run the same again; what was written stays",
         )
-    if NO_BUCKET.search(text):
+    if "://" in where and NO_BUCKET.search(text):
         return OSError(errno.ENOENT, f"There is no bucket for the index {where}. Make it, or check the name")
     if "://" in where and (isinstance(error, PermissionError) or REFUSED.search(text)):
         return PermissionError(
@@ -89,7 +95,7 @@ def explanation(error: Exception, where: str, part: str = "") -> Exception:
         return PermissionError(
             errno.EACCES, f"The index {where} can't be opened or written: no permission. Choose another place"
         )
-    if NO_ANSWER.search(text):
+    if "://" in where and NO_ANSWER.search(text):
         return OSError(
             errno.EIO,
             f"The storage of {where} can't be reached. Check AWS_ENDPOINT_URL, AWS_REGION, the keys and the network: "

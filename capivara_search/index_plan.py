@@ -3,8 +3,8 @@
     plan = make_plan(table, model.image_digest, [Path("/home/maria/Fotos")])
     print(len(plan.files), "to read,", len(plan.gone), "to remove")
 
-A file whose size and time are those of its row is not read again, nor is one that could not be read and has not
-changed.
+A file whose size and time are those of its row is not read again, nor is one that has not changed since it was no
+picture that can be read; what only could not be opened is tried again.
 """
 
 import os
@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from capivara_search.picture_columns import LEFT_OUT, quoted, within
-from capivara_search.picture_files import FileState, find_pictures
+from capivara_search.picture_files import PASSING, FileState, find_pictures
 from capivara_search.results import LeftOut
 from capivara_search.table import PictureTable
 
@@ -98,7 +98,8 @@ def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], s
     clause = within(*folders)
     columns = ["path", "size", "mtime_ns", "digest", "model"]
     known = KnownRows(table.rows(columns, f"{clause} OR model != {quoted(image_digest)}"), image_digest)
-    broken = {tuple(row.values()) for row in table.rows(columns[:3], clause, LEFT_OUT).to_pylist()}
+    left_out = table.rows([*columns[:3], "reason"], clause, LEFT_OUT).to_pylist()
+    broken = {tuple(row.values())[:3] for row in left_out if not row["reason"].startswith(PASSING)}
     files = [file for file in found if not known.is_done(file)]
     unchanged = len(found) - len(files)
     as_before = {state for file in files if (state := (file.path, file.size, file.mtime_ns)) in broken}

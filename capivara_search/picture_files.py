@@ -48,6 +48,8 @@ REASONS = (
     *("broken link", "empty file", "no picture", "damaged picture", "too large", "no preview"),
     *("needs rawpy", "needs pillow-heif"),
 )
+# Of these nothing is known of the content: the file is tried again each time.
+PASSING = ("no permission", "read error", "gone", "needs rawpy", "needs pillow-heif")
 PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
 # Beside hidden ones: what file systems, NAS boxes and zip files of a Mac put among the pictures.
 SKIPPED_NAMES = {"@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"}
@@ -113,7 +115,12 @@ class MissingPicture(BadImage, FileNotFoundError):
 
 def absolute_folder(folder: str | Path) -> Path:
     """A folder as its pictures' paths begin: absolute, `~` and `..` resolved, links left as they are."""
-    return Path(os.path.abspath(Path(folder).expanduser()))
+    path = os.path.abspath(Path(folder).expanduser())
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"The name of the folder {path!a} is no text in UTF-8. Rename it.") from None
+    return Path(path)
 
 
 def find_pictures(

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 
+TEMPLATE = "uma imagem de {}"  # of a label, where none is given
+
 
 @dataclass(frozen=True)
 class Hit:

@@ -25,12 +25,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_search import damage
-from capivara_search.index_errors import is_of_storage
+from capivara_search.index_errors import explained, is_of_storage
 from capivara_search.picture_columns import (
     ABOUT,
     EMPTY,
     HIT_COLUMNS,
     KEYS,
+    LEFT_OUT,
     MODEL_KEY,
     PICTURES,
     VECTOR,
@@ -82,7 +83,8 @@ class PictureTable(Tables):
 
     def batches(self, columns: Sequence[str], where: str | None = None, rows: int = 4096) -> Iterator[pa.RecordBatch]:
         """Some columns of all pictures, or of those of a clause, at most `rows` at a time, of one version."""
-        yield from self.read(PICTURES, lambda table: plain(table, columns, where).to_batches(batch_size=rows))
+        with explained(self.where, PICTURES):  # it is read while it is asked for
+            yield from self.read(PICTURES, lambda table: plain(table, columns, where).to_batches(batch_size=rows))
 
     def count(self, where: str | None = None, table: str = PICTURES) -> int:
         """Rows, all or those of a clause."""
@@ -147,7 +149,7 @@ class PictureTable(Tables):
         try:
             return _search(self.pictures, vector, k, where, approximate=True).to_arrow()
         except FAILURES as error:
-            if is_of_storage(error):
+            if is_of_storage(error, self.where):
                 raise
             found = self.read(PICTURES, lambda table: _search(table, vector, k, where).to_arrow())
             if not self.is_damaged(PICTURES):
@@ -240,7 +242,7 @@ class PictureTable(Tables):
         try:
             self.write(PICTURES, self._optimize)
         except FAILURES as error:
-            if is_of_storage(error):
+            if is_of_storage(error, self.where):
                 raise
             self.repair()  # a thumbnail, which nothing else reads, or the approximate index
             for one in self.indices().values():
@@ -248,10 +250,16 @@ class PictureTable(Tables):
             if self._is_to_be_built(width):
                 self._build(width)
 
-    def _optimize(self, table: Any) -> None:
+    def purge(self) -> None:
+        """Remove from the disk what removed rows have left there, their thumbnails among it."""
+        for name in (PICTURES, LEFT_OUT, ABOUT):
+            if self.table(name) is not None:
+                self.write(name, lambda table: self._optimize(table, timedelta(0)))
+
+    def _optimize(self, table: Any, age: timedelta | None = None) -> None:
         with warnings.catch_warnings():  # that who reads a version which goes will fail: `read` does it again
             warnings.simplefilter("ignore", UserWarning)
-            table.optimize(cleanup_older_than=KEEP_VERSIONS if self.remote else timedelta(0))
+            table.optimize(cleanup_older_than=(KEEP_VERSIONS if self.remote else timedelta(0)) if age is None else age)
 
     def _is_to_be_built(self, width: int) -> bool:
         rows = self.count()
@@ -269,7 +277,7 @@ class PictureTable(Tables):
         try:
             _search(self.pictures, np.ones(width, np.float32), 1, None, approximate=True).nprobes(1).to_arrow()
         except FAILURES as error:
-            if is_of_storage(error):
+            if is_of_storage(error, self.where):
                 raise
             return False
         return True

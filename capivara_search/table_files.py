@@ -168,7 +168,7 @@ class Tables:
             try:
                 return operation(table)
             except FAILURES as error:
-                if is_of_storage(error):
+                if is_of_storage(error, self.where):
                     raise
             try:
                 table.checkout_latest()
@@ -245,7 +245,7 @@ class Tables:
 
     def _reopened(self, name: str, error: Exception) -> Any:
         """A table that can't be opened as it is."""
-        if is_of_storage(error) or self.remote:
+        if is_of_storage(error, self.where) or self.remote:
             raise explanation(error, self.where, name) from error
         while record := damage.set_newest_aside(Path(self.address(name))):
             logger.warning(
@@ -278,7 +278,10 @@ class Tables:
         if self.repairs:
             damage.remove(lost, table)
             return table
-        self._rests[name] = table.version, damage.without(lost, table, self.address(name))
+        self._rests[name] = (
+            table.version,
+            damage.without(lost, table, self.address(name), storage_options() if self.remote else None),
+        )
         return self._rests[name][1]
 
     def repair(self) -> None:

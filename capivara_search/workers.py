@@ -32,7 +32,7 @@ COUNTS_FOLDER = "added"  # in that of the logs
 class WorkerArguments(ExecutorArguments):
     """What `PictureIndex.add` is told, and where its tasks run. Paths must be the same on all machines."""
 
-    where: str = flag("auto", "Folder or address of the index; one that all machines reach.")
+    where: str = flag(..., "Folder or address of the index; one that all machines reach.")
     folders: list[str] = flag([], "Folders of pictures.")
     model: str | None = flag(None, "CAPIVARA folder or Hub id; the index's own where none is given.")
     device: str | None = flag(None, "Device of the model; the GPU where there is one.")
@@ -140,6 +140,8 @@ def _sum(arguments: WorkerArguments, unchanged: int) -> Added:
         added.left_out += [LeftOut(**one) for one in facts.pop("left_out", [])]
         for name, number in facts.items():
             setattr(added, name, getattr(added, name) + number)
+    copies = max(0, added.moved - added.removed)  # two tasks took the same file for one that had moved
+    added.new, added.moved = added.new + copies, added.moved - copies
     added.removed -= added.moved
     return added
 

@@ -175,3 +175,47 @@ def test_fragments_are_found_whatever_their_numbers(tmp_path):
         assert len(fragments_of(opened)) == 1
         tables.remove_where("true", "about")
         assert fragments_of(opened) == []
+
+
+def test_an_index_of_a_newer_lancedb_is_refused_and_left_as_it_lies(place, model):
+    """A record that is whole but unknown: bit 9 of its features, in the last field."""
+    folder = place / "i" / "pictures.lance" / "_versions"
+    newest = sorted(folder.glob("*.manifest"))[0]
+    content = newest.read_bytes()
+    start = int.from_bytes(content[-16:-8], "little")
+    length = int.from_bytes(content[start : start + 4], "little")
+    message = content[start + 4 : start + 4 + length] + b"\x48\x80\x80\x01"  # reader_feature_flags, an unknown bit
+    newest.write_bytes(content[:start] + len(message).to_bytes(4, "little") + message + content[start + 4 + length :])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises((ValueError, OSError)):
+        PictureIndex.open(place / "i", model=model).status()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_passing_error_empties_no_list(place, model, monkeypatch):
+    index = PictureIndex.open(place / "i", model=model)
+    known = index.status().left_out
+    assert known
+    tables = index._table
+
+    def fails(table):
+        raise OSError(24, "Too many open files")
+
+    with tables.locked(), pytest.raises(OSError, match="Too many open files"):
+        tables.write("left_out", fails)
+    assert PictureIndex.open(place / "i", model=model).status().left_out == known
+
+
+def test_an_index_in_a_folder_called_403_serves_its_rest(place, model):
+    (place / "403").mkdir()
+    (place / "i").rename(place / "403" / "i")
+    remove(sorted((place / "403" / "i" / "pictures.lance" / "data").iterdir(), key=os.path.getmtime)[1])
+    index = PictureIndex.open(place / "403" / "i", model=model)
+    assert len(index.search("um gato", k=100)) == ROWS - COMMIT
+
+
+def test_a_damaged_index_is_exported_with_a_line_that_says_so(place, model, tmp_path):
+    remove(data_files(place)[1])
+    with pytest.raises((ValueError, OSError), match=r"^The index .* is damaged in its part"):
+        PictureIndex.open(place / "i", model=model).export(tmp_path / "all.csv")
+    assert not list(tmp_path.glob("*.csv"))

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from datetime import date, datetime
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -11,6 +12,7 @@ import pytest
 from made_index import make_pictures, rows_of, save_model
 
 from capivara_search import adding, table
+from capivara_search.common.image_files import BadImage
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.near_duplicates import near_groups
@@ -448,3 +450,27 @@ def test_the_approximate_index_is_built_by_add_and_finds_what_the_exact_search_f
 @pytest.mark.parametrize("day", [date.min, date.max])
 def test_a_day_that_no_clock_of_a_file_has_is_compared_all_the_same(day):
     assert len(taken_between(day, day)) == 2
+
+
+def test_what_is_forgotten_leaves_no_thumbnail_on_the_disk(index, folder):
+    assert any(b"WEBP" in path.read_bytes() for path in Path(index.where).rglob("*") if path.is_file())
+    assert index.forget(folder) > 0
+    assert not any(b"WEBP" in path.read_bytes() for path in Path(index.where).rglob("*") if path.is_file())
+
+
+def test_a_file_that_could_not_be_opened_is_tried_again_and_keeps_its_row(index, folder, monkeypatch):
+    chosen = sorted(folder.rglob("*.png"))[0]
+    os.utime(chosen, ns=(1, 1))
+    read = adding.read_picture
+
+    def fails(file, **options):
+        if file.path == str(chosen):
+            raise BadImage("read error", "the disk said no")
+        return read(file, **options)
+
+    monkeypatch.setattr(adding, "read_bytes_digest", lambda path: None)
+    monkeypatch.setattr(adding, "read_picture", fails)
+    assert [one.path for one in index.add(folder).left_out] == [str(chosen)]
+    assert index.row(str(chosen)) is not None
+    monkeypatch.undo()
+    assert index.add(folder).left_out == []

@@ -20,7 +20,7 @@ from capivara_search.common.image_files import BadImage
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.page.suggestions import Suggestions
 from capivara_search.page.turns import Refusal
-from capivara_search.results import Classified, Hit
+from capivara_search.results import TEMPLATE, Classified, Hit
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -58,7 +58,7 @@ class Question:
     since: date | None = None
     until: date | None = None
     labels: tuple[str, ...] = ()
-    template: str = "uma imagem de {}"
+    template: str = TEMPLATE
     language: str = "pt"
 
     @classmethod

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from capivara_search.results import TEMPLATE
+
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
 
@@ -20,7 +22,7 @@ AT_ONCE = 16  # words that are embedded in one turn, between the questions of vi
 PICTURES = 1000  # that are looked at, the newest
 SHOWN = 10  # words
 NEAREST = 3  # pictures that a word is judged by; fewer in a small collection
-TEMPLATES = {"pt": "uma imagem de {}", "en": "an image of {}"}
+TEMPLATES = {"pt": TEMPLATE, "en": "an image of {}"}
 
 
 class Suggestions:
