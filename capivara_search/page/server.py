@@ -10,6 +10,7 @@ import contextlib
 import html
 import ipaddress
 import json
+import logging
 import os
 import re
 import socket
@@ -55,6 +56,7 @@ LICENCES = {  # identifier of the Hub -> name and address, of those that ask for
     "cc-by-sa-4.0": ("CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/"),
     "cc0-1.0": ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/"),
 }
+logger = logging.getLogger("capivara")
 
 
 @dataclass(frozen=True)
@@ -218,8 +220,14 @@ class Site:
         for language in sorted(LANGUAGES, key=lambda one: one != self.language):
             more = True
             while more:
-                with contextlib.suppress(Refusal):
+                try:
                     more = await self._questions.ask(partial(suggestions.embed_more, language))
+                except Refusal:
+                    pass
+                except Exception:  # the page does without
+                    logger.exception("No words can be suggested.")
+                    suggestions.ended = True
+                    return
                 await asyncio.sleep(0.05)
         if not self.local:  # where a first visitor would wait for the import of torch, and be given up
             with contextlib.suppress(Refusal):

@@ -31,20 +31,22 @@ class Suggestions:
     def __init__(self, index: "PictureIndex"):
         self._index = index
         self._vectors: dict[str, list[np.ndarray]] = {language: [] for language in TEMPLATES}
+        self.ended = False  # whether no more words will be embedded, for an error
         self._best: dict[str, tuple[int, list[str]]] = {}  # language -> version of the index, words
 
     def embed_more(self, language: str) -> bool:
         """Embed the next words; whether there were any."""
         done = self._vectors[language]
-        words = nouns(language)[len(done) : len(done) + AT_ONCE]
-        if words:
-            done.extend(self._index.model.texts([TEMPLATES[language].format(word) for word in words]))
+        start = len(done)
+        words = nouns(language)[start : start + AT_ONCE]
+        if words:  # at their own places: a turn that was given up may still end, after the one that came for it
+            done[start : start + AT_ONCE] = self._index.model.texts([TEMPLATES[language].format(w) for w in words])
         return bool(words)
 
     def best(self, language: str) -> list[str] | None:
         """Words that stand out, best first; None where they are not embedded yet."""
         if len(self._vectors[language]) < len(nouns(language)):
-            return None
+            return [] if self.ended else None
         version = self._index.version()
         if self._best.get(language, (None,))[0] != version:
             paths = [hit.path for hit in self._index.newest(PICTURES)]
