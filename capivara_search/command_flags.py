@@ -336,7 +336,9 @@ def _number(words: Words, kind: type, low: float, high: float | None = None) -> 
         if value >= low and (high is None or value <= high):
             return value
         key = "below" if high is None else "out_of_range"
-        raise argparse.ArgumentTypeError(words(key, low=low, high=high, value=text))
+        point = "," if words.language == "pt" else "."
+        bounds = {name: str(bound).replace(".", point) for name, bound in (("low", low), ("high", high))}
+        raise argparse.ArgumentTypeError(words(key, **bounds, value=text))
 
     read.__name__ = kind.__name__  # argparse names it where the text is no number
     return read

@@ -187,7 +187,7 @@ WRONG = {
     ),
     "status more": ("neither a flag nor a value of one: more", "não é opção nem cabe em uma: more"),
     "search x -k many": ("-k: 'many' is no whole number", "-k: 'many' não é um número inteiro"),
-    "search x -k 0": ("-k: must be from 1 to 10000, got 0", "-k: deve ser pelo menos 1, e é 0"),
+    "search x -k 0": ("-k: must be from 1 to 10000, got 0", "-k: deve ser de 1 a 10000, e é 0"),
     "search x -k": ("-k: its value is missing", "-k: falta o valor"),
     "search x --like none.jpg": ("--like: there is no file none.jpg", "--like: o arquivo none.jpg não existe"),
     "search x --like .": ("is no file of a picture", "não é um arquivo de imagem"),
@@ -210,7 +210,10 @@ WRONG = {
         "must end in .parquet or .csv, got fotos.xls",
         "deve terminar em .parquet ou .csv, e é fotos.xls",
     ),
-    "duplicates --threshold 2": ("--threshold: must be from 0.01 to 1, got 2", "--threshold: deve ser de 0 a 1, e é 2"),
+    "duplicates --threshold 2": (
+        "--threshold: must be from 0.01 to 1, got 2",
+        "--threshold: deve ser de 0,01 a 1, e é 2",
+    ),
     "app --port 0": ("--port: must be from 1 to 65535, got 0", "--port: deve ser de 1 a 65535, e é 0"),
 }
 
