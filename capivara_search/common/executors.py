@@ -273,7 +273,8 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
             while left or running:
                 while left and slots:
                     rank, gpu = left.pop(), slots.pop()
-                    process = context.Process(target=self._run_in_child, args=(rank, gpu))
+                    # The server that forks them may be of an earlier start, with another environment.
+                    process = context.Process(target=self._run_in_child, args=(rank, gpu, dict(os.environ)))
                     process.start()
                     running[process.sentinel] = process, rank, gpu
                 for sentinel in wait(list(running)):
@@ -289,7 +290,8 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
                 process.kill()
         return killed
 
-    def _run_in_child(self, rank: int, gpu: str) -> None:
+    def _run_in_child(self, rank: int, gpu: str, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears Ctrl-C, and ends its children
         threading.Thread(target=_end_with, args=(multiprocess.parent_process(),), daemon=True).start()
         loguru.logger.disable("datatrove")
