@@ -21,7 +21,8 @@ REFUSED = re.compile(r"\b403\b|Forbidden|AccessDenied|\b401\b|InvalidAccessKeyId
 NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist", re.IGNORECASE)
 NO_ANSWER = re.compile(
     r"error sending request|tcp connect|dns error|Connection refused|kind: (Connect|Timeout|Request|Unknown)"
-    r"|operation timed out|Failed to resolve region|instance metadata|CredentialsNotLoaded|BadScheme|URL scheme is not allowed"
+    r"|operation timed out|Failed to resolve region"
+    r"|instance metadata|CredentialsNotLoaded|BadScheme|URL scheme is not allowed"
 )
 CONFLICT = re.compile(r"[Cc]ommit conflict|concurrent (writer|transaction|commit)|Too many concurrent|preempted", re.I)
 ENGINE = re.compile(r"lance error|LanceError|Encountered corrupt|External error: Not found")
