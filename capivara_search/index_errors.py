@@ -17,7 +17,8 @@ from capivara_search.common.files import no_space_left
 # Of the engine's texts. The rest of them stands for a file that is missing or broken.
 FULL = re.compile(r"No space left|os error 28|StorageFull|InsufficientCapacity")
 NOT_ALLOWED = re.compile(r"Permission denied|os error 13|os error 1\)|Read-only file system|os error 30")
-REFUSED = re.compile(r"\b403\b|Forbidden|AccessDenied|\b401\b|InvalidAccessKeyId|SignatureDoesNotMatch")
+# Without the number alone, which may be one of milliseconds.
+REFUSED = re.compile(r"Forbidden|AccessDenied|Unauthorized|status:? 40[13]|InvalidAccessKeyId|SignatureDoesNotMatch")
 NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist", re.IGNORECASE)
 NO_ANSWER = re.compile(
     r"error sending request|tcp connect|dns error|Connection refused|kind: (Connect|Timeout|Request|Unknown)"
@@ -65,7 +66,7 @@ def explained(where: str, part: str = "") -> Iterator[None]:
         part: name of the table that is worked on.
 
     Raises:
-        OSError: no space left, no permission, a refusal of the object storage, or no answer.
+        OSError: no space left, no permission, a refusal of the object storage, no answer, or others who write.
         DamagedIndex: a file of the index is missing or broken.
     """
     try:
@@ -101,6 +102,10 @@ def explanation(error: Exception, where: str, part: str = "") -> Exception:
             errno.EIO,
             f"The storage of {where} can't be reached. Check AWS_ENDPOINT_URL, AWS_REGION, the keys and the network: "
             + text[:MAX_DETAIL],
+        )
+    if is_conflict(error):
+        return BlockingIOError(
+            errno.EAGAIN, f"Others write to the index {where} all the time. Run the same again; what was written stays"
         )
     if isinstance(error, RuntimeError | ValueError) and ENGINE.search(text):
         return DamagedIndex(

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -133,8 +133,7 @@ class Tables:
         for name in (*sorted(KEYS.keys() - {PICTURES}), PICTURES):  # an index is there when its pictures are
             if self.table(name) is None:
                 columns = schema(width) if name == PICTURES else EMPTY[name]
-                with explained(self.where, name):
-                    self._connection.create_table(name, schema=columns, exist_ok=True)
+                self._again(name, partial(self._connection.create_table, name, schema=columns, exist_ok=True))
         if width not in self.widths():
             column = pa.schema([schema(width).field(vector_column(width))])
             self.write(PICTURES, lambda table: None if width in self.widths() else table.add_columns(column))
@@ -178,15 +177,24 @@ class Tables:
 
     def write(self, name: str, operation: Callable[[Any], T]) -> T:
         """What an operation that changes a table returns; where another one writes at that moment, it is done again."""
+
+        def newest() -> T:
+            return operation(self.table(name))
+
+        return self._again(name, newest, lambda: self.table(name).checkout_latest())
+
+    def _again(self, name: str, call: Callable[[], T], before: Callable[[], Any] | None = None) -> T:
+        """What a call returns that changes a table; tried again while others' writes get in its way."""
         with explained(self.where, name):
             for left in reversed(range(TRIES)):
                 try:
-                    return operation(self.table(name))
+                    return call()
                 except FAILURES as error:
                     if not is_conflict(error) or not left:
                         raise
                 time.sleep(random.uniform(0.05, 0.2) * (TRIES - left))
-                self.table(name).checkout_latest()
+                if before:
+                    before()
         raise AssertionError("unreachable")
 
     @contextmanager

@@ -5,6 +5,7 @@ each batch with its size. `fingerprint` is a digest of all that the embeddings d
 those of images do: models that share their image tower share these.
 """
 
+import atexit
 import hashlib
 import os
 import sys
@@ -138,7 +139,15 @@ def load_embedder(
 def processes() -> PartialState:
     """Accelerate's state: this process's number, and its device. One process where nothing was launched."""
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and not torch.distributed.is_initialized():
+        atexit.register(_leave_processes)
     return PartialState(cpu=launched and not torch.cuda.is_available())
+
+
+def _leave_processes() -> None:
+    """End the threads of the process group, which may abort a process that ends beside them."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _device(name: str | None) -> torch.device:

@@ -14,9 +14,26 @@ from made_index import make_pictures, rows_of, save_model
 
 from capivara_search import adding
 from capivara_search.index import PictureIndex
+from capivara_search.index_errors import explanation
 from capivara_search.workers import WorkerArguments, add_with_workers
 
 BUCKET = "fotos"
+
+
+# moto looks whether an object is there and then writes it; the storages of the world do both in one, as Lance needs.
+SERVER = """
+import sys, threading
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import run_simple
+
+served, one_at_a_time = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+def answer(environment, start):
+    with one_at_a_time:
+        return list(served(environment, start))
+
+run_simple("127.0.0.1", int(sys.argv[1]), answer, threaded=True, request_handler=MotoRequestHandler)
+"""
 
 
 def start_server(folder: Path, **environment: str) -> tuple[subprocess.Popen, str]:
@@ -24,7 +41,7 @@ def start_server(folder: Path, **environment: str) -> tuple[subprocess.Popen, st
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", SERVER, str(port)]
     with (folder / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **environment})
     for _ in range(600):
@@ -153,6 +170,19 @@ def test_a_failed_task_is_named_and_the_same_command_does_what_is_missing(tmp_pa
 def test_wrong_flags_of_workers_are_named(flags, message):
     with pytest.raises(ValueError, match=message):
         WorkerArguments(**{"where": "s3://b/i", "folders": ["/fotos"], **flags})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lance error: Retryable commit conflict for version 3", "Others write to the index s3://b/403 all the time"),
+        ("lance error: Error performing GET in 1.403s, 403 bytes: tcp connect error", "can't be reached"),
+        ("lance error: Client error with status 403 Forbidden", "answers 403, access denied"),
+        ("lance error: Encountered corrupt file", "is damaged in its part about"),
+    ],
+)
+def test_what_a_storage_says_is_told_apart(text, message):
+    assert message in one_line(explanation(RuntimeError(text), "s3://b/403", "about"))
 
 
 def one_line(error: BaseException) -> str:

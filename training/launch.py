@@ -1,5 +1,6 @@
 """What a run starts with: processes, log, threads, device, precision, optional packages and tracker."""
 
+import atexit
 import logging
 import os
 from datetime import timedelta
@@ -33,6 +34,8 @@ def join_processes() -> PartialState:
             f"{started} processes were started, but Accelerate has joined {state.num_processes}: each would train on a "
             "batch of its own. Launch with --num_processes 1, or with one of configs/accelerate/."
         )
+    if started > 1:
+        atexit.register(state.destroy_process_group)  # its threads may abort a process that ends beside them
     return state
 
 
