@@ -24,7 +24,6 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from benchmarks.search_photos import make_model, measure_photos, small_photos
 from benchmarks.search_tables import plot_growth
 from benchmarks.timing import RESULTS, ROOT, conditions, finish, in_own_process, peak_memory_bytes
 from capivara_search import PictureIndex
@@ -67,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         finish(WORKERS[args.worker](args))
         return
+    from benchmarks.search_photos import make_model, small_photos  # here: a worker does without torch
+
     make_model(args.work / "model")
     small_photos(args.work / "small", max(ADDED))
     results = read_json(args.output) if args.output.is_file() else {}
@@ -101,6 +102,8 @@ def peers_part(args: SearchArguments) -> dict[str, Any]:
 
 def photographs_part(args: SearchArguments) -> dict[str, Any]:
     """Photographs into an index, and by open_clip's loop; with the machine, which may be another one."""
+    from benchmarks.search_photos import measure_photos
+
     return {"photographs": conditions() | measure_photos(args.work, args.photographs, args.runs)}
 
 

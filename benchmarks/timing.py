@@ -7,14 +7,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from tqdm.auto import tqdm
 
 from capivara_search.common.environment import device_description, package_versions, peak_resident_bytes
 from capivara_search.common.files import write_json
 from records.tables import markdown_table
+
+if TYPE_CHECKING:
+    import torch  # within functions elsewhere: a program without it is measured without its memory
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,6 +25,8 @@ R = TypeVar("R")
 
 def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
     """Wall-clock seconds of one call, the device's queue drained before and after."""
+    import torch
+
     synchronise = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     synchronise()
     started = time.perf_counter()
@@ -78,11 +82,17 @@ def in_own_process(module_and_flags: Sequence[str]) -> Any:
 
 def peak_memory_bytes(device: str = "cpu") -> int:
     """The most this process has held so far: resident, or allocated on the GPU."""
-    return torch.cuda.max_memory_allocated() if device.startswith("cuda") else peak_resident_bytes()
+    if not device.startswith("cuda"):
+        return peak_resident_bytes()
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
-def conditions(device: str | torch.device = "cpu") -> dict[str, Any]:
+def conditions(device: "str | torch.device" = "cpu") -> dict[str, Any]:
     """What figures depend on: the device, the threads and the versions of the packages."""
+    import torch
+
     return {
         "device": device_description(device),
         "threads": torch.get_num_threads(),
