@@ -68,6 +68,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "demo": demo_block,
             "main_job": lambda: main_job.main_job_table(_results("main_job")),
             "search": lambda: search_tables.search_table(_results("search")),
+            "search_photographs": lambda: search_tables.photos_table(_results("search")),
             "search_growth": lambda: search_tables.growth_table(_results("search")),
             "encode": encode_block,
             "train_step": lambda: train_step.train_step_table(_results("train_step")),

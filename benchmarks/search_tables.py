@@ -65,8 +65,8 @@ def growth_table(results: dict[str, Any]) -> str:
         *("one added, s", "a thousand, s (of them the image tower)"),
     )
     facts = (
-        "Added are JPEG files of 640 x 480 pixels, by the full-size image tower in float32, in a process that has loaded "
-        f"it; one picture: median of {results['runs']} after a first one, which took "
+        "Added are JPEG files of 640 x 480 pixels, by the full-size image tower in float32, in a process that has it "
+        f"loaded; one picture: median of {results['runs']} after a first one, which took "
         + ", ".join(f"{one['added_s']['1']['first_s']:.2f}" for one in results["index"].values())
         + " s."
     )

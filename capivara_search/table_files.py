@@ -109,12 +109,25 @@ class Tables:
                 table = self._connection.open_table(name)
             except FAILURES as error:
                 if "was not found" in str(error):
+                    self._check_missing(name, error)
                     return None
                 table = self._reopened(name, error)
             if name == PICTURES:
                 check_layout(table.schema, self.where)
             self._tables[name] = table
         return self._tables[name]
+
+    def _check_missing(self, name: str, error: Exception) -> None:
+        """Raise DamagedIndex where pictures are there, and only the record of their files is not."""
+        if name == PICTURES and not self.remote and any(Path(self.address(name), "data").glob("*")):
+            raise DamagedIndex(self._without_record(name)) from error
+
+    def _without_record(self, name: str) -> str:
+        return (
+            f"The index {self.where} is damaged: no record of its files is left in {self.address(name)}/_versions that "
+            "this LanceDB can read. Upgrade lancedb where a newer one wrote it; else restore it from a copy, or remove "
+            "the index and add the pictures again."
+        )
 
     @property
     def pictures(self) -> Any:
@@ -263,11 +276,7 @@ class Tables:
             with suppress(*FAILURES):
                 return self._connection.open_table(name)
         if name == PICTURES:
-            raise DamagedIndex(
-                f"The index {self.where} is damaged: no record of its files is left in {self.address(name)}/_versions "
-                "that this LanceDB can read. Upgrade lancedb where a newer one wrote it; else restore it from a copy, "
-                "or remove the index and add the pictures again."
-            ) from error
+            raise DamagedIndex(self._without_record(name)) from error
         return self._emptied(name, error)
 
     def _rest(self, name: str, table: Any, error: Exception) -> Any:

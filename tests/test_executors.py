@@ -14,9 +14,11 @@ import PIL.Image
 import pytest
 import yaml
 from caption_build import changed, files, openmoji_config, surroundings, write_config
+from made_index import make_pictures, rows_of
 from slurm_node import missing_programs, slurm_node
 from tiny import randomise, tiny_config
 
+from capivara_search import PictureIndex
 from capivara_search.common.executors import failures
 from captions.build import BuildArguments, build
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
@@ -207,3 +209,28 @@ def test_openmoji_on_two_workers(tmp_path, tiny_folder, tiny_dataset_folder):
     done = run(config, "--workers", "2")
     assert done.returncode == 0, done.stderr
     check_same(tmp_path / "built")
+
+
+@pytest.mark.parametrize("executor", ["slurm", "ray"])
+def test_an_index_on_a_cluster(executor, request, config, tmp_path):
+    """The command's rows are those of one process; of the jobs that Slurm takes, it says where they write."""
+    variables = request.getfixturevalue("slurm") if executor == "slurm" else {"RAY_ADDRESS": "local"}
+    if executor == "ray":
+        pytest.importorskip("ray")
+    make_pictures(tmp_path / "fotos", 20)
+    model = str(config.parent / "model")
+    command = [sys.executable, "-m", "capivara_search", "index", str(tmp_path / "fotos"), "--model", model]
+    command += ["--index", str(tmp_path / "many"), "--logging-dir", str(tmp_path / "logs"), "--lang", "en"]
+    command += ["--executor", executor, "--tasks", "2", "--mem-per-cpu-gb", "1"]
+    command += ["--partition", "main", "--time", "00:10:00"] if executor == "slurm" else []
+    options = surroundings()
+    options["env"] |= variables
+    done = subprocess.run(command, timeout=LONGEST_S, **options)
+    assert done.returncode == 0, done.stderr[-5000:]
+    if executor == "slurm":
+        assert "logs" in done.stdout
+        wait_for_jobs(variables)
+    alone = PictureIndex.open(tmp_path / "one", model=model)
+    alone.add(tmp_path / "fotos")
+    assert rows_of(PictureIndex.open(tmp_path / "many")) == rows_of(alone)
+    assert (tmp_path / "logs").is_dir()

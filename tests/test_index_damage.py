@@ -107,6 +107,14 @@ def test_without_any_record_the_index_is_refused_with_the_way_out(place):
         PictureIndex.open(place / "i")
 
 
+def test_pictures_without_any_record_are_not_taken_for_a_new_index(place, model):
+    shutil.rmtree(place / "i" / "pictures.lance" / "_versions")
+    before = data_files(place)
+    with pytest.raises(ValueError, match="is damaged: no record of its files is left"):
+        PictureIndex.open(place / "i", model=model).add(place / "fotos")
+    assert data_files(place) == before
+
+
 @pytest.mark.parametrize("name", ["left_out", "about"])
 @pytest.mark.parametrize("part", ["_versions", "data"])
 def test_a_broken_small_table_is_taken_for_empty_and_made_anew(whole, place, model, name, part, caplog):

@@ -18,10 +18,12 @@ from PIL import Image
 
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
 
+from starlette.testclient import TestClient
+
 from capivara_search.common.image_files import BadImage, decode_image
 from capivara_search.index import PictureIndex
 from capivara_search.page import decoder, guard, turns
-from capivara_search.page.guard import MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES
+from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard
 from capivara_search.page.server import open_page
 from capivara_search.page.turns import Refusal
 from capivara_search.picture_pixels import on_white
@@ -201,6 +203,17 @@ def test_a_page_that_is_open_to_a_network(index, row, page):
         assert not asked.ask("status", {})[1]["local"]
     finally:
         opened.close()
+
+
+def test_an_answer_that_fails_has_the_headers_too(caplog):
+    async def broken(scope, receive, send):
+        raise RuntimeError("of the program, not of the visitor")
+
+    answer = TestClient(Guard(broken, behind_proxy=False)).get("/")
+    assert (answer.status_code, answer.json()) == (500, {"error": "failed", "values": {}})
+    assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert HEADERS.items() <= {key: answer.headers.get(key) for key in HEADERS}.items()
+    assert "of the program" in caplog.text
 
 
 # --- How much --------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ A question is a POST whose body is a line of JSON and, after it, the bytes of a 
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -33,6 +34,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
 }
+
+logger = logging.getLogger("capivara")
 
 
 class Guard:
@@ -77,6 +80,10 @@ class Guard:
                 await refused(refusal)(scope, receive, send_guarded)
         except ClientDisconnect:  # nobody is left to be answered
             pass
+        except Exception:
+            logger.exception("A request to %s has failed.", scope["path"])
+            if not started:
+                await refused(Refusal("failed", 500))(scope, receive, send_guarded)
 
     def _check_origin(self, scope: Scope) -> None:
         """Raise Refusal where another page asks. It may only lead to this one, by a link."""

@@ -192,7 +192,7 @@ def build_app(answers: Answers, host: str, language: str = "pt", credit: Credit 
         routes=site.routes(),
         middleware=guards,
         lifespan=site.lifespan,
-        exception_handlers={Refusal: _refused, Exception: _failed},
+        exception_handlers={Refusal: _refused},
     )
 
 
@@ -338,10 +338,6 @@ def _file(path: Path) -> Callable[[Request], Any]:
 
 async def _refused(request: Request, refusal: Refusal) -> Response:
     return refused(refusal)
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    return refused(Refusal("failed", 500))  # the server's log has it
 
 
 @cache
