@@ -81,7 +81,7 @@ def photos_table(results: dict[str, Any]) -> str:
     for name, title in PHOTO_PROGRAMS.items():
         rate = statistics.median(count / s for s in seconds[name])
         cosine = found["cosine_to_open_clip"].get(name)
-        near = f"{cosine['lowest']:.4f}" if cosine else "–"
+        near = f"{cosine['lowest']:.5f}" if cosine else "–"
         rows.append(
             (
                 title,
