@@ -251,7 +251,7 @@ def looks_closely(visitor: Visitor, folder: Path, shown: Path) -> None:
     assert Path(download.value.path()).read_bytes() == path.read_bytes()
     page.keyboard.press("Escape")
     assert page.locator("#viewer").is_hidden()
-    assert page.evaluate("document.activeElement.title") == "coffee", "the focus returns to where it was"
+    page.wait_for_function("document.activeElement.title === 'coffee'")  # the focus returns to where it was
     page.keyboard.press("Enter")
     page.click("#viewer-path button:text-is('viagem')")
     visitor.sees("#folder", "viagem")
@@ -263,6 +263,7 @@ def looks_closely(visitor: Visitor, folder: Path, shown: Path) -> None:
     page.click("#similar")
     visitor.sees("#said", "As mais parecidas")
     page.locator("#search-picture img").wait_for()
+    assert page.evaluate("document.activeElement.id") == "results", "the focus is where the answers are"
     assert not page.locator("#results .tile[title='azul inteiro']").count(), "what is like a picture is another one"
     page.click("#search-picture button")
     visitor.first_is("rocket")

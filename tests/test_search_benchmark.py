@@ -31,11 +31,11 @@ def test_the_tables_name_every_size_and_program():
     one = {
         **{"approximate": True, "vector_ms": {"p50": 1.0, "p95": 2.0}, "text_ms": {"p50": 3.0, "p95": 4.0}},
         **{"recall": 0.9, "memory_bytes": 10**9, "bytes": 10**9, "optimised_s": 5.0, "built_s": 6.0},
-        "added_s": {"1": {"seconds": 0.5, "image_tower_s": 0.1}},
+        "added_s": {"1": {"seconds": 0.5, "image_tower_s": 0.1, "first_s": 0.9}},
     }
     results = {
         **{"index": {"1000": one}, "peers": {"faiss_flat": one}, "peer_rows": 1000, "first_search_s": [2.0]},
-        **{"width": 512, "queries": 200, "k": 10, "device": "cpu", "threads": 2},
+        **{"width": 512, "queries": 200, "k": 10, "runs": 5, "device": "cpu", "threads": 2},
         "versions": dict.fromkeys(("lancedb", "faiss-cpu", "sentence-transformers", "torch"), "1"),
     }
     assert search_tables.search_table(results).count("\n|") >= 3

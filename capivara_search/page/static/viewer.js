@@ -2,14 +2,14 @@
 import { LANGUAGE, address, ask, element, find, number, reason, say } from "./common.js";
 
 const viewer = find("viewer");
-const state = { pictures: [], place: 0, actions: {} };
+const state = { pictures: [], place: 0, actions: {}, left: false };
 
 /**
  * Opens a picture of a list. `actions` has what other parts do: `similar(picture)` and `folder(path)`; `local`, whether
  * the visitor sits at this machine; and `folders`, those of the index.
  */
 export function open(pictures, place, actions) {
-  Object.assign(state, { pictures, place, actions });
+  Object.assign(state, { pictures, place, actions, left: false });
   show();
   if (!viewer.open) viewer.showModal();
 }
@@ -32,7 +32,7 @@ function show() {
   find("viewer-path").replaceChildren(...pathParts(shown));
   find("viewer-facts").replaceChildren(...facts(shown).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]));
   find("download").href = address("download", shown);
-    find("show").hidden = !state.actions.local;
+  find("show").hidden = !state.actions.local;
   const image = find("viewer-picture");
   image.alt = shown.name;
   image.style.maxWidth = `${2 * shown.width}px`; // a small picture is not blown up to the whole window
@@ -59,7 +59,7 @@ function pathParts(shown) {
   const nodes = [];
   parts.forEach((part, i) => {
     const folder = parts.slice(0, i + 1).join(slash);
-    const narrow = () => (viewer.close(), state.actions.folder(folder));
+    const narrow = () => leave(() => state.actions.folder(folder));
     if (state.actions.folders.some((root) => `${folder}${slash}`.startsWith(`${root}${slash}`)))
       nodes.push(element("button", { type: "button", title: say("in_folder", { name: part }), click: narrow }, part));
     else nodes.push(part);
@@ -82,6 +82,13 @@ function facts(shown) {
   ].filter(Boolean);
 }
 
+/** Closes the view for another search, which has the focus then. */
+function leave(action) {
+  state.left = true;
+  viewer.close();
+  action();
+}
+
 const say_here = (text) => (find("viewer-said").textContent = text);
 const fault = (error) => say_here(reason(error));
 
@@ -99,8 +106,9 @@ find("after").addEventListener("click", () => step(1));
 find("close").addEventListener("click", () => viewer.close());
 find("copy").addEventListener("click", copy);
 find("show").addEventListener("click", () => ask("show", { like: picture().path }).then(() => say_here(say("shown")), fault));
-find("similar").addEventListener("click", () => (viewer.close(), state.actions.similar(picture())));
+find("similar").addEventListener("click", () => leave(() => state.actions.similar(picture())));
 viewer.addEventListener("close", () => {
+  if (state.left) return;
   // to the picture that was seen last, which may be another one, or drawn anew meanwhile
   const tiles = [...document.querySelectorAll(".tile")].filter((tile) => tile.dataset.path === picture().path);
   (tiles.find((tile) => tile === document.activeElement) ?? tiles.find((tile) => tile.offsetParent))?.focus();
