@@ -5,7 +5,9 @@ from pathlib import Path
 
 from capivara_search.common.cli import flag
 
-FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
+FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
+MORE_FORMATS = ("transformers_js",)  # in it, too, where they are named
+FOLDER_FORMATS = ("drop_in", "immich")  # each a folder of its own
 
 
 @dataclass
