@@ -63,6 +63,15 @@ def test_recall_is_evals_before_and_after(tiny_folder, trained, tiny_dataset_fol
     assert "18 captions, 12 pictures; embedded again: 0" in capsys.readouterr().out
     assert str(tmp_path) not in json.dumps(found)
 
+    def nearest(self, query):
+        self.client.delete_collection("pictures")
+        self.fill(torch.eye(12, 24).numpy())
+        return list(range(10))
+
+    monkeypatch.setattr(QdrantPictures, "nearest", nearest)
+    main([str(flag) for flag in [*flags, "--split", "train", "--output", tmp_path / "out", "--overwrite_output_dir"]])
+    assert "embedded again: 12" in capsys.readouterr().out, "vectors that change are counted"
+
 
 def without_graphs(folder, source, towers):
     (folder / "onnx").mkdir()
