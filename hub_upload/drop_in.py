@@ -20,7 +20,7 @@ from huggingface_hub.utils import yaml_dump
 from safetensors.torch import save_file
 from torch import nn
 
-from capivara_search.common.environment import package_versions, require
+from capivara_search.common.environment import require
 from capivara_search.common.files import check_free_space, read_json, write_json, write_text
 from capivara_search.common.privacy import hide_paths, short_name
 from capivara_search.image_digest import image_difference, image_digest
@@ -44,7 +44,7 @@ from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 FACTS, OPEN_CLIP_TEXT = "drop_in.json", "open_clip_text.safetensors"
 TEXT_SIDE = ("text_model.", "text_projection.")
 FILES_SHARE = 3.3  # of the text side's bytes: for transformers, for open_clip, and graphs in float32 and int8
-# As every release of sentence-transformers since its second one reads them.
+# Names of before version 6, which reads them, too (tried: 3.4, 4.1, 5.0, 5.2, 6.2).
 MODULES = "sentence_transformers.models"
 BETWEEN, LAST = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Identity"  # what follows a matrix
 logger = logging.getLogger("capivara")
@@ -79,7 +79,6 @@ def write(args: ExportArguments, folder: Path) -> None:
         "width": config.projection_dim,
         "distance": "cosine",
         "unit_length": True,
-        "versions": package_versions(),
     }
     write_json(folder / FACTS, facts)
     write_text(folder / "README.md", _card(args, folder, facts, denses, open_clip))
