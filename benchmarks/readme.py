@@ -222,8 +222,8 @@ def exchange_block() -> str:
         for side, figures in sides.items()
     ]
     facts = (
-        f"{found['captions']} Portuguese captions among {found['pictures']} pictures of the demo's test split, recall in "
-        f"per cent; {found['embedded_again']} pictures were embedded again; "
+        f"{found['captions']} Portuguese captions among {found['pictures']} pictures of the demo's test split, recall "
+        f"in per cent; {found['embedded_again']} pictures were embedded again; "
         f"{software(found, 'qdrant-client', 'lancedb', 'sentence-transformers')}."
     )
     return table(("Store", "Text side", "R@1", "R@5", "R@10", "Mean"), rows, facts, text_columns=2)

@@ -192,9 +192,10 @@ def _compare(model: CapivaraModel, processor: CapivaraProcessor, folder: Path, f
     """Add to every graph its distance to the model on random images and texts."""
     # All of them, and an image or a short text alone: other sizes than the exporter has seen.
     images, texts = ((items, items[:1]) for items in (random_images(), random_texts()))
+    inputs = {"vision": [{"images": some} for some in images], "text": [{"text": some} for some in texts]}
     expected = {
-        "vision": [model(**processor(images=some, return_tensors="pt")).image_embeds for some in images],
-        "text": [model(**processor(text=some, return_tensors="pt")).text_embeds for some in texts],
+        kind: [model(**processor(**some, return_tensors="pt"))[OUTPUTS[kind]] for some in inputs[kind]]
+        for kind in graphs(folder, "float32")
     }
     for precision in ("float32", "int8"):
         runs = OnnxModel(folder, precision, processor)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import randomise, tiny_config
+from tiny import TINY_TEXT, randomise, tiny_config
 
 from capivara_search.image_digest import image_difference, image_digest
 from hub_upload import drop_in, onnx_files
@@ -94,8 +94,14 @@ def export(model: Path, base: Path, output: Path, *flags: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text_side(model, base, tmp_path_factory):
-    return export(model, base, tmp_path_factory.mktemp("out") / "text_side")
+def exported(xlmr, tiny_processor, tmp_path_factory):
+    """A base, a model and its text side, with all words of the real vocabulary and its rules."""
+    processor = CapivaraProcessor(tiny_processor.image_processor, xlmr[0].tokenizer)
+    config = tiny_config(text_config={**TINY_TEXT, "vocab_size": 250002})
+    folder = tmp_path_factory.mktemp("exported")
+    base = saved(randomise(CapivaraModel(config)), processor, folder / "base")
+    model = trained(base, folder / "model")
+    return base, model, export(model, base, folder / "text_side")
 
 
 @pytest.fixture
@@ -132,7 +138,8 @@ def as_the_card_says(folder: Path, output: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_the_cards_code_gives_the_models_embeddings_without_the_package(model, base, text_side, tmp_path):
+def test_the_cards_code_gives_the_models_embeddings_without_the_package(exported, tmp_path):
+    base, model, text_side = exported
     found, expected = as_the_card_says(text_side, tmp_path), embeddings(model)
     assert np.abs(expected - embeddings(base)).max() > 0.01, "the base's text side would do as well"
     assert found.keys() == {"sentence_transformers", "without_code", "onnx", "transformers"}
@@ -143,7 +150,8 @@ def test_the_cards_code_gives_the_models_embeddings_without_the_package(model, b
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_open_clip_takes_the_text_side_and_keeps_its_images(model, base, text_side):
+def test_open_clip_takes_the_text_side_and_keeps_its_images(exported):
+    base, model, text_side = exported
     ours = CapivaraModel.from_pretrained(base).eval()
     theirs = build_open_clip(ours.config)
     theirs.load_state_dict(open_clip_state_dict(ours))
@@ -164,7 +172,8 @@ def blocks(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_int8_graph_is_near_and_its_distance_is_on_the_card(model, text_side):
+def test_int8_graph_is_near_and_its_distance_is_on_the_card(exported):
+    _, model, text_side = exported
     graphs = json.loads((text_side / "onnx/quantisation.json").read_text())["graphs"]
     assert not [name for name in graphs if "vision" in name]
     runs = onnx_files.OnnxModel(text_side, "float32", CapivaraProcessor.from_pretrained(model))
@@ -214,6 +223,7 @@ def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, bas
     assert 'folder = snapshot_download("us/text-side")' in card and str(base) not in card
 
 
+@pytest.mark.slow
 def test_names_of_others_are_text_on_the_card(model, base, no_onnx, tmp_path):
     odd = shutil.copytree(base, tmp_path / "x|<b>[y](z)")
     card = (export(model, odd, tmp_path / "out") / "README.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from hub_upload import export, onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedder import load_embedder
 
-STORES = [QdrantPictures, LancePictures]
+STORES = [QdrantPictures, pytest.param(LancePictures, marks=pytest.mark.slow)]
 
 
 @pytest.fixture
