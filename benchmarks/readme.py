@@ -1,8 +1,9 @@
-"""The figures of the README, its translation and two pages of docs/, out of the JSON in benchmarks/results alone.
+"""The figures of the README, its translation and three pages of docs/, out of the JSON in benchmarks/results alone.
 
 python -m benchmarks.readme           # rewrites the blocks between the markers
 python -m benchmarks.readme --demo runs/openmoji-pt-001   # takes over the results of a run of the demo first
 python -m benchmarks.readme --real_images runs/real_images   # and of examples.real_images
+python -m benchmarks.readme --exchange runs/exchange_text_side   # and of examples.exchange_text_side
 python -m benchmarks.readme --check   # fails where a block is not what the JSON says
 """
 
@@ -56,6 +57,7 @@ class ReadmeArguments:
 
     demo: Path | None = flag(None, "Folder of a run of configs/openmoji.yaml.")
     real_images: Path | None = flag(None, "Output folder of examples.real_images.")
+    exchange: Path | None = flag(None, "Output folder of examples.exchange_text_side.")
     check: bool = flag(False, "Change nothing, fail where a figure is not the JSON's.")
 
 
@@ -81,6 +83,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "captions": lambda: captions.captions_table(_results("captions")),
             "captions_selection": lambda: captions_selection.selection_table(_results("captions_selection")),
         },
+        "docs/publishing.md": {"exchange_text_side": exchange_block},
         "docs/recipe.md": {
             "recipe_variants": lambda: recipe_tables.variants_table(_results("recipe")),
             "recipe_choice": lambda: recipe_tables.choice_table(_results("recipe")),
@@ -210,6 +213,23 @@ def export_block() -> str:
     return table(("what", "open_clip, s", "ours, s", "ratio"), rows, facts)
 
 
+def exchange_block() -> str:
+    """Recall in two vector stores by the base's text side and by the one that is laid over them."""
+    found = _results("exchange_text_side")
+    titles = {"base": "the base's", "exchanged": "the exported one"}
+    rows = [
+        (store, titles[side], *(percent([value]) for value in figures.values()))
+        for store, sides in found["recall"].items()
+        for side, figures in sides.items()
+    ]
+    facts = (
+        f"{found['captions']} Portuguese captions among {found['pictures']} pictures of the demo's test split, recall "
+        f"in per cent; {found['embedded_again']} pictures were embedded again; "
+        f"{software(found, 'qdrant-client', 'lancedb', 'sentence-transformers')}."
+    )
+    return table(("Store", "Text side", "R@1", "R@5", "R@10", "Mean"), rows, facts, text_columns=2)
+
+
 def space_load_block() -> str:
     """Memory and answers of the page under load."""
     found = _results("space_load")
@@ -265,6 +285,8 @@ def main(argv: list[str] | None = None) -> None:
         take_over(args.demo)
     if args.real_images:
         shutil.copyfile(args.real_images / "real_images.json", RESULTS / "real_images.json")
+    if args.exchange:
+        shutil.copyfile(args.exchange / "results.json", RESULTS / "exchange_text_side.json")
     for page in pages():
         text = (ROOT / page).read_text(encoding="utf-8")
         if not args.check:

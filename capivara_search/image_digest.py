@@ -40,15 +40,43 @@ def image_digest(folder: Path) -> str:
     Raises:
         ValueError: the folder's files are missing or damaged.
     """
+    settings = (json.dumps(part, sort_keys=True) for part in _settings(folder).values())
+    return hashlib.blake2b("\0".join([_weights_digest(folder), *settings]).encode(), digest_size=16).hexdigest()
+
+
+def image_difference(folder: Path, other: Path) -> str | None:
+    """In words, the first thing by which two models embed an image otherwise: a tensor or a setting; None where none.
+
+    Raises:
+        ValueError: as `image_digest`.
+    """
+    if image_digest(folder) == image_digest(other):
+        return None
+    ours, theirs = (_image_tensors(weight_files(path)) for path in (folder, other))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            return f"the tensor {name} is in one of them alone"
+        kinds = [f"{file.places[name].kind} {file.places[name].shape}" for file in (ours[name], theirs[name])]
+        if kinds[0] != kinds[1]:
+            return f"the tensor {name} is {kinds[0]} here and {kinds[1]} there"
+        if ours[name].raw(name) != theirs[name].raw(name):
+            return f"the tensor {name} has other numbers"
+    here, there = _settings(folder), _settings(other)
+    places = [(part, field) for part in here for field in sorted(here[part].keys() | there[part].keys())]
+    part, field = next(place for place in places if here[place[0]].get(place[1]) != there[place[0]].get(place[1]))
+    return f"{field} of {part} is {here[part].get(field)!r} here and {there[part].get(field)!r} there"
+
+
+def _settings(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the numbers of an image depend on beside the weights, by its place in the folder's files."""
     try:
         config, processor = (
             json.loads((folder / name).read_text(encoding="utf-8")) for name in ("config.json", "processor_config.json")
         )
-        settings = [_tower(config.get("vision_config") or {}), _preprocessing(processor["image_processor"])]
+        tower, steps = _tower(config.get("vision_config") or {}), _preprocessing(processor["image_processor"])
+        return {"vision_config": tower, "image_processor": steps}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"The settings of the model {folder} can't be read: {error!r}") from error
-    whole = [_weights_digest(folder), *(json.dumps(part, sort_keys=True) for part in settings)]
-    return hashlib.blake2b("\0".join(whole).encode(), digest_size=16).hexdigest()
 
 
 def _tower(vision: dict[str, Any]) -> dict[str, Any]:
@@ -82,10 +110,7 @@ def _weights_digest(folder: Path) -> str:
 
 
 def _digest_of(paths: list[Path]) -> str:
-    files = [WeightFile(path) for path in paths]
-    tensors = {name: file for file in files for name in file.places if name.startswith(IMAGE_SIDE)}
-    if not tensors:
-        raise ValueError(f"The weights of {paths[0].parent} hold no image tower.")
+    tensors = _image_tensors(paths)
     digest = hashlib.blake2b(digest_size=16)
     for name, file in sorted(tensors.items()):
         digest.update(f"{name} {file.places[name].kind} {file.places[name].shape}".encode())
@@ -93,3 +118,12 @@ def _digest_of(paths: list[Path]) -> str:
         for start in range(0, len(raw), CHUNK_BYTES):
             digest.update(raw[start : start + CHUNK_BYTES])
     return digest.hexdigest()
+
+
+def _image_tensors(paths: list[Path]) -> dict[str, WeightFile]:
+    """Name of each tensor of the image side -> the file that it lies in."""
+    files = [WeightFile(path) for path in paths]
+    tensors = {name: file for file in files for name in file.places if name.startswith(IMAGE_SIDE)}
+    if not tensors:
+        raise ValueError(f"The weights of {paths[0].parent} hold no image tower.")
+    return tensors

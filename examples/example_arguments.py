@@ -48,6 +48,23 @@ class ClassifierArguments:
 
 
 @dataclass
+class ExchangeArguments:
+    """Arguments of `examples.exchange_text_side`."""
+
+    text_side: Path = flag(..., "Folder that `hub_upload.export --formats drop_in` has written.")
+    base: str = flag("data/openmoji/base", "Folder of the model that the pictures are embedded with.")
+    dataset: str = flag("data/openmoji/dataset", "Data set with pictures and captions.")
+    split: str = flag("test", "Split of it.")
+    language: str = flag("pt", "Language of the captions.")
+    batch_size: int = flag(32, "Pictures that go through the base at once.")
+    output: Path = flag(Path("runs/exchange_text_side"), "Folder of the stores and the figures.")
+    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size")
+
+
+@dataclass
 class PrepareArguments:
     """Arguments of `examples.openmoji.prepare`."""
 

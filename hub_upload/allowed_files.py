@@ -20,6 +20,8 @@ ALLOWED_FILES = (
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
     *("open_clip_config.json", "open_clip_model.safetensors", "text_model/config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Normalize/config.json"),
+    *("1_Pooling/config.json", "*_Dense/config.json", "*_Dense/model.safetensors"),
+    *("open_clip_text.safetensors", "drop_in.json"),
     *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/quantisation.json"),
     *("README.md", "LICENSE", "run.json", "results/*.json", ".eval_results/*.yaml", "*.png", ".gitattributes"),
 )

@@ -3,6 +3,7 @@
     python -m hub_upload.export --model runs/openmoji-pt-001 --output repository
     python -m hub_upload.export --model MODEL --output repository --formats transformers,open_clip,sentence_transformers
     python -m hub_upload.export --model MODEL --output repository --recall_dataset data/openmoji/dataset
+    python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
 
 A format that can read another's weights gets no copy of its own. Weights are not loaded but mapped, and what open_clip
 will read is compared with the model tensor by tensor. Nothing is written but what ALLOWED_FILES names, and no file may
@@ -19,6 +20,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -36,7 +38,7 @@ from capivara_search.common.files import (
 from capivara_search.common.privacy import hide_paths
 from hub_upload import allowed_files as allowed
 from hub_upload import loader_files, onnx_files, source_model
-from hub_upload.export_arguments import FORMATS, ExportArguments
+from hub_upload.export_arguments import FOLDER_FORMATS, FORMATS, MORE_FORMATS, ExportArguments
 from hub_upload.loader_files import OPEN_CLIP_WEIGHTS, TEXT_MODEL, OpenClipPlan
 from hub_upload.remote import check_repo_id
 from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors
@@ -57,10 +59,14 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args = parse(ExportArguments, __doc__, argv)
-        files = export(
-            args.model, args.output, args.formats.split(","), args.text_config, args.overwrite_output_dir,
-            repo_id=args.repo_id, measure_int8=_int8_measurement(args),
-        )  # fmt: skip
+        formats = [name.strip() for name in args.formats.split(",") if name.strip()]
+        if set(formats) & set(FOLDER_FORMATS):
+            files = export_alone(args, formats)
+        else:
+            files = export(
+                args.model, args.output, formats, args.text_config, args.overwrite_output_dir,
+                repo_id=args.repo_id, measure_int8=_int8_measurement(args),
+            )  # fmt: skip
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     for name, size in files:
@@ -101,10 +107,7 @@ def export(
     formats = _checked_formats(formats)
     if repo_id is not None:
         check_repo_id(repo_id)
-    check_output_folder(output, overwrite)
-    for kept in (model.resolve(), Path.cwd()):
-        if kept.is_relative_to(output.resolve()):
-            raise ValueError(f"The output folder {output} holds {kept}, which would be replaced. Choose another one.")
+    _check_output(model, output, overwrite)
     config, image_processor = source_model.read_config(model), _read_image_processor(model)
     plan = None
     if "open_clip" in formats:
@@ -126,12 +129,33 @@ def export(
         return _finished(folder)
 
 
+def export_alone(args: ExportArguments, formats: Sequence[str]) -> list[tuple[str, int]]:
+    """Write a folder that is no repository of the whole model, whole or not at all; returns what `export` does."""
+    if len(formats) > 1:
+        raise ValueError(
+            f"{' and '.join(set(formats) & set(FOLDER_FORMATS))} is a folder of its own; name no other format beside "
+            f"it, got {','.join(formats)}."
+        )
+    write = import_module(f"hub_upload.{formats[0]}").write  # (arguments, folder)
+    _check_output(args.model, args.output, args.overwrite_output_dir)
+    with whole_folder(args.output, args.overwrite_output_dir) as folder:
+        write(args, folder)
+        return _finished(folder)
+
+
+def _check_output(model: Path, output: Path, overwrite: bool) -> None:
+    check_output_folder(output, overwrite)
+    for kept in (model.resolve(), Path.cwd()):
+        if kept.is_relative_to(output.resolve()):
+            raise ValueError(f"The output folder {output} holds {kept}, which would be replaced. Choose another one.")
+
+
 def _checked_formats(formats: Sequence[str]) -> list[str]:
-    formats = [name.strip() for name in formats if name.strip()]
+    formats, known = [name.strip() for name in formats if name.strip()], (*FORMATS, *MORE_FORMATS, *FOLDER_FORMATS)
     for name in formats:
-        if name not in FORMATS:
-            near = difflib.get_close_matches(name, FORMATS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"There is no format {name!r}; did you mean {near}? There are {', '.join(FORMATS)}.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"There is no format {name!r}; did you mean {near}? There are {', '.join(known)}.")
     if "transformers" not in formats:
         raise ValueError(f"formats must hold transformers, whose files the others read, got {','.join(formats)!r}.")
     if "onnx" in formats:

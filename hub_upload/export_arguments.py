@@ -5,7 +5,9 @@ from pathlib import Path
 
 from capivara_search.common.cli import flag
 
-FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")
+FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
+MORE_FORMATS = ("transformers_js",)  # in it, too, where they are named
+FOLDER_FORMATS = ("drop_in", "immich")  # each a folder of its own
 
 
 @dataclass
@@ -18,7 +20,12 @@ class ExportArguments:
         ",".join(FORMATS),
         f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
         "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
-        "minutes.",
+        "minutes. Or drop_in alone: the text side, for pictures that --base has embedded.",
+    )
+    base: str | None = flag(
+        None,
+        "For drop_in: the model that the pictures were embedded with, which this one was trained from. A folder of "
+        "CAPIVARA or open_clip, or a Hub id. Its image side must be the model's to the bit.",
     )
     text_config: str | None = flag(
         None,
@@ -41,3 +48,12 @@ class ExportArguments:
     recall_language: str = flag("pt", "Language of its captions.")
     recall_caption_column: str = flag("captions-{language}", "Column of a caption or a list of captions an image.")
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
+
+    def __post_init__(self) -> None:
+        formats = {name.strip() for name in self.formats.split(",")}
+        if "drop_in" in formats and self.base is None:
+            raise ValueError("drop_in needs --base: the model that the pictures of the index were embedded with.")
+        if self.base is not None and not formats & set(FOLDER_FORMATS):
+            raise ValueError("--base is for --formats drop_in; leave it out.")
+        if "drop_in" in formats and (self.text_config or self.recall_dataset):
+            raise ValueError("--text_config and --recall_dataset are for a whole repository; drop_in takes neither.")

@@ -136,10 +136,7 @@ def write_open_clip_config(
 def write_sentence_transformers(folder: Path) -> None:
     """Write `modules.json` of sentence-transformers and the files that it names: how to embed, and unit length."""
     kinds = [("", "transformer.Transformer"), ("1_Normalize", "normalize.Normalize")]
-    modules = [
-        {"idx": number, "name": str(number), "path": path, "type": f"{SENTENCE_MODULES}.{kind}"}
-        for number, (path, kind) in enumerate(kinds)
-    ]
+    write_modules(folder, [(path, f"{SENTENCE_MODULES}.{kind}") for path, kind in kinds])
     settings = {
         "transformer_task": "feature-extraction",
         # Without it sentence-transformers 6 takes the model for a text encoder, and does not say so.
@@ -149,10 +146,15 @@ def write_sentence_transformers(folder: Path) -> None:
         },
         "module_output_name": SENTENCE_EMBEDDING,
     }
-    write_json(folder / "modules.json", modules)
     write_json(folder / "sentence_bert_config.json", settings)
     names = {"module_input_name": SENTENCE_EMBEDDING, "module_output_name": SENTENCE_EMBEDDING}
     write_json(folder / "1_Normalize/config.json", names)
+
+
+def write_modules(folder: Path, kinds: list[tuple[str, str]]) -> None:
+    """Write which modules of sentence-transformers a text goes through: the folder and the class of each, in order."""
+    modules = [{"idx": at, "name": str(at), "path": path, "type": kind} for at, (path, kind) in enumerate(kinds)]
+    write_json(folder / "modules.json", modules)
     # No versions in it: an older sentence-transformers 6 would warn of a newer one.
     facts = {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine", "prompts": {}}
     write_json(folder / "config_sentence_transformers.json", facts)

@@ -8,7 +8,7 @@ Embeddings have unit length. Float32 weights lie beside their graph in `.onnx.da
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +24,8 @@ from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 
+OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
+TOWERS = tuple(OUTPUTS)
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of an embedding's numbers between model and float32 graph; they differ by some 1e-7
 # Rounded are matrix products, and embeddings, most of a multilingual text tower. Convolutions stay float32: in 8 bits
@@ -54,28 +56,28 @@ class Tower(nn.Module):
 
 
 class OnnxModel:
-    """Both graphs of a repository in onnxruntime, on the CPU, behind the model's own processor."""
+    """The graphs of a folder in onnxruntime, on the CPU, behind the model's own processor."""
 
     def __init__(self, folder: Path, precision: str, processor: CapivaraProcessor | None = None):
         import onnxruntime
 
         self.processor, options = processor or load_processor(folder), onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self._vision, self._text = (
-            onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-            for path in graphs(folder, precision).values()
-        )
+        self._towers = {
+            kind: onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            for kind, path in graphs(folder, precision).items()
+        }
 
     def embed_images(self, images: list[Image.Image]) -> Tensor:
         """(images, width), unit length."""
         pixels = self.processor(images=images, return_tensors="np")["pixel_values"]
-        return torch.from_numpy(self._vision.run(None, {"pixel_values": pixels.astype(np.float32)})[0])
+        return torch.from_numpy(self._towers["vision"].run(None, {"pixel_values": pixels.astype(np.float32)})[0])
 
     def embed_texts(self, texts: list[str]) -> Tensor:
         """(texts, width), unit length."""
         batch = self.processor(text=list(texts), return_tensors="np")
         inputs = {name: batch[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
-        return torch.from_numpy(self._text.run(None, inputs)[0])
+        return torch.from_numpy(self._towers["text"].run(None, inputs)[0])
 
 
 def check_packages() -> None:
@@ -83,22 +85,29 @@ def check_packages() -> None:
     require("onnx in --formats (leave it out to do without)", "onnx", *ONNX_PACKAGES)
 
 
-def write_onnx(folder: Path) -> None:
-    """Write the graphs of the model in `folder` to its `onnx/`, and `onnx/quantisation.json` about the int8 ones.
+def write_onnx(folder: Path, source: Path | None = None, towers: Sequence[str] = TOWERS) -> None:
+    """Write the graphs of a model to `onnx/` of a folder, and `onnx/quantisation.json` about the int8 ones.
+
+    Args:
+        folder: where `onnx/` is made.
+        source: folder of the model; `folder` itself where None.
+        towers: of `TOWERS`, those that are written.
 
     Raises ValueError where a float32 graph differs from the model by more than `TOLERANCE`.
     """
-    model, processor = load_model(folder).eval(), load_processor(folder)
+    model, processor = load_model(source or folder).eval(), load_processor(source or folder)
     onnx = folder / "onnx"
     onnx.mkdir()
     side = processor.image_processor.crop_size["height"]
     batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
-    pixels = {"pixel_values": torch.zeros(2, 3, side, side)}
-    _write_graph(model, pixels, {"pixel_values": {0: batch}}, "image_embeds", onnx / "vision_model.onnx")
     tokens = {name: torch.ones(2, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    shapes = {name: {0: batch, 1: length} for name in tokens}
-    _write_graph(model, tokens, shapes, "text_embeds", onnx / "text_model.onnx")
-    found = _quantised(onnx, "vision") | _quantised(onnx, "text")
+    inputs = {"vision": {"pixel_values": torch.zeros(2, 3, side, side)}, "text": tokens}
+    shapes = {"vision": {"pixel_values": {0: batch}}, "text": {name: {0: batch, 1: length} for name in tokens}}
+    found = {}
+    for kind in towers:
+        _write_graph(model, inputs[kind], shapes[kind], OUTPUTS[kind], onnx / f"{kind}_model.onnx")
+    for kind in towers:
+        found |= _quantised(onnx, kind)
     _compare(model, processor, folder, found)
     versions = {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}
     facts = {"method": METHOD, "graphs": found, "recall": None, "versions": versions}
@@ -107,7 +116,8 @@ def write_onnx(folder: Path) -> None:
 
 def graphs(folder: Path, precision: str) -> dict[str, Path]:
     """Tower -> graph in "float32" or "int8"; the float32 one stands in where a tower has none in int8."""
-    found = {kind: folder / "onnx" / f"{kind}_model.onnx" for kind in ("vision", "text")}
+    found = {kind: folder / "onnx" / f"{kind}_model.onnx" for kind in TOWERS}
+    found = {kind: path for kind, path in found.items() if path.is_file()}
     if precision == "int8":
         rounded = {kind: path.with_stem(f"{path.stem}_int8") for kind, path in found.items()}
         found |= {kind: path for kind, path in rounded.items() if path.is_file()}
@@ -182,9 +192,10 @@ def _compare(model: CapivaraModel, processor: CapivaraProcessor, folder: Path, f
     """Add to every graph its distance to the model on random images and texts."""
     # All of them, and an image or a short text alone: other sizes than the exporter has seen.
     images, texts = ((items, items[:1]) for items in (random_images(), random_texts()))
+    inputs = {"vision": [{"images": some} for some in images], "text": [{"text": some} for some in texts]}
     expected = {
-        "vision": [model(**processor(images=some, return_tensors="pt")).image_embeds for some in images],
-        "text": [model(**processor(text=some, return_tensors="pt")).text_embeds for some in texts],
+        kind: [model(**processor(**some, return_tensors="pt"))[OUTPUTS[kind]] for some in inputs[kind]]
+        for kind in graphs(folder, "float32")
     }
     for precision in ("float32", "int8"):
         runs = OnnxModel(folder, precision, processor)

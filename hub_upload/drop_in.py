@@ -1,0 +1,190 @@
+"""The text side alone, for whoever has pictures embedded with the base: these stay, and better sentences find them.
+
+    config.json, model.safetensors, tokenizer  the text tower, which transformers opens
+    modules.json, 1_Pooling/, 2_Dense/, ...    with it the whole text side, which sentence-transformers opens
+    open_clip_text.safetensors                 `text.*` and `logit_scale`, under open_clip's names
+    onnx/text_model.onnx                       input_ids, attention_mask (texts, tokens) -> text_embeds (texts, width)
+    drop_in.json, README.md                    which pictures it is for
+
+`hub_upload.export` calls it. Before anything is written it proves that the model embeds pictures as the base does, to
+the bit: the same tensors `vision_model.*` and `visual_projection.*`, and the same preprocessing.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub.utils import yaml_dump
+from safetensors.torch import save_file
+from torch import nn
+
+from capivara_search.common.environment import require
+from capivara_search.common.files import check_free_space, read_json, write_json, write_text
+from capivara_search.common.privacy import hide_paths, short_name
+from capivara_search.image_digest import image_difference, image_digest
+from capivara_search.model_cache import model_folder
+from hub_upload import loader_files, onnx_files, source_model
+from hub_upload.card_metadata import LICENCES
+from hub_upload.card_text import TEMPLATES, code
+from hub_upload.export_arguments import ExportArguments
+from hub_upload.remote import check_repo_id
+from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors, tensor_digests
+from modeling_capivara import CapivaraModel
+from modeling_capivara.loading import card_metadata, load_processor
+from modeling_capivara.open_clip_mapping import (
+    BASE_TEXT_MODEL,
+    capivara_state_dict,
+    open_clip_model_cfg,
+    open_clip_state_dict,
+)
+from modeling_capivara.processing_capivara import CONTEXT_LENGTH
+
+FACTS, OPEN_CLIP_TEXT = "drop_in.json", "open_clip_text.safetensors"
+TEXT_SIDE = ("text_model.", "text_projection.")
+FILES_SHARE = 3.3  # of the text side's bytes: for transformers, for open_clip, and graphs in float32 and int8
+# Names of before version 6, which reads them, too (tried: 3.4, 4.1, 5.0, 5.2, 6.2).
+MODULES = "sentence_transformers.models"
+BETWEEN, LAST = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Identity"  # what follows a matrix
+logger = logging.getLogger("capivara")
+
+
+def write(args: ExportArguments, folder: Path) -> None:
+    """Write the text side of a model into an empty folder.
+
+    Raises:
+        ValueError: the model embeds pictures otherwise than the base (the first tensor or setting that differs is
+            named), its text side is the base's, too, or one of the two is damaged.
+        ImportError: a package of ONNX is missing.
+        OSError: the disk is full.
+    """
+    require("--formats drop_in", "onnx", *onnx_files.ONNX_PACKAGES)
+    if args.repo_id is not None:
+        check_repo_id(args.repo_id)
+    config, base = source_model.read_config(args.model), model_folder(str(args.base))
+    digest = check_exchangeable(args.model, base, args.base)
+    model = source_model.mapped_model(args.model, config)
+    text_bytes = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE))
+    check_free_space(args.output, int(text_bytes * FILES_SHARE))
+    denses = _write_sentence_transformers(model, folder)
+    open_clip = _write_open_clip(model, folder)
+    del model
+    _write_tokenizer(args.model, folder)
+    onnx_files.write_onnx(folder, args.model, ["text"])
+    facts = {
+        "model": short_name(str(args.model)),
+        "base": short_name(args.base),
+        "image_digest": digest,
+        "width": config.projection_dim,
+        "distance": "cosine",
+        "unit_length": True,
+    }
+    write_json(folder / FACTS, facts)
+    write_text(folder / "README.md", _card(args, folder, facts, denses, open_clip))
+    if (args.model / "LICENSE").is_file():
+        shutil.copyfile(args.model / "LICENSE", folder / "LICENSE")
+
+
+def check_exchangeable(model: Path, base: Path, name: str) -> str:
+    """The digest of the image side that two model folders share; `name` is what the user calls the base.
+
+    Raises ValueError where they share none, or their text side, too.
+    """
+    if difference := image_difference(model, base):
+        raise ValueError(
+            f"{model} embeds pictures otherwise than {name}: {difference}. Pictures embedded with that base must be "
+            "embedded anew with this model. Name the base that it was trained from, its image tower frozen."
+        )
+    if _text_digests(model) == _text_digests(base):
+        raise ValueError(f"The text side of {model} is that of {name}, to the bit: there is nothing to exchange.")
+    return image_digest(model)
+
+
+def _text_digests(folder: Path) -> dict[str, str]:
+    tensors = mapped_tensors(source_model.weight_files(folder))
+    return tensor_digests({name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)})
+
+
+def _write_sentence_transformers(model: CapivaraModel, folder: Path) -> list[str]:
+    """The tower, and each matrix of the projection as a module of its own; returns the names of their folders.
+
+    The written tensors are compared with the model's.
+    """
+    model.text_model.save_pretrained(folder)
+    written = {f"text_model.{name}": tensor for name, tensor in mapped_tensors([folder / WEIGHTS]).items()}
+    matrices = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
+    matrices = {name: part for name, part in matrices.items() if name.startswith("text_projection")}
+    denses = [f"{number}_Dense" for number in range(2, 2 + len(matrices))]
+    for dense, (name, matrix) in zip(denses, matrices.items(), strict=True):
+        settings = {"in_features": matrix.in_features, "out_features": matrix.out_features, "bias": False}
+        settings["activation_function"] = LAST if dense == denses[-1] else BETWEEN
+        write_json(folder / dense / "config.json", settings)
+        save_file({"linear.weight": matrix.weight.detach()}, folder / dense / WEIGHTS, metadata={"format": "pt"})
+        written[f"{name}.weight"] = mapped_tensors([folder / dense / WEIGHTS])["linear.weight"]
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
+    check_tensors(folder / WEIGHTS, written, tensor_digests(expected))
+    write_json(folder / "1_Pooling/config.json", _pooling(model.config.text_config.hidden_size))
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(denses, "Dense")}
+    kinds[f"{len(kinds)}_Normalize"] = "Normalize"
+    loader_files.write_modules(folder, [(path, f"{MODULES}.{kind}") for path, kind in kinds.items()])
+    # transformers' own encoders come with a pooler that mean pooling leaves unused, and would draw one at random.
+    kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
+    settings = {"max_seq_length": CONTEXT_LENGTH, "do_lower_case": False} | kwargs
+    write_json(folder / "sentence_bert_config.json", settings)
+    return denses
+
+
+def _pooling(width: int) -> dict[str, Any]:
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    return {"word_embedding_dimension": width} | {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
+
+
+def _write_open_clip(model: CapivaraModel, folder: Path) -> bool:
+    """The text side for open_clip's model of the base, compared with the model; False where open_clip has no such."""
+    try:
+        open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
+    except ValueError as error:
+        logger.info("open_clip is left out: %s", error)
+        return False
+    state = open_clip_state_dict(model)
+    ours = {name: tensor.detach().contiguous() for name, tensor in state.items() if not name.startswith("visual.")}
+    save_file(ours, folder / OPEN_CLIP_TEXT, metadata={"format": "pt"})
+    written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]), model.config)
+    check_tensors(folder / OPEN_CLIP_TEXT, written, tensor_digests(model.state_dict()))
+    return True
+
+
+def _write_tokenizer(model: Path, folder: Path) -> None:
+    """The tokenizer with its code, for texts alone."""
+    tokenizer = load_processor(model).tokenizer
+    tokenizer.model_max_length = min(tokenizer.model_max_length, CONTEXT_LENGTH)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = hide_paths(read_json(path))
+    for name in ("is_local", "local_files_only", "processor_class"):
+        settings.pop(name, None)
+    settings["auto_map"] = {"AutoTokenizer": settings["auto_map"]["AutoTokenizer"]}
+    write_json(path, settings)
+
+
+def _card(args: ExportArguments, folder: Path, facts: dict[str, Any], denses: list[str], open_clip: bool) -> str:
+    """README.md: for which indexes it holds, and how each program opens it. Its figures have been measured just now."""
+    known = card_metadata(args.model / "README.md")
+    metadata = {"library_name": "sentence-transformers", "pipeline_tag": "feature-extraction"}
+    metadata |= {"license": known["license"]} if known.get("license") in LICENCES else {}
+    metadata["tags"] = ["capivara", "clip", "sentence-transformers", "onnx", *["open_clip"] * open_clip]
+    found = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    return found.get_template("drop_in.md.j2").render(
+        **facts | {name: code(facts[name]) for name in ("model", "base", "image_digest")},
+        metadata=yaml_dump(metadata).strip(),
+        repo_id=args.repo_id,
+        denses=denses,
+        open_clip=open_clip,
+        graphs=read_json(folder / "onnx/quantisation.json")["graphs"],
+        length=CONTEXT_LENGTH,
+        pooler="model_args" in read_json(folder / "sentence_bert_config.json"),
+    )

@@ -1,0 +1,310 @@
+"""The text side alone: each program embeds by it as the model does; it is refused where pictures would not fit."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TINY_TEXT, randomise, tiny_config
+
+from capivara_search.image_digest import image_difference, image_digest
+from hub_upload import drop_in, onnx_files
+from hub_upload.export import main
+from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.convert_open_clip import random_images
+from modeling_capivara.open_clip_mapping import build_open_clip, open_clip_state_dict
+
+TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
+PLAIN = [text for text in TEXTS if "Ã" not in text and text == " ".join(text.split())]  # need no repair
+FILES = {
+    *("README.md", "drop_in.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+    *("tokenization_capivara.py", "text_repair_capivara.py", "modules.json", "sentence_bert_config.json"),
+    *("config_sentence_transformers.json", "1_Pooling/config.json", "open_clip_text.safetensors"),
+    *("onnx/text_model.onnx", "onnx/text_model.onnx.data", "onnx/quantisation.json"),
+}
+DENSES = {f"{name}/{file}" for name in ("2_Dense", "3_Dense") for file in ("config.json", "model.safetensors")}
+# What a card's reader does: its blocks in their order, each with the model's texts, in a process without this project.
+READER = """
+import json, re, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+import numpy as np
+from transformers import AutoModel
+
+texts = json.loads(sys.argv[1])
+first, *blocks = re.findall(r"```python\\n(.*?)```", open("README.md", encoding="utf-8").read(), re.DOTALL)
+found = {}
+for block in blocks:
+    if "load_state_dict" in block:
+        continue
+    names = {}
+    exec(first, names)
+    names["texts"] = texts
+    exec(block, names)
+    if "SentenceTransformer" in names:
+        found["sentence_transformers"] = names["model"].encode(texts)
+        plain = names["SentenceTransformer"](names["folder"]).encode(json.loads(sys.argv[2]))
+        found["without_code"] = plain
+    elif "graph" in names:
+        found["onnx"] = names["graph"].run(["text_embeds"], names["inputs"])[0]
+    else:
+        found["transformers"] = names["embeds"].numpy()
+_, report = AutoModel.from_pretrained(".", add_pooling_layer=False, output_loading_info=True)
+assert not [fault for fault in report.values() if fault], report
+assert "modeling_capivara" not in sys.modules
+np.savez(sys.argv[3], **found)
+"""
+
+
+def saved(model: CapivaraModel, processor: CapivaraProcessor, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def trained(base: Path, folder: Path) -> Path:
+    """A model whose image side is the base's and whose text side is another."""
+    model = CapivaraModel.from_pretrained(base)
+    images = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith("vis")}
+    randomise(model, seed=1).load_state_dict(images, strict=False)
+    return saved(model, CapivaraProcessor.from_pretrained(base), folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_processor):
+    model = randomise(CapivaraModel(tiny_config()))
+    return saved(model, tiny_processor, tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def model(base, tmp_path_factory):
+    return trained(base, tmp_path_factory.mktemp("model") / "trained")
+
+
+def export(model: Path, base: Path, output: Path, *flags: str) -> Path:
+    flags = ["--model", str(model), "--base", str(base), "--output", str(output), "--formats", "drop_in", *flags]
+    main(flags)
+    return output
+
+
+@pytest.fixture(scope="module")
+def exported(xlmr, tiny_processor, tmp_path_factory):
+    """A base, a model and its text side, with all words of the real vocabulary and its rules."""
+    processor = CapivaraProcessor(tiny_processor.image_processor, xlmr[0].tokenizer)
+    config = tiny_config(text_config={**TINY_TEXT, "vocab_size": 250002})
+    folder = tmp_path_factory.mktemp("exported")
+    base = saved(randomise(CapivaraModel(config)), processor, folder / "base")
+    model = trained(base, folder / "model")
+    return base, model, export(model, base, folder / "text_side")
+
+
+@pytest.fixture
+def no_onnx(monkeypatch):
+    """Without the graphs, which take seconds."""
+
+    def write_onnx(folder, source, towers):
+        (folder / "onnx").mkdir()
+        (folder / "onnx/quantisation.json").write_text('{"graphs": {}}')
+
+    monkeypatch.setattr(onnx_files, "write_onnx", write_onnx)
+
+
+@torch.no_grad()
+def embeddings(folder: Path, texts: list[str] = TEXTS) -> np.ndarray:
+    model, processor = CapivaraModel.from_pretrained(folder).eval(), CapivaraProcessor.from_pretrained(folder)
+    return model(**processor(text=texts, return_tensors="pt")).text_embeds.numpy()
+
+
+def as_the_card_says(folder: Path, output: Path) -> dict[str, np.ndarray]:
+    """Embeddings of `TEXTS` by the code of a folder's card."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(output / "modules")}
+    words = [json.dumps(TEXTS), json.dumps(PLAIN), str(output / "found.npz")]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", READER, *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "newly initialized" not in done.stderr and "MISSING" not in done.stderr
+    return dict(np.load(output / "found.npz"))
+
+
+# --- Each program ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_cards_code_gives_the_models_embeddings_without_the_package(exported, tmp_path):
+    base, model, text_side = exported
+    found, expected = as_the_card_says(text_side, tmp_path), embeddings(model)
+    assert np.abs(expected - embeddings(base)).max() > 0.01, "the base's text side would do as well"
+    assert found.keys() == {"sentence_transformers", "without_code", "onnx", "transformers"}
+    np.testing.assert_allclose(found.pop("without_code"), embeddings(model, PLAIN), rtol=0, atol=1e-5)
+    for program, embeds in found.items():
+        np.testing.assert_allclose(embeds, expected, rtol=0, atol=1e-5, err_msg=program)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_open_clip_takes_the_text_side_and_keeps_its_images(exported):
+    base, model, text_side = exported
+    ours = CapivaraModel.from_pretrained(base).eval()
+    theirs = build_open_clip(ours.config)
+    theirs.load_state_dict(open_clip_state_dict(ours))
+    processor = CapivaraProcessor.from_pretrained(base)
+    pixels = processor(images=random_images(), return_tensors="pt")["pixel_values"]
+    before = theirs.encode_image(pixels, normalize=True)
+    (code,) = (block for block in blocks(text_side) if "load_state_dict" in block)
+    exec(code, {"model": theirs, "folder": str(text_side)})
+    ids = processor(text=TEXTS, return_tensors="pt", padding="max_length")["input_ids"]
+    np.testing.assert_allclose(theirs.encode_text(ids, normalize=True), embeddings(model), rtol=0, atol=1e-5)
+    assert torch.equal(theirs.encode_image(pixels, normalize=True), before)
+    torch.testing.assert_close(before, ours(pixel_values=pixels).image_embeds, rtol=0, atol=1e-5)
+    assert torch.equal(theirs.logit_scale, CapivaraModel.from_pretrained(model).logit_scale)
+
+
+def blocks(folder: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_int8_graph_is_near_and_its_distance_is_on_the_card(exported):
+    _, model, text_side = exported
+    graphs = json.loads((text_side / "onnx/quantisation.json").read_text())["graphs"]
+    assert not [name for name in graphs if "vision" in name]
+    runs = onnx_files.OnnxModel(text_side, "float32", CapivaraProcessor.from_pretrained(model))
+    np.testing.assert_allclose(runs.embed_texts(TEXTS), embeddings(model), rtol=0, atol=1e-5)
+    card = (text_side / "README.md").read_text(encoding="utf-8")
+    for name, graph in graphs.items():
+        figure = f"{graph['lowest_cosine']:.4f}" if "lowest_cosine" in graph else f"{graph['largest_difference']:.1e}"
+        assert re.search(rf"`onnx/{name}` \|.*{re.escape(figure)}", card)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["linear projection", "bfloat16", "shards"])
+def test_other_forms_of_a_model(kind, tiny_processor, no_onnx, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    config = tiny_config(text_projection_type="linear") if kind == "linear projection" else tiny_config()
+    made = randomise(CapivaraModel(config))
+    base = saved(made.bfloat16() if kind == "bfloat16" else made, tiny_processor, tmp_path / "base")
+    model = trained(base, tmp_path / "model")
+    if kind == "shards":
+        CapivaraModel.from_pretrained(model).save_pretrained(model, max_shard_size="40KB")
+        (model / "model.safetensors").unlink(missing_ok=True)
+        assert len(list(model.glob("model-*-of-*.safetensors"))) > 3
+    folder = export(model, base, tmp_path / "text_side")
+    found = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu").encode(TEXTS)
+    tolerance = 0.02 if kind == "bfloat16" else 1e-5
+    np.testing.assert_allclose(found, embeddings(model), rtol=0, atol=tolerance)
+    assert (folder / "3_Dense").exists() == (kind != "linear projection")
+
+
+# --- What is written -------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, base, no_onnx, tmp_path, capsys):
+    model = shutil.copytree(model, tmp_path / "model")
+    (model / "LICENSE").write_text("MIT")
+    (model / "README.md").write_text("---\nlicense: mit\nlanguage: pt\n---\n")
+    folder = export(model, base, tmp_path / "out", "--repo_id", "us/text-side")
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names == (FILES | DENSES | {"LICENSE"}) - {"onnx/text_model.onnx", "onnx/text_model.onnx.data"}
+    assert "MB  open_clip_text.safetensors" in capsys.readouterr().out
+    assert {name.split(".")[0] for name in load_file(folder / "open_clip_text.safetensors")} == {"text", "logit_scale"}
+    facts = json.loads((folder / "drop_in.json").read_text())
+    assert facts["image_digest"] == image_digest(base) and facts["width"] == 24 and facts["base"] == "base"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"`{facts['image_digest']}`" in card and f"`{facts['base']}`" in card and "license: mit" in card
+    assert 'folder = snapshot_download("us/text-side")' in card and str(base) not in card
+
+
+@pytest.mark.slow
+def test_names_of_others_are_text_on_the_card(model, base, no_onnx, tmp_path):
+    odd = shutil.copytree(base, tmp_path / "x|<b>[y](z)")
+    card = (export(model, odd, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    assert "<b>" not in card and "[y](z)" not in card and r"x\|&lt;b&gt;\[y\](z)" in card
+
+
+def test_open_clip_is_left_out_where_it_has_no_such_tower(base, model, no_onnx, tmp_path, caplog):
+    for folder in (base, model):
+        shutil.copytree(folder, tmp_path / folder.name)
+        config = json.loads((folder / "config.json").read_text())
+        config["vision_config"]["layer_norm_eps"] = 1e-6
+        (tmp_path / folder.name / "config.json").write_text(json.dumps(config))
+    caplog.set_level("INFO")
+    folder = export(tmp_path / model.name, tmp_path / base.name, tmp_path / "out")
+    assert "open_clip is left out" in caplog.text and not (folder / "open_clip_text.safetensors").exists()
+    assert "load_state_dict" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+def refused(match: str, model: Path, base: Path, output: Path, *flags: str) -> None:
+    with pytest.raises(SystemExit, match=match):
+        export(model, base, output, *flags)
+    assert not output.exists() and not [path for path in output.parent.iterdir() if ".tmp-" in path.name]
+
+
+@pytest.mark.parametrize("name", ["visual_projection.weight", "vision_model.post_layernorm.bias"])
+def test_a_model_whose_image_side_was_trained_names_the_tensor(model, base, name, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].flatten()[0] = torch.nextafter(tensors[name].flatten()[0], torch.tensor(2.0))
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    refused(rf"{re.escape(name)} has other numbers.*embedded anew", other, base, tmp_path / "out")
+
+
+def test_first_difference_of_two_image_sides(model, base, tmp_path):
+    assert image_difference(model, base) is None
+    tensors = load_file(model / "model.safetensors")
+    odd, missing = shutil.copytree(base, tmp_path / "odd"), "vision_model.post_layernorm.bias"
+    save_file({name: tensor for name, tensor in tensors.items() if name != missing}, odd / "model.safetensors")
+    assert image_difference(odd, base) == f"the tensor {missing} is in one of them alone"
+    half = {**tensors, "visual_projection.weight": tensors["visual_projection.weight"].half()}
+    save_file(half, odd / "model.safetensors")
+    assert "is F16 (24, 48) here and F32 (24, 48) there" in image_difference(odd, base)
+
+
+@pytest.mark.parametrize(
+    ("file", "part", "field", "value"),
+    [
+        ("processor_config.json", "image_processor", "resample", 2),
+        ("config.json", "vision_config", "hidden_act", "relu"),
+    ],
+)
+def test_another_way_to_the_same_pixels_is_named(model, base, file, part, field, value, tmp_path):
+    other = shutil.copytree(base, tmp_path / "other")
+    settings = json.loads((other / file).read_text())
+    settings[part][field] = value
+    (other / file).write_text(json.dumps(settings))
+    refused(rf"{field} of {part} is .* here and {value!r} there", model, other, tmp_path / "out")
+
+
+def test_what_is_no_exchange(model, base, tmp_path):
+    refused("to the bit: there is nothing to exchange", base, base, tmp_path / "out")
+    refused("no-such does not exist", model, tmp_path / "no-such", tmp_path / "out")
+    refused("a folder of its own; name no other format", model, base, tmp_path / "out", "--formats", "drop_in,onnx")
+    refused("drop_in takes neither", model, base, tmp_path / "out", "--text_config", "us/text")
+    refused("--base is for --formats drop_in", model, base, tmp_path / "out", "--formats", "transformers")
+    with pytest.raises(SystemExit, match="drop_in needs --base"):
+        main(["--model", str(model), "--output", str(tmp_path / "out"), "--formats", "drop_in"])
+
+
+def test_a_package_that_is_missing_is_said_before_anything_is_read(monkeypatch, tmp_path):
+    monkeypatch.setattr(onnx_files, "ONNX_PACKAGES", ("no_such_package",))
+    refused(r'drop_in needs no_such_package.*"\.\[onnx\]"', tmp_path / "model", tmp_path / "base", tmp_path / "out")
+
+
+def test_a_wrong_tensor_is_named_and_nothing_is_kept(model, base, no_onnx, tmp_path, monkeypatch):
+    def swapped(model):
+        state = open_clip_state_dict(model)
+        return {**state, "text.proj.0.weight": state["text.proj.0.weight"].flip(0)}
+
+    monkeypatch.setattr(drop_in, "open_clip_state_dict", swapped)
+    refused("open_clip_text.safetensors does not hold .* text_projection.0.weight", model, base, tmp_path / "out")

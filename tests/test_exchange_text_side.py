@@ -1,0 +1,88 @@
+"""The worked example: two real vector stores filled with the base's vectors, asked by both text sides."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import randomise
+
+from eval.embeddings import RetrievalEmbeddings
+from eval.metrics import RECALL_CUTOFFS, recall_at_k
+from eval.retrieval import RetrievalArguments, flat_captions, load_data
+from examples.exchange_text_side import LancePictures, QdrantPictures, main, recalls
+from hub_upload import export, onnx_files
+from modeling_capivara import CapivaraModel, CapivaraProcessor
+from modeling_capivara.embedder import load_embedder
+
+STORES = [QdrantPictures, pytest.param(LancePictures, marks=pytest.mark.slow)]
+
+
+@pytest.fixture
+def trained(tiny_folder, tmp_path):
+    """A model with the tiny one's image side and another text side."""
+    model = CapivaraModel.from_pretrained(tiny_folder)
+    images = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith("vis")}
+    randomise(model, seed=1).load_state_dict(images, strict=False)
+    model.save_pretrained(tmp_path / "trained")
+    CapivaraProcessor.from_pretrained(tiny_folder).save_pretrained(tmp_path / "trained")
+    return tmp_path / "trained"
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_store_gives_back_what_lies_in_it_and_the_nearest(store, tmp_path):
+    vectors = torch.nn.functional.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    pictures = store(tmp_path / "store")
+    pictures.fill(vectors.numpy())
+    np.testing.assert_allclose(pictures.vectors(), vectors, rtol=0, atol=1e-6)
+    query = vectors[3] + 0.1 * vectors[4]
+    assert pictures.nearest(query.numpy()) == (vectors @ query).topk(10).indices.tolist()
+    found = recalls(pictures, vectors.numpy(), torch.arange(20).roll(1), "wrong ones")
+    assert found["recall@1"] == 0 < found["recall@10"] < 1
+    pictures.close()
+
+
+@pytest.mark.slow
+def test_recall_is_evals_before_and_after(tiny_folder, trained, tiny_dataset_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(onnx_files, "write_onnx", without_graphs)
+    flags = ["--model", trained, "--base", tiny_folder, "--output", tmp_path / "side", "--formats", "drop_in"]
+    export.main([str(flag) for flag in flags])
+    flags = ["--text_side", tmp_path / "side", "--base", tiny_folder, "--dataset", tiny_dataset_folder]
+    main([str(flag) for flag in [*flags, "--split", "train", "--output", tmp_path / "out"]])
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert (found["pictures"], found["captions"], found["embedded_again"]) == (12, 18, 0)
+    data = load_data(RetrievalArguments(str(tiny_folder), str(tiny_dataset_folder), tmp_path / "x", split="train"))
+    texts, right = flat_captions(data.captions)
+    images = load_embedder(str(tiny_folder)).images([image for _, image in data.images.decoded(range(12))])
+    for side, folder in (("base", tiny_folder), ("exchanged", trained)):
+        ranks = RetrievalEmbeddings(load_embedder(str(folder)).texts(texts), images, right).ranks("text_to_image")
+        expected = {f"recall@{k}": recall_at_k(ranks, k) for k in RECALL_CUTOFFS}
+        for store in found["recall"].values():
+            assert {name: store[side][name] for name in expected} == pytest.approx(expected)
+    assert found["recall"]["Qdrant"]["base"] != found["recall"]["Qdrant"]["exchanged"]
+    assert "18 captions, 12 pictures; embedded again: 0" in capsys.readouterr().out
+    assert str(tmp_path) not in json.dumps(found)
+
+    def nearest(self, query):
+        self.client.delete_collection("pictures")
+        self.fill(torch.eye(12, 24).numpy())
+        return list(range(10))
+
+    monkeypatch.setattr(QdrantPictures, "nearest", nearest)
+    main([str(flag) for flag in [*flags, "--split", "train", "--output", tmp_path / "out", "--overwrite_output_dir"]])
+    assert "embedded again: 12" in capsys.readouterr().out, "vectors that change are counted"
+
+
+def without_graphs(folder, source, towers):
+    (folder / "onnx").mkdir()
+    (folder / "onnx/quantisation.json").write_text('{"graphs": {}}')
+
+
+def test_a_text_side_of_other_pictures_is_refused(tiny_folder, tmp_path):
+    flags = ["--text_side", str(tmp_path), "--base", str(tiny_folder), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"is no exported text side \(drop_in.json is missing\)"):
+        main(flags)
+    (tmp_path / "drop_in.json").write_text('{"image_digest": "0123"}')
+    with pytest.raises(SystemExit, match=r"is for pictures of the digest 0123; .* embeds them as"):
+        main(flags)
+    assert not (tmp_path / "out").exists()
