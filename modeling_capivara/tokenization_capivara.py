@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import numpy as np
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -32,6 +33,10 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
                 "that is saved as tokenizer.json."
             )
         return cls(**_settings(tokenizer))
+
+    def with_backend(self, backend: Tokenizer) -> "CapivaraTokenizer":
+        """The same repair and the same special tokens, over another tokenizer of the tokenizers library."""
+        return type(self)(**_settings(self) | {"tokenizer_object": backend})
 
     def plain(self) -> PreTrainedTokenizerFast:
         """The same without repair, for programs that repair texts themselves, as open_clip does."""
