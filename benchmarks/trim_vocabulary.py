@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.timing import conditions, finish, in_own_process, table
 from capivara_search.common.cli import flag, parse
-from capivara_search.common.environment import peak_resident_bytes
+from capivara_search.common.environment import peak_resident_bytes, require
 from capivara_search.common.files import write_text
 from capivara_search.miniature_encoders import load_tokenizer
 from eval.eval_arguments import RetrievalArguments
@@ -36,7 +36,7 @@ from modeling_capivara.trim_vocabulary import Trim, changed_texts, trim
 from modeling_capivara.trim_vocabulary_flags import WORDS
 
 LANGUAGES = ("pt", "en")
-CHOICES = (5_000, 20_000, WORDS, 200_000)  # words a language
+CHOICES = ((20_000, 20_000), (50_000, 50_000), WORDS, (250_000, 100_000))  # words of the first and of the second
 EXPORTED = ("transformers", "sentence_transformers", "onnx")
 
 
@@ -86,6 +86,15 @@ def held_out() -> dict[str, list[str]]:
     return {name: list(dict.fromkeys(found)) for name, found in texts.items()}
 
 
+def curriculum_sentences() -> list[str]:
+    """What pupils shall learn, by the Brazilian curriculum (CC BY 4.0): sentences of some thirty words."""
+    require("The held-out texts", "test", "bncc")
+    import bncc  # here: --help answers without it
+
+    parts = (bncc.objetivos_ei(), bncc.habilidades_ef(), bncc.habilidades_em())
+    return [aim["texto"] for part in parts for aim in part]
+
+
 def compare_choices(texts: dict[str, list[str]]) -> dict[str, Any]:
     """Number of words -> pieces kept, and of every source the texts and the share of those that lost a piece."""
     processor = CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer())
@@ -95,7 +104,7 @@ def compare_choices(texts: dict[str, list[str]]) -> dict[str, Any]:
         small = CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
         lost = {name: len(changed_texts(processor, small, kept, found)) for name, found in texts.items()}
         shares = {name: {"texts": len(texts[name]), "share_lost": lost[name] / len(texts[name])} for name in texts}
-        choices[str(words)] = {"pieces": len(kept), "held_out": shares}
+        choices[" + ".join(f"{number:,}" for number in words)] = {"pieces": len(kept), "held_out": shares}
     return choices
 
 
@@ -202,24 +211,21 @@ def choices_table(results: dict[str, Any]) -> str:
     for name, of in sources.items():
         shares = [choice["held_out"][name]["share_lost"] for choice in choices.values()]
         rows.append((name, f"{of['texts']:,}", *(f"{share:.2%}" for share in shares)))
-    heads = ("Texts that lose a piece", "n", *(f"{int(words):,} words" for words in choices))
-    facts = f"Words of each language, {' and '.join(results['languages'])}; {results['words']:,} are the default."
+    heads = ("Texts that lose a piece", "n", *(f"{words} words" for words in choices))
+    default = " + ".join(f"{number:,}" for number in results["words"])
+    facts = f"Words of {' + '.join(results['languages'])}; {default} is the default."
     return table(heads, rows, facts)
 
 
 def sizes_table(results: dict[str, Any]) -> str:
     """The published architecture before and after, and the recall of the demo."""
     full = results["full_size"]
-    trimmed, exported = full["trim"], full["export"]
+    trimmed, half, exported = full["trim"], full["half"], full["export"]
     rows = [
         ("word pieces", *(f"{number:,}" for number in trimmed["pieces"])),
         ("parameters, million", *(f"{number / 1e6:.1f}" for number in trimmed["parameters"])),
         ("weights, MB", *(f"{number / 1e6:.1f}" for number in trimmed["weight_bytes"])),
-        (
-            "in half precision, MB",
-            f"{trimmed['weight_bytes'][0] / 2e6:.1f}",
-            f"{full['half']['weight_bytes'] / 1e6:.1f}",
-        ),
+        ("in half precision, MB", f"{trimmed['weight_bytes'][0] / 2e6:.1f}", f"{half['weight_bytes'] / 1e6:.1f}"),
         ("both towers as int8 graphs, MB", "", f"{exported['int8_bytes'] / 1e6:.1f}"),
     ]
     facts = (
@@ -229,9 +235,9 @@ def sizes_table(results: dict[str, Any]) -> str:
     )
     if demo := results.get("demo"):
         changes = [
-            f"{language}, {way.replace('_', ' ')}, {recalls['before'][way]:.2f} before and {recalls['after'][way]:.2f} after"
-            for language, recalls in demo["mean_recall"].items()
-            for way in recalls["before"]
+            f"{language}, {way.replace('_', ' ')}, {before:.2f} before and {of['after'][way]:.2f} after"
+            for language, of in demo["mean_recall"].items()
+            for way, before in of["before"].items()
         ]
         facts += f" Mean recall of a trained model of the demo, in per cent: {'; '.join(changes)}."
     return table(("what", "whole", "trimmed"), rows, facts)

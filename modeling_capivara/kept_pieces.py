@@ -1,6 +1,6 @@
 """Which pieces of a vocabulary some texts need, and a tokenizer that has no others.
 
-    kept = kept_ids(processor, languages=["pt", "en"], words=50_000)
+    kept = kept_ids(processor, languages=["pt", "en"], words=[150_000, 50_000])
     small = cut_tokenizer(processor.tokenizer, kept)  # id i of it is id kept[i] of the whole
 
 A Unigram tokenizer splits a text into those of its pieces whose scores add up to most. Without some pieces there are
@@ -12,6 +12,7 @@ score is kept, so that this does not change either.
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -30,14 +31,15 @@ BLANK = "▁"  # begins a piece that begins a word
 
 
 def kept_ids(
-    processor: CapivaraProcessor, languages: Sequence[str], words: int, texts: Iterable[str] = ()
+    processor: CapivaraProcessor, languages: Sequence[str], words: Sequence[int], texts: Iterable[str] = ()
 ) -> list[int]:
     """Ids, ascending, of the pieces that a trim keeps: no other text decides but those that are given.
 
     Args:
         processor: with the whole vocabulary.
         languages: codes of wordfreq, such as "pt".
-        words: of each language, the most frequent ones; in small letters, capitals and as a title.
+        words: of each language, the most frequent ones, in small letters, capitals and as a title; the last number is
+            that of all further languages.
         texts: whose pieces are kept, too.
 
     Raises:
@@ -45,7 +47,8 @@ def kept_ids(
         ImportError: wordfreq is not installed.
     """
     state = tokenizer_state(processor.tokenizer)
-    lists = {language: language_words(language, words) for language in languages}
+    numbers = zip(languages, [*words, *[words[-1]] * len(languages)], strict=False)
+    lists = {language: language_words(language, number) for language, number in numbers}
     kept = always_kept(processor.tokenizer, state)
     for language, found in lists.items():
         bar = tqdm(found, desc=f"Words of {language}", unit="word", unit_scale=True)
@@ -109,15 +112,20 @@ def read_texts(path: Path) -> list[str]:
 
 
 def always_kept(tokenizer: CapivaraTokenizer, state: dict) -> set[int]:
-    """Ids of the added tokens and of what begins the vocabulary, of single letters, and of pieces without a letter."""
+    """Ids of what any text may have: added tokens, single letters, and pieces without a letter.
+
+    But for the ten thousand Chinese characters and Korean syllables, which the words of those languages bring. And what
+    begins the vocabulary, so that the ids of padding, begin and end stay as they are.
+    """
     pieces = state["model"]["vocab"]
     unknown = state["model"]["unk_id"]
     first = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, unknown} - {None}
-    kept = {*range(max(first) + 1), *(token["id"] for token in state["added_tokens"])}  # those keep their ids
+    kept = {*range(max(first) + 1), *(token["id"] for token in state["added_tokens"])}
     kept.add(min(range(len(pieces)), key=lambda number: pieces[number][1]))
     for number, (piece, _) in enumerate(pieces):
         text = piece.removeprefix(BLANK)
-        if len(text) <= 1 or not any(map(str.isalpha, text)):
+        letters = sum(map(str.isalpha, text))
+        if not letters or (len(text) == 1 and not unicodedata.name(text, "").startswith(("CJK", "HANGUL"))):
             kept.add(number)
     return kept
 

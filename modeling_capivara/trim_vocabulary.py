@@ -81,7 +81,7 @@ def trim(
     model: Path,
     output: Path,
     languages: Sequence[str],
-    words: int = WORDS,
+    words: Sequence[int] = WORDS,
     texts: Sequence[Path] = (),
     held_out: Sequence[Path] = (),
 ) -> Trim:
@@ -106,10 +106,10 @@ def trim(
     kept = kept_ids(processor, languages, words, (text for _, found in chosen for text in found))
     small = CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
     for language in languages:
-        checked = language_words(language, min(words, CHECKED_WORDS))
+        checked = language_words(language, min(CHECKED_WORDS, *words))
         changed_texts(processor, small, kept, list(map(word_forms, checked)))
     changed = {str(path): changed_texts(processor, small, kept, found) for path, found in measured}
-    record = {"languages": list(languages), "words": words, "tokenizer": vocabulary_digest(processor.tokenizer)}
+    record = {"languages": list(languages), "words": list(words), "tokenizer": vocabulary_digest(processor.tokenizer)}
     with new_folder(output) as folder:
         parameters = _write_model(model, config, folder, lambda table: table[kept], record)
         small.save_pretrained(folder)

@@ -23,7 +23,7 @@ from modeling_capivara.trim_vocabulary import Trim, changed_texts, main, report,
 
 TABLE = "text_model.embeddings.word_embeddings.weight"
 KEPT = ["uma foto de um gato", "São João, 24 de junho", "a cor de uma casa", "xyz 😀 &amp;", "", "<mask> e <pad>"]
-WORDS = 20  # of Portuguese: a, o, de, um and uma among them, no noun
+WORDS = [20]  # of Portuguese: a, o, de, um and uma among them, no noun
 CHOSEN = ["uma foto de um gato", "São João", "a casa"]
 
 
@@ -256,7 +256,7 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
     config = tiny_config(text_config={**TINY_TEXT, "vocab_size": 250_002})
     randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    done = trim(tmp_path / "model", tmp_path / "small", ["pt", "en"], 20_000)
+    done = trim(tmp_path / "model", tmp_path / "small", ["pt", "en"], [20_000])
     assert done.pieces[0] == 250_002 and 20_000 < done.pieces[1] < 60_000
     whole, small = (load_processor(tmp_path / name) for name in ("model", "small"))
     known = set(small.tokenizer.get_vocab())
@@ -269,7 +269,7 @@ def test_ten_thousand_sentences_with_the_real_vocabulary(xlmr, tmp_path):
         kept = [text for text in texts if known.issuperset(pieces_of(whole, text))]
         assert 0.95 * len(texts) < len(kept)
         assert torch.equal(embeds(tmp_path / "small", kept), embeds(tmp_path / "model", kept))
-        ids = kept_ids(whole, ["pt", "en"], 20_000)
+        ids = kept_ids(whole, ["pt", "en"], [20_000])
         assert len(changed_texts(whole, small, ids, texts)) == len(texts) - len(kept)
 
 
