@@ -1,9 +1,9 @@
 """Texts to token ids, with the text repair that open_clip's tokenizer does."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -34,8 +34,8 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
             )
         return cls(**_settings(tokenizer))
 
-    def with_backend(self, backend: Tokenizer) -> "CapivaraTokenizer":
-        """The same repair and the same special tokens, over another tokenizer of the tokenizers library."""
+    def with_backend(self, backend: Any) -> "CapivaraTokenizer":
+        """The same repair and the same special tokens, over another `tokenizers.Tokenizer`."""
         return type(self)(**_settings(self) | {"tokenizer_object": backend})
 
     def plain(self) -> PreTrainedTokenizerFast:
