@@ -142,7 +142,7 @@ def restore(model: Path, output: Path, base: Path) -> None:
     kept = [ids[piece] for piece in sorted(pieces, key=pieces.get)]
 
     def merged(trained: Tensor) -> Tensor:
-        return table.to(trained.dtype, copy=True).index_copy(0, torch.tensor(kept), trained)
+        return table.to(trained.dtype, copy=True).index_copy_(0, torch.tensor(kept), trained)
 
     with new_folder(output) as folder:
         _write_model(model, config, folder, merged, None)
