@@ -29,6 +29,7 @@ from capivara_search.common.files import finish_folder, read_json, write_json, w
 from caption_data.rows import write_skipped
 from eval.retrieval import RetrievalEmbeddings
 from hub_upload.publish import check_access, publish_checkpoint, publish_run
+from modeling_capivara.kept_pieces import used_ids
 from records.plots import plot_training_curves
 from records.schema import Record
 from training.arguments import RunArguments, parse_arguments
@@ -48,7 +49,7 @@ from training.outputs import measure_energy, model_card, run_facts, save_step
 from training.run_folder import choose_output_dir, is_complete, remove_work_files, run_folder
 from training.step import resolve_precision
 from training.trainable import interpolate_weights, merge_adapters, prepare_trainable, save_adapters
-from training.vocabulary import used_ids, used_vocabulary
+from training.vocabulary import used_vocabulary
 
 
 def main(argv: list[str] | None = None) -> Path:

@@ -27,6 +27,7 @@ from benchmarks import (
     scaling,
     search_tables,
     train_step,
+    trim_vocabulary,
 )
 from benchmarks.timing import RESULTS, ROOT, software, table
 from capivara_search.common.cli import flag, parse, run_command
@@ -69,6 +70,8 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
         "docs/benchmarks.md": {
             "demo": demo_block,
             "main_job": lambda: main_job.main_job_table(_results("main_job")),
+            "trim_choices": lambda: trim_vocabulary.choices_table(_results("trim_vocabulary")),
+            "trim_sizes": lambda: trim_vocabulary.sizes_table(_results("trim_vocabulary")),
             "search": lambda: search_tables.search_table(_results("search")),
             "search_photographs": lambda: search_tables.photos_table(_results("search")),
             "search_growth": lambda: search_tables.growth_table(_results("search")),

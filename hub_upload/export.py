@@ -112,7 +112,7 @@ def export(
     plan = None
     if "open_clip" in formats:
         plan = loader_files.plan_open_clip(config, image_processor, text_config, repo_id)
-        _log_open_clip_plan(plan, repo_id)
+        _log_open_clip_plan(plan, repo_id, config)
     weights = sum(file.stat().st_size for file in source_model.weight_files(model))
     check_free_space(output, int(weights * (1 + (plan is not None) + ONNX_SHARE * ("onnx" in formats))))
     with whole_folder(output, overwrite) as folder:
@@ -191,8 +191,15 @@ def _read_image_processor(model: Path) -> CapivaraImageProcessor:
     return processor
 
 
-def _log_open_clip_plan(plan: OpenClipPlan | None, repo_id: str | None) -> None:
-    if plan is None:
+def _log_open_clip_plan(plan: OpenClipPlan | None, repo_id: str | None, config: CapivaraConfig) -> None:
+    if plan is None and config.trimmed_vocabulary:
+        logger.info(
+            "open_clip is left out: it takes the text tower's size from XLM-RoBERTa base, with %s word pieces, and "
+            "this model was trimmed to %s. Name the model's own folder by --text_config for a repository that "
+            "open_clip loads from inside its folder alone.",
+            f"{config.trimmed_vocabulary['of']:,}", f"{config.text_config.vocab_size:,}",
+        )  # fmt: skip
+    elif plan is None:
         logger.info(
             "open_clip is left out: the text tower is not XLM-RoBERTa base, so that open_clip can't take its "
             "configuration from there. Name a Hub id that has it by --text_config; or the model's own folder, for a "

@@ -1,11 +1,15 @@
 """CAPIVARA for transformers. Importing the package registers it, so that the Auto classes and pipelines find it."""
 
 import sys
+from importlib import import_module
 
-if sys.argv[:1] == ["-m"] and "modeling_capivara.convert_open_clip" in sys.orig_argv:
+if sys.argv[:1] == ["-m"] and (
+    named := {"modeling_capivara.convert_open_clip", "modeling_capivara.trim_vocabulary"}.intersection(sys.orig_argv)
+):
     from .convert_open_clip_flags import answer_flags
 
-    answer_flags()  # `python -m` imports this package first: --help and a wrong flag answer before torch is imported
+    # `python -m` imports this package first: --help and a wrong flag answer before torch is imported
+    answer_flags(import_module(f"{named.pop()}_flags").parser)
 
 from transformers import (
     AutoConfig,

@@ -41,6 +41,8 @@ class CapivaraConfig(PreTrainedConfig):
         matryoshka_dims: widths, beside the whole, at which the first numbers of an embedding were trained to be
             embeddings of their own (Matryoshka representation learning, arXiv 2205.13147); kept in falling order. The
             architecture does not depend on it: any width can be cut, these keep more of the recall.
+        trimmed_vocabulary: how `modeling_capivara.trim_vocabulary` chose the word pieces, and of which vocabulary; None
+            where it is whole.
 
     Raises:
         ValueError: a size is below 1 or over `LARGEST`, the scale is not finite, a tower's kind is unknown, the text
@@ -60,6 +62,7 @@ class CapivaraConfig(PreTrainedConfig):
     text_projection_type: Literal["mlp", "linear"] = "mlp"
     logit_scale_init_value: float = math.log(1 / 0.07)  # temperature 0.07, CLIP (arXiv 2103.00020) section 2.5
     matryoshka_dims: list[int] | None = None
+    trimmed_vocabulary: dict | None = None
 
     def __post_init__(self, **kwargs):
         if self.projection_dim < 1:

@@ -89,9 +89,7 @@ def convert(
         OSError: the output exists, or cannot be written (disk full).
         ImportError: open_clip is not installed.
     """
-    output = Path(output).resolve()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"OUTPUT {output} exists and is not an empty folder; remove it or name another.")
+    output = free_output(output)
     if to_open_clip and (tokenizer or config):
         raise ValueError("--tokenizer is for the other direction; with --to-open-clip the tokenizer is SOURCE's own.")
     if hf_model_name and not to_open_clip:
@@ -108,7 +106,7 @@ def convert(
 def _to_transformers(source: str, output: Path, tokenizer: str | None, config: CapivaraConfig | None) -> Conversion:
     found = find_open_clip(source, tokenizer)
     read = read_open_clip(found, config)
-    with _new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
+    with new_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         write_read(read, found, folder)
         del read.state
         reference = _reference_folder(Path(scratch), found, read.config, read.processor.tokenizer.plain())
@@ -125,7 +123,7 @@ def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conve
     model_cfg = open_clip_model_cfg(config, text_name, size)
     model_cfg["text_cfg"]["hf_tokenizer_name"] = hf_model_name or BASE_TEXT_MODEL  # read for the Hub only
     tensors = {k: v.contiguous() for k, v in open_clip_state_dict(load_model(folder)).items()}
-    with _new_folder(output) as target, tempfile.TemporaryDirectory() as scratch:
+    with new_folder(output) as target, tempfile.TemporaryDirectory() as scratch:
         _write_config(target, model_cfg, preprocess_cfg)
         save_file(tensors, target / WEIGHT_FILES[0], metadata={"format": "pt"})
         del tensors
@@ -160,8 +158,16 @@ def _text_name_note(hf_model_name: str | None, text_name: str, config: CapivaraC
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
 
 
+def free_output(output: str | Path) -> Path:
+    """Its absolute path. Raises FileExistsError where something is there."""
+    output = Path(output).resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"OUTPUT {output} exists and is not an empty folder; remove it or name another.")
+    return output
+
+
 @contextmanager
-def _new_folder(output: Path) -> Iterator[Path]:
+def new_folder(output: Path) -> Iterator[Path]:
     """A temporary folder on the disk of `output` that takes its name at the end, or is removed on any error."""
     there = next(parent for parent in output.parents if parent.exists())
     try:

@@ -1,4 +1,4 @@
-"""Flags of `convert_open_clip`, which the package reads before the imports that take seconds."""
+"""Flags of `convert_open_clip`, which the package reads before the imports that take seconds; how commands end."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def parser() -> "argparse.ArgumentParser":
     return flags
 
 
-def answer_flags() -> None:
+def answer_flags(parser: Callable[[], "argparse.ArgumentParser"]) -> None:
     """End here by `--help` or a wrong flag; else let Ctrl-C end the imports that follow in one line."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
         signal.signal(signal.SIGINT, lambda *_: os._exit(_stopped()))

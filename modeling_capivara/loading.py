@@ -10,6 +10,9 @@ import yaml
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoProcessor
 
 from .configuration_capivara import CapivaraConfig
@@ -17,6 +20,7 @@ from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import first_line
 from .processing_capivara import CapivaraProcessor
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_TIMEOUT_S = 10
 
 
@@ -59,6 +63,48 @@ def load_model(source: str | Path) -> CapivaraModel:
         named = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
         raise ValueError(f"The weights of {source} do not fit its config. {named}.")
     return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises ValueError where there is none, or one lacks that the index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"The folder {folder} holds no {WEIGHTS}. Weights in another format are not published: load the model "
+            "and save it again with `save_pretrained`."
+        )
+    shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    files = [folder / Path(name).name for name in sorted(shards)]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"The folder {folder} lacks the weights {', '.join(missing)}, which its index names.")
+    return files
+
+
+def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """All tensors of safetensors files, as views of them: the system reads each when it is used. Raises ValueError."""
+    tensors = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"The weights {file} can't be read: {error}") from error
+    return tensors
+
+
+def mapped_model(folder: Path, config: CapivaraConfig) -> CapivaraModel:
+    """The model of a folder, to be saved and not to be run: its weights are views of its files.
+
+    Raises ValueError where weights are missing, surplus or of another shape; all are named.
+    """
+    with torch.device("meta"):
+        model = CapivaraModel(config)
+    try:
+        model.load_state_dict(mapped_tensors(weight_files(folder)), assign=True)
+    except RuntimeError as error:
+        faults = " ".join(str(error).split()).partition(": ")[2]
+        raise ValueError(f"The weights of {folder} do not fit its config. {faults}") from error
+    return model.eval()
 
 
 def load_processor(source: str | Path) -> CapivaraProcessor:

@@ -36,6 +36,7 @@ COMMANDS = {
     "hub_upload.push": "--model . --repo_id a/b",
     "hub_upload.space": "--model m --space s",
     "modeling_capivara.convert_open_clip": "s o",
+    "modeling_capivara.trim_vocabulary": "m o --languages pt",
     "training.interpolate": "a b --output o",
     "examples.openmoji.prepare": "",
     "examples.openmoji.fit_miniature": "",

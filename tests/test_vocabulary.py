@@ -9,9 +9,10 @@ from test_train_accelerate import flags
 from tiny import TINY_TEXT
 
 import train_accelerate
+from modeling_capivara.kept_pieces import used_ids
 from modeling_capivara.loading import load_model
 from training.step import ExactStep, sparse_embedding_gradients
-from training.vocabulary import UsedRows, used_ids, used_vocabulary, whole_vocabulary
+from training.vocabulary import UsedRows, used_vocabulary, whole_vocabulary
 
 TABLE = "text_model.embeddings.word_embeddings.weight"
 

@@ -8,17 +8,14 @@ checkpoints are then of these rows alone. The weights are those of a run that tr
 but a gradient moves a row: without weight decay.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modeling_capivara import CapivaraModel, CapivaraProcessor
-
-TEXTS_AT_ONCE = 10_000  # that are tokenised together
+from modeling_capivara import CapivaraModel
 
 
 class UsedRows(nn.Module):
@@ -51,16 +48,6 @@ class UsedRows(nn.Module):
         """Give `whole` the rows as they are now."""
         whole.weight.data = self.table
         whole.weight.data[self.ids] = self.part.weight.detach()
-
-
-def used_ids(processor: CapivaraProcessor, texts: Iterable[str]) -> Tensor:
-    """(ids,), ascending: of all tokens of the texts, begin, end and padding included."""
-    found = {processor.tokenizer.pad_token_id}
-    remaining = iter(texts)
-    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
-        for tokens in processor(text=chunk, padding=False)["input_ids"]:
-            found.update(tokens)
-    return torch.tensor(sorted(found))
 
 
 @contextmanager

