@@ -33,8 +33,9 @@ from eval.eval_arguments import MiebArguments
 from modeling_capivara.loading import card_metadata, load_processor, read_config, weights_digest
 
 if TYPE_CHECKING:
-    from mteb import AbsTask, ModelMeta, TaskResult
-    from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb import TaskResult
+    from mteb.abstasks import AbsTask
+    from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
 
 SHOWN = ("ndcg_at_10", "hit_rate_at_1", "hit_rate_at_5", "hit_rate_at_10")  # of a task of retrieval
 
@@ -72,8 +73,8 @@ def model_meta(folder: Path, repo_id: str | None, revision: str) -> "ModelMeta":
         repo_id: Hub id; mteb's own word for a model without a name where None.
         revision: commit of it, or what else tells these weights from others.
     """
-    from mteb import ModelMeta
-    from mteb.models import SentenceTransformerEncoderWrapper
+    from mteb.models import ModelMeta, SentenceTransformerEncoderWrapper
+    from mteb.models.model_meta import ScoringFunction
     from mteb.types import Licenses
 
     config, card = read_config(folder), card_metadata(folder / "README.md")
@@ -92,7 +93,7 @@ def model_meta(folder: Path, repo_id: str | None, revision: str) -> "ModelMeta":
         "embed_dim": config.projection_dim,
         "license": card["license"] if card.get("license") in get_args(Licenses) else None,
         "framework": ["Sentence Transformers", "PyTorch", "Transformers", "safetensors"],
-        "similarity_fn_name": "cosine",
+        "similarity_fn_name": ScoringFunction.COSINE,
         "use_instructions": False,
         "adapted_from": bases if isinstance(bases, str) else None,
         "modalities": ["image", "text"],
@@ -181,7 +182,8 @@ def described(outcome: "TaskResult | str") -> list[str]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    said = error.args[0] if isinstance(error, KeyError) and error.args else error  # which else has quotes around it
+    return " ".join(str(said).split()) or type(error).__name__
 
 
 @user_errors

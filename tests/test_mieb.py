@@ -172,7 +172,7 @@ def _check_the_second_run(words: list, tmp_path: Path, theirs: dict[str, dict[st
 
 
 @pytest.mark.slow
-def test_ties_count_against_us_alone(tiny_repository, tiny_folder, tmp_path):
+def test_ties_count_against_us_alone(tiny_repository, tiny_folder, tmp_path, monkeypatch):
     """Two images with the very same caption: ours says that it finds neither, mteb takes whichever comes first."""
     from mteb import evaluate as theirs
 
@@ -180,7 +180,7 @@ def test_ties_count_against_us_alone(tiny_repository, tiny_folder, tmp_path):
     captions = [["gato"], ["gato"], ["carro"], ["árvore"], ["casa"], ["peixe"]]
     data = write_xm3600(tmp_path / "data", pictures, captions)
     (task,) = find_tasks([I2T], ["por"])
-    task.metadata.dataset["path"] = str(data)
+    monkeypatch.setitem(task.metadata.dataset, "path", str(data))
     model = open_model(MiebArguments(tiny_repository, device="cpu"))
     (result,) = theirs(model, task, co2_tracker=False, cache=None).task_results
     hits = result.scores["test"][0]
