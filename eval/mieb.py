@@ -159,7 +159,9 @@ def run(args: MiebArguments) -> dict[str, "TaskResult | str"]:
     for number, task in enumerate(tasks, start=1):
         name = task.metadata.name
         try:
-            check_data(task)
+            kept = cache.load_task_result(name, model.mteb_model_meta)
+            if kept is None or kept.get_missing_evaluations(task):
+                check_data(task)
             encode = {"batch_size": args.batch_size}
             outcomes[name] = evaluate(model, task, co2_tracker=False, encode_kwargs=encode, cache=cache).task_results[0]
         except (ValueError, OSError, ImportError) as error:

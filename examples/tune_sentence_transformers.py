@@ -1,6 +1,7 @@
 r"""Fine-tuning by sentence-transformers' own trainer, on pictures with captions (extra: sentence_transformers).
 
-    python -m hub_upload.export --model data/openmoji/base --output repository --formats transformers,sentence_transformers
+    python -m hub_upload.export --model data/openmoji/base --output repository \
+        --formats transformers,sentence_transformers
     python -m examples.tune_sentence_transformers --model repository --dataset data/openmoji/dataset --language pt \
         --output_dir runs/tuned
 
@@ -23,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -109,11 +109,13 @@ class BoundedScale(TrainerCallback):
     """Keeps the learnt scale below CLIP's bound."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
-        with torch.no_grad():
-            clamp_logit_scale(model[0].auto_model.logit_scale)
+        """After every step of the optimiser."""
+        clamp_logit_scale(model[0].auto_model.logit_scale)
 
 
-def make_trainer(args: SentenceTuningArguments, encoder: "SentenceTransformer", folder: Path) -> "SentenceTransformerTrainer":
+def make_trainer(
+    args: SentenceTuningArguments, encoder: "SentenceTransformer", folder: Path
+) -> "SentenceTransformerTrainer":
     """sentence-transformers' own trainer; the image tower is frozen, as in the paper."""
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 

@@ -1,4 +1,4 @@
-"""mteb's own evaluator on an exported folder: its figures are those of `eval.retrieval`, or the difference is explained."""
+"""mteb's own evaluator on an exported folder: its figures are those of `eval.retrieval`, but for what is explained."""
 
 import dataclasses
 import json
@@ -20,6 +20,7 @@ from eval.retrieval import evaluate
 from examples.openmoji.concepts import concept_rows, split_concepts
 from examples.openmoji.dataset import render_png
 from hub_upload.export import export
+from hub_upload.loader_files import write_sentence_transformers
 from records.schema import Record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,9 +86,11 @@ def tiny_repository(saved_tiny_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
-    """The miniature, a model that finds things, exported."""
-    made = tmp_path_factory.mktemp("exported") / "miniature"
-    export(miniature_folder(), made, ["transformers", "sentence_transformers"])
+    """The miniature, a model that finds things, with the files of sentence-transformers; not another copy of it."""
+    made = tmp_path_factory.mktemp("miniature")
+    for path in miniature_folder().iterdir():
+        (made / path.name).symlink_to(path)
+    write_sentence_transformers(made)
     return made
 
 
@@ -117,16 +120,16 @@ def scores_of(output: Path, task: str) -> dict[str, float]:
     return scores
 
 
-def ours(model: Path, data: Path, output: Path) -> dict[tuple[str, str], Record]:
+def ours(model: Path, data: Path, output: Path, **options) -> dict[tuple[str, str], Record]:
     """The figures of `eval.retrieval` on the same file."""
     args = RetrievalArguments(
-        str(model), str(data), output, split="pt", caption_column="captions", gallery=0, device="cpu"
+        str(model), str(data), output, split="pt", caption_column="captions", gallery=0, device="cpu", **options
     )
     return {(record.direction, record.metric): record for record in evaluate(args)}
 
 
 @pytest.mark.slow
-def test_mteb_measures_what_we_measure(repository, xm3600, tmp_path):
+def test_mteb_measures_what_we_measure(repository, tiny_repository, xm3600, tmp_path):
     """By its own loading over HTTP, from the data set's published form; then from the cache, without network."""
     with HubServer(tmp_path / "hub") as hub:
         for task in (T2I, I2T):
@@ -143,32 +146,35 @@ def test_mteb_measures_what_we_measure(repository, xm3600, tmp_path):
             record = found[direction, f"recall@{k}"]
             assert theirs[task][f"hit_rate_at_{k}"] == pytest.approx(record.value, abs=1e-6), (task, k)
     assert found["text_to_image", "recall@1"].n == 2 * PICTURES
-    assert 0.1 < found["text_to_image", "recall@1"].value < 0.9, "a model that finds all or nothing proves little"
+    assert 0.1 < found["text_to_image", "recall@10"].value < 0.9, "a model that finds all or nothing proves little"
     # What it calls recall is the share of an image's captions that are found: ours with one, half of ours with two.
     assert theirs[T2I]["recall_at_1"] == pytest.approx(theirs[T2I]["hit_rate_at_1"], abs=1e-6)
     assert theirs[I2T]["recall_at_1"] == pytest.approx(theirs[I2T]["hit_rate_at_1"] / 2, abs=1e-5)
     assert theirs[T2I]["main_score"] == theirs[T2I]["ndcg_at_10"]
-    _check_the_second_run(words, tmp_path, theirs)
-
-
-def _check_the_second_run(words: list, tmp_path: Path, theirs: dict[str, dict[str, float]]) -> None:
-    """What is there is kept, what is missing is measured from the cache, and what is not there is named."""
     folder = tmp_path / "out" / "results" / "us__miniature" / "0123abc"
-    assert sorted(path.name for path in folder.glob("*.json")) == [f"{I2T}.json", f"{T2I}.json", "model_meta.json"]
+    names = sorted(path.name for path in folder.glob("*.json"))
+    assert names == [f"{I2T}.json", f"{T2I}.json", "model_meta.json"]
     for path in folder.iterdir():
         assert str(tmp_path) not in path.read_text(encoding="utf-8"), f"{path.name} names a path of this machine"
-    (folder / f"{I2T}.json").unlink()
-    before = (folder / f"{T2I}.json").stat().st_mtime_ns
+    _without_network(tiny_repository, xm3600, tmp_path)
+
+
+def _without_network(model: Path, data: Path, tmp_path: Path) -> None:
+    """From the cache of the Hub; a task whose data are not in it is named, and the other is measured."""
     absent = "STSBenchmarkMultilingualVisualSTS"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = command(*words, "--tasks", T2I, absent, I2T, **environment)
+    words = ["--model", model, "--output", tmp_path / "offline", "--device", "cpu", "--tasks", absent, T2I]
+    done = command(*words, **environment)
     assert done.returncode == 1, done.stderr[-3000:]
     assert done.stderr.strip().splitlines()[-1] == f"error: {absent} could not be measured; see above."
     (line,) = (line for line in done.stdout.splitlines() if absent in line)
-    assert line.startswith(f"[2/3] {absent} not run: its data, ") and "HF_HUB_OFFLINE is set" in line
-    assert (folder / f"{T2I}.json").stat().st_mtime_ns == before
-    again = scores_of(tmp_path / "out", I2T)
-    assert again == pytest.approx(theirs[I2T], nan_ok=True)
+    assert line.startswith(f"[1/2] {absent} not run: its data, ") and "HF_HUB_OFFLINE is set" in line
+    found = ours(model, data, tmp_path / "tiny.json")["text_to_image", "recall@10"]
+    assert scores_of(tmp_path / "offline", T2I)["hit_rate_at_10"] == pytest.approx(found.value, abs=1e-6)
+    (file,) = (tmp_path / "offline").glob(f"results/*/weights-*/{T2I}.json")
+    before = file.stat().st_mtime_ns
+    main([*map(str, words[:-2]), T2I])  # of what is there the data are not asked for: this process has none
+    assert file.stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
@@ -184,11 +190,10 @@ def test_ties_count_against_us_alone(tiny_repository, tiny_folder, tmp_path, mon
     model = open_model(MiebArguments(tiny_repository, device="cpu"))
     (result,) = theirs(model, task, co2_tracker=False, cache=None).task_results
     hits = result.scores["test"][0]
-    args = {"split": "pt", "caption_column": "captions", "gallery": 0, "recall_at": [1, 2, 3], "device": "cpu"}
-    found = {r.metric: r.value for r in evaluate(RetrievalArguments(str(tiny_folder), str(data), tmp_path / "o", **args))
-             if r.direction == "image_to_text"}  # fmt: skip
-    assert hits["hit_rate_at_1"] >= found["recall@1"] and hits["hit_rate_at_3"] >= found["recall@3"]
-    assert hits["hit_rate_at_1"] + hits["hit_rate_at_3"] > found["recall@1"] + found["recall@3"]
+    found = ours(tiny_folder, data, tmp_path / "ours.json", recall_at=[1, 2, 3])
+    recalls = {k: found["image_to_text", f"recall@{k}"].value for k in (1, 2, 3)}
+    assert all(hits[f"hit_rate_at_{k}"] >= recalls[k] for k in (1, 3))
+    assert hits["hit_rate_at_1"] + hits["hit_rate_at_3"] > recalls[1] + recalls[3]
 
 
 @pytest.mark.slow
@@ -200,8 +205,11 @@ def test_mock_tasks_pass(tiny_repository):
     model = open_model(MiebArguments(tiny_repository, device="cpu"))
     outcome = mteb.mock_run(model)
     ran = {name: result for name, result in outcome.items() if result is not None}
-    assert len(ran) > 20 and any("2I" in name or "Image" in name for name in ran)
-    assert not {name: str(result) for name, result in ran.items() if not isinstance(result, TaskResult)}
+    failed = {name: result.exception for name, result in ran.items() if not isinstance(result, TaskResult)}
+    assert len(ran) - len(failed) > 30 and {"MockVisualSTS", "MockSTSTask", "MockImageClassification"} <= ran.keys()
+    # A text and a picture in one query: CLIP has no embedding of the two together.
+    assert set(failed) == {"MockVisionCentricQA", "MockMultilingualVisionCentricQA"}, failed
+    assert all("cannot combine them in a single input" in said for said in failed.values())
 
 
 @pytest.mark.slow
@@ -266,5 +274,5 @@ def test_wrong_input_is_one_line(tiny_repository, tmp_path, changed, message):
 
 
 def test_a_folder_without_modules_says_how_to_make_one(tiny_folder, tmp_path):
-    with pytest.raises(SystemExit, match="has no modules.json.*python -m hub_upload.export"):
+    with pytest.raises(SystemExit, match=r"has no modules.json.*python -m hub_upload.export"):
         main(["--model", str(tiny_folder), "--output", str(tmp_path / "out")])

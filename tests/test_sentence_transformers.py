@@ -1,4 +1,4 @@
-"""sentence-transformers on an exported folder: every documented way in gives the model's embeddings; its loss is CLIP's."""
+"""sentence-transformers on an exported folder: every way in gives the model's embeddings; its loss is CLIP's."""
 
 import json
 from importlib.metadata import version
