@@ -2,8 +2,8 @@ r"""Tasks of the image-embedding leader board, measured by its own evaluator, `m
 
     python -m hub_upload.export --model MODEL --output repository --formats transformers,sentence_transformers
     python -m eval.mieb --model repository --output results/mieb
-    python -m eval.mieb --model repository --tasks XM3600T2IRetrieval --languages por spa --repo_id my-name/my-model \
-        --revision COMMIT
+    python -m eval.mieb --model repository --tasks XM3600T2IRetrieval --languages por spa \
+        --repo_id my-name/my-model --revision COMMIT
 
 mteb gets the folder as anybody would, by sentence-transformers. Its result files are laid out as its results repository
 wants them: `results/OWNER__NAME/REVISION/TASK.json`, with `model_meta.json` beside. docs/evaluation.md says how its

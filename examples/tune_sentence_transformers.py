@@ -33,6 +33,7 @@ from capivara_search.common.environment import device_description, package_versi
 from capivara_search.common.files import whole_folder, write_json, write_text
 from capivara_search.common.privacy import hide_paths
 from caption_data.source_files import load_embedded
+from eval.retrieval import flat_captions
 from examples.example_arguments import SentenceTuningArguments
 from modeling_capivara.loss_capivara import similarity_logits
 from training.optimiser import clamp_logit_scale
@@ -63,7 +64,7 @@ def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     """A row a picture, `text` before `image` as the loss takes them; of several captions one, by the seed.
 
     Raises:
-        ValueError: there is no such split or column; those that are there are named.
+        ValueError: there is no such split or column (those that are there are named), or a picture has no caption.
     """
     data = load_embedded(dataset)
     if split not in data:
@@ -71,16 +72,18 @@ def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     column = f"captions-{language}"
     if not {"image", column} <= set(data[split].column_names):
         raise ValueError(f"{dataset} needs the columns image and {column}; it has {data[split].column_names}.")
+    captions = [[found] if isinstance(found, str) else found for found in data[split][column]]
+    flat_captions(captions)  # for its errors
     draw = random.Random(seed)
-    texts = [draw.choice([captions] if isinstance(captions, str) else captions) for captions in data[split][column]]
+    texts = [draw.choice(found) for found in captions]
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
 
 
 def clip_loss_of(encoder: "SentenceTransformer", mini_batch_size: int) -> "CachedMultipleNegativesRankingLoss":
     """`modeling_capivara.clip_loss` of a whole batch, of which `mini_batch_size` rows are embedded at once.
 
-    Exact on one device where the trainer neither accumulates gradients (the scale's would not be divided) nor drops
-    out anything that the second pass would not.
+    Exact on one device without accumulation of gradients, by which the scale's would not be divided. On several, where
+    it would need `gather_across_devices`, it was not tried.
     """
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
