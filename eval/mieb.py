@@ -19,10 +19,12 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
     start_command("eval.eval_arguments:MiebArguments", __doc__)
 
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import datasets
+from datasets.exceptions import DatasetsError
 from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import parse_local_safetensors_file_metadata
 
@@ -164,8 +166,11 @@ def run(args: MiebArguments) -> dict[str, "TaskResult | str"]:
                 check_data(task)
             encode = {"batch_size": args.batch_size}
             outcomes[name] = evaluate(model, task, co2_tracker=False, encode_kwargs=encode, cache=cache).task_results[0]
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, DatasetsError) as error:
             outcomes[name] = f"not run: {_line(error)}"
+        except Exception as error:  # want of memory, or a fault of mteb: the others are measured all the same
+            traceback.print_exc()
+            outcomes[name] = f"not run: {type(error).__name__}: {_line(error)}"
         for line in described(outcomes[name]):
             print(f"[{number}/{len(tasks)}] {name} {line}", flush=True)
     return outcomes
