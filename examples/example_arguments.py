@@ -65,6 +65,28 @@ class ExchangeArguments:
 
 
 @dataclass
+class SentenceTuningArguments:
+    """Arguments of `examples.tune_sentence_transformers`."""
+
+    model: Path = flag(..., "Folder of a model that was exported with the format sentence_transformers.")
+    dataset: Path = flag(..., "Saved HF data set with the columns image and captions-LANGUAGE.")
+    language: str = flag("pt", "Language of the captions.")
+    output_dir: Path = flag(Path("runs/tuned"), "Folder for the model and its figures.")
+    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
+    train_split: str = flag("train", "Split that is learnt from.")
+    split: str = flag("test", "Split that is measured, before and after.")
+    epochs: float = flag(3.0, "Passes over the training pictures, each with one caption.")
+    batch_size: int = flag(256, "Pictures, with a caption each, that the loss compares in a step.")
+    mini_batch_size: int = flag(32, "Of them, how many are embedded at once; changes memory, not the result.")
+    learning_rate: float = flag(1e-5, "At its height.")
+    seed: int = flag(0, "Seed of the order and of the captions that are drawn.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 2, "batch_size")
+        at_least(self, 1, "mini_batch_size")
+
+
+@dataclass
 class PrepareArguments:
     """Arguments of `examples.openmoji.prepare`."""
 

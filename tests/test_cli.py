@@ -30,6 +30,7 @@ COMMANDS = {
     "eval.classification": "--model m --benchmark cifar-10 --images i --output o.json",
     "eval.linear_probe": "--model m --benchmark cifar-10 --images i --output o.json",
     "eval.suite": "paper --model m",
+    "eval.mieb": "--model m",
     "eval.report": "results --output o",
     "hub_upload.export": "--model m --output o",
     "hub_upload.card": "--model m",
@@ -45,6 +46,7 @@ COMMANDS = {
     "examples.real_images": "--model m",
     "examples.fine_tune_classifier": "",
     "examples.exchange_text_side": "--text_side t",
+    "examples.tune_sentence_transformers": "--model m --dataset d",
 }
 # The commands whose help is there in Portuguese, too: the package `modeling_capivara` has no catalogue.
 IN_PORTUGUESE = [command for command in COMMANDS if not command.startswith("modeling_capivara")]

@@ -1,0 +1,189 @@
+r"""Fine-tuning by sentence-transformers' own trainer, on pictures with captions (extra: sentence_transformers).
+
+    python -m hub_upload.export --model data/openmoji/base --output repository \
+        --formats transformers,sentence_transformers
+    python -m examples.tune_sentence_transformers --model repository --dataset data/openmoji/dataset --language pt \
+        --output_dir runs/tuned
+
+For whoever trains in that library already. Its loss is CLIP's, exactly, when three options are given (`clip_loss_of`):
+both directions, a softmax each, and the model's own learnt scale in the place of a fixed one; gradients are cached, so
+that a batch of any size fits. What it lacks beside `train_accelerate.py`: the frozen image tower sees every picture
+again in every epoch, and a picture has one caption for the whole training.
+
+The output is a folder for sentence-transformers and `CapivaraModel.from_pretrained` alike, with `results.json`.
+"""
+
+from capivara_search.common.start import start_command
+
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("examples.example_arguments:SentenceTuningArguments", __doc__)
+
+import random
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from datasets import Dataset
+from transformers import TrainerCallback
+
+import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
+from capivara_search.common.cli import parse, run_command, user_errors
+from capivara_search.common.environment import device_description, package_versions, require
+from capivara_search.common.files import whole_folder, write_json, write_text
+from capivara_search.common.privacy import hide_paths
+from caption_data.source_files import load_embedded
+from eval.retrieval import flat_captions
+from examples.example_arguments import SentenceTuningArguments
+from modeling_capivara.loss_capivara import similarity_logits
+from training.optimiser import clamp_logit_scale
+from training.step import resolve_precision
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+CUTOFFS = [1, 5, 10]
+
+CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+language: [{language}]
+tags: [capivara]
+---
+
+# {model}, fine-tuned
+
+On the pictures and captions of {dataset}; `results.json` has settings and figures. It inherits the licences of that
+model and of those data.
+"""
+
+
+def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
+    """A row a picture, `text` before `image` as the loss takes them; of several captions one, by the seed.
+
+    Raises:
+        ValueError: there is no such split or column (those that are there are named), or a picture has no caption.
+    """
+    data = load_embedded(dataset)
+    if split not in data:
+        raise ValueError(f"{dataset} has no split {split!r}; it has {', '.join(data)}.")
+    column = f"captions-{language}"
+    if not {"image", column} <= set(data[split].column_names):
+        raise ValueError(f"{dataset} needs the columns image and {column}; it has {data[split].column_names}.")
+    captions = [[found] if isinstance(found, str) else found for found in data[split][column]]
+    flat_captions(captions)  # for its errors
+    draw = random.Random(seed)
+    texts = [draw.choice(found) for found in captions]
+    return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
+
+
+def clip_loss_of(encoder: "SentenceTransformer", mini_batch_size: int) -> "CachedMultipleNegativesRankingLoss":
+    """`modeling_capivara.clip_loss` of a whole batch, of which `mini_batch_size` rows are embedded at once.
+
+    Exact on one device without accumulation of gradients, by which the scale's would not be divided. On several, where
+    it would need `gather_across_devices`, it was not tried.
+    """
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+    return CachedMultipleNegativesRankingLoss(
+        encoder,
+        scale=1.0,  # in the similarity, where it is learnt
+        similarity_fct=partial(similarity_logits, logit_scale=encoder[0].auto_model.logit_scale),
+        directions=("query_to_doc", "doc_to_query"),
+        partition_mode="per_direction",
+        mini_batch_size=mini_batch_size,
+    )
+
+
+def recall_evaluator(rows: Dataset) -> "InformationRetrievalEvaluator":
+    """Texts find their picture: its accuracy@k is `eval.retrieval`'s recall@k, but for ties."""
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    names = [f"{number:08}" for number in range(len(rows))]
+    return InformationRetrievalEvaluator(
+        dict(zip(names, rows["text"], strict=True)), dict(zip(names, rows["image"], strict=True)),
+        {name: {name} for name in names}, accuracy_at_k=CUTOFFS, precision_recall_at_k=CUTOFFS, write_csv=False,
+    )  # fmt: skip
+
+
+class BoundedScale(TrainerCallback):
+    """Keeps the learnt scale below CLIP's bound."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        """After every step of the optimiser."""
+        clamp_logit_scale(model[0].auto_model.logit_scale)
+
+
+def make_trainer(
+    args: SentenceTuningArguments, encoder: "SentenceTransformer", folder: Path
+) -> "SentenceTransformerTrainer":
+    """sentence-transformers' own trainer; the image tower is frozen, as in the paper."""
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+
+    encoder[0].auto_model.freeze_image_tower()
+    device = encoder.device
+    training = SentenceTransformerTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,  # share of all steps
+        seed=args.seed,
+        dataloader_drop_last=True,  # a last batch of one pair has no wrong answer
+        save_strategy="no",
+        logging_steps=10,
+        use_cpu=device.type == "cpu",
+        bf16=resolve_precision("auto", device) == "bf16",
+        dataloader_pin_memory=device.type != "cpu",
+        report_to="none",
+    )
+    rows = pairs(args.dataset, args.train_split, args.language, args.seed)
+    loss = clip_loss_of(encoder, args.mini_batch_size)
+    return SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[BoundedScale()])
+
+
+def tune(args: SentenceTuningArguments) -> dict[str, dict[str, float]]:
+    """Measure, train, measure again, and save; returns recall@k before and after, shares from 0 to 1."""
+    require("This example", "sentence_transformers", "sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+
+    if not (args.model / "modules.json").is_file():
+        raise ValueError(
+            f"{args.model} is no folder for sentence-transformers (modules.json is missing); export it: python -m "
+            f"hub_upload.export --model {args.model} --output repository --formats transformers,sentence_transformers"
+        )
+    measure = recall_evaluator(pairs(args.dataset, args.split, args.language))
+    with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+        encoder = SentenceTransformer(str(args.model))
+
+        def recalls() -> dict[str, float]:
+            found = measure(encoder.eval())
+            return {f"recall@{k}": float(found[f"cosine_accuracy@{k}"]) for k in CUTOFFS}
+
+        found = {"before": recalls()}
+        trainer = make_trainer(args, encoder, folder)
+        seconds = trainer.train().metrics["train_runtime"]
+        found["after"] = recalls()
+        encoder.save_pretrained(str(folder), create_model_card=False)
+        config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+        config = hide_paths(config)
+        facts = {"text_to_image": found, "training_s": seconds, "config": config, "versions": package_versions()}
+        write_json(folder / "results.json", facts | {"device": device_description(encoder.device)})
+        write_text(folder / "README.md", CARD.format(**config))
+    return found
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(SentenceTuningArguments, __doc__, argv)
+    for when, recalls in tune(args).items():
+        print(f"{when:8}" + "".join(f"{name:>12} {100 * value:6.2f} %" for name, value in recalls.items()))
+    print(args.output_dir)
+
+
+if __name__ == "__main__":
+    run_command(main)

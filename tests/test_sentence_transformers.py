@@ -1,0 +1,189 @@
+"""sentence-transformers on an exported folder: every way in gives the model's embeddings; its loss is CLIP's."""
+
+import json
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.metrics import recall_at_k, retrieval_ranks
+from examples.tune_sentence_transformers import clip_loss_of, main, pairs, recall_evaluator
+from hub_upload.export import export
+from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
+from modeling_capivara.convert_open_clip import random_images
+
+TEXTS = ["um gato", "uma foto de cachorro na água", "SÃ£o JoÃ£o &amp; cia", "casa verde", "céu azul"]
+
+
+@pytest.fixture(scope="module")
+def folder(saved_tiny_folder, tmp_path_factory):
+    """A tiny model, exported for transformers and sentence-transformers."""
+    made = tmp_path_factory.mktemp("exported") / "repository"
+    export(saved_tiny_folder, made, ["transformers", "sentence_transformers"])
+    return made
+
+
+@pytest.fixture
+def encoder(folder):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu").eval()
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Image.Image]:
+    return [image.convert("RGB") for image in random_images()]
+
+
+@torch.no_grad()
+def ours(folder: Path, pictures: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(texts, width), (images, width), as transformers gives them."""
+    model, processor = CapivaraModel.from_pretrained(folder).eval(), CapivaraProcessor.from_pretrained(folder)
+    output = model(**processor(text=TEXTS, images=pictures, return_tensors="pt", padding=True))
+    return output.text_embeds, output.image_embeds
+
+
+def test_encode_takes_texts_pictures_and_dictionaries(folder, encoder, pictures):
+    texts, images = ours(folder, pictures)
+    ways = {
+        "texts": (encoder.encode(TEXTS), texts),
+        "pictures": (encoder.encode(pictures), images),
+        "dictionaries of texts": (encoder.encode([{"text": text} for text in TEXTS]), texts),
+        "dictionaries of pictures": (encoder.encode([{"image": image} for image in pictures]), images),
+        "queries": (encoder.encode_query(TEXTS), texts),
+        "documents": (encoder.encode_document(pictures), images),
+        "one by one": (np.stack([encoder.encode(text) for text in TEXTS]), texts),
+        "one a batch": (encoder.encode(TEXTS, batch_size=1), texts),
+        "tensors": (encoder.encode(pictures, convert_to_tensor=True).numpy(), images),
+    }
+    for way, (found, expected) in ways.items():
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6, err_msg=way)
+    assert encoder.encode(TEXTS[0]).shape == (24,) == (encoder.get_embedding_dimension(),)
+    assert encoder.similarity_fn_name == "cosine" and encoder.max_seq_length == 77
+    both = [{"text": TEXTS[0], "image": pictures[0]}]
+    with pytest.raises(ValueError, match="modalit"):  # CLIP has no embedding of the two together
+        encoder.encode(both)
+
+
+def test_paths_of_pictures_are_pictures(encoder, pictures, tmp_path):
+    pictures[0].save(tmp_path / "a.png")
+    found = encoder.encode([str(tmp_path / "a.png")])
+    np.testing.assert_allclose(found, encoder.encode(pictures[:1]), atol=1e-6)
+
+
+def test_the_first_numbers_are_those_of_the_model(folder, encoder, pictures):
+    from sentence_transformers import SentenceTransformer
+
+    narrow = SentenceTransformer(str(folder), device="cpu", truncate_dim=6)
+    model, processor = CapivaraModel.from_pretrained(folder).eval(), CapivaraProcessor.from_pretrained(folder)
+    with torch.no_grad():
+        cut = model.get_text_features(**processor(text=TEXTS, return_tensors="pt", padding=True), truncate_dim=6)
+    for found in (narrow.encode(TEXTS), encoder.encode(TEXTS, truncate_dim=6)):
+        assert found.shape == (len(TEXTS), 6)
+    unit = torch.nn.functional.normalize(cut.pooler_output, dim=-1)
+    np.testing.assert_allclose(narrow.encode(TEXTS, normalize_embeddings=True), unit, rtol=0, atol=1e-6)
+
+
+def test_search_finds_what_the_scores_say(folder, encoder, pictures):
+    from sentence_transformers.util import semantic_search
+
+    texts, images = ours(folder, pictures)
+    scores = texts @ images.T
+    torch.testing.assert_close(encoder.similarity(encoder.encode(TEXTS), encoder.encode(pictures)), scores)
+    hits = semantic_search(encoder.encode_query(TEXTS), encoder.encode_document(pictures), top_k=3)
+    order = scores.argsort(dim=1, descending=True)[:, :3]
+    assert [[hit["corpus_id"] for hit in found] for found in hits] == order.tolist()
+
+
+def test_its_evaluator_counts_the_recall(folder, encoder, tiny_dataset_folder):
+    rows = pairs(tiny_dataset_folder, "train", "pt")
+    found = recall_evaluator(rows)(encoder)
+    texts, images = (encoder.encode(list(rows[column]), convert_to_tensor=True) for column in ("text", "image"))
+    groups = torch.arange(len(rows))
+    ranks = retrieval_ranks(texts, images, groups, groups)
+    expected = {f"cosine_accuracy@{k}": recall_at_k(ranks, k) for k in (1, 5, 10)}
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert 0 < expected["cosine_accuracy@5"] < 1
+
+
+def test_why_its_onnx_backend_is_not_for_this_model(folder):
+    """It is optimum-onnx's, for transformers 4 alone: where that has changed, docs/publishing.md has to."""
+    from sentence_transformers import SentenceTransformer
+
+    assert version("transformers") > "5" and find_spec("optimum") is None
+    with pytest.raises(Exception, match="requires installing Optimum"):
+        SentenceTransformer(str(folder), backend="onnx")
+
+
+@pytest.mark.parametrize("mini_batch_size", [2, 5, 64])
+def test_its_loss_is_clips(encoder, tiny_dataset_folder, mini_batch_size):
+    """Loss and every gradient, of a batch that is embedded in parts."""
+    rows = pairs(tiny_dataset_folder, "train", "pt")
+    model = encoder[0].auto_model
+    columns = [encoder.preprocess(list(rows[column])) for column in ("text", "image")]
+    embeds = [encoder(dict(features))["sentence_embedding"] for features in columns]
+    expected = clip_loss(*embeds, model.logit_scale)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert {"logit_scale", "text_projection.0.weight"} <= gradients.keys()
+    encoder.zero_grad()
+    found = clip_loss_of(encoder, mini_batch_size)(columns, None)
+    found.backward()
+    torch.testing.assert_close(found.detach(), expected.detach(), atol=1e-6, rtol=0)
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_the_usual_options_are_another_loss(encoder, tiny_dataset_folder):
+    """Why the example gives three: one direction and a fixed scale are not CLIP's."""
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+    rows = pairs(tiny_dataset_folder, "train", "pt")
+    columns = [encoder.preprocess(list(rows[column])) for column in ("text", "image")]
+    with torch.no_grad():
+        usual = MultipleNegativesRankingLoss(encoder)([dict(features) for features in columns], None)
+        exact = clip_loss_of(encoder, 4)([dict(features) for features in columns], None)
+    assert abs(usual - exact) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_example_trains_the_text_side_alone(folder, tiny_dataset_folder, tmp_path, capsys):
+    from sentence_transformers import SentenceTransformer
+
+    command = ["--model", folder, "--dataset", tiny_dataset_folder, "--output_dir", tmp_path / "tuned", "--epochs", 2]
+    main([*map(str, command), "--batch_size", "6", "--mini_batch_size", "4", "--learning_rate", "1e-3"])
+    printed = capsys.readouterr().out
+    assert "before" in printed and "after" in printed and "recall@10" in printed
+    before, after = CapivaraModel.from_pretrained(folder), CapivaraModel.from_pretrained(tmp_path / "tuned")
+    moved = {name for (name, old), new in zip(before.state_dict().items(), after.state_dict().values(), strict=True)
+             if not torch.equal(old, new)}  # fmt: skip
+    assert "logit_scale" in moved and any(name.startswith("text_model.") for name in moved)
+    assert not [name for name in moved if name.startswith(("vision_model.", "visual_projection."))]
+    tuned = SentenceTransformer(str(tmp_path / "tuned"), device="cpu").eval()
+    processor = CapivaraProcessor.from_pretrained(tmp_path / "tuned")
+    with torch.no_grad():
+        again = after.eval()(**processor(text=TEXTS, return_tensors="pt", padding=True)).text_embeds
+    np.testing.assert_allclose(tuned.encode(TEXTS), again, atol=1e-6)
+    facts = json.loads((tmp_path / "tuned" / "results.json").read_text(encoding="utf-8"))
+    assert facts["config"]["batch_size"] == 6 and set(facts["text_to_image"]) == {"before", "after"}
+    assert str(tmp_path) not in json.dumps(facts)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--model": "missing"}, "modules.json is missing"),
+        ({"--split": "prova"}, "has no split 'prova'; it has train"),
+        ({"--language": "eo"}, "needs the columns image and captions-eo"),
+    ],
+)
+def test_wrong_input_is_one_line_before_any_work(folder, tiny_dataset_folder, tmp_path, changed, message):
+    given = {"--model": folder, "--dataset": tiny_dataset_folder, "--output_dir": tmp_path / "tuned", **changed}
+    with pytest.raises(SystemExit, match=message):
+        main([str(word) for pair in given.items() for word in pair])
+    assert not (tmp_path / "tuned").exists()
