@@ -43,6 +43,8 @@ COMMANDS = {
     "examples.openmoji.proxies": "",
     "examples.real_images": "--model m",
     "examples.fine_tune_classifier": "",
+    "examples.caption": "",
+    "examples.guide_generation": "--sentence s",
 }
 # The commands whose help is there in Portuguese, too: the package `modeling_capivara` has no catalogue.
 IN_PORTUGUESE = [command for command in COMMANDS if not command.startswith("modeling_capivara")]
