@@ -162,5 +162,21 @@ def captioning_table(found: dict[str, Any]) -> str:
     return table(("captions", "CIDEr", "of the next picture", "BLEU-1", "BLEU-4", "cosine"), rows, facts)
 
 
+def guiding_table(found: dict[str, dict[str, Any]]) -> str:
+    """A row a sentence: its cosine with the picture of each run of `examples.guide_generation`, before and after."""
+    kinds = list(found)
+    rows = [
+        (text, *(f"{found[kind]['cosines'][text][when]:.3f}" for kind in kinds for when in ("before", "after")))
+        for text in found[kinds[0]]["cosines"]
+    ]
+    of = found[kinds[0]]
+    facts = (
+        f"{of['config']['steps']} steps towards “{of['config']['sentence']}”; "
+        + ", ".join(f"{kind}: {found[kind]['seconds']:.0f} s" for kind in kinds)
+        + f" beside other work, on {of['device']}; {software(of, 'torch', 'transformers')}."
+    )
+    return table(("sentence", *(f"{kind}, {when}" for kind in kinds for when in ("before", "after"))), rows, facts)
+
+
 if __name__ == "__main__":
     main()

@@ -18,6 +18,7 @@ from typing import Any
 import PIL.Image
 
 from benchmarks import (
+    captioning,
     captions,
     captions_selection,
     main_job,
@@ -79,6 +80,12 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "space_load": space_load_block,
             "captions": lambda: captions.captions_table(_results("captions")),
             "captions_selection": lambda: captions_selection.selection_table(_results("captions_selection")),
+        },
+        "docs/uses.md": {
+            "captioning": lambda: captioning.captioning_table(_results("captioning")),
+            "guiding": lambda: captioning.guiding_table(
+                {name: _results(f"guiding_{name}") for name in ("cells", "pixels")}
+            ),
         },
         "docs/recipe.md": {
             "recipe_variants": lambda: recipe_tables.variants_table(_results("recipe")),

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from capivara_search.common.cli import at_least, between, flag
 from capivara_search.common.files import check_output_file
@@ -106,16 +105,14 @@ class GuideArguments:
     output_dir: Path = flag(Path("runs/guided"), "Folder for the pictures and the figures.")
     overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
     others: list[str] = flag(
-        ["um gato", "um coração vermelho", "uma árvore", "um carro azul", "um rosto sorridente", "uma casa"],
+        ["lua crescente", "coração azul", "coração vermelho", "gato", "carro", "rosto sorridente"],
         "Sentences that the picture is compared with as well.",
     )
-    steps: int = flag(200, "Steps of the optimisation, or of the pipeline.")
+    steps: int = flag(60, "Steps of the optimisation, or of the pipeline.")
     size: int = flag(224, "Pixels a side.")
-    parametrisation: Literal["fourier", "pixels"] = flag(
-        "fourier", "What is optimised: frequencies, or single pixels, which give noise."
-    )
-    views: int = flag(8, "Random crops, turned a little, that are judged at each step; 0 judges the picture itself.")
-    learning_rate: float = flag(0.05, "Of the optimisation.")
+    cells: int = flag(24, "Colours a side that are optimised, enlarged smoothly; as many as --size are single pixels.")
+    views: int = flag(4, "Random crops, turned and noisy, that are judged at each step; 0 judges the picture itself.")
+    learning_rate: float = flag(0.1, "Of the optimisation.")
     pipeline: str | None = flag(None, "Folder or Hub id of a latent diffusion pipeline of diffusers, guided instead.")
     prompt: str = flag("", "What the pipeline itself is told, in its own language.")
     scale: float = flag(0.1, "How far a step of the pipeline is moved, as a share of its latents' length.")
@@ -123,7 +120,7 @@ class GuideArguments:
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "steps", "size")
+        at_least(self, 1, "steps", "size", "cells")
         at_least(self, 0, "views")
         between(self, 0, 1, "scale")
         if not self.sentence.strip():

@@ -1,13 +1,14 @@
 r"""A picture that is steered towards a sentence in Portuguese, by CAPIVARA's gradients through `pixel_values`.
 
-    python -m examples.guide_generation --sentence "um coração vermelho" --output_dir runs/guided
+    python -m examples.guide_generation --sentence "sol amarelo" --output_dir runs/guided
     python -m examples.guide_generation --sentence "um gato na praia" --pipeline PIPELINE --steps 50 --size 512 \
         --model MODEL --output_dir runs/guided-pipeline
 
-The first command optimises a picture out of faint noise. Of single pixels that gives noise which the model alone takes
-for the sentence; frequencies, and random views at each step, give shapes and colours that people see, too, though
-hardly a picture: nothing here knows what pictures look like. A generator does. The second command runs a latent
-diffusion pipeline of diffusers twice with one seed, without and with `examples.diffusion_guidance.SentenceGuidance`.
+The first command optimises a picture out of faint noise. Of single pixels (`--cells` as many as `--size`, `--views 0`)
+that gives noise which the model alone takes for the sentence; coarse cells, and random noisy views at each step, give
+shapes that people see, too, at times, though hardly a picture: nothing here knows what pictures look like. A generator
+does. The second command runs a latent diffusion pipeline of diffusers twice with one seed, without and with
+`examples.diffusion_guidance.SentenceGuidance`.
 
 The folder gets `picture.png`, `steps.png` and `results.json`: the cosine of picture and sentence, and of others, before
 and after, as the processor sees the files.
@@ -48,50 +49,21 @@ from modeling_capivara.loading import load_model, load_processor
 SHOWN = 8  # pictures of the strip of steps
 STRIP_SIDE = 128  # pixels of one of them
 START = 0.02  # spread of the noise that the optimisation starts from
-TURN, ZOOM, SHIFT = (
-    0.15,
-    0.5,
-    0.25,
-)  # of a view, at most: radians, share of the side left out, share of half a side
-# Rows of brightness, red against blue, green against both: each of length 1, at right angles.
-COLOURS = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
-COLOURS = COLOURS / COLOURS.norm(dim=1, keepdim=True)
-SPREAD = torch.tensor([1.0, 0.5, 0.3])  # of each in photographs, roughly; colours would be garish otherwise
+TURN, ZOOM, SHIFT = 0.15, 0.5, 0.25  # of a view, at most: radians, share of the side left out, share of half a side
+NOISE = 0.1  # spread of what is added to views: what single pixels say is drowned in it
 
 
-class FourierPicture(nn.Module):
-    """A picture by its frequencies, low ones weighing more, as they do in photographs."""
+class CellPicture(nn.Module):
+    """A picture by the colours of `cells` x `cells` places, enlarged smoothly; it begins as grey with faint noise."""
 
-    def __init__(self, size: int, generator: torch.Generator):
+    def __init__(self, size: int, cells: int, generator: torch.Generator):
         super().__init__()
-        rows, columns = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)
-        frequency = (rows**2 + columns**2).sqrt().clamp_min(1 / size)
-        self.register_buffer("weights", 1 / frequency)
-        noise = torch.randn(3, *frequency.shape, 2, generator=generator)
-        self.spectrum = nn.Parameter(START * noise)
         self.size = size
+        self.colours = nn.Parameter(START * torch.randn(1, 3, cells, cells, generator=generator))
 
     def forward(self) -> Tensor:
         """(1, 3, size, size), 0 to 1."""
-        spectrum = torch.view_as_complex(self.spectrum) * self.weights
-        planes = torch.fft.irfft2(spectrum, s=(self.size, self.size), norm="ortho")  # brightness, and two of colour
-        basis = (COLOURS * SPREAD[:, None]).to(planes.device)
-        return torch.einsum("phw,pc->chw", planes, basis).sigmoid()[None]
-
-
-class PixelPicture(nn.Module):
-    """A picture by its pixels."""
-
-    def __init__(self, size: int, generator: torch.Generator):
-        super().__init__()
-        self.pixels = nn.Parameter(START * torch.randn(3, size, size, generator=generator))
-
-    def forward(self) -> Tensor:
-        """(1, 3, size, size), 0 to 1."""
-        return self.pixels.sigmoid()[None]
-
-
-KINDS = {"fourier": FourierPicture, "pixels": PixelPicture}
+        return F.interpolate(self.colours, size=(self.size, self.size), mode="bicubic").sigmoid()
 
 
 @dataclass(frozen=True)
@@ -103,7 +75,7 @@ class Guided:
 
 
 def random_views(pixels: Tensor, number: int, generator: torch.Generator) -> Tensor:
-    """(1, 3, side, side) -> (number, 3, side, side): crops that are turned a little, enlarged to the whole side."""
+    """(1, 3, side, side) -> (number, 3, side, side): turned and noisy crops, enlarged to the whole side."""
 
     def drawn(most: float) -> Tensor:
         return most * (2 * torch.rand(number, generator=generator) - 1)
@@ -113,13 +85,15 @@ def random_views(pixels: Tensor, number: int, generator: torch.Generator) -> Ten
     rotation = torch.stack([turn.cos(), -turn.sin(), turn.sin(), turn.cos()], dim=1).view(-1, 2, 2)
     affine = torch.cat([side[:, None, None] * rotation, shift[:, :, None]], dim=2).to(pixels.device)
     grid = F.affine_grid(affine, [number, *pixels.shape[1:]], align_corners=False)
-    return F.grid_sample(pixels.expand(number, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
+    views = F.grid_sample(pixels.expand(number, -1, -1, -1), grid, padding_mode="reflection", align_corners=False)
+    noise = torch.randn(views.shape, generator=generator).to(pixels.device)
+    return (views + NOISE * noise).clamp(0, 1)
 
 
 def optimise(model: CapivaraModel, processor: CapivaraProcessor, args: GuideArguments) -> Guided:
     """Move a picture up the gradient of its cosine with the sentence."""
     generator = torch.Generator().manual_seed(args.seed)
-    picture = KINDS[args.parametrisation](args.size, generator).to(model.device)
+    picture = CellPicture(args.size, min(args.cells, args.size), generator).to(model.device)
     target = sentence_target(model, processor, args.sentence)
     optimiser = torch.optim.Adam(picture.parameters(), lr=args.learning_rate)
     kept, cosines = [as_image(picture())], []

@@ -10,7 +10,7 @@ from tiny import tiny_config
 
 from examples import guide_generation
 from examples.diffusion_guidance import SentenceGuidance, clean_latents, run_pipeline, signal_shares, to_pixel_values
-from examples.guide_generation import FourierPicture, as_image, random_views
+from examples.guide_generation import CellPicture, as_image, random_views
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_images, embed_texts
 
@@ -62,11 +62,12 @@ def test_pixels_are_prepared_as_the_processor_does(tiny_processor):
 # --- A picture that is optimised -------------------------------------------------------------------------------------
 
 
-def test_views_are_crops_of_the_picture():
+def test_views_are_crops_of_the_picture(monkeypatch):
     """Of a picture whose colour says where it is: a view's colours rise evenly, and it shows a part of the whole."""
     side = 48
     ramp = torch.linspace(0, 1, side)
     where = torch.stack([ramp.expand(side, side), ramp[:, None].expand(side, side), torch.zeros(side, side)])[None]
+    monkeypatch.setattr(guide_generation, "NOISE", 0)
     views = random_views(where, 20, torch.Generator().manual_seed(0))
     assert views.shape == (20, 3, side, side) and views.min() >= 0 and views.max() <= 1 and views[:, 2].abs().max() == 0
     middle = views[:, :2, 12:36, 12:36]
@@ -74,19 +75,24 @@ def test_views_are_crops_of_the_picture():
     assert across.min() > 0.3 and across.max() < 1.2 and across.std() > 0.05
     again = random_views(where, 20, torch.Generator().manual_seed(0))
     assert torch.equal(views, again) and not torch.equal(views[0], views[1])
+    monkeypatch.undo()
+    noisy = random_views(where, 20, torch.Generator().manual_seed(0))
+    assert 0.05 < (noisy - views).std() < 0.1 and noisy.min() >= 0 and noisy.max() <= 1
 
 
-def test_low_frequencies_weigh_more():
-    picture = FourierPicture(64, torch.Generator().manual_seed(0))
+def test_cells_are_enlarged_smoothly():
+    picture = CellPicture(60, 6, torch.Generator().manual_seed(0))
     pixels = picture()
-    assert pixels.shape == (1, 3, 64, 64) and pixels.min() > 0.3 and pixels.max() < 0.7, "it begins as faint noise"
-    power = torch.fft.rfft2(pixels[0, 0] - pixels[0, 0].mean()).abs()
-    assert power[1:5, 1:5].mean() > 4 * power[28:33, 20:].mean()
+    assert pixels.shape == (1, 3, 60, 60) and pixels.min() > 0.4 and pixels.max() < 0.6, "it begins as faint noise"
+    with torch.no_grad():
+        picture.colours[0, 0, 1, 4] = 9.0
+    red = picture()[0, 0]
+    assert red[15, 45] > 0.99 and red[45, 15] < 0.6 and (red[:, 1:] - red[:, :-1]).abs().max() < 0.2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parametrisation", ["fourier", "pixels"])
-def test_a_picture_comes_nearer_to_its_sentence(parametrisation, tiny_folder, tmp_path, capsys, tiny_processor):
+@pytest.mark.parametrize(("cells", "views"), [("10", "2"), ("40", "0")])
+def test_a_picture_comes_nearer_to_its_sentence(cells, views, tiny_folder, tmp_path, capsys, tiny_processor):
     words = [
         "--model",
         str(tiny_folder),
@@ -100,7 +106,7 @@ def test_a_picture_comes_nearer_to_its_sentence(parametrisation, tiny_folder, tm
         "o pão",
         "a casa",
     ]
-    words += ["--parametrisation", parametrisation]
+    words += ["--others", "o pão", "a casa", "--cells", cells]
     guide_generation.main([*words, "--sentence", SENTENCE, "--output_dir", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["picture.png", "results.json", "steps.png"]
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
