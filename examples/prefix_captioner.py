@@ -46,6 +46,7 @@ class PrefixMapper(nn.Module):
     def __init__(self, embed_dim: int, width: int, length: int, layers: int):
         super().__init__()
         self.length, self.width = length, width
+        self.scale = nn.Parameter(torch.ones(()))  # of what it makes, at first that of word embeddings
         self.expand = nn.Linear(embed_dim, length * width)
         self.queries = nn.Parameter(0.02 * torch.randn(length, width))
         layer = nn.TransformerEncoderLayer(
@@ -54,10 +55,11 @@ class PrefixMapper(nn.Module):
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, image_embeds: Tensor) -> Tensor:
-        """(pictures, embed_dim) -> (pictures, length, width)."""
-        seen = self.expand(image_embeds).view(-1, self.length, self.width)
+        """(pictures, embed_dim), unit length -> (pictures, length, width)."""
+        seen = self.expand(image_embeds * image_embeds.shape[1] ** 0.5)  # numbers near 1: the bias would drown others
+        seen = seen.view(-1, self.length, self.width)
         both = torch.cat([seen, self.queries.expand_as(seen)], dim=1)
-        return self.transformer(both)[:, self.length :]
+        return self.scale * self.transformer(both)[:, self.length :]
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ def train_captioner(
         "layers": args.mapper_layers,
     }
     captioner = PrefixCaptioner(PrefixMapper(**shape).to(model.device), model, tokenizer)
+    captioner.mapper.scale.data.fill_(model.get_input_embeddings().weight.std())
     started = time.perf_counter()
     losses, weights = _fit(captioner, train, validation, args)
     captioner.mapper.load_state_dict(weights)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.captioning import sentence_tokenizer
+from benchmarks.captioning import chance, sentence_tokenizer, small_language_model
 from examples import caption
 from examples.prefix_captioner import PrefixCaptioner, PrefixMapper, load_language_model
 
@@ -217,3 +217,23 @@ def test_a_mapping_network_of_another_model_is_refused(tiny_folder, tiny_dataset
     (tmp_path / "mapper" / "config.json").unlink()
     with pytest.raises(SystemExit, match="holds no mapping network"):
         caption.main(words)
+
+
+@pytest.mark.slow
+def test_the_language_model_of_the_benchmark_learns_to_write(tmp_path):
+    sentences = [f"um {thing} {colour}" for thing in ("gato", "carro", "livro", "céu") for colour in WORDS[:4]]
+    losses = small_language_model(8 * sentences, sentences, tmp_path, passes=12)
+    assert min(losses) < 0.3 * losses[0], losses
+    model, tokenizer = load_language_model(str(tmp_path), torch.device("cpu"))
+    begun = tokenizer("</s> um gato", return_tensors="pt")
+    written = tokenizer.decode(model.generate(**begun, max_new_tokens=4, do_sample=False)[0], skip_special_tokens=True)
+    assert written.strip() in sentences
+
+
+def test_chance_is_a_mean_over_draws(tiny_dataset_folder):
+    """Of a bank of one sentence all draws are that one."""
+    found = chance(["azul 0"], str(tiny_dataset_folder))
+    references = [[f"foto {i} azul {name}", f"{name} {i}"][: 1 + i % 2] for i, name in
+                  enumerate(["azul", "verde", "vermelho", "branco"] * 2)]  # fmt: skip
+    assert found["pictures"] == 8
+    assert found["scores"] == pytest.approx(caption.word_scores(["azul 0"] * 8, references))

@@ -1,6 +1,8 @@
 """Pictures that are steered by a sentence: gradients are true, views are views, and the files say what they show."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,3 +241,13 @@ def test_the_command_runs_a_saved_pipeline(pipe, tiny_folder, tmp_path):
     found = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))["cosines"]
     assert found[SENTENCE]["after"] > found[SENTENCE]["before"]
     assert Image.open(tmp_path / "out" / "steps.png").size == (256, 128)
+
+
+@pytest.mark.slow
+def test_the_example_of_the_documentation_runs(pipe, tiny_folder, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    page = Path(__file__).resolve().parent.parent / "docs" / "uses.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    names = {"folder": str(tiny_folder), "pipeline": str(tmp_path / "pipeline")}
+    exec(compile(code, "uses.md", "exec"), names)
+    assert names["image"].size == (32, 32) and len(names["guidance"].cosines) == 49
