@@ -19,6 +19,7 @@ from typing import Any
 import PIL.Image
 
 from benchmarks import (
+    captioning,
     captions,
     captions_selection,
     main_job,
@@ -87,6 +88,12 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "captions_selection": lambda: captions_selection.selection_table(_results("captions_selection")),
         },
         "docs/publishing.md": {"exchange_text_side": exchange_block},
+        "docs/uses.md": {
+            "captioning": lambda: captioning.captioning_table(_results("captioning")),
+            "guiding": lambda: captioning.guiding_table(
+                {name: _results(f"guiding_{name}") for name in ("cells", "pixels")}
+            ),
+        },
         "docs/recipe.md": {
             "recipe_variants": lambda: recipe_tables.variants_table(_results("recipe")),
             "recipe_choice": lambda: recipe_tables.choice_table(_results("recipe")),

@@ -47,6 +47,8 @@ COMMANDS = {
     "examples.fine_tune_classifier": "",
     "examples.exchange_text_side": "--text_side t",
     "examples.tune_sentence_transformers": "--model m --dataset d",
+    "examples.caption": "",
+    "examples.guide_generation": "--sentence s",
 }
 # The commands whose help is there in Portuguese, too: the package `modeling_capivara` has no catalogue.
 IN_PORTUGUESE = [command for command in COMMANDS if not command.startswith("modeling_capivara")]
