@@ -21,6 +21,8 @@ ALLOWED_FILES = (
     *("open_clip_config.json", "open_clip_model.safetensors", "text_model/config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Normalize/config.json"),
     *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/quantisation.json"),
+    *("textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),  # Immich's
+    *("visual/model.onnx", "visual/preprocess_cfg.json"),
     *("README.md", "LICENSE", "run.json", "results/*.json", ".eval_results/*.yaml", "*.png", ".gitattributes"),
 )
 RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run; any other picture must be named in the card

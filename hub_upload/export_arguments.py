@@ -20,7 +20,7 @@ class ExportArguments:
         ",".join(FORMATS),
         f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
         "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
-        "minutes.",
+        "minutes. immich stands alone: a folder for the machine-learning service of Immich.",
     )
     text_config: str | None = flag(
         None,
@@ -42,4 +42,17 @@ class ExportArguments:
     recall_split: str = flag("test", "Split of it.")
     recall_language: str = flag("pt", "Language of its captions.")
     recall_caption_column: str = flag("captions-{language}", "Column of a caption or a list of captions an image.")
+    base: Path | None = flag(
+        None,
+        "Folder of the model that pictures are embedded with already; its image side must be the model's to the bit.",
+    )
+    textual_only: bool = flag(
+        False, "Of immich, the text side alone, which takes the place of that of --base; no picture is embedded again."
+    )
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
+
+    def __post_init__(self) -> None:
+        if self.textual_only and self.formats != "immich":
+            raise ValueError(f"textual_only is of --formats immich, got --formats {self.formats}; leave it out.")
+        if self.textual_only and self.base is None:
+            raise ValueError("textual_only needs --base, the model that the pictures in Immich are embedded with.")

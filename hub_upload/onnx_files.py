@@ -94,10 +94,12 @@ def write_onnx(folder: Path) -> None:
     side = processor.image_processor.crop_size["height"]
     batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
     pixels = {"pixel_values": torch.zeros(2, 3, side, side)}
-    _write_graph(model, pixels, {"pixel_values": {0: batch}}, "image_embeds", onnx / "vision_model.onnx")
+    write_graph(
+        Tower(model, "image_embeds"), pixels, {"pixel_values": {0: batch}}, "image_embeds", onnx / "vision_model.onnx"
+    )
     tokens = {name: torch.ones(2, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     shapes = {name: {0: batch, 1: length} for name in tokens}
-    _write_graph(model, tokens, shapes, "text_embeds", onnx / "text_model.onnx")
+    write_graph(Tower(model, "text_embeds"), tokens, shapes, "text_embeds", onnx / "text_model.onnx")
     found = _quantised(onnx, "vision") | _quantised(onnx, "text")
     _compare(model, processor, folder, found)
     versions = {**package_versions(), **{name: version(name) for name in ONNX_PACKAGES}}
@@ -114,12 +116,12 @@ def graphs(folder: Path, precision: str) -> dict[str, Path]:
     return found
 
 
-def _write_graph(model: CapivaraModel, inputs: dict[str, Tensor], shapes: dict, output: str, path: Path) -> None:
-    """Export the tower of some example `inputs`, weights beside it; dimensions without a name in `shapes` are fixed."""
+def write_graph(tower: nn.Module, inputs: dict[str, Tensor], shapes: dict | None, output: str, path: Path) -> None:
+    """Export a tower with some example `inputs`, weights beside it; dimensions without a name in `shapes` are fixed."""
     with _quiet(), torch.no_grad():
         # In evaluation mode: the exporter restores what it finds, and would leave dropout on.
         program = torch.onnx.export(
-            Tower(model, output).eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
+            tower.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
             input_names=list(inputs), output_names=[output],
         )  # fmt: skip
         program.save(path, external_data=True)

@@ -32,6 +32,7 @@ COMMANDS = {
     "eval.suite": "paper --model m",
     "eval.report": "results --output o",
     "hub_upload.export": "--model m --output o",
+    "hub_upload.immich": "--check f",
     "hub_upload.card": "--model m",
     "hub_upload.push": "--model . --repo_id a/b",
     "hub_upload.space": "--model m --space s",
