@@ -149,6 +149,12 @@ def pictures() -> list[PIL.Image.Image]:
     return found
 
 
+def is_cropped_beside(image: PIL.Image.Image, side: int = 224) -> bool:
+    """Whether Immich crops a pixel beside open_clip: it rounds half the margin down, open_clip to the even number."""
+    margins = [int(length / min(image.size) * side) - side for length in image.size]
+    return any(margin % 4 == 3 for margin in margins)
+
+
 def make_export(args: ImmichArguments) -> tuple[Path, Path]:
     """Folders of the model and of its export, made where they are not there."""
     if args.model == "miniature":
@@ -178,6 +184,7 @@ def measure(args: ImmichArguments) -> dict[str, Any]:
     equal = [layout.ids(text) == own for text, own in zip([*texts, *ODD_TEXTS.values()], ids, strict=True)]
     odd = (ours[len(texts) :] * theirs[len(texts) :]).sum(axis=1)
     cosines = (seen * shown).sum(axis=1)
+    beside = np.array([is_cropped_beside(image) for image in images])
     return {
         "model": args.model,
         "reader": "service" if args.url else "layout",
@@ -195,8 +202,10 @@ def measure(args: ImmichArguments) -> dict[str, Any]:
         },
         "pictures": {
             "number": len(images),
-            "lowest_cosine": float(cosines.min()),
-            "mean_cosine": float(cosines.mean()),
+            "lowest_cosine": float(cosines[~beside].min(initial=1)),
+            "cropped_beside": int(beside.sum()),
+            "lowest_cosine_beside": float(cosines[beside].min(initial=1)),
+            "mean_cosine_beside": float(cosines[beside].mean()) if beside.any() else None,
             "mean_cosine_of_two": _mean_cosine(seen),
             "seconds": picture_s,
         },

@@ -127,7 +127,10 @@ def _write_graphs(
     model: CapivaraModel, pad_id: int, examples: dict[str, list[np.ndarray]], folder: Path
 ) -> dict[str, np.ndarray]:
     """Write the graphs, weights beside them; tower -> embeddings (examples, width) of the model itself."""
-    towers = {"textual": ("text", PaddedText(model, pad_id)), "visual": ("image", Picture(model))}
+    towers = {
+        "textual": ("text", PaddedText(model, pad_id), "text_embeds"),
+        "visual": ("image", Picture(model), "image_embeds"),
+    }
     sizes = {"textual": model.text_model, "visual": model.vision_model}
     expected = {}
     for tower, rows in examples.items():
@@ -136,9 +139,9 @@ def _write_graphs(
             raise ValueError(
                 f"The {tower} tower has {size / 1e9:.1f} GB; Immich's model.onnx is one file below 2.1 GB."
             )
-        name, module = towers[tower]
+        name, module, output = towers[tower]
         expected[tower] = np.concatenate([module(torch.from_numpy(row)).numpy() for row in rows])
-        write_graph(module, {name: torch.from_numpy(rows[0])}, None, "embedding", folder / tower / "model.onnx")
+        write_graph(module, {name: torch.from_numpy(rows[0])}, None, output, folder / tower / "model.onnx")
     return expected
 
 
