@@ -44,7 +44,6 @@ ODD_TEXTS = {
     "emoji": "festa 🎉 na praia ☕",
     "longer than 77 tokens": "uma praia com areia branca e coqueiros ao pôr do sol, " * 12,
     "a padding token, spelled": "um <pad> gato",
-    "nothing": "",
     "mojibake": "SÃ£o JoÃ£o",
     "entities of HTML": "Tom &amp; Jerry",
 }

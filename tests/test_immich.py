@@ -15,6 +15,7 @@ from tiny import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
 
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.immich_service import ODD_TEXTS, LayoutReader, is_cropped_beside, pictures
+from capivara_search.common import environment
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
 from hub_upload import immich
 from hub_upload.export import export_alone, main
@@ -259,7 +260,7 @@ def test_two_hundred_sentences_embed_as_the_models_own(own, reader):
     model, processor = own
     texts = benchmark_captions(200, processor.tokenizer)
     assert len(set(texts)) == 200
-    texts += [text for name, text in ODD_TEXTS.items() if name not in REPAIRED]
+    texts += ["", *(text for name, text in ODD_TEXTS.items() if name not in REPAIRED)]
     ours, theirs = embed_texts(model, processor, texts).numpy(), np.stack([reader.text(text) for text in texts])
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
     assert np.ptp(ours, axis=0).max() > 0.05, "a model that embeds all alike would prove nothing"
@@ -316,6 +317,13 @@ def test_the_text_side_alone_where_the_image_side_is_the_bases(tiny_folder, tmp_
 def test_flags_that_do_not_go_together(tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):
         main(["--model", str(tmp_path), "--output", str(tmp_path / "made"), *flags])
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "_installed", lambda module: module != "onnxscript")
+    with pytest.raises(SystemExit, match=r"immich in --formats needs onnxscript, .*\[onnx\]"):
+        main(["--model", str(tmp_path / "no"), "--output", str(tmp_path / "made"), "--formats", "immich"])
     assert not (tmp_path / "made").exists()
 
 
