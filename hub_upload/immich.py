@@ -79,9 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(CheckArguments, __doc__, argv)
     require("hub_upload.immich", "onnx", "onnxruntime", "tokenizers")
     if faults := check(args.check):
-        sys.exit(
-            "\n".join([*faults, f"error: {len(faults)} faults in {args.check}; Immich would not use it as it is."])
-        )
+        sys.exit("\n".join([*faults, f"error: Immich would not use {args.check} as it is; faults: {len(faults)}."]))
     both = (args.check / "visual").is_dir() and (args.check / "textual").is_dir()
     print(f"Immich reads {args.check}: {'both towers' if both else 'one tower, beside those in its cache'}.")
 

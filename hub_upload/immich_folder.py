@@ -1,6 +1,6 @@
 """Whether Immich reads the folder of a model: its files, and its graphs, run on two sentences and two pictures.
 
-Only what its machine-learning service looks at counts, in models of open_clip's kind (read in versions 1.135 and 2.5).
+Only what its machine-learning service looks at counts, in models of open_clip's kind (read in versions 1.134 and 2.5).
 """
 
 from collections.abc import Iterator

@@ -208,7 +208,7 @@ def test_faults_of_both_towers_are_told_at_once(folder):
     ]
     with pytest.raises(SystemExit) as ended:
         immich.main(["--check", str(folder)])
-    assert ended.value.code.count("\n") == 3 and ended.value.code.endswith("as it is.")
+    assert ended.value.code.count("\n") == 3 and ended.value.code.endswith("as it is; faults: 3.")
 
 
 def test_what_immich_has_prepared_from_the_file_itself_is_no_fault(folder):
