@@ -23,6 +23,8 @@ ALLOWED_FILES = (
     *("1_Pooling/config.json", "*_Dense/config.json", "*_Dense/model.safetensors"),
     *("open_clip_text.safetensors", "drop_in.json"),
     *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/quantisation.json"),
+    *("textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),  # Immich's
+    *("visual/model.onnx", "visual/preprocess_cfg.json"),
     *("README.md", "LICENSE", "run.json", "results/*.json", ".eval_results/*.yaml", "*.png", ".gitattributes"),
 )
 RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run; any other picture must be named in the card

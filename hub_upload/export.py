@@ -4,6 +4,7 @@
     python -m hub_upload.export --model MODEL --output repository --formats transformers,open_clip,sentence_transformers
     python -m hub_upload.export --model MODEL --output repository --recall_dataset data/openmoji/dataset
     python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
+    python -m hub_upload.export --model MODEL --output repository --formats immich   # or another place's own folder
 
 A format that can read another's weights gets no copy of its own. Weights are not loaded but mapped, and what open_clip
 will read is compared with the model tensor by tensor. Nothing is written but what ALLOWED_FILES names, and no file may

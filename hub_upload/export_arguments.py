@@ -20,12 +20,13 @@ class ExportArguments:
         ",".join(FORMATS),
         f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
         "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
-        "minutes. Or drop_in alone: the text side, for pictures that --base has embedded.",
+        "minutes. Or one alone: drop_in, the text side for pictures that --base has embedded; immich, a folder for the "
+        "machine-learning service of Immich.",
     )
     base: str | None = flag(
         None,
-        "For drop_in: the model that the pictures were embedded with, which this one was trained from. A folder of "
-        "CAPIVARA or open_clip, or a Hub id. Its image side must be the model's to the bit.",
+        "For drop_in and --textual_only: the model that the pictures were embedded with, which this one was trained "
+        "from. A folder of CAPIVARA or open_clip, or a Hub id. Its image side must be the model's to the bit.",
     )
     text_config: str | None = flag(
         None,
@@ -47,13 +48,23 @@ class ExportArguments:
     recall_split: str = flag("test", "Split of it.")
     recall_language: str = flag("pt", "Language of its captions.")
     recall_caption_column: str = flag("captions-{language}", "Column of a caption or a list of captions an image.")
+    textual_only: bool = flag(
+        False, "Of immich, the text side alone, which takes the place of that of --base; no picture is embedded again."
+    )
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
 
     def __post_init__(self) -> None:
         formats = {name.strip() for name in self.formats.split(",")}
         if "drop_in" in formats and self.base is None:
             raise ValueError("drop_in needs --base: the model that the pictures of the index were embedded with.")
+        if self.textual_only and formats != {"immich"}:
+            raise ValueError(f"textual_only is of --formats immich, got --formats {self.formats}; leave it out.")
+        if self.textual_only and self.base is None:
+            raise ValueError("textual_only needs --base, the model that the pictures in Immich are embedded with.")
         if self.base is not None and not formats & set(FOLDER_FORMATS):
-            raise ValueError("--base is for --formats drop_in; leave it out.")
-        if "drop_in" in formats and (self.text_config or self.recall_dataset):
-            raise ValueError("--text_config and --recall_dataset are for a whole repository; drop_in takes neither.")
+            raise ValueError("--base is for --formats drop_in and for --textual_only; leave it out.")
+        if formats & set(FOLDER_FORMATS) and (self.text_config or self.recall_dataset):
+            raise ValueError(
+                "--text_config and --recall_dataset are for a whole repository; leave them out, or these formats: "
+                f"{', '.join(FOLDER_FORMATS)}."
+            )

@@ -105,7 +105,7 @@ def write_onnx(folder: Path, source: Path | None = None, towers: Sequence[str] =
     shapes = {"vision": {"pixel_values": {0: batch}}, "text": {name: {0: batch, 1: length} for name in tokens}}
     found = {}
     for kind in towers:
-        _write_graph(model, inputs[kind], shapes[kind], OUTPUTS[kind], onnx / f"{kind}_model.onnx")
+        write_graph(Tower(model, OUTPUTS[kind]), inputs[kind], shapes[kind], OUTPUTS[kind], onnx / f"{kind}_model.onnx")
     for kind in towers:
         found |= _quantised(onnx, kind)
     _compare(model, processor, folder, found)
@@ -124,12 +124,12 @@ def graphs(folder: Path, precision: str) -> dict[str, Path]:
     return found
 
 
-def _write_graph(model: CapivaraModel, inputs: dict[str, Tensor], shapes: dict, output: str, path: Path) -> None:
-    """Export the tower of some example `inputs`, weights beside it; dimensions without a name in `shapes` are fixed."""
+def write_graph(tower: nn.Module, inputs: dict[str, Tensor], shapes: dict | None, output: str, path: Path) -> None:
+    """Export a tower with some example `inputs`, weights beside it; dimensions without a name in `shapes` are fixed."""
     with _quiet(), torch.no_grad():
         # In evaluation mode: the exporter restores what it finds, and would leave dropout on.
         program = torch.onnx.export(
-            Tower(model, output).eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
+            tower.eval(), (), kwargs=inputs, dynamo=True, dynamic_shapes=shapes, verbose=False,
             input_names=list(inputs), output_names=[output],
         )  # fmt: skip
         program.save(path, external_data=True)

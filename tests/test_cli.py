@@ -33,6 +33,7 @@ COMMANDS = {
     "eval.mieb": "--model m",
     "eval.report": "results --output o",
     "hub_upload.export": "--model m --output o",
+    "hub_upload.immich": "--check f",
     "hub_upload.card": "--model m",
     "hub_upload.push": "--model . --repo_id a/b",
     "hub_upload.space": "--model m --space s",
