@@ -69,8 +69,8 @@ def check_image_side(model: Path, base: str) -> None:
     """Raise ValueError unless both models embed pictures alike, to the bit: tower, projection and preprocessing."""
     if difference := image_difference(model, model_folder(base)):
         raise ValueError(
-            f"The image side of {model} is not that of {base}: {difference}. Pictures that Immich has embedded with the "
-            "base would not fit its texts. Leave --textual_only out, lay both towers into the cache, and run smart "
+            f"The image side of {model} is not that of {base}: {difference}. Pictures that Immich has embedded with "
+            "the base would not fit its texts. Leave --textual_only out, lay both towers into the cache, and run smart "
             "search for all."
         )
 
