@@ -290,7 +290,6 @@ def test_files_are_immichs_and_whole(exported):
         assert [one.name for one in model.graph.output] == [{"textual": "text_embeds", "visual": "image_embeds"}[name]]
 
 
-@pytest.mark.slow
 def test_the_text_side_alone_where_the_image_side_is_the_bases(tiny_folder, tmp_path):
     base = shutil.copytree(tiny_folder, tmp_path / "base")
     weights = load_file(base / "model.safetensors")
