@@ -8,7 +8,7 @@ r"""Fine-tuning by sentence-transformers' own trainer, on pictures with captions
 For whoever trains in that library already. Its loss is CLIP's, exactly, when three options are given (`clip_loss_of`):
 both directions, a softmax each, and the model's own learnt scale in the place of a fixed one; gradients are cached, so
 that a batch of any size fits. What it lacks beside `train_accelerate.py`: the frozen image tower sees every picture
-again in every epoch, and a picture has one caption for the whole training.
+twice in every epoch, and a picture has one caption for the whole training.
 
 The output is a folder for sentence-transformers and `CapivaraModel.from_pretrained` alike, with `results.json`.
 """
