@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +13,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.captioning import chance, sentence_tokenizer, small_language_model
 from examples import caption
-from examples.prefix_captioner import PrefixCaptioner, PrefixMapper, load_language_model
+from examples.example_arguments import CaptionArguments
+from examples.prefix_captioner import (
+    CaptionedEmbeds,
+    PrefixCaptioner,
+    PrefixMapper,
+    load_language_model,
+    train_captioner,
+)
+from modeling_capivara.embedding import embed_images
 
 WORDS = ["azul", "verde", "vermelho", "branco", "foto"]
 
@@ -237,3 +246,25 @@ def test_chance_is_a_mean_over_draws(tiny_dataset_folder):
                   enumerate(["azul", "verde", "vermelho", "branco"] * 2)]  # fmt: skip
     assert found["pictures"] == 8
     assert found["scores"] == pytest.approx(caption.word_scores(["azul 0"] * 8, references))
+
+
+@pytest.mark.slow
+def test_the_language_model_sees_the_picture(tiny_model, tiny_processor, tmp_path):
+    """Coloured squares that it has learnt, and others of the same colours: it has the words for both."""
+    colours = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
+    small_language_model(8 * list(colours), list(colours), tmp_path / "lm", passes=6)
+    language = load_language_model(str(tmp_path / "lm"), torch.device("cpu"))
+
+    def squares(seed: int) -> CaptionedEmbeds:
+        texts = 6 * list(colours)
+        noise = np.random.default_rng(seed).integers(0, 40, (len(texts), 32, 32, 3))
+        images = [Image.fromarray((0.8 * np.array(colours[text]) + noise[row]).astype(np.uint8))
+                  for row, text in enumerate(texts)]  # fmt: skip
+        return CaptionedEmbeds(embed_images(tiny_model, tiny_processor, images), texts)
+
+    sizes = {"prefix_length": 3, "mapper_layers": 1, "batch_size": 8, "epochs": 25, "learning_rate": 3e-3}
+    args = CaptionArguments(language_model="lm", mapper=tmp_path / "mapper", **sizes)
+    captioner = train_captioner(args, language, squares(0), squares(1), "fingerprint")
+    test = squares(2)
+    found = [text for (text,) in captioner.captions(test.image_embeds, number=1, num_beams=1, max_new_tokens=8)]
+    assert sum(text == right for text, right in zip(found, test.texts, strict=True)) >= 16, found  # by chance 6
