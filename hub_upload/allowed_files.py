@@ -20,13 +20,16 @@ ALLOWED_FILES = (
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
     *("open_clip_config.json", "open_clip_model.safetensors", "text_model/config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Normalize/config.json"),
-    *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/quantisation.json"),
+    *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/*.onnx_data", "onnx/*.onnx_data_*", "onnx/quantisation.json"),
     *("README.md", "LICENSE", "run.json", "results/*.json", ".eval_results/*.yaml", "*.png", ".gitattributes"),
 )
 RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run; any other picture must be named in the card
 # Pieces of a vocabulary may look like paths.
 NOT_SEARCHED = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
-BINARY = (".safetensors", ".onnx", ".data", ".model", ".png", ".jpg", ".jpeg", ".webp", ".tar")
+BINARY = (
+    *(".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".tar"),
+)
 CHUNK_BYTES = 2**24
 MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
 

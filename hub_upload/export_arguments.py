@@ -20,7 +20,7 @@ class ExportArguments:
         ",".join(FORMATS),
         f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
         "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
-        "minutes.",
+        f"minutes. On demand, {', '.join(MORE_FORMATS)}: the same graphs, and more, for a browser and Node.",
     )
     text_config: str | None = flag(
         None,
