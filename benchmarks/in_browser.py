@@ -25,11 +25,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm.auto import tqdm
 
 from benchmarks.timing import ROOT, conditions, finish, in_own_process
 from capivara_search.common.cli import at_least, flag, parse
 from capivara_search.common.environment import peak_resident_bytes
 from capivara_search.common.files import whole_folder
+from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 
@@ -39,6 +42,7 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SCRIPT = ROOT / "benchmarks" / "in_browser.mjs"
 NAME = "my-name/my-model"  # under which a repository is served
 LABELS, TEMPLATE = ["um gato", "um cachorro", "um céu azul"], "uma foto de {}"
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 PRECISIONS = {"node": ("fp32", "fp16", "q8"), "chromium": ("fp16", "q8")}
 ASK = """async request => {
   const { answer } = await import("/code/in_browser.mjs");
@@ -78,17 +82,22 @@ def measure(args: BrowserBenchmarkArguments) -> dict[str, Any]:
     exported = in_own_process(["benchmarks.in_browser", "--worker", "export", *where])
     repository = args.folder / "repository"
     inputs, expected = inputs_and_outputs(repository)
+    files = save_photos(args.folder / "photos")
     runs: dict[str, dict[str, Any]] = {place: {} for place in PRECISIONS}
-    with served({NAME: repository}, packages) as address:
+    pixels = {}
+    with served({NAME: repository}, packages, photos=args.folder / "photos") as address:
         for place, precisions in PRECISIONS.items():
-            for precision in precisions:
+            for precision in tqdm(precisions, desc=place, unit="precision"):
                 answer = ask(place, request(address, dtype=precision, inputs=inputs), packages)
                 runs[place][precision] = compared(answer, expected) | {
                     "seconds": answer["seconds"],
                     "peak_bytes": answer.get("peak_bytes"),
                 }
-    about = {"transformers.js": answer["version"], "node": subprocess.check_output(["node", "--version"], text=True)}
-    return {**conditions(), **about, **made, "layers": args.layers, "export": exported, "runs": runs}
+            answer = ask(place, request(address, pictures=[f"{address}photos/{file.name}" for file in files]), packages)
+            pixels[place] = pixel_differences(answer["pixels"], files, load_processor(repository).image_processor)
+    node = subprocess.check_output(["node", "--version"], text=True).strip()
+    facts = {"transformers.js": answer["version"], "node": node, "layers": args.layers}
+    return {**conditions(), **facts, **made, "export": exported, "runs": runs, "pixels": pixels}
 
 
 def measure_export(folder: Path) -> dict[str, Any]:
@@ -126,6 +135,28 @@ def compared(answer: dict[str, Any], expected: dict[str, np.ndarray]) -> dict[st
         "lowest_text_cosine": float((found["text_embeds"] * expected["text_embeds"]).sum(axis=-1).min()),
         "largest_score_difference": float(np.abs(found["logits_per_image"] - expected["logits_per_image"]).max()),
     }
+
+
+def save_photos(folder: Path) -> list[Path]:
+    """Photographs of scikit-image as PNG, which every program reads alike."""
+    from skimage import data
+
+    folder.mkdir(exist_ok=True)
+    for name in PHOTOS:
+        Image.fromarray(getattr(data, name)()).convert("RGB").save(folder / f"{name}.png")
+    return [folder / f"{name}.png" for name in PHOTOS]
+
+
+def pixel_differences(answers: list[dict], files: list[Path], processor: CapivaraImageProcessor) -> dict[str, float]:
+    """File -> mean absolute difference of `pixel_values` to our processor's, in steps of 255 to the full range."""
+    found = {}
+    for answer, file in zip(answers, files, strict=True):
+        theirs = np.frombuffer(base64.b64decode(answer["data"]), np.float32).reshape(answer["dims"])[0]
+        with Image.open(file) as picture:
+            ours = processor(picture, return_tensors="np")["pixel_values"][0]
+        steps = np.abs(theirs - ours) * (255 * np.array(processor.image_std)[:, None, None])
+        found[file.stem] = float(steps.mean())
+    return found
 
 
 def node_packages() -> Path:

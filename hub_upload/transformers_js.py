@@ -60,7 +60,7 @@ def write_transformers_js(folder: Path) -> None:
     Raises ValueError where the tokenizer has a step that transformers.js lacks, or the scores of the float32 graph
     differ from the model's by more than `TOLERANCE`.
     """
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     onnx, processor = folder / "onnx", load_processor(folder)
     model = load_model(folder).eval()
     inputs = processor(images=random_images(), text=random_texts(), return_tensors="pt")
@@ -191,7 +191,7 @@ def _write_settings(folder: Path, image_processor: CapivaraImageProcessor) -> No
     write_json(folder / "preprocessor_config.json", pixels)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """The tokenizer in steps that transformers.js has; ValueError where there is none for one of them."""
     file, settings = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
     tokenizer = read_json(file)
