@@ -70,12 +70,15 @@ async function towers(library, request, answer) {
 }
 
 async function processed(library, request, answer) {
-  const tokenizer = await timed(answer.seconds, "load_tokenizer", () =>
-    library.AutoTokenizer.from_pretrained(request.name));
-  answer.ids = (request.texts ?? []).map((text) => rows(tokenizer(text, { truncation: true }).input_ids)[0]);
+  if (request.texts) {
+    const tokenizer = await timed(answer.seconds, "load_tokenizer", () =>
+      library.AutoTokenizer.from_pretrained(request.name));
+    answer.ids = request.texts.map((text) => rows(tokenizer(text, { truncation: true }).input_ids)[0]);
+  }
+  if (!request.pictures) return;
   const processor = await library.AutoProcessor.from_pretrained(request.name);
   answer.pixels = [];
-  for (const address of request.pictures ?? []) {
+  for (const address of request.pictures) {
     const { pixel_values } = await processor(await library.RawImage.read(address));
     answer.pixels.push({ data: base64(pixel_values.data), dims: pixel_values.dims });
   }

@@ -46,7 +46,7 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.loading import load_processor
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
-ONNX_SHARE, JS_SHARE = 1.3, 0.5  # of the weights, that graphs in float32 and int8 take, and those in float16
+ONNX_SHARE, JS_SHARE = 1.3, 2.3  # of the weights: graphs in float32 and int8; in float16, and all together once more
 GIT_ATTRIBUTES = "".join(
     f"{name} filter=lfs diff=lfs merge=lfs -text\n"
     for name in ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data*", "tokenizer.json", "*.model", "*.png")
@@ -109,6 +109,8 @@ def export(
         check_repo_id(repo_id)
     _check_output(model, output, overwrite)
     config, image_processor = source_model.read_config(model), _read_image_processor(model)
+    if "transformers_js" in formats:
+        transformers_js.readable_tokenizer(model)  # or an error before the graphs, which take minutes
     plan = None
     if "open_clip" in formats:
         plan = loader_files.plan_open_clip(config, image_processor, text_config, repo_id)
@@ -119,6 +121,8 @@ def export(
     with whole_folder(output, overwrite) as folder:
         _write_weights(model, folder, config, with_open_clip=plan is not None)
         _write_processor(model, folder, config, plan)
+        if "transformers_js" in formats:
+            transformers_js.write_tokenizer(folder)
         if "sentence_transformers" in formats:
             loader_files.write_sentence_transformers(folder)
         if "onnx" in formats:

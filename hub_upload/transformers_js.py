@@ -8,14 +8,13 @@
     tokenizer.json                the same tokens by steps that it knows
     tokenizer_config.json         the longest text, and that white space is collapsed
 
-`model.onnx` is made of both towers' graphs and holds no weights: `model.onnx_data` and `model.onnx_data_1` are the
-towers' own files under the names that transformers.js asks for. They are links where the disk has them, and one object
-on the Hub, which keeps files by their content.
+`model.onnx` is made of both towers' graphs: `model.onnx_data` and `model.onnx_data_1` are the towers' own files, again,
+under the names that transformers.js asks for. They are copies, since onnx reads no weights through a link, and one
+object on the Hub, which keeps files by their content.
 Source: its `models/session.js` and `utils/model-loader.js`, 4.3.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,10 +56,8 @@ LANCZOS = 1
 def write_transformers_js(folder: Path) -> None:
     """Add what transformers.js reads to a repository that has the graphs of `onnx_files.write_onnx`.
 
-    Raises ValueError where the tokenizer has a step that transformers.js lacks, or the scores of the float32 graph
-    differ from the model's by more than `TOLERANCE`.
+    Raises ValueError where the scores of the float32 graph differ from the model's by more than `TOLERANCE`.
     """
-    write_tokenizer(folder)
     onnx, processor = folder / "onnx", load_processor(folder)
     model = load_model(folder).eval()
     inputs = processor(images=random_images(), text=random_texts(), return_tensors="pt")
@@ -70,11 +67,10 @@ def write_transformers_js(folder: Path) -> None:
     scale = float(model.logit_scale.detach().double().exp())
     write_towers(model.half(), processor, onnx, "float16")
     del model
-    _name_all_quantised(folder)
+    join_graphs(folder, scale)
     found = {}
     for ending in ENDINGS.values():
         path = onnx / f"model{ending}.onnx"
-        _join(onnx, ending, scale)
         found |= {part.name: {"bytes": _size(part)} for part in onnx.glob(f"*_model{ending}.onnx")}
         found[path.name] = {"bytes": _size(path)} | _distance(path, inputs, expected)
     facts = read_json(onnx / "quantisation.json")
@@ -82,6 +78,13 @@ def write_transformers_js(folder: Path) -> None:
         facts["graphs"][name] = about | facts["graphs"].get(name, {})
     write_json(onnx / "quantisation.json", facts)
     _write_settings(folder, processor.image_processor)
+
+
+def join_graphs(folder: Path, scale: float) -> None:
+    """Make `model.onnx` of every precision of the towers in a repository; `scale` is that of its scores."""
+    _name_all_quantised(folder)
+    for ending in ENDINGS.values():
+        _join(folder / "onnx", ending, scale)
 
 
 def _name_all_quantised(folder: Path) -> None:
@@ -94,7 +97,7 @@ def _name_all_quantised(folder: Path) -> None:
             model = onnx.load(path, load_external_data=False)
             move_weights(model.graph, data_file(named))
             onnx.save(model, named)
-            _link(data_file(path), data_file(named))
+            shutil.copyfile(data_file(path), data_file(named))
 
 
 def _join(folder: Path, ending: str, scale: float) -> None:
@@ -108,7 +111,7 @@ def _join(folder: Path, ending: str, scale: float) -> None:
         model = onnx.load(tower, load_external_data=False)
         weights = data_file(path) if kind == "vision" else path.with_name(f"{data_file(path).name}_1")
         move_weights(model.graph, weights)
-        _link(data_file(tower), weights)
+        shutil.copyfile(data_file(tower), weights)
         towers[kind] = add_prefix(model, f"{kind}/", rename_inputs=False, rename_outputs=False)
     onnx.save(_with_scores(*towers.values(), scale), path)
 
@@ -150,14 +153,6 @@ def _with_scores(vision: "ModelProto", text: "ModelProto", scale: float) -> "Mod
     )
 
 
-def _link(source: Path, target: Path) -> None:
-    """The same file under a second name; a copy where the disk has no links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _size(graph: Path) -> int:
     """Bytes of a graph and its weights."""
     return sum(part.stat().st_size for part in graph.parent.glob(f"{graph.name}*"))
@@ -191,13 +186,16 @@ def _write_settings(folder: Path, image_processor: CapivaraImageProcessor) -> No
     write_json(folder / "preprocessor_config.json", pixels)
 
 
+def readable_tokenizer(folder: Path) -> dict[str, Any]:
+    """`tokenizer.json` in steps that transformers.js has; ValueError where there is none for one of them."""
+    tokenizer = read_json(folder / "tokenizer.json")
+    return tokenizer | {"normalizer": _known_steps(tokenizer["normalizer"])}
+
+
 def write_tokenizer(folder: Path) -> None:
-    """The tokenizer in steps that transformers.js has; ValueError where there is none for one of them."""
-    file, settings = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
-    tokenizer = read_json(file)
-    steps = _known_steps(tokenizer["normalizer"])
-    if steps != tokenizer["normalizer"]:
-        write_text(file, json.dumps(tokenizer | {"normalizer": steps}, ensure_ascii=False))
+    """Make the tokenizer of a folder readable to transformers.js, its ids as they were."""
+    write_text(folder / "tokenizer.json", json.dumps(readable_tokenizer(folder), ensure_ascii=False))
+    settings = read_json(folder / "tokenizer_config.json")
     longest = min(settings.get("model_max_length", CONTEXT_LENGTH), CONTEXT_LENGTH)
     write_json(folder / "tokenizer_config.json", settings | {"model_max_length": longest, "remove_space": True})
 
