@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from benchmarks.timing import ROOT, conditions, finish, in_own_process
+from benchmarks.timing import ROOT, conditions, finish, in_own_process, table
 from capivara_search.common.cli import at_least, flag, parse
 from capivara_search.common.environment import peak_resident_bytes
 from capivara_search.common.files import whole_folder
@@ -43,6 +43,7 @@ SCRIPT = ROOT / "benchmarks" / "in_browser.mjs"
 NAME = "my-name/my-model"  # under which a repository is served
 LABELS, TEMPLATE = ["um gato", "um cachorro", "um céu azul"], "uma foto de {}"
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
+ENDINGS = {"fp32": "", "fp16": "_fp16", "q8": "_quantized"}
 PRECISIONS = {"node": ("fp32", "fp16", "q8"), "chromium": ("fp16", "q8")}
 ASK = """async request => {
   const { answer } = await import("/code/in_browser.mjs");
@@ -97,6 +98,7 @@ def measure(args: BrowserBenchmarkArguments) -> dict[str, Any]:
             pixels[place] = pixel_differences(answer["pixels"], files, load_processor(repository).image_processor)
     node = subprocess.check_output(["node", "--version"], text=True).strip()
     facts = {"transformers.js": answer["version"], "node": node, "layers": args.layers}
+    facts |= {"texts": len(expected["text_embeds"]), "images": len(expected["image_embeds"])}
     return {**conditions(), **facts, **made, "export": exported, "runs": runs, "pixels": pixels}
 
 
@@ -265,6 +267,35 @@ def in_page(request: dict[str, Any]) -> dict[str, Any]:
     """A request as a page makes it: the library and its WebAssembly come from the same server."""
     env = request["env"] | {"wasmPaths": f"{request['env']['remoteHost']}npm/onnxruntime-web/dist/"}
     return request | {"env": env, "library": f"/npm/{LIBRARY}/dist/transformers.min.js"}
+
+
+def in_browser_table(found: dict[str, Any]) -> str:
+    """Sizes, distances and seconds of every precision in Node and Chromium."""
+    rows = []
+    for place, runs in found["runs"].items():
+        for dtype, run in runs.items():
+            size, seconds = found["export"]["graphs"][f"model{ENDINGS[dtype]}.onnx"], run["seconds"]
+            cosines = (run["lowest_text_cosine"], run["lowest_image_cosine"])
+            times = (seconds["load_model"], seconds["texts"] / found["texts"], seconds["images"] / found["images"])
+            rows.append(
+                (
+                    *(place.capitalize(), f"`{dtype}`", f"{size / 1e6:,.0f}"),
+                    *(f"{cosine:.5f}" for cosine in cosines),
+                    *(f"{run['largest_score_difference']:.4f}", *(f"{value:.2f}" for value in times)),
+                )
+            )
+    pixels = "; ".join(
+        f"{min(of.values()):.1f} to {max(of.values()):.1f} in {place.capitalize()}"
+        for place, of in found["pixels"].items()
+    )
+    heads = ("where", "weights", "MB", "text cosine", "image cosine", "score", "load, s", "a text, s", "an image, s")
+    facts = (
+        f"Full size with random weights, {found['parameters'] / 1e6:.0f} million parameters, transformers.js "
+        f"{found['transformers.js']}, Node {found['node']}, one thread in Chromium, on {found['device']}; lowest "
+        f"cosine and largest difference of a score to PyTorch on the same tokens and pixels. Mean difference of the pixels of "
+        f"{len(found['pixels']['node'])} photographs, in steps of 255: {pixels}."
+    )
+    return table(heads, rows, facts, text_columns=2)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import PIL.Image
 from benchmarks import (
     captions,
     captions_selection,
+    in_browser,
     main_job,
     matryoshka,
     recipe_tables,
@@ -76,6 +77,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "real_images": real_images_block,
             "eval_retrieval": eval_retrieval_block,
             "export": export_block,
+            "in_browser": lambda: in_browser.in_browser_table(_results("in_browser")),
             "space_load": space_load_block,
             "captions": lambda: captions.captions_table(_results("captions")),
             "captions_selection": lambda: captions_selection.selection_table(_results("captions_selection")),
