@@ -292,8 +292,8 @@ def in_browser_table(found: dict[str, Any]) -> str:
     facts = (
         f"Full size with random weights, {found['parameters'] / 1e6:.0f} million parameters, transformers.js "
         f"{found['transformers.js']}, Node {found['node']}, one thread in Chromium, on {found['device']}; lowest "
-        f"cosine and largest difference of a score to PyTorch on the same tokens and pixels. Mean difference of the pixels of "
-        f"{len(found['pixels']['node'])} photographs, in steps of 255: {pixels}."
+        f"cosine and largest difference of a score to PyTorch on the same tokens and pixels. Mean difference of the "
+        f"pixels of {len(found['pixels']['node'])} photographs, in steps of 255: {pixels}."
     )
     return table(heads, rows, facts, text_columns=2)
 
