@@ -12,6 +12,7 @@ import base64
 import http.server
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -37,6 +38,7 @@ from modeling_capivara.convert_open_clip import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 
 LIBRARY, RANGE = "@huggingface/transformers", ">=4.3 <5"
+MIN_NODE = 20
 NPM_FLAGS = ("--ignore-scripts", "--no-save", "--no-audit", "--no-fund")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SCRIPT = ROOT / "benchmarks" / "in_browser.mjs"
@@ -45,6 +47,7 @@ LABELS, TEMPLATE = ["um gato", "um cachorro", "um céu azul"], "uma foto de {}"
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 ENDINGS = {"fp32": "", "fp16": "_fp16", "q8": "_quantized"}
 PRECISIONS = {"node": ("fp32", "fp16", "q8"), "chromium": ("fp16", "q8")}
+ELSEWHERE = re.compile(r"https?://(?!127\.0\.0\.1:)")  # whatever a page would fetch from there fails
 ASK = """async request => {
   const { answer } = await import("/code/in_browser.mjs");
   return answer(await import(request.library), request);
@@ -167,11 +170,14 @@ def node_packages() -> Path:
     No script of a package runs; binaries for the CPU lie in them.
 
     Raises:
-        RuntimeError: node, npm or the registry can't be reached.
+        RuntimeError: node or npm is missing or too old, or the registry can't be reached.
     """
     for program in ("node", "npm"):
         if shutil.which(program) is None:
             raise RuntimeError(f"{program} is not installed: apt-get install nodejs npm")
+    version = subprocess.check_output(["node", "--version"], text=True).strip()
+    if int(version.removeprefix("v").split(".")[0]) < MIN_NODE:
+        raise RuntimeError(f"Node {version} is too old for {LIBRARY}'s pictures (sharp); install {MIN_NODE} or later")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capivara-node"
     folder = cache / f"transformers{RANGE}".translate({ord(sign): "-" for sign in ">=< "})
     if not folder.is_dir():
@@ -257,6 +263,7 @@ def ask_chromium(request: dict[str, Any], packages: Path) -> dict[str, Any]:
         try:
             page = browser.new_page()
             page.set_default_timeout(900_000)
+            page.route(ELSEWHERE, lambda route: route.abort())
             page.goto(request["env"]["remoteHost"])
             return page.evaluate(ASK, in_page(request))
         finally:
