@@ -29,6 +29,7 @@ from examples.openmoji.concepts import concept_rows
 from examples.openmoji.lexicon import wordnet_glosses, wordnet_pairs
 from examples.openmoji.proxies import SENTENCES, babel_pairs
 from hub_upload.export import export
+from hub_upload.onnx_files import ENDINGS
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.kept_pieces import cut_tokenizer, kept_ids
 from modeling_capivara.loading import WEIGHTS, load_model
@@ -151,7 +152,7 @@ def measure_export(args: TrimBenchmarkArguments) -> dict[str, Any]:
     """Export the trimmed model; bytes of its graphs, both towers."""
     files = dict(export(args.folder / "small", args.folder / "repository", EXPORTED, overwrite=True))
     graphs = {name: count for name, count in files.items() if name.startswith("onnx/") and ".onnx" in name}
-    int8 = sum(count for name, count in graphs.items() if "_int8" in name)
+    int8 = sum(count for name, count in graphs.items() if ENDINGS["int8"] in name)
     return {"formats": EXPORTED, "files": graphs, "float32_bytes": sum(graphs.values()) - int8, "int8_bytes": int8}
 
 

@@ -22,7 +22,7 @@ ALLOWED_FILES = (
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Normalize/config.json"),
     *("1_Pooling/config.json", "*_Dense/config.json", "*_Dense/model.safetensors"),
     *("open_clip_text.safetensors", "drop_in.json"),
-    *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/quantisation.json"),
+    *("onnx/*.onnx", "onnx/*.onnx.data", "onnx/*.onnx_data", "onnx/*.onnx_data_*", "onnx/quantisation.json"),
     *("textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),  # Immich's
     *("visual/model.onnx", "visual/preprocess_cfg.json"),
     *("README.md", "LICENSE", "run.json", "results/*.json", ".eval_results/*.yaml", "*.png", ".gitattributes"),
@@ -30,7 +30,10 @@ ALLOWED_FILES = (
 RUN_PICTURES = ("curves.png", "retrieval.png")  # of a training run; any other picture must be named in the card
 # Pieces of a vocabulary may look like paths.
 NOT_SEARCHED = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt")
-BINARY = (".safetensors", ".onnx", ".data", ".model", ".png", ".jpg", ".jpeg", ".webp", ".tar")
+BINARY = (
+    *(".safetensors", ".onnx", ".data", ".onnx_data", ".onnx_data_1", ".model"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".tar"),
+)
 CHUNK_BYTES = 2**24
 MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
 

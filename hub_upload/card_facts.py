@@ -28,6 +28,7 @@ FORMATS = {
     "open_clip_from_inside": ("text_model/config.json",),  # which open_clip finds only from inside the folder
     "sentence_transformers": ("modules.json",),
     "onnx": ("onnx/text_model.onnx", "onnx/vision_model.onnx"),
+    "transformers_js": ("onnx/model.onnx", "preprocessor_config.json"),
 }
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")

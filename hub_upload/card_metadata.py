@@ -23,7 +23,12 @@ TASKS = {
     ("classification", ""): ("zero-shot-image-classification", "Zero-shot image classification"),
     ("linear_probe", ""): ("image-classification", "Linear probe"),
 }
-LOADERS = {"open_clip": "open_clip", "sentence_transformers": "sentence-transformers", "onnx": "onnx"}
+LOADERS = {
+    "open_clip": "open_clip",
+    "sentence_transformers": "sentence-transformers",
+    "onnx": "onnx",
+    "transformers_js": "transformers.js",
+}
 # Identifiers of https://huggingface.co/docs/hub/repositories-licenses, but for "unknown" and "other"
 _LICENCES = (
     "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m "

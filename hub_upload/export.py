@@ -1,7 +1,8 @@
-"""One repository that every loader opens: transformers, open_clip, sentence-transformers and onnxruntime.
+"""One repository that every loader opens: transformers, open_clip, sentence-transformers, onnxruntime, transformers.js.
 
     python -m hub_upload.export --model runs/openmoji-pt-001 --output repository
     python -m hub_upload.export --model MODEL --output repository --formats transformers,open_clip,sentence_transformers
+    python -m hub_upload.export --model MODEL --output repository --formats transformers,onnx,transformers_js
     python -m hub_upload.export --model MODEL --output repository --recall_dataset data/openmoji/dataset
     python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
     python -m hub_upload.export --model MODEL --output repository --formats immich   # or another place's own folder
@@ -38,7 +39,7 @@ from capivara_search.common.files import (
 )
 from capivara_search.common.privacy import hide_paths
 from hub_upload import allowed_files as allowed
-from hub_upload import loader_files, onnx_files, source_model
+from hub_upload import loader_files, onnx_files, source_model, transformers_js
 from hub_upload.export_arguments import FOLDER_FORMATS, FORMATS, MORE_FORMATS, ExportArguments
 from hub_upload.loader_files import OPEN_CLIP_WEIGHTS, TEXT_MODEL, OpenClipPlan
 from hub_upload.remote import check_repo_id
@@ -47,10 +48,10 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.loading import load_processor
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
-ONNX_SHARE = 1.3  # of the weights, that graphs in float32 and int8 take
+ONNX_SHARE, JS_SHARE = 1.3, 2.3  # of the weights: graphs in float32 and int8; in float16, and all together once more
 GIT_ATTRIBUTES = "".join(
     f"{name} filter=lfs diff=lfs merge=lfs -text\n"
-    for name in ("*.safetensors", "*.onnx", "*.onnx.data", "tokenizer.json", "*.model", "*.png")
+    for name in ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data*", "tokenizer.json", "*.model", "*.png")
 )
 logger = logging.getLogger("capivara")
 
@@ -110,15 +111,20 @@ def export(
         check_repo_id(repo_id)
     _check_output(model, output, overwrite)
     config, image_processor = source_model.read_config(model), _read_image_processor(model)
+    if "transformers_js" in formats:
+        transformers_js.readable_tokenizer(model)  # or an error before the graphs, which take minutes
     plan = None
     if "open_clip" in formats:
         plan = loader_files.plan_open_clip(config, image_processor, text_config, repo_id)
         _log_open_clip_plan(plan, repo_id, config)
     weights = sum(file.stat().st_size for file in source_model.weight_files(model))
-    check_free_space(output, int(weights * (1 + (plan is not None) + ONNX_SHARE * ("onnx" in formats))))
+    shares = (plan is not None, ONNX_SHARE * ("onnx" in formats), JS_SHARE * ("transformers_js" in formats))
+    check_free_space(output, int(weights * (1 + sum(shares))))
     with whole_folder(output, overwrite) as folder:
         _write_weights(model, folder, config, with_open_clip=plan is not None)
         _write_processor(model, folder, config, plan)
+        if "transformers_js" in formats:
+            transformers_js.write_tokenizer(folder)
         if "sentence_transformers" in formats:
             loader_files.write_sentence_transformers(folder)
         if "onnx" in formats:
@@ -126,6 +132,8 @@ def export(
             unmeasured = ["ONNX: the recall of int8 was not measured; --recall_dataset names a data set for it."]
             for line in measure_int8(folder) if measure_int8 else unmeasured:
                 logger.info("%s", line)
+        if "transformers_js" in formats:
+            transformers_js.write_transformers_js(folder)
         _write_records(model, folder)
         return _finished(folder)
 
@@ -159,6 +167,8 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
             raise ValueError(f"There is no format {name!r}; did you mean {near}? There are {', '.join(known)}.")
     if "transformers" not in formats:
         raise ValueError(f"formats must hold transformers, whose files the others read, got {','.join(formats)!r}.")
+    if "transformers_js" in formats and "onnx" not in formats:
+        formats.append("onnx")  # whose graphs and weights it reads
     if "onnx" in formats:
         onnx_files.check_packages()
     return formats
@@ -168,7 +178,7 @@ def _int8_measurement(args: ExportArguments) -> Callable[[Path], list[str]] | No
     """What measures the int8 graphs; its data are opened before the graphs, which take minutes, for their errors."""
     if args.recall_dataset is None:
         return None
-    if "onnx" not in args.formats.split(","):
+    if not {"onnx", "transformers_js"} & set(args.formats.split(",")):
         raise ValueError("recall_dataset is for the int8 graphs of onnx; add onnx to --formats, or leave it out.")
     from hub_upload.onnx_recall import int8_measurement  # datasets and accelerate: only where something is measured
 

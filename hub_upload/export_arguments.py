@@ -20,7 +20,8 @@ class ExportArguments:
         ",".join(FORMATS),
         f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
         "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
-        "minutes. Or one alone: drop_in, the text side for pictures that --base has embedded; immich, a folder for the "
+        f"minutes. On demand, {', '.join(MORE_FORMATS)}: the same graphs, and more, for a browser and Node. Or one "
+        "alone: drop_in, the text side for pictures that --base has embedded; immich, a folder for the "
         "machine-learning service of Immich.",
     )
     base: str | None = flag(

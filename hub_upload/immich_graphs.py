@@ -16,7 +16,7 @@ from capivara_search.common.files import check_free_space, write_json, write_tex
 from hub_upload import source_model
 from hub_upload.immich_folder import BASE_WIDTH, open_graph, padded_tokenizer
 from hub_upload.loader_files import text_config_source
-from hub_upload.onnx_files import TOLERANCE, write_graph
+from hub_upload.onnx_files import TOLERANCE, data_file, write_graph
 from modeling_capivara import CapivaraConfig, CapivaraModel
 from modeling_capivara.convert_open_clip import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
@@ -150,8 +150,7 @@ def _make_one_file(path: Path) -> None:
     import onnx
 
     model = onnx.load(path)  # its external data, too
-    for beside in path.parent.glob(f"{path.name}.*"):
-        beside.unlink()
+    data_file(path).unlink()
     onnx.save(model, path)
 
 

@@ -3,7 +3,8 @@
     onnx/vision_model.onnx  pixel_values (images, 3, side, side)               -> image_embeds (images, width)
     onnx/text_model.onnx    input_ids, attention_mask (texts, tokens), int64   -> text_embeds (texts, width)
 
-Embeddings have unit length. Float32 weights lie beside their graph in `.onnx.data`; an int8 graph is one file.
+Embeddings have unit length. Weights lie beside their graph in `.onnx_data`, and int8 graphs end in `_quantized`: the
+names that transformers.js looks for, so that both read the same files.
 """
 
 import logging
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,8 +26,9 @@ from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 
-OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
-TOWERS = tuple(OUTPUTS)
+if TYPE_CHECKING:
+    from onnx import GraphProto
+
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of an embedding's numbers between model and float32 graph; they differ by some 1e-7
 # Rounded are matrix products, and embeddings, most of a multilingual text tower. Convolutions stay float32: in 8 bits
@@ -38,11 +41,14 @@ METHOD = (
     f"by onnxruntime: weights of matrix products in 8 bits, with a scale and a zero point for {BLOCK} numbers, their "
     "activations too (MatMulNBits, onnxruntime from 1.22); embeddings in 8 bits with a scale and a zero point a column"
 )
+ENDINGS = {"float32": "", "float16": "_fp16", "int8": "_quantized"}  # of a graph's name
+OUTPUTS = {"vision": "image_embeds", "text": "text_embeds"}
+TOWERS = tuple(OUTPUTS)
 logger = logging.getLogger("capivara")
 
 
 class Tower(nn.Module):
-    """Images or tokens to `image_embeds` or `text_embeds`, of unit length."""
+    """Images or tokens to `image_embeds` or `text_embeds`, of unit length; float32 in and out for any weights."""
 
     def __init__(self, model: CapivaraModel, output: str):
         super().__init__()
@@ -52,7 +58,8 @@ class Tower(nn.Module):
         self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, pixel_values: Tensor | None = None
     ) -> Tensor:
         """(rows, projection_dim), unit length, of the texts or of the images."""
-        return self.model(input_ids, attention_mask, pixel_values)[self.output]
+        pixel_values = None if pixel_values is None else pixel_values.to(self.model.dtype)
+        return self.model(input_ids, attention_mask, pixel_values)[self.output].float()
 
 
 class OnnxModel:
@@ -98,14 +105,8 @@ def write_onnx(folder: Path, source: Path | None = None, towers: Sequence[str] =
     model, processor = load_model(source or folder).eval(), load_processor(source or folder)
     onnx = folder / "onnx"
     onnx.mkdir()
-    side = processor.image_processor.crop_size["height"]
-    batch, length = (torch.export.Dim(name, min=1) for name in ("batch", "length"))
-    tokens = {name: torch.ones(2, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    inputs = {"vision": {"pixel_values": torch.zeros(2, 3, side, side)}, "text": tokens}
-    shapes = {"vision": {"pixel_values": {0: batch}}, "text": {name: {0: batch, 1: length} for name in tokens}}
+    write_towers(model, processor, onnx, "float32", towers)
     found = {}
-    for kind in towers:
-        write_graph(Tower(model, OUTPUTS[kind]), inputs[kind], shapes[kind], OUTPUTS[kind], onnx / f"{kind}_model.onnx")
     for kind in towers:
         found |= _quantised(onnx, kind)
     _compare(model, processor, folder, found)
@@ -114,14 +115,43 @@ def write_onnx(folder: Path, source: Path | None = None, towers: Sequence[str] =
     write_json(onnx / "quantisation.json", facts)
 
 
+def write_towers(
+    model: CapivaraModel, processor: CapivaraProcessor, onnx: Path, precision: str, towers: Sequence[str] = TOWERS
+) -> None:
+    """Export towers of a model, whose weights have that precision ("float32", "float16"), to a folder."""
+    side = processor.image_processor.crop_size["height"]
+    images, texts, tokens = (torch.export.Dim(name, min=1) for name in ("images", "texts", "tokens"))
+    ids = {name: torch.ones(2, 7, dtype=torch.long) for name in ("input_ids", "attention_mask")}
+    inputs = {"vision": {"pixel_values": torch.zeros(2, 3, side, side)}, "text": ids}
+    shapes = {"vision": {"pixel_values": {0: images}}, "text": {name: {0: texts, 1: tokens} for name in ids}}
+    for kind in towers:
+        path = onnx / f"{kind}_model{ENDINGS[precision]}.onnx"
+        write_graph(Tower(model, OUTPUTS[kind]), inputs[kind], shapes[kind], OUTPUTS[kind], path)
+
+
 def graphs(folder: Path, precision: str) -> dict[str, Path]:
-    """Tower -> graph in "float32" or "int8"; the float32 one stands in where a tower has none in int8."""
-    found = {kind: folder / "onnx" / f"{kind}_model.onnx" for kind in TOWERS}
-    found = {kind: path for kind, path in found.items() if path.is_file()}
-    if precision == "int8":
-        rounded = {kind: path.with_stem(f"{path.stem}_int8") for kind, path in found.items()}
-        found |= {kind: path for kind, path in rounded.items() if path.is_file()}
+    """Tower -> graph in a precision, of those there are; the float32 one stands in where a tower has none in int8."""
+    found = {}
+    for kind in TOWERS:
+        # `_int8` is what exports of before the names of transformers.js have.
+        endings = (ENDINGS[precision], *(("_int8", "") if precision == "int8" else ()))
+        paths = [folder / "onnx" / f"{kind}_model{ending}.onnx" for ending in endings]
+        if there := [path for path in paths if path.is_file()]:
+            found[kind] = there[0]
     return found
+
+
+def data_file(graph: Path) -> Path:
+    """Where the weights of a graph lie."""
+    return graph.with_name(f"{graph.name}_data")
+
+
+def move_weights(graph: "GraphProto", file: Path) -> None:
+    """Make a graph read its outer weights from another file of its folder."""
+    for tensor in graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = file.name
 
 
 def write_graph(tower: nn.Module, inputs: dict[str, Tensor], shapes: dict | None, output: str, path: Path) -> None:
@@ -137,7 +167,10 @@ def write_graph(tower: nn.Module, inputs: dict[str, Tensor], shapes: dict | None
 
 
 def _strip(path: Path) -> None:
-    """Take the exporter's notes out of a graph: they hold the stack of every operation, with this machine's paths."""
+    """Take the exporter's notes out of a graph: they hold the stack of every operation, with this machine's paths.
+
+    The weights get the name that transformers.js looks for.
+    """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
@@ -146,17 +179,19 @@ def _strip(path: Path) -> None:
     for owner in [*owners, *parts, *(item for part in parts for item in (*part.node, *part.value_info))]:
         owner.ClearField("metadata_props")
         owner.ClearField("doc_string")
+    move_weights(graph, path.with_name(f"{path.name}.data").replace(data_file(path)))
     onnx.save(model, path)
 
 
 def _quantised(onnx: Path, kind: str) -> dict[str, dict[str, int]]:
     """Make a tower's int8 graph, unless it would save little; name of each graph that there is -> its bytes."""
-    source, target = onnx / f"{kind}_model.onnx", onnx / f"{kind}_model_int8.onnx"
+    source, target = onnx / f"{kind}_model.onnx", onnx / f"{kind}_model{ENDINGS['int8']}.onnx"
     with _quiet():
         _round_weights(source, target)
     share = _weight_bytes(target) / _weight_bytes(source)
     if share > WORTH_IT:
         target.unlink()
+        data_file(target).unlink()
         logger.info(
             "ONNX: no int8 graph of the %s tower. Convolutions stay float32, and the rest would save %.0f %% of it.",
             kind, 100 * (1 - share),
@@ -177,7 +212,7 @@ def _round_weights(source: Path, target: Path) -> None:
         onnx.load(target), bits=8, block_size=BLOCK, accuracy_level=4, op_types_to_quantize=("MatMul",)
     )
     quantiser.process()
-    onnx.save(quantiser.model.model, target)
+    onnx.save(quantiser.model.model, target, save_as_external_data=True, location=data_file(target).name)
 
 
 def _weight_bytes(path: Path) -> int:
@@ -202,7 +237,7 @@ def _compare(model: CapivaraModel, processor: CapivaraProcessor, folder: Path, f
         embeds = {"vision": map(runs.embed_images, images), "text": map(runs.embed_texts, texts)}
         for kind, path in graphs(folder, precision).items():
             ours, theirs = torch.cat(expected[kind]), torch.cat(list(embeds[kind]))
-            if path.name.endswith("_int8.onnx"):
+            if path.stem.endswith(ENDINGS["int8"]):
                 found[path.name]["lowest_cosine"] = (ours * theirs).sum(dim=-1).min().item()
                 continue
             difference = (ours - theirs).abs().max().item()

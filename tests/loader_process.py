@@ -88,13 +88,13 @@ def onnx(suffix=""):
     return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(texts))
 
 
-def onnx_int8():
-    return onnx("_int8")
+def onnx_quantized():
+    return onnx("_quantized")
 
 
 LOADERS = {
     function.__name__: function
-    for function in (without_package, with_package, open_clip, sentence_transformers, onnx, onnx_int8)
+    for function in (without_package, with_package, open_clip, sentence_transformers, onnx, onnx_quantized)
 }
 with torch.no_grad():
     image_embeds, text_embeds = LOADERS[LOADER]()

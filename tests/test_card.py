@@ -114,7 +114,7 @@ def test_templates_hold_no_figure():
     """Digits in them are names, not measurements: every other number must come through a fact."""
     allowed = (
         r"arxiv\.org/abs/2310\.13683|95 ?%|8 bits|int8|CO2e|co2e|santos2023capivara|\{2023\}|model_type|\(320, 240\)"
-        r"|R@k|dim=-1|a11y|SHA-256|float32|top[-_]5|11-?point_?|mAP de 11|adam_beta[12]"
+        r"|R@k|dim=-1|a11y|SHA-256|float32|float16|top[-_]5|11-?point_?|mAP de 11|adam_beta[12]"
     )
     for path in TEMPLATES.iterdir():
         text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", "", path.read_text(encoding="utf-8"), flags=re.S)
@@ -293,6 +293,10 @@ def test_the_command(run, tmp_path, capsys):
 def test_a_card_without_formats_or_with_fewer(run):
     facts = card_facts(run)
     assert "### ONNX" in str(render(replace(facts, formats=frozenset({"onnx"}))))
+    in_browser = render(replace(facts, formats=frozenset({"transformers_js"})))
+    assert (
+        'pipeline("zero-shot-image-classification", "' in str(in_browser) and "transformers.js" in in_browser.data.tags
+    )
     assert "### ONNX" not in str(render(facts))
     with pytest.raises(ValueError, match="language must be one of"):
         render(facts, "de")

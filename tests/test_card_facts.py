@@ -335,7 +335,7 @@ def test_files_for_other_loaders_bring_their_code(run):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).touch()
     graphs = {"text_model.onnx": {"bytes": 2_500_000, "largest_difference": 2e-7}}
-    graphs |= {"text_model_int8.onnx": {"bytes": 700_000, "lowest_cosine": 0.9974}}
+    graphs |= {"text_model_quantized.onnx": {"bytes": 700_000, "lowest_cosine": 0.9974}}
     (run / "onnx" / "quantisation.json").write_text(json.dumps({"graphs": graphs, "recall": None}), encoding="utf-8")
     assert any("is missing" in fault for fault in check(run)), "the card is older than these files"
     write_card(run, repo_id="us/model")

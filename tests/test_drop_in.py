@@ -27,7 +27,7 @@ FILES = {
     *("README.md", "drop_in.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("tokenization_capivara.py", "text_repair_capivara.py", "modules.json", "sentence_bert_config.json"),
     *("config_sentence_transformers.json", "1_Pooling/config.json", "open_clip_text.safetensors"),
-    *("onnx/text_model.onnx", "onnx/text_model.onnx.data", "onnx/quantisation.json"),
+    *("onnx/text_model.onnx", "onnx/text_model.onnx_data", "onnx/quantisation.json"),
 }
 DENSES = {f"{name}/{file}" for name in ("2_Dense", "3_Dense") for file in ("config.json", "model.safetensors")}
 # What a card's reader does: its blocks in their order, each with the model's texts, in a process without this project.
@@ -219,7 +219,7 @@ def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, bas
     (model / "README.md").write_text("---\nlicense: mit\nlanguage: pt\n---\n")
     folder = export(model, base, tmp_path / "out", "--repo_id", "us/text-side")
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert names == (FILES | DENSES | {"LICENSE"}) - {"onnx/text_model.onnx", "onnx/text_model.onnx.data"}
+    assert names == (FILES | DENSES | {"LICENSE"}) - {"onnx/text_model.onnx", "onnx/text_model.onnx_data"}
     assert "MB  open_clip_text.safetensors" in capsys.readouterr().out
     assert {name.split(".")[0] for name in load_file(folder / "open_clip_text.safetensors")} == {"text", "logit_scale"}
     facts = json.loads((folder / "drop_in.json").read_text())

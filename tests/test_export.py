@@ -119,7 +119,7 @@ def test_each_loader_gives_the_models_embeddings(source, repository, inputs, tmp
 
 @pytest.mark.slow
 def test_int8_graphs_stay_near(source, repository, inputs, tmp_path):
-    found = loaded("onnx_int8", str(repository), inputs, tmp_path)
+    found = loaded("onnx_quantized", str(repository), inputs, tmp_path)
     for part, embeds in embeddings_of(source).items():
         cosines = (found[part] * embeds).sum(axis=1)
         assert 0.995 < cosines.min() < 0.9999999, "equal to the last bit would mean that nothing was rounded"

@@ -219,7 +219,7 @@ def test_words_in_a_binary_file_are_searched(tiny_folder, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx/model.onnx.data", "sentencepiece.bpe.model"])
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "onnx/model.onnx_data_1", "sentencepiece.bpe.model"])
 def test_a_secret_in_a_binary_file_is_named_by_its_byte(tiny_folder, name):
     noise = random.Random(0).randbytes(30_000_000)
     (tiny_folder / "onnx").mkdir()

@@ -79,13 +79,15 @@ def test_int8_is_smaller_and_near(source, repository):
     }
     assert onnx.TensorProto.UINT8 in kinds
     facts = json.loads((repository / "onnx" / "quantisation.json").read_text())
-    assert set(facts["graphs"]) == {f"{kind}_model{end}.onnx" for kind in ("vision", "text") for end in ("", "_int8")}
+    assert set(facts["graphs"]) == {
+        f"{kind}_model{end}.onnx" for kind in ("vision", "text") for end in ("", "_quantized")
+    }
     assert facts["graphs"]["text_model.onnx"]["largest_difference"] < 1e-5 and facts["recall"] is None
     assert {"onnx", "onnxruntime", "onnxscript", "torch"} <= facts["versions"].keys()
 
 
 def test_embeddings_of_words_are_rounded_too(repository):
-    graph = onnx.load(repository / "onnx" / "text_model_int8.onnx").graph
+    graph = onnx.load(repository / "onnx" / "text_model_quantized.onnx").graph
     words = load_file(repository / "model.safetensors")["text_model.embeddings.word_embeddings.weight"]
     shaped = [tensor for tensor in graph.initializer if tuple(tensor.dims) == tuple(words.shape)]
     assert [tensor.data_type for tensor in shaped] == [onnx.TensorProto.UINT8]
@@ -97,8 +99,9 @@ def test_graphs_say_nothing_of_this_machine(repository):
         assert not [node.name for node in model.graph.node if node.metadata_props or node.doc_string]
         assert b"stack_trace" not in path.read_bytes() and b".py" not in path.read_bytes()
         names = [dim.dim_param for dim in model.graph.input[0].type.tensor_type.shape.dim]
-        assert names[0] == "batch" and ("text" not in path.name or names[1] == "length")
+        assert names[0] == ("texts" if "text" in path.name else "images") and names[1] in ("tokens", "")
         onnx.checker.check_model(str(path))
+        assert {file.name for file in path.parent.glob(f"{path.name}*")} == {path.name, f"{path.name}_data"}
 
 
 def test_recall_of_both_precisions_is_measured(repository, tiny_dataset_folder, tmp_path):
@@ -131,5 +134,5 @@ def test_tower_of_convolutions_has_no_int8_graph(tmp_path, tiny_processor, tiny_
     main([*command, "--formats", "transformers,onnx", "--recall_dataset", str(tiny_dataset_folder)])
     assert "no int8 graph of the vision tower" in caplog.text and "int8, text-to-image: mean recall" in caplog.text
     names = {path.name for path in (tmp_path / "repository" / "onnx").iterdir()}
-    assert "text_model_int8.onnx" in names and "vision_model_int8.onnx" not in names
+    assert "text_model_quantized.onnx" in names and "vision_model_quantized.onnx" not in names
     assert graphs(tmp_path / "repository", "int8")["vision"].name == "vision_model.onnx"
