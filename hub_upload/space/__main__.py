@@ -3,7 +3,7 @@
     python -m hub_upload.space --model runs/mine --pictures ~/Pictures --space demo
     python -m hub_upload.space --model runs/mine --pictures data/openmoji/dataset --repo_id org/demo         # lists it
     python -m hub_upload.space --model runs/mine --pictures data/openmoji/dataset --repo_id org/demo --push  # sends it
-    python -m hub_upload.space --model runs/mine --static page     # without a server: visitors search pictures of theirs
+    python -m hub_upload.space --model runs/mine --static page   # without a server: visitors search pictures of theirs
 
 Thumbnails stand for the pictures, whose files stay here, as do their folders' names and the places where they were
 taken. To search on this machine: `capivara app`.
@@ -53,7 +53,8 @@ class SpaceArguments(ImageFileArguments):
         "own browser, and takes none of --pictures. Any file server serves the folder.",
     )
     library: Path | None = flag(
-        None, "Of --static: a node_modules that has onnxruntime-web and @huggingface/tokenizers; npm fetches them without it."
+        None,
+        "Of --static: a node_modules with onnxruntime-web and @huggingface/tokenizers; npm fetches them without it.",
     )
     repo_id: str | None = flag(None, "Space on the Hub, such as org/demo. Without --push its files are only listed.")
     push: bool = flag(False, "Send the Space to --repo_id, with the token of `hf`.")
@@ -66,7 +67,9 @@ class SpaceArguments(ImageFileArguments):
         if self.push and self.repo_id is None:
             raise ValueError("--push needs --repo_id, the Space on the Hub, such as org/demo.")
         if self.static is not None and (self.space is not None or self.compare is not None):
-            raise ValueError("--static is a page of one model, in a folder of its own; leave --space and --compare out.")
+            raise ValueError(
+                "--static is a page of one model, in a folder of its own; leave --space and --compare out."
+            )
         if self.static is None and self.library is not None:
             raise ValueError("--library is of --static FOLDER alone.")
         if self.space is None and self.repo_id is None and self.static is None:

@@ -95,7 +95,12 @@ def write_static_page(
         modules = library or fetched_libraries(Path(work))
         _write_library(modules, made / "library")
         graphs = made_graphs(source, Path(work))
-        facts = {"name": short_name(model), **pixels, "length": CONTEXT_LENGTH, **_probe(graphs["vision"], pixels["side"])}
+        facts = {
+            "name": short_name(model),
+            **pixels,
+            "length": CONTEXT_LENGTH,
+            **_probe(graphs["vision"], pixels["side"]),
+        }
         facts["weights"] = {kind: _weights(path).name for kind, path in graphs.items()}  # as a graph calls its file
         contents = {kind: path.read_bytes() for kind, path in graphs.items()}
         contents |= {f"{kind}_weights": _weights(path).read_bytes() for kind, path in graphs.items()}
