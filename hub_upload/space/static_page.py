@@ -54,6 +54,11 @@ RUNTIMES = {  # where the model runs -> its WebAssembly
 PRECISIONS = ("_quantized", "_int8", "")  # how a graph's name goes on, the one that is taken first
 PART_BYTES = 20 * 2**20  # some hosts take files of at most 25 MiB
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "bos_token", "eos_token", "pad_token", "unk_token")
+# What XLM-R's normaliser `Nmt` does, in two replacements: @huggingface/tokenizers does not know it.
+NMT = (
+    (r"[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]", ""),
+    (r"[\u0009\u000a\u000c\u000d\u1680\u200b-\u200f\u2028\u2029\u2581\ufeff\ufffd]", " "),
+)
 README = """
 # {title}
 
@@ -182,7 +187,18 @@ def _tokenizer(model: Path) -> bytes:
     config = read_json(model / "tokenizer_config.json")
     settings = {name: config[name] for name in TOKENIZER_SETTINGS if isinstance(config.get(name), str | bool)}
     content = {"tokenizer": read_json(model / "tokenizer.json"), "config": settings}
+    normaliser = content["tokenizer"]["normalizer"]
+    content["tokenizer"]["normalizer"] = normaliser and {"type": "Sequence", "normalizers": _plain_steps(normaliser)}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _plain_steps(normaliser: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a normaliser, `Nmt` as replacements."""
+    if normaliser["type"] == "Sequence":
+        return [step for part in normaliser["normalizers"] for step in _plain_steps(part)]
+    if normaliser["type"] == "Nmt":
+        return [{"type": "Replace", "pattern": {"Regex": pattern}, "content": text} for pattern, text in NMT]
+    return [normaliser]
 
 
 def _write_parts(folder: Path, name: str, data: bytes) -> list[dict[str, Any]]:

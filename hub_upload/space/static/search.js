@@ -90,6 +90,7 @@ function changed(how = {}) {
   const n = pictures.count();
   find("invitation").textContent = n ? say("invitation_more", { n }) : say("invitation");
   find("collect").classList.toggle("empty", !n);
+  find("files").parentElement.classList.toggle("main", !n);
   find("forget").hidden = !n && facts.missing > 0;
   if (asked.like && !pictures.get(asked.like)) {
     asked.like = "";
@@ -106,7 +107,8 @@ function showFacts(how) {
   Object.assign(facts, how);
   const where = facts.provider === "webgpu" ? say("on_gpu") : say(facts.faulty ? "gpu_faulty" : "on_cpu", { n: facts.threads });
   find("facts").textContent = [`${say("model", { name: facts.name })}, ${where}`, facts.lean && say("lean")].filter(Boolean).join("; ");
-  const promise = say(facts.kept ? "promise" : "promise_again", { megabytes: Math.round(facts.missing / 1e6) });
+  const promised = !facts.kept ? "promise_again" : pictures.count() ? "promise_rest" : "promise";
+  const promise = say(promised, { megabytes: Math.round(facts.missing / 1e6) });
   find("promise").textContent = facts.missing ? promise : "";
 }
 
