@@ -3,13 +3,13 @@
     python -m benchmarks.static_page --output benchmarks/results/static_page.json
     python -m benchmarks.static_page --model runs/search/model --full_size_random --output static_page_full.json
 
-Chromium (`chromium` on the path, driven by playwright) opens the page from a plain file server, without the headers that
-would give it threads, and from one that sends them. Real pictures are chosen in the page: photographs of 12 megapixels
-and of 640 x 480 pixels (`benchmarks.search_photos`). A picture's seconds are those between two pictures, once the model
-is loaded: decoding, resizing, the image tower, the thumbnail and the storage. The first text takes the fetching (from
-this machine), the preparing and the run of the text tower; the others, the run alone. Memory is what Chromium's processes
-hold beyond that of an empty page, sampled four times a second, shared pages counted by their share. The last line of the
-output is JSON.
+Chromium (`chromium` on the path, driven by playwright) opens the page from a plain file server, without the headers
+that would give it threads, and from one that sends them. Real pictures are chosen in the page: photographs of 12
+megapixels and of 640 x 480 pixels (`benchmarks.search_photos`). A picture's seconds are those between two pictures,
+once the model is loaded: decoding, resizing, the image tower, the thumbnail and the storage. The first text takes the
+fetching (from this machine), the preparing and the run of the text tower; the others, the run alone. Memory is what
+Chromium's processes hold beyond that of an empty page, sampled four times a second, shared pages counted by their
+share. The last line of the output is JSON.
 """
 
 import http.server

@@ -1,4 +1,5 @@
-// A picture's file to the numbers that the model takes, as Python's processor makes them: PIL's bicubic filter.
+// A picture's file to the numbers that the model takes, as Python's processor makes them: PIL's bicubic filter, columns
+// first. Of pictures more than twice as tall as wide Pillow 13 takes the rows first, which changes a level here and there.
 const BITS = 22; // of the whole numbers that PIL computes with
 const STRIP = 256; // rows that are read at once: a photograph of 50 megapixels is never held as numbers
 const THUMBNAIL_SIDE = 256; // pixels of the longer side
