@@ -32,9 +32,10 @@ import numpy as np
 import psutil
 
 from benchmarks.search_photos import make_model, make_photos, photo_path, small_photos
-from benchmarks.timing import conditions, finish
+from benchmarks.timing import conditions, finish, table
 from capivara_search.common.cli import at_least, flag, parse
 from capivara_search.common.files import read_json
+from capivara_search.common.privacy import short_name
 from capivara_search.index import PictureIndex
 from capivara_search.miniature import miniature_folder
 from hub_upload.space.static_page import fetched_libraries, write_static_page
@@ -93,7 +94,8 @@ def main(argv: list[str] | None = None) -> None:
                 target = work / name / f"{name}-{number:03d}.jpg"
                 target.parent.mkdir(exist_ok=True)
                 sets[name].append(Path(shutil.copy(source, target)))
-        results = conditions() | {"model": read_json(page / "model" / "model.json")["name"], "bytes": page_bytes(page)}
+        title = "full size, random weights" if args.full_size_random else "miniature" if not args.model else model
+        results = conditions() | {"title": short_name(title), "bytes": page_bytes(page)}
         results |= {"photographs": args.photographs, "runs": {}}
         for name, headers in (("one_thread", {}), ("isolated", ISOLATED)):
             with served(page, headers) as url:
@@ -129,7 +131,7 @@ def visit(url: str, sets: dict[str, list[Path]]) -> tuple[dict[str, Any], dict[s
             empty = max(memory)
             page.goto(url)
             page.locator("#collect").wait_for()
-            found: dict[str, Any] = {"facts": "", "seconds_a_picture": {}, "memory_mb": {}}
+            found: dict[str, Any] = {"seconds_a_picture": {}, "memory_mb": {}}
             vectors: dict[str, list] = {}
             for name, files in sets.items():
                 with sampled() as memory:
@@ -147,7 +149,7 @@ def visit(url: str, sets: dict[str, list[Path]]) -> tuple[dict[str, Any], dict[s
             found["first_text_s"] = round(texts[0]["seconds"], 2)
             found["text_s"] = round(statistics.median(one["seconds"] for one in texts[1:]), 3)
             vectors |= {text: one["vector"] for text, one in zip(TEXTS, texts[1:], strict=True)}
-            found["facts"] = page.locator("#facts").inner_text()
+            found["threads"] = int(re.search(r"(\d+) thread", page.locator("#facts").inner_text())[1])
             found["chromium"] = chromium.version
             return found, vectors
         finally:
@@ -239,6 +241,48 @@ def _compared(expected: Any, made: list[list[float]]) -> dict[str, float]:
     one, other = (np.asarray(vectors, dtype=np.float64) for vectors in (expected, made))
     found = (one * other).sum(axis=1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
     return {"lowest": round(float(found.min()), 5), "mean": round(float(found.mean()), 5)}
+
+
+# ---- what is said of it ----
+
+
+def static_page_table(*results: dict[str, Any]) -> str:
+    """A table of the runs of one or several models, and a paragraph under it."""
+    heads = (
+        "Model",
+        "Threads",
+        "12 megapixels, s",
+        "640 x 480, s",
+        "first text, s",
+        "text, s",
+        "images, MB",
+        "both, MB",
+    )
+    rows, facts = [], []
+    for found in results:
+        for run in found["runs"].values():
+            seconds, memory = run["seconds_a_picture"], run["memory_mb"]
+            rows.append(
+                (
+                    found["title"],
+                    str(run["threads"]),
+                    f"{seconds['12_megapixels']:.2f}",
+                    f"{seconds['640x480']:.2f}",
+                    f"{run['first_text_s']:.1f}",
+                    f"{run['text_s']:.2f}",
+                    f"{max(memory['12_megapixels'], memory['640x480']):,}",
+                    f"{memory['with_text_tower']:,}",
+                )
+            )
+        near = found["cosine_to_python"]
+        facts.append(
+            f"{found['title']}: {sum(found['bytes'].values()) / 1e6:.0f} MB on the host; lowest cosine to Python's "
+            f"float32 vectors {min(near['12_megapixels']['lowest'], near['640x480']['lowest']):.4f} for pictures, "
+            f"{near['texts']['lowest']:.4f} for texts."
+        )
+    last = results[-1]
+    facts.append(f"Chromium {last['runs']['one_thread']['chromium']} on {last['device']}, without WebGPU.")
+    return table(heads, rows, " ".join(facts))
 
 
 if __name__ == "__main__":
