@@ -21,6 +21,7 @@ import yaml
 from browser import Browser, open_browser, require_chromium
 from made_pictures import bomb
 from PIL import Image
+from tokenizers import normalizers
 
 pytest.importorskip("uvicorn", reason="hub_upload.space needs uvicorn: pip install -e '.[app]'")
 
@@ -29,10 +30,12 @@ from capivara_search.miniature import miniature_folder
 from examples.openmoji.concepts import concept_rows
 from examples.openmoji.dataset import render_png
 from examples.real_images import PHOTOS, photo
+from hub_upload.export import export
 from hub_upload.space import static_page
 from hub_upload.space.__main__ import main
 from hub_upload.space.static_page import (
     LIBRARIES,
+    NMT,
     OURS,
     PAGES,
     RUNTIMES,
@@ -146,11 +149,19 @@ def stand_in(tmp_path) -> Path:
     return modules
 
 
+@pytest.fixture(scope="module")
+def small_model(saved_tiny_folder, tmp_path_factory) -> Path:
+    """A tiny model with its graphs."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    export(saved_tiny_folder, folder, ["transformers", "onnx"])
+    return folder
+
+
 @pytest.mark.slow
-def test_the_folder(tiny_folder, stand_in, tmp_path, capsys, monkeypatch):
+def test_the_folder(small_model, stand_in, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(static_page, "PART_BYTES", 10_000)
     page = tmp_path / "page"
-    main(["--model", str(tiny_folder), "--static", str(page), "--library", str(stand_in), "--repo_id", "us/page"])
+    main(["--model", str(small_model), "--static", str(page), "--library", str(stand_in), "--repo_id", "us/page"])
     said = capsys.readouterr().out
     assert "python -m http.server" in said and "Nothing was sent" in said and "model/model.json" in said
     facts = json.loads((page / "model" / "model.json").read_text("utf-8"))
@@ -165,9 +176,18 @@ def test_the_folder(tiny_folder, stand_in, tmp_path, capsys, monkeypatch):
     assert "sourceMappingURL" not in (page / "library" / "ort.wasm.js").read_text()
     for path in page.rglob("*"):
         assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes(), f"{path} names this machine"
-    again = tmp_path / "again"
-    write_static_page(str(tiny_folder), again, stand_in)
-    assert json.loads((again / "model/model.json").read_text())["digest"] == facts["digest"], "the index would be lost"
+    write_static_page(str(small_model), tmp_path / "again", stand_in)
+    assert json.loads((tmp_path / "again/model/model.json").read_text())["digest"] == facts["digest"], "or all is lost"
+
+
+def test_the_replacements_do_what_the_normaliser_does():
+    """Each letter of Unicode's first plane, between two others."""
+    letters = [chr(code) for code in range(1, 0x10000) if not 0xD800 <= code < 0xE000]
+    text = "".join(f"a{letter}b" for letter in letters)
+    expected = normalizers.Nmt().normalize_str(text)
+    for pattern, replacement in NMT:
+        text = re.sub(pattern, replacement, text)
+    assert text == expected
 
 
 # --- A visit ---------------------------------------------------------------------------------------------------------
@@ -179,13 +199,26 @@ def model() -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(model, tmp_path_factory) -> Path:
-    """The page of the miniature."""
+def library(tmp_path_factory) -> Path:
     require_npm()
     require_chromium()
-    folder = tmp_path_factory.mktemp("static")
-    write_static_page(str(model), folder / "page", fetched_libraries(folder))
-    return folder / "page"
+    return fetched_libraries(tmp_path_factory.mktemp("npm"))
+
+
+@pytest.fixture(scope="module")
+def page(model, library, tmp_path_factory) -> Path:
+    """The page of the miniature."""
+    folder = tmp_path_factory.mktemp("static") / "page"
+    write_static_page(str(model), folder, library)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small_page(small_model, library, tmp_path_factory) -> Path:
+    """The page of a tiny model."""
+    folder = tmp_path_factory.mktemp("small") / "page"
+    write_static_page(str(small_model), folder, library)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -397,9 +430,9 @@ def forgets(visitor: Visitor) -> None:
 
 
 @pytest.mark.slow
-def test_the_worker_reaches_no_other_origin(page):
+def test_the_worker_reaches_no_other_origin(small_page):
     """Workers have the policy of the page only where they are made as this one is."""
-    with served(page) as url, served(page) as other, open_browser() as opened:
+    with served(small_page) as url, served(small_page) as other, open_browser() as opened:
         Visitor(opened, url)
         (worker,) = opened.page.workers
         ask = "(url) => fetch(url).then(() => 'answered', () => 'refused')"
@@ -408,12 +441,12 @@ def test_the_worker_reaches_no_other_origin(page):
 
 
 @pytest.mark.slow
-def test_threads_little_memory_and_a_damaged_part(page, fotos, tmp_path):
+def test_threads_little_memory_and_a_damaged_part(small_page, fotos, tmp_path):
     files = sorted(fotos.glob("*.png"))[:3]
-    damaged = shutil.copytree(page, tmp_path / "page")
+    damaged = shutil.copytree(small_page, tmp_path / "page")
     part = next((damaged / "model").glob("vision_weights-*"))
     whole = part.read_bytes()
-    part.write_bytes(whole[:-1] + b"\x00")
+    part.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with served_isolated(damaged) as url, open_browser() as opened:
         opened.page.add_init_script("Object.defineProperty(navigator, 'deviceMemory', { value: 1 })")
         visitor = Visitor(opened, url)
@@ -423,14 +456,50 @@ def test_threads_little_memory_and_a_damaged_part(page, fotos, tmp_path):
         visitor.picks(files)
         visitor.sees("#said", "3 imagens novas")
         assert len(visitor.finds("um cachorro")) == 3
+        visitor.picks(sorted(fotos.glob("*.jpg"))[:1])  # the image tower again, which the text tower had displaced
+        visitor.sees("#invitation", "4 imagens")
         threads = min(opened.page.evaluate("navigator.hardwareConcurrency"), 8)
-        assert f"{threads} thread" in opened.page.locator("#facts").inner_text()
+        visitor.sees("#facts", f"{threads} thread")
         visitor.sees("#facts", "uma metade do modelo por vez")
         visitor.sees("#facts", "não oferece WebGPU")
 
 
 @pytest.mark.slow
-def test_pixels_are_those_of_the_processor(page):
+def test_a_browser_that_computes_something_else(small_page, fotos, tmp_path):
+    other = shutil.copytree(small_page, tmp_path / "page")
+    facts = json.loads((other / "model/model.json").read_text("utf-8"))
+    facts["probe"] = [-value for value in facts["probe"]]
+    (other / "model/model.json").write_text(json.dumps(facts), encoding="utf-8")
+    with served(other) as url, open_browser() as opened:
+        visitor = Visitor(opened, url)
+        visitor.picks(sorted(fotos.iterdir())[:1])
+        visitor.sees("#notice", "O modelo não dá aqui o resultado que deveria")
+        visitor.sees("#invitation", "Escolha imagens suas")
+
+
+@pytest.mark.slow
+def test_webgpu_by_software(small_page, fotos):
+    """Chromium's software GPU stands for a graphics card: the same vectors as those of the processor."""
+    from playwright.sync_api import sync_playwright
+
+    software = ["--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan"]
+    files, made = sorted(fotos.glob("*.png"))[:3], {}
+    for name, flags in (("wasm", []), ("webgpu", software)):
+        with served(small_page) as url, sync_playwright() as playwright:
+            chromium = playwright.chromium.launch(executable_path=require_chromium(), args=["--no-sandbox", *flags])
+            visitor = Visitor(Browser(chromium.new_page()), url)
+            if name == "webgpu" and not visitor.page.evaluate("navigator.gpu?.requestAdapter().then(Boolean)"):
+                pytest.skip("this Chromium has no WebGPU in software")
+            visitor.picks(files)
+            visitor.sees("#said", "3 imagens novas")
+            visitor.sees("#facts", "WebGPU" if name == "wasm" else "na placa de vídeo (WebGPU)")
+            made[name] = {one["name"]: np.array(one["vector"]) for one in visitor.page.evaluate(VECTORS)}
+            chromium.close()
+    assert all(made["wasm"][name] @ made["webgpu"][name] > 0.999 for name in made["wasm"])
+
+
+@pytest.mark.slow
+def test_pixels_are_those_of_the_processor(small_page):
     """To the last bit, larger and smaller than the model's input, lying and standing.
 
     Of pictures that are more than twice as tall as wide, Pillow 13 takes the rows first: they differ by a level or so.
@@ -444,7 +513,7 @@ def test_pixels_are_those_of_the_processor(page):
     }}"""
     level = 1 / 255 / np.array(processor.image_std, dtype=np.float32)[:, None, None]  # of 256, of each colour
     sizes = ((640, 481), (481, 640), (224, 224), (97, 61), (1303, 1000), (700, 333), (333, 700))
-    with served(page) as url, open_browser() as opened:
+    with served(small_page) as url, open_browser() as opened:
         Visitor(opened, url)
         for width, height in sizes:
             few = generator.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)

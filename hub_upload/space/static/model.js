@@ -76,6 +76,7 @@ async function tower(kind, progress) {
   try {
     towers[kind] = await session(kind, files);
   } catch (error) {
+    if (error.code === "disagrees") throw error;
     if (how.lean || !Object.keys(towers).length) throw coded("memory", {}, error);
     how.lean = true; // both do not fit: one at a time may
     await release();
@@ -105,7 +106,8 @@ async function startRuntime(files) {
 /** The session of a graph: images on the GPU where it gives the right answer, texts, which are short, never. */
 async function session(kind, files) {
   const externalData = [{ path: facts.weights[kind], data: files[`${kind}_weights`] }];
-  const create = (provider) => state.ort.InferenceSession.create(files[kind], { executionProviders: [provider], externalData });
+  const create = (provider) =>
+    state.ort.InferenceSession.create(files[kind], { executionProviders: [provider], externalData, logSeverityLevel: 3 });
   if (kind === "text") return create("wasm");
   if (how.provider === "webgpu") {
     try {
@@ -118,8 +120,9 @@ async function session(kind, files) {
     Object.assign(how, { provider: "wasm", faulty: true });
   }
   const made = await create("wasm");
-  if (!(await agrees(made))) throw coded("disagrees");
-  return made;
+  if (await agrees(made)) return made;
+  await made.release();
+  throw coded("disagrees");
 }
 
 /** Whether a session answers a given input as Python did when the page was made; it is the first run, too. */
