@@ -25,6 +25,7 @@ from benchmarks import (
     recipe_tables,
     scaling,
     search_tables,
+    static_page,
     train_step,
 )
 from benchmarks.timing import RESULTS, ROOT, software, table
@@ -77,6 +78,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "eval_retrieval": eval_retrieval_block,
             "export": export_block,
             "space_load": space_load_block,
+            "static_page": lambda: static_page.static_page_table(_results("static_page"), _results("static_page_full")),
             "captions": lambda: captions.captions_table(_results("captions")),
             "captions_selection": lambda: captions_selection.selection_table(_results("captions_selection")),
         },
