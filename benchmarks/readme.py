@@ -28,6 +28,7 @@ from benchmarks import (
     recipe_tables,
     scaling,
     search_tables,
+    static_page,
     train_step,
     trim_vocabulary,
 )
@@ -86,6 +87,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "export": export_block,
             "in_browser": lambda: in_browser.in_browser_table(_results("in_browser")),
             "space_load": space_load_block,
+            "static_page": lambda: static_page.static_page_table(_results("static_page"), _results("static_page_full")),
             "captions": lambda: captions.captions_table(_results("captions")),
             "captions_selection": lambda: captions_selection.selection_table(_results("captions_selection")),
         },

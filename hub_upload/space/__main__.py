@@ -3,6 +3,7 @@
     python -m hub_upload.space --model runs/mine --pictures ~/Pictures --space demo
     python -m hub_upload.space --model runs/mine --pictures data/openmoji/dataset --repo_id org/demo         # lists it
     python -m hub_upload.space --model runs/mine --pictures data/openmoji/dataset --repo_id org/demo --push  # sends it
+    python -m hub_upload.space --model runs/mine --static page   # without a server: visitors search pictures of theirs
 
 Thumbnails stand for the pictures, whose files stay here, as do their folders' names and the places where they were
 taken. To search on this machine: `capivara app`.
@@ -46,6 +47,15 @@ class SpaceArguments(ImageFileArguments):
     batch_size: int = flag(32, "Pictures that are embedded at once.")
     cache_dir: str = flag("auto", "Folder of the index; auto = $CAPIVARA_CACHE or ~/.cache/capivara.")
     space: Path | None = flag(None, "Write the folder of the Space here, and list its files.")
+    static: Path | None = flag(
+        None,
+        "Write a page without a server here instead: it searches the pictures that a visitor chooses, in the visitor's "
+        "own browser, and takes none of --pictures. Any file server serves the folder.",
+    )
+    library: Path | None = flag(
+        None,
+        "Of --static: a node_modules with onnxruntime-web and @huggingface/tokenizers; npm fetches them without it.",
+    )
     repo_id: str | None = flag(None, "Space on the Hub, such as org/demo. Without --push its files are only listed.")
     push: bool = flag(False, "Send the Space to --repo_id, with the token of `hf`.")
     private: bool = flag(False, "A new Space is seen by its owner alone.")
@@ -56,7 +66,13 @@ class SpaceArguments(ImageFileArguments):
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
         if self.push and self.repo_id is None:
             raise ValueError("--push needs --repo_id, the Space on the Hub, such as org/demo.")
-        if self.space is None and self.repo_id is None:
+        if self.static is not None and (self.space is not None or self.compare is not None):
+            raise ValueError(
+                "--static is a page of one model, in a folder of its own; leave --space and --compare out."
+            )
+        if self.static is None and self.library is not None:
+            raise ValueError("--library is of --static FOLDER alone.")
+        if self.space is None and self.repo_id is None and self.static is None:
             raise ValueError("Say where the Space goes: --space FOLDER or --repo_id org/demo; `capivara app` searches.")
         if self.cache_dir == "off":
             raise ValueError("The index is kept; cache_dir must be auto or a folder, got 'off'.")
@@ -76,7 +92,9 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: SpaceArguments) -> None:
     """Build the index where it is not there, write the Space, list it, and send it if that was asked for."""
     require("A Space", "app", *PACKAGES)
-    from hub_upload.space.publish_space import check_target, listing, open_indexes, push_space, write_space
+    if args.static:
+        return run_static(args)
+    from hub_upload.space.publish_space import check_target, listing, open_indexes, write_space
 
     models = [model for model in (args.model, args.compare) if model]
     check_target(models, args.space, args.repo_id)  # before the index is built, which can take an hour
@@ -88,10 +106,28 @@ def run(args: SpaceArguments) -> None:
         print(listing(folder, write_space(indexes, models, folder, credit)))
         if args.space:
             print(f"The Space is in {folder}; `python app.py` there starts it.")
-        if args.push:
-            print(f"Sent: {push_space(folder, args.repo_id, args.private)}")
-        elif args.repo_id:
-            print(f"Nothing was sent. With --push, these files go to {args.repo_id}.")
+        send(args, folder, "docker")
+
+
+def run_static(args: SpaceArguments) -> None:
+    """Write the page without a server, list it, and send it if that was asked for."""
+    from hub_upload.space.publish_space import check_target, listing
+    from hub_upload.space.static_page import write_static_page
+
+    check_target([args.model], args.static, args.repo_id)
+    print(listing(args.static, write_static_page(args.model, args.static, args.library)))
+    print(f"The page is in {args.static}; `python -m http.server` there shows it.")
+    send(args, args.static, "static")
+
+
+def send(args: SpaceArguments, folder: Path, sdk: str) -> None:
+    """Send a Space's folder, or say that it was not."""
+    from hub_upload.space.publish_space import push_space
+
+    if args.push:
+        print(f"Sent: {push_space(folder, args.repo_id, args.private, sdk)}")
+    elif args.repo_id:
+        print(f"Nothing was sent. With --push, these files go to {args.repo_id}.")
 
 
 if __name__ == "__main__":

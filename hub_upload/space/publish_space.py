@@ -164,7 +164,7 @@ def check_target(models: Sequence[str], folder: Path | None, repo_id: str | None
     if len(models) > len({short_name(model) for model in models}):
         raise ValueError(f"{' and '.join(models)} would both be {short_name(models[0])} in the Space; rename one.")
     if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"--space {folder} is a file or not empty. Choose another one, or remove it.")
+        raise ValueError(f"{folder} is a file or not empty. Choose another one, or remove it.")
     if repo_id is not None:
         check_repo_id(repo_id)
 
@@ -188,13 +188,14 @@ def _size(folder: Path, files: Sequence[Path]) -> str:
     return readable_size(sum((folder / file).stat().st_size for file in files))
 
 
-def push_space(folder: Path, repo_id: str, private: bool) -> str:
+def push_space(folder: Path, repo_id: str, private: bool, sdk: str = "docker") -> str:
     """Make the Space where there is none, and send the folder to it in one commit.
 
     Args:
-        folder: as `write_space` writes it.
+        folder: as `write_space` writes it, or `static_page.write_static_page`.
         repo_id: owner/name.
         private: whether a new Space is seen by its owner alone; one that exists stays as it is.
+        sdk: of a new Space: "docker", or "static" for a page without a server.
 
     Returns:
         The address of the commit.
@@ -208,10 +209,11 @@ def push_space(folder: Path, repo_id: str, private: bool) -> str:
         if get_token() is None:
             raise PushError(NO_TOKEN)
         api = HfApi()
-        api.create_repo(repo_id, repo_type="space", space_sdk="docker", private=private or None, exist_ok=True)
+        api.create_repo(repo_id, repo_type="space", space_sdk=sdk, private=private or None, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id, repo_type="space", folder_path=folder, commit_message="Demonstração do CAPIVARA",
-            delete_patterns=["index*", "models/*", "*.py"],  # of an earlier version, if it is not sent again
+            # of an earlier version, if it is not sent again
+            delete_patterns=["index*", "models/*", "*.py", "model/*", "static/*", "library/*"],
         )  # fmt: skip
     return commit.commit_url
 

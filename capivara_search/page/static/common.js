@@ -58,7 +58,7 @@ export function tile(picture, text, open, mark = null) {
   const made = element(
     "button",
     { type: "button", class: "tile", title: picture.name, "data-path": picture.path, "aria-label": text, click: open },
-    element("img", { src: address("thumbnail", picture), alt: "", loading: "lazy", decoding: "async" }),
+    element("img", { src: picture.source ?? address("thumbnail", picture), alt: "", loading: "lazy", decoding: "async" }),
     element("span", { class: "caption", "aria-hidden": "true" }, element("span", {}, picture.name)),
     mark,
   );

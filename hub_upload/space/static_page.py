@@ -1,0 +1,295 @@
+"""A page without a server: the search of one's own pictures in the browser, as a folder of plain files.
+
+    python -m hub_upload.space --static page --model runs/mine     # then: cd page && python -m http.server
+
+    index.html, en.html    the page, in Portuguese and in English
+    static/                its scripts and style sheets: hub_upload/space/static, and what capivara_search's page has
+    library/               onnxruntime-web and @huggingface/tokenizers, as npm gives them
+    model/                 the quantised towers, tokenizer and WebAssembly in parts, and model.json, which lists them
+
+Nothing is asked of another host: the page's own policy forbids it, to the worker that runs the model, too. Parts are
+small enough for hosts with a limit, and an interrupted download goes on with the part where it was.
+"""
+
+import hashlib
+import html
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from capivara_search.common.environment import require
+from capivara_search.common.files import read_json, whole_folder, write_bytes, write_json, write_text
+from capivara_search.common.privacy import short_name
+from capivara_search.models import find_model
+from hub_upload.allowed_files import check_paths, check_secrets
+from hub_upload.onnx_files import ONNX_PACKAGES
+from hub_upload.space.collection import stated
+from modeling_capivara import CapivaraImageProcessor
+from modeling_capivara.loading import load_processor
+from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
+
+OURS, SEARCH_PAGE = Path(__file__).parent / "static", Path(__file__).parents[2] / "capivara_search" / "page"
+SCRIPTS = ("search.js", "collect.js", "engine.js", "look.js", "model.js", "pictures.js", "pixels.js", "store.js")
+SHARED = ("common.js", "page.css", "icon.svg")  # of capivara_search's page
+PAGES = {"pt": "index.html", "en": "en.html"}
+# Of npm: package -> the versions that are taken. Tried: onnxruntime-web 1.30, @huggingface/tokenizers 0.1.
+LIBRARIES = {"onnxruntime-web": ">=1.22 <2", "@huggingface/tokenizers": ">=0.1 <1"}
+# File of the page -> where it lies in node_modules. Everything that a file server may not know the kind of ends in .js.
+SOURCES = {
+    "tokenizers.js": "@huggingface/tokenizers/dist/tokenizers.min.mjs",
+    "ort.wasm.js": "onnxruntime-web/dist/ort.wasm.bundle.min.mjs",
+    "ort.webgpu.js": "onnxruntime-web/dist/ort.webgpu.bundle.min.mjs",
+}
+RUNTIMES = {  # where the model runs -> its WebAssembly
+    "wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
+    "webgpu": "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
+}
+PRECISIONS = ("_quantized", "_int8", "")  # how a graph's name goes on, the one that is taken first
+PART_BYTES = 20 * 2**20  # some hosts take files of at most 25 MiB
+TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "bos_token", "eos_token", "pad_token", "unk_token")
+# What XLM-R's normaliser `Nmt` does, in two replacements: @huggingface/tokenizers does not know it.
+NMT = (
+    (r"[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]", ""),
+    (r"[\u0009\u000a\u000c\u000d\u1680\u200b-\u200f\u2028\u2029\u2581\ufeff\ufffd]", " "),
+)
+README = """
+# {title}
+
+Busca de imagens por palavras em português, no navegador de quem visita: as imagens não são enviadas a lugar nenhum.
+Modelo: {name}, da família CAPIVARA ([artigo](https://arxiv.org/abs/2310.13683)).
+
+A pasta funciona em qualquer servidor de arquivos, como `python -m http.server`.
+
+## Licenças
+
+O código é MIT. {model_licence} Em `library/`: {libraries}.
+"""
+
+
+def write_static_page(
+    model: str, folder: Path, library: Path | None = None, title: str = "CAPIVARA: busca nas suas imagens"
+) -> list[Path]:
+    """Write the folder of the page.
+
+    Args:
+        model: folder or Hub id of a CAPIVARA model. The graphs in its `onnx/` are taken, quantised where it has them;
+            where it has none they are made, which takes minutes at full size.
+        folder: where to; missing or empty.
+        library: a `node_modules` that has `LIBRARIES`; npm fetches them where None.
+        title: of the page as a Space.
+
+    Returns:
+        The files, relative to `folder`, in order.
+
+    Raises:
+        ValueError: the model's pixels are made in a way that the page does not know, a graph is missing, npm is
+            missing or fails, or a file names a path of this machine or a token.
+        ImportError: a package that ONNX needs is missing.
+    """
+    require("A page without a server", "onnx", *ONNX_PACKAGES)
+    with whole_folder(folder) as made, tempfile.TemporaryDirectory() as work:
+        source = find_model(model).folder
+        pixels = pixel_facts(load_processor(source).image_processor)
+        modules = library or fetched_libraries(Path(work))
+        _write_library(modules, made / "library")
+        graphs = made_graphs(source, Path(work))
+        facts = {
+            "name": short_name(model),
+            **pixels,
+            "length": CONTEXT_LENGTH,
+            **_probe(graphs["vision"], pixels["side"]),
+        }
+        facts["weights"] = {kind: _weights(path).name for kind, path in graphs.items()}  # as a graph calls its file
+        contents = {kind: path.read_bytes() for kind, path in graphs.items()}
+        contents |= {f"{kind}_weights": _weights(path).read_bytes() for kind, path in graphs.items()}
+        image_side = contents["vision"] + contents["vision_weights"] + json.dumps(pixels).encode()
+        facts["digest"] = hashlib.sha256(image_side).hexdigest()[:32]
+        contents |= {kind: (modules / name).read_bytes() for kind, name in RUNTIMES.items()}
+        contents["tokenizer"] = _tokenizer(source)
+        facts["files"] = {name: _write_parts(made / "model", name, data) for name, data in contents.items()}
+        write_json(made / "model" / "model.json", facts)
+        _write_pages(made)
+        write_text(made / "README.md", _readme(model, source, modules, title))
+        for path in (*made.glob("*.*"), *made.glob("static/*"), made / "model" / "model.json"):
+            check_secrets(path, path.name)
+            check_paths(path, path.name)
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def pixel_facts(processor: CapivaraImageProcessor) -> dict[str, Any]:
+    """What the page must know to make `pixel_values`: side, mean and standard deviation of a colour.
+
+    Raises ValueError where a processor does something else than the page: a bicubic resize and a crop of one side.
+    """
+    side, crop = processor.size["shortest_edge"], processor.crop_size
+    if not processor.resample == 3 or {side, crop["height"], crop["width"]} != {side}:
+        raise ValueError(
+            f"The page resizes by bicubic interpolation and crops a square of the same side; the model's processor has "
+            f"resample {processor.resample}, size {side}, crop {crop['height']} x {crop['width']}."
+        )
+    return {"side": side, "mean": list(processor.image_mean), "std": list(processor.image_std)}
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
+
+
+def made_graphs(model: Path, work: Path) -> dict[str, Path]:
+    """Tower -> graph, its weights in a file beside it, of a model's folder; made below `work` where it has none."""
+    if not any(model.glob("onnx/*_model*.onnx")):
+        from hub_upload.export import export
+
+        export(model, work / "repository", ["transformers", "onnx"])
+        model = work / "repository"
+    return {kind: _graph(model / "onnx", kind, work) for kind in ("vision", "text")}
+
+
+def _graph(onnx: Path, kind: str, work: Path) -> Path:
+    """The smallest graph of a tower; weights that are in it are put beside it, where a browser holds them once."""
+    paths = [onnx / f"{kind}_model{precision}.onnx" for precision in PRECISIONS]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(f"{onnx} has none of {names}. Make them by hub_upload.export, or take the folder away.")
+    check_secrets(path, path.name)
+    if _weights(path):
+        return path
+    import onnx as writer
+
+    apart = {"save_as_external_data": True, "location": f"{path.name}_data"}
+    writer.save(writer.load(path), work / path.name, **apart)
+    return work / path.name
+
+
+def _weights(graph: Path) -> Path | None:
+    """The file of weights beside a graph."""
+    names = (f"{graph.name}_data", f"{graph.name}.data")
+    return next((graph.with_name(name) for name in names if graph.with_name(name).is_file()), None)
+
+
+def _probe(vision: Path, side: int) -> dict[str, list[float]]:
+    """What the image tower makes of given numbers, by which a browser sees whether it computes the same."""
+    import onnxruntime
+
+    numbers = (np.arange(3 * side * side) * 40503 % 65536 / 65536 * 4 - 2).astype(np.float32)
+    session = onnxruntime.InferenceSession(vision, providers=["CPUExecutionProvider"])
+    vector = session.run(["image_embeds"], {"pixel_values": numbers.reshape(1, 3, side, side)})[0][0]
+    return {"width": len(vector), "probe": [round(float(value), 5) for value in vector / np.linalg.norm(vector)]}
+
+
+def _tokenizer(model: Path) -> bytes:
+    config = read_json(model / "tokenizer_config.json")
+    settings = {name: config[name] for name in TOKENIZER_SETTINGS if isinstance(config.get(name), str | bool)}
+    content = {"tokenizer": read_json(model / "tokenizer.json"), "config": settings}
+    normaliser = content["tokenizer"]["normalizer"]
+    content["tokenizer"]["normalizer"] = normaliser and {"type": "Sequence", "normalizers": _plain_steps(normaliser)}
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _plain_steps(normaliser: dict[str, Any]) -> list[dict[str, Any]]:
+    """The steps of a normaliser, `Nmt` as replacements."""
+    if normaliser["type"] == "Sequence":
+        return [step for part in normaliser["normalizers"] for step in _plain_steps(part)]
+    if normaliser["type"] == "Nmt":
+        return [{"type": "Replace", "pattern": {"Regex": pattern}, "content": text} for pattern, text in NMT]
+    return [normaliser]
+
+
+def _write_parts(folder: Path, name: str, data: bytes) -> list[dict[str, Any]]:
+    """Write `data` in parts; name, bytes and SHA-256 of each."""
+    parts = []
+    for number, start in enumerate(range(0, len(data), PART_BYTES)):
+        part, file = data[start : start + PART_BYTES], f"{name}-{number:02d}.data"
+        write_bytes(folder / file, part)
+        parts.append({"name": file, "bytes": len(part), "sha256": hashlib.sha256(part).hexdigest()})
+    return parts
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+
+def _write_pages(made: Path) -> None:
+    for name in ("static.css", "worker.js", *SCRIPTS):
+        _copy(OURS / name, made / "static" / name)
+    for name in SHARED:
+        _copy(SEARCH_PAGE / "static" / name, made / "static" / name)
+    _copy(SEARCH_PAGE.parents[1] / "LICENSE", made / "LICENSE")
+    for language, page in PAGES.items():
+        write_text(made / page, page_html(language))
+
+
+def page_html(language: str) -> str:
+    """The page in "pt" or "en"; what capivara_search's page says in the same words is taken from there."""
+    shared = read_json(SEARCH_PAGE / "words" / f"{language}.json")
+    words = {**shared, **read_json(OURS / f"{language}.json")}
+    texts = {name: html.escape(text) for name, text in words.items() if isinstance(text, str)}
+    texts["words"] = json.dumps(words, ensure_ascii=False).replace("<", "\\u003c")
+    template = (OURS / "index.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda name: texts[name[1]], template)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def _readme(model: str, source: Path, modules: Path, title: str) -> str:
+    licence = str(stated(source / "README.md").get("license") or "")
+    about = {
+        "title": title, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "static", "pinned": False,
+        "license": licence or "other",
+        # With these two the browser gives the page several threads.
+        "custom_headers": {
+            "cross-origin-embedder-policy": "require-corp", "cross-origin-opener-policy": "same-origin"
+        },
+        "short_description": "Busca nas suas imagens, no seu navegador",
+    }  # fmt: skip
+    libraries = []
+    for name in LIBRARIES:
+        package = read_json(modules / name / "package.json", version=str)
+        libraries.append(f"{name} {package['version']} ({package.get('license', '')})")
+    said = f"O modelo: {licence}." if licence else "O modelo não declara licença."
+    body = README.format(title=title, name=short_name(model), model_licence=said, libraries=", ".join(libraries))
+    return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
+
+
+# --- The libraries ---------------------------------------------------------------------------------------------------
+
+
+def fetched_libraries(work: Path) -> Path:
+    """The `node_modules` that npm makes below `work`. Raises ValueError where there is no npm, or it fails."""
+    wanted = [f"{name}@{versions}" for name, versions in LIBRARIES.items()]
+    by_hand = "npm install --ignore-scripts " + " ".join(LIBRARIES)
+    npm = shutil.which("npm")
+    if npm is None:
+        raise ValueError(
+            f"The page's JavaScript comes from npm, which is not installed. Install Node.js, or run `{by_hand}` on a "
+            "machine that has it and name the node_modules that it makes by --library."
+        )
+    command = [npm, "install", "--ignore-scripts", "--no-save", "--no-audit", "--no-fund", "--prefix", work, *wanted]
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = next((line for line in done.stderr.splitlines() if line.strip()), "it said nothing")
+        raise ValueError(f"npm could not fetch {' and '.join(LIBRARIES)}: {said} Or name a node_modules by --library.")
+    return work / "node_modules"
+
+
+def _write_library(modules: Path, target: Path) -> None:
+    missing = [name for name in (*SOURCES.values(), *RUNTIMES.values()) if not (modules / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"--library {modules} has no {missing[0]}. It must be the node_modules of `npm install --ignore-scripts "
+            f"{' '.join(LIBRARIES)}`."
+        )
+    for name, source in SOURCES.items():
+        code = (modules / source).read_text(encoding="utf-8")
+        write_text(target / name, re.sub(r"(?m)^//# sourceMappingURL=.*$", "", code))
+    for name in LIBRARIES:
+        for licence in sorted((modules / name).glob("LICENSE*")):
+            _copy(licence, target / f"{name.replace('/', '-').lstrip('@')}-{licence.name}")
