@@ -31,6 +31,7 @@ from benchmarks import (
     static_page,
     train_step,
     trim_vocabulary,
+    where_it_runs,
 )
 from benchmarks.timing import RESULTS, ROOT, software, table
 from capivara_search.common.cli import flag, parse, run_command
@@ -68,8 +69,14 @@ class ReadmeArguments:
 def pages() -> dict[str, dict[str, Callable[[], str]]]:
     """Page -> its blocks, by name -> what makes the text."""
     return {
-        "README.md": {"demo_summary": lambda: demo_summary(*SUMMARY_EN, decimal=".")},
-        "LEIAME.md": {"demo_summary": lambda: demo_summary(*SUMMARY_PT, decimal=",")},
+        "README.md": {
+            "demo_summary": lambda: demo_summary(*SUMMARY_EN, decimal="."),
+            "where_it_runs": lambda: where_it_runs.where_table(_where(), where_it_runs.ENGLISH, decimal="."),
+        },
+        "LEIAME.md": {
+            "demo_summary": lambda: demo_summary(*SUMMARY_PT, decimal=","),
+            "where_it_runs": lambda: where_it_runs.where_table(_where(), where_it_runs.PORTUGUESE, decimal=","),
+        },
         "docs/benchmarks.md": {
             "demo": demo_block,
             "main_job": lambda: main_job.main_job_table(_results("main_job")),
@@ -111,6 +118,10 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
 
 def _results(name: str) -> dict[str, Any]:
     return read_json(RESULTS / f"{name}.json")
+
+
+def _where() -> dict[str, Any]:
+    return {name: _results(name) for name in where_it_runs.FILES}
 
 
 def demo_summary(heads: tuple[str, ...], titles: tuple[str, ...], facts: str, decimal: str) -> str:

@@ -61,7 +61,7 @@ def test_pictures_are_small_and_copies_look_the_same(tmp_path):
 
 
 def test_the_readme_is_read_in_a_minute():
-    assert len(TEXTS["README.md"].splitlines()) <= 130, "details are for the pages in docs/"
+    assert len(TEXTS["README.md"].splitlines()) <= 140, "details are for the pages in docs/"
 
 
 def test_code_runs(tiny_folder, capsys):
