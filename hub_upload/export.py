@@ -110,8 +110,7 @@ def export(
     formats = _checked_formats(formats)
     if repo_id is not None:
         check_repo_id(repo_id)
-    check_output_folder(output, overwrite)
-    check_inputs_stay(output, model, text_config)
+    _check_output(output, overwrite, model, text_config)
     config, image_processor = source_model.read_config(model), _read_image_processor(model)
     if "transformers_js" in formats:
         transformers_js.readable_tokenizer(model)  # or an error before the graphs, which take minutes
@@ -148,11 +147,15 @@ def export_alone(args: ExportArguments, formats: Sequence[str]) -> list[tuple[st
             f"it, got {','.join(formats)}."
         )
     write = import_module(f"hub_upload.{formats[0]}").write  # (arguments, folder)
-    check_output_folder(args.output, args.overwrite_output_dir)
-    check_inputs_stay(args.output, args.model, args.base)
+    _check_output(args.output, args.overwrite_output_dir, args.model, args.base)
     with whole_folder(args.output, args.overwrite_output_dir) as folder:
         write(args, folder)
         return _finished(folder)
+
+
+def _check_output(output: Path, overwrite: bool, *inputs: str | Path | None) -> None:
+    check_output_folder(output, overwrite)
+    check_inputs_stay(output, *inputs)
 
 
 def _checked_formats(formats: Sequence[str]) -> list[str]:

@@ -132,7 +132,7 @@ BROKEN = {
     "no tokenizer": (lambda f: (f / "textual/tokenizer.json").write_text("{}"), "textual/tokenizer.json can't be read"),
     "M-CLIP's input": (
         lambda f: graph(f / "textual/model.onnx", "input_ids", TensorProto.INT32, [1, 77]),
-        r"textual/model.onnx takes input_ids; Immich gives a model of this kind 'text' alone",
+        r"textual/model.onnx takes input_ids; Immich gives a model of open_clip's kind 'text' alone",
     ),
     "ids of 64 bits": (
         lambda f: graph(f / "textual/model.onnx", "text", TensorProto.INT64, [1, 77]),
@@ -160,6 +160,12 @@ BROKEN = {
         "resize_mode must be shortest or squash, got 'longest'",
     ),
     "one mean": (lambda f: edit(f, "visual/preprocess_cfg.json", mean=0.5), "mean must be three numbers, got 0.5"),
+    "a division by 0": (
+        lambda f: edit(f, "visual/preprocess_cfg.json", std=[0.5, 0, 0.5]), "std must be finite and not 0"
+    ),
+    "a mean that is no number": (
+        lambda f: edit(f, "visual/preprocess_cfg.json", mean=[float("nan")] * 3), "mean must be finite, got"
+    ),
     "widths apart": (
         lambda f: graph(f / "visual/model.onnx", "image", TensorProto.FLOAT, [1, 3, 32, 32], width=9),
         "towers embed into 8 and 9 numbers",
