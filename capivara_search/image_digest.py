@@ -94,7 +94,9 @@ def _preprocessing(settings: dict[str, Any]) -> dict[str, Any]:
 def _weights_digest(folder: Path) -> str:
     """Of the image side's tensors, from the cache where the files are as they were."""
     paths = weight_files(folder)
-    places = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    # With the time of change: archives and `cp -p` give another model's file of the same size the same date.
+    marks = [(path.stat(), path) for path in paths]
+    places = [[str(path.resolve()), mark.st_size, mark.st_mtime_ns, mark.st_ctime_ns] for mark, path in marks]
     name = hashlib.blake2b(json.dumps(places).encode(), digest_size=16).hexdigest()
     kept = cache_home() / "image_digests" / f"{name}-{DIGEST_VERSION}.json"
     try:

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.files import check_output_folder, whole_folder, write_text
+from capivara_search.common.files import check_inputs_stay, check_output_folder, whole_folder, write_text
 from eval.eval_arguments import ReportArguments
 from eval.report_details import class_sections, gallery_sections
 from eval.report_folder import Found, read_folder
@@ -36,9 +36,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
         OSError: it can't be written.
     """
     check_output_folder(output, overwrite)
-    for kept in (results.resolve(), Path.cwd()):
-        if kept.is_relative_to(output.resolve()):
-            raise ValueError(f"The output folder {output} holds {kept}, which would be replaced. Choose another one.")
+    check_inputs_stay(output, results)
     found = read_folder(results)
     with whole_folder(output, overwrite) as folder:
         write_text(folder / "index.html", render(found, Pictures(folder)))

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 import modeling_capivara  # noqa: F401  registers the tokenizer of the text side: none of its folder's code is run
 from capivara_search.common.cli import parse, run_command, user_errors
 from capivara_search.common.environment import device_description, package_versions, require
-from capivara_search.common.files import read_json, whole_folder, write_json
+from capivara_search.common.files import check_inputs_stay, check_output_folder, read_json, whole_folder, write_json
 from capivara_search.common.privacy import short_name
 from capivara_search.image_digest import image_digest
 from eval.embeddings import EmbeddingStore
@@ -196,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(ExchangeArguments, __doc__, argv)
     require("examples.exchange_text_side", "vector_stores", "qdrant_client", "lancedb", "sentence_transformers")
+    check_output_folder(args.output, args.overwrite_output_dir)
+    check_inputs_stay(args.output, args.text_side, args.base, args.dataset)
     check_text_side(args.text_side, args.base)
     data = load_data(RetrievalArguments(args.base, args.dataset, args.output, split=args.split, language=args.language))
     with whole_folder(args.output, args.overwrite_output_dir) as folder:

@@ -68,7 +68,7 @@ def write(args: ExportArguments, folder: Path) -> None:
     text_bytes = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE))
     check_free_space(args.output, int(text_bytes * FILES_SHARE))
     denses = _write_sentence_transformers(model, folder)
-    open_clip = _write_open_clip(model, folder)
+    open_clip = _write_open_clip(model, base, folder)
     del model
     _write_tokenizer(args.model, folder)
     onnx_files.write_onnx(folder, args.model, ["text"])
@@ -140,10 +140,11 @@ def _pooling(width: int) -> dict[str, Any]:
     return {"word_embedding_dimension": width} | {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
 
 
-def _write_open_clip(model: CapivaraModel, folder: Path) -> bool:
-    """The text side for open_clip's model of the base, compared with the model; False where open_clip has no such."""
+def _write_open_clip(model: CapivaraModel, base: Path, folder: Path) -> bool:
+    """The text side for open_clip's model of the base, compared with the model; False where it does not fit there."""
     try:
         open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
+        _check_shapes(model, base)
     except ValueError as error:
         logger.info("open_clip is left out: %s", error)
         return False
@@ -153,6 +154,16 @@ def _write_open_clip(model: CapivaraModel, folder: Path) -> bool:
     written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]), model.config)
     check_tensors(folder / OPEN_CLIP_TEXT, written, tensor_digests(model.state_dict()))
     return True
+
+
+def _check_shapes(model: CapivaraModel, base: Path) -> None:
+    """Raise ValueError unless both text sides have the same tensors, as without them no state dict can be exchanged."""
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
+    tensors = mapped_tensors(source_model.weight_files(base))
+    theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ValueError(f"the base's model has {name} as {theirs.get(name)}, this one as {ours.get(name)}.")
 
 
 def _write_tokenizer(model: Path, folder: Path) -> None:

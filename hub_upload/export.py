@@ -31,6 +31,7 @@ import modeling_capivara
 from capivara_search.common.cli import parse, run_command
 from capivara_search.common.files import (
     check_free_space,
+    check_inputs_stay,
     check_output_folder,
     read_json,
     whole_folder,
@@ -109,7 +110,7 @@ def export(
     formats = _checked_formats(formats)
     if repo_id is not None:
         check_repo_id(repo_id)
-    _check_output(model, output, overwrite)
+    _check_output(output, overwrite, model, text_config)
     config, image_processor = source_model.read_config(model), _read_image_processor(model)
     if "transformers_js" in formats:
         transformers_js.readable_tokenizer(model)  # or an error before the graphs, which take minutes
@@ -146,17 +147,15 @@ def export_alone(args: ExportArguments, formats: Sequence[str]) -> list[tuple[st
             f"it, got {','.join(formats)}."
         )
     write = import_module(f"hub_upload.{formats[0]}").write  # (arguments, folder)
-    _check_output(args.model, args.output, args.overwrite_output_dir)
+    _check_output(args.output, args.overwrite_output_dir, args.model, args.base)
     with whole_folder(args.output, args.overwrite_output_dir) as folder:
         write(args, folder)
         return _finished(folder)
 
 
-def _check_output(model: Path, output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, overwrite: bool, *inputs: str | Path | None) -> None:
     check_output_folder(output, overwrite)
-    for kept in (model.resolve(), Path.cwd()):
-        if kept.is_relative_to(output.resolve()):
-            raise ValueError(f"The output folder {output} holds {kept}, which would be replaced. Choose another one.")
+    check_inputs_stay(output, *inputs)
 
 
 def _checked_formats(formats: Sequence[str]) -> list[str]:
@@ -178,6 +177,7 @@ def _int8_measurement(args: ExportArguments) -> Callable[[Path], list[str]] | No
     """What measures the int8 graphs; its data are opened before the graphs, which take minutes, for their errors."""
     if args.recall_dataset is None:
         return None
+    check_inputs_stay(args.output, args.recall_dataset)
     if not {"onnx", "transformers_js"} & set(args.formats.split(",")):
         raise ValueError("recall_dataset is for the int8 graphs of onnx; add onnx to --formats, or leave it out.")
     from hub_upload.onnx_recall import int8_measurement  # datasets and accelerate: only where something is measured

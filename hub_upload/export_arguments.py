@@ -55,14 +55,14 @@ class ExportArguments:
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
 
     def __post_init__(self) -> None:
-        formats = {name.strip() for name in self.formats.split(",")}
+        formats = {name.strip() for name in self.formats.split(",") if name.strip()}
         if "drop_in" in formats and self.base is None:
             raise ValueError("drop_in needs --base: the model that the pictures of the index were embedded with.")
         if self.textual_only and formats != {"immich"}:
             raise ValueError(f"textual_only is of --formats immich, got --formats {self.formats}; leave it out.")
         if self.textual_only and self.base is None:
             raise ValueError("textual_only needs --base, the model that the pictures in Immich are embedded with.")
-        if self.base is not None and not formats & set(FOLDER_FORMATS):
+        if self.base is not None and "drop_in" not in formats and not self.textual_only:
             raise ValueError("--base is for --formats drop_in and for --textual_only; leave it out.")
         if formats & set(FOLDER_FORMATS) and (self.text_config or self.recall_dataset):
             raise ValueError(

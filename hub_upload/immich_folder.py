@@ -151,6 +151,8 @@ def _preprocessing_faults(settings: Any) -> Iterator[str]:
         value = settings.get(name)
         if not isinstance(value, list) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
             yield f"{name} must be three numbers, got {value!r}."
+        elif not np.isfinite(value).all() or (name == "std" and 0 in value):
+            yield f"{name} must be finite{' and not 0' * (name == 'std')}, got {value!r}."
 
 
 def _other_graphs(tower: Path) -> Iterator[str]:
@@ -174,7 +176,10 @@ def _run(
     ((name, examples),) = inputs.items()
     found, graph = session.get_inputs(), f"{tower}/model.onnx"
     if [one.name for one in found] != [name]:
-        yield f"{graph} takes {', '.join(one.name for one in found)}; Immich gives a model of this kind {name!r} alone."
+        yield (
+            f"{graph} takes {', '.join(one.name for one in found)}; Immich gives a model of open_clip's kind {name!r} "
+            "alone. Models of M-CLIP's kind are not checked here."
+        )
         return
     faults = []
     if found[0].type != kind:

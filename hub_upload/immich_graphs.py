@@ -83,11 +83,11 @@ def write_towers(source: Path, folder: Path, output: Path, textual_only: bool) -
 
 
 def is_base(config: CapivaraConfig) -> bool:
-    """Whether it is the architecture that Immich knows as `BASE_NAME`."""
+    """Whether it is the architecture that Immich knows as `BASE_NAME`, with the whole vocabulary or a trimmed one."""
     base = CapivaraConfig()
     same = ("hidden_size", "num_hidden_layers", "patch_size", "image_size")
     return (
-        text_config_source(config, None) is not None
+        (config.trimmed_vocabulary or text_config_source(config, None)) is not None
         and config.projection_dim == BASE_WIDTH
         and config.vision_config.model_type == base.vision_config.model_type
         and all(getattr(config.vision_config, name) == getattr(base.vision_config, name) for name in same)

@@ -106,8 +106,8 @@ def kill_build(config: str, generator: random.Random) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "build":
-        print(kill_build(sys.argv[2], random.Random(0)))
+        print(kill_build(sys.argv[2], random.Random(0)), flush=True)  # not by the forks, too
     else:
         for place, text in enumerate(sys.argv[4:]):
             wanted = [int(number) for number in text.split(",")]
-            print(kill_stage(sys.argv[2], f"{sys.argv[3]}-{place}", random.Random(place), wanted))
+            print(kill_stage(sys.argv[2], f"{sys.argv[3]}-{place}", random.Random(place), wanted), flush=True)  # not by the forks, too

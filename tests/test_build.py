@@ -219,7 +219,9 @@ def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
         def __init__(self, target, args):
             reading, writing = os.pipe()
             os.close(writing)
-            started.append(args)
+            *which, environment = args
+            assert environment["CUDA_VISIBLE_DEVICES"] == "2,5", "that of the command, before it is narrowed"
+            started.append(tuple(which))
             self.sentinel = reading
 
         def start(self): ...

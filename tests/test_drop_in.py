@@ -22,7 +22,8 @@ from modeling_capivara.convert_open_clip import random_images
 from modeling_capivara.open_clip_mapping import build_open_clip, open_clip_state_dict
 
 TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
-PLAIN = [text for text in TEXTS if "Ã" not in text and text == " ".join(text.split())]  # need no repair
+# These need no repair.
+PLAIN = [text for text in TEXTS if "Ã" not in text and text == " ".join(text.split())] + ["foto " * 600 + "verde"]
 FILES = {
     *("README.md", "drop_in.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("tokenization_capivara.py", "text_repair_capivara.py", "modules.json", "sentence_bert_config.json"),
@@ -37,24 +38,23 @@ sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(fin
 import numpy as np
 from transformers import AutoModel
 
-texts = json.loads(sys.argv[1])
+texts, plain = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 first, *blocks = re.findall(r"```python\\n(.*?)```", open("README.md", encoding="utf-8").read(), re.DOTALL)
 found = {}
 for block in blocks:
     if "load_state_dict" in block:
         continue
-    names = {}
-    exec(first, names)
-    names["texts"] = texts
-    exec(block, names)
-    if "SentenceTransformer" in names:
-        found["sentence_transformers"] = names["model"].encode(texts)
-        plain = names["SentenceTransformer"](names["folder"]).encode(json.loads(sys.argv[2]))
-        found["without_code"] = plain
-    elif "graph" in names:
-        found["onnx"] = names["graph"].run(["text_embeds"], names["inputs"])[0]
-    else:
-        found["transformers"] = names["embeds"].numpy()
+    for ending, code, given in ("", block, texts), ("_without_code", block.replace("=True)", "=False)"), plain):
+        names = {}
+        exec(first, names)
+        names["texts"] = given
+        exec(code, names)
+        if "SentenceTransformer" in names:
+            found["sentence_transformers" + ending] = names["model"].encode(given)
+        elif "graph" in names:
+            found["onnx" + ending] = names["graph"].run(["text_embeds"], names["inputs"])[0]
+        else:
+            found["transformers" + ending] = names["embeds"].numpy()
 _, report = AutoModel.from_pretrained(".", add_pooling_layer=False, output_loading_info=True)
 assert not [fault for fault in report.values() if fault], report
 assert "modeling_capivara" not in sys.modules
@@ -145,10 +145,12 @@ def test_the_cards_code_gives_the_models_embeddings_without_the_package(exported
     base, model, text_side, processor = exported
     found, expected = as_the_card_says(text_side, tmp_path), embeddings(model, TEXTS, processor)
     assert np.abs(expected - embeddings(base, TEXTS, processor)).max() > 0.01, "the base's text side would do as well"
-    assert found.keys() == {"sentence_transformers", "without_code", "onnx", "transformers"}
-    np.testing.assert_allclose(found.pop("without_code"), embeddings(model, PLAIN, processor), rtol=0, atol=1e-5)
+    programs = ("sentence_transformers", "onnx", "transformers")
+    assert found.keys() == {*programs, *(f"{program}_without_code" for program in programs)}
+    plain = embeddings(model, PLAIN, processor)
     for program, embeds in found.items():
-        np.testing.assert_allclose(embeds, expected, rtol=0, atol=1e-5, err_msg=program)
+        wanted = plain if program.endswith("without_code") else expected
+        np.testing.assert_allclose(embeds, wanted, rtol=0, atol=1e-5, err_msg=program)
 
 
 @pytest.mark.slow
@@ -248,6 +250,19 @@ def test_open_clip_is_left_out_where_it_has_no_such_tower(base, model, no_onnx, 
     assert "load_state_dict" not in (folder / "README.md").read_text(encoding="utf-8")
 
 
+def test_open_clip_is_left_out_where_the_base_has_another_vocabulary(base, model, tmp_path, no_onnx, caplog):
+    smaller = tmp_path / "smaller"
+    trimmed = CapivaraModel.from_pretrained(model)
+    trimmed.text_model.resize_token_embeddings(290)
+    trimmed.config.text_config.vocab_size = 290
+    saved(trimmed, CapivaraProcessor.from_pretrained(model), smaller)
+    caplog.set_level("INFO")
+    folder = export(smaller, base, tmp_path / "out")
+    assert "word_embeddings.weight as (300, 40), this one as (290, 40)" in caplog.text
+    assert not (folder / "open_clip_text.safetensors").exists()
+    assert "open_clip_text" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +315,14 @@ def test_what_is_no_exchange(model, base, tmp_path):
     refused("--base is for --formats drop_in", model, base, tmp_path / "out", "--formats", "transformers")
     with pytest.raises(SystemExit, match="drop_in needs --base"):
         main(["--model", str(model), "--output", str(tmp_path / "out"), "--formats", "drop_in"])
+
+
+def test_the_base_is_not_overwritten(model, base, tmp_path):
+    kept = shutil.copytree(base, tmp_path / "kept/base")
+    for output in (kept, kept.parent):
+        with pytest.raises(SystemExit, match=r"holds .*base, which would be replaced"):
+            export(model, kept, output, "--overwrite_output_dir")
+    assert (kept / "processor_config.json").is_file()
 
 
 def test_a_package_that_is_missing_is_said_before_anything_is_read(monkeypatch, tmp_path):

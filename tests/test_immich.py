@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,7 @@ BROKEN = {
     "no tokenizer": (lambda f: (f / "textual/tokenizer.json").write_text("{}"), "textual/tokenizer.json can't be read"),
     "M-CLIP's input": (
         lambda f: graph(f / "textual/model.onnx", "input_ids", TensorProto.INT32, [1, 77]),
-        r"textual/model.onnx takes input_ids; Immich gives a model of this kind 'text' alone",
+        r"textual/model.onnx takes input_ids; Immich gives a model of open_clip's kind 'text' alone",
     ),
     "ids of 64 bits": (
         lambda f: graph(f / "textual/model.onnx", "text", TensorProto.INT64, [1, 77]),
@@ -159,6 +160,12 @@ BROKEN = {
         "resize_mode must be shortest or squash, got 'longest'",
     ),
     "one mean": (lambda f: edit(f, "visual/preprocess_cfg.json", mean=0.5), "mean must be three numbers, got 0.5"),
+    "a division by 0": (
+        lambda f: edit(f, "visual/preprocess_cfg.json", std=[0.5, 0, 0.5]), "std must be finite and not 0"
+    ),
+    "a mean that is no number": (
+        lambda f: edit(f, "visual/preprocess_cfg.json", mean=[float("nan")] * 3), "mean must be finite, got"
+    ),
     "widths apart": (
         lambda f: graph(f / "visual/model.onnx", "image", TensorProto.FLOAT, [1, 3, 32, 32], width=9),
         "towers embed into 8 and 9 numbers",
@@ -219,6 +226,24 @@ def test_what_immich_has_prepared_from_the_file_itself_is_no_fault(folder):
 def test_the_width_is_that_of_the_name(folder):
     named = folder.rename(folder.with_name(BASE_NAME))
     assert check(named) == [f"Embeddings have 8 numbers; Immich expects 512 of {BASE_NAME}."]
+
+
+def test_the_pages_exchange_keeps_the_original_when_it_is_repeated(tmp_path):
+    page = (Path(immich.__file__).parents[1] / "docs/immich.md").read_text(encoding="utf-8")
+    (there,) = re.findall(r"sh -c '(.+)'", page)
+    (back,) = re.findall(r"\*\*Para voltar atrás\*\*: `(.+?)`", page)
+    (tmp_path / "textual").mkdir()
+    (tmp_path / "textual/model.onnx").write_text("the base's")
+    for _ in range(2):
+        for new in ("first", "second", "third"):
+            (tmp_path / "novo").mkdir()
+            (tmp_path / "novo/model.onnx").write_text(new)
+            subprocess.run(["sh", "-c", there], cwd=tmp_path, check=True)
+            assert files(tmp_path) == {"original/model.onnx", "textual/model.onnx"}
+            assert (tmp_path / "textual/model.onnx").read_text() == new
+        subprocess.run(["sh", "-c", back], cwd=tmp_path, check=True)
+        assert files(tmp_path) == {"textual/model.onnx"}
+        assert (tmp_path / "textual/model.onnx").read_text() == "the base's"
 
 
 # --- The export -------------------------------------------------------------------------------------------------------
@@ -311,6 +336,7 @@ def test_the_text_side_alone_where_the_image_side_is_the_bases(tiny_folder, tmp_
         (["--textual_only"], "textual_only is of --formats immich, got --formats transformers"),
         (["--formats", "immich", "--textual_only"], "textual_only needs --base"),
         (["--formats", "immich,onnx"], "immich is a folder of its own"),
+        (["--formats", "immich", "--base", "BASE"], "--base is for --formats drop_in and for --textual_only"),
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path, flags, message):
@@ -330,6 +356,10 @@ def test_only_the_bases_own_architecture_takes_its_name():
     from hub_upload.immich_graphs import is_base
 
     assert is_base(CapivaraConfig())
+    smaller = {"text_config": {"vocab_size": 90_000}}
+    assert is_base(CapivaraConfig(**smaller, trimmed_vocabulary={"of": 250_002})) and not is_base(
+        CapivaraConfig(**smaller)
+    )
     assert not is_base(CapivaraConfig(projection_dim=256)) and not is_base(tiny_config())
     assert not is_base(CapivaraConfig(vision_config={"patch_size": 16}))
 

@@ -264,6 +264,19 @@ def test_the_digest_is_computed_once(tiny_folder, cache, monkeypatch):
     assert len(list((cache / "image_digests").iterdir())) == 2
 
 
+def test_another_file_of_the_same_size_and_date_has_its_own_digest(tiny_folder, cache, tmp_path):
+    folder, other = (shutil.copytree(tiny_folder, tmp_path / name) for name in ("folder", "other"))
+    tensors = load_file(tiny_folder / "model.safetensors")
+    tensors["visual_projection.weight"] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    for path in (folder, other):
+        os.utime(path / "model.safetensors", (1e9, 1e9))  # as archives that can be made again have it
+    assert len({path.stat().st_size for path in tmp_path.glob("*/model.safetensors")}) == 1
+    before = digests.image_digest(folder)
+    shutil.copy2(other / "model.safetensors", folder / "model.safetensors")
+    assert digests.image_digest(folder) != before
+
+
 def test_a_cache_that_cannot_be_written_to_costs_nothing_else(tiny_folder, tmp_path, monkeypatch):
     digest = find_model(str(tiny_folder)).image_digest
     (tmp_path / "file").touch()

@@ -158,6 +158,16 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
         raise ValueError(f"The output folder {path} is a file. Choose another name.")
 
 
+def check_inputs_stay(output: Path, *inputs: str | Path | None) -> None:
+    """Raise ValueError where what a command reads, or the working folder, lies in the output that it would replace.
+
+    Names that are no place on this machine, such as Hub ids, and None are left out.
+    """
+    for name in (*inputs, Path.cwd()):
+        if name is not None and Path(name).exists() and Path(name).resolve().is_relative_to(output.resolve()):
+            raise ValueError(f"The output folder {output} holds {name}, which would be replaced. Choose another one.")
+
+
 def remove_leftovers(path: Path) -> None:
     """Undo what killed processes left beside an output folder; one that was being replaced gets its name back.
 
