@@ -208,6 +208,9 @@ def test_the_folder(small_model, stand_in, tmp_path, capsys, monkeypatch):
     assert len(facts["files"]["text_weights"]) > 1
     about = yaml.safe_load((page / "README.md").read_text("utf-8").split("---\n")[1])
     assert about["sdk"] == "static" and about["custom_headers"]["cross-origin-opener-policy"] == "same-origin"
+    assert "models" not in about and "O modelo não declara licença." in (page / "README.md").read_text("utf-8")
+    said = static_page._readme("org/model", small_model, stand_in, "t")  # whose card may well declare one
+    assert "[org/model](https://huggingface.co/org/model)" in said and "não declara" not in said
     assert "sourceMappingURL" not in (page / "library" / "ort.wasm.js").read_text()
     for path in page.rglob("*"):
         assert not path.is_file() or str(tmp_path).encode() not in path.read_bytes(), f"{path} names this machine"
@@ -520,7 +523,7 @@ def test_webgpu_by_software(small_page, fotos):
             if name == "webgpu" and not visitor.page.evaluate("navigator.gpu?.requestAdapter().then(Boolean)"):
                 pytest.skip("this Chromium has no WebGPU in software")
             visitor.picks(files)
-            visitor.sees("#said", "3 imagens novas")
+            visitor.sees("#said", "3 imagens novas", seconds=240)  # a GPU of software compiles for a minute
             visitor.sees("#facts", "WebGPU" if name == "wasm" else "na placa de vídeo (WebGPU)")
             made[name] = {one["name"]: np.array(one["vector"]) for one in visitor.page.evaluate(VECTORS)}
             chromium.close()

@@ -75,8 +75,8 @@ def write_static_page(
     """Write the folder of the page.
 
     Args:
-        model: folder or Hub id of a CAPIVARA model. The graphs in its `onnx/` are taken, quantised where it has them;
-            where it has none they are made, which takes minutes at full size.
+        model: folder or Hub id of a CAPIVARA model. The graphs in the `onnx/` of a folder are taken, quantised where it
+            has them; where it has none, and of a Hub id, they are made, which takes minutes at full size.
         folder: where to; missing or empty.
         library: a `node_modules` that has `LIBRARIES`; npm fetches them where None.
         title: of the page as a Space.
@@ -249,6 +249,10 @@ def _readme(model: str, source: Path, modules: Path, title: str) -> str:
         package = read_json(modules / name / "package.json", version=str)
         libraries.append(f"{name} {package['version']} ({package.get('license', '')})")
     said = f"O modelo: {licence}." if licence else "O modelo não declara licença."
+    if not Path(model).is_dir():  # its card is not here
+        repo_id = model.removeprefix("hf-hub:")
+        about["models"] = [repo_id]
+        said = f"A licença do modelo está em [{repo_id}](https://huggingface.co/{repo_id})."
     body = README.format(title=title, name=short_name(model), model_licence=said, libraries=", ".join(libraries))
     return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
 
