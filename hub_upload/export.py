@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         args = parse(ExportArguments, __doc__, argv)
-        formats = [name.strip() for name in args.formats.split(",") if name.strip()]
+        formats = args.format_names()
         if set(formats) & set(FOLDER_FORMATS):
             files = export_alone(args, formats)
         else:
@@ -178,7 +178,7 @@ def _int8_measurement(args: ExportArguments) -> Callable[[Path], list[str]] | No
     if args.recall_dataset is None:
         return None
     check_inputs_stay(args.output, args.recall_dataset)
-    if not {"onnx", "transformers_js"} & set(args.formats.split(",")):
+    if not {"onnx", "transformers_js"} & set(args.format_names()):
         raise ValueError("recall_dataset is for the int8 graphs of onnx; add onnx to --formats, or leave it out.")
     from hub_upload.onnx_recall import int8_measurement  # datasets and accelerate: only where something is measured
 

@@ -55,7 +55,7 @@ class ExportArguments:
     overwrite_output_dir: bool = flag(False, "Replace the output folder.")
 
     def __post_init__(self) -> None:
-        formats = {name.strip() for name in self.formats.split(",") if name.strip()}
+        formats = set(self.format_names())
         if "drop_in" in formats and self.base is None:
             raise ValueError("drop_in needs --base: the model that the pictures of the index were embedded with.")
         if self.textual_only and formats != {"immich"}:
@@ -69,3 +69,7 @@ class ExportArguments:
                 "--text_config and --recall_dataset are for a whole repository; leave them out, or these formats: "
                 f"{', '.join(FOLDER_FORMATS)}."
             )
+
+    def format_names(self) -> list[str]:
+        """The names in `formats`, in order."""
+        return [name.strip() for name in self.formats.split(",") if name.strip()]

@@ -211,7 +211,7 @@ def _known_steps(normaliser: dict[str, Any] | None) -> dict[str, Any] | None:
         return {"type": "Sequence", "normalizers": steps}
     if normaliser["type"] not in KNOWN_STEPS:
         raise ValueError(
-            f"transformers.js has no normaliser {normaliser['type']}, which tokenizer.json names. Leave "
-            "transformers_js out of --formats."
+            f"transformers.js has no normaliser {normaliser['type']}, which tokenizer.json names, so that no browser "
+            "reads the model. Leave transformers_js out of --formats, or --static."
         )
     return normaliser

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from card_run import card_of, change, record_of, results_of, split_card, three_seeds, trained_run
 from huggingface_hub import parse_eval_result_entries
+from huggingface_hub.utils import filter_repo_objects
 
 from hub_upload.card import check, main, write_card
 from hub_upload.card_facts import card_facts
@@ -343,6 +344,10 @@ def test_files_for_other_loaders_bring_their_code(run):
     assert {"open_clip", "sentence-transformers", "onnx"} <= set(data["tags"])
     assert 'name = "hf-hub:us/model"' in body and 'SentenceTransformer("us/model", trust_remote_code=True)' in body
     assert 'snapshot_download("us/model"' in body and "# model" in body
+    (patterns,) = re.findall(r"allow_patterns=(\[.*?\])", body)
+    names = ["vision_model.onnx", "text_model.onnx_data", "model.onnx_data_1", "text_model_fp16.onnx_data"]
+    taken = filter_repo_objects([f"onnx/{name}" for name in names], allow_patterns=json.loads(patterns))
+    assert list(taken) == ["onnx/vision_model.onnx", "onnx/text_model.onnx_data"], "what the code below reads"
     assert "| `onnx/text_model.onnx` | 2.5 MB | 2.0e-07 | – |" in body and "| 0.7 MB | – | 0.9974 |" in body
     (run / "text_model").mkdir()
     (run / "text_model" / "config.json").touch()

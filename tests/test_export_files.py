@@ -428,6 +428,8 @@ def test_recall_needs_the_graphs(tiny_folder, tmp_path):
     command = ["--model", str(tiny_folder), "--output", str(tmp_path / "repository"), "--formats", "transformers"]
     with pytest.raises(SystemExit, match="recall_dataset is for the int8 graphs of onnx"):
         main([*command, "--recall_dataset", "somewhere"])
+    with pytest.raises(SystemExit, match="somewhere"):  # blanks between the formats are none of their names
+        main([*command[:-1], "transformers, onnx", "--recall_dataset", "somewhere"])
 
 
 def test_help_keeps_commands_on_their_lines(capsys):

@@ -85,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run(args)
     except KeyboardInterrupt:
-        print("\nStopped. The same command resumes where the index was.", file=sys.stderr)
+        kept = "Nothing was kept." if args.static else "The same command resumes where the index was."
+        print(f"\nStopped. {kept}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -180,7 +180,7 @@ def listing(folder: Path, files: Sequence[Path]) -> str:
             parts["files of the program"].append(file)
         else:
             lines.append(f"  {file} ({readable_size((folder / file).stat().st_size)})")
-    lines += [f"  {len(group)} {name} ({_size(folder, group)})" for name, group in parts.items()]
+    lines += [f"  {len(group)} {name} ({_size(folder, group)})" for name, group in parts.items() if group]
     return "\n".join([*lines, f"{len(files)} files, {_size(folder, files)}"])
 
 

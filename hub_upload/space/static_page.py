@@ -14,6 +14,7 @@ small enough for hosts with a limit, and an interrupted download goes on with th
 import hashlib
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -29,8 +30,9 @@ from capivara_search.common.files import read_json, whole_folder, write_bytes, w
 from capivara_search.common.privacy import short_name
 from capivara_search.models import find_model
 from hub_upload.allowed_files import check_paths, check_secrets
-from hub_upload.onnx_files import ONNX_PACKAGES
+from hub_upload.onnx_files import ONNX_PACKAGES, TOWERS, data_file, graphs
 from hub_upload.space.collection import stated
+from hub_upload.transformers_js import readable_tokenizer
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import load_processor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
@@ -51,14 +53,8 @@ RUNTIMES = {  # where the model runs -> its WebAssembly
     "wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
     "webgpu": "onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify.wasm",
 }
-PRECISIONS = ("_quantized", "_int8", "")  # how a graph's name goes on, the one that is taken first
 PART_BYTES = 20 * 2**20  # some hosts take files of at most 25 MiB
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "bos_token", "eos_token", "pad_token", "unk_token")
-# What XLM-R's normaliser `Nmt` does, in two replacements: @huggingface/tokenizers does not know it.
-NMT = (
-    (r"[\u0001-\u0008\u000b\u000e-\u001f\u007f\u008f\u009f]", ""),
-    (r"[\u0009\u000a\u000c\u000d\u1680\u200b-\u200f\u2028\u2029\u2581\ufeff\ufffd]", " "),
-)
 README = """
 # {title}
 
@@ -79,8 +75,8 @@ def write_static_page(
     """Write the folder of the page.
 
     Args:
-        model: folder or Hub id of a CAPIVARA model. The graphs in its `onnx/` are taken, quantised where it has them;
-            where it has none they are made, which takes minutes at full size.
+        model: folder or Hub id of a CAPIVARA model. The graphs in the `onnx/` of a folder are taken, quantised where it
+            has them; where it has none, and of a Hub id, they are made, which takes minutes at full size.
         folder: where to; missing or empty.
         library: a `node_modules` that has `LIBRARIES`; npm fetches them where None.
         title: of the page as a Space.
@@ -96,23 +92,23 @@ def write_static_page(
     require("A page without a server", "onnx", *ONNX_PACKAGES)
     with whole_folder(folder) as made, tempfile.TemporaryDirectory() as work:
         source = find_model(model).folder
-        pixels = pixel_facts(load_processor(source).image_processor)
+        pixels, tokenizer = pixel_facts(load_processor(source).image_processor), _tokenizer(source)
         modules = library or fetched_libraries(Path(work))
         _write_library(modules, made / "library")
-        graphs = made_graphs(source, Path(work))
+        towers = made_graphs(source, Path(work))
         facts = {
             "name": short_name(model),
             **pixels,
             "length": CONTEXT_LENGTH,
-            **_probe(graphs["vision"], pixels["side"]),
+            **_probe(towers["vision"], pixels["side"]),
         }
-        facts["weights"] = {kind: _weights(path).name for kind, path in graphs.items()}  # as a graph calls its file
-        contents = {kind: path.read_bytes() for kind, path in graphs.items()}
-        contents |= {f"{kind}_weights": _weights(path).read_bytes() for kind, path in graphs.items()}
+        facts["weights"] = {kind: _weights(path).name for kind, path in towers.items()}  # as a graph calls its file
+        contents = {kind: path.read_bytes() for kind, path in towers.items()}
+        contents |= {f"{kind}_weights": _weights(path).read_bytes() for kind, path in towers.items()}
         image_side = contents["vision"] + contents["vision_weights"] + json.dumps(pixels).encode()
         facts["digest"] = hashlib.sha256(image_side).hexdigest()[:32]
         contents |= {kind: (modules / name).read_bytes() for kind, name in RUNTIMES.items()}
-        contents["tokenizer"] = _tokenizer(source)
+        contents["tokenizer"] = tokenizer
         facts["files"] = {name: _write_parts(made / "model", name, data) for name, data in contents.items()}
         write_json(made / "model" / "model.json", facts)
         _write_pages(made)
@@ -126,7 +122,8 @@ def write_static_page(
 def pixel_facts(processor: CapivaraImageProcessor) -> dict[str, Any]:
     """What the page must know to make `pixel_values`: side, mean and standard deviation of a colour.
 
-    Raises ValueError where a processor does something else than the page: a bicubic resize and a crop of one side.
+    Raises ValueError where a processor does something else than the page: a bicubic resize and a crop of one side, of
+    bytes that become numbers of 0 to 1 and are normalised.
     """
     side, crop = processor.size["shortest_edge"], processor.crop_size
     if not processor.resample == 3 or {side, crop["height"], crop["width"]} != {side}:
@@ -134,7 +131,13 @@ def pixel_facts(processor: CapivaraImageProcessor) -> dict[str, Any]:
             f"The page resizes by bicubic interpolation and crops a square of the same side; the model's processor has "
             f"resample {processor.resample}, size {side}, crop {crop['height']} x {crop['width']}."
         )
-    return {"side": side, "mean": list(processor.image_mean), "std": list(processor.image_std)}
+    for step in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
+        if not getattr(processor, step):
+            raise ValueError(f"The page does all steps of a processor; the model's has {step} = False.")
+    if not math.isclose(processor.rescale_factor, 1 / 255):
+        raise ValueError(f"The page divides bytes by 255; the processor has rescale_factor {processor.rescale_factor}.")
+    about = {"side": side, "mean": list(processor.image_mean), "std": list(processor.image_std)}
+    return about | {"most": processor.max_resized_pixels}
 
 
 # --- The model -------------------------------------------------------------------------------------------------------
@@ -147,30 +150,30 @@ def made_graphs(model: Path, work: Path) -> dict[str, Path]:
 
         export(model, work / "repository", ["transformers", "onnx"])
         model = work / "repository"
-    return {kind: _graph(model / "onnx", kind, work) for kind in ("vision", "text")}
+    found = graphs(model, "int8")
+    if missing := next((kind for kind in TOWERS if kind not in found), None):
+        raise ValueError(
+            f"{model / 'onnx'} has no {missing}_model.onnx, nor a quantised one. Make the graphs by hub_upload.export, "
+            "or take the folder away."
+        )
+    return {kind: _with_weights_apart(path, work) for kind, path in found.items()}
 
 
-def _graph(onnx: Path, kind: str, work: Path) -> Path:
-    """The smallest graph of a tower; weights that are in it are put beside it, where a browser holds them once."""
-    paths = [onnx / f"{kind}_model{precision}.onnx" for precision in PRECISIONS]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        names = ", ".join(path.name for path in paths)
-        raise ValueError(f"{onnx} has none of {names}. Make them by hub_upload.export, or take the folder away.")
+def _with_weights_apart(path: Path, work: Path) -> Path:
+    """A graph whose weights lie beside it, where a browser holds them once; of older exports they are in it."""
     check_secrets(path, path.name)
-    if _weights(path):
+    if weights := _weights(path):
+        check_secrets(weights, weights.name)
         return path
-    import onnx as writer
+    import onnx
 
-    apart = {"save_as_external_data": True, "location": f"{path.name}_data"}
-    writer.save(writer.load(path), work / path.name, **apart)
+    onnx.save(onnx.load(path), work / path.name, save_as_external_data=True, location=data_file(path).name)
     return work / path.name
 
 
 def _weights(graph: Path) -> Path | None:
-    """The file of weights beside a graph."""
-    names = (f"{graph.name}_data", f"{graph.name}.data")
-    return next((graph.with_name(name) for name in names if graph.with_name(name).is_file()), None)
+    """The file of weights beside a graph; `.data` is what older exports have."""
+    return next((path for path in (data_file(graph), graph.with_name(f"{graph.name}.data")) if path.is_file()), None)
 
 
 def _probe(vision: Path, side: int) -> dict[str, list[float]]:
@@ -184,21 +187,12 @@ def _probe(vision: Path, side: int) -> dict[str, list[float]]:
 
 
 def _tokenizer(model: Path) -> bytes:
+    """Tokenizer and its settings, as @huggingface/tokenizers takes them. ValueError where it can't."""
+    check_secrets(model / "tokenizer.json", "tokenizer.json")
     config = read_json(model / "tokenizer_config.json")
     settings = {name: config[name] for name in TOKENIZER_SETTINGS if isinstance(config.get(name), str | bool)}
-    content = {"tokenizer": read_json(model / "tokenizer.json"), "config": settings}
-    normaliser = content["tokenizer"]["normalizer"]
-    content["tokenizer"]["normalizer"] = normaliser and {"type": "Sequence", "normalizers": _plain_steps(normaliser)}
+    content = {"tokenizer": readable_tokenizer(model), "config": settings}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
-
-
-def _plain_steps(normaliser: dict[str, Any]) -> list[dict[str, Any]]:
-    """The steps of a normaliser, `Nmt` as replacements."""
-    if normaliser["type"] == "Sequence":
-        return [step for part in normaliser["normalizers"] for step in _plain_steps(part)]
-    if normaliser["type"] == "Nmt":
-        return [{"type": "Replace", "pattern": {"Regex": pattern}, "content": text} for pattern, text in NMT]
-    return [normaliser]
 
 
 def _write_parts(folder: Path, name: str, data: bytes) -> list[dict[str, Any]]:
@@ -255,6 +249,10 @@ def _readme(model: str, source: Path, modules: Path, title: str) -> str:
         package = read_json(modules / name / "package.json", version=str)
         libraries.append(f"{name} {package['version']} ({package.get('license', '')})")
     said = f"O modelo: {licence}." if licence else "O modelo não declara licença."
+    if not Path(model).is_dir():  # its card is not here
+        repo_id = model.removeprefix("hf-hub:")
+        about["models"] = [repo_id]
+        said = f"A licença do modelo está em [{repo_id}](https://huggingface.co/{repo_id})."
     body = README.format(title=title, name=short_name(model), model_licence=said, libraries=", ".join(libraries))
     return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
 

@@ -27,14 +27,16 @@ export function thumbnail(bitmap) {
 
 /**
  * The numbers of a picture: its short side brought to `side` pixels, its middle cut out, normalised.
- * Returns a Float32Array of 3 x side x side, the colours one after another.
+ * Returns a Float32Array of 3 x side x side, the colours one after another. As in Python, a picture so narrow that it
+ * would have more than `most` pixels before the cut is refused.
  */
-export function pixels(bitmap, { side, mean, std }) {
+export function pixels(bitmap, { side, mean, std, most }) {
   const { width, height } = bitmap;
   const long = Math.trunc((side * Math.max(width, height)) / Math.min(width, height));
+  if (side * long > most) throw coded("no_picture");
   const [across, down] = width <= height ? [side, long] : [long, side];
-  const columns = weights(width, across).slice(half(across - side)).slice(0, side);
-  const rows = weights(height, down).slice(half(down - side)).slice(0, side);
+  const columns = weights(width, across, half(across - side), side);
+  const rows = weights(height, down, half(down - side), side);
   const [top, bottom] = [rows[0].first, rows[side - 1].first + rows[side - 1].shares.length];
   const narrow = new Uint8Array((bottom - top) * side * 3);
   const context = onWhite(width, Math.min(STRIP, bottom - top));
@@ -57,12 +59,12 @@ export function pixels(bitmap, { side, mean, std }) {
   return found;
 }
 
-/** Of each of `to` pixels the first of the `from` pixels that it is mixed of, and their shares in whole numbers. */
-export function weights(from, to) {
+/** Of `count` of `to` pixels the first of the `from` pixels that each is mixed of, and their shares in whole numbers. */
+export function weights(from, to, start, count) {
   const scale = from / to;
   const wide = Math.max(scale, 1); // a smaller picture: the filter is as wide as what becomes one pixel
-  return Array.from({ length: to }, (_, at) => {
-    const centre = (at + 0.5) * scale;
+  return Array.from({ length: count }, (_, at) => {
+    const centre = (start + at + 0.5) * scale;
     const first = Math.max(Math.trunc(centre - 2 * wide + 0.5), 0);
     const last = Math.min(Math.trunc(centre + 2 * wide + 0.5), from);
     const curve = Array.from({ length: last - first }, (_, i) => cubic((i + first - centre + 0.5) * (1 / wide)));
