@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import device_description, package_versions, require
+from capivara_search.common.environment import device_description, package_versions, require, torch_device
 from capivara_search.common.files import write_json, write_text
 from capivara_search.common.image_files import ImageFiles
 from capivara_search.common.links import Bounds
@@ -108,7 +108,7 @@ def _embedded(store: EmbeddingStore, images: ImageRows, names: list[str], captio
 def read_bank(path: Path) -> list[str]:
     """The sentences of a text file, each once. Raises ValueError where it is no UTF-8 text, or has none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that Windows' editors begin with
     except UnicodeDecodeError as error:
         raise ValueError(f"The bank {path} must be text in UTF-8, a sentence a line: {error}") from error
     sentences = list(dict.fromkeys(filter(None, map(str.strip, lines))))
@@ -227,8 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(CaptionArguments, __doc__, argv)
     pictures, captions, made = make_captions(args)
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-    facts = {"config": hide_paths(config), "made": made, "device": device_description(args.device or "cpu")}
-    facts["versions"] = package_versions()
+    facts = {"config": hide_paths(config), "made": made, "versions": package_versions()}
+    facts["device"] = device_description(torch_device(args.device))
     for name, of_picture in list(zip(pictures.names, captions, strict=True))[:SHOWN]:
         print(f"{name}: " + "; ".join(f"{one.text} ({one.score:.3f})" for one in of_picture))
     if args.pictures is None:

@@ -32,6 +32,7 @@ HEADS = 8  # of the mapping network, or as many as the language model's width al
 MAX_TOKENS = 64  # of a caption that is learnt from
 WARM_UP = 0.05  # share of all steps
 PATIENCE = 4  # passes without a better validation loss before the training ends
+LOADING = {"use_safetensors": True, "trust_remote_code": False}
 IGNORED = -100  # label of what the loss leaves out, as transformers has it
 
 LanguageModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -146,8 +147,8 @@ def load_language_model(source: str, device: torch.device) -> LanguageModel:
     """
     check_reachable(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32", **LOADING)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{source} can't be loaded as a causal language model of transformers: {reason}") from error
@@ -170,11 +171,11 @@ def load_captioner(folder: Path, language: LanguageModel, image_fingerprint: str
     model, tokenizer = language
     if facts["language_model_digest"] != weights_digest(model):
         raise ValueError(f"{folder} was trained for another language model. Name a new folder with --mapper.")
-    mapper = PrefixMapper(**facts["shape"])
     try:
+        mapper = PrefixMapper(**facts["shape"])
         mapper.load_state_dict(load_file(folder / WEIGHTS))
     except Exception as error:  # safetensors has an error of its own
-        raise ValueError(f"The weights of {folder} can't be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"The mapping network of {folder} can't be read: {' '.join(str(error).split())}") from error
     return PrefixCaptioner(mapper.eval().to(model.device), model, tokenizer, facts)
 
 

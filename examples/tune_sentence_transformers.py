@@ -63,6 +63,8 @@ model and of those data.
 def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     """A row a picture, `text` before `image` as the loss takes them; of several captions one, by the seed.
 
+    A text stands in a dictionary: a bare one that is an address or a file's name sentence-transformers would fetch.
+
     Raises:
         ValueError: there is no such split or column (those that are there are named), or a picture has no caption.
     """
@@ -75,7 +77,7 @@ def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     captions = [[found] if isinstance(found, str) else found for found in data[split][column]]
     flat_captions(captions)  # for its errors
     draw = random.Random(seed)
-    texts = [draw.choice(found) for found in captions]
+    texts = [{"text": draw.choice(found)} for found in captions]
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
 
 

@@ -124,6 +124,20 @@ def test_what_cannot_be_is_said_in_one_line(words, message, tiny_folder, tiny_da
     assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
 
 
+def test_a_bank_out_of_windows(tmp_path):
+    (tmp_path / "bank.txt").write_bytes("\ufeffum gato\r\numa casa\r\num gato".encode())
+    assert caption.read_bank(tmp_path / "bank.txt") == ["um gato", "uma casa"]
+
+
+def test_the_device_that_is_named_is_the_one_that_worked(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
+    """Without --device that is the GPU, where there is one."""
+    asked = []
+    monkeypatch.setattr(caption, "torch_device", lambda name: asked.append(name) or torch.device("meta"))
+    caption.main(flags(tiny_folder, tiny_dataset_folder, "--output", str(tmp_path / "out.json")))
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert asked == [None] and found["device"].endswith("(meta)")
+
+
 def test_an_empty_bank(tmp_path):
     (tmp_path / "bank.txt").write_text("\n  \n", encoding="utf-8")
     with pytest.raises(ValueError, match="has no sentence"):
@@ -218,6 +232,10 @@ def test_a_mapping_network_of_another_model_is_refused(tiny_folder, tiny_dataset
     for name, what in (("language_model_digest", "another language model"), ("image_fingerprint", "another image")):
         (tmp_path / "mapper" / "config.json").write_text(json.dumps(config | {name: "0"}), encoding="utf-8")
         with pytest.raises(SystemExit, match=what):
+            caption.main(words)
+    for shape in ({}, config["shape"] | {"layers": "1"}, config["shape"] | {"length": 4}):
+        (tmp_path / "mapper" / "config.json").write_text(json.dumps(config | {"shape": shape}), encoding="utf-8")
+        with pytest.raises(SystemExit, match="can't be read"):
             caption.main(words)
     (tmp_path / "mapper" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "mapper" / "mapper.safetensors").write_bytes(b"broken")

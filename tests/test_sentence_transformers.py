@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as Images
 from PIL import Image
 
 from eval.metrics import recall_at_k, retrieval_ranks
@@ -149,6 +151,22 @@ def test_the_usual_options_are_another_loss(encoder, tiny_dataset_folder):
         usual = MultipleNegativesRankingLoss(encoder)([dict(features) for features in columns], None)
         exact = clip_loss_of(encoder, 4)([dict(features) for features in columns], None)
     assert abs(usual - exact) > 1e-3
+
+
+def test_a_caption_that_is_an_address_or_a_file_is_a_text(encoder, tmp_path, pictures, monkeypatch):
+    """Bare ones sentence-transformers would read as pictures, from another machine, too."""
+    pictures[0].save(tmp_path / "a.png")
+    captions = ["https://example.org/a.png", str(tmp_path / "a.png")]
+    rows = {"image": pictures[:2], "captions-pt": captions}
+    DatasetDict(
+        train=Dataset.from_dict(rows, Features({"image": Images(), "captions-pt": Value("string")}))
+    ).save_to_disk(tmp_path / "data")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a request left the machine"))
+    found = pairs(tmp_path / "data", "train", "pt")
+    texts = encoder.encode(list(found["text"]))
+    np.testing.assert_allclose(texts, encoder.encode([{"text": text} for text in captions]))
+    assert abs(texts[1] - encoder.encode(pictures[:1])[0]).max() > 1e-3
+    assert set(recall_evaluator(found)(encoder)) >= {"cosine_accuracy@1"}
 
 
 @pytest.mark.slow

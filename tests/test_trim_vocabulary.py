@@ -30,7 +30,7 @@ CHOSEN = ["uma foto de um gato", "São João", "a casa"]
 @pytest.fixture
 def trimmed(tiny_folder, tmp_path):
     """A tiny model, trimmed to a few Portuguese words and the pieces of CHOSEN."""
-    (tmp_path / "texts.txt").write_text("\n\n".join(CHOSEN), encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("\n\n".join(CHOSEN), encoding="utf-8-sig")  # as Windows' editors write
     trim(tiny_folder, tmp_path / "small", ["pt"], WORDS, [tmp_path / "texts.txt"])
     return tmp_path / "small"
 
@@ -72,6 +72,15 @@ def test_indexes_of_pictures_stay_valid(tiny_folder, trimmed):
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, trimmed))
     assert before.keys() == after.keys()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {TABLE}
+
+
+def test_the_card_says_what_was_done(tiny_folder, tmp_path):
+    (tiny_folder / "README.md").write_text("---\nlicense: mit\nlanguage: [pt, en]\n---\n# Theirs\n", encoding="utf-8")
+    trim(tiny_folder, tmp_path / "small", ["pt", "es"], WORDS)
+    restore(tmp_path / "small", tmp_path / "back", tiny_folder)
+    for name, said in (("small", "those are left that pt and es use"), ("back", "its whole vocabulary back")):
+        text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert said in text and "license: mit" in text and "convert_open_clip" not in text
 
 
 def test_the_order_of_the_special_tokens_stays_and_pieces_keep_their_scores(tiny_folder, trimmed):
