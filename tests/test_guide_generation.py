@@ -95,19 +95,7 @@ def test_cells_are_enlarged_smoothly():
 @pytest.mark.slow
 @pytest.mark.parametrize(("cells", "views"), [("10", "2"), ("40", "0")])
 def test_a_picture_comes_nearer_to_its_sentence(cells, views, tiny_folder, tmp_path, capsys, tiny_processor):
-    words = [
-        "--model",
-        str(tiny_folder),
-        "--size",
-        "40",
-        "--steps",
-        "15",
-        "--views",
-        "2",
-        "--others",
-        "o pão",
-        "a casa",
-    ]
+    words = ["--model", str(tiny_folder), "--size", "40", "--steps", "15", "--views", views]
     words += ["--others", "o pão", "a casa", "--cells", cells]
     guide_generation.main([*words, "--sentence", SENTENCE, "--output_dir", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["picture.png", "results.json", "steps.png"]

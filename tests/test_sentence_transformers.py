@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as Images
 from PIL import Image
 
 from eval.metrics import recall_at_k, retrieval_ranks
-from examples.tune_sentence_transformers import clip_loss_of, main, pairs, recall_evaluator
+from examples.tune_sentence_transformers import clip_loss_of, main, model_card, pairs, recall_evaluator
 from hub_upload.export import export
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.convert_open_clip import random_images
@@ -197,11 +198,22 @@ def test_the_example_trains_the_text_side_alone(folder, tiny_dataset_folder, tmp
     [
         ({"--model": "missing"}, "modules.json is missing"),
         ({"--split": "prova"}, "has no split 'prova'; it has train"),
+        ({"--train_split": "prova"}, "has no split 'prova'; it has train"),
+        ({"--batch_size": "500"}, "train has 12 pictures, fewer than a batch: lower --batch_size"),
         ({"--language": "eo"}, "needs the columns image and captions-eo"),
     ],
 )
 def test_wrong_input_is_one_line_before_any_work(folder, tiny_dataset_folder, tmp_path, changed, message):
-    given = {"--model": folder, "--dataset": tiny_dataset_folder, "--output_dir": tmp_path / "tuned", **changed}
+    given = {"--model": folder, "--dataset": tiny_dataset_folder, "--output_dir": tmp_path / "tuned"}
+    given |= {"--batch_size": 4, **changed}
     with pytest.raises(SystemExit, match=message):
         main([str(word) for pair in given.items() for word in pair])
     assert not (tmp_path / "tuned").exists()
+
+
+def test_names_on_its_card_are_names():
+    """A language `no` is none of YAML's truths, and a folder's name is no HTML."""
+    card = model_card("<b>x</b>", "data & more", "no")
+    assert (
+        yaml.safe_load(card.split("---\n")[1])["language"] == ["no"] and "<b>" not in card and "data &amp; more" in card
+    )
