@@ -153,10 +153,10 @@ def guide(args: GuideArguments) -> dict[str, dict[str, float]]:
         require("--pipeline", "guidance", "diffusers")
     model, processor = load_model(args.model).eval().to(torch_device(args.device)), load_processor(args.model)
     model.requires_grad_(False)  # gradients flow to the pixels alone
-    started = time.perf_counter()
-    pictures = steered(args, model, processor)
-    seconds = time.perf_counter() - started
     with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+        started = time.perf_counter()
+        pictures = steered(args, model, processor)
+        seconds = time.perf_counter() - started
         pictures[-1].save(folder / "picture.png")
         strip(pictures).save(folder / "steps.png")
         sentences = list(dict.fromkeys([args.sentence, *args.others]))

@@ -197,22 +197,22 @@ def train_captioner(
     }
     captioner = PrefixCaptioner(PrefixMapper(**shape).to(model.device), model, tokenizer)
     captioner.mapper.scale.data.fill_(model.get_input_embeddings().weight.std())
-    started = time.perf_counter()
-    losses, weights = _fit(captioner, train, validation, args)
-    captioner.mapper.load_state_dict(weights)
-    captioner.facts = {
-        "shape": shape,
-        "image_fingerprint": image_fingerprint,
-        "language_model": short_name(args.language_model),
-        "language_model_digest": weights_digest(model),
-        "captions": len(train.texts),
-        "validation_losses": losses,  # nats a token, of each pass
-        "seconds": time.perf_counter() - started,
-        "settings": {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "seed")},
-        "device": device_description(model.device),
-        "versions": package_versions(),
-    }
-    with whole_folder(args.mapper) as folder:
+    with whole_folder(args.mapper) as folder:  # before the work: a place that can't be written to is said at once
+        started = time.perf_counter()
+        losses, weights = _fit(captioner, train, validation, args)
+        captioner.mapper.load_state_dict(weights)
+        captioner.facts = {
+            "shape": shape,
+            "image_fingerprint": image_fingerprint,
+            "language_model": short_name(args.language_model),
+            "language_model_digest": weights_digest(model),
+            "captions": len(train.texts),
+            "validation_losses": losses,  # nats a token, of each pass
+            "seconds": time.perf_counter() - started,
+            "settings": {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "seed")},
+            "device": device_description(model.device),
+            "versions": package_versions(),
+        }
         save_file(weights, folder / WEIGHTS)
         write_json(folder / CONFIG, captioner.facts)
     return captioner

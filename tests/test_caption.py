@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.captioning import chance, sentence_tokenizer, small_language_model
-from examples import caption
+from examples import caption, prefix_captioner
 from examples.example_arguments import CaptionArguments
 from examples.prefix_captioner import (
     CaptionedEmbeds,
@@ -244,6 +244,15 @@ def test_a_mapping_network_of_another_model_is_refused(tiny_folder, tiny_dataset
     (tmp_path / "mapper" / "config.json").unlink()
     with pytest.raises(SystemExit, match="holds no mapping network"):
         caption.main(words)
+
+
+def test_a_place_that_can_not_be_written_to_is_said_before_the_training(captioner, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(prefix_captioner, "_fit", lambda *_: pytest.fail("the work was done in vain"))
+    args = CaptionArguments(language_model="lm", mapper=tmp_path / "file" / "mapper")
+    data = CaptionedEmbeds(torch.eye(24)[:1], ["foto"])
+    with pytest.raises(OSError, match="file"):
+        train_captioner(args, (captioner.language_model, captioner.tokenizer), data, data, "fingerprint")
 
 
 @pytest.mark.slow

@@ -120,6 +120,7 @@ def test_a_picture_comes_nearer_to_its_sentence(cells, views, tiny_folder, tmp_p
     [
         (["--sentence", " "], "The sentence is empty"),
         (["--sentence", "a", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["--sentence", "a", "--pipeline", "p", "--steps", "1"], "steps must be at least 2, got 1"),
         (["--sentence", "a", "--scale", "2"], "scale must be from 0 to 1, got 2"),
         (["--sentence", "a", "--model", "missing"], "missing"),
         (["--sentence", "a", "--pipeline", "no/such"], "no/such"),
@@ -129,6 +130,15 @@ def test_what_cannot_be_is_said_in_one_line(words, message, tiny_folder, tmp_pat
     with pytest.raises(SystemExit, match=message) as ended:
         guide_generation.main(["--model", str(tiny_folder), "--output_dir", str(tmp_path / "out"), *words])
     assert str(ended.value).startswith("error: ") and not (tmp_path / "out").exists()
+
+
+def test_a_place_that_can_not_be_written_to_is_said_before_the_work(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(guide_generation, "optimise", lambda *_: pytest.fail("the work was done in vain"))
+    with pytest.raises(SystemExit, match=r"error: .*file"):
+        guide_generation.main(
+            ["--sentence", "a", "--model", str(tiny_folder), "--output_dir", str(tmp_path / "file" / "out")]
+        )
 
 
 def test_what_is_there_is_not_replaced(tiny_folder):
