@@ -108,7 +108,7 @@ def trim(
         OSError: the output exists, or cannot be written (disk full).
         ImportError: wordfreq is not installed.
     """
-    output = free_output(output)
+    output, languages = free_output(output), list(dict.fromkeys(languages))
     config, processor = _whole_model(model)
     chosen, measured = ([(path, read_texts(path)) for path in paths] for paths in (texts, held_out))
     kept = kept_ids(processor, languages, words, (text for _, found in chosen for text in found))
@@ -117,7 +117,7 @@ def trim(
         checked = language_words(language, min(CHECKED_WORDS, *words))
         changed_texts(processor, small, kept, list(map(word_forms, checked)))
     changed = {str(path): changed_texts(processor, small, kept, found) for path, found in measured}
-    record = {"languages": list(languages), "words": list(words), "tokenizer": vocabulary_digest(processor.tokenizer)}
+    record = {"languages": languages, "words": list(words), "tokenizer": vocabulary_digest(processor.tokenizer)}
     with new_folder(output) as folder:
         parameters = _write_model(model, config, folder, lambda table: table[kept], record)
         small.save_pretrained(folder)

@@ -190,6 +190,21 @@ def test_an_added_token_without_a_row_is_named(tiny_folder, tmp_path):
     assert "The added token '<bicho" in said and "has 300 rows" in said and not (tmp_path / "out").exists()
 
 
+def test_a_language_that_is_named_twice_is_one(tiny_folder, tmp_path):
+    once, twice = (trim(tiny_folder, tmp_path / "".join(codes), codes, [50, 1]) for codes in (["pt"], ["pt", "pt"]))
+    assert once.pieces == twice.pieces
+    assert CapivaraConfig.from_pretrained(tmp_path / "ptpt").trimmed_vocabulary["languages"] == ["pt"]
+
+
+@pytest.mark.parametrize("facts", [{}, {"languages": "pt"}, {"languages": ["pt"], "words": [1], "tokenizer": 1}])
+def test_damaged_facts_about_a_trim_are_one_line(trimmed, tiny_folder, tmp_path, facts):
+    config = json.loads((trimmed / "config.json").read_text(encoding="utf-8"))
+    (trimmed / "config.json").write_text(json.dumps(config | {"trimmed_vocabulary": facts}), encoding="utf-8")
+    for words in (["--languages", "pt"], ["--restore", tiny_folder]):
+        said = stopped(trimmed, tmp_path / "out", *words)
+        assert "is of no CAPIVARA model: trimmed_vocabulary must hold languages, words, " in said
+
+
 def test_a_model_is_trimmed_once(trimmed, tmp_path):
     said = stopped(trimmed, tmp_path / "out", "--languages", "pt")
     assert "is trimmed already, for pt." in said and "--restore" in said and not (tmp_path / "out").exists()
