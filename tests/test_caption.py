@@ -115,6 +115,7 @@ def test_a_folder_with_a_bank_as_csv(tiny_folder, tmp_path):
         (["--language_model", "lm", "--mapper", "m", "--top_k", "9"], "5 beams has no 9 captions"),
         (["--bank", "missing.txt"], "missing.txt"),
         (["--split", "nothing"], "nothing"),
+        (["--train_split", "none"], "none"),
         (["--language_model", "no/such", "--mapper", "m"], "no/such"),
     ],
 )
@@ -136,6 +137,21 @@ def test_the_device_that_is_named_is_the_one_that_worked(tiny_folder, tiny_datas
     caption.main(flags(tiny_folder, tiny_dataset_folder, "--output", str(tmp_path / "out.json")))
     found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert asked == [None] and found["device"].endswith("(meta)")
+
+
+def test_references_without_a_word():
+    with pytest.raises(ValueError, match="No caption of the data set has a word"):
+        caption.word_scores(["um gato"], [["🐈!", "..."]])
+
+
+def test_what_is_printed_does_not_steer_the_terminal(tiny_folder, tmp_path, capsys):
+    (tmp_path / "fotos").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "fotos" / "a\x1b[31m.png")
+    (tmp_path / "bank.txt").write_text("um \x1b]0;gato\x07", encoding="utf-8")
+    words = ["--pictures", str(tmp_path / "fotos"), "--bank", str(tmp_path / "bank.txt")]
+    caption.main(["--model", str(tiny_folder), *words])
+    printed = capsys.readouterr().out
+    assert "gato" in printed and "\x1b" not in printed and "\x07" not in printed
 
 
 def test_an_empty_bank(tmp_path):

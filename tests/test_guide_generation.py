@@ -141,6 +141,18 @@ def test_a_place_that_can_not_be_written_to_is_said_before_the_work(tiny_folder,
         )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ['"NoSuchPipeline"', '["mine", "Mine"]'])
+def test_a_pipeline_of_another_kind_is_refused_and_no_code_of_it_run(kind, tiny_folder, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text(f'{{"_class_name": {kind}}}', encoding="utf-8")
+    (tmp_path / "pipeline" / "mine.py").write_text("raise SystemError('this was run')", encoding="utf-8")
+    words = ["--pipeline", str(tmp_path / "pipeline"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="can't be loaded as a pipeline of diffusers"):
+        guide_generation.main(["--model", str(tiny_folder), "--sentence", "a", *words])
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_there_is_not_replaced(tiny_folder):
     with pytest.raises(SystemExit, match="is not empty"):
         guide_generation.main(["--sentence", "a", "--model", str(tiny_folder), "--output_dir", str(tiny_folder)])
