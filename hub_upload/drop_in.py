@@ -68,7 +68,7 @@ def write(args: ExportArguments, folder: Path) -> None:
     text_bytes = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE))
     check_free_space(args.output, int(text_bytes * FILES_SHARE))
     denses = _write_sentence_transformers(model, folder)
-    open_clip = _write_open_clip(model, folder)
+    open_clip = _write_open_clip(model, source_model.mapped_model(base, source_model.read_config(base)), folder)
     del model
     _write_tokenizer(args.model, folder)
     onnx_files.write_onnx(folder, args.model, ["text"])
@@ -140,8 +140,12 @@ def _pooling(width: int) -> dict[str, Any]:
     return {"word_embedding_dimension": width} | {f"pooling_mode_{mode}": mode == "mean_tokens" for mode in modes}
 
 
-def _write_open_clip(model: CapivaraModel, folder: Path) -> bool:
+def _write_open_clip(model: CapivaraModel, base: CapivaraModel, folder: Path) -> bool:
     """The text side for open_clip's model of the base, compared with the model; False where open_clip has no such."""
+    shapes, of_base = ({name: tensor.shape for name, tensor in one.state_dict().items()} for one in (model, base))
+    if differing := [name for name in {**of_base, **shapes} if shapes.get(name) != of_base.get(name)]:
+        logger.info("open_clip is left out: its model of the base has no place for %s, of other size.", differing[0])
+        return False
     try:
         open_clip_model_cfg(model.config, BASE_TEXT_MODEL)
     except ValueError as error:

@@ -20,6 +20,7 @@ from hub_upload.export import main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import random_images
 from modeling_capivara.open_clip_mapping import build_open_clip, open_clip_state_dict
+from modeling_capivara.trim_vocabulary import trim
 
 TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
 PLAIN = [text for text in TEXTS if "Ã" not in text and text == " ".join(text.split())]  # need no repair
@@ -245,6 +246,16 @@ def test_open_clip_is_left_out_where_it_has_no_such_tower(base, model, no_onnx, 
     caplog.set_level("INFO")
     folder = export(tmp_path / model.name, tmp_path / base.name, tmp_path / "out")
     assert "open_clip is left out" in caplog.text and not (folder / "open_clip_text.safetensors").exists()
+    assert "load_state_dict" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_open_clip_is_left_out_where_the_vocabulary_was_trimmed(base, no_onnx, tmp_path, caplog):
+    """Its model of the base has a row for every piece, and its tokenizer the ids of the whole vocabulary."""
+    trim(base, tmp_path / "small", ["pt"], [20])
+    caplog.set_level("INFO")
+    folder = export(tmp_path / "small", base, tmp_path / "out")
+    assert "open_clip is left out" in caplog.text and "word_embeddings.weight" in caplog.text
+    assert not (folder / "open_clip_text.safetensors").exists()
     assert "load_state_dict" not in (folder / "README.md").read_text(encoding="utf-8")
 
 
