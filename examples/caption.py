@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(CaptionArguments, __doc__, argv)
     pictures, captions, made = make_captions(args)
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-    facts = {"config": hide_paths(config), "made": made, "versions": package_versions()}
+    facts = {"config": hide_paths(config), "made": made, "versions": package_versions("pycocoevalcap")}
     facts["device"] = device_description(torch_device(args.device))
     for name, of_picture in list(zip(pictures.names, captions, strict=True))[:SHOWN]:
         print(harmless(f"{name}: " + "; ".join(f"{one.text} ({one.score:.3f})" for one in of_picture)))

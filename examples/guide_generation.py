@@ -164,7 +164,7 @@ def guide(args: GuideArguments) -> dict[str, dict[str, float]]:
         found = {text: {"before": before[text], "after": after[text]} for text in sentences}
         config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
         facts = {"cosines": found, "seconds": seconds, "config": hide_paths(config)}
-        facts |= {"device": device_description(model.device), "versions": package_versions()}
+        facts |= {"device": device_description(model.device), "versions": package_versions("diffusers")}
         write_json(folder / "results.json", facts)
     return found
 

@@ -172,8 +172,10 @@ def tune(args: SentenceTuningArguments) -> dict[str, dict[str, float]]:
         encoder.save_pretrained(str(folder), create_model_card=False)
         config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
         config = hide_paths(config)
-        facts = {"text_to_image": found, "training_s": seconds, "config": config, "versions": package_versions()}
-        write_json(folder / "results.json", facts | {"device": device_description(encoder.device)})
+        facts = {"text_to_image": found, "training_s": seconds, "config": config}
+        facts["versions"] = package_versions("sentence-transformers")
+        facts["device"] = device_description(encoder.device)
+        write_json(folder / "results.json", facts)
         write_text(folder / "README.md", model_card(config["model"], config["dataset"], args.language))
     return found
 

@@ -190,6 +190,7 @@ def test_the_example_trains_the_text_side_alone(folder, tiny_dataset_folder, tmp
     np.testing.assert_allclose(tuned.encode(TEXTS), again, atol=1e-6)
     facts = json.loads((tmp_path / "tuned" / "results.json").read_text(encoding="utf-8"))
     assert facts["config"]["batch_size"] == 6 and set(facts["text_to_image"]) == {"before", "after"}
+    assert facts["versions"]["sentence-transformers"] == version("sentence-transformers")
     assert str(tmp_path) not in json.dumps(facts)
 
 
