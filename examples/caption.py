@@ -27,12 +27,13 @@ from typing import Any
 from torch import Tensor
 
 from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import device_description, package_versions, require
+from capivara_search.common.environment import device_description, package_versions, require, torch_device
 from capivara_search.common.files import write_json, write_text
 from capivara_search.common.image_files import ImageFiles
 from capivara_search.common.links import Bounds
 from capivara_search.common.privacy import hide_paths
 from capivara_search.picture_files import find_pictures
+from capivara_search.terminal import harmless
 from caption_data.columns import caption_texts
 from caption_data.embedding_cache import cache_folder
 from caption_data.image_rows import ImageRows
@@ -108,7 +109,7 @@ def _embedded(store: EmbeddingStore, images: ImageRows, names: list[str], captio
 def read_bank(path: Path) -> list[str]:
     """The sentences of a text file, each once. Raises ValueError where it is no UTF-8 text, or has none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that Windows' editors begin with
     except UnicodeDecodeError as error:
         raise ValueError(f"The bank {path} must be text in UTF-8, a sentence a line: {error}") from error
     sentences = list(dict.fromkeys(filter(None, map(str.strip, lines))))
@@ -156,6 +157,10 @@ def word_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) 
 
     Words are lower-case, and punctuation is left out but for hyphens within a word. The frequencies that CIDEr weighs
     words by are those of the references.
+
+    Raises:
+        ValueError: no reference has a word.
+        ImportError: pycocoevalcap is not installed.
     """
     require("Measuring captions", "captioning", "pycocoevalcap")
     from pycocoevalcap.bleu.bleu import Bleu
@@ -163,6 +168,8 @@ def word_scores(candidates: Sequence[str], references: Sequence[Sequence[str]]) 
 
     said = {row: [_words(text)] for row, text in enumerate(candidates)}
     right = {row: [_words(text) for text in texts] for row, texts in enumerate(references)}
+    if not any(map(any, right.values())):
+        raise ValueError("No caption of the data set has a word, so that nothing can be measured by them.")
     bleu, _ = Bleu(4).compute_score(right, said, verbose=0)
     cider, _ = Cider().compute_score(right, said)
     return dict(zip(FIGURES, map(float, [*bleu, cider]), strict=True))
@@ -174,8 +181,7 @@ def _words(text: str) -> str:
 
 def make_captions(args: CaptionArguments) -> tuple[Pictures, list[list[Caption]], dict[str, Any]]:
     """Pictures, their captions, and what is known of the mapping network, where there is one."""
-    if args.language_model is None and args.bank:
-        bank = read_bank(args.bank)  # before the model is loaded
+    bank = None if args.language_model else _bank(args)  # before the model is loaded
     if args.pictures is None:
         require("Measuring captions", "captioning", "pycocoevalcap")
     store = EmbeddingStore(load_embedder(args.model, args.device), cache_folder("auto"), args.batch_size)
@@ -183,13 +189,18 @@ def make_captions(args: CaptionArguments) -> tuple[Pictures, list[list[Caption]]
     pictures = of_folder(args.pictures, store) if args.pictures else of_split(args, store, args.split)
     if captioner:
         return pictures, written_captions(args, captioner, store, pictures), captioner.facts
-    if not args.bank:
-        source = open_source(args.dataset, args.train_split, IMAGE_COLUMN)
-        column = args.caption_column.replace("{language}", args.language)
-        source.check_columns([column])
-        rows = [caption_texts(row.get(column), column) for row in source.rows(only=[column])]
-        bank = list(dict.fromkeys(flat_captions(rows)[0]))
     return pictures, bank_captions(pictures.embeds, store.texts(bank, "Bank"), bank, args.top_k), {"bank": len(bank)}
+
+
+def _bank(args: CaptionArguments) -> list[str]:
+    """Sentences of the file, or captions of the training split."""
+    if args.bank:
+        return read_bank(args.bank)
+    source = open_source(args.dataset, args.train_split, IMAGE_COLUMN)
+    column = args.caption_column.replace("{language}", args.language)
+    source.check_columns([column])
+    rows = [caption_texts(row.get(column), column) for row in source.rows(only=[column])]
+    return list(dict.fromkeys(flat_captions(rows)[0]))
 
 
 def _captioner(args: CaptionArguments, store: EmbeddingStore) -> PrefixCaptioner:
@@ -227,10 +238,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(CaptionArguments, __doc__, argv)
     pictures, captions, made = make_captions(args)
     config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
-    facts = {"config": hide_paths(config), "made": made, "device": device_description(args.device or "cpu")}
-    facts["versions"] = package_versions()
+    facts = {"config": hide_paths(config), "made": made, "versions": package_versions("pycocoevalcap")}
+    facts["device"] = device_description(torch_device(args.device))
     for name, of_picture in list(zip(pictures.names, captions, strict=True))[:SHOWN]:
-        print(f"{name}: " + "; ".join(f"{one.text} ({one.score:.3f})" for one in of_picture))
+        print(harmless(f"{name}: " + "; ".join(f"{one.text} ({one.score:.3f})" for one in of_picture)))
     if args.pictures is None:
         facts["measured"] = word_scores([of_picture[0].text for of_picture in captions], pictures.captions)
         print("  ".join(f"{name} {value:.3f}" for name, value in facts["measured"].items()))

@@ -160,7 +160,7 @@ def guided_pipeline(source: str, device: torch.device) -> Any:
 
     try:
         pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True).to(device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:  # the last one: a class that this version has not
         raise ValueError(
             f"{source} can't be loaded as a pipeline of diffusers: {' '.join(str(error).split())}"
         ) from error

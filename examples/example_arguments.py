@@ -162,6 +162,8 @@ class GuideArguments:
         at_least(self, 1, "steps", "size", "cells")
         at_least(self, 0, "views")
         between(self, 0, 1, "scale")
+        if self.pipeline:
+            at_least(self, 2, "steps")  # the first one is not guided
         if not self.sentence.strip():
             raise ValueError("The sentence is empty. Say what the picture shall show.")
 

@@ -153,10 +153,10 @@ def guide(args: GuideArguments) -> dict[str, dict[str, float]]:
         require("--pipeline", "guidance", "diffusers")
     model, processor = load_model(args.model).eval().to(torch_device(args.device)), load_processor(args.model)
     model.requires_grad_(False)  # gradients flow to the pixels alone
-    started = time.perf_counter()
-    pictures = steered(args, model, processor)
-    seconds = time.perf_counter() - started
     with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
+        started = time.perf_counter()
+        pictures = steered(args, model, processor)
+        seconds = time.perf_counter() - started
         pictures[-1].save(folder / "picture.png")
         strip(pictures).save(folder / "steps.png")
         sentences = list(dict.fromkeys([args.sentence, *args.others]))
@@ -164,7 +164,7 @@ def guide(args: GuideArguments) -> dict[str, dict[str, float]]:
         found = {text: {"before": before[text], "after": after[text]} for text in sentences}
         config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
         facts = {"cosines": found, "seconds": seconds, "config": hide_paths(config)}
-        facts |= {"device": device_description(model.device), "versions": package_versions()}
+        facts |= {"device": device_description(model.device), "versions": package_versions("diffusers")}
         write_json(folder / "results.json", facts)
     return found
 

@@ -32,6 +32,7 @@ HEADS = 8  # of the mapping network, or as many as the language model's width al
 MAX_TOKENS = 64  # of a caption that is learnt from
 WARM_UP = 0.05  # share of all steps
 PATIENCE = 4  # passes without a better validation loss before the training ends
+LOADING = {"use_safetensors": True, "trust_remote_code": False}
 IGNORED = -100  # label of what the loss leaves out, as transformers has it
 
 LanguageModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -146,8 +147,8 @@ def load_language_model(source: str, device: torch.device) -> LanguageModel:
     """
     check_reachable(source)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32", **LOADING)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{source} can't be loaded as a causal language model of transformers: {reason}") from error
@@ -170,11 +171,11 @@ def load_captioner(folder: Path, language: LanguageModel, image_fingerprint: str
     model, tokenizer = language
     if facts["language_model_digest"] != weights_digest(model):
         raise ValueError(f"{folder} was trained for another language model. Name a new folder with --mapper.")
-    mapper = PrefixMapper(**facts["shape"])
     try:
+        mapper = PrefixMapper(**facts["shape"])
         mapper.load_state_dict(load_file(folder / WEIGHTS))
     except Exception as error:  # safetensors has an error of its own
-        raise ValueError(f"The weights of {folder} can't be read: {' '.join(str(error).split())}") from error
+        raise ValueError(f"The mapping network of {folder} can't be read: {' '.join(str(error).split())}") from error
     return PrefixCaptioner(mapper.eval().to(model.device), model, tokenizer, facts)
 
 
@@ -196,22 +197,22 @@ def train_captioner(
     }
     captioner = PrefixCaptioner(PrefixMapper(**shape).to(model.device), model, tokenizer)
     captioner.mapper.scale.data.fill_(model.get_input_embeddings().weight.std())
-    started = time.perf_counter()
-    losses, weights = _fit(captioner, train, validation, args)
-    captioner.mapper.load_state_dict(weights)
-    captioner.facts = {
-        "shape": shape,
-        "image_fingerprint": image_fingerprint,
-        "language_model": short_name(args.language_model),
-        "language_model_digest": weights_digest(model),
-        "captions": len(train.texts),
-        "validation_losses": losses,  # nats a token, of each pass
-        "seconds": time.perf_counter() - started,
-        "settings": {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "seed")},
-        "device": device_description(model.device),
-        "versions": package_versions(),
-    }
-    with whole_folder(args.mapper) as folder:
+    with whole_folder(args.mapper) as folder:  # before the work: a place that can't be written to is said at once
+        started = time.perf_counter()
+        losses, weights = _fit(captioner, train, validation, args)
+        captioner.mapper.load_state_dict(weights)
+        captioner.facts = {
+            "shape": shape,
+            "image_fingerprint": image_fingerprint,
+            "language_model": short_name(args.language_model),
+            "language_model_digest": weights_digest(model),
+            "captions": len(train.texts),
+            "validation_losses": losses,  # nats a token, of each pass
+            "seconds": time.perf_counter() - started,
+            "settings": {name: getattr(args, name) for name in ("epochs", "batch_size", "learning_rate", "seed")},
+            "device": device_description(model.device),
+            "versions": package_versions(),
+        }
         save_file(weights, folder / WEIGHTS)
         write_json(folder / CONFIG, captioner.facts)
     return captioner

@@ -18,6 +18,7 @@ from capivara_search.common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:SentenceTuningArguments", __doc__)
 
+import html
 import random
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from datasets import Dataset
+from huggingface_hub.utils import yaml_dump
 from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
@@ -47,11 +49,7 @@ if TYPE_CHECKING:
 CUTOFFS = [1, 5, 10]
 
 CARD = """---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-language: [{language}]
-tags: [capivara]
----
+{metadata}---
 
 # {model}, fine-tuned
 
@@ -62,6 +60,8 @@ model and of those data.
 
 def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     """A row a picture, `text` before `image` as the loss takes them; of several captions one, by the seed.
+
+    A text stands in a dictionary: a bare one that is an address or a file's name sentence-transformers would fetch.
 
     Raises:
         ValueError: there is no such split or column (those that are there are named), or a picture has no caption.
@@ -75,7 +75,7 @@ def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:
     captions = [[found] if isinstance(found, str) else found for found in data[split][column]]
     flat_captions(captions)  # for its errors
     draw = random.Random(seed)
-    texts = [draw.choice(found) for found in captions]
+    texts = [{"text": draw.choice(found)} for found in captions]
     return data[split].select_columns("image").add_column("text", texts).select_columns(["text", "image"])
 
 
@@ -117,7 +117,7 @@ class BoundedScale(TrainerCallback):
 
 
 def make_trainer(
-    args: SentenceTuningArguments, encoder: "SentenceTransformer", folder: Path
+    args: SentenceTuningArguments, encoder: "SentenceTransformer", rows: Dataset, folder: Path
 ) -> "SentenceTransformerTrainer":
     """sentence-transformers' own trainer; the image tower is frozen, as in the paper."""
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -140,7 +140,6 @@ def make_trainer(
         dataloader_pin_memory=device.type != "cpu",
         report_to="none",
     )
-    rows = pairs(args.dataset, args.train_split, args.language, args.seed)
     loss = clip_loss_of(encoder, args.mini_batch_size)
     return SentenceTransformerTrainer(encoder, training, rows, loss=loss, callbacks=[BoundedScale()])
 
@@ -155,6 +154,9 @@ def tune(args: SentenceTuningArguments) -> dict[str, dict[str, float]]:
             f"{args.model} is no folder for sentence-transformers (modules.json is missing); export it: python -m "
             f"hub_upload.export --model {args.model} --output repository --formats transformers,sentence_transformers"
         )
+    rows = pairs(args.dataset, args.train_split, args.language, args.seed)
+    if len(rows) < args.batch_size:
+        raise ValueError(f"{args.train_split} has {len(rows)} pictures, fewer than a batch: lower --batch_size.")
     measure = recall_evaluator(pairs(args.dataset, args.split, args.language))
     with whole_folder(args.output_dir, args.overwrite_output_dir) as folder:
         encoder = SentenceTransformer(str(args.model))
@@ -164,16 +166,26 @@ def tune(args: SentenceTuningArguments) -> dict[str, dict[str, float]]:
             return {f"recall@{k}": float(found[f"cosine_accuracy@{k}"]) for k in CUTOFFS}
 
         found = {"before": recalls()}
-        trainer = make_trainer(args, encoder, folder)
+        trainer = make_trainer(args, encoder, rows, folder)
         seconds = trainer.train().metrics["train_runtime"]
         found["after"] = recalls()
         encoder.save_pretrained(str(folder), create_model_card=False)
         config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
         config = hide_paths(config)
-        facts = {"text_to_image": found, "training_s": seconds, "config": config, "versions": package_versions()}
-        write_json(folder / "results.json", facts | {"device": device_description(encoder.device)})
-        write_text(folder / "README.md", CARD.format(**config))
+        facts = {"text_to_image": found, "training_s": seconds, "config": config}
+        facts["versions"] = package_versions("sentence-transformers")
+        facts["device"] = device_description(encoder.device)
+        write_json(folder / "results.json", facts)
+        write_text(folder / "README.md", model_card(config["model"], config["dataset"], args.language))
     return found
+
+
+def model_card(model: str, dataset: str, language: str) -> str:
+    """The README.md of a model that was made of `model` by a data set."""
+    about = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    about |= {"language": [language], "tags": ["capivara"]}
+    metadata = yaml_dump(about, sort_keys=False)
+    return CARD.format(metadata=metadata, model=html.escape(model), dataset=html.escape(dataset))
 
 
 @user_errors

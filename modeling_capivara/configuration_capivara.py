@@ -23,6 +23,9 @@ TEXT_DEFAULTS = {
 # No published model comes near. A file that asks for more is damaged or means harm: it would take hours, or all memory.
 LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 10**6, "image_size": 10**4, "num_labels": 10**6}
 
+# What `trimmed_vocabulary` holds: digests of the whole tokenizer and table, and the rows of the latter (`of`).
+TRIM_FACTS = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
+
 
 @strict
 class CapivaraConfig(PreTrainedConfig):
@@ -46,7 +49,8 @@ class CapivaraConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a size is below 1 or over `LARGEST`, the scale is not finite, a tower's kind is unknown, the text
-            tower is an encoder-decoder, or a width of `matryoshka_dims` does not divide `projection_dim`.
+            tower is an encoder-decoder, a width of `matryoshka_dims` does not divide `projection_dim`, or
+            `trimmed_vocabulary` lacks one of `TRIM_FACTS`.
     """
 
     model_type = "capivara"
@@ -70,6 +74,9 @@ class CapivaraConfig(PreTrainedConfig):
         if not math.isfinite(self.logit_scale_init_value):
             raise ValueError(f"logit_scale_init_value must be a finite number, got {self.logit_scale_init_value}.")
         self.matryoshka_dims = checked_widths(self.matryoshka_dims or (), self.projection_dim) or None
+        facts = self.trimmed_vocabulary
+        if facts is not None and not all(isinstance(facts.get(key), kind) for key, kind in TRIM_FACTS.items()):
+            raise ValueError(f"trimmed_vocabulary must hold {', '.join(TRIM_FACTS)}, got {facts}.")
         _check_sizes("", kwargs.get)
         self.vision_config = _tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
         self.text_config = _tower_config("text_config", self.text_config, TEXT_DEFAULTS)

@@ -103,7 +103,7 @@ def chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def read_texts(path: Path) -> list[str]:
     """The lines of a text file that are not blank. Raises ValueError where it can't be read, or has none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"The texts {path} can't be read: {error}. Give a file in UTF-8, a text a line.") from error
     if not (texts := [line for line in lines if line.strip()]):

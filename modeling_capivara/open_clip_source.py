@@ -32,9 +32,12 @@ CARD = """---
 
 # {title}
 
-Converted to transformers by `python -m modeling_capivara.convert_open_clip`, with the weights as they were. What the
-model is, how it was trained and under which licence it may be used is stated where it comes from.
+{made}
+What the model is, how it was trained and under which licence it may be used is stated where it comes from.
 """
+CONVERTED = (
+    "Converted to transformers by `python -m modeling_capivara.convert_open_clip`, with the weights as they were."
+)
 
 
 @dataclass
@@ -201,13 +204,14 @@ def read_open_clip_state(path: Path, config: CapivaraConfig) -> tuple[dict[str, 
     return model_state, notes
 
 
-def origin_card(folder: Path, repo_id: str | None = None) -> str | None:
+def origin_card(folder: Path, repo_id: str | None = None, made: str = CONVERTED) -> str | None:
     """Text of README.md; None where nothing is known of the source.
 
     Args:
-        folder: of the open_clip model; its README.md, if there is one, states the licence.
+        folder: of the source; its README.md, if there is one, states the licence.
         repo_id: where on the Hub it was fetched from, which is the base of what is made from it; where None, the base
             is the one that the source's card names.
+        made: what was done to it, a sentence.
     """
 
     def is_text(value: Any) -> bool:
@@ -219,7 +223,8 @@ def origin_card(folder: Path, repo_id: str | None = None) -> str | None:
     if not known:
         return None
     about = {**known, "library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
-    return CARD.format(metadata=yaml_dump(about, sort_keys=False), title=html.escape(repo_id or folder.resolve().name))
+    title = html.escape(repo_id or folder.resolve().name)
+    return CARD.format(metadata=yaml_dump(about, sort_keys=False), title=title, made=made)
 
 
 def read_fields(path: Path) -> dict:

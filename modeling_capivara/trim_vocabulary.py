@@ -41,6 +41,14 @@ COPIED = ("LICENSE", "run.json", "rotation.safetensors")  # results are not: the
 CHECKED_WORDS = 10_000  # of each language at most, that both tokenizers are compared on
 MEASURED_TEXTS = 1000  # of a file, with a piece that was cut: the embeddings of the first ones are compared
 BATCH_TEXTS = 64
+TRIMMED = (
+    "Made by `python -m modeling_capivara.trim_vocabulary`: of the embeddings of word pieces those are left that "
+    "{languages} use (`trimmed_vocabulary` in config.json); all other weights are as they were."
+)
+RESTORED = (
+    "Given its whole vocabulary back by `python -m modeling_capivara.trim_vocabulary --restore`; embeddings of word "
+    "pieces that were trimmed are those from before."
+)
 
 Pair = tuple[list[int], list[int]]  # ids of a text in the whole vocabulary: of its best pieces, and of the kept ones
 
@@ -100,7 +108,7 @@ def trim(
         OSError: the output exists, or cannot be written (disk full).
         ImportError: wordfreq is not installed.
     """
-    output = free_output(output)
+    output, languages = free_output(output), list(dict.fromkeys(languages))
     config, processor = _whole_model(model)
     chosen, measured = ([(path, read_texts(path)) for path in paths] for paths in (texts, held_out))
     kept = kept_ids(processor, languages, words, (text for _, found in chosen for text in found))
@@ -109,11 +117,11 @@ def trim(
         checked = language_words(language, min(CHECKED_WORDS, *words))
         changed_texts(processor, small, kept, list(map(word_forms, checked)))
     changed = {str(path): changed_texts(processor, small, kept, found) for path, found in measured}
-    record = {"languages": list(languages), "words": list(words), "tokenizer": vocabulary_digest(processor.tokenizer)}
+    record = {"languages": languages, "words": list(words), "tokenizer": vocabulary_digest(processor.tokenizer)}
     with new_folder(output) as folder:
         parameters = _write_model(model, config, folder, lambda table: table[kept], record)
         small.save_pretrained(folder)
-        _copy_records(model, folder)
+        _copy_records(model, folder, TRIMMED.format(languages=" and ".join(languages)))
         weight_bytes = tuple(sum(file.stat().st_size for file in weight_files(path)) for path in (model, folder))
         cosines = _cosines(model, changed)
     found = {str(path): HeldOut(len(found), len(changed[str(path)]), cosines[str(path)]) for path, found in measured}
@@ -147,7 +155,7 @@ def restore(model: Path, output: Path, base: Path) -> None:
     with new_folder(output) as folder:
         _write_model(model, config, folder, merged, None)
         whole.save_pretrained(folder)
-        _copy_records(model, folder)
+        _copy_records(model, folder, RESTORED)
 
 
 def report(done: Trim) -> str:
@@ -248,11 +256,11 @@ def _write_model(
     return before, model.num_parameters()
 
 
-def _copy_records(source: Path, folder: Path) -> None:
+def _copy_records(source: Path, folder: Path, made: str) -> None:
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if card := origin_card(source):
+    if card := origin_card(source, made=made):
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -106,8 +106,9 @@ def kill_build(config: str, generator: random.Random) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1] == "build":
-        print(kill_build(sys.argv[2], random.Random(0)), flush=True)  # not by the forks, too
+        print(kill_build(sys.argv[2], random.Random(0)), flush=True)
     else:
         for place, text in enumerate(sys.argv[4:]):
             wanted = [int(number) for number in text.split(",")]
-            print(kill_stage(sys.argv[2], f"{sys.argv[3]}-{place}", random.Random(place), wanted), flush=True)  # not by the forks, too
+            kills = kill_stage(sys.argv[2], f"{sys.argv[3]}-{place}", random.Random(place), wanted)
+            print(kills, flush=True)  # what is not written yet would be written by the next forks, too

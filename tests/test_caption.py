@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.captioning import chance, sentence_tokenizer, small_language_model
-from examples import caption
+from examples import caption, prefix_captioner
 from examples.example_arguments import CaptionArguments
 from examples.prefix_captioner import (
     CaptionedEmbeds,
@@ -83,7 +83,7 @@ def test_a_split_with_the_captions_of_another(tiny_folder, tiny_dataset_folder, 
     assert all(re.fullmatch(r"foto \d+ azul \w+|\w+ \d+", text) for text in texts)
     scores = [text["score"] for text in found["captions"][0]["captions"]]
     assert len(scores) == 2 and 1 >= scores[0] >= scores[1] >= -1
-    assert found["made"] == {"bank": 18} and "torch" in found["versions"]
+    assert found["made"] == {"bank": 18} and {"torch", "pycocoevalcap"} <= found["versions"].keys()
     assert set(found["measured"]) == set(caption.FIGURES)
     printed = capsys.readouterr().out
     assert f"CIDEr {found['measured']['CIDEr']:.3f}" in printed and printed.count("test/") == 8
@@ -115,6 +115,7 @@ def test_a_folder_with_a_bank_as_csv(tiny_folder, tmp_path):
         (["--language_model", "lm", "--mapper", "m", "--top_k", "9"], "5 beams has no 9 captions"),
         (["--bank", "missing.txt"], "missing.txt"),
         (["--split", "nothing"], "nothing"),
+        (["--train_split", "none"], "none"),
         (["--language_model", "no/such", "--mapper", "m"], "no/such"),
     ],
 )
@@ -122,6 +123,35 @@ def test_what_cannot_be_is_said_in_one_line(words, message, tiny_folder, tiny_da
     with pytest.raises(SystemExit, match=message) as ended:
         caption.main(flags(tiny_folder, tiny_dataset_folder, *words))
     assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
+
+
+def test_a_bank_out_of_windows(tmp_path):
+    (tmp_path / "bank.txt").write_bytes("\ufeffum gato\r\numa casa\r\num gato".encode())
+    assert caption.read_bank(tmp_path / "bank.txt") == ["um gato", "uma casa"]
+
+
+def test_the_device_that_is_named_is_the_one_that_worked(tiny_folder, tiny_dataset_folder, tmp_path, monkeypatch):
+    """Without --device that is the GPU, where there is one."""
+    asked = []
+    monkeypatch.setattr(caption, "torch_device", lambda name: asked.append(name) or torch.device("meta"))
+    caption.main(flags(tiny_folder, tiny_dataset_folder, "--output", str(tmp_path / "out.json")))
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert asked == [None] and found["device"].endswith("(meta)")
+
+
+def test_references_without_a_word():
+    with pytest.raises(ValueError, match="No caption of the data set has a word"):
+        caption.word_scores(["um gato"], [["🐈!", "..."]])
+
+
+def test_what_is_printed_does_not_steer_the_terminal(tiny_folder, tmp_path, capsys):
+    (tmp_path / "fotos").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "fotos" / "a\x1b[31m.png")
+    (tmp_path / "bank.txt").write_text("um \x1b]0;gato\x07", encoding="utf-8")
+    words = ["--pictures", str(tmp_path / "fotos"), "--bank", str(tmp_path / "bank.txt")]
+    caption.main(["--model", str(tiny_folder), *words])
+    printed = capsys.readouterr().out
+    assert "gato" in printed and "\x1b" not in printed and "\x07" not in printed
 
 
 def test_an_empty_bank(tmp_path):
@@ -219,6 +249,10 @@ def test_a_mapping_network_of_another_model_is_refused(tiny_folder, tiny_dataset
         (tmp_path / "mapper" / "config.json").write_text(json.dumps(config | {name: "0"}), encoding="utf-8")
         with pytest.raises(SystemExit, match=what):
             caption.main(words)
+    for shape in ({}, config["shape"] | {"layers": "1"}, config["shape"] | {"length": 4}):
+        (tmp_path / "mapper" / "config.json").write_text(json.dumps(config | {"shape": shape}), encoding="utf-8")
+        with pytest.raises(SystemExit, match="can't be read"):
+            caption.main(words)
     (tmp_path / "mapper" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "mapper" / "mapper.safetensors").write_bytes(b"broken")
     with pytest.raises(SystemExit, match="can't be read"):
@@ -226,6 +260,15 @@ def test_a_mapping_network_of_another_model_is_refused(tiny_folder, tiny_dataset
     (tmp_path / "mapper" / "config.json").unlink()
     with pytest.raises(SystemExit, match="holds no mapping network"):
         caption.main(words)
+
+
+def test_a_place_that_can_not_be_written_to_is_said_before_the_training(captioner, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(prefix_captioner, "_fit", lambda *_: pytest.fail("the work was done in vain"))
+    args = CaptionArguments(language_model="lm", mapper=tmp_path / "file" / "mapper")
+    data = CaptionedEmbeds(torch.eye(24)[:1], ["foto"])
+    with pytest.raises(OSError, match="file"):
+        train_captioner(args, (captioner.language_model, captioner.tokenizer), data, data, "fingerprint")
 
 
 @pytest.mark.slow

@@ -95,19 +95,7 @@ def test_cells_are_enlarged_smoothly():
 @pytest.mark.slow
 @pytest.mark.parametrize(("cells", "views"), [("10", "2"), ("40", "0")])
 def test_a_picture_comes_nearer_to_its_sentence(cells, views, tiny_folder, tmp_path, capsys, tiny_processor):
-    words = [
-        "--model",
-        str(tiny_folder),
-        "--size",
-        "40",
-        "--steps",
-        "15",
-        "--views",
-        "2",
-        "--others",
-        "o pão",
-        "a casa",
-    ]
+    words = ["--model", str(tiny_folder), "--size", "40", "--steps", "15", "--views", views]
     words += ["--others", "o pão", "a casa", "--cells", cells]
     guide_generation.main([*words, "--sentence", SENTENCE, "--output_dir", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["picture.png", "results.json", "steps.png"]
@@ -132,6 +120,7 @@ def test_a_picture_comes_nearer_to_its_sentence(cells, views, tiny_folder, tmp_p
     [
         (["--sentence", " "], "The sentence is empty"),
         (["--sentence", "a", "--steps", "0"], "steps must be at least 1, got 0"),
+        (["--sentence", "a", "--pipeline", "p", "--steps", "1"], "steps must be at least 2, got 1"),
         (["--sentence", "a", "--scale", "2"], "scale must be from 0 to 1, got 2"),
         (["--sentence", "a", "--model", "missing"], "missing"),
         (["--sentence", "a", "--pipeline", "no/such"], "no/such"),
@@ -141,6 +130,27 @@ def test_what_cannot_be_is_said_in_one_line(words, message, tiny_folder, tmp_pat
     with pytest.raises(SystemExit, match=message) as ended:
         guide_generation.main(["--model", str(tiny_folder), "--output_dir", str(tmp_path / "out"), *words])
     assert str(ended.value).startswith("error: ") and not (tmp_path / "out").exists()
+
+
+def test_a_place_that_can_not_be_written_to_is_said_before_the_work(tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setattr(guide_generation, "optimise", lambda *_: pytest.fail("the work was done in vain"))
+    with pytest.raises(SystemExit, match=r"error: .*file"):
+        guide_generation.main(
+            ["--sentence", "a", "--model", str(tiny_folder), "--output_dir", str(tmp_path / "file" / "out")]
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ['"NoSuchPipeline"', '["mine", "Mine"]'])
+def test_a_pipeline_of_another_kind_is_refused_and_no_code_of_it_run(kind, tiny_folder, tmp_path):
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text(f'{{"_class_name": {kind}}}', encoding="utf-8")
+    (tmp_path / "pipeline" / "mine.py").write_text("raise SystemError('this was run')", encoding="utf-8")
+    words = ["--pipeline", str(tmp_path / "pipeline"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="can't be loaded as a pipeline of diffusers"):
+        guide_generation.main(["--model", str(tiny_folder), "--sentence", "a", *words])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_there_is_not_replaced(tiny_folder):

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Image as Images
 from PIL import Image
 
 from eval.metrics import recall_at_k, retrieval_ranks
-from examples.tune_sentence_transformers import clip_loss_of, main, pairs, recall_evaluator
+from examples.tune_sentence_transformers import clip_loss_of, main, model_card, pairs, recall_evaluator
 from hub_upload.export import export
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.convert_open_clip import random_images
@@ -151,6 +154,22 @@ def test_the_usual_options_are_another_loss(encoder, tiny_dataset_folder):
     assert abs(usual - exact) > 1e-3
 
 
+def test_a_caption_that_is_an_address_or_a_file_is_a_text(encoder, tmp_path, pictures, monkeypatch):
+    """Bare ones sentence-transformers would read as pictures, from another machine, too."""
+    pictures[0].save(tmp_path / "a.png")
+    captions = ["https://example.org/a.png", str(tmp_path / "a.png")]
+    rows = {"image": pictures[:2], "captions-pt": captions}
+    DatasetDict(
+        train=Dataset.from_dict(rows, Features({"image": Images(), "captions-pt": Value("string")}))
+    ).save_to_disk(tmp_path / "data")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a request left the machine"))
+    found = pairs(tmp_path / "data", "train", "pt")
+    texts = encoder.encode(list(found["text"]))
+    np.testing.assert_allclose(texts, encoder.encode([{"text": text} for text in captions]))
+    assert abs(texts[1] - encoder.encode(pictures[:1])[0]).max() > 1e-3
+    assert set(recall_evaluator(found)(encoder)) >= {"cosine_accuracy@1"}
+
+
 @pytest.mark.slow
 def test_the_example_trains_the_text_side_alone(folder, tiny_dataset_folder, tmp_path, capsys):
     from sentence_transformers import SentenceTransformer
@@ -171,6 +190,7 @@ def test_the_example_trains_the_text_side_alone(folder, tiny_dataset_folder, tmp
     np.testing.assert_allclose(tuned.encode(TEXTS), again, atol=1e-6)
     facts = json.loads((tmp_path / "tuned" / "results.json").read_text(encoding="utf-8"))
     assert facts["config"]["batch_size"] == 6 and set(facts["text_to_image"]) == {"before", "after"}
+    assert facts["versions"]["sentence-transformers"] == version("sentence-transformers")
     assert str(tmp_path) not in json.dumps(facts)
 
 
@@ -179,11 +199,22 @@ def test_the_example_trains_the_text_side_alone(folder, tiny_dataset_folder, tmp
     [
         ({"--model": "missing"}, "modules.json is missing"),
         ({"--split": "prova"}, "has no split 'prova'; it has train"),
+        ({"--train_split": "prova"}, "has no split 'prova'; it has train"),
+        ({"--batch_size": "500"}, "train has 12 pictures, fewer than a batch: lower --batch_size"),
         ({"--language": "eo"}, "needs the columns image and captions-eo"),
     ],
 )
 def test_wrong_input_is_one_line_before_any_work(folder, tiny_dataset_folder, tmp_path, changed, message):
-    given = {"--model": folder, "--dataset": tiny_dataset_folder, "--output_dir": tmp_path / "tuned", **changed}
+    given = {"--model": folder, "--dataset": tiny_dataset_folder, "--output_dir": tmp_path / "tuned"}
+    given |= {"--batch_size": 4, **changed}
     with pytest.raises(SystemExit, match=message):
         main([str(word) for pair in given.items() for word in pair])
     assert not (tmp_path / "tuned").exists()
+
+
+def test_names_on_its_card_are_names():
+    """A language `no` is none of YAML's truths, and a folder's name is no HTML."""
+    card = model_card("<b>x</b>", "data & more", "no")
+    assert (
+        yaml.safe_load(card.split("---\n")[1])["language"] == ["no"] and "<b>" not in card and "data &amp; more" in card
+    )

@@ -30,7 +30,7 @@ CHOSEN = ["uma foto de um gato", "São João", "a casa"]
 @pytest.fixture
 def trimmed(tiny_folder, tmp_path):
     """A tiny model, trimmed to a few Portuguese words and the pieces of CHOSEN."""
-    (tmp_path / "texts.txt").write_text("\n\n".join(CHOSEN), encoding="utf-8")
+    (tmp_path / "texts.txt").write_text("\n\n".join(CHOSEN), encoding="utf-8-sig")  # as Windows' editors write
     trim(tiny_folder, tmp_path / "small", ["pt"], WORDS, [tmp_path / "texts.txt"])
     return tmp_path / "small"
 
@@ -72,6 +72,15 @@ def test_indexes_of_pictures_stay_valid(tiny_folder, trimmed):
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, trimmed))
     assert before.keys() == after.keys()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {TABLE}
+
+
+def test_the_card_says_what_was_done(tiny_folder, tmp_path):
+    (tiny_folder / "README.md").write_text("---\nlicense: mit\nlanguage: [pt, en]\n---\n# Theirs\n", encoding="utf-8")
+    trim(tiny_folder, tmp_path / "small", ["pt", "es"], WORDS)
+    restore(tmp_path / "small", tmp_path / "back", tiny_folder)
+    for name, said in (("small", "those are left that pt and es use"), ("back", "its whole vocabulary back")):
+        text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert said in text and "license: mit" in text and "convert_open_clip" not in text
 
 
 def test_the_order_of_the_special_tokens_stays_and_pieces_keep_their_scores(tiny_folder, trimmed):
@@ -179,6 +188,21 @@ def test_an_added_token_without_a_row_is_named(tiny_folder, tmp_path):
     processor.save_pretrained(tiny_folder)
     said = stopped(tiny_folder, tmp_path / "out", "--languages", "pt")
     assert "The added token '<bicho" in said and "has 300 rows" in said and not (tmp_path / "out").exists()
+
+
+def test_a_language_that_is_named_twice_is_one(tiny_folder, tmp_path):
+    once, twice = (trim(tiny_folder, tmp_path / "".join(codes), codes, [50, 1]) for codes in (["pt"], ["pt", "pt"]))
+    assert once.pieces == twice.pieces
+    assert CapivaraConfig.from_pretrained(tmp_path / "ptpt").trimmed_vocabulary["languages"] == ["pt"]
+
+
+@pytest.mark.parametrize("facts", [{}, {"languages": "pt"}, {"languages": ["pt"], "words": [1], "tokenizer": 1}])
+def test_damaged_facts_about_a_trim_are_one_line(trimmed, tiny_folder, tmp_path, facts):
+    config = json.loads((trimmed / "config.json").read_text(encoding="utf-8"))
+    (trimmed / "config.json").write_text(json.dumps(config | {"trimmed_vocabulary": facts}), encoding="utf-8")
+    for words in (["--languages", "pt"], ["--restore", tiny_folder]):
+        said = stopped(trimmed, tmp_path / "out", *words)
+        assert "is of no CAPIVARA model: trimmed_vocabulary must hold languages, words, " in said
 
 
 def test_a_model_is_trimmed_once(trimmed, tmp_path):

@@ -79,10 +79,10 @@ def _installed(module: str) -> bool:
         return False
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on, those that are installed."""
+def package_versions(*more: str) -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on, `more` among them; those that are installed."""
     versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
