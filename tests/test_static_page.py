@@ -62,10 +62,14 @@ KEPT = "caches.open('capivara-model').then((cache) => cache.keys()).then((keys) 
 
 
 def require_npm() -> None:
-    """Skip the test where npm is missing; with CI_REQUIRES_NODE=1 that fails."""
+    """Skip the test where npm is missing or its registry out of reach; with CI_REQUIRES_NODE=1 that fails."""
+    answer, fault = pytest.fail if os.environ.get("CI_REQUIRES_NODE") == "1" else pytest.skip, None
     if shutil.which("npm") is None:
-        answer = pytest.fail if os.environ.get("CI_REQUIRES_NODE") == "1" else pytest.skip
-        answer("npm is not installed (apt-get install npm), so the page's libraries can't be fetched")
+        fault = "npm is not installed (apt-get install npm)"
+    elif subprocess.run(["npm", "view", "onnxruntime-web", "version"], capture_output=True).returncode:
+        fault = "npm's registry can't be reached"
+    if fault:
+        answer(f"{fault}, so the page's libraries can't be fetched")
 
 
 # --- The folder ------------------------------------------------------------------------------------------------------
