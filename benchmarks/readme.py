@@ -84,6 +84,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "trim_sizes": lambda: trim_vocabulary.sizes_table(_results("trim_vocabulary")),
             "search": lambda: search_tables.search_table(_results("search")),
             "search_photographs": lambda: search_tables.photos_table(_results("search")),
+            "search_reduced": lambda: search_tables.reduced_table(_results("search")),
             "search_growth": lambda: search_tables.growth_table(_results("search")),
             "encode": encode_block,
             "train_step": lambda: train_step.train_step_table(_results("train_step")),

@@ -36,6 +36,7 @@ WIDTH, CLUSTERS, SPREAD = 512, 2000, 1.0  # numbers of a vector; clusters; noise
 QUERIES, K = 200, 10
 ROWS_AT_ONCE = 100_000
 ADDED = (1, 1000)  # pictures
+REDUCED = 40  # photographs that are decoded at two sizes
 QUERY_WORDS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniversário", "pôr do sol", "rua à noite")
 PACKAGES = ("lancedb", "faiss-cpu", "sentence-transformers")
 PEERS = ("faiss_flat", "faiss_ivfpq", "semantic_search")
@@ -50,7 +51,8 @@ class SearchArguments:
     sizes: list[int] = flag([1_000, 10_000, 100_000, 1_000_000], "Pictures of the indexes.")
     photographs: int = flag(2000, "Photographs of 12 megapixels.")
     parts: list[str] = flag(
-        ["index", "peers", "photographs"], "Parts to measure; the file keeps the others. `picture`: none, draw it anew."
+        ["index", "peers", "photographs", "reduced"],
+        "Parts to measure; the file keeps the others. `picture`: none, draw it anew.",
     )
     runs: int = flag(5, "Parts of the photographs, in which the programs take turns; runs of a new process.")
     work: Path = flag(Path("runs/search"), "Folder of vectors, indexes, photographs and model; some 10 GB.")
@@ -107,7 +109,20 @@ def photographs_part(args: SearchArguments) -> dict[str, Any]:
     return {"photographs": conditions() | measure_photos(args.work, args.photographs, args.runs)}
 
 
-PARTS = {"index": index_part, "peers": peers_part, "photographs": photographs_part, "picture": lambda args: {}}
+def reduced_part(args: SearchArguments) -> dict[str, Any]:
+    """Photographs decoded at a reduced size and whole."""
+    from benchmarks.search_photos import reduced_cosines
+
+    return {"reduced": conditions() | reduced_cosines(min(REDUCED, args.photographs))}
+
+
+PARTS = {
+    "index": index_part,
+    "peers": peers_part,
+    "photographs": photographs_part,
+    "reduced": reduced_part,
+    "picture": lambda args: {},
+}
 
 
 def own(args: SearchArguments, worker: str, rows: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from modeling_capivara.loading import load_model
 
 SIZE = (4000, 3000)  # pixels, width and height: 12 megapixels
 NOISE = 3.0  # standard deviation of a pixel, of 255
+NOISES = (0.0, 3.0, 6.0, 12.0)  # of the photographs that are decoded at both sizes
 QUALITY = 90  # of the JPEG files; they have 3 to 5 MB
 BATCH = 32
 Program = Literal["index", "index_exact", "open_clip"]
@@ -103,6 +104,29 @@ def measure_photos(work: Path, number: int, runs: int) -> dict[str, Any]:
     }
 
 
+def reduced_cosines(number: int) -> dict[str, Any]:
+    """How near the embeddings of photographs decoded at a reduced size are to those of the whole ones.
+
+    Of the miniature, whose image tower is a trained one, and of photographs with more and more noise.
+    """
+    from capivara_search.models import find_model
+    from capivara_search.picture_files import FileState, read_picture
+
+    model, found = find_model("miniature"), {}
+    for noise in tqdm(NOISES, desc="Photographs at two sizes", unit="noise"):
+        with tempfile.TemporaryDirectory() as folder:
+            make_photos(Path(folder), number, noise)
+            paths = [photo_path(Path(folder), one) for one in range(number)]
+            states = [FileState(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+            reduced, whole = (
+                model.images([read_picture(state, model.side, exact).image for state in states])
+                for exact in (False, True)
+            )
+        cosines = (reduced * whole).sum(axis=1)
+        found[f"{noise:g}"] = {"lowest": float(cosines.min()), "mean": float(cosines.mean())}
+    return {"photographs": number, "model": model.name, "cosine_by_noise": found}
+
+
 # ---- what is measured ----
 
 
@@ -150,12 +174,12 @@ def photo_path(folder: Path, number: int) -> Path:
     return folder / f"{number // 100:03d}" / f"IMG_{number:05d}.jpg"
 
 
-def make_photos(folder: Path, number: int) -> None:
-    """The photographs that are missing."""
+def make_photos(folder: Path, number: int, noise: float = NOISE) -> None:
+    """The photographs that are missing, with noise of that standard deviation in every pixel, of 255."""
     missing = [n for n in range(number) if not photo_path(folder, n).is_file()]
     with ProcessPoolExecutor() as pool:
         for _ in tqdm(
-            pool.map(partial(make_photo, folder), missing), total=len(missing), desc="Making photographs",
+            pool.map(partial(make_photo, folder, noise=noise), missing), total=len(missing), desc="Making photographs",
             unit="picture", disable=not missing,
         ):  # fmt: skip
             pass
@@ -167,7 +191,7 @@ def sources() -> list[PIL.Image.Image]:
     return [photo(name).convert("RGB") for name in PHOTOS]
 
 
-def make_photo(folder: Path, number: int) -> None:
+def make_photo(folder: Path, number: int, noise: float = NOISE) -> None:
     """One photograph; the same number gives the same picture."""
     dice = np.random.default_rng(number)
     image = sources()[number % len(sources())]
@@ -178,8 +202,8 @@ def make_photo(folder: Path, number: int) -> None:
     if dice.random() < 0.5:
         image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
     image = PIL.ImageEnhance.Brightness(image).enhance(dice.uniform(0.8, 1.2))
-    noise = dice.standard_normal((SIZE[1] // 4, SIZE[0], 3), dtype=np.float32) * NOISE
-    pixels = np.asarray(image).astype(np.float32) + np.tile(noise, (4, 1, 1))
+    grain = dice.standard_normal((SIZE[1] // 4, SIZE[0], 3), dtype=np.float32) * noise
+    pixels = np.asarray(image).astype(np.float32) + np.tile(grain, (4, 1, 1))
     image = PIL.Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     exif = PIL.Image.Exif()
     taken = datetime.datetime(2020, 1, 1) + datetime.timedelta(hours=int(number))

@@ -99,6 +99,18 @@ def photos_table(results: dict[str, Any]) -> str:
     return table(("program", "photographs/s", "ratio", "lowest cosine"), rows, facts)
 
 
+def reduced_table(results: dict[str, Any]) -> str:
+    """How much of an embedding the decoding at a reduced size leaves, by noise."""
+    found = results["reduced"]
+    rows = [(noise, f"{one['lowest']:.5f}", f"{one['mean']:.5f}") for noise, one in found["cosine_by_noise"].items()]
+    facts = (
+        f"{found['photographs']} photographs of 12 megapixels for each row, the same but for the noise in every pixel, "
+        f"by the trained image tower of the {found['model']}: embeddings by default and with `--exact`, cosine of the "
+        f"least similar pair and the mean; {software(found, 'torch', 'pillow')}."
+    )
+    return table(("noise, standard deviation in levels of 255", "lowest cosine", "mean"), rows, facts)
+
+
 def plot_growth(results: dict[str, Any], path: Path) -> None:
     """How time, memory, disk and adding grow with the pictures; both axes are logarithmic and say so."""
     import matplotlib.pyplot as plt

@@ -357,9 +357,8 @@ def test_only_the_bases_own_architecture_takes_its_name():
 
     assert is_base(CapivaraConfig())
     smaller = {"text_config": {"vocab_size": 90_000}}
-    assert is_base(CapivaraConfig(**smaller, trimmed_vocabulary={"of": 250_002})) and not is_base(
-        CapivaraConfig(**smaller)
-    )
+    facts = {"languages": ["pt"], "words": [20], "tokenizer": "a" * 32, "table": "b" * 32, "of": 250_002}
+    assert is_base(CapivaraConfig(**smaller, trimmed_vocabulary=facts)) and not is_base(CapivaraConfig(**smaller))
     assert not is_base(CapivaraConfig(projection_dim=256)) and not is_base(tiny_config())
     assert not is_base(CapivaraConfig(vision_config={"patch_size": 16}))
 
