@@ -21,14 +21,12 @@ import open_clip
 import torch
 from transformers import AutoModel, CLIPVisionModel, XLMRobertaModel  # noqa: F401, else imported while a load is timed
 
-from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio
+from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio, save_random_model
 from capivara_search.common.cli import at_least, flag, parse
 from capivara_search.common.environment import peak_resident_bytes
-from capivara_search.miniature_encoders import load_tokenizer
 from hub_upload.export import export
 from hub_upload.loader_files import OPEN_CLIP_WEIGHTS
 from hub_upload.source_model import WEIGHTS
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 
 EXPORTED = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here
 PROGRAMS = {"ours": WEIGHTS, "open_clip": OPEN_CLIP_WEIGHTS}
@@ -81,13 +79,7 @@ def measured(worker: str, args: ExportBenchmarkArguments) -> dict[str, Any]:
 
 def make(args: ExportBenchmarkArguments) -> dict[str, Any]:
     """Save the model with random weights."""
-    torch.manual_seed(0)
-    towers = {"num_hidden_layers": args.layers}
-    model = CapivaraModel(CapivaraConfig(vision_config=towers, text_config=towers))
-    model.save_pretrained(args.folder / "model")
-    CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(args.folder / "model")
-    weights = (args.folder / "model" / WEIGHTS).stat().st_size
-    return {"parameters": sum(p.numel() for p in model.parameters()), "weights_bytes": weights}
+    return save_random_model(args.folder / "model", args.layers)
 
 
 def measure_export(args: ExportBenchmarkArguments) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import ROOT, alternating, conditions, finish
+from benchmarks.timing import ROOT, alternating, conditions, finish, save_random_model
 from capivara_search.common.cli import flag, parse
 
 BESIDE = "import threading; beside = threading.Thread(target=lambda: __import__('lancedb')); beside.start()\n"
@@ -48,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     """Measure both ways and print the results."""
     args = parse(FirstTextArguments, __doc__, argv)
     with tempfile.TemporaryDirectory() as scratch:
-        folder = args.model or full_size(Path(scratch) / "model")
+        folder = args.model or Path(scratch) / "model"
+        if not args.model:
+            save_random_model(folder)
         programs = {name: lambda _, code=code: seconds(code, folder) for name, code in PROGRAMS.items()}
         found = alternating(programs, args.runs, "First text", warmup=1)
     embeds = {name: runs[0].pop("embeds") for name, runs in found.items()}
@@ -72,19 +74,6 @@ def seconds(code: str, folder: Path) -> dict[str, Any]:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     text, whole, cpu, embeds = json.loads(done.stdout.splitlines()[-1])
     return {"text_s": text - started, "whole_s": whole - started, "cpu_s": cpu, "embeds": embeds}
-
-
-def full_size(folder: Path) -> Path:
-    """A model of the published size with XLM-R's vocabulary and random weights."""
-    import torch
-
-    from capivara_search.miniature_encoders import load_tokenizer
-    from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-
-    torch.manual_seed(0)
-    CapivaraModel(CapivaraConfig()).save_pretrained(folder)
-    CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

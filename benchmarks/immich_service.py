@@ -24,8 +24,7 @@ from tokenizers import Tokenizer
 from tqdm.auto import tqdm
 
 from benchmarks.captions_pt import benchmark_captions
-from benchmarks.search_photos import make_model
-from benchmarks.timing import conditions, finish
+from benchmarks.timing import conditions, finish, save_random_model
 from capivara_search.common.cli import flag, parse, run_command
 from capivara_search.miniature import miniature_folder
 from examples.real_images import PHOTOS, photo
@@ -160,7 +159,7 @@ def make_export(args: ImmichArguments) -> tuple[Path, Path]:
         source = miniature_folder()
     else:
         source = args.work / "model"
-        make_model(source)
+        save_random_model(source)
     folder = args.work / "clip" / BASE_NAME
     if not folder.exists():
         export_alone(ExportArguments(source, folder, formats="immich"), ["immich"])

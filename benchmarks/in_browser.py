@@ -33,13 +33,13 @@ from benchmarks.timing import ROOT, conditions, finish, in_own_process, table
 from capivara_search.common.cli import at_least, flag, parse
 from capivara_search.common.environment import peak_resident_bytes
 from capivara_search.common.files import whole_folder
+from hub_upload.space.static_page import npm_packages
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 
 LIBRARY, RANGE = "@huggingface/transformers", ">=4.3 <5"
 MIN_NODE = 20
-NPM_FLAGS = ("--ignore-scripts", "--no-save", "--no-audit", "--no-fund")
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SCRIPT = ROOT / "benchmarks" / "in_browser.mjs"
 NAME = "my-name/my-model"  # under which a repository is served
@@ -183,13 +183,10 @@ def node_packages() -> Path:
     if not folder.is_dir():
         try:
             with whole_folder(folder) as new:
-                command = ["npm", "install", *NPM_FLAGS, "--prefix", new, f"{LIBRARY}@{RANGE}"]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise RuntimeError(f"npm could not install {LIBRARY}: {done.stderr[-500:]}")
-        except (ValueError, OSError):  # another process was first
-            if not folder.is_dir():
-                raise
+                npm_packages(new, {LIBRARY: RANGE})
+        except (ValueError, OSError) as error:
+            if not folder.is_dir():  # else another process was first
+                raise RuntimeError(str(error)) from error
     return folder / "node_modules"
 
 

@@ -25,7 +25,15 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from benchmarks.search_tables import plot_growth
-from benchmarks.timing import RESULTS, ROOT, conditions, finish, in_own_process, peak_memory_bytes
+from benchmarks.timing import (
+    RESULTS,
+    ROOT,
+    conditions,
+    finish,
+    in_own_process,
+    peak_memory_bytes,
+    save_random_model,
+)
 from capivara_search import PictureIndex
 from capivara_search.common.cli import flag, parse
 from capivara_search.common.files import read_json, write_json
@@ -68,9 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         finish(WORKERS[args.worker](args))
         return
-    from benchmarks.search_photos import make_model, small_photos  # here: a worker does without torch
+    from benchmarks.search_photos import small_photos  # here: a worker does without torch
 
-    make_model(args.work / "model")
+    save_random_model(args.work / "model")
     small_photos(args.work / "small", max(ADDED))
     results = read_json(args.output) if args.output.is_file() else {}
     results |= {**conditions(), "width": WIDTH, "k": K, "queries": QUERIES, "runs": args.runs}

@@ -24,11 +24,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from benchmarks.timing import finish, in_own_process
+from benchmarks.timing import finish, in_own_process, save_random_model
 from capivara_search.common.cli import flag, parse
 from capivara_search.common.files import write_bytes
 from examples.real_images import PHOTOS, photo
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara import CapivaraConfig
 from modeling_capivara.loading import load_model
 
 SIZE = (4000, 3000)  # pixels, width and height: 12 megapixels
@@ -72,7 +72,7 @@ def measure_photos(work: Path, number: int, runs: int) -> dict[str, Any]:
     """
     photos, model = work / "photos", work / "model"
     make_photos(photos, number)
-    make_model(model)
+    save_random_model(model)
     count = number // runs
     seconds: dict[str, list[float]] = {name: [] for name in ("open_clip", "index", "index_exact")}
     cosines: dict[str, list[torch.Tensor]] = {"index": [], "index_exact": []}
@@ -225,17 +225,6 @@ def small_photos(folder: Path, number: int) -> None:
         buffer = io.BytesIO()
         image.crop((left, top, left + side, top + side * 3 // 4)).resize((640, 480)).save(buffer, "JPEG", quality=90)
         write_bytes(path, buffer.getvalue())
-
-
-def make_model(folder: Path) -> None:
-    """The full-size published architecture with random weights and the real tokenizer, as a model folder."""
-    from capivara_search.miniature_encoders import load_tokenizer
-
-    if (folder / "config.json").is_file():
-        return
-    torch.manual_seed(0)
-    CapivaraModel(CapivaraConfig()).save_pretrained(folder)
-    CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.search_photos import make_model, make_photos, photo_path, small_photos
-from benchmarks.timing import conditions, finish, table
+from benchmarks.search_photos import make_photos, photo_path, small_photos
+from benchmarks.timing import conditions, finish, save_random_model, table
 from capivara_search.common.cli import at_least, flag, parse
 from capivara_search.common.files import read_json
 from capivara_search.common.privacy import short_name
 from capivara_search.index import PictureIndex
 from capivara_search.miniature import miniature_folder
-from hub_upload.space.static_page import fetched_libraries, write_static_page
+from hub_upload.space.static_page import write_static_page
 
 TEXTS = ("um gato dormindo", "uma pessoa com roupa de astronauta", "uma xícara de café na mesa", "um foguete decolando")
 SAMPLE_S = 0.25
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(StaticPageArguments, __doc__, argv)
     if args.full_size_random:
-        make_model(Path(args.model))
+        save_random_model(Path(args.model))
     model = args.model or str(miniature_folder())
     make_photos(args.work / "photos", args.photographs)
     small_photos(args.work / "small", args.photographs)
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         work = Path(temporary)
         page = args.page or work / "page"
         if not args.page:
-            write_static_page(model, page, args.library or fetched_libraries(work))
+            write_static_page(model, page, args.library)
         sets = {"12_megapixels": [], "640x480": []}
         for number in range(args.photographs):
             for name, source in (("12_megapixels", photo_path(args.work / "photos", number)),

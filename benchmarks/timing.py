@@ -80,6 +80,29 @@ def in_own_process(module_and_flags: Sequence[str]) -> Any:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def save_random_model(folder: Path, layers: int = 12) -> dict[str, int]:
+    """Save the published architecture with random weights and XLM-R's vocabulary; parameters and bytes of the weights.
+
+    Args:
+        folder: of the model; what is there stays.
+        layers: of both towers; 12 is the published architecture.
+    """
+    import torch
+
+    from capivara_search.miniature_encoders import load_tokenizer
+    from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+    from modeling_capivara.loading import WEIGHTS
+
+    if not (folder / "config.json").is_file():
+        torch.manual_seed(0)
+        towers = {"num_hidden_layers": layers}
+        CapivaraModel(CapivaraConfig(vision_config=towers, text_config=towers)).save_pretrained(folder)
+        CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(folder)
+    with torch.device("meta"):
+        parameters = CapivaraModel(CapivaraConfig.from_pretrained(folder)).num_parameters()
+    return {"parameters": parameters, "weights_bytes": (folder / WEIGHTS).stat().st_size}
+
+
 def peak_memory_bytes(device: str = "cpu") -> int:
     """The most this process has held so far: resident, or allocated on the GPU."""
     if not device.startswith("cuda"):

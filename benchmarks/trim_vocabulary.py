@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from tqdm.auto import tqdm
 
 from benchmarks.timing import conditions, finish, in_own_process, table
@@ -30,7 +29,7 @@ from examples.openmoji.lexicon import wordnet_glosses, wordnet_pairs
 from examples.openmoji.proxies import SENTENCES, babel_pairs
 from hub_upload.export import export
 from hub_upload.onnx_files import ENDINGS
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.kept_pieces import cut_tokenizer, kept_ids
 from modeling_capivara.loading import WEIGHTS, load_model
 from modeling_capivara.trim_vocabulary import Trim, changed_texts, trim
@@ -50,14 +49,14 @@ class TrimBenchmarkArguments:
     dataset: str = flag("data/openmoji/dataset", "Data set of the demo.")
     output: Path | None = flag(None, "JSON file for the figures.")
     folder: Path | None = flag(None, "Folder for the models; a temporary one if none.")
-    worker: Literal["make", "trim", "half", "export"] | None = flag(None, "Measure in this process.")
+    worker: Literal["trim", "half", "export"] | None = flag(None, "Measure in this process.")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print the results."""
     args = parse(TrimBenchmarkArguments, __doc__, argv)
     if args.worker:
-        finish({"make": make, "trim": measure_trim, "half": halve, "export": measure_export}[args.worker](args))
+        finish({"trim": measure_trim, "half": halve, "export": measure_export}[args.worker](args))
         return
     with tempfile.TemporaryDirectory(prefix="capivara-trim-") as temporary:
         args.folder = Path(args.folder or temporary).resolve()
@@ -114,18 +113,8 @@ def compare_choices(texts: dict[str, list[str]]) -> dict[str, Any]:
 
 def measured(worker: str, args: TrimBenchmarkArguments) -> dict[str, Any]:
     """The result of a worker, in a process of its own."""
-    flags = ["--worker", worker, "--folder", str(args.folder), "--layers", str(args.layers)]
-    return in_own_process(["benchmarks.trim_vocabulary", *flags])
-
-
-def make(args: TrimBenchmarkArguments) -> dict[str, Any]:
-    """Save the model with random weights and XLM-R's vocabulary."""
-    torch.manual_seed(0)
-    towers = {"num_hidden_layers": args.layers}
-    model = CapivaraModel(CapivaraConfig(vision_config=towers, text_config=towers))
-    model.save_pretrained(args.folder / "model")
-    CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(args.folder / "model")
-    return {"parameters": model.num_parameters(), "weight_bytes": size(args.folder / "model" / WEIGHTS)}
+    module = "benchmarks.export" if worker == "make" else "benchmarks.trim_vocabulary"
+    return in_own_process([module, "--worker", worker, "--folder", str(args.folder), "--layers", str(args.layers)])
 
 
 def measure_trim(args: TrimBenchmarkArguments) -> dict[str, Any]:

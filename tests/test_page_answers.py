@@ -305,11 +305,11 @@ def test_both_languages_say_the_same():
 
 def test_every_word_is_used_and_every_used_word_is_there():
     scripts = "".join(path.read_text(encoding="utf-8") for path in (PAGE / "static").glob("*.js"))
-    page = (PAGE / "page.html").read_text(encoding="utf-8")
+    page = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.html"))
     source = "".join(path.read_text(encoding="utf-8") for path in PAGE.glob("*.py"))
     there = words("pt").keys()
     said = set(re.findall(r'say\("(\w+)"', scripts)) | set(re.findall(r"\{\{(\w+)\}\}", page))
-    made = {"language", "words", "credit", "privacy"}  # by the server
+    made = {"language", "words", "credit", "privacy", "viewer"}  # by the server
     assert {key for key in said if key not in there and f"{key}_other" not in there} == made
     refusals = set(re.findall(r'Refusal\(\s*"(\w+)"', source)) | {"connection", "no_picture", "too_many_pixels"}
     assert refusals == {key.removeprefix("errors.") for key in there if key.startswith("errors.")}

@@ -39,8 +39,8 @@ from hub_upload.space.static_page import (
     RUNTIMES,
     SCRIPTS,
     SOURCES,
-    fetched_libraries,
     made_graphs,
+    npm_packages,
     page_html,
     pixel_facts,
     write_static_page,
@@ -153,7 +153,7 @@ def test_the_libraries_come_from_npm_or_a_folder(tiny_folder, tmp_path, monkeypa
     with pytest.raises(SystemExit, match=r"^error: --library .* has no @huggingface/tokenizers/.*npm install"):
         main([*flags, "--library", str(tmp_path)])
     monkeypatch.setattr(static_page.shutil, "which", lambda name: None)
-    with pytest.raises(SystemExit, match=r"^error: The page's JavaScript comes from npm, which is not installed"):
+    with pytest.raises(SystemExit, match=r"^error: npm, which onnxruntime-web .* come from, is not installed"):
         main(flags)
     assert not (tmp_path / "page").exists()
 
@@ -255,7 +255,7 @@ def model() -> Path:
 def library(tmp_path_factory) -> Path:
     require_npm()
     require_chromium()
-    return fetched_libraries(tmp_path_factory.mktemp("npm"))
+    return npm_packages(tmp_path_factory.mktemp("npm"), LIBRARIES)
 
 
 @pytest.fixture(scope="module")

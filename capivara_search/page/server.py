@@ -348,7 +348,8 @@ def _page(language: str, local: bool, credit: Credit | None) -> str:
     texts |= {"language": language, "privacy": texts["privacy_here" if local else "privacy_there"]}
     texts |= {"words": json.dumps(words, ensure_ascii=False).replace("<", "\\u003c")}
     texts |= {"credit": _credit(credit, words) if credit else ""}
-    page = (FOLDER / "page.html").read_text(encoding="utf-8")
+    page, viewer = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.html", "viewer.html"))
+    page = page.replace("{{viewer}}", viewer)
     return re.sub(r"\{\{(\w+)\}\}", lambda name: texts[name[1]], page)
 
 

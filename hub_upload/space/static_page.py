@@ -39,10 +39,10 @@ from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
 
 OURS, SEARCH_PAGE = Path(__file__).parent / "static", Path(__file__).parents[2] / "capivara_search" / "page"
 SCRIPTS = ("search.js", "collect.js", "engine.js", "look.js", "model.js", "pictures.js", "pixels.js", "store.js")
-SHARED = ("common.js", "page.css", "icon.svg")  # of capivara_search's page
+SHARED = ("common.js", "dialog.js", "page.css", "icon.svg")  # of capivara_search's page
 PAGES = {"pt": "index.html", "en": "en.html"}
-# Of npm: package -> the versions that are taken. Tried: onnxruntime-web 1.30, @huggingface/tokenizers 0.1.
-LIBRARIES = {"onnxruntime-web": ">=1.22 <2", "@huggingface/tokenizers": ">=0.1 <1"}
+# Of npm: package -> the versions that are taken. Tried: onnxruntime-web 1.30, @huggingface/tokenizers 0.2.
+LIBRARIES = {"onnxruntime-web": ">=1.22 <2", "@huggingface/tokenizers": ">=0.2 <1"}
 # File of the page -> where it lies in node_modules. Everything that a file server may not know the kind of ends in .js.
 SOURCES = {
     "tokenizers.js": "@huggingface/tokenizers/dist/tokenizers.min.mjs",
@@ -93,7 +93,7 @@ def write_static_page(
     with whole_folder(folder) as made, tempfile.TemporaryDirectory() as work:
         source = find_model(model).folder
         pixels, tokenizer = pixel_facts(load_processor(source).image_processor), _tokenizer(source)
-        modules = library or fetched_libraries(Path(work))
+        modules = library or npm_packages(Path(work), LIBRARIES)
         _write_library(modules, made / "library")
         towers = made_graphs(source, Path(work))
         facts = {
@@ -224,7 +224,8 @@ def page_html(language: str) -> str:
     words = {**shared, **read_json(OURS / f"{language}.json")}
     texts = {name: html.escape(text) for name, text in words.items() if isinstance(text, str)}
     texts["words"] = json.dumps(words, ensure_ascii=False).replace("<", "\\u003c")
-    template = (OURS / "index.html").read_text(encoding="utf-8")
+    page, viewer = (path.read_text(encoding="utf-8") for path in (OURS / "index.html", SEARCH_PAGE / "viewer.html"))
+    template = page.replace("{{viewer}}", viewer)
     return re.sub(r"\{\{(\w+)\}\}", lambda name: texts[name[1]], template)
 
 
@@ -260,22 +261,38 @@ def _readme(model: str, source: Path, modules: Path, title: str) -> str:
 # --- The libraries ---------------------------------------------------------------------------------------------------
 
 
-def fetched_libraries(work: Path) -> Path:
-    """The `node_modules` that npm makes below `work`. Raises ValueError where there is no npm, or it fails."""
-    wanted = [f"{name}@{versions}" for name, versions in LIBRARIES.items()]
-    by_hand = "npm install --ignore-scripts " + " ".join(LIBRARIES)
-    npm = shutil.which("npm")
+def npm_packages(folder: Path, wanted: dict[str, str]) -> Path:
+    """The `node_modules` that npm makes in a folder; no script of a package runs.
+
+    Args:
+        folder: is there.
+        wanted: package -> range of its versions.
+
+    Raises ValueError where there is no npm, or it fails.
+    """
+    npm, names = shutil.which("npm"), " ".join(wanted)
     if npm is None:
         raise ValueError(
-            f"The page's JavaScript comes from npm, which is not installed. Install Node.js, or run `{by_hand}` on a "
-            "machine that has it and name the node_modules that it makes by --library."
+            f"npm, which {names} come from, is not installed. Install Node.js (apt-get install nodejs npm); or run "
+            f"`npm install --ignore-scripts {names}` on a machine that has it and name its node_modules by --library."
         )
-    command = [npm, "install", "--ignore-scripts", "--no-save", "--no-audit", "--no-fund", "--prefix", work, *wanted]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    packages = [f"{name}@{versions}" for name, versions in wanted.items()]
+    command = [
+        npm,
+        "install",
+        "--ignore-scripts",
+        "--no-save",
+        "--no-audit",
+        "--no-fund",
+        "--prefix",
+        folder,
+        *packages,
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         said = next((line for line in done.stderr.splitlines() if line.strip()), "it said nothing")
-        raise ValueError(f"npm could not fetch {' and '.join(LIBRARIES)}: {said} Or name a node_modules by --library.")
-    return work / "node_modules"
+        raise ValueError(f"npm could not fetch {names}: {said} Or name a node_modules by --library.")
+    return folder / "node_modules"
 
 
 def _write_library(modules: Path, target: Path) -> None:
