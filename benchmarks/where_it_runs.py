@@ -19,11 +19,11 @@ ENGLISH = {
     "stores": (
         "A vector store that the base has filled",
         "no picture embedded again; Portuguese recall {before} → {after} %",
-        "servers' own modules",
+        "a server: Qdrant ran in its client's local mode",
     ),
     "immich": (
         "[Immich](docs/immich.md)",
-        "texts {texts:.0e}; pictures, cosine {pictures:.5f}, where it crops a pixel aside {beside:.2f}",
+        "texts {texts:.0e}; pictures, cosine {pictures:.5f}, where its crop is a pixel off {beside:.2f}",
         "Docker, GPU, ARM NN, RKNN",
     ),
     "browser": (
@@ -46,11 +46,11 @@ PORTUGUESE = {
     "stores": (
         "Um banco de vetores que o modelo de base preencheu",
         "nenhuma imagem processada de novo; revocação em português {before} → {after} %",
-        "módulos próprios de servidores",
+        "um servidor: o Qdrant rodou no modo local do cliente",
     ),
     "immich": (
         "[Immich](docs/immich.md)",
-        "textos {texts:.0e}; imagens, cosseno {pictures:.5f}, onde recorta um pixel ao lado {beside:.2f}",
+        "textos {texts:.0e}; imagens, cosseno {pictures:.5f}, onde o recorte fica um pixel ao lado {beside:.2f}",
         "Docker, GPU, ARM NN, RKNN",
     ),
     "browser": (

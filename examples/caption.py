@@ -107,7 +107,9 @@ def _embedded(store: EmbeddingStore, images: ImageRows, names: list[str], captio
 
 
 def read_bank(path: Path) -> list[str]:
-    """The sentences of a text file, each once. Raises ValueError where it is no UTF-8 text, or has none."""
+    """The sentences of a text file, each once. Raises ValueError where it is missing, no UTF-8 text, or has none."""
+    if not path.is_file():
+        raise ValueError(f"There is no bank {path}. It must be a text file in UTF-8, a sentence a line.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()  # without the mark that Windows' editors begin with
     except UnicodeDecodeError as error:

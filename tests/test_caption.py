@@ -161,6 +161,8 @@ def test_an_empty_bank(tmp_path):
     (tmp_path / "bank.txt").write_bytes("gato é".encode("latin-1"))
     with pytest.raises(ValueError, match="UTF-8"):
         caption.read_bank(tmp_path / "bank.txt")
+    with pytest.raises(ValueError, match=r"There is no bank .*none.txt. It must be a text file"):
+        caption.read_bank(tmp_path / "none.txt")
 
 
 # --- A language model ------------------------------------------------------------------------------------------------
