@@ -19,7 +19,7 @@ from benchmarks.timing import conditions, finish, in_own_process, median_ratio, 
 from capivara_search.common.cli import flag, parse
 from capivara_search.common.environment import peak_resident_bytes, restart_peak
 from capivara_search.common.files import read_json
-from eval.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
+from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
 WIDTH = 512
 PARTS = ("scores", "large")

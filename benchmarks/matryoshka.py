@@ -21,10 +21,10 @@ from torch import Tensor
 from benchmarks.timing import conditions, finish, table
 from capivara_search.common.cli import flag, parse, user_errors
 from capivara_search.common.files import read_json
+from eval.capivara_metrics.metrics import mean_recall
 from eval.embeddings import RetrievalEmbeddings
 from eval.eval_arguments import RetrievalArguments
 from eval.measurement import open_store
-from eval.metrics import mean_recall
 from eval.retrieval import load_data
 from records.schema import DIRECTIONS
 from records.tables import percent

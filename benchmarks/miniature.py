@@ -22,7 +22,7 @@ from benchmarks.timing import conditions, finish
 from capivara_search.common.cli import flag, parse
 from capivara_search.models import MINIATURE, SearchModel, find_model
 from caption_data.source_files import load_embedded
-from eval.metrics import mean_recall, retrieval_ranks
+from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.proxies import photographs
 
 LANGUAGES = ("pt", "en")

@@ -25,7 +25,7 @@ from benchmarks.timing import RESULTS, ROOT, conditions
 from capivara_search.common.cli import flag, parse, read_config, reject, run_command, user_errors
 from capivara_search.common.files import read_json, write_json, write_text
 from caption_data.rows import digest_of
-from eval.metrics import paired_bootstrap
+from eval.capivara_metrics.metrics import paired_bootstrap
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model
 from training.trainable import interpolate_weights

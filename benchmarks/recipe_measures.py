@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from caption_data.rows import digest_of
+from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_hits
 from eval.embeddings import EmbeddingStore, RetrievalEmbeddings, distinct_texts
 from eval.eval_arguments import RetrievalArguments
-from eval.metrics import RECALL_CUTOFFS, mean_hits
 from eval.retrieval import RetrievalData, flat_captions, load_data
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedder import CapivaraEmbedder

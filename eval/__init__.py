@@ -1,1 +1,1 @@
-"""Zero-shot evaluation: metrics, tasks, tables and plots. Import by `from eval.metrics import …`."""
+"""Zero-shot evaluation: metrics, tasks, tables and plots. Import by `from eval.capivara_metrics.metrics import …`."""

@@ -26,10 +26,7 @@ from torch.nn import functional as F
 from capivara_search.common.cli import run_command
 from capivara_search.common.files import check_output_file
 from caption_data.labelled_images import LabelledImages, load_images
-from eval.embeddings import EmbeddingStore
-from eval.eval_arguments import ClassificationArguments, ImageArguments
-from eval.measurement import open_store, run_evaluation, write_result
-from eval.metrics import (
+from eval.capivara_metrics.metrics import (
     confusion_matrix,
     eleven_point_map,
     mean_per_class_accuracy,
@@ -37,6 +34,9 @@ from eval.metrics import (
     roc_auc,
     top_k_accuracy,
 )
+from eval.embeddings import EmbeddingStore
+from eval.eval_arguments import ClassificationArguments, ImageArguments
+from eval.measurement import open_store, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts
 from modeling_capivara.embedder import processes
 from records.schema import Record

@@ -27,7 +27,7 @@ from capivara_search.common.tasks import all_parts, share
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
 from caption_data.image_rows import ImageRows
 from caption_data.rows import digest_of
-from eval.metrics import chance_recall, cross_modal_ranks
+from eval.capivara_metrics.metrics import chance_recall, cross_modal_ranks
 from modeling_capivara.embedder import Embedder, processes
 from modeling_capivara.image_tower_capivara import check_truncate_dim, unit_length
 from records.schema import DIRECTIONS

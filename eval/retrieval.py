@@ -37,11 +37,7 @@ from caption_data.columns import caption_texts
 from caption_data.image_rows import ImageRows
 from caption_data.rows import rows_fingerprint
 from caption_data.sources import Source, open_source
-from eval.embeddings import EmbeddedImages, EmbeddingStore, RetrievalEmbeddings
-from eval.eval_arguments import RetrievalArguments, caption_positions
-from eval.gallery import write_gallery
-from eval.measurement import open_store, run_evaluation, write_result
-from eval.metrics import (
+from eval.capivara_metrics.metrics import (
     RECALL_CUTOFFS,
     mean_hits,
     mean_recall,
@@ -49,6 +45,10 @@ from eval.metrics import (
     paired_bootstrap,
     recall_at_k,
 )
+from eval.embeddings import EmbeddedImages, EmbeddingStore, RetrievalEmbeddings
+from eval.eval_arguments import RetrievalArguments, caption_positions
+from eval.gallery import write_gallery
+from eval.measurement import open_store, run_evaluation, write_result
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedder import Embedder, processes
 from modeling_capivara.embedding import embed_texts

@@ -31,8 +31,8 @@ from capivara_search.common.environment import device_description, package_versi
 from capivara_search.common.files import check_inputs_stay, check_output_folder, read_json, whole_folder, write_json
 from capivara_search.common.privacy import short_name
 from capivara_search.image_digest import image_digest
+from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
 from eval.embeddings import EmbeddingStore
-from eval.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
 from eval.retrieval import RetrievalArguments, RetrievalData, flat_captions, load_data
 from examples.example_arguments import ExchangeArguments
 from modeling_capivara.embedder import load_embedder

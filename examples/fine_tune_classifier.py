@@ -33,7 +33,7 @@ from capivara_search.common.files import whole_folder, write_json, write_text
 from capivara_search.common.image_files import BadImage
 from capivara_search.common.privacy import hide_paths
 from caption_data.labelled_images import LabelledImages, load_images
-from eval.metrics import top_k_accuracy
+from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
 from examples.example_arguments import DIGITS, ClassifierArguments
 from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor

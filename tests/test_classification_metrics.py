@@ -12,7 +12,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, precision_recall_curve, roc_auc_score, top_k_accuracy_score
 
-from eval.metrics import (
+from eval.capivara_metrics.metrics import (
     confusion_matrix,
     eleven_point_map,
     mean_per_class_accuracy,
@@ -153,11 +153,10 @@ print(json.dumps(found))
 @pytest.mark.slow
 def test_evaluate_loads_every_metric_away_from_the_checkout(copied, tmp_path):
     """By its path alone: nothing of this project can be imported there."""
-    path = str(EVAL / "capivara_metrics.py")
+    path = str(EVAL / "capivara_metrics")
     if copied:
-        for name in ("capivara_metrics.py", "metrics.py"):
-            shutil.copy(EVAL / name, tmp_path)
-        path = "./capivara_metrics.py"
+        shutil.copytree(path, tmp_path / "capivara_metrics")
+        path = "./capivara_metrics"
     cases = {name: (scores.tolist(), references, options) for name, (scores, references, options, _) in CASES.items()}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     run = subprocess.run(

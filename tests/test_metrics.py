@@ -6,8 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from eval.eval_arguments import RetrievalArguments
-from eval.metrics import (
+from eval.capivara_metrics.metrics import (
     RECALL_CUTOFFS,
     chance_recall,
     cross_modal_ranks,
@@ -17,6 +16,7 @@ from eval.metrics import (
     recall_at_k,
     retrieval_ranks,
 )
+from eval.eval_arguments import RetrievalArguments
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_ranks_equal_a_plain_sort(block_size):
 @pytest.mark.parametrize("block_size", [64, 100, 333])
 def test_equal_items_tie_wherever_they_stand(monkeypatch, block_size):
     """A wrong item like the right one counts against the query, in whichever block of items it is scored."""
-    monkeypatch.setattr("eval.metrics.BLOCK_ELEMENTS", 2**16)
+    monkeypatch.setattr("eval.capivara_metrics.metrics.BLOCK_ELEMENTS", 2**16)
     images, texts = unit(1009, 512, 0), unit(333, 512, 1)
     twice = torch.cat([images, images.flip(0)])
     groups = torch.cat([torch.arange(1009), torch.arange(1009, 2018)])
@@ -125,8 +125,8 @@ def test_bad_k_and_empty_split():
 @pytest.mark.parametrize("kept", [0, 2**27])  # computed twice, and kept
 @pytest.mark.parametrize("block", [7, 2**23])
 def test_both_directions_at_once_are_each_alone(monkeypatch, kept, block):
-    monkeypatch.setattr("eval.metrics.KEPT_ELEMENTS", kept)
-    monkeypatch.setattr("eval.metrics.BLOCK_ELEMENTS", block)
+    monkeypatch.setattr("eval.capivara_metrics.metrics.KEPT_ELEMENTS", kept)
+    monkeypatch.setattr("eval.capivara_metrics.metrics.BLOCK_ELEMENTS", block)
     generator = torch.Generator().manual_seed(0)
     texts, images = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (23, 9))  # many ties
     groups = torch.cat([torch.arange(9), torch.randint(0, 9, (14,), generator=generator)])[torch.randperm(23)]

@@ -16,9 +16,9 @@ from hub_server import HubServer
 
 from capivara_search.common.files import read_json
 from capivara_search.miniature import miniature_folder
+from eval.capivara_metrics.metrics import recall_at_k
 from eval.eval_arguments import MiebArguments, RetrievalArguments
 from eval.measurement import open_store
-from eval.metrics import recall_at_k
 from eval.mieb import check_data, find_tasks, main, model_meta, open_model
 from eval.retrieval import evaluate, load_data
 from examples.openmoji.concepts import concept_rows, split_concepts

@@ -11,7 +11,7 @@ from datasets import Dataset, Image, load_from_disk
 from tiny import TINY_TEXT, randomise, tiny_config
 
 import training.images
-from eval.metrics import recall_at_k, retrieval_ranks
+from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
 from modeling_capivara import CapivaraModel
 from modeling_capivara.embedding import embed_texts

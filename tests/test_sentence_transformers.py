@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as Images
 from PIL import Image
 
-from eval.metrics import recall_at_k, retrieval_ranks
+from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from examples.tune_sentence_transformers import clip_loss_of, main, model_card, pairs, recall_evaluator
 from hub_upload.export import export
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from capivara_search.common.cli import parse, run_command, user_errors
 from capivara_search.common.files import whole_folder
-from eval.metrics import mean_recall
+from eval.capivara_metrics.metrics import mean_recall
 from eval.retrieval import RetrievalArguments, embed_captions, load_data
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images

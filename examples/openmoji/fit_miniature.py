@@ -34,7 +34,7 @@ from capivara_search.miniature_encoders import (
     load_text_encoder,
 )
 from caption_data.source_files import load_embedded
-from eval.metrics import mean_recall, retrieval_ranks
+from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from eval.prompts import load_prompts
 from examples.example_arguments import MiniatureArguments
 from examples.openmoji.prepare import ridge_projections

@@ -41,7 +41,7 @@ from capivara_search.common.files import (
 )
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from caption_data.source_files import load_embedded
-from eval.metrics import mean_recall, retrieval_ranks
+from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss

@@ -1,8 +1,8 @@
 """The formulas of `metrics.py` as a module of Hugging Face's `evaluate`; its second argument names the metric.
 
-    evaluate.load("/path/to/eval/capivara_metrics.py", "recall_at_k").compute(predictions=..., references=..., k=5)
+    evaluate.load("/path/to/eval/capivara_metrics", "recall_at_k").compute(predictions=..., references=..., k=5)
 
-Loads from any folder that holds this file and `metrics.py`, wherever Python was started.
+The folder may be copied anywhere under its name, or uploaded to a Space of that name.
 """
 
 from collections.abc import Callable
