@@ -293,7 +293,8 @@ def open_source(
 
 
 def _not_empty(source: Source) -> Source:
-    if next(source.rows(), None) is None:
+    is_empty = next(source.rows(), None) is None if source.streaming else len(source) == 0
+    if is_empty:
         damages = "; ".join(damage.detail for damage in source.damaged[:3])
         raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
     return source

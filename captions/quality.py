@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import List, Value
 
-from capivara_search.common.files import write_json
+from capivara_search.common.files import read_json, write_json
 from caption_data.selection import TOKEN_PATTERN
 from captions.translators.languages import scripts_of
 
@@ -119,12 +119,17 @@ def _script(letter: str) -> str | None:
 def write_quality_report(output: Path | str, language: str) -> str:
     """Write `quality.json` of all parts that are there, and return what it says in a few lines."""
     output = Path(output)
-    report = quality_of(sorted(output.glob("*.parquet")), language)
-    write_json(output / REPORT_FILE, report)
+    write_json(output / REPORT_FILE, quality_of(sorted(output.glob("*.parquet")), language))
+    return quality_summary(output)
+
+
+def quality_summary(output: Path) -> str:
+    """A few lines of what `quality.json` of a folder says."""
+    report = read_json(output / REPORT_FILE)
     lines = [f"{report['flagged']:,} of {report['captions']:,} translations look wrong, see {output / REPORT_FILE}."]
     lines += [f"{kind['captions']:12,}  {flag}" for flag, kind in report["flags"].items() if kind["captions"]]
     if not report["script_is_checked"]:
-        lines.append(f"Letters were not checked: which script {language!r} has is not known here.")
+        lines.append(f"Letters were not checked: which script {report['language']!r} has is not known here.")
     return "\n".join(lines)
 
 

@@ -120,16 +120,20 @@ class TranslationMemory:
         write_bytes(self.folder / f"{name}.parquet", file.getvalue())
 
 
-def translations_in(paths: Iterable[Path], wanted: Container[str], damaged_are_fatal: bool = False) -> dict[str, str]:
-    """Sentence -> translation, of those that some parquet files have; a damaged one is left out with a warning, or a
-    ValueError where that is fatal."""
+def translations_in(
+    paths: Iterable[Path], wanted: Container[str] | None, damaged_are_fatal: bool = False
+) -> dict[str, str]:
+    """Sentence -> translation, of those that some parquet files have, all where none are named; a damaged file is left
+    out with a warning, or a ValueError where that is fatal."""
     found: dict[str, str] = {}
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
                 for batch in file.iter_batches(READ_AT_ONCE, columns=list(PAIR_SCHEMA.names)):
                     pairs = zip(batch["source"].to_pylist(), batch["translation"].to_pylist(), strict=True)
-                    found |= {source: translation for source, translation in pairs if source in wanted}
+                    found |= {
+                        source: translation for source, translation in pairs if wanted is None or source in wanted
+                    }
         except (pa.ArrowException, OSError, KeyError) as error:
             if damaged_are_fatal:
                 raise ValueError(f"{path} can't be read: {error}. Remove it, and run again.") from error

@@ -30,7 +30,7 @@ from capivara_search.common.cli import run_command
 from caption_data.columns import CAPTIONS
 from caption_data.sources import Source
 from caption_data.stage_folder import StageReport, check_all_there, stage_record
-from captions.quality import QUALITY, flags, write_quality_report
+from captions.quality import QUALITY, flags, quality_summary, write_quality_report
 from captions.sentence_stage import (
     collect_sentences,
     finished_sentence_tasks,
@@ -39,7 +39,7 @@ from captions.sentence_stage import (
     translated_columns,
 )
 from captions.sentences import distinct_sentences, translations_in
-from captions.stages import Phase, RowStage, finished_row_tasks, run_stage_here, stage_main
+from captions.stages import PREPARED_ROWS, Phase, RowStage, finished_row_tasks, run_stage_here, stage_main
 from captions.translate_arguments import TranslateArguments
 from captions.tsv import write_sentences
 
@@ -81,8 +81,10 @@ class CaptionJoin:
     translations: dict[str, str] = field(default_factory=dict)  # of the sentences that are needed next
 
     def prepare(self, parts: list[range]) -> None:
-        """Load the translations of some parts."""
-        wanted = set(distinct_sentences(self.source, sentence_file(self.args, self.source).columns, parts))
+        """Load the translations of some parts, or of all, where they are few."""
+        sentences, wanted = sentence_file(self.args, self.source), None
+        if len(sentences) > PREPARED_ROWS:
+            wanted = set(distinct_sentences(self.source, sentences.columns, parts))
         paths = sorted(self.args.parts_folder.glob("*.parquet"))
         self.translations = translations_in(paths, wanted, damaged_are_fatal=True)
 
@@ -135,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command; prints what the quality report says."""
     args = stage_main(TranslateArguments, __doc__, argv, translate)
     if args is not None:
-        print(write_quality_report(args.output, args.language))
+        print(quality_summary(args.output))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python -c "from captions.translators.languages import find_code; print(find_code
 
 import difflib
 from collections.abc import Iterable
+from functools import lru_cache
 
 MAX_NAMED = 8  # codes that an error shows
 # ISO 639-1 and the code of ISO 639-3 for the same, from the tables of the Library of Congress and SIL.
@@ -85,13 +86,14 @@ def same_language(language: str) -> set[str]:
     return {name, long, group, TWO_LETTERS.get(group, name), _GROUP_MEMBER.get(group, group)}
 
 
-def scripts_of(language: str) -> set[str]:
+@lru_cache
+def scripts_of(language: str) -> frozenset[str]:
     """First words of the Unicode names of its letters; empty for a language that is not in the table."""
     for part in _parts(language)[1:]:
         if part in _SCRIPT_CODES:
-            return {_SCRIPT_CODES[part]}
+            return frozenset({_SCRIPT_CODES[part]})
     names = same_language(language)
-    return {script for script, known in _SCRIPTS.items() if names & set(known.split())}
+    return frozenset(script for script, known in _SCRIPTS.items() if names & set(known.split()))
 
 
 def _fits(language: str, code: str) -> bool:
