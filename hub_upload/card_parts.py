@@ -32,8 +32,8 @@ ONLY_WHERE: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("teacher_language", "teacher_weight"), ("text_teacher", ())),
     "teacher_loss": ("teacher_weight", ()),
 }
-# Values that are what is done without the setting.
-USUAL = {"decay_towards": "zero", "layer_decay": 1, "trained_vocabulary": "all", "anchor_share": 0, "lora_rank": 0}
+OFF_AT_0 = ("anchor_share", "lora_rank", "hard_negatives")  # values that are what is done without the setting
+USUAL = {"decay_towards": "zero", "layer_decay": 1, "trained_vocabulary": "all", **dict.fromkeys(OFF_AT_0, 0)}
 
 
 def card_parts(facts: CardFacts, words: Words) -> dict[str, Any]:

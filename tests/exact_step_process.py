@@ -54,13 +54,21 @@ def add_taught(batches: list, loss: str = "both") -> TextTargets:
 
 
 def gradients_of(
-    model, accelerator, batches, image_embeds, accumulation="recompute", targets=None, pairs=PAIRS, dims=()
+    model,
+    accelerator,
+    batches,
+    image_embeds,
+    accumulation="recompute",
+    targets=None,
+    pairs=PAIRS,
+    dims=(),
+    hardness=0.0,
 ):
     """Loss and gradients of the engine, name -> tensor."""
     prepared = accelerator.prepare_model(model, evaluation_mode=True)  # autocast, no wrapper
     own = [batch for batch in batches if batch.index % accelerator.num_processes == accelerator.process_index]
     with sparse_embedding_gradients(model, min_rows=0):
-        step = ExactStep(prepared, model.logit_scale, accelerator, SEED, accumulation, dims)
+        step = ExactStep(prepared, model.logit_scale, accelerator, SEED, accumulation, dims, hardness)
         report = step(STEP, own, pairs, image_embeds, targets)
     scale = accelerator.scaler.get_scale() if accelerator.scaler else 1
     return report, {n: p.grad.clone() / scale for n, p in model.named_parameters() if p.grad is not None}

@@ -236,6 +236,7 @@ def test_a_licence_that_does_not_follow_is_left_out(run):
 NEW_KEYS = (
     *("text_teacher", "teacher_language", "teacher_weight", "teacher_loss", "anchor_share", "parallel_text"),
     *("parallel_batch_size", "decay_towards", "layer_decay", "trained_vocabulary", "matryoshka_dims"),
+    "hard_negatives",
 )
 TEACHER = {"text_teacher": "base", "teacher_weight": 2.5, "teacher_loss": "both"}
 PARALLEL = {"parallel_text": "names.jsonl", "parallel_batch_size": 1234}
@@ -257,9 +258,11 @@ def card_with(run, config: dict, language: str = "en", **origins) -> str:
 
 def test_settings_are_shown_where_they_say_something(run):
     keys = ("teacher_", "text_teacher", "anchor_", "parallel_", "decay_towards", "layer_decay", "trained_vocabulary")
+    keys += ("hard_negatives",)
     plain = {"weight_decay": 0.2, "trained_vocabulary": "all"}
     assert not [key for key in keys if f"`{key}" in card_with(run, plain)]
     special = {"decay_towards": "base", "layer_decay": 0.9, "trained_vocabulary": "used", "anchor_share": 0.25}
+    special["hard_negatives"] = 0.5
     text = card_with(run, {**special, **TEACHER, **PARALLEL})
     for key, value in {**special, **TEACHER, "teacher_language": "en", "parallel_batch_size": 1234}.items():
         assert f"| `{key}` | `{value}` |" in text

@@ -33,6 +33,35 @@ def test_equals_clip_loss(tile):
     torch.testing.assert_close(result.logit_scale, scale.grad, rtol=1e-5, atol=1e-7)
 
 
+def hard_loss(texts, images, scale, hardness: float) -> torch.Tensor:
+    """As the plain formula has it: of each pair's wrong ones, the weighted sum beside the right one."""
+    logits, losses = scale.exp() * texts @ images.T, []
+    wrong = 1 - torch.eye(len(logits), dtype=logits.dtype)
+    for one in (logits, logits.T):
+        weights = wrong * (hardness * one).exp()
+        weights = weights / weights.sum(dim=1, keepdim=True) * (len(logits) - 1)
+        losses.append(((one.diag().exp() + (weights * one.exp()).sum(dim=1)).log() - one.diag()).mean())
+    return sum(losses) / 2
+
+
+@pytest.mark.parametrize(("hardness", "tile"), [(0.0, 3), (0.25, 1), (1.0, 3), (1.0, None)])
+def test_hard_negatives_equal_the_plain_formula(hardness, tile):
+    texts, images = (side.detach().double().requires_grad_() for side in sides(11))
+    scale = torch.tensor(2.1, dtype=torch.double, requires_grad=True)
+    loss = hard_loss(texts, images, scale, hardness)
+    loss.backward()
+    given = [tensor.detach().float() for tensor in (texts, images, scale)]
+    result = contrastive_gradients(
+        *given, torch.arange(11), image_gradient=True, hard_negatives=hardness, tile_rows=tile
+    )
+    torch.testing.assert_close(result.loss, loss.detach().float())
+    for found, expected in ((result.text_embeds, texts), (result.image_embeds, images), (result.logit_scale, scale)):
+        torch.testing.assert_close(found, expected.grad.float(), rtol=1e-5, atol=1e-6)
+    if hardness:
+        easy = contrastive_gradients(*given, torch.arange(11))
+        assert result.loss > easy.loss, "similar wrong pairs count more"
+
+
 def by_two_processes(gradients, cut: int, **options) -> tuple:
     """Result for all of 11 pairs, and the two of processes that have `cut` texts and the others.
 
@@ -68,9 +97,10 @@ def check_joined(whole, results, **tolerance) -> None:
             torch.testing.assert_close(getattr(result, name), getattr(whole, name), **tolerance)
 
 
+@pytest.mark.parametrize("options", [{}, {"hard_negatives": 0.5}], ids=["plain", "hard negatives"])
 @pytest.mark.parametrize("cut", [5, 1])
-def test_two_processes_equal_one(cut):
-    check_joined(*by_two_processes(contrastive_gradients, cut), rtol=1e-5, atol=1e-7)
+def test_two_processes_equal_one(cut, options):
+    check_joined(*by_two_processes(contrastive_gradients, cut, **options), rtol=1e-5, atol=1e-6)
 
 
 def test_no_image_gradient_unless_asked_for():

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradScalerKwargs
 from exact_step_process import ALONE, CAPTIONS, MICRO, SEED, STEP, add_taught, build, gradients_of, make_batch
+from test_contrastive import hard_loss
 from test_matryoshka import plain_loss
 from tiny import tiny_tokenizer
 
@@ -98,6 +99,13 @@ def test_step_over_prefixes_equals_one_graph(trained_images):
         build(trained_images), batches, embeds, loss_of=partial(plain_loss, widths=[24, 12, 6])
     )
     report, actual = gradients_of(build(trained_images), Accelerator(cpu=True), batches, embeds, dims=[12, 6])
+    assert report.loss == pytest.approx(loss, rel=1e-5) and largest_error(actual, expected) < 1e-5
+
+
+def test_a_step_with_hard_negatives_equals_one_graph():
+    batches, embeds = make_batch(True)
+    loss, expected = reference_gradients(build(True), batches, embeds, loss_of=partial(hard_loss, hardness=0.5))
+    report, actual = gradients_of(build(True), Accelerator(cpu=True), batches, embeds, hardness=0.5)
     assert report.loss == pytest.approx(loss, rel=1e-5) and largest_error(actual, expected) < 1e-5
 
 

@@ -57,6 +57,11 @@ class Batch:
     _argument_group_name = "batch"
 
     effective_batch_size: int = flag(2816, "Pairs of one contrastive batch; each is a negative to all others.")
+    hard_negatives: float = flag(
+        0.0,
+        "How much more a wrong pair of the batch counts the more similar it is, 0 to 10; 0 = not at all, as in the "
+        "paper: its weight is exp(this times its logit).",
+    )
     micro_batch_size: int = flag(
         128,
         "Captions that go through the text tower at once. They are cut in order of length, so that little "

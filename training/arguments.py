@@ -36,6 +36,7 @@ class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, Model
         at_least(self, 0, "warmup_steps", "weight_decay", "min_learning_rate", "seed", "augmented_views", "lora_rank")
         at_least(self, 0, "loading_workers")
         between(self, 0, 1, "max_bad_share", "interpolate", "lora_dropout", "layer_decay")
+        between(self, 0, 10, "hard_negatives")
         between(self, 1, 1024, "num_threads")
         if self.carbon_country is not None and not re.fullmatch(r"[A-Z]{3}", self.carbon_country):
             raise ValueError(

@@ -76,8 +76,9 @@ class Trainer:
         if resume:
             self.state = self.checkpoints.load(resume)
         self.step = ExactStep(
-            self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation, args.matryoshka_dims
-        )
+            self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation, args.matryoshka_dims,
+            args.hard_negatives,
+        )  # fmt: skip
         if not self.state.curve:
             self.state.curve.append({"step": 0, **self._measured()})
         self.stopped_early = self._out_of_patience()  # of a run that was killed then

@@ -110,6 +110,7 @@ class ExactStep:
     # "keep" the graphs of all micro-batches, "recompute" them all, or "auto": keep what fits
     accumulation: str = "auto"
     dims: Sequence[int] = ()  # widths of the embeddings' prefixes that the loss is taken of, too
+    hard_negatives: float = 0.0  # as of `contrastive_gradients`
     budget: float | None = None  # bytes of graphs; found at the first step
     _costs: tuple[float, float] | None = field(default=None, repr=False)  # bytes a token, bytes a text
 
@@ -177,7 +178,7 @@ class ExactStep:
             paired = own < pairs
             found = matryoshka_gradients(
                 texts[paired], image_embeds.float(), self.logit_scale.detach(), own[paired],
-                dims=self.dims, image_gradient=image_gradient, **whole,
+                dims=self.dims, image_gradient=image_gradient, hard_negatives=self.hard_negatives, **whole,
             )  # fmt: skip
             loss, gradient[paired], image_rows = found.loss, found.text_embeds, found.image_embeds
             scale_gradient = found.logit_scale
