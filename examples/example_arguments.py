@@ -190,6 +190,9 @@ class ProxiesArguments:
 
     openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
     output: Path = flag(Path("data/openmoji/proxies"), "Folder that is made; it must be missing or empty.")
+    cldr: Path | None = flag(
+        None, "Folder node_modules with cldr-annotations-modern and cldr-annotations-derived-modern, for `translators`."
+    )
 
 
 @dataclass

