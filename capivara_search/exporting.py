@@ -8,7 +8,6 @@ Thumbnails stay in the index.
 
 import os
 import tempfile
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -54,13 +53,16 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
 
 
 def _write(table: PictureTable, temporary: str, csv: bool) -> int:
-    rows, writer = 0, None
-    for batch in _batches(table, csv):
-        if writer is None:
-            writer = _writer(temporary, batch.schema, csv)
-        writer.write(batch)
+    columns = pa.schema(
+        one.remove_metadata()
+        for one in table.columns()
+        if one.name != THUMBNAIL and not (csv and pa.types.is_fixed_size_list(one.type))
+    )
+    rows, writer = 0, _writer(temporary, _readable(pa.RecordBatch.from_pylist([], columns)).schema, csv)
+    for batch in table.batches(columns.names):
+        writer.write(_readable(batch))
         rows += batch.num_rows
-    (writer or _writer(temporary, _without_rows(table, csv), csv)).close()
+    writer.close()
     return rows
 
 
@@ -72,24 +74,6 @@ def _writer(temporary: str, columns: pa.Schema, csv: bool):
     from pyarrow.parquet import ParquetWriter
 
     return ParquetWriter(temporary, columns)
-
-
-def _batches(table: PictureTable, csv: bool) -> Iterator[pa.RecordBatch]:
-    for batch in table.batches(_names(table, csv)):
-        yield _readable(batch)
-
-
-def _names(table: PictureTable, csv: bool) -> list[str]:
-    return [
-        one.name
-        for one in table.columns()
-        if one.name != THUMBNAIL and not (csv and pa.types.is_fixed_size_list(one.type))
-    ]
-
-
-def _without_rows(table: PictureTable, csv: bool) -> pa.Schema:
-    columns = pa.schema([table.columns().field(name).remove_metadata() for name in _names(table, csv)])
-    return _readable(pa.RecordBatch.from_pylist([], columns)).schema
 
 
 def _readable(batch: pa.RecordBatch) -> pa.RecordBatch:
