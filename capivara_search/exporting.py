@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from pyarrow.csv import CSVWriter
+from pyarrow.parquet import ParquetWriter
 
 from capivara_search.common.files import UMASK, check_output_file, no_space_left
 from capivara_search.picture_columns import THUMBNAIL
@@ -58,22 +60,13 @@ def _write(table: PictureTable, temporary: str, csv: bool) -> int:
         for one in table.columns()
         if one.name != THUMBNAIL and not (csv and pa.types.is_fixed_size_list(one.type))
     )
-    rows, writer = 0, _writer(temporary, _readable(pa.RecordBatch.from_pylist([], columns)).schema, csv)
+    written = _readable(pa.RecordBatch.from_pylist([], columns)).schema
+    rows, writer = 0, CSVWriter(temporary, written) if csv else ParquetWriter(temporary, written)
     for batch in table.batches(columns.names):
         writer.write(_readable(batch))
         rows += batch.num_rows
     writer.close()
     return rows
-
-
-def _writer(temporary: str, columns: pa.Schema, csv: bool):
-    if csv:
-        from pyarrow.csv import CSVWriter
-
-        return CSVWriter(temporary, columns)
-    from pyarrow.parquet import ParquetWriter
-
-    return ParquetWriter(temporary, columns)
 
 
 def _readable(batch: pa.RecordBatch) -> pa.RecordBatch:
