@@ -19,12 +19,12 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
 
 from capivara_search import commands
 from capivara_search.command_flags import COMMANDS, WrongUse, language_of, parsed, parser
 from capivara_search.common.files import no_space_left
 from capivara_search.common.progress import bars_for_terminals_only
+from capivara_search.common.start import stop_at_once
 from capivara_search.shell_completion import completion
 from capivara_search.terminal import Words, harmless
 
@@ -43,7 +43,7 @@ def run() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         words = Words(language_of(sys.argv[1:]))
         # KeyboardInterrupt would get lost in the imports of C extensions; commands that clean up set a handler.
-        signal.signal(signal.SIGINT, lambda *_: _stop_at_once(words("stopped")))
+        signal.signal(signal.SIGINT, lambda *_: stop_at_once(words("stopped")))
     bars_for_terminals_only()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of a terminal with few letters
@@ -123,8 +123,3 @@ def _notes_shown(words: Words) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-def _stop_at_once(text: str) -> NoReturn:
-    print(f"\n{text}", file=sys.stderr, flush=True)
-    os._exit(128 + signal.SIGINT)

@@ -26,9 +26,9 @@ SET_ASIDE = ".damaged"  # appended to the name of a file
 logger = logging.getLogger("capivara")
 
 
-def clause_of(fragment: int) -> str:
-    """The clause for the rows of a fragment."""
-    return f"(_rowid >= {fragment << FRAGMENT_BITS} AND _rowid < {(fragment + 1) << FRAGMENT_BITS})"
+def clause_of(fragment: int, number: int = 1) -> str:
+    """The clause for the rows of a fragment, or of a `number` of them from it on."""
+    return f"(_rowid >= {fragment << FRAGMENT_BITS} AND _rowid < {(fragment + number) << FRAGMENT_BITS})"
 
 
 def fragments_of(table: Any) -> list[int]:
@@ -37,20 +37,16 @@ def fragments_of(table: Any) -> list[int]:
     left = table.count_rows()
     while left > 0:
         step = 1  # numbers have gaps: small ones where rows were removed, large ones after a compaction
-        while not table.count_rows(_between(last, last + step)):
+        while not table.count_rows(clause_of(last, step)):
             last, step = last + step, step * 2
         while step > 1:
             step //= 2
-            if not table.count_rows(_between(last, last + step)):
+            if not table.count_rows(clause_of(last, step)):
                 last += step
         rows = table.count_rows(clause_of(last))
         found.append(last)
         last, left = last + 1, left - rows
     return found
-
-
-def _between(start: int, end: int) -> str:
-    return f"(_rowid >= {start << FRAGMENT_BITS} AND _rowid < {end << FRAGMENT_BITS})"
 
 
 def damaged_fragments(table: Any, columns: Sequence[str]) -> list[int]:

@@ -8,12 +8,13 @@ Thumbnails stay in the index.
 
 import os
 import tempfile
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from pyarrow.csv import CSVWriter
+from pyarrow.parquet import ParquetWriter
 
 from capivara_search.common.files import UMASK, check_output_file, no_space_left
 from capivara_search.picture_columns import THUMBNAIL
@@ -54,42 +55,18 @@ def export_rows(table: PictureTable, path: str | Path) -> int:
 
 
 def _write(table: PictureTable, temporary: str, csv: bool) -> int:
-    rows, writer = 0, None
-    for batch in _batches(table, csv):
-        if writer is None:
-            writer = _writer(temporary, batch.schema, csv)
-        writer.write(batch)
-        rows += batch.num_rows
-    (writer or _writer(temporary, _without_rows(table, csv), csv)).close()
-    return rows
-
-
-def _writer(temporary: str, columns: pa.Schema, csv: bool):
-    if csv:
-        from pyarrow.csv import CSVWriter
-
-        return CSVWriter(temporary, columns)
-    from pyarrow.parquet import ParquetWriter
-
-    return ParquetWriter(temporary, columns)
-
-
-def _batches(table: PictureTable, csv: bool) -> Iterator[pa.RecordBatch]:
-    for batch in table.batches(_names(table, csv)):
-        yield _readable(batch)
-
-
-def _names(table: PictureTable, csv: bool) -> list[str]:
-    return [
-        one.name
+    columns = pa.schema(
+        one.remove_metadata()
         for one in table.columns()
         if one.name != THUMBNAIL and not (csv and pa.types.is_fixed_size_list(one.type))
-    ]
-
-
-def _without_rows(table: PictureTable, csv: bool) -> pa.Schema:
-    columns = pa.schema([table.columns().field(name).remove_metadata() for name in _names(table, csv)])
-    return _readable(pa.RecordBatch.from_pylist([], columns)).schema
+    )
+    written = _readable(pa.RecordBatch.from_pylist([], columns)).schema
+    rows, writer = 0, CSVWriter(temporary, written) if csv else ParquetWriter(temporary, written)
+    for batch in table.batches(columns.names):
+        writer.write(_readable(batch))
+        rows += batch.num_rows
+    writer.close()
+    return rows
 
 
 def _readable(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -27,7 +27,6 @@ KEYS = {PICTURES: "path", LEFT_OUT: "path", ABOUT: "key"}
 THUMBNAIL = "thumbnail"
 VECTOR = "vector"  # in rows that are no part of a table: that of the model in use
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
-HASHED_AT_ONCE = 8  # letters
 
 # Two who insert the same key at the same time are told apart by it.
 KEY = {b"lance-schema:unenforced-primary-key:position": b"1"}

@@ -11,7 +11,7 @@ What can't be read is said in one line, "reason: detail", whose reason is one of
 import os
 import stat
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -122,9 +122,7 @@ def absolute_folder(folder: str | Path) -> Path:
     return Path(path)
 
 
-def find_pictures(
-    folders: Sequence[str | Path], on_found: Callable[[int], None] | None = None
-) -> tuple[list[FileState], list[LeftOut]]:
+def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[LeftOut]]:
     """The pictures in folders and all folders below, by the ends of their names, sorted by path.
 
     Hidden files and folders are skipped. A link is followed where it stays within the folders, and its target is not
@@ -132,7 +130,6 @@ def find_pictures(
 
     Args:
         folders: to look through.
-        on_found: called after each folder with the number of pictures so far.
 
     Returns:
         The pictures, and what could not be looked at, with the reason.
@@ -147,7 +144,7 @@ def find_pictures(
         if not root.is_dir():
             fault = "is a file, not a folder" if root.exists() else "is not there"
             raise ValueError(f"The folder {root} {fault}. Name a folder of pictures.")
-    walk = _Walk(roots, on_found or (lambda found: None))
+    walk = _Walk(roots)
     for root in roots:
         walk.folder(str(root))
     walk.follow_links()
@@ -172,8 +169,7 @@ def _is_any_in(paths: Sequence[str], root: str) -> bool:
 class _Walk:
     """Looks through folders, each once."""
 
-    def __init__(self, roots: Sequence[Path], on_found: Callable[[int], None]):
-        self.on_found = on_found
+    def __init__(self, roots: Sequence[Path]):
         self.bounds = Bounds(roots[0], roots[1:])
         self.found: dict[str, FileState] = {}
         self.left_out: list[LeftOut] = []
@@ -202,7 +198,6 @@ class _Walk:
                             self.file(entry.path)
             except OSError as error:
                 self.leave_out(folder, _fault(error))
-            self.on_found(len(self.found))
 
     def file(self, path: str) -> None:
         """Note a file whose name is that of a picture."""
@@ -271,13 +266,6 @@ def _is_text(path: str) -> bool:
 def read_bytes_digest(path: str | Path) -> str:
     """BLAKE2b-128 of a file, in hexadecimal, as `Picture.digest`. Raises BadImage where it can't be read."""
     return _digest(_contents(path)[0])
-
-
-def picture_bytes(path: str | Path) -> bytes:
-    """A file as it is, which begins as a picture within the limits. Raises BadImage where it does not."""
-    data = _contents(path)[0]
-    _opened(data, str(path))
-    return data
 
 
 def read_picture(file: FileState, side: int = 224, exact: bool = False) -> Picture:

@@ -99,13 +99,6 @@ class WeightFile:
             len(numbers), *place.shape[1:]
         )
 
-    def read_ahead(self, names: list[str]) -> None:
-        """Tell the system that these tensors are needed soon, so that the disk is read in large pieces."""
-        for name in names:
-            place = self.places[name]
-            start = place.start // mmap.PAGESIZE * mmap.PAGESIZE
-            self._bytes.madvise(mmap.MADV_WILLNEED, start, place.end - start)
-
 
 def _float32(raw: memoryview, kind: str, name: str) -> np.ndarray:
     if kind == "F32":

@@ -19,9 +19,8 @@ class Skipped:
     source: str
     split: str
     row: int
-    reason: (
-        str  # not chosen, no image, unreadable image, absurd image size, no caption, missing column, damaged archive
-    )
+    # not chosen, no image, unreadable image, absurd image size, no caption, missing column, damaged archive
+    reason: str
     detail: str
 
 

@@ -112,19 +112,14 @@ def _common_schema(parts: Iterable[Path]) -> pa.Schema:
 
 
 def _write_file(path: Path, parts: list[Path], schema: pa.Schema) -> None:
+    """A file of some parts, in the columns of all, which are empty where a part has not got them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_parquet(path, schema) as parquet:
         for part in parts:
             with pq.ParquetFile(part) as file:
                 for group in range(file.num_row_groups):
-                    parquet.write_table(_with_all_columns(file.read_row_group(group), schema))
-
-
-def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    columns = [
-        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type) for field in schema
-    ]
-    return pa.table(columns, schema=schema)
+                    tables = [schema.empty_table(), file.read_row_group(group)]
+                    parquet.write_table(pa.concat_tables(tables, promote_options="default"))
 
 
 def _split_facts(files: Iterable[Path], steps: list[Step]) -> dict[str, Any]:

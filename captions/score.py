@@ -82,10 +82,8 @@ class ScoreProcess:
 
 def score(args: ScoreArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """Write the parts of one task that are missing. Raises as `RowStage` and `load_embedder` do."""
-    stage, result = (
-        RowStage(args),
-        f"similarities-{args.language}",
-    )  # before the model: what is wrong with the data is said at once
+    stage = RowStage(args)  # before the model: what is wrong with the data is said at once
+    result = f"similarities-{args.language}"
     embedder = load_embedder(args.model, args.device, True, args.precision, args.trust_remote_code)
     settings = {"language": args.language, "model": args.model, "fingerprint": embedder.fingerprint}
     columns, batch_size = args.needed_columns(), args.embedding_batch_size

@@ -79,10 +79,8 @@ def translate_sentences(args: TranslateArguments, rank: int = 0, world_size: int
         "columns": {name: "string" for name in PAIR_SCHEMA.names},
         "versions": package_versions(),
     }
-    process, title = (
-        SentenceTranslator(args, sentences, translator, memory, known),
-        f"Translating with {translator.name}",
-    )
+    process = SentenceTranslator(args, sentences, translator, memory, known)
+    title = f"Translating with {translator.name}"
     report = write_parts(args.parts_folder, record, PAIR_SCHEMA, process.rows, title, rank, world_size)
     logger.info("%s sentences were translated now; %s has them.", f"{process.translated:,}", args.memory_folder)
     return report

@@ -178,17 +178,10 @@ def _gallery_section(
         cards = [_query_card(q, leading, others, thumbnails) for q in queries[:SHOWN_QUERIES]]
         groups.append({"title": title, "count": len(queries), "cards": cards})
     anchor = pictures.anchor("gallery", *name_parts(condition)[1:])
-    drawn = hits[:DRAWN_QUERIES] + misses[:DRAWN_QUERIES]
-    rows = [
-        [
-            (
-                f"“{one_line(q.text, 60)}”   right one at rank {q.rank:g}",
-                [(thumbnails.image(i), i == q.right) for i, _ in best],
-            )
-        ]
-        for q in drawn
-        if (best := q.best[:BEST])
-    ]
+    rows = []
+    for q in hits[:DRAWN_QUERIES] + misses[:DRAWN_QUERIES]:
+        if found := [(thumbnails.image(i), i == q.right) for i, _ in q.best[:BEST]]:
+            rows.append([(f"“{one_line(q.text, 60)}”   right one at rank {q.rank:g}", found)])
     if rows:
         plot_gallery(rows, pictures.folder / f"{anchor}.png")
     return {

@@ -84,26 +84,13 @@ def parse(
         file = flags.parse_known_args(words)[0].config
         # The file stands before the command line: values of both are read, checked and converted by the same code, so
         # `1e-4`, which PyYAML takes for text, becomes a number.
-        words = (config_flags(Path(file), names) if file else []) + words
+        words = (as_flags(read_config(Path(file)), names, str(Path(file))) if file else []) + words
     namespace, unknown = flags.parse_known_args(words)
     refuse_unknown(unknown, [*names, "config"] if config else names, getattr(kind, "gone", {}))
     values = vars(namespace)
     if config:
         del values["config"]
     return kind(**values)
-
-
-def config_flags(path: Path, names: list[str]) -> list[str]:
-    """A YAML file of `key: value` lines as the flags that say the same.
-
-    Args:
-        path: of the file.
-        names: the keys that are known.
-
-    Raises:
-        ValueError: there is no such file, it is no YAML, a key is unknown, or a value is neither text nor list.
-    """
-    return as_flags(read_config(path), names, str(path))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -123,7 +110,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def as_flags(content: dict[str, Any], names: list[str], where: str) -> list[str]:
-    """Keys and values as flags; `where` is the subject of an error."""
+    """Keys and values as the flags that say the same; `where` is the subject of an error.
+
+    Raises ValueError where a key is not among `names`, or a value is neither text nor list.
+    """
     flags = []
     for key, value in content.items():
         if key not in names:

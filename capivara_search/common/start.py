@@ -20,7 +20,7 @@ def start_command(arguments: str | None = None, description: str | None = None) 
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
         # Nothing is written yet, and KeyboardInterrupt would get lost in the imports of C extensions.
-        signal.signal(signal.SIGINT, lambda *_: _stop_at_once())
+        signal.signal(signal.SIGINT, lambda *_: stop_at_once("Stopped."))
     if arguments is None:
         return
     from pkgutil import resolve_name  # here, as parse: Ctrl-C works by now
@@ -34,6 +34,7 @@ def start_command(arguments: str | None = None, description: str | None = None) 
         sys.exit(f"error: {error}")
 
 
-def _stop_at_once() -> NoReturn:
-    print("\nStopped.", file=sys.stderr, flush=True)
+def stop_at_once(text: str) -> NoReturn:
+    """End the process with a line about it and the exit code of Ctrl-C; nothing is cleaned up."""
+    print(f"\n{text}", file=sys.stderr, flush=True)
     os._exit(128 + signal.SIGINT)

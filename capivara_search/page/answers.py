@@ -153,23 +153,19 @@ class Answers:
             Refusal: there is neither picture nor folder, or the labels or the template break their rules.
         """
         labels, template = question.labels_and_template()
-        if image is None and not question.folder:
-            raise Refusal("nothing_given")
         if image is not None:
-            found = [index.classify(image, labels, template) for index in self.indexes]
-        else:  # of the index alone: `PictureIndex.classify` reads other files, too
+            models = [_shares(index.model.name, *index.classify(image, labels, template)) for index in self.indexes]
+        elif question.folder:  # of the index alone: `PictureIndex.classify` reads other files, too
             found = [
                 classify_vectors(index.model, *_of_folder(index, question), labels, template) for index in self.indexes
             ]
-        names = [index.model.name for index in self.indexes]
-        if image is not None:
-            models = [_shares(name, one) for name, (one,) in zip(names, found, strict=True)]
-        else:
             other = [{one.path: one.label for one in answers} for answers in found[::-1]] if len(found) > 1 else [{}]
             models = [
-                {"name": name, **_groups(index, labels, answers, theirs)}
-                for name, index, answers, theirs in zip(names, self.indexes, found, other, strict=True)
+                {"name": index.model.name, **_groups(index, labels, answers, theirs)}
+                for index, answers, theirs in zip(self.indexes, found, other, strict=True)
             ]
+        else:
+            raise Refusal("nothing_given")
         return self._state() | {"models": models}
 
     def prepare_images(self) -> None:
