@@ -210,10 +210,10 @@ def _write_parts(folder: Path, name: str, data: bytes) -> list[dict[str, Any]]:
 
 def _write_pages(made: Path) -> None:
     for name in ("static.css", "worker.js", *SCRIPTS):
-        _copy(OURS / name, made / "static" / name)
+        write_bytes(made / "static" / name, (OURS / name).read_bytes())
     for name in SHARED:
-        _copy(SEARCH_PAGE / "static" / name, made / "static" / name)
-    _copy(SEARCH_PAGE.parents[1] / "LICENSE", made / "LICENSE")
+        write_bytes(made / "static" / name, (SEARCH_PAGE / "static" / name).read_bytes())
+    write_bytes(made / "LICENSE", (SEARCH_PAGE.parents[1] / "LICENSE").read_bytes())
     for language, page in PAGES.items():
         write_text(made / page, page_html(language))
 
@@ -227,11 +227,6 @@ def page_html(language: str) -> str:
     page, viewer = (path.read_text(encoding="utf-8") for path in (OURS / "index.html", SEARCH_PAGE / "viewer.html"))
     template = page.replace("{{viewer}}", viewer)
     return re.sub(r"\{\{(\w+)\}\}", lambda name: texts[name[1]], template)
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
 
 
 def _readme(model: str, source: Path, modules: Path, title: str) -> str:
@@ -307,4 +302,4 @@ def _write_library(modules: Path, target: Path) -> None:
         write_text(target / name, re.sub(r"(?m)^//# sourceMappingURL=.*$", "", code))
     for name in LIBRARIES:
         for licence in sorted((modules / name).glob("LICENSE*")):
-            _copy(licence, target / f"{name.replace('/', '-').lstrip('@')}-{licence.name}")
+            write_bytes(target / f"{name.replace('/', '-').lstrip('@')}-{licence.name}", licence.read_bytes())
