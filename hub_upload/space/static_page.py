@@ -55,6 +55,7 @@ RUNTIMES = {  # where the model runs -> its WebAssembly
 }
 PART_BYTES = 20 * 2**20  # some hosts take files of at most 25 MiB
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "bos_token", "eos_token", "pad_token", "unk_token")
+TITLE = "CAPIVARA: busca nas suas imagens"  # of the page as a Space
 README = """
 # {title}
 
@@ -69,9 +70,7 @@ O código é MIT. {model_licence} Em `library/`: {libraries}.
 """
 
 
-def write_static_page(
-    model: str, folder: Path, library: Path | None = None, title: str = "CAPIVARA: busca nas suas imagens"
-) -> list[Path]:
+def write_static_page(model: str, folder: Path, library: Path | None = None) -> list[Path]:
     """Write the folder of the page.
 
     Args:
@@ -79,7 +78,6 @@ def write_static_page(
             has them; where it has none, and of a Hub id, they are made, which takes minutes at full size.
         folder: where to; missing or empty.
         library: a `node_modules` that has `LIBRARIES`; npm fetches them where None.
-        title: of the page as a Space.
 
     Returns:
         The files, relative to `folder`, in order.
@@ -112,7 +110,7 @@ def write_static_page(
         facts["files"] = {name: _write_parts(made / "model", name, data) for name, data in contents.items()}
         write_json(made / "model" / "model.json", facts)
         _write_pages(made)
-        write_text(made / "README.md", _readme(model, source, modules, title))
+        write_text(made / "README.md", _readme(model, source, modules))
         for path in (*made.glob("*.*"), *made.glob("static/*"), made / "model" / "model.json"):
             check_secrets(path, path.name)
             check_paths(path, path.name)
@@ -229,10 +227,10 @@ def page_html(language: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda name: texts[name[1]], template)
 
 
-def _readme(model: str, source: Path, modules: Path, title: str) -> str:
+def _readme(model: str, source: Path, modules: Path) -> str:
     licence = str(stated(source / "README.md").get("license") or "")
     about = {
-        "title": title, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "static", "pinned": False,
+        "title": TITLE, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "static", "pinned": False,
         "license": licence or "other",
         # With these two the browser gives the page several threads.
         "custom_headers": {
@@ -249,7 +247,7 @@ def _readme(model: str, source: Path, modules: Path, title: str) -> str:
         repo_id = model.removeprefix("hf-hub:")
         about["models"] = [repo_id]
         said = f"A licença do modelo está em [{repo_id}](https://huggingface.co/{repo_id})."
-    body = README.format(title=title, name=short_name(model), model_licence=said, libraries=", ".join(libraries))
+    body = README.format(title=TITLE, name=short_name(model), model_licence=said, libraries=", ".join(libraries))
     return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
 
 
