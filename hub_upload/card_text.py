@@ -15,6 +15,11 @@ from records.series import Series
 
 TEMPLATES = Path(__file__).parent / "templates"
 LANGUAGES = ("en", "pt")
+# Not HTML but Markdown: texts of others are escaped where they come in. What a template needs and lacks is an error.
+MARKDOWN_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, undefined=jinja2.StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
 MAX_TEXT = 300
 PLAIN_CODE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
 # Absolute paths of Unix, of a home and of Windows, up to their last part; not the slashes of an address.
@@ -65,11 +70,7 @@ class Words:
         def words(context: jinja2.runtime.Context, *keys: str, **more: Any) -> str:
             return self(*keys, **{**context.get_all(), **more})
 
-        # Not HTML but Markdown: texts of others are escaped where they come in.
-        spaces = dict.fromkeys(("trim_blocks", "lstrip_blocks", "keep_trailing_newline"), True)
-        found = jinja2.FileSystemLoader(TEMPLATES)
-        templates = jinja2.Environment(loader=found, autoescape=False, undefined=jinja2.StrictUndefined, **spaces)
-        return _tidy(templates.get_template("model_card.md.j2").render(words=words, **values))
+        return _tidy(MARKDOWN_TEMPLATES.get_template("model_card.md.j2").render(words=words, **values))
 
     def language_name(self, code: str) -> str:
         """Name of a language in the card's one; where it is unknown, the code."""

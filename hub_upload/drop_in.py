@@ -15,7 +15,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub.utils import yaml_dump
 from safetensors.torch import save_file
 from torch import nn
@@ -27,7 +26,7 @@ from capivara_search.image_digest import image_difference, image_digest
 from capivara_search.model_cache import model_folder
 from hub_upload import loader_files, onnx_files, source_model
 from hub_upload.card_metadata import LICENCES
-from hub_upload.card_text import TEMPLATES, code
+from hub_upload.card_text import MARKDOWN_TEMPLATES, code
 from hub_upload.export_arguments import ExportArguments
 from hub_upload.remote import check_repo_id
 from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors, tensor_digests
@@ -185,11 +184,7 @@ def _card(args: ExportArguments, folder: Path, facts: dict[str, Any], denses: li
     metadata = {"library_name": "sentence-transformers", "pipeline_tag": "feature-extraction"}
     metadata |= {"license": known["license"]} if known.get("license") in LICENCES else {}
     metadata["tags"] = ["capivara", "clip", "sentence-transformers", "onnx", *["open_clip"] * open_clip]
-    found = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=False, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    return found.get_template("drop_in.md.j2").render(
+    return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
         **facts | {name: code(facts[name]) for name in ("model", "base", "image_digest")},
         metadata=yaml_dump(metadata).strip(),
         repo_id=args.repo_id,

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 
 import modeling_capivara
 from capivara_search.common.cli import parse, run_command
+from capivara_search.common.environment import require
 from capivara_search.common.files import (
     check_free_space,
     check_inputs_stay,
@@ -169,7 +170,7 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
     if "transformers_js" in formats and "onnx" not in formats:
         formats.append("onnx")  # whose graphs and weights it reads
     if "onnx" in formats:
-        onnx_files.check_packages()
+        require("onnx in --formats (leave it out to do without)", "onnx", *onnx_files.ONNX_PACKAGES)
     return formats
 
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from capivara_search.common.environment import package_versions, require
+from capivara_search.common.environment import package_versions
 from capivara_search.common.files import write_json
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
@@ -85,11 +85,6 @@ class OnnxModel:
         batch = self.processor(text=list(texts), return_tensors="np")
         inputs = {name: batch[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
         return torch.from_numpy(self._towers["text"].run(None, inputs)[0])
-
-
-def check_packages() -> None:
-    """Raise ImportError where a package that ONNX needs is missing."""
-    require("onnx in --formats (leave it out to do without)", "onnx", *ONNX_PACKAGES)
 
 
 def write_onnx(folder: Path, source: Path | None = None, towers: Sequence[str] = TOWERS) -> None:

@@ -82,11 +82,6 @@ class Series:
         return statistics.stdev(self.values) if len(self.measured) > 1 else None
 
     @property
-    def source(self) -> str:
-        """Where the values stand: a JSON pointer each."""
-        return ", ".join(f"{measured.source}/value" for measured in self.measured)
-
-    @property
     def fingerprints(self) -> set[str]:
         """Of the data that were measured on."""
         found = (file.content.get("dataset_fingerprint") for file in self.files)

@@ -88,7 +88,7 @@ def test_seeds_are_one_series_in_their_order():
     ]
     (series,) = collect_series([file_of(*seeds, skipped_rows=3, dataset_fingerprint="f")])
     assert series.values == [0.5, 0.7] and series.mean == 0.6 and figure_text(series) == "60.0 ± 14.1"
-    assert series.source == "a.json#/records/1/value, a.json#/records/0/value"
+    assert [one.source for one in series.measured] == ["a.json#/records/1", "a.json#/records/0"]
     assert series.skipped == 3 and series.fingerprints == {"f"} and series.of_seed(2).record.value == 0.7
 
 

@@ -213,7 +213,7 @@ def test_the_folder(small_model, stand_in, tmp_path, capsys, monkeypatch):
     about = yaml.safe_load((page / "README.md").read_text("utf-8").split("---\n")[1])
     assert about["sdk"] == "static" and about["custom_headers"]["cross-origin-opener-policy"] == "same-origin"
     assert "models" not in about and "O modelo não declara licença." in (page / "README.md").read_text("utf-8")
-    said = static_page._readme("org/model", small_model, stand_in, "t")  # whose card may well declare one
+    said = static_page._readme("org/model", small_model, stand_in)  # whose card may well declare one
     assert "[org/model](https://huggingface.co/org/model)" in said and "não declara" not in said
     assert "sourceMappingURL" not in (page / "library" / "ort.wasm.js").read_text()
     for path in page.rglob("*"):

@@ -44,6 +44,7 @@ MODEL_FILES = (
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"),
 )
+TITLE = "CAPIVARA: busca em português"
 APP = '''"""{title}. Made by `python -m hub_upload.space`; the program is in capivara_search/page."""
 
 from capivara_search.index import PictureIndex
@@ -112,13 +113,7 @@ def open_indexes(
     return indexes, credit
 
 
-def write_space(
-    indexes: Sequence[PictureIndex],
-    models: Sequence[str],
-    folder: Path,
-    credit: Credit,
-    title: str = "CAPIVARA: busca em português",
-) -> list[Path]:
+def write_space(indexes: Sequence[PictureIndex], models: Sequence[str], folder: Path, credit: Credit) -> list[Path]:
     """Write the folder of a Space.
 
     Args:
@@ -126,7 +121,6 @@ def write_space(
         models: folder or Hub id of each model; a folder is copied, an id is left to the Space to fetch.
         folder: where to; missing or empty.
         credit: whose pictures they are.
-        title: of the Space.
 
     Returns:
         The files, relative to `folder`, in order.
@@ -144,12 +138,12 @@ def write_space(
                 places[index.where] = f"index-{len(places) + 1}.lance"
                 publish_index(index, made / places[index.where], model, credit.name)
         opened = [(places[index.where], model) for index, model in zip(indexes, there, strict=True)]
-        app = APP.format(title=title, indexes=opened, credit=credit, port=DEFAULT_PORT)
+        app = APP.format(title=TITLE, indexes=opened, credit=credit, port=DEFAULT_PORT)
         write_text(made / "app.py", app)
         pinned = requirements(models)
         write_text(made / "requirements.txt", "".join(f"{name}=={version}\n" for name, version in pinned.items()))
         write_text(made / "Dockerfile", DOCKERFILE.format(torch=pinned["torch"], port=DEFAULT_PORT))
-        write_text(made / "README.md", _readme(models, credit, title))
+        write_text(made / "README.md", _readme(models, credit))
         write_text(made / "names.txt", "\n".join(_names(made / place) for place in places.values()))
         for name in ("README.md", "app.py", "names.txt"):  # what a stranger's card and files are called
             check_secrets(made / name, name)
@@ -258,11 +252,11 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _readme(models: Sequence[str], credit: Credit, title: str) -> str:
+def _readme(models: Sequence[str], credit: Credit) -> str:
     licences = {"as imagens": credit.licence, **{f"o modelo {short_name(m)}": _model_licence(m) for m in models}}
     known = {subject: licence for subject, licence in licences.items() if licence}
     about = {
-        "title": title, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "docker",
+        "title": TITLE, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "docker",
         "app_port": DEFAULT_PORT, "pinned": False,
         "license": next(iter(known.values())) if len(set(known.values())) == 1 else "other",
         "models": [model for model in models if not Path(model).is_dir()],
@@ -272,7 +266,7 @@ def _readme(models: Sequence[str], credit: Credit, title: str) -> str:
     listed = "; ".join(f"{subject}: {licence}" for subject, licence in known.items())
     listed = f"{listed[:1].upper()}{listed[1:]}." if listed else "Modelo e imagens não declaram licença."
     pictures = ". ".join(part for part in (credit.name, credit.attribution) if part)
-    body = BODY.format(title=title, models=", ".join(map(short_name, models)), pictures=pictures, licences=listed)
+    body = BODY.format(title=TITLE, models=", ".join(map(short_name, models)), pictures=pictures, licences=listed)
     return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
 
 

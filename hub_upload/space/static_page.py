@@ -55,6 +55,7 @@ RUNTIMES = {  # where the model runs -> its WebAssembly
 }
 PART_BYTES = 20 * 2**20  # some hosts take files of at most 25 MiB
 TOKENIZER_SETTINGS = ("add_bos_token", "add_eos_token", "bos_token", "eos_token", "pad_token", "unk_token")
+TITLE = "CAPIVARA: busca nas suas imagens"  # of the page as a Space
 README = """
 # {title}
 
@@ -69,9 +70,7 @@ O código é MIT. {model_licence} Em `library/`: {libraries}.
 """
 
 
-def write_static_page(
-    model: str, folder: Path, library: Path | None = None, title: str = "CAPIVARA: busca nas suas imagens"
-) -> list[Path]:
+def write_static_page(model: str, folder: Path, library: Path | None = None) -> list[Path]:
     """Write the folder of the page.
 
     Args:
@@ -79,7 +78,6 @@ def write_static_page(
             has them; where it has none, and of a Hub id, they are made, which takes minutes at full size.
         folder: where to; missing or empty.
         library: a `node_modules` that has `LIBRARIES`; npm fetches them where None.
-        title: of the page as a Space.
 
     Returns:
         The files, relative to `folder`, in order.
@@ -112,7 +110,7 @@ def write_static_page(
         facts["files"] = {name: _write_parts(made / "model", name, data) for name, data in contents.items()}
         write_json(made / "model" / "model.json", facts)
         _write_pages(made)
-        write_text(made / "README.md", _readme(model, source, modules, title))
+        write_text(made / "README.md", _readme(model, source, modules))
         for path in (*made.glob("*.*"), *made.glob("static/*"), made / "model" / "model.json"):
             check_secrets(path, path.name)
             check_paths(path, path.name)
@@ -210,10 +208,10 @@ def _write_parts(folder: Path, name: str, data: bytes) -> list[dict[str, Any]]:
 
 def _write_pages(made: Path) -> None:
     for name in ("static.css", "worker.js", *SCRIPTS):
-        _copy(OURS / name, made / "static" / name)
+        write_bytes(made / "static" / name, (OURS / name).read_bytes())
     for name in SHARED:
-        _copy(SEARCH_PAGE / "static" / name, made / "static" / name)
-    _copy(SEARCH_PAGE.parents[1] / "LICENSE", made / "LICENSE")
+        write_bytes(made / "static" / name, (SEARCH_PAGE / "static" / name).read_bytes())
+    write_bytes(made / "LICENSE", (SEARCH_PAGE.parents[1] / "LICENSE").read_bytes())
     for language, page in PAGES.items():
         write_text(made / page, page_html(language))
 
@@ -229,15 +227,10 @@ def page_html(language: str) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda name: texts[name[1]], template)
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-
-
-def _readme(model: str, source: Path, modules: Path, title: str) -> str:
+def _readme(model: str, source: Path, modules: Path) -> str:
     licence = str(stated(source / "README.md").get("license") or "")
     about = {
-        "title": title, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "static", "pinned": False,
+        "title": TITLE, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "static", "pinned": False,
         "license": licence or "other",
         # With these two the browser gives the page several threads.
         "custom_headers": {
@@ -254,7 +247,7 @@ def _readme(model: str, source: Path, modules: Path, title: str) -> str:
         repo_id = model.removeprefix("hf-hub:")
         about["models"] = [repo_id]
         said = f"A licença do modelo está em [{repo_id}](https://huggingface.co/{repo_id})."
-    body = README.format(title=title, name=short_name(model), model_licence=said, libraries=", ".join(libraries))
+    body = README.format(title=TITLE, name=short_name(model), model_licence=said, libraries=", ".join(libraries))
     return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
 
 
@@ -307,4 +300,4 @@ def _write_library(modules: Path, target: Path) -> None:
         write_text(target / name, re.sub(r"(?m)^//# sourceMappingURL=.*$", "", code))
     for name in LIBRARIES:
         for licence in sorted((modules / name).glob("LICENSE*")):
-            _copy(licence, target / f"{name.replace('/', '-').lstrip('@')}-{licence.name}")
+            write_bytes(target / f"{name.replace('/', '-').lstrip('@')}-{licence.name}", licence.read_bytes())
