@@ -1,7 +1,6 @@
 """The flags of the command `capivara`, in the words of a language, and what is wrong with them in one line.
 
-    from capivara_search.results import TEMPLATE
-from capivara_search.command_flags import parsed
+    from capivara_search.command_flags import parsed
     from capivara_search.terminal import Words
 
     parsed(["buscar", "um", "gato", "-k", "3"], Words("pt")).query  # "um gato"

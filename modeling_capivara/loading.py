@@ -171,7 +171,7 @@ def card_metadata(card: Path) -> dict[str, Any]:
     try:
         block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8", errors="replace"))
         metadata = yaml.safe_load(block[2]) if block else None
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):  # ValueError: a date that can't be
         return {}
     return metadata if isinstance(metadata, dict) else {}
 

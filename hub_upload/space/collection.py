@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub.repocard import metadata_load
 from tqdm.auto import tqdm
 
 from capivara_search.common.files import read_json, write_bytes
@@ -24,6 +22,7 @@ from capivara_search.common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, BadIm
 from capivara_search.page.server import Credit
 from caption_data.source_files import FORMS, SPLIT_NAMES, form_hint
 from caption_data.sources import Source, open_source
+from modeling_capivara.loading import card_metadata
 
 logger = logging.getLogger("capivara")
 
@@ -166,17 +165,9 @@ def _texts(value: object) -> list[str]:
     return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
-def stated(card: Path) -> dict[str, Any]:
-    """The front matter of a README; empty of one that is none of the Hub's."""
-    try:
-        return (metadata_load(card) if card.is_file() else None) or {}
-    except (ValueError, OSError, yaml.YAMLError):
-        return {}
-
-
 def credit_of(folder: Path) -> Credit:
     """Whose the pictures of a folder are, as its README says."""
-    front_matter = stated(folder / "README.md")
+    front_matter = card_metadata(folder / "README.md")
     keys = ("pretty_name", "license", "attribution")
     name, licence, attribution = (v if isinstance(v := front_matter.get(key), str) else "" for key in keys)
     return Credit(name or folder.resolve().name, licence, attribution)

@@ -32,8 +32,9 @@ from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_path
 from hub_upload.push import NO_TOKEN
 from hub_upload.push_plan import readable_size
 from hub_upload.remote import PushError, check_repo_id, hub_errors
-from hub_upload.space.collection import credit_of, picture_folder, stated
+from hub_upload.space.collection import credit_of, picture_folder
 from hub_upload.space.published_index import publish_index
+from modeling_capivara.loading import card_metadata
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ("capivara_search", "modeling_capivara")
@@ -272,4 +273,4 @@ def _readme(models: Sequence[str], credit: Credit) -> str:
 
 def _model_licence(model: str) -> str:
     """What the card of a model in a folder says; the Hub shows that of others."""
-    return str(stated(Path(model) / "README.md").get("license") or "")
+    return str(card_metadata(Path(model) / "README.md").get("license") or "")

@@ -31,10 +31,9 @@ from capivara_search.common.privacy import short_name
 from capivara_search.models import find_model
 from hub_upload.allowed_files import check_paths, check_secrets
 from hub_upload.onnx_files import ONNX_PACKAGES, TOWERS, data_file, graphs
-from hub_upload.space.collection import stated
 from hub_upload.transformers_js import readable_tokenizer
 from modeling_capivara import CapivaraImageProcessor
-from modeling_capivara.loading import load_processor
+from modeling_capivara.loading import card_metadata, load_processor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
 
 OURS, SEARCH_PAGE = Path(__file__).parent / "static", Path(__file__).parents[2] / "capivara_search" / "page"
@@ -228,7 +227,7 @@ def page_html(language: str) -> str:
 
 
 def _readme(model: str, source: Path, modules: Path) -> str:
-    licence = str(stated(source / "README.md").get("license") or "")
+    licence = str(card_metadata(source / "README.md").get("license") or "")
     about = {
         "title": TITLE, "emoji": "🐾", "colorFrom": "green", "colorTo": "yellow", "sdk": "static", "pinned": False,
         "license": licence or "other",
