@@ -34,6 +34,7 @@ from hub_upload.immich_folder import BASE_NAME
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
 
+FILES = ("config.json", "textual/model.onnx", "textual/tokenizer.json", "visual/model.onnx")
 # Each with what it is about.
 ODD_TEXTS = {
     "typographic quotation marks": "a placa \u201cproibido estacionar\u201d e o copo d\u2019água",
@@ -207,14 +208,9 @@ def measure(args: ImmichArguments) -> dict[str, Any]:
             "mean_cosine_of_two": _mean_cosine(seen),
             "seconds": picture_s,
         },
-        "bytes": {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)},
+        "bytes": {name: (folder / name).stat().st_size for name in FILES},
         **conditions(),
     }
-
-
-def _files(folder: Path) -> list[Path]:
-    names = ("config.json", "textual/model.onnx", "textual/tokenizer.json", "visual/model.onnx")
-    return [folder / name for name in names]
 
 
 def _timed(embed: Any, items: list, title: str) -> tuple[np.ndarray, float]:

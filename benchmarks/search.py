@@ -10,9 +10,11 @@ JSON, kept in benchmarks/results/search.json; docs/benchmarks.md shows it.
 """
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 from tqdm.auto import tqdm
 
@@ -217,8 +220,6 @@ def read_vectors(args: SearchArguments) -> np.ndarray:
 
 def fill(args: SearchArguments) -> dict[str, Any]:
     """Write the rows, and build what the index needs for so many."""
-    import shutil
-
     where, model = place(args.work, args.rows), args.work / "model"
     shutil.rmtree(where, ignore_errors=True)
     index = PictureIndex.open(where, model=str(model))
@@ -270,7 +271,7 @@ def search_index(args: SearchArguments) -> dict[str, Any]:
     measured["text_ms"] = times(lambda text: index.search(text, k=K), words)
     measured["memory_with_text_tower_bytes"] = peak_memory_bytes()
     counts = ADDED if args.rows == max(args.sizes) else ADDED[:1]
-    warm_up(index)
+    index.model.images([PIL.Image.new("RGB", (64, 64))])  # loads the image tower
     measured["added_s"] = {count: added(args, index, count) for count in counts}
     first, *others = [measured["added_s"][1], *(added(args, index, 1) for _ in range(args.runs))]
     measured["added_s"][1] = {key: statistics.median(one[key] for one in others) for key in first}
@@ -280,9 +281,6 @@ def search_index(args: SearchArguments) -> dict[str, Any]:
 
 def added(args: SearchArguments, index: PictureIndex, count: int) -> dict[str, float]:
     """Seconds to add so many pictures of 640 x 480, and those of them that the image tower takes."""
-    import shutil
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         for path in sorted((args.work / "small").iterdir())[:count]:
             shutil.copy(path, folder)
@@ -304,13 +302,6 @@ def added(args: SearchArguments, index: PictureIndex, count: int) -> dict[str, f
         if result.new != count:
             raise RuntimeError(f"{count} pictures were to be added, {result.new} were.")
     return {"seconds": seconds, "image_tower_s": inner[0]}
-
-
-def warm_up(index: PictureIndex) -> None:
-    """Load the image tower."""
-    import PIL.Image
-
-    index.model.images([PIL.Image.new("RGB", (64, 64))])
 
 
 def times(call: Callable[[Any], Any], given: Any) -> dict[str, float]:

@@ -127,14 +127,14 @@ def measure_trim(args: TrimBenchmarkArguments) -> dict[str, Any]:
         "seconds": seconds,
         **memory,
         **numbers(done),
-        "tokenizer_bytes": size(args.folder / "small/tokenizer.json"),
+        "tokenizer_bytes": (args.folder / "small/tokenizer.json").stat().st_size,
     }
 
 
 def halve(args: TrimBenchmarkArguments) -> dict[str, Any]:
     """Save the trimmed model in half precision."""
     load_model(args.folder / "small").half().save_pretrained(args.folder / "half")
-    return {"weight_bytes": size(args.folder / "half" / WEIGHTS)}
+    return {"weight_bytes": (args.folder / "half" / WEIGHTS).stat().st_size}
 
 
 def measure_export(args: TrimBenchmarkArguments) -> dict[str, Any]:
@@ -143,11 +143,6 @@ def measure_export(args: TrimBenchmarkArguments) -> dict[str, Any]:
     graphs = {name: count for name, count in files.items() if name.startswith("onnx/") and ".onnx" in name}
     int8 = sum(count for name, count in graphs.items() if ENDINGS["int8"] in name)
     return {"formats": EXPORTED, "files": graphs, "float32_bytes": sum(graphs.values()) - int8, "int8_bytes": int8}
-
-
-def size(path: Path) -> int:
-    """Bytes of a file."""
-    return path.stat().st_size
 
 
 def numbers(done: Trim) -> dict[str, Any]:

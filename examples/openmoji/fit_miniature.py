@@ -26,21 +26,15 @@ from torch.nn import functional as F
 from capivara_search.common.cli import parse, run_command, user_errors
 from capivara_search.common.environment import package_versions
 from capivara_search.common.files import write_bytes
-from capivara_search.miniature_encoders import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    load_image_classifier,
-    load_image_encoder,
-    load_text_encoder,
-)
+from capivara_search.miniature_encoders import load_image_classifier
 from caption_data.source_files import load_embedded
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from eval.prompts import load_prompts
 from examples.example_arguments import MiniatureArguments
-from examples.openmoji.prepare import ridge_projections
+from examples.openmoji.prepare import joined_encoders, pooled_output, ridge_projections
 from examples.openmoji.proxies import photographs
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedding import embed_texts, image_parts
+from modeling_capivara import clip_loss
+from modeling_capivara.embedding import embed_texts
 
 REACHES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
 SCALES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # logit_scale, natural logarithm
@@ -52,29 +46,17 @@ class Towers:
     """Both towers, without projections."""
 
     def __init__(self) -> None:
-        image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
-        image_processor = CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD)
-        self.processor = CapivaraProcessor(image_processor, tokenizer)
-        width = text_encoder.config.hidden_size
-        towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
-        self.model = CapivaraModel(CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear")).eval()
-        self.model.vision_model.load_state_dict(image_encoder.state_dict())
-        self.model.text_model.load_state_dict(text_encoder.state_dict())
-        self.model.text_projection.weight.data = torch.eye(width)
+        self.model, self.processor = joined_encoders()
+        self.model.eval().text_projection.weight.data = torch.eye(self.model.config.projection_dim)
 
     def texts(self, texts: list[str]) -> Tensor:
         """(texts, text width), unit length."""
         return embed_texts(self.model, self.processor, texts)
 
-    @torch.no_grad()
     def features(self, rows: Dataset) -> Tensor:
         """(pictures, image width), the pooled features."""
-        found = []
-        for start in range(0, len(rows), BATCH):
-            pixels = self.processor(images=rows[start : start + BATCH]["image"], return_tensors="pt")["pixel_values"]
-            parts = image_parts(pixels, self.model.device)
-            found += [self.model.vision_model(pixel_values=part).pooler_output for part in parts]
-        return torch.cat(found)
+        batches = (rows[start : start + BATCH]["image"] for start in range(0, len(rows), BATCH))
+        return torch.cat([pooled_output(self.model, self.processor, images) for images in batches])
 
 
 def class_features(features: Tensor, weights: Tensor, reach: float) -> Tensor:

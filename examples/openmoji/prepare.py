@@ -154,13 +154,7 @@ def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> dict[str, Tens
         Split -> `pooled_features` of its pictures.
     """
     torch.manual_seed(SEED)
-    image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
-    processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
-    width = text_encoder.config.hidden_size
-    towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
-    model = CapivaraModel(CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear"))
-    model.vision_model.load_state_dict(image_encoder.state_dict())
-    model.text_model.load_state_dict(text_encoder.state_dict())
+    model, processor = joined_encoders()
     captions = dataset["train"]["captions-en"][:]
     with used_vocabulary(model, used_ids(processor, itertools.chain(*captions))):
         announce(model, processor, dataset, captions)
@@ -176,13 +170,25 @@ def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> dict[str, Tens
     return features
 
 
+def joined_encoders() -> tuple[CapivaraModel, CapivaraProcessor]:
+    """Both encoders as the towers of one model; its projections, into the texts' width, are random."""
+    image_encoder, (text_encoder, tokenizer) = load_image_encoder(), load_text_encoder()
+    processor = CapivaraProcessor(CapivaraImageProcessor(image_mean=IMAGE_MEAN, image_std=IMAGE_STD), tokenizer)
+    width = text_encoder.config.hidden_size
+    towers = {"vision_config": image_encoder.config, "text_config": text_encoder.config}
+    model = CapivaraModel(CapivaraConfig(**towers, projection_dim=width, text_projection_type="linear"))
+    model.vision_model.load_state_dict(image_encoder.state_dict())
+    model.text_model.load_state_dict(text_encoder.state_dict())
+    return model, processor
+
+
 def announce(model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, captions: list) -> None:
     """Say how long the base model takes on this machine, by four pictures and one micro-batch."""
     few = dataset["train"][:4]["image"]
     (batch,), _ = micro_batches(processor, [texts[0] for texts in captions[:MICRO_BATCH_SIZE]], MICRO_BATCH_SIZE)
     for _ in range(2):  # the first time is slower
         started = time.perf_counter()
-        _pooled(model.eval(), processor, few)
+        pooled_output(model.eval(), processor, few)
         pictures = time.perf_counter()
         model.train()(batch.input_ids, batch.attention_mask).text_embeds.sum().backward()
         ended = time.perf_counter()
@@ -220,13 +226,14 @@ def pooled_features(model: CapivaraModel, processor: CapivaraProcessor, split, k
     done = kept.load(f"features-{name}.pt") or []
     starts = range(0, len(split), IMAGE_BATCH_SIZE)
     for start in tqdm(starts[len(done) :], desc="Features", total=len(starts), initial=len(done), unit="batch"):
-        done.append(_pooled(model, processor, split[start : start + IMAGE_BATCH_SIZE]["image"]))
+        done.append(pooled_output(model, processor, split[start : start + IMAGE_BATCH_SIZE]["image"]))
         kept.save(f"features-{name}.pt", done)
     return torch.cat(done).clone()  # a clone may carry gradients, an inference tensor may not
 
 
 @torch.inference_mode()
-def _pooled(model: CapivaraModel, processor: CapivaraProcessor, images: list[PIL.Image.Image]) -> Tensor:
+def pooled_output(model: CapivaraModel, processor: CapivaraProcessor, images: list[PIL.Image.Image]) -> Tensor:
+    """(pictures, width), of the image tower, before any projection."""
     pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
     return torch.cat(
         [model.vision_model(pixel_values=p).pooler_output for p in image_parts(pixel_values, model.device)]
