@@ -170,7 +170,7 @@ def report(done: Trim) -> str:
         if found.cosines:
             mean = sum(found.cosines) / len(found.cosines)
             line += f"; cosine to the embedding before: mean {mean:.3f}, lowest {min(found.cosines):.3f}"
-        lines.append(f"{line}; the others are embedded as before, to the bit.")
+        lines.append(f"{line}; the others are embedded as before.")
     return "\n".join(lines)
 
 

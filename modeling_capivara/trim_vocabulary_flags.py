@@ -18,7 +18,7 @@ def parser() -> "argparse.ArgumentParser":
     flags = argparse.ArgumentParser(
         prog="python -m modeling_capivara.trim_vocabulary",
         description="Write a model that has only the word pieces which some languages use, or, with --restore, give "
-        "such a model its whole vocabulary back. A text whose pieces are all kept has the same embedding, to the bit.",
+        "such a model its whole vocabulary back. A text whose pieces are all kept has the same embedding.",
     )
     flags.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
     flags.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create; must not exist, or be empty")
