@@ -36,7 +36,7 @@ def trimmed(tiny_folder, tmp_path):
 
 
 def embeds(folder: Path, texts: list[str]) -> torch.Tensor:
-    """With the weights copied out of the file: where they lie in it, a product's last bit may depend on their address."""
+    """With the weights copied: the address of those in a file can decide on the last bit of a product."""
     model = load_model(folder).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
