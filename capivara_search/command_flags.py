@@ -196,7 +196,7 @@ def _shared_flags(one: Parser, default: Any) -> None:
 
 
 def _index_flags(one: Parser, words: Words) -> None:
-    one.flag("folders", nargs="+", type=_place(words, "folder", Path.is_dir), metavar=words("metavar.folder"))
+    one.flag("folders", nargs="+", type=_folder(words), metavar=words("metavar.folder"))
     one.flag("--exact", action="store_true")
     one.flag("--batch-size", type=_number(words, int, 1), default=32, metavar="N")
     machines = one.add_argument_group(words("many_machines"))
@@ -217,7 +217,7 @@ def _index_flags(one: Parser, words: Words) -> None:
 
 def _search_flags(one: Parser, words: Words) -> None:
     one.flag("query", nargs="*", metavar=words("metavar.query"))
-    one.flag("--like", type=_place(words, "file", Path.is_file), metavar=words("metavar.file"))
+    one.flag("--like", type=_file(words), metavar=words("metavar.file"))
     one.flag("-k", type=_number(words, int, 1, 10_000), default=12, metavar="N")
     one.flag("--folder", type=_absolute, metavar=words("metavar.folder"))
     one.flag("--since", type=lambda text: _day(text, words, last=False), metavar=words("metavar.date"))
@@ -230,7 +230,7 @@ def _search_flags(one: Parser, words: Words) -> None:
 
 def _classify_flags(one: Parser, words: Words) -> None:
     place, label, text = (words(f"metavar.{name}") for name in ("place", "label", "text"))
-    one.flag("place", type=_place(words, "folder", Path.is_dir, Path.is_file), metavar=place)
+    one.flag("place", type=_folder(words, or_file=True), metavar=place)
     one.flag("--labels", nargs="+", required=True, metavar=label)
     one.flag("--template", default=TEMPLATE, metavar=text)
     # argparse would show the place last, where --labels takes it for a label.
@@ -296,15 +296,23 @@ def _absolute(text: str) -> Path:
     return Path(text).expanduser().absolute()
 
 
-def _place(words: Words, wanted: str, *tests: Callable[[Path], bool]) -> Callable[[str], Path]:
-    """Reads a path that meets one of the tests; of others, `no_WANTED` or `not_WANTED` says what is wrong."""
-
+def _folder(words: Words, or_file: bool = False) -> Callable[[str], Path]:
     def read(text: str) -> Path:
         path = _absolute(text)
-        if any(test(path) for test in tests):
+        if path.is_dir() or (or_file and path.is_file()):
             return path
-        key = f"not_{wanted}" if path.exists() else f"no_{wanted}"
+        key = "not_folder" if path.exists() else "no_folder"
         raise argparse.ArgumentTypeError(words(key, path=shown_path(str(path))))
+
+    return read
+
+
+def _file(words: Words) -> Callable[[str], Path]:
+    def read(text: str) -> Path:
+        path = _absolute(text)
+        if path.is_file():
+            return path
+        raise argparse.ArgumentTypeError(words("not_file" if path.exists() else "no_file", path=shown_path(str(path))))
 
     return read
 
