@@ -190,6 +190,7 @@ def one_line(error: BaseException) -> str:
     return str(error)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_answers_403_or_is_not_there_is_told_in_one_line(storage, tmp_path, model, monkeypatch):
     with pytest.raises(OSError, match=r"There is no bucket for the index s3://nowhere/i\. Make it, or") as caught:
         PictureIndex.open("s3://nowhere/i")

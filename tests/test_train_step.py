@@ -81,6 +81,7 @@ def fake_process(peer_rates, our_rates, seen):
     return run
 
 
+@pytest.mark.slow
 def test_programs_alternate_and_the_ratio_is_the_median_of_the_rounds(monkeypatch, tmp_path, capsys):
     seen = []
     # a round is a precision of a run: the machine is twice as slow in the second run, the ratios are not
