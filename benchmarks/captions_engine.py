@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.captions import sentences, write_rows
-from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
+from benchmarks.timing import conditions, finish, median_ratio, rate_spread, table, timed_runs
 from capivara_search.common.cli import at_least, flag, parse, user_errors
 from captions.tsv import unescape
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     for stage, ratio in found["ratio"].items():
         starts = [found["start"][f"{stage} {tree}"] for tree in ("new", "old")]
         print(f"{stage}: new / old {ratio:.3f}; starts in {starts[0]:.1f} s, before in {starts[1]:.1f} s")
-    finish(conditions() | {"measured": {"engine": found}}, args.output)
+    finish(conditions() | {"runs": args.runs, "measured": {"engine": found}}, args.output)
 
 
 def engine(old_tree: Path, rows: int, runs: int, folder: Path) -> dict[str, Any]:
@@ -79,6 +79,21 @@ def engine(old_tree: Path, rows: int, runs: int, folder: Path) -> dict[str, Any]
             rates_of[f"{stage} {tree}"] = rate_spread(rows, working)
         found["ratio"][stage] = median_ratio(seconds["new all"], seconds["old all"])
     return found
+
+
+def engine_table(results: dict[str, Any]) -> str:
+    """The table of docs/benchmarks.md, out of the JSON."""
+    found, rows = results["measured"]["engine"], []
+    for stage, ratio in found["ratio"].items():
+        starts = [f"{found['start'][f'{stage} {tree}']:.2f}" for tree in ("new", "old")]
+        rates = [f"{found['rows_per_second'][f'{stage} {tree}']['median']:,.0f}" for tree in ("new", "old")]
+        rows.append((stage, f"{ratio:.2f}", *starts, *rates))
+    facts = (
+        f"Whole commands over {found['rows']:,} rows, median of {results['runs']} alternating runs on "
+        f"{results['device']}. Start: the time of one row; rows/s without it."
+    )
+    heads = ("stage", "with datatrove / without", "start, s", "without, s", "rows/s", "without, rows/s")
+    return table(heads, rows, facts)
 
 
 def _command(tree: Path, stage: str, flags: list[str], output: Path) -> Callable[[int], None]:

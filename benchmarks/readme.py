@@ -21,6 +21,7 @@ import PIL.Image
 from benchmarks import (
     captioning,
     captions,
+    captions_engine,
     captions_selection,
     in_browser,
     main_job,
@@ -97,6 +98,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "space_load": space_load_block,
             "static_page": lambda: static_page.static_page_table(_results("static_page"), _results("static_page_full")),
             "captions": lambda: captions.captions_table(_results("captions")),
+            "captions_engine": lambda: captions_engine.engine_table(_results("captions_engine")),
             "captions_selection": lambda: captions_selection.selection_table(_results("captions_selection")),
         },
         "docs/publishing.md": {"exchange_text_side": exchange_block},

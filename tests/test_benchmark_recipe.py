@@ -143,12 +143,23 @@ def test_mean_of_weights(tiny_folder, tmp_path):
     with torch.no_grad():
         other.text_projection[0].weight.add_(1)
     other.save_pretrained(tmp_path / "other")
-    mean, first = recipe.mean_of([tiny_folder, tmp_path / "other"]).state_dict(), load_model(tiny_folder).state_dict()
+    others = [tmp_path / "other" / "model.safetensors"]
+    mean, first = recipe.mean_of(load_model(tiny_folder), others).state_dict(), load_model(tiny_folder).state_dict()
     for name, tensor in first.items():
         if name == "text_projection.0.weight":
             torch.testing.assert_close(mean[name], tensor + 0.5)
         else:
             assert torch.equal(mean[name], tensor), f"{name} is the same to the bit, so that images are embedded once"
+
+
+def test_checkpoints_of_the_last_steps(tmp_path):
+    (tmp_path / "run.json").write_text('{"steps": 30, "config": {"keep_last": 3}}')
+    with pytest.raises(recipe.RunFailed, match="no checkpoint before its last step"):
+        recipe.checkpoints_before_the_end(tmp_path)
+    for step in (10, 26, 28, 30):  # 10 is the best one
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    found = recipe.checkpoints_before_the_end(tmp_path)
+    assert [path.parent.name for path in found] == ["step-00000026", "step-00000028"]
 
 
 @pytest.fixture
