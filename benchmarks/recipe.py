@@ -101,6 +101,8 @@ def _variant(name: str, content: Any, path: Path) -> Variant:
         raise ValueError(f"{where}: share must be a number from 0 to 1, got {variant.share!r}.")
     if variant.mean not in (None, "seeds", "steps") or (variant.flags and variant.of):
         raise ValueError(f"{where} must have either flags or `of`, and no mean but that of seeds or steps.")
+    if variant.mean == "steps" and not {"save_steps", "keep_last"} <= variant.flags.keys():
+        raise ValueError(f"{where} is a mean of steps, and needs the flags save_steps and keep_last.")
     return replace(variant, share=float(variant.share))
 
 
@@ -222,7 +224,7 @@ def checkpoints_before_the_end(run: Path) -> list[Path]:
     """Weights of a finished run's last checkpoints but the last step's. Raises RunFailed where there is none."""
     config, steps = read_json(run / "run.json")["config"], read_json(run / "run.json")["steps"]
     paths = sorted(path for path in (run / "checkpoints").glob("step-*") if int(path.name[5:]) < steps)
-    paths = paths[-(config["keep_last"] - 1) :]
+    paths = paths[max(0, len(paths) + 1 - config["keep_last"]) :]
     if not paths:
         raise RunFailed(f"{run} has no checkpoint before its last step. Give the variant save_steps and keep_last.")
     return [path / "model.safetensors" for path in paths]

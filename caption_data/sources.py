@@ -256,7 +256,8 @@ def open_source(
         image_column: column of the images; in tars and image folders, the name their images get.
         streaming: read in order only. Otherwise tars are indexed once, and parquet files and data sets of the Hub
             are copied to the cache of `datasets`.
-        in_place: parquet files are not copied: good for few passes in order, slow for many rows here and there.
+        in_place: parquet files are not copied: good for few passes in order, slow for many rows here and there. No row
+            is read yet, so that damage in the first ones is told by whoever reads them.
         image_roots: folders outside of the data set that image paths and links in it may lead into.
         max_pixels: of an image.
 
@@ -269,7 +270,7 @@ def open_source(
         check_all_there(path)
 
     def opened(kind: type[Source], files: ImageFiles, **content: Any) -> Source:
-        return _not_empty(kind(dataset, split, streaming, files, image_column, **content))
+        return _not_empty(kind(dataset, split, streaming, files, image_column, **content), read=not in_place)
 
     if (path / "dataset_dict.json").is_file():
         data = of_split(load_saved(path, image_roots), dataset, split)
@@ -292,9 +293,8 @@ def open_source(
     return opened(_TarSource, files, paths=paths)
 
 
-def _not_empty(source: Source) -> Source:
-    is_empty = next(source.rows(), None) is None if source.streaming else len(source) == 0
-    if is_empty:
+def _not_empty(source: Source, read: bool) -> Source:
+    if next(source.rows(), None) is None if read else len(source) == 0:
         damages = "; ".join(damage.detail for damage in source.damaged[:3])
         raise ValueError(f"{source.where} is empty{damages and f', its archives are damaged: {damages}'}.")
     return source

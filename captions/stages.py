@@ -69,6 +69,7 @@ class RowStage:
         self.args, self.source = args, stage_source(args)
         for damage in self.source.damaged:
             logger.warning("A damaged archive, read up to there: %s", damage.detail)
+        next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for
         self.features = passed_features(self.source, args.image_column, args.renamed())
         needed = args.needed_columns()
         if needed and self.features.keys().isdisjoint(needed):

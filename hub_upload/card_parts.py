@@ -19,7 +19,7 @@ ARCHITECTURE = {  # part -> object of config.json, and its keys that are shown
     "space": (None, ("projection_dim", "text_projection_type")),
 }
 WIDTH_COLUMNS = ("metric", "dimensions", "baseline", "capivara", "kept")
-OF_PICTURES = ("effective_batch_size", "caption_strategy", "min_pair_similarity", "augmented_views")
+OF_PICTURES = ("effective_batch_size", "hard_negatives", "caption_strategy", "min_pair_similarity", "augmented_views")
 OF_LORA = ("lora_alpha", "lora_dropout", "lora_targets", "lora_modules_to_save")
 # Settings that say something only where another one has one of these values, or any that is not empty.
 ONLY_WHERE: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -125,6 +125,7 @@ def test_tables_show_what_was_measured(runner):
         ("paper: {what: a}\nb: {what: b, of: paper, flags: {a: 1}}", "either flags or `of`"),
         ("paper: {what: a}\nb: {what: b, of: papr}", "of 'papr', which is no variant that is trained"),
         ("a: {what: a}", "has no 'paper'"),
+        ("paper: {what: a, mean: steps}", "needs the flags save_steps and keep_last"),
     ],
 )
 def test_variants_that_can_not_be(text, message, tmp_path):

@@ -337,10 +337,10 @@ def test_the_commands_that_it_prints_can_be_pasted(config, tmp_path, capsys):
 def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
 
-        def full(*_):
+        def full(*_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr("captions.dataset_folder._with_all_columns", full)
+        patch.setattr("captions.dataset_folder.pa.concat_tables", full)
         with pytest.raises(
             SystemExit, match=r"error: No space left on the disk while writing .*; the same command goes on"
         ):

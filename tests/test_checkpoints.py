@@ -295,6 +295,13 @@ def test_a_setting_or_data_set_that_only_one_run_has_is_a_difference(tmp_path):
         check_same_run(TrainerState(config={"old": 2}), {"new": 1}, {"c": "3"}, tmp_path)
 
 
+def test_a_setting_that_there_was_not_yet_had_its_default(tmp_path):
+    before = TrainerState(config={"seed": 1})
+    check_same_run(before, {"seed": 1, "hard_negatives": 0.0}, {}, tmp_path)
+    with pytest.raises(ValueError, match=r"hard_negatives: None there, 0\.5 now"):
+        check_same_run(before, {"seed": 1, "hard_negatives": 0.5}, {}, tmp_path)
+
+
 def test_what_changes_no_weight_may_differ(tmp_path):
     check_same_run(TrainerState(config=dict.fromkeys(FREE_SETTINGS, 1)), dict.fromkeys(FREE_SETTINGS, 2), {}, tmp_path)
     fields = set(RunArguments.__dataclass_fields__)

@@ -112,6 +112,9 @@ def test_one_pair_has_nothing_to_tell_apart():
     texts, images = (side.detach() for side in sides(1))
     with pytest.raises(ValueError, match="at least 2 pairs, got 1"):
         contrastive_gradients(texts, images, torch.tensor(2.0), torch.arange(1))
+    texts, images = (side.detach() for side in sides(4))
+    with pytest.raises(ValueError, match=r"hard_negatives from 0, -0\.5"):
+        contrastive_gradients(texts, images, torch.tensor(2.0), torch.arange(4), hard_negatives=-0.5)
 
 
 @pytest.mark.slow

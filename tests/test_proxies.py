@@ -88,14 +88,19 @@ def cldr(folder, names):
 
 
 def test_a_second_translator_names_training_pictures_alone(tmp_path):
-    names = {"🚂": "comboio a vapor", "❤️": "coração vermelho", "🐝": "Abelha", "🧁": "cupcake", "⚓": "ferro"}
-    train = rows(["1F682", "2764-FE0F", "1F41D", "1F9C1"], ["locomotiva", "coração", "zangão", "cupcake"])
+    names = {"🚂": "comboio a vapor", "❤️": "coração vermelho", "🐝": "Abelha", "🧁": "castelo", "⚓": "ferro"}
+    emoji = ["1F682", "2764-FE0F", "1F41D", "1F9C1", "1F3F0"]
+    train = rows(emoji, ["locomotiva", "coração", "zangão", "cupcake", "castelo"])
     data = DatasetDict(train=train, validation=rows(["1F98B"], ["ABELHA"]), test=rows(["2693"], ["âncora"]))
     found = proxies.second_translator(data, proxies.european_names(cldr(tmp_path, names)))
-    expected = [["locomotiva", "comboio a vapor"], ["coração", "coração vermelho"], ["zangão"], ["cupcake"]]
-    assert found["train"]["captions-pt"][:] == expected, (
-        "a name that validation asks for is left out, as is an equal one"
-    )
+    expected = [
+        ["locomotiva", "comboio a vapor"],
+        ["coração", "coração vermelho"],
+        ["zangão"],
+        ["cupcake"],
+        ["castelo"],
+    ]
+    assert found["train"]["captions-pt"][:] == expected, "a name that is another picture's caption is left out"
     assert found["test"]["captions-pt"][:] == [["âncora"]]
     assert found["train"].features == data["train"].features
     with pytest.raises(ValueError, match="npm install cldr-annotations-modern cldr-annotations-derived"):

@@ -4,6 +4,8 @@ import json
 import sys
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from caption_tars import PICTURES, picture, rows_of, saved_train
@@ -59,6 +61,16 @@ def test_captions_then_generated_ones_each_against_its_image(arguments):
     assert first[0] == first[3] and len(set(first)) == 3, "or the order would prove nothing"
     source = open_source(str(arguments.output), "train", "image", in_place=True)
     assert source.features["similarities-pt"] == SIMILARITIES
+
+
+def test_damage_in_the_first_rows_is_told_before_the_model_is_loaded(arguments, tmp_path):
+    path = tmp_path / "rot" / "train-0.parquet"
+    path.parent.mkdir()
+    pq.write_table(pa.table({"image": [PICTURES[0]], "captions-pt": [["uma foto"]]}), path, use_dictionary=False)
+    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    path.write_bytes(path.read_bytes()[:start] + b"\xff" * 40 + path.read_bytes()[start + 40 :])
+    with pytest.raises(ValueError, match=r"train-0\.parquet can't be loaded"):
+        score(replace(arguments, dataset=str(path.parent), model="no/such"))
 
 
 def test_an_image_that_the_model_refuses_is_left_out(arguments, monkeypatch):

@@ -149,6 +149,7 @@ def test_a_caption_that_is_measured_on_is_refused_and_named(tmp_path, caption):
         ({"dataset": "", "text_teacher": "base", "parallel_text": "x"}, "needs an --evaluation_dataset"),
         (ALONE | {"prepare": "openmoji"}, "there are no pictures"),
         (ALONE | {"anchor_share": 0.5}, "there are no pictures"),
+        (ALONE | {"hard_negatives": 0.5}, "there are no pictures"),
     ],
 )
 def test_arguments_that_contradict_one_another(values, message):

@@ -229,6 +229,15 @@ def test_two_data_sets_are_mixed_in_every_batch(tiny_folder, tiny_dataset_folder
 
 
 @pytest.mark.slow
+def test_hard_negatives_are_those_of_the_loss(tiny_folder, tiny_dataset_folder, tmp_path):
+    losses = []
+    for hardness in (0, 0.5):
+        words = flags(tiny_folder, tiny_dataset_folder, tmp_path / str(hardness), hard_negatives=hardness)
+        losses.append(json.loads((train_accelerate.main(words) / "run.json").read_text())["curve"][1]["loss"])
+    assert losses[1] > losses[0] + 1e-3
+
+
+@pytest.mark.slow
 def test_clamp_binds_in_a_run(tiny_folder, tiny_dataset_folder, tmp_path):
     """CAPIVARA's own code has the clamp in a hook that is never called."""
     model = load_model(tiny_folder)

@@ -60,7 +60,7 @@ class Batch:
     hard_negatives: float = flag(
         0.0,
         "How much more a wrong pair of the batch counts the more similar it is, 0 to 10; 0 = not at all, as in the "
-        "paper: its weight is exp(this times its logit).",
+        "paper: its weight is exp(this times its logit), scaled to a mean of 1.",
     )
     micro_batch_size: int = flag(
         128,

@@ -25,10 +25,10 @@ class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, Model
                 "`dataset` is missing: give --dataset, or a --config that has it. A training on --parallel_text alone "
                 "needs an --evaluation_dataset."
             )
-        if not self.dataset and (self.prepare or self.anchor_share or self.towers == "both"):
+        if not self.dataset and (self.prepare or self.anchor_share or self.hard_negatives or self.towers == "both"):
             raise ValueError(
-                "Without a dataset there are no pictures: leave out prepare, anchor_share and towers: both, which need "
-                "them, or give --dataset."
+                "Without a dataset there are no pictures: leave out prepare, anchor_share, hard_negatives and towers: "
+                "both, which need them, or give --dataset."
             )
         at_least(self, 1, "micro_batch_size", "embedding_batch_size", "max_steps", "runs", "eval_steps", "save_steps")
         at_least(self, 1, "keep_last", "num_threads", "patience")
@@ -37,6 +37,8 @@ class RunArguments(Hub, Output, TextTeacher, Trained, Optimisation, Batch, Model
         at_least(self, 0, "loading_workers")
         between(self, 0, 1, "max_bad_share", "interpolate", "lora_dropout", "layer_decay")
         between(self, 0, 10, "hard_negatives")
+        if 0 < self.hard_negatives < 1e-6:  # float32 would take it for 0
+            raise ValueError(f"hard_negatives must be 0, or from 1e-6 to 10, got {self.hard_negatives:g}.")
         between(self, 1, 1024, "num_threads")
         if self.carbon_country is not None and not re.fullmatch(r"[A-Z]{3}", self.carbon_country):
             raise ValueError(

@@ -13,7 +13,7 @@ import os
 import pickle
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more t
 FREE_SETTINGS = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
 FREE_SETTINGS |= {"accumulation", "loading_workers", "num_threads", "streaming", "runs", "interpolate"}
 FREE_SETTINGS |= {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private"}
+DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")
 
 
@@ -193,7 +194,7 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
     differing = {
         key: (state.config.get(key), config.get(key))
         for key in sorted({*old, *new} - FREE_SETTINGS)
-        if old.get(key) != new.get(key)
+        if old.get(key, DEFAULTS.get(key)) != new.get(key)
     }
     differing |= {f"data {key}": (state.data.get(key), data[key]) for key in data if state.data.get(key) != data[key]}
     if differing:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from modeling_capivara.loss_capivara import similarity_logits
 
-TILE_ELEMENTS = 2**24  # of one tile of logits, 64 MiB in float32; four to six such tensors live at once
+TILE_ELEMENTS = (
+    2**24
+)  # of one tile of logits, 64 MiB in float32; four such tensors live at once, with hard negatives nine
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,11 @@ def contrastive_gradients(
         total: a tensor of this process -> its sum over all.
 
     Raises:
-        ValueError: there are fewer than two pairs.
+        ValueError: there are fewer than two pairs, or hard_negatives is below 0.
     """
     pairs = len(image_embeds)
-    if pairs < 2:
-        raise ValueError(f"The contrastive loss needs at least 2 pairs, got {pairs}.")
+    if pairs < 2 or not hard_negatives >= 0:
+        raise ValueError(f"The loss needs at least 2 pairs, got {pairs}, and hard_negatives from 0, {hard_negatives}.")
     tiles = partial(_tiles, text_embeds, image_embeds, logit_scale, image_of_text, tile_rows, hard_negatives > 0)
     scale = logit_scale.float().exp()
     right = scale * (text_embeds * image_embeds[image_of_text]).sum(dim=1)  # (texts,), logits of the true pairs

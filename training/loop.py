@@ -77,7 +77,7 @@ class Trainer:
             self.state = self.checkpoints.load(resume)
         self.step = ExactStep(
             self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation, args.matryoshka_dims,
-            args.hard_negatives,
+            hard_negatives=args.hard_negatives,
         )  # fmt: skip
         if not self.state.curve:
             self.state.curve.append({"step": 0, **self._measured()})

@@ -186,8 +186,8 @@ def european_names(node_modules: Path) -> dict[str, str]:
     names = {}
     for package, kind in CLDR.items():
         path = node_modules / package / kind / "pt-PT" / "annotations.json"
-        if not path.is_file():
-            raise ValueError(f"--cldr: there is no {path}. Make it by: npm install {' '.join(CLDR)}")
+        if missing := [file for file in (path, node_modules / package / "package.json") if not file.is_file()]:
+            raise ValueError(f"--cldr: there is no {missing[0]}. Make it by: npm install {' '.join(CLDR)}")
         entries = read_json(path)[kind]["annotations"]
         names |= {
             text.replace(VARIATION_SELECTOR, ""): entry["tts"][0] for text, entry in entries.items() if "tts" in entry
@@ -196,14 +196,12 @@ def european_names(node_modules: Path) -> dict[str, str]:
 
 
 def second_translator(openmoji: DatasetDict, names: dict[str, str]) -> DatasetDict:
-    """The data set whose training pictures have those names, too, but for those that the other splits ask for."""
-    asked = {
-        text.casefold() for name in ("validation", "test") for row in openmoji[name]["captions-pt"] for text in row
-    }
+    """The data set whose training pictures have those names, too, but for those that are a caption of any picture."""
+    taken = {text.casefold() for rows in openmoji.values() for texts in rows["captions-pt"] for text in texts}
     rows, captions = openmoji["train"], []
     for emoji, texts in zip(rows["emoji"], rows["captions-pt"], strict=True):
-        name = natural_text(names.get(_text(emoji).replace(VARIATION_SELECTOR, ""), texts[0]), "pt")
-        captions.append([*texts, *[name] * (name.casefold() not in asked | {text.casefold() for text in texts})])
+        name = natural_text(names.get(_text(emoji).replace(VARIATION_SELECTOR, ""), "").replace(":", ""), "pt")
+        captions.append([*texts, *[name] * (name != "" and name.casefold() not in taken)])
     train = rows.remove_columns("captions-pt").add_column("captions-pt", captions, feature=List(Value("string")))
     return DatasetDict(openmoji | {"train": train.select_columns(rows.column_names)})
 
