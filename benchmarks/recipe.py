@@ -25,6 +25,7 @@ from benchmarks.recipe_tables import REFERENCE
 from benchmarks.timing import RESULTS, ROOT, conditions
 from capivara_search.common.cli import flag, parse, read_config, reject, run_command, user_errors
 from capivara_search.common.files import read_json, write_json, write_text
+from capivara_search.common.privacy import hide_paths
 from caption_data.rows import digest_of
 from eval.capivara_metrics.metrics import paired_bootstrap
 from modeling_capivara import CapivaraModel
@@ -125,7 +126,7 @@ class Runner:
             try:
                 model, seconds = self.model(variant, seed)
             except (RunFailed, ValueError, OSError) as error:
-                write_text(failed, str(error))
+                write_text(failed, hide_paths(str(error)))  # it is shown in the table
                 print(f"{variant.name}, seed {seed} failed: {error}", file=sys.stderr)
                 continue
             write_json(path, self.measures.of(model) | {"seconds": seconds})

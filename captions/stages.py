@@ -64,12 +64,14 @@ class RowStage:
         ValueError: there is no such data set, it is an unfinished stage, or it lacks the images or the columns.
     """
 
-    def __init__(self, args: StageArguments):
+    def __init__(self, args: StageArguments, read: bool = True):
+        """`read` is False where an earlier phase has seen that the first row can be read."""
         StageArguments.__post_init__(args)  # in a process of its own PIL has its own limit, too
         self.args, self.source = args, stage_source(args)
         for damage in self.source.damaged:
             logger.warning("A damaged archive, read up to there: %s", damage.detail)
-        next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for
+        if read:
+            next(self.source.rows(), None)  # damage in the first rows is told before a model is loaded, or paid for
         self.features = passed_features(self.source, args.image_column, args.renamed())
         needed = args.needed_columns()
         if needed and self.features.keys().isdisjoint(needed):

@@ -111,7 +111,7 @@ class CaptionJoin:
 def join_translations(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """The third phase: a share of the rows, with the translations of their sentences."""
     check_all_there(args.parts_folder)
-    stage = RowStage(args)
+    stage = RowStage(args, read=False)
     columns = translated_columns(stage.source, args)
     process = CaptionJoin(args, stage.source, columns)
     new = {target: CAPTIONS for target in columns.values()} | {f"quality-{args.language}": QUALITY}

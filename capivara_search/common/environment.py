@@ -5,6 +5,7 @@ import platform
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,12 +80,15 @@ def _installed(module: str) -> bool:
         return False
 
 
+_version = cache(metadata.version)  # half a millisecond each, and every phase of a stage notes them
+
+
 def package_versions(*more: str) -> dict[str, str]:
     """Versions of Python and of the packages that figures depend on, `more` among them; those that are installed."""
     versions = {"python": platform.python_version()}
     for package in (*PACKAGES, *more):
         try:
-            versions[package] = metadata.version(package)
+            versions[package] = _version(package)
         except metadata.PackageNotFoundError:
             continue
     return versions
