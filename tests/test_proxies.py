@@ -105,6 +105,11 @@ def test_a_second_translator_names_training_pictures_alone(tmp_path):
     assert found["train"].features == data["train"].features
     with pytest.raises(ValueError, match="npm install cldr-annotations-modern cldr-annotations-derived"):
         proxies.european_names(tmp_path / "empty")
+    (tmp_path / "cldr-annotations-modern" / "annotations" / "pt-PT" / "annotations.json").write_text(
+        '{"annotations": 1}'
+    )
+    with pytest.raises(ValueError, match="is no list of CLDR's names"):
+        proxies.european_names(tmp_path)
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ class Batch:
     effective_batch_size: int = flag(2816, "Pairs of one contrastive batch; each is a negative to all others.")
     hard_negatives: float = flag(
         0.0,
-        "How much more a wrong pair of the batch counts the more similar it is, 0 to 10; 0 = not at all, as in the "
+        "How much more a negative of the batch counts the more similar it is, 0 to 10; 0 = not at all, as in the "
         "paper: its weight is exp(this times its logit), scaled to a mean of 1.",
     )
     micro_batch_size: int = flag(

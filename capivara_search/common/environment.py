@@ -80,7 +80,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-_version = cache(metadata.version)  # half a millisecond each, and every phase of a stage notes them
+_version = cache(metadata.version)  # every phase of a stage notes them
 
 
 def package_versions(*more: str) -> dict[str, str]:

