@@ -58,7 +58,7 @@ MODEL_FILES = [
     )
 ]
 # The largest file and function, in lines, and how many files may be smaller than the third number.
-MAX_FILE_LINES, MAX_FUNCTION_LINES, SMALL_FILE_LINES, MAX_SMALL_FILES = 400, 60, 60, 11
+MAX_FILE_LINES, MAX_FUNCTION_LINES, SMALL_FILE_LINES, MAX_SMALL_FILES = 600, 60, 60, 11
 # What is not yet so: a file, or file:function, that is too large; a name of two modules; a module in a circle; a small
 # file. To be emptied.
 EXCEPTIONS: dict[str, set[str]] = {"large": set(), "names": set(), "circles": set(), "small": set()}
