@@ -30,7 +30,7 @@ from caption_data.pairs import caption_table
 from caption_data.sources import open_source
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.images import TrainingImages
-from training.step import resolve_precision
+from training.launch import resolve_precision
 from training.views import Views, embed_pixels
 
 SIZE = (500, 375)  # pixels; of a photo of Flickr30k

@@ -10,7 +10,7 @@ import itertools
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,9 +25,7 @@ from modeling_capivara import repair_text
 
 ROWS_PER_CHUNK = 1000  # of the table of captions; what of it is in memory while it is written
 TEXTS = List(Value("string"))
-TABLE_FEATURES = Features(
-    {"row": Value("int64"), "digest": Value("string"), "captions": TEXTS, "teacher_captions": TEXTS}
-)
+TABLE_FEATURES = Features({"row": Value("int64"), "digest": Value("string"), "captions": TEXTS})
 
 
 def caption_table(
@@ -37,8 +35,6 @@ def caption_table(
     choose: Callable[[dict], list[str]],
     skipped: list[Skipped],
     part: range | None = None,
-    teach: Callable[[dict, list[str]], list[str]] = lambda row, captions: [],
-    teach_columns: Sequence[str] = (),
 ) -> Dataset:
     """One pass over the rows: what a run needs to know of each but its pixels, in a memory-mapped temporary file.
 
@@ -48,17 +44,15 @@ def caption_table(
         choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
         skipped: rows that have no image or no caption are appended, and the archives that were damaged.
         part: the rows that are read, of a source that is not streamed; all where None.
-        teach: gives what a text teacher reads, of the row and its chosen captions; it may raise ValueError.
-        teach_columns: caption columns that `teach` needs beside these.
 
     Returns:
-        Columns `row` (number in the source), `digest` (hex, BLAKE2b-128 of the file of the image), `captions`
-        (not empty, none of them empty) and `teacher_captions`. It lasts as long as the process.
+        Columns `row` (number in the source), `digest` (hex, BLAKE2b-128 of the file of the image), and
+        `captions` (not empty, none of them empty). It lasts as long as the process.
 
     Raises:
         ValueError: the source lacks a column; those that are there are named.
     """
-    source.check_columns([image_column, *caption_columns, *teach_columns])
+    source.check_columns([image_column, *caption_columns])
     if part is None and not source.streaming:
         part = range(len(source))
 
@@ -68,9 +62,7 @@ def caption_table(
         bar = tqdm(rows, desc=f"Captions, {source.where}", total=total, unit="row", leave=False)
         for number, row in enumerate(bar, start=0 if part is None else part.start):
             try:
-                for column in teach_columns:
-                    row[column] = caption_texts(row.get(column), column)
-                yield {"row": number, **_entry(row, image_column, caption_columns, choose, teach, source.files)}
+                yield {"row": number, **_entry(row, image_column, caption_columns, choose, source.files)}
             except BadRow as bad:
                 skipped.append(Skipped(source.name, source.split, number, bad.reason, bad.detail))
 
@@ -121,7 +113,6 @@ def _entry(
     image_column: str,
     caption_columns: list[str],
     choose: Callable[[dict], list[str]],
-    teach: Callable[[dict, list[str]], list[str]],
     files: ImageFiles,
 ) -> dict:
     image = row.pop(image_column, None)
@@ -140,11 +131,7 @@ def _entry(
         raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
         raise BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
-    try:
-        taught = teach(row, captions)
-    except ValueError as error:
-        raise BadRow("no caption", f"{error}") from error
-    return {"digest": image_digest(image, files).hex(), "captions": captions, "teacher_captions": taught}
+    return {"digest": image_digest(image, files).hex(), "captions": captions}
 
 
 def _written(batches: Iterable[pa.RecordBatch]) -> Dataset:

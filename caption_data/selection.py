@@ -97,34 +97,6 @@ def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str
     return _diverse(passed, _distinct(texts), choice)
 
 
-def taught_captions(
-    row: dict, captions: list[str], language: str, teacher_language: str, choice: CaptionChoice
-) -> list[str]:
-    """What a text teacher reads of a row, in its own language, of the columns that `choice` looks at.
-
-    Where a column has as many texts in both languages, they translate one another: those that the chosen `captions`
-    translate are taken, in their order. Where one of the captions translates none, all that there are.
-
-    Raises:
-        ValueError: there is none.
-    """
-    names = [name.removesuffix(language) for name in choice.columns_of(language) if "captions-" in name]
-    of_caption: dict[str, str] = {}
-    taught: list[str] = []
-    for name in names:
-        own, other = (row.get(f"{name}{code}") or [] for code in (language, teacher_language))
-        if len(own) == len(other):
-            of_caption = dict(zip(own, other, strict=True)) | of_caption
-        taught += other
-    translated = [of_caption.get(text, "") for text in captions]
-    if all(text.strip() for text in translated):
-        return translated
-    taught = _distinct(text for text in taught if text.strip())
-    if not taught:
-        raise ValueError(f"no caption in the teacher's language, {teacher_language!r}")
-    return taught
-
-
 def pair_passes(row: dict, language: str, min_similarity: float) -> bool:
     """Whether the first original caption fits its image; a row without one, or with NaN for it, does not pass.
 

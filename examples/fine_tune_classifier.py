@@ -38,7 +38,7 @@ from eval.prompts import Prompts, load_prompts
 from examples.example_arguments import DIGITS, ClassifierArguments
 from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
-from training.step import resolve_precision
+from training.launch import resolve_precision
 
 HELD_OUT_DIGITS = 450  # of 1,797, a quarter
 

@@ -38,8 +38,8 @@ from caption_data.source_files import load_embedded
 from eval.retrieval import flat_captions
 from examples.example_arguments import SentenceTuningArguments
 from modeling_capivara.loss_capivara import similarity_logits
+from training.launch import resolve_precision
 from training.optimiser import clamp_logit_scale
-from training.step import resolve_precision
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer

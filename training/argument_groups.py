@@ -7,7 +7,7 @@ from typing import Literal
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from capivara_search.common.cli import at_least, between, flag
+from capivara_search.common.cli import flag
 from capivara_search.common.image_files import DATASET_HELP, CaptionDataArguments
 from caption_data.selection import CaptionChoice
 
@@ -22,14 +22,6 @@ class ModelAndData(CaptionChoice, CaptionDataArguments):
     dataset: list[str] = flag([], f"Where the pairs are: {DATASET_HELP} Required. Several are mixed in every batch.")
     evaluation_dataset: str | None = flag(
         None, "Data set of the validation and test splits, in the same forms; the first `dataset` if none."
-    )
-    dataset_weights: list[float] = flag(
-        [], "Share of the batch from each of several data sets; by their sizes where none is given."
-    )
-    streaming: bool = flag(
-        False,
-        "Read the training data in order instead of copying it to this machine: one pass for the captions, "
-        "one for the image-embedding cache.",
     )
     max_bad_share: float = flag(
         0.01,
@@ -57,20 +49,10 @@ class Batch:
     _argument_group_name = "batch"
 
     effective_batch_size: int = flag(2816, "Pairs of one contrastive batch; each is a negative to all others.")
-    hard_negatives: float = flag(
-        0.0,
-        "How much more a negative of the batch counts the more similar it is, 0 to 10; 0 = not at all, as in the "
-        "paper: its weight is exp(this times its logit), scaled to a mean of 1.",
-    )
     micro_batch_size: int = flag(
         128,
         "Captions that go through the text tower at once. They are cut in order of length, so that little "
         "is padded; the loss is taken over the whole batch and does not depend on it.",
-    )
-    accumulation: Literal["auto", "keep", "recompute"] = flag(
-        "auto",
-        "Keep the graphs of all micro-batches, recompute them with the same random states, or keep as many "
-        "as fit into the memory that is free. The gradient is the same to the bit.",
     )
     image_embedding_cache: str = flag(
         "auto",
@@ -102,17 +84,10 @@ class Optimisation:
     min_learning_rate: float = flag(1e-7, "Where the linear warm-up starts and the cosine decay ends.")
     warmup_steps: int = flag(500, "Steps of the linear warm-up.")
     weight_decay: float = flag(0.2, "L2 penalty of adam, decay of adamw.")
-    decay_towards: Literal["zero", "base"] = flag(
-        "zero", "What the decay pulls weights towards: zero, the paper's; or base, the model before training."
-    )
-    layer_decay: float = flag(
-        1.0, "Learning rate of a layer, as a share of that of the layer above it, 0 to 1; 1 = all alike."
-    )
     adam_beta1: float = flag(0.9, "Decay of Adam's first moment, 0 to 1.")
     adam_beta2: float = flag(0.98, "Decay of Adam's second moment, 0 to 1.")
     adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
-    seed: int = flag(0, "Seed of order, captions and dropout; run i of `runs` adds i.")
-    runs: int = flag(1, "Repetitions with further seeds; the table then has mean ± sd.")
+    seed: int = flag(0, "Seed of order, captions and dropout.")
     num_threads: int | None = flag(
         None, "CPU threads; all cores where none is given. Figures are repeatable to the bit only with the same number."
     )
@@ -129,25 +104,10 @@ class Trained:
 
     _argument_group_name = "what is trained"
 
-    towers: Literal["text", "both"] = flag(
-        "text", "text = the image tower is frozen, as in the paper; both (cache off)."
-    )
     frozen_parameters: list[str] = flag(
         [],
         "Regular expressions: parameters whose whole name one of them matches are left as they are, such "
         r"as 'text_model\.embeddings\..*'.",
-    )
-    trained_vocabulary: Literal["used", "all"] | None = flag(
-        None,
-        "Rows of the word embeddings that are trained: used = those of the tokens of the training texts, for the "
-        "weights of `all` in less time and memory (not with a weight_decay towards zero, which moves every row); all = "
-        "every row. By default all with such a decay, else used.",
-    )
-    matryoshka_dims: list[int] = flag(
-        [],
-        "Widths, such as 256 128 64 of 512: so many first numbers of each embedding are trained to be an embedding, "
-        "too, beside the whole, which each width divides. With towers: text the space is rotated to the principal axes "
-        "of the training images before; the rotation is in rotation.safetensors beside the model.",
     )
     gradient_checkpointing: bool = flag(
         False, "Recompute each layer in the backward pass: less memory, a third more time."
@@ -168,56 +128,6 @@ class Trained:
 
 
 @dataclass
-class TextTeacher:
-    """A frozen text tower that the trained one is held to, so that a language that is known is not forgotten."""
-
-    _argument_group_name = "text teacher"
-
-    text_teacher: str | None = flag(
-        None,
-        "Hold each caption to what a frozen text tower makes of the caption that it translates: base = the model "
-        "before training; or the folder or Hub id of another one, as wide. None where none is given, as in the paper.",
-    )
-    teacher_language: str = flag("en", "Language that the teacher reads: column `captions-<language>`.")
-    teacher_weight: float = flag(1.0, "Weight of the teacher's loss; that of the images has 1.")
-    teacher_loss: Literal["contrastive", "cosine", "both"] = flag(
-        "contrastive",
-        "contrastive = each caption finds its own among all teacher's embeddings of the batch; cosine = 1 - cosine to "
-        "its own; both = their sum.",
-    )
-    anchor_share: float = flag(
-        0.0,
-        "Share of the pairs of a batch, 0 to below 1, whose caption is the one in the teacher's language: what keeps "
-        "the tower where it was for that language.",
-    )
-    parallel_text: str | None = flag(
-        None,
-        "Pairs of sentences without pictures, for the teacher alone: a JSONL, CSV or parquet file, or a data set, with "
-        "a column for each language, named by its code. Without a `dataset`, training is on these alone.",
-    )
-    parallel_batch_size: int = flag(256, "Sentence pairs of `parallel_text` in a batch, beside its images' pairs.")
-
-    def check_teacher(self, language: str) -> None:
-        """Raise ValueError where the options contradict one another, or a value is out of its range."""
-        at_least(self, 0, "teacher_weight")
-        between(self, 0, 1, "anchor_share")
-        if not self.teacher_weight < float("inf") or self.anchor_share == 1:
-            raise ValueError(
-                "teacher_weight must be a number, and anchor_share below 1 so that captions of the language are left; "
-                f"got {self.teacher_weight:g} and {self.anchor_share:g}."
-            )
-        if not self.text_teacher and (self.anchor_share or self.parallel_text):
-            name = "anchor_share" if self.anchor_share else "parallel_text"
-            raise ValueError(f"{name} needs a teacher: give --text_teacher base.")
-        if self.text_teacher and self.teacher_language == language:
-            raise ValueError(f"teacher_language is {language!r}, the language that is trained; give another one.")
-        if self.parallel_text:
-            at_least(self, 2, "parallel_batch_size")
-            if not self.teacher_weight:
-                raise ValueError("parallel_text is for the teacher alone, and teacher_weight is 0.")
-
-
-@dataclass
 class Output:
     """What is written, measured and kept, and when."""
 
@@ -226,9 +136,6 @@ class Output:
     output_dir: Path | None = flag(None, "Folder of the run; a new numbered one under runs/ where none is given.")
     overwrite_output_dir: bool = flag(False, "Replace `output_dir` once the run is complete, if it is not empty.")
     eval_steps: int = flag(100, "Steps between measurements of the validation split.")
-    patience: int | None = flag(
-        None, "Measurements without a new best recall after which training stops and goes back to the best."
-    )
     save_steps: int = flag(100, "Steps between checkpoints of the run.")
     keep_last: int = flag(
         2,
@@ -268,7 +175,7 @@ class Hub:
     )
     hub_private: bool = flag(False, "Make a new repository private.")
 
-    def check_hub(self, runs: int) -> None:
+    def check_hub(self) -> None:
         """Raise ValueError where nothing could be pushed; nobody is asked. Values are not shown: one may be a token."""
         if self.hub_model_id is not None:
             try:
@@ -281,8 +188,3 @@ class Hub:
             return
         if self.hub_model_id is None:
             raise ValueError("push_to_hub needs hub_model_id, the owner/name of the repository.")
-        if runs > 1:
-            raise ValueError(
-                f"push_to_hub is for one model, got runs: {runs}. Push the seed of your choice afterwards, by "
-                "`python -m hub_upload.export` and `python -m hub_upload.push`."
-            )

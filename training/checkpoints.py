@@ -33,7 +33,7 @@ DAMAGE_ERRORS = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)
 FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
 # Settings that may differ between a run and its continuation: they change no weight.
 FREE_SETTINGS = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
-FREE_SETTINGS |= {"accumulation", "loading_workers", "num_threads", "streaming", "runs", "interpolate"}
+FREE_SETTINGS |= {"loading_workers", "num_threads", "interpolate"}
 FREE_SETTINGS |= {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private"}
 DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")

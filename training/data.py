@@ -1,12 +1,9 @@
-"""Which pairs a step trains on: a function of seed and step alone, so that a run can resume at any step."""
+"""The splits of a run's data sets: rows whose captions were chosen, and their images."""
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from functools import partial
 
-import numpy as np
 import PIL.Image
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -15,12 +12,8 @@ from datasets import Dataset
 from capivara_search.common.image_files import decode_image
 from caption_data.pairs import caption_table, joined_tables, table_bytes, tables_fingerprint
 from caption_data.rows import Skipped
-from caption_data.selection import taught_captions
 from caption_data.sources import Source, open_source
-from modeling_capivara import CapivaraProcessor
 from training.arguments import RunArguments
-from training.step import MicroBatch, micro_batches, padding_share
-from training.teacher import TeacherTexts
 
 
 @dataclass
@@ -55,51 +48,40 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
         ValueError: a data set, split or column is missing; those that are there are named.
     """
 
-    def named(row: dict, language: str) -> dict:
-        return {**row, f"captions-{language}": row[caption_column(args, language)]}
-
     def choose(row: dict) -> list[str]:
-        return args.chosen(named(row, args.language), args.language)
+        own = {f"captions-{args.language}": row[caption_column(args, args.language)]}
+        return args.chosen(row | own, args.language)
 
-    def teach(row: dict, captions: list[str]) -> list[str]:
-        if not args.text_teacher:
-            return []
-        both = named(named(row, args.language), args.teacher_language)
-        return taught_captions(both, captions, args.language, args.teacher_language, args)
-
-    columns = _caption_columns(args, args.language)
-    taught = _caption_columns(args, args.teacher_language, similarities=False) if args.text_teacher else []
+    columns = _caption_columns(args)
     if args.min_pair_similarity is not None:
         columns = list(dict.fromkeys([*columns, f"similarities-{args.language}"]))
-    sources = [
-        open_source(name, args.train_split, args.image_column, args.streaming, **args.limits()) for name in args.dataset
-    ]
+    sources = [open_source(name, args.train_split, args.image_column, **args.limits()) for name in args.dataset]
     for source in sources:  # before the long pass over the first
-        source.check_columns([args.image_column, *columns, *taught])
-    read = partial(_shared_table, choose=choose, skipped=skipped, teach=teach, teach_columns=taught)
+        source.check_columns([args.image_column, *columns])
+    read = partial(_shared_table, choose=choose, skipped=skipped)
     return [Split(source, read(source, args.image_column, columns), args.image_column) for source in sources]
 
 
 def _shared_table(
-    source: Source, image_column: str, columns: list[str], *, choose: Callable, skipped: list[Skipped], **teaching: Any
+    source: Source, image_column: str, columns: list[str], *, choose: Callable, skipped: list[Skipped]
 ) -> Dataset:
-    """`caption_table` of all rows on every process, each of which reads its part; a streamed source is read by all."""
+    """`caption_table` of all rows on every process, each of which reads its part."""
     state = PartialState()
-    if state.num_processes == 1 or source.streaming:
-        return caption_table(source, image_column, columns, choose, skipped, **teaching)
+    if state.num_processes == 1:
+        return caption_table(source, image_column, columns, choose, skipped)
     bounds = [len(source) * i // state.num_processes for i in range(state.num_processes + 1)]
     part = range(bounds[state.process_index], bounds[state.process_index + 1])
     own_skipped: list[Skipped] = []
-    own = caption_table(source, image_column, columns, choose, own_skipped, part, **teaching)
+    own = caption_table(source, image_column, columns, choose, own_skipped, part)
     parts = gather_object([(table_bytes(own), own_skipped)])
     for _, lines in parts:
         skipped += lines
     return joined_tables([table for table, _ in parts])
 
 
-def _caption_columns(args: RunArguments, language: str, similarities: bool = True) -> list[str]:
-    """The columns that the caption strategy looks at in a language, by their names in the data set."""
-    names = [name for name in args.columns_of(language) if similarities or not name.startswith("similarities-")]
+def _caption_columns(args: RunArguments) -> list[str]:
+    """The columns that the caption strategy looks at, by their names in the data set."""
+    names, language = args.columns_of(args.language), args.language
     return [caption_column(args, language) if name == f"captions-{language}" else name for name in names]
 
 
@@ -128,172 +110,6 @@ def evaluation_split(args: RunArguments, split: str, languages: list[str]) -> di
 def caption_column(args: RunArguments, language: str) -> str:
     """The column of the captions in a language."""
     return args.caption_column.replace("{language}", language)
-
-
-def batch_counts(batch_size: int, sizes: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """Pairs of a batch from each of several data sets: by weight, by size where there are no weights.
-
-    Raises:
-        ValueError: a data set would give none, or more than it has.
-    """
-    if not sizes:  # parallel text alone
-        return []
-    weights = weights or sizes
-    exact = [batch_size * weight / sum(weights) for weight in weights]
-    counts = [int(share) for share in exact]
-    by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
-    for i in by_rest[: batch_size - sum(counts)]:
-        counts[i] += 1
-    for count, size in zip(counts, sizes, strict=True):
-        if count > size:
-            raise ValueError(
-                f"effective_batch_size ({batch_size}) takes {count} pairs from a data set that has {size} usable ones; "
-                f"an image would be its own negative. Choose a smaller batch{' or other weights' * (len(sizes) > 1)}."
-            )
-        if count == 0:
-            raise ValueError(
-                f"A batch of {batch_size} has no room for a data set of {size} pairs; raise its weight or the batch."
-            )
-    return counts
-
-
-def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndarray:
-    """Rows of the batch of a step (counted from 0): a function of its arguments, so that a run can resume anywhere.
-
-    Every epoch is a permutation of its own, cut into whole batches; its tail is left out, since a batch over the
-    border could hold an image twice, as its own negative.
-    """
-    batches_per_epoch = number // batch_size
-    epoch, position = divmod(step, batches_per_epoch)
-    return _permutation(seed, epoch, number)[position * batch_size : (position + 1) * batch_size]
-
-
-@lru_cache(maxsize=8)
-def _permutation(seed: int, epoch: int, number: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(number)
-
-
-def drawn_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, seed: int) -> list[str]:
-    """One caption of each row, drawn at random: each step draws anew (CAPIVARA, arXiv 2310.13683, section 3)."""
-    draws = caption_draws(len(rows), step, seed)
-    return [texts[int(draw * len(texts))] for texts, draw in zip(_at(captions, rows), draws, strict=True)]
-
-
-def caption_draws(number: int, step: int, seed: int) -> np.ndarray:
-    """(number,), from 0 to below 1: where in a row's captions the one of this step is."""
-    return np.random.default_rng([seed, step, 1]).random(number)  # 1: a stream apart from that of `batch_indices`
-
-
-def drawn_anchors(share: float, number: int, step: int, seed: int) -> np.ndarray:
-    """Places of a step's pairs whose caption is the teacher's; `share` of `number`, from 0 to below 1."""
-    return np.sort(np.random.default_rng([seed, step, 3]).permutation(number)[: round(share * number)])
-
-
-def drawn_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
-    """(number,), a view of each image of a step; the step itself, a fresh view, where `views` is 0."""
-    if views == 0:
-        return np.full(number, step)
-    return np.random.default_rng([seed, step, 2]).integers(views, size=number)
-
-
-def _at(captions: Sequence[list[str]], rows: np.ndarray) -> list[list[str]]:
-    if isinstance(captions, list):
-        return [captions[row] for row in rows]
-    return captions[[int(row) for row in rows]]  # a column of `datasets` reads many rows at once
-
-
-@dataclass
-class StepPlan:
-    """All that is drawn for a step, in the order of its micro-batches: the pairs, then the texts without an image."""
-
-    step: int  # counted from 0
-    sources: np.ndarray  # (texts,), which data set each text is from; the one after the last is the parallel text
-    rows: np.ndarray  # (texts,), the number of its pair there
-    views: np.ndarray  # (pairs,), the view of its image
-    taught: np.ndarray | None  # (texts,), number of what the teacher reads, among all of its source; None without one
-    batches: list[MicroBatch]  # all micro-batches, of all processes
-    tokens: int  # of the batch, padding left out
-    padding: float  # share of the tokens that are padding, 0 to 1
-
-    @property
-    def pairs(self) -> int:
-        """Texts that have an image: the first ones."""
-        return len(self.views)
-
-
-@dataclass
-class Planner:
-    """Draws the batches of a run; step n is the same whatever was drawn before."""
-
-    captions: list[Sequence[list[str]]]  # data set -> pair -> captions
-    counts: list[int]  # pairs of a batch from each data set
-    processor: CapivaraProcessor
-    micro_batch_size: int  # texts of a micro-batch
-    augmented_views: int  # of every image
-    seed: int
-    teacher_texts: list[TeacherTexts] | None = None  # of each data set
-    anchor_share: float = 0.0  # of the pairs, whose caption is the teacher's
-    parallel: Sequence[list[str]] = ()  # sentences without an image; their teacher's texts come after the data sets'
-    parallel_count: int = 0  # of a batch
-
-    def texts(self) -> Iterator[str]:
-        """All texts that a step may put through the tower that is trained."""
-        anchors = self.teacher_texts[: len(self.captions)] if self.anchor_share else []
-        for texts in itertools.chain(*self.captions, self.parallel, *(source.rows for source in anchors)):
-            yield from texts
-
-    def __call__(self, step: int) -> StepPlan:
-        """The pairs of a step, counted from 0, and its parallel text."""
-        drawn = [self._drawn(n, self.captions[n], count, step) for n, count in enumerate(self.counts)]
-        paired = self._ordered(drawn, 0, 0)
-        views = drawn_views(self.augmented_views, len(paired.order), step, self.seed)[paired.order]
-        parts = [paired]
-        if self.parallel_count:
-            extra = self._drawn(len(self.captions), self.parallel, self.parallel_count, step)
-            parts.append(self._ordered([extra], len(paired.batches), len(views)))
-        batches = [batch for part in parts for batch in part.batches]
-        return StepPlan(
-            step=step,
-            sources=np.concatenate([part.sources for part in parts]),
-            rows=np.concatenate([part.rows for part in parts]),
-            views=views,
-            taught=np.concatenate([part.taught for part in parts]) if self.teacher_texts else None,
-            batches=batches,
-            tokens=sum(int(batch.attention_mask.sum()) for batch in batches),
-            padding=padding_share(batches),
-        )
-
-    def _drawn(self, number: int, captions: Sequence[list[str]], count: int, step: int) -> "_Drawn":
-        seed = self.seed + (number << 32)  # the first data set is drawn from as if it were alone
-        rows = batch_indices(step, count, len(captions), seed)
-        texts, taught = drawn_captions(captions, rows, step, seed), np.zeros(count, dtype=np.int64)
-        if self.teacher_texts:
-            source = self.teacher_texts[number]
-            taught = source.drawn(rows, caption_draws(count, step, seed))
-            share = self.anchor_share if number < len(self.captions) else 0
-            for place in drawn_anchors(share, count, step, seed):
-                texts[place] = source.text(rows[place], taught[place])
-        return _Drawn(np.full(count, number), rows, taught, texts)
-
-    def _ordered(self, drawn: list["_Drawn"], first_batch: int, first_text: int) -> "_Drawn":
-        """All of them as one, in micro-batches; `order` says where in `drawn` each came from."""
-        texts = [text for part in drawn for text in part.texts]
-        batches, order = micro_batches(self.processor, texts, self.micro_batch_size, first_batch, first_text)
-        joined = [np.concatenate([getattr(part, name) for part in drawn] or [np.empty(0, dtype=np.int64)])[order]
-                  for name in ("sources", "rows", "taught")]  # fmt: skip
-        return _Drawn(*joined, [], batches, order)
-
-
-@dataclass
-class _Drawn:
-    """Texts of a step, and where each is from."""
-
-    sources: np.ndarray
-    rows: np.ndarray
-    taught: np.ndarray
-    texts: list[str]
-    batches: Sequence[MicroBatch] = ()
-    order: Sequence[int] = ()
 
 
 def _complete(texts: list[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from accelerate import Accelerator
-from torch import Tensor
 
 from capivara_search.common.environment import device_description
 from capivara_search.common.files import write_text
@@ -16,7 +15,6 @@ from eval.retrieval import (
     validation_measures,
 )
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedding import embed_images
 from records.picture_sheets import plot_retrieval_sheet
 from records.schema import Record, header, write_records
 from records.tables import retrieval_table
@@ -24,39 +22,22 @@ from training.arguments import RunArguments
 from training.inputs import Inputs
 
 
-def validate(args: RunArguments, model: CapivaraModel, inputs: Inputs) -> dict[str, dict[str, float]]:
+def validate(model: CapivaraModel, inputs: Inputs) -> dict[str, dict[str, float]]:
     """What is measured during training.
 
     Returns:
         `validation`: mean recall of the validation split in each direction, a share from 0 to 1, and its loss in nats.
-        With a text teacher, `teacher_language`: the same in its language, and `cosine_to_base`, the mean cosine of the
-        captions' embeddings with those before training, 1 where nothing has moved.
     """
     model.eval()
-    embeds = inputs.validation_embeds
-    if embeds is None:
-        embeds = embed_images(model, inputs.processor, inputs.validation, args.embedding_batch_size)
-    embeddings = embed_captions(model, inputs.processor, inputs.validation.captions(), embeds)
-    measured = {"validation": validation_measures(embeddings, model.logit_scale)}
-    if inputs.teacher_validation is not None:
-        captions, before = inputs.teacher_validation
-        known = embed_captions(model, inputs.processor, captions, embeds)
-        cosine = (known.text_embeds * before).sum(dim=1).mean().item()
-        measured["teacher_language"] = validation_measures(known, model.logit_scale) | {"cosine_to_base": cosine}
-    return measured
+    embeddings = embed_captions(model, inputs.processor, inputs.validation.captions(), inputs.validation_embeds)
+    return {"validation": validation_measures(embeddings, model.logit_scale)}
 
 
-def embed_test(
-    args: RunArguments, model: CapivaraModel, inputs: Inputs, rotation: Tensor | None = None
-) -> dict[str, RetrievalEmbeddings]:
-    """Language -> the test split embedded by the model, whose space is the base's rotated by `rotation`."""
+def embed_test(model: CapivaraModel, inputs: Inputs) -> dict[str, RetrievalEmbeddings]:
+    """Language -> the test split embedded by the model."""
     model.eval()
-    embeds = inputs.test_embeds if rotation is None else inputs.test_embeds @ rotation.T
-    if args.towers == "both":
-        images = inputs.test[args.language]
-        embeds = embed_images(model, inputs.processor, images, args.embedding_batch_size, "Images, test")
     return {
-        language: embed_captions(model, inputs.processor, split.captions(), embeds)
+        language: embed_captions(model, inputs.processor, split.captions(), inputs.test_embeds)
         for language, split in inputs.test.items()
     }
 
@@ -65,7 +46,7 @@ def baseline_records(args: RunArguments, baseline: dict[str, RetrievalEmbeddings
     """The base model's figures in each language."""
     records = []
     for language, embeddings in baseline.items():
-        records += _records_at_widths(args, embeddings, _record_fields(args, language, "baseline", args.model, None))
+        records += retrieval_records(embeddings, **_record_fields(args, language, "baseline", args.model, None))
     return records
 
 
@@ -73,17 +54,12 @@ def trained_records(
     args: RunArguments,
     baseline: dict[str, RetrievalEmbeddings],
     trained: dict[str, RetrievalEmbeddings],
-    model_folder: str,
-    seed: int,
 ) -> list[Record]:
-    """The records of a trained model on the test split, of all languages, and its gains over the base model.
-
-    `model_folder` is relative to that of the run.
-    """
+    """The records of a trained model on the test split, of all languages, and its gains over the base model."""
     records, gains = [], []
     for language, embeddings in trained.items():
-        fields = _record_fields(args, language, "capivara", model_folder, seed)
-        records += _records_at_widths(args, embeddings, fields)
+        fields = _record_fields(args, language, "capivara", ".", args.seed)
+        records += retrieval_records(embeddings, **fields)
         gains += gain_records(baseline[language], embeddings, **fields)
     return records + gains
 
@@ -125,13 +101,6 @@ def write_results(
         name = f"retrieval_{short_name(args.evaluation_dataset).replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(folder / "results" / name, [record for record in records if record.language == language], facts)
     write_text(folder / "table.md", retrieval_table(records))
-
-
-def _records_at_widths(args: RunArguments, embeddings: RetrievalEmbeddings, fields: dict) -> list[Record]:
-    """Of the whole embeddings, and of those that are cut to the widths that are trained, the widest first."""
-    width = embeddings.text_embeds.shape[1]
-    narrow = sorted({*args.matryoshka_dims} - {width}, reverse=True)
-    return [one for dim in (None, *narrow) for one in retrieval_records(embeddings.cut(dim), **fields)]
 
 
 def _record_fields(args: RunArguments, language: str, model: str, model_folder: str, seed: int | None) -> dict:

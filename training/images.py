@@ -119,7 +119,7 @@ def _embedded(
         return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
     items = (batch for part in parts for batch in batches_of(part))
-    batches = views.streamed(items) if views.source.streaming else read_ahead(views, items, workers, list)
+    batches = read_ahead(views, items, workers, list)
     total, title, quiet = sum(map(len, parts)), f"Images, {views.source.where}", not accelerator.is_main_process
     with tqdm(total=total, desc=title, unit="image", disable=quiet) as bar:
         for part in parts:
@@ -158,7 +158,6 @@ class TrainingImages:
     views: list[Views]  # of each data set, over its usable pairs
     caches: list[EmbeddingCache] | None = None  # of each data set; None where every image is embedded at every step
     cache_rows: list[np.ndarray] | None = None  # pair of a data set -> its row in the cache
-    rotation: Tensor | None = None  # (width, width), that what is cached is rotated by; see `training.matryoshka`
 
     def cached_embeds(self, sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
         """(pairs, width), float32: data set, pair and view of each; only with caches."""
@@ -166,7 +165,7 @@ class TrainingImages:
         for number in np.unique(sources):
             (at,) = np.nonzero(sources == number)
             embeds[at] = cached_embeds(self.caches[number], self.cache_rows[number][pairs[at]], views[at])
-        return embeds if self.rotation is None else embeds @ self.rotation.T
+        return embeds
 
     def pixel_batches(self, items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
         """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes."""

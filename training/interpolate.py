@@ -3,10 +3,9 @@
     python -m training.interpolate models/base runs/pt --share 0.5 --output models/half
     python -m training.interpolate models/base runs/pt --validation data --languages pt en --output models/best
 
-Of several trained models, such as the seeds of a run, the mean of the weights is taken. With `--validation` eleven
-shares from 0 to 1 are measured, and the best is written: the one of the highest mean recall in the first language among
-those that lose no more than `--max_loss` in the others. The processor and the configuration are those of the first
-trained model.
+With `--validation` eleven shares from 0 to 1 are measured, and the best is written: the one of the highest mean recall
+in the first language among those that lose no more than `--max_loss` in the others. The processor and the configuration
+are those of the trained model.
 """
 
 from capivara_search.common.start import start_command
@@ -27,7 +26,7 @@ from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
 from records.schema import DIRECTIONS
 from training.arguments import InterpolateArguments
-from training.matryoshka import load_rotation, rotate_, save_rotation
+from training.rotate import load_rotation, rotate_, save_rotation
 from training.trainable import interpolate_weights
 
 SHARES = [number / 10 for number in range(11)]
@@ -42,20 +41,20 @@ def interpolate(args: InterpolateArguments) -> float:
     output = args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"The output folder {output} is not empty. Choose another one.")
-    rotation = common_rotation(args.trained)
-    start, model = load_model(args.base), load_model(args.trained[0])
+    rotation = load_rotation(args.trained)
+    start, model = load_model(args.base), load_model(args.trained)
     if rotation is not None:  # the space that was trained in is the base's, rotated
         rotate_(start, rotation)
-    base, trained = start.state_dict(), mean_weights(args.trained)
+    base, trained = start.state_dict(), load_model(args.trained).state_dict()
     if rotation is None and model.config.matryoshka_dims and not _same_images(base, trained):
         raise ValueError(
-            f"{args.trained[0]} was trained with matryoshka_dims, in a space that is rotated, and its "
+            f"{args.trained} was trained with matryoshka_dims, in a space that is rotated, and its "
             "rotation.safetensors is missing: nothing lies between its weights and the base's. Fetch the file."
         )
     shapes = {name: tensor.shape for name, tensor in trained.items()}
     if shapes != {name: tensor.shape for name, tensor in base.items()}:
-        raise ValueError(f"{args.trained[0]} was not trained from {args.base}: their tensors differ in name or shape.")
-    processor, share = load_processor(args.trained[0]), args.share
+        raise ValueError(f"{args.trained} was not trained from {args.base}: their tensors differ in name or shape.")
+    processor, share = load_processor(args.trained), args.share
     if args.validation:
         recalls = measured_shares(args, model.eval(), processor, base, trained)
         share = best_share(recalls, args.languages, args.max_loss / 100)
@@ -70,32 +69,6 @@ def interpolate(args: InterpolateArguments) -> float:
     return share
 
 
-def common_rotation(folders: list[str]) -> Tensor | None:
-    """The rotation that models have in common, None of those without; ValueError where they differ in it."""
-    first, *others = (load_rotation(folder) for folder in folders)
-    for folder, other in zip(folders[1:], others, strict=True):
-        if (other is None) != (first is None) or (first is not None and not torch.equal(first, other)):
-            raise ValueError(
-                f"{folder} and {folders[0]} were trained in spaces that are rotated otherwise, so that nothing lies "
-                "between their weights. Take seeds of one run."
-            )
-    return first
-
-
-def mean_weights(folders: list[str]) -> dict[str, Tensor]:
-    """The mean of the weights of models of one shape (Wortsman et al., Model soups, arXiv 2203.05482, section 2).
-
-    Raises ValueError where their tensors differ in name or shape.
-    """
-    total = load_model(folders[0]).state_dict()
-    for folder in folders[1:]:
-        state = load_model(folder).state_dict()
-        if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in total.items()}:
-            raise ValueError(f"{folder} and {folders[0]} differ in the names or shapes of their tensors.")
-        total = {name: t + state[name] if t.is_floating_point() else t for name, t in total.items()}
-    return {name: t / len(folders) if t.is_floating_point() else t for name, t in total.items()}
-
-
 def measured_shares(
     args: InterpolateArguments,
     model: CapivaraModel,
@@ -107,7 +80,7 @@ def measured_shares(
     frozen = _same_images(base, trained)
     data = {
         language: load_data(
-            RetrievalArguments(args.trained[0], args.validation, args.output, language=language, split=args.split)
+            RetrievalArguments(args.trained, args.validation, args.output, language=language, split=args.split)
         )
         for language in args.languages
     }

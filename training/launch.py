@@ -19,6 +19,19 @@ PROCESS_TIMEOUT = timedelta(hours=24)  # the others wait while the main one prep
 logger = logging.getLogger("capivara")
 
 
+def resolve_precision(requested: str, device: torch.device) -> str:
+    """ "auto" as "bf16" where the device computes in it natively, else "no"; anything else as it is.
+
+    Without instructions of its own for bfloat16 a CPU emulates it, and is slower than in float32.
+    """
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if native else "no"
+
+
 def join_processes() -> PartialState:
     """Accelerate's processes.
 
@@ -63,7 +76,7 @@ def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
     if processes > micro_batches:
         raise ValueError(
             f"{processes} processes can't share the {micro_batches} micro-batches of {args.micro_batch_size} in a "
-            f"batch of {args.texts_per_step}: each needs one. Use a smaller --micro_batch_size."
+            f"batch of {args.effective_batch_size}: each needs one. Use a smaller --micro_batch_size."
         )
     if (warning := hopeless_rate(args)) and PartialState().is_main_process:
         logger.warning("Warning: %s", warning)

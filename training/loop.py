@@ -1,5 +1,6 @@
 """The loop over optimiser steps: plan, images, gradients, optimiser, measurement, checkpoint."""
 
+import logging
 import math
 import signal
 import time
@@ -9,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -20,16 +20,15 @@ from capivara_search.common.environment import handle_signals
 from capivara_search.common.files import write_json
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
+from training.batches import MicroBatch, Planner, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
-from training.contrastive import TextTargets
-from training.data import Planner, StepPlan
 from training.images import TrainingImages, loading_workers
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.step import ExactStep, MicroBatch, logger, sparse_embedding_gradients, used_memory
 from training.trainable import set_training_mode
 from training.views import embed_pixels
+from training.whole_batch import WholeBatch, used_memory
 
-MEASURED = ("validation", "teacher_language")  # entries of the curve that hold several figures
+logger = logging.getLogger("capivara")
 MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault
 
 
@@ -43,27 +42,25 @@ class Interrupted(Exception):
 
 @dataclass
 class Trainer:
-    """The training of one model with one seed."""
+    """The training of one model."""
 
     args: RunArguments
-    seed: int  # of order, captions, views and dropout
     model: CapivaraModel  # the plain model; its adapters, where there are any, are in it
     wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
     planner: Planner  # draws the batches
     images: TrainingImages  # of the pairs
     accelerator: Accelerator  # device, precision and processes
-    # measures the model: `validation` and, with a teacher, `teacher_language`; only the main process calls it
+    # measures the model, as `validation`; only the main process calls it
     validate: Callable[[CapivaraModel], dict[str, dict[str, float]]]
     checkpoints: Checkpoints
     state: TrainerState  # where the run is
     # called on the main process with the number of a step whose checkpoint was written
     after_checkpoint: Callable[[int], object] | None = None
-    stopped_early: bool = field(default=False, init=False)
     reported: bool = field(default=False, init=False)
     overflows: int = field(default=0, init=False)  # in a row, of fp16
 
     def train(self, resume: Path | None = None) -> TrainerState:
-        """Train to `max_steps`, or until the recall has stopped rising for `patience` measurements.
+        """Train to `max_steps`.
 
         Raises:
             Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.
@@ -71,41 +68,27 @@ class Trainer:
             OSError: the disk is full; earlier checkpoints are whole.
         """
         args, accelerator = self.args, self.accelerator
-        self.prepared = accelerator.prepare_model(self.wrapped, evaluation_mode=True)  # autocast; see ExactStep
+        self.prepared = accelerator.prepare_model(self.wrapped, evaluation_mode=True)  # see WholeBatch
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped, args))
         if resume:
             self.state = self.checkpoints.load(resume)
-        self.step = ExactStep(
-            self.prepared, self.model.logit_scale, accelerator, self.seed, args.accumulation, args.matryoshka_dims,
-            hard_negatives=args.hard_negatives,
-        )  # fmt: skip
+        self.step = WholeBatch(self.prepared, self.model.logit_scale, accelerator, args.seed)
         if not self.state.curve:
             self.state.curve.append({"step": 0, **self._measured()})
-        self.stopped_early = self._out_of_patience()  # of a run that was killed then
         self.started = time.perf_counter() - self.state.seconds
-        with (
-            _signals() as received,
-            sparse_embedding_gradients(self.model),
-            ThreadPoolExecutor(1) as executor,
-            self._bar() as bar,
-        ):
+        with _signals() as received, ThreadPoolExecutor(1) as executor, self._bar() as bar:
             plans = _PlansAhead(self.planner, executor, args.max_steps)
             pixels = self._pixels(plans)
-            while self.state.step < args.max_steps and not self.stopped_early:
+            while self.state.step < args.max_steps:
                 started = time.perf_counter()
                 plan = plans.pop(self.state.step)
                 point = self._one_step(plan, pixels, started)
                 bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
-                bar.update(args.texts_per_step)
+                bar.update(args.effective_batch_size)
                 self._after_step(point, plan)
                 if number := self._agreed(received):
                     self._save()
                     raise Interrupted(number, self.state.step)
-        if self.stopped_early and self.state.best_step != self.state.step:
-            curve, seconds = self.state.curve, self.state.seconds
-            logger.info("The recall has stopped rising; going back to step %s.", self.state.best_step)
-            self.state = self.checkpoints.load(self.checkpoints.path(self.state.best_step))
-            self.state.curve, self.state.seconds = curve, seconds
         # Without Accelerate's autocast around `forward`: base and result are measured in the same precision.
         accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()
@@ -120,18 +103,16 @@ class Trainer:
         set_training_mode(self.wrapped)
         self.optimizer.zero_grad(set_to_none=False)
         try:
-            report = self.step(plan.step, own, plan.pairs, image_embeds, self._targets(plan))
+            report = self.step(plan.step, own, len(plan.rows), image_embeds)
             norm = self._update(learning_rate_at(plan.step, args))
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
         seconds = time.perf_counter() - started
         if not self.reported:
             self._report_first_step(report.graphs_kept, len(own), seconds * (args.max_steps - plan.step))
-        taught = {} if report.teacher_loss is None else {"teacher_loss": report.teacher_loss}
         return {
             "step": plan.step + 1,
             "loss": report.loss,
-            **taught,
             "learning_rate": learning_rate_at(plan.step, args),
             "logit_scale": self.model.logit_scale.item(),
             "gradient_norm": norm,
@@ -149,7 +130,7 @@ class Trainer:
             FloatingPointError: it is not finite, and there is no scaler that leaves such a step out.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["rate"]
+            group["lr"] = learning_rate
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
@@ -168,7 +149,7 @@ class Trainer:
         """Measure, keep the curve, write a checkpoint where one is due."""
         args, state = self.args, self.state
         state.step = point["step"]
-        checkpointed = args.max_steps > args.save_steps  # a shorter run has none, unless patience needs its best
+        checkpointed = args.max_steps > args.save_steps  # a shorter run has none
         due = checkpointed and (state.step % args.save_steps == 0 or state.step == args.max_steps)
         if state.step % args.eval_steps == 0 or state.step == args.max_steps:
             try:
@@ -177,7 +158,7 @@ class Trainer:
                 raise FloatingPointError(f"After step {state.step}: {error} {self._save_batch(plan)}") from error
             recall = _recall(point["validation"])
             is_best = state.best_recall is None or recall > state.best_recall
-            if is_best and (checkpointed or args.patience):
+            if is_best and checkpointed:
                 state.best_step, state.best_recall, due = state.step, recall, True
         state.curve.append(point)
         state.seconds = time.perf_counter() - self.started
@@ -188,36 +169,17 @@ class Trainer:
                 before = time.perf_counter()
                 self.after_checkpoint(state.step)
                 self.started += time.perf_counter() - before  # of the pushes, not of training
-        self.stopped_early = self._out_of_patience()
-
-    def _out_of_patience(self) -> bool:
-        """Whether the recall has stopped rising: a function of the curve, so that a resumed run stops there too."""
-        if not self.args.patience or self.state.best_step is None:
-            return False
-        recalls = [_recall(point["validation"]) for point in self.state.curve if "validation" in point]
-        return len(recalls) - 1 - recalls.index(max(recalls)) >= self.args.patience
 
     def _logged(self, point: dict) -> dict[str, float]:
-        """An entry of the curve as trackers take it; of several seeds, each under its own name."""
-        values = {f"{name}/{key}": value for name in MEASURED for key, value in point.get(name, {}).items()}
-        values |= {key: value for key, value in point.items() if key not in ("step", *MEASURED)}
-        prefix = f"seed-{self.seed}/" if self.args.runs > 1 else ""
-        return {prefix + key: value for key, value in values.items() if value is not None}
+        """An entry of the curve as trackers take it."""
+        values = {f"validation/{key}": value for key, value in point.get("validation", {}).items()}
+        values |= {key: value for key, value in point.items() if key not in ("step", "validation")}
+        return {key: value for key, value in values.items() if value is not None}
 
-    def _image_embeds(self, plan: StepPlan, own: list[MicroBatch], pixels: Iterator[Tensor] | None) -> Tensor | None:
-        """(pairs, width) on the device; None where there are no pairs, or where the image tower is trained, its pixels
-        are then in `own`.
-        """
-        if not plan.pairs:
-            return None
+    def _image_embeds(self, plan: StepPlan, own: list[MicroBatch], pixels: Iterator[Tensor] | None) -> Tensor:
+        """(pairs, width) on the device, by the frozen image tower."""
         if pixels is None:
-            embeds = self.images.cached_embeds(plan.sources[: plan.pairs], plan.rows[: plan.pairs], plan.views)
-            return embeds.to(self.accelerator.device)
-        own = [batch for batch in own if batch.start < plan.pairs]
-        if self.args.towers == "both":
-            for batch in own:
-                batch.pixel_values = next(pixels)
-            return None
+            return self.images.cached_embeds(plan.sources, plan.rows, plan.views).to(self.accelerator.device)
         positions = torch.cat([batch.positions for batch in own]) if own else torch.empty(0, dtype=torch.long)
         self.model.vision_model.eval()
         parts = [
@@ -225,25 +187,20 @@ class Trainer:
             for _ in positions.split(self.args.embedding_batch_size)
             if len(positions)
         ]
-        return self.step.gather_rows(parts, positions.to(self.accelerator.device), plan.pairs)
+        return self._of_all(parts, positions, len(plan.rows))
 
-    def _targets(self, plan: StepPlan) -> TextTargets | None:
-        """What the teacher makes of the texts of a step; None without a teacher."""
-        if not self.args.text_teacher or not self.args.teacher_weight:
-            return None
-        embeds = torch.empty(len(plan.rows), self.model.config.projection_dim)
-        for number, source in enumerate(self.planner.teacher_texts):
-            texts = np.flatnonzero(plan.sources == number)
-            if len(texts):
-                embeds[texts] = source.embeds(plan.taught[texts])
-        if self.images.rotation is not None:
-            embeds = embeds @ self.images.rotation.T
-        embeds = embeds.to(self.accelerator.device)
-        return TextTargets(embeds, self.args.teacher_weight, self.args.teacher_loss)
+    def _of_all(self, parts: list[Tensor], own: Tensor, pairs: int) -> Tensor:
+        """(pairs, width) of all processes, without gradient; `parts` are this one's rows `own`."""
+        embeds = torch.zeros(pairs, self.model.config.projection_dim, device=self.accelerator.device)
+        if parts:
+            embeds[own.to(embeds.device)] = torch.cat(parts)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(embeds)
+        return embeds
 
     def _pixels(self, plans: "_PlansAhead") -> Iterator[Tensor] | None:
         """The pixels of all steps to come, in order; None with a cache."""
-        if self.images.caches is not None or not self.args.dataset:
+        if self.images.caches is not None:
             return None
         return self.images.pixel_batches(self._items(plans), loading_workers(self.args, self.accelerator))
 
@@ -251,9 +208,8 @@ class Trainer:
         """Data set, pair and view of every image of this process, as they go through the tower at once."""
         for step in range(self.state.step, self.args.max_steps):
             plan = plans.get(step)
-            own = [batch.positions for batch in self._own(plan) if batch.start < plan.pairs]
-            if self.args.towers == "text" and own:
-                own = torch.cat(own).split(self.args.embedding_batch_size)
+            own = [batch.positions for batch in self._own(plan)]
+            own = torch.cat(own).split(self.args.embedding_batch_size) if own else []
             for positions in own:
                 yield [(plan.sources[i], plan.rows[i], plan.views[i]) for i in positions.tolist()]
 
@@ -281,26 +237,24 @@ class Trainer:
         path = self.checkpoints.folder / f"bad-batch-step-{plan.step + 1}.json"
         if self.accelerator.is_main_process:
             texts = [t for batch in plan.batches for t in self.planner.processor.batch_decode(batch.input_ids)]
-            names, views = [*self.args.dataset, self.args.parallel_text], [*plan.views.tolist(), *[None] * len(texts)]
-            drawn = zip(plan.sources.tolist(), plan.rows.tolist(), views[: len(texts)], texts, strict=True)
-            rows = [{"data_set": names[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in drawn]
-            write_json(path, {"step": plan.step + 1, "seed": self.seed, "pairs": rows})
+            drawn = zip(plan.sources.tolist(), plan.rows.tolist(), plan.views.tolist(), texts, strict=True)
+            rows = [{"data_set": self.args.dataset[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in drawn]
+            write_json(path, {"step": plan.step + 1, "seed": self.args.seed, "pairs": rows})
         return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
 
     def _report_first_step(self, kept: int, batches: int, remaining_s: float) -> None:
         self.reported = True
         if self.accelerator.is_main_process:
-            fitting = f" ({self.step.budget / 1e9:.1f} GB of them fit)" if self.args.accumulation == "auto" else ""
             logger.info(
-                "Accumulation %s: the graphs of %s of %s micro-batches are kept%s, the others are run twice. About "
+                "The graphs of %s of %s micro-batches are kept (%.1f GB of them fit), the others are made twice. About "
                 "%.0f minutes to step %s; Ctrl-C saves the run, and --resume auto goes on with it.",
-                self.args.accumulation, kept, batches, fitting, remaining_s / 60 + 0.5, self.args.max_steps,
+                kept, batches, self.step.budget / 1e9, remaining_s / 60 + 0.5, self.args.max_steps,
             )  # fmt: skip
 
     def _bar(self) -> tqdm:
-        size = self.args.texts_per_step
+        size = self.args.effective_batch_size
         return tqdm(
-            total=self.args.max_steps * size, initial=self.state.step * size, desc=f"Training, seed {self.seed}",
+            total=self.args.max_steps * size, initial=self.state.step * size, desc=f"Training, seed {self.args.seed}",
             unit="pair", unit_scale=True, disable=not self.accelerator.is_main_process,
         )  # fmt: skip
 

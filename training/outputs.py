@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from accelerate import Accelerator
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from torch import Tensor, nn
+from torch import nn
 
 from capivara_search.common.environment import device_description, package_versions
 from capivara_search.common.files import write_text
@@ -25,9 +25,7 @@ from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import card_metadata
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
-from training.matryoshka import save_rotation
 from training.trainable import merge_adapters
-from training.vocabulary import whole_vocabulary
 
 # Licences that let what is made of several works carry the licence of the other ones, their notices kept.
 PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
@@ -49,7 +47,6 @@ A [CAPIVARA](https://arxiv.org/abs/2310.13683) model: `{model}` fine-tuned on te
 
 def run_facts(
     args: RunArguments,
-    seed: int,
     state: TrainerState,
     accelerator: Accelerator,
     seconds: dict[str, float],
@@ -62,12 +59,12 @@ def run_facts(
         seconds: phase -> wall-clock seconds; "training" has the measurements of the validation split in it.
         energy: of `measure_energy`; empty where it was not measured.
     """
-    pairs = state.step * args.texts_per_step
+    pairs = state.step * args.effective_batch_size
     return {
         "schema_version": 2,
         "config": args.to_dict(),
         "origins": origins(args),
-        "seed": seed,
+        "seed": args.seed,
         "dataset_fingerprints": state.data,
         "skipped_rows": dict(Counter(line.reason for line in skipped)),
         "versions": package_versions(),
@@ -131,10 +128,7 @@ def origins(args: RunArguments) -> dict[str, Any]:
         Under "license" what the model inherits from all of them: the one licence that binds it, or None where one of
         them states none, or where several bind it.
     """
-    names = [*args.dataset, *([args.parallel_text] if args.parallel_text else [])]
-    found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in names]}
-    if args.text_teacher not in (None, "base"):
-        found["teacher"] = origin(args.text_teacher, "model")
+    found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in args.dataset]}
     stated = [source["licenses"] for source in _works(found)]
     evaluation = origin(args.evaluation_dataset, "dataset")
     return {"license": inherited_license(stated), **found, "evaluation_dataset": evaluation}
@@ -142,7 +136,7 @@ def origins(args: RunArguments) -> dict[str, Any]:
 
 def _works(found: dict[str, Any]) -> list[dict[str, Any]]:
     """All that a model is made from."""
-    return [found["model"], *found["datasets"], *([found["teacher"]] if "teacher" in found else [])]
+    return [found["model"], *found["datasets"]]
 
 
 def inherited_license(stated: list[list[str]]) -> str | None:
@@ -189,7 +183,7 @@ def model_card(args: RunArguments, title: str) -> str:
     metadata |= {"pipeline_tag": "zero-shot-image-classification", "tags": ["capivara", "clip"]}
     if base := [sources["model"]["hub_id"]] if sources["model"]["hub_id"] else sources["model"]["base_model"]:
         metadata["base_model"] = base
-    trained = "the text tower, the image tower left as it was" if args.towers == "text" else "both towers"
+    trained = "the text tower, the image tower left as it was"
     if args.lora_rank:
         trained += f", through LoRA adapters of rank {args.lora_rank}"
     parts = _works(sources)
@@ -210,21 +204,11 @@ def model_card(args: RunArguments, title: str) -> str:
     )
 
 
-def save_step(
-    args: RunArguments,
-    wrapped: nn.Module,
-    processor: CapivaraProcessor,
-    rotation: Tensor | None,
-    step: int,
-    folder: Path,
-) -> None:
-    """Save the model as it is after a step of the training, with processor, rotation and card, into `folder`."""
+def save_step(args: RunArguments, wrapped: nn.Module, processor: CapivaraProcessor, step: int, folder: Path) -> None:
+    """Save the model as it is after a step of the training, with processor and card, into `folder`."""
     # Merging changes the weights that are being trained, so that it is done to a copy.
     model = merge_adapters(copy.deepcopy(wrapped)) if args.lora_rank else wrapped
-    with whole_vocabulary(model):
-        model.save_pretrained(folder)
-    if rotation is not None:
-        save_rotation(rotation, folder)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_text(folder / "README.md", model_card(args, f"CAPIVARA ({args.language}), step {step} of a run"))
 

@@ -63,7 +63,7 @@ def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
 
 def is_complete(args: RunArguments, output_dir: Path) -> bool:
     """Whether `--resume auto` finds a complete run; one that is to replace it may be unfinished."""
-    complete = (output_dir / "run.json").is_file() or (output_dir / "table.md").is_file()  # of one seed, of several
+    complete = (output_dir / "run.json").is_file()
     return args.resume == "auto" and complete and not partial_folder(output_dir).exists()
 
 

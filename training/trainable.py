@@ -21,10 +21,7 @@ def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
     Raises:
         ValueError: an expression matches nothing, a module does not exist, or nothing is left to train.
     """
-    if args.towers == "text":
-        model.freeze_image_tower()
-    if not args.dataset:  # the scale belongs to the images
-        model.logit_scale.requires_grad_(False)
+    model.freeze_image_tower()
     names = [name for name, _ in model.named_parameters()]
     for expression in args.frozen_parameters:
         if not any(_full_match(expression, name, "frozen_parameters") for name in names):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from training.step import ExactStep, MicroBatch
+from training.batches import MicroBatch
+from training.whole_batch import WholeBatch
 
 NEEDED = ("input_ids", "attention_mask", "pixel_values")
 
@@ -35,7 +36,7 @@ class ExactBatchTrainer(Trainer):
                 f"ExactBatchTrainer is for one device, got {self.accelerator.num_processes} processes of "
                 f"{self.args.n_gpu} GPUs; train_accelerate.py has one exact batch over several."
             )
-        self._exact_step = None
+        self._step = None
         self._samples, self._given = [], 0
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
@@ -51,13 +52,13 @@ class ExactBatchTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         model.train()
         inner = self.accelerator.unwrap_model(model)
-        if self._exact_step is None:
-            self._exact_step = ExactStep(model, inner.logit_scale, self.accelerator, self.args.seed)
+        if self._step is None:
+            self._step = WholeBatch(model, inner.logit_scale, self.accelerator, self.args.seed)
         batches = _micro_batches(self._samples)
         pairs, image_embeds = sum(len(batch.input_ids) for batch in batches), None
         if not any(p.requires_grad for name, p in inner.named_parameters() if name.startswith(("vision_", "visual_"))):
             image_embeds = self._frozen_images(model, batches)
-        report = self._exact_step(self.state.global_step, batches, pairs, image_embeds)
+        report = self._step(self.state.global_step, batches, pairs, image_embeds)
         return torch.tensor(report.loss, device=self.args.device)
 
     @torch.no_grad()

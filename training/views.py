@@ -7,7 +7,7 @@ augmentation at every step (0), as in the paper.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,25 +93,6 @@ class Views:
 
     def __len__(self) -> int:
         return len(self.table)
-
-    def streamed(self, items: Iterable[Sequence[tuple[int, int]]]) -> Iterator[list]:
-        """As `__getitem__` for pairs in their order, in one pass over the source; ValueError where it ends early."""
-        rows, number, image = None, -1, None
-        for batch in items:
-            pixels: list[Tensor | BadImage] = []
-            for pair, view in batch:
-                entry = self.table[pair]
-                if rows is None:
-                    rows, number = self.source.rows(entry["row"]), entry["row"] - 1
-                while number < entry["row"]:  # the views of an image come one after the other
-                    if (row := next(rows, None)) is None:
-                        raise ValueError(f"{self.source.where} has changed: row {entry['row']} is gone. Start anew.")
-                    number, image = number + 1, row[self.image_column]
-                try:
-                    pixels.append(self.pixels(decode_image(image, self.source.files), entry["digest"], view))
-                except BadImage as bad:
-                    pixels.append(bad)
-            yield pixels
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ from capivara_search.common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:PrepareArguments", __doc__)
 
-import itertools
 import logging
 import os
 import shutil
@@ -24,7 +23,7 @@ from typing import Any
 import PIL.Image
 import torch
 from datasets import DatasetDict
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -46,16 +45,17 @@ from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import CPU_IMAGES, embed_texts, image_parts
-from modeling_capivara.kept_pieces import used_ids
+from modeling_capivara.kept_pieces import cut_tokenizer, kept_ids
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import RunArguments
-from training.data import batch_indices, drawn_captions, evaluation_split
+from training.batches import batch_indices, drawn_captions, micro_batches
+from training.data import evaluation_split
 from training.images import write_cache
 from training.inputs import cache_root
+from training.launch import resolve_precision
 from training.optimiser import clamp_logit_scale
-from training.step import micro_batches, resolve_precision
 from training.views import Views
-from training.vocabulary import used_vocabulary
+from training.whole_batch import word_rows
 
 # Chosen on the validation concepts, English captions; the test split played no part.
 RIDGE_PENALTY = 3.0  # times the number of training pictures
@@ -71,7 +71,8 @@ PATIENCE = 3  # measurements without a new best, after which the recall has stop
 MAX_STEPS = 160
 USUAL_STEPS = 30  # after which the recall stops rising, roughly: for the announcement
 SEED = 0
-BASE_BYTES = 2_100_000_000  # on disk, generously: 120 million parameters in float32, and with Adam's state beside
+LANGUAGES, WORDS = ("pt", "en"), (50_000, 50_000)  # whose most frequent words keep their pieces
+BASE_BYTES = 2_100_000_000  # on disk, generously: 50 million parameters in float32, and with Adam's state beside
 
 CARD = """---
 license: cc-by-sa-4.0
@@ -84,7 +85,8 @@ tags: [capivara, clip]
 
 EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji data
 set until the recall of its validation concepts stopped rising; `alignment.json` has the curve. It has seen no
-Portuguese caption with a picture. The pictures are OpenMoji's, licensed CC BY-SA 4.0 (https://openmoji.org), and so is
+Portuguese caption with a picture. Of the text encoder's vocabulary it has the word pieces of English and Portuguese,
+and those of the data set's captions: other languages are split into letters. The pictures are OpenMoji's, licensed CC BY-SA 4.0 (https://openmoji.org), and so is
 this model.
 """
 
@@ -154,15 +156,12 @@ def build_base(dataset: DatasetDict, folder: Path, kept: Kept) -> dict[str, Tens
         Split -> `pooled_features` of its pictures.
     """
     torch.manual_seed(SEED)
-    model, processor = joined_encoders()
+    model, processor = with_pieces_of(dataset, *joined_encoders())
     captions = dataset["train"]["captions-en"][:]
-    with used_vocabulary(model, used_ids(processor, itertools.chain(*captions))):
-        announce(model, processor, dataset, captions)
-        features = {
-            name: pooled_features(model, processor, dataset[name], kept, name) for name in ("train", "validation")
-        }
-        start_by_ridge(model, processor, features["train"], [texts[0] for texts in captions])
-        curve = align(model, processor, dataset, features, kept)
+    announce(model, processor, dataset, captions)
+    features = {name: pooled_features(model, processor, dataset[name], kept, name) for name in ("train", "validation")}
+    start_by_ridge(model, processor, features["train"], [texts[0] for texts in captions])
+    curve = align(model, processor, dataset, features, kept)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     write_json(folder / "alignment.json", curve)
@@ -180,6 +179,23 @@ def joined_encoders() -> tuple[CapivaraModel, CapivaraProcessor]:
     model.vision_model.load_state_dict(image_encoder.state_dict())
     model.text_model.load_state_dict(text_encoder.state_dict())
     return model, processor
+
+
+def with_pieces_of(
+    dataset: DatasetDict, model: CapivaraModel, processor: CapivaraProcessor
+) -> tuple[CapivaraModel, CapivaraProcessor]:
+    """The same model with the word pieces of Portuguese and English, and all those of the data set's captions."""
+    columns = [
+        (split, name) for split in dataset.values() for name in split.column_names if name.startswith("captions-")
+    ]
+    texts = (text for split, name in columns for captions in split[name] for text in captions)
+    ids = kept_ids(processor, LANGUAGES, WORDS, texts)
+    table = model.get_input_embeddings()
+    model.set_input_embeddings(
+        nn.Embedding.from_pretrained(table.weight.detach()[ids], freeze=False, padding_idx=table.padding_idx)
+    )
+    model.config.text_config.vocab_size = len(ids)
+    return model, CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, ids))
 
 
 def announce(model: CapivaraModel, processor: CapivaraProcessor, dataset: DatasetDict, captions: list) -> None:
@@ -335,11 +351,12 @@ def align_step(
     batch_features = batch_features + noise * torch.randn_like(batch_features)
     image_embeds = F.normalize(model.visual_projection(batch_features), dim=-1)
     native = resolve_precision("auto", model.device) == "bf16"
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
-        text_embeds = torch.cat([model(b.input_ids, b.attention_mask).text_embeds for b in batches])
-    loss = clip_loss(text_embeds, image_embeds, model.logit_scale)
-    optimizer.zero_grad()
-    loss.backward()
+    with word_rows(model.get_input_embeddings(), [batch.input_ids for batch in batches]):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=native):
+            text_embeds = torch.cat([model(b.input_ids, b.attention_mask).text_embeds for b in batches])
+        loss = clip_loss(text_embeds, image_embeds, model.logit_scale)
+        optimizer.zero_grad()
+        loss.backward()
     optimizer.step()
     clamp_logit_scale(model.logit_scale)
     return loss.item()

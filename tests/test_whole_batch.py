@@ -1,0 +1,397 @@
+"""A step over the whole batch equals one graph over the same micro-batches, with dropout, however it is run."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradScalerKwargs
+from tiny import tiny_tokenizer
+from torch.nn import functional as F
+from whole_batch_process import CAPTIONS, MICRO, SEED, STEP, build, gradients_of, make_batch
+
+from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor, clip_loss
+from training import whole_batch
+from training.batches import micro_batches, padding_share
+from training.whole_batch import WholeBatch, contrastive_loss, graph_bytes, word_rows
+
+TESTS = Path(__file__).resolve().parent
+TOLERANCE = {"no": 1e-6, "bf16": 1e-2}
+ALL_GRAPHS = float("inf")
+
+
+def forward(model, batch):
+    """A micro-batch with the random state of the step."""
+    state = np.random.SeedSequence([SEED, STEP, batch.index]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(state) >> 1)
+    return model(**batch.inputs(model.device))
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def reference_gradients(model, batches, image_embeds, autocast: torch.dtype | None = None):
+    """One graph over all micro-batches, one loss."""
+    device = model.device
+    with torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
+        outputs = [forward(model, batch) for batch in batches]
+    images = image_embeds
+    if images is None:
+        images = torch.cat([output.image_embeds for output in outputs])
+    loss = clip_loss(torch.cat([output.text_embeds for output in outputs]), images.to(device), model.logit_scale)
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+def largest_error(actual: dict, expected: dict) -> float:
+    """Largest relative error of any parameter's gradient: norm of the difference over the norm."""
+    assert actual.keys() == expected.keys()
+    errors = {}
+    for name, gradient in expected.items():
+        norm = gradient.norm()
+        if name.endswith(("key.bias", "k_proj.bias")):  # softmax does not see it: its gradient is rounding alone
+            norm = expected[name.replace("key", "query").replace("k_proj", "q_proj")].norm()
+        assert norm > 0, "an all-zero gradient would prove nothing"
+        errors[name] = ((actual[name] - gradient).norm() / norm).item()
+    return max(errors.values())
+
+
+# Fast: each of the four choices both ways, not their product.
+FAST = [(0.0, False, "bf16", False), (ALL_GRAPHS, True, "no", False), (None, False, "no", True)]
+ALL = itertools.product([0.0, ALL_GRAPHS, None], [False, True], ["no", "bf16"], [False, True])
+
+
+@pytest.mark.parametrize(
+    ("budget", "trained_images", "precision", "checkpointing"),
+    [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in ALL],
+)
+def test_step_equals_one_graph(budget, trained_images, precision, checkpointing):
+    batches, embeds = make_batch(trained_images)
+    loss, expected = reference_gradients(
+        build(trained_images), batches, embeds, torch.bfloat16 if precision == "bf16" else None
+    )
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    report, actual = gradients_of(build(trained_images, checkpointing), accelerator, batches, embeds, budget)
+    assert report.loss == pytest.approx(loss, rel=1e-5)
+    assert report.graphs_kept == (0 if budget == 0.0 else 4)
+    assert "logit_scale" in actual and "text_model.embeddings.word_embeddings.weight" in actual
+    assert any(name.startswith("vision_") for name in actual) == trained_images
+    assert largest_error(actual, expected) < TOLERANCE[precision]
+
+
+def test_in_float64_it_equals_one_graph_to_1e_9():
+    batches, embeds = make_batch(False)
+    loss, expected = reference_gradients(build(False).double(), batches, embeds.double())
+    report, actual = gradients_of(build(False).double(), Accelerator(cpu=True), batches, embeds.double())
+    # clip_loss of the reference is in float32; the gradients of both are compared where float32 is exact enough
+    assert report.loss == pytest.approx(loss, rel=1e-6) and largest_error(actual, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "size", [pytest.param(1, marks=pytest.mark.slow), 3, 7, 50]
+)  # 3 leaves a remainder, 50 exceeds the batch
+def test_any_micro_batch_size(size):
+    batches, embeds = make_batch(False, size)
+    _, expected = reference_gradients(build(False), batches, embeds)
+    _, actual = gradients_of(build(False), Accelerator(cpu=True), batches, embeds)
+    assert largest_error(actual, expected) < 1e-6
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2, 7])
+def test_without_dropout_it_equals_one_forward_of_the_whole_batch(size):
+    """In the captions' own order, padded to 77, through clip_loss."""
+    model, (batches, embeds) = build(False).eval(), make_batch(False, size)
+    _, order = micro_batches(CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer()), CAPTIONS, size)
+    whole = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())(
+        text=[CAPTIONS[i] for i in np.random.default_rng(0).permutation(7)], padding="max_length", return_tensors="pt"
+    )
+    places = [order.index(i) for i in np.random.default_rng(0).permutation(7)]
+    clip_loss(model(**whole).text_embeds, embeds[places], model.logit_scale).backward()
+    _, actual = gradients_of(build(False).eval(), Accelerator(cpu=True), batches, embeds)
+    assert largest_error(actual, gradients(model)) < 1e-5
+
+
+def test_float16_cache_costs_a_thousandth_at_most():
+    batches, embeds = make_batch(False)
+    _, expected = reference_gradients(build(False), batches, embeds)
+    _, actual = gradients_of(build(False), Accelerator(cpu=True), batches, embeds.half().float())
+    assert 0 < largest_error(actual, expected) < 1e-3
+
+
+# ---- precision ----
+
+
+def by_micro_batch(model, batches, embeds) -> dict[str, torch.Tensor]:
+    """bfloat16, with a backward pass of its own for each micro-batch: no gradient is summed in 8 bits."""
+    outputs = []
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(forward(model, batch).text_embeds)
+    leaves = [output.detach().float().requires_grad_() for output in outputs]
+    clip_loss(torch.cat(leaves), embeds, model.logit_scale).backward()
+    for output, leaf in zip(outputs, leaves, strict=True):
+        output.backward(leaf.grad.to(output.dtype))
+    return gradients(model)
+
+
+def mean_error(actual: dict, expected: dict) -> float:
+    return float(np.mean([((actual[n] - g).norm() / g.norm()).item() for n, g in expected.items() if "key.b" not in n]))
+
+
+@pytest.mark.parametrize("number", [4, 44, pytest.param(176, marks=pytest.mark.slow)])
+def test_bfloat16_is_as_near_to_float32_with_many_micro_batches(number):
+    captions = [f"{CAPTIONS[i % 7]} {CAPTIONS[i // 7 % 7]}" for i in range(number)]
+    batches, embeds = make_batch(False, 1, captions)
+    exact = reference_gradients(build(False), batches, embeds)[1]
+    apart = mean_error(by_micro_batch(build(False), batches, embeds), exact)
+    for budget in (0.0, ALL_GRAPHS):
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        found = mean_error(gradients_of(build(False), accelerator, batches, embeds, budget)[1], exact)
+        assert 0 < found < 1.05 * apart
+    if number > 4:  # the fault that this would notice
+        together = reference_gradients(build(False), batches, embeds, torch.bfloat16)[1]
+        assert mean_error(together, exact) > 1.05 * apart
+
+
+def test_a_loss_that_is_not_finite_leaves_no_gradient():
+    batches, embeds = make_batch(False)
+    model = build(False)
+    with pytest.raises(FloatingPointError, match="The loss is nan"):
+        gradients_of(model, Accelerator(cpu=True), batches, embeds * float("nan"))
+    assert not gradients(model)
+
+
+def test_fp16_scales_what_flows_back():
+    """The scaler that a GPU's training has, on a CPU: its scale is in all gradients, the temperature's too."""
+    batches, embeds = make_batch(False)
+    _, expected = reference_gradients(build(False), batches, embeds)
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    _, actual = gradients_of(build(False), accelerator, batches, embeds)
+    assert largest_error(actual, expected) < 1e-5
+
+
+# ---- memory ----
+
+
+def test_what_fits_is_kept(monkeypatch):
+    """Its measure of a graph, against the memory that is said to be free."""
+    batches, embeds = make_batch(False)
+    model, accelerator = build(False), Accelerator(cpu=True)
+    step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), model.logit_scale, accelerator, SEED)
+    assert step(STEP, batches, 7, embeds).graphs_kept == 4, "there is memory enough"
+    size = graph_bytes(lambda: model(batches[0].input_ids, batches[0].attention_mask), model)
+    assert step._bytes_a_text * len(batches[0].input_ids) == pytest.approx(size, rel=0.1)
+    step.budget = None
+    enough_for_two = 2.5 * size * max(b.input_ids.numel() for b in batches[:2]) / batches[0].input_ids.numel()
+    monkeypatch.setattr(whole_batch, "free_memory", lambda device: (enough_for_two / 0.6) + step._state_bytes())
+    assert 1 <= step(STEP, batches, 7, embeds).graphs_kept <= 3
+
+
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
+    """What fits in memory may then differ between a run and its continuation."""
+    results = {}
+    for budget in (0.0, ALL_GRAPHS, "half"):
+        batches, embeds = make_batch(False)
+        model, accelerator = build(False), Accelerator(cpu=True, mixed_precision=precision)
+        step = WholeBatch(accelerator.prepare_model(model, evaluation_mode=True), model.logit_scale, accelerator, SEED)
+        step.budget = budget
+        if budget == "half":
+            step.budget, step._bytes_a_text = 1.0, 0.25
+        results[step(STEP, batches, 7, embeds).graphs_kept] = gradients(model)
+    assert len(results) == 3 and 0 in results and 4 in results, "none, some and all graphs were kept"
+    first, *others = results.values()
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def test_graph_bytes_counts_what_is_saved_and_not_the_weights():
+    linear = torch.nn.Linear(100, 50)
+    inputs = torch.randn(30, 100)
+    # the input and the sigmoid's result
+    assert graph_bytes(lambda: torch.sigmoid(linear(inputs)).sum(), linear) == (30 * 100 + 30 * 50) * 4
+
+
+@pytest.mark.slow
+def test_a_loss_of_32768_pairs_costs_under_a_gibibyte():
+    """In a process of its own: the most memory it held, less what it held before."""
+    code = """
+import torch
+from capivara_search.common.environment import peak_resident_bytes, restart_peak
+from training.whole_batch import contrastive_loss
+torch.manual_seed(0)
+texts, images = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)
+texts, scale = texts.requires_grad_(), torch.tensor(4.6, requires_grad=True)
+torch.randn(64, 512) @ torch.randn(512, 64)
+before = restart_peak()
+contrastive_loss(texts, images, scale, torch.arange(32768)).backward()
+print(peak_resident_bytes() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 2**27 < int(done.stdout) < 2**30
+
+
+# ---- the loss and the word rows ----
+
+
+def sides(pairs: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(pairs)
+    both = F.normalize(torch.randn(2, pairs, width, generator=generator, dtype=torch.double), dim=-1)
+    return both[0].requires_grad_(), both[1].requires_grad_()
+
+
+@pytest.mark.parametrize("tile", [1, 3, 11, 100])
+@pytest.mark.parametrize("cut", [0, 5, 11])
+def test_the_shares_of_processes_add_up_to_the_plain_formula(cut, tile, monkeypatch):
+    monkeypatch.setattr(whole_batch, "TILE_LOGITS", tile * 11)
+    texts, images = sides(11)
+    scale = torch.tensor(2.9, dtype=torch.double, requires_grad=True)
+    logits, right = scale.exp() * texts @ images.T, torch.arange(11)
+    expected = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+    found = sum(contrastive_loss(texts, images, scale, rows) for rows in (right[:cut], right[cut:]))
+    inputs = (texts, images, scale)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    for one, other in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+def test_one_pair_has_nothing_to_tell_apart():
+    batches, embeds = make_batch(False, 1, CAPTIONS[:1])
+    with pytest.raises(ValueError, match="at least 2 pairs, got 1"):
+        gradients_of(build(False), Accelerator(cpu=True), batches, embeds)
+
+
+def test_word_rows_give_the_gradient_of_the_table():
+    """Padding's row has none, as in nn.Embedding."""
+    table, plain = (torch.nn.Embedding(9, 4, padding_idx=0) for _ in range(2))
+    plain.load_state_dict(table.state_dict())
+    ids = [torch.tensor([[1, 3, 3], [0, 1, 8]]), torch.tensor([[3, 0]])]
+    factors = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    sum((plain(some) * factors[: some.shape[1]]).sum() for some in ids).backward()
+    with word_rows(table, ids):
+        sum((table(some) * factors[: some.shape[1]]).sum() for some in ids).backward()
+    torch.testing.assert_close(table.weight.grad, plain.weight.grad)
+    assert not plain.weight.grad[0].any() and "forward" not in vars(table)
+
+
+def test_a_backward_pass_outside_of_word_rows_is_an_error():
+    table, ids = torch.nn.Embedding(9, 4), torch.tensor([[5, 3]])
+    with word_rows(table, [ids]):
+        result = torch.utils.checkpoint.checkpoint(lambda: table(ids).pow(2).sum(), use_reentrant=False)
+    with pytest.raises(RuntimeError, match="within `word_rows`"):
+        result.backward()
+    assert table.weight.grad is None
+
+
+# ---- faults that are seen ----
+
+
+MUTATIONS = {
+    "no replay": lambda patch: patch.setattr(torch, "manual_seed", lambda seed: None),
+    "scale detached": lambda patch: loss_of(patch, lambda t, i, s: (t, i, s.detach() + 0 * s)),
+    "rows not in order": lambda patch: loss_of(patch, lambda t, i, s: (t.roll(1, 0), i, s)),
+    "a micro-batch without a gradient": lambda patch: loss_of(
+        patch, lambda t, i, s: (torch.cat([t[:MICRO].detach(), t[MICRO:]]), i, s)
+    ),
+}
+
+
+def loss_of(patch, change) -> None:
+    plain = contrastive_loss
+    patch.setattr(whole_batch, "contrastive_loss", lambda t, i, s, own: plain(*change(t, i, s), own))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mutation_of_each_piece_is_seen(mutation, monkeypatch):
+    batches, embeds = make_batch(False)
+    _, expected = reference_gradients(build(False), batches, embeds)
+    model = build(False)
+    MUTATIONS[mutation](monkeypatch)
+    _, actual = gradients_of(model, Accelerator(cpu=True), batches, embeds)
+    assert largest_error(actual, expected) > 1e-2
+
+
+# ---- processes ----
+
+
+def on_processes(number: int, folder: Path, *options: str) -> list[dict]:
+    """What each process of a `torchrun` ends with."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+    subprocess.run(
+        [*command, str(TESTS / "whole_batch_process.py"), str(folder), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(number)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(2, []), (2, ["--trained_images"]), (2, ["--first", "3"]), (2, ["--first", "0", "--trained_images"]), (3, [])],
+)
+def test_several_processes_equal_one(number, options, tmp_path):
+    """Also with unequal shares, and with a process that has none."""
+    trained_images = "--trained_images" in options
+    batches, embeds = make_batch(trained_images)
+    loss, expected = reference_gradients(build(trained_images), batches, embeds)
+    for result in on_processes(number, tmp_path / "run", *options):
+        assert result["loss"] == pytest.approx(loss, rel=1e-5)
+        assert largest_error(result["gradients"], expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_gradients_left_apart_are_seen(tmp_path):
+    batches, embeds = make_batch(False)
+    _, expected = reference_gradients(build(False), batches, embeds)
+    (result, _) = on_processes(2, tmp_path / "two", "--unsummed")
+    assert largest_error(result["gradients"], expected) > 1e-2
+
+
+# ---- micro-batches ----
+
+
+@pytest.mark.parametrize("size", [1, MICRO, 3, 7])
+def test_micro_batches_are_in_order_of_length_and_no_wider_than_their_longest(size):
+    processor = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())
+    ids = processor(text=CAPTIONS, padding=False)["input_ids"]
+    lengths = [len(tokens) for tokens in ids]
+    assert lengths != sorted(lengths), "captions that come in order would prove nothing"
+    batches, order = micro_batches(processor, CAPTIONS, size)
+    rows = [row[mask.bool()].tolist() for b in batches for row, mask in zip(b.input_ids, b.attention_mask, strict=True)]
+    assert rows == [ids[i] for i in order] and sorted(order) == list(range(len(CAPTIONS)))
+    assert [len(row) for row in rows] == sorted(lengths)
+    widths = [max(sorted(lengths)[start : start + size]) for start in range(0, len(lengths), size)]
+    assert [batch.input_ids.shape[1] for batch in batches] == widths
+
+
+def test_padding_share():
+    batches, _ = micro_batches(CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer()), CAPTIONS, MICRO)
+    kept = sum(int(b.attention_mask.sum()) for b in batches)
+    assert padding_share(batches) == pytest.approx(1 - kept / sum(b.input_ids.numel() for b in batches))
+    assert padding_share(batches) < 0.3 < 1 - kept / (7 * 77)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-5), ("bf16", 1e-2), ("fp16", 1e-2)])
+@pytest.mark.parametrize("trained_images", [False, True], ids=["frozen image tower", "both towers"])
+def test_step_on_a_gpu(precision, tolerance, trained_images):
+    """With fp16 the scaler is on, its scale taken out of the gradients before they are compared."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    batches, embeds = make_batch(trained_images)
+    scaler = GradScalerKwargs(init_scale=256.0)  # the default overflows at the first step, which training leaves out
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[scaler])
+    autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    loss, expected = reference_gradients(build(trained_images).cuda(), batches, embeds, autocast)
+    embeds = None if embeds is None else embeds.cuda()
+    report, actual = gradients_of(build(trained_images).cuda(), accelerator, batches, embeds, None)
+    assert (accelerator.scaler is not None) == (precision == "fp16")
+    assert report.loss == pytest.approx(loss, rel=1e-4)
+    assert largest_error(actual, expected) < tolerance

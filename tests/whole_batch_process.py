@@ -1,0 +1,79 @@
+"""One process of the test of the whole batch: `torchrun --nproc_per_node N tests/whole_batch_process.py OUT [options]`.
+
+It takes its share of the micro-batches and saves the gradients that it ends with.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+import torch
+from accelerate import Accelerator
+from tiny import randomise, tiny_config, tiny_tokenizer
+
+from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
+from training.batches import micro_batches
+from training.whole_batch import WholeBatch
+
+CAPTIONS = ["gato", "uma foto de um gato azul", "a casa", "o carro verde e a árvore", "pão", "são joão", "água"]
+SEED, STEP, MICRO = 5, 3, 2
+
+
+def build(trained_images: bool, checkpointing: bool = False) -> CapivaraModel:
+    model = randomise(CapivaraModel(tiny_config()))
+    if not trained_images:
+        model.freeze_image_tower()
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    return model.train()
+
+
+def make_batch(trained_images: bool, size: int = MICRO, captions: list[str] = CAPTIONS):
+    """Micro-batches of the captions, and their image embeddings, or their pixels within."""
+    processor = CapivaraProcessor(CapivaraImageProcessor(), tiny_tokenizer())
+    batches, order = micro_batches(processor, captions, size)
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.nn.functional.normalize(torch.randn(len(captions), 24, generator=generator), dim=-1)[order]
+    pixels = torch.randn(len(captions), 3, 32, 32, generator=generator)[order]
+    if trained_images:
+        for batch in batches:
+            batch.pixel_values = pixels[batch.positions]
+    return batches, None if trained_images else embeds
+
+
+def gradients_of(model, accelerator, batches, image_embeds, budget: float | None = 0.0, loss=None, own=None):
+    """Report and gradients of a step, name -> tensor; `own` are the micro-batches of this process."""
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)  # no wrapper
+    step = WholeBatch(prepared, model.logit_scale, accelerator, SEED, loss, budget)
+    pairs = sum(len(batch.input_ids) for batch in batches)
+    report = step(STEP, batches if own is None else own, pairs, image_embeds)
+    scale = accelerator.scaler.get_scale() if accelerator.scaler else 1
+    return report, {n: p.grad.clone() / scale for n, p in model.named_parameters() if p.grad is not None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--trained_images", action="store_true")
+    parser.add_argument("--first", type=int, help="micro-batches of the first process; the others share the rest")
+    parser.add_argument("--unsummed", action="store_true", help="the mutation: gradients are left unsummed")
+    args = parser.parse_args()
+    if args.unsummed:
+        WholeBatch._sum_over_processes = lambda self: None
+    accelerator = Accelerator(cpu=True)
+    rank, number = accelerator.process_index, accelerator.num_processes
+    batches, embeds = make_batch(args.trained_images)
+    own = batches[rank::number]
+    if args.first is not None:
+        own = batches[: args.first] if rank == 0 else batches[args.first :][rank - 1 :: number - 1]
+    report, gradients = gradients_of(build(args.trained_images), accelerator, batches, embeds, own=own)
+    torch.save({"loss": report.loss, "gradients": gradients}, args.output / f"{rank}.pt")
+    accelerator.end_training()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Which pairs a step trains on, in micro-batches: a function of seed and step alone, so that a run resumes anywhere."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling_capivara import CapivaraProcessor
+
+
+@dataclass
+class MicroBatch:
+    """Texts that go through the tower at once."""
+
+    index: int  # of the micro-batch within the whole batch, over all processes; its random state derives from it
+    start: int  # row of its first text in the whole batch, which is in order of length
+    input_ids: Tensor  # (texts, tokens)
+    attention_mask: Tensor  # (texts, tokens)
+    pixel_values: Tensor | None = None  # (texts, 3, height, width), where the image tower is trained; else None
+
+    def inputs(self, device: torch.device) -> dict[str, Tensor]:
+        """What the model is called with, on a device."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        inputs |= {} if self.pixel_values is None else {"pixel_values": self.pixel_values}
+        return {name: values.to(device) for name, values in inputs.items()}
+
+    @property
+    def positions(self) -> Tensor:
+        """(texts,), its rows in the whole batch."""
+        return torch.arange(self.start, self.start + len(self.input_ids))
+
+
+def micro_batches(
+    processor: CapivaraProcessor, captions: Sequence[str], size: int
+) -> tuple[list[MicroBatch], list[int]]:
+    """Captions tokenised and cut in order of length, each micro-batch padded to its own longest.
+
+    Returns:
+        The micro-batches, and the order: row in them -> index in `captions`.
+    """
+    tokens = processor(text=list(captions), padding=False)
+    order = sorted(range(len(captions)), key=lambda i: len(tokens["input_ids"][i]))
+    batches = []
+    for start in range(0, len(order), size):
+        rows = [{key: tokens[key][i] for key in ("input_ids", "attention_mask")} for i in order[start : start + size]]
+        padded = processor.tokenizer.pad(rows, return_tensors="pt")
+        batches.append(MicroBatch(len(batches), start, padded["input_ids"], padded["attention_mask"]))
+    return batches, order
+
+
+def padding_share(batches: Sequence[MicroBatch]) -> float:
+    """Share of the tokens that are padding, 0 to 1."""
+    kept = sum(int(batch.attention_mask.sum()) for batch in batches)
+    return 1 - kept / sum(batch.attention_mask.numel() for batch in batches)
+
+
+def batch_counts(batch_size: int, sizes: Sequence[int]) -> list[int]:
+    """Pairs of a batch from each of several data sets, by their sizes.
+
+    Raises:
+        ValueError: a data set would give none, or more than it has.
+    """
+    exact = [batch_size * size / sum(sizes) for size in sizes]
+    counts = [int(share) for share in exact]
+    by_rest = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])  # largest remainder first
+    for i in by_rest[: batch_size - sum(counts)]:
+        counts[i] += 1
+    for count, size in zip(counts, sizes, strict=True):
+        if count > size:
+            raise ValueError(
+                f"effective_batch_size ({batch_size}) takes {count} pairs from a data set that has {size} usable ones; "
+                f"an image would be its own negative. Choose a smaller batch."
+            )
+        if count == 0:
+            raise ValueError(f"A batch of {batch_size} has no room for a data set of {size} pairs; raise the batch.")
+    return counts
+
+
+def batch_indices(step: int, batch_size: int, number: int, seed: int) -> np.ndarray:
+    """Rows of the batch of a step (counted from 0): a function of its arguments, so that a run can resume anywhere.
+
+    Every epoch is a permutation of its own, cut into whole batches; its tail is left out, since a batch over the
+    border could hold an image twice, as its own negative.
+    """
+    batches_per_epoch = number // batch_size
+    epoch, position = divmod(step, batches_per_epoch)
+    return _permutation(seed, epoch, number)[position * batch_size : (position + 1) * batch_size]
+
+
+@lru_cache(maxsize=8)
+def _permutation(seed: int, epoch: int, number: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(number)
+
+
+def drawn_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, seed: int) -> list[str]:
+    """One caption of each row, drawn at random: each step draws anew (CAPIVARA, arXiv 2310.13683, section 3)."""
+    draws = np.random.default_rng([seed, step, 1]).random(len(rows))  # 1: a stream apart from that of `batch_indices`
+    return [texts[int(draw * len(texts))] for texts, draw in zip(_at(captions, rows), draws, strict=True)]
+
+
+def drawn_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
+    """(number,), a view of each image of a step; the step itself, a fresh view, where `views` is 0."""
+    if views == 0:
+        return np.full(number, step)
+    return np.random.default_rng([seed, step, 2]).integers(views, size=number)
+
+
+def _at(captions: Sequence[list[str]], rows: np.ndarray) -> list[list[str]]:
+    if isinstance(captions, list):
+        return [captions[row] for row in rows]
+    return captions[[int(row) for row in rows]]  # a column of `datasets` reads many rows at once
+
+
+@dataclass
+class StepPlan:
+    """All that is drawn for a step, in the order of its micro-batches."""
+
+    step: int  # counted from 0
+    sources: np.ndarray  # (pairs,), which data set each is from
+    rows: np.ndarray  # (pairs,), its number there
+    views: np.ndarray  # (pairs,), the view of its image
+    batches: list[MicroBatch]  # all micro-batches, of all processes
+    tokens: int  # of the batch, padding left out
+    padding: float  # share of the tokens that are padding, 0 to 1
+
+
+@dataclass
+class Planner:
+    """Draws the batches of a run; step n is the same whatever was drawn before."""
+
+    captions: list[Sequence[list[str]]]  # data set -> pair -> captions
+    counts: list[int]  # pairs of a batch from each data set
+    processor: CapivaraProcessor
+    micro_batch_size: int  # texts of a micro-batch
+    augmented_views: int  # of every image
+    seed: int
+
+    def texts(self) -> Iterator[str]:
+        """All texts that a step may put through the tower that is trained."""
+        for texts in itertools.chain(*self.captions):
+            yield from texts
+
+    def __call__(self, step: int) -> StepPlan:
+        """The pairs of a step, counted from 0."""
+        drawn, texts = [], []
+        for number, count in enumerate(self.counts):
+            seed = self.seed + (number << 32)  # the first data set is drawn from as if it were alone
+            rows = batch_indices(step, count, len(self.captions[number]), seed)
+            drawn.append((np.full(count, number), rows))
+            texts += drawn_captions(self.captions[number], rows, step, seed)
+        batches, order = micro_batches(self.processor, texts, self.micro_batch_size)
+        sources, rows = (np.concatenate(column)[order] for column in zip(*drawn, strict=True))
+        return StepPlan(
+            step=step,
+            sources=sources,
+            rows=rows,
+            views=drawn_views(self.augmented_views, len(order), step, self.seed)[order],
+            batches=batches,
+            tokens=sum(int(batch.attention_mask.sum()) for batch in batches),
+            padding=padding_share(batches),
+        )

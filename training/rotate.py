@@ -1,0 +1,150 @@
+"""Turn a trained model's space so that the first numbers of an embedding hold most: a step after training.
+
+    python -m training.rotate runs/pt --dataset DATA --dims 256 128 64 --output runs/pt-rotated
+
+The rotation to the principal axes of a data set's images is folded into both projections: no cosine of whole embeddings
+changes, and embeddings that are cut to their first numbers lose little (docs/recipe.md). It is written beside the
+weights, as `rotation.safetensors`: vectors of the model before are turned by `stored @ rotation.T`. The image side is
+another one then: an index made before is made anew, or turned.
+"""
+
+from capivara_search.common.start import start_command
+
+if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
+    start_command("training.arguments:RotateArguments", __doc__)
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from capivara_search.common.cli import parse, run_command, user_errors
+from capivara_search.common.files import check_output_folder, whole_folder, write_bytes
+from capivara_search.common.image_files import BadImage, decode_image
+from caption_data.sources import open_source
+from modeling_capivara import CapivaraModel
+from modeling_capivara.configuration_capivara import checked_widths
+from modeling_capivara.embedding import embed_images
+from modeling_capivara.loading import load_model, load_processor
+from training.arguments import RotateArguments
+
+ROTATION_FILE = "rotation.safetensors"  # beside a model's weights
+ROTATION_IMAGES = 2**14  # that the axes are taken of: enough for the second moments of a thousand dimensions
+
+
+def rotate(args: RotateArguments) -> Tensor:
+    """Write the model with its space turned to the principal axes of a data set's images; returns the rotation.
+
+    Of more than `ROTATION_IMAGES` images so many are taken, evenly spaced; those that can't be used are left out.
+
+    Raises:
+        ValueError: the output is not empty, a width does not divide the embedding's, there are too few images, or the
+            model was turned before.
+    """
+    check_output_folder(args.output)
+    if load_rotation(args.model) is not None:
+        raise ValueError(f"{args.model} was turned before: it has a {ROTATION_FILE}. Give the model as it was trained.")
+    model, processor = load_model(args.model).eval(), load_processor(args.model)
+    width = model.config.projection_dim
+    model.config.matryoshka_dims = checked_widths(args.dims, width) or None
+    source = open_source(args.dataset, args.split, args.image_column)
+    pictures = []
+    for row in np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64).tolist():
+        with suppress(BadImage):
+            pictures.append(decode_image(source.row(row)[args.image_column], source.files))
+    if len(pictures) <= width:
+        raise ValueError(
+            f"{source.where} has {len(pictures)} usable images, and {width} axes are asked of them. Give more than that."
+        )
+    rotation = principal_rotation(embed_images(model, processor, pictures, description="Images"))
+    rotate_(model, rotation)
+    with whole_folder(args.output) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        save_rotation(rotation, folder)
+    return rotation
+
+
+@torch.no_grad()
+def principal_rotation(image_embeds: Tensor) -> Tensor:
+    """The orthogonal matrix that turns a space to the principal axes of its images, those of most variance first.
+
+    Eigenvectors of the second moments: of all orthogonal bases, theirs keeps the most of the images' squared length in
+    every prefix (Eckart and Young), and cosines are taken about the origin, not about the mean. Each has its largest
+    number positive, so that the same images give the same matrix.
+
+    Args:
+        image_embeds: (images, width), unit length; more images than the width, or the last axes are arbitrary.
+
+    Returns:
+        (width, width), float32: `embeds @ rotation.T` are the rotated embeddings.
+
+    Raises:
+        ValueError: there is no image, or an embedding is not finite.
+    """
+    if not len(image_embeds) or not torch.isfinite(image_embeds).all():
+        raise ValueError(f"The rotation needs finite embeddings of images, got {len(image_embeds)} of them.")
+    embeds = image_embeds.cpu().double()
+    axes = torch.linalg.eigh(embeds.T @ embeds / len(embeds)).eigenvectors.flip(1).T
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    return (axes * largest.sign()).float().contiguous()
+
+
+@torch.no_grad()
+def rotate_(model: CapivaraModel, rotation: Tensor) -> None:
+    """Turn the space of a model, in place: the rotation becomes part of its two projections.
+
+    Args:
+        model: without adapters.
+        rotation: (projection_dim, projection_dim), orthogonal.
+
+    Raises:
+        ValueError: the rotation is of another width.
+    """
+    width = model.config.projection_dim
+    if rotation.shape != (width, width):
+        raise ValueError(f"The rotation is of {len(rotation)} dimensions, the model's embeddings are of {width}.")
+    text = model.text_projection
+    for layer in (model.visual_projection, text[-1] if isinstance(text, nn.Sequential) else text):
+        rotated = rotation.to(layer.weight.device).double() @ layer.weight.double()
+        layer.weight.copy_(rotated)
+
+
+def save_rotation(rotation: Tensor, folder: Path) -> None:
+    """Write the rotation beside a model's weights."""
+    write_bytes(folder / ROTATION_FILE, save({"rotation": rotation}))
+
+
+def load_rotation(model: str | Path) -> Tensor | None:
+    """The rotation between a model, a folder or Hub id, and its base, (width, width); None where there was none.
+
+    Raises ValueError where its file can't be read.
+    """
+    path = Path(model) / ROTATION_FILE
+    if not Path(model).exists():
+        with suppress(EntryNotFoundError):
+            path = Path(hf_hub_download(str(model), ROTATION_FILE))
+    if not path.is_file():
+        return None
+    try:
+        return load_file(path)["rotation"]
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Fetch or make the model again.") from error
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(RotateArguments, __doc__, argv)
+    rotate(args)
+    print(f"Written to {args.output}.")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,245 @@
+"""One loss over the whole contrastive batch, in the memory of a few micro-batches, on any number of processes.
+
+    step = WholeBatch(model, accelerator, seed=0)
+    report = step(0, batches, pairs=2816, image_embeds=embeds)  # the gradients are in the parameters
+
+Plain autograd: every micro-batch is embedded, those whose graph does not fit under `torch.utils.checkpoint`, and the
+loss is taken of all embeddings together. A micro-batch that is embedded again has the random state of its first time,
+so the gradient is the same to the bit whatever was kept.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from training.batches import MicroBatch
+
+TILE_LOGITS = 2**24  # logits at once, 64 MiB in float32
+BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # texts, images, logit_scale, own -> scalar
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step gave beside the gradients."""
+
+    loss: float  # of the whole batch, in nats
+    graphs_kept: int  # micro-batches of this process whose graph was kept, not made again
+
+
+@dataclass
+class WholeBatch:
+    """The gradients of one optimiser step, for every trained parameter of a model.
+
+    The model is called, but not wrapped for gradient averaging: a wrapper averages at every micro-batch, and waits for
+    ever where one process has fewer of them. The processes' gradients are summed once, at the end.
+    """
+
+    model: nn.Module  # in training mode; `text_embeds` and `image_embeds` of its output are of unit length
+    logit_scale: nn.Parameter  # the model's own parameter
+    accelerator: Accelerator  # device, precision and processes
+    seed: int
+    loss: Loss | None = None  # `contrastive_loss` where None
+    budget: float | None = None  # bytes of graphs that are kept; what is free at the first step where None
+    _bytes_a_token: float = 0.0  # of a graph, as the first micro-batch has it
+    _bytes_a_text: float = 0.0
+
+    def __call__(
+        self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None = None
+    ) -> StepReport:
+        """Fill the gradients; they are zero or None before.
+
+        Args:
+            step: counted from 0.
+            batches: the micro-batches of this process, any number of them, also none.
+            pairs: of the whole batch, over all processes.
+            image_embeds: (pairs, width), unit length, in the order of the micro-batches; None where each micro-batch
+                has its pixels, whose embeddings then have a gradient.
+
+        Raises:
+            FloatingPointError: the loss is not finite. No gradient was computed.
+            ValueError: there are fewer than two pairs.
+        """
+        if pairs < 2:
+            raise ValueError(f"The loss needs at least 2 pairs, got {pairs}.")
+        own = torch.cat([torch.empty(0, dtype=torch.long), *(batch.positions for batch in batches)])
+        own = own.to(self.accelerator.device)
+        with word_rows(self.model.get_input_embeddings(), [batch.input_ids.to(own.device) for batch in batches]):
+            parts, kept = self._embedded(step, batches)
+            texts = self._of_all([text for text, _ in parts], own, pairs)
+            if image_embeds is None:
+                image_embeds = self._of_all([image for _, image in parts], own, pairs)
+            loss = (self.loss or contrastive_loss)(texts, image_embeds, self.logit_scale, own)
+            whole = loss.detach().clone()
+            if self.accelerator.num_processes > 1:
+                torch.distributed.all_reduce(whole)
+            if not torch.isfinite(whole):
+                raise FloatingPointError(f"The loss is {whole.item()}.")
+            self.accelerator.backward(loss)
+        self._sum_over_processes()
+        return StepReport(whole.item(), kept)
+
+    def _embedded(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
+        """The embeddings of each micro-batch, and how many of them, from the first on, keep their graph."""
+        parts, kept, spent = [], 0, 0.0
+        for batch in batches:
+            spent += self._cost(step, batch)
+            if spent <= self.budget:
+                parts.append(self._embed(step, batch))
+                kept += 1
+            else:  # it sets its random state itself
+                parts.append(checkpoint(self._embed, step, batch, use_reentrant=False, preserve_rng_state=False))
+        return parts, kept
+
+    def _embed(self, step: int, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        state = np.random.SeedSequence([self.seed, step, batch.index]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(state >> np.uint64(1)))  # dropout: the same both times, on any number of processes
+        # An autocast of its own: within one that all share, each weight is cast once, and the gradients of the
+        # micro-batches are summed in the cast's 8 bits.
+        with self.accelerator.autocast():
+            output = self.model(**batch.inputs(self.accelerator.device))
+        return output.text_embeds, output.image_embeds
+
+    def _of_all(self, parts: Sequence[Tensor], own: Tensor, pairs: int) -> Tensor:
+        """(pairs, width) of all processes; `parts` are this one's rows `own`, and gradients come back to them."""
+        if self.accelerator.num_processes == 1:
+            return torch.cat(parts)
+        width = self.accelerator.unwrap_model(self.model).config.projection_dim
+        # It requires a gradient by itself: a process without micro-batches takes part in the backward pass, too.
+        whole = torch.zeros(pairs, width, device=own.device, requires_grad=True)
+        if parts:
+            whole = whole.index_copy(0, own, torch.cat(parts).to(whole.dtype))
+        return all_reduce(whole)
+
+    def _cost(self, step: int, batch: MicroBatch) -> float:
+        """Bytes of a micro-batch's graph, in terms of the first one, which was measured."""
+        if self.budget is None:
+            size = graph_bytes(lambda: self._embed(step, batch), self.model)
+            self._bytes_a_token, self._bytes_a_text = size / batch.input_ids.numel(), size / len(batch.input_ids)
+            left = free_memory(self.accelerator.device) - self._state_bytes()
+            self.budget = BUDGET_SHARE * max(left, 0)
+        if self.budget in (0.0, float("inf")):
+            return 1.0
+        return max(self._bytes_a_token * batch.input_ids.numel(), self._bytes_a_text * len(batch.input_ids))
+
+    def _state_bytes(self) -> int:
+        """Bytes of gradients and of Adam's moments that are still to be allocated."""
+        return sum(p.nbytes * (2 + (p.grad is None)) for p in self.model.parameters() if p.requires_grad)
+
+    def _sum_over_processes(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
+
+
+def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, own: Tensor) -> Tensor:
+    """This process's share of CLIP's loss: the sum over the processes is `clip_loss` of the whole batch.
+
+    Source: CLIP (arXiv 2103.00020), section 2.3, figure 3. Row i of one side belongs to row i of the other.
+
+    Args:
+        text_embeds: (pairs, width), unit length; of the whole batch.
+        image_embeds: (pairs, width), unit length.
+        logit_scale: scalar, natural logarithm of the scale.
+        own: (rows,), the rows whose cross-entropies this process takes.
+
+    Returns:
+        Scalar, in nats, at least in float32.
+    """
+    with torch.autocast(text_embeds.device.type, enabled=False):
+        dtype = torch.promote_types(text_embeds.dtype, torch.float32)
+        texts, images, scale = text_embeds.to(dtype), image_embeds.to(dtype), logit_scale.to(dtype).exp()
+        sums = _cross_entropies(scale * texts[own], images, own) + _cross_entropies(scale * images[own], texts, own)
+        return sums / (2 * len(texts))
+
+
+def _cross_entropies(queries: Tensor, items: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the queries; in tiles of rows, which are made again in the backward pass where there are several."""
+    rows = max(1, TILE_LOGITS // len(items))
+
+    def tile(some: Tensor, right: Tensor) -> Tensor:
+        return F.cross_entropy(some @ items.T, right, reduction="sum")
+
+    if len(queries) <= rows:
+        return tile(queries, targets)
+    tiles = zip(queries.split(rows), targets.split(rows), strict=True)
+    return sum(checkpoint(tile, *one, use_reentrant=False, preserve_rng_state=False) for one in tiles)
+
+
+@contextmanager
+def word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None]:
+    """Within it `table` answers from the rows that a step's texts use, looked up once.
+
+    The table then has one gradient, not one of its full size for every micro-batch: 768 MB for the 250,002 pieces of
+    XLM-R. The backward pass has to be within it, too; after it, RuntimeError is raised.
+    """
+    ids = torch.cat([torch.empty(0, dtype=torch.long, device=table.weight.device), *map(torch.flatten, input_ids)])
+    ids = ids.unique()
+    rows = F.embedding(ids, table.weight, table.padding_idx)  # padding's row has a gradient of zero
+    ended = False
+
+    def within(gradient: Tensor) -> None:
+        if ended:  # what was looked up again, meanwhile, was looked up in the whole table
+            raise RuntimeError("The backward pass of texts belongs within `word_rows`.")
+
+    if rows.requires_grad:
+        rows.register_hook(within)
+    table.forward = lambda wanted: F.embedding(torch.searchsorted(ids, wanted), rows)
+    try:
+        yield
+    finally:
+        del table.forward
+        ended = True
+
+
+def graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
+    """Bytes that autograd saves for the backward pass of `run`, the model's own tensors left out."""
+    seen = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    sizes = []
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            sizes.append(storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        result = run()  # alive until all is counted: freed storage would be given out again
+    del result
+    return sum(sizes)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on `device`, the limit of a container included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or one without a limit, which is "max"
+        limit = int(CONTAINER_LIMIT.read_text(encoding="ascii"))
+        free = min(free, limit - psutil.Process().memory_info().rss)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one machine share it
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process holds on `device`; the most it has held, on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
