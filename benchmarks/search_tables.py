@@ -15,7 +15,7 @@ PROGRAMS = {
 PHOTO_PROGRAMS = {
     "open_clip": "open_clip's plain loop",
     "index": "`capivara index`",
-    "index_exact": "`capivara index --exact`",
+    "index_exact": "`capivara index ~/Fotos --exact`",
 }
 
 

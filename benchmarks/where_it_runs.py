@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.timing import table
 
 FILES = ("exchange_text_side", "immich", "immich_miniature", "in_browser", "static_page_full")
-EXPORT = "python -m hub_upload.export --formats"
+EXPORT = "python -m hub_upload.export --model MODEL --output FOLDER --formats"
 # Of each row: place, command, tried with, difference to the model in Python, not tried. The first and the last two are
 # the words of a language, and so are the columns' heads and the paragraph under the table.
 ENGLISH = {
@@ -100,12 +100,12 @@ def places(results: dict[str, Any]) -> dict[str, tuple[str, str]]:
             f"`{EXPORT} transformers,transformers_js`",
             f"{browser['transformers.js']}, Node {browser['node'].removeprefix('v')}, Chromium {chromium}",
         ),
-        "page": ("`python -m hub_upload.space --static FOLDER`", f"Chromium {chromium}"),
+        "page": ("`python -m hub_upload.space --model MODEL --static FOLDER`", f"Chromium {chromium}"),
         "sentences": (
             f"`{EXPORT} transformers,sentence_transformers`",
             store["sentence-transformers"],
         ),
-        "mteb": ("`python -m eval.mieb --model FOLDER`", "mteb 2.26"),
+        "mteb": ("`python -m eval.mieb --model FOLDER --output results`", "mteb 2.26"),
     }
 
 

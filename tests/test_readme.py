@@ -1,12 +1,19 @@
-"""The documentation holds: figures are those of the committed JSON, code runs, links lead somewhere."""
+"""The documentation holds: figures are those of the committed JSON, code and commands run, links lead somewhere."""
 
+import argparse
+import importlib
 import re
+import shlex
+from collections.abc import Callable
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from benchmarks import readme
+from capivara_search.command_flags import parsed
+from capivara_search.terminal import Words
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "LEIAME.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
@@ -72,6 +79,17 @@ def test_code_runs(tiny_folder, capsys):
 
 
 @pytest.mark.slow
+def test_the_search_example_runs_without_a_network(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("CAPIVARA_MODEL", raising=False)
+    (tmp_path / "Fotos").mkdir()
+    Image.new("RGB", (320, 240), "red").save(tmp_path / "Fotos" / "gato.jpg")
+    exec(compile(code_with("README.md", "PictureIndex"), "README.md", "exec"), {})
+    assert str(tmp_path / "Fotos" / "gato.jpg") in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_the_trainer_example_runs(tiny_model, tiny_processor, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     captions = ["um gato", "a casa azul", "o carro", "pão"]
@@ -87,14 +105,97 @@ def test_the_metric_example_runs(capsys, monkeypatch):
     assert "{'recall_at_k': 0.5}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "command", sorted({name for text in TEXTS.values() for name in re.findall(r"python -m ([\w.]+)", text)})
-)
-def test_commands_exist(command):
-    if command in ("http.server", "pip", "pytest", "venv"):
-        return
-    path = ROOT / command.replace(".", "/")
-    assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+# ---- commands ----
+
+LANGUAGES = {"LEIAME.md": "pt", "docs/busca.md": "pt", "docs/seu_idioma.md": "pt", "docs/immich.md": "pt"}
+OF_OTHERS = ("http.server", "pip", "pytest", "venv")  # modules behind `python -m` that are none of the project's
+OWN = ("capivara ", "python -m ", "accelerate launch ", "make ", "pip install ")
+LEFT_OUT = "…"  # a command with it names another one's flags, as text
+
+
+class Parsed(BaseException):
+    """A command line was parsed; nothing after it shall run."""
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of each command of a page: the lines of its shell blocks, and what its text says with flags."""
+    blocks = [code for kind, code in FENCE.findall(text) if kind in ("bash", "sh")]
+    lines = [line.strip() for code in blocks for line in code.replace("\\\n", " ").splitlines()]
+    inline = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", FENCE.sub("", text))]
+    lines += [code for code in inline if " -" in code.removeprefix("python -m ")]
+    commands = (re.sub(r"^([A-Z_]+=\S* +)+", "", command) for line in lines for command in re.split(r"\s&&\s", line))
+    words = [shlex.split(command, comments=True) for command in commands if command.startswith(OWN)]
+    return [command for command in words if LEFT_OUT not in command]
+
+
+def parse_command(words: list[str], language: str, parse_known_args: Callable) -> None:
+    """Parse a command as it would itself. Raises SystemExit, ValueError or AssertionError where it is refused."""
+    if words[:1] == ["capivara"] or words[:3] == ["python", "-m", "capivara_search"]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+            parsed(words[1 if words[0] == "capivara" else 3 :], Words(language))
+    elif words[:2] == ["python", "-m"] and words[2] not in OF_OTHERS:
+        run_until_parsed(words[2], words[3:])
+    elif words[:2] == ["accelerate", "launch"]:
+        run_until_parsed("train_accelerate", words[words.index("train_accelerate.py") + 1 :])
+    elif words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        assert words[1] in targets
+    elif words[:2] == ["pip", "install"]:
+        setup = ConfigParser(interpolation=None)
+        setup.read(ROOT / "setup.cfg", encoding="utf-8")
+        extras = {extra for word in words for found in re.findall(r"\[(.+)\]", word) for extra in found.split(",")}
+        assert extras <= set(setup["options.extras_require"]) | {"image"}
+
+
+def run_until_parsed(module: str, words: list[str]) -> None:
+    """`main` of a module up to where its flags are parsed; the files of configs have to be there."""
+    configs = [ROOT / words[words.index("--config") + 1]] if "--config" in words else []
+    assert all(path.is_file() for path in configs if path.parent != ROOT), configs  # my.yaml is the reader's own
+    main = importlib.import_module(
+        module + ("" if (ROOT / f"{module.replace('.', '/')}.py").is_file() else ".__main__")
+    )
+    with pytest.raises(Parsed):
+        main.main(words)
+
+
+@pytest.fixture
+def stops_when_parsed(monkeypatch, tmp_path):
+    """Every parser raises Parsed once it has taken its words, all of them."""
+    parse_known_args = argparse.ArgumentParser.parse_known_args
+
+    def parsed_all(parser, *args, **options):
+        _, unknown = parse_known_args(parser, *args, **options)
+        assert not unknown, unknown
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parsed_all)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # of somebody with pictures
+    (tmp_path / "Fotos").mkdir()
+    return parse_known_args
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TEXTS)
+def test_commands_parse_as_they_stand(page, stops_when_parsed):
+    wrong = []
+    for words in commands_of(TEXTS[page]):
+        try:
+            parse_command(words, LANGUAGES.get(page, "en"), stops_when_parsed)
+        except (Exception, SystemExit, pytest.fail.Exception) as error:
+            if isinstance(error, SystemExit) and error.code == 0 and "--help" in words:
+                continue
+            wrong.append(f"{shlex.join(words)}: {type(error).__name__} {str(error)[:200]}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", [*TEXTS, "CHANGELOG.md"])
+def test_commands_exist(page):
+    text = re.sub(r"Gone are .*?\.\n", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+    for name in re.findall(r"python -m ([\w.]+)", text):
+        path = ROOT / name.rstrip(".").replace(".", "/")
+        assert name in OF_OTHERS or path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), name
 
 
 @pytest.mark.parametrize("page", TEXTS)
