@@ -69,6 +69,12 @@ def test_unknown_flag_and_missing_file(tmp_path):
         parse_arguments(["--config", str(tmp_path / "none.yaml")], "")
 
 
+def test_the_pair_filter_of_a_config_is_turned_off_by_null(tmp_path):
+    file = config(tmp_path, "model: m\ndataset: d\nmin_pair_similarity: 0.2\n")
+    assert parse_arguments(file, "").min_pair_similarity == 0.2
+    assert parse_arguments([*file, "--min_pair_similarity", "null"], "").min_pair_similarity is None
+
+
 def test_wrong_type_names_flag_and_value(capsys):
     with pytest.raises(SystemExit):
         parse_arguments([*MINIMUM, "--max_steps", "many"], "")

@@ -23,7 +23,16 @@ from modeling_capivara.configuration_capivara import checked_widths
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
-from training.data import Planner, Split, batch_counts, caption_column, evaluation_split, training_splits
+from training.data import (
+    Planner,
+    Split,
+    batch_counts,
+    caption_column,
+    check_data_sets,
+    evaluation_split,
+    measured_languages,
+    training_splits,
+)
 from training.images import TrainingImages, build_cache, cached_embeds, loading_workers
 from training.matryoshka import rotate_
 from training.teacher import Teacher, TeacherTexts
@@ -111,6 +120,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         ValueError: anything is missing or bad, the batch exceeds the pairs, or LoRA's names match nothing.
         OSError: the disk has too little space.
     """
+    check_data_sets(args)  # before a model is loaded
     processor = load_processor(args.model)
     base = load_model(args.model)
     checked_widths(args.matryoshka_dims, base.config.projection_dim)  # before any long work
@@ -121,9 +131,9 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     check_free_space(output_dir, _bytes_of_run(args, trial))
     del trial
     base.to(accelerator.device).eval()
-    known = [args.teacher_language] if args.text_teacher else []
-    languages = {args.validation_split: [args.language, *known], args.test_split: args.eval_languages}
-    measured = {name: evaluation_split(args, name, languages[name]) for name in languages}
+    measured = {
+        split: evaluation_split(args, split, languages) for split, languages in measured_languages(args).items()
+    }
     skipped: list[Skipped] = []
     parallel = _parallel_text(args, skipped, output_dir)
     others = len(skipped)
