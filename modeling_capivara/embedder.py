@@ -227,11 +227,15 @@ def _transformers_clip(source: str, device: torch.device, precision: str, trust_
     # A tokenizer that was saved without a limit would give more tokens than the model has positions for.
     text_config = getattr(model.config, "text_config", model.config)
     longest = min(processor.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", sys.maxsize))
-    limit = {"truncation": True, "max_length": longest}
+    own = getattr(processor, "text_kwargs", {})  # Siglip2Processor's, say; most processors have no rule
+    # SigLIP reads the last token of a text that was filled up to the end, unmasked: its processor does not say so, and
+    # transformers' own pipeline asks for the model's kind, too.
+    padding = "max_length" if "siglip" in model.config.model_type else own.get("padding") or True
+    rule = {"padding": padding, "truncation": True, "max_length": min(longest, own.get("max_length", longest))}
 
     def encode_texts(texts: Sequence[str]) -> Tensor:
         with tokenizer_errors(f"The tokenizer of {source}"):
-            inputs = processor(text=list(texts), return_tensors="pt", padding=True, **limit).to(device)
+            inputs = processor(text=list(texts), return_tensors="pt", **rule).to(device)
         return model.get_text_features(**inputs).pooler_output
 
     def encode_images(images: Sequence[Image.Image]) -> Tensor:

@@ -8,6 +8,11 @@ import torch
 from PIL import Image
 from tiny import randomise, tiny_tokenizer
 from transformers import (
+    BertTokenizer,
+    ChineseCLIPConfig,
+    ChineseCLIPImageProcessor,
+    ChineseCLIPModel,
+    ChineseCLIPProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -68,6 +73,41 @@ def clip_folder(folder: Path) -> None:
     randomise(CLIPModel(CLIPConfig(text_config=text, vision_config=VISION))).save_pretrained(folder)
     tokenizer = CLIPTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
     CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
+
+
+def chinese_clip_folder(folder: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    text = TOWER | {"vocab_size": len(pieces), "pad_token_id": 0}
+    config = ChineseCLIPConfig(text_config=text, vision_config=VISION)
+    randomise(ChineseCLIPModel(config)).save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
+    ChineseCLIPProcessor(ChineseCLIPImageProcessor(), tokenizer).save_pretrained(folder)
+
+
+FOLDERS = {"siglip": siglip_folder, "clip": clip_folder, "chinese_clip": chinese_clip_folder, "ours": None}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_text_is_embedded_alone_as_beside_a_longer_one(kind, tiny_folder, tmp_path):
+    if kind == "ours":
+        embedder = load_embedder(str(tiny_folder), "cpu")
+    else:
+        FOLDERS[kind](tmp_path / "clip")
+        embedder = load_embedder(f"clip:{tmp_path / 'clip'}", "cpu", baseline=True)
+    longer = " ".join(["uma foto de um gato azul na casa verde"] * 9)
+    alone, both = embedder.texts(["um gato"]), embedder.texts(["um gato", longer])
+    torch.testing.assert_close(alone[0], both[0], rtol=0, atol=1e-5)
+    assert alone[0] @ both[1] < 0.999
+
+
+def test_siglip_texts_are_filled_up_to_the_end(tmp_path):
+    """As they were in its training, and as transformers' own pipeline does."""
+    siglip_folder(tmp_path / "clip")
+    model, tokenizer = SiglipModel.from_pretrained(tmp_path / "clip").eval(), tiny_tokenizer()
+    ids = tokenizer(["um gato"], padding="max_length", max_length=64, return_tensors="pt").input_ids
+    expected = torch.nn.functional.normalize(model.get_text_features(ids).pooler_output, dim=-1)
+    found = load_embedder(f"clip:{tmp_path / 'clip'}", "cpu", baseline=True).texts(["um gato"])
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
 
 
 DAMAGE = {
