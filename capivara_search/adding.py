@@ -8,6 +8,7 @@ kill at any moment loses no more than the last commit, and the next run does wha
 
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from capivara_search.common.image_files import BadImage, by_threads
-from capivara_search.index_plan import Plan, make_plan
+from capivara_search.index_plan import Plan, make_plan, note_asked
 from capivara_search.picture_columns import (
     EMPTY,
     FOLDER_KEY,
@@ -120,7 +121,7 @@ class Adding:
 
     def run(self, exact: bool = False) -> Added:
         """Do it; pictures are decoded at full size where `exact`."""
-        read = partial(read_picture, side=self.model.side, exact=exact)
+        read = partial(read_picture, side=self.model.side, exact=exact, folders=self.plan.roots)
         self.progress(0, len(self.plan.files))
         try:
             with ReadAhead(self._unknown(), read, self.batch_size) as batches:
@@ -157,7 +158,7 @@ class Adding:
         if file.size not in self.sizes:
             return None
         try:
-            return read_bytes_digest(file.path)
+            return read_bytes_digest(file.path, self.plan.roots)
         except (BadImage, OSError):
             return None  # reading it says why
 
@@ -241,6 +242,7 @@ def add_folders(
     with table.locked():
         plan = make_plan(table, model.image_digest, folders)  # says what is wrong with the folders
         table.create(model.width)
+        note_asked(table, folders)
         note_model(table, model)
         adding = Adding(table, model, plan, batch_size, progress)
         try:
@@ -303,10 +305,13 @@ def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[Lef
     return [LeftOut(path, true[path]["reason"]) for path in sorted(true)]
 
 
-def embed_files(model: "SearchModel", files: Sequence[FileState], batch_size: int = 32) -> dict[str, np.ndarray]:
-    """Path -> vector, of files that can be read; nothing is written."""
+def embed_files(
+    model: "SearchModel", files: Sequence[FileState], place: Path, batch_size: int = 32
+) -> dict[str, np.ndarray]:
+    """Path -> vector, of files of a place that can be read; nothing is written."""
     found = {}
-    with ReadAhead(files, partial(read_picture, side=model.side), batch_size) as batches:
+    read = partial(read_picture, side=model.side, folders=[os.path.realpath(place)])
+    with ReadAhead(files, read, batch_size) as batches:
         for batch in batches:
             pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
             vectors = model.images([one.image for one in pictures.values()], batch_size)

@@ -235,17 +235,24 @@ def app(args: argparse.Namespace, words: Words) -> int:
     pictures = _filled_index(args, words)
     _say_note(pictures, words)
     compare = _index(args, args.compare) if args.compare else None
+    from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
 
     def tell(address: str) -> None:
         print(words("page_open", address=address), flush=True)
         if not is_loopback(args.host):
-            _say(words("open_to_all"))
+            _say(words("open_to_all", names=", ".join(allowed_hosts(args.host, args.allow_host))))
 
+    unasked = sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys()))
+    if unasked:
+        names = [shown_path(folder) for folder in unasked[:LEFT_OUT_SHOWN]]
+        command = f"capivara {named('index', words.language)} {words('metavar.folder')}"
+        _say(words("thumbnails_alone", folders=", ".join(names), command=command))
     for number in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
         signal.signal(number, signal.default_int_handler)
     open_browser = not args.no_open
-    serve_index(pictures, args.host, args.port, compare, open_browser, words.language, on_open=tell)
+    options = {"language": words.language, "on_open": tell, "allow_hosts": args.allow_host}
+    serve_index(pictures, args.host, args.port, compare, open_browser, **options)
     return DONE
 
 

@@ -214,6 +214,7 @@ WRONG = {
         "--threshold: must be from 0.01 to 1, got 2",
         "--threshold: deve ser de 0,01 a 1, e é 2",
     ),
+    "app --allow-host http://fotos": ("http://fotos is neither a name nor", "http://fotos não é nome nem endereço"),
     "app --port 0": ("--port: must be from 1 to 65535, got 0", "--port: deve ser de 1 a 65535, e é 0"),
 }
 
@@ -629,6 +630,28 @@ def test_a_reader_that_goes_away_is_no_error(index):
     process = started("search", "x", "--json", "--index", index)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("lang", ["en", "pt"])
+def test_app_says_what_it_answers_to_and_whose_originals_it_hides(capivara, index, lang, monkeypatch, tmp_path):
+    asked = {}
+
+    def served(pictures, host, port, compare, open_browser, on_open, allow_hosts, language):
+        asked.update(host=host, allow_hosts=allow_hosts)
+        on_open(f"http://{host}:{port}")
+
+    monkeypatch.setattr("capivara_search.page.server.serve_index", served)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags = ["--lang", lang, "app", "--index", index, "--allow-host", "fotos.local", "--allow_host=10.0.0.9"]
+    assert capivara(*flags)[2].strip() == "", "on this machine alone there is nothing to say"
+    said = capivara(*flags, "--host", "0.0.0.0")[2]
+    assert asked == {"host": "0.0.0.0", "allow_hosts": ["fotos.local", "10.0.0.9"]}
+    assert said.count("\n") == 1 and f"fotos.local, 10.0.0.9, {socket.gethostname().lower()}" in said
+    assert ("without a password" if lang == "en" else "sem senha") in said
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # as on a machine that was never told of the folder
+    said = capivara(*flags)[2]
+    assert said.count("\n") == 1 and ("thumbnails alone" if lang == "en" else "só miniaturas") in said
+    assert ("capivara index FOLDER" if lang == "en" else "capivara indexar PASTA") in said
 
 
 @pytest.mark.slow
