@@ -90,7 +90,10 @@ def with_captions(row: int, captions: list[str]):
 
 
 BROKEN = {
-    "no split": (lambda d: DatasetDict(train=d["train"]), "no split 'validation'.*'train'"),
+    "no split": (
+        lambda d: DatasetDict(train=d["train"]),
+        r"no split 'validation'.* --validation_split, or .* --evaluation_dataset",
+    ),
     "no column": (lambda d: d.remove_columns("captions-pt"), "no column 'captions-pt'; there are .*'captions-en'"),
     "empty caption": (with_captions(3, ["ok", " "]), "row 3 can't be used, no caption"),
     "no caption": (with_captions(2, []), "row 2 can't be used, no caption"),
@@ -103,6 +106,11 @@ def test_a_split_that_is_measured_on_must_be_whole(tiny_dataset_folder, tmp_path
     break_it(load_from_disk(tiny_dataset_folder)).save_to_disk(tmp_path / "broken")
     with pytest.raises(ValueError, match=message):
         evaluation_split(arguments(tmp_path / "broken"), "validation", ["pt"])
+
+
+def test_a_missing_training_split_names_its_flags(tiny_dataset_folder):
+    with pytest.raises(ValueError, match=r"no split 'tr'; .*--train_split, or a data set that has it by --dataset"):
+        training_splits(arguments(tiny_dataset_folder, train_split="tr"), [])
 
 
 def test_training_rows_without_captions_are_skipped_and_listed(tiny_dataset_folder, tmp_path):

@@ -16,6 +16,7 @@ from capivara_search.common.image_files import decode_image
 from caption_data.pairs import caption_table, joined_tables, table_bytes, tables_fingerprint
 from caption_data.rows import Skipped
 from caption_data.selection import taught_captions
+from caption_data.source_files import NoSplit
 from caption_data.sources import Source, open_source
 from modeling_capivara import CapivaraProcessor
 from training.arguments import RunArguments
@@ -71,13 +72,19 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
     taught = _caption_columns(args, args.teacher_language, similarities=False) if args.text_teacher else []
     if args.min_pair_similarity is not None:
         columns = list(dict.fromkeys([*columns, f"similarities-{args.language}"]))
-    sources = [
-        open_source(name, args.train_split, args.image_column, args.streaming, **args.limits()) for name in args.dataset
-    ]
+    sources = [_opened(args, name, args.train_split, "--dataset", args.streaming) for name in args.dataset]
     for source in sources:  # before the long pass over the first
         source.check_columns([args.image_column, *columns, *taught])
     read = partial(_shared_table, choose=choose, skipped=skipped, teach=teach, teach_columns=taught)
     return [Split(source, read(source, args.image_column, columns), args.image_column) for source in sources]
+
+
+def _opened(args: RunArguments, dataset: str, split: str, flag: str, streaming: bool = False) -> Source:
+    """`open_source`; where the split is missing, the error says which flags name another one, or other data."""
+    try:
+        return open_source(dataset, split, args.image_column, streaming, **args.limits())
+    except NoSplit as error:
+        raise error.by_flag(args, f", or a data set that has it by {flag}") from error
 
 
 def _shared_table(
@@ -109,7 +116,7 @@ def evaluation_split(args: RunArguments, split: str, languages: list[str]) -> di
     Raises:
         ValueError: a row can't be used; it is named.
     """
-    source = open_source(args.evaluation_dataset, split, args.image_column, **args.limits())
+    source = _opened(args, args.evaluation_dataset, split, "--evaluation_dataset")
     result = {}
     for language in languages:
         skipped: list[Skipped] = []
