@@ -193,8 +193,8 @@ def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[i
         missing = [name for name in wanted if _plain(name) not in set(map(_plain, names))]
         raise ValueError(
             f"{source} has {len(names)} classes, the prompts {len(wanted)}, and they don't match by name: "
-            f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, choose another benchmark, or give these names under `en` in "
-            "a file of your own."
+            f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, "
+            "choose another benchmark, or give the names of the data under `en` in a file of your own."
         )
     found = {name: iter(numbers) for name, numbers in positions.items()}
     mapping = {label: next(found[_plain(name)], None) for label, name in enumerate(names)}

@@ -138,6 +138,8 @@ def test_names_alone_and_an_empty_placeholder(tmp_path):
     assert prompts.filled == [["uma imagem de cor azul"], ["uma imagem de cor verde"]]
     assert prompts.names == prompts.names_en == ["azul", "verde"] and prompts.benchmark == "cores"
     assert (prompts.language, prompts.protocol, prompts.metric) == ("pt", "own", "accuracy")
+    prompts = own(tmp_path / "mine.json", classes=[{"pt": "gato"}, {"pt": "Cuba"}], templates=["{nome}!", "{um}!"])
+    assert prompts.filled == [["gato!", "gato!"], ["Cuba!", "Cuba!"]], "no gender, no article"
 
 
 def test_the_file_in_the_docs_is_one(tmp_path):
@@ -165,6 +167,7 @@ OWN_SLIPS = {
     "no English text": ({"classes": [{"es": "azul", "en": ""}]}, "class 0 needs a name"),
     "no class": ({"classes": []}, "at least one of classes and of templates"),
     "no template": ({"templates": []}, "at least one of classes and of templates"),
+    "classes are missing": ({"classes": None}, "classes must be of type list"),
     "no list": ({"templates": "color {}"}, "templates must be of type list"),
     "no placeholder": ({"templates": ["color"]}, "'color' needs the class's name in place of {}"),
     "Portuguese placeholder": ({"templates": ["color {um}"]}, "'color {um}' needs the class's name in place of {}"),
