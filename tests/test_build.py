@@ -237,6 +237,23 @@ def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
     assert local_executor("local", work, replace(step.args, tasks=5, workers=9), None).workers == 5
 
 
+@pytest.mark.parametrize("letter", ["\n", "\x1b", "\\"])
+@pytest.mark.parametrize("flag", ["partition", "time", "sbatch", "logging_dir", "output"])
+def test_slurm_gets_no_control_character(config, tmp_path, flag, letter):
+    """A line break would be a directive of its own; of a backslash sbatch and a shell make different things."""
+    flags = {
+        "partition": "gpu",
+        "time": "1",
+        "sbatch": "comment=x",
+        "logging_dir": f"{tmp_path}/l",
+        "output": f"{tmp_path}/b",
+    }
+    flags[flag] += f"{letter}#SBATCH --wrap=x"
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    with pytest.raises(SystemExit, match=rf"error: .*{flag} must have no backslash, line break"):
+        main(["--config", str(config), "--executor", "slurm", "--tasks", "2", *words])
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
