@@ -330,7 +330,7 @@ class SlurmExecutor(_Executor, SlurmPipelineExecutor):
             self.job_id = self.depends_job_id
 
     def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
-        """datatrove's script, in which it quotes nothing: neither the values that sbatch reads, nor the shell's path."""
+        """datatrove's script, with what it does not quote: the values that sbatch reads, and the path."""
         output = self.slurm_logs_folder.replace("%", "%%") + "/%A_%a.out"  # "%j" in a folder's name is no job's number
         values = {**sbatch_args, "output": output, "error": output}.items()
         quoted = {name: shlex.quote(str(value)) if value else value for name, value in values}
