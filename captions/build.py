@@ -131,6 +131,9 @@ def described(plan: Plan) -> list[str]:
     lines = []
     for step in plan.all_steps():
         lines.append(f"{step.title}: {_state(step)}\n    {step.args.command()}")
+        found = corrected_sentences(step.args) if step.table and _has_translations(step) else {}
+        if number := sum(map(bool, found.values())):
+            lines.append(f"    {number:,} of its translations have changed; what depends on them will be made again")
         for work in Work.of(step.args, step.title):
             lines += [f"    {work.title}: task {rank} has failed: {text}" for rank, text in failures(work.logs).items()]
     there = (plan.output / DATASET_FOLDER).is_dir()
@@ -140,7 +143,8 @@ def described(plan: Plan) -> list[str]:
 def _state(step: Step) -> str:
     output = step.args.output
     if not _has_translations(step):
-        return f"waits for {step.table}" + (f", {untranslated(step.table)}" if step.table.is_file() else "")
+        missing = untranslated(step.table) if step.table.is_file() else ""
+        return ": ".join(filter(None, [f"waits for {step.table}", missing.partition(":")[0]]))
     if not (output / STAGE_FILE).is_file():
         return "to be done"
     left = sum(map(len, unfinished(output)))

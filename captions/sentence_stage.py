@@ -176,7 +176,7 @@ def _parts_with(corrected: dict[str, str], stage: StageArguments, columns: list[
 
 def _remove(parts: list[Path]) -> None:
     if parts:
-        logger.info("%d parts of %s are made again, for translations that have changed.", len(parts), parts[0].parent)
+        logger.info("Translations have changed; %d of the parts of %s will be made again.", len(parts), parts[0].parent)
     for path in parts:
         path.unlink(missing_ok=True)
 

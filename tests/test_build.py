@@ -27,7 +27,7 @@ from capivara_search.common.executors import TasksFailed, Work
 from capivara_search.common.executors import _executor as local_executor
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from captions import sentence_stage, stages
-from captions.build import BuildArguments, build, main
+from captions.build import BuildArguments, ManualStepRequired, build, main
 from captions.build_plan import STAGES, read_plan
 from captions.select import Selection
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
@@ -150,20 +150,22 @@ def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
         rf"waiting: {table} has the sentences of 1-translate, train: {missing}\.\n"
         r"Fill the last column, then run the same command again\.\n", said,
     )  # fmt: skip
-    assert (
-        re.search(rf"1-translate, train: waits for {table}, {missing}", caplog.text) and "--import " not in caplog.text
-    )
+    assert f"1-translate, train: waits for {table}: 2 of 25 sentences have no translation yet\n" in caplog.text
+    assert "--import " not in caplog.text, "that is the way of another command"
     assert not (tmp_path / "built" / "1-translate" / "train").exists() and not (tmp_path / "built" / "dataset").exists()
     corrected(table, a_cat_0="ikati 0", a_dog="inja")
     assert build(BuildArguments(config)) and "has the sentences" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_corrected_cell_makes_again_what_depends_on_it(config, tmp_path):
+def test_a_corrected_cell_makes_again_what_depends_on_it(config, tmp_path, caplog):
     """And nothing else; what comes of it is what a new build would be."""
     build(BuildArguments(config))
     before = times(tmp_path / "built")
     corrected(tmp_path / "tables" / "train.tsv", a_cat_9="ikati elincinane")
+    with caplog.at_level("INFO", "capivara"):
+        build(BuildArguments(config, dry_run=True))
+    assert caplog.text.count("1 of its translations have changed;") == 1 and times(tmp_path / "built") == before
     build(BuildArguments(config))
     after = times(tmp_path / "built")
     assert after.keys() == before.keys()
@@ -341,6 +343,17 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
     assert "#SBATCH --gpus=1" in scripts["2-score/train/rows"] and "#SBATCH --gpus" not in scripts["dataset"]
     assert "#SBATCH --array=0-0\n" in scripts["2-score/train/rows"], "one of two tasks has its parts"
     assert all("#SBATCH --kill-on-invalid-dep=yes" in script for script in scripts.values())
+
+
+@pytest.mark.slow
+def test_slurm_asks_for_a_table_where_it_has_nothing_to_do(config, tmp_path, monkeypatch):
+    """Phases that find out for themselves would be submitted at every start, and the table never written."""
+    build(BuildArguments(config))
+    (tmp_path / "tables" / "test.tsv").unlink()
+    monkeypatch.setattr("datatrove.executor.slurm.launch_slurm_job", lambda *args: pytest.fail("a job was submitted"))
+    flags = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00"}
+    with pytest.raises(ManualStepRequired, match=r"test\.tsv has the sentences of 1-translate, test: 25 of 25"):
+        build(BuildArguments(config, **flags))
 
 
 def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
