@@ -117,7 +117,7 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
 
 
 def model_name(model: str, source: Path) -> str:
-    """How the page calls a model: a Hub id as it is, a folder by the name on its card, which says more than the folder's.
+    """How the page calls a model: a Hub id as it is, a folder by the name on its card where that has one.
 
     Args:
         model: as it was asked for.
