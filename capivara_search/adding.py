@@ -127,6 +127,7 @@ class Adding:
             with ReadAhead(self._unknown(), read, self.batch_size) as batches:
                 for batch in batches:
                     self._embed(batch)
+                    self.progress(self.done, len(self.plan.files))  # not of each: a rate of these would mislead
                     self._write()
         except KeyboardInterrupt:  # what was embedded is kept
             self.writer.write()
@@ -149,6 +150,7 @@ class Adding:
                     self._put(file, row, row[VECTOR])
                 else:
                     yield file
+            self.progress(self.done, len(self.plan.files))
             self._write()
 
     def _digest_before(self, file: FileState) -> str | None:
@@ -177,10 +179,10 @@ class Adding:
         pictures: dict[FileState, Picture] = {}
         for file, picture in batch:
             if isinstance(picture, FileNotFoundError):  # gone since it was found; the next run sees that
-                self._step()
+                self.done += 1
             elif isinstance(picture, BadImage | OSError):
                 self.writer.leave_out(file, str(picture))
-                self._step()
+                self.done += 1
             elif isinstance(picture, Exception):
                 raise picture
             else:
@@ -204,11 +206,7 @@ class Adding:
         self.writer.put({**row, **state, VECTOR: vector})
         self.sizes.add(file.size)
         self._count(file.path, row["digest"])
-        self._step()
-
-    def _step(self) -> None:
         self.done += 1
-        self.progress(self.done, len(self.plan.files))
 
     def _count(self, path: str, digest: str) -> None:
         known = self.plan.known[path]

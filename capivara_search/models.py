@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,6 +128,8 @@ class SearchModel:
 
     @cached_property
     def _loaded(self) -> tuple["CapivaraModel", "CapivaraProcessor"]:
+        said = "Loading the model %s …" if "torch" in sys.modules else "Importing torch, then loading the model %s …"
+        logger.info(said, self.name)  # before the imports, which take seconds
         from capivara_search.common.environment import torch_device
         from capivara_search.common.progress import no_bars_of_transformers
         from modeling_capivara.loading import load_model, load_processor

@@ -216,7 +216,7 @@ def test_only_a_command_that_goes_on_says_so(monkeypatch, capsys, resumes, way):
     def main():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(capivara_search.common.cli, "bars_for_terminals_only", lambda: None)
+    monkeypatch.setattr(capivara_search.common.cli, "prepare_bars", lambda: None)
     with pytest.raises(SystemExit) as ended:
         capivara_search.common.cli.run_command(main, resumes)
     assert ended.value.code == 130 and capsys.readouterr().err == f"\nStopped.{way}\n"

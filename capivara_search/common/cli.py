@@ -33,7 +33,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from capivara_search.common.progress import bars_for_terminals_only
+from capivara_search.common.progress import prepare_bars
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def run_command(main: Callable[[], object], resumes: bool = False) -> None:
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    bars_for_terminals_only()
+    prepare_bars()
     try:
         main()
     except KeyboardInterrupt:

@@ -36,7 +36,7 @@ from datatrove.executor.base import PipelineExecutor
 
 from capivara_search.common.environment import require
 from capivara_search.common.files import write_text
-from capivara_search.common.progress import bars_for_terminals_only, no_bars
+from capivara_search.common.progress import no_bars, prepare_bars
 from capivara_search.common.tasks import ExecutorArguments, Phase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -296,7 +296,7 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
         threading.Thread(target=_end_with, args=(multiprocess.parent_process(),), daemon=True).start()
         loguru.logger.disable("datatrove")
         logging.basicConfig(format="%(message)s")  # warnings; what each task says of its work is in its log
-        bars_for_terminals_only() if rank == 0 else no_bars()
+        prepare_bars() if rank == 0 else no_bars()
         if gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         elif "OMP_NUM_THREADS" not in os.environ:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -92,6 +93,7 @@ class Decoder:
 
 def main(descriptor: int, seconds: float) -> None:
     """Decode what comes, until the page has closed its end."""
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # such pictures are refused next
     with Connection(descriptor) as page:
         while True:
             try:
