@@ -228,6 +228,7 @@ TRANSLATIONS = {
 PLACES = {
     "ARQUIVO": "FILE",
     "MODELO": "MODEL",
+    "NOME": "NAME",
     "PASTA": "FOLDER",
     "meu_modelo": "mine",
 }  # in code, what a reader fills in
