@@ -87,12 +87,19 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 def prepare(args: RunArguments, accelerator: Accelerator) -> None:
-    """Make the embedded default's data set and base model where they are missing; once, on the main process."""
+    """Make the embedded default's own data set and base model where they are asked for and missing; once.
+
+    In the place of another model, a slip of its name included, none is built.
+    """
     if args.prepare == "openmoji":
+        from examples.example_arguments import PrepareArguments
         from examples.openmoji.prepare import prepare as prepare_openmoji
 
+        own = PrepareArguments()
+        own_model = Path(args.model).resolve() == own.model.resolve()
         with accelerator.main_process_first():
-            prepare_openmoji(Path(args.dataset[0]), Path(args.model))
+            if own_model or own.dataset.resolve() in [Path(name).resolve() for name in args.dataset]:
+                prepare_openmoji(own.dataset, own.model if own_model else None)
 
 
 def train(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:

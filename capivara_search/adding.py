@@ -8,6 +8,7 @@ kill at any moment loses no more than the last commit, and the next run does wha
 
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from capivara_search.common.image_files import BadImage, by_threads
-from capivara_search.index_plan import Plan, make_plan
+from capivara_search.index_plan import Plan, make_plan, note_asked
 from capivara_search.picture_columns import (
     EMPTY,
     FOLDER_KEY,
@@ -120,12 +121,13 @@ class Adding:
 
     def run(self, exact: bool = False) -> Added:
         """Do it; pictures are decoded at full size where `exact`."""
-        read = partial(read_picture, side=self.model.side, exact=exact)
+        read = partial(read_picture, side=self.model.side, exact=exact, folders=self.plan.roots)
         self.progress(0, len(self.plan.files))
         try:
             with ReadAhead(self._unknown(), read, self.batch_size) as batches:
                 for batch in batches:
                     self._embed(batch)
+                    self.progress(self.done, len(self.plan.files))  # not of each: a rate of these would mislead
                     self._write()
         except KeyboardInterrupt:  # what was embedded is kept
             self.writer.write()
@@ -148,6 +150,7 @@ class Adding:
                     self._put(file, row, row[VECTOR])
                 else:
                     yield file
+            self.progress(self.done, len(self.plan.files))
             self._write()
 
     def _digest_before(self, file: FileState) -> str | None:
@@ -157,7 +160,7 @@ class Adding:
         if file.size not in self.sizes:
             return None
         try:
-            return read_bytes_digest(file.path)
+            return read_bytes_digest(file.path, self.plan.roots)
         except (BadImage, OSError):
             return None  # reading it says why
 
@@ -176,10 +179,10 @@ class Adding:
         pictures: dict[FileState, Picture] = {}
         for file, picture in batch:
             if isinstance(picture, FileNotFoundError):  # gone since it was found; the next run sees that
-                self._step()
+                self.done += 1
             elif isinstance(picture, BadImage | OSError):
                 self.writer.leave_out(file, str(picture))
-                self._step()
+                self.done += 1
             elif isinstance(picture, Exception):
                 raise picture
             else:
@@ -203,11 +206,7 @@ class Adding:
         self.writer.put({**row, **state, VECTOR: vector})
         self.sizes.add(file.size)
         self._count(file.path, row["digest"])
-        self._step()
-
-    def _step(self) -> None:
         self.done += 1
-        self.progress(self.done, len(self.plan.files))
 
     def _count(self, path: str, digest: str) -> None:
         known = self.plan.known[path]
@@ -241,6 +240,7 @@ def add_folders(
     with table.locked():
         plan = make_plan(table, model.image_digest, folders)  # says what is wrong with the folders
         table.create(model.width)
+        note_asked(table, folders)
         note_model(table, model)
         adding = Adding(table, model, plan, batch_size, progress)
         try:
@@ -303,10 +303,13 @@ def _left_out(table: PictureTable, plan: Plan, new: Collection[str]) -> list[Lef
     return [LeftOut(path, true[path]["reason"]) for path in sorted(true)]
 
 
-def embed_files(model: "SearchModel", files: Sequence[FileState], batch_size: int = 32) -> dict[str, np.ndarray]:
-    """Path -> vector, of files that can be read; nothing is written."""
+def embed_files(
+    model: "SearchModel", files: Sequence[FileState], place: Path, batch_size: int = 32
+) -> dict[str, np.ndarray]:
+    """Path -> vector, of files of a place that can be read; nothing is written."""
     found = {}
-    with ReadAhead(files, partial(read_picture, side=model.side), batch_size) as batches:
+    read = partial(read_picture, side=model.side, folders=[os.path.realpath(place)])
+    with ReadAhead(files, read, batch_size) as batches:
         for batch in batches:
             pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
             vectors = model.images([one.image for one in pictures.values()], batch_size)

@@ -17,13 +17,14 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from capivara_search import commands
 from capivara_search.command_flags import COMMANDS, WrongUse, language_of, parsed, parser
 from capivara_search.common.files import no_space_left
-from capivara_search.common.progress import bars_for_terminals_only
+from capivara_search.common.progress import prepare_bars
 from capivara_search.common.start import stop_at_once
 from capivara_search.shell_completion import completion
 from capivara_search.terminal import Words, harmless
@@ -44,7 +45,7 @@ def run() -> None:
         words = Words(language_of(sys.argv[1:]))
         # KeyboardInterrupt would get lost in the imports of C extensions; commands that clean up set a handler.
         signal.signal(signal.SIGINT, lambda *_: stop_at_once(words("stopped")))
-    bars_for_terminals_only()
+    prepare_bars()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of a terminal with few letters
     main()
@@ -62,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     words = Words(language_of(argv))
     try:
-        with _notes_shown(words):
+        with _notes_shown(words), warnings.catch_warnings():
+            # PIL's, in English, of pictures that are refused next, in one line.
+            warnings.filterwarnings("ignore", r"Image size \(\d+ pixels\) exceeds limit")
             code = _code(argv, words)
         sys.stdout.flush()
     except KeyboardInterrupt:

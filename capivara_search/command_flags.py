@@ -241,6 +241,7 @@ def _classify_flags(one: Parser, words: Words) -> None:
 def _app_flags(one: Parser, words: Words) -> None:
     one.flag("--port", type=_number(words, int, 1, 65535), default=7860, metavar="N")
     one.flag("--host", default="127.0.0.1", metavar=words("metavar.address"))
+    one.flag("--allow-host", type=_host(words), action="append", default=[], metavar=words("metavar.name"))
     one.flag("--compare", metavar=words("metavar.model"))
     one.flag("--no-open", action="store_true")
 
@@ -294,6 +295,17 @@ FLAGS: dict[str, Callable[[Parser, Words], None]] = {
 
 def _absolute(text: str) -> Path:
     return Path(text).expanduser().absolute()
+
+
+def _host(words: Words) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        from capivara_search.page.guard import host_name  # here: the server comes with it
+
+        if text == "*" or host_name(text):
+            return text
+        raise argparse.ArgumentTypeError(words("bad_host", value=harmless(text)))
+
+    return read
 
 
 def _folder(words: Words, or_file: bool = False) -> Callable[[str], Path]:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from capivara_search.command_flags import MOST_OPENED, WrongUse, named
 from capivara_search.results import Added, Hit
-from capivara_search.terminal import UNSAFE, Words, contact_sheet, harmless, link, screen, shown_path, table
+from capivara_search.terminal import UNSAFE, Words, contact_sheet, harmless, link, screen, shown_path, table, text_cell
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -39,7 +40,7 @@ DONE, NOTHING = 0, 1  # exit codes; the help explains them
 LEFT_OUT_SHOWN = 5
 MAX_LETTERS = 4096  # of a query; the model reads no more of a text
 SHORT_WORK_S = 60  # no time is announced for what takes less
-MEASURED_S = 1  # of work that an announced time goes by
+VIEWER_S = 3  # within which a viewer that can't open a picture has ended
 VIEWERS = {"darwin": "open"}  # platform -> what opens a file in the system's viewer
 HIT_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified")
 
@@ -94,7 +95,6 @@ class Progress:
     def __init__(self, words: Words):
         self.words = words
         self._bar: Any = None
-        self._first: tuple[float, int] | None = None  # when the first pictures were done, and how many
         self._announced = False
 
     def __enter__(self) -> "Progress":
@@ -113,12 +113,10 @@ class Progress:
             self._bar = tqdm(total=total, **options)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
-        now = time.monotonic()
-        if self._first is None and done:  # until then the model was loaded
-            self._first = now, done
-        elif self._first and not self._announced and now - self._first[0] >= MEASURED_S and done > self._first[1]:
-            self._announced = True
-            seconds = (now - self._first[0]) / (done - self._first[1]) * (total - done)
+        with self._bar.get_lock():  # its clock asks, too
+            rate = self._bar.format_dict["rate"]
+        if rate and not self._announced and done < total:
+            self._announced, seconds = True, (total - done) / rate
             if seconds >= SHORT_WORK_S:
                 number, needed = self.words.number(total - done), self.words.duration(seconds)
                 self._bar.write(self.words("will_take", number=number, time=needed), file=sys.stderr)
@@ -183,8 +181,11 @@ def show(hits: Sequence[Hit], pictures: "PictureIndex", args: argparse.Namespace
 def open_pictures(paths: Sequence[str], words: Words) -> None:
     """Open pictures in the system's viewer.
 
-    An index may be of others, and its paths lead to anything: what is no picture any longer is not opened, since the
-    system would start what it finds there.
+    An index may be of others, and its paths lead to anything: what is no picture any longer, or has another name than
+    its format, is not opened, since the system would start what it finds there, by its name.
+
+    Raises:
+        Unusable: the system has no viewer, or it does not open the pictures.
     """
     from capivara_search.common.image_files import BadImage
     from capivara_search.picture_files import open_query_picture
@@ -194,14 +195,44 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
         raise Unusable(words("no_viewer", name=viewer))
     if len(paths) > MOST_OPENED:
         _say(words("opening_most", most=MOST_OPENED))
+    started = {}
     for path in paths[:MOST_OPENED]:
         try:
             open_query_picture(path)
+            other = _format_unlike_name(path)
         except (BadImage, ValueError, OSError):
             _say(words("not_opened", path=shown_path(path)))
             continue
+        if other:
+            _say(words("not_opened_name", format=other, path=shown_path(path)))
+            continue
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        subprocess.Popen([viewer, path], start_new_session=True, **quiet)
+        started[path] = subprocess.Popen([viewer, path], start_new_session=True, **quiet)
+    deadline = time.monotonic() + VIEWER_S
+    for path, process in started.items():
+        with suppress(subprocess.TimeoutExpired):  # it shows the picture until it is closed
+            if code := process.wait(max(0, deadline - time.monotonic())):
+                raise Unusable(words("viewer_failed", path=shown_path(path), name=viewer, code=code))
+
+
+def _format_unlike_name(path: str) -> str | None:
+    """The format of the bytes of a picture, where its name ends as those of another one; else None.
+
+    Raises:
+        BadImage, OSError: it can't be read.
+    """
+    import PIL.Image
+
+    from capivara_search.common.image_files import MAX_IMAGE_BYTES, open_image, open_regular_file
+    from capivara_search.picture_files import MAX_PICTURE_PIXELS, RAW_SUFFIXES
+
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in RAW_SUFFIXES:  # as which it was read before
+        return None
+    with open_regular_file(path, "the file") as file:
+        found = open_image(file.read(MAX_IMAGE_BYTES), "the file", MAX_PICTURE_PIXELS).format
+    of_name = PIL.Image.registered_extensions().get(suffix)
+    return None if of_name == {"MPO": "JPEG"}.get(found, found) else found  # phones' JPEG may hold a second picture
 
 
 def classify(args: argparse.Namespace, words: Words) -> int:
@@ -235,17 +266,24 @@ def app(args: argparse.Namespace, words: Words) -> int:
     pictures = _filled_index(args, words)
     _say_note(pictures, words)
     compare = _index(args, args.compare) if args.compare else None
+    from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
 
     def tell(address: str) -> None:
         print(words("page_open", address=address), flush=True)
         if not is_loopback(args.host):
-            _say(words("open_to_all"))
+            _say(words("open_to_all", names=", ".join(allowed_hosts(args.host, args.allow_host))))
 
+    unasked = sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys()))
+    if unasked:
+        names = [shown_path(folder) for folder in unasked[:LEFT_OUT_SHOWN]]
+        command = f"capivara {named('index', words.language)} {words('metavar.folder')}"
+        _say(words("thumbnails_alone", folders=", ".join(names), command=command))
     for number in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
         signal.signal(number, signal.default_int_handler)
     open_browser = not args.no_open
-    serve_index(pictures, args.host, args.port, compare, open_browser, words.language, on_open=tell)
+    options = {"language": words.language, "on_open": tell, "allow_hosts": args.allow_host}
+    serve_index(pictures, args.host, args.port, compare, open_browser, **options)
     return DONE
 
 
@@ -380,17 +418,16 @@ def _say(text: str) -> None:
 def _write_json(value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=1, default=datetime.isoformat)
     # Letters that a terminal obeys stand in strings alone, where JSON has its own escape; lines end outside of them.
-    print(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text))
+    print(UNSAFE.sub(lambda found: found[0] if found[0] == "\n" else json.dumps(found[0])[1:-1], text))
 
 
 def _write_csv(columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
-    writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(value) for name, value in row.items()})
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(map(_cell, columns))
+    writer.writerows([_cell(row[name]) for name in columns] for row in rows)
 
 
 def _cell(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat()
-    return harmless(value) if isinstance(value, str) else value
+    return text_cell(value) if isinstance(value, str) else value

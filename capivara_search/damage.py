@@ -7,15 +7,18 @@ The rows of a table lie in fragments, one data file each. A row's number has its
 clause on row numbers alone opens no other fragment's file: so the broken ones are found, left out and removed.
 """
 
+import hashlib
 import logging
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+from capivara_search.common.privacy import redact
 
 FRAGMENT_BITS = 32
 READ_ROWS = 2048  # at once
@@ -87,6 +90,40 @@ def remove(fragments: Sequence[int], table: Any) -> None:
         table.delete(clause_of(fragment))
 
 
+def changed_index_files(folder: Path, digests: Mapping[str, str], known: dict[str, tuple[int, int]]) -> list[str]:
+    """Files of the search indices of a table that are not as they were written.
+
+    The engine has no checksums of them: zeros in one are an error, a panic, or pictures that are not found.
+
+    Args:
+        folder: of the table.
+        digests: name of a file below the folder -> its digest.
+        known: what was found to be whole before, which is not read again: name -> time and size; more is added.
+    """
+    changed = []
+    for name, digest in digests.items():
+        with suppress(FileNotFoundError):  # of an older version, whose files were removed
+            state = (folder / name).stat()
+            if known.get(name) == (state.st_mtime_ns, state.st_size):
+                continue
+            if index_digest(folder / name) == digest:
+                known[name] = (state.st_mtime_ns, state.st_size)
+            else:
+                changed.append(name)
+    return changed
+
+
+def index_files(folder: Path) -> list[str]:
+    """Names, below the folder of a table, of the files of its search indices."""
+    return sorted(str(path.relative_to(folder)) for path in (folder / "_indices").rglob("*") if path.is_file())
+
+
+def index_digest(path: Path) -> str:
+    """BLAKE2b of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
+
+
 def empty_table(columns: pa.Schema) -> Any:
     """A table without rows, in place of one that can't be read."""
     import lancedb
@@ -124,4 +161,4 @@ def detail(error: Exception) -> str:
     text = " ".join(str(error).split())
     if named := re.search(r"\S+\.lance/((data|_deletions|_indices|_versions)/\S+?)[,:]?(\s|$)", text):
         return named[1]
-    return text[:MAX_DETAIL]
+    return redact(text)[:MAX_DETAIL]

@@ -3,7 +3,7 @@
     export_rows(table, "fotos.parquet")  # with the vectors
     export_rows(table, "fotos.csv")      # without
 
-Thumbnails stay in the index.
+Thumbnails stay in the index. A text that a spreadsheet would run stands in CSV behind a single quote.
 """
 
 import os
@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow.csv import CSVWriter
 from pyarrow.parquet import ParquetWriter
 
 from capivara_search.common.files import UMASK, check_output_file, no_space_left
 from capivara_search.picture_columns import THUMBNAIL
 from capivara_search.table import PictureTable
+from capivara_search.terminal import FORMULA
 
 SUFFIXES = (".parquet", ".csv")
 
@@ -63,7 +65,8 @@ def _write(table: PictureTable, temporary: str, csv: bool) -> int:
     written = _readable(pa.RecordBatch.from_pylist([], columns)).schema
     rows, writer = 0, CSVWriter(temporary, written) if csv else ParquetWriter(temporary, written)
     for batch in table.batches(columns.names):
-        writer.write(_readable(batch))
+        batch = _readable(batch)
+        writer.write(_without_formulas(batch) if csv else batch)
         rows += batch.num_rows
     writer.close()
     return rows
@@ -84,3 +87,11 @@ def _readable(batch: pa.RecordBatch) -> pa.RecordBatch:
         else:
             columns[name] = column
     return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+
+
+def _without_formulas(batch: pa.RecordBatch) -> pa.RecordBatch:
+    columns = [
+        pc.replace_substring_regex(column, FORMULA, r"'\1") if pa.types.is_string(column.type) else column
+        for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=batch.schema)

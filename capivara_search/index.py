@@ -108,7 +108,7 @@ class PictureIndex:
         """Bring the index up to date with folders: what is new is embedded, what has not changed is not read again.
 
         Args:
-            folders: of pictures, with the folders in them; none: those that were added before.
+            folders: of pictures, with the folders in them; none: those that were added before on this machine.
             exact: decode at full size, where otherwise JPEG is decoded at a reduced size that serves the model.
             batch_size: pictures that the model sees at once.
             on_progress: called with how many pictures were read, and how many are to be.
@@ -119,9 +119,9 @@ class PictureIndex:
         """
         from capivara_search.adding import add_folders
 
-        paths = [absolute_folder(folder) for folder in folders or self.folders()]
+        paths = [absolute_folder(folder) for folder in folders or self.asked_folders()]
         if not paths:
-            raise ValueError("No folder was named, and none was added before. Name a folder of pictures.")
+            raise ValueError("No folder was named, and none was added on this machine before. Name one of pictures.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         progress = on_progress or (lambda done, total: None)
@@ -273,9 +273,17 @@ class PictureIndex:
 
     def folders(self) -> dict[str, int]:
         """Folder that was added -> pictures in it and the folders in it."""
-        known = [key for key in self._table.about() if key.startswith(FOLDER_KEY)]
-        folders = sorted(key.removeprefix(FOLDER_KEY) for key in known)
-        return {folder: self._table.count(within(folder)) for folder in folders}
+        return {folder: self._table.count(within(folder)) for folder in self._folders()}
+
+    def _folders(self) -> list[str]:
+        return sorted(key.removeprefix(FOLDER_KEY) for key in self._table.about() if key.startswith(FOLDER_KEY))
+
+    def asked_folders(self) -> dict[str, str]:
+        """Folder that was added on this machine -> its real path. An index of somebody else's has none."""
+        from capivara_search.index_plan import asked_folders
+
+        asked = asked_folders(self._table)
+        return {folder: asked[folder] for folder in self._folders() if folder in asked}
 
     def status(self) -> Status:
         """What the index is."""
@@ -333,7 +341,7 @@ class PictureIndex:
         rows = self._table.rows(["path", "size", "mtime_ns", "digest", "model"], within(place))
         known = KnownRows(rows, self.model.image_digest)
         vectors = self._known_vectors([file.path for file in files if known.is_done(file)])
-        vectors |= embed_files(self.model, [file for file in files if file.path not in vectors])
+        vectors |= embed_files(self.model, [file for file in files if file.path not in vectors], place)
         paths = [file.path for file in files if file.path in vectors]
         return paths, np.stack([vectors[path] for path in paths]) if paths else np.empty((0, self.model.width))
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from capivara_search.common.files import no_space_left
+from capivara_search.common.privacy import redact
 
 # Of the engine's texts. The rest of them stands for a file that is missing or broken.
 FULL = re.compile(r"No space left|os error 28|StorageFull|InsufficientCapacity")
@@ -48,8 +49,8 @@ def is_of_storage(error: BaseException, where: str) -> bool:
 
 
 def _text(error: BaseException, where: str) -> str:
-    """What an error says, in a line, without the name of the index, which may say anything."""
-    return " ".join(str(error).replace(where, "").split())
+    """What an error says, in a line, without secrets and without the name of the index, which may say anything."""
+    return redact(" ".join(str(error).replace(where, "").split()))
 
 
 def is_of_damage(error: BaseException) -> bool:
@@ -112,4 +113,5 @@ def explanation(error: Exception, where: str, part: str = "") -> Exception:
             f"The index {where} is damaged in its part {part or 'tables'}: {text[:MAX_DETAIL]}. Restore that folder "
             "from a copy, or remove it and add the pictures again."
         )
-    return error
+    hidden = redact(str(error))
+    return error if hidden == str(error) else OSError(errno.EIO, hidden)

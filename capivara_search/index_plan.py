@@ -7,8 +7,9 @@ A file whose size and time are those of its row is not read again, nor is one th
 picture that can be read; what only could not be opened is tried again.
 """
 
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,10 +18,40 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from capivara_search.common.files import read_json, write_json
 from capivara_search.picture_columns import LEFT_OUT, quoted, within
 from capivara_search.picture_files import PASSING, FileState, find_pictures
 from capivara_search.results import LeftOut
 from capivara_search.table import PictureTable
+
+logger = logging.getLogger("capivara")
+
+
+def asked_folders(table: PictureTable) -> dict[str, str]:
+    """Folder -> its real path, of those that `add` was told of on this machine.
+
+    What an index says of itself may be somebody else's word: "/" would make every picture of the machine one of its.
+    """
+    with suppress(OSError, ValueError):
+        asked = read_json(_record(table), folders=dict)["folders"]
+        return {folder: real for folder, real in asked.items() if isinstance(real, str)}
+    return {}
+
+
+def note_asked(table: PictureTable, folders: Sequence[Path]) -> None:
+    """Write down that `add` was told of folders, and where they lie."""
+    asked = asked_folders(table) | {str(folder): os.path.realpath(folder) for folder in folders}
+    try:
+        write_json(_record(table), {"index": table.where, "folders": asked})
+    except OSError as error:
+        logger.warning("The page will show thumbnails alone: %s can't be written: %s", _record(table), error)
+
+
+def _record(table: PictureTable) -> Path:
+    """Not beside the index, which may have come whole from elsewhere, nor in a cache, which may be emptied."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    where = table.where if table.remote else os.path.realpath(table.where)
+    return Path(state, "capivara", "folders", f"{blake2b(where.encode(), digest_size=16).hexdigest()}.json")
 
 
 class KnownRows:
@@ -58,6 +89,7 @@ class Plan:
 
     Attributes:
         folders: that were named.
+        roots: real paths of these and of those that `add` was told of before; nothing is read outside of them.
         files: to be read, new and changed ones, and those whose vector is of another model.
         known: what the table says of the folders.
         gone: paths of rows whose file is no longer there.
@@ -67,6 +99,7 @@ class Plan:
     """
 
     folders: Sequence[Path]
+    roots: Sequence[str]
     files: list[FileState]
     known: KnownRows
     gone: list[str]
@@ -104,21 +137,27 @@ def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], s
     unchanged = len(found) - len(files)
     as_before = {state for file in files if (state := (file.path, file.size, file.mtime_ns)) in broken}
     files = [file for file in files if (file.path, file.size, file.mtime_ns) not in as_before]
-    gone, elsewhere = _without_file(known, folders, found, unseen)
+    asked = asked_folders(table)
+    gone, elsewhere = _without_file(known, folders, asked, found, unseen)
     files = [file for file in files + elsewhere if is_of_share(file.path, share)]
-    return Plan(folders, files, known, gone, unchanged, unseen, as_before)
+    roots = [*map(os.path.realpath, folders), *asked.values()]
+    return Plan(folders, roots, files, known, gone, unchanged, unseen, as_before)
 
 
 def _without_file(
-    known: KnownRows, folders: Sequence[Path], found: Sequence[FileState], unseen: Sequence[LeftOut]
+    known: KnownRows,
+    folders: Sequence[Path],
+    asked: Iterable[str],
+    found: Sequence[FileState],
+    unseen: Sequence[LeftOut],
 ) -> tuple[list[str], list[FileState]]:
     """Rows whose file was not found: paths that are gone from the folders, and files of other folders.
 
     What lies in a folder that can't be read may be there. The files of other folders are those whose vectors are of
-    another model; where one is not there, its row waits for its folder's turn.
+    another model; where one is not there, or `add` was not told of its folder, its row waits for its folder's turn.
     """
     there = {file.path for file in found} | {one.path for one in unseen}
-    inside = tuple(str(folder).rstrip(os.sep) + os.sep for folder in folders)
+    inside, others = (tuple(str(one).rstrip(os.sep) + os.sep for one in group) for group in (folders, asked))
     unread = tuple(one.path + os.sep for one in unseen)
     gone, elsewhere = [], []
     for path in known.places:
@@ -126,6 +165,8 @@ def _without_file(
             continue
         if path.startswith(inside):
             gone.append(path)
+            continue
+        if not path.startswith(others):
             continue
         with suppress(OSError):
             state = os.stat(path)

@@ -128,6 +128,7 @@ def _fetched_folder(repo_id: str, revision: str | None) -> Path:
         raise reach_failure(repo_id, error) from error
     files = {file.rfilename for file in info.siblings or ()}
     if set(NEEDED) <= files:
+        logger.info("Downloading the model %s from the Hub, once …", repo_id)
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=CAPIVARA_FILES))
         if is_capivara(folder):
             return folder
@@ -136,6 +137,7 @@ def _fetched_folder(repo_id: str, revision: str | None) -> Path:
             f"The repository {repo_id} holds neither a CAPIVARA model ({', '.join(NEEDED)}, model.safetensors) nor one "
             f"of open_clip ({OPEN_CLIP_CONFIG})."
         )
+    logger.info("Downloading the model %s from the Hub, once …", repo_id)
     # By its branch: the Hub's cache then knows it, and what was fetched can be converted without the network.
     hf_hub_download(repo_id, OPEN_CLIP_CONFIG, revision=revision)
     return _converted_from_hub(repo_id, str(info.sha), revision or MAIN)

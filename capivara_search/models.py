@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,7 @@ import numpy as np
 
 from capivara_search.image_digest import image_digest
 from capivara_search.model_cache import cached_folder, is_reachable, model_folder
-from capivara_search.text_tower import TextTower, open_text_tower
+from capivara_search.text_tower import TextTower, checks, open_text_tower
 from capivara_search.weight_file import WeightFile, weight_files
 
 if TYPE_CHECKING:
@@ -70,13 +71,12 @@ class SearchModel:
     @property
     def width(self) -> int:
         """Numbers of an embedding."""
-        return int(self._config["projection_dim"])
+        return _size(self.folder / "config.json", "projection_dim")
 
     @cached_property
     def side(self) -> int:
         """Pixels a side of what the image tower sees."""
-        settings = _read(self.folder / "processor_config.json")["image_processor"]
-        return int(settings["crop_size"]["height"])
+        return _size(self.folder / "processor_config.json", "image_processor", "crop_size", "height")
 
     @cached_property
     def logit_scale(self) -> float:
@@ -84,7 +84,11 @@ class SearchModel:
         for path in weight_files(self.folder):
             weights = WeightFile(path)
             if "logit_scale" in weights.places:
-                return math.exp(float(weights.array("logit_scale")))
+                scale = weights.array("logit_scale")
+                if scale.size != 1:
+                    raise ValueError(f"logit_scale of {path} must be one number, it has {scale.size}.")
+                checks().check_sizes({"logit_scale": scale.item()}, f"{path}: ")
+                return math.exp(scale.item())
         raise ValueError(f"The weights of {self.folder} hold no logit_scale.")
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -119,15 +123,13 @@ class SearchModel:
         return embed_images(model, processor, images, batch_size).numpy()
 
     @cached_property
-    def _config(self) -> dict[str, Any]:
-        return _read(self.folder / "config.json")
-
-    @cached_property
     def _text_tower(self) -> TextTower | None:
         return open_text_tower(self.folder)
 
     @cached_property
     def _loaded(self) -> tuple["CapivaraModel", "CapivaraProcessor"]:
+        said = "Loading the model %s …" if "torch" in sys.modules else "Importing torch, then loading the model %s …"
+        logger.info(said, self.name)  # before the imports, which take seconds
         from capivara_search.common.environment import torch_device
         from capivara_search.common.progress import no_bars_of_transformers
         from modeling_capivara.loading import load_model, load_processor
@@ -163,6 +165,17 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
     if here.exists():
         return SearchModel(here.resolve().name, str(here.resolve()), folder, None, device)
     return SearchModel(model, model, folder, None, device)
+
+
+def _size(path: Path, *fields: str) -> int:
+    """A number of a JSON file of the model, by the names of the fields that lead to it. Raises ValueError."""
+    value: Any = _read(path)
+    checks().check_sizes(value, f"{path}: ")
+    for field in fields:
+        value = value.get(field) if isinstance(value, dict) else None
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{'.'.join(fields)} of {path} must be a whole number from 1, got {str(value)[:80]}.")
+    return value
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
+from typing import BinaryIO
 
 import PIL.Image
 
@@ -263,12 +264,14 @@ def _is_text(path: str) -> bool:
 # --- One by one ------------------------------------------------------------------------------------------------------
 
 
-def read_bytes_digest(path: str | Path) -> str:
+def read_bytes_digest(path: str | Path, folders: Sequence[str | Path] | None = None) -> str:
     """BLAKE2b-128 of a file, in hexadecimal, as `Picture.digest`. Raises BadImage where it can't be read."""
-    return _digest(_contents(path)[0])
+    return _digest(_read(path, folders)[0])
 
 
-def read_picture(file: FileState, side: int = 224, exact: bool = False) -> Picture:
+def read_picture(
+    file: FileState, side: int = 224, exact: bool = False, folders: Sequence[str | Path] | None = None
+) -> Picture:
     """Read a picture once: digest, size, EXIF data, pixels and thumbnail. May be called by many threads.
 
     Args:
@@ -276,11 +279,17 @@ def read_picture(file: FileState, side: int = 224, exact: bool = False) -> Pictu
         side: pixels that the model's image processor brings the short side to.
         exact: decode and keep all pixels, unless there are more than 50 million. Otherwise a JPEG is decoded at reduced
             size (`REDUCED_SIDES`), and the image is brought to `side` by PIL's bicubic filter, as the processor does.
+        folders: real paths of those that it must lie in, as `open_regular_file` has them.
 
     Raises:
         BadImage: it can't be read, is no picture, damaged or too large; as `MissingPicture` where it is gone.
     """
-    data, state = _contents(file.path)
+    data, state = _read(file.path, folders)
+    return decode_picture(data, FileState(file.path, state.st_size, state.st_mtime_ns), side, exact)
+
+
+def decode_picture(data: bytes, file: FileState, side: int = 224, exact: bool = False) -> Picture:
+    """`read_picture`, of a file that was read: `data`."""
     opened, preview = _opened(data, file.path)
     width, height = opened.size
     is_large = width * height > MAX_IMAGE_PIXELS
@@ -293,7 +302,7 @@ def read_picture(file: FileState, side: int = 224, exact: bool = False) -> Pictu
     if preview:
         width, height = preview.width, preview.height
     return Picture(
-        FileState(file.path, state.st_size, state.st_mtime_ns),
+        file,
         _digest(data),
         *((height, width) if details.orientation in LYING else (width, height)),
         details.taken,
@@ -307,27 +316,33 @@ def read_picture(file: FileState, side: int = 224, exact: bool = False) -> Pictu
 def open_query_picture(path: str | Path) -> PIL.Image.Image:
     """A picture to search with, whole, upright, RGB, transparent parts white. Raises BadImage as `read_picture`."""
     path = absolute_folder(path)
-    data = _contents(path)[0]
+    data = _read(path)[0]
     opened, preview = _opened(data, str(path))
     image = _decoded(opened, None)
     return upright(image, _details(opened, preview, data).orientation)
 
 
-def _contents(path: str | Path) -> tuple[bytes, os.stat_result]:
+def _read(path: str | Path, folders: Sequence[str | Path] | None = None) -> tuple[bytes, os.stat_result]:
     try:
-        with open_regular_file(path, "the file") as file:
-            state, data = os.fstat(file.fileno()), file.read(MAX_IMAGE_BYTES + 1)
-    except BadImage as error:
-        raise BadImage("no regular file", "it is a folder, a pipe, a socket or a device") from error
+        with open_regular_file(path, "it", folders) as file:
+            state = os.fstat(file.fileno())  # before it is read: of what is changed meanwhile the next run takes note
+            return contents(file), state
+    except BadImage:
+        raise
     except OSError as error:
         raise _fault(error) from error
     except ValueError as error:  # a zero in the name
         raise MissingPicture("gone", "there is no file of this name") from error
+
+
+def contents(file: BinaryIO) -> bytes:
+    """The bytes of an open file. Raises BadImage where there are none, or more than pictures have."""
+    data = file.read(MAX_IMAGE_BYTES + 1)
     if not data:
         raise BadImage("empty file", "it has 0 bytes")
     if len(data) > MAX_IMAGE_BYTES:
         raise BadImage("too large", f"it has more than {MAX_IMAGE_BYTES / 1e6:.0f} MB")
-    return data, state
+    return data
 
 
 def _fault(error: OSError) -> BadImage:

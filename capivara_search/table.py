@@ -13,12 +13,12 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -53,9 +53,15 @@ UNINDEXED_ROWS = 10_000  # that are looked at beside the approximate index; more
 SMALL_FILES = 24  # of the table; more are put together
 GROWTH = 2  # the partitions are learnt anew when there are so many times the rows that they were learnt from
 TRAINED_KEY = "approximate_rows"  # of `about`
+INDEX_KEY = "index_file:"  # of `about`, before the name of a file of a search index, whose digest is the value
+INDEX_DAMAGED = (
+    "The approximate index of %s is damaged (%s); all pictures are compared instead, which takes longer. Add a folder "
+    "again to build it anew."
+)
 KEEP_VERSIONS = timedelta(minutes=10)  # on object storage, where others may write at the same time
 IN_ONE_CLAUSE = 500  # paths
 
+T = TypeVar("T")
 logger = logging.getLogger("capivara")
 
 
@@ -67,7 +73,50 @@ class PictureTable(Tables):
         self._others: tuple[int, str, int] | None = None
         self._indices: tuple[int, dict[str, Any]] | None = None
         self._broken: set[str] = set()  # approximate indices that could not be read
+        self._whole: dict[str, tuple[int, int]] = {}  # files of indices that were compared: name -> time and size
+        self._compared: tuple[int, bool] | None = None  # of which version, and whether to repair it
         self._building: Thread | None = None
+
+    def read(self, name: str, operation: Callable[[Any], T]) -> T:
+        """`Tables.read`; without the search indices of the pictures where their files are not as they were written."""
+        if name == PICTURES and not self.remote:
+            with explained(self.where, PICTURES):
+                self._compare_indices()
+        return super().read(name, operation)
+
+    def _compare_indices(self) -> None:
+        now = (self.version_of(PICTURES), self.repairs)
+        folder = Path(self.address(PICTURES))
+        if self._compared == now or not (folder / "_indices").is_dir():
+            return
+        self._compared = now
+        digests = self._index_digests()
+        if not (changed := damage.changed_index_files(folder, digests, self._whole)):
+            return
+        logger.warning(INDEX_DAMAGED, self.address(PICTURES), changed[0])
+        table = self.pictures
+        if self.repairs:
+            self.remove([INDEX_KEY + name for name in digests], ABOUT)
+        else:  # a view of the same rows
+            table = damage.without([], table, self.address(PICTURES), None)
+            self._rests[PICTURES] = (now[0], table)
+        for one in table.list_indices():
+            table.drop_index(one.name)
+
+    def _index_digests(self) -> dict[str, str]:
+        """File of a search index -> its digest, as they were noted."""
+        return {key.removeprefix(INDEX_KEY): value for key, value in self.about().items() if key.startswith(INDEX_KEY)}
+
+    def _note_indices(self) -> None:
+        """Note the digests of the files of search indices, each once."""
+        if self.remote:
+            return
+        folder, noted = Path(self.address(PICTURES)), self._index_digests()
+        files = damage.index_files(folder)
+        if gone := [INDEX_KEY + name for name in noted if name not in files]:
+            self.remove(gone, ABOUT)
+        if new := {INDEX_KEY + name: damage.index_digest(folder / name) for name in files if name not in noted}:
+            self.note(new)
 
     def rows(self, columns: Sequence[str], where: str | None = None, table: str = PICTURES) -> pa.Table:
         """Some columns of all rows, or of those of a clause; empty where the table is not there."""
@@ -154,10 +203,7 @@ class PictureTable(Tables):
             found = self.read(PICTURES, lambda table: _search(table, vector, k, where).to_arrow())
             if not self.is_damaged(PICTURES):
                 self._broken.add(self.indices()[vector_column(len(vector))].index_uuid)
-                logger.warning(
-                    "The approximate index of %s is damaged (%s); all pictures are compared instead, which takes "
-                    "longer. Add a folder again to build it anew.", self.address(PICTURES), damage.detail(error),
-                )  # fmt: skip
+                logger.warning(INDEX_DAMAGED, self.address(PICTURES), damage.detail(error))
             return found
 
     def is_approximate(self, width: int) -> bool:
@@ -237,8 +283,11 @@ class PictureTable(Tables):
         found = [self.indices().get(column) for column in ("path", vector_column(width))]
         behind = max((one.num_unindexed_rows for one in found if one), default=0)
         small = self.read(PICTURES, lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
-        if small < SMALL_FILES and behind <= UNINDEXED_ROWS:
-            return
+        if small >= SMALL_FILES or behind > UNINDEXED_ROWS:
+            self._compact(width)
+        self._note_indices()
+
+    def _compact(self, width: int) -> None:
         try:
             self.write(PICTURES, self._optimize)
         except FAILURES as error:
@@ -255,6 +304,7 @@ class PictureTable(Tables):
         for name in (PICTURES, LEFT_OUT, ABOUT):
             if self.table(name) is not None:
                 self.write(name, lambda table: self._optimize(table, timedelta(0)))
+        self._note_indices()
 
     def _optimize(self, table: Any, age: timedelta | None = None) -> None:
         with warnings.catch_warnings():  # that who reads a version which goes will fail: `read` does it again

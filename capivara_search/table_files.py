@@ -21,6 +21,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -321,10 +322,23 @@ class Tables:
 
 
 def storage_options() -> dict[str, str] | None:
-    """For the driver of object storage: what boto's variables of the environment say and its own do not."""
+    """For the driver of object storage: what boto's variables of the environment say and its own do not.
+
+    Raises:
+        ValueError: the address of the storage is none; it is not repeated, since a password may stand in it.
+    """
     endpoint = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), None)
     if endpoint is None:
         return None
+    try:
+        parts = urlsplit(endpoint)
+        known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
+    except ValueError:  # of the port, which a password with a slash is taken for
+        known = False
+    if not known:
+        raise ValueError(
+            "AWS_ENDPOINT_URL must be an address such as https://host:9000. In a password, / is written %2F and @ %40."
+        )
     return {"aws_endpoint": endpoint, "allow_http": str(endpoint.startswith("http://")).lower()}
 
 

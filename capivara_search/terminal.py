@@ -27,11 +27,15 @@ if TYPE_CHECKING:
     import PIL.Image
 
 KINDS = ("kitty", "iterm", "sixel", "blocks")  # of pictures, the best first
-# What a terminal obeys or hides: control characters, marks of writing direction, separators of lines, and what is no
-# character at all, such as a byte of a file's name that is no UTF-8.
+# What a terminal obeys or hides: control and format characters (marks of writing direction, soft hyphens, tag letters),
+# separators of lines, and what is no character at all, such as a byte of a file's name that is no UTF-8. Format
+# characters that names need stay: joiners (Arabic, Indic, emoji), and signs that are seen (numbers in Arabic).
 UNSAFE = re.compile(
-    r"[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    r"\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e007f]"
 )
+# How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
+FORMULA = r"^([=+\-@\t\r])"
 TILE_COLUMNS = {"blocks": 34}  # least width of a picture, in characters: two pixels of a block are one character
 OTHER_TILE_COLUMNS = 22
 TILE_SHAPE = 0.375  # rows by columns: 4 by 3, of characters that are twice as high as wide
@@ -120,7 +124,14 @@ def harmless(text: str) -> str:
 def _escape(code: int) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is no UTF-8, as Python keeps it in a name
         code -= 0xDC00
+    if code > 0xFFFF:
+        return f"\\U{code:08x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def text_cell(text: str) -> str:
+    """A text of somebody else's as a cell of CSV: harmless to a terminal, and to a spreadsheet."""
+    return re.sub(FORMULA, r"'\1", harmless(text))
 
 
 def shown_path(path: str) -> str:

@@ -39,16 +39,26 @@ KNOWN = {
 
 
 @cache
-def text_repair() -> ModuleType:
-    """`modeling_capivara.text_repair_capivara`, without the package around it, whose import takes seconds."""
-    name = "modeling_capivara.text_repair_capivara"
+def model_file(file: str) -> ModuleType:
+    """A module of `modeling_capivara` that needs no torch, without the package, whose import takes seconds."""
+    name = f"modeling_capivara.{file}"
     if name in sys.modules:
         return sys.modules[name]
     folder = Path(importlib.util.find_spec("modeling_capivara").origin).parent
-    spec = importlib.util.spec_from_file_location("capivara_search_text_repair", folder / "text_repair_capivara.py")
+    spec = importlib.util.spec_from_file_location(f"capivara_search_{file}", folder / f"{file}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def text_repair() -> ModuleType:
+    """The repair of texts, and their length."""
+    return model_file("text_repair_capivara")
+
+
+def checks() -> ModuleType:
+    """The limits of a model's sizes, and the errors of the tokenizers library."""
+    return model_file("checks_capivara")
 
 
 @dataclass
@@ -72,9 +82,9 @@ class TextTower:
             ValueError: a text is not a string, or there is none; a text has no token at all.
         """
         repair = text_repair()
-        ids = [found.ids for found in self.tokenizer.encode_batch_fast(
-            [repair.repair_text(text) for text in repair.checked_texts(list(texts))]
-        )]  # fmt: skip
+        repaired = [repair.repair_text(text) for text in repair.checked_texts(list(texts))]
+        with checks().tokenizer_errors(f"The tokenizer beside {self.weights.path}"):
+            ids = [found.ids for found in self.tokenizer.encode_batch_fast(repaired)]
         order = sorted(range(len(ids)), key=lambda number: len(ids[number]))
         embeds = np.empty((len(ids), self.config["projection_dim"]), np.float32)
         batches = [order[start : start + BATCH_TEXTS] for start in range(0, len(order), BATCH_TEXTS)]
@@ -153,7 +163,7 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
     complete are left to `CapivaraModel`.
 
     Raises:
-        ValueError: the weights can't be read.
+        ValueError: the weights or the tokenizer can't be read, or a size is outside of the limits of a model.
     """
     folder = Path(folder)
     needed = [folder / name for name in ("config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json")]
@@ -161,17 +171,20 @@ def open_text_tower(folder: str | Path) -> TextTower | None:
         return None
     try:
         config, settings = (json.loads(path.read_text(encoding="utf-8")) for path in (needed[0], needed[3]))
+        checks().check_sizes(config, f"{needed[0]}: ")
         weights = WeightFile(needed[1])
         if not _is_known(config, weights):
             return None
         tokenizer = _tokenizer(needed[2], settings, config["text_config"]["pad_token_id"])
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError):
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, OSError, RecursionError):
         return None  # damaged: transformers says what is wrong
     return tokenizer and TextTower(weights, config, tokenizer)
 
 
 def _is_known(config: dict[str, Any], weights: WeightFile) -> bool:
     text, width = config["text_config"], config["projection_dim"]
+    if any(type(text[name]) is not int for name in ("num_hidden_layers", "num_attention_heads", "pad_token_id")):
+        return False
     if config["model_type"] != "capivara" or any(text.get(name, value) != value for name, value in KNOWN.items()):
         return False
     if config.get("quantization_config") or text["hidden_size"] % text["num_attention_heads"]:
@@ -213,7 +226,8 @@ def _tokenizer(path: Path, settings: dict[str, Any], pad: int) -> Tokenizer | No
     """The tokenizer of a folder; None where transformers would add tokens to it, or pad otherwise than the tower."""
     if settings.get("tokenizer_class") != "CapivaraTokenizer":
         return None
-    tokenizer = Tokenizer.from_file(str(path))
+    with checks().tokenizer_errors(str(path)):
+        tokenizer = Tokenizer.from_file(str(path))
     added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
     named = {name.removesuffix("_token"): value for name, value in settings.items() if name.endswith("_token")}
     named = {name: value["content"] if isinstance(value, dict) else value for name, value in named.items()}

@@ -16,6 +16,7 @@ import numpy as np
 
 LENGTH_BYTES = 8  # of the header's own length, little endian; then the header as JSON, then the tensors
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own reader takes no more
+MAX_RANK = 8  # of a tensor; those of models have at most 5
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -51,7 +52,7 @@ class WeightFile:
             with path.open("rb") as file:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.places = self._read_places()
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"The weights {path} can't be read: {error}. Fetch or write them again.") from error
 
     def _read_places(self) -> dict[str, TensorPlace]:
@@ -63,12 +64,18 @@ class WeightFile:
         for name, entry in json.loads(self._bytes[LENGTH_BYTES:begin]).items():
             if name == "__metadata__":
                 continue
-            start, end = entry["data_offsets"]
-            place = TensorPlace(entry["dtype"], tuple(entry["shape"]), begin + start, begin + end)
-            wanted = math.prod(place.shape) * ITEM_BYTES.get(place.kind, -1)
-            if not begin <= place.start <= place.end <= len(self._bytes) or place.end - place.start != wanted:
-                raise ValueError(f"{name} ({place.kind}, {place.shape}) does not lie where the header says")
-            places[name] = place
+            kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            # Before anything is computed: a product of thousands of long numbers takes hours.
+            whole = all(type(number) is int and 0 <= number <= len(self._bytes) for number in (*shape, start, end))
+            if len(shape) > MAX_RANK or not whole:
+                raise ValueError(
+                    f"the shape of {name[:80]!r} must have at most {MAX_RANK} numbers; they and its offsets must be "
+                    "whole and no larger than the file"
+                )
+            wanted = math.prod(shape) * ITEM_BYTES[kind] if kind in ITEM_BYTES else None
+            if begin + end > len(self._bytes) or end - start != wanted:
+                raise ValueError(f"{name[:80]!r} ({kind!s:.80}, {shape}) does not lie where the header says")
+            places[name] = TensorPlace(kind, shape, begin + start, begin + end)
         return places
 
     def raw(self, name: str) -> memoryview:
@@ -125,6 +132,6 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError("it names no files of this folder")
     except FileNotFoundError as error:
         raise ValueError(f"The model folder {folder} has no weights (model.safetensors is missing).") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} can't be read: {error}") from error
     return [folder / name for name in names]

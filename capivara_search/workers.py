@@ -18,7 +18,7 @@ from capivara_search.common.cli import at_least, flag
 from capivara_search.common.environment import cache_home, require
 from capivara_search.common.files import read_json, write_json
 from capivara_search.common.tasks import ExecutorArguments, Phase
-from capivara_search.index_plan import Plan, is_of_share, make_plan
+from capivara_search.index_plan import Plan, is_of_share, make_plan, note_asked
 from capivara_search.models import SearchModel, find_model
 from capivara_search.picture_files import absolute_folder
 from capivara_search.results import Added, LeftOut
@@ -84,6 +84,7 @@ def add_with_workers(arguments: WorkerArguments) -> Added | None:
         model = arguments.search_model(table)
         unchanged = _plan(arguments, table, model).unchanged  # says what is wrong with the folders
         table.create(model.width)
+        note_asked(table, [Path(folder) for folder in arguments.folders])
         arguments.model = model.source  # so that all tasks have the same one
         note_model(table, model)
         for path in _counts(arguments):

@@ -25,6 +25,7 @@ from capivara_search.common.links import refuse_links_out
 from caption_data.image_rows import ImageRows
 from caption_data.rows import digest_of
 from caption_data.source_files import (
+    NoSplit,
     copied_bounds,
     files_of_split,
     form_hint,
@@ -137,12 +138,14 @@ def _split_of(source: str, split: str, form: str) -> Dataset:
             loaded = load_dataset(source)
         else:
             raise ValueError(f"{source} is no folder; a folder, a saved data set or a Hub id is needed.")
+    except NoSplit as error:
+        raise NoSplit(f"{error}{form_hint(path)}", split) from error
     except ValueError as error:
         hint = "" if form == "images" or pictures else form_hint(path)
         raise ValueError(f"{error}{hint}") from error
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
         raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}{form_hint(path)}") from error
-    return of_split(loaded, source, split, form_hint(path))
+    return of_split(loaded, source, split, "" if pictures else form_hint(path))
 
 
 def _refuse_outside(folder: Path) -> None:
@@ -190,7 +193,8 @@ def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[i
         missing = [name for name in wanted if _plain(name) not in set(map(_plain, names))]
         raise ValueError(
             f"{source} has {len(names)} classes, the prompts {len(wanted)}, and they don't match by name: "
-            f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, or choose another benchmark."
+            f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, "
+            "choose another benchmark, or give the names of the data under `en` in a file of your own."
         )
     found = {name: iter(numbers) for name, numbers in positions.items()}
     mapping = {label: next(found[_plain(name)], None) for label, name in enumerate(names)}

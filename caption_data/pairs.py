@@ -10,7 +10,7 @@ import itertools
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -40,7 +40,8 @@ def caption_table(
 
     Args:
         source, image_column: of the images.
-        caption_columns: columns that `choose` needs. A lone string in one of them becomes a list of one.
+        caption_columns: columns that `choose` needs. A lone string in one of them becomes a list of one; where
+            `lacking` does not miss it, one that is not there is an empty list.
         choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
         skipped: rows that have no image or no caption are appended, and the archives that were damaged.
         part: the rows that are read, of a source that is not streamed; all where None.
@@ -52,7 +53,7 @@ def caption_table(
     Raises:
         ValueError: the source lacks a column; those that are there are named.
     """
-    source.check_columns([image_column, *caption_columns])
+    source.check_columns([image_column, *lacking(caption_columns, source.columns)])
     if part is None and not source.streaming:
         part = range(len(source))
 
@@ -70,6 +71,13 @@ def caption_table(
     if part is None or not part.start:  # every part sees the same archives
         skipped += source.damaged
     return table
+
+
+def lacking(columns: Sequence[str], there: Iterable[str]) -> list[str]:
+    """Those of `columns` that are missed where others are `there`: of columns of captions one is enough."""
+    captions = [name for name in columns if not SIMILARITY_COLUMN.fullmatch(name)]
+    enough = set() if set(captions).isdisjoint(there) else set(captions)
+    return [name for name in columns if name not in there and name not in enough]
 
 
 def written_table(entries: Iterator[dict]) -> Dataset:
@@ -116,11 +124,11 @@ def _entry(
     files: ImageFiles,
 ) -> dict:
     image = row.pop(image_column, None)
+    for column in lacking(caption_columns, row):
+        raise BadRow("missing column", f"no {column!r} in a JSON object of at most 1 MB; there are {sorted(row)}")
     for column in caption_columns:
-        if column not in row:
-            raise BadRow("missing column", f"no {column!r} in a JSON object of at most 1 MB; there are {sorted(row)}")
-        is_similarity = SIMILARITY_COLUMN.fullmatch(column)
-        row[column] = similarities(row[column], column) if is_similarity else caption_texts(row[column], column)
+        read = similarities if SIMILARITY_COLUMN.fullmatch(column) else caption_texts
+        row[column] = read(row.get(column), column)
     try:
         chosen = choose(row)
     except (ValueError, TypeError) as error:  # such as fewer similarities than captions

@@ -38,7 +38,7 @@ class CaptionChoice:
     caption_count: int = flag(5, "Captions of the strategies first and rank.")  # the released recipe
     min_similarity: float = flag(0.2, "Image-caption cosine that threshold and diverse ask for.")
     min_pair_similarity: float | None = flag(
-        None, "Leave out images whose first caption is less similar to them; all stay where none is given."
+        None, "Leave out images whose first caption is less similar to them; null, or none given: all stay."
     )
     max_overlap, min_kept = 0.3, 3  # no flags
 

@@ -9,6 +9,7 @@ import glob
 import itertools
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,20 @@ from caption_data.stage_folder import one_line, opened_parquet, parquet_batches
 
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
+
+
+class NoSplit(ValueError):
+    """A data set lacks a split; the message names those that it has."""
+
+    def __init__(self, message: str, split: str = "") -> None:
+        super().__init__(message)
+        self.split = split
+
+    def by_flag(self, args: Any, other: str = "") -> ValueError:
+        """The same, with the flag of a command's arguments that named the split; `other` says a further way out."""
+        flags = (field.name for field in fields(args) if field.name.endswith("split"))
+        flag = next(name for name in flags if getattr(args, name) == self.split)
+        return ValueError(f"{self} Name another split by --{flag}{other}.")
 
 
 def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -> tuple[list[Path], Bounds]:
@@ -126,9 +141,9 @@ def form_hint(folder: Path) -> str:
 
 
 def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:
-    """The split of a data set. Raises ValueError where there is none of the name; `rule` ends the message."""
+    """The split of a data set. Raises NoSplit where there is none of the name; `rule` ends the message."""
     if split not in splits:
-        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
+        raise NoSplit(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}", split)
     return splits[split]
 
 

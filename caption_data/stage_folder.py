@@ -120,6 +120,9 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
         write_json(path, record)  # several tasks write the same; else the comparison below fails
     there = stage_record(output)
+    if there["source"].get("fingerprint", "") is None:  # since `source_changes`
+        there["source"]["fingerprint"] = record["source"]["fingerprint"]
+        write_json(path, there)
     old, new = flat(_identity(there)), flat(_identity(json.loads(json.dumps(record))))
     differences = [
         f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
@@ -133,6 +136,19 @@ def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
             "folder and what was made from it."
         )
     return there
+
+
+def source_changes(output: Path) -> None:
+    """Let the next `claim` take the source as it is by then, for the parts that are there and for new ones.
+
+    Whoever calls it removes the parts of the rows that change. The others keep the digest of the folder's earlier
+    `stage.json`, which joins a list in the new one.
+    """
+    record = stage_record(output)
+    if record["source"].get("fingerprint") is not None:
+        record["earlier"] = [*record.get("earlier", []), identity_digest(record)]
+        record["source"]["fingerprint"] = None
+        write_json(output / STAGE_FILE, record)
 
 
 def identity_digest(record: dict[str, Any]) -> str:
@@ -262,7 +278,7 @@ def _checked(path: Path, record: dict[str, Any]) -> int:
     """Rows of a part, which is one of this stage."""
     with opened_parquet(path, f". Remove it, and run again: {record['command']}") as file:
         digest, rows = (file.schema_arrow.metadata or {}).get(DIGEST_KEY, b""), file.metadata.num_rows
-    if digest != identity_digest(record).encode():
+    if digest.decode() not in (identity_digest(record), *record.get("earlier", [])):
         raise ValueError(
             f"{path} was made with other settings than those of {STAGE_FILE} beside it, or for another stage. Remove "
             f"it, and run again: {record['command']}"

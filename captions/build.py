@@ -20,32 +20,35 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
 import itertools
 import logging
 import shlex
-import sys
+import shutil
 from pathlib import Path
 
 from capivara_search.common.cli import parse, run_command, user_errors
 from capivara_search.common.environment import require
 from capivara_search.common.executors import Work, execute, failures
+from capivara_search.common.files import partial_folder
 from caption_data.stage_folder import STAGE_FILE, unfinished
 from captions.build_plan import Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER
+from captions.sentence_stage import corrected_sentences, remove_corrected
 from captions.stage_arguments import BuildArguments
 from captions.stages import RowStage
 from captions.translate import export
 from captions.translators.google_cloud import GOOGLE_MODULES
+from captions.tsv import untranslated
 
 logger = logging.getLogger("capivara")
 
 
 class ManualStepRequired(Exception):
-    """The build needs a table that somebody has to translate; the text names it."""
+    """The build waits for translations that somebody has to write; the text says in which tables."""
 
 
 def build(args: BuildArguments) -> Path | None:
     """Run what is not done yet; returns the folder of the data set, or None where Slurm has taken the jobs.
 
     Raises:
-        ManualStepRequired: a table has to be translated.
+        ManualStepRequired: a table has to be filled.
         ValueError: the config breaks a rule, a folder is of other settings, or tasks have failed.
         ImportError: a stage needs a package that is not there.
         OSError: the disk is full; the same command does the rest.
@@ -60,7 +63,10 @@ def build(args: BuildArguments) -> Path | None:
     if args.dry_run:
         return None
     runnable, waiting = split_at_tables(plan)
-    works = [work for step in runnable for work in Work.of(step.args, step.title)]
+    remove_corrected_rows(plan, runnable)
+    # Slurm takes jobs for what is done as well; a table is asked for once none is needed.
+    left = [step for step in runnable if not waiting or _state(step) != "done"]
+    works = [work for step in left for work in Work.of(step.args, step.title)]
     if not waiting:
         logs = (args.logging_dir or plan.output / "logs") / "dataset"
         works.append(Work("captions.dataset_folder", "dataset", plan, logs, "dataset"))
@@ -69,19 +75,39 @@ def build(args: BuildArguments) -> Path | None:
         return None
     if waiting:  # the tables of all splits are written, so that they can be translated at once
         for step in waiting:
-            export(step.args, step.table)
-        lines = [f"{step.table} has the sentences of {step.title}." for step in waiting]
-        raise ManualStepRequired("\n".join(lines) + "\nTranslate the last column, then run the same command again.")
+            if not step.table.is_file():
+                export(step.args, step.table)
+        lines = [f"{step.table} has the sentences of {step.title}: {untranslated(step.table)}" for step in waiting]
+        raise ManualStepRequired("\n".join(lines) + "\nFill the last column, then run the same command again.")
     return plan.output / DATASET_FOLDER
 
 
 def split_at_tables(plan: Plan) -> tuple[list[Step], list[Step]]:
-    """The steps that can run now, and of each split the first one whose table is not there yet."""
+    """The steps that can run now, and of each split the first one whose table is not there yet, or not filled."""
     runnable, waiting = [], []
     for steps in plan.steps.values():
-        ready = list(itertools.takewhile(lambda step: step.table is None or step.table.is_file(), steps))
+        ready = list(itertools.takewhile(_has_translations, steps))
         runnable, waiting = runnable + ready, waiting + steps[len(ready) :][:1]
     return runnable, waiting
+
+
+def _has_translations(step: Step) -> bool:
+    return step.table is None or (step.table.is_file() and not untranslated(step.table))
+
+
+def remove_corrected_rows(plan: Plan, runnable: list[Step]) -> None:
+    """Remove what was made of translations that a table has otherwise now: the run makes it again."""
+    chains = [(steps[number:], step) for steps in plan.steps.values() for number, step in enumerate(steps)]
+    corrected = [
+        (chain, found)
+        for chain, step in chains
+        if step.table and step in runnable and (found := corrected_sentences(step.args))
+    ]
+    if corrected:
+        for folder in (plan.output / DATASET_FOLDER, partial_folder(plan.output / DATASET_FOLDER)):
+            shutil.rmtree(folder, ignore_errors=True)
+    for (step, *later), found in reversed(corrected):  # of two tables in a row, the second one's rows are still there
+        remove_corrected(step.args, found, [one.args for one in later])
 
 
 def check_data(plan: Plan) -> None:
@@ -105,6 +131,9 @@ def described(plan: Plan) -> list[str]:
     lines = []
     for step in plan.all_steps():
         lines.append(f"{step.title}: {_state(step)}\n    {step.args.command()}")
+        found = corrected_sentences(step.args) if step.table and _has_translations(step) else {}
+        if number := sum(map(bool, found.values())):
+            lines.append(f"    {number:,} of its translations have changed; what depends on them will be made again")
         for work in Work.of(step.args, step.title):
             lines += [f"    {work.title}: task {rank} has failed: {text}" for rank, text in failures(work.logs).items()]
     there = (plan.output / DATASET_FOLDER).is_dir()
@@ -113,6 +142,9 @@ def described(plan: Plan) -> list[str]:
 
 def _state(step: Step) -> str:
     output = step.args.output
+    if not _has_translations(step):
+        missing = untranslated(step.table) if step.table.is_file() else ""
+        return ": ".join(filter(None, [f"waits for {step.table}", missing.partition(":")[0]]))
     if not (output / STAGE_FILE).is_file():
         return "to be done"
     left = sum(map(len, unfinished(output)))
@@ -126,7 +158,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         folder = build(parse(BuildArguments, __doc__, argv))
     except ManualStepRequired as required:
-        sys.exit(f"waiting: {required}")
+        print(f"waiting: {required}")  # no error: what could be done is done
+        return
     if folder is not None:
         word = shlex.quote(str(folder))
         print(

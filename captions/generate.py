@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 from capivara_search.common.cli import run_command
 from capivara_search.common.environment import torch_device
@@ -34,7 +34,7 @@ from captions.captioner import KINDS, Captioner
 from captions.stage_arguments import GenerateArguments
 from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
 from captions.translators.local import DTYPES
-from modeling_capivara.loading import check_reachable, weights_digest
+from modeling_capivara.loading import check_reachable, checked_config, weights_digest
 
 COLUMN = "generated-captions-en"
 
@@ -65,7 +65,7 @@ def load_captioner(args: GenerateArguments) -> Captioner:
     if not Path(args.model).exists() and args.model.count("/") != 1:
         raise ValueError(f"{args.model!r} is neither a folder nor a Hub id such as {GenerateArguments.model}.")
     check_reachable(args.model, revision=args.revision)
-    kind = AutoConfig.from_pretrained(args.model, revision=args.revision).model_type
+    kind = checked_config(args.model, revision=args.revision).model_type
     if kind not in KINDS:
         raise ValueError(
             f"{args.model} is a model of the kind {kind!r}, which captions.generate does not know. Take one of "

@@ -1,14 +1,15 @@
 """The sentences of a translation: collected once, shared out like the rows of any stage, and kept in the memory.
 
 `captions.translate` runs `collect_sentences` in one task and `translate_sentences` in many, then joins the translations
-with the rows. All of it is in OUTPUT.translations.
+with the rows. All of it is in OUTPUT.translations. `remove_corrected` makes room where cells of a table have changed.
 """
 
-import hashlib
 import logging
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm.auto import tqdm
@@ -25,14 +26,23 @@ from caption_data.stage_folder import (
     part_path,
     remove_leftovers,
     share,
+    source_changes,
     stage_record,
 )
-from captions.sentences import PAIR_SCHEMA, SENTENCES, SentenceFile, TranslationMemory
+from captions.sentences import (
+    PAIR_SCHEMA,
+    SENTENCES,
+    SentenceFile,
+    TranslationMemory,
+    distinct_sentences,
+    translations_in,
+)
+from captions.stage_arguments import StageArguments
 from captions.stages import RowStage, plain_record, stage_source, write_parts
 from captions.translate_arguments import KINDS, PAPER_MODEL, TranslateArguments
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator
 from captions.translators.pieces import groups
-from captions.tsv import FileTranslator
+from captions.tsv import FileTranslator, read_translations
 
 logger = logging.getLogger("capivara")
 
@@ -75,14 +85,14 @@ def translate_sentences(args: TranslateArguments, rank: int = 0, world_size: int
     if isinstance(translator, GoogleTranslator):
         translator.max_characters = task_characters(args, sum(map(len, set(texts) - known.keys())), world_size)
     record = _sentence_record(args, sentences) | {
-        "settings": {"translator": translator.fingerprint},
+        "settings": {"translator": translator.fingerprint | _first_table(args)},
         "columns": {name: "string" for name in PAIR_SCHEMA.names},
         "versions": package_versions(),
     }
     process = SentenceTranslator(args, sentences, translator, memory, known)
     title = f"Translating with {translator.name}"
     report = write_parts(args.parts_folder, record, PAIR_SCHEMA, process.rows, title, rank, world_size)
-    logger.info("%s sentences were translated now; %s has them.", f"{process.translated:,}", args.memory_folder)
+    logger.info("%s sentences were translated now; %s has them.", f"{process.translated:,}", args.parts_folder)
     return report
 
 
@@ -93,17 +103,82 @@ def finished_sentence_tasks(args: TranslateArguments, world_size: int) -> list[i
         sentences = sentence_file(args, stage_source(args))
     except (ValueError, OSError):
         return []
-    if not sentences.is_there() or _other_table(args):
+    if not sentences.is_there():
         return []
     return finished_ranks(args.parts_folder, _sentence_record(args, sentences), world_size)
 
 
-def _other_table(args: TranslateArguments) -> bool:
-    """Whether a table has been corrected since it was used; the task then says so."""
-    if args.import_file is None or not (args.parts_folder / STAGE_FILE).is_file():
-        return False
-    used = stage_record(args.parts_folder)["settings"]["translator"].get("sha256")
-    return used != hashlib.sha256(args.import_file.read_bytes()).hexdigest()
+def _first_table(args: TranslateArguments) -> dict[str, str]:
+    """The digest of a table that `stage.json` has from when a corrected table was another translator."""
+    if args.backend != "file" or not (args.parts_folder / STAGE_FILE).is_file():
+        return {}
+    there = stage_record(args.parts_folder)["settings"]["translator"]
+    return {name: there[name] for name in ("sha256",) if name in there}
+
+
+def corrected_sentences(args: TranslateArguments) -> dict[str, str]:
+    """Sentence -> its translation so far, "" for none, of those that the table has otherwise now.
+
+    Raises ValueError where the table does not fit the sentences.
+    """
+    try:
+        sentences = sentence_file(args, stage_source(args))
+    except (ValueError, OSError):  # the stage before is unfinished; any other fault is for the tasks to report
+        return {}
+    if not sentences.is_there():
+        return {}
+    table = read_translations(args.import_file, sentences.read(range(len(sentences))))
+    made = translations_in(sorted(args.parts_folder.glob("*.parquet")), None, damaged_are_fatal=True)
+    return {text: made.get(text, "") for text, translation in table.items() if translation != made.get(text)}
+
+
+def remove_corrected(args: TranslateArguments, corrected: dict[str, str], later: Sequence[StageArguments] = ()) -> None:
+    """Remove the parts that use a corrected sentence, of this stage and of those after it: the tasks make them again.
+
+    The translations themselves go last: a start after a kill finds the same sentences.
+
+    Args:
+        corrected: of `corrected_sentences`.
+        later: the stages after this one in their order, each of which reads the one before it.
+    """
+    if not corrected:
+        return
+    columns = [f"{kind}-{args.source_language}" for kind in KINDS]
+    # A stage may leave out rows without a caption. Where others are without one now, the next one's rows move up.
+    moved = args.drop_flagged or not all(map(str.strip, corrected.values()))
+    for number, stage in reversed(list(enumerate(later))):
+        for folder in (stage.output, getattr(stage, "parts_folder", stage.output)):
+            if (folder / STAGE_FILE).is_file():
+                source_changes(folder)
+        parts = None if moved and number else _parts_with(corrected, stage, columns)
+        if parts is None:
+            shutil.rmtree(stage.output, ignore_errors=True)
+        elif parts:
+            _remove(parts)
+            shutil.rmtree(stage.output / "report", ignore_errors=True)  # of a selection
+    _remove(_parts_with(corrected, args, sentence_file(args, stage_source(args)).columns) or [])
+    _remove([path for path in args.parts_folder.glob("*.parquet") if translations_in([path], corrected)])
+
+
+def _parts_with(corrected: dict[str, str], stage: StageArguments, columns: list[str]) -> list[Path] | None:
+    """The parts of a stage that are of rows with such a sentence; None where the stage before has not all rows."""
+    if not (stage.output / STAGE_FILE).is_file():
+        return []
+    try:
+        source = stage_source(stage)
+    except (ValueError, OSError):
+        return None
+    record, there = stage_record(stage.output), [name for name in columns if name in source.columns]
+    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
+    found = (part for part in parts if not corrected.keys().isdisjoint(distinct_sentences(source, there, [part])))
+    return [part_path(stage.output, stage.split, part) for part in found]
+
+
+def _remove(parts: list[Path]) -> None:
+    if parts:
+        logger.info("Translations have changed; %d of the parts of %s will be made again.", len(parts), parts[0].parent)
+    for path in parts:
+        path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -33,7 +33,9 @@ from caption_data.stage_folder import StageReport, check_all_there, stage_record
 from captions.quality import QUALITY, flags, quality_summary, write_quality_report
 from captions.sentence_stage import (
     collect_sentences,
+    corrected_sentences,
     finished_sentence_tasks,
+    remove_corrected,
     sentence_file,
     translate_sentences,
     translated_columns,
@@ -41,7 +43,7 @@ from captions.sentence_stage import (
 from captions.sentences import distinct_sentences, translations_in
 from captions.stages import PREPARED_ROWS, Phase, RowStage, finished_row_tasks, run_stage_here, stage_main
 from captions.translate_arguments import TranslateArguments
-from captions.tsv import write_sentences
+from captions.tsv import untranslated, write_sentences
 
 logger = logging.getLogger("capivara")
 
@@ -49,26 +51,32 @@ logger = logging.getLogger("capivara")
 def translate(args: TranslateArguments) -> bool:
     """Run all phases, or write the table for a translation elsewhere; returns whether the stage is complete."""
     if args.export:
-        export(args, args.export)
+        sentences = export(args, args.export)
+        logger.info(
+            "%s has %s sentences, %s characters. Fill its last column, leave the rows as they are, and run the command "
+            "with --import in place of --export.",
+            args.export,
+            f"{len(sentences):,}",
+            f"{sum(map(len, sentences)):,}",
+        )
         return False
+    if args.import_file:
+        if missing := untranslated(args.import_file):
+            logger.info("waiting: %s: %s Fill these cells, then run the same command again.", args.import_file, missing)
+            return False
+        remove_corrected(args, corrected_sentences(args))
     return run_stage_here(args)
 
 
-def export(args: TranslateArguments, path: Path) -> None:
-    """Write the table for a translation elsewhere. Raises ValueError where it is there: it may hold translations."""
+def export(args: TranslateArguments, path: Path) -> list[str]:
+    """Write the table for a translation elsewhere; returns its sentences. Raises ValueError where it is there."""
     if path.exists():
         raise ValueError(f"{path} is there already, and may hold translations. Choose another --export.")
     source = RowStage(args).source
     columns = sentence_file(args, source).columns
     sentences = list(distinct_sentences(source, columns, [range(len(source))]))
     write_sentences(path, sentences)
-    logger.info(
-        "%s has %s sentences, %s characters. Fill its last column, leave the rows as they are, and run the command "
-        "with --import in place of --export.",
-        path,
-        f"{len(sentences):,}",
-        f"{sum(map(len, sentences)):,}",
-    )
+    return sentences
 
 
 @dataclass

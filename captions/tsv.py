@@ -26,7 +26,8 @@ SHOWN = 40  # letters of a sentence in an error
 WAYS_OUT = {  # of faults
     "out of order": "sort the rows by the number in the id",
     "with another source": "spreadsheets that quote a column change it: open the file without a quoting sign",
-    "missing": "a row whose translation is empty is kept, and flagged",
+    "missing": "put the rows back as they were",
+    "without a translation": "fill their last column",
 }
 _SHORT = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _LONG = {short: text for text, short in _SHORT.items()}
@@ -75,7 +76,7 @@ def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
 
     Raises:
         ValueError: the file is no such table, or rows of it are missing, doubled, unknown, out of order, of another
-            source, or broken: all are counted and the first of each kind are named.
+            source, without a translation, or broken: all are counted and the first of each kind are named.
     """
     numbers = {sentence_id(number, text): number for number, text in enumerate(sentences, 1)}
     faults: dict[str, list[str]] = defaultdict(list)
@@ -95,12 +96,24 @@ def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
             faults["with another source"].append(f"line {line} ({name}, {shown})")
         if before and numbers[name] < numbers[before]:
             faults["out of order"].append(f"line {line} ({name} after {before})")
+        if not row["translation"].strip(" "):
+            faults["without a translation"].append(f"line {line} ({name})")
         lines[name], found[source], before = line, row["translation"], name
     if missing := [name for name in numbers if name not in lines]:
         faults["missing"] = [f"{name} ({sentences[numbers[name] - 1][:SHOWN]!r})" for name in missing]
     if faults:
         raise ValueError(f"{path} does not fit these captions. {_named(faults)}")
     return found
+
+
+def untranslated(path: Path) -> str:
+    """Which rows of a table have no translation yet, in a sentence; empty where all have one.
+
+    Raises ValueError where the file is no such table.
+    """
+    rows = list(_rows(path, defaultdict(list)))  # what is broken is told when the table is used
+    names = [f"line {line} ({row['id'][:SHOWN]})" for line, row in rows if not row["translation"].strip(" ")]
+    return _named({f"of {len(rows)} sentences have no translation yet": names}) if names else ""
 
 
 class FileTranslator:
@@ -111,8 +124,7 @@ class FileTranslator:
     def __init__(self, path: Path, sentences: list[str], language: str):
         self._translations = read_translations(path, sentences)
         self.code = language
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.fingerprint = {"backend": "file", "sha256": digest, "target": language}
+        self.fingerprint = {"backend": "file", "target": language}  # not the cells: any of them may be corrected
 
     def translate(self, sentences: list[str]) -> list[str]:
         """The table's translation of each sentence."""

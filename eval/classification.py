@@ -42,6 +42,7 @@ from modeling_capivara.embedder import processes
 from records.schema import Record
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
+CHANCE_DRAWS = 20  # of random scores
 
 
 def load_split(
@@ -90,6 +91,15 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
     return values
 
 
+def chance_of(metric: str, labels: list, classes: int) -> float:
+    """Expected value of random scores for a metric of `classification_metrics`."""
+    if metric == "11point_mAP":  # interpolation has no formula: the mean of draws
+        generator = torch.Generator().manual_seed(0)
+        draws = [torch.rand(len(labels), classes, generator=generator) for _ in range(CHANCE_DRAWS)]
+        return sum(classification_metrics(scores, labels, metric)[metric] for scores in draws) / CHANCE_DRAWS
+    return {"roc_auc": 0.5, "top_5_accuracy": 5 / classes}.get(metric, 1 / classes)
+
+
 def evaluate(args: ClassificationArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
@@ -105,10 +115,10 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     scores = F.pad(scores, (0, unnamed), value=-2.0)  # below any cosine
     values = classification_metrics(scores, labels, prompts.metric)
     shared = {"task": "classification", "dataset": prompts.benchmark, "split": args.split, "direction": ""}
-    shared |= {"language": "pt" if args.protocol != "babel" else args.language, "n": len(labels), "seed": args.seed}
-    shared |= {"protocol": args.protocol, "model": args.role, "model_folder": args.model}
+    shared |= {"language": prompts.language, "n": len(labels), "seed": args.seed}
+    shared |= {"protocol": prompts.protocol, "model": args.role, "model_folder": args.model}
     records = [
-        Record(**shared, metric=name, value=value, chance=1 / scores.shape[1] if name == "accuracy" else None)
+        Record(**shared, metric=name, value=value, chance=chance_of(name, labels, scores.shape[1]))
         for name, value in values.items()
     ]
     if processes().is_main_process:

@@ -90,7 +90,11 @@ class ImageArguments(ModelArguments):
     """What classification and linear probe have in common."""
 
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
-    benchmark: str = flag(..., "Key of the data set in eval/prompts/pt, such as cifar-10, or a JSON file of that form.")
+    benchmark: str = flag(
+        ...,
+        "Key of the data set in eval/prompts/pt, such as cifar-10, or a JSON file of your own: language, classes, "
+        "templates with {} for the class (docs/evaluation.md has one).",
+    )
     images: str = flag(
         ...,
         "Folder with a sub-folder of images a class, a saved HF data set, a folder of parquet files or "
@@ -109,7 +113,7 @@ class ClassificationArguments(ImageArguments):
     protocol: Literal["ours", "authors", "babel"] = flag(
         "ours", "Names and templates: ours, the paper's authors', Babel-ImageNet's."
     )
-    language: str = flag("pt", "Language of the protocol babel.")
+    language: str | None = flag(None, "Language of the protocol babel; else it is that of the benchmark's prompts.")
     authors_file: str | None = flag(None, "Path or https address, for protocol authors.")
     seed: int | None = flag(None, "Seed of the training run, for the records.")
 

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from capivara_search.common.cli import run_command
 from capivara_search.common.files import check_output_file
 from caption_data.labelled_images import LabelledImages
-from eval.classification import classification_metrics, load_split
+from eval.classification import chance_of, classification_metrics, load_split
 from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import LinearProbeArguments
 from eval.measurement import open_store, run_evaluation, write_result
@@ -142,6 +142,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
                     task="linear_probe", dataset=prompts.benchmark, split=args.split, language="", protocol=name,
                     direction="", metric=metric, value=statistics.fmean(result[metric] for result in results),
                     n=len(test.labels), model=args.role, model_folder=args.model,
+                    chance=chance_of(metric, test.labels.tolist(), len(prompts.names)),
                 )
             )  # fmt: skip
     skipped = {

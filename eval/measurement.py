@@ -8,6 +8,7 @@ from capivara_search.common.cli import parse, user_errors
 from capivara_search.common.environment import device_description
 from capivara_search.common.files import read_json
 from caption_data.embedding_cache import cache_folder
+from caption_data.source_files import NoSplit
 from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import ModelArguments
 from modeling_capivara.embedder import load_embedder, processes
@@ -65,7 +66,10 @@ def run_evaluation(
     Where `evaluate` gives None, Slurm will measure.
     """
     args = parse(kind, doc, argv)
-    records = evaluate(args)
+    try:
+        records = evaluate(args)
+    except NoSplit as error:
+        raise error.by_flag(args) from error
     if records is None or not processes().is_main_process:
         return
     for record in records:

@@ -31,6 +31,7 @@ PROTOCOLS = {
     "ours": "ours: class names and templates written for this project",
     "authors": "authors: class names and templates of CAPIVARA's authors",
     "babel": "babel: class names of Babel-ImageNet",
+    "own": "own: class names and templates of the benchmark's own file",
     "full": "full: the regression saw all training images",
 }
 SHOWN_SKIPPED = 50  # of a file; the others are counted

@@ -110,14 +110,19 @@ def plan(args: SuiteArguments, suite: str) -> tuple[list[Model], list[Measuremen
     models, fault, measurements = models_of(args), functools.cache(hub_fault), []
     for benchmark in benchmarks:
         location = locate(benchmark, given, args.data_dir, args.offline, fault)
-        for language in languages_of(benchmark, args.languages):
+        languages = languages_of(benchmark, args.languages)
+        if not languages and benchmark.key in args.only:  # named, so that it must be heard of
+            languages = [benchmark.language]
+            known, asked = " ".join(all_languages(benchmark)), " ".join(args.languages)
+            location = Location(reason=f"it is in {known}, and --languages asks for {asked}")
+        for language in languages:
             data, reason = _readable(benchmark, language, location, args.output)
             status = "not run" if reason else "planned"
             for model in models:
                 file = f"{benchmark.key}-{language}-{model.suffix}.json"
                 key = benchmark.key, language, model.role, model.run
                 measurements.append(Measurement(*key, file, status, reason, local=location.local, data=data))
-    if not measurements:
+    if not any(languages_of(benchmark, args.languages) for benchmark in benchmarks):
         raise ValueError(f"None of the benchmarks has one of the languages {args.languages}; see --list.")
     return models, measurements
 

@@ -8,7 +8,7 @@ import PIL.Image
 
 from capivara_search.common.privacy import machine_path_in, own_paths, secret_in
 
-_PARTS = "configuration image_classification image_processing image_tower loss modeling processing"
+_PARTS = "checks configuration image_classification image_processing image_tower loss modeling processing"
 MODEL_CODE = tuple(f"{part}_capivara.py" for part in (*_PARTS.split(), "text_repair", "tokenization"))
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -1,12 +1,14 @@
 """CAPIVARA configuration: two towers, the size of the space they share, the temperature."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+
+from .checks_capivara import LIMITS, check_sizes
 
 # CLIP ViT-B/32 as open_clip's `xlm-roberta-base-ViT-B-32` has it: exact GELU, not CLIPVisionConfig's QuickGELU.
 VISION_DEFAULTS = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
@@ -19,9 +21,6 @@ TEXT_DEFAULTS = {
     "type_vocab_size": 1,
     "layer_norm_eps": 1e-5,
 }
-
-# No published model comes near. A file that asks for more is damaged or means harm: it would take hours, or all memory.
-LARGEST = {"num_hidden_layers": 1000, "max_position_embeddings": 10**6, "image_size": 10**4, "num_labels": 10**6}
 
 # What `trimmed_vocabulary` holds: digests of the whole tokenizer and table, and the rows of the latter (`of`).
 TRIM_FACTS = {"languages": list, "words": list, "tokenizer": str, "table": str, "of": int}
@@ -48,9 +47,9 @@ class CapivaraConfig(PreTrainedConfig):
             where it is whole.
 
     Raises:
-        ValueError: a size is below 1 or over `LARGEST`, the scale is not finite, a tower's kind is unknown, the text
-            tower is an encoder-decoder, a width of `matryoshka_dims` does not divide `projection_dim`, or
-            `trimmed_vocabulary` lacks one of `TRIM_FACTS`.
+        ValueError: a size or the scale is outside of `LIMITS`, a tower's kind is unknown, the text tower is an
+            encoder-decoder, a width of `matryoshka_dims` does not divide `projection_dim`, or `trimmed_vocabulary`
+            lacks one of `TRIM_FACTS`.
     """
 
     model_type = "capivara"
@@ -71,13 +70,12 @@ class CapivaraConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.projection_dim < 1:
             raise ValueError(f"projection_dim must be at least 1, got {self.projection_dim}.")
-        if not math.isfinite(self.logit_scale_init_value):
-            raise ValueError(f"logit_scale_init_value must be a finite number, got {self.logit_scale_init_value}.")
         self.matryoshka_dims = checked_widths(self.matryoshka_dims or (), self.projection_dim) or None
         facts = self.trimmed_vocabulary
         if facts is not None and not all(isinstance(facts.get(key), kind) for key, kind in TRIM_FACTS.items()):
             raise ValueError(f"trimmed_vocabulary must hold {', '.join(TRIM_FACTS)}, got {facts}.")
-        _check_sizes("", kwargs.get)
+        own = {"projection_dim": self.projection_dim, "logit_scale_init_value": self.logit_scale_init_value}
+        check_sizes(kwargs | own)
         self.vision_config = _tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
         self.text_config = _tower_config("text_config", self.text_config, TEXT_DEFAULTS)
         if self.text_config.is_encoder_decoder:
@@ -108,10 +106,10 @@ def checked_widths(widths: Iterable[int], projection_dim: int) -> list[int]:
 def _tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: dict) -> PreTrainedConfig:
     """A tower's configuration object; a dictionary of the default kind is completed by the published values."""
     if isinstance(config, PreTrainedConfig):
-        _check_sizes(f"{name}.", lambda key: getattr(config, key, None))
+        check_sizes(sizes_of(config), f"{name}.")
         return config
     config = dict(config or {})
-    _check_sizes(f"{name}.", config.get)  # before the object is made, which writes a name for every label
+    check_sizes(config, f"{name}.")  # before the object is made, which writes a name for every label
     model_type = config.setdefault("model_type", defaults["model_type"])
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
@@ -126,9 +124,8 @@ def _tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: d
     return _tower_config(name, CONFIG_MAPPING[model_type].from_dict(config), defaults)
 
 
-def _check_sizes(section: str, read: Callable[[str], Any]) -> None:
-    """Raise ValueError where a size that `read` gives by its name is over `LARGEST`."""
-    for key, most in LARGEST.items():
-        value = read(key)
-        if any(isinstance(size, int) and size > most for size in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{section}{key} must be at most {most}, got {value}.")
+def sizes_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a configuration object has for the names of `LIMITS`, for `check_sizes`; of its parts, too."""
+    parts = {name: getattr(config, name, None) for name in config.sub_configs}
+    sizes = {key: getattr(config, key, None) for key in (*LIMITS, "model_args")}
+    return sizes | {name: sizes_of(part) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}

@@ -15,14 +15,17 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
+from .checks_capivara import check_sizes, tokenizer_errors
 from .embedding import OnBatch, embed_images, embed_texts
-from .loading import check_reachable, load_model, load_processor, weights_digest
+from .loading import check_reachable, checked_config, load_model, load_processor, weights_digest
 from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES, first_line
+from .open_clip_source import read_fields
 from .processing_capivara import CapivaraProcessor
 
 OPEN_CLIP_FILES = (OPEN_CLIP_CONFIG, *WEIGHT_FILES)  # one of which the Hub has of a model of open_clip
@@ -181,10 +184,15 @@ def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedd
     elif source.startswith("hf-hub:"):
         check_reachable(source.removeprefix("hf-hub:"), *OPEN_CLIP_FILES)
     try:
+        if source.startswith("local-dir:"):
+            check_sizes(read_fields(Path(source.removeprefix("local-dir:")) / OPEN_CLIP_CONFIG))
+        elif source.startswith("hf-hub:"):
+            check_sizes(read_fields(Path(hf_hub_download(source.removeprefix("hf-hub:"), OPEN_CLIP_CONFIG))))
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
-        model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
-    except (RuntimeError, KeyError, AttributeError) as error:  # of open_clip, for a name or tag that it does not know
-        raise ValueError(f"open_clip can't load {source!r}: {error}") from error
+        with tokenizer_errors("its tokenizer"):
+            model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
+    except Exception as error:  # a name or tag that open_clip does not know, or a damaged folder
+        raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
     return PlainEmbedder(
         f"open_clip:{source}",
         device,
@@ -200,9 +208,13 @@ def _transformers_clip(source: str, device: torch.device, precision: str, trust_
         raise ValueError(f"{source!r} is neither a folder nor a Hub id such as 'openai/clip-vit-base-patch32'.")
     check_reachable(source)
     try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModel.from_pretrained(source, trust_remote_code=trust_remote_code).eval().to(device)
-    except (OSError, ValueError) as error:
+        config = checked_config(source, trust_remote_code=trust_remote_code)
+        with tokenizer_errors("its tokenizer"):
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        check_sizes(processor.image_processor.to_dict())
+        model = AutoModel.from_pretrained(source, config=config, trust_remote_code=trust_remote_code)
+        model = model.eval().to(device)
+    except Exception as error:  # a damaged folder makes transformers raise anything at all
         raise ValueError(
             f"clip:{source} can't be loaded; it must hold a CLIP of transformers with its processor, such as "
             f"openai/clip-vit-base-patch32: {first_line(error)}"
@@ -215,10 +227,15 @@ def _transformers_clip(source: str, device: torch.device, precision: str, trust_
     # A tokenizer that was saved without a limit would give more tokens than the model has positions for.
     text_config = getattr(model.config, "text_config", model.config)
     longest = min(processor.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", sys.maxsize))
-    limit = {"truncation": True, "max_length": longest}
+    own = getattr(processor, "text_kwargs", {})  # Siglip2Processor's, say; most processors have no rule
+    # SigLIP reads the last token of a text that was filled up to the end, unmasked: its processor does not say so, and
+    # transformers' own pipeline asks for the model's kind, too.
+    padding = "max_length" if "siglip" in model.config.model_type else own.get("padding") or True
+    rule = {"padding": padding, "truncation": True, "max_length": min(longest, own.get("max_length", longest))}
 
     def encode_texts(texts: Sequence[str]) -> Tensor:
-        inputs = processor(text=list(texts), return_tensors="pt", padding=True, **limit).to(device)
+        with tokenizer_errors(f"The tokenizer of {source}"):
+            inputs = processor(text=list(texts), return_tensors="pt", **rule).to(device)
         return model.get_text_features(**inputs).pooler_output
 
     def encode_images(images: Sequence[Image.Image]) -> Tensor:

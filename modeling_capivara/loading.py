@@ -13,9 +13,10 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
-from .configuration_capivara import CapivaraConfig
+from .checks_capivara import check_sizes, tokenizer_errors
+from .configuration_capivara import CapivaraConfig, sizes_of
 from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import first_line
 from .processing_capivara import CapivaraProcessor
@@ -42,6 +43,25 @@ def read_config(folder: str | Path) -> CapivaraConfig:
         raise ValueError(f"The config.json of {folder} is of no CAPIVARA model: {reason}") from error
 
 
+def checked_config(source: str, **options: Any) -> PreTrainedConfig:
+    """The configuration of any model of transformers, its sizes checked; `options` are those of `AutoConfig`.
+
+    Raises:
+        ValueError: it is damaged, or a size is outside of `LIMITS`.
+        OSError: there is none.
+    """
+    revision = options.get("revision")
+    try:
+        check_sizes(PreTrainedConfig.get_config_dict(source, revision=revision)[0])  # before the object is made
+        config = AutoConfig.from_pretrained(source, **options)
+        check_sizes(sizes_of(config))  # also of kinds with names of their own
+    except OSError:
+        raise
+    except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
+        raise ValueError(f"The config.json of {source} can't be used: {' '.join(str(error).split())}") from error
+    return config
+
+
 def load_model(source: str | Path) -> CapivaraModel:
     """A CAPIVARA model out of a folder or from the Hub, in float32.
 
@@ -57,11 +77,12 @@ def load_model(source: str | Path) -> CapivaraModel:
             source, dtype="float32", use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
-        raise ValueError(f"The model {source} can't be loaded: {error}") from error
+        raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
     faults = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(faults.values()):
         named = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
         raise ValueError(f"The weights of {source} do not fit its config. {named}.")
+    _check_scale(source, model)
     return model
 
 
@@ -74,8 +95,11 @@ def weight_files(folder: Path) -> list[Path]:
             f"The folder {folder} holds no {WEIGHTS}. Weights in another format are not published: load the model "
             "and save it again with `save_pretrained`."
         )
-    shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    files = [folder / Path(name).name for name in sorted(shards)]
+    try:
+        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        files = [folder / Path(name).name for name in sorted(shards)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{folder / INDEX} can't be read: {error!r}") from error
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"The folder {folder} lacks the weights {', '.join(missing)}, which its index names.")
     return files
@@ -104,7 +128,12 @@ def mapped_model(folder: Path, config: CapivaraConfig) -> CapivaraModel:
     except RuntimeError as error:
         faults = " ".join(str(error).split()).partition(": ")[2]
         raise ValueError(f"The weights of {folder} do not fit its config. {faults}") from error
+    _check_scale(folder, model)
     return model.eval()
+
+
+def _check_scale(source: str | Path, model: CapivaraModel) -> None:
+    check_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
 
 
 def load_processor(source: str | Path) -> CapivaraProcessor:
@@ -119,9 +148,11 @@ def load_processor(source: str | Path) -> CapivaraProcessor:
         "has no processor; save one there with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`",
     )
     try:
-        processor = AutoProcessor.from_pretrained(source)
+        with tokenizer_errors("its tokenizer"):
+            processor = AutoProcessor.from_pretrained(source)
+        check_sizes(processor.image_processor.to_dict() if hasattr(processor, "image_processor") else {})
     except Exception as error:
-        raise ValueError(f"The processor of {source} can't be loaded: {error}") from error
+        raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
     if not isinstance(processor, CapivaraProcessor):
         raise ValueError(f"The processor of {source} is a {type(processor).__name__}, not a CapivaraProcessor.")
     return processor
@@ -171,7 +202,7 @@ def card_metadata(card: Path) -> dict[str, Any]:
     try:
         block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8", errors="replace"))
         metadata = yaml.safe_load(block[2]) if block else None
-    except (OSError, ValueError, yaml.YAMLError):  # ValueError: a date that can't be
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: a date that can't be
         return {}
     return metadata if isinstance(metadata, dict) else {}
 

@@ -8,12 +8,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, TimmWrapperConfig
+from transformers import PreTrainedConfig, TimmWrapperConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .image_processing_capivara import CapivaraImageProcessor
+from .loading import checked_config
 from .modeling_capivara import CapivaraModel
 from .open_clip_checkpoint import OPEN_CLIP_CONFIG, check_state, first_line
 from .processing_capivara import CONTEXT_LENGTH
@@ -284,8 +285,8 @@ def _text_config(name: str) -> PreTrainedConfig | None:
     if name in BASE_TEXT_NAMES:
         return CapivaraConfig().text_config  # known by heart: no network
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, RecursionError) as error:
+        config = checked_config(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"text_cfg.hf_model_name of {OPEN_CLIP_CONFIG} is {name!r}; no text encoder's configuration is to be had "
             f"there ({first_line(error)}). If the folder has moved, write its new place into that file."

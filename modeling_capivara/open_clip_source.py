@@ -15,6 +15,7 @@ from huggingface_hub.utils import yaml_dump
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from .checks_capivara import tokenizer_errors
 from .configuration_capivara import CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .loading import card_metadata
@@ -145,8 +146,9 @@ def load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase
     # The Hub sends who asks for the short name on to the long one.
     source = BASE_TEXT_MODEL if name in BASE_TEXT_NAMES and not Path(name).is_dir() else name
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        with tokenizer_errors("it"):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged folder makes transformers raise anything at all
         raise ValueError(
             f"No tokenizer is to be had from {name!r} ({first_line(error)}); give another with --tokenizer."
         ) from error

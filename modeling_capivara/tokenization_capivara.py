@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .checks_capivara import tokenizer_errors
 from .text_repair_capivara import CONTEXT_LENGTH, checked_texts, repair_text
 
 
@@ -49,7 +50,9 @@ class CapivaraTokenizer(PreTrainedTokenizerFast):
         return super()._get_padding_truncation_strategies(padding, truncation, max_length, **kwargs)
 
     def _encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
-        batch = super()._encode_plus(_repaired(text), text_pair and _repaired(text_pair), **kwargs)
+        repaired = _repaired(text), text_pair and _repaired(text_pair)
+        with tokenizer_errors(f"The tokenizer of {self.name_or_path or 'the model'}"):
+            batch = super()._encode_plus(*repaired, **kwargs)
         pad = self.pad_token_id
         if "attention_mask" in batch and pad not in (None, self.eos_token_id, self.sep_token_id):  # those end a text
             batch["attention_mask"] = _without_padding(batch["input_ids"], batch["attention_mask"], pad)

@@ -147,7 +147,12 @@ def restore(model: Path, output: Path, base: Path) -> None:
     ids, pieces = whole.tokenizer.get_vocab(), processor.tokenizer.get_vocab()
     if added := sorted(pieces.keys() - ids.keys()):
         raise ValueError(f"The tokenizer of MODEL {model} has the piece {added[0]!r}, which {base} has not.")
-    kept = [ids[piece] for piece in sorted(pieces, key=pieces.get)]
+    kept, rows = [ids[piece] for piece in sorted(pieces, key=pieces.get)], config.text_config.vocab_size
+    if sorted(pieces.values()) != list(range(rows)) or max(kept) >= len(table):
+        raise ValueError(
+            f"The tokenizer of MODEL {model} has {len(pieces)} pieces for its {rows} rows of embeddings; a trim leaves "
+            "a piece for every row. Fetch or write the folder again."
+        )
 
     def merged(trained: Tensor) -> Tensor:
         return table.to(trained.dtype, copy=True).index_copy_(0, torch.tensor(kept), trained)

@@ -175,7 +175,8 @@ def _draw_image(axis: plt.Axes, image: Image.Image | None, colour: str, width: f
     image = (image or Image.new("RGB", (8, 8), "#e5e7eb")).convert("RGB")
     image.thumbnail((400, 400))  # a photograph of 20 million pixels would be drawn at 200
     axis.imshow(image)
-    axis.set(xticks=[], yticks=[])
+    # At the top of its place, so that the title above a wide one is not under the picture beside it.
+    axis.set(xticks=[], yticks=[], anchor="N")
     for spine in axis.spines.values():
         spine.set(color=colour, linewidth=width)
 

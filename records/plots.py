@@ -169,7 +169,8 @@ def plot_bars(rows: list[BarRow | None], note: str, path: Path) -> None:
         if row.chance is not None:
             axis.plot([100 * row.chance] * 2, [height - 0.42, height + 0.42], color=INK, linewidth=1.1)
     _difference_column(axis, drawn)
-    highest = max((100 * (v[0] + (v[1] or 0)) for _, row in drawn for v in (row.baseline, row.model) if v), default=1)
+    ends = [100 * (v[0] + (v[1] or 0)) for _, row in drawn for v in (row.baseline, row.model) if v]
+    highest = max([*ends, *(100 * row.chance for _, row in drawn if row.chance is not None)], default=1)
     spread = any(v[1] for _, row in drawn for v in (row.baseline, row.model) if v)
     axis.set_xlim(0, max(1.0, min(highest, 100)) * (1.42 if spread else 1.22))  # room beside the longest bar
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])

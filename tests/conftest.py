@@ -101,8 +101,9 @@ def tiny_dataset_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory):
-    """Image embeddings of tests lie apart from the user's."""
+    """What tests keep lies apart from the user's."""
     os.environ["CAPIVARA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(autouse=True)

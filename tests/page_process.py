@@ -18,7 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 # What the server asks of the network is written to a file, and refused.
 WATCHED = """
-import ipaddress, socket, sys
+import ipaddress, os, resource, socket, sys
+if most := os.environ.get("DESCRIPTORS"):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (int(most), int(most)))
 connect, resolve, log = socket.socket.connect, socket.getaddrinfo, open(sys.argv.pop(1), "a", buffering=1)
 
 def is_local(host):

@@ -48,7 +48,8 @@ def test_booleans_and_empty_values(tmp_path):
         ("model: m\ndataset: d\nlearning_rat: 1\n", "`learning_rat`. Did you mean `learning_rate`"),
         ("model: m\ndataset: d\nmax_steps: {a: 1}\n", "got a mapping"),
         ("- a\n- b\n", "must hold `key: value` lines"),
-        ("a: [", "not valid YAML"),
+        ("a: [", "^[^\\n]* is not valid YAML[^\\n]*$"),
+        ("[" * 2000, "^[^\\n]* is not valid YAML[^\\n]*$"),
         ("dataset: d\n", "`model` is missing"),
         ("model: m\ndataset: d\neffective_batch_size: 1\n", "effective_batch_size must be at least 2, got 1"),
         ("model: m\ndataset: d\nmicro_batch_size: 0\n", "micro_batch_size must be at least 1, got 0"),
@@ -67,6 +68,12 @@ def test_unknown_flag_and_missing_file(tmp_path):
         parse_arguments([*MINIMUM, "--micro_batchsize", "3"], "")
     with pytest.raises(ValueError, match="does not exist"):
         parse_arguments(["--config", str(tmp_path / "none.yaml")], "")
+
+
+def test_the_pair_filter_of_a_config_is_turned_off_by_null(tmp_path):
+    file = config(tmp_path, "model: m\ndataset: d\nmin_pair_similarity: 0.2\n")
+    assert parse_arguments(file, "").min_pair_similarity == 0.2
+    assert parse_arguments([*file, "--min_pair_similarity", "null"], "").min_pair_similarity is None
 
 
 def test_wrong_type_names_flag_and_value(capsys):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import yaml
-from caption_build import CARD, changed, files, openmoji_config, surroundings, write_config
+from caption_build import CARD, changed, files, openmoji_config, surroundings, write_config, xhosa
 from caption_tars import picture, rows_of
 from datasets import Image, Value
 from huggingface_hub import DatasetCard
@@ -26,7 +26,8 @@ from benchmarks import captions_selection
 from capivara_search.common.executors import TasksFailed, Work
 from capivara_search.common.executors import _executor as local_executor
 from caption_data.columns import CAPTIONS, SIMILARITIES
-from captions.build import BuildArguments, build, main
+from captions import sentence_stage, stages
+from captions.build import BuildArguments, ManualStepRequired, build, main
 from captions.build_plan import STAGES, read_plan
 from captions.select import Selection
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
@@ -121,6 +122,143 @@ def test_killed_again_and_again_it_ends_in_the_same_bytes(config, tmp_path):
     assert {name for name in expected if found[name] != expected[name]} == set()
 
 
+def corrected(table: Path, **cells: str) -> None:
+    """Other translations into the table, by their English with _ for blanks."""
+    lines = [line.split("\t") for line in table.read_text(encoding="utf-8").splitlines()]
+    cells = {name.replace("_", " "): text for name, text in cells.items()}
+    assert cells.keys() <= {source for _, source, _ in lines}
+    lines = [[name, source, cells.get(source, text)] for name, source, text in lines]
+    table.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def times(folder: Path) -> dict[str, int]:
+    """Name -> when it was written, of all parts of the stages."""
+    parts = [*folder.glob("?-*/*/*.parquet"), *folder.glob("?-*/*.translations/parts/*.parquet")]
+    return {f"{path.parent.parent.name}/{path.name}": path.stat().st_mtime_ns for path in parts}
+
+
+def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
+    """Neither an error nor a translation: it says how many are missing and where, one way to go on, and ends with 0."""
+    table = tmp_path / "tables" / "train.tsv"
+    corrected(table, a_cat_0="", a_dog=" ")
+    with caplog.at_level("INFO", "capivara"):
+        main(["--config", str(config)])
+        main(["--config", str(config), "--dry_run"])
+    said = capsys.readouterr().out
+    missing = r"2 of 25 sentences have no translation yet: line 2 \(s1_\w+\), line 4 \(s3_\w+\)"
+    assert re.fullmatch(
+        rf"waiting: {table} has the sentences of 1-translate, train: {missing}\.\n"
+        r"Fill the last column, then run the same command again\.\n", said,
+    )  # fmt: skip
+    assert f"1-translate, train: waits for {table}: 2 of 25 sentences have no translation yet\n" in caplog.text
+    assert "--import " not in caplog.text, "that is the way of another command"
+    assert not (tmp_path / "built" / "1-translate" / "train").exists() and not (tmp_path / "built" / "dataset").exists()
+    corrected(table, a_cat_0="ikati 0", a_dog="inja")
+    assert build(BuildArguments(config)) and "has the sentences" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_corrected_cell_makes_again_what_depends_on_it(config, tmp_path, caplog):
+    """And nothing else; what comes of it is what a new build would be."""
+    build(BuildArguments(config))
+    before = times(tmp_path / "built")
+    corrected(tmp_path / "tables" / "train.tsv", a_cat_9="ikati elincinane")
+    with caplog.at_level("INFO", "capivara"):
+        build(BuildArguments(config, dry_run=True))
+    assert caplog.text.count("1 of its translations have changed;") == 1 and times(tmp_path / "built") == before
+    build(BuildArguments(config))
+    after = times(tmp_path / "built")
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} == {
+        "1-translate/train-000000008-000000010.parquet", "2-score/train-000000008-000000012.parquet",
+        "3-select/train-000000006-000000011.parquet", "train.translations/sentences-000000016-000000025.parquet",
+    }  # fmt: skip
+    rows, report = rows_of(tmp_path / "built" / "dataset"), Path("3-select/train/report/selection.json")
+    assert "ikati elincinane" in str(rows)
+    (tmp_path / "built").rename(tmp_path / "corrected")
+    build(BuildArguments(config))
+    assert rows_of(tmp_path / "built" / "dataset") == rows
+    assert (tmp_path / "built" / report).read_bytes() == (tmp_path / "corrected" / report).read_bytes()
+    (tmp_path / "built").rename(tmp_path / "new")
+    (tmp_path / "corrected").rename(tmp_path / "built")
+    before = times(tmp_path / "built")
+    build(BuildArguments(config))
+    assert times(tmp_path / "built") == before, "what is done stays done"
+
+
+@pytest.mark.slow
+def test_a_correction_that_is_killed_is_done_by_the_next_start(config, tmp_path, monkeypatch):
+    """Wherever it ends, and where another translation was written meanwhile."""
+    table = tmp_path / "tables" / "train.tsv"
+    build(BuildArguments(config))
+    places = [(sentence_stage, "_remove", 0), (sentence_stage, "_remove", 2), (stages, "_write_part", 1)]
+    for number, (module, function, calls) in enumerate(places):
+        corrected(table, a_cat_9=f"ikati {number}", a_cat_2=f"ikati ye {number}")
+        real, left = getattr(module, function), iter(range(calls))
+
+        def dying(*args, real=real, left=left):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, function, dying)
+            build(BuildArguments(config))
+        corrected(table, a_cat_9=f"ikati elisha {number}")
+        build(BuildArguments(config))
+        texts = {row["url"]: row for row in rows_of(tmp_path / "built" / "1-translate" / "train")}
+        assert texts["https://example.org/9"]["captions-xh"] == [f"ikati elisha {number}"]
+        rows = rows_of(tmp_path / "built" / "dataset")
+        (tmp_path / "built").rename(tmp_path / "kept")
+        build(BuildArguments(config))
+        assert rows_of(tmp_path / "built" / "dataset") == rows
+        shutil.rmtree(tmp_path / "built")
+        (tmp_path / "kept").rename(tmp_path / "built")
+
+
+@pytest.mark.slow
+def test_a_correction_that_moves_rows(config, tmp_path):
+    """A row that has a caption now is one more for the stages after `score`, whose parts begin elsewhere."""
+    table = tmp_path / "tables" / "train.tsv"
+    translate = yaml.safe_load(config.read_text(encoding="utf-8"))["translate"]
+    changed(config, translate=translate | {"drop_flagged": "true"})
+    corrected(table, a_cat_0="-", a_photo_of_0="-", a_dog="-")
+    build(BuildArguments(config))
+    assert len(rows_of(tmp_path / "built" / "dataset")) == 10, "a dash is no caption, and left out"
+    corrected(table, a_cat_0="ikati 0")
+    build(BuildArguments(config))
+    assert rows_of(tmp_path / "built" / "dataset")[0]["captions-xh"] == ["ikati 0"]
+
+
+class EarlierTable:
+    """As tables were: their digest was a setting, and an empty cell a translation."""
+
+    name, code = "the table", "xh"
+
+    def __init__(self, path, sentences, language):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.fingerprint = {"backend": "file", "sha256": digest, "target": language}
+
+    def translate(self, sentences):
+        return ["" if text in ("a cat 9", "a photo of 9", "a dog") else xhosa(text) for text in sentences]
+
+
+@pytest.mark.slow
+def test_a_build_of_an_earlier_version_goes_on(config, tmp_path, monkeypatch):
+    table = tmp_path / "tables" / "train.tsv"
+    corrected(table, a_cat_9="", a_photo_of_9="", a_dog="")
+    with monkeypatch.context() as patch:
+        patch.setattr("captions.build.untranslated", lambda path: "")
+        patch.setattr("captions.sentence_stage.FileTranslator", EarlierTable)
+        build(BuildArguments(config))
+    assert len(rows_of(tmp_path / "built" / "dataset")) == 10, "a row without a caption"
+    corrected(table, a_cat_9="ikati 9", a_photo_of_9="ifoto ye 9", a_dog="inja")
+    folder = build(BuildArguments(config))
+    assert len(rows_of(folder)) == 11 and "sha256" in (folder / "build.json").read_text(), "of the first table"
+    (tmp_path / "built").rename(tmp_path / "earlier")
+    assert rows_of(build(BuildArguments(config))) == rows_of(tmp_path / "earlier" / "dataset")
+
+
 @pytest.mark.slow
 def test_tasks_and_what_is_removed(config, tmp_path):
     """Another number of tasks ends in the same bytes; a part that was removed is made again, and no other one."""
@@ -207,6 +345,17 @@ def test_every_job_of_slurm_waits_for_the_one_before(config, tmp_path, monkeypat
     assert all("#SBATCH --kill-on-invalid-dep=yes" in script for script in scripts.values())
 
 
+@pytest.mark.slow
+def test_slurm_asks_for_a_table_where_it_has_nothing_to_do(config, tmp_path, monkeypatch):
+    """Phases that find out for themselves would be submitted at every start, and the table never written."""
+    build(BuildArguments(config))
+    (tmp_path / "tables" / "test.tsv").unlink()
+    monkeypatch.setattr("datatrove.executor.slurm.launch_slurm_job", lambda *args: pytest.fail("a job was submitted"))
+    flags = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00"}
+    with pytest.raises(ManualStepRequired, match=r"test\.tsv has the sentences of 1-translate, test: 25 of 25"):
+        build(BuildArguments(config, **flags))
+
+
 def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
     step = read_plan(config).steps["train"][1]
     work, started = Work.of(step.args)[0], []
@@ -235,6 +384,18 @@ def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
     local_executor("local", work, replace(step.args, tasks=5), None)._run_in_processes([0, 1, 4])
     assert sorted(started)[:2] == [(0, "5"), (1, "2")] and started[2][0] == 4 and started[2][1] in ("2", "5")
     assert local_executor("local", work, replace(step.args, tasks=5, workers=9), None).workers == 5
+
+
+@pytest.mark.parametrize("letter", ["\n", "\x1b", "\\"])
+@pytest.mark.parametrize("flag", ["partition", "time", "sbatch", "logging_dir", "output"])
+def test_slurm_gets_no_control_character(config, tmp_path, flag, letter):
+    """A line break would be a directive of its own; of a backslash sbatch and a shell make different things."""
+    flags = {"partition": "gpu", "time": "1", "sbatch": "comment=x"}
+    flags |= {"logging_dir": f"{tmp_path}/logs", "output": f"{tmp_path}/built"}
+    flags[flag] += f"{letter}#SBATCH --wrap=x"
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    with pytest.raises(SystemExit, match=rf"error: .*{flag} must have no backslash, line break"):
+        main(["--config", str(config), "--executor", "slurm", "--tasks", "2", *words])
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import pyarrow as pa
 import pytest
+import tqdm.std
 
+from capivara_search import damage
 from capivara_search.command import explained, main
 from capivara_search.command_flags import COMMANDS, parsed
-from capivara_search.commands import Progress
+from capivara_search.commands import Progress, _write_csv, _write_json, open_pictures
+from capivara_search.common import progress
+from capivara_search.exporting import _without_formulas, export_rows
+from capivara_search.index_errors import explanation
+from capivara_search.table import PictureTable
 from capivara_search.terminal import Words
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,6 +221,7 @@ WRONG = {
         "--threshold: must be from 0.01 to 1, got 2",
         "--threshold: deve ser de 0,01 a 1, e é 2",
     ),
+    "app --allow-host http://fotos": ("http://fotos is neither a name nor", "http://fotos não é nome nem endereço"),
     "app --port 0": ("--port: must be from 1 to 65535, got 0", "--port: deve ser de 1 a 65535, e é 0"),
 }
 
@@ -289,7 +297,7 @@ def test_search_finds_a_picture_by_itself_and_shows_it_in_a_table(capivara, inde
     monkeypatch.chdir(folder)
     code, out, error = capivara("search", "--like", "2024/azul.jpg", "-k", 3, "--index", index)
     lines = out.splitlines()
-    assert (code, re.sub(r"^\rLoading weights.*\n", "", error)) == (0, "")  # transformers' bar, of the first time
+    assert (code, error) == (0, "Loading the model model …\n")
     assert lines[0].split() == ["no.", "similarity", "date", "file"]
     assert re.fullmatch(r" *1 +(1\.000|0\.99\d)  2024-01-15  2024/azul.jpg", lines[1])
     assert len(lines) == 4
@@ -348,14 +356,9 @@ def test_pictures_are_shown_where_they_are_asked_for(capivara, index):
 
 
 def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
-    capivara, own_index, folder, tmp_path, monkeypatch
+    capivara, own_index, folder, tmp_path, monkeypatch, viewer
 ):
-    programs, opened = tmp_path / "bin", tmp_path / "opened.txt"
-    programs.mkdir()
-    viewer = programs / ("open" if sys.platform == "darwin" else "xdg-open")
-    viewer.write_text(f'#!/bin/sh\necho "$1" >> {opened}\n')
-    viewer.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    opened = tmp_path / "opened.txt"
     blue = folder / "2024" / "azul.jpg"
     kept = blue.read_bytes()
     try:
@@ -371,6 +374,88 @@ def test_open_shows_the_pictures_in_the_viewer_and_starts_nothing_else(
     monkeypatch.setenv("PATH", str(tmp_path))
     code, out, error = capivara("buscar", "x", "--open", "--index", own_index, "--lang", "pt")
     assert code == 3 and out and "nenhum programa do sistema abre imagens aqui" in error
+
+
+@pytest.fixture
+def viewer(tmp_path, monkeypatch) -> Path:
+    """A viewer of the system, before all others: a program that notes what it is given."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    program = programs / ("open" if sys.platform == "darwin" else "xdg-open")
+    program.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path / "opened.txt"}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    return program
+
+
+def test_a_picture_is_opened_only_by_the_name_of_its_format(viewer, tmp_path, capsys):
+    image = PIL.Image.new("RGB", (8, 8))
+    names = {"poly.command": "GIF", "b.png": "GIF", "c": "GIF", "d.GIF": "GIF", "e.jpeg": "JPEG", "f.jpg": "MPO"}
+    for name, kind in names.items():
+        more = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
+        image.save(tmp_path / name, kind, **more)
+    open_pictures([str(tmp_path / name) for name in names], Words("pt"))
+    opened = (tmp_path / "opened.txt").read_text().split()
+    assert sorted(opened) == [str(tmp_path / name) for name in ("d.GIF", "e.jpeg", "f.jpg")]
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3 and all("o nome não termina como o formato do arquivo, GIF: " in line for line in said)
+
+
+def test_a_viewer_that_opens_nothing_is_said(capivara, index, viewer):
+    viewer.write_text("#!/bin/sh\nexit 3\n")
+    code, out, error = capivara("buscar", "x", "-k", 1, "--open", "--index", index, "--lang", "pt")
+    assert code == 3 and out and "erro: nenhum programa do sistema abriu " in error
+    assert "open terminou com o código 3" in error
+
+
+def test_texts_of_csv_are_no_formulas_and_numbers_stay_numbers(capivara, index, folder, tmp_path, capsys):
+    code, out, _ = capivara("classify", folder, "--labels", "=1+1", "@b", "--csv", "--index", index)
+    head, first = list(csv.reader(out.splitlines()))[:2]
+    assert code == 0 and head == ["path", "label", "'=1+1", "'@b"] and first[1] in ("'=1+1", "'@b", "")
+    _write_csv(("path", "latitude"), [{"path": "-2+3", "latitude": -23.5}])
+    assert capsys.readouterr().out == "path,latitude\n'-2+3,-23.5\n"
+    rows = pa.RecordBatch.from_pydict({"path": ["=1", "\t=2", "a=", None], "latitude": [-23.5, None, 1.0, 2.0]})
+    found = _without_formulas(rows).to_pydict()
+    assert found == {"path": ["'=1", "'\t=2", "a=", None], "latitude": [-23.5, None, 1.0, 2.0]}
+
+
+def test_the_exported_csv_holds_no_formula(index, tmp_path):
+    table = PictureTable(str(shutil.copytree(index, tmp_path / "i.lance")))
+    table.write("pictures", lambda opened: opened.update(values={"path": "=HYPERLINK(1)"}, where="path LIKE '%azul%'"))
+    export_rows(table, tmp_path / "all.csv")
+    found = [row["path"] for row in csv.DictReader((tmp_path / "all.csv").open(encoding="utf-8"))]
+    assert "'=HYPERLINK(1)" in found and not any(path.startswith("=") for path in found)
+
+
+def test_json_holds_no_character_that_is_not_seen(capsys):
+    _write_json(["a\U000e0041\xad\x9b"])
+    out = capsys.readouterr().out
+    assert out.isascii() and json.loads(out) == ["a\U000e0041\xad\x9b"]
+
+
+@pytest.mark.parametrize("address", ["http://maria:s3gredo@127.0.0.1:9", "http://s3gredo@127.0.0.1:9"])
+def test_a_password_of_the_storage_is_not_printed(address, monkeypatch):
+    storage = f"lance error: IO {{ S3: GET, uri: Some({address}/bucket/x), error sending request }}"
+    for text in (storage, f"no such scheme: {address}"):
+        error = explanation(RuntimeError(text), "s3://bucket/fotos", "pictures")
+        assert "s3gredo" not in str(error) and "@127.0.0.1:9" in str(error)
+    assert "s3gredo" not in damage.detail(ValueError(f"bad magic of {address}/x"))
+
+
+@pytest.mark.parametrize("address", ["http://maria:s3gre/do@127.0.0.1:9", "127.0.0.1:9", "http://"])
+def test_an_address_of_the_storage_that_is_none_is_one_line(capivara, address, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    code, out, error = capivara("buscar", "x", "--index", "s3://bucket/fotos", "--lang", "pt")
+    assert (code, out) == (3, "") and "s3gre" not in error
+    assert error == "erro: " + Words("pt")("library.storage_address", example="https://host:9000") + "\n"
+
+
+def test_a_large_picture_brings_no_warning_of_pil(capivara, index, tmp_path, recwarn):
+    bomb = tmp_path / "bomb.png"
+    PIL.Image.new("1", (17_000, 17_000)).save(bomb)
+    code, out, error = capivara("buscar", "--like", bomb, "--index", index, "--lang", "pt")
+    assert (code, out) == (2, "") and "grande demais" in error
+    assert not recwarn.list
 
 
 def test_forget_takes_a_folder_out_and_leaves_its_files(capivara, own_index, folder):
@@ -564,14 +649,18 @@ def test_the_miniature_says_what_it_is_every_time(capivara, folder, index, tmp_p
 
 def test_what_takes_long_is_announced_once_it_can_be_told(monkeypatch, capsys):
     now = [0.0]
-    monkeypatch.setattr("capivara_search.commands.time.monotonic", lambda: now[0])
-    with Progress(Words("pt")) as progress:
-        for seconds, done in ((0, 0), (9, 32), (13, 64), (17, 96)):  # the model takes 5 s to load
-            now[0] = float(seconds)
-            progress(done, 3264)
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    monkeypatch.setattr(tqdm.std.tqdm, "format_dict", progress._with_rolling_rate)
+    shown = []
+    with Progress(Words("pt")) as bar:
+        for seconds, done in ((0, 0), (60, 32), (61, 64), (64, 160), (72, 416), (108, 1568), (112, 1568)):
+            now[0] = float(seconds)  # of which the model takes 59 to load
+            bar(done, 6560)
+            shown.append(str(bar._bar).partition("· ")[2])
+    assert shown[:3] == [f"{passed}, faltam ? · ? imagens/s" for passed in ("00:00", "01:00", "01:01")]
+    assert shown[3:5] == ["01:04, faltam 03:20 · 32.00 imagens/s", "01:12, faltam 03:12 · 32.00 imagens/s"]
     said = capsys.readouterr().err
-    assert said.count("3.200 imagens levarão cerca de 7 min; Ctrl-C interrompe") == 1
-    assert said.count("levarão") == 1 and re.search(r"96/3264 · .*, faltam .* imagens/s", said)
+    assert said.count("6.400 imagens levarão cerca de 3 min; Ctrl-C interrompe") == said.count("levarão") == 1
 
 
 # ---- how it ends
@@ -629,6 +718,28 @@ def test_a_reader_that_goes_away_is_no_error(index):
     process = started("search", "x", "--json", "--index", index)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait(timeout=60) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize("lang", ["en", "pt"])
+def test_app_says_what_it_answers_to_and_whose_originals_it_hides(capivara, index, lang, monkeypatch, tmp_path):
+    asked = {}
+
+    def served(pictures, host, port, compare, open_browser, on_open, allow_hosts, language):
+        asked.update(host=host, allow_hosts=allow_hosts)
+        on_open(f"http://{host}:{port}")
+
+    monkeypatch.setattr("capivara_search.page.server.serve_index", served)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags = ["--lang", lang, "app", "--index", index, "--allow-host", "fotos.local", "--allow_host=10.0.0.9"]
+    assert capivara(*flags)[2].strip() == "", "on this machine alone there is nothing to say"
+    said = capivara(*flags, "--host", "0.0.0.0")[2]
+    assert asked == {"host": "0.0.0.0", "allow_hosts": ["fotos.local", "10.0.0.9"]}
+    assert said.count("\n") == 1 and f"fotos.local, 10.0.0.9, {socket.gethostname().lower()}" in said
+    assert ("without a password" if lang == "en" else "sem senha") in said
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))  # as on a machine that was never told of the folder
+    said = capivara(*flags)[2]
+    assert said.count("\n") == 1 and ("thumbnails alone" if lang == "en" else "só miniaturas") in said
+    assert ("capivara index FOLDER" if lang == "en" else "capivara indexar PASTA") in said
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Sequence
 
 from caption_data.labelled_images import _by_name, load_images
-from eval.classification import class_embeddings, classification_metrics, main
+from eval.classification import chance_of, class_embeddings, classification_metrics, main
 from eval.embeddings import EmbeddingStore
 from eval.prompts import load_prompts
 from modeling_capivara.embedder import load_embedder
@@ -92,6 +92,18 @@ def test_several_labels_an_image(image_folder, tmp_path):
     assert classification_metrics(scores, images.labels, "11point_mAP") == {"11point_mAP": 1.0}
 
 
+def test_chance_is_what_random_scores_reach():
+    generator = torch.Generator().manual_seed(1)
+    scores, labels = torch.rand(5000, 8, generator=generator), torch.arange(5000) % 8
+    for metric, few in (("accuracy", 8), ("mean-per-class", 8), ("roc_auc", 2)):
+        found = classification_metrics(scores[:, :few], (labels % few).tolist(), metric)
+        for name, value in found.items():
+            assert chance_of(name, labels.tolist(), few) == pytest.approx(value, abs=0.03), name
+    several = [[row % 8, (row + 1) % 8] for row in range(800)]
+    value = classification_metrics(scores[:800], several, "11point_mAP")["11point_mAP"]
+    assert chance_of("11point_mAP", several, 8) == pytest.approx(value, abs=0.03)
+
+
 def test_metrics_of_a_data_set():
     scores, labels = torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]]), [1, 0, 0]
     assert classification_metrics(scores, labels, "roc_auc") == {"roc_auc": 1.0, "accuracy": pytest.approx(2 / 3)}
@@ -99,11 +111,19 @@ def test_metrics_of_a_data_set():
     assert found == {"mean_per_class_accuracy": 0.75, "accuracy": pytest.approx(2 / 3)}
 
 
+def test_a_missing_split_names_its_flag_alone(tiny_folder, image_folder, tmp_path):
+    (tmp_path / "splits").mkdir()
+    image_folder.rename(tmp_path / "splits" / "train")
+    with pytest.raises(SystemExit, match=r"no split 'test'; there are \['train'\]. Name another split by --split.$"):
+        main(flags(tiny_folder, tmp_path / "splits", tmp_path / "r.json"))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"benchmark": "cifar-11"}, "Unknown benchmark 'cifar-11'; the nearest are"),
         ({"images": "/nowhere/at/all"}, "nowhere"),
+        ({"language": "es"}, "cifar-10 are in 'pt'; leave out --language es"),
         ({"model": "open_clip:ViT-B-32"}, "--role baseline"),
         ({"model": "open_clip:ViT-B-32", "role": "baseline"}, "names no weights; say open_clip:ViT-B-32:TAG"),
         ({"model": "open_clip:foo:bar", "role": "baseline"}, "open_clip can't load 'foo:bar'"),

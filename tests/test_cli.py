@@ -167,9 +167,26 @@ def test_the_first_locale_that_is_set_decides(monkeypatch):
 @pytest.mark.parametrize("command", one_in(5, COMMANDS))
 def test_a_wrong_flag_is_told_in_one_line_before_the_heavy_imports(command):
     done, imported, said = answer(command, *COMMANDS[command].split(), "--no_such_flag", "1")
-    assert done.returncode in (1, 2) and "no_such_flag" in said
+    assert done.returncode == 2 and "no_such_flag" in said
     assert not imported & HEAVY
     assert said.count("\n") == 1 or said.startswith("usage:")
+
+
+WRONG_USE = {  # of the command -> what it says
+    "train_accelerate.py --dataset d": "`model` is missing",
+    "train_accelerate.py --model m --dataset d --max_steps 0": "max_steps must be at least 1, got 0",
+    "captions.select --dataset d --outptu o": "required: --output.*Unknown flag: `--outptu`. Did you mean `--output`?",
+    "captions.generate --dataset d --shard 1/2": "required: --output.*`--shard` is gone: ",
+    "eval.retrieval --model m --dataset d --output o.json --recall_at x": "--recall_at.*: invalid int value: 'x'",
+    "hub_upload.push --model m --deadline_hours x": "--deadline_hours.*: invalid float value: 'x'",
+    "hub_upload.card --model m --repo-idd a/b": "Unknown flag: `--repo-idd`. Did you mean `--repo_id`?",
+}
+
+
+@pytest.mark.parametrize("line", one_in(3, WRONG_USE))
+def test_wrong_use_ends_with_2_and_names_all_of_it(line):
+    done, _, said = answer(*line.split())
+    assert done.returncode == 2 and re.search(WRONG_USE[line], said) and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -199,10 +216,28 @@ def test_only_a_command_that_goes_on_says_so(monkeypatch, capsys, resumes, way):
     def main():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(capivara_search.common.cli, "bars_for_terminals_only", lambda: None)
+    monkeypatch.setattr(capivara_search.common.cli, "prepare_bars", lambda: None)
     with pytest.raises(SystemExit) as ended:
         capivara_search.common.cli.run_command(main, resumes)
     assert ended.value.code == 130 and capsys.readouterr().err == f"\nStopped.{way}\n"
+
+
+@pytest.mark.parametrize(("name", "hint"), [("--step", " Did you mean `--steps`?"), ("--zzz", "")])
+def test_only_a_near_name_is_proposed(name, hint):
+    with pytest.raises(ValueError, match=rf"^Unknown flag: `{name}`\.{re.escape(hint)} `--help` lists all\.$"):
+        capivara_search.common.cli.parse(Flags, None, [name, "1"])
+
+
+def test_null_is_no_number(tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text("steps: 3\n", encoding="utf-8")
+    read = lambda *words: capivara_search.common.cli.parse(Flags, None, ["--config", str(config), *words], config=True)  # noqa: E731
+    assert (read().steps, read("--steps", "null").steps) == (3, None)
+    with pytest.raises(SystemExit):
+        read("--steps", "nul")
+    assert "invalid int value: 'nul'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        read("--share", "null")  # which has a number
 
 
 @dataclass

@@ -88,22 +88,31 @@ BAD_CONFIGS = {
     ),
     "unknown text tower": ({"text_config": {"model_type": "no_tower"}}, "'no_tower' is not known.*xlm-roberta"),
     "encoder and decoder": ({"text_config": {"model_type": "t5"}}, "'t5'.*'xlm-roberta'"),
-    "no number": ({"logit_scale_init_value": math.nan}, "logit_scale_init_value must be a finite number, got nan"),
+    "no number": ({"logit_scale_init_value": math.nan}, "logit_scale_init_value must be from -20 to 20, got nan"),
     "too many layers": (
         {"text_config": {"num_hidden_layers": 1001}},
-        r"^text_config.num_hidden_layers must be at most 1000, got 1001\.$",
+        r"^text_config.num_hidden_layers must be from 0 to 1000, got 1001\.$",
     ),
     "as an object": ({"vision_config": ViTConfig(num_hidden_layers=10**7)}, "vision_config.num_hidden_layers must be"),
     "by another name": (
         {"text_config": {"model_type": "distilbert", "n_layers": 10**7}},
-        "text_config.num_hidden_layers must be at most 1000",
+        "text_config.n_layers must be from 0 to 1000",
     ),
     "a side of many pixels": (
         {"vision_config": {"model_type": "vit", "image_size": [224, 10**6]}},
-        "vision_config.image_size must be at most 10000",
+        "vision_config.image_size must be from 1 to 10000",
     ),
-    "too many labels": ({"num_labels": 10**10}, "^num_labels must be at most 1000000"),
-    "infinite": ({"logit_scale_init_value": math.inf}, "logit_scale_init_value must be a finite number, got inf"),
+    "too many labels": ({"num_labels": 10**10}, "^num_labels must be from 0 to 1000000"),
+    "no heads": ({"text_config": {"num_attention_heads": 0}}, "text_config.num_attention_heads must be from 1 to 1000"),
+    "no words": ({"text_config": {"vocab_size": 0}}, "text_config.vocab_size must be from 1 to 10000000, got 0"),
+    "a width of a million": ({"vision_config": {"hidden_size": 10**6}}, "vision_config.hidden_size must be from 1 to"),
+    "not a number": ({"vision_config": {"hidden_size": math.nan}}, "vision_config.hidden_size must be .* got nan"),
+    "a deep network of timm": (
+        {"vision_config": {"model_type": "timm_wrapper", "architecture": "vit_tiny", "model_args": {"depth": 10**9}}},
+        "vision_config.model_args.depth must be from 0 to 1000",
+    ),
+    "a scale of a million": ({"logit_scale_init_value": 1e6}, "logit_scale_init_value must be from -20 to 20"),
+    "infinite": ({"logit_scale_init_value": math.inf}, "logit_scale_init_value must be from -20 to 20, got inf"),
 }
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from killed_stage import run
+from safetensors.torch import load_file, save_file
 from sampling import one_in
 from test_train_accelerate import flags
 
@@ -17,7 +19,7 @@ from captions import score, select
 from eval import retrieval
 from hub_upload import export
 from modeling_capivara import convert_open_clip
-from modeling_capivara.loading import load_model
+from modeling_capivara.loading import load_model, mapped_model, read_config, weight_files
 from training import interpolate
 
 SECONDS = 20  # a config of 10^7 layers takes hours; the longest of these takes three
@@ -66,6 +68,8 @@ CONFIGS = {
     "a picture of a million pixels a side": with_tower("vision_config", image_size=10**6),
     "ten thousand million labels": lambda config: config | {"num_labels": 10**10},
     "as many in a tower": with_tower("text_config", num_labels=10**10),
+    "no heads": with_tower("text_config", num_attention_heads=0),
+    "a scale of a million": lambda config: config | {"logit_scale_init_value": 1e6},
     "empty": lambda config: "",
     "a list": lambda config: "[]",
     "a tower that is a list": lambda config: config | {"text_config": [1]},
@@ -87,6 +91,40 @@ def test_load_model_names_the_config(tiny_folder, fault):
     with_config(tiny_folder, CONFIGS[fault])
     with pytest.raises(ValueError, match=r"^[^\n]*config\.json[^\n]*$"):
         load_model(tiny_folder)
+
+
+def test_a_scale_in_the_weights_that_cannot_be(tiny_folder):
+    path = tiny_folder / "model.safetensors"
+    save_file(load_file(path) | {"logit_scale": torch.tensor(1e6)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model: logit_scale must be from -20 to 20, got 1000000\.0\.$"):
+        load_model(tiny_folder)
+    with pytest.raises(ValueError, match=r"logit_scale must be from -20 to 20"):
+        mapped_model(tiny_folder, read_config(tiny_folder))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": [1]}', "{", "[" * 5000])
+def test_an_index_of_weights_that_cannot_be(tiny_folder, content):
+    (tiny_folder / "model.safetensors").rename(tiny_folder / "model-00001-of-00001.safetensors")
+    (tiny_folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^[^\n]*index\.json can't be read[^\n]*$"):
+        weight_files(tiny_folder)
+
+
+TOKENIZERS = {
+    "an exception": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+    },
+    "a panic of Rust": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+}
+
+
+@pytest.mark.parametrize("fault", TOKENIZERS)
+@pytest.mark.parametrize("entrance", one_in(3, ENTRANCES))
+def test_a_tokenizer_that_cannot_be(tiny_folder, tiny_dataset_folder, tmp_path, entrance, fault):
+    path = tiny_folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | TOKENIZERS[fault]), encoding="utf-8")
+    main, argv = ENTRANCES[entrance](tiny_folder, tiny_dataset_folder, tmp_path / "out")
+    assert f"{tiny_folder}" in (said := refused(main, argv)) and "tokenizer" in said
 
 
 @pytest.fixture(scope="module")

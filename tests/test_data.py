@@ -1,7 +1,11 @@
 """Which pairs a step trains on."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from caption_tars import write_tar
 from datasets import DatasetDict, load_from_disk
 
 from caption_data.pairs import check_bad_share
@@ -10,6 +14,7 @@ from training.data import (
     Planner,
     batch_counts,
     batch_indices,
+    check_data_sets,
     drawn_captions,
     drawn_views,
     evaluation_split,
@@ -125,6 +130,54 @@ def test_pair_filter_and_strategy_read_the_authors_columns(tiny_dataset_folder, 
     assert split.captions() == [["dois", "original 0"], ["original 2", "dois"], ["original 3", "um"]]
     assert [(line.row, line.reason) for line in skipped] == [(1, "not chosen")]
     check_bad_share(skipped, 4, max_bad_share=0)  # what is not chosen is not bad
+
+
+def test_rank_takes_a_data_set_without_generated_captions(tiny_dataset_folder, tmp_path):
+    """As `captions.select` does."""
+    data = load_from_disk(tiny_dataset_folder)["train"].select(range(3)).remove_columns("captions-pt")
+    data = data.add_column("captions-pt", [["um", "dois"]] * 3)
+    DatasetDict(train=data.add_column("similarities-pt", [[0.3, 0.4], [0.1, 0.9], [0.5]])).save_to_disk(tmp_path / "d")
+    skipped = []
+    (split,) = training_splits(arguments(tmp_path / "d", caption_strategy="rank", min_pair_similarity=0.2), skipped)
+    assert split.captions() == [["dois", "um"]]
+    assert [(line.row, line.reason) for line in skipped] == [(1, "not chosen"), (2, "no caption")]
+
+
+OPT = str(Path(__file__).resolve().parent.parent / "configs" / "capivara_opt.yaml")
+
+
+def test_all_that_a_config_asks_of_the_data_is_told_at_once(tiny_dataset_folder, tmp_path):
+    data = load_from_disk(tiny_dataset_folder)["train"]
+    DatasetDict(train=data, validation=data.remove_columns("captions-pt")).save_to_disk(tmp_path / "mine")
+    args = parse_arguments(["--config", OPT, "--model", "m", "--dataset", str(tmp_path / "mine")], "")
+    with pytest.raises(ValueError) as caught:
+        check_data_sets(args)
+    train, validation, test, batch = str(caught.value).splitlines()
+    assert "split 'train' has no column 'similarities-pt'; there are ['image', " in train
+    assert "caption_strategy: rank needs it, --caption_strategy none" in train
+    assert "min_pair_similarity: 0.2 needs it, --min_pair_similarity null" in train
+    assert "split 'validation' has no column 'captions-pt'" in validation and "--caption_column" in validation
+    assert "no split 'test'" in test and "--evaluation_dataset" in test
+    assert "effective_batch_size (1000) takes 1000 pairs from a data set that has 12" in batch
+
+
+@pytest.mark.parametrize("form", ["parquet", "folder", "tar"])
+def test_what_a_config_asks_is_looked_for_in_every_form(tiny_dataset_folder, tmp_path, form):
+    for name, split in load_from_disk(tiny_dataset_folder).items():
+        (tmp_path / name).mkdir()
+        if form == "parquet":
+            split.to_parquet(tmp_path / name / "0.parquet")
+            continue
+        rows = [{"captions-pt": row["captions-pt"]} for row in split.remove_columns("image")]
+        if form == "tar":
+            samples = [((f"{i}.jpg", b"-"), (f"{i}.json", json.dumps(row).encode())) for i, row in enumerate(rows)]
+            write_tar(tmp_path / name / "0.tar", [member for sample in samples for member in sample])
+            continue
+        lines = [json.dumps({"file_name": "a.png", **row}) for row in rows]
+        (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    check_data_sets(arguments(tmp_path, effective_batch_size=12))  # no picture is opened: there is none
+    with pytest.raises(ValueError, match=r"^.*no column 'similarities-pt'.*\n.*takes 13 pairs .* has 12.*$"):
+        check_data_sets(arguments(tmp_path, effective_batch_size=13, min_pair_similarity=0.1))
 
 
 def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):

@@ -1,9 +1,30 @@
 """Batching must not change an embedding, nor its place."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
+from tiny import randomise, tiny_tokenizer
+from transformers import (
+    BertTokenizer,
+    ChineseCLIPConfig,
+    ChineseCLIPImageProcessor,
+    ChineseCLIPModel,
+    ChineseCLIPProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+    SiglipProcessor,
+)
 
+from modeling_capivara.embedder import load_embedder
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
 
@@ -30,3 +51,104 @@ def test_loading(tiny_folder, tmp_path):
     (tiny_folder / "processor_config.json").unlink()
     with pytest.raises(ValueError, match=r"has no processor.*save_pretrained"):
         load_processor(tiny_folder)
+
+
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = TOWER | {"image_size": 32, "patch_size": 16}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def siglip_folder(folder: Path) -> None:
+    """As published: without a mask, and its processor says nothing of padding."""
+    text = TOWER | {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 1, "projection_size": 32}
+    randomise(SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))).save_pretrained(folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.model_input_names, tokenizer.model_max_length = ["input_ids"], 64
+    SiglipProcessor(SiglipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+
+
+def clip_folder(folder: Path) -> None:
+    pieces = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    text = TOWER | {"vocab_size": len(pieces), "bos_token_id": 0, "eos_token_id": 1}
+    randomise(CLIPModel(CLIPConfig(text_config=text, vision_config=VISION))).save_pretrained(folder)
+    tokenizer = CLIPTokenizer(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[])
+    CLIPProcessor(CLIPImageProcessor(), tokenizer).save_pretrained(folder)
+
+
+def chinese_clip_folder(folder: Path) -> None:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
+    text = TOWER | {"vocab_size": len(pieces), "pad_token_id": 0}
+    config = ChineseCLIPConfig(text_config=text, vision_config=VISION)
+    randomise(ChineseCLIPModel(config)).save_pretrained(folder)
+    tokenizer = BertTokenizer(vocab={piece: number for number, piece in enumerate(pieces)})
+    ChineseCLIPProcessor(ChineseCLIPImageProcessor(), tokenizer).save_pretrained(folder)
+
+
+FOLDERS = {"siglip": siglip_folder, "clip": clip_folder, "chinese_clip": chinese_clip_folder, "ours": None}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_text_is_embedded_alone_as_beside_a_longer_one(kind, tiny_folder, tmp_path):
+    if kind == "ours":
+        embedder = load_embedder(str(tiny_folder), "cpu")
+    else:
+        FOLDERS[kind](tmp_path / "clip")
+        embedder = load_embedder(f"clip:{tmp_path / 'clip'}", "cpu", baseline=True)
+    longer = " ".join(["uma foto de um gato azul na casa verde"] * 9)
+    alone, both = embedder.texts(["um gato"]), embedder.texts(["um gato", longer])
+    torch.testing.assert_close(alone[0], both[0], rtol=0, atol=1e-5)
+    assert alone[0] @ both[1] < 0.999
+
+
+def test_siglip_texts_are_filled_up_to_the_end(tmp_path):
+    """As they were in its training, and as transformers' own pipeline does."""
+    siglip_folder(tmp_path / "clip")
+    model, tokenizer = SiglipModel.from_pretrained(tmp_path / "clip").eval(), tiny_tokenizer()
+    ids = tokenizer(["um gato"], padding="max_length", max_length=64, return_tensors="pt").input_ids
+    expected = torch.nn.functional.normalize(model.get_text_features(ids).pooler_output, dim=-1)
+    found = load_embedder(f"clip:{tmp_path / 'clip'}", "cpu", baseline=True).texts(["um gato"])
+    torch.testing.assert_close(found, expected.detach(), rtol=0, atol=1e-5)
+
+
+DAMAGE = {
+    "no heads": ({"num_attention_heads": 0}, r"text_config\.num_attention_heads must be from 1 to 1000, got 0"),
+    "a thousand million layers": ({"num_hidden_layers": 10**9}, r"text_config\.num_hidden_layers must be from 0"),
+    "words for a table": ({"vocab_size": "x"}, "vocab_size"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_a_clip_whose_config_can_not_be_is_one_line(tmp_path, fault):
+    changes, message = DAMAGE[fault]
+    clip_folder(tmp_path / "clip")
+    path = tmp_path / "clip" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"text_config": config["text_config"] | changes}))
+    with pytest.raises(ValueError, match=rf"^clip:[^\n]*{message}[^\n]*$"):
+        load_embedder(f"clip:{tmp_path / 'clip'}", "cpu", baseline=True)
+
+
+def test_an_open_clip_whose_config_can_not_be_is_one_line(tmp_path):
+    config = {"model_cfg": {"embed_dim": 24, "vision_cfg": {"layers": 10**9}, "text_cfg": {}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"^open_clip[^\n]*: model_cfg\.vision_cfg\.layers must be from 0 to 1000[^\n]*$"
+    ):
+        load_embedder(f"open_clip:local-dir:{tmp_path}", "cpu", baseline=True)
+
+
+TOKENIZERS = {
+    "an exception": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+    },
+    "a panic of Rust": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+}
+
+
+@pytest.mark.parametrize("fault", TOKENIZERS)
+def test_a_clip_whose_tokenizer_can_not_be_is_one_line(tmp_path, fault):
+    siglip_folder(tmp_path / "clip")
+    path = tmp_path / "clip" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | TOKENIZERS[fault]))
+    with pytest.raises(ValueError, match=r"^clip:[^\n]*its tokenizer can't be used: [^\n]*$"):
+        load_embedder(f"clip:{tmp_path / 'clip'}", "cpu", baseline=True)

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import yaml
-from caption_build import changed, files, openmoji_config, surroundings, write_config
+from caption_build import ROOT, changed, files, openmoji_config, surroundings, write_config
 from made_index import make_pictures, rows_of
 from slurm_node import missing_programs, slurm_node
 from tiny import randomise, tiny_config
@@ -140,6 +140,19 @@ def test_a_real_slurm(config, built, slurm):
     assert run(config, *SLURM, **slurm).returncode == 0
     wait_for_jobs(slurm)
     check_same(built)
+
+
+def test_names_are_no_commands_to_the_shell_or_to_sbatch(config, built, slurm, tmp_path):
+    """Of a folder for the logs and of other options: blanks, quotes, and what a shell would run."""
+    logs = tmp_path / 'lg;touch touched;# $(touch touched) `touch touched` "it\'s" 50%j'
+    run_flags = ("--logging_dir", str(logs), "--sbatch", "comment=a b #'c'", "kill-on-invalid-dep=yes")
+    assert run(config, *SLURM, *run_flags, **slurm).returncode == 0
+    wait_for_jobs(slurm)
+    check_same(built)
+    assert not (ROOT / "touched").exists()
+    (output,) = (logs / "dataset" / "slurm_logs").iterdir()
+    assert "launch_pickled_pipeline" in output.read_text()
+    assert "#SBATCH --comment='a b #'\"'\"'c'\"'\"''\n" in (logs / "dataset" / "launch_script.slurm").read_text()
 
 
 def test_a_real_ray(config, built):

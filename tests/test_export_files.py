@@ -83,7 +83,8 @@ def test_only_files_of_the_list_are_written(run_folder, tmp_path):
     save_file({"rotation": torch.eye(24)}, run_folder / "rotation.safetensors")  # of a run with matryoshka_dims
     names = exported(run_folder, tmp_path / "repository")
     assert names == [
-        *(".gitattributes", "README.md", "config.json", "configuration_capivara.py", "curves.png", "hits.png"),
+        *(".gitattributes", "README.md", "checks_capivara.py", "config.json", "configuration_capivara.py"),
+        *("curves.png", "hits.png"),
         *("image_classification_capivara.py", "image_processing_capivara.py", "image_tower_capivara.py"),
         *("loss_capivara.py", "model.safetensors"),
         *("modeling_capivara.py", "processing_capivara.py", "processor_config.json", "results/a.json"),

@@ -14,7 +14,9 @@ from capivara_search.common.files import (
     DIGEST_BYTES,
     check_free_space,
     check_output_file,
+    check_output_folder,
     has_digest,
+    may_write,
     next_numbered_folder,
     read_json,
     remove_leftovers,
@@ -179,6 +181,33 @@ def test_an_output_file_that_cannot_be(tmp_path):
         with pytest.raises(ValueError, match=fault):
             check_output_file(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link", "notes"]
+
+
+@pytest.mark.parametrize("place", [Path("/proc"), Path("/sys")])  # nobody may write there, root included
+def test_where_nobody_may_write_is_no_full_disk(place):
+    if not place.is_dir():
+        pytest.skip(f"there is no {place} here")
+    with pytest.raises(ValueError, match=f"The output file .* can't be made: {place} can't be written to"):
+        check_output_file(place / "x.json")
+    with pytest.raises(ValueError, match=f"The output folder .* can't be made: {place} can't be written to"):
+        check_output_folder(place / "new" / "out")
+    with pytest.raises(PermissionError, match="No permission to write here") as caught:
+        check_free_space(place / "out", 1)  # whose disk says that 0 bytes are free
+    assert caught.value.errno == errno.EACCES and caught.value.filename == str(place)
+
+
+def test_a_full_disk_is_no_place_where_nobody_may_write(tmp_path, monkeypatch):
+    def refuse(number):
+        def make(**options):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("tempfile.TemporaryFile", make)
+
+    refuse(errno.ENOSPC)
+    assert may_write(tmp_path)
+    for number in (errno.EACCES, errno.EROFS):
+        refuse(number)
+        assert not may_write(tmp_path)
 
 
 def test_a_folder_that_may_not_be_written_to(small_disk):

@@ -154,6 +154,48 @@ def test_a_broken_approximate_index_is_named_and_built_anew(tmp_path, model, mon
     assert not caplog.text
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, model):
+    """A folder of pictures and its index, with search indices."""
+    place = tmp_path_factory.mktemp("searched")
+    make_pictures(place / "fotos", 300)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "EXACT_ROWS", 280)
+        PictureIndex.open(place / "i", model=model).add(place / "fotos")
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["page_lookup.lance", "page_data.lance", "index.idx", "auxiliary.idx"])
+@pytest.mark.parametrize("begin", [0, 0.3, 0.6, 0.9])
+def test_zeros_in_a_search_index_are_one_line_and_no_wrong_answer(
+    searched, tmp_path, model, monkeypatch, caplog, name, begin
+):
+    monkeypatch.setattr(table, "EXACT_ROWS", 280)
+    fotos = searched / "fotos"
+
+    def answers(index):
+        sentences = ("um gato", "uma casa azul", "noite")
+        found = [paths(index.search(text, k=5, folder=folder)) for text in sentences for folder in (None, fotos / "d1")]
+        return found, index.row(str(fotos / "d1" / "p0001.png")), index.folders(), index.status().pictures
+
+    expected = answers(PictureIndex.open(searched / "i", model=model))
+    shutil.copytree(searched / "i", tmp_path / "i")
+    (path,) = (tmp_path / "i" / "pictures.lance" / "_indices").rglob(name)
+    content = bytearray(path.read_bytes())
+    start = int(len(content) * begin)
+    content[start : start + 64] = bytes(len(content[start : start + 64]))
+    path.write_bytes(content)
+    index = PictureIndex.open(tmp_path / "i", model=model)
+    assert answers(index) == expected
+    assert len(caplog.records) == 1 and f"{name}); all pictures are compared instead" in caplog.text
+    assert index.add(fotos).unchanged == 300
+    caplog.clear()
+    for again in (index, PictureIndex.open(tmp_path / "i", model=model)):
+        assert answers(again) == expected and again.status().approximate
+    assert not caplog.records
+
+
 def test_an_index_of_a_newer_version_or_of_others_is_refused(tmp_path):
     import lancedb
 

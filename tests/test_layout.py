@@ -46,6 +46,7 @@ ALLOWED = {
 MODEL_FILES = [
     f"modeling_capivara/{name}_capivara.py"
     for name in (
+        "checks",
         "configuration",
         "image_classification",
         "image_processing",

@@ -83,14 +83,14 @@ def test_command(tiny_folder, colours, tmp_path):
     assert len(content["chosen_penalties"]["1-shot"]) == 2
     main([*flags[:6], "--output", str(tmp_path / "full.json")])
     (full,) = [r for r in json.loads((tmp_path / "full.json").read_text())["records"] if r["metric"] == "accuracy"]
-    assert full["protocol"] == "full" and full["value"] >= 1 / 3
+    assert full["protocol"] == "full" and full["value"] >= 1 / 3 and full["chance"] == 0.1
 
 
 def test_slips(tiny_folder, colours, tmp_path):
     flags = ["--model", str(tiny_folder), "--benchmark", "cifar-10", "--images", str(colours)]
     with pytest.raises(SystemExit, match="shots and draws must be at least 1"):
         main([*flags, "--shots", "0", "--output", str(tmp_path / "p.json")])
-    with pytest.raises(SystemExit, match="no split 'validation'"):
+    with pytest.raises(SystemExit, match=r"no split 'validation'.* Name another split by --validation_split"):
         main([*flags, "--validation_split", "validation", "--output", str(tmp_path / "p.json")])
 
 

@@ -1,15 +1,19 @@
 """The model: sizes, gradients, precision, and towers of other kinds."""
 
 import copy
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from sampling import one_in
 from tiny import TINY_TEXT, randomise, tiny_config
 
 from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
 from modeling_capivara.modeling_capivara import _check_mask, mean_pooling
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["um gato", "uma foto de uma capivara azul", "a casa"]
 
 
@@ -408,15 +412,40 @@ def test_flex_attention_gives_the_same(tiny_model, batch):
     torch.testing.assert_close(tiny_model(**batch).logits_per_text, expected.logits_per_text, rtol=0, atol=1e-4)
 
 
-def test_adapters_by_transformers_alone(tiny_model, batch, tmp_path, monkeypatch):
-    from peft import LoraConfig
-    from transformers.integrations import peft as integration
+ADAPTERS = {"r": 2, "target_modules": r"text_model\..*\.(query|value)", "init_lora_weights": False}
 
-    # transformers 5.24 asks for a peft that is not released yet; those of setup.cfg have all that is used here.
-    monkeypatch.setattr(integration, "MIN_PEFT_VERSION", "0.20.0")
+
+def test_adapters_by_peft(tiny_model, batch, tmp_path):
+    """The way that docs/training.md names, with every peft and transformers of setup.cfg."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base, other = tiny_model(**batch).logits_per_text, copy.deepcopy(tiny_model)
+    wrapped = get_peft_model(tiny_model, LoraConfig(**ADAPTERS))
+    trained = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 8 and all("text_model" in name and "lora_" in name for name in trained)
+    adapted = wrapped(**batch).logits_per_text
+    assert (adapted - base).abs().max() > 0.01
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(other, tmp_path)
+    torch.testing.assert_close(loaded(**batch).logits_per_text, adapted)
+    with loaded.disable_adapter():
+        torch.testing.assert_close(loaded(**batch).logits_per_text, base)
+
+
+def test_adapters_by_transformers_alone(tiny_model, batch, tmp_path):
+    """`model.add_adapter`, as a user calls it: it works, or says which peft it needs, as setup.cfg does."""
+    from peft import LoraConfig
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(version("peft")) < Version(MIN_PEFT_VERSION):
+        needed, found = (".".join(known.split(".")[:2]) for known in (MIN_PEFT_VERSION, version("transformers")))
+        assert f"{needed} with {found}" in (ROOT / "setup.cfg").read_text(encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"^[^\n]*please use a version >= {MIN_PEFT_VERSION}$"):
+            tiny_model.add_adapter(LoraConfig(**ADAPTERS))
+        return
     base = tiny_model(**batch).logits_per_text
     other = copy.deepcopy(tiny_model)
-    tiny_model.add_adapter(LoraConfig(r=2, target_modules=r"text_model\..*\.(query|value)", init_lora_weights=False))
+    tiny_model.add_adapter(LoraConfig(**ADAPTERS))
     trained = [name for name, parameter in tiny_model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 8 and all("text_model" in name and "lora_" in name for name in trained)
     adapted = tiny_model(**batch).logits_per_text

@@ -382,6 +382,49 @@ def gives_too_much(visitor: Visitor) -> None:
     visitor.sees("#notice", "o limite é de 20 MB")
 
 
+SUGGESTED = """() => {
+  const words = ["uma palavra comprida", "outra ainda mais comprida", "mar", "terceira linha de palavras", "fim"];
+  const chips = words.concat(words).map((word) => `<li><button type="button">${word}</button></li>`);
+  document.getElementById("suggestions").innerHTML = chips.join("");
+  document.getElementById("text").focus();
+}"""
+IN_SIGHT = """() => {
+  const outer = document.getElementById("suggestions").getBoundingClientRect();
+  return [...document.querySelectorAll("#suggestions button")].filter((one) => {
+    const box = one.getBoundingClientRect();
+    return box.top >= outer.top && box.bottom <= outer.bottom && box.left >= 0 && box.right <= innerWidth;
+  }).map((one) => one === document.activeElement);
+}"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 800])
+def test_suggestions_stay_in_sight_while_one_goes_through_them_by_tab(plain_index, width, monkeypatch):
+    monkeypatch.setattr(plain_index.model, "note", "A toy.\nUm brinquedo.")
+    opened = open_page(plain_index, port=0, language="pt")
+    try:
+        with open_browser(width=width) as browser:
+            visitor, page = Visitor(browser), browser.page
+            visitor.open(opened.url)
+            visitor.sees("#note", "Um brinquedo.")
+            page.evaluate(SUGGESTED)
+            shown = page.evaluate(IN_SIGHT)
+            assert 0 < len(shown) < 10 and not browser.scrolls_sideways()
+            found = []
+            while len(found) < 10:
+                page.keyboard.press("Tab")
+                if page.evaluate("!!document.activeElement.closest('#suggestions')"):
+                    found.append(page.evaluate(IN_SIGHT))
+            assert found == [[chip == focused for chip in range(10)] for focused in range(10)]
+            page.focus("#text")
+            assert page.evaluate(IN_SIGHT) == shown
+            page.fill("#text", '"um gato"')
+            visitor.sees("#said", "As mais parecidas com “um gato”.")
+            assert not browser.errors
+    finally:
+        opened.close()
+
+
 @pytest.mark.slow
 def test_two_models_side_by_side(trained, collection, saved_tiny_folder, tmp_path):
     require_chromium()

@@ -117,7 +117,8 @@ def test_a_picture_that_is_gone_and_an_index_without_pictures(answers, saved_tin
     empty = Answers(PictureIndex.open(tmp_path / "new.lance", str(saved_tiny_folder)))
     assert empty.search(Question.read({"text": "gato"}), None)["models"][0]["hits"] == []
     assert empty.status(Question()) | {"version": 0} == {
-        "version": 0, "count": 0, "folders": {}, "models": ["model"], "suggestions": [], "suggesting": True,
+        "version": 0, "count": 0, "folders": {}, "models": ["model"], "note": None, "suggestions": [],
+        "suggesting": True,
     }  # fmt: skip
 
 

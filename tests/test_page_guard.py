@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from made_pictures import bomb, made_index, made_pictures, png, save_folder
-from page_process import Asked
+from page_process import Asked, running
 from PIL import Image
 
 pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.[search]'")
@@ -22,10 +22,11 @@ from starlette.testclient import TestClient
 
 from capivara_search.common.image_files import BadImage, decode_image
 from capivara_search.index import PictureIndex
-from capivara_search.page import decoder, guard, turns
+from capivara_search.page import answers, decoder, guard, turns
 from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard
 from capivara_search.page.server import open_page
 from capivara_search.page.turns import Refusal
+from capivara_search.picture_columns import FOLDER_KEY
 from capivara_search.picture_pixels import on_white
 
 PICTURE_S = 2
@@ -126,6 +127,47 @@ def test_a_row_whose_file_has_become_another_is_not_given_away(folder, saved_tin
         opened.close()
 
 
+def test_what_was_checked_is_what_is_sent(saved_tiny_folder, tmp_path, monkeypatch):
+    """The file of a row is swapped for a link to a private picture while it is decoded."""
+    made = save_folder(tmp_path / "fotos")
+    index = made_index(tmp_path / "i.lance", made, saved_tiny_folder)
+    (tmp_path / "private.png").write_bytes(png(7) + b"segredo")
+    row, data = made / "azul" / "azul inteiro.png", png(0)
+    view = decoder.Decoder.view
+
+    def swapped(self, *args):
+        row.unlink()
+        row.symlink_to(tmp_path / "private.png")
+        return view(self, *args)
+
+    opened = open_page(index, port=0)
+    try:
+        monkeypatch.setattr(decoder.Decoder, "view", swapped)
+        status, _, body = Asked(opened.url).get("download", str(row))
+        assert (status, body) == (200, data) and b"segredo" in row.read_bytes()
+        assert Asked(opened.url).get("download", str(row))[0] == 404
+    finally:
+        opened.close()
+
+
+def test_folders_that_an_index_of_others_names_are_not_opened(folder, saved_tiny_folder, tmp_path, monkeypatch):
+    """Its rows may name all pictures of this machine, and its folders "/"."""
+    index = made_index(tmp_path / "i.lance", folder, saved_tiny_folder)
+    index._table.note({FOLDER_KEY + "/": ""})
+    row = str(folder / "azul" / "azul inteiro.png")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # as on another machine
+    opened = open_page(index, port=0)
+    try:
+        asked = Asked(opened.url)
+        assert asked.get("download", row)[0] == 404 and not asked.ask("about", {"like": row})[1]["original"]
+        assert asked.get("picture", row)[1]["content-type"] == "image/webp"
+        assert asked.ask("show", {"like": row}, Origin=asked.url)[0] == 404
+        index.add(folder)
+        assert asked.get("download", row)[0] == 200 and asked.ask("about", {"like": row})[1]["original"]
+    finally:
+        opened.close()
+
+
 def test_what_is_served_beside_pictures(page):
     for path in ("docs", "openapi.json", "static/", "static/../server.py", "static/%2e%2e/server.py", "words/pt.json"):
         assert page.get(path)[0] == 404
@@ -166,11 +208,35 @@ def test_another_page_can_show_no_picture_of_this_one(page, row, site):
 
 
 def test_only_this_machine_is_answered(page):
-    for host in ("evil.example", "evil.example:7860", f"localhost.evil.example:{page.port}"):
+    for host in ("evil.example:80", "evil@localhost", "localhost.evil.example", "10.9.8.7", "[::2]", ""):
         assert page.get("", Host=host)[0] == 400, "a foreign name for this machine was answered"
     assert page.get("", Host=f"localhost:{page.port}")[0] == 200
     policy = page.get("")[1]["content-security-policy"]
     assert "unsafe" not in policy and "default-src 'none'" in policy and "http" not in policy
+
+
+def test_on_a_network_a_page_answers_to_its_own_names(index):
+    """A name of somebody else's that leads to this machine makes his page and this one the same to a browser."""
+    opened = open_page(index, "0.0.0.0", 0, allow_hosts=["Fotos.local"])
+    own = f"{socket.gethostname()}, localhost, 127.0.0.1, 127.0.0.2, fotos.local".split(", ")
+    try:
+        asked = Asked(opened.url.replace("0.0.0.0", "127.0.0.1"))
+        for host in ("evil.example:80", "evil@localhost", "localhost.evil.example", "10.9.8.7", "[::2]", ""):
+            names = {"Host": host, "Origin": f"http://{host}"}
+            assert asked.ask("search", {"text": "azul"}, **names)[0] == 400, host
+            assert asked.ask("search", {"text": "azul"}, **names, X_Forwarded_Host="localhost")[0] == 400, host
+            assert asked.get("", Host=host)[0] == 400, host
+        for host in [name for name in own if name != "127.0.0.2"]:
+            names = {"Host": f"{host}:{asked.port}", "Origin": f"http://{host}:{asked.port}"}
+            assert asked.ask("search", {"text": "azul"}, **names)[0] == 200, host
+        other = Asked(opened.url.replace("0.0.0.0", "127.0.0.2"))  # another address of this machine
+        assert other.ask("search", {"text": "azul"}, Origin=other.url)[0] == 200
+        assert asked.ask("search", {}, X_Forwarded_Host="fotos.local", Origin="https://fotos.local")[0] == 200
+        assert asked.ask("search", {}, X_Forwarded_Host="evil.example", Origin="https://evil.example")[0] == 403
+    finally:
+        opened.close()
+    with pytest.raises(ValueError, match="--allow-host must be a name"):
+        open_page(index, "0.0.0.0", 0, allow_hosts=["http://fotos.local"])
 
 
 def test_a_folder_is_shown_to_who_sits_here_alone(page, row, folder, tmp_path, monkeypatch):
@@ -194,9 +260,10 @@ def test_a_folder_is_shown_to_who_sits_here_alone(page, row, folder, tmp_path, m
 def test_a_page_that_is_open_to_a_network(index, row, page):
     forwarded = {"Origin": "https://us-demo.hf.space", "X_Forwarded_Host": "us-demo.hf.space"}
     assert page.ask("search", {"text": "azul"}, **forwarded)[0] == 403, "a proxy is believed where there may be none"
-    opened = open_page(index, "0.0.0.0", 0)  # as a Space does
+    opened = open_page(index, "0.0.0.0", 0, allow_hosts=["*"])  # as a Space does
     try:
         asked = Asked(opened.url.replace("0.0.0.0", "127.0.0.1"))
+        assert asked.ask("search", {"text": "azul"}, Host="10.9.8.7", **forwarded)[0] == 200
         assert asked.ask("search", {"text": "azul"}, png(3), **forwarded)[0] == 200
         assert asked.ask("search", {"text": "azul"}, **forwarded | {"Origin": "https://other.hf.space"})[0] == 403
         assert asked.ask("show", {"like": row}, Origin=asked.url) == (403, {"error": "not_here", "values": {}})
@@ -209,7 +276,7 @@ def test_an_answer_that_fails_has_the_headers_too(caplog):
     async def broken(scope, receive, send):
         raise RuntimeError("of the program, not of the visitor")
 
-    answer = TestClient(Guard(broken, behind_proxy=False)).get("/")
+    answer = TestClient(Guard(broken, ["testserver"], behind_proxy=False)).get("/")
     assert (answer.status_code, answer.json()) == (500, {"error": "failed", "values": {}})
     assert answer.headers["Content-Security-Policy"].startswith("default-src 'none'")
     assert HEADERS.items() <= {key: answer.headers.get(key) for key in HEADERS}.items()
@@ -315,6 +382,110 @@ def test_idle_visitors_stand_in_nobodys_way(page):
         assert page.ask("search", {}, png(3))[0] == 200 and time.monotonic() - started < 2
 
 
+@contextlib.contextmanager
+def silent(page: Asked, number: int, first: bytes = b""):
+    """Sockets of visitors who have sent `first`, and nothing more."""
+    with contextlib.ExitStack() as stack:
+        sockets = [socket.create_connection(("127.0.0.1", page.port), timeout=20) for _ in range(number)]
+        for one in sockets:
+            stack.enter_context(one)
+            one.sendall(first)
+        yield sockets
+
+
+def has_ended(sent: socket.socket) -> bool:
+    """Whether the page has closed a connection by now."""
+    sent.settimeout(0.01)
+    try:
+        while sent.recv(100_000):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+def test_silent_visitors_make_room(page, monkeypatch, capfd):
+    """However many hold connections that ask nothing, the next one is answered."""
+    monkeypatch.setattr(guard, "MAX_CONNECTIONS", 20)
+    with silent(page, 60), silent(page, 60, b"GET / HTTP/1.1\r\nHost: loc") as sockets:
+        started = time.monotonic()
+        assert page.ask("search", {"text": "azul"})[0] == 200 and time.monotonic() - started < 2
+        time.sleep(0.1)
+        assert sum(not has_ended(one) for one in sockets) == 19
+    assert page.ask("search", {"text": "azul"})[0] == 200
+    assert not "".join(capfd.readouterr())
+
+
+def test_a_head_that_does_not_come_is_not_waited_for(page, monkeypatch):
+    """Neither of a new connection, nor after an answer, nor where it comes letter by letter."""
+    monkeypatch.setattr(guard, "HEAD_S", 0.4)
+    asked = b"GET /static/icon.svg HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with silent(page, 3) as new, silent(page, 3, asked) as answered, silent(page, 3, asked + asked[:30]) as begun:
+        for _ in range(8):
+            time.sleep(0.1)
+            for one in (new[0], answered[0], begun[0]):
+                with contextlib.suppress(OSError):
+                    one.sendall(b"G")
+        assert all(map(has_ended, (*new, *answered, *begun)))
+    assert page.get("")[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone has it")
+def test_who_reads_nothing_of_an_answer_is_given_up(tmp_path, saved_tiny_folder, monkeypatch):
+    monkeypatch.setattr(guard, "UNREAD_S", 1)
+    path = tmp_path / "fotos" / "a.png"
+    path.parent.mkdir()
+    path.write_bytes(png(3) + bytes(20_000_000))
+    opened = open_page(made_index(tmp_path / "i.lance", path.parent, saved_tiny_folder), port=0)
+    try:
+        asked = f"GET /download?path={path} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        with silent(Asked(opened.url), 1, asked.encode()):
+            end = time.monotonic() + 15
+            while not opened._server.server_state.connections and time.monotonic() < end:
+                time.sleep(0.05)
+            time.sleep(1)
+            while opened._server.server_state.connections and time.monotonic() < end:
+                time.sleep(0.1)
+            assert not opened._server.server_state.connections
+    finally:
+        opened.close()
+
+
+@pytest.mark.slow
+def test_descriptors_do_not_run_out(index, saved_tiny_folder, tmp_path):
+    """More visitors than the process may have files open: searches are answered, and the log stays empty."""
+    with running(tmp_path, f"{index.where}={saved_tiny_folder}", DESCRIPTORS="256") as (asked, _):
+        with silent(asked, 400), silent(asked, 400, b"POST /api/search HTTP/1.1\r\n"):
+            for _ in range(5):
+                started = time.monotonic()
+                assert asked.ask("search", {"text": "azul"}, png(3))[0] == 200 and time.monotonic() - started < 10
+        said = (tmp_path / "said.txt").read_text(encoding="utf-8")
+        assert said.strip() == asked.url
+
+
+@pytest.mark.slow
+def test_the_image_tower_is_loaded_when_the_page_opens(index, monkeypatch):
+    """A visitor's picture waits for that, and is not given up for it; words do not wait."""
+    monkeypatch.setattr(turns, "QUERY_S", 2)
+    begun, released = threading.Event(), threading.Event()
+    monkeypatch.setattr(answers.Answers, "prepare_images", lambda self: begun.set() or released.wait(30))
+    opened = open_page(index, port=0)
+    try:
+        asked = Asked(opened.url)
+        assert begun.wait(10)
+        with ThreadPoolExecutor(1) as threads:
+            upload = threads.submit(asked.ask, "search", {}, png(3))
+            assert asked.ask("search", {"text": "azul"})[0] == 200 and not upload.done()
+            released.set()
+            assert upload.result()[0] == 200
+    finally:
+        released.set()
+        opened.close()
+
+
 def test_what_is_broken_leaves_nothing_in_the_log(page, capfd):
     capfd.readouterr()
     folders = [{"folder": "/\0"}, {"folder": "/%_'"}]
@@ -416,7 +587,7 @@ def test_the_decoding_process_gives_the_same_image(folder):
             decode.image(file.getvalue())
         assert decode.image(file.getvalue()).size == (32, 32)
         with pytest.raises(BadImage):
-            decode.view(str(folder / "missing.png"))
+            decode.view(b"nada", "nada.png")
     finally:
         decode.close()
 

@@ -23,7 +23,7 @@ from PIL.ExifTags import GPS, IFD, Base
 
 from capivara_search import picture_details, picture_files
 from capivara_search.common import image_files
-from capivara_search.common.image_files import BadImage
+from capivara_search.common.image_files import BadImage, open_regular_file
 from capivara_search.picture_details import RAW_SUFFIXES, read_details
 from capivara_search.picture_files import (
     REASONS,
@@ -618,13 +618,51 @@ def test_a_disk_that_fails(tmp_path, monkeypatch):
     saved(tmp_path / "a.jpg", corners())
     real = os.open
 
-    def failing(path, flags, *rest):
+    def failing(path, flags, **options):
         if str(path).endswith("a.jpg"):
             raise OSError(5, "Input/output error")
-        return real(path, flags, *rest)
+        return real(path, flags, **options)
 
     monkeypatch.setattr(os, "open", failing)
     assert reason(tmp_path / "a.jpg") == "read error: Input/output error"
+
+
+# --- Links that come in between --------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_folders_is_read_in_them_alone(tmp_path):
+    file = saved(tmp_path / "private" / "a.jpg", corners())
+    (tmp_path / "fotos").mkdir()
+    (tmp_path / "fotos" / "a.jpg").symlink_to(file.path)
+    (tmp_path / "named").symlink_to(tmp_path / "fotos")
+    inside, private = str(tmp_path / "fotos"), str(tmp_path / "private")
+    link = FileState(str(tmp_path / "named" / "a.jpg"), 0, 0)
+    for read in (lambda: read_picture(link, folders=[inside]), lambda: read_bytes_digest(link.path, [inside])):
+        with pytest.raises(BadImage, match="link out of the folder: it leads out"):
+            read()
+    assert read_picture(link, folders=[inside, private]).image.size == (80, 60), "within one of the folders"
+    with pytest.raises(BadImage, match="link out of the folder"):
+        read_picture(file, folders=[private[:-1]])
+
+
+@pytest.mark.parametrize("swapped", ["2024/a.jpg", "2024", "."])
+def test_what_becomes_a_link_before_it_is_opened_is_not_followed(swapped, tmp_path, monkeypatch):
+    """Each step of the path is swapped when it has been checked, as somebody does who can write to the folder."""
+    saved(tmp_path / "private" / "2024" / "a.jpg", b"secret")
+    file = saved(tmp_path / "fotos" / "2024" / "a.jpg", corners())
+    real = os.path.realpath
+
+    def checked_then_swapped(path):
+        found = real(path)
+        os.rename(tmp_path / "fotos" / swapped, tmp_path / "away")
+        (tmp_path / "fotos" / swapped).symlink_to(tmp_path / "private" / swapped)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "realpath", checked_then_swapped)
+        with pytest.raises(OSError):
+            open_regular_file(file.path, "it", [str(tmp_path / "fotos")])
+    assert Path(file.path).read_bytes() == b"secret", "the swap has not happened"
 
 
 # --- Threads ---------------------------------------------------------------------------------------------------------

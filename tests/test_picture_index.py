@@ -468,9 +468,47 @@ def test_a_file_that_could_not_be_opened_is_tried_again_and_keeps_its_row(index,
             raise BadImage("read error", "the disk said no")
         return read(file, **options)
 
-    monkeypatch.setattr(adding, "read_bytes_digest", lambda path: None)
+    monkeypatch.setattr(adding, "read_bytes_digest", lambda path, folders: None)
     monkeypatch.setattr(adding, "read_picture", fails)
     assert [one.path for one in index.add(folder).left_out] == [str(chosen)]
     assert index.row(str(chosen)) is not None
     monkeypatch.undo()
     assert index.add(folder).left_out == []
+
+
+# --- What others do ---------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_becomes_a_link_while_indexing_is_not_read(tmp_path, models, folder, monkeypatch):
+    """It was seen in its folder, and a moment later it leads to a picture of somebody else's."""
+    make_pictures(tmp_path / "private", 1, seed=9)
+    private, chosen = next((tmp_path / "private").rglob("*.png")), sorted(folder.rglob("*.png"))[3]
+    plan = adding.make_plan
+
+    def planned_then_swapped(*args):
+        made = plan(*args)
+        chosen.unlink()
+        chosen.symlink_to(private)
+        return made
+
+    monkeypatch.setattr(adding, "make_plan", planned_then_swapped)
+    index = PictureIndex.open(tmp_path / "i.lance", model=models["base"])
+    [left] = index.add(folder).left_out
+    assert left.path == str(chosen) and left.reason.startswith("link out of the folder")
+    assert len(index) == 19 and index.row(str(chosen)) is None
+
+
+def test_the_folders_that_an_index_of_others_names_are_not_read(tmp_path, models, folder, index, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "of another machine"))
+    index._table.note({adding.FOLDER_KEY + "/": ""})
+    make_pictures(tmp_path / "own", 3, seed=5)
+    assert index.asked_folders() == {}
+    with pytest.raises(ValueError, match="none was added on this machine before"):
+        index.add()
+    other = PictureIndex.open(index.where, model=models["image"])  # which would embed all rows again
+    opened = reads(monkeypatch)
+    assert other.add(tmp_path / "own").new == 3
+    assert opened and all(path.startswith(str(tmp_path / "own")) for path in opened)
+    assert other.asked_folders() == {str(tmp_path / "own"): str(tmp_path / "own")}
+    assert other.add(folder).embedded > 0 and set(other.asked_folders()) == {str(tmp_path / "own"), str(folder)}
+    assert other.add().unchanged == 23

@@ -3,6 +3,7 @@
 import torch
 from PIL import Image
 
+from records import plots
 from records.plots import BarRow, plot_bars, plot_confusion
 
 
@@ -15,3 +16,11 @@ def test_pictures_of_any_size(tmp_path):
     plot_bars(rows, "", tmp_path / "bars.png")
     for path in tmp_path.glob("*.png"):
         assert len(Image.open(path).convert("RGB").getcolors(1 << 24)) > 5, path
+
+
+def test_chance_is_on_the_axis_however_low_the_bars(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    plot_bars([BarRow("a", (0.05, None), (0.1, 0.01), 0.5), None], "", tmp_path / "bars.png")
+    (axis,) = drawn[0].axes
+    assert axis.get_xlim()[1] > 50

@@ -118,8 +118,72 @@ def test_articles_agree():
     assert [fill(f, cat) for f in forms] == ["gato", "um gato", "o gato", "do gato", "no gato"]
     assert [fill(f, houses) for f in forms] == ["casas", "umas casas", "as casas", "das casas", "nas casas"]
     assert [fill(f, cuba) for f in forms] == ["Cuba", "Cuba", "Cuba", "de Cuba", "em Cuba"]
-    with pytest.raises(ValueError, match="none of the placeholders"):
-        fill("uma foto", cat)
+    assert fill("{} e {um}", cat) == "gato e um gato"
+    for template in ("uma foto", "uma foto de {name}", "uma foto de {} {cor}"):
+        with pytest.raises(ValueError, match=r"needs the class's name in place of {}, {nome}, {um}, "):
+            fill(template, cat)
+
+
+# --- One's own classes -----------------------------------------------------------------------------------------------
+
+
+def own(path, **content):
+    """The prompts of a file of one's own."""
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return load_prompts(str(path))
+
+
+def test_names_alone_and_an_empty_placeholder(tmp_path):
+    prompts = own(tmp_path / "cores.json", classes=["azul", "verde"], templates=["uma imagem de cor {}"])
+    assert prompts.filled == [["uma imagem de cor azul"], ["uma imagem de cor verde"]]
+    assert prompts.names == prompts.names_en == ["azul", "verde"] and prompts.benchmark == "cores"
+    assert (prompts.language, prompts.protocol, prompts.metric) == ("pt", "own", "accuracy")
+    prompts = own(tmp_path / "mine.json", classes=[{"pt": "gato"}, {"pt": "Cuba"}], templates=["{nome}!", "{um}!"])
+    assert prompts.filled == [["gato!", "gato!"], ["Cuba!", "Cuba!"]], "no gender, no article"
+
+
+def test_the_file_in_the_docs_is_one(tmp_path):
+    page = (FOLDER.parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    prompts = own(tmp_path / "a.json", **json.loads(re.search(r"```json\n(.*?)```", page, re.DOTALL)[1]))
+    assert prompts.language == "es" and prompts.filled[1] == ["una imagen de color azul", "algo de color azul"]
+
+
+def test_classes_of_another_language(tmp_path):
+    classes = ["rojo", {"es": "azul", "en": "blue"}, {"es": "azul", "en": "navy"}]
+    prompts = own(tmp_path / "a.json", dataset="colores", language="es", classes=classes, templates=["color {}"])
+    assert prompts.names == ["rojo", "azul", "azul"] and prompts.names_en == ["rojo", "blue", "navy"]
+    assert (prompts.benchmark, prompts.language, prompts.filled[0]) == ("colores", "es", ["color rojo"])
+    assert prompts.notes == ("1 names stand for several classes, whose images count as wrong: azul.",)
+    assert load_prompts(str(tmp_path / "a.json"), language="es") == prompts
+    with pytest.raises(ValueError, match="are in 'es'; leave out --language pt"):
+        load_prompts(str(tmp_path / "a.json"), language="pt")
+
+
+OWN_SLIPS = {
+    "twice": ({"classes": ["rojo", "azul", "rojo"]}, r"no class may be there twice, as \['rojo'\] are"),
+    "empty name": ({"classes": ["rojo", " "]}, "class 1 needs a name in the file's language, 'es', got {'es': ' '}"),
+    "another language": ({"classes": [{"pt": "azul"}]}, "class 0 needs a name in the file's language, 'es', got"),
+    "no text": ({"classes": [7]}, "class 0 needs a name"),
+    "no English text": ({"classes": [{"es": "azul", "en": ""}]}, "class 0 needs a name"),
+    "no class": ({"classes": []}, "at least one of classes and of templates"),
+    "no template": ({"templates": []}, "at least one of classes and of templates"),
+    "classes are missing": ({"classes": None}, "classes must be of type list"),
+    "no list": ({"templates": "color {}"}, "templates must be of type list"),
+    "no placeholder": ({"templates": ["color"]}, "'color' needs the class's name in place of {}"),
+    "Portuguese placeholder": ({"templates": ["color {um}"]}, "'color {um}' needs the class's name in place of {}"),
+    "language": ({"language": "espanol del sur"}, "language must be a code such as 'es', got 'espanol del sur'"),
+    "metric": ({"metric": "acuracy"}, "unknown metric 'acuracy', the known ones are"),
+    "gender": ({"language": "pt", "classes": [{"pt": "a", "gender": ["x"]}]}, "class 0 needs gender m or f and number"),
+}
+
+
+@pytest.mark.parametrize("slip", OWN_SLIPS)
+def test_a_slip_shows_a_whole_file_that_works(slip, tmp_path):
+    content = {"language": "es", "classes": ["rojo", "azul"], "templates": ["color {}"]} | OWN_SLIPS[slip][0]
+    with pytest.raises(ValueError, match=OWN_SLIPS[slip][1]) as error:
+        own(tmp_path / "a.json", **content)
+    shown = json.loads(str(error.value).partition("Such a file works: ")[2])
+    assert "\n" not in str(error.value) and own(tmp_path / "b.json", **shown).filled[0] == ["una imagen de color rojo"]
 
 
 AUTHORS = """
@@ -160,6 +224,7 @@ def test_slips_are_named(tmp_path):
     for call, message in (
         (lambda: load_prompts("cifar10"), "Unknown benchmark 'cifar10'; the nearest are .*cifar-10"),
         (lambda: load_prompts("cifar-10", "theirs"), "Unknown protocol 'theirs'"),
+        (lambda: load_prompts("cifar-10", language="es"), "are in 'pt'; leave out --language es"),
         (lambda: load_prompts("cifar-10", "authors"), "give --authors_file"),
         (lambda: load_prompts("cifar-10", "authors", authors_file=str(tmp_path / "no.py")), "does not exist"),
         (lambda: load_prompts("cifar-10", "babel"), "imagenet-1k alone"),

@@ -225,6 +225,13 @@ TRANSLATIONS = {
     "docs/search.md": "docs/busca.md",
     "docs/your_language.md": "docs/seu_idioma.md",
 }
+PLACES = {
+    "ARQUIVO": "FILE",
+    "MODELO": "MODEL",
+    "NOME": "NAME",
+    "PASTA": "FOLDER",
+    "meu_modelo": "mine",
+}  # in code, what a reader fills in
 OTHER_PAGE = {Path(name).name: Path(other).name for name, other in TRANSLATIONS.items()}
 OTHER_PAGE |= {other: name for name, other in OTHER_PAGE.items()}
 
@@ -240,11 +247,14 @@ def parts(text: str, swap: bool) -> dict[str, list]:
     prose = FENCE.sub("", text)
     links = [re.sub(r"[\w.]+$", lambda found: OTHER_PAGE.get(found[0], found[0]), link) if swap else link
              for link in re.findall(r"\]\(([^)\s]+)\)", prose)]  # fmt: skip
+    code = [" ".join(code.split()) for code in re.findall(r"`[^`]+`", prose)]
+    if swap:
+        code = [re.sub("|".join(PLACES), lambda found: PLACES[found[0]], one) for one in code]
     plain = re.sub(r"\]\([^)\s]+\)", "]", re.sub(r"`[^`]+`", "", prose))
     return {
         "levels of the headings": [len(level) for level in re.findall(r"^(#+) ", prose, re.MULTILINE)],
         "code": [(kind, re.sub(r"(^|\s+)#.*", "", code)) for kind, code in FENCE.findall(text)],
-        "code in the text": sorted(" ".join(code.split()) for code in re.findall(r"`[^`]+`", prose)),
+        "code in the text": sorted(code),
         "links": sorted(links),
         "figures": sorted(number.replace(",", ".") for number in re.findall(r"\d+(?:[.,]\d+)*", plain)),
         "columns of the tables": [line.count("|") for line in prose.splitlines() if line.startswith("|")],

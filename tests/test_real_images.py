@@ -7,7 +7,6 @@ import PIL.Image
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 
-from eval.prompts import load_prompts
 from eval.report_folder import read_folder
 from examples.real_images import BABEL_PHOTOS, PHOTOS, main
 
@@ -58,20 +57,3 @@ def test_command(tiny_folder, openmoji, tmp_path):
     assert full > 0.5, "even random features tell digits apart"
     photos = load_from_disk(str(tmp_path / "data" / "photos" / "data"))["test"]
     assert photos.features["label"].int2str(photos["label"][:]) == [words[0] for words in PHOTOS.values()]
-
-
-def test_ones_own_classes(tmp_path):
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"classes": [{"pt": "gato"}, {"pt": "Cuba"}], "templates": ["{nome}!"]}))
-    prompts = load_prompts(str(path))
-    assert prompts.benchmark == "mine" and prompts.filled == [["gato!"], ["Cuba!"]] and prompts.metric == "accuracy"
-    for content, message in (
-        ({"classes": [{"pt": "a"}], "templates": ["{}"]}, "none of the placeholders"),
-        ({"classes": [{"pt": "a"}, {"pt": "a"}], "templates": ["{nome}"]}, r"twice there are \['a'\]"),
-        ({"templates": ["{nome}"]}, "no file of classes: KeyError 'classes'"),
-        ({"classes": [{"pt": "a"}], "templates": ["{nome}"], "metric": "acuracy"}, r"unknown metric.*\['accuracy'"),
-        ({"classes": [], "templates": ["{nome}"]}, "needs classes"),
-    ):
-        path.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=message):
-            load_prompts(str(path))

@@ -13,7 +13,7 @@ from datasets import Image
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.selection import STRATEGIES
 from captions.select import SelectArguments, main, select, select_rows, write_missing_report
-from records.picture_sheets import Example, plot_examples
+from records.picture_sheets import Example, plot_examples, plot_gallery
 from records.tables import escape_markdown
 from training.arguments import RunArguments
 from training.data import training_splits
@@ -156,6 +156,20 @@ def test_captions_of_wide_letters_do_not_run_into_their_neighbours(tmp_path, mon
         label = axis.xaxis.label
         assert label.get_window_extent(renderer).width < 1.08 * axis.get_window_extent().width, label.get_text()
     assert "a cat on a mat in the\npark" in label.get_text(), "letters of usual width fill the line as before"
+
+
+def test_a_wide_picture_covers_no_title(tmp_path, monkeypatch):
+    """Wide ones are low: what is written above the first one must not be behind the second."""
+    figures = []
+    monkeypatch.setattr("records.picture_sheets.save_figure", lambda figure, path: figures.append(figure))
+    pictures = [PIL.Image.new("RGB", size) for size in ((400, 20), (400, 400), (20, 400))]
+    plot_examples([Example(i, "um gato", 0.2, image) for i, image in enumerate(pictures)], [], tmp_path / "x.png")
+    plot_gallery([[("um gato em cima do tapete da sala", [(image, True) for image in pictures])]], tmp_path / "y.png")
+    for figure in figures:
+        figure.draw_without_rendering()
+        first, *others = figure.axes
+        title = first.get_window_extent().y1, first.get_title(loc="left")
+        assert title[1] and all(other.get_window_extent().y1 <= title[0] + 1 for other in others), title
 
 
 def test_without_similarities(tmp_path):

@@ -174,7 +174,7 @@ def test_authors_layout(tmp_path):
     assert table["row"][:] == [1] and [(line.row, line.reason) for line in skipped] == [
         (0, "missing column"), (2, "missing column"),
     ]  # fmt: skip
-    assert "no 'generated-captions-pt'" in skipped[0].detail and "['captions-pt']" in skipped[0].detail
+    assert "no 'similarities-pt'" in skipped[0].detail and "['captions-pt']" in skipped[0].detail
 
 
 def test_members_are_never_extracted(tmp_path):

@@ -182,10 +182,11 @@ def test_a_space_runs_from_its_folder_alone(flags, tmp_path):
     for gone in ("areas", "cache", "model"):
         shutil.rmtree(tmp_path / gone)
     environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    environment["SPACE_HOST"] = "us-demo.hf.space"
     app = (tmp_path / "space" / "app.py").read_text(encoding="utf-8")
     assert '"0.0.0.0", 7860' in app
     started = app.replace('"0.0.0.0", 7860', '"127.0.0.1", 7860')  # nothing is opened to the network here
-    started = started.replace("credit=credit)", "credit=credit, on_open=lambda url: print(url, flush=True))")
+    started = started.replace("names)", "names, on_open=lambda url: print(url, flush=True))")
     (tmp_path / "space" / "app.py").write_text(started, encoding="utf-8")
     command = ["timeout", "-k", "5", "300", sys.executable, "app.py"]
     server = subprocess.Popen(command, cwd=tmp_path / "space", env=environment, stdout=subprocess.PIPE, text=True)
@@ -197,6 +198,8 @@ def test_a_space_runs_from_its_folder_alone(flags, tmp_path):
         path = found["models"][0]["hits"][0]["path"]
         assert path.startswith("/Áreas/") and asked.ask("about", {"like": path}) == (200, {"original": False})
         assert asked.get("picture", path)[1]["content-type"] == "image/webp", "a thumbnail stands for the picture"
+        names = {"Host": "us-demo.hf.space", "Origin": "https://us-demo.hf.space"}
+        assert asked.ask("search", {"text": "azul"}, **names)[0] == 200
     finally:
         server.terminate()
         server.wait(timeout=30)

@@ -40,6 +40,7 @@ from hub_upload.space.static_page import (
     SCRIPTS,
     SOURCES,
     made_graphs,
+    model_name,
     npm_packages,
     page_html,
     pixel_facts,
@@ -104,6 +105,15 @@ def test_the_page_may_ask_no_other_host():
     assert rules["default-src"] == "'none'" and rules["connect-src"] == "'self'" and "http" not in policy
     for name in (*SCRIPTS, "worker.js", "index.html"):
         assert not re.search(r"https?://|innerHTML|eval\(", (OURS / name).read_text("utf-8")), name
+
+
+def test_a_model_is_called_as_its_card_calls_it(tmp_path):
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    assert model_name(str(folder), folder) == "repo"
+    (folder / "README.md").write_text("---\nmodel-index:\n- name: CAPIVARA (pt)\n---\n")
+    assert model_name(str(folder), folder) == "CAPIVARA (pt)"
+    assert model_name("hiaac-nlp/CAPIVARA", folder) == "hiaac-nlp/CAPIVARA"
 
 
 def test_a_processor_that_the_page_does_not_know_is_refused():

@@ -201,6 +201,15 @@ def test_what_is_not_reached_is_not_run_and_never_zero(models, tmp_path, capsys)
     assert "ELEVATER average: left out, since 0 of its 20 sets ran" in table
 
 
+def test_a_benchmark_that_is_named_is_run_or_listed(models, data, tmp_path, capsys):
+    """Also where it has none of the languages; one that nobody named is not heard of."""
+    more = ["--only", "mnist", "xm3600", "--languages", "es", "hi"]
+    main(flags(models[0], tmp_path, *more, data_dir=data))
+    found = {(m["benchmark"], m["language"]): m["status"] for m in summary_of(tmp_path)["measurements"]}
+    assert found == {("mnist", "pt"): "not run", ("xm3600", "es"): "measured", ("xm3600", "hi"): "measured"}
+    assert "mnist: not run: it is in pt, and --languages asks for es hi." in capsys.readouterr().out
+
+
 def test_a_hub_that_is_not_reached(models, tmp_path, monkeypatch):
     monkeypatch.setattr("eval.layouts.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("eval.layouts.constants.ENDPOINT", "http://127.0.0.1:9")

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from capivara_search.terminal import (
     screen,
     shown_path,
     table,
+    text_cell,
     width,
 )
 
@@ -56,12 +58,29 @@ def picture(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> b
         ("gpj\u202e.exe", r"gpj\u202e.exe"),
         (os.fsdecode(b"caf\xe9.png"), r"caf\xe9.png"),
         ("\ud83d", r"\ud83d"),
+        ("pra\xadia\u180e.jpg", r"pra\xadia\u180e.jpg"),
+        ("a\U000e0041\U000e007f.jpg", r"a\U000e0041\U000e007f.jpg"),
+        ("می‌خواهم क्‍ष ܏٠.jpg".replace("܏", "\u0600"), "می‌خواهم क्‍ष \u0600٠.jpg"),
         ("família 👨‍👩‍👧 ção 日本.jpg", "família 👨‍👩‍👧 ção 日本.jpg"),
     ],
 )
 def test_what_a_terminal_obeys_is_shown_as_an_escape(name, shown):
     assert harmless(name) == shown
     assert harmless(shown) == shown
+
+
+def test_every_character_that_is_not_seen_is_an_escape_but_for_those_that_names_need():
+    seen = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x13430, 0x13440)}
+    for code in range(sys.maxunicode + 1):
+        hidden = unicodedata.category(chr(code)) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        if hidden and code not in seen | {0x200C, 0x200D}:
+            assert harmless(chr(code)) != chr(code), hex(code)
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+55", "-a.jpg", "@SUM(A1)", "=cmd|' /C calc'!A0"])
+def test_a_cell_begins_as_no_formula(text):
+    assert text_cell(text) == "'" + text
+    assert text_cell(f"a{text}") == f"a{text}"
 
 
 def test_a_link_holds_nothing_that_would_end_it():

@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -254,14 +255,102 @@ def with_a_giant_header(path: Path) -> None:
     path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
 
 
-@pytest.mark.parametrize(
-    "damage", [cut, with_wrong_offsets, with_a_giant_header, Path.unlink, lambda p: p.write_bytes(b"")]
-)
+def with_header(header: str):
+    return lambda path: path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(64))
+
+
+def one_tensor(**fields):
+    return with_header(json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | fields}))
+
+
+HEADERS = {
+    "cut": cut,
+    "wrong offsets": with_wrong_offsets,
+    "a giant": with_a_giant_header,
+    "no file": Path.unlink,
+    "an empty file": lambda path: path.write_bytes(b""),
+    "a list": with_header("[]"),
+    "a tensor that is a list": with_header('{"a": []}'),
+    "deep": with_header("[" * 10**5),
+    "a shape of long numbers": one_tensor(shape=[10**3999] * 1000),
+    "a shape of many numbers": one_tensor(shape=[1] * 9 + [4]),
+    "a shape of text": one_tensor(shape="4"),
+    "a shape of fractions": one_tensor(shape=[4.0]),
+    "numbers below none": one_tensor(shape=[-2, -2]),
+    "offsets that are fractions": one_tensor(data_offsets=[0.0, 16.0]),
+    "one offset": one_tensor(data_offsets=[16]),
+    "offsets turned round": one_tensor(dtype="X16", data_offsets=[4, 0]),
+    "an unknown kind": one_tensor(dtype="Z" * 9999),
+    "a kind that is a list": one_tensor(dtype=[]),
+    "beyond the end": one_tensor(shape=[40], data_offsets=[0, 160]),
+}
+
+
+@pytest.mark.parametrize("damage", HEADERS)
 def test_damaged_weights_are_named(tiny_folder, damage):
     path = tiny_folder / "model.safetensors"
-    damage(path)
-    with pytest.raises(ValueError, match=r"model\.safetensors.* can't be read"):
+    HEADERS[damage](path)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"^[^\n]*model\.safetensors[^\n]* can't be read[^\n]*$") as caught:
         WeightFile(path)
+    assert time.monotonic() - started < 5 and len(str(caught.value)) < 1000
+
+
+def in_text_config(**values):
+    return lambda config: config | {"text_config": config["text_config"] | values}
+
+
+CONFIGS = {
+    "a thousand million layers": in_text_config(num_hidden_layers=10**9),
+    "no heads": in_text_config(num_attention_heads=0),
+    "heads that are text": in_text_config(num_attention_heads="4"),
+    "heads that are a fraction": in_text_config(num_attention_heads=4.0),
+    "a width that is a list": lambda config: config | {"projection_dim": [24]},
+    "deep": lambda config: "[" * 10**5,
+}
+
+
+@pytest.mark.parametrize("fault", CONFIGS)
+def test_a_config_that_can_not_be_is_one_line(tiny_folder, fault):
+    path = tiny_folder / "config.json"
+    content = CONFIGS[fault](json.loads(path.read_text()))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"^[^\n]*config\.json[^\n]*$"):
+        SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato"])
+    assert time.monotonic() - started < 5
+
+
+TOKENIZERS = {
+    "cut": lambda state: json.dumps(state)[:500],
+    "a panic of Rust": lambda state: state | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "no piece for unknown letters": lambda state: state | {"model": state["model"] | {"unk_id": None}},
+}
+
+
+@pytest.mark.parametrize("fault", TOKENIZERS)
+def test_a_tokenizer_that_can_not_be_is_one_line(tiny_folder, fault):
+    path = tiny_folder / "tokenizer.json"
+    content = TOKENIZERS[fault](json.loads(path.read_text()))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=r"^[^\n]*can't be used: [^\n]*$"):
+        SearchModel("tiny", str(tiny_folder), tiny_folder, device="cpu").texts(["um gato 日本"])
+
+
+@pytest.mark.parametrize("scale", [torch.tensor([2.0, 3.0]), torch.tensor(1e6), torch.tensor(torch.nan)])
+def test_a_scale_that_can_not_be_is_one_line(tiny_folder, scale):
+    path = tiny_folder / "model.safetensors"
+    save_file(load_file(path) | {"logit_scale": scale}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"^[^\n]*logit_scale[^\n]* must be [^\n]*$"):
+        _ = SearchModel("tiny", str(tiny_folder), tiny_folder).logit_scale
+
+
+@pytest.mark.parametrize("width", [None, "24", 0, 10**9])
+def test_a_width_that_can_not_be_is_one_line(tiny_folder, width):
+    path = tiny_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"projection_dim": width}))
+    with pytest.raises(ValueError, match=r"^[^\n]*projection_dim[^\n]* must be [^\n]*$"):
+        _ = SearchModel("tiny", str(tiny_folder), tiny_folder).width
 
 
 def test_tensors_are_read_where_they_lie(tiny_folder):

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from caption_data.sources import open_source
 from caption_data.stage_folder import check_complete
 from captions.sentence_stage import COST, task_characters
 from captions.sentences import TranslationMemory
+from captions.stage_arguments import StageArguments
+from captions.stages import stage_main
 from captions.translate import main
 from captions.translate_arguments import TranslateArguments
 from captions.tsv import read_translations, unescape
@@ -356,18 +359,30 @@ def test_a_table_goes_out_and_comes_back(dataset, tmp_path, caplog):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_corrected_table_is_another_translator(dataset, tmp_path):
+def test_a_table_waits_and_may_be_corrected(dataset, tmp_path, caplog, capsys):
+    """An empty cell is no translation, and no error. A stage that has read the rows of before does not take others."""
     table = tmp_path / "yo.tsv"
     main(file_flags(dataset, tmp_path / "yo", "--export", str(table)))
     text = table.read_text(encoding="utf-8")
+    table.write_text(text.replace("\t\n", "\told\n", 30), encoding="utf-8")
+    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
+    assert re.search(r"waiting: .*yo.tsv: 4 of 34 sentences have no translation yet: line 32 \(s31_", caplog.text)
+    assert not (tmp_path / "yo").exists() and not capsys.readouterr().out
+
     table.write_text(text.replace("\t\n", "\told\n"), encoding="utf-8")
     main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
-    table.write_text(text.replace("\t\n", "\tnew\n"), encoding="utf-8")
-    with pytest.raises(SystemExit, match="other settings"):
-        main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
-    flags = ["--import", str(table), "--memory", str(tmp_path / "yo.memory")]
-    main(file_flags(dataset, tmp_path / "corrected", *flags))
-    assert written(tmp_path / "corrected")[0]["captions-yo"] == ["new"]
+    named = re.search(r"34 sentences were translated now; (.*) has them", caplog.text)[1]
+    assert Path(named).is_dir()
+    stage_main(StageArguments, "", ["--dataset", str(tmp_path / "yo"), "--output", str(tmp_path / "read")])
+    assert text.count("thing 23") == 1
+    table.write_text(re.sub(r"(thing 23.*\t)\n", r"\1new\n", text).replace("\t\n", "\told\n"), encoding="utf-8")
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "yo").glob("*.parquet")}
+    main(file_flags(dataset, tmp_path / "yo", "--import", str(table)))
+    assert [row["generated-captions-yo"][0] for row in written(tmp_path / "yo")] == ["old"] * 23 + ["new"]
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "yo").glob("*.parquet")}
+    assert [name for name in before if before[name] != after[name]] == ["train-000000018-000000024.parquet"]
+    with pytest.raises(SystemExit, match=r"source.fingerprint: .* there, .* now"):
+        stage_main(StageArguments, "", ["--dataset", str(tmp_path / "yo"), "--output", str(tmp_path / "read")])
 
 
 # Quality, columns, errors
@@ -379,7 +394,7 @@ def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, c
     lines = table.read_text(encoding="utf-8").split("\n")[:-1]
     wrong = {
         "a cat on a mat": "a cat on a mat",
-        "thing 3 in a park": "",
+        "thing 3 in a park": "-",
         "thing 4 in a park": "&amp; кошка кошка",
     }
     for number, line in enumerate(lines[1:], 1):
@@ -395,10 +410,10 @@ def test_flagged_translations_are_counted_shown_and_dropped(dataset, tmp_path, c
         "wrong script": 1,
     }
     assert report["flagged"] == ROWS // 2 + 2 and report["script_is_checked"]
-    example = {"source": "thing 3 in a park", "translation": ""}
+    example = {"source": "thing 3 in a park", "translation": "-"}
     assert report["flags"]["empty"]["examples"] == [example]
     assert "12  copy" in capsys.readouterr().out
-    assert written(tmp_path / "kept")[3]["generated-captions-yo"][0] == ""
+    assert written(tmp_path / "kept")[3]["generated-captions-yo"][0] == "-"
 
     main(file_flags(dataset, tmp_path / "dropped", "--import", str(table), "--drop_flagged"))
     there = written(tmp_path / "dropped")

@@ -165,6 +165,15 @@ def test_what_was_trained_since_stays_and_the_rows_that_were_cut_are_the_bases(t
     assert torch.equal(embeds(trimmed, KEPT), embeds(tmp_path / "back", KEPT))
 
 
+def test_a_vocabulary_that_is_short_of_pieces_is_one_line(tiny_folder, trimmed, tmp_path):
+    path = trimmed / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    del state["model"]["vocab"][-5:]
+    path.write_text(json.dumps(state), encoding="utf-8")
+    said = stopped(trimmed, tmp_path / "out", "--restore", tiny_folder)
+    assert " pieces for its " in said and not (tmp_path / "out").exists()
+
+
 def test_added_tokens_keep_their_rows(tiny_folder, tmp_path):
     processor = load_processor(tiny_folder)
     processor.tokenizer.add_tokens(["<bicho>"])

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from captions.tsv import escape, read_translations, sentence_id, unescape, write_sentences
+from captions.tsv import escape, read_translations, sentence_id, unescape, untranslated, write_sentences
 
 NASTY = [
     "a cat\ton a mat",
@@ -100,6 +100,21 @@ def test_wrong_rows_are_named(tmp_path, change, message):
     path.write_text("\n".join(change(path.read_text(encoding="utf-8").splitlines())), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_translations(path, SENTENCES)
+
+
+def test_an_empty_cell_is_no_translation(tmp_path):
+    path = tmp_path / "sentences.tsv"
+    write_sentences(path, SENTENCES)
+    assert untranslated(path).startswith("5 of 5 sentences have no translation yet: line 2 (s1_")
+    fill(path, ["um gato", "", "  ", "um carro", "o mar"])
+    assert re.fullmatch(r"2 of 5 sentences have no translation yet: line 3 \(s2_\w+\), line 4 .*\.", untranslated(path))
+    with pytest.raises(
+        ValueError, match=r"2 without a translation: line 3 \(s2_\w+\), line 4 .*fill their last column"
+    ):
+        read_translations(path, SENTENCES)
+    write_sentences(path, SENTENCES)
+    fill(path, ["um gato", "-", "dois homens", "um carro", "o mar"])
+    assert untranslated(path) == "" and read_translations(path, SENTENCES)["a dog"] == "-"
 
 
 def test_all_kinds_of_faults_are_told_at_once_and_many_of_a_kind_are_counted(tmp_path):

@@ -38,7 +38,8 @@ class ModelAndData(CaptionChoice, CaptionDataArguments):
     validation_split: str = flag("validation", "Name of the validation split, on which choices are made.")
     test_split: str = flag("test", "Name of the test split, of the final table.")
     prepare: Literal["openmoji"] | None = flag(
-        None, "Embedded default that makes `model` and `dataset` where they are missing: openmoji."
+        None,
+        "Embedded default, openmoji: its own `model` and `dataset`, in data/openmoji, are made where they are missing.",
     )
 
 

@@ -1,5 +1,6 @@
 """The splits of a run's data sets: rows whose captions were chosen, and their images."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,10 +11,12 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from capivara_search.common.image_files import decode_image
-from caption_data.pairs import caption_table, joined_tables, table_bytes, tables_fingerprint
+from caption_data.pairs import caption_table, joined_tables, lacking, table_bytes, tables_fingerprint
 from caption_data.rows import Skipped
+from caption_data.selection import WITH_SIMILARITIES
 from caption_data.sources import Source, open_source
 from training.arguments import RunArguments
+from training.batches import batch_counts
 
 
 @dataclass
@@ -41,6 +44,72 @@ class Split:
         return tables_fingerprint(self.table)
 
 
+def check_data_sets(args: RunArguments) -> None:
+    """Look for all that the settings ask of the data sets, in their first rows: it takes seconds.
+
+    Raises:
+        ValueError: a data set, split or column is missing, or there are fewer rows than a batch takes. All of it is
+            told at once, a line each, with the setting that asks for it and the flag that does without.
+    """
+    faults: dict[str, list[str]] = {}  # what is missing -> which settings ask for it, and the way out
+
+    def checked(dataset: str, split: str, asked: list[tuple[list[str], str]], way_out: str) -> Source | None:
+        try:
+            source = open_source(dataset, split, args.image_column, streaming=True, **args.limits())
+        except ValueError as error:
+            faults.setdefault(str(error), []).append(way_out)
+            return None
+        for columns, reason in [([args.image_column], "--image_column names another one."), *asked]:
+            if missing := lacking(columns, source.columns):
+                fault = f"{source.where} has no column {' or '.join(map(repr, missing))}; there are {source.columns}."
+                faults.setdefault(fault, []).append(reason)
+        return source
+
+    asked, named = _asked_of_training(args), "--dataset and --train_split name the training data."
+    sources = [checked(name, args.train_split, asked, named) for name in args.dataset]
+    named = "--evaluation_dataset, --validation_split and --test_split name what is measured on."
+    for split, languages in measured_languages(args).items():
+        asked = [([caption_column(args, code)], f"{_names_of(args, code)} {named}") for code in languages]
+        checked(args.evaluation_dataset, split, asked, named)
+    if None not in sources:
+        try:
+            batch_counts(args.effective_batch_size, [_first_rows(args, one) for one in sources])
+        except ValueError as error:
+            faults[str(error)] = []
+    if faults:
+        raise ValueError("\n".join(" ".join([fault, *dict.fromkeys(reasons)]) for fault, reasons in faults.items()))
+
+
+def _first_rows(args: RunArguments, source: Source) -> int:
+    """How many rows there are, up to a whole batch, which is enough."""
+    columns = [name for name in source.columns if name != args.image_column]
+    return sum(1 for _ in itertools.islice(source.rows(only=columns), args.effective_batch_size))
+
+
+def _asked_of_training(args: RunArguments) -> list[tuple[list[str], str]]:
+    """Columns of the training data, each with the setting that asks for it and the flag that does without."""
+    similarities = [f"similarities-{args.language}"]
+    captions = [name for name in _caption_columns(args) if name not in similarities]
+    asked = [(captions, _names_of(args, args.language))]
+    if (strategy := args.caption_strategy) in WITH_SIMILARITIES:
+        asked.append((similarities, f"caption_strategy: {strategy} needs it, --caption_strategy none turns it off."))
+    if (least := args.min_pair_similarity) is not None:
+        way_out = "--min_pair_similarity null turns it off."
+        asked.append((similarities, f"min_pair_similarity: {least:g} needs it, {way_out}"))
+    return asked
+
+
+def _names_of(args: RunArguments, language: str) -> str:
+    """Which flags name a column of captions."""
+    flag = "--language" if language == args.language else "--eval_languages"
+    return f"{flag} {language} and --caption_column {args.caption_column} name it."
+
+
+def measured_languages(args: RunArguments) -> dict[str, list[str]]:
+    """The splits that are measured on, each with the languages of its captions."""
+    return {args.validation_split: [args.language], args.test_split: args.eval_languages}
+
+
 def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
     """The training split of every data set; what can't be used is appended to `skipped`.
 
@@ -56,8 +125,6 @@ def training_splits(args: RunArguments, skipped: list[Skipped]) -> list[Split]:
     if args.min_pair_similarity is not None:
         columns = list(dict.fromkeys([*columns, f"similarities-{args.language}"]))
     sources = [open_source(name, args.train_split, args.image_column, **args.limits()) for name in args.dataset]
-    for source in sources:  # before the long pass over the first
-        source.check_columns([args.image_column, *columns])
     read = partial(_shared_table, choose=choose, skipped=skipped)
     return [Split(source, read(source, args.image_column, columns), args.image_column) for source in sources]
 

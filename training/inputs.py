@@ -17,7 +17,7 @@ from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from training.arguments import RunArguments
 from training.batches import Planner, batch_counts
-from training.data import Split, evaluation_split, training_splits
+from training.data import Split, check_data_sets, evaluation_split, measured_languages, training_splits
 from training.images import TrainingImages, build_cache, cached_embeds, loading_workers
 from training.trainable import prepare_trainable
 from training.views import Views, bad_images, check_images
@@ -72,6 +72,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         ValueError: anything is missing or bad, the batch exceeds the pairs, or LoRA's names match nothing.
         OSError: the disk has too little space.
     """
+    check_data_sets(args)  # before a model is loaded
     processor = load_processor(args.model)
     base = load_model(args.model)
     trial = load_model(args.model)
@@ -79,8 +80,9 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     check_free_space(output_dir, _bytes_of_run(args, trial))
     del trial
     base.to(accelerator.device).eval()
-    languages = {args.validation_split: [args.language], args.test_split: args.eval_languages}
-    measured = {name: evaluation_split(args, name, languages[name]) for name in languages}
+    measured = {
+        split: evaluation_split(args, split, languages) for split, languages in measured_languages(args).items()
+    }
     skipped: list[Skipped] = []
     splits = training_splits(args, skipped)
     rows = sum(map(len, splits)) + len(skipped)

@@ -60,7 +60,7 @@ def rotate(args: RotateArguments) -> Tensor:
             pictures.append(decode_image(source.row(row)[args.image_column], source.files))
     if len(pictures) <= width:
         raise ValueError(
-            f"{source.where} has {len(pictures)} usable images, and {width} axes are asked of them. Give more than that."
+            f"{source.where} has {len(pictures)} usable images, and {width} axes are asked of them. Give more."
         )
     rotation = principal_rotation(embed_images(model, processor, pictures, description="Images"))
     rotate_(model, rotation)

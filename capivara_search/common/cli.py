@@ -33,7 +33,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from capivara_search.common.progress import bars_for_terminals_only
+from capivara_search.common.progress import prepare_bars
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def run_command(main: Callable[[], object], resumes: bool = False) -> None:
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    bars_for_terminals_only()
+    prepare_bars()
     try:
         main()
     except KeyboardInterrupt:
@@ -75,22 +75,28 @@ def parse(
 
     Raises:
         ValueError: a key or flag is unknown (the nearest name is given), or a value breaks its rule.
-        SystemExit: `--help`, or a value is of the wrong type.
+        SystemExit: `--help`, a flag is missing, or a value is of the wrong type; without `argv` any of these faults,
+            with 2.
     """
-    flags, names = parser(groups or kind, hide, description=description), [known.name for known in fields(kind)]
-    words = sys.argv[1:] if argv is None else list(argv)
-    if config:
-        flags.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
-        file = flags.parse_known_args(words)[0].config
-        # The file stands before the command line: values of both are read, checked and converted by the same code, so
-        # `1e-4`, which PyYAML takes for text, becomes a number.
-        words = (as_flags(read_config(Path(file)), names, str(Path(file))) if file else []) + words
-    namespace, unknown = flags.parse_known_args(words)
-    refuse_unknown(unknown, [*names, "config"] if config else names, getattr(kind, "gone", {}))
-    values = vars(namespace)
-    if config:
-        del values["config"]
-    return kind(**values)
+    flags = parser(groups or kind, hide, getattr(kind, "gone", {}), description=description)
+    names, words = [known.name for known in fields(kind)], sys.argv[1:] if argv is None else list(argv)
+    try:
+        if config:
+            flags.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
+            file = flags.parse_known_args(words)[0].config
+            # The file stands before the command line: values of both are read, checked and converted by the same code,
+            # so `1e-4`, which PyYAML takes for text, becomes a number.
+            words = (as_flags(read_config(Path(file)), names, str(Path(file))) if file else []) + words
+        namespace, unknown = flags.parse_known_args(words)
+        flags.refuse_unknown(unknown)
+        values = vars(namespace)
+        if config:
+            del values["config"]
+        return kind(**values)
+    except (ValueError, OSError) as error:
+        if argv is not None:
+            raise
+        flags.exit(2, f"error: {hide(str(error))}\n")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -102,8 +108,8 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         # BaseLoader: `no` stays "no", and `1e-4` is converted like a flag's value.
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
     return content
@@ -170,29 +176,62 @@ def user_errors(main: Callable[..., T]) -> Callable[..., T]:
     return command
 
 
-def parser(kinds: Any, hide: Callable[[str], str] = str, **options: Any) -> argparse.ArgumentParser:
-    """An `HfArgumentParser` for dataclasses, with positional arguments and errors of one line."""
+def parser(
+    kinds: Any, hide: Callable[[str], str] = str, gone: dict[str, str] | None = None, **options: Any
+) -> argparse.ArgumentParser:
+    """An `HfArgumentParser` for dataclasses, with positional arguments, `null` for no number, and errors of one line.
+
+    `gone` has flags of earlier versions, with what is used instead.
+    """
 
     class Parser(_hf_argument_parser()):
+        words: Sequence[str] = ()  # that are parsed
+
         def add_argument(self, *names: str, positional: bool = False, **options: Any) -> argparse.Action:
             if positional:
                 options.pop("required", None)
                 names = (names[0].lstrip("-"),)
             return super().add_argument(*names, **options)
 
+        def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+            self.words = sys.argv[1:] if args is None else args
+            return super().parse_known_args(args, namespace)
+
+        def refuse_unknown(self, words: Sequence[str]) -> None:
+            spellings = [[name for name in action.option_strings if name[:2] == "--"] for action in self._actions]
+            refuse_unknown(words, [names[0] for names in spellings if names], gone)
+
         def error(self, message: str) -> NoReturn:
+            flags = {name for action in self._actions for name in action.option_strings}
+            wrong = [word for word in self.words if word.startswith("--") and word.split("=")[0] not in flags]
+            try:
+                self.refuse_unknown(wrong)
+            except ValueError as error:  # a wrong flag is often the one that is missing
+                self.exit(2, f"error: {hide(f'{message}. {error}')}\n")
             self.exit(2, f"error: {hide(message)} (--help lists all)\n")
 
     options = {"prog": program(), "allow_abbrev": False, "formatter_class": CommandHelp} | options
-    return Parser(kinds, **options)
+    flags = Parser(kinds, **options)
+    for action in flags._actions:
+        if action.type in (int, float) and action.default is None and not action.required:
+            action.type = _number_or_null(action.type)
+    return flags
 
 
-def refuse_unknown(words: list[str], known: list[str], gone: dict[str, str] | None = None) -> None:
+def _number_or_null(kind: type) -> Callable[[str], float | None]:
+    def number(word: str) -> float | None:
+        return None if word == "null" else kind(word)
+
+    number.__name__ = kind.__name__  # which argparse's error says
+    return number
+
+
+def refuse_unknown(words: Sequence[str], known: list[str], gone: dict[str, str] | None = None) -> None:
     """Raise ValueError where words of a command line are left over; values are not shown, one may be a secret.
 
     Args:
         words: that are left over.
-        known: names of the flags.
+        known: the flags.
         gone: flags of earlier versions, with what is used instead.
     """
     flags = [word.split("=")[0] for word in words if word.startswith("-")]
@@ -200,15 +239,17 @@ def refuse_unknown(words: list[str], known: list[str], gone: dict[str, str] | No
         if instead := (gone or {}).get(flag.lstrip("-")):
             raise ValueError(f"`{flag}` is gone: {instead}.")
     if flags:
-        reject(flags[0], "flag", [f"--{name}" for name in known])
+        reject(flags[0], "flag", known)
     if words:
         raise ValueError("There is a value without a flag. `--help` lists all flags.")
 
 
 def reject(name: str, what: str, known: list[str], rest: str = "`--help` lists all.") -> NoReturn:
-    """Raise ValueError about a flag or key that is not known; the nearest one is named."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    raise ValueError(f"Unknown {what}: `{name}`. Did you mean `{nearest}`? {rest}")
+    """Raise ValueError about a flag or key that is not known; the nearest one is named if it is near."""
+    bare = {key.lstrip("-"): key for key in known}
+    nearest = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
+    hint = f" Did you mean `{bare[nearest[0]]}`?" if nearest else ""
+    raise ValueError(f"Unknown {what}: `{name}`.{hint} {rest}")
 
 
 def program() -> str:

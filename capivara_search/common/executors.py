@@ -36,7 +36,7 @@ from datatrove.executor.base import PipelineExecutor
 
 from capivara_search.common.environment import require
 from capivara_search.common.files import write_text
-from capivara_search.common.progress import bars_for_terminals_only, no_bars
+from capivara_search.common.progress import no_bars, prepare_bars
 from capivara_search.common.tasks import ExecutorArguments, Phase
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,7 +175,7 @@ def _executor(kind: str, work: Work, args: ExecutorArguments, before: PipelineEx
         time=args.time,
         partition=args.partition,
         qos="",
-        job_name="-".join([work.package, *re.split(", |: ", work.title)]),
+        job_name=re.sub(r"[^\w.-]+", "-", f"{work.package}-{work.title}"),
         env_command="; ".join(f"export {name}={shlex.quote(str(path))}:${name}" for name, path in paths.items()),
         # A job whose predecessor has failed would wait for ever.
         sbatch_args={"kill-on-invalid-dep": "yes"} | dict(option.partition("=")[::2] for option in args.sbatch),
@@ -296,7 +296,7 @@ class LocalExecutor(_Executor, LocalPipelineExecutor):
         threading.Thread(target=_end_with, args=(multiprocess.parent_process(),), daemon=True).start()
         loguru.logger.disable("datatrove")
         logging.basicConfig(format="%(message)s")  # warnings; what each task says of its work is in its log
-        bars_for_terminals_only() if rank == 0 else no_bars()
+        prepare_bars() if rank == 0 else no_bars()
         if gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = gpu
         elif "OMP_NUM_THREADS" not in os.environ:
@@ -328,6 +328,14 @@ class SlurmExecutor(_Executor, SlurmPipelineExecutor):
             ) from error
         if self.job_id == -1 and self.depends_job_id:  # nothing to do: what comes next waits for what came before
             self.job_id = self.depends_job_id
+
+    def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
+        """datatrove's script, with what it does not quote: the values that sbatch reads, and the path."""
+        output = self.slurm_logs_folder.replace("%", "%%") + "/%A_%a.out"  # "%j" in a folder's name is no job's number
+        values = {**sbatch_args, "output": output, "error": output}.items()
+        quoted = {name: shlex.quote(str(value)) if value else value for name, value in values}
+        path = self.logging_dir.resolve_paths("executor.pik")
+        return super().get_launch_file_contents(quoted, run_script.replace(path, shlex.quote(path)))
 
     def launch_merge_stats(self) -> None:
         """No job for datatrove's statistics: what was done is said by the parts."""

@@ -156,6 +156,7 @@ def check_output_folder(path: Path, overwrite: bool = False) -> None:
             )
     elif path.exists():
         raise ValueError(f"The output folder {path} is a file. Choose another name.")
+    _check_place(path, "folder")
 
 
 def check_inputs_stay(output: Path, *inputs: str | Path | None) -> None:
@@ -194,15 +195,30 @@ def check_output_file(path: Path) -> None:
     path = path.absolute()
     if path.is_dir():
         raise ValueError(f"The output file {path} is a folder. Name a file in it, such as {path / 'result.json'}.")
+    _check_place(path, "file")
+
+
+def _check_place(path: Path, what: str) -> None:
     existing = next(parent for parent in path.parents if parent.exists() or parent.is_symlink())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    if not existing.is_dir() or not may_write(existing):
         fault = "can't be written to" if existing.is_dir() else "is no folder"
-        raise ValueError(f"The output file {path} can't be made: {existing} {fault}. Choose another place.")
+        raise ValueError(f"The output {what} {path} can't be made: {existing} {fault}. Choose another place.")
+
+
+def may_write(folder: Path) -> bool:
+    """Whether a new file can be made in a folder; a full disk is another fault."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: of root, or of a read-only disk
+            return True
+    except OSError as error:
+        return no_space_left(error)
 
 
 def check_free_space(path: Path, needed: int) -> None:
-    """Raise OSError when the disk that will hold `path` has fewer than `needed` bytes free."""
+    """Raise OSError when the disk that will hold `path` can't be written to, or has fewer than `needed` bytes free."""
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    if not may_write(existing):  # what is read-only has no byte free, too
+        raise PermissionError(errno.EACCES, "No permission to write here, choose another place", str(existing))
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OSError(

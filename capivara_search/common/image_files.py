@@ -11,7 +11,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -53,6 +53,8 @@ DATASET_HELP = (
 DECODERS = 4  # threads
 HUB, ARCHIVES = "hf://", ("zip://", "tar://", "gzip://")  # addresses: a file on the Hub, or in an archive there
 
+# A folder on the way to a file; where the system can, one that may be passed through but not listed, too.
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 T = TypeVar("T")
 MAX_DETAIL = 300  # letters that are kept of what is wrong; a caption can be a book
 PIL.Image.init()
@@ -231,8 +233,8 @@ def _file_bytes(path: str, files: ImageFiles) -> bytes:
     try:
         with _followed(path, files) as file:
             return file.read(MAX_IMAGE_BYTES + 1)
-    except BadImage:
-        raise
+    except BadImage as error:
+        raise BadImage("unreadable image", error.detail) from error
     except Exception as error:  # of every file system that fsspec knows, and of what it installs them from
         raise BadImage("unreadable image", f"{path!r}: {error}") from error
 
@@ -260,25 +262,39 @@ def _local_file(path: str, bounds: Bounds) -> BinaryIO:
             "unreadable image",
             f"{path!r} lies outside of the data set's folder; --image_roots names others that may be read",
         )
-    return open_regular_file(next((file for file in inside if file.is_file()), inside[0]), repr(path))
+    found = next((file for file in inside if file.is_file()), inside[0])
+    return open_regular_file(found, repr(path), bounds.folders)
 
 
-def open_regular_file(path: str | Path, name: str) -> BinaryIO:
-    """A file that the user has named, or that lies where he has allowed it; links are followed.
+def open_regular_file(path: str | Path, name: str, folders: Sequence[str | Path] | None = None) -> BinaryIO:
+    """A regular file, its links followed once, before it is opened: one that comes into its way then is refused.
 
     Args:
         path: of the file.
         name: of the file, for messages.
+        folders: real paths of folders that it must end in; None: the user has named the file itself.
 
     Raises:
-        BadImage: it is no regular file.
-        OSError: it is not there, or can't be opened.
+        BadImage: it is no regular file ("no regular file"), or ends elsewhere ("link out of the folder").
+        OSError: it is not there, or can't be opened; a folder or file of its real path has become a link.
+        ValueError: there is a zero in its name.
     """
-    # Opening a FIFO would wait for a writer, and a device may never end; neither is waited for or read.
-    number = os.open(os.path.realpath(path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    real = Path(os.path.realpath(path))
+    if folders is not None and not any(real.is_relative_to(folder) for folder in folders):
+        raise BadImage("link out of the folder", f"{name} leads out of the folders that may be read")
+    # Folder by folder from the root, no link anywhere: what was checked above is what is opened.
+    folder = os.open(real.anchor, _FOLDER)
+    try:
+        for part in real.parent.parts[1:]:
+            outer, folder = folder, os.open(part, _FOLDER, dir_fd=folder)
+            os.close(outer)
+        # Opening a FIFO would wait for a writer, and a device may never end; neither is waited for or read.
+        number = os.open(real.name or ".", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    finally:
+        os.close(folder)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise BadImage("unreadable image", f"{name} is no regular file")
+        raise BadImage("no regular file", f"{name} is a folder, a pipe, a socket or a device")
     return os.fdopen(number, "rb")
 
 

@@ -38,7 +38,7 @@ SECRETS = re.compile(rf"{_NO_WORD}(?:{_BARE})|{_SAID}", re.ASCII)
 _SECRET_BYTES = re.compile(SECRETS.pattern.encode())
 # In addresses and headers, which only logs and messages hold.
 _IN_REQUESTS = re.compile(
-    r"(?<=Bearer )\S+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"(?<=Bearer )\S+|(?<=://)[^/\s]+(?=@)"
     r"|(?<=X-Amz-Signature=)[^&\s]+|(?<=X-Amz-Credential=)[^&\s]+|(?<=X-Amz-Security-Token=)[^&\s]+"
 )
 

@@ -16,7 +16,7 @@ def start_command(arguments: str | None = None, description: str | None = None) 
         description: text of `--help`.
 
     Raises:
-        SystemExit: the command ends here.
+        SystemExit: the command ends here, a wrong flag or value with 2.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
         # Nothing is written yet, and KeyboardInterrupt would get lost in the imports of C extensions.
@@ -28,10 +28,7 @@ def start_command(arguments: str | None = None, description: str | None = None) 
     from capivara_search.common.cli import parse
 
     found = resolve_name(arguments)
-    try:
-        parse(found, description) if isinstance(found, type) else found(None, description)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    parse(found, description) if isinstance(found, type) else found(None, description)
 
 
 def stop_at_once(text: str) -> NoReturn:

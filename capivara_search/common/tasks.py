@@ -51,6 +51,14 @@ class ExecutorArguments:
             raise ValueError(f"--executor {self.executor} needs --tasks, the number of shares of the rows.")
         if self.executor == "slurm" and not (self.partition and self.time):
             raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
+        if self.executor == "slurm":
+            for name in ("partition", "time", "sbatch", "logging_dir", "output"):  # they stand in the jobs' script
+                value = getattr(self, name, None)
+                if re.search(r"[\x00-\x1f\x7f-\x9f\\]", "".join(value) if name == "sbatch" else str(value)):
+                    raise ValueError(
+                        f"{name} must have no backslash, line break or other control character where Slurm runs the "
+                        f"tasks, got {str(value)!r}. Rename it."
+                    )
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
             raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

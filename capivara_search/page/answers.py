@@ -177,9 +177,11 @@ class Answers:
         """What the index holds by now, and words that are worth searching for."""
         words = self.suggestions.best(question.language)
         names = [index.model.name for index in self.indexes]
+        notes = [note for index in self.indexes if (note := index.model.note_in(question.language))]
         return self._state() | {
             "folders": self._facts[1],
             "models": names,
+            "note": notes[0] if notes else None,  # there is one model that has any
             "suggestions": words or [],
             "suggesting": words is None,
         }

@@ -2,7 +2,7 @@
 
     decoder = Decoder()
     image = decoder.image(upload)  # PIL
-    large = decoder.view("/home/ana/Fotos/praia.jpg")  # JPEG
+    large = decoder.view(data, "praia.cr2")  # JPEG
 
 A JPEG of 400 kB can take minutes, a JPEG 2000 of 2 kB stops all threads of its process for ten seconds, and no thread
 can be ended.
@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,14 +24,13 @@ from typing import Any
 
 import PIL.Image
 
-from capivara_search.common.image_files import BadImage, decode_image, open_image, open_regular_file
-from capivara_search.picture_files import FileState, read_picture
+from capivara_search.common.image_files import BadImage, decode_image, open_image
+from capivara_search.picture_files import FileState, decode_picture
 from capivara_search.picture_pixels import at_most, on_white
 
 PROGRAM = "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
 ROOT = Path(__file__).resolve().parents[2]
 PREPARED = "modeling_capivara.image_processing_capivara"  # makes 8 bits of 16; its import takes seconds
-HEADER_BYTES = 2**16
 PICTURE_S = 10  # a photograph of 50 million pixels takes under 2 s
 VIEW_SIDE = 1600  # pixels of the longer side; the model sees a few hundred
 VIEW_QUALITY = 88  # of its JPEG
@@ -52,9 +52,14 @@ class Decoder:
         about, pixels = self._answer({}, upload)
         return PIL.Image.frombytes("RGB", about["size"], pixels)
 
-    def view(self, path: str) -> bytes:
-        """A file of the index as JPEG, upright, its longer side at most `VIEW_SIDE`. Raises BadImage as `image`."""
-        return self._answer({"path": path}, b"")[1]
+    def view(self, data: bytes, name: str) -> bytes:
+        """A file of the index as JPEG, upright, its longer side at most `VIEW_SIDE`. Raises BadImage as `image`.
+
+        Args:
+            data: the file, which this process has opened: the other one opens none.
+            name: of the file, whose end says whether it is RAW.
+        """
+        return self._answer({"name": name}, data)[1]
 
     def close(self) -> None:
         """End the process."""
@@ -88,6 +93,7 @@ class Decoder:
 
 def main(descriptor: int, seconds: float) -> None:
     """Decode what comes, until the page has closed its end."""
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # such pictures are refused next
     with Connection(descriptor) as page:
         while True:
             try:
@@ -96,25 +102,20 @@ def main(descriptor: int, seconds: float) -> None:
                 return
             signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process, whatever that is doing
             try:
-                if _is_deep(question, upload) and PREPARED not in sys.modules:
+                if _is_deep(upload) and PREPARED not in sys.modules:
                     signal.setitimer(signal.ITIMER_REAL, 0)
                     importlib.import_module(PREPARED)
                     signal.setitimer(signal.ITIMER_REAL, seconds)
-                about, answer = _view(question["path"]) if "path" in question else _image(upload)
+                about, answer = _view(upload, question["name"]) if "name" in question else _image(upload)
             except BadImage as bad:
                 about, answer = {"reason": bad.reason, "detail": bad.detail}, b""
-            except OSError as error:  # of a file that is gone
-                about, answer = {"reason": "unreadable image", "detail": str(error)}, b""
             signal.setitimer(signal.ITIMER_REAL, 0)
             page.send_bytes(json.dumps(about).encode())  # what was fed strangers' files gets no say in objects
             page.send_bytes(answer)
 
 
-def _is_deep(question: dict[str, str], upload: bytes) -> bool:
-    """Whether a picture has 16 bits or more, as far as the beginning of its file says."""
-    if "path" in question:
-        with open_regular_file(question["path"], repr(question["path"])) as file:
-            upload = file.read(HEADER_BYTES)
+def _is_deep(upload: bytes) -> bool:
+    """Whether a picture has 16 bits or more, as its header says."""
     try:
         return open_image(upload, "").mode.startswith(("I", "F"))
     except BadImage:  # which is said when it is decoded
@@ -126,7 +127,7 @@ def _image(upload: bytes) -> tuple[dict[str, Any], bytes]:
     return {"size": image.size}, image.tobytes()
 
 
-def _view(path: str) -> tuple[dict[str, Any], bytes]:
-    image = at_most(read_picture(FileState(path, 0, 0), VIEW_SIDE).image, VIEW_SIDE)
+def _view(data: bytes, name: str) -> tuple[dict[str, Any], bytes]:
+    image = at_most(decode_picture(data, FileState(name, 0, 0), VIEW_SIDE).image, VIEW_SIDE)
     image.save(file := io.BytesIO(), "JPEG", quality=VIEW_QUALITY)
     return {}, file.getvalue()

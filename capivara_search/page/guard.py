@@ -1,19 +1,24 @@
 """What stands before the page: who may ask, with how much and in what time; nothing outside of this machine is fetched.
 
-    app = Guard(app, behind_proxy=False)
+    app = Guard(app, allowed_hosts("127.0.0.1"), behind_proxy=False)
+    uvicorn.Config(app, http=Connection)
 
 A question is a POST whose body is a line of JSON and, after it, the bytes of a picture or nothing.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import resource
+import socket
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager, suppress
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from capivara_search.page.turns import Refusal
 
@@ -23,6 +28,11 @@ UPLOADS_AT_ONCE = 8  # bodies over MAX_QUESTION_BYTES in memory, until they are 
 PLACE_S = 30  # for one of these places
 RECEIVE_S = 60  # for a body in its place
 STEP_BYTES, STEP_S = 100_000, 5  # of a body, so many bytes, or its rest, must come within each such time
+HEAD_S = 10  # for the head of a request, of a new connection or after an answer
+UNREAD_S = 30  # for a visitor to take some of what was sent
+MAX_CONNECTIONS = 400
+BACKLOG = 64  # connections that are accepted at a time, before any of them is looked at
+OTHER_DESCRIPTORS = 128  # of the index, the model, and connections that were just accepted
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors "
@@ -41,14 +51,16 @@ logger = logging.getLogger("capivara")
 class Guard:
     """ASGI middleware before all others: refuses what is not the page's, and puts its headers on every answer.
 
-    The name of a host that a header says was asked of a proxy is believed only `behind_proxy`.
+    The name of a host that a header says was asked of a proxy is believed only `behind_proxy`, and where it is one of
+    `hosts`. A request by another name is refused: a foreign page whose own name resolves to this machine would pass for
+    this one, and read the pictures.
 
     Slow uploads hold no place for long by a least rate rather than by a limit for each address: all visitors of a Space
     have its proxy's address, and what a header says of theirs can be made up where there is no proxy.
     """
 
-    def __init__(self, app: ASGIApp, behind_proxy: bool):
-        self.app, self.behind_proxy = app, behind_proxy
+    def __init__(self, app: ASGIApp, hosts: Collection[str], behind_proxy: bool):
+        self.app, self.hosts, self.behind_proxy = app, hosts, behind_proxy
         self._policy = POLICY + ("'self' https://huggingface.co" if behind_proxy else "'none'")  # which frames a Space
         self._places = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
@@ -69,6 +81,7 @@ class Guard:
             await send(message)
 
         try:
+            self._check_host(scope)
             self._check_origin(scope)
             if scope["method"] == "POST":
                 await self._with_body(scope, receive, send_guarded)
@@ -85,11 +98,22 @@ class Guard:
             if not started:
                 await refused(Refusal("failed", 500))(scope, receive, send_guarded)
 
+    def _is_own(self, host: str) -> bool:
+        return "*" in self.hosts or host_name(host) in self.hosts
+
+    def _check_host(self, scope: Scope) -> None:
+        """Raise Refusal where the page is asked for by a name that it does not have."""
+        host = Headers(scope=scope).get("host", "")
+        address = (scope.get("server") or ("",))[0]  # of this machine, to which the visitor has connected
+        if not self._is_own(host) and (not host or host_name(host) != address):
+            raise Refusal("unknown_host", 400, host=host, flag=f"--allow-host {host_name(host)}")
+
     def _check_origin(self, scope: Scope) -> None:
         """Raise Refusal where another page asks. It may only lead to this one, by a link."""
         headers = Headers(scope=scope)
         forwarded = headers.get("x-forwarded-host", "") if self.behind_proxy else ""
-        hosts = {host.strip().lower() for host in (headers.get("host", ""), *forwarded.split(",")) if host.strip()}
+        hosts = {host.strip().lower() for host in forwarded.split(",") if self._is_own(host.strip())}
+        hosts.add(headers.get("host", "").strip().lower())
         if any(origin.partition("://")[2].lower() not in hosts for origin in headers.getlist("origin")):
             raise Refusal("foreign", 403)
         if scope["path"] != "/" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
@@ -122,6 +146,89 @@ class Guard:
             yield
         finally:
             self._places.release()
+
+
+class Connection(H11Protocol):
+    """uvicorn's, with a time for the head of a request and a limit of connections, which uvicorn has none of.
+
+    Where there are too many, the one that is idle longest makes room: a visitor who asks is idle for a moment. Were new
+    ones refused, whoever holds them all could keep everybody out; were all accepted, descriptors would run out.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        """Take a connection, perhaps in the place of another one."""
+        super().connection_made(transport)
+        self._idle_since = self.loop.time()
+        self._look()
+        if len(self.connections) > most_connections():
+            idle = min((one for one in self.connections if one.is_idle()), key=lambda one: one._idle_since)
+            self.connections.discard(idle)
+            idle.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has ended."""
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self._idle_since = self.loop.time()
+        super().on_response_complete()
+
+    def is_idle(self) -> bool:
+        """Whether no question of its is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _look(self) -> None:
+        """End it where no head has come in time; what comes of one in small pieces gains none."""
+        late = self.is_idle() and self.loop.time() - self._idle_since >= HEAD_S
+        if late and not self.transport.get_write_buffer_size():  # else an answer is under way: see `listening`
+            self.transport.abort()
+        self._timer = self.loop.call_later(HEAD_S / 4, self._look)
+
+
+def most_connections() -> int:
+    """How many there may be: a download takes two descriptors, and the process needs some beside."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, (limit - OTHER_DESCRIPTORS) // 2))
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket for a page. Raises OSError where the port is taken, or there is no such host."""
+    made = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: who takes nothing of an answer would hold it for ever
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_S * 1000)
+    return made
+
+
+def allowed_hosts(host: str, more: Sequence[str] = ()) -> list[str]:
+    """The names that a page answers to, beside the addresses of this machine that it is bound to.
+
+    Args:
+        host: that it is bound to.
+        more: other names of this machine, or of the proxy before it; "*" for any.
+
+    Raises:
+        ValueError: one of them is no name.
+    """
+    names = ["localhost", "127.0.0.1", "::1", host.lower(), *map(host_name, more)]
+    if "" in names:
+        raise ValueError(f"--allow-host must be a name such as fotos.local, or an address, got {', '.join(more)!r}.")
+    if host in ("0.0.0.0", "::"):
+        own = socket.gethostname().lower()
+        names += [own, f"{own.partition('.')[0]}.local"]  # as it is found in a network without a server of names
+    return list(dict.fromkeys(names))
+
+
+def host_name(host: str) -> str:
+    """The name or address in a Host header, without its port; "" where there is none."""
+    with suppress(ValueError):
+        parts = urlsplit(f"//{host}")
+        if not (parts.path or parts.query or parts.fragment or "@" in host):
+            return parts.hostname or ""
+    return ""
 
 
 def refused(refusal: Refusal) -> JSONResponse:

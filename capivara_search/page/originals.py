@@ -17,6 +17,7 @@ from urllib.parse import quote
 from capivara_search.common.image_files import BadImage, open_regular_file
 from capivara_search.page.decoder import Decoder
 from capivara_search.page.turns import Refusal
+from capivara_search.picture_files import contents
 from capivara_search.results import Hit
 
 if TYPE_CHECKING:
@@ -50,11 +51,14 @@ class Originals:
                 return found
         raise Refusal("gone", 404)
 
-    def _is_within(self, path: str) -> bool:
-        """Whether a row's file lies in a folder that was added, links followed: since then it may have become one."""
-        real = os.path.realpath(path)
-        folders = {os.path.realpath(folder) for index in self._indexes for folder in index.folders()}
-        return any(real.startswith(os.path.join(folder, "")) for folder in folders)
+    def _open(self, path: str) -> BinaryIO:
+        """The file of a row, below a folder that `add` was told of on this machine. Raises Refusal."""
+        self.row(path)
+        folders = [real for index in self._indexes for real in index.asked_folders().values()]
+        try:
+            return open_regular_file(path, repr(path), folders)
+        except (BadImage, OSError, ValueError):
+            raise Refusal("no_original", 404) from None
 
     def view(self, path: str) -> tuple[bytes, str]:
         """A picture, large, and its media type; its thumbnail where the file can't be read any more.
@@ -62,30 +66,32 @@ class Originals:
         Raises:
             Refusal: the path is no row.
         """
-        self.row(path)
         try:
-            if not self._is_within(path):
-                raise BadImage("unreadable image", "it leads out of the folders")
-            return self._decoder.view(path), "image/jpeg"
-        except BadImage:
+            with self._open(path) as file:
+                return self._decoder.view(contents(file), path), "image/jpeg"
+        except (BadImage, Refusal, OSError):
             return self.thumbnail(path), "image/webp"
 
     def is_there(self, path: str) -> bool:
         """Whether the file of a row is on this machine. Raises Refusal where the path is no row."""
         self.row(path)
-        return os.path.isfile(path) and self._is_within(path)
+        try:
+            self._open(path).close()
+        except Refusal:
+            return False
+        return True
 
     def file(self, path: str) -> tuple[BinaryIO, int, str]:
         """The file of a row, open, with its bytes and its media type. Raises Refusal where it is no picture, or no row.
 
-        An index may be somebody else's, and name any file: what can't be shown as a picture is not given away.
+        What can't be shown as a picture is not given away: what was decoded and what is sent are one open file.
         """
-        if not self.is_there(path):
-            raise Refusal("no_original", 404)
+        file = self._open(path)
         try:
-            self._decoder.view(path)
-            file = open_regular_file(path, repr(path))
+            self._decoder.view(contents(file), path)
+            file.seek(0)
         except (BadImage, OSError):
+            file.close()
             raise Refusal("no_original", 404) from None
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         return file, os.fstat(file.fileno()).st_size, kind

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -30,16 +30,15 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from capivara_search.page.answers import LANGUAGES, Answers, Question, decoded
 from capivara_search.page.decoder import Decoder
-from capivara_search.page.guard import Guard, refused
+from capivara_search.page.guard import BACKLOG, Connection, Guard, allowed_hosts, listening, refused
 from capivara_search.page.originals import Originals
-from capivara_search.page.turns import Refusal, Turns
+from capivara_search.page.turns import WAIT_S, Refusal, Turns
 
 if TYPE_CHECKING:
     from capivara_search.index import PictureIndex
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parent
 DEFAULT_PORT = 7860
 START_S = 30  # for the server to listen
+WARM_UP_S = 600  # for torch and the model, on a slow machine
 ENDING_S = 3  # for open connections, when the page ends
 CHUNK_BYTES = 2**18  # of a file that is downloaded
 KEPT_S = 3600  # by a browser, of a picture; its address changes with the file
@@ -83,8 +83,9 @@ class Page:
 
     def __init__(self, app: Starlette, listening: socket.socket, url: str):
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, ws="none",
-            lifespan="on", timeout_graceful_shutdown=ENDING_S,
+            app, http=Connection, backlog=BACKLOG, ws="none", lifespan="on", timeout_graceful_shutdown=ENDING_S,
+            log_level="error", access_log=False,  # visitors could fill a log with warnings
+            server_header=False, proxy_headers=False,
         )  # fmt: skip
         self.url, self._server = url, uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -115,6 +116,7 @@ def serve_index(
     language: str = "pt",
     credit: Credit | None = None,
     on_open: Callable[[str], None] | None = None,
+    allow_hosts: Sequence[str] = (),
 ) -> None:
     """Serve the page until Ctrl-C.
 
@@ -127,12 +129,13 @@ def serve_index(
         language: "pt" or "en"; `?lang=` in the address of the page chooses the other one.
         credit: whose pictures they are, for a page that is open to others.
         on_open: is called with the address when the page is open.
+        allow_hosts: names that the page answers to, beside those of `allowed_hosts`.
 
     Raises:
         OSError: the port is taken, or there is no such host.
-        ValueError: there is no such language, or a model does not fit its index.
+        ValueError: there is no such language, a name is none, or a model does not fit its index.
     """
-    page = open_page(index, host, port, compare, language, credit)
+    page = open_page(index, host, port, compare, language, credit, allow_hosts)
     try:
         if on_open is not None:
             on_open(page.url)
@@ -152,48 +155,30 @@ def open_page(
     compare: "PictureIndex | None" = None,
     language: str = "pt",
     credit: Credit | None = None,
+    allow_hosts: Sequence[str] = (),
 ) -> Page:
     """Open the page and return; arguments and errors are those of `serve_index`."""
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
+    hosts = allowed_hosts(host, allow_hosts)
     for one in (index, compare):
         if one is not None and len(one):
             one.search_vector(np.ones(one.model.width, np.float32), k=1)  # says now where the model does not fit
-    listening = _listening(host, port)
-    app = build_app(Answers(index, compare), host, language, credit)
-    name = f"[{host}]" if ":" in host else host
-    return Page(app, listening, f"http://{name}:{listening.getsockname()[1]}")
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        taken = listening(host, port)
     except OSError:
         if port != DEFAULT_PORT:
             raise
-        return socket.create_server((host, 0), family=family)
-
-
-def build_app(answers: Answers, host: str, language: str = "pt", credit: Credit | None = None) -> Starlette:
-    """The application: routes, what stands before them, and what runs beside.
-
-    Args:
-        answers: of the index.
-        host: that the page is bound to; only where it is this machine's own are files shown in their folders.
-        language: where the address of the page names none.
-        credit: whose pictures they are.
-    """
-    site = Site(answers, is_loopback(host), language, credit)
-    guards = [Middleware(Guard, behind_proxy=not site.local)]
-    if site.local:  # a page of another name that resolves to this machine must not read the pictures
-        guards.append(Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host]))
-    return Starlette(
+        taken = listening(host, 0)
+    site = Site(Answers(index, compare), is_loopback(host), language, credit)
+    app = Starlette(
         routes=site.routes(),
-        middleware=guards,
+        middleware=[Middleware(Guard, hosts=hosts, behind_proxy=not site.local)],
         lifespan=site.lifespan,
         exception_handlers={Refusal: _refused},
     )
+    name = f"[{host}]" if ":" in host else host
+    return Page(app, taken, f"http://{name}:{taken.getsockname()[1]}")
 
 
 class Site:
@@ -204,14 +189,17 @@ class Site:
         self._questions, self._views = Turns(), Turns()
         self._decoder: Decoder
         self._originals: Originals
+        self._warming: asyncio.Task
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Keep a process for pictures, and embed the words of suggestions between the questions."""
         self._decoder = Decoder()
         self._originals = Originals(self.answers.indexes, self._decoder)
+        self._warming = asyncio.create_task(self._warm_up())
         preparing = asyncio.create_task(self._prepare())
         yield
+        self._warming.cancel()
         preparing.cancel()
         self._decoder.close()
 
@@ -229,9 +217,15 @@ class Site:
                     suggestions.ended = True
                     return
                 await asyncio.sleep(0.05)
-        if not self.local:  # where a first visitor would wait for the import of torch, and be given up
-            with contextlib.suppress(Refusal):
-                await self._questions.ask(self.answers.prepare_images)
+
+    async def _warm_up(self) -> None:
+        """Import torch and load the image tower, in no turn: words wait for neither, and pictures are not given up."""
+        try:
+            await Turns().ask(self.answers.prepare_images, WARM_UP_S)
+        except Refusal:
+            pass
+        except Exception:  # each question with a picture says so
+            logger.exception("No pictures can be searched with.")
 
     def routes(self) -> list[Route]:
         """All that is answered."""
@@ -263,6 +257,8 @@ class Site:
             image = None
             if upload:  # in another turn: one that takes long keeps no question of words waiting
                 image = await self._views.ask(lambda: decoded(upload, self._decoder.image))
+                if not (await asyncio.wait([self._warming], timeout=WAIT_S))[0]:
+                    raise Refusal("busy", 503)
             return JSONResponse(await self._questions.ask(lambda: ask(question, image)))
 
         return answer

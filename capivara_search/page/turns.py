@@ -40,8 +40,8 @@ class Turns:
         self._waiting = self._given_up = 0
         self._tasks = _thread()
 
-    async def ask(self, question: Callable[[], T]) -> T:
-        """The answer to a question, when its turn has come.
+    async def ask(self, question: Callable[[], T], seconds: float | None = None) -> T:
+        """The answer to a question, when its turn has come; it is given up after `seconds`, or else `QUERY_S`.
 
         Raises:
             Refusal: too many wait, or it took too long.
@@ -57,16 +57,16 @@ class Turns:
         finally:
             self._waiting -= 1
         try:
-            return await self._answered(question)
+            return await self._answered(question, QUERY_S if seconds is None else seconds)
         finally:
             self._turn.release()
 
-    async def _answered(self, question: Callable[[], T]) -> T:
+    async def _answered(self, question: Callable[[], T], seconds: float) -> T:
         answer: Future[T] = Future()
         answer.set_running_or_notify_cancel()
         self._tasks.put((question, answer))
         waited = asyncio.wrap_future(answer)
-        if (await asyncio.wait([waited], timeout=QUERY_S))[0]:
+        if (await asyncio.wait([waited], timeout=seconds))[0]:
             return waited.result()
         waited.cancel()
         self._given_up += 1

@@ -21,7 +21,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, 
 from capivara_search.common.environment import how_to_install, torch_device
 from captions.translators.languages import find_code, same_language
 from captions.translators.pieces import cut, groups
-from modeling_capivara.loading import check_reachable
+from modeling_capivara.checks_capivara import tokenizer_errors
+from modeling_capivara.loading import check_reachable, checked_config
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SOURCE_TOKENS = 256  # of a piece: translation models learn from sentences, and lose the rest of long paragraphs
@@ -144,7 +145,9 @@ def load(
         check_reachable(name, revision=revision)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Recommended: pip install sacremoses")  # which the tokenizer never calls
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+            with tokenizer_errors("its tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        checked_config(name, revision=revision)
         model = AutoModelForSeq2SeqLM.from_pretrained(name, revision=revision, dtype=DTYPES[precision])
     except ImportError as error:
         said = str(error).strip().split(". ")[0]  # transformers adds where else to read on

@@ -1,13 +1,15 @@
 """Class names and prompt templates, as data; three protocols of zero-shot classification.
 
 `ours` are the Portuguese names and templates in `pt/`, `authors` those that CAPIVARA's authors publish, read from their
-file, `babel` the names of Babel-ImageNet out of the package `clip-benchmark`, in any of its languages.
+file, `babel` the names of Babel-ImageNet out of the package `clip-benchmark`, in any of its languages. What a file of
+one's own names, in whatever language, is recorded as `own`.
 """
 
 import ast
 import json
 import re
 import urllib.request
+from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -18,6 +20,11 @@ from capivara_search.common.files import read_json
 
 FOLDER = Path(__file__).resolve().parent
 ARTICLES = {("m", "s"): ("um", "o"), ("f", "s"): ("uma", "a"), ("m", "p"): ("uns", "os"), ("f", "p"): ("umas", "as")}
+METRICS = ("accuracy", "mean-per-class", "11point_mAP", "roc_auc")
+# A file of one's own, whole: a class is its name, or an object with "en" where the data call it otherwise.
+EXAMPLE = (
+    '{"language": "es", "classes": ["rojo", {"es": "azul", "en": "blue"}], "templates": ["una imagen de color {}"]}'
+)
 MAX_AUTHORS_BYTES = 5_000_000  # of the authors' file; it has under 100 kB
 FOOD_FAULT = (
     "The authors' list has 100 names for 101 classes: 'tacos' (index 96) is missing, so the last four names are "
@@ -30,11 +37,12 @@ class Prompts:
     """What a classifier is made of."""
 
     benchmark: str  # key of the data set, such as "cifar-10"
-    protocol: str  # "ours", "authors" or "babel"
+    protocol: str  # "ours", "authors", "babel" or, of a file of one's own, "own"
     names: list[str]  # of the classes, in the order of the labels, as results show them
     names_en: list[str]  # English names of all classes of the data set, by which its own order is matched
     filled: list[list[str]]  # class -> its prompts
-    metric: str  # "accuracy", "mean-per-class", "11point_mAP" or "roc_auc"
+    metric: str  # of `METRICS`
+    language: str = "pt"  # of `filled`
     notes: tuple[str, ...] = ()  # what a reader of the figure must know
     indices: list[int] | None = None  # class of these prompts -> its index in `names_en`; None where they are the same
 
@@ -50,28 +58,40 @@ def benchmarks() -> list[str]:
 
 
 def load_prompts(
-    benchmark: str, protocol: str = "ours", language: str = "pt", authors_file: str | None = None
+    benchmark: str, protocol: str = "ours", language: str | None = None, authors_file: str | None = None
 ) -> Prompts:
     """Names and prompts of a data set.
 
     Args:
-        benchmark: key, of `benchmarks()`, or a JSON file of the same form as those in `pt/`, for one's own classes.
+        benchmark: key, of `benchmarks()`, or a JSON file such as `EXAMPLE`, for one's own classes.
         protocol: "ours", "authors" or "babel".
-        language: code of Babel-ImageNet; the other protocols are Portuguese.
+        language: code, of babel; that of the other prompts is their file's, and another one is refused.
         authors_file: path or https address of the authors' `portuguese_prompts.py`; it is parsed, never executed.
 
     Raises:
         ValueError: benchmark, protocol or language is unknown (the nearest are named), or the file is not as expected.
         ImportError: Babel-ImageNet without clip-benchmark.
     """
+    prompts = _load(benchmark, protocol, language or "pt", authors_file)
+    if language and language != prompts.language:
+        raise ValueError(
+            f"The prompts of {benchmark} are in {prompts.language!r}; leave out --language {language}, it is babel's."
+        )
+    return prompts
+
+
+def _load(benchmark: str, protocol: str, language: str, authors_file: str | None) -> Prompts:
     if benchmark.endswith(".json"):
         if protocol != "ours":
             raise ValueError(f"{benchmark} has prompts of its own; protocol {protocol!r} is for the known data sets.")
         return _own(Path(benchmark))
     if benchmark not in benchmarks():
         nearest = get_close_matches(benchmark, benchmarks(), n=3, cutoff=0.0)
-        raise ValueError(f"Unknown benchmark {benchmark!r}; the nearest are {nearest}. There are {benchmarks()}.")
-    ours = _prompts(benchmark, read_json(FOLDER / "pt" / f"{benchmark}.json"))
+        raise ValueError(
+            f"Unknown benchmark {benchmark!r}; the nearest are {nearest}. There are {benchmarks()}, and files of one's "
+            f"own, FILE.json, such as {EXAMPLE}"
+        )
+    ours = _prompts(benchmark, "ours", read_json(FOLDER / "pt" / f"{benchmark}.json"))
     if protocol == "ours":
         return ours
     if protocol == "authors":
@@ -83,51 +103,74 @@ def load_prompts(
     raise ValueError(f"Unknown protocol {protocol!r}; there are ours, authors and babel.")
 
 
-def fill(template: str, entry: dict) -> str:
-    """A template with a class's name in place of {nome}, {um}, {o}, {do} or {no}, article and contractions agreeing.
+def fill(template: str, entry: dict, language: str = "pt") -> str:
+    """A template with a class's name in place of {}; in Portuguese of {nome}, too, and of {um}, {o}, {do} or {no}.
 
-    `entry` has `pt`, `gender`, `number` and, for a name without article, `article` false.
+    `entry` has the name under its `language` and, for Portuguese articles and contractions that agree, `gender`,
+    `number` and, for a name without article, `article` false.
     """
-    name = entry["pt"]
-    forms = {"nome": name, "um": name, "o": name, "do": f"de {name}", "no": f"em {name}"}
-    if entry.get("article", True) and "gender" in entry:
-        indefinite, definite = ARTICLES[entry["gender"], entry["number"]]
-        forms = {"nome": name, "um": f"{indefinite} {name}", "o": f"{definite} {name}"}
-        forms |= {"do": f"d{definite} {name}", "no": f"n{definite} {name}"}
-    for placeholder, form in forms.items():
-        if f"{{{placeholder}}}" in template:
-            return template.replace(f"{{{placeholder}}}", form)
-    raise ValueError(f"The template {template!r} has none of the placeholders {sorted(forms)}.")
+    name = entry[language]
+    forms = {"": name}
+    if language == "pt":
+        forms |= {"nome": name, "um": name, "o": name, "do": f"de {name}", "no": f"em {name}"}
+        if entry.get("article", True) and "gender" in entry:
+            indefinite, definite = ARTICLES[entry["gender"], entry["number"]]
+            forms |= {"um": f"{indefinite} {name}", "o": f"{definite} {name}"}
+            forms |= {"do": f"d{definite} {name}", "no": f"n{definite} {name}"}
+    places = re.findall(r"\{([^{}]*)\}", template)
+    if not places or not forms.keys() >= set(places):
+        known = ", ".join(f"{{{form}}}" for form in forms)
+        raise ValueError(f"the template {template!r} needs the class's name in place of {known}")
+    return re.sub(r"\{([^{}]*)\}", lambda place: forms[place[1]], template)
 
 
 def _own(path: Path) -> Prompts:
     if not path.is_file():
         raise ValueError(f"The file of classes {path} does not exist.")
     try:
-        data = read_json(path)
-        known = ("accuracy", "mean-per-class", "11point_mAP", "roc_auc")
-        if data.setdefault("metric", "accuracy") not in known:
-            nearest = get_close_matches(str(data["metric"]), known, n=4, cutoff=0.0)
-            raise ValueError(f"unknown metric {data['metric']!r}, the known ones are {nearest}")
-        for entry in data["classes"]:
-            entry.setdefault("en", entry["pt"])
-        prompts = _prompts(data.get("dataset", path.stem), data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is no file of classes: {type(error).__name__} {error}. Its form is that of the files in "
-            "eval/prompts/pt: "
-            '{"dataset", "metric", "classes": [{"pt", "en", "gender", "number"}], "templates"}.'
-        ) from error
-    repeated = sorted({name for name in prompts.names_en if prompts.names_en.count(name) > 1})
-    if repeated or not prompts.names or not all(prompts.filled):
-        raise ValueError(f"{path} needs classes, none of them twice, and templates; twice there are {repeated[:10]}.")
-    return prompts
+        data = {"dataset": path.stem, "language": "pt", "metric": "accuracy"}
+        data |= read_json(path, classes=list, templates=list)
+        _check_own(data)
+        return _prompts(data["dataset"], "own", data)
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of classes: {error}. Such a file works: {EXAMPLE}") from error
 
 
-def _prompts(benchmark: str, data: dict) -> Prompts:
-    filled = [[fill(template, entry) for template in data["templates"]] for entry in data["classes"]]
-    names = [entry["pt"] for entry in data["classes"]]
-    return Prompts(benchmark, "ours", names, [entry["en"] for entry in data["classes"]], filled, data["metric"])
+def _check_own(data: dict[str, Any]) -> None:
+    """Make an object of each class that is its name alone; raise ValueError where the file has another form."""
+    language, texts = data["language"], [data["dataset"], *data["templates"]]
+    if not isinstance(language, str) or not re.fullmatch(r"[A-Za-z]{2,3}([-_]\w+)*", language):
+        raise ValueError(f"language must be a code such as 'es', got {language!r}")
+    if data["metric"] not in METRICS:
+        nearest = get_close_matches(str(data["metric"]), METRICS, n=4, cutoff=0.0)
+        raise ValueError(f"unknown metric {data['metric']!r}, the known ones are {nearest}")
+    if not data["classes"] or not data["templates"] or not all(isinstance(text, str) for text in texts):
+        raise ValueError("it needs at least one of classes and of templates, and the latter are texts")
+    for number, entry in enumerate(data["classes"]):
+        entry = entry if isinstance(entry, dict) else {language: entry}
+        name = entry.get(language)
+        if not all(isinstance(text, str) and text.strip() for text in (name, entry.get("en", name))):
+            raise ValueError(f"class {number} needs a name in the file's language, {language!r}, got {entry}")
+        if "gender" in entry and (entry["gender"], entry.get("number")) not in [*ARTICLES]:
+            raise ValueError(f"class {number} needs gender m or f and number s or p, got {entry}")
+        data["classes"][number] = {"en": name} | entry
+    times = Counter(entry["en"] for entry in data["classes"])
+    if repeated := sorted(name for name in times if times[name] > 1):
+        raise ValueError(f"no class may be there twice, as {repeated[:10]} are")
+
+
+def _prompts(benchmark: str, protocol: str, data: dict[str, Any]) -> Prompts:
+    classes, language = data["classes"], data["language"]
+    filled = [[fill(template, entry, language) for template in data["templates"]] for entry in classes]
+    names, names_en = ([entry[key] for entry in classes] for key in (language, "en"))
+    return Prompts(benchmark, protocol, names, names_en, filled, data["metric"], language, _shared_names(names))
+
+
+def _shared_names(names: list[str]) -> tuple[str, ...]:
+    """A note on the names of several classes, which no prompt can tell apart; none where there is no such name."""
+    twice = sorted(name for name, times in Counter(names).items() if times > 1)
+    note = f"{len(twice)} names stand for several classes, whose images count as wrong: {', '.join(twice)}."
+    return (note,) if twice else ()
 
 
 def _authors(ours: Prompts, source: str) -> Prompts:
@@ -148,7 +191,7 @@ def _authors(ours: Prompts, source: str) -> Prompts:
             FOOD_FAULT if key == "food-101" else f"The list has {len(names)} names for {len(ours.names)} classes.",
         )
     filled = [[template.replace("{}", name) for template in templates] for name in names]
-    return Prompts(key, "authors", names, ours.names_en, filled, ours.metric, notes)
+    return Prompts(key, "authors", names, ours.names_en, filled, ours.metric, notes=notes)
 
 
 def _check_authors(names: Any, templates: Any, key: str) -> None:
@@ -223,7 +266,5 @@ def _babel(ours: Prompts, language: str) -> Prompts:
     templates = json.loads((folder / "nllb_dist13b_prompts.json").read_text(encoding="utf-8"))
     filled = [[template.replace("{}", name) for template in templates.get(key, templates["EN"])] for name in names]
     note = f"Babel-ImageNet names {len(indices)} of the 1000 classes in {language}; only their images are classified."
-    notes = (note,)
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        notes += (f"{len(twice)} names stand for several classes, whose images count as wrong: {', '.join(twice)}.",)
-    return Prompts("imagenet-1k", "babel", names, ours.names_en, filled, "accuracy", notes, list(indices))
+    notes = (note, *_shared_names(names))
+    return Prompts("imagenet-1k", "babel", names, ours.names_en, filled, "accuracy", language, notes, list(indices))

@@ -93,8 +93,8 @@ this model.
 logger = logging.getLogger("capivara")
 
 
-def prepare(dataset_dir: Path, model_dir: Path) -> None:
-    """Make what is missing of the data set and the base model; each appears whole or not at all.
+def prepare(dataset_dir: Path, model_dir: Path | None) -> None:
+    """Make what is missing of the data set and the base model, if one is wanted; each appears whole or not at all.
 
     Raises:
         ImportError: a package of the `demo` extra is missing.
@@ -104,7 +104,7 @@ def prepare(dataset_dir: Path, model_dir: Path) -> None:
     if not there:  # a data set of another form, such as a build's, is left alone
         logger.info("Preparing the data set in %s (once).", dataset_dir)
         save_dataset(build_dataset(), dataset_dir)
-    if not (model_dir / "config.json").is_file():
+    if model_dir is not None and not (model_dir / "config.json").is_file():
         logger.info("Preparing the base model in %s (once).", model_dir)
         if model_dir.exists() and any(model_dir.iterdir()):
             raise ValueError(

@@ -48,13 +48,16 @@ MODEL_FILES = (
 TITLE = "CAPIVARA: busca em português"
 APP = '''"""{title}. Made by `python -m hub_upload.space`; the program is in capivara_search/page."""
 
+import os
+
 from capivara_search.index import PictureIndex
 from capivara_search.page.server import Credit, serve_index
 
 if __name__ == "__main__":
     index, *compare = [PictureIndex.open(where, model) for where, model in {indexes!r}]
     credit = {credit!r}
-    serve_index(index, "0.0.0.0", {port}, *compare, open_browser=False, credit=credit)
+    names = ["*"] if "SPACE_HOST" in os.environ else []  # of a Space its proxy decides, and all may see the page
+    serve_index(index, "0.0.0.0", {port}, *compare, open_browser=False, credit=credit, allow_hosts=names)
 '''
 # torch of PyPI brings several GB for GPUs, which a free Space has none of. Spaces run as the user 1000.
 DOCKERFILE = """\

@@ -94,7 +94,7 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
         _write_library(modules, made / "library")
         towers = made_graphs(source, Path(work))
         facts = {
-            "name": short_name(model),
+            "name": model_name(model, source),
             **pixels,
             "length": CONTEXT_LENGTH,
             **_probe(towers["vision"], pixels["side"]),
@@ -114,6 +114,19 @@ def write_static_page(model: str, folder: Path, library: Path | None = None) -> 
             check_secrets(path, path.name)
             check_paths(path, path.name)
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def model_name(model: str, source: Path) -> str:
+    """How the page calls a model: a Hub id as it is, a folder by the name on its card where that has one.
+
+    Args:
+        model: as it was asked for.
+        source: its folder on this machine.
+    """
+    match card_metadata(source / "README.md").get("model-index"):
+        case [{"name": str(name)}, *_] if Path(model).is_dir():
+            return name
+    return short_name(model)
 
 
 def pixel_facts(processor: CapivaraImageProcessor) -> dict[str, Any]:
@@ -246,7 +259,9 @@ def _readme(model: str, source: Path, modules: Path) -> str:
         repo_id = model.removeprefix("hf-hub:")
         about["models"] = [repo_id]
         said = f"A licença do modelo está em [{repo_id}](https://huggingface.co/{repo_id})."
-    body = README.format(title=TITLE, name=short_name(model), model_licence=said, libraries=", ".join(libraries))
+    body = README.format(
+        title=TITLE, name=model_name(model, source), model_licence=said, libraries=", ".join(libraries)
+    )
     return f"---\n{yaml.safe_dump(about, allow_unicode=True, sort_keys=False)}---\n{body}"
 
 

@@ -14,6 +14,9 @@ export function say(key, values = {}, words = WORDS) {
   return text.replace(/\{(\w+)\}/g, (_, name) => (typeof values[name] === "number" ? number(values[name]) : values[name] ?? ""));
 }
 
+/** A question as it stands between quotes: its beginning, without quotes of its own around it. */
+export const unquoted = (text) => text.slice(0, 80).replace(/^["“”«»']+|["“”«»']+$/g, "");
+
 /** What went wrong, in words. */
 export const reason = (error) => say(error.code ?? "failed", error.values, WORDS.errors);
 

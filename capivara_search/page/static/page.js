@@ -1,5 +1,5 @@
 // The search: as one types, by a picture, or by one of the results; its state is the page's address.
-import { LANGUAGE, WORDS, address, ask, element, find, given, notice, number, say, shrunk, takeFiles, tile } from "./common.js";
+import { LANGUAGE, WORDS, address, ask, element, find, given, notice, number, say, shrunk, takeFiles, tile, unquoted } from "./common.js";
 import { classify, setFolders } from "./classify.js";
 import { open } from "./viewer.js";
 
@@ -84,7 +84,7 @@ function showAnswer({ models, count, version, cut }) {
   const searched = text || image;
   const none = !models[0].hits.length;
   const found = text ? (image ? "found_both" : "found_text") : image ? "found_picture" : "newest";
-  const said = none ? say(count ? "nothing" : "empty") : say(found, { text: text.slice(0, 80) });
+  const said = none ? say(count ? "nothing" : "empty") : say(found, { text: unquoted(text) });
   const [first, second] = models.map((model) => new Map(model.hits.map((hit, i) => [hit.path, i])));
   let compared = "";
   if (second && searched && !none) {
@@ -177,6 +177,8 @@ const short = (path) => path.split(/[\\/]/).filter(Boolean).slice(-2).join("/");
 function showFacts() {
   const names = facts.models.join(" · ");
   find("facts").textContent = [say("of_n", { n: facts.count }), say("models", { n: facts.models.length, names })].join(", ");
+  find("note").textContent = facts.note ?? "";
+  find("note").hidden = !facts.note;
   showFilters();
   setFolders(facts.folders, short);
   const chip = (word) => {

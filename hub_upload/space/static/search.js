@@ -1,5 +1,5 @@
 // The page without a server: pictures that a visitor chooses, found by words in his own browser.
-import { element, find, given, notice, number, say, tile } from "./common.js";
+import { element, find, given, notice, number, say, tile, unquoted } from "./common.js";
 import { collect, hideWork, showModel, stop } from "./collect.js";
 import { work } from "./engine.js";
 import { look } from "./look.js";
@@ -29,7 +29,7 @@ async function search() {
     if (text) showFacts(found.how);
     const given = like && pictures.get(like)?.vector;
     const vector = found.vector && given ? halfway(found.vector, given) : found.vector ?? given;
-    const said = say(text ? (like ? "found_both" : "found_text") : "found_picture", { text: text.slice(0, 80) });
+    const said = say(text ? (like ? "found_both" : "found_text") : "found_picture", { text: unquoted(text) });
     showAnswer(pictures.nearest(vector, k, like), `${said}.${found.cut ? ` ${say("cut")}` : ""}`);
   } catch (error) {
     if (mine === latest) notice(error);

@@ -1,0 +1,59 @@
+"""What is asked of a model's files before anything is built of them: they may be somebody else's.
+
+Neither torch nor transformers is imported, so that the search checks a model as `CapivaraConfig` does.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+# Sizes by the names that transformers, timm and open_clip have for them -> the least and the most. No published model
+# comes near the most: a file that asks for more is damaged or means harm, and would take hours, or all memory.
+LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "layers", "depth", "depths")
+HEADS = ("num_attention_heads", "n_heads", "n_head", "num_heads", "heads", "encoder_attention_heads")
+WIDTHS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim", "d_model", "d_ff", "embed_dim")
+LIMITS: dict[str, tuple[int, int]] = {
+    **dict.fromkeys(LAYERS, (0, 1000)),
+    **dict.fromkeys(HEADS, (1, 1000)),
+    **dict.fromkeys(WIDTHS, (1, 100_000)),
+    "projection_dim": (0, 100_000),  # 0 of BERT's kin: no projection
+    "vocab_size": (1, 10**7),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "type_vocab_size"), (0, 10**6)),
+    **dict.fromkeys(("image_size", "img_size", "patch_size", "num_channels"), (1, 10_000)),
+    **dict.fromkeys(("height", "width", "shortest_edge", "longest_edge"), (1, 10_000)),  # of an image processor
+    **dict.fromkeys(("num_labels", "num_classes"), (0, 10**6)),
+    # Natural logarithms: SigLIP's scale is 4.8 after its training, CLIP's at most 4.6.
+    **dict.fromkeys(("logit_scale", "logit_scale_init_value", "init_logit_scale"), (-20, 20)),
+}
+NAMES_OF_LABELS = ("id2label", "label2id")  # whose keys are anybody's words
+
+
+def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
+    """Check the numbers of a configuration, and of the sections within it, against `LIMITS`.
+
+    Raises:
+        ValueError: one is outside of them; the message names it as "text_config.vocab_size".
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping) and key not in NAMES_OF_LABELS:
+            check_sizes(value, f"{section}{key}.")
+        if key not in LIMITS:
+            continue
+        least, most = LIMITS[key]
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(number, int | float) and not least <= number <= most:  # nor not a number
+                raise ValueError(f"{section}{key} must be from {least} to {most}, got {str(value)[:80]}.")
+
+
+@contextmanager
+def tokenizer_errors(name: str) -> Iterator[None]:
+    """Raise ValueError, in one line, for what the tokenizers library raises; `name` is the subject of the message.
+
+    That is `Exception` itself, and the panics of Rust, which no `except Exception` sees.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{name} can't be used: {' '.join(str(error).split())[:500]}") from error
