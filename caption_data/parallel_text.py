@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from capivara_search.common.image_files import BadRow
+from capivara_common.image_files import BadRow
 from caption_data.pairs import written_table
 from caption_data.rows import Skipped, storable
 from caption_data.source_files import load_by_datasets, load_files, load_saved, of_split

@@ -122,7 +122,7 @@ def test_a_batch_of_32768_costs_under_a_gibibyte():
     """In a process of its own: the most memory it held, less what it held before."""
     code = """
 import torch
-from capivara_search.common.environment import peak_resident_bytes, restart_peak
+from capivara_common.environment import peak_resident_bytes, restart_peak
 from training.contrastive import contrastive_gradients
 torch.manual_seed(0)
 sides = torch.nn.functional.normalize(torch.randn(2, 32768, 512), dim=-1)

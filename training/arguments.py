@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capivara_search.common.cli import at_least, between, flag, parse
+from capivara_common.cli import at_least, between, flag, parse
 from training.argument_groups import Batch, Hub, ModelAndData, Optimisation, Output, TextTeacher, Trained
 
 GROUPS = (ModelAndData, Batch, Optimisation, Trained, TextTeacher, Output, Hub)
@@ -150,5 +150,5 @@ class InterpolateArguments:
 
 
 def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:
-    """Arguments out of `--config FILE.yaml` and flags, as `capivara_search.common.cli.parse` reads them."""
+    """Arguments out of `--config FILE.yaml` and flags, as `capivara_common.cli.parse` reads them."""
     return parse(RunArguments, description, argv, groups=GROUPS, config=True)

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
 
-from capivara_search.common.environment import cache_home
-from capivara_search.common.files import check_free_space
-from capivara_search.common.privacy import short_name
+from capivara_common.environment import cache_home
+from capivara_common.files import check_free_space
+from capivara_common.privacy import short_name
 from caption_data.columns import CAPTION_COLUMN, caption_texts
 from caption_data.pairs import check_bad_share, tables_fingerprint
 from caption_data.parallel_text import check_no_leak, parallel_table

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from capivara_search.common.files import write_bytes
+from capivara_common.files import write_bytes
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 from training.contrastive import ContrastiveGradients, contrastive_gradients

@@ -19,8 +19,8 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_search.common.files import check_free_space, write_json
-from capivara_search.common.tasks import all_parts
+from capivara_common.files import check_free_space, write_json
+from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
 from caption_data.rows import rows_fingerprint
 from modeling_capivara import CapivaraModel, CapivaraProcessor
