@@ -324,7 +324,7 @@ def test_a_repository_that_holds_neither(cache, tmp_path, monkeypatch):
 
 def test_the_copy_that_travels_says_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "capivara_common.hub_cache", None)
-    with pytest.raises(ImportError, match="needs the package capivara_search"):
+    with pytest.raises(ImportError, match="needs the package modeling-capivara"):
         CapivaraModel.from_open_clip(NAME)
 
 
