@@ -7,7 +7,7 @@
 Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` resumes it.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("training.arguments:parse_arguments", __doc__)
@@ -22,9 +22,9 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
-from capivara_search.common.cli import run_command
-from capivara_search.common.environment import device_description
-from capivara_search.common.files import finish_folder, read_json, write_json, write_text
+from capivara_common.cli import run_command
+from capivara_common.environment import device_description
+from capivara_common.files import finish_folder, read_json, write_json, write_text
 from caption_data.rows import write_skipped
 from eval.retrieval import RetrievalEmbeddings
 from hub_upload.publish import check_access, publish_checkpoint, publish_run

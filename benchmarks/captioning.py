@@ -20,7 +20,7 @@ from tqdm.auto import trange
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks.timing import conditions, finish, software, table
-from capivara_search.common.cli import flag, parse
+from capivara_common.cli import flag, parse
 from caption_data.source_files import load_embedded
 from examples.caption import make_captions, word_scores
 from examples.example_arguments import CaptionArguments

@@ -46,7 +46,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks.loading import SIZE, photos
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, software, table, timed_runs
-from capivara_search.common.cli import at_least, flag, parse
+from capivara_common.cli import at_least, flag, parse
 from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from captions import sentence_stage

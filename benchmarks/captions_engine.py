@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.captions import sentences, write_rows
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, table, timed_runs
-from capivara_search.common.cli import at_least, flag, parse, user_errors
+from capivara_common.cli import at_least, flag, parse, user_errors
 from captions.tsv import unescape
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.timing import ROOT, conditions, finish, table
-from capivara_search.common.files import read_json
+from capivara_common.files import read_json
 from records.schema import DIRECTIONS, read_records
 from records.tables import percent
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
-from capivara_search.common.cli import flag, parse
+from capivara_common.cli import flag, parse
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.open_clip_mapping import build_open_clip, capivara_state_dict

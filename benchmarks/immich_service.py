@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.timing import conditions, finish, save_random_model
-from capivara_search.common.cli import flag, parse, run_command
+from capivara_common.cli import flag, parse, run_command
 from capivara_search.miniature import miniature_folder
 from examples.real_images import PHOTOS, photo
 from hub_upload.export import export_alone

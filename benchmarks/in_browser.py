@@ -30,9 +30,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from benchmarks.timing import ROOT, conditions, finish, in_own_process, table
-from capivara_search.common.cli import at_least, flag, parse
-from capivara_search.common.environment import peak_resident_bytes
-from capivara_search.common.files import whole_folder
+from capivara_common.cli import at_least, flag, parse
+from capivara_common.environment import peak_resident_bytes
+from capivara_common.files import whole_folder
 from hub_upload.space.static_page import npm_packages
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts

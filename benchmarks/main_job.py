@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
-from capivara_search.common.cli import flag, parse
-from capivara_search.common.files import read_json
+from capivara_common.cli import flag, parse
+from capivara_common.files import read_json
 
 PHASES = {
     "drawing": "Drawing emoji", "features": "Features", "alignment": "Aligning on English",

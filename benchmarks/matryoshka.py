@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks.timing import conditions, finish, table
-from capivara_search.common.cli import flag, parse, user_errors
-from capivara_search.common.files import read_json
+from capivara_common.cli import flag, parse, user_errors
+from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import mean_recall
 from eval.embeddings import RetrievalEmbeddings
 from eval.eval_arguments import RetrievalArguments

@@ -35,8 +35,8 @@ from benchmarks import (
     where_it_runs,
 )
 from benchmarks.timing import RESULTS, ROOT, software, table
-from capivara_search.common.cli import flag, parse, run_command
-from capivara_search.common.files import read_json, write_json, write_text
+from capivara_common.cli import flag, parse, run_command
+from capivara_common.files import read_json, write_json, write_text
 from records.schema import DIRECTIONS, Record, read_records
 from records.tables import percent, retrieval_table
 

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from benchmarks.recipe_measures import Measures
 from benchmarks.recipe_tables import REFERENCE
 from benchmarks.timing import RESULTS, ROOT, conditions
-from capivara_search.common.cli import flag, parse, read_config, reject, run_command, user_errors
-from capivara_search.common.files import read_json, write_json, write_text
-from capivara_search.common.privacy import hide_paths
+from capivara_common.cli import flag, parse, read_config, reject, run_command, user_errors
+from capivara_common.files import read_json, write_json, write_text
+from capivara_common.privacy import hide_paths
 from caption_data.rows import digest_of
 from eval.capivara_metrics.metrics import paired_bootstrap
 from modeling_capivara import CapivaraModel

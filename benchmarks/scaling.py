@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import timing, train_step
-from capivara_search.common.cli import flag, parse
+from capivara_common.cli import flag, parse
 from training.contrastive import contrastive_gradients
 from training.step import resolve_precision
 

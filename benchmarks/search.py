@@ -37,9 +37,9 @@ from benchmarks.timing import (
     peak_memory_bytes,
     save_random_model,
 )
+from capivara_common.cli import flag, parse
+from capivara_common.files import read_json, write_json
 from capivara_search import PictureIndex
-from capivara_search.common.cli import flag, parse
-from capivara_search.common.files import read_json, write_json
 from capivara_search.picture_columns import schema, vector_column
 from capivara_search.table import EXACT_ROWS
 

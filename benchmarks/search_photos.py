@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from benchmarks.timing import finish, in_own_process, save_random_model
-from capivara_search.common.cli import flag, parse
-from capivara_search.common.files import write_bytes
+from capivara_common.cli import flag, parse
+from capivara_common.files import write_bytes
 from examples.real_images import PHOTOS, photo
 from modeling_capivara import CapivaraConfig
 from modeling_capivara.loading import load_model

@@ -33,9 +33,9 @@ import psutil
 
 from benchmarks.search_photos import make_photos, photo_path, small_photos
 from benchmarks.timing import conditions, finish, save_random_model, table
-from capivara_search.common.cli import at_least, flag, parse
-from capivara_search.common.files import read_json
-from capivara_search.common.privacy import short_name
+from capivara_common.cli import at_least, flag, parse
+from capivara_common.files import read_json
+from capivara_common.privacy import short_name
 from capivara_search.index import PictureIndex
 from capivara_search.miniature import miniature_folder
 from hub_upload.space.static_page import write_static_page

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm.auto import tqdm
 
-from capivara_search.common.environment import device_description, package_versions, peak_resident_bytes
-from capivara_search.common.files import write_json
+from capivara_common.environment import device_description, package_versions, peak_resident_bytes
+from capivara_common.files import write_json
 from records.tables import markdown_table
 
 if TYPE_CHECKING:

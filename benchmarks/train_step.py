@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
-from capivara_search.common.cli import at_least, flag, parse
+from capivara_common.cli import at_least, flag, parse
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments

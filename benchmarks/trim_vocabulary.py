@@ -18,9 +18,9 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from benchmarks.timing import conditions, finish, in_own_process, table
-from capivara_search.common.cli import flag, parse
-from capivara_search.common.environment import peak_resident_bytes, require
-from capivara_search.common.files import write_text
+from capivara_common.cli import flag, parse
+from capivara_common.environment import peak_resident_bytes, require
+from capivara_common.files import write_text
 from capivara_search.miniature_encoders import load_tokenizer
 from eval.eval_arguments import RetrievalArguments
 from eval.retrieval import evaluate

@@ -1,6 +1,6 @@
 """`python -m capivara_search` and the console script `capivara`."""
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 start_command()  # nothing else imports this module: Ctrl-C ends the imports that follow in one line
 

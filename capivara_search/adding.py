@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from capivara_search.common.image_files import BadImage, by_threads
+from capivara_common.image_files import BadImage, by_threads
 from capivara_search.index_plan import Plan, make_plan, note_asked
 from capivara_search.picture_columns import (
     EMPTY,

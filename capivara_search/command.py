@@ -21,11 +21,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from capivara_common.files import no_space_left
+from capivara_common.progress import prepare_bars
+from capivara_common.start import stop_at_once
 from capivara_search import commands
 from capivara_search.command_flags import COMMANDS, WrongUse, language_of, parsed, parser
-from capivara_search.common.files import no_space_left
-from capivara_search.common.progress import prepare_bars
-from capivara_search.common.start import stop_at_once
 from capivara_search.shell_completion import completion
 from capivara_search.terminal import Words, harmless
 

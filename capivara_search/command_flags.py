@@ -21,8 +21,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from capivara_search.common.cli import locale_is_portuguese
-from capivara_search.common.tasks import ExecutorArguments
+from capivara_common.cli import locale_is_portuguese
+from capivara_common.tasks import ExecutorArguments
 from capivara_search.results import TEMPLATE
 from capivara_search.terminal import KINDS, Words, harmless, shown_path
 

@@ -187,7 +187,7 @@ def open_pictures(paths: Sequence[str], words: Words) -> None:
     Raises:
         Unusable: the system has no viewer, or it does not open the pictures.
     """
-    from capivara_search.common.image_files import BadImage
+    from capivara_common.image_files import BadImage
     from capivara_search.picture_files import open_query_picture
 
     viewer = VIEWERS.get(sys.platform, "xdg-open")
@@ -223,7 +223,7 @@ def _format_unlike_name(path: str) -> str | None:
     """
     import PIL.Image
 
-    from capivara_search.common.image_files import MAX_IMAGE_BYTES, open_image, open_regular_file
+    from capivara_common.image_files import MAX_IMAGE_BYTES, open_image, open_regular_file
     from capivara_search.picture_files import MAX_PICTURE_PIXELS, RAW_SUFFIXES
 
     suffix = os.path.splitext(path)[1].lower()
@@ -394,7 +394,7 @@ def _filled_index(args: argparse.Namespace, words: Words) -> "PictureIndex":
 
 def _query_picture(path: Path, words: Words) -> "PIL.Image.Image":
     """The picture of a file that the user names. Raises WrongUse where it is none that can be read."""
-    from capivara_search.common.image_files import BadImage
+    from capivara_common.image_files import BadImage
     from capivara_search.picture_files import open_query_picture
 
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from capivara_search.common.privacy import redact
+from capivara_common.privacy import redact
 
 FRAGMENT_BITS = 32
 READ_ROWS = 2048  # at once

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from capivara_search.common.files import no_space_left
-from capivara_search.common.privacy import redact
+from capivara_common.files import no_space_left
+from capivara_common.privacy import redact
 
 # Of the engine's texts. The rest of them stands for a file that is missing or broken.
 FULL = re.compile(r"No space left|os error 28|StorageFull|InsufficientCapacity")

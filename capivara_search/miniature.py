@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from capivara_search.common.environment import cache_home, require
-from capivara_search.common.files import check_free_space, whole_folder, write_text
-from capivara_search.common.progress import no_bars_of_transformers
-from capivara_search.model_cache import is_capivara, one_at_a_time
-from capivara_search.weight_file import WeightFile
+from capivara_common.environment import cache_home, require
+from capivara_common.files import check_free_space, whole_folder, write_text
+from capivara_common.hub_cache import is_capivara, one_at_a_time
+from capivara_common.progress import no_bars_of_transformers
+from capivara_common.weight_file import WeightFile
 
 if TYPE_CHECKING:
     from torch import Tensor

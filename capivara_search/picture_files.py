@@ -5,7 +5,7 @@
     print(picture.width, picture.height, picture.taken, len(picture.thumbnail))
 
 What can't be read is said in one line, "reason: detail", whose reason is one of `REASONS`. Files are opened by
-`capivara_search.common.image_files` alone.
+`capivara_common.image_files` alone.
 """
 
 import os
@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import PIL.Image
 
-from capivara_search.common.image_files import (
+from capivara_common.image_files import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
     SUFFIXES,
@@ -31,7 +31,7 @@ from capivara_search.common.image_files import (
     open_image,
     open_regular_file,
 )
-from capivara_search.common.links import Bounds
+from capivara_common.links import Bounds
 from capivara_search.picture_details import (
     INSTALL,
     RAW_SUFFIXES,

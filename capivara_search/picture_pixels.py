@@ -3,7 +3,7 @@
     image = upright(on_white(PIL.Image.open("IMG_1234.png")), orientation=6)
     Path("small.webp").write_bytes(thumbnail_file(image))
 
-They are opened by `capivara_search.common.image_files`, and read by `capivara_search.picture_files`.
+They are opened by `capivara_common.image_files`, and read by `capivara_search.picture_files`.
 """
 
 import io

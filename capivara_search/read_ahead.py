@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from threading import Condition
 
-from capivara_search.common.image_files import DECODERS
+from capivara_common.image_files import DECODERS
 from capivara_search.picture_files import FileState, Picture
 
 MAX_PIXELS = 100_000_000  # that wait for the model, 3 bytes each; a picture at a time goes beyond

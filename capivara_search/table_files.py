@@ -25,8 +25,8 @@ from urllib.parse import urlsplit
 
 import pyarrow as pa
 
+from capivara_common.files import lock_folder
 from capivara_search import damage
-from capivara_search.common.files import lock_folder
 from capivara_search.index_errors import DamagedIndex, explained, explanation, is_conflict, is_of_damage, is_of_storage
 from capivara_search.picture_columns import EMPTY, KEYS, PICTURES, THUMBNAIL, check_layout, schema, vector_column
 

@@ -294,7 +294,7 @@ def _side_by_side(pictures: Sequence[bytes | None], across: int, place: tuple[in
     """One transparent picture of a row of `across` places, in pixels; each picture as large as its place lets it be."""
     import PIL.Image
 
-    from capivara_search.common.image_files import BadImage, decode_image
+    from capivara_common.image_files import BadImage, decode_image
 
     sheet = PIL.Image.new("RGBA", (place[0] * across, place[1]))
     for number, data in enumerate(pictures):

@@ -22,7 +22,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 from tokenizers import Tokenizer
 
-from capivara_search.weight_file import WeightFile
+from capivara_common.weight_file import WeightFile
 
 WEIGHTS = "model.safetensors"
 BATCH_TEXTS = 8  # a batch a thread; with threads within its products, they wait for each other on a busy machine

@@ -13,11 +13,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import ClassVar
 
+from capivara_common.cli import at_least, flag
+from capivara_common.environment import cache_home, require
+from capivara_common.files import read_json, write_json
+from capivara_common.tasks import ExecutorArguments, Phase
 from capivara_search.adding import Adding, finish, note_model
-from capivara_search.common.cli import at_least, flag
-from capivara_search.common.environment import cache_home, require
-from capivara_search.common.files import read_json, write_json
-from capivara_search.common.tasks import ExecutorArguments, Phase
 from capivara_search.index_plan import Plan, is_of_share, make_plan, note_asked
 from capivara_search.models import SearchModel, find_model
 from capivara_search.picture_files import absolute_folder
@@ -77,7 +77,7 @@ def add_with_workers(arguments: WorkerArguments) -> Added | None:
         ImportError: the packages of the executors are not installed.
     """
     require("Adding pictures by several workers", "captions", "datatrove")
-    from capivara_search.common.executors import Work, execute
+    from capivara_common.executors import Work, execute
 
     start, table = time.monotonic(), arguments.table()
     with table.locked():

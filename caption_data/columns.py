@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Features, Image, List, Value
 
-from capivara_search.common.image_files import BadRow
+from capivara_common.image_files import BadRow
 from caption_data.rows import storable
 from caption_data.sources import HEAD_ROWS, Source
 

@@ -5,7 +5,7 @@
     cache.open()
 
 Rows go through in shards, files of their own: an interrupted run continues at the first one that is missing or damaged,
-and the processes of a launch, or the tasks of an executor (`capivara_search.common.executors`), share them out. No
+and the processes of a launch, or the tasks of an executor (`capivara_common.executors`), share them out. No
 batch has rows of two shards, so that a shard does not depend on who makes it, nor on which others are made.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from capivara_search.common.environment import cache_home
-from capivara_search.common.files import DIGEST_BYTES, has_digest, write_with_digest
+from capivara_common.environment import cache_home
+from capivara_common.files import DIGEST_BYTES, has_digest, write_with_digest
 from caption_data.rows import digest_of
 from modeling_capivara.embedder import processes
 

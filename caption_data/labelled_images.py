@@ -20,8 +20,8 @@ from datasets import ClassLabel, Dataset, Image, load_dataset
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from capivara_search.common.image_files import LABEL_COLUMNS, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
-from capivara_search.common.links import refuse_links_out
+from capivara_common.image_files import LABEL_COLUMNS, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
+from capivara_common.links import refuse_links_out
 from caption_data.image_rows import ImageRows
 from caption_data.rows import digest_of
 from caption_data.source_files import (

@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
-from capivara_search.common.image_files import BadRow, ImageFiles, image_digest
+from capivara_common.image_files import BadRow, ImageFiles, image_digest
 from caption_data.columns import SIMILARITY_COLUMN, caption_texts, similarities
 from caption_data.rows import NOT_CHOSEN, Skipped, rows_fingerprint
 from caption_data.sources import Source

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from capivara_search.common.cli import at_least, between, flag
+from capivara_common.cli import at_least, between, flag
 
 STRATEGIES = ("none", "first", "all", "rank", "threshold", "diverse")
 WITH_SIMILARITIES = ("rank", "threshold", "diverse")

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from capivara_search.common.files import read_json
-from capivara_search.common.image_files import SUFFIXES
-from capivara_search.common.links import Bounds, refuse_links_out
+from capivara_common.files import read_json
+from capivara_common.image_files import SUFFIXES
+from capivara_common.links import Bounds, refuse_links_out
 from caption_data.stage_folder import one_line, opened_parquet, parquet_batches
 
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end

@@ -23,8 +23,8 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset
 from tqdm.auto import tqdm
 
-from capivara_search.common.image_files import MAX_DETAIL, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, ImageFiles
-from capivara_search.common.links import Bounds
+from capivara_common.image_files import MAX_DETAIL, MAX_IMAGE_BYTES, MAX_IMAGE_PIXELS, ImageFiles
+from capivara_common.links import Bounds
 from caption_data.rows import Skipped
 from caption_data.source_files import (
     FORMS,
@@ -46,7 +46,7 @@ SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fi
 class Source:
     """One split of one data set, in a fixed order.
 
-    An image is left as it is, `{"bytes", "path"}`: `capivara_search.common.image_files` opens it, with the `files` of
+    An image is left as it is, `{"bytes", "path"}`: `capivara_common.image_files` opens it, with the `files` of
     the source.
     """
 

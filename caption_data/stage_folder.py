@@ -21,8 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capivara_search.common.files import read_json, write_json
-from capivara_search.common.tasks import all_parts, share
+from capivara_common.files import read_json, write_json
+from capivara_common.tasks import all_parts, share
 from caption_data.rows import digest_of
 
 SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it

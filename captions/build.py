@@ -12,7 +12,7 @@ same command does what is missing after a kill, whatever the number of tasks. do
 config, docs/cluster.md how to run it on a cluster.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.stage_arguments:BuildArguments", __doc__)
@@ -23,10 +23,10 @@ import shlex
 import shutil
 from pathlib import Path
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import require
-from capivara_search.common.executors import Work, execute, failures
-from capivara_search.common.files import partial_folder
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import require
+from capivara_common.executors import Work, execute, failures
+from capivara_common.files import partial_folder
 from caption_data.stage_folder import STAGE_FILE, unfinished
 from captions.build_plan import Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from capivara_search.common.cli import as_flags, parser, read_config, reject
+from capivara_common.cli import as_flags, parser, read_config, reject
 from captions.stage_arguments import GenerateArguments, ScoreArguments, SelectArguments, StageArguments
 from captions.translate_arguments import TranslateArguments
 

@@ -24,7 +24,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from capivara_search.common.image_files import BadRow
+from capivara_common.image_files import BadRow
 from captions.stage_arguments import Decoding
 
 NOT_FINITE = "no finite scores"  # reason of a `BadRow`

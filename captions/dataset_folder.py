@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from datasets import Features
 from tqdm.auto import tqdm
 
-from capivara_search.common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
-from capivara_search.common.privacy import hide_paths
-from capivara_search.common.tasks import Phase
+from capivara_common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
+from capivara_common.privacy import hide_paths
+from capivara_common.tasks import Phase
 from caption_data.columns import CAPTION_COLUMN
 from caption_data.stage_folder import check_complete, identity_digest, stage_record, whole_parquet
 from captions.build_plan import Plan, Step

@@ -11,7 +11,7 @@ What an image's prefixes share is computed once: of BLIP-2 the vision encoder, t
 reading of the image. BLIP, GIT and vision-encoder-decoder models encode the image anew for every prefix.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.stage_arguments:GenerateArguments", __doc__)
@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from capivara_search.common.cli import run_command
-from capivara_search.common.environment import torch_device
-from capivara_search.common.files import read_json
-from capivara_search.common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
+from capivara_common.cli import run_command
+from capivara_common.environment import torch_device
+from capivara_common.files import read_json
+from capivara_common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
 from caption_data.columns import CAPTIONS
 from captions.captioner import KINDS, Captioner
 from captions.stage_arguments import GenerateArguments

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from datasets import List, Value
 
-from capivara_search.common.files import read_json, write_json
+from capivara_common.files import read_json, write_json
 from caption_data.selection import TOKEN_PATTERN
 from captions.translators.languages import scripts_of
 

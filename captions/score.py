@@ -10,7 +10,7 @@ strategies of the training go by them. Rows whose image can't be used, or withou
 The same command does what is missing.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.stage_arguments:ScoreArguments", __doc__)
@@ -21,8 +21,8 @@ from typing import Any
 import PIL.Image
 from torch import Tensor
 
-from capivara_search.common.cli import run_command
-from capivara_search.common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
+from capivara_common.cli import run_command
+from capivara_common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
 from caption_data.columns import SIMILARITIES
 from captions.stage_arguments import ScoreArguments
 from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main

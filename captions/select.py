@@ -10,7 +10,7 @@ holds what was picked, in the order of the strategy, `similarities-<language>` b
 out and listed. The folder `report` in the output has the counts, the histograms, and the pictures at the cut.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.stage_arguments:SelectArguments", __doc__)
@@ -19,8 +19,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from capivara_search.common.cli import run_command
-from capivara_search.common.image_files import BadRow
+from capivara_common.cli import run_command
+from capivara_common.image_files import BadRow
 from caption_data.columns import CAPTIONS
 from caption_data.rows import NOT_CHOSEN
 from caption_data.stage_folder import StageReport, check_complete

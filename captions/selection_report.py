@@ -16,9 +16,9 @@ from typing import Any
 
 import PIL.Image
 
-from capivara_search.common.files import write_json, write_text
-from capivara_search.common.image_files import BadRow, decode_image
-from capivara_search.common.privacy import short_name
+from capivara_common.files import write_json, write_text
+from capivara_common.image_files import BadRow, decode_image
+from capivara_common.privacy import short_name
 from caption_data.columns import caption_texts
 from caption_data.rows import NOT_CHOSEN
 from caption_data.sources import Source

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from capivara_search.common.environment import package_versions
-from capivara_search.common.files import read_json, write_json
+from capivara_common.environment import package_versions
+from capivara_common.files import read_json, write_json
 from caption_data.rows import Skipped
 from caption_data.sources import Source
 from caption_data.stage_folder import (

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capivara_search.common.files import write_bytes, write_json
-from capivara_search.common.image_files import BadRow
+from capivara_common.files import write_bytes, write_json
+from capivara_common.image_files import BadRow
 from caption_data.columns import caption_texts
 from caption_data.rows import digest_of
 from caption_data.sources import Source

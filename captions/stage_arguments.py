@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from capivara_search.common.cli import at_least, flag
-from capivara_search.common.image_files import DATASET_HELP, CaptionDataArguments
-from capivara_search.common.tasks import SHARED_BY_TASKS, ExecutorArguments
+from capivara_common.cli import at_least, flag
+from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
+from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments
 from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
 from caption_data.stage_folder import SPLIT
 

@@ -4,7 +4,7 @@
     stage.run({"captions-pt": CAPTIONS}, {"model": "…"}, process)
 
 The parts of a folder (`caption_data.stage_folder`) are one data set for `open_source`, and for the next stage. The
-tasks of a stage share the parts out by `rank` and `world_size`, which `capivara_search.common.executors` gives them,
+tasks of a stage share the parts out by `rank` and `world_size`, which `capivara_common.executors` gives them,
 with nothing between them but the file system. A task that was killed is run again and writes the parts that are
 missing, so that no row is doubled or lost. Images pass through as their original bytes, and no more rows are in memory
 than are worked on at once.
@@ -21,12 +21,12 @@ import pyarrow as pa
 from datasets import Features
 from tqdm.auto import tqdm
 
-from capivara_search.common.cli import parse, user_errors
-from capivara_search.common.environment import package_versions
-from capivara_search.common.executors import EXPECTED, TasksFailed, Work, execute
-from capivara_search.common.files import no_space_left
-from capivara_search.common.image_files import BadRow, image_bytes
-from capivara_search.common.tasks import Phase
+from capivara_common.cli import parse, user_errors
+from capivara_common.environment import package_versions
+from capivara_common.executors import EXPECTED, TasksFailed, Work, execute
+from capivara_common.files import no_space_left
+from capivara_common.image_files import BadRow, image_bytes
+from capivara_common.tasks import Phase
 from caption_data.columns import CAPTION_COLUMN, IMAGE, caption_texts, fitting, passed_features
 from caption_data.rows import Skipped, write_skipped
 from caption_data.sources import Source, open_source

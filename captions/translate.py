@@ -16,7 +16,7 @@ OUTPUT/quality.json, and listed in the column `quality-pt`; --drop_flagged leave
 is missing; docs/cluster.md says how to run it on a cluster.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("captions.translate_arguments:TranslateArguments", __doc__)
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capivara_search.common.cli import run_command
+from capivara_common.cli import run_command
 from caption_data.columns import CAPTIONS
 from caption_data.sources import Source
 from caption_data.stage_folder import StageReport, check_all_there, stage_record

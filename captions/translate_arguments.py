@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from capivara_search.common.cli import at_least, between, flag
+from capivara_common.cli import at_least, between, flag
 from captions.stage_arguments import StageArguments
 from captions.translators.google_cloud import GoogleArguments
 

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from capivara_search.common.files import write_text
+from capivara_common.files import write_text
 
 COLUMNS = ("id", "source", "translation")
 MAX_NAMED = 5  # faults of a kind that an error names; it gives the number of all

@@ -9,7 +9,7 @@ A class is the normalised mean of the normalised embeddings of its filled templa
 section 4, after CLIP, arXiv 2103.00020, section 3.1.4).
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:ClassificationArguments", __doc__)
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capivara_search.common.cli import run_command
-from capivara_search.common.files import check_output_file
+from capivara_common.cli import run_command
+from capivara_common.files import check_output_file
 from caption_data.labelled_images import LabelledImages, load_images
 from eval.capivara_metrics.metrics import (
     confusion_matrix,

@@ -22,8 +22,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_search.common.image_files import BadImage
-from capivara_search.common.tasks import all_parts, share
+from capivara_common.image_files import BadImage
+from capivara_common.tasks import all_parts, share
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
 from caption_data.image_rows import ImageRows
 from caption_data.rows import digest_of

@@ -6,15 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from capivara_search.common.cli import at_least, flag
-from capivara_search.common.image_files import (
+from capivara_common.cli import at_least, flag
+from capivara_common.image_files import (
     DATASET_HELP,
     FORM_HELP,
     LABEL_COLUMNS,
     CaptionDataArguments,
     ImageFileArguments,
 )
-from capivara_search.common.tasks import ExecutorArguments
+from capivara_common.tasks import ExecutorArguments
 from eval.benchmarks import METRICS, SUITES
 
 

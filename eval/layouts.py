@@ -15,8 +15,8 @@ from typing import Any
 
 from huggingface_hub import constants, get_session
 
-from capivara_search.common.files import read_json, write_text
-from capivara_search.common.links import refuse_links_out
+from capivara_common.files import read_json, write_text
+from capivara_common.links import refuse_links_out
 from eval.benchmarks import Benchmark, load_benchmarks, must_be_known
 
 Rows = list[tuple[str, list[str]]]  # file within the folder of images, and its captions

@@ -7,7 +7,7 @@ The penalty is chosen on the validation split, or on a fifth of the training ima
 regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot figures are means over draws.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:LinearProbeArguments", __doc__)
@@ -22,8 +22,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
-from capivara_search.common.cli import run_command
-from capivara_search.common.files import check_output_file
+from capivara_common.cli import run_command
+from capivara_common.files import check_output_file
 from caption_data.labelled_images import LabelledImages
 from eval.classification import chance_of, classification_metrics, load_split
 from eval.embeddings import EmbeddingStore

@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from capivara_search.common.cli import parse, user_errors
-from capivara_search.common.environment import device_description
-from capivara_search.common.files import read_json
+from capivara_common.cli import parse, user_errors
+from capivara_common.environment import device_description
+from capivara_common.files import read_json
 from caption_data.embedding_cache import cache_folder
 from caption_data.source_files import NoSplit
 from eval.embeddings import EmbeddingStore

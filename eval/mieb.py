@@ -13,7 +13,7 @@ The same command measures only what is missing. Data come from the Hub or its ca
 data are not in the cache is named, and the others are measured.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:MiebArguments", __doc__)
@@ -29,8 +29,8 @@ from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import parse_local_safetensors_file_metadata
 
 import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import require
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import require
 from eval.eval_arguments import MiebArguments
 from modeling_capivara.loading import card_metadata, load_processor, read_config, weights_digest
 

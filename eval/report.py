@@ -6,7 +6,7 @@
 A run's folder holds its `results/` and its `run.json`, which gives the training curves.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:ReportArguments", __doc__)
@@ -15,8 +15,8 @@ import math
 import sys
 from pathlib import Path
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.files import check_inputs_stay, check_output_folder, whole_folder, write_text
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.files import check_inputs_stay, check_output_folder, whole_folder, write_text
 from eval.eval_arguments import ReportArguments
 from eval.report_details import class_sections, gallery_sections
 from eval.report_folder import Found, read_folder

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from capivara_search.common.image_files import BadImage
+from capivara_common.image_files import BadImage
 from eval.report_folder import Found, Query, open_picture, skipped_rows
 from eval.report_sections import figure_note, model_label, name_parts, protocol_text, reading_order, title_of
 from records.picture_sheets import plot_gallery

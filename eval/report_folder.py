@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from capivara_search.common.image_files import ImageFiles, decode_image
-from capivara_search.common.links import Bounds
+from capivara_common.image_files import ImageFiles, decode_image
+from capivara_common.links import Bounds
 from records.schema import DIRECTIONS, SCHEMA_VERSION, ResultFile, is_number, parse_result, read_object
 from records.tables import one_line
 

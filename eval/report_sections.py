@@ -6,7 +6,7 @@ Each function returns plain values for the template; the pictures are drawn on t
 from collections.abc import Iterable
 from typing import Any
 
-from capivara_search.common.privacy import hide_paths
+from capivara_common.privacy import hide_paths
 from eval.report_folder import Found, skipped_rows
 from records.plots import BarRow, plot_bars, plot_gains, plot_training_curves
 from records.report_page import Cell, Pictures

@@ -10,7 +10,7 @@ of this machine, by a Slurm cluster or by Ray (docs/cluster.md). The figures are
     python -m eval.retrieval … --executor slurm --tasks 40 --partition gpu --gpus_per_task 1 --time 01:00:00
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:RetrievalArguments", __doc__)
@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_search.common.cli import run_command
-from capivara_search.common.environment import require
-from capivara_search.common.files import check_output_file
-from capivara_search.common.image_files import BadRow
-from capivara_search.common.privacy import hide_paths, short_name
-from capivara_search.common.tasks import Phase
+from capivara_common.cli import run_command
+from capivara_common.environment import require
+from capivara_common.files import check_output_file
+from capivara_common.image_files import BadRow
+from capivara_common.privacy import hide_paths, short_name
+from capivara_common.tasks import Phase
 from caption_data.columns import caption_texts
 from caption_data.image_rows import ImageRows
 from caption_data.rows import rows_fingerprint
@@ -211,7 +211,7 @@ def run(args: RetrievalArguments) -> list[Record] | None:
     if not args.executor_flags():
         return evaluate(args)
     require("--executor, --tasks and --workers", "captions", "datatrove")
-    from capivara_search.common.executors import Work, execute
+    from capivara_common.executors import Work, execute
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("capivara").setLevel(logging.INFO)

@@ -14,7 +14,7 @@ The same command continues an interrupted suite: what was embedded is taken from
 computed again. Give every protocol an output folder of its own.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:SuiteArguments", __doc__)
@@ -29,10 +29,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import package_versions
-from capivara_search.common.files import read_json, write_json, write_text
-from capivara_search.common.privacy import hide_paths
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import package_versions
+from capivara_common.files import read_json, write_json, write_text
+from capivara_common.privacy import hide_paths
 from eval.benchmarks import Benchmark, load_averages, load_benchmarks
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification

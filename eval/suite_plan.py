@@ -4,8 +4,8 @@ import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from capivara_search.common.files import read_json
-from capivara_search.common.privacy import hide_paths
+from capivara_common.files import read_json
+from capivara_common.privacy import hide_paths
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
 from eval.eval_arguments import SuiteArguments
 from eval.layouts import Location, adapted, hub_fault, local_data, locate

@@ -11,7 +11,7 @@ CIDEr of pycocoevalcap, on lower-case words without punctuation. The usual figur
 needs Java and takes English; these are not comparable with them.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:CaptionArguments", __doc__)
@@ -26,12 +26,12 @@ from typing import Any
 
 from torch import Tensor
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import device_description, package_versions, require, torch_device
-from capivara_search.common.files import write_json, write_text
-from capivara_search.common.image_files import ImageFiles
-from capivara_search.common.links import Bounds
-from capivara_search.common.privacy import hide_paths
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import device_description, package_versions, require, torch_device
+from capivara_common.files import write_json, write_text
+from capivara_common.image_files import ImageFiles
+from capivara_common.links import Bounds
+from capivara_common.privacy import hide_paths
 from capivara_search.picture_files import find_pictures
 from capivara_search.terminal import harmless
 from caption_data.columns import caption_texts

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from capivara_search.common.cli import at_least, between, flag
-from capivara_search.common.files import check_output_file
+from capivara_common.cli import at_least, between, flag
+from capivara_common.files import check_output_file
 
 CONFIG = Path("configs/openmoji_captions.yaml")
 DIGITS = "mnist"  # benchmark whose names and templates the embedded images have

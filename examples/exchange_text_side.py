@@ -10,7 +10,7 @@ sentence-transformers opens. Recall is eval's. The vectors in the stores are rea
 vector is another one counts as embedded again. Stores and `results.json` lie in the output folder.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:ExchangeArguments", __doc__)
@@ -26,11 +26,11 @@ import torch
 from tqdm.auto import tqdm
 
 import modeling_capivara  # noqa: F401  registers the tokenizer of the text side: none of its folder's code is run
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import device_description, package_versions, require
-from capivara_search.common.files import check_inputs_stay, check_output_folder, read_json, whole_folder, write_json
-from capivara_search.common.privacy import short_name
-from capivara_search.image_digest import image_digest
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import device_description, package_versions, require
+from capivara_common.files import check_inputs_stay, check_output_folder, read_json, whole_folder, write_json
+from capivara_common.image_side_digest import image_side_digest
+from capivara_common.privacy import short_name
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import RetrievalArguments, RetrievalData, flat_captions, load_data
@@ -120,7 +120,7 @@ def check_text_side(folder: Path, base: str) -> None:
             f"{folder} is no exported text side ({facts.name} is missing); `python -m hub_upload.export --formats "
             "drop_in` makes one."
         )
-    if (wanted := read_json(facts, image_digest=str)["image_digest"]) != (found := image_digest(Path(base))):
+    if (wanted := read_json(facts, image_digest=str)["image_digest"]) != (found := image_side_digest(Path(base))):
         raise ValueError(f"{folder} is for pictures of the digest {wanted}; {base} embeds them as {found}.")
 
 

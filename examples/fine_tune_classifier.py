@@ -13,7 +13,7 @@ makes. `--images` is a folder of splits with a sub-folder of images a class, a s
     print(pipeline("image-classification", "runs/classifier")("digit.png"))
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:ClassifierArguments", __doc__)
@@ -27,11 +27,11 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import device_description, package_versions
-from capivara_search.common.files import whole_folder, write_json, write_text
-from capivara_search.common.image_files import BadImage
-from capivara_search.common.privacy import hide_paths
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import device_description, package_versions
+from capivara_common.files import whole_folder, write_json, write_text
+from capivara_common.image_files import BadImage
+from capivara_common.privacy import hide_paths
 from caption_data.labelled_images import LabelledImages, load_images
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts

@@ -14,7 +14,7 @@ The folder gets `picture.png`, `steps.png` and `results.json`: the cosine of pic
 and after, as the processor sees the files.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:GuideArguments", __doc__)
@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import device_description, package_versions, require, torch_device
-from capivara_search.common.files import check_output_folder, whole_folder, write_json
-from capivara_search.common.privacy import hide_paths
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import device_description, package_versions, require, torch_device
+from capivara_common.files import check_output_folder, whole_folder, write_json
+from capivara_common.privacy import hide_paths
 from examples.diffusion_guidance import (
     SentenceGuidance,
     guided_pipeline,

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import get_linear_schedule_with_warmup as warm_and_linear
 
-from capivara_search.common.environment import device_description, package_versions
-from capivara_search.common.files import read_json, whole_folder, write_json
-from capivara_search.common.privacy import short_name
+from capivara_common.environment import device_description, package_versions
+from capivara_common.files import read_json, whole_folder, write_json
+from capivara_common.privacy import short_name
 from examples.example_arguments import CaptionArguments
 from modeling_capivara.loading import check_reachable, weights_digest
 

@@ -9,7 +9,7 @@ photographs that show one of them, and a linear probe on the digits. Data sets a
 result file a task and model below the output folder, and all records together as `real_images.json` there.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:RealImagesArguments", __doc__)
@@ -22,9 +22,9 @@ import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import device_description, package_versions
-from capivara_search.common.files import read_json, whole_folder, write_json
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import device_description, package_versions
+from capivara_common.files import read_json, whole_folder, write_json
 from caption_data.source_files import load_embedded
 from eval import classification, linear_probe, prompts, retrieval
 from examples.example_arguments import RealImagesArguments

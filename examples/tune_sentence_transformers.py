@@ -13,7 +13,7 @@ twice in every epoch, and a picture has one caption for the whole training.
 The output is a folder for sentence-transformers and `CapivaraModel.from_pretrained` alike, with `results.json`.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:SentenceTuningArguments", __doc__)
@@ -30,10 +30,10 @@ from huggingface_hub.utils import yaml_dump
 from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import device_description, package_versions, require
-from capivara_search.common.files import whole_folder, write_json, write_text
-from capivara_search.common.privacy import hide_paths
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import device_description, package_versions, require
+from capivara_common.files import whole_folder, write_json, write_text
+from capivara_common.privacy import hide_paths
 from caption_data.source_files import load_embedded
 from eval.retrieval import flat_captions
 from examples.example_arguments import SentenceTuningArguments

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import PIL.Image
 
-from capivara_search.common.privacy import machine_path_in, own_paths, secret_in
+from capivara_common.privacy import machine_path_in, own_paths, secret_in
 
 _PARTS = "checks configuration image_classification image_processing image_tower loss modeling processing"
 MODEL_CODE = tuple(f"{part}_capivara.py" for part in (*_PARTS.split(), "text_repair", "tokenization"))

@@ -11,7 +11,7 @@ hand, and must be added again after it is rewritten. Make the card last: of a re
 `hub_upload.export`, which rewrites those files, and before `hub_upload.push`.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":
     start_command()
@@ -29,9 +29,9 @@ from typing import Any, Literal
 
 from huggingface_hub import ModelCard
 
-from capivara_search.common.cli import flag, parse, run_command, user_errors
-from capivara_search.common.files import write_text
-from capivara_search.common.privacy import machine_path_in, secret_in
+from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.files import write_text
+from capivara_common.privacy import machine_path_in, secret_in
 from hub_upload.card_facts import CardFacts, card_facts
 from hub_upload.card_metadata import eval_results, metadata
 from hub_upload.card_parts import card_parts

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
-from capivara_search.common.privacy import secret_in
+from capivara_common.privacy import secret_in
 from records.schema import DIRECTIONS, GAIN, SCHEMA_VERSION, TASKS, ResultFile, parse_result, read_object
 from records.series import Measured, Pair, Series, by_role_and_precision, collect_series, pairs_of
 

@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 
 import PIL.Image
 
-from capivara_search.common.image_files import IMAGE_FORMATS
-from capivara_search.common.links import refuse_links_out
-from capivara_search.common.privacy import SECRET_RE2, known_tokens, secret_in
+from capivara_common.image_files import IMAGE_FORMATS
+from capivara_common.links import refuse_links_out
+from capivara_common.privacy import SECRET_RE2, known_tokens, secret_in
 from hub_upload.allowed_files import check_paths, check_regular, check_secrets
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp"}

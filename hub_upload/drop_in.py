@@ -19,11 +19,11 @@ from huggingface_hub.utils import yaml_dump
 from safetensors.torch import save_file
 from torch import nn
 
-from capivara_search.common.environment import require
-from capivara_search.common.files import check_free_space, read_json, write_json, write_text
-from capivara_search.common.privacy import hide_paths, short_name
-from capivara_search.image_digest import image_difference, image_digest
-from capivara_search.model_cache import model_folder
+from capivara_common.environment import require
+from capivara_common.files import check_free_space, read_json, write_json, write_text
+from capivara_common.hub_cache import model_folder
+from capivara_common.image_side_digest import image_difference, image_side_digest
+from capivara_common.privacy import hide_paths, short_name
 from hub_upload import loader_files, onnx_files, source_model
 from hub_upload.card_metadata import LICENCES
 from hub_upload.card_text import MARKDOWN_TEMPLATES, code
@@ -32,6 +32,7 @@ from hub_upload.remote import check_repo_id
 from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors, tensor_digests
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import card_metadata, load_processor
+from modeling_capivara.open_clip_conversion import CONVERTER
 from modeling_capivara.open_clip_mapping import (
     BASE_TEXT_MODEL,
     capivara_state_dict,
@@ -61,7 +62,7 @@ def write(args: ExportArguments, folder: Path) -> None:
     require("--formats drop_in", "onnx", *onnx_files.ONNX_PACKAGES)
     if args.repo_id is not None:
         check_repo_id(args.repo_id)
-    config, base = source_model.read_config(args.model), model_folder(str(args.base))
+    config, base = source_model.read_config(args.model), model_folder(str(args.base), CONVERTER)
     digest = check_exchangeable(args.model, base, args.base)
     model = source_model.mapped_model(args.model, config)
     text_bytes = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE))
@@ -97,7 +98,7 @@ def check_exchangeable(model: Path, base: Path, name: str) -> str:
         )
     if _text_digests(model) == _text_digests(base):
         raise ValueError(f"The text side of {model} is that of {name}, to the bit: there is nothing to exchange.")
-    return image_digest(model)
+    return image_side_digest(model)
 
 
 def _text_digests(folder: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ will read is compared with the model tensor by tensor. Nothing is written but wh
 hold a path of a machine or an access token.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("hub_upload.export_arguments:ExportArguments", __doc__)
@@ -28,9 +28,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 import modeling_capivara
-from capivara_search.common.cli import parse, run_command
-from capivara_search.common.environment import require
-from capivara_search.common.files import (
+from capivara_common.cli import parse, run_command
+from capivara_common.environment import require
+from capivara_common.files import (
     check_free_space,
     check_inputs_stay,
     check_output_folder,
@@ -39,7 +39,7 @@ from capivara_search.common.files import (
     write_json,
     write_text,
 )
-from capivara_search.common.privacy import hide_paths
+from capivara_common.privacy import hide_paths
 from hub_upload import allowed_files as allowed
 from hub_upload import loader_files, onnx_files, source_model, transformers_js
 from hub_upload.export_arguments import FOLDER_FORMATS, FORMATS, MORE_FORMATS, ExportArguments

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from capivara_search.common.cli import flag
+from capivara_common.cli import flag
 
 FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
 MORE_FORMATS = ("transformers_js",)  # in it, too, where they are named

@@ -14,7 +14,7 @@ Immich finds it as clip/NAME in its model cache, under a name of its own list. T
 base, whose embeddings of pictures stay, where both have the same image side. docs/immich.md has the steps.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":
     start_command()
@@ -24,12 +24,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from capivara_search.common.cli import flag, parse, run_command, user_errors
-from capivara_search.common.environment import require
-from capivara_search.image_digest import image_difference
-from capivara_search.model_cache import model_folder
+from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.environment import require
+from capivara_common.hub_cache import model_folder
+from capivara_common.image_side_digest import image_difference
 from hub_upload.export_arguments import ExportArguments
 from hub_upload.immich_folder import BASE_NAME, check
+from modeling_capivara.open_clip_conversion import CONVERTER
 
 logger = logging.getLogger("capivara")
 
@@ -67,7 +68,7 @@ def write(args: ExportArguments, folder: Path) -> None:
 
 def check_image_side(model: Path, base: str) -> None:
     """Raise ValueError unless both models embed pictures alike, to the bit: tower, projection and preprocessing."""
-    if difference := image_difference(model, model_folder(base)):
+    if difference := image_difference(model, model_folder(base, CONVERTER)):
         raise ValueError(
             f"The image side of {model} is not that of {base}: {difference}. Pictures that Immich has embedded with "
             "the base would not fit its texts. Leave --textual_only out, lay both towers into the cache, and run smart "

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from capivara_search.common.files import read_json
+from capivara_common.files import read_json
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession

@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from capivara_search.common.files import check_free_space, write_json, write_text
+from capivara_common.files import check_free_space, write_json, write_text
 from hub_upload import source_model
 from hub_upload.immich_folder import BASE_WIDTH, open_graph, padded_tokenizer
 from hub_upload.loader_files import text_config_source

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from capivara_search.common.files import write_json
+from capivara_common.files import write_json
 from hub_upload.source_model import mapped_tensors, read_config
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraTokenizer
 from modeling_capivara.convert_open_clip import SIZES, random_texts

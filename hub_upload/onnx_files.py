@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from capivara_search.common.environment import package_versions
-from capivara_search.common.files import write_json
+from capivara_common.environment import package_versions
+from capivara_common.files import write_json
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from capivara_search.common.environment import device_description
-from capivara_search.common.files import read_json, write_json
-from capivara_search.common.privacy import short_name
+from capivara_common.environment import device_description
+from capivara_common.files import read_json, write_json
+from capivara_common.privacy import short_name
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import (
     PROTOCOL,

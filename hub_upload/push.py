@@ -11,7 +11,7 @@ data set are sent; files on the Hub that the folder does not have stay. After a 
 again: files that have arrived are not sent a second time, and what has not changed makes no commit.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":
     start_command()
@@ -22,7 +22,7 @@ from contextlib import suppress
 
 from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, constants, get_token
 
-from capivara_search.common.cli import parse, run_command
+from capivara_common.cli import parse, run_command
 from hub_upload import remote as hub
 from hub_upload.card import outdated
 from hub_upload.limits import program_limit

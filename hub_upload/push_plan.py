@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, metadata_load
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
 
-from capivara_search.common.cli import flag
-from capivara_search.common.privacy import machine_path_in, secret_in
+from capivara_common.cli import flag
+from capivara_common.privacy import machine_path_in, secret_in
 from hub_upload import remote as hub
 from hub_upload.allowed_files import allowed_files, check_contents
 from hub_upload.data_files import check_data, data_files

@@ -29,7 +29,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, validate_repo_id
 from tqdm import tqdm
 
-from capivara_search.common.privacy import redact
+from capivara_common.privacy import redact
 from hub_upload.limits import DEADLINE_HOURS, limit, time_limit
 
 T = TypeVar("T")

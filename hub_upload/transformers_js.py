@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from capivara_search.common.files import read_json, write_json, write_text
+from capivara_common.files import read_json, write_json, write_text
 from hub_upload.onnx_files import ENDINGS, OUTPUTS, data_file, graphs, move_weights, write_towers
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts

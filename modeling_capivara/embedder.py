@@ -20,11 +20,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
+from capivara_common.hub_cache import first_line
+
 from .checks_capivara import check_sizes, tokenizer_errors
 from .embedding import OnBatch, embed_images, embed_texts
 from .loading import check_reachable, checked_config, load_model, load_processor, weights_digest
 from .modeling_capivara import CapivaraModel
-from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES, first_line
+from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES
 from .open_clip_source import read_fields
 from .processing_capivara import CapivaraProcessor
 

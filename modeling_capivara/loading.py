@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from safetensors import SafetensorError
@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
+from capivara_common.hub_cache import HUB_TIMEOUT_S, reach_failure
+
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import CapivaraConfig, sizes_of
 from .modeling_capivara import CapivaraModel
-from .open_clip_checkpoint import first_line
 from .processing_capivara import CapivaraProcessor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-HUB_TIMEOUT_S = 10
 
 
 def read_config(folder: str | Path) -> CapivaraConfig:
@@ -180,21 +180,6 @@ def check_reachable(source: str | Path, *names: str, revision: str | None = None
         if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
             return  # the Hub answers: the loader raises what is missing or refused
         raise reach_failure(source, error) from error
-
-
-def reach_failure(source: str | Path, error: Exception) -> ValueError:
-    """What is to be said where the Hub was asked for a model, and `error` was the answer."""
-    if isinstance(error, RepositoryNotFoundError):
-        return ValueError(
-            f"There is no model {source}: it is no folder here, and the Hub has none of that name for you. Check the "
-            "name; a private or gated one needs `hf auth login`."
-        )
-    if isinstance(error, HfHubHTTPError):
-        return ValueError(f"{source} could not be fetched from the Hub: {first_line(error)}")
-    return ValueError(
-        f"The model {source} is no folder here, nor in the cache of the Hub ({constants.HF_HUB_CACHE}), and the "
-        f"Hub can't be reached ({type(error).__name__}). Check the name, or the connection and HF_HUB_OFFLINE."
-    )
 
 
 def card_metadata(card: Path) -> dict[str, Any]:

@@ -91,11 +91,12 @@ class CapivaraModel(CapivaraPreTrainedModel):
             ValueError: there is no such model, it can't be converted, or the Hub can't be reached.
             ImportError: this is a copy of the code that has travelled with a model, without the rest of the package.
         """
-        try:  # by name: the converter stays at home when this file travels with a model
-            model_cache = importlib.import_module("capivara_search.model_cache")
+        try:  # by name: cache and converter stay at home when this file travels with a model
+            hub_cache = importlib.import_module("capivara_common.hub_cache")
+            conversion = importlib.import_module("modeling_capivara.open_clip_conversion")
         except ImportError as error:
-            raise ImportError("from_open_clip needs the package capivara_search, installed with this one.") from error
-        return cls.from_pretrained(model_cache.model_folder(source, revision), **kwargs)
+            raise ImportError("from_open_clip needs the package modeling-capivara: install it.") from error
+        return cls.from_pretrained(hub_cache.model_folder(source, conversion.CONVERTER, revision), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in transformers; the folder also names the classes for image classification, zero-shot and fine-tuned."""

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from capivara_common.hub_cache import first_line
+
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 # In order of preference: a pickle is opened only where there is nothing safer.
 WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
@@ -118,8 +120,3 @@ def check_state(state: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> N
             "The checkpoint does not hold the model that its configuration describes (a bare file is taken to have the "
             "published architecture): " + "; ".join(problems)
         )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; libraries append pages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,10 +16,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from capivara_common.hub_cache import Converter
+
 from .configuration_capivara import CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .embedding import embed_images, embed_texts
-from .loading import load_model, load_processor, weights_digest
+from .loading import load_model, load_processor, read_config, weights_digest
 from .modeling_capivara import CapivaraModel
 from .open_clip_mapping import (
     capivara_config,
@@ -29,7 +31,7 @@ from .open_clip_mapping import (
     open_clip_state_dict,
     square,
 )
-from .open_clip_source import OpenClipSource, load_tokenizer, origin_card, read_open_clip_state
+from .open_clip_source import OpenClipSource, find_open_clip, load_tokenizer, origin_card, read_open_clip_state
 from .processing_capivara import CapivaraProcessor
 
 
@@ -141,3 +143,15 @@ def random_texts(seed: int = 0) -> list[str]:
     lengths = (1, 2, 5, 9, 30, 120)
     words = [["".join(numbers.choices(syllables, k=numbers.randint(1, 4))) for _ in range(n)] for n in lengths]
     return [" ".join(text) for text in words]
+
+
+def _convert(source: str, folder: Path, revision: str | None) -> str:
+    return write_capivara(find_open_clip(source, revision=revision), folder)
+
+
+def _explain(folder: str) -> None:
+    load_processor(folder)
+    read_config(folder)
+
+
+CONVERTER = Converter(_convert, _explain)  # for `capivara_common.hub_cache.model_folder`

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, TimmWrapperConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
+from capivara_common.hub_cache import first_line
+
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import checked_config
 from .modeling_capivara import CapivaraModel
-from .open_clip_checkpoint import OPEN_CLIP_CONFIG, check_state, first_line
+from .open_clip_checkpoint import OPEN_CLIP_CONFIG, check_state
 from .processing_capivara import CONTEXT_LENGTH
 
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")

@@ -15,11 +15,13 @@ from huggingface_hub.utils import yaml_dump
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from capivara_common.hub_cache import first_line
+
 from .checks_capivara import tokenizer_errors
 from .configuration_capivara import CapivaraConfig
 from .convert_open_clip_flags import BASE_TEXT_MODEL
 from .loading import card_metadata
-from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES, check_state, first_line, load_checkpoint
+from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES, check_state, load_checkpoint
 from .open_clip_mapping import BASE_TEXT_NAMES, POSITION_IDS, open_clip_shapes, refuse
 
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")

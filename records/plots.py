@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 
-from capivara_search.common.files import write_bytes
+from capivara_common.files import write_bytes
 from records.tables import points
 
 matplotlib.use("Agg")  # files only; a screen is not needed

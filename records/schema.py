@@ -16,9 +16,9 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from capivara_search.common.environment import package_versions
-from capivara_search.common.files import write_json
-from capivara_search.common.privacy import hide_paths, short_name
+from capivara_common.environment import package_versions
+from capivara_common.files import write_json
+from capivara_common.privacy import hide_paths, short_name
 
 SCHEMA_VERSION = 2  # of result files and of run.json
 MAX_JSON_BYTES = 64 * 2**20  # a 1000 x 1000 confusion matrix takes 12 MB, indented

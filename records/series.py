@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from capivara_search.common.privacy import hide_paths
+from capivara_common.privacy import hide_paths
 from records.schema import Condition, Record, ResultFile
 
 

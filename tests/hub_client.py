@@ -48,7 +48,7 @@ class HubCommands:
 
 PEAK = """
 import sys
-from capivara_search.common.environment import peak_resident_bytes
+from capivara_common.environment import peak_resident_bytes
 from hub_upload.push import main
 before = peak_resident_bytes()
 main(["--model", sys.argv[1], "--repo-id", "us/large", "--push"])

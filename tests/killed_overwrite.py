@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from capivara_search.common.files import check_output_folder, finish_folder, partial_folder, whole_folder
+from capivara_common.files import check_output_folder, finish_folder, partial_folder, whole_folder
 
 WATCHED = ("open", "os.", "shutil.", "tempfile.", "fcntl.")
 

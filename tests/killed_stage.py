@@ -19,7 +19,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 import captions.stages
-from capivara_search.common.image_files import BadRow
+from capivara_common.image_files import BadRow
 from caption_data.columns import CAPTIONS
 from caption_data.stage_folder import unfinished
 from captions.stage_arguments import StageArguments

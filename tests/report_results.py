@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from capivara_search.common.files import write_json
+from capivara_common.files import write_json
 from eval.prompts import load_prompts
 from eval.retrieval import DIRECTIONS, PROTOCOL
 from records.schema import Record, header, write_records

@@ -5,7 +5,7 @@ import json
 import pytest
 from made_benchmarks import BENCHMARKS, ELEVATER
 
-from capivara_search.common.files import read_json
+from capivara_common.files import read_json
 from eval.benchmarks import FOLDER, METRICS, SUITES, Benchmark, load_averages, must_be_known, read_benchmark
 from eval.prompts import load_prompts
 

@@ -23,8 +23,8 @@ from huggingface_hub import DatasetCard
 from sampling import one_in
 
 from benchmarks import captions_selection
-from capivara_search.common.executors import TasksFailed, Work
-from capivara_search.common.executors import _executor as local_executor
+from capivara_common.executors import TasksFailed, Work
+from capivara_common.executors import _executor as local_executor
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from captions import sentence_stage, stages
 from captions.build import BuildArguments, ManualStepRequired, build, main
@@ -377,7 +377,7 @@ def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
         def join(self): ...
 
     context = SimpleNamespace(Process=Process, set_forkserver_preload=lambda names: None)
-    monkeypatch.setattr("capivara_search.common.executors.multiprocess.get_context", lambda _: context)
+    monkeypatch.setattr("capivara_common.executors.multiprocess.get_context", lambda _: context)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     executor = local_executor("local", work, step.args, None)
     assert (executor.tasks, executor.workers) == (2, 2)
@@ -443,7 +443,7 @@ def test_a_missing_extra_is_said_before_any_stage(config, monkeypatch):
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
     content["score"] = {"model": "open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k"}
     config.write_text(yaml.safe_dump(content), encoding="utf-8")
-    monkeypatch.setattr("capivara_search.common.environment.find_spec", lambda name: None)
+    monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'stage score .* needs open_clip, .*: pip install -e "\.\[open_clip\]"$'):
         build(BuildArguments(config, dry_run=True))
 

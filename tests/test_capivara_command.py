@@ -23,11 +23,11 @@ import pyarrow as pa
 import pytest
 import tqdm.std
 
+from capivara_common import progress
 from capivara_search import damage
 from capivara_search.command import explained, main
 from capivara_search.command_flags import COMMANDS, parsed
 from capivara_search.commands import Progress, _write_csv, _write_json, open_pictures
-from capivara_search.common import progress
 from capivara_search.exporting import _without_formulas, export_rows
 from capivara_search.index_errors import explanation
 from capivara_search.table import PictureTable

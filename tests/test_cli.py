@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from sampling import one_in
 
-import capivara_search.common.cli
-from capivara_search.common.cli import portuguese_help
+import capivara_common.cli
+from capivara_common.cli import portuguese_help
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "pandas", "sklearn", "matplotlib", "gradio", "open_clip"}
@@ -157,11 +157,11 @@ def test_no_portuguese_text_is_stale():
 def test_the_first_locale_that_is_set_decides(monkeypatch):
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
-    assert not capivara_search.common.cli.locale_is_portuguese()
+    assert not capivara_common.cli.locale_is_portuguese()
     monkeypatch.setenv("LANG", "pt_BR.UTF-8")
-    assert capivara_search.common.cli.locale_is_portuguese()
+    assert capivara_common.cli.locale_is_portuguese()
     monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
-    assert not capivara_search.common.cli.locale_is_portuguese()
+    assert not capivara_common.cli.locale_is_portuguese()
 
 
 @pytest.mark.parametrize("command", one_in(5, COMMANDS))
@@ -216,22 +216,22 @@ def test_only_a_command_that_goes_on_says_so(monkeypatch, capsys, resumes, way):
     def main():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(capivara_search.common.cli, "prepare_bars", lambda: None)
+    monkeypatch.setattr(capivara_common.cli, "prepare_bars", lambda: None)
     with pytest.raises(SystemExit) as ended:
-        capivara_search.common.cli.run_command(main, resumes)
+        capivara_common.cli.run_command(main, resumes)
     assert ended.value.code == 130 and capsys.readouterr().err == f"\nStopped.{way}\n"
 
 
 @pytest.mark.parametrize(("name", "hint"), [("--step", " Did you mean `--steps`?"), ("--zzz", "")])
 def test_only_a_near_name_is_proposed(name, hint):
     with pytest.raises(ValueError, match=rf"^Unknown flag: `{name}`\.{re.escape(hint)} `--help` lists all\.$"):
-        capivara_search.common.cli.parse(Flags, None, [name, "1"])
+        capivara_common.cli.parse(Flags, None, [name, "1"])
 
 
 def test_null_is_no_number(tmp_path, capsys):
     config = tmp_path / "config.yaml"
     config.write_text("steps: 3\n", encoding="utf-8")
-    read = lambda *words: capivara_search.common.cli.parse(Flags, None, ["--config", str(config), *words], config=True)  # noqa: E731
+    read = lambda *words: capivara_common.cli.parse(Flags, None, ["--config", str(config), *words], config=True)  # noqa: E731
     assert (read().steps, read("--steps", "null").steps) == (3, None)
     with pytest.raises(SystemExit):
         read("--steps", "nul")
@@ -244,19 +244,19 @@ def test_null_is_no_number(tmp_path, capsys):
 class Flags:
     """Arguments of no command."""
 
-    names: list[str] = capivara_search.common.cli.flag(["a"], "Names.")
-    steps: int | None = capivara_search.common.cli.flag(None, "Steps.")
-    share: float = capivara_search.common.cli.flag(0.5, "Share.")
+    names: list[str] = capivara_common.cli.flag(["a"], "Names.")
+    steps: int | None = capivara_common.cli.flag(None, "Steps.")
+    share: float = capivara_common.cli.flag(0.5, "Share.")
 
     def __post_init__(self) -> None:
-        capivara_search.common.cli.at_least(self, 1, "steps")
-        capivara_search.common.cli.between(self, 0, 1, "share")
+        capivara_common.cli.at_least(self, 1, "steps")
+        capivara_common.cli.between(self, 0, 1, "share")
 
 
 def test_flags_config_and_rules_are_one(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("share: 1e-4\nsteps: 3\nnames: [x, y]\n", encoding="utf-8")
-    read = lambda *words, **options: capivara_search.common.cli.parse(Flags, None, list(words), **options)  # noqa: E731
+    read = lambda *words, **options: capivara_common.cli.parse(Flags, None, list(words), **options)  # noqa: E731
     first = read()
     first.names.append("b")
     assert (read().names, read().steps) == (["a"], None), "a default is shared by two command lines"
@@ -274,7 +274,7 @@ def test_flags_config_and_rules_are_one(tmp_path):
 
 @pytest.mark.parametrize("error", [ValueError("a value"), OSError("a file"), ImportError("a package")])
 def test_errors_of_a_user_are_one_line(error):
-    @capivara_search.common.cli.user_errors
+    @capivara_common.cli.user_errors
     def main(argv=None) -> None:
         raise error
 

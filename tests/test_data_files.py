@@ -17,7 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 from pyarrow import parquet
 from sampling import one_in
 
-from capivara_search.common.environment import peak_resident_bytes
+from capivara_common.environment import peak_resident_bytes
 from hub_upload import data_files as module
 from hub_upload.data_files import check_data, data_files
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config
 
-from capivara_search.image_digest import image_difference, image_digest
+from capivara_common.image_side_digest import image_difference, image_side_digest
 from hub_upload import drop_in, onnx_files
 from hub_upload.export import main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
@@ -226,7 +226,7 @@ def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, bas
     assert "MB  open_clip_text.safetensors" in capsys.readouterr().out
     assert {name.split(".")[0] for name in load_file(folder / "open_clip_text.safetensors")} == {"text", "logit_scale"}
     facts = json.loads((folder / "drop_in.json").read_text())
-    assert facts["image_digest"] == image_digest(base) and facts["width"] == 24 and facts["base"] == "base"
+    assert facts["image_digest"] == image_side_digest(base) and facts["width"] == 24 and facts["base"] == "base"
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"`{facts['image_digest']}`" in card and f"`{facts['base']}`" in card and "license: mit" in card
     assert 'folder = snapshot_download("us/text-side")' in card and str(base) not in card

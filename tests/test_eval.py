@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from capivara_search.common.privacy import short_name
+from capivara_common.privacy import short_name
 from eval import classification, linear_probe, report, retrieval, suite
 from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, retrieval_records
 from examples import fine_tune_classifier, real_images

@@ -18,8 +18,8 @@ from made_index import make_pictures, rows_of
 from slurm_node import missing_programs, slurm_node
 from tiny import randomise, tiny_config
 
+from capivara_common.executors import failures
 from capivara_search import PictureIndex
-from capivara_search.common.executors import failures
 from captions.build import BuildArguments, build
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from modeling_capivara import CapivaraModel

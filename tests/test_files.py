@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from capivara_search.common.environment import package_versions
-from capivara_search.common.files import (
+from capivara_common.environment import package_versions
+from capivara_common.files import (
     DIGEST_BYTES,
     check_free_space,
     check_output_file,
@@ -88,7 +88,7 @@ def test_weights_are_as_readable_as_their_neighbours(tmp_path, umask):
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from capivara_search.common.files import finish_folder, partial_folder, whole_folder, write_text
+from capivara_common.files import finish_folder, partial_folder, whole_folder, write_text
 def fill(folder):
     save_file({"a": torch.ones(1)}, folder / "model.safetensors")
     write_text(folder / "sub" / "config.json", "{}")

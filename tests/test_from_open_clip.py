@@ -16,8 +16,8 @@ from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny import randomise, tiny_config, tiny_tokenizer
 
-from capivara_search.model_cache import model_folder
-from capivara_search.models import find_model
+from capivara_common.hub_cache import model_folder
+from capivara_search.models import CONVERTER, find_model
 from modeling_capivara import CapivaraConfig, CapivaraModel, open_clip_conversion
 from modeling_capivara.open_clip_mapping import build_open_clip, open_clip_model_cfg
 
@@ -136,9 +136,10 @@ def test_fetched_converted_and_kept(tiny_published, cache, tmp_path):
 def test_a_revision_asks_the_hub_and_a_commit_does_not(tiny_published, cache, tmp_path):
     program = """
 import json, sys
-from capivara_search.model_cache import model_folder
+from capivara_common.hub_cache import model_folder
+from capivara_search.models import CONVERTER
 for revision in sys.argv[1:]:
-    print(json.dumps(str(model_folder({name!r}, None if revision == "-" else revision))))
+    print(json.dumps(str(model_folder({name!r}, CONVERTER, None if revision == "-" else revision))))
 """
 
     def folders(*revisions: str) -> list[Path]:
@@ -211,8 +212,9 @@ def test_two_at_once_convert_once(tiny_published, cache):
         f"""
         import logging, sys
         logging.basicConfig(level=logging.INFO)
-        from capivara_search.model_cache import model_folder
-        print(model_folder({str(tiny_published)!r}))
+        from capivara_common.hub_cache import model_folder
+        from capivara_search.models import CONVERTER
+        print(model_folder({str(tiny_published)!r}, CONVERTER))
         """
     )
     processes = [
@@ -234,7 +236,7 @@ def test_a_folder_of_open_clip_is_converted_and_again_when_it_changes(tiny_publi
     assert model.folder.parent.parent == cache / "open_clip" and model.name == "open" and model.side == 32
     assert len(model.image_digest) == 32
     made = (model.folder / "model.safetensors").stat().st_mtime_ns
-    assert model_folder(f"local-dir:{tiny_published}") == model.folder
+    assert model_folder(f"local-dir:{tiny_published}", CONVERTER) == model.folder
     assert (model.folder / "model.safetensors").stat().st_mtime_ns == made
     state = torch.load(tiny_published / WEIGHTS, weights_only=True)
     state["visual.proj"] = state["visual.proj"] * -1
@@ -271,7 +273,7 @@ def test_a_tensor_that_comes_back_changed_is_noticed(tiny_published, cache, monk
     with pytest.raises(
         ValueError, match=r"changed by the conversion.*: visual\.ln_post\.weight, visual\.ln_pre\.weight\."
     ):
-        model_folder(str(tiny_published))
+        model_folder(str(tiny_published), CONVERTER)
     assert nothing_kept(cache)
 
 
@@ -290,7 +292,7 @@ def test_weights_that_are_not_a_models_are_refused(tiny_published, cache, change
     change(state)
     torch.save(state, tiny_published / WEIGHTS)
     with pytest.raises(ValueError, match=message):
-        model_folder(str(tiny_published))
+        model_folder(str(tiny_published), CONVERTER)
     assert nothing_kept(cache)
 
 
@@ -301,28 +303,28 @@ def test_a_checkpoint_that_names_code_is_refused(tiny_published, cache):
 
     torch.save({"state_dict": {}, "more": Code()}, tiny_published / WEIGHTS)
     with pytest.raises(ValueError, match="which is code, not data"):
-        model_folder(str(tiny_published))
+        model_folder(str(tiny_published), CONVERTER)
     assert nothing_kept(cache)
 
 
 def test_a_repository_that_holds_neither(cache, tmp_path, monkeypatch):
-    from capivara_search import model_cache
+    from capivara_common import hub_cache
 
     class Answer:
         sha, siblings = "0" * 40, []
 
-    monkeypatch.setattr(model_cache.HfApi, "model_info", lambda *_, **__: Answer)
-    monkeypatch.setattr(model_cache, "hf_hub_download", lambda *_, **__: None)
+    monkeypatch.setattr(hub_cache.HfApi, "model_info", lambda *_, **__: Answer)
+    monkeypatch.setattr(hub_cache, "hf_hub_download", lambda *_, **__: None)
     with pytest.raises(ValueError, match=r"us/other holds neither a CAPIVARA model .* nor one of open_clip"):
-        model_folder("us/other")
+        model_folder("us/other", CONVERTER)
     Answer.sha, Answer.siblings = "../../x", [type("File", (), {"rfilename": "open_clip_config.json"})]
     with pytest.raises(ValueError, match=r"the commit '\.\./\.\./x' of us/other; a commit has 40"):
-        model_folder("us/other")
+        model_folder("us/other", CONVERTER)
 
 
 def test_the_copy_that_travels_says_what_it_lacks(monkeypatch):
-    monkeypatch.setitem(sys.modules, "capivara_search.model_cache", None)
-    with pytest.raises(ImportError, match="needs the package capivara_search"):
+    monkeypatch.setitem(sys.modules, "capivara_common.hub_cache", None)
+    with pytest.raises(ImportError, match="needs the package modeling-capivara"):
         CapivaraModel.from_open_clip(NAME)
 
 

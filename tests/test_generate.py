@@ -29,7 +29,7 @@ from transformers import (
     ViTModel,
 )
 
-from capivara_search.common.image_files import BadRow
+from capivara_common.image_files import BadRow
 from captions.captioner import NOT_FINITE, Blip2Captioner, Captioner, Decoding, DrawnTokens
 from captions.generate import COLUMN, GenerateArguments, GenerateProcess, load_captioner, main, read_prefixes
 from captions.stage_arguments import PREFIXES

@@ -27,9 +27,9 @@ from test_generate import OPT, image_processor, opt_tokenizer, tiny_blip2
 from tiny import randomise
 
 import train_accelerate
+from capivara_common.image_files import BadImage, ImageFiles, decode_image, image_bytes
+from capivara_common.links import Bounds
 from capivara_search import PictureIndex
-from capivara_search.common.image_files import BadImage, ImageFiles, decode_image, image_bytes
-from capivara_search.common.links import Bounds
 from capivara_search.picture_files import find_pictures
 from caption_data.labelled_images import load_images
 from caption_data.source_files import load_embedded
@@ -235,9 +235,9 @@ def test_more_than_the_default_of_pixels_is_asked_for():
 
 HUB_READ = """
 from pathlib import Path
-from capivara_search.common.image_files import ImageFiles, image_bytes
-from capivara_search.common.links import Bounds
-from capivara_search.common.image_files import BadImage
+from capivara_common.image_files import ImageFiles, image_bytes
+from capivara_common.links import Bounds
+from capivara_common.image_files import BadImage
 import sys
 for hub_id, name in ((None, "pictures"), ("us/private", "private"), (None, "private"), ("us/priv", "private")):
     files = ImageFiles(Bounds(Path(sys.argv[1])), hub_id=hub_id)
@@ -436,7 +436,7 @@ def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_proc
 WITHOUT_HEIF = """
 import sys
 sys.modules["pillow_heif"] = None  # as where the extra is not installed
-from capivara_search.common.image_files import decode_image
+from capivara_common.image_files import decode_image
 decode_image({"bytes": open(sys.argv[1], "rb").read(), "path": "a.heic"})
 """
 

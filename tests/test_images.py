@@ -24,8 +24,8 @@ from test_train_accelerate import ROOT, flags
 import train_accelerate
 import training.images
 import training.views
-from capivara_search.common.files import DIGEST_BYTES, has_digest
-from capivara_search.common.image_files import decode_image
+from capivara_common.files import DIGEST_BYTES, has_digest
+from capivara_common.image_files import decode_image
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor

@@ -16,7 +16,7 @@ from tiny import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
 
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.immich_service import ODD_TEXTS, LayoutReader, is_cropped_beside, pictures
-from capivara_search.common import environment
+from capivara_common import environment
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
 from hub_upload import immich
 from hub_upload.export import export_alone, main

@@ -6,7 +6,7 @@ import os
 import pytest
 from made_benchmarks import BENCHMARKS, IMAGES, make_captions, make_flickr30k_200, make_pracegover, make_xm3600
 
-from capivara_search.common.image_files import decode_image
+from capivara_common.image_files import decode_image
 from caption_data.sources import open_source
 from eval.layouts import Location, adapted, linked_images, local_data, locate
 

@@ -6,8 +6,8 @@ import pytest
 from caption_tars import PICTURES, sample, write_tar
 from datasets import Dataset, DatasetDict
 
-from capivara_search.common.image_files import BadImage, image_bytes
-from capivara_search.common.links import Bounds, refuse_links_out
+from capivara_common.image_files import BadImage, image_bytes
+from capivara_common.links import Bounds, refuse_links_out
 from caption_data.sources import open_source
 
 

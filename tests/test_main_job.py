@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import main_job
 from benchmarks.main_job import MainJobArguments, main_job_table, phases_of
-from capivara_search.common.files import write_json
+from capivara_common.files import write_json
 
 JOB = """
 import sys, time

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from hub_server import HubServer
 
-from capivara_search.common.files import read_json
+from capivara_common.files import read_json
 from capivara_search.miniature import miniature_folder
 from eval.capivara_metrics.metrics import recall_at_k
 from eval.eval_arguments import MiebArguments, RetrievalArguments

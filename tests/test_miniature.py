@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from capivara_common.hub_cache import is_capivara
 from capivara_search import miniature
 from capivara_search.miniature import NOTES, PROJECTION, miniature_folder
-from capivara_search.model_cache import is_capivara
 from capivara_search.models import find_model
 from examples.openmoji.fit_miniature import class_features, recall
 

@@ -15,7 +15,7 @@ from hub_server import HubServer
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from capivara_search import image_digest as digests
+from capivara_common import image_side_digest as digests
 from capivara_search.models import DEFAULT_MODEL, MANY_TEXTS, find_model
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
@@ -188,7 +188,7 @@ def test_where_none_is_named_and_none_can_be_had_it_is_the_miniature(tmp_path, n
 def test_a_hub_that_answers_slowly_is_not_waited_for(tmp_path):
     program = """
 import time
-from capivara_search.model_cache import is_reachable
+from capivara_common.hub_cache import is_reachable
 started = time.perf_counter()
 print(is_reachable("us/model"), time.perf_counter() - started < 5)
 """
@@ -272,9 +272,9 @@ def test_another_file_of_the_same_size_and_date_has_its_own_digest(tiny_folder, 
     for path in (folder, other):
         os.utime(path / "model.safetensors", (1e9, 1e9))  # as archives that can be made again have it
     assert len({path.stat().st_size for path in tmp_path.glob("*/model.safetensors")}) == 1
-    before = digests.image_digest(folder)
+    before = digests.image_side_digest(folder)
     shutil.copy2(other / "model.safetensors", folder / "model.safetensors")
-    assert digests.image_digest(folder) != before
+    assert digests.image_side_digest(folder) != before
 
 
 def test_a_cache_that_cannot_be_written_to_costs_nothing_else(tiny_folder, tmp_path, monkeypatch):

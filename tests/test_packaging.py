@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import modeling_capivara
-from capivara_search.common.environment import how_to_install, require
+from capivara_common.environment import how_to_install, require
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = configparser.ConfigParser()

@@ -14,7 +14,7 @@ from made_pictures import CAPTIONS, made_index, save_folder
 from PIL import Image
 from tiny import randomise, tiny_config
 
-from capivara_search.common.image_files import decode_image
+from capivara_common.image_files import decode_image
 from capivara_search.index import PictureIndex
 from capivara_search.page import server
 from capivara_search.page.answers import MAX_LABELS, MAX_LETTERS, MAX_PICTURES, Answers, Question, decoded

@@ -20,7 +20,7 @@ pytest.importorskip("uvicorn", reason="the page needs uvicorn: pip install -e '.
 
 from starlette.testclient import TestClient
 
-from capivara_search.common.image_files import BadImage, decode_image
+from capivara_common.image_files import BadImage, decode_image
 from capivara_search.index import PictureIndex
 from capivara_search.page import answers, decoder, guard, turns
 from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard

@@ -21,9 +21,9 @@ import skimage.data
 from made_raw import made_dng
 from PIL.ExifTags import GPS, IFD, Base
 
+from capivara_common import image_files
+from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search import picture_details, picture_files
-from capivara_search.common import image_files
-from capivara_search.common.image_files import BadImage, open_regular_file
 from capivara_search.picture_details import RAW_SUFFIXES, read_details
 from capivara_search.picture_files import (
     REASONS,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from capivara_search.common.privacy import SECRET_RE2, hide_paths, machine_path_in, redact, secret_in, short_name
+from capivara_common.privacy import SECRET_RE2, hide_paths, machine_path_in, redact, secret_in, short_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8s9T0"

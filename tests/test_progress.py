@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 import tqdm.std
 
-from capivara_search.common import progress
+from capivara_common import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = textwrap.dedent(
     """
     import importlib, sys, time
-    from capivara_search.common import progress
-    from capivara_search.common.cli import run_command
+    from capivara_common import progress
+    from capivara_common.cli import run_command
 
     progress.LINE_EVERY_S = 0.4
 

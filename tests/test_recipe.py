@@ -15,7 +15,7 @@ from torchvision.transforms import v2 as transforms
 import train_accelerate
 from benchmarks.recipe import read_variants
 from benchmarks.recipe_tables import OURS
-from capivara_search.common.cli import read_config
+from capivara_common.cli import read_config
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import parse_arguments
 from training.views import AUGMENTATION, augmented

@@ -14,7 +14,7 @@ from browser import open_browser
 from PIL import Image
 from report_results import ATTACK, facts, make_results, write_classification
 
-from capivara_search.common.files import read_json, write_json
+from capivara_common.files import read_json, write_json
 from eval.report import main, series_of, write_report
 from eval.report_details import class_series, confused_pairs
 from eval.report_folder import open_picture, read_folder

@@ -683,7 +683,7 @@ def test_a_tracker_leaves_nothing_where_the_run_can_not_start(run, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("capivara_search.common.environment.find_spec", lambda name: None)
+    monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"--tracker wandb needs wandb, not installed yet: pip install wandb$"):
         train_accelerate.main(run(tmp_path / "out", tracker="wandb"))
 

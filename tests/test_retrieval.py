@@ -16,7 +16,7 @@ import torch
 from test_checkpoints import flipped
 
 import modeling_capivara.embedder
-from capivara_search.common.tasks import all_parts
+from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import EmbeddingCache
 from caption_data.pairs import caption_table, tables_fingerprint
 from caption_data.sources import open_source

@@ -11,7 +11,7 @@ import pytest
 from caption_tars import CAPTIONS, PICTURES, encoded, picture, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Image
 
-from capivara_search.common.image_files import BadImage, BadRow, decode_image
+from capivara_common.image_files import BadImage, BadRow, decode_image
 from caption_data import pairs
 from caption_data.columns import caption_texts
 from caption_data.pairs import caption_table, check_bad_share, joined_tables, table_bytes, tables_fingerprint
@@ -84,7 +84,7 @@ def test_decoding_reasons(monkeypatch):
     assert reason(encoded(PIL.Image.new("1", (30_001, 700)))) == "absurd image size", "the side alone"
     assert reason(encoded(PIL.Image.new("1", (14_000, 13_000)))) == "absurd image size", "the pixels alone"
     assert decode_image({"bytes": encoded(PIL.Image.new("L", (1, 50))), "path": None}).size == (1, 50)
-    monkeypatch.setattr("capivara_search.common.image_files.MAX_IMAGE_BYTES", len(whole) - 1)
+    monkeypatch.setattr("capivara_common.image_files.MAX_IMAGE_BYTES", len(whole) - 1)
     assert reason(whole) == "absurd image size"
 
 

@@ -13,7 +13,7 @@ from datasets import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import modeling_capivara.embedder
-from capivara_search.common.image_files import decode_image
+from capivara_common.image_files import decode_image
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_source
 from caption_data.stage_folder import stage_record

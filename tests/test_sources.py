@@ -12,7 +12,7 @@ import pytest
 from caption_tars import CAPTIONS, PICTURES, ROWS, sample, table_of, tar_source, tars_by_name, write_tar
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from capivara_search.common.image_files import decode_image, image_bytes
+from capivara_common.image_files import decode_image, image_bytes
 from caption_data.sources import Source, open_source
 
 

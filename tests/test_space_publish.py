@@ -119,7 +119,7 @@ def test_the_program_is_all_that_the_page_is_made_of():
     files = set(map(str, program_files()))
     assert {"capivara_search/page/server.py", "capivara_search/page/page.html", "capivara_search/index.py"} <= files
     assert {"capivara_search/page/static/page.js", "capivara_search/page/words/nouns.txt"} <= files
-    assert {"modeling_capivara/modeling_capivara.py", "capivara_search/common/files.py"} <= files
+    assert {"modeling_capivara/modeling_capivara.py", "capivara_common/files.py"} <= files
     assert not [name for name in files if "__pycache__" in name or not name.startswith(("capivara_", "modeling_"))]
 
 
@@ -276,7 +276,7 @@ def test_two_models_of_one_name_do_not_become_one(flags, tmp_path):
 
 def test_a_missing_extra_says_how_to_get_it(flags, tmp_path, monkeypatch):
     missing = "starlette"
-    monkeypatch.setattr("capivara_search.common.environment.find_spec", lambda name: None if name == missing else True)
+    monkeypatch.setattr("capivara_common.environment.find_spec", lambda name: None if name == missing else True)
     with pytest.raises(SystemExit, match=r'error: A Space needs starlette, .*: pip install -e "\.\[app\]"$'):
         main([*flags, "--space", str(tmp_path / "space")])
     assert not (tmp_path / "cache").exists()

@@ -19,7 +19,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Va
 from killed_stage import arguments, run, shout
 from test_sources import FORMS
 
-from capivara_search.common.image_files import BadRow
+from capivara_common.image_files import BadRow
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_source
 from caption_data.stage_folder import check_complete, finished_ranks, stage_record, unfinished

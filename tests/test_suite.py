@@ -13,7 +13,7 @@ from caption_tars import encoded, write_tar
 from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, picture
 from tiny import randomise, tiny_config
 
-from capivara_search.common.files import read_json
+from capivara_common.files import read_json
 from eval.benchmarks import load_averages
 from eval.prompts import load_prompts
 from eval.suite import main

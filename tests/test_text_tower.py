@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
 
+from capivara_common.weight_file import WeightFile
 from capivara_search.models import SearchModel, find_model
 from capivara_search.text_tower import erf, open_text_tower
-from capivara_search.weight_file import WeightFile
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_texts
 from modeling_capivara.loading import load_model, load_processor

@@ -16,8 +16,8 @@ from datasets import DatasetDict, load_from_disk
 from PIL import Image
 
 import train_accelerate
-from capivara_search.common.files import lock_folder
-from capivara_search.common.privacy import short_name
+from capivara_common.files import lock_folder
+from capivara_common.privacy import short_name
 from hub_upload.card import check, write_card
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
 
-from capivara_search.common.files import read_json, write_json
+from capivara_common.files import read_json, write_json
 from caption_data.sources import open_source
 from caption_data.stage_folder import check_complete
 from captions.sentence_stage import COST, task_characters

@@ -11,7 +11,7 @@ from tiny import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerFast
 
-from capivara_search.image_digest import image_digest
+from capivara_common.image_side_digest import image_side_digest
 from capivara_search.text_tower import open_text_tower
 from examples.openmoji.concepts import concept_rows
 from examples.openmoji.lexicon import wordnet_glosses
@@ -72,7 +72,7 @@ def test_whoever_loads_the_folder_has_the_small_vocabulary(trimmed):
 
 
 def test_indexes_of_pictures_stay_valid(tiny_folder, trimmed):
-    assert image_digest(trimmed) == image_digest(tiny_folder)
+    assert image_side_digest(trimmed) == image_side_digest(tiny_folder)
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, trimmed))
     assert before.keys() == after.keys()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {TABLE}

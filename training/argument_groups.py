@@ -7,8 +7,8 @@ from typing import Literal
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from capivara_search.common.cli import flag
-from capivara_search.common.image_files import DATASET_HELP, CaptionDataArguments
+from capivara_common.cli import flag
+from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
 from caption_data.selection import CaptionChoice
 
 

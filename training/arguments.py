@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from capivara_search.common.cli import at_least, between, flag, parse
+from capivara_common.cli import at_least, between, flag, parse
 from training.argument_groups import Batch, Hub, ModelAndData, Optimisation, Output, Trained
 
 RECIPE = "it lost, or made no difference, see docs/recipe.md; --interpolate 0.7 is what is left of it"
@@ -129,5 +129,5 @@ class RotateArguments:
 
 
 def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:
-    """Arguments out of `--config FILE.yaml` and flags, as `capivara_search.common.cli.parse` reads them."""
+    """Arguments out of `--config FILE.yaml` and flags, as `capivara_common.cli.parse` reads them."""
     return parse(RunArguments, description, argv, groups=GROUPS, config=True)

@@ -22,7 +22,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from capivara_search.common.files import no_space_left, read_json, write_bytes, write_json
+from capivara_common.files import no_space_left, read_json, write_bytes, write_json
 from training.arguments import RunArguments
 
 NAME = re.compile(r"step-(\d{8})")

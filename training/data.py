@@ -10,7 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from capivara_search.common.image_files import decode_image
+from capivara_common.image_files import decode_image
 from caption_data.pairs import caption_table, joined_tables, lacking, table_bytes, tables_fingerprint
 from caption_data.rows import Skipped
 from caption_data.selection import WITH_SIMILARITIES

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from capivara_search.common.environment import device_description
-from capivara_search.common.files import write_text
-from capivara_search.common.privacy import short_name
+from capivara_common.environment import device_description
+from capivara_common.files import write_text
+from capivara_common.privacy import short_name
 from eval.retrieval import (
     RetrievalEmbeddings,
     embed_captions,

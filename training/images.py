@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_search.common.files import check_free_space, read_json, write_json
-from capivara_search.common.image_files import BadImage
-from capivara_search.common.tasks import all_parts
+from capivara_common.files import check_free_space, read_json, write_json
+from capivara_common.image_files import BadImage
+from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import weights_digest

@@ -8,8 +8,8 @@ import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
-from capivara_search.common.environment import cache_home
-from capivara_search.common.files import check_free_space
+from capivara_common.environment import cache_home
+from capivara_common.files import check_free_space
 from caption_data.pairs import check_bad_share
 from caption_data.rows import Skipped, write_skipped
 from modeling_capivara import CapivaraModel, CapivaraProcessor

@@ -8,7 +8,7 @@ in the first language among those that lose no more than `--max_loss` in the oth
 are those of the trained model.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("training.arguments:InterpolateArguments", __doc__)
@@ -17,8 +17,8 @@ if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered befor
 import torch
 from torch import Tensor
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.files import whole_folder
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.files import whole_folder
 from eval.capivara_metrics.metrics import mean_recall
 from eval.retrieval import RetrievalArguments, embed_captions, load_data
 from modeling_capivara import CapivaraModel, CapivaraProcessor

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 
-from capivara_search.common.environment import require
-from capivara_search.common.files import partial_folder
+from capivara_common.environment import require
+from capivara_common.files import partial_folder
 from training.arguments import RunArguments
 from training.optimiser import hopeless_rate
 from training.outputs import check_country

@@ -16,8 +16,8 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from capivara_search.common.environment import handle_signals
-from capivara_search.common.files import write_json
+from capivara_common.environment import handle_signals
+from capivara_common.files import write_json
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 from training.batches import MicroBatch, Planner, StepPlan

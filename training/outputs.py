@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from torch import nn
 
-from capivara_search.common.environment import device_description, package_versions
-from capivara_search.common.files import write_text
-from capivara_search.common.privacy import short_name
+from capivara_common.environment import device_description, package_versions
+from capivara_common.files import write_text
+from capivara_common.privacy import short_name
 from caption_data.rows import Skipped
 from modeling_capivara import CapivaraProcessor
 from modeling_capivara.loading import card_metadata

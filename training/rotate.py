@@ -8,7 +8,7 @@ weights, as `rotation.safetensors`: vectors of the model before are turned by `s
 another one then: an index made before is made anew, or turned.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("training.arguments:RotateArguments", __doc__)
@@ -24,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.files import check_output_folder, whole_folder, write_bytes
-from capivara_search.common.image_files import BadImage, decode_image
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.files import check_output_folder, whole_folder, write_bytes
+from capivara_common.image_files import BadImage, decode_image
 from caption_data.sources import open_source
 from modeling_capivara import CapivaraModel
 from modeling_capivara.configuration_capivara import checked_widths

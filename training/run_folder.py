@@ -13,8 +13,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from capivara_search.common.environment import handle_signals
-from capivara_search.common.files import (
+from capivara_common.environment import handle_signals
+from capivara_common.files import (
     check_output_folder,
     lock_folder,
     next_numbered_folder,

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from capivara_search.common.files import DIGEST_BYTES, has_digest, write_with_digest
-from capivara_search.common.image_files import BadImage, decode_image
+from capivara_common.files import DIGEST_BYTES, has_digest, write_with_digest
+from capivara_common.image_files import BadImage, decode_image
 from caption_data.rows import Skipped
 from caption_data.sources import Source
 from modeling_capivara import CapivaraModel, CapivaraProcessor

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from capivara_search.common.image_files import BadImage
+from capivara_common.image_files import BadImage
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.page.suggestions import Suggestions
 from capivara_search.page.turns import Refusal

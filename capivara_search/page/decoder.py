@@ -24,7 +24,7 @@ from typing import Any
 
 import PIL.Image
 
-from capivara_search.common.image_files import BadImage, decode_image, open_image
+from capivara_common.image_files import BadImage, decode_image, open_image
 from capivara_search.picture_files import FileState, decode_picture
 from capivara_search.picture_pixels import at_most, on_white
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote
 
-from capivara_search.common.image_files import BadImage, open_regular_file
+from capivara_common.image_files import BadImage, open_regular_file
 from capivara_search.page.decoder import Decoder
 from capivara_search.page.turns import Refusal
 from capivara_search.picture_files import contents

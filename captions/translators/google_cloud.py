@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from capivara_search.common.cli import flag
-from capivara_search.common.environment import require
+from capivara_common.cli import flag
+from capivara_common.environment import require
 from captions.translators.languages import find_code
 from captions.translators.pieces import cut, groups
 

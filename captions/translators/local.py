@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from capivara_search.common.environment import how_to_install, torch_device
+from capivara_common.environment import how_to_install, torch_device
 from captions.translators.languages import find_code, same_language
 from captions.translators.pieces import cut, groups
 from modeling_capivara.checks_capivara import tokenizer_errors

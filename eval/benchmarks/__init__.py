@@ -14,7 +14,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
-from capivara_search.common.files import read_json
+from capivara_common.files import read_json
 
 FOLDER = Path(__file__).resolve().parent
 SUITES = ("paper", "elevater", "beyond", "retrieval", "classification")  # "paper" has all of them

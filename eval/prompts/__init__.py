@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from capivara_search.common.files import read_json
+from capivara_common.files import read_json
 
 FOLDER = Path(__file__).resolve().parent
 ARTICLES = {("m", "s"): ("um", "o"), ("f", "s"): ("uma", "a"), ("m", "p"): ("uns", "os"), ("f", "p"): ("umas", "as")}

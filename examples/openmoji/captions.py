@@ -8,7 +8,7 @@ Unicode names of the same emoji. The second command trains on what was selected;
 benchmarks.captions_selection` trains on the selected captions and on all of them, and compares.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:OpenMojiCaptionsArguments", __doc__)
@@ -18,8 +18,8 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.files import whole_folder, write_text
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.files import whole_folder, write_text
 from caption_data.source_files import load_embedded
 from captions.build import BuildArguments, ManualStepRequired, build
 from captions.build_plan import read_plan

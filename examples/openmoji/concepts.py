@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-from capivara_search.common.environment import require
+from capivara_common.environment import require
 
 NUM_TEST_CONCEPTS = 350
 NUM_VALIDATION_CONCEPTS = 150

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
-from capivara_search.common.files import whole_folder, write_text
+from capivara_common.files import whole_folder, write_text
 from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
     Picture,

@@ -9,7 +9,7 @@ EfficientNet's own classifier. How far is chosen by recall on photographs with c
 on OpenMoji's validation concepts. Portuguese takes no part but in that choice.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:MiniatureArguments", __doc__)
@@ -23,9 +23,9 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import package_versions
-from capivara_search.common.files import write_bytes
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import package_versions
+from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import load_image_classifier
 from caption_data.source_files import load_embedded
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks

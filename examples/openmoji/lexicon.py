@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
-from capivara_search.common.environment import require
+from capivara_common.environment import require
 
 # Lexicographer files of WordNet: animals, artefacts, the body, food, objects, people, phenomena, plants.
 FILES = {5, 6, 8, 13, 17, 18, 19, 20}

@@ -7,7 +7,7 @@ multilingual-e5-small (`miniature_encoders.py` of `capivara_search`), aligned on
 CAPIVARA starts from, in miniature.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:PrepareArguments", __doc__)
@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import package_versions
-from capivara_search.common.files import (
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import package_versions
+from capivara_common.files import (
     add_digest,
     check_free_space,
     has_digest,

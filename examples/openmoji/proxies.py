@@ -14,7 +14,7 @@ style: these sets ask for the concepts that it holds out, drawn by others, and f
   that of Unicode's translators in Portugal.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("examples.example_arguments:ProxiesArguments", __doc__)
@@ -31,9 +31,9 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from capivara_search.common.cli import parse, run_command, user_errors
-from capivara_search.common.environment import require
-from capivara_search.common.files import read_json, whole_folder, write_text
+from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.environment import require
+from capivara_common.files import read_json, whole_folder, write_text
 from caption_data.source_files import load_embedded
 from eval.prompts import load_prompts
 from examples.example_arguments import ProxiesArguments

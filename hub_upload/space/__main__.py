@@ -9,7 +9,7 @@ Thumbnails stand for the pictures, whose files stay here, as do their folders' n
 taken. To search on this machine: `capivara app`.
 """
 
-from capivara_search.common.start import start_command
+from capivara_common.start import start_command
 
 if __name__ == "__main__":
     start_command()
@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from capivara_search.common.cli import flag, parse, run_command, user_errors
-from capivara_search.common.environment import require
-from capivara_search.common.image_files import FORM_HELP, ImageFileArguments
+from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.environment import require
+from capivara_common.image_files import FORM_HELP, ImageFileArguments
 
 PACKAGES = ("lancedb", "starlette", "uvicorn", "datasets")
 

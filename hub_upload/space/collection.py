@@ -17,8 +17,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from capivara_search.common.files import read_json, write_bytes
-from capivara_search.common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, BadImage, image_bytes
+from capivara_common.files import read_json, write_bytes
+from capivara_common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, BadImage, image_bytes
 from capivara_search.page.server import Credit
 from caption_data.source_files import FORMS, SPLIT_NAMES, form_hint
 from caption_data.sources import Source, open_source

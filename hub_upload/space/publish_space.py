@@ -21,9 +21,9 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, get_token
 
-from capivara_search.common.environment import cache_home
-from capivara_search.common.files import whole_folder, write_text
-from capivara_search.common.privacy import short_name
+from capivara_common.environment import cache_home
+from capivara_common.files import whole_folder, write_text
+from capivara_common.privacy import short_name
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit

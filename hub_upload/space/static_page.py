@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from capivara_search.common.environment import require
-from capivara_search.common.files import read_json, whole_folder, write_bytes, write_json, write_text
-from capivara_search.common.privacy import short_name
+from capivara_common.environment import require
+from capivara_common.files import read_json, whole_folder, write_bytes, write_json, write_text
+from capivara_common.privacy import short_name
 from capivara_search.models import find_model
 from hub_upload.allowed_files import check_paths, check_secrets
 from hub_upload.onnx_files import ONNX_PACKAGES, TOWERS, data_file, graphs

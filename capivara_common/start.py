@@ -25,7 +25,7 @@ def start_command(arguments: str | None = None, description: str | None = None) 
         return
     from pkgutil import resolve_name  # here, as parse: Ctrl-C works by now
 
-    from capivara_search.common.cli import parse
+    from capivara_common.cli import parse
 
     found = resolve_name(arguments)
     parse(found, description) if isinstance(found, type) else found(None, description)

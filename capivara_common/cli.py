@@ -1,6 +1,6 @@
 """Command lines: dataclasses of flags, YAML files of the same names, `--help`, and errors in one line.
 
-    from capivara_search.common.start import start_command
+    from capivara_common.start import start_command
 
     if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
         start_command("captions.stage_arguments:ScoreArguments", __doc__)
@@ -8,7 +8,7 @@
     import torch
 
     from captions.stage_arguments import ScoreArguments
-    from capivara_search.common.cli import parse, run_command
+    from capivara_common.cli import parse, run_command
 
 
     def main(argv: list[str] | None = None) -> None:
@@ -33,7 +33,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from capivara_search.common.progress import prepare_bars
+from capivara_common.progress import prepare_bars
 
 T = TypeVar("T")
 

@@ -34,10 +34,10 @@ import multiprocess
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.base import PipelineExecutor
 
-from capivara_search.common.environment import require
-from capivara_search.common.files import write_text
-from capivara_search.common.progress import no_bars, prepare_bars
-from capivara_search.common.tasks import ExecutorArguments, Phase
+from capivara_common.environment import require
+from capivara_common.files import write_text
+from capivara_common.progress import no_bars, prepare_bars
+from capivara_common.tasks import ExecutorArguments, Phase
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILURES_NAMED = 8

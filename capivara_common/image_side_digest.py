@@ -1,6 +1,6 @@
 """Which models embed images alike: a digest of the image side, kept so that it is computed once.
 
-    image_digest(Path("data/openmoji/base"))  # "0c1f…", 32 letters
+    image_side_digest(Path("data/openmoji/base"))  # "0c1f…", 32 letters
 
 An index built with a model stays valid for every model of the same digest, such as one whose text side alone was
 trained further.
@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from capivara_search.common.environment import cache_home
-from capivara_search.common.files import write_json
-from capivara_search.weight_file import WeightFile, weight_files
+from capivara_common.environment import cache_home
+from capivara_common.files import write_json
+from capivara_common.weight_file import WeightFile, weight_files
 
 DIGEST_VERSION = 1  # raise it when the digest covers other things
 IMAGE_SIDE = ("vision_model.", "visual_projection.")
@@ -32,7 +32,7 @@ PROCESSOR_FIELDS = (
 )
 
 
-def image_digest(folder: Path) -> str:
+def image_side_digest(folder: Path) -> str:
     """Hex digest of the image tower, its projection and the preprocessing of a model folder.
 
     The weights are read once; their digest is kept in the cache beside size and time of their files.
@@ -50,7 +50,7 @@ def image_difference(folder: Path, other: Path) -> str | None:
     Raises:
         ValueError: as `image_digest`.
     """
-    if image_digest(folder) == image_digest(other):
+    if image_side_digest(folder) == image_side_digest(other):
         return None
     ours, theirs = (_image_tensors(weight_files(path)) for path in (folder, other))
     for name in sorted(ours.keys() | theirs.keys()):

@@ -1,6 +1,6 @@
 """Models of the Hub on this machine: found without asking, fetched once, converted once where they are open_clip's.
 
-    folder = model_folder("hiaac-nlp/CAPIVARA")  # of a CAPIVARA model, whatever the repository holds
+    folder = model_folder("hiaac-nlp/CAPIVARA", converter)  # of a CAPIVARA model, whatever the repository holds
 
 A converted model lies in `cache_home()/open_clip/OWNER--NAME/COMMIT`, and the name of its branch beside it; it is there
 whole or not at all. What is in the cache is used as it is, without a request; a revision asks the Hub for another one.
@@ -15,21 +15,23 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
-from capivara_search.common.environment import cache_home
-from capivara_search.common.files import whole_folder, write_json, write_text
-from capivara_search.common.progress import no_bars_of_transformers
-from capivara_search.weight_file import weight_files
+from capivara_common.environment import cache_home
+from capivara_common.files import whole_folder, write_json, write_text
+from capivara_common.progress import no_bars_of_transformers
+from capivara_common.weight_file import weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 NEEDED = ("config.json", "processor_config.json")  # of a CAPIVARA folder, beside its weights
 CAPIVARA_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt"]
+HUB_TIMEOUT_S = 10  # to ask the Hub of a model
 SHORT_TIMEOUT_S = 3  # to learn whether the Hub is there, before the miniature is taken
 MAIN = "main"
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -37,12 +39,26 @@ ORIGIN = "conversion.json"  # in a converted folder: where it is from
 logger = logging.getLogger("capivara")
 
 
-def model_folder(source: str, revision: str | None = None) -> Path:
+@dataclass(frozen=True)
+class Converter:
+    """What imports torch, and is called only where it is needed.
+
+    Attributes:
+        convert: writes the model of open_clip of a source and revision into a folder, and returns its weights' digest.
+        explain: raises ValueError with what is wrong with a folder that holds no whole CAPIVARA model.
+    """
+
+    convert: Callable[[str, Path, str | None], str]
+    explain: Callable[[str], object]
+
+
+def model_folder(source: str, converter: Converter, revision: str | None = None) -> Path:
     """The folder of a CAPIVARA model, by folder or Hub id, also one of open_clip's; fetched where it is not here.
 
     Args:
         source: folder or Hub id, with or without open_clip's `hf-hub:` or `local-dir:` before it; or a checkpoint file
             of open_clip.
+        converter: of models of open_clip.
         revision: branch, tag or commit of a Hub id; where None, what is in the cache, else the main branch.
 
     Raises:
@@ -52,10 +68,10 @@ def model_folder(source: str, revision: str | None = None) -> Path:
     name = source.removeprefix("local-dir:")
     path = Path(name).expanduser()
     if path.exists() or not is_hub_id(source):
-        return _local_folder(path, name)
+        return _local_folder(path, name, converter)
     repo_id = source.removeprefix("hf-hub:")
     asks = revision is not None and not COMMIT.fullmatch(revision)  # a branch or tag may have moved
-    return (None if asks else cached_folder(repo_id, revision)) or _fetched_folder(repo_id, revision)
+    return (None if asks else cached_folder(repo_id, revision)) or _fetched_folder(repo_id, converter, revision)
 
 
 def cached_folder(repo_id: str, revision: str | None = None) -> Path | None:
@@ -99,22 +115,32 @@ def is_capivara(folder: Path) -> bool:
         return False
 
 
-def _local_folder(path: Path, name: str) -> Path:
+def _local_folder(path: Path, name: str, converter: Converter) -> Path:
     if is_capivara(path):
         return path.resolve()
     if path.is_file() or (path / OPEN_CLIP_CONFIG).is_file():
-        return _converted_from_disk(path.resolve())
-    from modeling_capivara.loading import load_processor, read_config  # they say what is wrong
-
-    load_processor(name)
-    read_config(path)
+        return _converted_from_disk(path.resolve(), converter)
+    converter.explain(name)
     weight_files(path)
     raise ValueError(f"The model folder {path} can't be read.")
 
 
-def _fetched_folder(repo_id: str, revision: str | None) -> Path:
-    from modeling_capivara.loading import HUB_TIMEOUT_S, reach_failure
+def reach_failure(source: str | Path, error: Exception) -> ValueError:
+    """What is to be said where the Hub was asked for a model, and `error` was the answer."""
+    if isinstance(error, RepositoryNotFoundError):
+        return ValueError(
+            f"There is no model {source}: it is no folder here, and the Hub has none of that name for you. Check the "
+            "name; a private or gated one needs `hf auth login`."
+        )
+    if isinstance(error, HfHubHTTPError):
+        return ValueError(f"{source} could not be fetched from the Hub: {' '.join(str(error).split())}")
+    return ValueError(
+        f"The model {source} is no folder here, nor in the cache of the Hub ({constants.HF_HUB_CACHE}), and the "
+        f"Hub can't be reached ({type(error).__name__}). Check the name, or the connection and HF_HUB_OFFLINE."
+    )
 
+
+def _fetched_folder(repo_id: str, converter: Converter, revision: str | None) -> Path:
     try:
         info = HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_S)
     except HfHubHTTPError as error:
@@ -124,7 +150,7 @@ def _fetched_folder(repo_id: str, revision: str | None) -> Path:
         if folder := cached_folder(repo_id, revision):
             return folder
         if folder := _snapshot(repo_id, OPEN_CLIP_CONFIG, revision):
-            return _converted_from_hub(repo_id, folder.name, revision or MAIN)
+            return _converted_from_hub(repo_id, converter, folder.name, revision or MAIN)
         raise reach_failure(repo_id, error) from error
     files = {file.rfilename for file in info.siblings or ()}
     if set(NEEDED) <= files:
@@ -140,34 +166,30 @@ def _fetched_folder(repo_id: str, revision: str | None) -> Path:
     logger.info("Downloading the model %s from the Hub, once …", repo_id)
     # By its branch: the Hub's cache then knows it, and what was fetched can be converted without the network.
     hf_hub_download(repo_id, OPEN_CLIP_CONFIG, revision=revision)
-    return _converted_from_hub(repo_id, str(info.sha), revision or MAIN)
+    return _converted_from_hub(repo_id, converter, str(info.sha), revision or MAIN)
 
 
-def _converted_from_hub(repo_id: str, commit: str, branch: str) -> Path:
+def _converted_from_hub(repo_id: str, converter: Converter, commit: str, branch: str) -> Path:
     """Of a commit; `branch` leads to it from now on."""
     if not COMMIT.fullmatch(commit):
         raise ValueError(f"The Hub names the commit {commit[:80]!r} of {repo_id}; a commit has 40 hexadecimal digits.")
     folder = _converted(repo_id) / commit
     with one_at_a_time(folder):
         if not is_capivara(folder):
-            _convert(f"hf-hub:{repo_id}", folder, revision=commit)
+            _convert(f"hf-hub:{repo_id}", folder, converter, revision=commit)
         if branch != commit:
             write_text(_converted(repo_id) / "refs" / branch, commit)
     return folder
 
 
-def _convert(source: str, folder: Path, revision: str | None = None) -> None:
-    from modeling_capivara.open_clip_conversion import write_capivara
-    from modeling_capivara.open_clip_source import find_open_clip
-
-    found = find_open_clip(source, revision=revision)
+def _convert(source: str, folder: Path, converter: Converter, revision: str | None = None) -> None:
     logger.info("Converting %s from open_clip's format, once …", source)
     with no_bars_of_transformers(), whole_folder(folder, overwrite=True) as new:
-        digest = write_capivara(found, new)
+        digest = converter.convert(source, new, revision)
         write_json(new / ORIGIN, {"source": source, "revision": revision, "weights_digest": digest})
 
 
-def _converted_from_disk(path: Path) -> Path:
+def _converted_from_disk(path: Path, converter: Converter) -> Path:
     """Of a folder or checkpoint file of open_clip; made anew where the files have changed."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     known = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
@@ -176,7 +198,7 @@ def _converted_from_disk(path: Path) -> Path:
     place = cache_home() / "open_clip" / f"{path.name}-{name}"
     with one_at_a_time(place):
         if not is_capivara(place / state):
-            _convert(f"local-dir:{path}" if path.is_dir() else str(path), place / state)
+            _convert(f"local-dir:{path}" if path.is_dir() else str(path), place / state, converter)
             for old in set(place.iterdir()) - {place / state}:
                 shutil.rmtree(old)
     return place / state
@@ -211,3 +233,8 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; libraries append pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,8 +24,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
-from capivara_search.common.cli import at_least, flag
-from capivara_search.common.links import Bounds
+from capivara_common.cli import at_least, flag
+from capivara_common.links import Bounds
 
 try:
     import pillow_heif  # extra `heic`
@@ -209,9 +209,40 @@ def eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     """
     if not image.mode.startswith(("I", "F")):
         return image
-    from modeling_capivara.image_processing_capivara import to_eight_bits  # here: torch comes with it
-
     return PIL.Image.fromarray(to_eight_bits(np.asarray(image)))
+
+
+def to_eight_bits(array: np.ndarray) -> np.ndarray:
+    """Pixels of any depth as uint8 of the same shape.
+
+    uint8 stays. uint16 is scaled by 255 / 65535. Wider integers are taken as 8-bit when none exceeds 255, else as
+    16-bit. Booleans become 0 and 255. Floats are shares from 0 to 1, or, when one exceeds 1, 0 to 255.
+
+    As `modeling_capivara.image_processing_capivara` has it, which travels with a model without this package; a test
+    holds them alike.
+
+    Raises:
+        ValueError: a value is negative, too large or not finite.
+    """
+    if array.dtype == np.uint8 or not array.size:
+        return array.astype(np.uint8)
+    if array.dtype == bool:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind not in "uif":
+        raise ValueError(f"Pixels must be booleans, integers or floats, got {array.dtype}.")
+    low, high = float(array.min()), float(array.max())
+    floating = np.issubdtype(array.dtype, np.floating)
+    limit = 255 if floating else 65535
+    if not (low >= 0 and high <= limit):  # also False for NaN
+        raise ValueError(
+            f"Pixels must be 0 to {limit} for {array.dtype}, got {low:g} to {high:g}. Normalised `pixel_values` go to "
+            "the model, not to the processor."
+        )
+    if floating:
+        return np.rint(array * 255 if high <= 1 else array).astype(np.uint8)
+    if (array.dtype.itemsize == 2 and array.dtype.kind == "u") or high > 255:
+        return np.rint(array / 257).astype(np.uint8)
+    return array.astype(np.uint8)
 
 
 def _read(row_image: dict | None, files: ImageFiles) -> bytes:

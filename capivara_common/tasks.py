@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from capivara_search.common.cli import at_least, flag
+from capivara_common.cli import at_least, flag
 
 SHARED_BY_TASKS = "rows are shared out by --tasks and --workers on one machine, and by --executor slurm or ray on many"
 
