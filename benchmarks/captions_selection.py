@@ -22,18 +22,21 @@ FACTS = ("language", "direction", "model", "seed", "value", "n")  # that are kep
 
 
 def train(name: str, dataset: Path, args: argparse.Namespace, more: list[str]) -> dict[str, Any]:
-    """Train on a data set, with `more` flags, unless the folder `name` has the result; returns the mean recalls."""
-    output = args.work / name
-    if not (output / "table.md").is_file():
-        command = [
-            sys.executable, "train_accelerate.py", "--config", str(args.config), "--dataset", str(dataset),
-            "--evaluation_dataset", str(args.built / "dataset"), "--runs", str(args.runs),
-            "--output_dir", str(output), "--resume", "auto", *more,
-        ]  # fmt: skip
-        subprocess.run(command, cwd=ROOT, check=True)
-    records = [record for path in sorted(output.glob("results/*.json")) for record in read_records(path)]
-    means = [record for record in records if record.metric == "mean_recall"]
-    return {"recalls": [{key: getattr(record, key) for key in FACTS} for record in means]}
+    """Train on a data set, with `more` flags, where it is not done yet; returns the mean recalls of all seeds."""
+    recalls = []
+    for seed in range(args.runs):
+        output = args.work / name / f"seed-{seed}"
+        if not (output / "table.md").is_file():
+            command = [
+                sys.executable, "train_accelerate.py", "--config", str(args.config), "--dataset", str(dataset),
+                "--evaluation_dataset", str(args.built / "dataset"), "--seed", str(seed),
+                "--output_dir", str(output), "--resume", "auto", *more,
+            ]  # fmt: skip
+            subprocess.run(command, cwd=ROOT, check=True)
+        records = [record for path in sorted(output.glob("results/*.json")) for record in read_records(path)]
+        means = [one for one in records if one.metric == "mean_recall" and (one.model != "baseline" or not seed)]
+        recalls += [{key: getattr(record, key) for key in FACTS} for record in means]
+    return {"recalls": recalls}
 
 
 def selection_table(result: dict[str, Any]) -> str:

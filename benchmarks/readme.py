@@ -12,7 +12,7 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,7 @@ from benchmarks import (
     captions_selection,
     in_browser,
     main_job,
-    matryoshka,
     recipe_tables,
-    scaling,
     search_tables,
     static_page,
     train_step,
@@ -61,7 +59,7 @@ SUMMARY_PT = (
 class ReadmeArguments:
     """Arguments of `benchmarks.readme`."""
 
-    demo: Path | None = flag(None, "Folder of a run of configs/openmoji.yaml.")
+    demo: list[Path] = flag([], "Folders of runs of configs/openmoji.yaml, one a seed.")
     real_images: Path | None = flag(None, "Output folder of examples.real_images.")
     exchange: Path | None = flag(None, "Output folder of examples.exchange_text_side.")
     check: bool = flag(False, "Change nothing, fail where a figure is not the JSON's.")
@@ -89,7 +87,6 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "search_growth": lambda: search_tables.growth_table(_results("search")),
             "encode": encode_block,
             "train_step": lambda: train_step.train_step_table(_results("train_step")),
-            "scaling": lambda: scaling.scaling_tables(_results("scaling")),
             "loading": loading_block,
             "real_images": real_images_block,
             "eval_retrieval": eval_retrieval_block,
@@ -113,11 +110,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "recipe_choice": lambda: recipe_tables.choice_table(_results("recipe")),
             "recipe_validation": lambda: recipe_tables.recall_table(_results("recipe"), "validation"),
             "recipe_test": lambda: recipe_tables.recall_table(_results("recipe"), "test"),
-            "recipe_batch_variants": lambda: recipe_tables.variants_table(_results("recipe_batch")),
-            "recipe_batch_choice": lambda: recipe_tables.choice_table(_results("recipe_batch")),
-            "recipe_batch_test": lambda: recipe_tables.recall_table(_results("recipe_batch"), "test"),
             "recipe_neighbours": lambda: recipe_tables.neighbours_table(_results("recipe")),
-            "matryoshka": lambda: matryoshka.matryoshka_table(_results("matryoshka")),
         },
     }
 
@@ -278,14 +271,20 @@ def _medians(measured: dict[str, Any], key: str, form: str) -> list[str]:
     return [format(measured[who][key], form) for who in ("open_clip", "ours")]
 
 
-def take_over(run: Path) -> None:
-    """Copy records, run facts and pictures of a run of the demo to where they are committed."""
-    paths = sorted((run / "results").glob("*.json"), reverse=True)
-    records = [asdict(record) for path in paths for record in read_records(path)]
-    folders = sorted(run.glob("seed-*")) or [run]
-    write_json(RESULTS / "demo.json", {"records": records, "runs": [read_json(f / "run.json") for f in folders]})
+def take_over(runs: list[Path]) -> None:
+    """Copy records, run facts and pictures of runs of the demo, a seed each, to where they are committed."""
+    records = []
+    for run in runs:
+        for path in sorted((run / "results").glob("*.json"), reverse=True):
+            for record in read_records(path):
+                if record.model != "baseline":
+                    record = replace(record, model_folder=f"seed-{record.seed}")
+                elif run != runs[0]:
+                    continue  # the same in all
+                records.append(asdict(record))
+    write_json(RESULTS / "demo.json", {"records": records, "runs": [read_json(run / "run.json") for run in runs]})
     for name in ("curves.png", "retrieval.png"):
-        save_small_picture(folders[0] / name, PICTURES / name)
+        save_small_picture(runs[0] / name, PICTURES / name)
 
 
 def save_small_picture(source: Path, target: Path) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.recipe_measures import Measures
 from benchmarks.recipe_tables import REFERENCE
@@ -67,8 +66,6 @@ class Variant:
     flags: dict[str, Any] = field(default_factory=dict)  # of train_accelerate.py
     of: str | None = None  # variant whose finished runs are changed without training
     share: float = 1.0  # of the trained weights, from 0 to 1; the rest is the base's
-    # of weights: "seeds": of all seeds, one model; "steps": of a run's last step and of its last checkpoints before it
-    mean: str | None = None
 
 
 class RunFailed(Exception):
@@ -100,10 +97,8 @@ def _variant(name: str, content: Any, path: Path) -> Variant:
     variant = Variant(**{"name": name, **content, "flags": content.get("flags") or {}})
     if not re.fullmatch(r"0(\.\d+)?|1(\.0+)?", str(variant.share)):
         raise ValueError(f"{where}: share must be a number from 0 to 1, got {variant.share!r}.")
-    if variant.mean not in (None, "seeds", "steps") or (variant.flags and variant.of):
-        raise ValueError(f"{where} must have either flags or `of`, and no mean but that of seeds or steps.")
-    if variant.mean == "steps" and not {"save_steps", "keep_last"} <= variant.flags.keys():
-        raise ValueError(f"{where} is a mean of steps, and needs the flags save_steps and keep_last.")
+    if variant.flags and variant.of:
+        raise ValueError(f"{where} must have either flags or `of`.")
     return replace(variant, share=float(variant.share))
 
 
@@ -117,7 +112,7 @@ class Runner:
 
     def run(self, variant: Variant) -> None:
         """All seeds of a variant, as far as they are not there yet; what fails is noted beside."""
-        for seed in self.models(variant):
+        for seed in map(str, self.args.seeds):
             path = self.folder(variant) / f"{seed}.json"
             failed = path.with_suffix(".failed")
             if path.is_file() and read_json(path).get("data") == self.measures.fingerprint:
@@ -132,22 +127,12 @@ class Runner:
             write_json(path, self.measures.of(model) | {"seconds": seconds})
             failed.unlink(missing_ok=True)
 
-    def models(self, variant: Variant) -> list[str]:
-        """Names of the models that a variant consists of: its seeds, or the one mean of them."""
-        return ["mean"] if variant.mean == "seeds" else [str(seed) for seed in self.args.seeds]
-
     def model(self, variant: Variant, seed: str) -> tuple[CapivaraModel, float]:
         """A model, trained where it is not yet, and the seconds of training and test that are in it."""
-        source = self.variants[variant.of] if variant.of else variant
-        seeds = self.models(source) if variant.mean == "seeds" else [seed]
-        runs = [self.trained(source, one) for one in seeds]
-        others = [path / "model.safetensors" for path in runs[1:]]
-        if variant.mean == "steps":
-            others = checkpoints_before_the_end(runs[0])
-        model = mean_of(load_model(runs[0]), others)
+        run = self.trained(self.variants[variant.of] if variant.of else variant, seed)
+        model = load_model(run)
         interpolate_weights(model, self.base(), variant.share)
-        seconds = [sum(read_json(run / "run.json")["seconds"].values()) for run in runs]
-        return model, sum(seconds)
+        return model, sum(read_json(run / "run.json")["seconds"].values())
 
     def trained(self, variant: Variant, seed: str) -> Path:
         """The folder of a finished run. Raises RunFailed."""
@@ -175,9 +160,8 @@ class Runner:
     def folder(self, variant: Variant) -> Path:
         """Of a variant, by all that makes it: other flags, another config or base is another folder."""
         source = self.variants[variant.of] if variant.of else variant
-        parts = [source.flags, variant.share, variant.mean, read_config(self.args.config), self.measures.base_digest]
-        seeds = self.args.seeds if variant.mean == "seeds" else []
-        return self.args.work / f"{variant.name}-{digest_of([str(parts), str(seeds)])[:8]}"
+        parts = [source.flags, variant.share, read_config(self.args.config), self.measures.base_digest]
+        return self.args.work / f"{variant.name}-{digest_of([str(parts)])[:8]}"
 
     def base(self) -> dict[str, torch.Tensor]:
         """The base's weights."""
@@ -219,26 +203,6 @@ class Runner:
     def groups(self, key: str) -> tuple[int, ...]:
         """As `Measures.groups`."""
         return tuple(self.measures.groups(key).tolist())
-
-
-def checkpoints_before_the_end(run: Path) -> list[Path]:
-    """Weights of a finished run's last checkpoints but the last step's. Raises RunFailed where there is none."""
-    config, steps = read_json(run / "run.json")["config"], read_json(run / "run.json")["steps"]
-    paths = sorted(path for path in (run / "checkpoints").glob("step-*") if int(path.name[5:]) < steps)
-    paths = paths[max(0, len(paths) + 1 - config["keep_last"]) :]
-    if not paths:
-        raise RunFailed(f"{run} has no checkpoint before its last step. Give the variant save_steps and keep_last.")
-    return [path / "model.safetensors" for path in paths]
-
-
-def mean_of(model: CapivaraModel, others: list[Path]) -> CapivaraModel:
-    """The model with the mean of its weights and some files'; what none has changed stays the same to the bit."""
-    if others:
-        states = [load_file(path) for path in others]
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.add_(sum(state[name] - tensor for state in states) / (len(states) + 1))
-    return model
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:

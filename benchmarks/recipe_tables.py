@@ -11,7 +11,7 @@ from records.tables import escape_markdown, percent, points
 STYLES = {"openmoji": "OpenMoji", "twemoji": "Twemoji", "noto": "Noto", "photos": "photographs"}
 ARROWS = {"text_to_image": "t→i", "image_to_text": "i→t"}
 REFERENCE = "paper"  # the variant that all are compared with
-OURS = "distil-captions"  # the variant that was chosen, of configs/openmoji_plus.yaml
+OURS = "interpolate-0.7"  # the variant that was chosen, of configs/openmoji_plus.yaml
 Row = dict[str, Any]
 
 
@@ -27,7 +27,7 @@ def variants_table(found: Row) -> str:
     config = found["config"]
     facts = (
         f"{config['max_steps']} steps of {config['effective_batch_size']} pairs, where no flag says otherwise. Seconds "
-        "of training and test, a model made of several runs with all of theirs; cosine: mean over the English test "
+        "of training and test; cosine: mean over the English test "
         f"captions, between base and model. On {found['device']}; {software(found, 'torch', 'transformers')}."
     )
     heads = ("Variant", "What it is", "Flags", "Models", "Seconds a run", "Cosine of English to the base")

@@ -66,15 +66,18 @@ def rate_spread(number: int, seconds: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)}
 
 
-def in_own_process(module_and_flags: Sequence[str]) -> Any:
+def in_own_process(module_and_flags: Sequence[str], root: Path = ROOT) -> Any:
     """The JSON in the last line that a module of this project prints. A process of its own has its own peak of memory.
+
+    Args:
+        module_and_flags: what follows `python -m`.
+        root: checkout of this project; another than this one has a .venv of its own.
 
     Raises:
         RuntimeError: it failed; the end of its error output is in the message.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", *module_and_flags], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    python = sys.executable if root == ROOT else str(root.absolute() / ".venv" / "bin" / "python")
+    done = subprocess.run([python, "-m", *module_and_flags], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(module_and_flags)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -11,8 +11,10 @@ alternate, and a figure is the median of the runs. Measured are
 - `open_clip`: `open_clip_train` with `--lock-image --grad-checkpointing --accum-freq` (benchmarks/open_clip_peer.py),
 - `no_cache`: our engine, the images through the frozen tower at every step, from pixels in memory as open_clip's are,
 - `cache`: our engine on embeddings of the images that were computed before,
-- `cache_taught`: the same with a text teacher, whose embeddings were computed before,
 - `cache_recomputed`: as `cache`, no graph kept, as where a batch of 2816 does not fit.
+
+With `--beside CHECKOUT` our programs of another checkout of this project, with a .venv of its own, are measured in the
+same alternating runs, and the ratio is to them.
 
 All get the same batch; micro-batches are each program's own, and in the results. open_clip needs two of them at least:
 with one there is no accumulation, and no batch of 2816. Its cost per pair does not depend on their number beyond that.
@@ -37,18 +39,12 @@ from capivara_common.cli import at_least, flag, parse
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
-from training.contrastive import TextTargets, teacher_gradients
+from training.batches import MicroBatch, micro_batches, padding_share
+from training.launch import resolve_precision
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.step import (
-    ExactStep,
-    MicroBatch,
-    micro_batches,
-    padding_share,
-    resolve_precision,
-    sparse_embedding_gradients,
-)
 from training.trainable import set_training_mode
 from training.views import embed_pixels
+from training.whole_batch import WholeBatch
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
 PEER = "open_clip"
@@ -56,9 +52,9 @@ TITLES = {
     PEER: "open_clip's trainer",
     "no_cache": "ours, no cache",
     "cache": "ours, cache",
-    "cache_taught": "ours, cache, text teacher",
     "cache_recomputed": "ours, cache, no graph kept",
 }
+BEFORE = "_before"  # ends the names of the other checkout's programs
 RECIPE_PAIRS, RECIPE_MICRO, RECIPE_STEPS = 2816, 64, 5863  # CAPIVARA, arXiv 2310.13683, appendix
 
 
@@ -76,9 +72,10 @@ class TrainStepArguments:
     device: str = flag("cpu", "cpu or cuda; on cuda open_clip is left out.")
     recipe: bool = flag(True, "Also one step of the recipe's 2816 pairs.")
     output: Path = flag(timing.RESULTS / "train_step.json", "JSON file.")
-    worker: Literal["no_cache", "cache", "cache_taught", "cache_recomputed"] | None = flag(
-        None, "Measure once, in this process."
+    beside: Path | None = flag(
+        None, "Another checkout of this project, with a .venv of its own: its programs are measured in the same runs."
     )
+    worker: Literal["no_cache", "cache", "cache_recomputed"] | None = flag(None, "Measure once, in this process.")
     precision: Literal["no", "bf16"] = flag("no", "Autocast (worker).")
 
     def __post_init__(self) -> None:
@@ -110,24 +107,22 @@ class Engine:
     Args:
         config: of the model.
         args: `pairs`, `micro`, `precision` and `device` of them count.
-        accumulation: "auto" or "recompute", as of the training.
+        budget: bytes of graphs that are kept; what fits where None.
     """
 
-    def __init__(self, config: CapivaraConfig, args: TrainStepArguments, accumulation: str) -> None:
+    def __init__(self, config: CapivaraConfig, args: TrainStepArguments, budget: float | None = None) -> None:
         torch.manual_seed(0)
         self.accelerator = Accelerator(cpu=args.device == "cpu", mixed_precision=args.precision)
         self.model = CapivaraModel(config).to(self.accelerator.device)
         self.model.freeze_image_tower()
         self.args = RunArguments(
             model="random weights", dataset=["random pixels"], effective_batch_size=args.pairs, max_steps=RECIPE_STEPS,
-            micro_batch_size=args.micro, accumulation=accumulation, mixed_precision=args.precision,
+            micro_batch_size=args.micro, mixed_precision=args.precision,
         )  # fmt: skip
-        self.prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast; see ExactStep
+        self.prepared = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # see WholeBatch
         self.optimizer = self.accelerator.prepare_optimizer(build_optimizer(self.model, self.args))
-        self.step = ExactStep(self.prepared, self.model.logit_scale, self.accelerator, self.args.seed, accumulation)
-        self.targets = (
-            random_targets(args.pairs, config.projection_dim, args.device) if args.worker == "cache_taught" else None
-        )
+        seed = self.args.seed
+        self.step = WholeBatch(self.prepared, self.model.logit_scale, self.accelerator, seed, budget=budget)
 
     def __call__(self, number: int, texts: list[MicroBatch], images: Tensor) -> dict[str, float]:
         """One step on images of `random_batch`; its seconds, the optimiser's of them, the graphs it kept, its loss."""
@@ -140,7 +135,7 @@ class Engine:
         embedded = self._now()
         self.optimizer.zero_grad(set_to_none=False)
         cleared = self._now()
-        report = self.step(number, texts, len(images), images.to(self.accelerator.device), self.targets)
+        report = self.step(number, texts, len(images), images.to(self.accelerator.device))
         graded = self._now()
         for group in self.optimizer.param_groups:  # as `Trainer._update`, the gradient's norm included
             group["lr"] = learning_rate_at(number, self.args)
@@ -169,27 +164,6 @@ def random_batch(
     return texts, F.normalize(images, dim=-1) if cached else images
 
 
-def random_targets(pairs: int, width: int, device: str = "cpu") -> TextTargets:
-    """What a teacher would make of a batch."""
-    embeds = torch.randn(pairs, width, generator=torch.Generator().manual_seed(1))
-    return TextTargets(F.normalize(embeds, dim=-1).to(device), 1.0, "contrastive")
-
-
-def teacher_seconds(args: TrainStepArguments, pairs: int = RECIPE_PAIRS) -> float:
-    """What a teacher adds to a step of so many pairs once its embeddings are cached; median of nine."""
-    width = CapivaraConfig().projection_dim
-    texts, targets = random_targets(pairs, width, args.device), random_targets(pairs, width, args.device)
-    scale, rows = torch.tensor(4.6, device=args.device), torch.arange(pairs, device=args.device)
-    seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
-        teacher_gradients(texts.embeds, targets, scale, rows)
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:])
-
-
 def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None, tokenizer=None) -> dict[str, Any]:
     """One run of our engine.
 
@@ -205,10 +179,9 @@ def measure_ours(args: TrainStepArguments, config: CapivaraConfig | None = None,
     config, tokenizer = config or CapivaraConfig(), tokenizer or load_tokenizer()
     captions = benchmark_captions(args.pairs, tokenizer, args.tokens)
     batch = random_batch(config, tokenizer, captions, args.micro, cached=args.worker != "no_cache")
-    engine = Engine(config, args, "recompute" if args.worker == "cache_recomputed" else "auto")
+    engine = Engine(config, args, 0.0 if args.worker == "cache_recomputed" else None)
     setup_peak = timing.peak_memory_bytes(args.device)
-    with sparse_embedding_gradients(engine.model):
-        steps = [engine(number, *batch) for number in range(args.warmup + args.steps)][args.warmup :]
+    steps = [engine(number, *batch) for number in range(args.warmup + args.steps)][args.warmup :]
     return {
         **{name: getattr(args, name) for name in ("pairs", "micro", "precision", "warmup")},
         "padding_share": padding_share(batch[0]),
@@ -226,6 +199,8 @@ def compare(args: TrainStepArguments) -> dict[str, Any]:
     """The recipe's step, then all programs in alternating runs."""
     recipe = {"recipe": recipe_step(args)} if args.recipe else {}
     names = [name for name in TITLES if args.device == "cpu" or name != PEER]
+    if args.beside:
+        names += [name + BEFORE for name in TITLES if name != PEER]
     programs = {
         (precision, name): lambda run, of=(name, precision): measured(*of, args)
         for precision in PRECISIONS
@@ -236,7 +211,10 @@ def compare(args: TrainStepArguments) -> dict[str, Any]:
         **timing.conditions(args.device),
         **{name: getattr(args, name) for name in ("runs", "pairs", "micro", "steps", "tokens")},
         "measured": {
-            title: {name: summary(found[precision, name], found.get((precision, PEER))) for name in names}
+            title: {
+                name: summary(found[precision, name], *(found.get((precision, one)) for one in (PEER, name + BEFORE)))
+                for name in names
+            }
             for precision, title in PRECISIONS.items()
         },
     }
@@ -253,13 +231,14 @@ def measured(name: str, precision: str, args: TrainStepArguments, **changes: int
     else:
         numbers |= {"micro": args.micro, "warmup": args.warmup} | changes
     words = [word for key, value in numbers.items() for word in (f"--{key}", str(value))]
-    ours = ["benchmarks.train_step", "--worker", name, "--device", args.device]
+    ours = ["benchmarks.train_step", "--worker", name.removesuffix(BEFORE), "--device", args.device]
     module = ["benchmarks.open_clip_peer"] if name == PEER else ours
-    return timing.in_own_process([*module, "--precision", precision, *words])
+    root = {"root": args.beside} if name.endswith(BEFORE) else {}
+    return timing.in_own_process([*module, "--precision", precision, *words], **root)
 
 
-def summary(runs: list[dict], peer: list[dict] | None) -> dict[str, Any]:
-    """Rates and memory of a program's runs in one precision, and the ratio to open_clip's run by run."""
+def summary(runs: list[dict], peer: list[dict] | None, before: list[dict] | None = None) -> dict[str, Any]:
+    """Rates and memory of a program's runs, and the ratios run by run to open_clip's and to another tree's."""
     rates = [run["pairs_per_second"] for run in runs]
     found = {
         "pairs_per_second": {"median": statistics.median(rates), "slowest": min(rates), "fastest": max(rates)},
@@ -267,6 +246,8 @@ def summary(runs: list[dict], peer: list[dict] | None) -> dict[str, Any]:
     }
     if peer:
         found["ratio"] = timing.median_ratio(rates, [run["pairs_per_second"] for run in peer])
+    if before:
+        found["ratio_to_before"] = timing.median_ratio(rates, [run["pairs_per_second"] for run in before])
     if "steps" in runs[-1]:  # ours
         found["optimiser_s"] = statistics.median(step["optimiser_s"] for run in runs for step in run["steps"])
         found |= {"graphs_kept": runs[-1]["steps"][-1]["graphs_kept"], "padding_share": runs[-1]["padding_share"]}
@@ -284,14 +265,14 @@ def recipe_step(args: TrainStepArguments) -> dict[str, Any]:
     found = measured("cache_recomputed", precision, args, **sizes)
     seconds = found["pairs"] / found["pairs_per_second"]
     projected = {"projected_hours": seconds * RECIPE_STEPS / 3600, "projected_steps": RECIPE_STEPS}
-    return {**found, "step_s": seconds, "teacher_s": teacher_seconds(args), **projected}
+    return {**found, "step_s": seconds, **projected}
 
 
 def train_step_table(results: dict[str, Any]) -> str:
     """The table of docs/benchmarks.md, out of the JSON."""
     rows = [
         (
-            TITLES[name],
+            TITLES[name.removesuffix(BEFORE)] + ", before" * name.endswith(BEFORE),
             precision,
             f"{found['pairs_per_second']['median']:.2f}",
             f"{found['ratio']:.1f}" if "ratio" in found else "-",
@@ -299,6 +280,12 @@ def train_step_table(results: dict[str, Any]) -> str:
         )
         for precision, programs in results["measured"].items()
         for name, found in programs.items()
+    ]
+    ratios = [
+        f"{TITLES[name]}, {precision}: {found['ratio_to_before']:.2f}"
+        for precision, programs in results["measured"].items()
+        for name, found in programs.items()
+        if "ratio_to_before" in found
     ]
     peer = f", open_clip's {results['peer_micro']} x {results['peer_accum']}" if "peer_micro" in results else ""
     packages = [name for name in ("torch", "transformers", "open_clip_torch") if name in results["versions"]]
@@ -313,9 +300,8 @@ def train_step_table(results: dict[str, Any]) -> str:
             f"{recipe['step_s']:.1f} s, {recipe['peak_memory_bytes'] / 2**30:.1f} GiB; {recipe['projected_steps']} "
             f"such steps would take {recipe['projected_hours']:.1f} hours."
         )
-        if "teacher_s" in recipe:
-            share = 100 * recipe["teacher_s"] / recipe["step_s"]
-            facts += f" A text teacher's loss adds {recipe['teacher_s']:.2f} s to it, {share:.2g} %."
+    if ratios:
+        facts += f" Ratio to the same program of the commit before: {'; '.join(ratios)}."
     return timing.table(("trainer", "precision", "pairs/s", "ratio", "memory, GiB"), rows, facts, text_columns=2)
 
 

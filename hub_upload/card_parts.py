@@ -120,7 +120,7 @@ def _training_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
     numbers = {"batch": "effective_batch_size", "micro_batch": "micro_batch_size", "max_steps": "max_steps"}
     return {
         "measured_languages": f" {words('and')} ".join(filter(None, (", ".join(languages[:-1]), *languages[-1:]))),
-        "both_towers": config["towers"] == "both",
+        "both_towers": config.get("towers") == "both",
         "lora_rank": words.number(config["lora_rank"]) if config["lora_rank"] else None,
         "interpolate": code(config["interpolate"]) if config["interpolate"] != 1 else None,
         "widths": ", ".join(map(words.number, config.get("matryoshka_dims") or ())),

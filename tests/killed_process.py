@@ -20,16 +20,16 @@ import torch
 import train_accelerate
 import training.checkpoints
 from modeling_capivara import CapivaraModel
-from training.step import ExactStep
+from training.whole_batch import WholeBatch
 
 
 def main(phase: str, count: int, argv: list[str]) -> None:
     die = countdown(count)
     if phase == "held":
         output = Path(argv[argv.index("--output_dir") + 1])
-        replace(ExactStep, "_forward", before=lambda *_: hold(output, time.monotonic() + count))
+        replace(WholeBatch, "_embed", before=lambda *_: hold(output, time.monotonic() + count))
     elif phase == "forward":
-        replace(ExactStep, "_forward", before=die)
+        replace(WholeBatch, "_embed", before=die)
     elif phase in ("step-before", "step-after"):
         replace(torch.optim.Adam, "step", **{phase.split("-")[1]: die})
     elif phase == "save":  # after the model's file, in the middle of the optimiser's

@@ -2,7 +2,7 @@
 
 import pytest
 
-from training.arguments import parse_arguments
+from training.arguments import GONE, parse_arguments
 
 MINIMUM = ["--model", "m", "--dataset", "d"]
 
@@ -103,14 +103,8 @@ def test_help_keeps_commands_on_their_lines(capsys):
     assert "    first command\n    second command" in text and "(default: 2816)" in text
 
 
-@pytest.mark.parametrize(("decay", "expected"), [("0", "used"), ("0.2", "all")])
-def test_the_whole_table_is_trained_where_a_decay_moves_it(decay, expected):
-    assert parse_arguments([*MINIMUM, "--weight_decay", decay], "").trained_vocabulary == expected
-    assert parse_arguments([*MINIMUM, "--trained_vocabulary", "all"], "").trained_vocabulary == "all"
-
-
-def test_a_used_vocabulary_with_a_decay_is_refused():
-    with pytest.raises(ValueError, match=r"a weight_decay of 0.2 moves them, too\. Use --trained_vocabulary all"):
-        parse_arguments([*MINIMUM, "--trained_vocabulary", "used"], "")
-    towards_base = parse_arguments([*MINIMUM, "--decay_towards", "base"], "")
-    assert towards_base.trained_vocabulary == "used", "an unused row is where it was"
+@pytest.mark.parametrize("flag", sorted(GONE))
+def test_a_flag_of_before_is_answered_with_what_there_is(flag):
+    with pytest.raises(ValueError, match=rf"^`--{flag}` is gone: [^\n]+\.$"):
+        parse_arguments([*MINIMUM, f"--{flag}", "1"], "")
+    assert not hasattr(parse_arguments(MINIMUM, ""), flag)

@@ -276,16 +276,18 @@ def test_a_state_that_is_none_is_one_line_that_names_it(tmp_path, content):
 
 
 def test_every_difference_is_listed(tmp_path):
-    there = TrainerState(config={"learning_rate": 1e-3, "seed": 0, "towers": "text"}, data={"a train": "1", "b": "2"})
+    there = TrainerState(
+        config={"learning_rate": 1e-3, "seed": 0, "optimizer": "adam"}, data={"a train": "1", "b": "2"}
+    )
     check_same_run(there, dict(there.config), dict(there.data), tmp_path)
     with pytest.raises(ValueError) as raised:
         check_same_run(
-            there, {"learning_rate": 1e-4, "seed": 1, "towers": "text"}, {"a train": "3", "b": "2"}, tmp_path
+            there, {"learning_rate": 1e-4, "seed": 1, "optimizer": "adam"}, {"a train": "3", "b": "2"}, tmp_path
         )
     message = str(raised.value)
     for part in ("learning_rate: 0.001 there, 0.0001 now", "seed: 0 there, 1 now", "data a train: '1' there, '3' now"):
         assert part in message
-    assert "towers" not in message and "data b" not in message and str(tmp_path) in message
+    assert "optimizer" not in message and "data b" not in message and str(tmp_path) in message
 
 
 def test_a_setting_or_data_set_that_only_one_run_has_is_a_difference(tmp_path):
@@ -297,9 +299,9 @@ def test_a_setting_or_data_set_that_only_one_run_has_is_a_difference(tmp_path):
 
 def test_a_setting_that_there_was_not_yet_had_its_default(tmp_path):
     before = TrainerState(config={"seed": 1})
-    check_same_run(before, {"seed": 1, "hard_negatives": 0.0}, {}, tmp_path)
-    with pytest.raises(ValueError, match=r"hard_negatives: None there, 0\.5 now"):
-        check_same_run(before, {"seed": 1, "hard_negatives": 0.5}, {}, tmp_path)
+    check_same_run(before, {"seed": 1, "lora_dropout": 0.0}, {}, tmp_path)
+    with pytest.raises(ValueError, match=r"lora_dropout: None there, 0\.5 now"):
+        check_same_run(before, {"seed": 1, "lora_dropout": 0.5}, {}, tmp_path)
 
 
 def test_what_changes_no_weight_may_differ(tmp_path):
@@ -314,3 +316,9 @@ def test_what_changes_no_weight_may_differ(tmp_path):
         "max_steps",
         "language",
     }
+
+
+def test_a_checkpoint_of_an_earlier_version_names_the_commit_to_use(tmp_path):
+    before = TrainerState(config={"seed": 1, "towers": "text", "runs": 1})
+    with pytest.raises(ValueError, match=r"^[^\n]*is of an earlier version of the program[^\n]*commit a876dd5[^\n]*$"):
+        check_same_run(before, {"seed": 1}, {}, tmp_path)

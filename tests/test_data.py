@@ -10,16 +10,8 @@ from datasets import DatasetDict, load_from_disk
 
 from caption_data.pairs import check_bad_share
 from training.arguments import parse_arguments
-from training.data import (
-    Planner,
-    batch_counts,
-    batch_indices,
-    check_data_sets,
-    drawn_captions,
-    drawn_views,
-    evaluation_split,
-    training_splits,
-)
+from training.batches import Planner, batch_counts, batch_indices, drawn_captions, drawn_views
+from training.data import check_data_sets, evaluation_split, training_splits
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 
@@ -51,14 +43,13 @@ def test_views_are_drawn_anew_at_every_step():
     assert (drawn_views(0, 5, 7, seed=0) == 7).all(), "a fresh view is named after its step"
 
 
-def test_counts_follow_the_weights():
-    assert batch_counts(10, [100, 100], [3, 1]) == [8, 2]
-    assert batch_counts(7, [10, 20, 40], []) == [1, 2, 4], "by size where there are no weights"
-    assert sum(batch_counts(2816, [999_999, 31_000, 5_000], [])) == 2816
+def test_counts_follow_the_sizes():
+    assert batch_counts(7, [10, 20, 40]) == [1, 2, 4]
+    assert sum(batch_counts(2816, [999_999, 31_000, 5_000])) == 2816
     with pytest.raises(ValueError, match="takes 9 pairs from a data set that has 8 usable"):
-        batch_counts(10, [8, 100], [9, 1])
+        batch_counts(9, [8])
     with pytest.raises(ValueError, match="no room for a data set of 3 pairs"):
-        batch_counts(10, [1000, 3], [])
+        batch_counts(10, [1000, 3])
 
 
 def test_a_plan_is_a_function_of_step_and_seed(tiny_processor):

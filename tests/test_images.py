@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from caption_tars import encoded, write_tar
+from caption_tars import encoded
 from datasets import Dataset, Image, load_from_disk
 from test_checkpoints import flipped
 from test_train_accelerate import ROOT, flags
@@ -72,8 +72,8 @@ def with_one_pixel_changed(data: bytes) -> bytes:
     return encoded(image)
 
 
-def views_of(dataset, processor, augmented_views=1, seed=0, streaming=False) -> Views:
-    source = open_source(str(dataset), "train", "image", streaming)
+def views_of(dataset, processor, augmented_views=1, seed=0) -> Views:
+    source = open_source(str(dataset), "train", "image")
     table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], [])
     return Views(source, table, "image", processor, augmented_views, seed)
 
@@ -358,52 +358,6 @@ def test_workers_make_the_same_cache(tiny_model, tiny_processor, tiny_dataset_fo
     assert shards(caches[0].folder) == shards(caches[1].folder) and len(shards(caches[0].folder)) == 3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["saved", "tars"])
-def test_streaming_is_one_pass_to_the_same_cache(
-    tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, form
-):
-    monkeypatch.setattr(training.images, "SHARD_ROWS", 5)
-    dataset = tiny_dataset_folder
-    if form == "tars":
-        files = image_files(dataset)
-        members = [
-            [(f"{i:05d}.png", files[i]), (f"{i:05d}.json", json.dumps({"captions-pt": texts}).encode())]
-            for i, texts in enumerate([["foto"], ["azul"], [], *([["verde"]] * (IMAGES - 3))])
-        ]  # row 2 has no caption: places and rows differ
-        for number, part in enumerate((members[:5], members[5:])):
-            write_tar(tmp_path / "tars" / f"train-{number:04d}.tar", [m for pair in part for m in pair])
-        dataset = tmp_path / "tars"
-    views = [views_of(dataset, tiny_processor, 2, streaming=streaming) for streaming in (False, True)]
-    expected = cache_of(tiny_model, views[0], tmp_path / "random access")
-    passes, rows = [], views[1].source.rows
-    monkeypatch.setattr(views[1].source, "rows", lambda start=0: passes.append(start) or rows(start))
-    streamed = cache_of(tiny_model, views[1], tmp_path / "streamed")
-    assert streamed.folder.name == expected.folder.name and shards(streamed.folder) == shards(expected.folder)
-    assert passes == [0]
-    streamed.paths()[1].unlink()
-    passes.clear()
-    assert shards(cache_of(tiny_model, views[1], tmp_path / "streamed").folder) == shards(expected.folder)
-    assert passes == [5 + (form == "tars")], "from the first row that is missing"
-
-
-@pytest.mark.slow
-def test_a_run_that_streams(tiny_folder, tiny_dataset_folder, tmp_path, cache_home):
-    one, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "one", max_steps=2)
-    folders = set(cache_home.iterdir())
-    two, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "two", max_steps=2, streaming="true")
-    assert all(torch.equal(one[name], two[name]) for name in one) and set(cache_home.iterdir()) == folders
-
-
-def test_a_source_that_has_become_shorter(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch):
-    views = views_of(tiny_dataset_folder, tiny_processor, streaming=True)
-    rows = views.source.rows
-    monkeypatch.setattr(views.source, "rows", lambda start=0: (row for row, _ in zip(rows(start), range(7))))  # noqa: B905
-    with pytest.raises(ValueError, match="squares, split 'train' has changed"):
-        cache_of(tiny_model, views, tmp_path)
-    assert not list(tmp_path.rglob("shard-*.npy"))
-
-
 def test_the_size_is_told_before_the_work(
     tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, caplog
 ):
@@ -522,26 +476,11 @@ def test_an_augmentation_is_a_function_of_its_state(tiny_dataset_folder):
     assert len({random_state(*numbers) for numbers in ((0, 1, 2), (0, 2, 1), (1, 1, 2), (0, 1, 2))}) == 3
 
 
-@pytest.mark.slow
-def test_both_towers(tiny_folder, tiny_dataset_folder, tmp_path):
-    options = {"towers": "both", "image_embedding_cache": "off", "augmented_views": 0, "max_steps": 2}
-    after, losses, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "out", **options)
-    before = load_model(tiny_folder).state_dict()
-    still = {name for name in before if torch.equal(before[name], after[name])}
-    assert not [name for name in still if name.startswith(("vision_model", "visual_projection"))]
-    assert all(tensor.isfinite().all() for tensor in after.values()) and all(np.isfinite(losses))
-
-
 # --- settings that can't be ---
 
 
 BAD_SETTINGS = {
-    "both towers from a cache": ({"towers": "both"}, "towers: both .* use --image_embedding_cache off"),
     "fresh views from a cache": ({"augmented_views": 0}, "augmented_views 0 .* --image_embedding_cache off"),
-    "streaming without": (
-        {"streaming": "true", "image_embedding_cache": "off"},
-        "streaming .* needs the image-embedding cache",
-    ),
 }
 
 

@@ -65,7 +65,6 @@ REFUSED = {
     "no id": ({"push_to_hub": "true"}, TOKEN, "push_to_hub needs hub_model_id"),
     "bad id": ({**PUSH, "hub_model_id": "run"}, TOKEN, "must be owner/name"),
     "a token for an id": ({**PUSH, "hub_model_id": TOKEN}, TOKEN, "must be owner/name"),
-    "several seeds": ({**PUSH, "runs": 2}, TOKEN, "is for one model, got runs: 2"),
     "no token": (PUSH, None, "There is no token"),
     "wrong token": (PUSH, "hf_" + "w" * 34, r"refuses the token \(401\)"),
     "not of the organisation": (PUSH, READ_TOKEN, r"may not write to us/run \(403\)"),

@@ -18,19 +18,18 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
-from safetensors.torch import load_file
 from sampling import one_in
 from test_checkpoints import flipped
 from test_train_accelerate import flags
 from tiny import randomise, tiny_config
 
 import train_accelerate
-import training.step
 from modeling_capivara import CapivaraModel
+from training import whole_batch
 from training.checkpoints import SUMS, Checkpoints, _sums
 from training.loop import Trainer
 from training.run_folder import MARKER
-from training.step import ExactStep
+from training.whole_batch import WholeBatch
 
 ROOT = Path(__file__).resolve().parent.parent
 KILL_SEED = int(os.environ.get("CAPIVARA_KILL_SEED", "0"))
@@ -175,7 +174,7 @@ def test_sigkill_again_and_again(run, undisturbed, tmp_path):
 @pytest.mark.parametrize("count", one_in(4, [13, 1, 8, 19]))
 def test_killed_at_any_forward_pass(run, undisturbed, tmp_path, count):
     out = tmp_path / "out"
-    killed_run(run(out), ExactStep, "_forward", count)
+    killed_run(run(out), WholeBatch, "_embed", count)
     train_accelerate.main(run(out, resume="auto"))
     assert_as_undisturbed(out, undisturbed)
 
@@ -184,13 +183,10 @@ VARIANTS = {
     "lora": {"lora_rank": 2, "lora_dropout": 0.1},
     "interpolation": {"interpolate": 0.5},
     "adamw, decay": {"optimizer": "adamw", "weight_decay": 0.3},
-    "both towers": {"towers": "both", "image_embedding_cache": "off"},
     "views": {"augmented_views": 3},
     "fresh views": {"augmented_views": 0, "image_embedding_cache": "off"},
-    "recomputed": {"accumulation": "recompute"},
     "checkpointing": {"gradient_checkpointing": "true"},
     "all captions": {"language": "en", "eval_languages": "en"},
-    "prefixes": {"matryoshka_dims": [12, 8], "interpolate": 0.5},
 }
 
 
@@ -211,43 +207,6 @@ def test_every_kind_of_training_resumes(run, tmp_path, variant):
     if variant == "lora":
         adapters = [folder / "adapter" / "adapter_model.safetensors" for folder in (out, expected)]
         assert adapters[0].read_bytes() == adapters[1].read_bytes()
-
-
-@pytest.mark.slow
-def test_of_several_seeds_those_that_are_done_are_not_trained_again(run, tmp_path, monkeypatch):
-    train_accelerate.main(run(tmp_path / "expected", runs=2))
-    killed_run(run(tmp_path / "out", runs=2), Trainer, "_one_step", 6 + 4)
-    first = tmp_path / "out.partial" / "seed-0"
-    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
-    seeds = []
-    train = Trainer.train
-    monkeypatch.setattr(Trainer, "train", lambda self, resume: (seeds.append(self.seed), train(self, resume))[1])
-    finish = train_accelerate.finish_folder
-    after = {}
-
-    def note(*args):
-        after.update({path: path.stat().st_mtime_ns for path in before if path.exists()})
-        finish(*args)
-
-    monkeypatch.setattr(train_accelerate, "finish_folder", note)
-    out = train_accelerate.main(run(tmp_path / "out", runs=2, resume="auto"))
-    assert seeds == [1]
-    assert {path: t for path, t in before.items() if path.name != "records.json" and path.is_file()} == {
-        path: t for path, t in after.items() if path.is_file()
-    }
-    for seed in ("seed-0", "seed-1"):
-        assert_as_undisturbed(out / seed, tmp_path / "expected" / seed)
-    table = (out / "table.md").read_text(encoding="utf-8")
-    assert table.replace(str(out), "") == (tmp_path / "expected" / "table.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_a_finished_seed_of_other_settings_is_refused(run, tmp_path):
-    """Also where the second seed has no checkpoint that would tell."""
-    killed_run(run(tmp_path / "out", runs=2), Trainer, "_one_step", 6 + 1)
-    with pytest.raises(SystemExit, match=r"learning_rate: 0\.001 there, 0\.002 now"):
-        train_accelerate.main(run(tmp_path / "out", runs=2, learning_rate=2e-3, resume="auto"))
-    assert (tmp_path / "out.partial/seed-0/records.json").is_file()
 
 
 # Stopped
@@ -352,15 +311,12 @@ def test_ctrl_c_outside_of_the_steps(run, undisturbed, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_and_its_batch_is_saved(run, tmp_path, monkeypatch, tiny_dataset_folder):
-    original, calls = training.step.matryoshka_gradients, itertools.count(1)
+    original, calls = whole_batch.contrastive_loss, itertools.count(1)
 
-    def bad(*args, **kwargs):
-        gradients = original(*args, **kwargs)
-        if next(calls) == 4:
-            gradients.loss.fill_(float("nan"))
-        return gradients
+    def bad(*args):
+        return original(*args) * (float("nan") if next(calls) == 4 else 1)
 
-    monkeypatch.setattr(training.step, "matryoshka_gradients", bad)
+    monkeypatch.setattr(whole_batch, "contrastive_loss", bad)
     out = tmp_path / "out"
     with pytest.raises(SystemExit, match=r"The loss is nan.*bad-batch-step-4\.json.*learning rate"):
         train_accelerate.main(run(out))
@@ -504,7 +460,7 @@ def test_a_state_that_cannot_be_is_one_line(run, tmp_path, step):
 def test_settings_that_change_no_weight_may_change(run, undisturbed, tmp_path):
     out = tmp_path / "out"
     killed_run(run(out), Trainer, "_one_step", 4)
-    train_accelerate.main(run(out, resume="auto", keep_last=3, save_steps=1, accumulation="recompute"))
+    train_accelerate.main(run(out, resume="auto", keep_last=3, save_steps=1))
     assert_as_undisturbed(out, undisturbed)
 
 
@@ -523,8 +479,6 @@ def test_a_checkpoint_by_its_name(run, undisturbed, tmp_path):
     assert_as_undisturbed(tmp_path / "out", undisturbed)
     with pytest.raises(SystemExit, match=r"no checkpoint of a run: it has no trainer\.json"):
         train_accelerate.main(run(tmp_path / "other", resume=tmp_path))
-    with pytest.raises(SystemExit, match=r"of one run.*--resume auto"):  # else each seed would go on from it
-        train_accelerate.main(run(tmp_path / "other", resume=checkpoint, runs=2))
     assert not list(tmp_path.glob("other*"))
 
 
@@ -594,12 +548,12 @@ def test_an_unfinished_run_is_not_started_over_by_mistake(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_finished_seed_is_not_thrown_away_by_mistake(run, tmp_path):
-    killed_run(run(tmp_path / "out", runs=2, save_steps=100), Trainer, "_one_step", 6 + 1)
+def test_a_finished_training_is_not_thrown_away_by_mistake(run, tmp_path):
+    killed_run(run(tmp_path / "out", save_steps=100), train_accelerate, "write_results", 1)
     assert not list((tmp_path / "out.partial").rglob("step-*"))
     with pytest.raises(SystemExit, match="holds an unfinished run"):
-        train_accelerate.main(run(tmp_path / "out", runs=2, save_steps=100))
-    assert (tmp_path / "out.partial/seed-0/records.json").is_file()
+        train_accelerate.main(run(tmp_path / "out", save_steps=100))
+    assert (tmp_path / "out.partial/records.json").is_file()
 
 
 # The best
@@ -609,7 +563,7 @@ def recalls(monkeypatch, values: list[float]) -> None:
     """The recall that is measured at the start and then every time."""
     left = iter(values)
 
-    def validate(args, model, inputs):
+    def validate(model, inputs):
         return {"validation": dict.fromkeys(("text_to_image", "image_to_text"), next(left)) | {"loss": 1.0}}
 
     monkeypatch.setattr(train_accelerate, "validate", validate)
@@ -621,35 +575,6 @@ def test_the_last_checkpoints_and_the_best_stay(run, tmp_path, monkeypatch):
     out = train_accelerate.main(run(tmp_path / "out", eval_steps=1, save_steps=1, max_steps=8, keep_last=2))
     steps = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert steps == ["step-00000002", "step-00000007", "step-00000008"]
-
-
-@pytest.mark.slow
-def test_patience_ends_with_the_best(run, tmp_path, monkeypatch):
-    recalls(monkeypatch, [0.1, 0.2, 0.5, 0.4, 0.3])
-    argv = {"eval_steps": 1, "patience": 2, "save_steps": 100}
-    out = train_accelerate.main(run(tmp_path / "out", **argv))
-    assert [point["step"] for point in run_json(out)["curve"]] == [0, 1, 2, 3, 4]
-    assert run_json(out)["steps"] == 2
-    saved = load_file(out / "model.safetensors")
-    best = load_file(out / "checkpoints" / "step-00000002" / "model.safetensors")
-    shared = saved.keys() & best.keys()  # of the word embeddings a checkpoint has the rows that are trained
-    assert best.keys() - shared == {"text_model.embeddings.word_embeddings.part.weight"}
-    assert len(saved) == len(best) and all(torch.equal(saved[name], best[name]) for name in shared)
-
-
-@pytest.mark.slow
-def test_patience_that_ran_out_before_a_kill_is_not_given_again(run, tmp_path, monkeypatch):
-    values = [0.1, 0.5, 0.4, 0.3, 0.9, 0.9, 0.9]
-    argv = {"eval_steps": 1, "patience": 2, "save_steps": 1}
-    recalls(monkeypatch, values)
-    expected = train_accelerate.main(run(tmp_path / "expected", **argv))
-    recalls(monkeypatch, values)
-    killed_run(run(tmp_path / "out", **argv), train_accelerate, "save_adapters", 1)
-    assert (tmp_path / "out.partial/checkpoints/step-00000003").is_dir(), "the last, which was not the best"
-    recalls(monkeypatch, values[4:])
-    out = train_accelerate.main(run(tmp_path / "out", resume="auto", **argv))
-    assert weights(out) == weights(expected)
-    assert [point["step"] for point in run_json(out)["curve"]] == [0, 1, 2, 3]
 
 
 # Trackers, pickles

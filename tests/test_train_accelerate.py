@@ -90,15 +90,6 @@ def test_the_saved_model_is_the_trained_one(tiny_folder, tiny_dataset_folder, tm
             assert record["value"] == pytest.approx(again[record["direction"], record["metric"]])
 
 
-@pytest.mark.slow
-def test_several_seeds(tiny_folder, tiny_dataset_folder, tmp_path):
-    out = train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", runs=2, max_steps=2))
-    assert " ± " in (out / "table.md").read_text(encoding="utf-8")
-    weights = [load_model(out / f"seed-{seed}").text_projection[0].weight for seed in (0, 1)]
-    assert not torch.equal(*weights)
-    assert load_processor(out / "seed-1")
-
-
 def test_a_folder_that_the_run_needs_is_not_overwritten(tiny_folder, tiny_dataset_folder, tmp_path):
     argv = flags(tiny_folder, tiny_dataset_folder, tiny_folder.parent, overwrite_output_dir="true")
     with pytest.raises(SystemExit, match="which the run needs"):
@@ -214,12 +205,11 @@ def test_disk_full_while_saving_leaves_nothing(tiny_folder, tiny_dataset_folder,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [{}, {"matryoshka_dims": [12, 8]}], ids=["whole", "prefixes"])
-def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, tmp_path, more):
+def test_two_processes_train_what_one_trains(tiny_folder, tiny_dataset_folder, tmp_path):
     """By torchrun, with dropout: the same batches, one contrastive loss, one folder."""
     for number, name in ((1, "one"), (2, "two")):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-        command += ["train_accelerate.py", *flags(tiny_folder, tiny_dataset_folder, tmp_path / name, **more)]
+        command += ["train_accelerate.py", *flags(tiny_folder, tiny_dataset_folder, tmp_path / name)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     one, two = load_model(tmp_path / "one").state_dict(), load_model(tmp_path / "two").state_dict()
@@ -252,15 +242,6 @@ def test_two_data_sets_are_mixed_in_every_batch(tiny_folder, tiny_dataset_folder
         out = train_accelerate.main(flags(tiny_folder, folders, tmp_path / "-".join(["out", *names]), **values))
         losses.append(json.loads((out / "run.json").read_text(encoding="utf-8"))["curve"][1]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_hard_negatives_are_those_of_the_loss(tiny_folder, tiny_dataset_folder, tmp_path):
-    losses = []
-    for hardness in (0, 0.5):
-        words = flags(tiny_folder, tiny_dataset_folder, tmp_path / str(hardness), hard_negatives=hardness)
-        losses.append(json.loads((train_accelerate.main(words) / "run.json").read_text())["curve"][1]["loss"])
-    assert losses[1] > losses[0] + 1e-3
 
 
 @pytest.mark.slow

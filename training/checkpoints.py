@@ -23,8 +23,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from capivara_common.files import no_space_left, read_json, write_bytes, write_json
-from training.arguments import RunArguments
+from training.arguments import GONE, RunArguments
 
+BEFORE = "a876dd5"  # the last one whose settings had the names in `GONE`
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
@@ -189,6 +190,11 @@ def _sums(folder: Path) -> bytes:
 
 def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:
     """Raise ValueError where a checkpoint is of other settings or data; every difference is named."""
+    if state.config.keys() & GONE.keys():  # its step was another one, and some of its weights have other names
+        raise ValueError(
+            f"{path} is of an earlier version of the program. Go on with it by that one, commit {BEFORE}, or start "
+            "anew with --overwrite_output_dir true."
+        )
     # Where the cache lies changes nothing; whether there is one does: its embeddings are float16.
     old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
     differing = {
@@ -207,7 +213,8 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
 def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
     """Raise ValueError where the finished run in `folder` has other settings, or other `data` of those given."""
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
-    state = TrainerState(config=finished["config"], data=finished["dataset_fingerprints"])
+    known = {name: value for name, value in finished["config"].items() if name not in GONE}
+    state = TrainerState(config=known, data=finished["dataset_fingerprints"])
     check_same_run(state, config, data, folder)
 
 

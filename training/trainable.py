@@ -74,10 +74,10 @@ def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: fl
 def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    frozen = ("vision_model", "visual_projection") if args.towers == "text" else ()
+    frozen = ("vision_model", "visual_projection")
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     matched = [name for name in linear if _full_match(args.lora_targets, name, "lora_targets")]
-    if matched and all(name.startswith(frozen) for name in matched if frozen) and frozen:
+    if matched and all(name.startswith(frozen) for name in matched):
         raise ValueError(
             f"lora_targets: {args.lora_targets!r} matches the frozen image tower alone, such as {matched[0]!r}."
         )
@@ -91,10 +91,8 @@ def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
         if name not in modules:
             children = [name for name, _ in model.named_children()]
             raise ValueError(f"lora_modules_to_save: there is no module {name!r}. The outermost are {children}.")
-        if frozen and name.startswith(frozen):
-            raise ValueError(
-                f"lora_modules_to_save: {name!r} is of the image tower, which is frozen; use --towers both."
-            )
+        if name.startswith(frozen):
+            raise ValueError(f"lora_modules_to_save: {name!r} is of the image tower, which is frozen.")
         if any(target.startswith(f"{name}.") for target in matched):
             raise ValueError(f"lora_modules_to_save: {name!r} holds layers that get adapters, such as {matched[0]!r}.")
     config = LoraConfig(

@@ -86,8 +86,8 @@ tags: [capivara, clip]
 EfficientNet-Lite0 (Apache-2.0) and multilingual-e5-small (MIT), aligned on the English captions of the OpenMoji data
 set until the recall of its validation concepts stopped rising; `alignment.json` has the curve. It has seen no
 Portuguese caption with a picture. Of the text encoder's vocabulary it has the word pieces of English and Portuguese,
-and those of the data set's captions: other languages are split into letters. The pictures are OpenMoji's, licensed CC BY-SA 4.0 (https://openmoji.org), and so is
-this model.
+and those of the data set's captions: other languages are split into letters. The pictures are OpenMoji's, licensed
+CC BY-SA 4.0 (https://openmoji.org), and so is this model.
 """
 
 logger = logging.getLogger("capivara")

@@ -1,27 +1,21 @@
-"""Prefixes of embeddings: their loss and its gradients, the rotation before it, and the widths that are refused."""
+"""The rotation that puts the most of an embedding first, and the widths that are refused."""
 
 import copy
 import re
-from dataclasses import fields
 
 import pytest
 import torch
-from test_contrastive import by_two_processes, check_joined, sides
+from datasets import Dataset, DatasetDict
+from datasets import Image as ImageFeature
+from PIL import Image
 from tiny import randomise, tiny_config
 from torch.nn.functional import normalize
 
-from modeling_capivara import CapivaraConfig, CapivaraModel, clip_loss
-from training.contrastive import contrastive_gradients
-from training.images import TrainingImages
-from training.inputs import Inputs
-from training.matryoshka import load_rotation, matryoshka_gradients, principal_rotation, rotate_, save_rotation
-
-DIMS = [8, 4, 1]
-
-
-def plain_loss(texts, images, scale, widths) -> torch.Tensor:
-    losses = [clip_loss(normalize(texts[:, :w], dim=-1), normalize(images[:, :w], dim=-1), scale) for w in widths]
-    return torch.stack(losses).mean()
+from modeling_capivara import CapivaraConfig, CapivaraModel
+from modeling_capivara.loading import load_model
+from training.interpolate import main as interpolate
+from training.rotate import load_rotation, principal_rotation, rotate_, save_rotation
+from training.rotate import main as rotate
 
 
 def space(images: int = 200, width: int = 24) -> torch.Tensor:
@@ -29,44 +23,6 @@ def space(images: int = 200, width: int = 24) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     spread = torch.linspace(2, 0.05, width)[torch.randperm(width, generator=generator)]
     return normalize(torch.randn(images, width, generator=generator) * spread + 0.3, dim=-1)
-
-
-@pytest.mark.parametrize("tile", [3, None])
-def test_gradients_are_those_of_the_plain_formula(tile):
-    texts, images = sides(11)
-    scale = torch.tensor(2.9, requires_grad=True)
-    loss = plain_loss(texts, images, scale, [16, *DIMS])
-    loss.backward()
-    result = matryoshka_gradients(
-        texts.detach(), images.detach(), scale.detach(), torch.arange(11), dims=DIMS, image_gradient=True,
-        tile_rows=tile,
-    )  # fmt: skip
-    torch.testing.assert_close(result.loss, loss.detach())
-    for name, wanted in {"text_embeds": texts, "image_embeds": images, "logit_scale": scale}.items():
-        torch.testing.assert_close(getattr(result, name), wanted.grad, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_a_prefix_that_counts_more_would_be_another_loss():
-    texts, images = (side.detach() for side in sides(11))
-    scale, pairs = torch.tensor(2.9), torch.arange(11)
-    losses = [matryoshka_gradients(texts, images, scale, pairs, dims=dims).loss for dims in ([], [8], [8, 4])]
-    assert losses[0] == contrastive_gradients(texts, images, scale, pairs).loss
-    assert len({round(loss.item(), 4) for loss in losses}) == 3
-
-
-@pytest.mark.parametrize("dims", [[], [16]])
-def test_without_prefixes_it_is_the_loss_of_the_whole_to_the_bit(dims):
-    texts, images = (side.detach() for side in sides(7))
-    found, expected = (
-        loss(texts, images, torch.tensor(2.0), torch.arange(7), **options)
-        for loss, options in ((matryoshka_gradients, {"dims": dims}), (contrastive_gradients, {}))
-    )
-    assert torch.equal(found.text_embeds, expected.text_embeds) and found.image_embeds is None
-    assert torch.equal(found.loss, expected.loss) and torch.equal(found.logit_scale, expected.logit_scale)
-
-
-def test_two_processes_equal_one():
-    check_joined(*by_two_processes(matryoshka_gradients, cut=4, dims=DIMS), rtol=1e-4, atol=1e-6)
 
 
 def test_the_rotation_is_orthogonal_and_puts_the_most_first():
@@ -77,6 +33,16 @@ def test_the_rotation_is_orthogonal_and_puts_the_most_first():
     assert (kept.diff() <= 1e-6).all() and kept[:6].sum() > embeds.square().mean(dim=0).topk(6).values.sum()
     torch.testing.assert_close(principal_rotation(embeds.flip(0)), rotation, atol=1e-5, rtol=0)
     assert (rotation.gather(1, rotation.abs().argmax(dim=1, keepdim=True)) > 0).all()
+
+
+@pytest.fixture
+def many_squares(tmp_path):
+    """More pictures than an embedding has numbers."""
+    draw = torch.Generator().manual_seed(0)
+    pictures = [Image.fromarray(torch.randint(256, (36, 40, 3), generator=draw).byte().numpy()) for _ in range(40)]
+    data = Dataset.from_dict({"image": pictures, "captions-pt": [["foto"]] * 40})
+    DatasetDict(train=data.cast_column("image", ImageFeature())).save_to_disk(tmp_path / "many")
+    return tmp_path / "many"
 
 
 @pytest.mark.parametrize("fault", [torch.empty(0, 24), torch.full((3, 24), torch.nan)])
@@ -101,18 +67,6 @@ def test_a_turned_model_has_the_same_cosines(kind, tiny_processor, tmp_path):
     assert load_rotation(tmp_path) is None
     save_rotation(rotation, tmp_path)
     assert torch.equal(load_rotation(tmp_path), rotation)
-
-
-def test_all_that_is_trained_and_validated_on_is_turned():
-    """And nothing of the base, whose figures are those before."""
-    rotation, embeds = principal_rotation(space()), space(5)
-    empty = dict.fromkeys(field.name for field in fields(Inputs))
-    given = {"images": TrainingImages([]), "validation_embeds": embeds, "teacher_validation": ([["a"]], embeds)}
-    inputs = Inputs(**{**empty, **given, "test_embeds": embeds})
-    inputs.turn(rotation)
-    for turned in (inputs.validation_embeds, inputs.teacher_validation[1]):
-        torch.testing.assert_close(turned, embeds @ rotation.T)
-    assert inputs.images.rotation is inputs.rotation is rotation and inputs.test_embeds is embeds
 
 
 def test_a_rotation_of_another_width_is_refused(tiny_model):
@@ -145,3 +99,42 @@ def test_widths_that_do_not_divide_are_refused(dims, fault):
     message = f"matryoshka_dims must divide the embedding's width, 24, and {fault}; choose of 24, 12, 8, 6"
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny_config(matryoshka_dims=dims)
+
+
+@pytest.mark.slow
+def test_a_finished_model_is_turned_by_one_command(tiny_folder, many_squares, tmp_path):
+    words = [
+        str(tiny_folder),
+        "--dataset",
+        str(many_squares),
+        "--dims",
+        "12",
+        "8",
+        "--output",
+        str(tmp_path / "turned"),
+    ]
+    rotate(words)
+    before, after = load_model(tiny_folder).eval(), load_model(tmp_path / "turned").eval()
+    rotation = load_rotation(tmp_path / "turned")
+    assert after.config.matryoshka_dims == [12, 8]
+    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        images = [model(pixel_values=pixels).image_embeds for model in (before, after)]
+    torch.testing.assert_close(images[0] @ rotation.T, images[1], atol=1e-5, rtol=0)
+    with pytest.raises(SystemExit, match="is not empty"):
+        rotate(words)
+    with pytest.raises(SystemExit, match="was turned before"):
+        rotate([str(tmp_path / "turned"), *words[1:-1], str(tmp_path / "again")])
+    interpolate([str(tiny_folder), str(tmp_path / "turned"), "--share", "0.5", "--output", str(tmp_path / "half")])
+    half = load_model(tmp_path / "half").state_dict()
+    for name, weight in after.state_dict().items():  # of the base, turned as the model is
+        torch.testing.assert_close(half[name], weight, atol=1e-6, rtol=0)
+
+
+def test_too_few_images_for_the_axes(tiny_folder, tiny_dataset_folder, tmp_path):
+    words = [str(tiny_folder), "--dataset", str(tiny_dataset_folder), "--output", str(tmp_path / "turned")]
+    with pytest.raises(SystemExit, match=r"has 12 usable images, and 24 axes are asked of them\. Give more"):
+        rotate([*words, "--dims", "12"])
+    with pytest.raises(SystemExit, match="9 does not divide it"):
+        rotate([*words, "--dims", "9"])
+    assert not (tmp_path / "turned").exists()
