@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from browser import require_chromium
 from ftfy.fixes import uncurl_quotes
 from test_drop_in import TYPED
@@ -112,6 +113,11 @@ def test_scores_are_the_models(repository, ask, place, dtype, taken):
     for mine, theirs in zip(ours, found["classes"][: len(files)], strict=True):
         expected = {entry["label"]: entry["score"] for entry in mine}
         assert {entry["label"]: entry["score"] for entry in theirs} == pytest.approx(expected, abs=PROBABILITIES[taken])
+    # The scores that the benchmark compares are those of which the pipeline made its probabilities.
+    for logits, theirs in zip(found["logits"], found["classes"], strict=True):
+        probabilities = torch.tensor(logits).softmax(dim=-1).tolist()
+        made = dict(zip(LABELS, probabilities, strict=True))
+        assert {entry["label"]: entry["score"] for entry in theirs} == pytest.approx(made, abs=1e-5)
 
 
 @pytest.mark.parametrize(("place", "dtype", "most"), [("node", None, 1.0), ("chromium", None, 3.0)])
