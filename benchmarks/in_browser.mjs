@@ -89,6 +89,12 @@ async function classified(library, request, answer) {
     library.pipeline("zero-shot-image-classification", request.name, request.options));
   answer.classes = await timed(answer.seconds, "classify", () =>
     classify(request.pictures, request.labels, { hypothesis_template: request.template }));
+  // The pipeline gives probabilities alone; the scores that it makes them of, by its own parts.
+  const { pixel_values } = await classify.processor(
+    await Promise.all(request.pictures.map((address) => library.RawImage.read(address))));
+  const texts = request.labels.map((label) => request.template.replaceAll("{}", label));
+  const tokens = classify.tokenizer(texts, { padding: true, truncation: true });
+  answer.logits = rows((await classify.model({ ...tokens, pixel_values })).logits_per_image);
   await classify.dispose();
 }
 

@@ -1,11 +1,14 @@
 """Sizes, scores and seconds of an export for transformers.js, in Node and in Chromium, at full size.
 
     python -m benchmarks.in_browser --output benchmarks/results/in_browser.json
+    python -m benchmarks.in_browser --model runs/openmoji-pt-001 --output benchmarks/results/in_browser_demo.json
 
 The published architecture with random weights is exported for transformers.js and loaded by its own code, from npm,
 over HTTP as from the Hub, in every precision that each of the two takes: float32 alone is too much for a tab. What it
-computes is compared with the model in PyTorch on the same tokens and pixels. Node, npm and Chromium must be there;
-transformers.js is installed once, in ~/.cache/capivara-node. The last line of the output is JSON.
+computes is compared with the model in PyTorch on the same tokens and pixels. The second command compares a trained
+model's whole pipeline instead, on photographs and sentences, pixels and tokens included, and takes no times. Node, npm
+and Chromium must be there; transformers.js is installed once, in ~/.cache/capivara-node. The last line of the output is
+JSON.
 """
 
 import base64
@@ -33,6 +36,7 @@ from benchmarks.timing import ROOT, conditions, finish, in_own_process, table
 from capivara_common.cli import at_least, flag, parse
 from capivara_common.environment import peak_resident_bytes
 from capivara_common.files import whole_folder
+from capivara_common.privacy import short_name
 from hub_upload.space.static_page import npm_packages
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
@@ -43,6 +47,10 @@ MIN_NODE = 20
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 SCRIPT = ROOT / "benchmarks" / "in_browser.mjs"
 NAME = "my-name/my-model"  # under which a repository is served
+SENTENCES = (
+    *("o retrato de uma astronauta", "um gato olhando para a câmera", "uma xícara de café", "um foguete antes do voo"),
+    *("o fundo de um olho", "um cachorro na grama", "um prato de comida", "um céu azul", "uma flor", "uma rua à noite"),
+)
 LABELS, TEMPLATE = ["um gato", "um cachorro", "um céu azul"], "uma foto de {}"
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina")
 ENDINGS = {"fp32": "", "fp16": "_fp16", "q8": "_quantized"}
@@ -61,6 +69,7 @@ class BrowserBenchmarkArguments:
     layers: int = flag(12, "Layers of both towers; 12 is the published architecture.")
     output: Path | None = flag(None, "JSON file for the figures.")
     folder: Path | None = flag(None, "Folder for the models; a temporary one if none.")
+    model: Path | None = flag(None, "Folder of a trained model, whose pipeline alone is compared; no times are taken.")
     worker: str | None = flag(None, "Measure in this process: export.")
 
     def __post_init__(self) -> None:
@@ -75,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     with tempfile.TemporaryDirectory(prefix="capivara-in-browser-") as temporary:
         args.folder = Path(args.folder or temporary).resolve()
-        finish(measure(args), args.output)
+        finish(measure_pipeline(args.model, args.folder) if args.model else measure(args), args.output)
 
 
 def measure(args: BrowserBenchmarkArguments) -> dict[str, Any]:
@@ -103,6 +112,46 @@ def measure(args: BrowserBenchmarkArguments) -> dict[str, Any]:
     facts = {"transformers.js": answer["version"], "node": node, "layers": args.layers}
     facts |= {"texts": len(expected["text_embeds"]), "images": len(expected["image_embeds"])}
     return {**conditions(), **facts, **made, "export": exported, "runs": runs, "pixels": pixels}
+
+
+def measure_pipeline(model: Path, folder: Path) -> dict[str, Any]:
+    """Largest differences of probabilities and scores between the pipelines of transformers.js and of transformers."""
+    from hub_upload.export import export
+
+    packages, repository = node_packages(), folder / "repository"
+    export(model, repository, ["transformers", "transformers_js"])
+    files = save_photos(folder / "photos")
+    ours = pipeline_scores(repository, files)
+    what = {"labels": SENTENCES, "template": "{}"}
+    runs: dict[str, dict[str, Any]] = {place: {} for place in PRECISIONS}
+    with served({NAME: repository}, packages, photos=folder / "photos") as address:
+        what["pictures"] = [f"{address}photos/{file.name}" for file in files]
+        for place in PRECISIONS:
+            for precision in ENDINGS:
+                answer = ask(place, request(address, dtype=precision, **what), packages)
+                runs[place][precision] = pipeline_differences(answer, ours)
+    node = subprocess.check_output(["node", "--version"], text=True).strip()
+    facts = {"transformers.js": answer["version"], "node": node, "model": short_name(str(model))}
+    return {**conditions(), **facts, "sentences": len(SENTENCES), "images": len(files), "runs": runs}
+
+
+def pipeline_scores(repository: Path, files: list[Path]) -> np.ndarray:
+    """(images, texts), the model's scores in PyTorch of photographs and `SENTENCES`."""
+    model, processor = load_model(repository).eval(), load_processor(repository)
+    pictures = [Image.open(file) for file in files]
+    with torch.inference_mode():
+        return model(**processor(images=pictures, text=list(SENTENCES), return_tensors="pt")).logits_per_image.numpy()
+
+
+def pipeline_differences(answer: dict[str, Any], ours: np.ndarray) -> dict[str, float]:
+    """Largest difference of a probability, of all sentences to a picture, and of a score, from the model's."""
+    by_label = [{entry["label"]: entry["score"] for entry in entries} for entries in answer["classes"]]
+    probabilities = np.array([[scores[sentence] for sentence in SENTENCES] for scores in by_label])
+    expected = torch.from_numpy(ours).softmax(dim=-1).numpy()
+    return {
+        "largest_probability_difference": float(np.abs(probabilities - expected).max()),
+        "largest_score_difference": float(np.abs(np.array(answer["logits"]) - ours).max()),
+    }
 
 
 def measure_export(folder: Path) -> dict[str, Any]:
@@ -273,8 +322,15 @@ def in_page(request: dict[str, Any]) -> dict[str, Any]:
     return request | {"env": env, "library": f"/npm/{LIBRARY}/dist/transformers.min.js"}
 
 
-def in_browser_table(found: dict[str, Any]) -> str:
-    """Sizes, distances and seconds of every precision in Node and Chromium."""
+def largest_differences(found: dict[str, Any], precision: str) -> tuple[float, float]:
+    """Of a probability and of a score in a precision, in Node or in Chromium; `found` is of `measure_pipeline`."""
+    runs = [of[precision] for of in found["runs"].values()]
+    probability, score = (max(run[f"largest_{what}_difference"] for run in runs) for what in ("probability", "score"))
+    return probability, score
+
+
+def in_browser_table(found: dict[str, Any], demo: dict[str, Any]) -> str:
+    """Sizes, distances and seconds of every precision in Node and Chromium; `demo` is of `measure_pipeline`."""
     rows = []
     for place, runs in found["runs"].items():
         for dtype, run in runs.items():
@@ -292,12 +348,17 @@ def in_browser_table(found: dict[str, Any]) -> str:
         f"{min(of.values()):.1f} to {max(of.values()):.1f} in {place.capitalize()}"
         for place, of in found["pixels"].items()
     )
+    whole = "; ".join(
+        "{:.3f} and {:.2f} in `{}`".format(*largest_differences(demo, precision), precision) for precision in ENDINGS
+    )
     heads = ("where", "weights", "MB", "text cosine", "image cosine", "score", "load, s", "a text, s", "an image, s")
     facts = (
         f"Full size with random weights, {found['parameters'] / 1e6:.0f} million parameters, transformers.js "
         f"{found['transformers.js']}, Node {found['node']}, one thread in Chromium, on {found['device']}; lowest "
         f"cosine and largest difference of a score to PyTorch on the same tokens and pixels. Mean difference of the "
-        f"pixels of {len(found['pixels']['node'])} photographs, in steps of 255: {pixels}."
+        f"pixels of {len(found['pixels']['node'])} photographs, in steps of 255: {pixels}. The demo's "
+        f"whole pipeline, tokens and pixels included, {demo['images']} photographs and {demo['sentences']} sentences, "
+        f"largest difference of a probability and of a score: {whole}."
     )
     return table(heads, rows, facts, text_columns=2)
 

@@ -91,7 +91,7 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "real_images": real_images_block,
             "eval_retrieval": eval_retrieval_block,
             "export": export_block,
-            "in_browser": lambda: in_browser.in_browser_table(_results("in_browser")),
+            "in_browser": lambda: in_browser.in_browser_table(_results("in_browser"), _results("in_browser_demo")),
             "space_load": space_load_block,
             "static_page": lambda: static_page.static_page_table(_results("static_page"), _results("static_page_full")),
             "captions": lambda: captions.captions_table(_results("captions")),

@@ -8,9 +8,10 @@ Figures and versions are those of the JSON files; "tests" are tolerances that th
 import re
 from typing import Any
 
+from benchmarks.in_browser import largest_differences
 from benchmarks.timing import table
 
-FILES = ("exchange_text_side", "immich", "immich_miniature", "in_browser", "static_page_full")
+FILES = ("exchange_text_side", "immich", "immich_miniature", "in_browser_demo", "static_page_full")
 EXPORT = "python -m hub_upload.export --model MODEL --output FOLDER --formats"
 # Of each row: place, command, tried with, difference to the model in Python, not tried. The first and the last two are
 # the words of a language, and so are the columns' heads and the paragraph under the table.
@@ -28,7 +29,8 @@ ENGLISH = {
     ),
     "browser": (
         "transformers.js, in Node and browsers",
-        "scores {full:.0e}, 8 bits {rounded:.2f}",
+        "the demo, {images} photographs, {sentences} sentences, pixels included: probability {full:.2f}, "
+        "8 bits {rounded:.2f}; logit {full_logit:.2f}, 8 bits {rounded_logit:.2f}",
         "WebGPU, Firefox, Safari",
     ),
     "page": (
@@ -55,7 +57,8 @@ PORTUGUESE = {
     ),
     "browser": (
         "transformers.js, no Node e em navegadores",
-        "pontuações {full:.0e}, 8 bits {rounded:.2f}",
+        "demonstração, {images} fotografias, {sentences} frases, com os pixels: probabilidade {full:.2f}, "
+        "8 bits {rounded:.2f}; logit {full_logit:.2f}, 8 bits {rounded_logit:.2f}",
         "WebGPU, Firefox, Safari",
     ),
     "page": (
@@ -87,7 +90,7 @@ def where_table(results: dict[str, Any], words: dict[str, Any], decimal: str) ->
 
 def places(results: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """Place -> command, and the versions of the programs that it was tried with."""
-    store, browser = results["exchange_text_side"]["versions"], results["in_browser"]
+    store, browser = results["exchange_text_side"]["versions"], results["in_browser_demo"]
     services = ", ".join(results[name]["service_version"] for name in ("immich", "immich_miniature"))
     chromium = results["static_page_full"]["runs"]["one_thread"]["chromium"].partition(".")[0]
     return {
@@ -112,7 +115,8 @@ def places(results: dict[str, Any]) -> dict[str, tuple[str, str]]:
 def figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Place -> the figures of its difference."""
     recall = results["exchange_text_side"]["recall"]["Qdrant"]
-    scores = {kind: run["largest_score_difference"] for kind, run in results["in_browser"]["runs"]["node"].items()}
+    browser = results["in_browser_demo"]
+    full, rounded = (largest_differences(browser, precision) for precision in ("fp32", "q8"))
     cosines = results["static_page_full"]["cosine_to_python"]
     immich = [results[name]["pictures"] for name in ("immich", "immich_miniature")]
     return {
@@ -125,7 +129,10 @@ def figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
             "pictures": min(pictures["lowest_cosine"] for pictures in immich),
             "beside": min(pictures["lowest_cosine_beside"] for pictures in immich),
         },
-        "browser": {"full": scores["fp32"], "rounded": scores["q8"]},
+        "browser": {
+            **{name: browser[name] for name in ("images", "sentences")},
+            **{"full": full[0], "rounded": rounded[0], "full_logit": full[1], "rounded_logit": rounded[1]},
+        },
         "page": {
             "images": min(cosines[size]["lowest"] for size in ("12_megapixels", "640x480")),
             "texts": cosines["texts"]["lowest"],

@@ -2,6 +2,7 @@
 
     python -m hub_upload.card --model runs/openmoji-pt-001
     python -m hub_upload.card --model runs/openmoji-pt-001 --repo_id my-name/my-model --language pt
+    python -m hub_upload.card --model runs/mine --license cc-by-4.0    # where none follows from base and data
     python -m hub_upload.card --check runs/openmoji-pt-001
 
 The first takes `run.json`, `results/*.json` and the model's config, and replaces the README.md that the run has
@@ -33,7 +34,7 @@ from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import write_text
 from capivara_common.privacy import machine_path_in, secret_in
 from hub_upload.card_facts import CardFacts, card_facts
-from hub_upload.card_metadata import eval_results, metadata
+from hub_upload.card_metadata import eval_results, metadata, with_licence
 from hub_upload.card_parts import card_parts
 from hub_upload.card_text import LANGUAGES, Words, escaped, one_line
 from hub_upload.remote import check_repo_id
@@ -56,22 +57,29 @@ class CardArguments:
         None, "Hub id, owner/name, that the card's code loads; without it, the folder by its name, from the one above."
     )
     language: Literal["en", "pt"] = flag("en", "Language of the card's text.")
+    license: str | None = flag(
+        None, "Licence of the model, an identifier of the Hub, where none follows from what base and data state."
+    )
     output: Path | None = flag(None, "File of the card, in place of README.md in the folder; it alone is written.")
     check: Path | None = flag(None, "Folder whose card is compared with its files; nothing is written.")
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.check is None):
             raise ValueError("Give --model FOLDER to write its card, or --check FOLDER to verify the one there.")
-        if self.check and (self.repo_id or self.output):
-            raise ValueError("--check takes what a card was made with from the card: no --repo_id, no --output.")
+        if self.check and (self.repo_id or self.output or self.license):
+            raise ValueError(
+                "--check takes from the card what it was made with: no --repo_id, no --output, no --license."
+            )
         if self.repo_id is not None:
             check_repo_id(self.repo_id)
 
 
-def render(facts: CardFacts, language: str = "en", repo_id: str | None = None) -> ModelCard:
+def render(facts: CardFacts, language: str = "en", repo_id: str | None = None, license: str | None = None) -> ModelCard:
     """The card of a folder, in "en" or "pt"; its code loads `repo_id`, or the folder by its name where there is none.
 
-    Raises ValueError where a figure is missing that it needs, or it would hold a path of a machine or a secret.
+    A `license` is for a model whose base and data leave it open. Raises ValueError where it is none of the Hub's or
+    differs from what follows from them, where a figure is missing, or the card would hold a path of a machine or a
+    secret.
     """
     if language not in LANGUAGES:
         raise ValueError(f"language must be one of {', '.join(LANGUAGES)}, got {language!r}.")
@@ -83,8 +91,11 @@ def render(facts: CardFacts, language: str = "en", repo_id: str | None = None) -
             f"{facts.folder} holds a model in each of its folders seed-*, and a repository has one. Make it of one of "
             "them first, with `python -m hub_upload.export`."
         )
+    if license is not None:
+        facts = with_licence(facts, license)
     title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({facts.language})"
-    options = json.dumps({"language": language, "repo_id": repo_id, "name": None if repo_id else facts.name})
+    options = {"language": language, "repo_id": repo_id, "name": None if repo_id else facts.name}
+    options |= {"license": license} if license else {}
     words = Words(language)
     try:
         data = metadata(facts, one_line(title))
@@ -97,7 +108,7 @@ def render(facts: CardFacts, language: str = "en", repo_id: str | None = None) -
         )
     except (TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"A file of {facts.folder} has another form than the card needs: {error!r:.100}.") from error
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{OPTIONS.format(options=options)}")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{OPTIONS.format(options=json.dumps(options))}")
     if path := machine_path_in(str(card)):
         raise ValueError(f"The card would hold a path of a machine, {path[:60]!r}. Take it out of the files.")
     if secret := secret_in(str(card)):
@@ -105,14 +116,20 @@ def render(facts: CardFacts, language: str = "en", repo_id: str | None = None) -
     return card
 
 
-def write_card(folder: Path, repo_id: str | None = None, language: str = "en", output: Path | None = None) -> Path:
+def write_card(
+    folder: Path,
+    repo_id: str | None = None,
+    language: str = "en",
+    output: Path | None = None,
+    license: str | None = None,
+) -> Path:
     """Write the card of a run or of a repository made from it, each file in one piece, and return the card's path.
 
     Where an `output` is named it alone is written, else README.md and `.eval_results` in the folder. ValueError as of
     `card_facts` and `render`.
     """
     facts = card_facts(folder)
-    card = render(facts, language, repo_id)
+    card = render(facts, language, repo_id, license)
     for file, text in eval_results(facts).items() if output is None else ():
         write_text(folder / file, text)
     path = output or folder / CARD
@@ -137,7 +154,7 @@ def check(folder: Path) -> list[str]:
         return [f"{CARD}: it was not made by `python -m hub_upload.card`, so its figures have no known source."]
     try:
         facts = card_facts(folder, options["name"])
-        expected = str(render(facts, options["language"], options["repo_id"]))
+        expected = str(render(facts, options["language"], options["repo_id"], options.get("license")))
         wanted = eval_results(facts)
     except ValueError as error:
         return [f"{CARD}: {error}"]
@@ -164,7 +181,7 @@ def made_with(text: str) -> dict[str, Any] | None:
     """The options that a card was made with; None where it does not say so."""
     with suppress(ValueError, TypeError, IndexError):
         options = json.loads(MADE_WITH.findall(text)[-1])
-        if set(options) == {"language", "repo_id", "name"} and options["language"] in LANGUAGES:
+        if set(options) - {"license"} == {"language", "repo_id", "name"} and options["language"] in LANGUAGES:
             if options["repo_id"] is not None:
                 check_repo_id(options["repo_id"])
             return options
@@ -200,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(CardArguments, __doc__, argv)
     if args.check is None:
-        path = write_card(args.model, args.repo_id, args.language, args.output)
+        path = write_card(args.model, args.repo_id, args.language, args.output, args.license)
         print(f"{path} states what the files of {args.model} say. Verify it with --check {args.model}.")
         return
     if faults := check(args.check):

@@ -61,6 +61,7 @@ class CardFacts:
     formats: frozenset[str]  # keys of `FORMATS` whose files are there
     pictures: list[str]  # paths of those of `PICTURES` that are there
     digests: dict[str, str]  # file -> SHA-256 of all that was read, and of the pictures
+    license: str | None = None  # that whoever publishes the model states, where none follows from base and data
 
     @property
     def language(self) -> str:

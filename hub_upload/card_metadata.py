@@ -6,6 +6,7 @@ Values are those of the JSON files, shares and not per cents, to the last digit.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
@@ -71,9 +72,23 @@ def metadata(facts: CardFacts, title: str) -> ModelCardData:
 
 
 def licence(facts: CardFacts) -> str | None:
+    """The model's licence: the inherited one, else the one that its publisher states."""
+    return inherited_licence(facts) or facts.license
+
+
+def inherited_licence(facts: CardFacts) -> str | None:
     """The inherited licence that the run noted, if it is one that the Hub knows; "other" says nothing."""
     noted = str(facts.origins.get("license"))
     return noted if noted in LICENCES else None
+
+
+def with_licence(facts: CardFacts, name: str) -> CardFacts:
+    """The facts with a licence that is stated. ValueError where the Hub knows none such, or another is inherited."""
+    if str(name) not in LICENCES:
+        raise ValueError(f"license must be an identifier of the Hub, such as cc-by-4.0 or mit, got {name!r:.60}.")
+    if (inherited := inherited_licence(facts) or name) != name:
+        raise ValueError(f"The licence {inherited} follows from the model's base and data, so {name} can't be stated.")
+    return replace(facts, license=name)
 
 
 def hub_ids(names: Any) -> list[str]:

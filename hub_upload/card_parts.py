@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hub_upload.card_facts import HUB_ID, CardFacts, Content, pairs
-from hub_upload.card_metadata import energy, licence
-from hub_upload.card_text import Words, code, escaped
+from hub_upload.card_metadata import energy, inherited_licence, licence
+from hub_upload.card_text import Words, code, code_examples, escaped, is_portuguese, one_line
 from records.schema import DIRECTIONS, TASKS, Record
 from records.series import Measured, Pair, Series
 from records.tables import markdown_table
@@ -41,6 +41,8 @@ def card_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
     used = energy(facts)
     digests = [(code(name), f"`{digest[:32]}`") for name, digest in sorted(facts.digests.items())]
     return {
+        "examples": code_examples(facts.language, words, _class_names(facts)),
+        "is_portuguese": is_portuguese(facts.language),
         **_origin_parts(facts, words),
         **_training_parts(facts, words),
         **_of_each_run(facts, words),
@@ -62,6 +64,14 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Words, t
     header = [words(f"column_{columns[number]}") for number in kept]
     cells = [[row[number] or "–" for number in kept] for row in rows]
     return markdown_table([header, *cells], text_columns) if rows else ""
+
+
+def _class_names(facts: CardFacts) -> list[str]:
+    """Names of the first classes that were measured in the language of training; empty where none were."""
+    for series in facts.series:
+        if series.first.task == "classification" and series.first.language == facts.language:
+            return [one_line(name) for name in series.measured[0].file.content.get("classes", [])[:3]]
+    return []
 
 
 # --- Base, data and training -----------------------------------------------------------------------------------------
@@ -86,6 +96,7 @@ def _origin_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
         **_data_parts(facts, data, words),
         "teacher": (_linked(teacher, "") if teacher else words("teacher_base")) if is_taught else None,
         "license": code(licence(facts)) if licence(facts) else None,
+        "is_inherited": inherited_licence(facts) is not None,
         "licences": licences,
     }
 

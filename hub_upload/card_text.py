@@ -5,6 +5,7 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ MAX_TEXT = 300
 PLAIN_CODE = re.compile(r"[A-Za-z0-9][\w./@:+=,() -]*", re.ASCII)
 # Absolute paths of Unix, of a home and of Windows, up to their last part; not the slashes of an address.
 PATHS = re.compile(r"(?<![\w.:/])~?/(?:[^\s/'\"<>]+/)+|\b[A-Za-z]:\\(?:[^\s\\]+\\)+")
+
+
+# Of the code on a card: two texts for its red and its blue picture, two others, and labels.
+EXAMPLES = {
+    "texts": ["um quadrado vermelho", "um céu azul"],
+    "sentences": ["um gato dormindo no sofá", "uma praia ao pôr do sol"],
+    "labels": ["vermelho", "azul", "verde"],
+}
 
 
 def one_line(value: Any) -> str:
@@ -120,6 +129,22 @@ class Words:
         """Mean of the seeds, ± their standard deviation where there are several."""
         text, is_rank = self.measure(series.mean, series.first.is_rank, sign), series.first.is_rank
         return text if series.deviation is None else f"{text} ± {self.measure(series.deviation, is_rank)}"
+
+
+def is_portuguese(language: str) -> bool:
+    """Whether the code of a language is that of Portuguese, such as "pt" or "pt-BR"."""
+    return re.split("[-_]", language)[0] in ("pt", "por")
+
+
+def code_examples(language: str, words: Words, names: Sequence[str] = ()) -> dict[str, str]:
+    """Texts for the code of a card in its model's language: Portuguese ones, else `names`, else words to replace."""
+    if is_portuguese(language):
+        texts, template, picture = EXAMPLES, "uma imagem de cor {}", "foto.jpg"
+    else:
+        names = names or words("examples", language=words.language_name(language)).split("\n")
+        texts, template, picture = {key: names[: len(value)] for key, value in EXAMPLES.items()}, "{}", "photo.jpg"
+    lists = {key: json.dumps(value, ensure_ascii=False) for key, value in texts.items()}
+    return {**lists, "template": template, "picture": picture}
 
 
 def _tidy(body: str) -> str:

@@ -10,6 +10,7 @@
 the bit: the same tensors `vision_model.*` and `visual_projection.*`, and the same preprocessing.
 """
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -26,7 +27,7 @@ from capivara_common.image_side_digest import image_difference, image_side_diges
 from capivara_common.privacy import hide_paths, short_name
 from hub_upload import loader_files, onnx_files, source_model
 from hub_upload.card_metadata import LICENCES
-from hub_upload.card_text import MARKDOWN_TEMPLATES, code
+from hub_upload.card_text import MARKDOWN_TEMPLATES, Words, code, code_examples
 from hub_upload.export_arguments import ExportArguments
 from hub_upload.remote import check_repo_id
 from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors, tensor_digests
@@ -167,16 +168,23 @@ def _check_shapes(model: CapivaraModel, base: Path) -> None:
 
 
 def _write_tokenizer(model: Path, folder: Path) -> None:
-    """The tokenizer with its code, for texts alone."""
+    """The tokenizer with its code, for texts alone; without the code, curly quotation marks are plain, too."""
     tokenizer = load_processor(model).tokenizer
     tokenizer.model_max_length = min(tokenizer.model_max_length, CONTEXT_LENGTH)
     tokenizer.save_pretrained(folder)
+    plain = loader_files.with_plain_quotes(read_json(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", json.dumps(plain, ensure_ascii=False))
     path = folder / "tokenizer_config.json"
     settings = hide_paths(read_json(path))
     for name in ("is_local", "local_files_only", "processor_class"):
         settings.pop(name, None)
     settings["auto_map"] = {"AutoTokenizer": settings["auto_map"]["AutoTokenizer"]}
     write_json(path, settings)
+
+
+def _language(model: Path) -> str:
+    """Code of the language that a model was trained in; of one that doesn't say so, Portuguese, which is CAPIVARA's."""
+    return read_json(model / "run.json", config=dict)["config"]["language"] if (model / "run.json").is_file() else "pt"
 
 
 def _card(args: ExportArguments, folder: Path, facts: dict[str, Any], denses: list[str], open_clip: bool) -> str:
@@ -189,6 +197,7 @@ def _card(args: ExportArguments, folder: Path, facts: dict[str, Any], denses: li
         **facts | {name: code(facts[name]) for name in ("model", "base", "image_digest")},
         metadata=yaml_dump(metadata).strip(),
         repo_id=args.repo_id,
+        examples=code_examples(_language(args.model), Words("en"))["sentences"],
         denses=denses,
         open_clip=open_clip,
         graphs=read_json(folder / "onnx/quantisation.json")["graphs"],

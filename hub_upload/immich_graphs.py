@@ -1,21 +1,21 @@
 """The files of Immich's folder, made of a model: each tower as one ONNX file, compared with the model.
 
 Embeddings have unit length. The text graph makes its mask of the ids, since Immich gives none; the tokenizer makes
-typographic quotation marks plain, which is what of the text repair a keyboard calls for.
+curly quotation marks plain.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, normalizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from capivara_common.files import check_free_space, write_json, write_text
 from hub_upload import source_model
 from hub_upload.immich_folder import BASE_WIDTH, open_graph, padded_tokenizer
-from hub_upload.loader_files import text_config_source
+from hub_upload.loader_files import text_config_source, with_plain_quotes
 from hub_upload.onnx_files import TOLERANCE, data_file, write_graph
 from modeling_capivara import CapivaraConfig, CapivaraModel
 from modeling_capivara.convert_open_clip import random_images, random_texts
@@ -24,8 +24,6 @@ from modeling_capivara.open_clip_mapping import open_clip_model_cfg, preprocess_
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
 LARGEST_GRAPH = 2**31 - 2**20  # bytes of weights: a protobuf message has fewer than 2 GiB
-# What ftfy makes of them; its other repairs are in the vocabulary's own normaliser, or of texts out of broken files.
-QUOTATION_MARKS = {"[\u2018-\u201b\u02bc]": "'", "[\u201c-\u201f]": '"'}
 
 
 class PaddedText(nn.Module):
@@ -100,12 +98,9 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             f"The tokenizer's padding token is {tokenizer.pad_token!r}; Immich gives no mask, so that it must be a "
             "token that no text has."
         )
-    plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    plain.no_padding()
-    plain.no_truncation()
-    steps = [normalizers.NFC(), *(normalizers.Replace(Regex(marks), mark) for marks, mark in QUOTATION_MARKS.items())]
-    plain.normalizer = normalizers.Sequence([*steps, *([plain.normalizer] if plain.normalizer else [])])
-    write_text(folder / "textual" / "tokenizer.json", plain.to_str(pretty=True))
+    plain = with_plain_quotes(json.loads(tokenizer.backend_tokenizer.to_str()))
+    plain |= {"padding": None, "truncation": None}
+    write_text(folder / "textual" / "tokenizer.json", json.dumps(plain, ensure_ascii=False))
     write_json(folder / "textual" / "tokenizer_config.json", {"pad_token": tokenizer.pad_token})
 
 

@@ -5,7 +5,7 @@
     onnx/*_fp16.onnx, *_quantized.onnx   the same in float16 and int8; float32 goes in and comes out
     config.json                   transformers.js_config: whose weights lie beside the graph
     preprocessor_config.json      the image processor, under a name that it knows
-    tokenizer.json                the same tokens by steps that it knows
+    tokenizer.json                the same tokens by steps that it knows, curly quotation marks read as plain ones
     tokenizer_config.json         the longest text, and that white space is collapsed
 
 `model.onnx` is made of both towers' graphs: `model.onnx_data` and `model.onnx_data_1` are the towers' own files, again,
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from capivara_common.files import read_json, write_json, write_text
+from hub_upload.loader_files import with_plain_quotes
 from hub_upload.onnx_files import ENDINGS, OUTPUTS, data_file, graphs, move_weights, write_towers
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import random_images, random_texts
@@ -193,8 +194,9 @@ def readable_tokenizer(folder: Path) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Make the tokenizer of a folder readable to transformers.js, its ids as they were."""
-    write_text(folder / "tokenizer.json", json.dumps(readable_tokenizer(folder), ensure_ascii=False))
+    """Make the tokenizer of a folder readable to transformers.js, its ids of repaired texts as they were."""
+    tokenizer = with_plain_quotes(readable_tokenizer(folder))
+    write_text(folder / "tokenizer.json", json.dumps(tokenizer, ensure_ascii=False))
     settings = read_json(folder / "tokenizer_config.json")
     longest = min(settings.get("model_max_length", CONTEXT_LENGTH), CONTEXT_LENGTH)
     write_json(folder / "tokenizer_config.json", settings | {"model_max_length": longest, "remove_space": True})

@@ -269,7 +269,7 @@ def test_a_place_that_can_not_be_written_to_is_said_before_the_training(captione
     monkeypatch.setattr(prefix_captioner, "_fit", lambda *_: pytest.fail("the work was done in vain"))
     args = CaptionArguments(language_model="lm", mapper=tmp_path / "file" / "mapper")
     data = CaptionedEmbeds(torch.eye(24)[:1], ["foto"])
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match="file is no folder"):
         train_captioner(args, (captioner.language_model, captioner.tokenizer), data, data, "fingerprint")
 
 

@@ -1,10 +1,12 @@
 """What a card may state: each figure from a file, of seeds their mean, of the Hub what was loaded from there."""
 
+import ast
 import json
 import os
 import re
 import shutil
 import statistics
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -12,7 +14,7 @@ from card_run import card_of, change, record_of, results_of, split_card, three_s
 from huggingface_hub import parse_eval_result_entries
 from huggingface_hub.utils import filter_repo_objects
 
-from hub_upload.card import check, main, write_card
+from hub_upload.card import check, main, render, write_card
 from hub_upload.card_facts import card_facts
 from hub_upload.export import export
 
@@ -231,6 +233,48 @@ def test_a_licence_that_does_not_follow_is_left_out(run):
     change(run / "run.json", lambda content: content.pop("origins"))  # of an older run
     write_card(run)
     assert "license" not in split_card(card_of(run))[0] and check(run) == []
+
+
+def test_a_licence_that_is_stated(run, tmp_path):
+    """Where none follows from base and data; it stays in the card's options, and binds nobody to a weaker one."""
+    with pytest.raises(ValueError, match=r"cc-by-sa-4\.0 follows .* so mit can't be stated"):
+        write_card(run, license="mit")
+    change(run / "run.json", lambda content: content["origins"].update(license=None))
+    main(["--model", str(run), "--license", "cc-by-4.0"])
+    text = card_of(run)
+    assert split_card(text)[0]["license"] == "cc-by-4.0" and check(run) == []
+    assert "licensed **`cc-by-4.0`**, as whoever publishes it states" in text and "No licence is stated" not in text
+    write_card(run, language="pt", license="cc-by-4.0")
+    assert "sob a licença **`cc-by-4.0`**, indicada por quem o publica" in card_of(run) and check(run) == []
+    (run / "README.md").write_text(text.replace("cc-by-4.0", "mine"), encoding="utf-8")
+    assert "license must be an identifier of the Hub" in check(run)[0]
+    with pytest.raises(SystemExit, match=r"license must be an identifier of the Hub, .* got 'CC BY'"):
+        main(["--model", str(run), "--license", "CC BY"])
+
+
+@pytest.mark.parametrize("language", ["en", "pt"])
+def test_a_card_of_another_language_has_no_portuguese_examples(run, language):
+    change(run / "run.json", lambda content: content["config"].update(language="es", eval_languages=["es", "en"]))
+    folder = card_facts(run)
+    facts = replace(folder, formats=frozenset({"open_clip", "sentence_transformers", "onnx", "transformers_js"}))
+    text = str(render(facts, language))
+    assert not re.findall("quadrado|céu|gato|praia|vermelho|verde|imagem de cor|foto.jpg|Bra[sz]il", text)
+    example, place = {
+        "en": ("a text in Spanish", "common where\n  Spanish is spoken but"),
+        "pt": ("um texto em espanhol", "comum onde\n  se fala espanhol, mas"),
+    }[language]
+    assert text.count(f'["{example}", ') == 7 and place in text
+    results = json.loads(results_of(run).read_text(encoding="utf-8"))
+    record = results["records"][0] | {"task": "classification", "direction": "", "metric": "accuracy", "language": "es"}
+    named = {**results, "records": [record], "classes": ["gato montés", 'perro "guía"', "loro", "pez"]}
+    (run / "results" / "classes.json").write_text(json.dumps(named), encoding="utf-8")
+    text = str(render(replace(card_facts(run), formats=facts.formats), language))
+    assert (
+        text.count('["gato montés", "perro \\"guía\\""]') == 5
+        and 'labels = ["gato montés", "perro \\"guía\\"", "loro"]' in text
+    )
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        ast.parse(code)
 
 
 NEW_KEYS = (

@@ -1,5 +1,6 @@
 """Texts of configs and data stay texts in a card, in Markdown, HTML and YAML; paths and secrets are refused."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -151,6 +152,11 @@ def test_where_base_and_data_come_from(tmp_path):
     found = origin(str(tmp_path / "data"), "dataset")
     assert found["licenses"] == ["mit", "cc-by-4.0"] and found["base_model"] == ["owner/base"]
     assert (found["title"], found["hub_id"], found["attribution"]) == ("Pairs", None, None)
+    (tmp_path / "data" / "train.parquet").touch()
+    for files in ("*.tar", "train.parquet"):  # the card beside them
+        assert origin(str(tmp_path / "data" / files), "dataset")["licenses"] == ["mit", "cc-by-4.0"], files
+    with contextlib.chdir(tmp_path / "data"):
+        assert origin("emoji", "dataset")["licenses"] == [], "an id on the Hub, not a file here"
     (tmp_path / "data" / "README.md").write_bytes(b"---\nlicense: mit\n---\n# \xff\n")
     assert origin(str(tmp_path / "data"), "dataset")["licenses"] == ["mit"]
     unknown = origin("owner/not-in-the-cache", "dataset")  # offline

@@ -22,8 +22,11 @@ from modeling_capivara.convert_open_clip import random_images
 from modeling_capivara.open_clip_mapping import build_open_clip, open_clip_state_dict
 
 TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]
-# These need no repair.
+# What a telephone's keyboard types.
+TYPED = ["“um gato” no copo d’água", "a\u0301gua e ‘coração’"]
+# These are read alike with and without the folder's code.
 PLAIN = [text for text in TEXTS if "Ã" not in text and text == " ".join(text.split())] + ["foto " * 600 + "verde"]
+PLAIN += TYPED
 FILES = {
     *("README.md", "drop_in.json", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
     *("tokenization_capivara.py", "text_repair_capivara.py", "checks_capivara.py"),
@@ -219,6 +222,7 @@ def test_other_forms_of_a_model(kind, tiny_processor, no_onnx, tmp_path):
 def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, base, no_onnx, tmp_path, capsys):
     model = shutil.copytree(model, tmp_path / "model")
     (model / "LICENSE").write_text("MIT")
+    (model / "run.json").write_text('{"config": {"language": "es"}}')
     (model / "README.md").write_text("---\nlicense: mit\nlanguage: pt\n---\n")
     folder = export(model, base, tmp_path / "out", "--repo_id", "us/text-side")
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -230,6 +234,7 @@ def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, bas
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"`{facts['image_digest']}`" in card and f"`{facts['base']}`" in card and "license: mit" in card
     assert 'folder = snapshot_download("us/text-side")' in card and str(base) not in card
+    assert 'texts = ["a text in Spanish", "another text in Spanish"]' in card and "gato" not in card
 
 
 @pytest.mark.slow

@@ -368,7 +368,7 @@ def test_pictures_stay_in_the_folder(tmp_path):
         with pytest.raises(ValueError, match="leads out"):
             open_picture(folder, inside)
     for inside, message in (
-        ("link.png", "lies outside"), ("no.png", "No such"), ("page.png", "is no image"), ("fifo.png", "regular")
+        ("link.png", "lies outside"), ("no.png", "No such"), ("page.png", "is no image"), ("fifo.png", "a pipe")
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             open_picture(folder, inside)

@@ -59,6 +59,8 @@ def check_data_sets(args: RunArguments) -> None:
         except ValueError as error:
             faults.setdefault(str(error), []).append(way_out)
             return None
+        except OSError:  # a damaged file: the reading of all rows names it
+            return None
         for columns, reason in [([args.image_column], "--image_column names another one."), *asked]:
             if missing := lacking(columns, source.columns):
                 fault = f"{source.where} has no column {' or '.join(map(repr, missing))}; there are {source.columns}."
@@ -83,7 +85,10 @@ def check_data_sets(args: RunArguments) -> None:
 def _first_rows(args: RunArguments, source: Source) -> int:
     """How many rows there are, up to a whole batch, which is enough."""
     columns = [name for name in source.columns if name != args.image_column]
-    return sum(1 for _ in itertools.islice(source.rows(only=columns), args.effective_batch_size))
+    try:
+        return sum(1 for _ in itertools.islice(source.rows(only=columns), args.effective_batch_size))
+    except OSError:  # a damaged file: the reading of all rows names it
+        return args.effective_batch_size
 
 
 def _asked_of_training(args: RunArguments) -> list[tuple[list[str], str]]:

@@ -160,7 +160,9 @@ def origin(name: str, repo_type: str) -> dict[str, Any]:
         `licenses`, `attribution`; None or an empty list for what it does not state.
     """
     of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
-    path = _card_from_hub(name, repo_type) if of_hub else Path(name) / "README.md"
+    is_of_files = not Path(name).is_dir() and "/" in name  # one file, or a pattern: its card lies beside it
+    folder = Path(name).parent if is_of_files else Path(name)
+    path = _card_from_hub(name, repo_type) if of_hub else folder / "README.md"
     card = card_metadata(path) if path else {}
     return {
         "name": short_name(name),
