@@ -28,7 +28,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
-from functools import cache, wraps
+from functools import wraps
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -67,7 +67,7 @@ def parse(
 
     Args:
         kind: dataclass with a `flag` for each argument.
-        description: text of `--help`, the docstring of the command's module; `help_pt.yaml` has the Portuguese texts.
+        description: text of `--help`, the docstring of the command's module.
         argv: the words, `sys.argv[1:]` where None.
         hide: takes secrets out of what an error says of a value.
         groups: dataclasses that `kind` consists of, each a group of the help with its `_argument_group_name`.
@@ -264,49 +264,11 @@ def locale_is_portuguese() -> bool:
     return next(filter(None, names), "").startswith("pt")
 
 
-@cache
-def portuguese_help() -> dict[str, dict[str, str]]:
-    """Section of `help_pt.yaml` -> name of a flag, `description` or heading -> text."""
-    import yaml
-
-    content = Path(__file__).with_name("help_pt.yaml").read_text(encoding="utf-8")
-    return yaml.load(
-        content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader)
-    )  # the C one takes a tenth of the time
-
-
-def in_locale(english: str, section: str = "headings", name: str | None = None) -> str:
-    """A text of the help, in Portuguese where the locale is: a heading, or what a command says of a flag or itself."""
-    if not locale_is_portuguese():
-        return english
-    sections = [portuguese_help().get(key, {}) for key in (section, section.split(".")[0], "shared")]
-    return next((texts[key] for texts in sections if (key := name or english) in texts), english)
-
-
 class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags that have one, the description's commands on lines of their own, all in the locale."""
-
-    def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog, **options)
-        self._command = prog.removeprefix("python -m ").removesuffix(".py")
-
-    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
-        """As argparse's, in the language of the locale."""
-        super().add_usage(usage, actions, groups, prefix or in_locale("usage: "))
-
-    def add_text(self, text: str | None) -> None:
-        """As argparse's, in the language of the locale."""
-        super().add_text(text and in_locale(text, self._command, "description"))
-
-    def start_section(self, heading: str) -> None:
-        """As argparse's, in the language of the locale."""
-        super().start_section(in_locale(heading))
+    """Defaults beside the flags that have one, and the description's commands on lines of their own."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        help = action.help or ""
-        default = "" if action.required else super()._get_help_string(action).removeprefix(help)
-        text = in_locale(help, self._command, action.dest)
-        return text + default.replace("(default: ", in_locale("(default: "))
+        return (action.help or "") if action.required else super()._get_help_string(action) or ""
 
 
 def _hf_argument_parser() -> type[argparse.ArgumentParser]:
