@@ -331,9 +331,9 @@ class SlurmExecutor(_Executor, SlurmPipelineExecutor):
 
     def get_launch_file_contents(self, sbatch_args: dict[str, Any], run_script: str) -> str:
         """datatrove's script, with what it does not quote: the values that sbatch reads, and the path."""
-        output = self.slurm_logs_folder.replace("%", "%%") + "/%A_%a.out"  # "%j" in a folder's name is no job's number
-        values = {**sbatch_args, "output": output, "error": output}.items()
-        quoted = {name: shlex.quote(str(value)) if value else value for name, value in values}
+        logs = self.slurm_logs_folder  # "%j" in its name is no job's number
+        texts = {name: str(value).replace(logs, logs.replace("%", "%%")) for name, value in sbatch_args.items()}
+        quoted = {name: shlex.quote(text) if text else text for name, text in texts.items()}
         path = self.logging_dir.resolve_paths("executor.pik")
         return super().get_launch_file_contents(quoted, run_script.replace(path, shlex.quote(path)))
 

@@ -54,6 +54,8 @@ class ExecutorArguments:
         if self.executor == "slurm":
             for name in ("partition", "time", "sbatch", "logging_dir", "output"):  # they stand in the jobs' script
                 value = getattr(self, name, None)
+                if isinstance(value, Path):  # a relative one has the current folder before it there
+                    value = value.absolute()
                 if re.search(r"[\x00-\x1f\x7f-\x9f\\]", "".join(value) if name == "sbatch" else str(value)):
                     raise ValueError(
                         f"{name} must have no backslash, line break or other control character where Slurm runs the "

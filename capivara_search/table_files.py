@@ -14,6 +14,7 @@ import errno
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +40,7 @@ TRIES = 12  # of a write that others' writes get in the way of
 LOCK_EVERY_S = 0.2
 FAILURES = (RuntimeError, OSError, ValueError)  # what LanceDB raises
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+NO_ADDRESS = re.compile(r'[^!-~]|["<>\\^`{|}]')  # letters that stand in none: the driver of object storage panics
 
 T = TypeVar("T")
 logger = logging.getLogger("capivara")
@@ -335,7 +337,7 @@ def storage_options() -> dict[str, str] | None:
         known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
     except ValueError:  # of the port, which a password with a slash is taken for
         known = False
-    if not known:
+    if not known or NO_ADDRESS.search(endpoint):
         raise ValueError(
             "AWS_ENDPOINT_URL must be an address such as https://host:9000. In a password, / is written %2F and @ %40."
         )

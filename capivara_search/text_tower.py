@@ -185,6 +185,8 @@ def _is_known(config: dict[str, Any], weights: WeightFile) -> bool:
     text, width = config["text_config"], config["projection_dim"]
     if any(type(text[name]) is not int for name in ("num_hidden_layers", "num_attention_heads", "pad_token_id")):
         return False
+    if not isinstance(text["layer_norm_eps"], int | float):
+        return False
     if config["model_type"] != "capivara" or any(text.get(name, value) != value for name, value in KNOWN.items()):
         return False
     if config.get("quantization_config") or text["hidden_size"] % text["num_attention_heads"]:

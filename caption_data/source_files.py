@@ -34,11 +34,11 @@ class NoSplit(ValueError):
         super().__init__(message)
         self.split = split
 
-    def by_flag(self, args: Any, other: str = "") -> ValueError:
-        """The same, with the flag of a command's arguments that named the split; `other` says a further way out."""
+    def by_flag(self, args: Any) -> ValueError:
+        """The same, with the flag of a command's arguments that named the split."""
         flags = (field.name for field in fields(args) if field.name.endswith("split"))
         flag = next(name for name in flags if getattr(args, name) == self.split)
-        return ValueError(f"{self} Name another split by --{flag}{other}.")
+        return ValueError(f"{self} Name another split by --{flag}.")
 
 
 def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -> tuple[list[Path], Bounds]:

@@ -22,6 +22,7 @@ from capivara_common.files import write_text
 
 COLUMNS = ("id", "source", "translation")
 MAX_NAMED = 5  # faults of a kind that an error names; it gives the number of all
+BLANKS = " \xa0\u3000"  # a cell of these alone is empty to who sees it
 SHOWN = 40  # letters of a sentence in an error
 WAYS_OUT = {  # of faults
     "out of order": "sort the rows by the number in the id",
@@ -96,7 +97,7 @@ def read_translations(path: Path, sentences: list[str]) -> dict[str, str]:
             faults["with another source"].append(f"line {line} ({name}, {shown})")
         if before and numbers[name] < numbers[before]:
             faults["out of order"].append(f"line {line} ({name} after {before})")
-        if not row["translation"].strip(" "):
+        if not row["translation"].strip(BLANKS):
             faults["without a translation"].append(f"line {line} ({name})")
         lines[name], found[source], before = line, row["translation"], name
     if missing := [name for name in numbers if name not in lines]:
@@ -112,7 +113,7 @@ def untranslated(path: Path) -> str:
     Raises ValueError where the file is no such table.
     """
     rows = list(_rows(path, defaultdict(list)))  # what is broken is told when the table is used
-    names = [f"line {line} ({row['id'][:SHOWN]})" for line, row in rows if not row["translation"].strip(" ")]
+    names = [f"line {line} ({row['id'][:SHOWN]})" for line, row in rows if not row["translation"].strip(BLANKS)]
     return _named({f"of {len(rows)} sentences have no translation yet": names}) if names else ""
 
 

@@ -140,7 +140,7 @@ def times(folder: Path) -> dict[str, int]:
 def test_a_table_waits_until_it_is_filled(config, tmp_path, capsys, caplog):
     """Neither an error nor a translation: it says how many are missing and where, one way to go on, and ends with 0."""
     table = tmp_path / "tables" / "train.tsv"
-    corrected(table, a_cat_0="", a_dog=" ")
+    corrected(table, a_cat_0="", a_dog=" \xa0")  # as spreadsheets have blanks
     with caplog.at_level("INFO", "capivara"):
         main(["--config", str(config)])
         main(["--config", str(config), "--dry_run"])
@@ -384,6 +384,27 @@ def test_workers_are_as_many_as_gpus_and_each_gets_one(config, monkeypatch):
     local_executor("local", work, replace(step.args, tasks=5), None)._run_in_processes([0, 1, 4])
     assert sorted(started)[:2] == [(0, "5"), (1, "2")] and started[2][0] == 4 and started[2][1] in ("2", "5")
     assert local_executor("local", work, replace(step.args, tasks=5, workers=9), None).workers == 5
+
+
+def test_the_script_of_a_slurm_job(config, tmp_path, monkeypatch):
+    """What is quoted is what the user named: a file for sbatch's output, too."""
+    scripts = []
+    monkeypatch.setattr("datatrove.executor.slurm.launch_slurm_job", lambda text, *args: scripts.append(text) or "1")
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    flags = {"executor": "slurm", "tasks": 2, "partition": "main", "time": "00:10:00", "sbatch": ["output=a b/%j.out"]}
+    build(BuildArguments(config, logging_dir=tmp_path / "50%j;x", **flags))
+    for script in scripts:
+        assert "#SBATCH --output='a b/%j.out'\n" in script
+        assert re.search(rf"#SBATCH --error='{tmp_path}/50%%j;x/\S+/slurm_logs/%A_%a\.out'\n", script)
+    assert scripts
+
+
+def test_slurm_gets_no_control_character_of_the_current_folder(tmp_path, monkeypatch):
+    """A relative folder lies in it."""
+    (tmp_path / "a\n#SBATCH --wrap=x").mkdir()
+    monkeypatch.chdir(tmp_path / "a\n#SBATCH --wrap=x")
+    with pytest.raises(ValueError, match="output must have no backslash, line break"):
+        BuildArguments(Path("c.yaml"), output=Path("built"), executor="slurm", tasks=2, partition="gpu", time="1")
 
 
 @pytest.mark.parametrize("letter", ["\n", "\x1b", "\\"])

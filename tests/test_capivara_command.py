@@ -442,7 +442,16 @@ def test_a_password_of_the_storage_is_not_printed(address, monkeypatch):
     assert "s3gredo" not in damage.detail(ValueError(f"bad magic of {address}/x"))
 
 
-@pytest.mark.parametrize("address", ["http://maria:s3gre/do@127.0.0.1:9", "127.0.0.1:9", "http://"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://maria:s3gre/do@127.0.0.1:9",
+        "http://maria:s3gre do@127.0.0.1:9",
+        'http://a:s3gre"é@127.0.0.1:9',
+        "127.0.0.1:9",
+        "http://",
+    ],
+)
 def test_an_address_of_the_storage_that_is_none_is_one_line(capivara, address, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     code, out, error = capivara("buscar", "x", "--index", "s3://bucket/fotos", "--lang", "pt")

@@ -152,6 +152,11 @@ def test_all_that_a_config_asks_of_the_data_is_told_at_once(tiny_dataset_folder,
     assert "effective_batch_size (1000) takes 1000 pairs from a data set that has 12" in batch
 
 
+def test_a_data_set_that_is_none_is_told_in_sentences():
+    with pytest.raises(ValueError, match=r"no/such [^\n]*\S\. --dataset and --train_split name the training data\. "):
+        check_data_sets(arguments("no/such"))
+
+
 @pytest.mark.parametrize("form", ["parquet", "folder", "tar"])
 def test_what_a_config_asks_is_looked_for_in_every_form(tiny_dataset_folder, tmp_path, form):
     for name, split in load_from_disk(tiny_dataset_folder).items():

@@ -237,6 +237,8 @@ def test_on_a_network_a_page_answers_to_its_own_names(index):
         opened.close()
     with pytest.raises(ValueError, match="--allow-host must be a name"):
         open_page(index, "0.0.0.0", 0, allow_hosts=["http://fotos.local"])
+    with pytest.raises(ValueError, match="--allow-host must be a name"):
+        open_page(index, "0.0.0.0", 0, allow_hosts=["fotos.local outro.local"])
 
 
 def test_a_folder_is_shown_to_who_sits_here_alone(page, row, folder, tmp_path, monkeypatch):

@@ -305,6 +305,7 @@ CONFIGS = {
     "no heads": in_text_config(num_attention_heads=0),
     "heads that are text": in_text_config(num_attention_heads="4"),
     "heads that are a fraction": in_text_config(num_attention_heads=4.0),
+    "an epsilon that is an object": in_text_config(layer_norm_eps={}),
     "a width that is a list": lambda config: config | {"projection_dim": [24]},
     "deep": lambda config: "[" * 10**5,
 }

@@ -57,7 +57,7 @@ def check_data_sets(args: RunArguments) -> None:
         try:
             source = open_source(dataset, split, args.image_column, streaming=True, **args.limits())
         except ValueError as error:
-            faults.setdefault(str(error), []).append(way_out)
+            faults.setdefault(f"{str(error).rstrip('.')}.", []).append(way_out)
             return None
         except OSError:  # a damaged file: the reading of all rows names it
             return None

@@ -226,7 +226,7 @@ def host_name(host: str) -> str:
     """The name or address in a Host header, without its port; "" where there is none."""
     with suppress(ValueError):
         parts = urlsplit(f"//{host}")
-        if not (parts.path or parts.query or parts.fragment or "@" in host):
+        if not (parts.path or parts.query or parts.fragment or "@" in host or host.split() != [host]):
             return parts.hostname or ""
     return ""
 
