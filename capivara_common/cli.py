@@ -38,6 +38,10 @@ from capivara_common.progress import prepare_bars
 T = TypeVar("T")
 
 
+class WrongUse(ValueError):
+    """A value of a command line that is none, found after it was parsed: the command ends with 2 then, too."""
+
+
 def run_command(main: Callable[[], object], resumes: bool = False) -> None:
     """`main()`; Ctrl-C ends it in one line with the exit code 130, once it has cleaned up, and no bar fills a log.
 
@@ -171,6 +175,9 @@ def user_errors(main: Callable[..., T]) -> Callable[..., T]:
         try:
             return main(*args, **options)
         except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, WrongUse) and (not args or args[0] is None):  # not called with words, as tests do
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
             sys.exit(f"error: {error}")
 
     return command

@@ -23,7 +23,7 @@ import shlex
 import shutil
 from pathlib import Path
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import WrongUse, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
 from capivara_common.files import partial_folder
@@ -54,7 +54,10 @@ def build(args: BuildArguments) -> Path | None:
         OSError: the disk is full; the same command does the rest.
     """
     given = {name: getattr(args, name) for name in ("dataset", "output", "language")}
-    plan = read_plan(args.config, args.executor_flags(), **given)
+    try:
+        plan = read_plan(args.config, args.executor_flags(), **given)
+    except ValueError as error:  # a value of the config is one of the command's
+        raise WrongUse(str(error)) from error
     check_packages(plan)
     if not args.dry_run:
         check_data(plan)

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from capivara_common.cli import WrongUse
 from capivara_common.files import read_json
 from capivara_common.privacy import hide_paths
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
@@ -85,7 +86,7 @@ def models_of(args: SuiteArguments) -> list[Model]:
         several = [] if (Path(name) / "config.json").is_file() else sorted(map(str, Path(name).glob("seed-*")))
         names += several or [name]
     if not names:
-        raise ValueError("No model is given: take --model MODEL, or --runs RUN RUN RUN.")
+        raise WrongUse("No model is given: take --model MODEL, or --runs RUN RUN RUN.")
     runs = [_model(name, "capivara", args) for name in names]
     if args.model and any(run.fingerprint == runs[0].fingerprint for run in runs[1:]):
         del runs[0]  # --model is one of --runs
@@ -104,9 +105,9 @@ def plan(args: SuiteArguments, suite: str) -> tuple[list[Model], list[Measuremen
     args.check_image_files()
     benchmarks, given = chosen(args, suite), local_data(args.data)
     if args.data_dir and not args.data_dir.is_dir():
-        raise ValueError(f"--data_dir {args.data_dir} is no folder.")
+        raise WrongUse(f"--data_dir {args.data_dir} is no folder.")
     if args.protocol == "authors" and not args.authors_file:
-        raise ValueError("--protocol authors needs --authors_file, a path or an https address.")
+        raise WrongUse("--protocol authors needs --authors_file, a path or an https address.")
     models, fault, measurements = models_of(args), functools.cache(hub_fault), []
     for benchmark in benchmarks:
         location = locate(benchmark, given, args.data_dir, args.offline, fault)
@@ -123,7 +124,7 @@ def plan(args: SuiteArguments, suite: str) -> tuple[list[Model], list[Measuremen
                 key = benchmark.key, language, model.role, model.run
                 measurements.append(Measurement(*key, file, status, reason, local=location.local, data=data))
     if not any(languages_of(benchmark, args.languages) for benchmark in benchmarks):
-        raise ValueError(f"None of the benchmarks has one of the languages {args.languages}; see --list.")
+        raise WrongUse(f"None of the benchmarks has one of the languages {args.languages}; see --list.")
     return models, measurements
 
 

@@ -72,8 +72,10 @@ class Trim(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parser().parse_args(argv)
+    flags = parser()
+    args, unknown = flags.parse_known_args(argv)
     try:
+        flags.refuse_unknown(unknown)
         if args.restore:
             if args.texts or args.held_out:
                 raise ValueError("--texts and --held-out are for --languages; --restore needs no texts.")

@@ -13,9 +13,10 @@ WORDS = (150_000, 50_000)
 
 def parser() -> "argparse.ArgumentParser":
     """The flags of the command."""
-    import argparse  # here: by now Ctrl-C works
+    from capivara_common.cli import parser as one_line_parser  # here: by now Ctrl-C works
 
-    flags = argparse.ArgumentParser(
+    flags = one_line_parser(
+        [],
         prog="python -m modeling_capivara.trim_vocabulary",
         description="Write a model that has only the word pieces which some languages use, or, with --restore, give "
         "such a model its whole vocabulary back. A text whose pieces are all kept has the same embedding.",

@@ -14,6 +14,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
+from capivara_common.cli import WrongUse
 from capivara_common.files import read_json
 
 FOLDER = Path(__file__).resolve().parent
@@ -127,8 +128,8 @@ def read_benchmark(path: Path) -> Benchmark | Average:
 
 
 def must_be_known(what: str, names: list[str], known: list[str]) -> None:
-    """Raise ValueError for the first of `names` that is not `known`; the known ones are listed, nearest first."""
+    """Raise WrongUse for the first of `names` that is not `known`; the known ones are listed, nearest first."""
     for name in names:
         if name not in known:
             ranked = sorted(known, key=lambda other: -SequenceMatcher(None, name.casefold(), other.casefold()).ratio())
-            raise ValueError(f"Unknown {what} {name!r}. Known, nearest first: {', '.join(ranked)}.")
+            raise WrongUse(f"Unknown {what} {name!r}. Known, nearest first: {', '.join(ranked)}.")
