@@ -216,7 +216,7 @@ def may_write(folder: Path) -> bool:
 
 def check_free_space(path: Path, needed: int) -> None:
     """Raise OSError when the disk that will hold `path` can't be written to, or has fewer than `needed` bytes free."""
-    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.is_dir())
     if not may_write(existing):  # what is read-only has no byte free, too
         raise PermissionError(errno.EACCES, "No permission to write here, choose another place", str(existing))
     free = shutil.disk_usage(existing).free

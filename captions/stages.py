@@ -29,6 +29,7 @@ from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase
 from caption_data.columns import CAPTION_COLUMN, IMAGE, caption_texts, fitting, passed_features
 from caption_data.rows import Skipped, write_skipped
+from caption_data.source_files import NoSplit
 from caption_data.sources import Source, open_source
 from caption_data.stage_folder import (
     DIGEST_KEY,
@@ -279,8 +280,11 @@ def stage_main(
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse(kind, description, argv)
-    if not run(args):
-        return None
+    try:
+        if not run(args):
+            return None
+    except NoSplit as error:
+        raise error.by_flag(args) from error
     print(f"{args.output}: {check_complete(args.output)}")
     return args
 

@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 from capivara_common.image_files import BadImage, decode_image
 from capivara_search.index import PictureIndex
 from capivara_search.page import answers, decoder, guard, turns
-from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard
+from capivara_search.page.guard import HEADERS, MAX_QUESTION_BYTES, MAX_UPLOAD_BYTES, Guard, host_name
 from capivara_search.page.server import open_page
 from capivara_search.page.turns import Refusal
 from capivara_search.picture_columns import FOLDER_KEY
@@ -630,3 +630,12 @@ def test_load_benchmark(tiny_folder, folder, tmp_path):
     assert set(figures["answers"]) == {"200"} and figures["visitors"]["in_a_row"] == 50
     assert figures["milliseconds_in_a_row"]["median"] > 0
     assert figures["memory_mb"]["in_a_row"]["peak"] >= figures["memory_mb"]["in_a_row"]["after"] > 0
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [("Fotos.local:80", "fotos.local"), ("[FD00::5]:80", "fd00::5"), ("fd00::5", "fd00::5"), ("::1", "::1")]
+    + [(wrong, "") for wrong in ("*.local", "a b", "a@b", "http://a", "a/b", "")],
+)
+def test_the_name_of_a_host(host, name):
+    assert host_name(host) == name

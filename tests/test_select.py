@@ -234,3 +234,9 @@ def test_a_large_selection_is_quick_to_report(tmp_path):
     assert kept == pytest.approx(sorted(s for s in similarities if s >= 0.2)[:6])
     assert dropped == pytest.approx(sorted((s for s in similarities if s < 0.2), reverse=True)[:6])
     assert sum(facts["first_captions"]["kept"]["bins"]) == facts["images"]["kept"] == (similarities >= 0.2).sum()
+
+
+def test_a_missing_split_names_its_flag(scored, tmp_path):
+    words = ["--dataset", scored, "--split", "nada", "--output", str(tmp_path / "out"), "--language", "pt"]
+    with pytest.raises(SystemExit, match=r"has no split 'nada'.* --split\.$"):
+        main([*words, "--caption_strategy", "rank"])

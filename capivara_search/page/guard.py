@@ -7,7 +7,9 @@ A question is a POST whose body is a line of JSON and, after it, the bytes of a 
 """
 
 import asyncio
+import ipaddress
 import logging
+import re
 import resource
 import socket
 from collections.abc import AsyncIterator, Collection, Sequence
@@ -224,9 +226,11 @@ def allowed_hosts(host: str, more: Sequence[str] = ()) -> list[str]:
 
 def host_name(host: str) -> str:
     """The name or address in a Host header, without its port; "" where there is none."""
+    with suppress(ValueError):  # an address of IPv6 as people write it
+        return str(ipaddress.IPv6Address(host))
     with suppress(ValueError):
         parts = urlsplit(f"//{host}")
-        if not (parts.path or parts.query or parts.fragment or "@" in host or host.split() != [host]):
+        if not (parts.path or parts.query or parts.fragment or re.search(r"[@*\s]", host)):
             return parts.hostname or ""
     return ""
 
