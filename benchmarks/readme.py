@@ -45,13 +45,15 @@ SUMMARY_EN = (
     ("Model", *(f"{name}: {way}" for name in ("Portuguese", "English") for way in ("text to image", "image to text"))),
     ("Base model", "CAPIVARA, the paper's recipe", "CAPIVARA, [our recipe](docs/recipe.md)", "Chance"),
     "Mean recall (recall@1, @5 and @10) in per cent, mean ± standard deviation of {runs} seeds, among {images} test "
-    "images of concepts that were never trained; {paper} and {ours} minutes per seed on {device}.",
+    "images of concepts that were never trained; {paper} and {ours} minutes per seed on {device}. Measured at commit "
+    "a876dd5, with the whole vocabulary of the text encoder.",
 )
 SUMMARY_PT = (
     ("Modelo", *(f"{name}: {way}" for name in ("português", "inglês") for way in ("texto → imagem", "imagem → texto"))),
     ("Modelo de base", "CAPIVARA, receita do artigo", "CAPIVARA, [nossa receita](docs/recipe.md)", "Acaso"),
     "Revocação média (recall@1, @5 e @10) em por cento, com média ± desvio padrão de {runs} sementes, entre {images} "
-    "imagens de teste, de conceitos que não aparecem no treinamento; {paper} e {ours} min por semente em {device}.",
+    "imagens de teste, de conceitos que não aparecem no treinamento; {paper} e {ours} min por semente em {device}. "
+    "Medido no commit a876dd5, com o vocabulário inteiro do codificador de texto.",
 )
 
 
@@ -104,13 +106,6 @@ def pages() -> dict[str, dict[str, Callable[[], str]]]:
             "guiding": lambda: captioning.guiding_table(
                 {name: _results(f"guiding_{name}") for name in ("cells", "pixels")}
             ),
-        },
-        "docs/recipe.md": {
-            "recipe_variants": lambda: recipe_tables.variants_table(_results("recipe")),
-            "recipe_choice": lambda: recipe_tables.choice_table(_results("recipe")),
-            "recipe_validation": lambda: recipe_tables.recall_table(_results("recipe"), "validation"),
-            "recipe_test": lambda: recipe_tables.recall_table(_results("recipe"), "test"),
-            "recipe_neighbours": lambda: recipe_tables.neighbours_table(_results("recipe")),
         },
     }
 

@@ -280,6 +280,7 @@ def train_step_table(results: dict[str, Any]) -> str:
         )
         for precision, programs in results["measured"].items()
         for name, found in programs.items()
+        if name.removesuffix(BEFORE) in TITLES
     ]
     ratios = [
         f"{TITLES[name]}, {precision}: {found['ratio_to_before']:.2f}"

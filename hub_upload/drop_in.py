@@ -25,6 +25,7 @@ from capivara_common.files import check_free_space, read_json, write_json, write
 from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_difference, image_side_digest
 from capivara_common.privacy import hide_paths, short_name
+from capivara_search.models import CONVERTER
 from hub_upload import loader_files, onnx_files, source_model
 from hub_upload.card_metadata import LICENCES
 from hub_upload.card_text import MARKDOWN_TEMPLATES, Words, code, code_examples
@@ -33,7 +34,6 @@ from hub_upload.remote import check_repo_id
 from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors, tensor_digests
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import card_metadata, load_processor
-from modeling_capivara.open_clip_conversion import CONVERTER
 from modeling_capivara.open_clip_mapping import (
     BASE_TEXT_MODEL,
     capivara_state_dict,

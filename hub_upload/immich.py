@@ -28,9 +28,9 @@ from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_difference
+from capivara_search.models import CONVERTER
 from hub_upload.export_arguments import ExportArguments
 from hub_upload.immich_folder import BASE_NAME, check
-from modeling_capivara.open_clip_conversion import CONVERTER
 
 logger = logging.getLogger("capivara")
 

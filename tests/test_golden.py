@@ -51,10 +51,10 @@ def home(copied, monkeypatch) -> Iterator[Path]:
     """It, as the current folder, at the time of Greenwich."""
     for name in ("LC_ALL", "LC_MESSAGES", "CAPIVARA_INDEX", "CAPIVARA_MODEL", "TERM"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(copied)  # of the test itself: what it changes afterwards is undone with this
     with monkeypatch.context() as patch:
         patch.setenv("TZ", "UTC")
         time.tzset()
-        patch.chdir(copied)
         yield copied
     time.tzset()
 

@@ -93,7 +93,7 @@ def test_the_wheel_holds_the_typed_package_and_says_whose_it_is(built):
         names = wheel.namelist()
         metadata = email.message_from_bytes(wheel.read(next(name for name in names if name.endswith("/METADATA"))))
     folders = {name.split("/")[0] for name in names}
-    ours = {"modeling_capivara", "capivara_search"}
+    ours = {"modeling_capivara", "capivara_common", "capivara_search"}
     assert folders == ours | {f"modeling_capivara-{modeling_capivara.__version__}.dist-info"}
     assert "capivara_search/py.typed" in names
     assert "modeling_capivara/py.typed" in names and any(name.endswith("licenses/LICENSE") for name in names)
