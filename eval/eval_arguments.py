@@ -163,29 +163,6 @@ class SuiteArguments(EmbeddingArguments):
 
 
 @dataclass
-class MiebArguments:
-    """Flags of `eval.mieb`."""
-
-    model: Path = flag(..., "Folder of a model that was exported with the format sentence_transformers.")
-    output: Path = flag(Path("results/mieb"), "Folder of mteb's result files; what is there is not measured again.")
-    tasks: list[str] = flag(["XM3600T2IRetrieval", "XM3600I2TRetrieval"], "Tasks of mteb, by their names.")
-    languages: list[str] = flag(["por"], "Languages by mteb's codes, of tasks that have several.")
-    repo_id: str | None = flag(None, "Hub id, OWNER/NAME, that the result files name.")
-    revision: str | None = flag(None, "Commit that they name; a digest of the weights where none is given.")
-    batch_size: int = flag(32, "Texts or images that go through at once.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "batch_size")
-        if self.repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo_id):
-            raise ValueError(f"repo_id must be OWNER/NAME, got {self.repo_id!r}.")
-        if self.revision is not None and not re.fullmatch(r"[\w-]+", self.revision):
-            raise ValueError(f"revision must be a commit, of letters and digits, got {self.revision!r}.")
-        if not self.tasks or not self.languages:
-            raise ValueError("Name at least one of --tasks and one of --languages.")
-
-
-@dataclass
 class ReportArguments:
     """Arguments of `eval.report`."""
 
