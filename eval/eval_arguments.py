@@ -14,8 +14,13 @@ from capivara_common.image_files import (
     CaptionDataArguments,
     ImageFileArguments,
 )
-from capivara_common.tasks import ExecutorArguments
 from eval.benchmarks import METRICS, SUITES
+
+LAUNCHED = "`accelerate launch -m eval.retrieval` shares the work out to processes, see docs/cluster.md"
+GONE = {  # flags of earlier versions -> what there is instead
+    **dict.fromkeys(("executor", "tasks", "workers", "partition", "time", "sbatch", "logging_dir"), LAUNCHED),
+    **dict.fromkeys(("cpus_per_task", "mem_per_cpu_gb", "gpus_per_task"), LAUNCHED),
+}
 
 
 @dataclass(kw_only=True)
@@ -50,10 +55,10 @@ class ModelArguments(EmbeddingArguments):
 
 
 @dataclass
-class RetrievalArguments(CaptionDataArguments, ModelArguments, ExecutorArguments):
+class RetrievalArguments(CaptionDataArguments, ModelArguments):
     """Flags of `eval.retrieval`."""
 
-    module = "eval.retrieval"
+    gone = GONE
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
     dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file for the result records.")
@@ -79,10 +84,6 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments, ExecutorArguments
             raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
         at_least(self, 0, "gallery")
         at_least(self, 1, "dim")
-        if self.executor_flags():
-            self.check_executor()
-            if self.cache_dir == "off":
-                raise ValueError("Tasks share embeddings by the cache: cache_dir must be auto or a folder, got 'off'.")
 
 
 @dataclass

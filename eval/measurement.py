@@ -59,18 +59,15 @@ def write_result(
 
 @user_errors
 def run_evaluation(
-    kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record] | None], argv: list[str] | None = None
+    kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record]], argv: list[str] | None = None
 ) -> None:
-    """The command of a measurement: read the flags, measure, print the figures and what their reader must know.
-
-    Where `evaluate` gives None, Slurm will measure.
-    """
+    """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
     args = parse(kind, doc, argv)
     try:
         records = evaluate(args)
     except NoSplit as error:
         raise error.by_flag(args) from error
-    if records is None or not processes().is_main_process:
+    if not processes().is_main_process:
         return
     for record in records:
         what = f"{record.direction:14} {record.metric:12}"

@@ -1,4 +1,4 @@
-"""One build, and embeddings, on two workers, a real Slurm and a real Ray: the same bytes, whatever is killed."""
+"""One build on two workers, a real Slurm and a real Ray: the same bytes, whatever is killed."""
 
 import json
 import os
@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import yaml
 from caption_build import ROOT, changed, files, openmoji_config, surroundings, write_config
@@ -23,7 +21,6 @@ from capivara_search import PictureIndex
 from captions.build import BuildArguments, build
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from modeling_capivara import CapivaraModel
-from records.schema import read_records
 
 PLACES = ("1-translate/train.translations/parts", "1-translate/train/", "2-score/train", "3-select/train")
 LONGEST_S = 240  # of a build on a cluster
@@ -163,55 +160,6 @@ def test_a_real_ray(config, built):
     logs = built / "logs" / "2-score" / "train" / "rows"
     assert "ray_remote_kwargs" in (logs / "executor.json").read_text(), "Ray has done it"
     assert "2-score, train: rows, task 1 of 2: " in (logs / "logs" / "task_00001.log").read_text()
-
-
-@pytest.fixture
-def retrieval(tmp_path, tiny_folder):
-    """Runs `eval.retrieval` on two shards of pictures with further flags: the records, and the embeddings made."""
-    (tmp_path / "test").mkdir()
-    generator, lines = np.random.default_rng(0), []
-    for number in range(300):
-        pixels = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).resize((40, 40)).save(tmp_path / "test" / f"{number}.png")
-        lines.append({"file_name": f"{number}.png", "captions-pt": [f"foto {number} {word}" for word in "abcdefgh"]})
-    (tmp_path / "test" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def measured(name: str, *flags: str, **variables: str) -> tuple[list, dict[str, bytes]]:
-        options = surroundings()
-        options["env"] |= variables | {"CAPIVARA_CACHE": str(tmp_path / name)}
-        command = [
-            "-m",
-            "eval.retrieval",
-            "--model",
-            tiny_folder,
-            "--dataset",
-            tmp_path,
-            "--output",
-            f"{tmp_path}/{name}.json",
-        ]
-        done = subprocess.run([sys.executable, *command, *flags], timeout=LONGEST_S, **options)
-        assert done.returncode == 0, done.stderr[-5000:]
-        if "slurm" in flags:
-            assert done.stdout.startswith("The jobs are submitted.")
-            wait_for_jobs(variables)
-        else:
-            assert done.stdout.count("mean_recall") == 2
-        return read_records(tmp_path / f"{name}.json"), files(tmp_path / name)
-
-    return measured
-
-
-def test_embeddings_on_a_real_slurm(retrieval, slurm, tmp_path):
-    assert retrieval("slurm", *SLURM, **slurm) == (one := retrieval("one"))
-    assert len(one[1]) == 4, "two shards of images, two of captions"
-    command = json.loads((tmp_path / "slurm.json").read_text())["command"]
-    assert command.startswith("python -m eval.retrieval --model ") and str(tmp_path) not in command
-
-
-def test_embeddings_on_a_real_ray(retrieval):
-    pytest.importorskip("ray")
-    flags = ("--executor", "ray", "--tasks", "2", "--mem_per_cpu_gb", "1")
-    assert retrieval("ray", *flags, RAY_ADDRESS="local") == retrieval("one")
 
 
 def test_openmoji_on_two_workers(tmp_path, tiny_folder, tiny_dataset_folder):
