@@ -28,9 +28,7 @@ class EmbeddingArguments(ImageFileArguments):
     """How images and texts are embedded."""
 
     batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
-    precision: Literal["float32", "bf16"] = flag(
-        "float32", "bf16 is faster; eval.retrieval measures its effect on recall on a part and prints it."
-    )
+    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster; its figures differ a little.")
     cache_dir: str = flag(
         "auto", "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
     )

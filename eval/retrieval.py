@@ -45,13 +45,12 @@ from eval.eval_arguments import RetrievalArguments, caption_positions
 from eval.gallery import write_gallery
 from eval.measurement import open_store, run_evaluation, write_result
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedder import Embedder, processes
+from modeling_capivara.embedder import processes
 from modeling_capivara.embedding import embed_texts
 from modeling_capivara.image_tower_capivara import check_truncate_dim
 from records.schema import DIRECTIONS, Record
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
-PRECISION_CHECK_IMAGES = 256  # whose recall is measured in both precisions where bf16 is asked for
 
 
 def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
@@ -168,10 +167,6 @@ class RetrievalData:
         """The one that a training run gives the same images and captions."""
         return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
 
-    def first(self, rows: int) -> "RetrievalData":
-        """The first rows alone."""
-        return RetrievalData(self.source, self.captions[:rows], self.image_column)
-
 
 def load_data(args: RetrievalArguments) -> RetrievalData:
     """The split of the arguments, its columns and captions checked.
@@ -197,7 +192,9 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
     data = load_data(args)
-    store = _open(args)
+    store = open_store(args)
+    if args.dim is not None:  # before any long work
+        check_truncate_dim(args.dim, store.embedder.texts(["capivara"]).shape[1], "dim")
     started = time.perf_counter()
     whole, images = data.embedded(store)
     embeddings = whole.cut(args.dim)
@@ -207,8 +204,6 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
     records = retrieval_records(embeddings, args.recall_at, protocol, **facts)
     parts: dict[str, Any] = {"name": args.dataset_name or args.dataset, "skipped": images.skipped}
-    if args.precision != "float32":
-        parts["precision_effect"] = precision_effect(args, data, store.embedder)
     store.close()
     if processes().is_main_process:
         if args.gallery:
@@ -217,26 +212,6 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
             parts["gallery"] = write_gallery(args.output, args.gallery, embeddings, texts, *pictures)
         write_result(args, records, args.dataset, data.fingerprint(), store, started, **parts)
     return records
-
-
-def _open(args: RetrievalArguments) -> EmbeddingStore:
-    """The store of the arguments' model. Raises ValueError, before any long work, where it is too narrow for `dim`."""
-    store = open_store(args)
-    if args.dim is not None:
-        check_truncate_dim(args.dim, store.embedder.texts(["capivara"]).shape[1], "dim")
-    return store
-
-
-def precision_effect(args: RetrievalArguments, data: RetrievalData, embedder: Embedder) -> dict[str, Any]:
-    """Mean recall of the first images in float32 and in the precision of `embedder`, among themselves."""
-    part = data.first(PRECISION_CHECK_IMAGES)
-    effect: dict[str, Any] = {"images": part.images.count}
-    for store in (open_store(args, "float32"), EmbeddingStore(embedder, None, args.batch_size)):
-        embeddings, _ = part.embedded(store)
-        cut = embeddings.cut(args.dim)
-        effect[store.embedder.precision] = {name: mean_recall(cut.ranks(name)) for name in DIRECTIONS}
-        store.close()
-    return effect
 
 
 def reported_cutoffs(cutoffs: Sequence[int], images: int) -> tuple[int, ...]:

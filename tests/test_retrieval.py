@@ -221,11 +221,13 @@ def test_google_captions_only(tiny_folder, folder, tmp_path):
     assert {r.n for r in records} == {NUMBER, 2 * NUMBER} and all("captions: odd" in r.protocol for r in records)
 
 
-def test_bf16_prints_its_effect(tiny_folder, folder, tmp_path, capsys):
-    main(flags(tiny_folder, folder, tmp_path / "r.json", "--precision", "bf16"))
-    assert "bf16 changes mean recall by" in capsys.readouterr().out
-    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert content["precision"] == "bf16" and content["precision_effect"]["images"] == NUMBER
+def test_bf16_is_another_cache_and_is_recorded(tiny_folder, folder, tmp_path):
+    for precision in ("float32", "bf16"):
+        more = ("--precision", precision, "--cache_dir", tmp_path / "cache")
+        main(flags(tiny_folder, folder, tmp_path / "r.json", *more))
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["precision"] == "bf16"
+    one, other = (np.load(path) for path in (tmp_path / "cache").rglob("images-*.npy"))
+    assert 0 < abs(one - other).max() < 0.05
 
 
 def test_corrupt_images_are_counted_and_listed(tiny_folder, folder, tmp_path, capsys):
