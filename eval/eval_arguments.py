@@ -16,7 +16,7 @@ from capivara_common.image_files import (
 )
 from eval.benchmarks import METRICS, SUITES
 
-LAUNCHED = "`accelerate launch -m eval.retrieval` shares the work out to processes, see docs/cluster.md"
+LAUNCHED = "`accelerate launch --multi_gpu -m eval.retrieval` shares the work out to processes, see docs/cluster.md"
 GONE = {  # flags of earlier versions -> what there is instead
     **dict.fromkeys(("executor", "tasks", "workers", "partition", "time", "sbatch", "logging_dir"), LAUNCHED),
     **dict.fromkeys(("cpus_per_task", "mem_per_cpu_gb", "gpus_per_task"), LAUNCHED),

@@ -6,7 +6,7 @@ r"""Cross-modal retrieval: texts find their image, images find one of their text
 A large data set is embedded by several processes, on one machine or on a cluster (docs/cluster.md). The figures are the
 same to the bit.
 
-    accelerate launch --num_processes 8 -m eval.retrieval …
+    accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """
 
 from capivara_common.start import start_command

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -150,6 +151,32 @@ def test_names_are_no_commands_to_the_shell_or_to_sbatch(config, built, slurm, t
     (output,) = (logs / "dataset" / "slurm_logs").iterdir()
     assert "launch_pickled_pipeline" in output.read_text()
     assert "#SBATCH --comment='a b #'\"'\"'c'\"'\"''\n" in (logs / "dataset" / "launch_script.slurm").read_text()
+
+
+def test_retrieval_by_the_job_of_the_page(tiny_folder, tiny_dataset_folder, slurm, tmp_path):
+    """docs/cluster.md's job, for two machines that are one, without GPUs."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (job,) = re.findall(r"```bash\n(#SBATCH.*?)```", (ROOT / "docs/cluster.md").read_text(encoding="utf-8"), re.DOTALL)
+    here = {
+        "--nodes=4 --ntasks-per-node=1 --gpus-per-node=4 --time=01:00:00": "--ntasks=2 --time=00:05:00",
+        "accelerate launch": f"{sys.executable} -m accelerate.commands.launch",
+        "--num_machines 4 --num_processes 16": "--num_machines 2 --num_processes 2",
+        "29500": str(port),
+        " MODEL ": f" {tiny_folder} --recall_at 1 5 ",
+        '"shards/*.parquet"': str(tiny_dataset_folder),
+        "retrieval.json": str(tmp_path / "retrieval.json"),
+    }
+    for old, new in here.items():
+        assert old in job, old
+        job = job.replace(old, new)
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{job}", encoding="utf-8")
+    options = surroundings()
+    options["env"] |= slurm | {"SCRATCH": str(tmp_path)}
+    command = ["sbatch", "--wait", f"--output={tmp_path}/log", f"--chdir={ROOT}", str(tmp_path / "job.sh")]
+    done = subprocess.run(command, timeout=LONGEST_S, **options)
+    said = (tmp_path / "log").read_text()
+    assert done.returncode == 0 and said.count("recall@5") == 2, said  # one of the two processes prints
 
 
 def test_a_real_ray(config, built):

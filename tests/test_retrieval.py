@@ -172,13 +172,14 @@ def test_an_interrupted_run_goes_on(tiny_folder, folder, tmp_path, monkeypatch):
 def test_two_processes_give_the_bits_of_one(tiny_folder, folder, tmp_path):
     (folder / "test" / "05.png").write_bytes(b"no picture")
     script = (
-        "import sys\nfrom eval import embeddings as e\n"
+        "import os, sys\nfrom eval import embeddings as e\n"
+        "open('process' + os.environ.get('RANK', ''), 'w').close()\n"
         "e.IMAGES_PER_SHARD, e.TEXTS_PER_SHARD = 4, 10\n"
         "from eval.retrieval import main\nmain(sys.argv[1:])\n"
     )
     (tmp_path / "run.py").write_text(script, encoding="utf-8")
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", "-m", "run"]
-    for name, start in (("one", ["run.py"]), ("two", launch)):
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    for name, start in (("one", ["run.py"]), ("two", [*launch, "--main_process_port", "0", "-m", "run"])):
         more = flags(tiny_folder, folder, tmp_path / f"{name}.json", "--cache_dir", tmp_path / name)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
@@ -186,6 +187,7 @@ def test_two_processes_give_the_bits_of_one(tiny_folder, folder, tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("mean_recall") == 2, "one process prints"
+    assert {path.name for path in tmp_path.glob("process*")} == {"process", "process0", "process1"}
     assert read_records(tmp_path / "one.json") == read_records(tmp_path / "two.json")
     for path in sorted((tmp_path / "one").rglob("*.npy")):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
@@ -203,7 +205,9 @@ def test_many_shards_are_few_open_files(tmp_path):
 
 @pytest.mark.parametrize("flag", ["executor", "tasks", "gpus_per_task"])
 def test_flags_of_executors_name_accelerate(tmp_path, flag):
-    with pytest.raises(SystemExit, match=f"`--{flag}` is gone: `accelerate launch -m eval.retrieval` shares"):
+    with pytest.raises(
+        SystemExit, match=f"`--{flag}` is gone: `accelerate launch --multi_gpu -m eval.retrieval` shares"
+    ):
         main(flags("no-model", tmp_path, tmp_path / "r.json", f"--{flag}", "2"))
 
 
