@@ -108,7 +108,7 @@ def places(results: dict[str, Any]) -> dict[str, tuple[str, str]]:
             f"`{EXPORT} transformers,sentence_transformers`",
             store["sentence-transformers"],
         ),
-        "mteb": ("`python -m eval.mieb --model FOLDER --output results`", "mteb 2.26"),
+        "mteb": ("`mteb.evaluate`", "mteb 2.26"),
     }
 
 

@@ -5,7 +5,7 @@
     text_embeds = store.texts(["uma foto de um gato"])
 
 A shard of `caption_data.embedding_cache` is named by its own images or texts: a data set that has grown has its first
-shards, and a task that embeds a share of it (`keep_share`) need not know the others.
+shards.
 """
 
 import shutil
@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from capivara_common.image_files import BadImage
-from capivara_common.tasks import all_parts, share
+from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
 from caption_data.image_rows import ImageRows
 from caption_data.rows import digest_of
@@ -110,18 +110,6 @@ class EmbeddingStore:
         Raises:
             ValueError: no image can be read.
         """
-        cache = self.keep_images(images, description)
-        cache.open()
-        good = [[row for row in part if row not in cache.bad] for part in cache.parts]
-        if not any(good):
-            raise ValueError(f"None of the {images.count} images can be read: {next(iter(cache.bad.values()))}.")
-        shards = zip(cache.arrays, cache.parts, good, strict=True)
-        embeds = [array[[row - part.start for row in rows]] for array, part, rows in shards if rows]
-        rows = torch.tensor([row for rows in good for row in rows])
-        return EmbeddedImages(torch.from_numpy(np.concatenate(embeds)), rows, cache.bad)
-
-    def keep_images(self, images: ImageRows, description: str = "Images") -> EmbeddingCache:
-        """Embed the images whose embeddings are not kept yet."""
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, list[tuple[int, str]]]:
             good, parts, bad = [], [], []
@@ -140,40 +128,32 @@ class EmbeddingStore:
 
         parts = all_parts(images.count, IMAGES_PER_SHARD)
         digests = [digest_of([images.row_digest(row) for row in part]) for part in parts]
-        return self._kept("images", self.embedder.image_fingerprint, parts, digests, embed, description)
+        cache = self._kept("images", self.embedder.image_fingerprint, parts, digests, embed, description)
+        good = [[row for row in part if row not in cache.bad] for part in parts]
+        if not any(good):
+            raise ValueError(f"None of the {images.count} images can be read: {next(iter(cache.bad.values()))}.")
+        shards = zip(cache.arrays, parts, good, strict=True)
+        embeds = [array[[row - part.start for row in rows]] for array, part, rows in shards if rows]
+        rows = torch.tensor([row for rows in good for row in rows])
+        return EmbeddedImages(torch.from_numpy(np.concatenate(embeds)), rows, cache.bad)
 
     def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
         """(texts, width), unit length, float32. Equal texts are embedded once."""
         distinct = distinct_texts(texts)
-        cache = self.keep_texts(distinct, description)
-        cache.open()
-        position = {text: number for number, text in enumerate(distinct)}
-        return torch.from_numpy(np.concatenate(cache.arrays)[[position[text] for text in texts]])
-
-    def keep_texts(self, distinct: Sequence[str], description: str = "Texts") -> EmbeddingCache:
-        """Embed those of `distinct_texts` whose embeddings are not kept yet."""
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, list]:
             return self.embedder.texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), []
 
         parts = all_parts(len(distinct), TEXTS_PER_SHARD)
         digests = [digest_of(distinct[part.start : part.stop]) for part in parts]
-        return self._kept("texts", self.embedder.fingerprint, parts, digests, embed, description)
-
-    def keep_share(
-        self, images_of: Callable[[range], ImageRows], rows: int, texts: Sequence[str], rank: int, world_size: int
-    ) -> None:
-        """Embed a share of all rows and texts, as far as it is not kept yet, for a process that asks for all."""
-        if parts := share(all_parts(rows, IMAGES_PER_SHARD), rank, world_size):
-            self.keep_images(images_of(range(parts[0].start, parts[-1].stop)))
-        distinct = distinct_texts(texts)
-        if parts := share(all_parts(len(distinct), TEXTS_PER_SHARD), rank, world_size):
-            self.keep_texts(distinct[parts[0].start : parts[-1].stop])
+        cache = self._kept("texts", self.embedder.fingerprint, parts, digests, embed, description)
+        position = {text: number for number, text in enumerate(distinct)}
+        return torch.from_numpy(np.concatenate(cache.arrays)[[position[text] for text in texts]])
 
     def _kept(
         self, kind: str, model: str, parts: list[range], digests: list[str], embed: Callable, description: str
     ) -> EmbeddingCache:
-        """The cache, of which `embed` has made the shards that were missing, each from its rows."""
+        """The cache, opened, of which `embed` has made the shards that were missing, each from its rows."""
         key = cache_key({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size})
         folder = (self.root or self._temporary) / "evaluation" / key
         cache = EmbeddingCache(folder, parts, [f"{kind}-{digest}.npy" for digest in digests])
@@ -185,6 +165,7 @@ class EmbeddingStore:
                     yield embed(parts[number], bar)
 
         cache.make(cache.missing(), embed_all)
+        cache.open()
         return cache
 
     def close(self) -> None:

@@ -14,8 +14,13 @@ from capivara_common.image_files import (
     CaptionDataArguments,
     ImageFileArguments,
 )
-from capivara_common.tasks import ExecutorArguments
 from eval.benchmarks import METRICS, SUITES
+
+LAUNCHED = "`accelerate launch --multi_gpu -m eval.retrieval` shares the work out to processes, see docs/cluster.md"
+GONE = {  # flags of earlier versions -> what there is instead
+    **dict.fromkeys(("executor", "tasks", "workers", "partition", "time", "sbatch", "logging_dir"), LAUNCHED),
+    **dict.fromkeys(("cpus_per_task", "mem_per_cpu_gb", "gpus_per_task"), LAUNCHED),
+}
 
 
 @dataclass(kw_only=True)
@@ -23,9 +28,7 @@ class EmbeddingArguments(ImageFileArguments):
     """How images and texts are embedded."""
 
     batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
-    precision: Literal["float32", "bf16"] = flag(
-        "float32", "bf16 is faster; eval.retrieval measures its effect on recall on a part and prints it."
-    )
+    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster; its figures differ a little.")
     cache_dir: str = flag(
         "auto", "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
     )
@@ -50,10 +53,10 @@ class ModelArguments(EmbeddingArguments):
 
 
 @dataclass
-class RetrievalArguments(CaptionDataArguments, ModelArguments, ExecutorArguments):
+class RetrievalArguments(CaptionDataArguments, ModelArguments):
     """Flags of `eval.retrieval`."""
 
-    module = "eval.retrieval"
+    gone = GONE
     model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
     dataset: str = flag(..., DATASET_HELP)
     output: Path = flag(..., "JSON file for the result records.")
@@ -79,10 +82,6 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments, ExecutorArguments
             raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
         at_least(self, 0, "gallery")
         at_least(self, 1, "dim")
-        if self.executor_flags():
-            self.check_executor()
-            if self.cache_dir == "off":
-                raise ValueError("Tasks share embeddings by the cache: cache_dir must be auto or a folder, got 'off'.")
 
 
 @dataclass
@@ -160,29 +159,6 @@ class SuiteArguments(EmbeddingArguments):
     offline: bool = flag(False, "Take local data alone.")
     gallery: int = flag(0, "Queries with small copies of pictures to keep for a report.")
     list_benchmarks: bool = flag(False, "Show the suite's benchmarks and where their data are.", aliases=["--list"])
-
-
-@dataclass
-class MiebArguments:
-    """Flags of `eval.mieb`."""
-
-    model: Path = flag(..., "Folder of a model that was exported with the format sentence_transformers.")
-    output: Path = flag(Path("results/mieb"), "Folder of mteb's result files; what is there is not measured again.")
-    tasks: list[str] = flag(["XM3600T2IRetrieval", "XM3600I2TRetrieval"], "Tasks of mteb, by their names.")
-    languages: list[str] = flag(["por"], "Languages by mteb's codes, of tasks that have several.")
-    repo_id: str | None = flag(None, "Hub id, OWNER/NAME, that the result files name.")
-    revision: str | None = flag(None, "Commit that they name; a digest of the weights where none is given.")
-    batch_size: int = flag(32, "Texts or images that go through at once.")
-    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "batch_size")
-        if self.repo_id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.repo_id):
-            raise ValueError(f"repo_id must be OWNER/NAME, got {self.repo_id!r}.")
-        if self.revision is not None and not re.fullmatch(r"[\w-]+", self.revision):
-            raise ValueError(f"revision must be a commit, of letters and digits, got {self.revision!r}.")
-        if not self.tasks or not self.languages:
-            raise ValueError("Name at least one of --tasks and one of --languages.")
 
 
 @dataclass

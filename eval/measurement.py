@@ -15,15 +15,14 @@ from modeling_capivara.embedder import load_embedder, processes
 from records.schema import Record, header, hub_revision, write_records
 
 
-def open_store(args: ModelArguments, precision: str | None = None) -> EmbeddingStore:
-    """The model of the arguments, its embeddings kept in their cache folder; those of another `precision` are not kept.
+def open_store(args: ModelArguments) -> EmbeddingStore:
+    """The model of the arguments, its embeddings kept in their cache folder.
 
     Raises:
         ValueError, OSError, ImportError: as of `load_embedder`.
     """
-    used = precision or args.precision
-    embedder = load_embedder(args.model, args.device, args.role == "baseline", used, args.trust_remote_code)
-    return EmbeddingStore(embedder, None if precision else cache_folder(args.cache_dir), args.batch_size)
+    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
+    return EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
 
 
 def write_result(
@@ -59,18 +58,15 @@ def write_result(
 
 @user_errors
 def run_evaluation(
-    kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record] | None], argv: list[str] | None = None
+    kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record]], argv: list[str] | None = None
 ) -> None:
-    """The command of a measurement: read the flags, measure, print the figures and what their reader must know.
-
-    Where `evaluate` gives None, Slurm will measure.
-    """
+    """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
     args = parse(kind, doc, argv)
     try:
         records = evaluate(args)
     except NoSplit as error:
         raise error.by_flag(args) from error
-    if records is None or not processes().is_main_process:
+    if not processes().is_main_process:
         return
     for record in records:
         what = f"{record.direction:14} {record.metric:12}"
@@ -84,7 +80,3 @@ def run_evaluation(
         print(note)
     if skipped := len(content["skipped"]):
         print(f"{skipped} images could not be read and are not in these figures; {args.output} lists them.")
-    effect = content.get("precision_effect", {})
-    for direction, exact in effect.get("float32", {}).items():
-        points = 100 * (effect["bf16"][direction] - exact)
-        print(f"{direction:14} bf16 changes mean recall by {points:+.2f} points ({effect['images']} images)")

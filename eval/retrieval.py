@@ -3,11 +3,10 @@ r"""Cross-modal retrieval: texts find their image, images find one of their text
     python -m eval.retrieval --model data/openmoji/base --dataset data/openmoji/dataset --split test --language pt \
         --output retrieval_pt.json
 
-A large data set is embedded by many processes: by those of `accelerate launch`, or in shares of its rows by the workers
-of this machine, by a Slurm cluster or by Ray (docs/cluster.md). The figures are the same to the bit.
+A large data set is embedded by several processes, on one machine or on a cluster (docs/cluster.md). The figures are the
+same to the bit.
 
-    python -m eval.retrieval … --tasks 8 --workers 8
-    python -m eval.retrieval … --executor slurm --tasks 40 --partition gpu --gpus_per_task 1 --time 01:00:00
+    accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """
 
 from capivara_common.start import start_command
@@ -15,8 +14,6 @@ from capivara_common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("eval.eval_arguments:RetrievalArguments", __doc__)
 
-import logging
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +25,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from capivara_common.cli import run_command
-from capivara_common.environment import require
 from capivara_common.files import check_output_file
 from capivara_common.image_files import BadRow
-from capivara_common.privacy import hide_paths, short_name
-from capivara_common.tasks import Phase
+from capivara_common.privacy import short_name
 from caption_data.columns import caption_texts
 from caption_data.image_rows import ImageRows
 from caption_data.rows import rows_fingerprint
@@ -50,13 +45,12 @@ from eval.eval_arguments import RetrievalArguments, caption_positions
 from eval.gallery import write_gallery
 from eval.measurement import open_store, run_evaluation, write_result
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedder import Embedder, processes
+from modeling_capivara.embedder import processes
 from modeling_capivara.embedding import embed_texts
 from modeling_capivara.image_tower_capivara import check_truncate_dim
 from records.schema import DIRECTIONS, Record
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
-PRECISION_CHECK_IMAGES = 256  # whose recall is measured in both precisions where bf16 is asked for
 
 
 def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
@@ -158,28 +152,20 @@ class RetrievalData:
     @cached_property
     def images(self) -> ImageRows:
         """The images of all rows."""
-        return self.images_of(range(len(self.captions)))
-
-    def images_of(self, rows: range) -> ImageRows:
-        """Of some rows, which are counted from 0."""
-        return ImageRows(lambda row: self.source.row(rows[row])[self.image_column], len(rows), self.source.files)
+        return ImageRows(lambda row: self.source.row(row)[self.image_column], len(self.captions), self.source.files)
 
     def embedded(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
         """All images that can be read, with their captions, in the shared space."""
         images = store.images(self.images)
         texts, row_of_text = flat_captions(self.captions)
         good = torch.isin(row_of_text, images.rows)
-        text_embeds = store.texts(texts, "Captions")[good]  # of all: a task that embeds captions has seen no image
+        text_embeds = store.texts(texts, "Captions")[good]  # of all: their cache does not depend on the images
         image_of_text = torch.searchsorted(images.rows, row_of_text[good])
         return RetrievalEmbeddings(text_embeds, images.embeds, image_of_text), images
 
     def fingerprint(self) -> str:
         """The one that a training run gives the same images and captions."""
         return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
-
-    def first(self, rows: int) -> "RetrievalData":
-        """The first rows alone."""
-        return RetrievalData(self.source, self.captions[:rows], self.image_column)
 
 
 def load_data(args: RetrievalArguments) -> RetrievalData:
@@ -202,42 +188,13 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     return RetrievalData(source, captions, args.image_column)
 
 
-def run(args: RetrievalArguments) -> list[Record] | None:
-    """`evaluate`, after the tasks that the arguments ask for; None where Slurm has taken the jobs of all.
-
-    Raises:
-        TasksFailed: some tasks have failed; they are named.
-    """
-    if not args.executor_flags():
-        return evaluate(args)
-    require("--executor, --tasks and --workers", "captions", "datatrove")
-    from capivara_common.executors import Work, execute
-
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("capivara").setLevel(logging.INFO)
-    check_output_file(args.output)
-    load_data(args)  # for its errors, before any task
-    embeddings, figures = Work.of(args)
-    if args.executor != "slurm":
-        execute([embeddings], args)
-        return evaluate(args)
-    execute([embeddings, figures], args)
-    print(f"The jobs are submitted. {args.output} will have the figures; logs are in {args.logs}.")
-    return None
-
-
-def embed_share(args: RetrievalArguments, rank: int, world_size: int) -> None:
-    """The task of an executor: a share of the images and of the captions, as far as they are not kept yet."""
-    data = load_data(args)
-    texts, _ = flat_captions(data.captions)
-    _open(args).keep_share(data.images_of, len(data.captions), texts, rank, world_size)
-
-
-def evaluate(args: RetrievalArguments, **further: Any) -> list[Record]:
-    """Measure and write, with `further` keys of the file; returns the records."""
+def evaluate(args: RetrievalArguments) -> list[Record]:
+    """Measure and write; returns the records."""
     check_output_file(args.output)
     data = load_data(args)
-    store = _open(args)
+    store = open_store(args)
+    if args.dim is not None:  # before any long work
+        check_truncate_dim(args.dim, store.embedder.texts(["capivara"]).shape[1], "dim")
     started = time.perf_counter()
     whole, images = data.embedded(store)
     embeddings = whole.cut(args.dim)
@@ -246,9 +203,7 @@ def evaluate(args: RetrievalArguments, **further: Any) -> list[Record]:
     facts |= {"language": args.language, "seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
     records = retrieval_records(embeddings, args.recall_at, protocol, **facts)
-    parts: dict[str, Any] = {"name": args.dataset_name or args.dataset, "skipped": images.skipped} | further
-    if args.precision != "float32":
-        parts["precision_effect"] = precision_effect(args, data, store.embedder)
+    parts: dict[str, Any] = {"name": args.dataset_name or args.dataset, "skipped": images.skipped}
     store.close()
     if processes().is_main_process:
         if args.gallery:
@@ -257,26 +212,6 @@ def evaluate(args: RetrievalArguments, **further: Any) -> list[Record]:
             parts["gallery"] = write_gallery(args.output, args.gallery, embeddings, texts, *pictures)
         write_result(args, records, args.dataset, data.fingerprint(), store, started, **parts)
     return records
-
-
-def _open(args: RetrievalArguments) -> EmbeddingStore:
-    """The store of the arguments' model. Raises ValueError, before any long work, where it is too narrow for `dim`."""
-    store = open_store(args)
-    if args.dim is not None:
-        check_truncate_dim(args.dim, store.embedder.texts(["capivara"]).shape[1], "dim")
-    return store
-
-
-def precision_effect(args: RetrievalArguments, data: RetrievalData, embedder: Embedder) -> dict[str, Any]:
-    """Mean recall of the first images in float32 and in the precision of `embedder`, among themselves."""
-    part = data.first(PRECISION_CHECK_IMAGES)
-    effect: dict[str, Any] = {"images": part.images.count}
-    for store in (open_store(args, "float32"), EmbeddingStore(embedder, None, args.batch_size)):
-        embeddings, _ = part.embedded(store)
-        cut = embeddings.cut(args.dim)
-        effect[store.embedder.precision] = {name: mean_recall(cut.ranks(name)) for name in DIRECTIONS}
-        store.close()
-    return effect
 
 
 def reported_cutoffs(cutoffs: Sequence[int], images: int) -> tuple[int, ...]:
@@ -310,18 +245,7 @@ def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
     return chosen
 
 
-def _figures_task(args: RetrievalArguments, rank: int, world_size: int) -> None:
-    """`evaluate` where the command line is Slurm's."""
-    evaluate(args, command=" ".join(hide_paths(shlex.split(args.command()))))
-
-
-PHASES = {
-    "embeddings": Phase(embed_share, lambda args, tasks: [], uses_model=True),  # a task finds out what there is to do
-    "figures": Phase(_figures_task, uses_model=True),
-}
-
-
-main = partial(run_evaluation, RetrievalArguments, __doc__, run)
+main = partial(run_evaluation, RetrievalArguments, __doc__, evaluate)
 
 if __name__ == "__main__":
     run_command(main, resumes=True)

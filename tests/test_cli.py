@@ -27,7 +27,6 @@ COMMANDS = {
     "eval.classification": "--model m --benchmark cifar-10 --images i --output o.json",
     "eval.linear_probe": "--model m --benchmark cifar-10 --images i --output o.json",
     "eval.suite": "paper --model m",
-    "eval.mieb": "--model m",
     "eval.report": "results --output o",
     "hub_upload.export": "--model m --output o",
     "hub_upload.immich": "--check f",

@@ -1,16 +1,15 @@
-"""One build, and embeddings, on two workers, a real Slurm and a real Ray: the same bytes, whatever is killed."""
+"""One build on two workers, a real Slurm and a real Ray: the same bytes, whatever is killed."""
 
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-import PIL.Image
 import pytest
 import yaml
 from caption_build import ROOT, changed, files, openmoji_config, surroundings, write_config
@@ -23,7 +22,6 @@ from capivara_search import PictureIndex
 from captions.build import BuildArguments, build
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from modeling_capivara import CapivaraModel
-from records.schema import read_records
 
 PLACES = ("1-translate/train.translations/parts", "1-translate/train/", "2-score/train", "3-select/train")
 LONGEST_S = 240  # of a build on a cluster
@@ -155,6 +153,32 @@ def test_names_are_no_commands_to_the_shell_or_to_sbatch(config, built, slurm, t
     assert "#SBATCH --comment='a b #'\"'\"'c'\"'\"''\n" in (logs / "dataset" / "launch_script.slurm").read_text()
 
 
+def test_retrieval_by_the_job_of_the_page(tiny_folder, tiny_dataset_folder, slurm, tmp_path):
+    """docs/cluster.md's job, for two machines that are one, without GPUs."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    (job,) = re.findall(r"```bash\n(#SBATCH.*?)```", (ROOT / "docs/cluster.md").read_text(encoding="utf-8"), re.DOTALL)
+    here = {
+        "--nodes=4 --ntasks-per-node=1 --gpus-per-node=4 --time=01:00:00": "--ntasks=2 --time=00:05:00",
+        "accelerate launch": f"{sys.executable} -m accelerate.commands.launch",
+        "--num_machines 4 --num_processes 16": "--num_machines 2 --num_processes 2",
+        "29500": str(port),
+        " MODEL ": f" {tiny_folder} --recall_at 1 5 ",
+        '"shards/*.parquet"': str(tiny_dataset_folder),
+        "retrieval.json": str(tmp_path / "retrieval.json"),
+    }
+    for old, new in here.items():
+        assert old in job, old
+        job = job.replace(old, new)
+    (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{job}", encoding="utf-8")
+    options = surroundings()
+    options["env"] |= slurm | {"SCRATCH": str(tmp_path)}
+    command = ["sbatch", "--wait", f"--output={tmp_path}/log", f"--chdir={ROOT}", str(tmp_path / "job.sh")]
+    done = subprocess.run(command, timeout=LONGEST_S, **options)
+    said = (tmp_path / "log").read_text()
+    assert done.returncode == 0 and said.count("recall@5") == 2, said  # one of the two processes prints
+
+
 def test_a_real_ray(config, built):
     pytest.importorskip("ray")
     done = run(config, "--executor", "ray", "--tasks", "2", "--mem_per_cpu_gb", "1", RAY_ADDRESS="local")
@@ -163,55 +187,6 @@ def test_a_real_ray(config, built):
     logs = built / "logs" / "2-score" / "train" / "rows"
     assert "ray_remote_kwargs" in (logs / "executor.json").read_text(), "Ray has done it"
     assert "2-score, train: rows, task 1 of 2: " in (logs / "logs" / "task_00001.log").read_text()
-
-
-@pytest.fixture
-def retrieval(tmp_path, tiny_folder):
-    """Runs `eval.retrieval` on two shards of pictures with further flags: the records, and the embeddings made."""
-    (tmp_path / "test").mkdir()
-    generator, lines = np.random.default_rng(0), []
-    for number in range(300):
-        pixels = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).resize((40, 40)).save(tmp_path / "test" / f"{number}.png")
-        lines.append({"file_name": f"{number}.png", "captions-pt": [f"foto {number} {word}" for word in "abcdefgh"]})
-    (tmp_path / "test" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    def measured(name: str, *flags: str, **variables: str) -> tuple[list, dict[str, bytes]]:
-        options = surroundings()
-        options["env"] |= variables | {"CAPIVARA_CACHE": str(tmp_path / name)}
-        command = [
-            "-m",
-            "eval.retrieval",
-            "--model",
-            tiny_folder,
-            "--dataset",
-            tmp_path,
-            "--output",
-            f"{tmp_path}/{name}.json",
-        ]
-        done = subprocess.run([sys.executable, *command, *flags], timeout=LONGEST_S, **options)
-        assert done.returncode == 0, done.stderr[-5000:]
-        if "slurm" in flags:
-            assert done.stdout.startswith("The jobs are submitted.")
-            wait_for_jobs(variables)
-        else:
-            assert done.stdout.count("mean_recall") == 2
-        return read_records(tmp_path / f"{name}.json"), files(tmp_path / name)
-
-    return measured
-
-
-def test_embeddings_on_a_real_slurm(retrieval, slurm, tmp_path):
-    assert retrieval("slurm", *SLURM, **slurm) == (one := retrieval("one"))
-    assert len(one[1]) == 4, "two shards of images, two of captions"
-    command = json.loads((tmp_path / "slurm.json").read_text())["command"]
-    assert command.startswith("python -m eval.retrieval --model ") and str(tmp_path) not in command
-
-
-def test_embeddings_on_a_real_ray(retrieval):
-    pytest.importorskip("ray")
-    flags = ("--executor", "ray", "--tasks", "2", "--mem_per_cpu_gb", "1")
-    assert retrieval("ray", *flags, RAY_ADDRESS="local") == retrieval("one")
 
 
 def test_openmoji_on_two_workers(tmp_path, tiny_folder, tiny_dataset_folder):

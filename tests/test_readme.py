@@ -137,7 +137,8 @@ def parse_command(words: list[str], language: str, parse_known_args: Callable) -
     elif words[:2] == ["python", "-m"] and words[2] not in OF_OTHERS:
         run_until_parsed(words[2], words[3:])
     elif words[:2] == ["accelerate", "launch"]:
-        run_until_parsed("train_accelerate", words[words.index("train_accelerate.py") + 1 :])
+        start = words.index("-m") + 1 if "-m" in words else words.index("train_accelerate.py")
+        run_until_parsed(words[start].removesuffix(".py"), words[start + 1 :])
     elif words[0] == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -173,61 +172,25 @@ def test_an_interrupted_run_goes_on(tiny_folder, folder, tmp_path, monkeypatch):
 def test_two_processes_give_the_bits_of_one(tiny_folder, folder, tmp_path):
     (folder / "test" / "05.png").write_bytes(b"no picture")
     script = (
-        "import sys\nfrom eval import embeddings as e\n"
+        "import os, sys\nfrom eval import embeddings as e\n"
+        "open('process' + os.environ.get('RANK', ''), 'w').close()\n"
         "e.IMAGES_PER_SHARD, e.TEXTS_PER_SHARD = 4, 10\n"
         "from eval.retrieval import main\nmain(sys.argv[1:])\n"
     )
     (tmp_path / "run.py").write_text(script, encoding="utf-8")
-    for name, launch in (("one", []), ("two", ["--standalone", "--nproc_per_node", "2"])):
-        start = [sys.executable, "-m", "torch.distributed.run", *launch] if launch else [sys.executable]
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    for name, start in (("one", ["run.py"]), ("two", [*launch, "--main_process_port", "0", "-m", "run"])):
         more = flags(tiny_folder, folder, tmp_path / f"{name}.json", "--cache_dir", tmp_path / name)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [*start, str(tmp_path / "run.py"), *more], env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, *start, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("mean_recall") == 2, "one process prints"
+    assert {path.name for path in tmp_path.glob("process*")} == {"process", "process0", "process1"}
     assert read_records(tmp_path / "one.json") == read_records(tmp_path / "two.json")
     for path in sorted((tmp_path / "one").rglob("*.npy")):
         assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes()
-
-
-# --- shared out by an executor (a real Slurm and a real Ray are in test_executors.py) ---
-
-
-@pytest.fixture
-def small_shards(monkeypatch):
-    monkeypatch.setattr("eval.embeddings.IMAGES_PER_SHARD", 2)
-    monkeypatch.setattr("eval.embeddings.TEXTS_PER_SHARD", 10)
-
-
-def same_files(one: Path, other: Path) -> bool:
-    files = [{path.relative_to(root): path.read_bytes() for path in root.rglob("*.npy")} for root in (one, other)]
-    return len(files[0]) == 7 + 6 and files[0] == files[1]
-
-
-@pytest.mark.slow
-def test_a_worker_killed_on_the_way(tiny_folder, folder, tmp_path, small_shards):
-    """It is named with its rank, the other is done; then nothing is embedded twice, and the bits are those of one."""
-    (folder / "test" / "05.png").write_bytes(b"no picture")
-    shared = ["--cache_dir", tmp_path / "shared", "--workers", "2"]
-    command = [sys.executable, ROOT / "tests" / "killed_task.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 300}
-    more = flags(tiny_folder, folder, tmp_path / "r.json", *shared, "--tasks", "2")
-    killed = subprocess.run([*command, *more], **options)
-    assert killed.returncode == 1 and "retrieval: embeddings: 1 of 2 tasks have failed" in killed.stderr, killed.stderr
-    assert re.search(r"task [01]: was killed by SIGKILL; out of memory\?", killed.stderr)
-    assert not (tmp_path / "r.json").exists() and (tmp_path / "r.json.logs" / "embeddings" / "logs").is_dir()
-    resumed = subprocess.run(
-        [*command, *flags(tiny_folder, folder, tmp_path / "r.json", *shared, "--tasks", "3")], **options
-    )
-    assert resumed.returncode == 0 and resumed.stdout.count("mean_recall") == 2, resumed.stderr
-    written = (tmp_path / "written").read_text().split()
-    assert len(written) == len(set(written)) == 7 + 6
-    main(flags(tiny_folder, folder, tmp_path / "one.json", "--cache_dir", tmp_path / "one"))
-    assert same_files(tmp_path / "one", tmp_path / "shared")
-    assert read_records(tmp_path / "r.json") == read_records(tmp_path / "one.json")
 
 
 def test_many_shards_are_few_open_files(tmp_path):
@@ -240,40 +203,12 @@ def test_many_shards_are_few_open_files(tmp_path):
     assert np.array_equal(np.stack(cache.arrays), arrays) and list(cache.bad) == list(range(1, 90, 3))
 
 
-@pytest.mark.slow
-def test_tasks_one_after_the_other(tiny_folder, folder, tmp_path, small_shards, monkeypatch):
-    """One that fails leaves the others at work, and is named; more tasks than shards is no fault."""
-    more = flags(tiny_folder, folder, tmp_path / "r.json", "--tasks", "9", "--cache_dir", tmp_path / "cache")
-    real = modeling_capivara.embedder.embed_texts
-
-    def fails(model, processor, texts, *args, **kwargs):
-        if "foto 13 gato" in texts:
-            raise ValueError("no gato today")
-        return real(model, processor, texts, *args, **kwargs)
-
-    monkeypatch.setattr("modeling_capivara.embedder.embed_texts", fails)
+@pytest.mark.parametrize("flag", ["executor", "tasks", "gpus_per_task"])
+def test_flags_of_executors_name_accelerate(tmp_path, flag):
     with pytest.raises(
-        SystemExit, match=r"1 of 9 tasks have failed, the others are done\.\n  task [0-8]: no gato today"
+        SystemExit, match=f"`--{flag}` is gone: `accelerate launch --multi_gpu -m eval.retrieval` shares"
     ):
-        main(more)
-    monkeypatch.setattr("modeling_capivara.embedder.embed_texts", real)
-    main(more)
-    monkeypatch.setattr("modeling_capivara.embedder.embed_texts", lambda *args, **kwargs: pytest.fail("again"))
-    main(flags(tiny_folder, folder, tmp_path / "one.json", "--cache_dir", tmp_path / "cache"))
-    assert read_records(tmp_path / "r.json") == read_records(tmp_path / "one.json")
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--executor", "slurm", "--tasks", "2"], "needs --partition and --time"),
-        (["--executor", "ray"], "--executor ray needs --tasks"),
-        (["--tasks", "2", "--cache_dir", "off"], "cache_dir must be auto or a folder"),
-    ],
-)
-def test_flags_of_executors_that_do_not_fit(folder, tmp_path, more, message):
-    with pytest.raises(SystemExit, match=message):
-        main(flags("no-model", folder, tmp_path / "r.json", *more))
+        main(flags("no-model", tmp_path, tmp_path / "r.json", f"--{flag}", "2"))
 
 
 def test_positions():
@@ -290,11 +225,13 @@ def test_google_captions_only(tiny_folder, folder, tmp_path):
     assert {r.n for r in records} == {NUMBER, 2 * NUMBER} and all("captions: odd" in r.protocol for r in records)
 
 
-def test_bf16_prints_its_effect(tiny_folder, folder, tmp_path, capsys):
-    main(flags(tiny_folder, folder, tmp_path / "r.json", "--precision", "bf16"))
-    assert "bf16 changes mean recall by" in capsys.readouterr().out
-    content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
-    assert content["precision"] == "bf16" and content["precision_effect"]["images"] == NUMBER
+def test_bf16_is_another_cache_and_is_recorded(tiny_folder, folder, tmp_path):
+    for precision in ("float32", "bf16"):
+        more = ("--precision", precision, "--cache_dir", tmp_path / "cache")
+        main(flags(tiny_folder, folder, tmp_path / "r.json", *more))
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["precision"] == "bf16"
+    one, other = (np.load(path) for path in (tmp_path / "cache").rglob("images-*.npy"))
+    assert 0 < abs(one - other).max() < 0.05
 
 
 def test_corrupt_images_are_counted_and_listed(tiny_folder, folder, tmp_path, capsys):

@@ -12,10 +12,16 @@ import yaml
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as Images
 from PIL import Image
+from test_readme import code_with
 
+from capivara_search.miniature import miniature_folder
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
+from eval.retrieval import RetrievalArguments, evaluate
+from examples.openmoji.concepts import concept_rows, split_concepts
+from examples.openmoji.dataset import render_png
 from examples.tune_sentence_transformers import clip_loss_of, main, model_card, pairs, recall_evaluator
 from hub_upload.export import export
+from hub_upload.loader_files import write_sentence_transformers
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.convert_open_clip import random_images
 
@@ -218,3 +224,61 @@ def test_names_on_its_card_are_names():
     assert (
         yaml.safe_load(card.split("---\n")[1])["language"] == ["no"] and "<b>" not in card and "data &amp; more" in card
     )
+
+
+XM3600 = """---
+configs:
+- config_name: default
+  data_files:
+  - split: pt
+    path: pt.parquet
+---
+"""
+
+
+def write_xm3600(folder: Path, pictures: int) -> Path:
+    """OpenMoji's pictures with a name of their own, two Portuguese captions each, as mteb's XM3600 is published."""
+    found = {}
+    for picture in split_concepts(concept_rows(), 0)["test"]:
+        found.setdefault(picture.captions_pt[0], picture.emoji)
+    names = list(found)[:pictures]
+    captions = [[name, f"um desenho que mostra {name}"] for name in names]
+    columns = {
+        "image_id": [str(number) for number in range(len(names))],
+        **dict.fromkeys(("captions", "captions_tokenized", "captions_tokenized_lowercase"), captions),
+        "image_locale": ["pt"] * len(names),
+        "image": [{"bytes": render_png(found[name]), "path": None} for name in names],
+    }
+    folder.mkdir()
+    Dataset.from_dict(columns).cast_column("image", Images()).to_parquet(folder / "pt.parquet")
+    (folder / "README.md").write_text(XM3600, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.slow
+def test_mteb_measures_an_export_as_we_do(tmp_path, monkeypatch):
+    """By the code of the page; where an image has two captions, what mteb calls recall is the half of ours."""
+    import mteb
+
+    for path in miniature_folder().iterdir():  # a model that finds things
+        (tmp_path / "repository").mkdir(exist_ok=True)
+        (tmp_path / "repository" / path.name).symlink_to(path)
+    write_sentence_transformers(tmp_path / "repository")
+    data = write_xm3600(tmp_path / "data", pictures=200)
+    directions = {"text_to_image": "XM3600T2IRetrieval", "image_to_text": "XM3600I2TRetrieval"}
+    for task in directions.values():
+        monkeypatch.setitem(mteb.get_task(task).metadata.dataset, "path", str(data))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code_with("docs/evaluation.md", "mteb.evaluate"), "evaluation.md", "exec"), {})
+    options = {"split": "pt", "caption_column": "captions", "gallery": 0, "device": "cpu"}
+    records = evaluate(RetrievalArguments("repository", str(data), tmp_path / "ours.json", **options))
+    ours = {(record.direction, record.metric): record.value for record in records}
+    assert 0.1 < ours["text_to_image", "recall@10"] < 0.9, "a model that finds all or nothing proves little"
+    for direction, task in directions.items():
+        result = json.loads(Path("results/mieb/results/my-name__my-model/COMMIT", f"{task}.json").read_text())
+        (theirs,) = result["scores"]["test"]
+        found = [theirs[f"hit_rate_at_{k}"] for k in (1, 5, 10)]
+        assert found == pytest.approx([ours[direction, f"recall@{k}"] for k in (1, 5, 10)], abs=1e-5)
+        captions = 2 if direction == "image_to_text" else 1
+        assert theirs["recall_at_1"] == pytest.approx(found[0] / captions, abs=1e-5)
