@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import PIL.Image
 
 from capivara_common.files import write_json, write_text
@@ -27,7 +28,6 @@ from captions.stage_arguments import SelectArguments
 from captions.stages import stage_source
 from records.picture_sheets import Example, plot_examples
 from records.plots import Histogram, plot_similarities
-from records.report_page import Pictures, render_page
 from records.tables import one_line
 
 TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
@@ -112,15 +112,12 @@ def write_report(args: SelectArguments, outcome: Outcome, whole: StageReport) ->
         for kept, found in examples.items()
         for one in found
     ]
-    folder, drawn = args.output / "report", {}
+    folder = args.output / "report"
     folder.mkdir(exist_ok=True)
-    if summary.all[True].count or summary.all[False].count:
-        pictures, histograms = Pictures(folder), _histograms(args, summary)
-        alt = "Histograms of what was kept and dropped"
-        drawn["similarities"] = pictures.draw("similarities", alt, lambda path: plot_similarities(histograms, path))
-        alt = "Pictures with their captions, on both sides of the cut"
-        sides = examples[False], examples[True]
-        drawn["examples"] = pictures.draw("examples", alt, lambda path: plot_examples(*sides, path))
+    drawn = bool(summary.all[True].count or summary.all[False].count)
+    if drawn:
+        plot_similarities(_histograms(args, summary), folder / "similarities.png")
+        plot_examples(examples[False], examples[True], folder / "examples.png")
     write_json(folder / "selection.json", facts)
     write_text(folder / "index.html", _page(facts, drawn))
 
@@ -193,7 +190,7 @@ def _examples(source: Source, image_column: str, nearest: list[tuple]) -> list[E
     return [Example(-row, text, cosine, image(-row)) for _, row, text, cosine in sorted(nearest, reverse=True)]
 
 
-def _page(facts: dict[str, Any], drawn: dict[str, Any]) -> str:
+def _page(facts: dict[str, Any], drawn: bool) -> str:
     """The page of the facts; the similarities' part is left out where there are none."""
     images, captions = facts["images"], facts["captions"]
     usable, of_images = images["kept"] + images["not chosen"], captions["of these images"]
@@ -202,8 +199,10 @@ def _page(facts: dict[str, Any], drawn: dict[str, Any]) -> str:
     counts += [[f"images that can't be used: {k}", f"{n:,}", "0", ""] for k, n in images["can't be used"].items()]
     kinds = (("first_captions", "first captions of images"), ("all_captions", "captions"))
     sides = [(f"{name} {side}", facts[kind][side]) for kind, name in kinds for side in ("kept", "dropped")]
-    return render_page(
-        TEMPLATE,
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
         rule=_rule(facts),
         counts=counts,
@@ -219,6 +218,7 @@ def _page(facts: dict[str, Any], drawn: dict[str, Any]) -> str:
             for e in facts["examples"]
         ],
     )
+    return page.encode("utf-8", "replace").decode()  # half a surrogate pair can't be written
 
 
 def _rule(facts: dict[str, Any]) -> str:

@@ -1,11 +1,10 @@
-"""Charts of measured figures: curves, bars, gains, confusions and histograms, each one PNG."""
+"""Charts of measured figures: curves, bars, gains and histograms, each one PNG."""
 
 import io
 import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 
@@ -15,19 +14,13 @@ from records.tables import points
 matplotlib.use("Agg")  # files only; a screen is not needed
 
 from matplotlib import pyplot as plt
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-if TYPE_CHECKING:  # a report of captions draws without it
-    from torch import Tensor
-
 BASELINE_COLOUR, MODEL_COLOUR, CHANCE_COLOUR, LOSS_COLOUR = "#8a8f98", "#1b7f5c", "#c9c9c9", "#b3472f"
 DIRECTION_COLOURS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
 KEPT_COLOUR, DROPPED_COLOUR, INK, FAINT = MODEL_COLOUR, "#b9bec6", "#1f2933", "#6b7280"
-LABELLED_CLASSES, NUMBERED_CLASSES = 30, 12  # above, names and counts of a confusion matrix could not be read
-DRAWN_CLASSES = 200  # above, a cell stands for several classes
 REPORT_WIDTH = 5.2  # inches: narrow, so that the letters stay readable on a phone
 CURVE_WORDS = {
     "en": {
@@ -151,10 +144,10 @@ def plot_similarities(histograms: list[Histogram], path: Path) -> None:
     save_figure(figure, path)
 
 
-def plot_bars(rows: list[BarRow | None], note: str, path: Path) -> None:
-    """Baseline against model, a pair of bars a row (None is a gap), their difference in points at the right."""
+def plot_bars(rows: list[BarRow], path: Path) -> None:
+    """Baseline against model, a pair of bars a row, their difference in points at the right."""
     figure, axis = plt.subplots(figsize=(REPORT_WIDTH, 1.2 + 0.46 * len(rows)), layout="constrained")
-    drawn = [(height, row) for height, row in enumerate(rows) if row]
+    drawn = list(enumerate(rows))
     for name, offset, colour in (("baseline", -0.2, BASELINE_COLOUR), ("model", 0.2, MODEL_COLOUR)):
         found = [(height, getattr(row, name)) for height, row in drawn if getattr(row, name)]
         heights, means = [height + offset for height, _ in found], [100 * value[0] for _, value in found]
@@ -176,10 +169,10 @@ def plot_bars(rows: list[BarRow | None], note: str, path: Path) -> None:
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
     axis.set_yticks([height for height, _ in drawn], [row.label for _, row in drawn], parse_math=False, fontsize=10)
     axis.set_ylim(len(rows) - 0.4, -0.6)
-    axis.set_xlabel("per cent" + (f"\n{note}" if note else ""), color=FAINT, fontsize=9, parse_math=False)
+    axis.set_xlabel("per cent", color=FAINT, fontsize=9)
     axis.tick_params(length=0, labelcolor=INK)
     tidy(axis, "x", "top", "right", "left")
-    _bar_legend(figure, [row for _, row in drawn])
+    _bar_legend(figure, rows)
     save_figure(figure, path)
 
 
@@ -197,48 +190,6 @@ def plot_gains(rows: list[tuple[str, float, float, float]], path: Path) -> None:
     axis.set_xlabel("gain in mean recall, points, with its 95 % interval", color=FAINT, fontsize=9)
     axis.tick_params(length=0, labelcolor=INK)
     tidy(axis, "x", "top", "right", "left")
-    save_figure(figure, path)
-
-
-def plot_confusion(confusion: "Tensor", names: list[str], note: str, path: Path) -> None:
-    """Heat map: of the images of each class (row), the share that was taken for each class (column).
-
-    Args:
-        confusion: (classes, classes), counts, a row a true class.
-        names: (classes,), shown up to `LABELLED_CLASSES`.
-        note: below the picture.
-        path: the PNG.
-    """
-    shares = confusion / confusion.sum(dim=1, keepdim=True)  # NaN, drawn grey, where a class has no image
-    classes, block = len(names), -(-len(names) // DRAWN_CLASSES)
-    if block > 1:
-        from torch.nn.functional import max_pool2d
-
-        # A cell of less than a pixel would vanish, and with it every confusion.
-        shares = max_pool2d(shares.nan_to_num()[None], block, ceil_mode=True)[0]
-        note = f"a cell is the largest of {block} x {block}" + (f"\n{note}" if note else "")
-    figure, axis = plt.subplots(figsize=(REPORT_WIDTH, REPORT_WIDTH * 0.92), layout="constrained")
-    colours = LinearSegmentedColormap.from_list("share", ["#ffffff", "#bfe3d3", MODEL_COLOUR, "#0b3d2c"])
-    colours = colours.with_extremes(bad="#e5e7eb")
-    shown = axis.imshow(100 * shares.numpy(), cmap=colours, vmin=0, vmax=100)
-    if classes <= LABELLED_CLASSES:
-        size = 9 if classes <= NUMBERED_CLASSES else 6.5
-        axis.set_xticks(range(classes), names, rotation=90, fontsize=size, parse_math=False)
-        axis.set_yticks(range(classes), names, fontsize=size, parse_math=False)
-    else:
-        axis.set(xticks=[], yticks=[])
-    if classes <= NUMBERED_CLASSES:
-        for row, column in shares.isfinite().nonzero().tolist():
-            share = 100 * shares[row, column].item()
-            colour = "white" if share > 55 else INK
-            axis.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8, color=colour)
-    axis.tick_params(length=0, labelcolor=INK)
-    axis.set_ylabel("is" if classes <= LABELLED_CLASSES else f"is (one of {classes} classes)", color=FAINT, fontsize=9)
-    axis.set_xlabel("was taken for" + (f"\n{note}" if note else ""), color=FAINT, fontsize=9, parse_math=False)
-    axis.spines[:].set_color("#d0d3d8")
-    bar = figure.colorbar(shown, ax=axis, shrink=0.6, pad=0.02)
-    bar.set_label("% of the class's images", color=FAINT, fontsize=9)
-    bar.outline.set_visible(False)
     save_figure(figure, path)
 
 

@@ -8,9 +8,7 @@ gain = pairs_of(collect_series(files))[0].difference
 import statistics
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
-from capivara_common.privacy import hide_paths
 from records.schema import Condition, Record, ResultFile
 
 
@@ -26,11 +24,6 @@ class Measured:
     def source(self) -> str:
         """File, `#`, and JSON pointer of the record."""
         return f"{self.file.name}#/records/{self.number}"
-
-    @property
-    def folder(self) -> str:
-        """Of the model; of several seeds, the one around theirs."""
-        return folder_and_seed(self.record, self.file.name)[0]
 
     @property
     def precision(self) -> str:
@@ -62,11 +55,6 @@ class Series:
         return self.first.model
 
     @property
-    def folder(self) -> str:
-        """Of the model; of several seeds, the one around theirs."""
-        return self.measured[0].folder
-
-    @property
     def values(self) -> list[float]:
         """Of each seed: shares from 0 to 1, ranks, or gains."""
         return [measured.record.value for measured in self.measured]
@@ -86,12 +74,6 @@ class Series:
         """Of the data that were measured on."""
         found = (file.content.get("dataset_fingerprint") for file in self.files)
         return {fingerprint for fingerprint in found if isinstance(fingerprint, str)}
-
-    @property
-    def skipped(self) -> int:
-        """Images that could not be read, of the file with most of them."""
-        counts = (file.content.get("skipped_rows") for file in self.files)
-        return max((count for count in counts if isinstance(count, int)), default=0)
 
     def of_seed(self, seed: int | None) -> Measured | None:
         """The figure of one seed; of a single model its only one."""
@@ -136,27 +118,6 @@ class Pair:
         return doubts
 
 
-def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
-    """The model's folder, of several seeds the one around theirs, and the training seed.
-
-    The repetitions of a run lie in `seed-0`, `seed-1` and so on: they are one model. A run's own results name it by "."
-    or by these alone, so that the folder of the result file tells two runs apart.
-    """
-    folder, seed = PurePosixPath(record.model_folder), record.seed
-    number = folder.name.removeprefix("seed-")
-    if folder.name != number and number.isdecimal() and seed in (None, int(number)):
-        folder, seed = folder.parent, int(number)
-    if str(folder) == ".":
-        folder = PurePosixPath(file_name).parent
-    return "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
-
-
-def by_model_folder(measured: Measured) -> tuple[Hashable, int | None]:
-    """Group of a record, and its seed: one condition and one model by its folder, for results of several models."""
-    folder, seed = folder_and_seed(measured.record, measured.file.name)
-    return (measured.record.condition, measured.record.model, folder), seed
-
-
 def by_role_and_precision(measured: Measured) -> tuple[Hashable, int | None]:
     """Group of a record, and its seed: one condition, role and precision, for the results of one run."""
     return (measured.record.condition, measured.record.model, measured.precision), measured.record.seed
@@ -164,7 +125,7 @@ def by_role_and_precision(measured: Measured) -> tuple[Hashable, int | None]:
 
 def collect_series(
     files: Iterable[ResultFile],
-    group_and_seed: Callable[[Measured], tuple[Hashable, int | None]] = by_model_folder,
+    group_and_seed: Callable[[Measured], tuple[Hashable, int | None]] = by_role_and_precision,
 ) -> list[Series]:
     """All figures, in the order of files and records; `group_and_seed` says which are one, and of which seed each."""
     groups: dict[Hashable, tuple[dict, list, list]] = {}  # measured by seed, files, conflicts

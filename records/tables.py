@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Sequence
 
 from records.schema import DIRECTIONS, MODEL_NAMES, Record
-from records.series import Series
 
 CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
 MARKDOWN = "\\`*_[]<>|~$#&"
@@ -19,15 +18,6 @@ def percent(values: Sequence[float]) -> str:
         return "–"
     mean = f"{100 * statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
-
-
-def figure_text(series: Series | None) -> str:
-    """Per cent or rank, with the standard deviation of several seeds; a dash where there is none."""
-    if series is None:
-        return "–"
-    if not series.first.is_rank:
-        return percent(series.values)
-    return f"rank {series.mean:g}" + (f" ± {series.deviation:.1f}" if series.deviation is not None else "")
 
 
 def points(difference: float | None, is_rank: bool = False) -> str:

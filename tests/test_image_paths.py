@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -387,7 +388,7 @@ def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypa
 
 
 @pytest.mark.slow
-def test_retrieval_its_gallery_and_the_report(tmp_path, hostile, server, tiny_folder, monkeypatch):
+def test_retrieval_its_gallery_and_the_report(tmp_path, hostile, server, tiny_folder, monkeypatch, capsys):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     as_parquet(tmp_path / "data", rows_of(hostile), "test")
     result = tmp_path / "results" / "r.json"
@@ -406,8 +407,9 @@ def test_retrieval_its_gallery_and_the_report(tmp_path, hostile, server, tiny_fo
     for folder in ("results", "report", "embeddings"):
         nothing_arrived(tmp_path / folder)
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    uris = [part.split('"')[0] for part in page.split("base64,")[1:]]
-    assert uris and not any(has_magenta(base64.b64decode(uri)) for uri in uris) and not server.requests
+    copies = re.findall(r'<img src="(\w+\.jpg)"', page)
+    assert copies and not any(has_magenta((tmp_path / "report" / name).read_bytes()) for name in copies)
+    assert "link.png: this picture is not shown" in capsys.readouterr().err and not server.requests
 
 
 def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_processor, monkeypatch):

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_from_disk
 
-from eval.report_folder import read_folder
+from eval.report import read_folder
 from examples.real_images import BABEL_PHOTOS, PHOTOS, main
 
 
@@ -40,7 +40,7 @@ def test_command(tiny_folder, openmoji, tmp_path):
     content = json.loads((tmp_path / "out" / "real_images.json").read_text(encoding="utf-8"))
     records = content["records"]
     found = read_folder(tmp_path / "out")
-    assert len(found.results) > 10 and not found.unread, "a report takes the folder as it is"
+    assert len(found.results) > 10 and not found.faults, "a report takes the folder as it is"
     sets = {"openmoji", "openmoji-concepts", "sklearn-digits", "skimage-photos", "babel-imagenet-photos"}
     assert {record["dataset"].split("/")[-1] for record in records} == sets and content["versions"]["torch"]
     images = {r["dataset"]: r["n"] for r in records if r["task"] == "classification"}

@@ -60,7 +60,8 @@ def table_rows(output) -> list[list[str]]:
 
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: "-".join(map(str, flags.values())))
 def test_it_keeps_what_the_training_draws_from(scored, tmp_path, flags, monkeypatch):
-    monkeypatch.setattr("captions.selection_report.Pictures.draw", lambda *_: None)  # other tests look at them
+    for plot in ("plot_similarities", "plot_examples"):  # other tests look at them
+        monkeypatch.setattr(f"captions.selection_report.{plot}", lambda *_: None)
     monkeypatch.setattr("captions.selection_report._page", lambda *_: "")
     select(SelectArguments(scored, tmp_path / "out", **flags))
     skipped = []
