@@ -30,7 +30,7 @@ from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_difference
 from hub_upload.export_arguments import ExportArguments
 from hub_upload.immich_folder import BASE_NAME, check
-from modeling_capivara.open_clip_conversion import CONVERTER
+from modeling_capivara.open_clip import CONVERTER
 
 logger = logging.getLogger("capivara")
 

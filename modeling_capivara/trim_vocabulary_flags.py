@@ -1,4 +1,4 @@
-"""Flags of `trim_vocabulary`, which the package reads before the imports that take seconds."""
+"""Flags of `trim_vocabulary`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ WORDS = (150_000, 50_000)
 
 def parser() -> "argparse.ArgumentParser":
     """The flags of the command."""
-    import argparse  # here: by now Ctrl-C works
+    import argparse
 
     flags = argparse.ArgumentParser(
         prog="python -m modeling_capivara.trim_vocabulary",

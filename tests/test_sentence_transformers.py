@@ -17,7 +17,7 @@ from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from examples.tune_sentence_transformers import clip_loss_of, main, model_card, pairs, recall_evaluator
 from hub_upload.export import export
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.convert_open_clip import random_images
+from modeling_capivara.embedding import random_images
 
 TEXTS = ["um gato", "uma foto de cachorro na água", "SÃ£o JoÃ£o &amp; cia", "casa verde", "céu azul"]
 
