@@ -132,21 +132,21 @@ def free_output(output: str | Path) -> Path:
 def _to_transformers(source: str, output: Path, tokenizer: str | None, config: CapivaraConfig | None) -> Conversion:
     found = find_open_clip(source, tokenizer)
     with whole_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        read = write_capivara(found, folder, config)
+        done = write_capivara(found, folder, config)
         # open_clip is given the source's own fields and tokenizer, and the text tower's configuration without the Hub.
         text_cfg = found.model_cfg["text_cfg"] | {"hf_model_name": f"{scratch}/text_model"}
         text_cfg |= {"hf_tokenizer_name": BASE_TEXT_MODEL}  # any name: a local folder's own tokenizer is taken
         settings = {"model_cfg": found.model_cfg | {"text_cfg": text_cfg}, "preprocess_cfg": found.preprocess_cfg}
         write_json(Path(scratch, OPEN_CLIP_CONFIG), settings)
-        read.model.config.text_config.save_pretrained(f"{scratch}/text_model")
+        done.model.config.text_config.save_pretrained(f"{scratch}/text_model")
         if Path(found.tokenizer).is_dir():
             for path in Path(found.tokenizer).iterdir():
                 if path.suffix in TOKENIZER_SUFFIXES and path.name not in (OPEN_CLIP_CONFIG, "config.json"):
                     shutil.copy(path, scratch)
         else:
-            read.processor.tokenizer.plain().save_pretrained(scratch)
-        difference = _checked_difference(read.model, folder, Path(scratch), text_cfg, read.state)
-    return Conversion(difference, read.notes)
+            done.processor.tokenizer.plain().save_pretrained(scratch)
+        difference = _checked_difference(done.model, folder, Path(scratch), text_cfg, done.state)
+    return Conversion(difference, done.notes)
 
 
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conversion:

@@ -115,7 +115,7 @@ def _renamed(name: str, names: dict[str, str]) -> str:
 def model_of_state(open_clip_state: Mapping[str, Tensor], config: CapivaraConfig) -> CapivaraModel:
     """The model of open_clip's tensors, to be saved and not to be run: most weights are those tensors, not copies.
 
-    Raises ValueError where tensors are missing, surplus or of another shape; all are named.
+    ValueError where some are missing, surplus or of another shape; all are named.
     """
     with torch.device("meta"):
         model = CapivaraModel(config)
@@ -322,7 +322,7 @@ def _square(vision_cfg: dict) -> int:
     return size
 
 
-def _check_fields(section: str, values: dict, *required: str, where: str | Path = OPEN_CLIP_CONFIG) -> None:
+def _check_fields(section: str, values: dict, *required: str) -> None:
     for name, value in (dict.fromkeys(required) | values).items():
         if name in SUPPORTED:
             fits, supported = value in SUPPORTED[name], " or ".join(map(repr, SUPPORTED[name]))
@@ -332,10 +332,10 @@ def _check_fields(section: str, values: dict, *required: str, where: str | Path 
         else:
             fits, supported = name in IGNORED or value in (None, False, ""), "null or false"
         if not fits:
-            refuse(section, name, value, supported, where)
+            refuse(section, name, value, supported)
 
 
-def refuse(section: str, name: str, value: Any, supported: str, where: str | Path = OPEN_CLIP_CONFIG) -> NoReturn:
+def refuse(section: str, name: str, value: Any, supported: str, where: str = OPEN_CLIP_CONFIG) -> NoReturn:
     """Raise ValueError about the field `name` in a `section` of the file `where`."""
     raise ValueError(f"{section}.{name} of {where} is {value!r}, which cannot be converted; supported: {supported}.")
 
@@ -393,8 +393,8 @@ def _find_in_folder(folder: Path, tokenizer: str | None) -> OpenClipSource:
         raise ValueError(f"SOURCE {folder} has no {OPEN_CLIP_CONFIG}, so it is not an open_clip model{hint}.")
     settings = read_json(folder / OPEN_CLIP_CONFIG, model_cfg=dict)
     model_cfg, preprocess_cfg = settings["model_cfg"], settings.get("preprocess_cfg") or {}
-    _check_fields("settings", {"preprocess_cfg": preprocess_cfg}, where=folder / OPEN_CLIP_CONFIG)
-    _check_fields("model_cfg", model_cfg, "text_cfg", where=folder / OPEN_CLIP_CONFIG)
+    _check_fields("settings", {"preprocess_cfg": preprocess_cfg})
+    _check_fields("model_cfg", model_cfg, "text_cfg")
     weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
         raise ValueError(f"SOURCE {folder} has no weights; looked for {', '.join(WEIGHT_FILES)}.")
@@ -418,35 +418,6 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ReadModel:
-    """A model of open_clip, read and checked."""
-
-    model: CapivaraModel  # in float32; to be saved, and not to be run before it is read from there
-    processor: CapivaraProcessor
-    state: dict[str, Tensor]  # under open_clip's names, as they were stored
-    notes: list[str]  # whole sentences for the person who asked
-
-
-def read_open_clip(found: OpenClipSource, config: CapivaraConfig | None = None) -> ReadModel:
-    """Read a model that was found; what can't be converted is refused by ValueError before its weights are read.
-
-    Args:
-        found: the model; the `model_cfg` of a bare checkpoint is filled in.
-        config: architecture of a bare checkpoint file; None is the published base.
-    """
-    if found.model_cfg is not None:
-        config = capivara_config(found.model_cfg)
-    else:
-        config = config or CapivaraConfig()
-        found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
-    image_processor = image_processor_of(found.preprocess_cfg, _square(found.model_cfg["vision_cfg"]))
-    state, notes = read_open_clip_state(found.weights)
-    model = model_of_state({name: _in_float32(tensor) for name, tensor in state.items()}, config)
-    processor = CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config))
-    return ReadModel(model, processor, state, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes])
 
 
 def read_open_clip_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -510,8 +481,8 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
     wanted = config.text_config
     if len(tokenizer) > wanted.vocab_size or tokenizer.pad_token_id != wanted.pad_token_id:
         raise ValueError(
-            f"The tokenizer {name!r} has {len(tokenizer)} tokens and pads with {tokenizer.pad_token_id}, the text tower "
-            f"has {wanted.vocab_size} and pads with {wanted.pad_token_id}; give the model's own with --tokenizer."
+            f"The tokenizer {name!r} has {len(tokenizer)} tokens and pads with {tokenizer.pad_token_id}, the text "
+            f"tower has {wanted.vocab_size} and pads with {wanted.pad_token_id}; give the model's own with --tokenizer."
         )
     return tokenizer
 
@@ -529,30 +500,56 @@ def write_open_clip_weights(model: CapivaraModel, folder: Path) -> None:
     save_file(tensors, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
 
 
-def write_capivara(found: OpenClipSource, folder: Path, config: CapivaraConfig | None = None) -> ReadModel:
+@dataclass
+class Converted:
+    """What `write_capivara` has done."""
+
+    model: CapivaraModel  # as it was written
+    processor: CapivaraProcessor
+    state: dict[str, Tensor]  # what was read, under open_clip's names, as it was stored
+    notes: list[str]  # whole sentences for the person who asked
+
+
+def write_capivara(found: OpenClipSource, folder: Path, config: CapivaraConfig | None = None) -> Converted:
     """Convert a model that was found into an empty folder, in float32, and check what was written.
 
-    The card names its origin. ValueError where it can't be converted (`read_open_clip`, which says what `config` is), a
-    tensor came back other than it was, or embeddings are not what embeddings are.
+    ValueError where it can't be converted, which is said before its weights are read; a tensor came back other than it
+    was; or embeddings are not what embeddings are.
+
+    Args:
+        found: the model; the `model_cfg` of a bare checkpoint is filled in. The new card names its origin.
+        folder: to write to.
+        config: architecture of a bare checkpoint file; None is the published base.
     """
-    read = read_open_clip(found, config)
-    read.model.save_pretrained(folder)
-    read.processor.save_pretrained(folder)
+    if found.model_cfg is not None:
+        config = capivara_config(found.model_cfg)
+    else:
+        config = config or CapivaraConfig()
+        found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
+    image_processor = image_processor_of(found.preprocess_cfg, _square(found.model_cfg["vision_cfg"]))
+    state, notes = read_open_clip_state(found.weights)
+    model = model_of_state({name: _in_float32(tensor) for name, tensor in state.items()}, config)
+    processor = CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config))
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     if found.folder and (card := origin_card(found.folder, found.repo_id)):
         (folder / "README.md").write_text(card, encoding="utf-8")
-    read.model, processor = load_model(folder).eval(), load_processor(folder)
-    returned, names = open_clip_state_dict(read.model), read.state.keys()
-    changed = {name for name in returned.keys() & names if not _same(returned[name], read.state[name])}
+    model = load_model(folder).eval()
+    _check_written(model, load_processor(folder), state, found.weights)
+    return Converted(model, processor, state, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes])
+
+
+def _check_written(model: CapivaraModel, processor: CapivaraProcessor, state: dict[str, Tensor], source: Path) -> None:
+    returned, names = open_clip_state_dict(model), state.keys()
+    changed = {name for name in returned.keys() & names if not _same(returned[name], state[name])}
     if changed := changed | (returned.keys() ^ names):
         raise ValueError(f"Tensors were changed by the conversion, nothing was kept: {', '.join(sorted(changed))}.")
-    images = embed_images(read.model, processor, random_images())
-    texts = embed_texts(read.model, processor, random_texts())
+    images, texts = embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())
     for name, embeds in {"images": images, "texts": texts}.items():
         if not embeds.isfinite().all():
-            raise ValueError(f"{found.weights}: the embeddings of random {name} are not finite; the file is damaged.")
+            raise ValueError(f"{source}: the embeddings of random {name} are not finite; the file is damaged.")
         if (embeds[0] - embeds[1:]).abs().amax(dim=1).min() < 1e-6:
-            raise ValueError(f"{found.weights}: different {name} have one embedding; the file holds no trained model.")
-    return read
+            raise ValueError(f"{source}: different {name} have one embedding; the file holds no trained model.")
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
