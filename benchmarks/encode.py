@@ -23,7 +23,7 @@ from benchmarks.timing import conditions, finish, median_ratio, rate_spread, tim
 from capivara_common.cli import flag, parse
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.open_clip_mapping import build_open_clip, capivara_state_dict
+from modeling_capivara.open_clip import build_open_clip, capivara_state_dict
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
 WORDS = ["uma", "foto", "de", "um", "gato", "preto", "na", "mesa", "da", "casa", "azul", "com", "flores", "amarelas"]
@@ -65,7 +65,7 @@ def build_encoders(args: EncodeArguments) -> dict[str, dict[str, Encoder]]:
     config, tokenizer = CapivaraConfig(), load_tokenizer()
     theirs = build_open_clip(config).eval().to(args.device)
     ours = CapivaraModel(config)
-    ours.load_state_dict(capivara_state_dict(theirs.state_dict(), config))
+    ours.load_state_dict(capivara_state_dict(theirs.state_dict()))
     ours.eval().to(args.device)
     processor = CapivaraProcessor(CapivaraImageProcessor(), tokenizer)
     preprocess = image_transform_v2(PreprocessCfg(), is_train=False)

@@ -39,7 +39,7 @@ from capivara_common.files import whole_folder
 from capivara_common.privacy import short_name
 from hub_upload.space.static_page import npm_packages
 from modeling_capivara import CapivaraImageProcessor
-from modeling_capivara.convert_open_clip import random_images, random_texts
+from modeling_capivara.embedding import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 
 LIBRARY, RANGE = "@huggingface/transformers", ">=4.3 <5"

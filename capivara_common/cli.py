@@ -204,6 +204,14 @@ def parser(
             self.words = sys.argv[1:] if args is None else args
             return super().parse_known_args(args, namespace)
 
+        def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+            found, unknown = self.parse_known_args(args, namespace)
+            try:
+                self.refuse_unknown(unknown)
+            except ValueError as error:
+                self.exit(2, f"error: {hide(str(error))}\n")
+            return found
+
         def refuse_unknown(self, words: Sequence[str]) -> None:
             spellings = [[name for name in action.option_strings if name[:2] == "--"] for action in self._actions]
             refuse_unknown(words, [names[0] for names in spellings if names], gone)

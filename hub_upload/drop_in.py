@@ -34,7 +34,7 @@ from hub_upload.remote import check_repo_id
 from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors, tensor_digests
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import card_metadata, load_processor
-from modeling_capivara.open_clip_mapping import (
+from modeling_capivara.open_clip import (
     BASE_TEXT_MODEL,
     capivara_state_dict,
     open_clip_model_cfg,
@@ -152,7 +152,7 @@ def _write_open_clip(model: CapivaraModel, base: Path, folder: Path) -> bool:
     state = open_clip_state_dict(model)
     ours = {name: tensor.detach().contiguous() for name, tensor in state.items() if not name.startswith("visual.")}
     save_file(ours, folder / OPEN_CLIP_TEXT, metadata={"format": "pt"})
-    written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]), model.config)
+    written = capivara_state_dict(state | mapped_tensors([folder / OPEN_CLIP_TEXT]))
     check_tensors(folder / OPEN_CLIP_TEXT, written, tensor_digests(model.state_dict()))
     return True
 

@@ -48,6 +48,7 @@ from hub_upload.remote import check_repo_id
 from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.loading import load_processor
+from modeling_capivara.open_clip import write_open_clip_weights
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
 ONNX_SHARE, JS_SHARE = 1.3, 2.3  # of the weights: graphs in float32 and int8; in float16, and all together once more
@@ -239,7 +240,7 @@ def _write_weights(model: Path, folder: Path, config: CapivaraConfig, with_open_
     expected = source_model.tensor_digests(mapped.state_dict())
     mapped.save_pretrained(folder)
     if with_open_clip:
-        loader_files.write_open_clip_weights(mapped, folder)
+        write_open_clip_weights(mapped, folder)
     del mapped
     check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
     if with_open_clip:

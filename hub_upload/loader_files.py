@@ -5,29 +5,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from capivara_common.files import write_json
-from hub_upload.source_model import mapped_tensors, read_config
-from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraTokenizer
-from modeling_capivara.convert_open_clip import SIZES, random_texts
-from modeling_capivara.open_clip_mapping import (
+from hub_upload.source_model import mapped_tensors
+from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraTokenizer
+from modeling_capivara.embedding import random_texts
+from modeling_capivara.open_clip import (
     BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
     OPEN_CLIP_CONFIG,
+    SIZES,
+    WEIGHT_FILES,
     build_open_clip,
     capivara_state_dict,
-    check_state,
+    model_of_state,
     open_clip_model_cfg,
-    open_clip_shapes,
-    open_clip_state_dict,
     preprocess_cfg_of,
 )
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
-OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+OPEN_CLIP_WEIGHTS = WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
 SENTENCE_EMBEDDING = "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length
 TEXT_MODEL = "text_model"  # folder of the text tower's configuration, where no Hub repository has it
@@ -116,23 +115,16 @@ def plan_open_clip(
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
-                theirs = build_open_clip(config).state_dict()
-            check_state(theirs, open_clip_shapes(config))
+                model_of_state(build_open_clip(config).state_dict(), config)
         except (RuntimeError, ValueError) as error:  # a few timm models have, under open_clip, a head of another width
             raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
     tokenizer = repo_id or (BASE_TEXT_MODEL if source == TEXT_MODEL else source)
     return OpenClipPlan(source, tokenizer, size, preprocess_cfg)
 
 
-def write_open_clip_weights(model: CapivaraModel, folder: Path) -> None:
-    """Write the weights under open_clip's names; only those that are joined or turned are copied in memory."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in open_clip_state_dict(model).items()}
-    save_file(tensors, folder / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
-
-
 def written_tensors(folder: Path) -> dict[str, Tensor]:
-    """What `write_open_clip_weights` wrote, read from the file and under transformers' names again."""
-    return capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]), read_config(folder))
+    """The weights that were written for open_clip, read from the file and under transformers' names again."""
+    return capivara_state_dict(mapped_tensors([folder / OPEN_CLIP_WEIGHTS]))
 
 
 def write_open_clip_config(

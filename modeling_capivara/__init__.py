@@ -1,15 +1,11 @@
 """CAPIVARA for transformers. Importing the package registers it, so that the Auto classes and pipelines find it."""
 
 import sys
-from importlib import import_module
 
-if sys.argv[:1] == ["-m"] and (
-    named := {"modeling_capivara.convert_open_clip", "modeling_capivara.trim_vocabulary"}.intersection(sys.orig_argv)
-):
-    from .convert_open_clip_flags import answer_flags
+if sys.argv[:1] == ["-m"]:  # `python -m` imports this package first: Ctrl-C ends the imports that follow in one line
+    from capivara_common.start import start_command
 
-    # `python -m` imports this package first: --help and a wrong flag answer before torch is imported
-    answer_flags(import_module(f"{named.pop()}_flags").parser)
+    start_command()
 
 from transformers import (
     AutoConfig,

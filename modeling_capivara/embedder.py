@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
+from capivara_common.files import read_json
 from capivara_common.hub_cache import first_line
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .embedding import OnBatch, embed_images, embed_texts
 from .loading import check_reachable, checked_config, load_model, load_processor, weights_digest
 from .modeling_capivara import CapivaraModel
-from .open_clip_checkpoint import OPEN_CLIP_CONFIG, WEIGHT_FILES
-from .open_clip_source import read_fields
+from .open_clip import OPEN_CLIP_CONFIG, WEIGHT_FILES
 from .processing_capivara import CapivaraProcessor
 
 OPEN_CLIP_FILES = (OPEN_CLIP_CONFIG, *WEIGHT_FILES)  # one of which the Hub has of a model of open_clip
@@ -187,9 +187,10 @@ def _open_clip(source: str, device: torch.device, precision: str) -> PlainEmbedd
         check_reachable(source.removeprefix("hf-hub:"), *OPEN_CLIP_FILES)
     try:
         if source.startswith("local-dir:"):
-            check_sizes(read_fields(Path(source.removeprefix("local-dir:")) / OPEN_CLIP_CONFIG))
+            check_sizes(read_json(Path(source.removeprefix("local-dir:")) / OPEN_CLIP_CONFIG, model_cfg=dict))
         elif source.startswith("hf-hub:"):
-            check_sizes(read_fields(Path(hf_hub_download(source.removeprefix("hf-hub:"), OPEN_CLIP_CONFIG))))
+            path = hf_hub_download(source.removeprefix("hf-hub:"), OPEN_CLIP_CONFIG)
+            check_sizes(read_json(Path(path), model_cfg=dict))
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained or None)
         with tokenizer_errors("its tokenizer"):
             model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)

@@ -1,8 +1,10 @@
 """Many texts or images through a model, in batches: what search and evaluation need."""
 
+import random
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -89,3 +91,19 @@ def image_parts(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:
     """`pixel_values`, (images, 3, height, width), on the device, in the parts and memory order that are fast there."""
     pixel_values = pixel_values.to(device, memory_format=torch.channels_last)
     return pixel_values.split(CPU_IMAGES if device.type == "cpu" else max(len(pixel_values), 1))
+
+
+def random_images(seed: int = 0) -> list[Image.Image]:
+    """Colour images of odd sizes, smaller and larger than towers take, one in grey and one with transparency."""
+    numbers = np.random.default_rng(seed)
+    shapes = [(37, 61, 3), (301, 199, 3), (224, 227, 3), (97, 450, 3), (130, 131), (259, 225, 4)]
+    return [Image.fromarray(numbers.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+
+
+def random_texts(seed: int = 0) -> list[str]:
+    """Portuguese-looking texts of 1 to 120 words: far below and above the length that is kept."""
+    numbers = random.Random(seed)
+    syllables = ("ca", "pi", "va", "ra", "ção", "ões", "nha", "lho", "ba", "tu", "gue", "mar", "é", "ão", "sol", "que")
+    lengths = (1, 2, 5, 9, 30, 120)
+    words = [["".join(numbers.choices(syllables, k=numbers.randint(1, 4))) for _ in range(n)] for n in lengths]
+    return [" ".join(text) for text in words]

@@ -1,6 +1,7 @@
 """Model folders, loaded with every weight accounted for and errors that say what is wrong."""
 
 import hashlib
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +25,18 @@ from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
+CARD = """---
+{metadata}---
+
+# {title}
+
+{made}
+What the model is, how it was trained and under which licence it may be used is stated where it comes from.
+"""
+CONVERTED = (
+    "Converted to transformers by `python -m modeling_capivara.convert_open_clip`, with the weights as they were."
+)
 
 
 def read_config(folder: str | Path) -> CapivaraConfig:
@@ -190,6 +204,29 @@ def card_metadata(card: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: a date that can't be
         return {}
     return metadata if isinstance(metadata, dict) else {}
+
+
+def origin_card(folder: Path, repo_id: str | None = None, made: str = CONVERTED) -> str | None:
+    """Text of README.md; None where nothing is known of the source.
+
+    Args:
+        folder: of the source; its README.md, if there is one, states the licence.
+        repo_id: where on the Hub it was fetched from, which is the base of what is made from it; where None, the base
+            is the one that the source's card names.
+        made: what was done to it, a sentence.
+    """
+
+    def is_text(value: Any) -> bool:
+        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+
+    stated = {key: value for key, value in card_metadata(folder / "README.md").items() if is_text(value)}
+    known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in KEPT}}
+    known = {key: value for key, value in known.items() if value}
+    if not known:
+        return None
+    about = {**known, "library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
+    title = html.escape(repo_id or folder.resolve().name)
+    return CARD.format(metadata=yaml_dump(about, sort_keys=False), title=title, made=made)
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:

@@ -93,10 +93,10 @@ class CapivaraModel(CapivaraPreTrainedModel):
         """
         try:  # by name: cache and converter stay at home when this file travels with a model
             hub_cache = importlib.import_module("capivara_common.hub_cache")
-            conversion = importlib.import_module("modeling_capivara.open_clip_conversion")
+            open_clip = importlib.import_module("modeling_capivara.open_clip")
         except ImportError as error:
             raise ImportError("from_open_clip needs the package modeling-capivara: install it.") from error
-        return cls.from_pretrained(hub_cache.model_folder(source, conversion.CONVERTER, revision), **kwargs)
+        return cls.from_pretrained(hub_cache.model_folder(source, open_clip.CONVERTER, revision), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in transformers; the folder also names the classes for image classification, zero-shot and fine-tuned."""

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from capivara_common.cli import run_command
+from capivara_common.files import whole_folder
+
 from .configuration_capivara import CapivaraConfig
-from .convert_open_clip import free_output, new_folder
-from .convert_open_clip_flags import run
+from .convert_open_clip import free_output
 from .kept_pieces import (
     chunks,
     cut_tokenizer,
@@ -31,9 +33,17 @@ from .kept_pieces import (
     vocabulary_digest,
     word_forms,
 )
-from .loading import load_model, load_processor, mapped_model, mapped_tensors, read_config, weight_files, weights_digest
+from .loading import (
+    load_model,
+    load_processor,
+    mapped_model,
+    mapped_tensors,
+    origin_card,
+    read_config,
+    weight_files,
+    weights_digest,
+)
 from .modeling_capivara import CapivaraModel
-from .open_clip_source import origin_card
 from .processing_capivara import CapivaraProcessor
 from .trim_vocabulary_flags import WORDS, parser
 
@@ -72,10 +82,8 @@ class Trim(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    flags = parser()
-    args, unknown = flags.parse_known_args(argv)
+    args = parser().parse_args(argv)
     try:
-        flags.refuse_unknown(unknown)
         if args.restore:
             if args.texts or args.held_out:
                 raise ValueError("--texts and --held-out are for --languages; --restore needs no texts.")
@@ -120,7 +128,7 @@ def trim(
         changed_texts(processor, small, kept, list(map(word_forms, checked)))
     changed = {str(path): changed_texts(processor, small, kept, found) for path, found in measured}
     record = {"languages": languages, "words": list(words), "tokenizer": vocabulary_digest(processor.tokenizer)}
-    with new_folder(output) as folder:
+    with whole_folder(output) as folder:
         parameters = _write_model(model, config, folder, lambda table: table[kept], record)
         small.save_pretrained(folder)
         _copy_records(model, folder, TRIMMED.format(languages=" and ".join(languages)))
@@ -159,7 +167,7 @@ def restore(model: Path, output: Path, base: Path) -> None:
     def merged(trained: Tensor) -> Tensor:
         return table.to(trained.dtype, copy=True).index_copy_(0, torch.tensor(kept), trained)
 
-    with new_folder(output) as folder:
+    with whole_folder(output) as folder:
         _write_model(model, config, folder, merged, None)
         whole.save_pretrained(folder)
         _copy_records(model, folder, RESTORED)
@@ -280,4 +288,4 @@ def _digest(table: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,4 +1,4 @@
-"""Flags of `trim_vocabulary`, which the package reads before the imports that take seconds."""
+"""Flags of `trim_vocabulary`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

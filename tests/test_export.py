@@ -23,9 +23,10 @@ from modeling_capivara import (
     CapivaraModel,
     CapivaraProcessor,
     CapivaraTokenizer,
+    open_clip,
 )
-from modeling_capivara.convert_open_clip import random_images
-from modeling_capivara.open_clip_mapping import TimmWrapperConfig, capivara_state_dict, open_clip_state_dict
+from modeling_capivara.embedding import random_images
+from modeling_capivara.open_clip import TimmWrapperConfig, capivara_state_dict, open_clip_state_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADER = ROOT / "tests" / "loader_process.py"
@@ -210,7 +211,7 @@ def test_every_tensor_is_the_models_in_both_files(tmp_path, tiny_processor, save
     quick(tmp_path / "model", tmp_path / "repository")
     ours = load_file(tmp_path / "repository" / "model.safetensors")
     theirs = load_file(tmp_path / "repository" / "open_clip_model.safetensors")
-    for found in (ours, capivara_state_dict(theirs, model.config)):
+    for found in (ours, capivara_state_dict(theirs)):
         assert found.keys() == model.state_dict().keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     assert f"{len(ours)} tensors compared, all equal" in caplog.text
@@ -223,7 +224,7 @@ def test_a_wrong_tensor_is_named_and_nothing_is_kept(source, tmp_path, monkeypat
         pre, post = "visual.ln_pre.weight", "visual.ln_post.weight"
         return {**state, pre: state[post], post: state[pre]}
 
-    monkeypatch.setattr(loader_files, "open_clip_state_dict", swapped)
+    monkeypatch.setattr(open_clip, "open_clip_state_dict", swapped)
     wrong = (
         "open_clip_model.safetensors does not hold the model.* vision_model.post_layernorm.weight, vision_model.pre_lay"
     )
@@ -353,5 +354,5 @@ def test_published_size(tmp_path):
     assert settings["text_cfg"]["hf_model_name"] == "FacebookAI/xlm-roberta-base"
     del model
     ours = load_file(tmp_path / "repository" / "model.safetensors")
-    theirs = capivara_state_dict(load_file(tmp_path / "repository" / "open_clip_model.safetensors"), CapivaraConfig())
+    theirs = capivara_state_dict(load_file(tmp_path / "repository" / "open_clip_model.safetensors"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

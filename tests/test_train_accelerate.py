@@ -341,10 +341,6 @@ def test_interpolation_of_a_finished_run(tiny_folder, tiny_dataset_folder, tmp_p
             torch.testing.assert_close(weight, 0.75 * base[name] + 0.25 * trained[name], rtol=1e-5, atol=1e-6)
     with pytest.raises(SystemExit, match="share must be from 0 to 1"):
         interpolate([str(tiny_folder), str(out), "--share", "2", "--output", str(tmp_path / "no")])
-    interpolate([str(tiny_folder), str(out), str(tiny_folder), "--share", "1", "--output", str(tmp_path / "mean")])
-    for name, weight in load_model(tmp_path / "mean").state_dict().items():
-        if weight.is_floating_point():
-            torch.testing.assert_close(weight, (base[name] + trained[name]) / 2, rtol=1e-5, atol=1e-6)
 
 
 def test_the_share_of_interpolation_is_chosen_on_validation(tiny_folder, tiny_dataset_folder, tmp_path, capsys):
