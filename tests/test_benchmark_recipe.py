@@ -10,13 +10,11 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from benchmarks import recipe, recipe_tables
 from benchmarks.recipe_measures import DRAWINGS, NAMES, SETS
-from modeling_capivara.loading import load_model
 
 VARIANTS = """
 paper: {what: as it is}
 hotter: {what: warmer, flags: {learning_rate: 1e-4, eval_languages: [pt, en]}}
 half: {what: half-way, of: paper, share: 0.5}
-soup: {what: mean, of: paper, mean: seeds}
 """
 CONDITIONS = [f"{name}/{split}/{language}" for name, split, languages in SETS for language in languages] + [NAMES]
 KEYS = [f"{condition}/{way}" for condition in CONDITIONS for way in ("text_to_image", "image_to_text")]
@@ -50,7 +48,7 @@ def runner(tmp_path, monkeypatch):
         found.made.append((variant.name, seed))
         if variant.name == "hotter" and seed == "1":
             raise recipe.RunFailed("error: Unknown flag")
-        return {"paper": 0.2, "hotter": 0.4, "half": 0.3, "soup": 0.25}[variant.name], 60.0
+        return {"paper": 0.2, "hotter": 0.4, "half": 0.3}[variant.name], 60.0
 
     monkeypatch.setattr(found, "model", model)
     monkeypatch.setattr(recipe, "load_model", lambda folder: 0.1)
@@ -66,18 +64,18 @@ def run(runner):
 
 def test_what_is_done_is_not_done_again(runner):
     run(runner)
-    assert runner.made == [*((name, seed) for name in ("paper", "hotter", "half") for seed in "01"), ("soup", "mean")]
+    assert runner.made == [*((name, seed) for name in ("paper", "hotter", "half") for seed in "01")]
     runner.made.clear()
     run(runner)
     assert runner.made == [("hotter", "1")], "only what failed is tried again"
     runner.measures.fingerprint = "tomorrow"
     run(runner)
-    assert len(runner.made) == 8, "other data are measured anew"
+    assert len(runner.made) == 7, "other data are measured anew"
 
 
 def test_other_flags_are_another_run(runner):
     folders = {name: runner.folder(variant) for name, variant in runner.variants.items()}
-    assert len(set(folders.values())) == 4
+    assert len(set(folders.values())) == 3
     changed = recipe.replace(runner.variants["hotter"], flags={"learning_rate": "2e-4"})
     assert runner.folder(changed) != folders["hotter"]
     runner.args.config.write_text("max_steps: 4")
@@ -86,14 +84,13 @@ def test_other_flags_are_another_run(runner):
 
 def test_a_failed_seed_is_listed_and_the_others_go_on(runner):
     rows = {row["name"]: row for row in run(runner)["rows"]}
-    assert list(rows) == ["base", "paper", "hotter", "half", "soup"]
+    assert list(rows) == ["base", "paper", "hotter", "half"]
     assert rows["hotter"]["seeds"] == ["0"] and rows["hotter"]["failed"] == "error: Unknown flag"
     assert rows["half"]["seeds"] == ["0", "1"] and rows["half"]["failed"] is None
     key = "openmoji/validation/pt/text_to_image"
     assert rows["paper"]["values"][key] == pytest.approx([0.2 + 3.5 / 40] * 2)
     gain, low, high = rows["half"]["gain"][key]
     assert gain == pytest.approx(0.1) and low <= gain <= high, "every query gained as much"
-    assert rows["soup"]["gain"][key][0] == pytest.approx(0.05), "one model against the mean of the seeds"
     assert rows["paper"]["gain"] == {} and not any(key.startswith("photos") for key in rows["half"]["gain"])
 
 
@@ -109,8 +106,8 @@ def test_tables_show_what_was_measured(runner):
     assert "| half | +20.0 | +20.0 | −2.0 (Noto, i→t) | +10.0 (+10.0 to +10.0) |" in choice
     assert "| base |" not in choice and "| paper | +10.0 | +10.0 |" in choice
     for split, columns in (("validation", 8), ("test", 10)):
-        head, _, *rows = recipe_tables.recall_table(found, split).splitlines()[:8]
-        assert head.count("|") == columns + 2 and len(rows) == 6
+        head, _, *rows = recipe_tables.recall_table(found, split).splitlines()[:7]
+        assert head.count("|") == columns + 2 and len(rows) == 5
     assert "| base | 18.8 | 18.8 |" in recipe_tables.neighbours_table(found)
     assert f"{8} names of ImageNet's classes" in recipe_tables.neighbours_table(found)
 
@@ -125,7 +122,7 @@ def test_tables_show_what_was_measured(runner):
         ("paper: {what: a}\nb: {what: b, of: paper, flags: {a: 1}}", "either flags or `of`"),
         ("paper: {what: a}\nb: {what: b, of: papr}", "of 'papr', which is no variant that is trained"),
         ("a: {what: a}", "has no 'paper'"),
-        ("paper: {what: a, mean: steps}", "needs the flags save_steps and keep_last"),
+        ("paper: {what: a, mean: seeds}", "Unknown key of paper"),
     ],
 )
 def test_variants_that_can_not_be(text, message, tmp_path):
@@ -137,30 +134,6 @@ def test_variants_that_can_not_be(text, message, tmp_path):
 def test_the_committed_variants_are_read():
     variants = recipe.read_variants(recipe.RecipeArguments().variants)
     assert variants["paper"].flags == {} and len(variants) > 1
-
-
-def test_mean_of_weights(tiny_folder, tmp_path):
-    other = load_model(tiny_folder)
-    with torch.no_grad():
-        other.text_projection[0].weight.add_(1)
-    other.save_pretrained(tmp_path / "other")
-    others = [tmp_path / "other" / "model.safetensors"]
-    mean, first = recipe.mean_of(load_model(tiny_folder), others).state_dict(), load_model(tiny_folder).state_dict()
-    for name, tensor in first.items():
-        if name == "text_projection.0.weight":
-            torch.testing.assert_close(mean[name], tensor + 0.5)
-        else:
-            assert torch.equal(mean[name], tensor), f"{name} is the same to the bit, so that images are embedded once"
-
-
-def test_checkpoints_of_the_last_steps(tmp_path):
-    (tmp_path / "run.json").write_text('{"steps": 30, "config": {"keep_last": 3}}')
-    with pytest.raises(recipe.RunFailed, match="no checkpoint before its last step"):
-        recipe.checkpoints_before_the_end(tmp_path)
-    for step in (10, 26, 28, 30):  # 10 is the best one
-        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-    found = recipe.checkpoints_before_the_end(tmp_path)
-    assert [path.parent.name for path in found] == ["step-00000026", "step-00000028"]
 
 
 @pytest.fixture

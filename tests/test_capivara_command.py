@@ -487,9 +487,8 @@ def test_status_tells_what_the_index_is(capivara, index, folder, saved_tiny_fold
 def sentences_of_the_library() -> list[str]:
     """Every text in the code of the installed packages, with "1" for what is filled in."""
     found = []
-    for path in [*(ROOT / "capivara_search").glob("*.py"), *(ROOT / "modeling_capivara").glob("*.py")] + [
-        ROOT / "capivara_search" / "common" / name for name in ("environment.py", "executors.py")
-    ]:
+    rooms = ("capivara_common", "capivara_search", "modeling_capivara")
+    for path in (path for room in rooms for path in (ROOT / room).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(re.sub(r"%(s|d|\.0f)", "1", node.value))

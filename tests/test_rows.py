@@ -136,7 +136,7 @@ def test_table_is_written_in_chunks(tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "ROWS_PER_CHUNK", 1000)
     assert tables_fingerprint(table_of(source)) == fingerprint
     nothing = table_of(source, choose=lambda row: [])
-    assert len(nothing) == 0 and nothing.column_names == ["row", "digest", "captions", "teacher_captions"]
+    assert len(nothing) == 0 and nothing.column_names == ["row", "digest", "captions"]
 
 
 def test_bad_share():

@@ -37,7 +37,7 @@ from hub_upload.space.published_index import publish_index
 from modeling_capivara.loading import card_metadata
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = ("capivara_search", "modeling_capivara")
+PROGRAM = ("capivara_common", "capivara_search", "modeling_capivara")
 PROGRAM_SUFFIXES = (".py", ".html", ".css", ".js", ".svg", ".json", ".txt", ".yaml")
 STORES = ("s3://", "gs://", "az://")  # how addresses of indexes begin
 PACKAGES = ("lancedb", "pillow-heif", "starlette", "threadpoolctl", "uvicorn")  # of the page, beside those of the model
