@@ -191,7 +191,7 @@ def word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None
     """
     ids = torch.cat([torch.empty(0, dtype=torch.long, device=table.weight.device), *map(torch.flatten, input_ids)])
     ids = ids.unique()
-    rows = F.embedding(ids, table.weight, table.padding_idx)  # padding's row has a gradient of zero
+    rows = table(ids)  # by its own forward: some tables scale their rows, and padding's has a gradient of zero
     ended = False
 
     def within(gradient: Tensor) -> None:
