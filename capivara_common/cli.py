@@ -82,7 +82,8 @@ def parse(
         SystemExit: `--help`, a flag is missing, or a value is of the wrong type; without `argv` any of these faults,
             with 2.
     """
-    flags = parser(groups or kind, hide, getattr(kind, "gone", {}), description=description)
+    gone = getattr(kind, "gone", {})
+    flags = parser(groups or kind, hide, gone, description=description)
     names, words = [known.name for known in fields(kind)], sys.argv[1:] if argv is None else list(argv)
     try:
         if config:
@@ -90,7 +91,7 @@ def parse(
             file = flags.parse_known_args(words)[0].config
             # The file stands before the command line: values of both are read, checked and converted by the same code,
             # so `1e-4`, which PyYAML takes for text, becomes a number.
-            words = (as_flags(read_config(Path(file)), names, str(Path(file))) if file else []) + words
+            words = (as_flags(read_config(Path(file)), names, str(Path(file)), gone) if file else []) + words
         namespace, unknown = flags.parse_known_args(words)
         flags.refuse_unknown(unknown)
         values = vars(namespace)
@@ -119,13 +120,16 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def as_flags(content: dict[str, Any], names: list[str], where: str) -> list[str]:
+def as_flags(content: dict[str, Any], names: list[str], where: str, gone: dict[str, str] | None = None) -> list[str]:
     """Keys and values as the flags that say the same; `where` is the subject of an error.
 
-    Raises ValueError where a key is not among `names`, or a value is neither text nor list.
+    Raises ValueError where a key is not among `names` (of those of earlier versions `gone` has what is used instead),
+    or a value is neither text nor list.
     """
     flags = []
     for key, value in content.items():
+        if instead := (gone or {}).get(key):
+            raise ValueError(f"{where}: `{key}` is gone: {instead}.")
         if key not in names:
             reject(str(key), f"key in {where}", names)
         if isinstance(value, dict):

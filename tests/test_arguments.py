@@ -46,6 +46,7 @@ def test_booleans_and_empty_values(tmp_path):
     ("text", "message"),
     [
         ("model: m\ndataset: d\nlearning_rat: 1\n", "`learning_rat`. Did you mean `learning_rate`"),
+        ("model: m\ndataset: d\ntowers: text\n", r"run\.yaml: `towers` is gone: the image tower is always frozen"),
         ("model: m\ndataset: d\nmax_steps: {a: 1}\n", "got a mapping"),
         ("- a\n- b\n", "must hold `key: value` lines"),
         ("a: [", "^[^\\n]* is not valid YAML[^\\n]*$"),
