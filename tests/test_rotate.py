@@ -137,4 +137,6 @@ def test_too_few_images_for_the_axes(tiny_folder, tiny_dataset_folder, tmp_path)
         rotate([*words, "--dims", "12"])
     with pytest.raises(SystemExit, match="9 does not divide it"):
         rotate([*words, "--dims", "9"])
+    with pytest.raises(SystemExit, match=r"has no column 'photo'; there are \["):
+        rotate([*words, "--dims", "12", "--image_column", "photo"])
     assert not (tmp_path / "turned").exists()

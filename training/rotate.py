@@ -13,10 +13,13 @@ from capivara_common.start import start_command
 if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
     start_command("training.arguments:RotateArguments", __doc__)
 
+from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -27,7 +30,7 @@ from torch import Tensor, nn
 from capivara_common.cli import parse, run_command, user_errors
 from capivara_common.files import check_output_folder, whole_folder, write_bytes
 from capivara_common.image_files import BadImage, decode_image
-from caption_data.sources import open_source
+from caption_data.sources import Source, open_source
 from modeling_capivara import CapivaraModel
 from modeling_capivara.configuration_capivara import checked_widths
 from modeling_capivara.embedding import embed_images
@@ -54,21 +57,27 @@ def rotate(args: RotateArguments) -> Tensor:
     width = model.config.projection_dim
     model.config.matryoshka_dims = checked_widths(args.dims, width) or None
     source = open_source(args.dataset, args.split, args.image_column)
-    pictures = []
-    for row in np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64).tolist():
-        with suppress(BadImage):
-            pictures.append(decode_image(source.row(row)[args.image_column], source.files))
-    if len(pictures) <= width:
+    source.check_columns([args.image_column])
+    pictures = _pictures(source)
+    first = list(islice(pictures, width + 1))
+    if len(first) <= width:
         raise ValueError(
-            f"{source.where} has {len(pictures)} usable images, and {width} axes are asked of them. Give more."
+            f"{source.where} has {len(first)} usable images, and {width} axes are asked of them. Give more."
         )
-    rotation = principal_rotation(embed_images(model, processor, pictures, description="Images"))
+    rotation = principal_rotation(embed_images(model, processor, chain(first, pictures), description="Images"))
     rotate_(model, rotation)
     with whole_folder(args.output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         save_rotation(rotation, folder)
     return rotation
+
+
+def _pictures(source: Source) -> Iterator[PIL.Image.Image]:
+    """The images that the axes are taken of, decoded one by one: all at once would be many gigabytes."""
+    for row in np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64).tolist():
+        with suppress(BadImage):
+            yield decode_image(source.row(row)[source.image_column], source.files)
 
 
 @torch.no_grad()
