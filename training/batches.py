@@ -1,7 +1,6 @@
 """Which pairs a step trains on, in micro-batches: a function of seed and step alone, so that a run resumes anywhere."""
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -138,11 +137,6 @@ class Planner:
     micro_batch_size: int  # texts of a micro-batch
     augmented_views: int  # of every image
     seed: int
-
-    def texts(self) -> Iterator[str]:
-        """All texts that a step may put through the tower that is trained."""
-        for texts in itertools.chain(*self.captions):
-            yield from texts
 
     def __call__(self, step: int) -> StepPlan:
         """The pairs of a step, counted from 0."""
