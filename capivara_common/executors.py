@@ -2,7 +2,7 @@
 
     execute(Work.of(args), args)
 
-Every phase of the work (`common.tasks.Phase`) is a datatrove pipeline of one step, `Task`, and depends on the phase
+Every phase of the work (`Phase` of `tasks.py`) is a datatrove pipeline of one step, `Task`, and depends on the phase
 before. datatrove skips tasks with a completion file; here these files are made anew at every start, from the parts that
 are on the disk, so that what is done stays done when the number of tasks changes, and what was removed is made again.
 A task that fails leaves the others at work; why it failed is in `failures/RANK.txt` beside its log.
@@ -39,7 +39,7 @@ from capivara_common.files import write_text
 from capivara_common.progress import no_bars, prepare_bars
 from capivara_common.tasks import ExecutorArguments, Phase
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]  # that tasks on other machines import the code from
 FAILURES_NAMED = 8
 EXPECTED = (ValueError, OSError, ImportError)  # whose message is enough; of others the traceback is kept
 

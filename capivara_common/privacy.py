@@ -156,7 +156,7 @@ def short_name(name: str) -> str:
 
 def own_paths() -> list[str]:
     """Folders of this machine that a published file has no reason to name, longest first."""
-    checkout = Path(__file__).resolve().parents[2]
+    checkout = Path(__file__).resolve().parents[1]
     folders = {Path.home(), Path.cwd(), Path(tempfile.gettempdir()), Path(sys.prefix), checkout}
     return sorted({str(folder) for folder in folders if len(folder.parts) > 1}, key=len, reverse=True)
 

@@ -17,6 +17,7 @@ from made_index import make_pictures, rows_of
 from slurm_node import missing_programs, slurm_node
 from tiny import randomise, tiny_config
 
+from capivara_common import executors
 from capivara_common.executors import failures
 from capivara_search import PictureIndex
 from captions.build import BuildArguments, build
@@ -121,6 +122,10 @@ def wait_for_jobs(variables: dict[str, str]) -> None:
 SLURM = ("--executor", "slurm", "--tasks", "2", "--partition", "main", "--time", "00:10:00", "--mem_per_cpu_gb", "1")
 
 
+def test_tasks_on_other_machines_import_the_code_of_this_checkout():
+    assert executors.ROOT == ROOT
+
+
 def test_a_real_slurm(config, built, slurm):
     """A task whose row is poisoned fails its job, and what depends on it is not run; the same command does the rest."""
     model = yaml.safe_load(config.read_text())["score"]["model"]
@@ -157,7 +162,9 @@ def test_retrieval_by_the_job_of_the_page(tiny_folder, tiny_dataset_folder, slur
     """docs/cluster.md's job, for two machines that are one, without GPUs."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    (job,) = re.findall(r"```bash\n(#SBATCH.*?)```", (ROOT / "docs/cluster.md").read_text(encoding="utf-8"), re.DOTALL)
+    (job,) = re.findall(
+        r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (ROOT / "docs/cluster.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     here = {
         "--nodes=4 --ntasks-per-node=1 --gpus-per-node=4 --time=01:00:00": "--ntasks=2 --time=00:05:00",
         "accelerate launch": f"{sys.executable} -m accelerate.commands.launch",
@@ -170,7 +177,7 @@ def test_retrieval_by_the_job_of_the_page(tiny_folder, tiny_dataset_folder, slur
     for old, new in here.items():
         assert old in job, old
         job = job.replace(old, new)
-    (tmp_path / "job.sh").write_text(f"#!/bin/bash\n{job}", encoding="utf-8")
+    (tmp_path / "job.sh").write_text(job, encoding="utf-8")
     options = surroundings()
     options["env"] |= slurm | {"SCRATCH": str(tmp_path)}
     command = ["sbatch", "--wait", f"--output={tmp_path}/log", f"--chdir={ROOT}", str(tmp_path / "job.sh")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from capivara_common.privacy import SECRET_RE2, hide_paths, machine_path_in, redact, secret_in, short_name
+from capivara_common.privacy import SECRET_RE2, hide_paths, machine_path_in, own_paths, redact, secret_in, short_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8s9T0"
@@ -157,8 +157,14 @@ def test_this_project_and_its_cards_hold_no_path():
     patterns = ("*.md", "docs/*.md", "configs/*.yaml", "hub_upload/**/*.j2", "modeling_capivara/*.py")
     files = [path for pattern in patterns for path in ROOT.glob(pattern)]
     found = {path.name: machine_path_in(path.read_text(encoding="utf-8")) for path in files}
-    assert {name: path for name, path in found.items() if path} == {"immich.md": "/cache"}  # in Immich's container
+    places = {"immich.md": "/cache", "cluster.md": "/bin/bash"}  # in Immich's container; the first line of a job
+    assert {name: path for name, path in found.items() if path} == places
     assert yaml.safe_load((ROOT / "configs/capivara.yaml").read_text(encoding="utf-8"))
+
+
+def test_the_checkout_is_a_folder_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert str(ROOT) in own_paths() and str(ROOT.parent) not in {*own_paths()} - {str(Path.home())}
 
 
 def test_one_name_for_a_data_set(monkeypatch, tmp_path):
