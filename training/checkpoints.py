@@ -193,7 +193,7 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
     if state.config.keys() & GONE.keys():  # its step was another one, and some of its weights have other names
         raise ValueError(
             f"{path} is of an earlier version of the program. Go on with it by that one, commit {BEFORE}, or start "
-            "anew with --overwrite_output_dir true."
+            "anew by --overwrite_output_dir true in place of --resume."
         )
     # Where the cache lies changes nothing; whether there is one does: its embeddings are float16.
     old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
