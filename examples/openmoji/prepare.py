@@ -112,7 +112,8 @@ def prepare(dataset_dir: Path, model_dir: Path | None) -> None:
             )
         check_free_space(model_dir, BASE_BYTES)
         dataset = load_embedded(dataset_dir)
-        kept = Kept(partial_folder(model_dir), {name: split._fingerprint for name, split in dataset.items()})
+        origin = {name: split._fingerprint for name, split in dataset.items()} | {"pieces": f"{LANGUAGES} {WORDS}"}
+        kept = Kept(partial_folder(model_dir), origin)
         with whole_folder(model_dir) as folder:
             features = build_base(dataset, folder, kept)
         keep_embeddings(dataset_dir, model_dir, features)
@@ -124,7 +125,7 @@ class Kept:
     """What a preparation that was interrupted has left, so that the same command goes on from there."""
 
     folder: Path  # made where it is missing
-    origin: dict[str, str]  # fingerprints of the data; what has other ones, or other packages, is made again
+    origin: dict[str, str]  # of the data and the word pieces; what has another, or other packages, is made again
 
     def load(self, name: str) -> Any:
         """What was saved under the name, or None; a file that is not as it was saved is named and left out."""
