@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
             facts = conditions() | {"config": read_config(args.config)}
             numbers = {key: len(measures.groups(key)) for key in measures.chance}
             write_json(args.output, facts | {"n": numbers, "chance": measures.chance, "rows": runner.rows()})
-    print(f"Results: {args.output}. `python -m benchmarks.readme` puts them into docs/recipe.md.")
+    print(f"Results: {args.output}. `python -m benchmarks.readme` takes README's short table from them.")
 
 
 if __name__ == "__main__":
