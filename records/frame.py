@@ -97,6 +97,8 @@ def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
         folder, seed = folder.parent, int(number)
     if str(folder) == ".":
         folder = PurePosixPath(file_name).parent
+        if folder.parent.name == f"seed-{seed}":  # a run of its own, beside those of the other seeds
+            folder = folder.parent.parent
     return "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
 
 

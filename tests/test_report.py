@@ -253,6 +253,9 @@ def test_seeds_are_a_mean_and_a_sample_deviation(tmp_path):
     [
         ("seed-1", 1, "results/r.json", ("results", 1)),  # of a run's own results: relative to the run
         (".", 0, "r.json", ("this run", 0)),
+        (".", 1, "seed-1/results/r.json", ("this run", 1)),  # a run a seed
+        (".", 1, "runs/a/seed-1/results/r.json", ("runs/a", 1)),
+        (".", 1, "seed-2/results/r.json", ("seed-2/results", 1)),
         ("runs/a/seed-2", None, "x/r.json", ("runs/a", 2)),  # measured afterwards
         ("runs/a/seed-2", 2, "x/r.json", ("runs/a", 2)),
         ("/home/maria/models/base/", None, "r.json", ("base", None)),

@@ -20,7 +20,8 @@ GONE = {  # flags of earlier versions -> what there is instead
     "streaming": "data sets of any size are read in place",
     "accumulation": "the graphs of as many micro-batches as fit are kept",
     "dataset_weights": "several data sets are mixed by their sizes; repeat the rows of one that should count more",
-    "runs": "run the command once a --seed; `python -m benchmarks.readme --demo` takes several run folders",
+    "runs": "run the command once a --seed, with --output_dir RUN/seed-0, RUN/seed-1, …; `python -m eval.report RUN` "
+    "shows their mean and deviation",
     "trained_vocabulary": "`python -m modeling_capivara.trim_vocabulary` makes the base small before the training",
 }
 GROUPS = (ModelAndData, Batch, Optimisation, Trained, Output, Hub)
