@@ -21,6 +21,7 @@ from training.checkpoints import (
     TrainerState,
     _sums,
     check_files,
+    check_finished_run,
     check_same_run,
     read_state,
 )
@@ -322,3 +323,13 @@ def test_a_checkpoint_of_an_earlier_version_names_the_commit_to_use(tmp_path):
     before = TrainerState(config={"seed": 1, "towers": "text", "runs": 1})
     with pytest.raises(ValueError, match=r"^[^\n]*is of an earlier version of the program[^\n]*commit a876dd5[^\n]*$"):
         check_same_run(before, {"seed": 1}, {}, tmp_path)
+
+
+def test_a_finished_run_with_what_has_left_the_program_is_another_one(tmp_path):
+    finished = {"config": {"seed": 1, "towers": "text", "runs": 1}, "dataset_fingerprints": {}}
+    (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
+    check_finished_run(tmp_path, {"seed": 1}, {})
+    finished["config"]["text_teacher"] = "base"
+    (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"earlier version of the program, with text_teacher[^\n]*a876dd5"):
+        check_finished_run(tmp_path, {"seed": 1}, {})

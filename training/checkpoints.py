@@ -25,6 +25,11 @@ from safetensors import SafetensorError
 from capivara_common.files import no_space_left, read_json, write_bytes, write_json
 from training.arguments import GONE, RunArguments
 
+OFF_BEFORE = {  # settings that have left the program, with the value at which they changed nothing
+    **dict.fromkeys(("text_teacher", "parallel_text")),
+    **dict.fromkeys(("anchor_share", "hard_negatives"), 0.0),
+    **{"layer_decay": 1.0, "decay_towards": "zero", "towers": "text", "matryoshka_dims": [], "dataset_weights": []},
+}
 BEFORE = "a876dd5"  # the last one whose settings had the names in `GONE`
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
@@ -213,6 +218,11 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
 def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
     """Raise ValueError where the finished run in `folder` has other settings, or other `data` of those given."""
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
+    if changed := [name for name, off in OFF_BEFORE.items() if finished["config"].get(name, off) != off]:
+        raise ValueError(
+            f"{folder} is of an earlier version of the program, with {', '.join(changed)}, which have left it. Commit "
+            f"{BEFORE} repeats it; choose another output_dir."
+        )
     known = {name: value for name, value in finished["config"].items() if name not in GONE}
     state = TrainerState(config=known, data=finished["dataset_fingerprints"])
     check_same_run(state, config, data, folder)
