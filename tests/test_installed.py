@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("modeling_capivara", "capivara_search")
+PACKAGES = ("modeling_capivara", "capivara_common", "capivara_search")
 PICTURES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "retina.jpg", "hubble_deep_field.jpg")
 # Run at the end of every process of the environment: where its modules came from.
 WATCH = """\
@@ -87,7 +87,7 @@ def installed(wheel, tmp_path_factory) -> Callable[..., subprocess.CompletedProc
     return run
 
 
-def test_the_wheel_holds_the_two_packages_whole(wheel):
+def test_the_wheel_holds_its_packages_whole(wheel):
     with zipfile.ZipFile(wheel) as files:
         names = set(files.namelist())
         (points,) = (files.read(name).decode() for name in names if name.endswith("entry_points.txt"))

@@ -62,7 +62,7 @@ def test_without_network_every_loader_says_so_within_seconds(tmp_path):
 @pytest.mark.slow
 def test_a_run_of_no_model_speaks_of_no_resuming(tmp_path, tiny_dataset_folder):
     words = [str(ROOT / "train_accelerate.py"), "--model", "no/such", "--dataset", str(tiny_dataset_folder)]
-    done = run([*words, "--warmup_steps", "1", "--max_steps", "9"], tmp_path)
+    done = run([*words, "--warmup_steps", "1", "--max_steps", "9", "--effective_batch_size", "4"], tmp_path)
     assert done.returncode == 1 and "resume" not in done.stderr
     assert "The model no/such is no folder here" in done.stderr.splitlines()[-1]
     assert "9 steps with a learning_rate of at most 5e-07" in done.stderr

@@ -71,8 +71,8 @@ def test_spanish_from_end_to_end(tmp_path, tiny_processor):
         report.main(["run", "--output", "report"])
         card.main(["--model", "run"])
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    assert "Zero-shot classification, own, prompts in es" in page and "captions in es" in page
-    assert "class names and templates of the benchmark&#39;s own file" in page and "this project" not in page
+    assert "Classification, own, in es, split test" in page and "Retrieval, captions, in es" in page
+    assert "those of the benchmark&#39;s own file" in page and "this project" not in page
     (entry,) = split_card(card_of(tmp_path / "run"))[0]["model-index"]
     of_classes = [one for one in entry["results"] if one["dataset"]["name"] == "colores"]
     assert {one["dataset"].get("config") for one in of_classes} == {"es", None}, "the probe reads no text"

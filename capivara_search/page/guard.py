@@ -215,7 +215,13 @@ def allowed_hosts(host: str, more: Sequence[str] = ()) -> list[str]:
     Raises:
         ValueError: one of them is no name.
     """
-    names = ["localhost", "127.0.0.1", "::1", host.lower(), *map(host_name, more)]
+    names = [
+        "localhost",
+        "127.0.0.1",
+        "::1",
+        host.lower(),
+        *(name if name == "*" else host_name(name) for name in more),
+    ]
     if "" in names:
         raise ValueError(f"--allow-host must be a name such as fotos.local, or an address, got {', '.join(more)!r}.")
     if host in ("0.0.0.0", "::"):
