@@ -8,7 +8,8 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
-from modeling_capivara import CapivaraImageProcessor
+from capivara_common import image_files
+from modeling_capivara import CapivaraImageProcessor, image_processing_capivara
 
 PROCESSOR = CapivaraImageProcessor()
 OPEN_CLIP = image_transform_v2(PreprocessCfg(size=224), is_train=False)
@@ -405,3 +406,18 @@ def test_bad_settings_are_refused_by_name(kind):
 def test_misspelt_setting_is_refused():
     with pytest.raises(TypeError, match="do_normalise"):
         PROCESSOR(noise(20, 30), do_normalise=False)
+
+
+@pytest.mark.parametrize("kind", ["bool", "uint8", "uint16", "int32", "int64", "float32", "float64"])
+@pytest.mark.parametrize("high", [1, 200, 255, 256, 65535])
+def test_the_gate_s_eight_bits_are_the_processor_s(kind, high):
+    """The formula stands twice: this file travels with a model, without the room that all tools share."""
+    values = (np.random.default_rng(0).random((5, 7)) * high).astype(kind)
+    values.flat[0] = min(high, np.iinfo(kind).max) if kind.startswith(("i", "u")) else high
+    found = []
+    for formula in (image_processing_capivara.to_eight_bits, image_files.to_eight_bits):
+        try:
+            found.append(formula(values).tolist())
+        except ValueError as error:
+            found.append(str(error))
+    assert found[0] == found[1]
