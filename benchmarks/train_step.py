@@ -13,8 +13,8 @@ alternate, and a figure is the median of the runs. Measured are
 - `cache`: our engine on embeddings of the images that were computed before,
 - `cache_recomputed`: as `cache`, no graph kept, as where a batch of 2816 does not fit.
 
-With `--beside CHECKOUT` our programs of another checkout of this project, with a .venv of its own, are measured in the
-same alternating runs, and the ratio is to them.
+With `--beside CHECKOUT` `no_cache` and `cache` alone are measured, and the same of another checkout, with
+a .venv of its own, in alternating runs; the ratio is to them. The recipe's step is measured in both.
 
 All get the same batch; micro-batches are each program's own, and in the results. open_clip needs two of them at least:
 with one there is no accumulation, and no batch of 2816. Its cost per pair does not depend on their number beyond that.
@@ -200,7 +200,8 @@ def compare(args: TrainStepArguments) -> dict[str, Any]:
     recipe = {"recipe": recipe_step(args)} if args.recipe else {}
     names = [name for name in TITLES if args.device == "cpu" or name != PEER]
     if args.beside:
-        names += [name + BEFORE for name in TITLES if name != PEER]
+        recipe |= {"recipe_before": recipe_step(args, BEFORE)} if args.recipe else {}
+        names = [name + end for name in ("no_cache", "cache") for end in ("", BEFORE)]
     programs = {
         (precision, name): lambda run, of=(name, precision): measured(*of, args)
         for precision in PRECISIONS
@@ -254,7 +255,7 @@ def summary(runs: list[dict], peer: list[dict] | None, before: list[dict] | None
     return found
 
 
-def recipe_step(args: TrainStepArguments) -> dict[str, Any]:
+def recipe_step(args: TrainStepArguments, of: str = "") -> dict[str, Any]:
     """A step of 2816 pairs with nothing kept, in the precision that `auto` chooses; projected to the whole recipe.
 
     On a CPU it is the first step, which also allocates Adam's moments.
@@ -262,7 +263,7 @@ def recipe_step(args: TrainStepArguments) -> dict[str, Any]:
     cuda = args.device != "cpu"
     precision = resolve_precision("auto", torch.device(args.device))
     sizes = {"pairs": RECIPE_PAIRS, "micro": RECIPE_MICRO, "steps": 3 if cuda else 1, "warmup": int(cuda)}
-    found = measured("cache_recomputed", precision, args, **sizes)
+    found = measured("cache_recomputed" + of, precision, args, **sizes)
     seconds = found["pairs"] / found["pairs_per_second"]
     projected = {"projected_hours": seconds * RECIPE_STEPS / 3600, "projected_steps": RECIPE_STEPS}
     return {**found, "step_s": seconds, **projected}
