@@ -23,7 +23,7 @@ from benchmarks.timing import conditions, finish, software, table
 from capivara_common.cli import flag, parse
 from caption_data.source_files import load_embedded
 from examples.caption import make_captions, word_scores
-from examples.example_arguments import CaptionArguments
+from examples.prefix_captioner import CaptionArguments
 
 END = "</s>"
 PIECES = 1500  # of the small language model's vocabulary

@@ -54,10 +54,9 @@ from captions.captioner import Blip2Captioner, Decoding
 from captions.generate import COLUMN, GenerateProcess, read_prefixes
 from captions.score import ScoreProcess
 from captions.select import SelectArguments, Selection
-from captions.stage_arguments import PREFIXES, StageArguments
+from captions.stage_arguments import PREFIXES, StageArguments, TranslateArguments
 from captions.stages import RowStage
 from captions.translate import PHASES
-from captions.translate_arguments import TranslateArguments
 from captions.translators.local import Seq2SeqTranslator
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedder import CapivaraEmbedder
