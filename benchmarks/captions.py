@@ -46,7 +46,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks.loading import SIZE, photos
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, software, table, timed_runs
-from capivara_common.cli import at_least, flag, parse
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from captions import sentence_stage
@@ -351,4 +351,4 @@ def captions_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

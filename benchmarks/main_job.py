@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import timing
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json
 
 PHASES = {
@@ -122,4 +122,4 @@ def main_job_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
