@@ -7,6 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --d
 .PHONY: demo test check
 
 demo: .venv/demo  ## prepare, train and measure the embedded default
+	$(BIN)/python -m examples.openmoji.prepare
 	$(BIN)/accelerate launch train_accelerate.py --config configs/openmoji.yaml $(DEMO_ARGS)
 
 test: .venv/test  ## all tests; PYTEST_ARGS='-m "not slow"' for fewer

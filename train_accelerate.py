@@ -7,11 +7,6 @@
 Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` resumes it.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("training.arguments:parse_arguments", __doc__)
-
 import sys
 import time
 from dataclasses import asdict
@@ -72,7 +67,6 @@ def main(argv: list[str] | None = None) -> Path:
         sys.exit(f"error: {error}")
     with run_folder(output_dir, args, accelerator) as folder:
         check_settings_of_checkpoints(args, folder)
-        prepare(args, accelerator)
         inputs = load_inputs(args, accelerator, output_dir)
         start_tracker(args, accelerator)
         train(args, inputs, accelerator, folder)
@@ -84,22 +78,6 @@ def main(argv: list[str] | None = None) -> Path:
         table = (output_dir / "table.md").read_text(encoding="utf-8")
         print(f"\n{table}\nEverything is in {output_dir}.")
     return end_run(args, output_dir)
-
-
-def prepare(args: RunArguments, accelerator: Accelerator) -> None:
-    """Make the embedded default's own data set and base model where they are asked for and missing; once.
-
-    In the place of another model, a slip of its name included, none is built.
-    """
-    if args.prepare == "openmoji":
-        from examples.example_arguments import PrepareArguments
-        from examples.openmoji.prepare import prepare as prepare_openmoji
-
-        own = PrepareArguments()
-        own_model = Path(args.model).resolve() == own.model.resolve()
-        with accelerator.main_process_first():
-            if own_model or own.dataset.resolve() in [Path(name).resolve() for name in args.dataset]:
-                prepare_openmoji(own.dataset, own.model if own_model else None)
 
 
 def train(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:

@@ -20,10 +20,10 @@ from tqdm.auto import trange
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks.timing import conditions, finish, software, table
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from caption_data.source_files import load_embedded
 from examples.caption import make_captions, word_scores
-from examples.example_arguments import CaptionArguments
+from examples.prefix_captioner import CaptionArguments
 
 END = "</s>"
 PIECES = 1500  # of the small language model's vocabulary
@@ -180,4 +180,4 @@ def guiding_table(found: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -46,7 +46,7 @@ from transformers import logging as transformers_logging
 
 from benchmarks.loading import SIZE, photos
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, software, table, timed_runs
-from capivara_common.cli import at_least, flag, parse
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from captions import sentence_stage
@@ -54,10 +54,9 @@ from captions.captioner import Blip2Captioner, Decoding
 from captions.generate import COLUMN, GenerateProcess, read_prefixes
 from captions.score import ScoreProcess
 from captions.select import SelectArguments, Selection
-from captions.stage_arguments import PREFIXES, StageArguments
+from captions.stage_arguments import PREFIXES, StageArguments, TranslateArguments
 from captions.stages import RowStage
 from captions.translate import PHASES
-from captions.translate_arguments import TranslateArguments
 from captions.translators.local import Seq2SeqTranslator
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedder import CapivaraEmbedder
@@ -352,4 +351,4 @@ def captions_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

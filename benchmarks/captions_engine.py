@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.captions import sentences, write_rows
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, table, timed_runs
-from capivara_common.cli import at_least, flag, parse, user_errors
+from capivara_common.cli import at_least, flag, parse, run_command, user_errors
 from captions.tsv import unescape
 
 
@@ -127,4 +127,4 @@ def _translate_flags(folder: Path, rows: int) -> list[str]:
 COMMANDS = {"select": _select_flags, "translate": _translate_flags}
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, timed_runs
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.open_clip import build_open_clip, capivara_state_dict
@@ -118,4 +118,4 @@ def caption_of(tokens: int, tokenizer: Any, seed: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

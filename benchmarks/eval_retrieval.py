@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import conditions, finish, in_own_process, median_ratio, seconds_of, timed_runs
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes, restart_peak
 from capivara_common.files import read_json
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
@@ -126,4 +126,4 @@ def measure_memory(images: int, captions: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

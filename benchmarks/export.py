@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModel, CLIPVisionModel, XLMRobertaModel  # noqa: F401, else imported while a load is timed
 
 from benchmarks.timing import alternating, conditions, finish, in_own_process, median_ratio, save_random_model
-from capivara_common.cli import at_least, flag, parse
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes
 from hub_upload.export import export
 from hub_upload.loader_files import OPEN_CLIP_WEIGHTS
@@ -134,4 +134,4 @@ def drop_from_page_cache(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from benchmarks.timing import ROOT, conditions, finish, in_own_process, table
-from capivara_common.cli import at_least, flag, parse
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes
 from capivara_common.files import whole_folder
 from capivara_common.privacy import short_name
@@ -364,4 +364,4 @@ def in_browser_table(found: dict[str, Any], demo: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -24,7 +24,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks.timing import conditions, finish
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
@@ -119,4 +119,4 @@ def measure(args: LoadingArguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

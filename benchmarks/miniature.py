@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset
 
 from benchmarks.timing import conditions, finish
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_search.models import MINIATURE, SearchModel, find_model
 from caption_data.source_files import load_embedded
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
@@ -77,4 +77,4 @@ def recall(queries: np.ndarray, targets: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

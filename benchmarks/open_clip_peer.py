@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.timing import finish, peak_memory_bytes
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig
 from modeling_capivara.open_clip import build_open_clip
@@ -152,4 +152,4 @@ def open_clip_optimizer(model: nn.Module, theirs: Any) -> torch.optim.AdamW:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

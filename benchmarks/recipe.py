@@ -22,7 +22,7 @@ import torch
 from benchmarks.recipe_measures import Measures
 from benchmarks.recipe_tables import REFERENCE
 from benchmarks.timing import RESULTS, ROOT, conditions
-from capivara_common.cli import flag, parse, read_config, reject, run_command, user_errors
+from capivara_common.cli import flag, parse, read_config, run_command, unknown, user_errors
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import hide_paths
 from caption_data.rows import digest_of
@@ -93,7 +93,7 @@ def _variant(name: str, content: Any, path: Path) -> Variant:
     if not isinstance(content, dict) or not content.get("what"):
         raise ValueError(f"{where} must say `what` it is in words, got {content!r}.")
     for key in content.keys() - set(known):
-        reject(key, f"key of {name} in {path}", known, "")
+        raise ValueError(unknown(key, f"key of {name} in {path}", known, ""))
     variant = Variant(**{"name": name, **content, "flags": content.get("flags") or {}})
     if not re.fullmatch(r"0(\.\d+)?|1(\.0+)?", str(variant.share)):
         raise ValueError(f"{where}: share must be a number from 0 to 1, got {variant.share!r}.")
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     variants = read_variants(args.variants)
     for name in args.only:
         if name not in variants:
-            reject(name, "variant", list(variants), f"{args.variants} has all.")
+            raise ValueError(unknown(name, "variant", list(variants), f"{args.variants} has all."))
     measures = Measures(args.base, args.openmoji, args.proxies, args.work / "cache")
     runner = Runner(args, variants, measures)
     for variant in variants.values():

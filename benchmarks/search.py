@@ -37,7 +37,7 @@ from benchmarks.timing import (
     peak_memory_bytes,
     save_random_model,
 )
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, write_json
 from capivara_search import PictureIndex
 from capivara_search.picture_columns import schema, vector_column
@@ -380,4 +380,4 @@ WORKERS: dict[str, Callable[[SearchArguments], dict[str, Any]]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from benchmarks.timing import finish, in_own_process, save_random_model
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import write_bytes
 from examples.real_images import PHOTOS, photo
 from modeling_capivara import CapivaraConfig
@@ -228,4 +228,4 @@ def small_photos(folder: Path, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -31,7 +31,7 @@ import psutil
 from tqdm.auto import tqdm
 
 from benchmarks.timing import conditions, finish
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_search.index import PictureIndex
 from hub_upload.space.collection import picture_folder
 
@@ -178,4 +178,4 @@ def _picture(number: int) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

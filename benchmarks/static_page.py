@@ -33,7 +33,7 @@ import psutil
 
 from benchmarks.search_photos import make_photos, photo_path, small_photos
 from benchmarks.timing import conditions, finish, save_random_model, table
-from capivara_common.cli import at_least, flag, parse
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.files import read_json
 from capivara_common.privacy import short_name
 from capivara_search.index import PictureIndex
@@ -286,4 +286,4 @@ def static_page_table(*results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

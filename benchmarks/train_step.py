@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
-from capivara_common.cli import at_least, flag, parse
+from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
@@ -308,4 +308,4 @@ def train_step_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from benchmarks.timing import conditions, finish, in_own_process, table
-from capivara_common.cli import flag, parse
+from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes, require
 from capivara_common.files import write_text
 from capivara_search.miniature_encoders import load_tokenizer
@@ -229,4 +229,4 @@ def sizes_table(results: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,35 +1,22 @@
 """Command lines: dataclasses of flags, YAML files of the same names, `--help`, and errors in one line.
 
-    from capivara_common.start import start_command
-
-    if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-        start_command("captions.stage_arguments:ScoreArguments", __doc__)
-
-    import torch
-
-    from captions.stage_arguments import ScoreArguments
-    from capivara_common.cli import parse, run_command
-
-
+    @user_errors
     def main(argv: list[str] | None = None) -> None:
-        args = parse(ScoreArguments, __doc__, argv)
-
+        args = parse(ScoreArguments, __doc__, argv)  # a dataclass with a `flag` for each argument
 
     if __name__ == "__main__":
         run_command(main)
 
-The arguments are dataclasses with a `flag` a field, in a module that imports neither torch nor datasets.
+transformers' `HfArgumentParser` makes the flags out of the dataclass, and checks the types of their values.
 """
 
 import argparse
 import difflib
-import os
-import signal
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from functools import wraps
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -49,14 +36,28 @@ def run_command(main: Callable[[], object], resumes: bool = False) -> None:
         main: of the command.
         resumes: whether the same command, run again, resumes; the message of Ctrl-C then says so.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     prepare_bars()
     try:
         main()
     except KeyboardInterrupt:
         print(f"\nStopped.{' Run the same command again to go on.' * resumes}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(130)
+
+
+def user_errors(main: Callable[..., T]) -> Callable[..., T]:
+    """Decorate `main` of a command: an error in what the user has given (a value, a file, a package) is one line."""
+
+    @wraps(main)
+    def command(*args: Any, **options: Any) -> T:
+        try:
+            return main(*args, **options)
+        except (ValueError, OSError, ImportError) as error:
+            if isinstance(error, WrongUse) and (not args or args[0] is None):  # not called with words, as tests do
+                print(f"error: {error}", file=sys.stderr)
+                sys.exit(2)
+            sys.exit(f"error: {error}")
+
+    return command
 
 
 def parse(
@@ -64,79 +65,86 @@ def parse(
     description: str | None,
     argv: list[str] | None = None,
     hide: Callable[[str], str] = str,
-    groups: Sequence[type] = (),
     config: bool = False,
 ) -> T:
     """The arguments of a command line.
 
     Args:
-        kind: dataclass with a `flag` for each argument.
+        kind: dataclass with a `flag` for each argument; `gone` in it has flags of earlier versions, with what there is
+            instead, `groups` the dataclasses it consists of, each a group of the help by its `_argument_group_name`.
         description: text of `--help`, the docstring of the command's module.
         argv: the words, `sys.argv[1:]` where None.
         hide: takes secrets out of what an error says of a value.
-        groups: dataclasses that `kind` consists of, each a group of the help with its `_argument_group_name`.
         config: whether `--config FILE.yaml` gives values, too; flags win over it.
 
     Raises:
-        ValueError: a key or flag is unknown (the nearest name is given), or a value breaks its rule.
-        SystemExit: `--help`, a flag is missing, or a value is of the wrong type; without `argv` any of these faults,
-            with 2.
+        ValueError: a key or flag is unknown (the nearest is named) or missing, or a value breaks its type or rule.
+        SystemExit: `--help`; without `argv` any of these faults, in one line, with 2.
     """
-    gone = getattr(kind, "gone", {})
-    flags = parser(groups or kind, hide, gone, description=description)
-    names, words = [known.name for known in fields(kind)], sys.argv[1:] if argv is None else list(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    flags = parser(getattr(kind, "groups", kind), getattr(kind, "gone", {}), raises=True, description=description)
     try:
         if config:
             flags.add_argument("--config", help="YAML file of the same names as the flags below; flags win over it.")
             file = flags.parse_known_args(words)[0].config
             # The file stands before the command line: values of both are read, checked and converted by the same code,
             # so `1e-4`, which PyYAML takes for text, becomes a number.
-            words = (as_flags(read_config(Path(file)), names, str(Path(file)), gone) if file else []) + words
-        namespace, unknown = flags.parse_known_args(words)
-        flags.refuse_unknown(unknown)
-        values = vars(namespace)
-        if config:
-            del values["config"]
-        return kind(**values)
+            words = (as_flags(read_config(Path(file)), kind, str(Path(file))) if file else []) + words
+        values = vars(flags.parse_args(words))
+        return kind(**{known.name: values[known.name] for known in fields(kind)})
     except (ValueError, OSError) as error:
         if argv is not None:
             raise
         flags.exit(2, f"error: {hide(str(error))}\n")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, every scalar as text. Raises ValueError where it is none, or no mapping."""
-    import yaml
+def parser(
+    kinds: Any, gone: dict[str, str] | None = None, raises: bool = False, **options: Any
+) -> argparse.ArgumentParser:
+    """An `HfArgumentParser` for dataclasses, with positional arguments, `null` for none, and errors of one line.
 
-    if not path.is_file():
-        raise ValueError(f"The config file {path} does not exist.")
-    try:
-        # BaseLoader: `no` stays "no", and `1e-4` is converted like a flag's value.
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
-    return content
-
-
-def as_flags(content: dict[str, Any], names: list[str], where: str, gone: dict[str, str] | None = None) -> list[str]:
-    """Keys and values as the flags that say the same; `where` is the subject of an error.
-
-    Raises ValueError where a key is not among `names` (of those of earlier versions `gone` has what is used instead),
-    or a value is neither text nor list.
+    `gone` has flags of earlier versions, with what there is instead; with `raises` an error is a ValueError, else it
+    ends the program with 2; `options` are argparse's.
     """
-    flags = []
-    for key, value in content.items():
-        if instead := (gone or {}).get(key):
-            raise ValueError(f"{where}: `{key}` is gone: {instead}.")
-        if key not in names:
-            reject(str(key), f"key in {where}", names)
-        if isinstance(value, dict):
-            raise ValueError(f"{where}: `{key}` must be a value or a list, got a mapping.")
-        if value not in ("", "~", "null", []):
-            flags += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
-    return flags
+    from transformers import HfArgumentParser  # half a second, which `capivara` does not have
+
+    class Parser(HfArgumentParser):
+        def add_argument(self, *names: str, positional: bool = False, **options: Any) -> argparse.Action:
+            if positional:
+                options.pop("required", None)
+                names = (names[0].lstrip("-"),)
+            return super().add_argument(*names, **options)
+
+        def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+            words = sys.argv[1:] if args is None else args
+            for name in (word.split("=")[0] for word in words):  # what is after the = may be a secret
+                if re.fullmatch(r"--?[A-Za-z][\w-]*", name) and name not in self._option_string_actions:
+                    if instead := (gone or {}).get(name.lstrip("-").replace("-", "_")):
+                        self.error(f"`{name}` is gone: {instead}.")
+                    self.error(unknown(name, "flag", [a.option_strings[0] for a in self._actions if a.option_strings]))
+            found, left = super().parse_known_args(words, namespace)
+            return (found, left) if not left else self.error("There is a value without a flag")
+
+        def _get_value(self, action: argparse.Action, word: str) -> Any:
+            none = word == "null" and action.default is None and not action.required
+            return None if none else super()._get_value(action, word)
+
+        def error(self, message: str) -> NoReturn:
+            message = message if message.endswith(".") else f"{message} (--help lists all)"
+            if raises:
+                raise ValueError(message)
+            self.exit(2, f"error: {message}\n")
+
+    module = sys.modules["__main__"].__spec__
+    prog = f"python -m {module.name.removesuffix('.__main__')}" if module else None
+    return Parser(kinds, **{"prog": prog, "allow_abbrev": False, "formatter_class": CommandHelp} | options)
+
+
+class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the flags that have one, and the description's commands on lines of their own."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return (action.help or "") if action.default is None else super()._get_help_string(action) or ""
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
@@ -171,133 +179,42 @@ def between(arguments: Any, low: float, high: float, *names: str) -> None:
             raise ValueError(f"{name} must be from {low} to {high}, got {value}.")
 
 
-def user_errors(main: Callable[..., T]) -> Callable[..., T]:
-    """Decorate `main` of a command: an error in what the user has given (a value, a file, a package) is one line."""
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, every scalar as text. Raises ValueError where it is none, or no mapping."""
+    import yaml
 
-    @wraps(main)
-    def command(*args: Any, **options: Any) -> T:
-        try:
-            return main(*args, **options)
-        except (ValueError, OSError, ImportError) as error:
-            if isinstance(error, WrongUse) and (not args or args[0] is None):  # not called with words, as tests do
-                print(f"error: {error}", file=sys.stderr)
-                sys.exit(2)
-            sys.exit(f"error: {error}")
+    if not path.is_file():
+        raise ValueError(f"The config file {path} does not exist.")
+    try:
+        # BaseLoader: `no` stays "no", and `1e-4` is converted like a flag's value.
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold `key: value` lines, got a {type(content).__name__}.")
+    return content
 
-    return command
 
+def as_flags(content: dict[str, Any], kind: type, where: str) -> list[str]:
+    """Keys and values of a file as the flags that say the same; `where` is the subject of an error.
 
-def parser(
-    kinds: Any, hide: Callable[[str], str] = str, gone: dict[str, str] | None = None, **options: Any
-) -> argparse.ArgumentParser:
-    """An `HfArgumentParser` for dataclasses, with positional arguments, `null` for no number, and errors of one line.
-
-    `gone` has flags of earlier versions, with what is used instead.
+    Raises ValueError where a key is none of the dataclass `kind`, or a value is neither text nor list.
     """
-
-    class Parser(_hf_argument_parser()):
-        words: Sequence[str] = ()  # that are parsed
-
-        def add_argument(self, *names: str, positional: bool = False, **options: Any) -> argparse.Action:
-            if positional:
-                options.pop("required", None)
-                names = (names[0].lstrip("-"),)
-            return super().add_argument(*names, **options)
-
-        def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
-            self.words = sys.argv[1:] if args is None else args
-            return super().parse_known_args(args, namespace)
-
-        def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-            found, unknown = self.parse_known_args(args, namespace)
-            try:
-                self.refuse_unknown(unknown)
-            except ValueError as error:
-                self.exit(2, f"error: {hide(str(error))}\n")
-            return found
-
-        def refuse_unknown(self, words: Sequence[str]) -> None:
-            spellings = [[name for name in action.option_strings if name[:2] == "--"] for action in self._actions]
-            refuse_unknown(words, [names[0] for names in spellings if names], gone)
-
-        def error(self, message: str) -> NoReturn:
-            flags = {name for action in self._actions for name in action.option_strings}
-            wrong = [word for word in self.words if word.startswith("--") and word.split("=")[0] not in flags]
-            try:
-                self.refuse_unknown(wrong)
-            except ValueError as error:  # a wrong flag is often the one that is missing
-                self.exit(2, f"error: {hide(f'{message}. {error}')}\n")
-            self.exit(2, f"error: {hide(message)} (--help lists all)\n")
-
-    options = {"prog": program(), "allow_abbrev": False, "formatter_class": CommandHelp} | options
-    flags = Parser(kinds, **options)
-    for action in flags._actions:
-        if action.type in (int, float) and action.default is None and not action.required:
-            action.type = _number_or_null(action.type)
+    flags = []
+    for key, value in content.items():
+        if instead := getattr(kind, "gone", {}).get(key):
+            raise ValueError(f"{where}: `{key}` is gone: {instead}.")
+        if key not in (names := [known.name for known in fields(kind)]):
+            raise ValueError(unknown(str(key), f"key in {where}", names))
+        if isinstance(value, dict):
+            raise ValueError(f"{where}: `{key}` must be a value or a list, got a mapping.")
+        if value not in ("", "~", "null", []):
+            flags += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
     return flags
 
 
-def _number_or_null(kind: type) -> Callable[[str], float | None]:
-    def number(word: str) -> float | None:
-        return None if word == "null" else kind(word)
-
-    number.__name__ = kind.__name__  # which argparse's error says
-    return number
-
-
-def refuse_unknown(words: Sequence[str], known: list[str], gone: dict[str, str] | None = None) -> None:
-    """Raise ValueError where words of a command line are left over; values are not shown, one may be a secret.
-
-    Args:
-        words: that are left over.
-        known: the flags.
-        gone: flags of earlier versions, with what is used instead.
-    """
-    flags = [word.split("=")[0] for word in words if word.startswith("-")]
-    for flag in flags:
-        if instead := (gone or {}).get(flag.lstrip("-")):
-            raise ValueError(f"`{flag}` is gone: {instead}.")
-    if flags:
-        reject(flags[0], "flag", known)
-    if words:
-        raise ValueError("There is a value without a flag. `--help` lists all flags.")
-
-
-def reject(name: str, what: str, known: list[str], rest: str = "`--help` lists all.") -> NoReturn:
-    """Raise ValueError about a flag or key that is not known; the nearest one is named if it is near."""
+def unknown(name: str, what: str, known: list[str], rest: str = "`--help` lists all.") -> str:
+    """What is said of a flag or key that there is not; the nearest one is named if it is near."""
     bare = {key.lstrip("-"): key for key in known}
     nearest = difflib.get_close_matches(name.lstrip("-"), bare, n=1)
-    hint = f" Did you mean `{bare[nearest[0]]}`?" if nearest else ""
-    raise ValueError(f"Unknown {what}: `{name}`.{hint} {rest}")
-
-
-def program() -> str:
-    """The command as its user has called it, such as "python -m captions.score"."""
-    spec = sys.modules["__main__"].__spec__
-    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
-
-
-def locale_is_portuguese() -> bool:
-    """Whether messages are wanted in Portuguese: the first of LC_ALL, LC_MESSAGES and LANG that is set says so."""
-    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
-    return next(filter(None, names), "").startswith("pt")
-
-
-class CommandHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside the flags that have one, and the description's commands on lines of their own."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return (action.help or "") if action.required else super()._get_help_string(action) or ""
-
-
-def _hf_argument_parser() -> type[argparse.ArgumentParser]:
-    """transformers' class, out of its own file: the package around it takes half a second to import."""
-    if "transformers" not in sys.modules:
-        folder = find_spec("transformers").submodule_search_locations[0]
-        spec = spec_from_file_location("hf_argparser", Path(folder) / "hf_argparser.py")
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module.HfArgumentParser
-    from transformers import HfArgumentParser
-
-    return HfArgumentParser
+    return f"Unknown {what}: `{name}`.{f' Did you mean `{bare[nearest[0]]}`?' if nearest else ''} {rest}"

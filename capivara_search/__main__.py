@@ -1,8 +1,18 @@
 """`python -m capivara_search` and the console script `capivara`."""
 
-from capivara_common.start import start_command
+import os
+import signal
+import sys
 
-start_command()  # nothing else imports this module: Ctrl-C ends the imports that follow in one line
+
+def stop(*_: object) -> None:
+    """Ctrl-C during the imports that follow; KeyboardInterrupt would get lost in those of C extensions."""
+    print("\nStopped.", file=sys.stderr, flush=True)
+    os._exit(128 + signal.SIGINT)  # nothing is written yet
+
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
+    signal.signal(signal.SIGINT, stop)
 
 from capivara_search.command import run  # noqa: E402
 

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 
 from capivara_common.files import no_space_left
 from capivara_common.progress import prepare_bars
-from capivara_common.start import stop_at_once
 from capivara_search import commands
 from capivara_search.command_flags import COMMANDS, WrongUse, language_of, parsed, parser
 from capivara_search.shell_completion import completion
@@ -43,8 +42,13 @@ def run() -> None:
     """The console script: `main`, which Ctrl-C ends in one line from the start."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         words = Words(language_of(sys.argv[1:]))
+
+        def stop(*_: object) -> None:
+            print("\n" + words("stopped"), file=sys.stderr, flush=True)
+            os._exit(128 + signal.SIGINT)
+
         # KeyboardInterrupt would get lost in the imports of C extensions; commands that clean up set a handler.
-        signal.signal(signal.SIGINT, lambda *_: stop_at_once(words("stopped")))
+        signal.signal(signal.SIGINT, stop)
     prepare_bars()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # of a terminal with few letters

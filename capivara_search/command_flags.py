@@ -10,6 +10,7 @@ Values are checked as far as they can be without the index.
 
 import argparse
 import difflib
+import os
 import re
 from calendar import monthrange
 from collections import Counter
@@ -21,7 +22,6 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-from capivara_common.cli import locale_is_portuguese
 from capivara_common.tasks import ExecutorArguments
 from capivara_search.results import TEMPLATE
 from capivara_search.terminal import KINDS, Words, harmless, shown_path
@@ -56,13 +56,14 @@ class WrongUse(Exception):
 
 
 def language_of(argv: Sequence[str]) -> str:
-    """ "pt" or "en": what `--lang` says, else the locale."""
+    """ "pt" or "en": what `--lang` says, else the first of LC_ALL, LC_MESSAGES and LANG that is set."""
     for number, word in enumerate(argv):
         name, equals, value = word.partition("=")
         value = value if equals else "".join(argv[number + 1 : number + 2])
         if name == "--lang" and value in ("pt", "en"):
             return value
-    return "pt" if locale_is_portuguese() else "en"
+    names = (os.environ.get(name) for name in ("LC_ALL", "LC_MESSAGES", "LANG"))
+    return "pt" if next(filter(None, names), "").startswith("pt") else "en"
 
 
 def named(command: str, language: str) -> str:

@@ -12,11 +12,6 @@ same command does what is missing after a kill, whatever the number of tasks. do
 config, docs/cluster.md how to run it on a cluster.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("captions.stage_arguments:BuildArguments", __doc__)
-
 import itertools
 import logging
 import shlex

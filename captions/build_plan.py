@@ -1,15 +1,19 @@
 """The config of a build, checked as a whole before anything runs: which stages, in which order, with which flags."""
 
-import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capivara_common.cli import as_flags, parser, read_config, reject
-from captions.stage_arguments import GenerateArguments, ScoreArguments, SelectArguments, StageArguments
-from captions.translate_arguments import TranslateArguments
+from capivara_common.cli import as_flags, parse, read_config, unknown
+from captions.stage_arguments import (
+    GenerateArguments,
+    ScoreArguments,
+    SelectArguments,
+    StageArguments,
+    TranslateArguments,
+)
 
 # In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
 STAGES = {
@@ -142,10 +146,10 @@ def _parsed(name: str, values: dict[str, Any], where: str) -> StageArguments:
     """The arguments of a stage. Raises ValueError where a key is unknown or a value is of the wrong type."""
     kind = STAGES.get(name, StageArguments)
     values = {"import_file" if key == "import" else key: value for key, value in values.items()}
-    flags = as_flags(values, [known.name for known in fields(kind)], where)
+    flags = as_flags(values, kind, where)
     try:
-        return kind(**vars(parser(kind, exit_on_error=False).parse_args(flags)))
-    except (argparse.ArgumentError, ValueError) as error:
+        return parse(kind, None, flags)
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
@@ -176,4 +180,4 @@ def _listed(value: Any) -> list[Any]:
 def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> None:
     for key in content:
         if key not in known:
-            reject(str(key), f"key in {where}", list(known), f"Known are {', '.join(known)}.")
+            raise ValueError(unknown(str(key), f"key in {where}", list(known), f"Known are {', '.join(known)}."))

@@ -11,11 +11,6 @@ What an image's prefixes share is computed once: of BLIP-2 the vision encoder, t
 reading of the image. BLIP, GIT and vision-encoder-decoder models encode the image anew for every prefix.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("captions.stage_arguments:GenerateArguments", __doc__)
-
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path

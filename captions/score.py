@@ -10,11 +10,6 @@ strategies of the training go by them. Rows whose image can't be used, or withou
 The same command does what is missing.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("captions.stage_arguments:ScoreArguments", __doc__)
-
 from dataclasses import dataclass
 from typing import Any
 

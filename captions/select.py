@@ -10,11 +10,6 @@ holds what was picked, in the order of the strategy, `similarities-<language>` b
 out and listed. The folder `report` in the output has the counts, the histograms, and the pictures at the cut.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("captions.stage_arguments:SelectArguments", __doc__)
-
 import math
 from pathlib import Path
 from typing import Any

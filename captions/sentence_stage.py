@@ -37,9 +37,8 @@ from captions.sentences import (
     distinct_sentences,
     translations_in,
 )
-from captions.stage_arguments import StageArguments
+from captions.stage_arguments import KINDS, PAPER_MODEL, StageArguments, TranslateArguments
 from captions.stages import RowStage, plain_record, stage_source, write_parts
-from captions.translate_arguments import KINDS, PAPER_MODEL, TranslateArguments
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator
 from captions.translators.pieces import groups
 from captions.tsv import FileTranslator, read_translations

@@ -16,11 +16,6 @@ OUTPUT/quality.json, and listed in the column `quality-pt`; --drop_flagged leave
 is missing; docs/cluster.md says how to run it on a cluster.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("captions.translate_arguments:TranslateArguments", __doc__)
-
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +36,8 @@ from captions.sentence_stage import (
     translated_columns,
 )
 from captions.sentences import distinct_sentences, translations_in
+from captions.stage_arguments import TranslateArguments
 from captions.stages import PREPARED_ROWS, Phase, RowStage, finished_row_tasks, run_stage_here, stage_main
-from captions.translate_arguments import TranslateArguments
 from captions.tsv import untranslated, write_sentences
 
 logger = logging.getLogger("capivara")

@@ -9,11 +9,6 @@ A class is the normalised mean of the normalised embeddings of its filled templa
 section 4, after CLIP, arXiv 2103.00020, section 3.1.4).
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("eval.eval_arguments:ClassificationArguments", __doc__)
-
 import time
 from collections.abc import Sequence
 from functools import partial

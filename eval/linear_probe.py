@@ -7,11 +7,6 @@ The penalty is chosen on the validation split, or on a fifth of the training ima
 regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot figures are means over draws.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("eval.eval_arguments:LinearProbeArguments", __doc__)
-
 import statistics
 import time
 from dataclasses import dataclass

@@ -6,11 +6,6 @@
 A run's folder holds its `results/` and its `run.json`, which gives the training curves.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before pandas and matplotlib are imported
-    start_command("eval.eval_arguments:ReportArguments", __doc__)
-
 import re
 import sys
 from collections.abc import Callable

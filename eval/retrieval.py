@@ -9,11 +9,6 @@ same to the bit.
     accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("eval.eval_arguments:RetrievalArguments", __doc__)
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

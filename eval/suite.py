@@ -14,11 +14,6 @@ The same command continues an interrupted suite: what was embedded is taken from
 computed again. Give every protocol an output folder of its own.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("eval.eval_arguments:SuiteArguments", __doc__)
-
 import shutil
 import sys
 import traceback

@@ -11,11 +11,6 @@ CIDEr of pycocoevalcap, on lower-case words without punctuation. The usual figur
 needs Java and takes English; these are not comparable with them.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:CaptionArguments", __doc__)
-
 import csv
 import io
 import re
@@ -40,8 +35,8 @@ from caption_data.image_rows import ImageRows
 from caption_data.sources import open_source
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import flat_captions
-from examples.example_arguments import CaptionArguments
 from examples.prefix_captioner import (
+    CaptionArguments,
     CaptionedEmbeds,
     PrefixCaptioner,
     load_captioner,

@@ -10,13 +10,9 @@ sentence-transformers opens. Recall is eval's. The vectors in the stores are rea
 vector is another one counts as embedded again. Stores and `results.json` lie in the output folder.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:ExchangeArguments", __doc__)
-
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 import modeling_capivara  # noqa: F401  registers the tokenizer of the text side: none of its folder's code is run
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import at_least, flag, parse, run_command, user_errors
 from capivara_common.environment import device_description, package_versions, require
 from capivara_common.files import check_inputs_stay, check_output_folder, read_json, whole_folder, write_json
 from capivara_common.image_side_digest import image_side_digest
@@ -34,13 +30,29 @@ from capivara_common.privacy import short_name
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import RetrievalArguments, RetrievalData, flat_captions, load_data
-from examples.example_arguments import ExchangeArguments
 from modeling_capivara.embedder import load_embedder
 
 NAME, DEEPEST = "pictures", max(RECALL_CUTOFFS)
 SAME = 1e-6  # of a vector's numbers: Qdrant's local mode scales all to length 1 at every query, which moves last bits
 BATCH = 64  # texts that go through sentence-transformers at once
 PACKAGES = ("qdrant-client", "lancedb", "sentence-transformers")
+
+
+@dataclass
+class ExchangeArguments:
+    """Arguments of `examples.exchange_text_side`."""
+
+    text_side: Path = flag(..., "Folder that `hub_upload.export --formats drop_in` has written.")
+    base: str = flag("data/openmoji/base", "Folder of the model that the pictures are embedded with.")
+    dataset: str = flag("data/openmoji/dataset", "Data set with pictures and captions.")
+    split: str = flag("test", "Split of it.")
+    language: str = flag("pt", "Language of the captions.")
+    batch_size: int = flag(32, "Pictures that go through the base at once.")
+    output: Path = flag(Path("runs/exchange_text_side"), "Folder of the stores and the figures.")
+    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "batch_size")
 
 
 class Pictures(Protocol):

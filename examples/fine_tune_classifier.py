@@ -13,12 +13,7 @@ makes. `--images` is a folder of splits with a sub-folder of images a class, a s
     print(pipeline("image-classification", "runs/classifier")("digit.png"))
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:ClassifierArguments", __doc__)
-
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +22,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import at_least, flag, parse, run_command, user_errors
 from capivara_common.environment import device_description, package_versions
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_common.image_files import BadImage
@@ -35,11 +30,11 @@ from capivara_common.privacy import hide_paths
 from caption_data.labelled_images import LabelledImages, load_images
 from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
-from examples.example_arguments import DIGITS, ClassifierArguments
 from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from training.launch import resolve_precision
 
+DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
 HELD_OUT_DIGITS = 450  # of 1,797, a quarter
 
 CARD = """---
@@ -54,6 +49,32 @@ tags: [capivara]
 `{model}` fine-tuned on the images of {images}; `results.json` has settings and accuracies. It inherits the licences of
 that model and of those images.
 """
+
+
+@dataclass
+class ClassifierArguments:
+    """Arguments of `examples.fine_tune_classifier`."""
+
+    model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
+    benchmark: str = flag(DIGITS, "Key in eval/prompts/pt: class names and templates.")
+    images: str | None = flag(None, "Labelled images; scikit-learn's digits where none.")
+    output_dir: Path = flag(Path("runs/classifier"), "Folder for model and processor.")
+    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
+    train_split: str = flag("train", "Split of --images that is learnt from.")
+    split: str = flag("test", "Split of --images that is measured.")
+    image_column: str | None = flag(None, "Name of the image column; found where none.")
+    label_column: str | None = flag(None, "Name of the label column; found where none.")
+    head_only: bool = flag(False, "Keep the image tower as it is.")
+    image_size: int | None = flag(
+        None, "Pixels a side, for a convolutional tower, which takes any; the processor's where none."
+    )
+    epochs: float = flag(3.0, "Passes over the training images.")
+    batch_size: int = flag(32, "Images a step.")
+    learning_rate: float = flag(1e-3, "At its height; 1e-5 suits a large ViT better.")
+    seed: int = flag(0, "Seed of the order, and of the digits that are held out.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "image_size")
 
 
 def digits(names: list[str], seed: int) -> DatasetDict:

@@ -14,11 +14,6 @@ The folder gets `picture.png`, `steps.png` and `results.json`: the cosine of pic
 and after, as the processor sees the files.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:GuideArguments", __doc__)
-
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -30,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import at_least, between, flag, parse, run_command, user_errors
 from capivara_common.environment import device_description, package_versions, require, torch_device
 from capivara_common.files import check_output_folder, whole_folder, write_json
 from capivara_common.privacy import hide_paths
@@ -41,7 +36,6 @@ from examples.diffusion_guidance import (
     sentence_target,
     to_pixel_values,
 )
-from examples.example_arguments import GuideArguments
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
@@ -51,6 +45,39 @@ STRIP_SIDE = 128  # pixels of one of them
 START = 0.02  # spread of the noise that the optimisation starts from
 TURN, ZOOM, SHIFT = 0.15, 0.5, 0.25  # of a view, at most: radians, share of the side left out, share of half a side
 NOISE = 0.1  # spread of what is added to views: what single pixels say is drowned in it
+
+
+@dataclass
+class GuideArguments:
+    """Arguments of `examples.guide_generation`. Raises ValueError where a value breaks its rule."""
+
+    sentence: str = flag(..., "What the picture shall show, in Portuguese.")
+    model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
+    output_dir: Path = flag(Path("runs/guided"), "Folder for the pictures and the figures.")
+    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
+    others: list[str] = flag(
+        ["lua crescente", "coração azul", "coração vermelho", "gato", "carro", "rosto sorridente"],
+        "Sentences that the picture is compared with as well.",
+    )
+    steps: int = flag(60, "Steps of the optimisation, or of the pipeline.")
+    size: int = flag(224, "Pixels a side.")
+    cells: int = flag(24, "Colours a side that are optimised, enlarged smoothly; as many as --size are single pixels.")
+    views: int = flag(4, "Random crops, turned and noisy, that are judged at each step; 0 judges the picture itself.")
+    learning_rate: float = flag(0.1, "Of the optimisation.")
+    pipeline: str | None = flag(None, "Folder or Hub id of a latent diffusion pipeline of diffusers, guided instead.")
+    prompt: str = flag("", "What the pipeline itself is told, in its own language.")
+    scale: float = flag(0.1, "How far a step of the pipeline is moved, as a share of its latents' length.")
+    seed: int = flag(0, "Seed of the start and of the views.")
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "size", "cells")
+        at_least(self, 0, "views")
+        between(self, 0, 1, "scale")
+        if self.pipeline:
+            at_least(self, 2, "steps")  # the first one is not guided
+        if not self.sentence.strip():
+            raise ValueError("The sentence is empty. Say what the picture shall show.")
 
 
 class CellPicture(nn.Module):

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import get_linear_schedule_with_warmup as warm_and_linear
 
+from capivara_common.cli import at_least, flag
 from capivara_common.environment import device_description, package_versions
-from capivara_common.files import read_json, whole_folder, write_json
+from capivara_common.files import check_output_file, read_json, whole_folder, write_json
 from capivara_common.privacy import short_name
-from examples.example_arguments import CaptionArguments
 from modeling_capivara.loading import check_reachable, weights_digest
 
 WEIGHTS, CONFIG = "mapper.safetensors", "config.json"
@@ -36,6 +36,54 @@ LOADING = {"use_safetensors": True, "trust_remote_code": False}
 IGNORED = -100  # label of what the loss leaves out, as transformers has it
 
 LanguageModel = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+@dataclass
+class CaptionArguments:
+    """Arguments of `examples.caption`. Raises ValueError where a value breaks its rule."""
+
+    model: str = flag("data/openmoji/base", "Folder or Hub id of a CAPIVARA model.")
+    output: Path | None = flag(None, "File for the captions, .json or .csv; a few are printed where none.")
+    pictures: Path | None = flag(None, "Folder of pictures; those of --split, which are measured, where none.")
+    dataset: str = flag("data/openmoji/dataset", "Pictures with captions, in the forms that eval.retrieval reads.")
+    split: str = flag("test", "Split whose pictures get captions.")
+    train_split: str = flag("train", "Split that captions come from: the bank, or what the mapping network learns.")
+    validation_split: str = flag("validation", "Split that says when the mapping network has learnt enough.")
+    language: str = flag("pt", "Language of the captions.")
+    caption_column: str = flag("captions-{language}", "Column of a caption or a list of captions a picture.")
+    bank: Path | None = flag(None, "Text file of sentences, a line each, in place of the captions of --train_split.")
+    top_k: int = flag(3, "Captions a picture.")
+    language_model: str | None = flag(
+        None,
+        "Folder or Hub id of a causal language model of transformers, which writes the captions in place of a bank.",
+    )
+    mapper: Path | None = flag(None, "Folder of the mapping network of --language_model; trained where it is missing.")
+    rerank: bool = flag(False, "Let CAPIVARA order what the language model proposes, the one that fits best first.")
+    num_beams: int = flag(5, "Beams of the language model's search; 1 is greedy.")
+    max_new_tokens: int = flag(30, "Tokens of a caption, at most.")
+    prefix_length: int = flag(10, "Embeddings before the caption that stand for the picture.")
+    mapper_layers: int = flag(8, "Transformer layers of the mapping network.")
+    epochs: int = flag(30, "Passes over the training captions, at most; the best by --validation_split is kept.")
+    learning_rate: float = flag(3e-4, "Of the mapping network, at its height.")
+    batch_size: int = flag(32, "Pictures or captions at once.")
+    seed: int = flag(0, "Seed of the mapping network's start and of the order of captions.")
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+
+    def __post_init__(self) -> None:
+        names = ("top_k", "num_beams", "max_new_tokens", "prefix_length", "mapper_layers", "epochs", "batch_size")
+        at_least(self, 1, *names)
+        if bool(self.language_model) != bool(self.mapper):
+            raise ValueError(
+                "--language_model and --mapper, the folder of its mapping network, go together: give both."
+            )
+        if self.language_model and self.bank:
+            raise ValueError("--bank is for captions without --language_model. Leave one of them out.")
+        if self.language_model and self.top_k > self.num_beams:
+            raise ValueError(f"A search of {self.num_beams} beams has no {self.top_k} captions: raise --num_beams.")
+        if self.output:
+            if self.output.suffix.lower() not in (".json", ".csv"):
+                raise ValueError(f"The output file must end in .json or .csv, got {self.output.name}.")
+            check_output_file(self.output)
 
 
 class PrefixMapper(nn.Module):

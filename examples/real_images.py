@@ -9,25 +9,19 @@ photographs that show one of them, and a linear probe on the digits. Data sets a
 result file a task and model below the output folder, and all records together as `real_images.json` there.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:RealImagesArguments", __doc__)
-
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import device_description, package_versions
 from capivara_common.files import read_json, whole_folder, write_json
 from caption_data.source_files import load_embedded
 from eval import classification, linear_probe, prompts, retrieval
-from examples.example_arguments import RealImagesArguments
 from records.schema import Record
 
 # Photographs of scikit-image that its wheel holds: function -> class in English, in Portuguese, gender and number.
@@ -56,6 +50,18 @@ BABEL_PHOTOS = {"clock": "analog clock", "coffee": "espresso", "camera": "tripod
 TEMPLATES = ["uma foto de {um}.", "uma foto {do}.", "uma imagem de {um}.", "uma imagem que mostra {o}.", "{nome}."]
 SUMMARY_VERSION = 1  # of real_images.json, which is no result file of its own
 DIGIT_SIDE = 96  # pixels; the pictures have 8, and are enlarged without smoothing
+
+
+@dataclass
+class RealImagesArguments:
+    """Arguments of `examples.real_images`."""
+
+    model: str = flag(..., "Folder of the trained model, as a run of configs/openmoji.yaml leaves it.")
+    baseline: str = flag("data/openmoji/base", "What it is compared with.")
+    openmoji: str = flag("data/openmoji/dataset", "OpenMoji data set, as prepared.")
+    data: Path = flag(Path("data/real_images"), "Where the data sets are written, once.")
+    output: Path = flag(Path("runs/real_images"), "Folder of the result files.")
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
 
 def prepare(folder: Path, openmoji: str) -> None:

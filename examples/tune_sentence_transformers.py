@@ -13,14 +13,9 @@ twice in every epoch, and a picture has one caption for the whole training.
 The output is a folder for sentence-transformers and `CapivaraModel.from_pretrained` alike, with `results.json`.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:SentenceTuningArguments", __doc__)
-
 import html
 import random
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,13 +25,12 @@ from huggingface_hub.utils import yaml_dump
 from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import at_least, flag, parse, run_command, user_errors
 from capivara_common.environment import device_description, package_versions, require
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
 from caption_data.source_files import load_embedded
 from eval.retrieval import flat_captions
-from examples.example_arguments import SentenceTuningArguments
 from modeling_capivara.loss_capivara import similarity_logits
 from training.launch import resolve_precision
 from training.optimiser import clamp_logit_scale
@@ -56,6 +50,28 @@ CARD = """---
 On the pictures and captions of {dataset}; `results.json` has settings and figures. It inherits the licences of that
 model and of those data.
 """
+
+
+@dataclass
+class SentenceTuningArguments:
+    """Arguments of `examples.tune_sentence_transformers`."""
+
+    model: Path = flag(..., "Folder of a model that was exported with the format sentence_transformers.")
+    dataset: Path = flag(..., "Saved HF data set with the columns image and captions-LANGUAGE.")
+    language: str = flag("pt", "Language of the captions.")
+    output_dir: Path = flag(Path("runs/tuned"), "Folder for the model and its figures.")
+    overwrite_output_dir: bool = flag(False, "Replace what is in the output folder.")
+    train_split: str = flag("train", "Split that is learnt from.")
+    split: str = flag("test", "Split that is measured, before and after.")
+    epochs: float = flag(3.0, "Passes over the training pictures, each with one caption.")
+    batch_size: int = flag(256, "Pictures, with a caption each, that the loss compares in a step.")
+    mini_batch_size: int = flag(32, "Of them, how many are embedded at once; changes memory, not the result.")
+    learning_rate: float = flag(1e-5, "At its height.")
+    seed: int = flag(0, "Seed of the order and of the captions that are drawn.")
+
+    def __post_init__(self) -> None:
+        at_least(self, 2, "batch_size")
+        at_least(self, 1, "mini_batch_size")
 
 
 def pairs(dataset: Path, split: str, language: str, seed: int = 0) -> Dataset:

@@ -12,11 +12,6 @@ hand, and must be added again after it is rewritten. Make the card last: of a re
 `hub_upload.export`, which rewrites those files, and before `hub_upload.push`.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":
-    start_command()
-
 import difflib
 import json
 import re

@@ -12,11 +12,6 @@ will read is compared with the model tensor by tensor. Nothing is written but wh
 hold a path of a machine or an access token.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("hub_upload.export_arguments:ExportArguments", __doc__)
-
 import difflib
 import logging
 import shutil

@@ -1,4 +1,4 @@
-"""Arguments of `hub_upload.export`: light, so that `--help` answers before torch is imported."""
+"""Arguments of `hub_upload.export`, which its formats read, too."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -14,11 +14,6 @@ Immich finds it as clip/NAME in its model cache, under a name of its own list. T
 base, whose embeddings of pictures stay, where both have the same image side. docs/immich.md has the steps.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":
-    start_command()
-
 import logging
 import sys
 from dataclasses import dataclass

@@ -11,11 +11,6 @@ data set are sent; files on the Hub that the folder does not have stay. After a 
 again: files that have arrived are not sent a second time, and what has not changed makes no commit.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":
-    start_command()
-
 import itertools
 import sys
 from contextlib import suppress

@@ -1,12 +1,5 @@
 """CAPIVARA for transformers. Importing the package registers it, so that the Auto classes and pipelines find it."""
 
-import sys
-
-if sys.argv[:1] == ["-m"]:  # `python -m` imports this package first: Ctrl-C ends the imports that follow in one line
-    from capivara_common.start import start_command
-
-    start_command()
-
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

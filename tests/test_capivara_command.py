@@ -26,7 +26,7 @@ import tqdm.std
 from capivara_common import progress
 from capivara_search import damage
 from capivara_search.command import explained, main
-from capivara_search.command_flags import COMMANDS, parsed
+from capivara_search.command_flags import COMMANDS, language_of, parsed
 from capivara_search.commands import Progress, _write_csv, _write_json, open_pictures
 from capivara_search.exporting import _without_formulas, export_rows
 from capivara_search.index_errors import explanation
@@ -702,6 +702,16 @@ def test_ctrl_c_is_one_line_and_the_same_command_goes_on(lang, line, many, tmp_p
     assert said == (line or "Stopped. The same command goes on where it was.") and "Traceback" not in error
     code, out, _ = capivara(*words)
     assert code == 0 and out.endswith("400 pictures in the index.\n")
+
+
+def test_the_first_locale_that_is_set_decides(monkeypatch):
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    assert language_of([]) == "en"
+    monkeypatch.setenv("LANG", "pt_BR.UTF-8")
+    assert language_of([]) == "pt"
+    monkeypatch.setenv("LC_ALL", "en_US.UTF-8")
+    assert language_of([]) == "en"
 
 
 @pytest.mark.slow

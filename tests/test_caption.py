@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.captioning import chance, sentence_tokenizer, small_language_model
 from examples import caption, prefix_captioner
-from examples.example_arguments import CaptionArguments
 from examples.prefix_captioner import (
+    CaptionArguments,
     CaptionedEmbeds,
     PrefixCaptioner,
     PrefixMapper,

@@ -25,7 +25,7 @@ ALLOWED = {
     "hub_upload": {COMMON, "capivara_search", "caption_data", "records", "modeling_capivara", "eval"},
     # hub_upload: a run can end with a push; `training` itself knows nothing of it
     "train_accelerate": {
-        *(COMMON, "caption_data", "records", "training", "eval", "modeling_capivara", "examples", "hub_upload"),
+        *(COMMON, "caption_data", "records", "training", "eval", "modeling_capivara", "hub_upload"),
     },
     "examples": {
         COMMON,
@@ -187,11 +187,6 @@ def test_files_and_functions_are_of_a_size_to_be_read():
 def test_few_files_are_small():
     small = {str(path) for path in sources().values() if lines_of(path) < SMALL_FILE_LINES and path.stem[0] != "_"}
     assert len(small - EXCEPTIONS["small"]) <= MAX_SMALL_FILES, sorted(small)
-
-
-def test_only_tasks_of_the_arrow_know_the_embedded_default():
-    assert "examples" in imported_packages(Path("train_accelerate.py"))
-    assert not [p for p in python_files() if p.parts[0] in ("training", "eval") and "examples" in imported_packages(p)]
 
 
 @pytest.mark.parametrize("path", MODEL_FILES)

@@ -36,6 +36,8 @@ def test_both_trees_run_twice_and_are_tabled(tmp_path, monkeypatch):
     calls = []
 
     def run(command, folder, environment):
+        if "examples.openmoji.prepare" in command:
+            return {"drawing": 5.0, "total": 20.0}
         output = main_job.Path(command[-1])
         calls.append((folder, environment["PYTHONPATH"], output.name, environment["CAPIVARA_CACHE"]))
         record = {"metric": "mean_recall", "model": "capivara", "language": "pt", "direction": "text_to_image"}
@@ -52,6 +54,7 @@ def test_both_trees_run_twice_and_are_tabled(tmp_path, monkeypatch):
     assert calls[0][3] == calls[1][3] != calls[2][3]
     first = found["measured"]["old"]["first"]
     assert first["mean_recall"] == {"capivara_pt_text_to_image": 0.25} and first["steps"] == 30
+    assert first["seconds"] == {"drawing": 5.0, "alignment": 60.0, "total": 120.0}
     assert "| old, first " in main_job_table(found) and "without bfloat16" in main_job_table(found)
 
 

@@ -24,18 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10
 # CAPIVARA, arXiv 2310.13683: section 4, appendix, and the released model's card.
 PUBLISHED = {
-    "optimizer": "adam", "weight_decay": 0.2, "adam_beta1": 0.9, "adam_beta2": 0.98,
+    "optimizer": "adam", "weight_decay": 0.2,
     "caption_strategy": "rank", "caption_count": 5, "min_pair_similarity": 0.2, "augmented_views": 0,
     "image_embedding_cache": "off", "interpolate": 1.0,
 }  # fmt: skip
 FULL = {
     "effective_batch_size": 2816, "max_steps": 5863, "learning_rate": 5e-7, "min_learning_rate": 1e-7,
-    "warmup_steps": 500, "adam_epsilon": 1e-8, "lora_rank": 0, "gradient_checkpointing": False,
+    "warmup_steps": 500, "adam_epsilon": 1e-8, "lora_rank": 0,
 }  # fmt: skip
 OPT = {
     "effective_batch_size": 1000, "max_steps": 1500, "learning_rate": 1e-5, "warmup_steps": 250, "adam_epsilon": 1e-6,
-    "lora_rank": 8, "lora_alpha": 8, "lora_dropout": 0, "lora_targets": r"text_model\..*\.(query|value)",
-    "lora_modules_to_save": ["text_projection"], "gradient_checkpointing": True,
+    "lora_rank": 8, "lora_alpha": 8, "lora_targets": r"text_model\..*\.(query|value)",
 }  # fmt: skip
 
 
@@ -158,7 +157,7 @@ def run(folder, dataset, output, **overrides):
 def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_dataset_folder, tmp_path):
     from peft import PeftModel
 
-    out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", lora_rank=2, gradient_checkpointing=True)
+    out = run(tiny_folder, tiny_dataset_folder, tmp_path / "out", lora_rank=2)
     before, merged = load_model(tiny_folder).state_dict(), load_model(out).state_dict()
     moved = {name for name in before if not torch.equal(before[name], merged[name])}
     assert moved and all(".query.weight" in n or ".value.weight" in n or "text_projection" in n for n in moved)
@@ -174,10 +173,7 @@ def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_
     ("overrides", "message"),
     [
         ({"lora_rank": 2, "lora_targets": "text_model.*q_proj"}, "lora_targets: .* matches no linear layer"),
-        ({"lora_rank": 2, "lora_modules_to_save": "text_projektion"}, "no module 'text_projektion'"),
         ({"lora_rank": 2, "lora_targets": r"vision_model\..*\.q_proj"}, "matches the frozen image tower alone"),
-        ({"lora_rank": 2, "lora_modules_to_save": "visual_projection"}, "is of the image tower, which is frozen"),
-        ({"lora_rank": 2, "lora_modules_to_save": "text_model"}, "holds layers that get adapters"),
         ({"lora_rank": 2, "lora_alpha": "nan"}, "lora_alpha must be a number above 0"),
         ({"num_threads": 100_000_000}, "num_threads must be from 1 to 1024"),
         ({"frozen_parameters": "text_tower.*"}, "frozen_parameters: .* matches no parameter"),

@@ -180,12 +180,11 @@ def test_killed_at_any_forward_pass(run, undisturbed, tmp_path, count):
 
 
 VARIANTS = {
-    "lora": {"lora_rank": 2, "lora_dropout": 0.1},
+    "lora": {"lora_rank": 2},
     "interpolation": {"interpolate": 0.5},
     "adamw, decay": {"optimizer": "adamw", "weight_decay": 0.3},
     "views": {"augmented_views": 3},
     "fresh views": {"augmented_views": 0, "image_embedding_cache": "off"},
-    "checkpointing": {"gradient_checkpointing": "true"},
     "all captions": {"language": "en", "eval_languages": "en"},
 }
 

@@ -6,9 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,23 +105,6 @@ def test_overwrite(tiny_folder, tiny_dataset_folder, tmp_path):
     assert (out / "mine").read_text() == "keep"
     train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, out, overwrite_output_dir="true", max_steps=2))
     assert not (out / "mine").exists() and (out / "run.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "prepared"),
-    [
-        ([], [("dataset", "base")]),
-        (["--dataset", "mine"], [("dataset", "base")]),
-        (["--model", "no/such"], [("dataset", None)]),
-        (["--model", "no/such", "--dataset", "mine"], []),
-    ],
-)
-def test_only_the_demo_s_own_folders_are_prepared(monkeypatch, flags, prepared):
-    made = []
-    monkeypatch.setattr("examples.openmoji.prepare.prepare", lambda *paths: made.append(paths))
-    args = train_accelerate.parse_arguments(["--config", str(ROOT / "configs" / "openmoji.yaml"), *flags], "")
-    train_accelerate.prepare(args, SimpleNamespace(main_process_first=nullcontext))
-    assert made == [tuple(name and Path("data/openmoji", name) for name in pair) for pair in prepared]
 
 
 def test_the_data_are_looked_at_before_a_model_is_loaded(tiny_dataset_folder, tmp_path, monkeypatch):

@@ -21,10 +21,9 @@ from caption_data.sources import open_source
 from caption_data.stage_folder import check_complete
 from captions.sentence_stage import COST, task_characters
 from captions.sentences import TranslationMemory
-from captions.stage_arguments import StageArguments
+from captions.stage_arguments import StageArguments, TranslateArguments
 from captions.stages import stage_main
 from captions.translate import main
-from captions.translate_arguments import TranslateArguments
 from captions.tsv import read_translations, unescape
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,14 +23,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from capivara_common.files import no_space_left, read_json, write_bytes, write_json
-from training.arguments import GONE, RunArguments
+from training.arguments import FIXED, GONE, RunArguments
 
 OFF_BEFORE = {  # settings that have left the program, with the value at which they changed nothing
     **dict.fromkeys(("text_teacher", "parallel_text")),
     **dict.fromkeys(("anchor_share", "hard_negatives"), 0.0),
     **{"layer_decay": 1.0, "decay_towards": "zero", "towers": "text", "matryoshka_dims": [], "dataset_weights": []},
 }
-BEFORE = "a876dd5"  # the last one whose settings had the names in `GONE`
+EARLIER = GONE.keys() - FIXED.keys()  # settings of another step, whose checkpoints have other names, too
+BEFORE = "a876dd5"  # the last one that had them
 NAME = re.compile(r"step-(\d{8})")
 STATE = "trainer.json"
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
@@ -39,7 +40,7 @@ DAMAGE_ERRORS = (EOFError, LookupError, RuntimeError, TypeError, AssertionError)
 FULL_BYTES = 2**20  # a disk with less is full: a buffered write needs no more to fail
 # Settings that may differ between a run and its continuation: they change no weight.
 FREE_SETTINGS = {"output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"}
-FREE_SETTINGS |= {"loading_workers", "num_threads", "interpolate"}
+FREE_SETTINGS |= {"loading_workers", "num_threads", "interpolate", "gradient_checkpointing", "prepare"}
 FREE_SETTINGS |= {"push_to_hub", "hub_model_id", "hub_strategy", "hub_private"}
 DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")
@@ -195,13 +196,15 @@ def _sums(folder: Path) -> bytes:
 
 def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:
     """Raise ValueError where a checkpoint is of other settings or data; every difference is named."""
-    if state.config.keys() & GONE.keys():  # its step was another one, and some of its weights have other names
+    if state.config.keys() & EARLIER:  # its step was another one, and some of its weights have other names
         raise ValueError(
             f"{path} is of an earlier version of the program. Go on with it by that one, commit {BEFORE}, or start "
             "anew by --overwrite_output_dir true in place of --resume."
         )
     # Where the cache lies changes nothing; whether there is one does: its embeddings are float16.
-    old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
+    old, new = (
+        {**FIXED, **c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config)
+    )
     differing = {
         key: (state.config.get(key), config.get(key))
         for key in sorted({*old, *new} - FREE_SETTINGS)
@@ -223,7 +226,7 @@ def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str
             f"{folder} is of an earlier version of the program, with {', '.join(changed)}, which have left it. Commit "
             f"{BEFORE} repeats it; choose another output_dir."
         )
-    known = {name: value for name, value in finished["config"].items() if name not in GONE}
+    known = {name: value for name, value in finished["config"].items() if name not in EARLIER}
     state = TrainerState(config=known, data=finished["dataset_fingerprints"])
     check_same_run(state, config, data, folder)
 

@@ -8,16 +8,13 @@ in the first language among those that lose no more than `--max_loss` in the oth
 are those of the trained model.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("training.arguments:InterpolateArguments", __doc__)
-
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import at_least, between, flag, parse, run_command, user_errors
 from capivara_common.files import whole_folder
 from eval.capivara_metrics.metrics import mean_recall
 from eval.retrieval import RetrievalArguments, embed_captions, load_data
@@ -25,11 +22,31 @@ from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
 from records.schema import DIRECTIONS
-from training.arguments import InterpolateArguments
 from training.rotate import load_rotation, rotate_, save_rotation
 from training.trainable import interpolate_weights
 
 SHARES = [number / 10 for number in range(11)]
+
+
+@dataclass
+class InterpolateArguments:
+    """Arguments of `training.interpolate`."""
+
+    base: str = flag(..., "Folder or Hub id of the model before training.", positional=True)
+    trained: str = flag(..., "Folder or Hub id of the model after training.", positional=True)
+    output: Path = flag(..., "Folder of the new model.")
+    share: float = flag(0.5, "Of the trained weights, 0 to 1.")
+    validation: str | None = flag(
+        None,
+        "Data set on which the share is chosen, in the forms of a training's; `share` is then not used.",
+    )
+    split: str = flag("validation", "Split of the data set.")
+    languages: list[str] = flag(["pt", "en"], "Languages that are measured; the first is the one that was trained.")
+    max_loss: float = flag(0.5, "Points of mean recall that a further language may lose in either direction.")
+
+    def __post_init__(self) -> None:
+        between(self, 0, 1, "share")
+        at_least(self, 0, "max_loss")
 
 
 def interpolate(args: InterpolateArguments) -> float:

@@ -5,11 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from training.arguments import RunArguments
+from training.arguments import FIXED, RunArguments
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
 # Sum of the learning rates of the published 5863 steps (arXiv 2310.13683); their mean is that of floor and top.
 PAPER_REACH = 5863 * (1e-7 + 5e-7) / 2
+BETAS = (FIXED["adam_beta1"], FIXED["adam_beta2"])  # of Adam, in every recipe of arXiv 2310.13683
 LEAST_SHARE = 0.1  # of it; a run of less gets a warning
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
@@ -22,7 +23,7 @@ def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimiz
     return OPTIMISERS[args.optimizer](
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
+        betas=BETAS,
         eps=args.adam_epsilon,
         weight_decay=args.weight_decay,
         fused=True,  # one pass over the 190 million word embeddings instead of ten

@@ -8,13 +8,9 @@ weights, as `rotation.safetensors`: vectors of the model before are turned by `s
 another one then: an index made before is made anew, or turned.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("training.arguments:RotateArguments", __doc__)
-
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
@@ -27,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import check_output_folder, whole_folder, write_bytes
 from capivara_common.image_files import BadImage, decode_image
 from caption_data.sources import Source, open_source
@@ -35,10 +31,21 @@ from modeling_capivara import CapivaraModel
 from modeling_capivara.configuration_capivara import checked_widths
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
-from training.arguments import RotateArguments
 
 ROTATION_FILE = "rotation.safetensors"  # beside a model's weights
 ROTATION_IMAGES = 2**14  # that the axes are taken of: enough for the second moments of a thousand dimensions
+
+
+@dataclass
+class RotateArguments:
+    """Arguments of `training.rotate`."""
+
+    model: str = flag(..., "Folder or Hub id of the trained model.", positional=True)
+    dataset: str = flag(..., "Data set of the images, in the forms of a training's.")
+    output: Path = flag(..., "Folder of the new model.")
+    dims: list[int] = flag(..., "Widths that are to be embeddings, too, such as 256 128 64; each divides the whole.")
+    split: str = flag("train", "Split of the data set.")
+    image_column: str = flag("image", "Name of the image column.")
 
 
 def rotate(args: RotateArguments) -> Tensor:

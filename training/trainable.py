@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from modeling_capivara import CapivaraModel
-from training.arguments import RunArguments
+from training.arguments import FIXED, RunArguments
 
+WHOLE = FIXED["lora_modules_to_save"]  # what is trained as a whole beside adapters, as in arXiv 2310.13683
 _PEFT_NAMES = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")  # in names of a wrapped model
 
 
@@ -34,8 +35,6 @@ def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
             parameter.requires_grad_(False)
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing is left to train: frozen_parameters match everything that is not frozen already.")
-    if args.gradient_checkpointing:
-        model.activation_checkpointing_enable()
     return wrapped
 
 
@@ -86,22 +85,12 @@ def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
             f"lora_targets: {args.lora_targets!r} matches no linear layer. There are, among others, "
             f"{_examples(linear)}."
         )
-    modules = dict(model.named_modules())
-    for name in args.lora_modules_to_save:  # peft passes over a typing error
-        if name not in modules:
-            children = [name for name, _ in model.named_children()]
-            raise ValueError(f"lora_modules_to_save: there is no module {name!r}. The outermost are {children}.")
-        if name.startswith(frozen):
-            raise ValueError(f"lora_modules_to_save: {name!r} is of the image tower, which is frozen.")
-        if any(target.startswith(f"{name}.") for target in matched):
-            raise ValueError(f"lora_modules_to_save: {name!r} holds layers that get adapters, such as {matched[0]!r}.")
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
         bias="none",
         target_modules=args.lora_targets,
-        modules_to_save=list(args.lora_modules_to_save) or None,
+        modules_to_save=WHOLE,
     )
     return get_peft_model(model, config)
 

