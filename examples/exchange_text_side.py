@@ -35,7 +35,7 @@ from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import RetrievalArguments, RetrievalData, flat_captions, load_data
 from examples.example_arguments import ExchangeArguments
-from modeling_capivara.embedder import load_embedder
+from modeling_capivara.two_towers import load_embedder
 
 NAME, DEEPEST = "pictures", max(RECALL_CUTOFFS)
 SAME = 1e-6  # of a vector's numbers: Qdrant's local mode scales all to length 1 at every query, which moves last bits

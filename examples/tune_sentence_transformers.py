@@ -37,7 +37,7 @@ from capivara_common.privacy import hide_paths
 from caption_data.source_files import load_embedded
 from eval.retrieval import flat_captions
 from examples.example_arguments import SentenceTuningArguments
-from modeling_capivara.loss_capivara import similarity_logits
+from modeling_capivara.modeling_capivara import similarity_logits
 from training.launch import resolve_precision
 from training.optimiser import clamp_logit_scale
 

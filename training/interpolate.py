@@ -22,8 +22,8 @@ from capivara_common.files import whole_folder
 from eval.capivara_metrics.metrics import mean_recall
 from eval.retrieval import RetrievalArguments, embed_captions, load_data
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images
 from records.schema import DIRECTIONS
 from training.arguments import InterpolateArguments
 from training.rotate import load_rotation, rotate_, save_rotation

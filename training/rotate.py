@@ -33,8 +33,8 @@ from capivara_common.image_files import BadImage, decode_image
 from caption_data.sources import Source, open_source
 from modeling_capivara import CapivaraModel
 from modeling_capivara.configuration_capivara import checked_widths
-from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images
 from training.arguments import RotateArguments
 
 ROTATION_FILE = "rotation.safetensors"  # beside a model's weights

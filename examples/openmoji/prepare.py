@@ -44,9 +44,9 @@ from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.example_arguments import PrepareArguments
 from examples.openmoji.dataset import build_dataset, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedding import CPU_IMAGES, embed_texts, image_parts
-from modeling_capivara.kept_pieces import cut_tokenizer, kept_ids
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
+from modeling_capivara.two_towers import CPU_IMAGES, embed_texts, image_parts
 from training.arguments import RunArguments
 from training.batches import batch_indices, drawn_captions, micro_batches
 from training.data import evaluation_split
