@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Convert a CAPIVARA model from open_clip to transformers, or back. Both models are then loaded "
         f"from files and compared on random images and texts; above a difference of {TOLERANCE:g} nothing is kept.",
     )
-    help = "hf-hub:OWNER/NAME, local-dir:FOLDER, or a checkpoint file (.safetensors, .bin, .pt, .pth, .ckpt; tensors "
+    help = "hf-hub:OWNER/NAME, a folder, or a checkpoint file (.safetensors, .bin, .pt, .pth, .ckpt; tensors "
     help += "alone are read). A bare file is taken to have the published architecture. With --to-open-clip: a "
     flags.add_argument("source", metavar="SOURCE", help=help + "transformers model folder or a Hub id.")
     flags.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create; must not exist, or be empty")
@@ -139,9 +139,7 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
 
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conversion:
     if (Path(source) / OPEN_CLIP_CONFIG).is_file() and not is_capivara(Path(source)):
-        raise ValueError(
-            f"SOURCE {source} is an open_clip model: leave out --to-open-clip and give local-dir:{source}."
-        )
+        raise ValueError(f"SOURCE {source} is an open_clip model already: leave out --to-open-clip.")
     folder = model_folder(source, CONVERTER)
     config, processor = read_config(folder), load_processor(folder)
     # What open_clip's configuration can't state is refused here, before the weights are read.

@@ -252,8 +252,6 @@ def _flat_list(images) -> list:
     """One image, a batch array, or lists of them, nested or not, as one flat list."""
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in _flat_list(item)]
-    if not is_valid_image(images):
-        raise ValueError(f"Expected PIL images, arrays or tensors, got {type(images).__name__}.")
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 

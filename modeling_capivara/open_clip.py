@@ -357,29 +357,24 @@ def find_open_clip(source: str, tokenizer: str | None = None, revision: str | No
     """Find an open_clip model, downloading what is needed of it; the weights are not read.
 
     Args:
-        source: `hf-hub:OWNER/NAME`, `local-dir:FOLDER` or a checkpoint file; ValueError where it is no open_clip model.
+        source: `hf-hub:OWNER/NAME`, folder or checkpoint file; ValueError where it is no open_clip model.
         tokenizer: folder or Hub id, where `source` neither holds nor names one.
         revision: branch, tag or commit of a Hub id; the main branch where None.
     """
-    kind, _, name = source.partition(":")
-    if kind == "hf-hub":
-        return _find_in_folder(_download(name, revision), tokenizer, name)
-    if kind == "local-dir":
-        return _find_in_folder(Path(name), tokenizer)
-    path = Path(source)
+    if source.startswith("hf-hub:"):
+        repo_id = source.removeprefix("hf-hub:")
+        return _find_in_folder(_download(repo_id, revision), tokenizer, repo_id)
+    path = Path(source.removeprefix("local-dir:"))
     if path.is_dir():
-        hint = f"local-dir:{source}" if (path / OPEN_CLIP_CONFIG).exists() else f"{source} with --to-open-clip"
-        raise ValueError(f"SOURCE {source} is a folder; did you mean {hint}?")
+        return _find_in_folder(path, tokenizer)
     if not path.exists():
-        raise ValueError(f"SOURCE {source} does not exist; give hf-hub:OWNER/NAME, local-dir:FOLDER or a file.")
+        raise ValueError(f"SOURCE {source} does not exist; give hf-hub:OWNER/NAME, a folder or a file.")
     if path.suffix not in CHECKPOINT_SUFFIXES:
         raise ValueError(f"SOURCE {source} is no checkpoint file; those end in {', '.join(CHECKPOINT_SUFFIXES)}.")
     return OpenClipSource(None, {}, path, tokenizer or BASE_TEXT_MODEL)
 
 
 def _find_in_folder(folder: Path, tokenizer: str | None, repo_id: str | None = None) -> OpenClipSource:
-    if not folder.is_dir():
-        raise ValueError(f"SOURCE folder {folder} does not exist.")
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         ours = (folder / "config.json").is_file()
         hint = "; config.json makes it a transformers folder: use --to-open-clip" if ours else ""

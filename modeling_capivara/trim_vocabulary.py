@@ -99,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
         "folder of the model that MODEL was trimmed from: rows that were cut are taken from there, the rest from MODEL"
     )
     what.add_argument("--restore", metavar="BASE", type=Path, help=help)
-    help = f"words of each language, in their order; the last number is that of all others (default: {WORDS})"
+    help = "words of each language, in their order; the last number is that of all further ones "
+    help += f"(default: {' '.join(map(str, WORDS))})"
     flags.add_argument("--words", metavar="N", type=int, nargs="+", default=list(WORDS), help=help)
     help = "with --languages: keep the pieces of these files, too; UTF-8, a text a line"
     flags.add_argument("--texts", metavar="FILE", type=Path, nargs="+", default=[], help=help)

@@ -7,8 +7,10 @@ All put texts and images into one space: (rows, width), unit length, float32, on
 import hashlib
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -29,8 +31,8 @@ from .loading import checked_config, load_model, load_processor, weights_digest
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
 
-OnBatch = Callable[[int], object] | None  # called after each batch with its size
-Embed = Callable[[Sequence, int, OnBatch], Tensor]  # items, how many at once -> (items, width)
+# Title of a bar, or what is called after each batch with its size; None for neither
+Progress = str | Callable[[int], object] | None
 # Images that go through the tower at once: activations of more are new memory at every layer, half of the time.
 CPU_IMAGES = 4
 
@@ -45,7 +47,7 @@ class Embedder:
         precision: "float32", or "bf16" for autocast.
         fingerprint: digest of all that the embeddings depend on.
         image_fingerprint: of what those of images do; models that share their image tower share it.
-        embed_images, embed_texts: what is called under autocast.
+        images, texts: embed items; then how many at once, and `Progress`.
     """
 
     name: str
@@ -53,21 +55,12 @@ class Embedder:
     precision: str
     fingerprint: str
     image_fingerprint: str
-    embed_images: Embed
-    embed_texts: Embed
+    images: Callable[..., Tensor]
+    texts: Callable[..., Tensor]
 
-    def images(self, images: Sequence[Image.Image], batch_size: int = 32, on_batch: OnBatch = None) -> Tensor:
-        """(images, width), `batch_size` at once."""
-        with self._autocast():
-            return self.embed_images(images, batch_size, on_batch)
-
-    def texts(self, texts: Sequence[str], batch_size: int = 64, on_batch: OnBatch = None) -> Tensor:
-        """(texts, width), `batch_size` at once."""
-        with self._autocast():
-            return self.embed_texts(texts, batch_size, on_batch)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+    def __post_init__(self) -> None:
+        autocast = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        self.images, self.texts = autocast(self.images), autocast(self.texts)
 
 
 def load_embedder(
@@ -114,10 +107,10 @@ def capivara_embedder(name: str, model: CapivaraModel, processor: CapivaraProces
         name,
         model.device,
         precision,
-        _digest(weights_digest(model), config.to_json_string() + image_processor, tokenizer, precision),
-        _digest(image_side, config.vision_config.to_json_string() + image_processor, precision),
-        lambda items, size, on_batch: embed_images(model, processor, items, size, on_batch=on_batch),
-        lambda items, size, on_batch: embed_texts(model, processor, items, size, on_batch=on_batch),
+        fingerprint=_digest(weights_digest(model), config.to_json_string() + image_processor, tokenizer, precision),
+        image_fingerprint=_digest(image_side, config.vision_config.to_json_string() + image_processor, precision),
+        images=partial(embed_images, model, processor),
+        texts=partial(embed_texts, model, processor),
     )
 
 
@@ -129,21 +122,18 @@ def plain_embedder(
     Which part of it the images need is not known: their fingerprint is that of the whole model.
     """
 
-    def in_batches(encode: Callable[[Sequence], Tensor]) -> Embed:
-        @torch.inference_mode()
-        def embed(items: Sequence, batch_size: int, on_batch: OnBatch) -> Tensor:
-            embeds = []
+    @torch.inference_mode()
+    def in_batches(encode: Callable, items: Sequence, batch_size: int = 32, progress: Progress = None) -> Tensor:
+        embeds = []
+        with _bar(progress, items, "item") as done:
             for start in range(0, len(items), batch_size):
                 batch = items[start : start + batch_size]
                 embeds.append(torch.nn.functional.normalize(encode(batch).float(), dim=-1).cpu())
-                if on_batch is not None:
-                    on_batch(len(batch))
-            return torch.cat(embeds)
-
-        return embed
+                done(len(batch))
+        return torch.cat(embeds)
 
     about = (name, device, precision, fingerprint, fingerprint)
-    return Embedder(*about, in_batches(encode_images), in_batches(encode_texts))
+    return Embedder(*about, partial(in_batches, encode_images), partial(in_batches, encode_texts))
 
 
 def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
@@ -237,8 +227,7 @@ def embed_texts(
     processor: CapivaraProcessor,
     texts: Sequence[str],
     batch_size: int = 64,
-    description: str | None = None,
-    on_batch: OnBatch = None,
+    progress: Progress = None,
 ) -> Tensor:
     """Embeddings of `texts`, in their order; batched by length, so that short ones are not padded to the longest.
 
@@ -247,8 +236,7 @@ def embed_texts(
         processor: the model's own.
         texts: at least one.
         batch_size: texts that go through at once.
-        description: title of a progress bar; None shows none.
-        on_batch: called after each batch with its size, for a bar of the caller's.
+        progress: title of a bar, or what is called after each batch with its size.
 
     Returns:
         (texts, projection_dim), unit length, float32, on the CPU.
@@ -256,13 +244,13 @@ def embed_texts(
     tokens = [processor(text=text) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]["input_ids"]))
     embeds = torch.empty(len(texts), model.config.projection_dim)
-    with tqdm(total=len(texts), desc=description, unit="text", disable=description is None) as bar:
+    with _bar(progress, texts, "text") as done:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = processor.tokenizer.pad([dict(tokens[i]) for i in rows], return_tensors="pt").to(model.device)
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             embeds[rows] = model(**inputs).text_embeds.float().cpu()
-            (on_batch or bar.update)(len(rows))
+            done(len(rows))
     return embeds
 
 
@@ -272,22 +260,27 @@ def embed_images(
     processor: CapivaraProcessor,
     images: Iterable[Image.Image],
     batch_size: int = 32,
-    description: str | None = None,
-    on_batch: OnBatch = None,
+    progress: Progress = None,
 ) -> Tensor:
     """Embeddings of `images`, in their order: (images, projection_dim), unit length, float32, on the CPU.
 
     `images` is anything that yields PIL images, at least one; they are read batch by batch. The rest as `embed_texts`.
     """
     embeds, iterator = [], iter(images)
-    total = len(images) if hasattr(images, "__len__") else None
-    with tqdm(total=total, desc=description, unit="image", disable=description is None) as bar:
+    with _bar(progress, images, "image") as done:
         while batch := list(islice(iterator, batch_size)):
             pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
             for part in image_parts(pixel_values, model.device):
                 embeds.append(model(pixel_values=part).image_embeds.float().cpu())
-            (on_batch or bar.update)(len(batch))
+            done(len(batch))
     return torch.cat(embeds)
+
+
+@contextmanager
+def _bar(progress: Progress, items: Iterable, unit: str) -> Iterator[Callable[[int], object]]:
+    total, title = len(items) if hasattr(items, "__len__") else None, progress if isinstance(progress, str) else None
+    with tqdm(total=total, desc=title, unit=unit, disable=title is None) as bar:
+        yield progress if callable(progress) else bar.update
 
 
 def image_parts(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:

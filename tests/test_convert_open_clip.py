@@ -525,8 +525,7 @@ def test_sources_that_are_not_there_or_of_the_other_kind(open_clip_folder, tiny_
         ("local-dir:/nowhere", False, "does not exist"),
         ("hf-hub:nobody/nothing", False, "could not be fetched"),
         (str(tmp_path / "a.txt"), False, "no checkpoint file"),
-        (str(open_clip_folder), False, "did you mean local-dir:"),
-        (str(tiny_folder), False, "with --to-open-clip"),
+        (str(tiny_folder), False, "use --to-open-clip"),
         (f"local-dir:{tiny_folder}", False, "use --to-open-clip"),
         ("/nowhere", True, "does not exist"),
         ("nobody/nothing", True, "no folder here, nor in the cache of the Hub"),
@@ -569,7 +568,7 @@ def test_existing_output_is_not_touched(open_clip_folder, tmp_path):
         conversion.main([f"local-dir:{open_clip_folder}", str(tmp_path / "out")])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "out" / "mine").unlink()
-    conversion.main([f"local-dir:{open_clip_folder}", str(tmp_path / "out")])
+    conversion.main([str(open_clip_folder), str(tmp_path / "out")])
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

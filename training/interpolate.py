@@ -91,7 +91,7 @@ def measured_shares(
         if images is None or not frozen:
             first = data[args.languages[0]].images
             pictures = [first.image(row) for row in range(first.count)]
-            images = embed_images(model, processor, pictures, description="Images")
+            images = embed_images(model, processor, pictures, progress="Images")
         recalls[share] = {}
         for language, split in data.items():
             embeddings = embed_captions(model, processor, split.captions, images)

@@ -64,7 +64,7 @@ def rotate(args: RotateArguments) -> Tensor:
         raise ValueError(
             f"{source.where} has {len(first)} usable images, and {width} axes are asked of them. Give more."
         )
-    rotation = principal_rotation(embed_images(model, processor, chain(first, pictures), description="Images"))
+    rotation = principal_rotation(embed_images(model, processor, chain(first, pictures), progress="Images"))
     rotate_(model, rotation)
     with whole_folder(args.output) as folder:
         model.save_pretrained(folder)

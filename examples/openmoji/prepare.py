@@ -260,7 +260,7 @@ def pooled_output(model: CapivaraModel, processor: CapivaraProcessor, images: li
 def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
     """Set both projections without training. Features are (pictures, image width), with a caption each."""
     model.text_projection.weight.data = torch.eye(model.config.projection_dim)
-    texts = embed_texts(model.eval(), processor, captions, description="Captions")
+    texts = embed_texts(model.eval(), processor, captions, progress="Captions")
     visual, text = ridge_projections(features, texts)
     model.visual_projection.weight.data, model.text_projection.weight.data = visual, text
 
