@@ -181,11 +181,8 @@ def _checked_difference(
 ) -> float:
     """Largest difference of unit-length embeddings and of logits; above `TOLERANCE` it raises ValueError.
 
-    Args:
-        model, folder: transformers' model, and where its processor is, which pads to the longest text of a batch.
-        open_clip_folder: open_clip's; its tokenizer pads to 77 tokens.
-        text_cfg: in place of that folder's own.
-        state: weights of open_clip's model; None are those of its folder, loaded by open_clip itself.
+    Of our `model`, its processor in `folder`, and open_clip's of `open_clip_folder`, given another `text_cfg` and, where
+    they are not in that folder, the weights `state`. Ours pads texts to the longest of a batch, open_clip to 77 tokens.
     """
     import open_clip  # takes seconds, and only this program needs it
 

@@ -537,7 +537,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
 def _convert(source: str, folder: Path, revision: str | None) -> str:
     """Without open_clip to compare with, embeddings of random inputs have to be what embeddings are."""
     found = find_open_clip(source, revision=revision)
-    (model, *_), processor = write_capivara(found, folder), load_processor(folder)
+    model, processor = write_capivara(found, folder)[0], load_processor(folder)
     images, texts = embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())
     for name, embeds in {"images": images, "texts": texts}.items():
         if not embeds.isfinite().all():
