@@ -181,8 +181,8 @@ def _checked_difference(
 ) -> float:
     """Largest difference of unit-length embeddings and of logits; above `TOLERANCE` it raises ValueError.
 
-    Of our `model`, its processor in `folder`, and open_clip's of `open_clip_folder`, given another `text_cfg` and, where
-    they are not in that folder, the weights `state`. Ours pads texts to the longest of a batch, open_clip to 77 tokens.
+    Of our `model`, its processor in `folder`, and open_clip's of `open_clip_folder`, given another `text_cfg` and,
+    where they are not there, the weights `state`. Ours pads texts to the longest of a batch, open_clip to 77 tokens.
     """
     import open_clip  # takes seconds, and only this program needs it
 
