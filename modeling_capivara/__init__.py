@@ -43,7 +43,7 @@ AutoConfig.register("capivara", CapivaraConfig)
 AutoModel.register(CapivaraConfig, CapivaraModel)
 AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
 AutoModelForImageClassification.register(CapivaraConfig, CapivaraForImageClassification)
-# One class, in both places: it is neither of transformers' two backends, and asking for either is right.
+# One class, in both places: asking for either of transformers' two backends is right.
 AutoImageProcessor.register(
     CapivaraConfig, image_processor_classes={"pil": CapivaraImageProcessor, "torchvision": CapivaraImageProcessor}
 )

@@ -5,15 +5,8 @@ import os
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import BaseImageProcessor, BatchFeature
-from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    ChannelDimension,
-    PILImageResampling,
-    SizeDict,
-    is_valid_image,
-)
+from transformers import BatchFeature, CLIPImageProcessorPil
+from transformers.image_utils import ChannelDimension, SizeDict, is_valid_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
@@ -33,12 +26,12 @@ class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
     max_resized_pixels: int
 
 
-class CapivaraImageProcessor(BaseImageProcessor):
-    """Resize the short side, crop the centre, convert to RGB, normalise: in that order, on PIL images.
+class CapivaraImageProcessor(CLIPImageProcessorPil):
+    """CLIP's image processor, but resize, crop, conversion to RGB and normalisation in that order, on PIL images.
 
     The order and the roundings are those of open_clip 3.3's evaluation transform: PIL's own bicubic resize in the
-    image's own mode, crop offset `round(margin / 2)`, RGB only after the crop. transformers' CLIP processors crop one
-    pixel off when the margin is 3 mod 4.
+    image's own mode, crop offset `round(margin / 2)`, RGB only after the crop. transformers' CLIP processors convert
+    first, and crop one pixel off when the margin is 3 mod 4.
 
     Arrays and tensors give what the same pixels give as a PIL image: (height, width), with 1 to 4 channels last
     (arrays) or first (tensors) unless only the other reading fits or `input_data_format` says otherwise. Floats are
@@ -47,25 +40,7 @@ class CapivaraImageProcessor(BaseImageProcessor):
     """
 
     valid_kwargs = CapivaraImageProcessorKwargs
-    model_input_names = ["pixel_values"]
-
-    do_resize = True
-    size = {"shortest_edge": 224}
-    default_to_square = False
-    resample = PILImageResampling.BICUBIC
-    do_center_crop = True
-    crop_size = {"height": 224, "width": 224}
-    do_convert_rgb = True
-    do_rescale = True
-    rescale_factor = 1 / 255
-    do_normalize = True
-    image_mean = OPENAI_CLIP_MEAN
-    image_std = OPENAI_CLIP_STD
     max_resized_pixels = MAX_RESIZED_PIXELS
-
-    def __init__(self, **kwargs: Unpack[CapivaraImageProcessorKwargs]):
-        super().__init__(**kwargs)
-        self._set_attributes(**kwargs)
 
     def fetch_images(self, image_url_or_urls) -> Image.Image | np.ndarray | torch.Tensor | list:
         """As in transformers, but the image of a local file keeps its mode, as the resize is done in it."""
@@ -120,7 +95,7 @@ class CapivaraImageProcessor(BaseImageProcessor):
         images: list[Image.Image],
         do_resize: bool,
         size: SizeDict,
-        resample: PILImageResampling | int,
+        resample: int,
         do_center_crop: bool,
         crop_size: SizeDict,
         do_rescale: bool,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -181,11 +181,9 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
 def card_metadata(card: Path) -> dict[str, Any]:
     """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
     try:
-        block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8", errors="replace"))
-        metadata = yaml.safe_load(block[2]) if block else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: a date that can't be
+        return metadata_load(card) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: bytes or a date that can't be, a list
         return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def write_origin_card(source: Path, folder: Path, made: str, repo_id: str | None = None) -> None:
