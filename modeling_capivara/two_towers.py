@@ -1,7 +1,6 @@
 """Models of two towers, one for texts and one for images, behind one protocol: `load_embedder`.
 
-All put texts and images into one space: (rows, width), unit length, float32, on the CPU. CAPIVARA's own are embedded by
-`embed_texts` and `embed_images`, which search and training call, too.
+All put texts and images into one space: (rows, width), unit length, float32, on the CPU.
 """
 
 import hashlib
@@ -140,9 +139,7 @@ def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError(
-            f"open_clip:{source} needs open_clip, not installed yet: pip install open_clip_torch"
-        ) from error
+        raise ImportError(f"open_clip:{source} needs open_clip: pip install open_clip_torch") from error
     name, pretrained, config = source, None, None
     if source.startswith("local-dir:"):
         config, repository = Path(source.removeprefix("local-dir:"), OPEN_CLIP_CONFIG), ""
@@ -192,9 +189,7 @@ def _transformers_clip(source: str, device: torch.device, precision: str, trust_
             f"openai/clip-vit-base-patch32: {first_line(error)}"
         ) from error
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
-        raise ValueError(
-            f"clip:{source} is a {type(model).__name__}, which does not embed texts and images as CLIP does."
-        )
+        raise ValueError(f"clip:{source} is a {type(model).__name__}, which does not embed texts and images as CLIP.")
     # A tokenizer that was saved without a limit would give more tokens than the model has positions for.
     text_config = getattr(model.config, "text_config", model.config)
     longest = min(processor.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", sys.maxsize))
