@@ -16,11 +16,9 @@ TOKENIZER_FILES = (
 )
 # A star stands for any part of one name, never for a folder. Export and upload know no other list.
 ALLOWED_FILES = (
+    # Code of folders that were exported when these were files of their own
+    *("image_tower_capivara.py", "loss_capivara.py"),
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *MODEL_CODE),
-    *(
-        "image_tower_capivara.py",
-        "loss_capivara.py",
-    ),  # code of folders that were exported when these were files of their own
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
     *("open_clip_config.json", "open_clip_model.safetensors", "text_model/config.json"),
     *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "1_Normalize/config.json"),
