@@ -59,7 +59,7 @@ from captions.stages import RowStage
 from captions.translate import PHASES
 from captions.translators.local import Seq2SeqTranslator
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedder import CapivaraEmbedder
+from modeling_capivara.two_towers import capivara_embedder
 
 PARTS = ("generate", "translate", "score", "select")
 BATCHES = 4  # that `ours` and `stage` are timed over
@@ -307,7 +307,7 @@ def scoring(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     )
     torch.manual_seed(0)
     processor = CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer())
-    embedder = CapivaraEmbedder("random", CapivaraModel(CapivaraConfig()).eval(), processor, "float32")
+    embedder = capivara_embedder("random", CapivaraModel(CapivaraConfig()).eval(), processor, "float32")
     process = ScoreProcess(embedder, ["captions-pt", "generated-captions-pt"], "similarities-pt", "image", 32)
 
     def stage(run: int) -> None:

@@ -31,8 +31,8 @@ from examples.real_images import PHOTOS, photo
 from hub_upload.export import export_alone
 from hub_upload.export_arguments import ExportArguments
 from hub_upload.immich_folder import BASE_NAME
-from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 FILES = ("config.json", "textual/model.onnx", "textual/tokenizer.json", "visual/model.onnx")
 # Each with what it is about.

@@ -18,8 +18,8 @@ from eval.embeddings import EmbeddingStore, RetrievalEmbeddings, distinct_texts
 from eval.eval_arguments import RetrievalArguments
 from eval.retrieval import RetrievalData, flat_captions, load_data
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedder import CapivaraEmbedder
 from modeling_capivara.loading import load_model, load_processor, weights_digest
+from modeling_capivara.two_towers import capivara_embedder
 from records.schema import DIRECTIONS
 
 DRAWINGS = ("openmoji", "twemoji", "noto")
@@ -103,7 +103,7 @@ class Measures:
         return torch.arange(len(captions)) if direction == "image_to_text" else flat_captions(captions)[1]
 
     def _embedded(self, model: CapivaraModel) -> dict[str, RetrievalEmbeddings]:
-        embedder = CapivaraEmbedder("", model.eval(), self.processor, "float32")
+        embedder = capivara_embedder("", model.eval(), self.processor, "float32")
         images = EmbeddingStore(embedder, self.cache)  # kept for all models of this image tower
         flat = {key: flat_captions(data.captions) for key, data in self.data.items()}
         texts = [text for some, _ in flat.values() for text in some] + self.names.queries + self.names.english

@@ -30,10 +30,8 @@ from examples.openmoji.proxies import SENTENCES, babel_pairs
 from hub_upload.export import export
 from hub_upload.onnx_files import ENDINGS
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
-from modeling_capivara.kept_pieces import cut_tokenizer, kept_ids
 from modeling_capivara.loading import WEIGHTS, load_model
-from modeling_capivara.trim_vocabulary import Trim, changed_texts, trim
-from modeling_capivara.trim_vocabulary_flags import WORDS
+from modeling_capivara.trim_vocabulary import WORDS, Trim, changed_texts, cut_tokenizer, kept_ids, trim
 
 LANGUAGES = ("pt", "en")
 CHOICES = ((20_000, 20_000), (50_000, 50_000), WORDS, (250_000, 100_000))  # words of the first and of the second

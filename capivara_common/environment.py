@@ -1,5 +1,6 @@
-"""The machine and the installation: versions, device, memory, caches, signals, and extras that are missing."""
+"""The machine and the installation: versions, device, processes, memory, caches, signals, extras that are missing."""
 
+import atexit
 import os
 import platform
 import signal
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import PartialState
 
 PACKAGES = (
     *("torch", "transformers", "accelerate", "datasets", "peft", "open_clip_torch", "safetensors", "timm"),
@@ -92,6 +94,25 @@ def package_versions(*more: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def processes() -> "PartialState":
+    """Accelerate's state: this process's number, and its device. One process where nothing was launched."""
+    import torch
+    from accelerate import PartialState
+
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and not torch.distributed.is_initialized():
+        atexit.register(_leave_processes)
+    return PartialState(cpu=launched and not torch.cuda.is_available())
+
+
+def _leave_processes() -> None:
+    """End the threads of the process group, which may abort a process that ends beside them."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def torch_device(name: str | None) -> "torch.device":

@@ -20,7 +20,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
 from capivara_common.environment import cache_home
@@ -29,6 +37,10 @@ from capivara_common.progress import no_bars_of_transformers
 from capivara_common.weight_file import weight_files
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
+# In order of preference
+OPEN_CLIP_WEIGHT_FILES = (
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin"),
+)
 NEEDED = ("config.json", "processor_config.json")  # of a CAPIVARA folder, beside its weights
 CAPIVARA_FILES = ["*.json", "model*.safetensors", "*.model", "*.txt"]
 HUB_TIMEOUT_S = 10  # to ask the Hub of a model
@@ -98,6 +110,30 @@ def is_reachable(repo_id: str) -> bool:
         asking.start()
         asking.join(SHORT_TIMEOUT_S)  # its own limit is of each step: names may be looked up, or bytes drip, for ever
     return bool(answers)
+
+
+def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
+    """Ask once, for seconds, whether a model is there, before libraries that would try again for minutes.
+
+    Args:
+        source: folder or Hub id, owner/name.
+        names: files of which one in the Hub's cache will do without the Hub; config.json where none is given.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        ValueError: it is no folder and not in the cache, and the Hub has no such model or can't be reached.
+    """
+    source, names = str(source), names or ("config.json",)
+    if Path(source).exists() or not is_hub_id(source):
+        return  # the loader raises the error
+    if any(_snapshot(source, name, revision) for name in names):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(source, names[0], revision=revision), timeout=HUB_TIMEOUT_S)
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
+            return  # the Hub answers: the loader raises what is missing or refused
+        raise reach_failure(source, error) from error
 
 
 def is_hub_id(source: str) -> bool:

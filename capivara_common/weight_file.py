@@ -121,17 +121,22 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder: one, or the several that its index names.
 
     Raises:
-        ValueError: there is none, or the index is damaged.
+        ValueError: there is none, the index is damaged, or a file that it names is missing.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
+    if not index.is_file():
+        raise ValueError(
+            f"The model folder {folder} has no weights (model.safetensors is missing). Weights in another format are "
+            "not read: load the model and save it again with `save_pretrained`."
+        )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):
             raise ValueError("it names no files of this folder")
-    except FileNotFoundError as error:
-        raise ValueError(f"The model folder {folder} has no weights (model.safetensors is missing).") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} can't be read: {error}") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"The model folder {folder} lacks the weights {', '.join(missing)}, which its index names.")
     return [folder / name for name in names]

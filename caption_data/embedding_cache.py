@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from capivara_common.environment import cache_home
+from capivara_common.environment import cache_home, processes
 from capivara_common.files import DIGEST_BYTES, has_digest, write_with_digest
 from caption_data.rows import digest_of
-from modeling_capivara.embedder import processes
 
 FILES_VERSION = 2  # of the shards; raise it when their form changes
 # What makes shards, by their numbers: of each the array, and the bad rows, counted in the shard, with what is wrong.

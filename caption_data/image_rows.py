@@ -11,8 +11,8 @@ from pathlib import Path
 import PIL.Image
 from tqdm.auto import tqdm
 
+from capivara_common.environment import processes
 from capivara_common.image_files import BYTES_ALONE, BadImage, ImageFiles, decode_image, image_digest
-from modeling_capivara.embedder import processes
 
 DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36 MB
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from capivara_common.cli import run_command
+from capivara_common.environment import processes
 from capivara_common.files import check_output_file
 from caption_data.labelled_images import LabelledImages, load_images
 from eval.capivara_metrics.metrics import (
@@ -33,7 +34,6 @@ from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import ClassificationArguments, ImageArguments
 from eval.measurement import open_store, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts
-from modeling_capivara.embedder import processes
 from records.schema import Record
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)

@@ -22,14 +22,15 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from capivara_common.environment import processes
 from capivara_common.image_files import BadImage
 from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
 from caption_data.image_rows import ImageRows
 from caption_data.rows import digest_of
 from eval.capivara_metrics.metrics import chance_recall, cross_modal_ranks
-from modeling_capivara.embedder import Embedder, processes
-from modeling_capivara.image_tower_capivara import check_truncate_dim, unit_length
+from modeling_capivara.image_classification_capivara import check_truncate_dim, unit_length
+from modeling_capivara.two_towers import Embedder
 from records.schema import DIRECTIONS
 
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out

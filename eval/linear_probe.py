@@ -18,6 +18,7 @@ from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
 from capivara_common.cli import run_command
+from capivara_common.environment import processes
 from capivara_common.files import check_output_file
 from caption_data.labelled_images import LabelledImages
 from eval.classification import chance_of, classification_metrics, load_split
@@ -25,7 +26,6 @@ from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import LinearProbeArguments
 from eval.measurement import open_store, run_evaluation, write_result
 from eval.prompts import load_prompts
-from modeling_capivara.embedder import processes
 from records.schema import Record
 
 PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak

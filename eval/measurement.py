@@ -5,13 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from capivara_common.cli import parse, user_errors
-from capivara_common.environment import device_description
+from capivara_common.environment import device_description, processes
 from capivara_common.files import read_json
 from caption_data.embedding_cache import cache_folder
 from caption_data.source_files import NoSplit
 from eval.embeddings import EmbeddingStore
 from eval.eval_arguments import ModelArguments
-from modeling_capivara.embedder import load_embedder, processes
+from modeling_capivara.two_towers import load_embedder
 from records.schema import Record, header, hub_revision, write_records
 
 

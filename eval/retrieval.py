@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from capivara_common.cli import run_command
+from capivara_common.environment import processes
 from capivara_common.files import check_output_file
 from capivara_common.image_files import BadRow
 from capivara_common.privacy import short_name
@@ -40,9 +41,8 @@ from eval.eval_arguments import RetrievalArguments, caption_positions
 from eval.gallery import write_gallery
 from eval.measurement import open_store, run_evaluation, write_result
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedder import processes
-from modeling_capivara.embedding import embed_texts
-from modeling_capivara.image_tower_capivara import check_truncate_dim
+from modeling_capivara.image_classification_capivara import check_truncate_dim
+from modeling_capivara.two_towers import embed_texts
 from records.schema import DIRECTIONS, Record
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"

@@ -25,7 +25,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from capivara_common.cli import parse, run_command, user_errors
-from capivara_common.environment import package_versions
+from capivara_common.environment import package_versions, processes
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import hide_paths
 from eval.benchmarks import Benchmark, load_averages, load_benchmarks
@@ -45,7 +45,6 @@ from eval.suite_plan import (
     protocol_of,
 )
 from eval.suite_tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
-from modeling_capivara.embedder import processes
 from records.schema import Record, read_records
 
 SUMMARY_VERSION = 1

@@ -10,7 +10,7 @@ from capivara_common.privacy import hide_paths
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_benchmarks, must_be_known
 from eval.eval_arguments import SuiteArguments
 from eval.layouts import Location, adapted, hub_fault, local_data, locate
-from modeling_capivara.embedder import load_embedder
+from modeling_capivara.two_towers import load_embedder
 
 
 @dataclass(frozen=True)

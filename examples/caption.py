@@ -43,7 +43,7 @@ from examples.prefix_captioner import (
     load_language_model,
     train_captioner,
 )
-from modeling_capivara.embedder import load_embedder
+from modeling_capivara.two_towers import load_embedder
 
 IMAGE_COLUMN = "image"
 SHOWN = 10  # pictures whose captions are printed

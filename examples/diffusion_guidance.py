@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from capivara_common.hub_cache import check_reachable
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedding import embed_texts
-from modeling_capivara.loading import check_reachable
+from modeling_capivara.two_towers import embed_texts
 
 
 def sentence_target(model: CapivaraModel, processor: CapivaraProcessor, sentence: str) -> Tensor:

@@ -30,7 +30,7 @@ from capivara_common.privacy import short_name
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_recall, recall_at_k
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import RetrievalArguments, RetrievalData, flat_captions, load_data
-from modeling_capivara.embedder import load_embedder
+from modeling_capivara.two_towers import load_embedder
 
 NAME, DEEPEST = "pictures", max(RECALL_CUTOFFS)
 SAME = 1e-6  # of a vector's numbers: Qdrant's local mode scales all to length 1 at every query, which moves last bits

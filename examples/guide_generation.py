@@ -37,8 +37,8 @@ from examples.diffusion_guidance import (
     to_pixel_values,
 )
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 SHOWN = 8  # pictures of the strip of steps
 STRIP_SIDE = 128  # pixels of one of them

@@ -24,8 +24,9 @@ from transformers import get_linear_schedule_with_warmup as warm_and_linear
 from capivara_common.cli import at_least, flag
 from capivara_common.environment import device_description, package_versions
 from capivara_common.files import check_output_file, read_json, whole_folder, write_json
+from capivara_common.hub_cache import check_reachable
 from capivara_common.privacy import short_name
-from modeling_capivara.loading import check_reachable, weights_digest
+from modeling_capivara.loading import weights_digest
 
 WEIGHTS, CONFIG = "mapper.safetensors", "config.json"
 HEADS = 8  # of the mapping network, or as many as the language model's width allows

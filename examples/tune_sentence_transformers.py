@@ -31,7 +31,7 @@ from capivara_common.files import whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
 from caption_data.source_files import load_embedded
 from eval.retrieval import flat_captions
-from modeling_capivara.loss_capivara import similarity_logits
+from modeling_capivara.modeling_capivara import similarity_logits
 from training.launch import resolve_precision
 from training.optimiser import clamp_logit_scale
 

@@ -8,7 +8,7 @@ import PIL.Image
 
 from capivara_common.privacy import machine_path_in, own_paths, secret_in
 
-_PARTS = "checks configuration image_classification image_processing image_tower loss modeling processing"
+_PARTS = "checks configuration image_classification image_processing modeling processing"
 MODEL_CODE = tuple(f"{part}_capivara.py" for part in (*_PARTS.split(), "text_repair", "tokenization"))
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -16,6 +16,8 @@ TOKENIZER_FILES = (
 )
 # A star stands for any part of one name, never for a folder. Export and upload know no other list.
 ALLOWED_FILES = (
+    # Code of folders that were exported when these were files of their own
+    *("image_tower_capivara.py", "loss_capivara.py"),
     *("config.json", "processor_config.json", "preprocessor_config.json", *TOKENIZER_FILES, *MODEL_CODE),
     *("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "rotation.safetensors"),
     *("open_clip_config.json", "open_clip_model.safetensors", "text_model/config.json"),

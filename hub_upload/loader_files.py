@@ -9,24 +9,23 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from capivara_common.files import write_json
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from hub_upload.source_model import mapped_tensors
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraTokenizer
-from modeling_capivara.embedding import random_texts
+from modeling_capivara.loading import model_of_tensors
 from modeling_capivara.open_clip import (
     BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
-    OPEN_CLIP_CONFIG,
     SIZES,
-    WEIGHT_FILES,
     build_open_clip,
     capivara_state_dict,
-    model_of_state,
     open_clip_model_cfg,
     preprocess_cfg_of,
 )
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
+from modeling_capivara.two_towers import random_texts
 
-OPEN_CLIP_WEIGHTS = WEIGHT_FILES[0]
+OPEN_CLIP_WEIGHTS = OPEN_CLIP_WEIGHT_FILES[0]
 SENTENCE_MODULES = "sentence_transformers.base.modules"  # as version 6 writes and reads it
 SENTENCE_EMBEDDING = "sentence_embedding"  # its name for a finished embedding, which Normalize scales to unit length
 TEXT_MODEL = "text_model"  # folder of the text tower's configuration, where no Hub repository has it
@@ -115,7 +114,8 @@ def plan_open_clip(
     if find_spec("open_clip"):
         try:
             with torch.device("meta"):
-                model_of_state(build_open_clip(config).state_dict(), config)
+                tensors = capivara_state_dict(build_open_clip(config).state_dict())
+                model_of_tensors(tensors, config, "Its tensors")
         except (RuntimeError, ValueError) as error:  # a few timm models have, under open_clip, a head of another width
             raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
     tokenizer = repo_id or (BASE_TEXT_MODEL if source == TEXT_MODEL else source)

@@ -20,7 +20,7 @@ from eval.retrieval import (
     retrieval_records,
 )
 from hub_upload.onnx_files import OnnxModel
-from modeling_capivara.embedder import PlainEmbedder
+from modeling_capivara.two_towers import plain_embedder
 from records.schema import DIRECTIONS
 
 
@@ -52,7 +52,7 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
         # Nothing that it computes is kept, so the fingerprint need only differ. "float32" is the autocast of torch,
         # which has no part in it.
         about = ("onnx", torch.device("cpu"), "float32", precision)
-        store = EmbeddingStore(PlainEmbedder(*about, runs.embed_images, runs.embed_texts), None, args.batch_size)
+        store = EmbeddingStore(plain_embedder(*about, runs.embed_images, runs.embed_texts), None, args.batch_size)
         with closing(store):
             embeddings, images = data.embedded(store)
         check_cutoffs(args.recall_at, len(images.rows))

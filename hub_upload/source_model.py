@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from capivara_common.weight_file import weight_files
 from modeling_capivara import CapivaraConfig, loading
-from modeling_capivara.loading import WEIGHTS, mapped_model, mapped_tensors, weight_files
+from modeling_capivara.loading import WEIGHTS, mapped_model, mapped_tensors
 
 __all__ = [
     "WEIGHTS",

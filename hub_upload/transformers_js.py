@@ -26,9 +26,9 @@ from capivara_common.files import read_json, write_json, write_text
 from hub_upload.loader_files import with_plain_quotes
 from hub_upload.onnx_files import ENDINGS, OUTPUTS, data_file, graphs, move_weights, write_towers
 from modeling_capivara import CapivaraImageProcessor
-from modeling_capivara.embedding import random_images, random_texts
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
+from modeling_capivara.two_towers import random_images, random_texts
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -13,8 +13,7 @@ from transformers import (
 from .configuration_capivara import CapivaraConfig
 from .image_classification_capivara import CapivaraForImageClassification
 from .image_processing_capivara import CapivaraImageProcessor
-from .loss_capivara import clip_loss
-from .modeling_capivara import CapivaraModel, CapivaraOutput
+from .modeling_capivara import CapivaraModel, CapivaraOutput, clip_loss
 from .processing_capivara import CapivaraProcessor
 from .text_repair_capivara import repair_text
 from .tokenization_capivara import CapivaraTokenizer
@@ -37,7 +36,7 @@ AutoConfig.register("capivara", CapivaraConfig)
 AutoModel.register(CapivaraConfig, CapivaraModel)
 AutoModelForZeroShotImageClassification.register(CapivaraConfig, CapivaraModel)
 AutoModelForImageClassification.register(CapivaraConfig, CapivaraForImageClassification)
-# One class, in both places: it is neither of transformers' two backends, and asking for either is right.
+# One class, in both places: asking for either of transformers' two backends is right.
 AutoImageProcessor.register(
     CapivaraConfig, image_processor_classes={"pil": CapivaraImageProcessor, "torchvision": CapivaraImageProcessor}
 )

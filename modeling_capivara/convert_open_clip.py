@@ -21,10 +21,8 @@ from capivara_common.files import whole_folder, write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, is_capivara, model_folder
 
 from .configuration_capivara import CapivaraConfig
-from .embedding import random_images, random_texts
 from .loading import load_model, load_processor, read_config
-from .loss_capivara import similarity_logits
-from .modeling_capivara import CapivaraModel
+from .modeling_capivara import CapivaraModel, similarity_logits
 from .open_clip import (
     BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
@@ -37,6 +35,7 @@ from .open_clip import (
     write_capivara,
     write_open_clip_weights,
 )
+from .two_towers import random_images, random_texts
 
 TOLERANCE = 1e-4  # of cosines and logits in float32; the two programs differ by some 1e-6, a wrong layer by 1e-3 and up
 
@@ -56,31 +55,21 @@ def main(argv: list[str] | None = None) -> None:
         description="Convert a CAPIVARA model from open_clip to transformers, or back. Both models are then loaded "
         f"from files and compared on random images and texts; above a difference of {TOLERANCE:g} nothing is kept.",
     )
-    flags.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="hf-hub:OWNER/NAME, local-dir:FOLDER, or a checkpoint file (.safetensors, .bin, .pt, .pth, .ckpt; tensors "
-        "alone are read). A bare file is taken to have the published architecture. With --to-open-clip: a transformers "
-        "model folder or a Hub id.",
-    )
+    help = "hf-hub:OWNER/NAME, a folder, or a checkpoint file (.safetensors, .bin, .pt, .pth, .ckpt; tensors "
+    help += "alone are read). A bare file is taken to have the published architecture. With --to-open-clip: a "
+    flags.add_argument("source", metavar="SOURCE", help=help + "transformers model folder or a Hub id.")
     flags.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create; must not exist, or be empty")
     flags.add_argument("--to-open-clip", action="store_true", help="convert from transformers to open_clip")
-    flags.add_argument(
-        "--tokenizer",
-        metavar="NAME_OR_FOLDER",
-        help="tokenizer where SOURCE neither holds nor names one, as a bare file does not "
-        f"(default: {BASE_TEXT_MODEL}); not with --to-open-clip",
-    )
-    flags.add_argument(
-        "--hf-model-name",
-        metavar="ID",
-        help="with --to-open-clip: Hub id from which open_clip shall take the text tower's configuration, such as "
-        f"{BASE_TEXT_MODEL}: for a folder to be published. Without it the configuration is written to "
-        "OUTPUT/text_model, and OUTPUT works offline but must stay where it is.",
-    )
+    help = "tokenizer where SOURCE neither holds nor names one, as a bare file does not "
+    help += f"(default: {BASE_TEXT_MODEL}); not with --to-open-clip"
+    flags.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help=help)
+    help = "with --to-open-clip: Hub id from which open_clip shall take the text tower's configuration, such as "
+    help += f"{BASE_TEXT_MODEL}: for a folder to be published. Without it the configuration is written to "
+    help += "OUTPUT/text_model, and OUTPUT works offline but must stay where it is."
+    flags.add_argument("--hf-model-name", metavar="ID", help=help)
     args = flags.parse_args(argv)
     try:
-        result = convert(args.source, args.output, args.to_open_clip, args.tokenizer, args.hf_model_name)
+        result = convert(**vars(args))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"convert_open_clip: {error}") from error
     print(*result.notes, sep="\n")
@@ -132,34 +121,30 @@ def free_output(output: str | Path) -> Path:
 def _to_transformers(source: str, output: Path, tokenizer: str | None, config: CapivaraConfig | None) -> Conversion:
     found = find_open_clip(source, tokenizer)
     with whole_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
-        done = write_capivara(found, folder, config)
+        model, state, notes = write_capivara(found, folder, config)
         # open_clip is given the source's own fields and tokenizer, and the text tower's configuration without the Hub.
         text_cfg = found.model_cfg["text_cfg"] | {"hf_model_name": f"{scratch}/text_model"}
         text_cfg |= {"hf_tokenizer_name": BASE_TEXT_MODEL}  # any name: a local folder's own tokenizer is taken
         settings = {"model_cfg": found.model_cfg | {"text_cfg": text_cfg}, "preprocess_cfg": found.preprocess_cfg}
         write_json(Path(scratch, OPEN_CLIP_CONFIG), settings)
-        done.model.config.text_config.save_pretrained(f"{scratch}/text_model")
+        model.config.text_config.save_pretrained(f"{scratch}/text_model")
         if Path(found.tokenizer).is_dir():
             for path in Path(found.tokenizer).iterdir():
                 if path.suffix in TOKENIZER_SUFFIXES and path.name not in (OPEN_CLIP_CONFIG, "config.json"):
                     shutil.copy(path, scratch)
         else:
-            done.processor.tokenizer.plain().save_pretrained(scratch)
-        difference = _checked_difference(done.model, folder, Path(scratch), text_cfg, done.state)
-    return Conversion(difference, done.notes)
+            load_processor(folder).tokenizer.plain().save_pretrained(scratch)
+        return Conversion(_checked_difference(model, folder, Path(scratch), text_cfg, state), notes)
 
 
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conversion:
     if (Path(source) / OPEN_CLIP_CONFIG).is_file() and not is_capivara(Path(source)):
-        raise ValueError(
-            f"SOURCE {source} is an open_clip model: leave out --to-open-clip and give local-dir:{source}."
-        )
+        raise ValueError(f"SOURCE {source} is an open_clip model already: leave out --to-open-clip.")
     folder = model_folder(source, CONVERTER)
     config, processor = read_config(folder), load_processor(folder)
     # What open_clip's configuration can't state is refused here, before the weights are read.
     size, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
-    text_name = hf_model_name or str(output / "text_model")  # where it will be, not the temporary folder
-    model_cfg = open_clip_model_cfg(config, text_name, size)
+    model_cfg = open_clip_model_cfg(config, hf_model_name or str(output / "text_model"), size)  # where it will be
     model_cfg["text_cfg"]["hf_tokenizer_name"] = hf_model_name or BASE_TEXT_MODEL  # read for the Hub only
     model = load_model(folder)
     with whole_folder(output) as target, tempfile.TemporaryDirectory() as scratch:
@@ -170,15 +155,12 @@ def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conve
         config.text_config.save_pretrained(text_folder)
         text_cfg = model_cfg["text_cfg"] | {"hf_model_name": text_folder}  # where it lies for now
         difference = _checked_difference(model, folder, target, text_cfg)
-    return Conversion(difference, [_text_name_note(hf_model_name, text_name, config)])
-
-
-def _text_name_note(hf_model_name: str | None, text_name: str, config: CapivaraConfig) -> str:
     if not hf_model_name:
-        return (
-            f"Text tower: open_clip reads its configuration from {text_name}. The folder loads offline; if moved, "
-            f"change text_cfg.hf_model_name in {OPEN_CLIP_CONFIG}. To publish it, convert with --hf-model-name."
+        note = (
+            f"Text tower: open_clip reads its configuration from {output / 'text_model'}. The folder loads offline; if "
+            f"moved, change text_cfg.hf_model_name in {OPEN_CLIP_CONFIG}. To publish it, convert with --hf-model-name."
         )
+        return Conversion(difference, [note])
     note = (
         f"Text tower: open_clip fetches its configuration from the Hub repository {hf_model_name}. The folder can be "
         "published; it needs the network, or that repository in the cache, and was checked with the model's own copy."
@@ -186,7 +168,7 @@ def _text_name_note(hf_model_name: str | None, text_name: str, config: CapivaraC
     base = CapivaraConfig().text_config
     if hf_model_name in BASE_TEXT_NAMES and any(getattr(config.text_config, k) != getattr(base, k) for k in SIZES):
         note += f" Careful: this text tower is not of the size of {hf_model_name}."
-    return note
+    return Conversion(difference, [note])
 
 
 @torch.no_grad()
@@ -199,11 +181,8 @@ def _checked_difference(
 ) -> float:
     """Largest difference of unit-length embeddings and of logits; above `TOLERANCE` it raises ValueError.
 
-    Args:
-        model, folder: transformers' model, and where its processor is, which pads to the longest text of a batch.
-        open_clip_folder: open_clip's; its tokenizer pads to 77 tokens.
-        text_cfg: in place of that folder's own.
-        state: weights of open_clip's model; None are those of its folder, loaded by open_clip itself.
+    Of our `model`, its processor in `folder`, and open_clip's of `open_clip_folder`, given another `text_cfg` and,
+    where they are not there, the weights `state`. Ours pads texts to the longest of a batch, open_clip to 77 tokens.
     """
     import open_clip  # takes seconds, and only this program needs it
 
@@ -220,18 +199,13 @@ def _checked_difference(
         raise ValueError(f"open_clip does not build this model: {' '.join(str(error).split())}") from error
     finally:
         logging.disable(silenced)
-    model, theirs, processor, tokenize = (
-        model.eval(),
-        theirs.eval(),
-        load_processor(folder),
-        open_clip.get_tokenizer(name),
-    )
+    model, theirs, processor = model.eval(), theirs.eval(), load_processor(folder)
     images, texts = random_images(), random_texts()
     # Short texts apart: beside a long one ours would be padded to 77 tokens as open_clip's are, and prove less.
     parts = [model(**processor(text=some, return_tensors="pt")).text_embeds for some in (texts[:3], texts[3:])]
     ours = model(**processor(images=images, return_tensors="pt")).image_embeds, torch.cat(parts)
-    found = theirs.encode_image(torch.stack([preprocess(image) for image in images]), normalize=True)
-    found = found, theirs.encode_text(tokenize(texts), normalize=True)
+    pixels, tokens = torch.stack([preprocess(image) for image in images]), open_clip.get_tokenizer(name)(texts)
+    found = theirs.encode_image(pixels, normalize=True), theirs.encode_text(tokens, normalize=True)
     our_logits = similarity_logits(ours[1], ours[0], model.logit_scale)
     pairs = [*zip(ours, found, strict=True), (our_logits, theirs.logit_scale.exp() * found[1] @ found[0].T)]
     # torch's max, unlike Python's, passes NaN on.

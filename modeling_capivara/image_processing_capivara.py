@@ -5,15 +5,8 @@ import os
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from transformers import BaseImageProcessor, BatchFeature
-from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    ChannelDimension,
-    PILImageResampling,
-    SizeDict,
-    is_valid_image,
-)
+from transformers import BatchFeature, CLIPImageProcessorPil
+from transformers.image_utils import ChannelDimension, SizeDict, is_valid_image
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
@@ -33,12 +26,12 @@ class CapivaraImageProcessorKwargs(ImagesKwargs, total=False):
     max_resized_pixels: int
 
 
-class CapivaraImageProcessor(BaseImageProcessor):
-    """Resize the short side, crop the centre, convert to RGB, normalise: in that order, on PIL images.
+class CapivaraImageProcessor(CLIPImageProcessorPil):
+    """CLIP's image processor, but resize, crop, conversion to RGB and normalisation in that order, on PIL images.
 
     The order and the roundings are those of open_clip 3.3's evaluation transform: PIL's own bicubic resize in the
-    image's own mode, crop offset `round(margin / 2)`, RGB only after the crop. transformers' CLIP processors crop one
-    pixel off when the margin is 3 mod 4.
+    image's own mode, crop offset `round(margin / 2)`, RGB only after the crop. transformers' CLIP processors convert
+    first, and crop one pixel off when the margin is 3 mod 4.
 
     Arrays and tensors give what the same pixels give as a PIL image: (height, width), with 1 to 4 channels last
     (arrays) or first (tensors) unless only the other reading fits or `input_data_format` says otherwise. Floats are
@@ -47,25 +40,7 @@ class CapivaraImageProcessor(BaseImageProcessor):
     """
 
     valid_kwargs = CapivaraImageProcessorKwargs
-    model_input_names = ["pixel_values"]
-
-    do_resize = True
-    size = {"shortest_edge": 224}
-    default_to_square = False
-    resample = PILImageResampling.BICUBIC
-    do_center_crop = True
-    crop_size = {"height": 224, "width": 224}
-    do_convert_rgb = True
-    do_rescale = True
-    rescale_factor = 1 / 255
-    do_normalize = True
-    image_mean = OPENAI_CLIP_MEAN
-    image_std = OPENAI_CLIP_STD
     max_resized_pixels = MAX_RESIZED_PIXELS
-
-    def __init__(self, **kwargs: Unpack[CapivaraImageProcessorKwargs]):
-        super().__init__(**kwargs)
-        self._set_attributes(**kwargs)
 
     def fetch_images(self, image_url_or_urls) -> Image.Image | np.ndarray | torch.Tensor | list:
         """As in transformers, but the image of a local file keeps its mode, as the resize is done in it."""
@@ -120,7 +95,7 @@ class CapivaraImageProcessor(BaseImageProcessor):
         images: list[Image.Image],
         do_resize: bool,
         size: SizeDict,
-        resample: PILImageResampling | int,
+        resample: int,
         do_center_crop: bool,
         crop_size: SizeDict,
         do_rescale: bool,
@@ -139,15 +114,17 @@ class CapivaraImageProcessor(BaseImageProcessor):
                 image = resize_short_side(image, size.shortest_edge, resample, max_resized_pixels)
             if do_center_crop:
                 image = center_crop(image, crop_size.height, crop_size.width)
-            array = np.array(image.convert("RGB"))  # (height, width, 3), uint8
-            pixels.append(torch.from_numpy(array).permute(2, 0, 1).contiguous())
-        same_size = len({tuple(p.shape) for p in pixels}) == 1
-        groups = [torch.stack(pixels)] if same_size else pixels
-        groups = [g.to(device) if device is not None else g for g in groups]
-        groups = [
-            _scale(g, do_rescale, rescale_factor, do_normalize, image_mean, image_std) for g in groups
-        ]  # float32, (images, 3, height, width) or, sizes differing, a list of (3, height, width)
-        return BatchFeature({"pixel_values": groups[0] if same_size else groups}, tensor_type=return_tensors)
+            array = torch.from_numpy(np.array(image.convert("RGB"))).to(device or "cpu")  # (height, width, 3), uint8
+            one = array.permute(2, 0, 1).contiguous().float()
+            if do_rescale:  # 1 / 255 as a division: a product with it differs in the last bit
+                one = one.div_(255) if rescale_factor == 1 / 255 else one.mul_(rescale_factor)
+            if do_normalize:
+                mean, std = (one.new_tensor(value).reshape(-1, 1, 1) for value in (image_mean, image_std))
+                one = one.sub_(mean).div_(std)
+            pixels.append(one)
+        if len({one.shape for one in pixels}) == 1:  # else a list of (3, height, width)
+            pixels = torch.stack(pixels)  # (images, 3, height, width)
+        return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
 
 def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pixels: int) -> Image.Image:
@@ -171,18 +148,14 @@ def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pi
 
 def center_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     """The middle `height` x `width` pixels; where the image is smaller, black around it, as torchvision does."""
-    left, right = _padding(image.width, width)
-    top, bottom = _padding(image.height, height)
-    if left or right or top or bottom:
-        padded = Image.new(image.mode, (image.width + left + right, image.height + top + bottom))
-        if image.mode == "P":
-            padded.putpalette(image.palette)
-            padded.info.update(image.info)
-        padded.paste(image, (left, top))
-        image = padded
-    crop_left = round((image.width - width) / 2.0)  # Python's round: halves to the even offset
-    crop_top = round((image.height - height) / 2.0)
-    return image.crop((crop_left, crop_top, crop_left + width, crop_top + height))
+    left, top = _offset(image.width, width), _offset(image.height, height)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _offset(length: int, wanted: int) -> int:
+    """Where a crop begins: outside of an image that is smaller, and of two middle pixels at the even one."""
+    margin = length - wanted
+    return round(margin / 2) if margin >= 0 else -(-margin // 2)
 
 
 def array_to_pil(image: np.ndarray | torch.Tensor, input_data_format: str | None = None) -> Image.Image:
@@ -254,8 +227,6 @@ def _flat_list(images) -> list:
     """One image, a batch array, or lists of them, nested or not, as one flat list."""
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in _flat_list(item)]
-    if not is_valid_image(images):
-        raise ValueError(f"Expected PIL images, arrays or tensors, got {type(images).__name__}.")
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
 
 
@@ -264,27 +235,3 @@ def _check_per_channel(name: str, values: float | tuple[float, ...], above_zero:
     if array.shape not in ((1,), (3,)) or not np.isfinite(array).all() or (above_zero and array.min() <= 0):
         rule = "above 0, " if above_zero else ""
         raise ValueError(f"{name} must be one finite number, {rule}or three, a channel each, got {values}.")
-
-
-def _padding(length: int, wanted: int) -> tuple[int, int]:
-    missing = max(wanted - length, 0)
-    return missing // 2, (missing + 1) // 2
-
-
-def _scale(
-    pixels: torch.Tensor,
-    do_rescale: bool,
-    rescale_factor: float,
-    do_normalize: bool,
-    image_mean: float | tuple[float, ...],
-    image_std: float | tuple[float, ...],
-) -> torch.Tensor:
-    pixels = pixels.float()
-    if do_rescale:  # 1 / 255 as a division: a product with it differs in the last bit
-        pixels = pixels.div_(255) if rescale_factor == 1 / 255 else pixels.mul_(rescale_factor)
-    if do_normalize:
-        mean, std = (
-            torch.tensor(v, dtype=pixels.dtype, device=pixels.device).reshape(-1, 1, 1) for v in (image_mean, image_std)
-        )
-        pixels = pixels.sub_(mean).div_(std)
-    return pixels

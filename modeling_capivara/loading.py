@@ -3,28 +3,28 @@
 import hashlib
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
-from capivara_common.hub_cache import HUB_TIMEOUT_S, reach_failure
+from capivara_common.hub_cache import check_reachable
+from capivara_common.weight_file import weight_files
 
 from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import CapivaraConfig, sizes_of
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
 CARD = """---
 {metadata}---
@@ -34,9 +34,6 @@ CARD = """---
 {made}
 What the model is, how it was trained and under which licence it may be used is stated where it comes from.
 """
-CONVERTED = (
-    "Converted to transformers by `python -m modeling_capivara.convert_open_clip`, with the weights as they were."
-)
 
 
 def read_config(folder: str | Path) -> CapivaraConfig:
@@ -64,9 +61,9 @@ def checked_config(source: str, **options: Any) -> PreTrainedConfig:
         ValueError: it is damaged, or a size is outside of `LIMITS`.
         OSError: there is none.
     """
-    revision = options.get("revision")
     try:
-        check_sizes(PreTrainedConfig.get_config_dict(source, revision=revision)[0])  # before the object is made
+        # Before the object is made
+        check_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
         config = AutoConfig.from_pretrained(source, **options)
         check_sizes(sizes_of(config))  # also of kinds with names of their own
     except OSError:
@@ -96,27 +93,8 @@ def load_model(source: str | Path) -> CapivaraModel:
     if any(faults.values()):
         named = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
         raise ValueError(f"The weights of {source} do not fit its config. {named}.")
-    _check_scale(source, model)
+    check_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
     return model
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder. Raises ValueError where there is none, or one lacks that the index names."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise ValueError(
-            f"The folder {folder} holds no {WEIGHTS}. Weights in another format are not published: load the model "
-            "and save it again with `save_pretrained`."
-        )
-    try:
-        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        files = [folder / Path(name).name for name in sorted(shards)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder / INDEX} can't be read: {error!r}") from error
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"The folder {folder} lacks the weights {', '.join(missing)}, which its index names.")
-    return files
 
 
 def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
@@ -135,19 +113,23 @@ def mapped_model(folder: Path, config: CapivaraConfig) -> CapivaraModel:
 
     Raises ValueError where weights are missing, surplus or of another shape; all are named.
     """
+    model = model_of_tensors(mapped_tensors(weight_files(folder)), config, f"The weights of {folder}")
+    check_sizes({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
+    return model
+
+
+def model_of_tensors(tensors: Mapping[str, Tensor], config: CapivaraConfig, name: str) -> CapivaraModel:
+    """A model whose weights are these tensors, not copies, to be saved and not to be run.
+
+    Raises ValueError where some are missing, surplus or of another shape; all are named. Its subject is `name`.
+    """
     with torch.device("meta"):
         model = CapivaraModel(config)
     try:
-        model.load_state_dict(mapped_tensors(weight_files(folder)), assign=True)
+        model.load_state_dict(tensors, strict=True, assign=True)
     except RuntimeError as error:
-        faults = " ".join(str(error).split()).partition(": ")[2]
-        raise ValueError(f"The weights of {folder} do not fit its config. {faults}") from error
-    _check_scale(folder, model)
+        raise ValueError(f"{name} do not fit its config. {' '.join(str(error).split()).partition(': ')[2]}") from error
     return model.eval()
-
-
-def _check_scale(source: str | Path, model: CapivaraModel) -> None:
-    check_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
 
 
 def load_processor(source: str | Path) -> CapivaraProcessor:
@@ -172,73 +154,6 @@ def load_processor(source: str | Path) -> CapivaraProcessor:
     return processor
 
 
-def check_reachable(source: str | Path, *names: str, revision: str | None = None) -> None:
-    """Ask once, for seconds, whether a model is there, before libraries that would try again for minutes.
-
-    Args:
-        source: folder or Hub id, owner/name.
-        names: files of which one in the Hub's cache will do without the Hub; config.json where none is given.
-        revision: branch, tag or commit of a Hub id.
-
-    Raises:
-        ValueError: it is no folder and not in the cache, and the Hub has no such model or can't be reached.
-    """
-    names = names or ("config.json",)
-    if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
-        return  # no Hub id: the loader raises the error
-    if any(isinstance(try_to_load_from_cache(str(source), name, revision=revision), str) for name in names):
-        return
-    try:
-        get_hf_file_metadata(hf_hub_url(str(source), names[0], revision=revision), timeout=HUB_TIMEOUT_S)
-    except (HfHubHTTPError, HTTPError, OSError) as error:
-        if isinstance(error, HfHubHTTPError) and not isinstance(error, RepositoryNotFoundError):
-            return  # the Hub answers: the loader raises what is missing or refused
-        raise reach_failure(source, error) from error
-
-
-def card_metadata(card: Path) -> dict[str, Any]:
-    """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
-    try:
-        block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8", errors="replace"))
-        metadata = yaml.safe_load(block[2]) if block else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: a date that can't be
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
-
-
-def origin_card(folder: Path, repo_id: str | None = None, made: str = CONVERTED) -> str | None:
-    """Text of README.md; None where nothing is known of the source.
-
-    Args:
-        folder: of the source; its README.md, if there is one, states the licence.
-        repo_id: where on the Hub it was fetched from, which is the base of what is made from it; where None, the base
-            is the one that the source's card names.
-        made: what was done to it, a sentence.
-    """
-
-    def is_text(value: Any) -> bool:
-        return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
-
-    stated = {key: value for key, value in card_metadata(folder / "README.md").items() if is_text(value)}
-    known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in KEPT}}
-    known = {key: value for key, value in known.items() if value}
-    if not known:
-        return None
-    about = {**known, "library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
-    title = html.escape(repo_id or folder.resolve().name)
-    return CARD.format(metadata=yaml_dump(about, sort_keys=False), title=title, made=made)
-
-
-def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Hex digest of the tensors of a model whose name starts with one of `prefixes`."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.startswith(prefixes):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _check_folder(source: str | Path, needed: str, fault: str) -> None:
     """A path that looks local must be a folder with the needed file; anything else may be a Hub id."""
     folder = Path(source)
@@ -251,3 +166,45 @@ def _check_folder(source: str | Path, needed: str, fault: str) -> None:
         raise ValueError(f"The model folder {source} does not exist.")
     else:
         check_reachable(source, needed)
+
+
+def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
+    """Hex digest of the tensors of a model whose name starts with one of `prefixes`."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.startswith(prefixes):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def card_metadata(card: Path) -> dict[str, Any]:
+    """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
+    try:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: bytes or a date that can't be, a list
+        return {}
+
+
+def write_origin_card(source: Path, folder: Path, made: str, repo_id: str | None = None) -> None:
+    """Write the README.md of a model that is made from another; none where nothing is known of that.
+
+    Args:
+        source: folder of the other; its README.md, if there is one, states the licence.
+        folder: of the new model.
+        made: what was done to it, a sentence.
+        repo_id: where on the Hub the other was fetched from, which is the base of what is made from it; where None, the
+            base is the one that the other's card names.
+    """
+    stated = card_metadata(source / "README.md")
+    known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in KEPT}}
+    known = {key: value for key, value in known.items() if value and _is_text(value)}
+    if known:
+        known |= {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
+        title = html.escape(repo_id or source.resolve().name)
+        card = CARD.format(metadata=yaml_dump(known, sort_keys=False), title=title, made=made)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))

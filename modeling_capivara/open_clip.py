@@ -10,7 +10,7 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,20 +23,26 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from capivara_common.files import read_json
-from capivara_common.hub_cache import OPEN_CLIP_CONFIG, Converter, first_line
+from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, Converter, first_line
 
 from .checks_capivara import tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
-from .embedding import embed_images, embed_texts, random_images, random_texts
 from .image_processing_capivara import CapivaraImageProcessor
-from .loading import checked_config, load_model, load_processor, origin_card, read_config, weights_digest
+from .loading import (
+    checked_config,
+    load_model,
+    load_processor,
+    model_of_tensors,
+    read_config,
+    weights_digest,
+    write_origin_card,
+)
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CONTEXT_LENGTH, CapivaraProcessor
+from .two_towers import embed_images, embed_texts, random_images, random_texts
 
 BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
 BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
-# In order of preference
-WEIGHT_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
 
 # --- Names of tensors ------------------------------------------------------------------------------------------------
@@ -60,7 +66,6 @@ NAMES = {
     BLOCK + "mlp.c_fc.": OUR_BLOCK + "mlp.fc1.",
     BLOCK + "mlp.c_proj.": OUR_BLOCK + "mlp.fc2.",
 }
-OPEN_CLIP_NAMES = {ours: theirs for theirs, ours in NAMES.items()}
 NUMBER = re.compile(r"(?<=^visual\.transformer\.resblocks\.)\d+|(?<=^vision_model\.encoder\.layers\.)\d+")
 # Of a block's attention open_clip has query, key and value in one tensor, in_proj_weight and in_proj_bias.
 PART = re.compile(r"(vision_model\.encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
@@ -89,17 +94,18 @@ def capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tens
 
 def open_clip_state_dict(model: CapivaraModel) -> dict[str, Tensor]:
     """The tensors of open_clip's model, the other way. Raises ValueError where it has no such image tower."""
+    names = {ours: theirs for theirs, ours in NAMES.items()}
     vit = _vision_kind(model.config) == "clip_vision_model"
     result, state = {}, model.state_dict()
     for name, tensor in state.items():
         if part := PART.fullmatch(name):
-            theirs = _renamed(f"{part[1]}in_proj_{part[3]}", OPEN_CLIP_NAMES)
+            theirs = _renamed(f"{part[1]}in_proj_{part[3]}", names)
             if theirs not in result:
                 result[theirs] = torch.cat([state[f"{part[1]}{x}_proj.{part[3]}"] for x in "qkv"])
         elif vit and name == "visual_projection.weight":
             result["visual.proj"] = tensor.T.contiguous()
         else:
-            result[_renamed(name, OPEN_CLIP_NAMES)] = tensor
+            result[_renamed(name, names)] = tensor
     return result
 
 
@@ -110,23 +116,6 @@ def _renamed(name: str, names: dict[str, str]) -> str:
         if plain == old or (old.endswith(".") and plain.startswith(old)):
             return (new + plain[len(old) :]).replace("{}", number[0] if number else "{}")
     return name
-
-
-def model_of_state(open_clip_state: Mapping[str, Tensor], config: CapivaraConfig) -> CapivaraModel:
-    """The model of open_clip's tensors, to be saved and not to be run: most weights are those tensors, not copies.
-
-    ValueError where some are missing, surplus or of another shape; all are named.
-    """
-    with torch.device("meta"):
-        model = CapivaraModel(config)
-    try:
-        model.load_state_dict(capivara_state_dict(open_clip_state), strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            "The checkpoint does not hold the model that its configuration describes (a bare file is taken to have the "
-            f"published architecture), by transformers' names: {' '.join(str(error).split()).partition(': ')[2]}"
-        ) from error
-    return model.eval()
 
 
 def build_open_clip(config: CapivaraConfig) -> nn.Module:
@@ -145,46 +134,60 @@ def build_open_clip(config: CapivaraConfig) -> nn.Module:
 TEXT_KINDS = ("xlm-roberta", "roberta", "bert")  # those that open_clip 3.3 can pool by the mean
 # What changes the size of a text tower
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
-# open_clip's fields of a ViT that transformers has under another name, and open_clip's defaults of them and two more
+# open_clip's fields of a ViT that transformers has under another name
 VIT = {"image_size": "image_size", "layers": "num_hidden_layers", "width": "hidden_size", "patch_size": "patch_size"}
-VIT_CFG = {"image_size": 224, "layers": 12, "width": 768, "patch_size": 16, "head_width": 64, "mlp_ratio": 4.0}
-# A field has one of the SUPPORTED values, is of a kind, or is IGNORED: only training looks at it, or it means nothing
-# beside `hf_model_name`. Every other one must be off, as it is unless open_clip is told otherwise.
-SUPPORTED: dict[str, tuple] = {
-    **{"pos_embed_type": ("learnable",), "pool_type": ("tok",), "timm_proj": ("linear",), "timm_pool": ("avg", "")},
-    **{"hf_pooler_type": ("mean_pooler",), "hf_proj_type": ("mlp", "linear"), "context_length": (CONTEXT_LENGTH,)},
-    **{"clean": ("whitespace",), "mode": ("RGB",), "resize_mode": ("shortest",)},
-    "interpolation": ("bicubic", "bilinear"),
+# The fields that are read, by section: the kind of one that must be there, the default of one that need not, or all
+# values that are supported, the default first. Every other field must be off, as it is unless open_clip is told
+# otherwise, or is IGNORED: only training looks at it, or it means nothing beside `hf_model_name`.
+FIELDS: dict[str, dict[str, Any]] = {
+    "model_cfg": {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict, "quick_gelu": False, "init_logit_scale": 0.0},
+    "vision_cfg": {
+        **{"layers": 12, "width": 768, "patch_size": 16, "head_width": 64, "mlp_ratio": 4.0, "timm_model_name": ""},
+        **{"pos_embed_type": ("learnable",), "pool_type": ("tok",), "timm_proj": ("linear",), "timm_pool": ("avg", "")},
+    },
+    "text_cfg": {
+        **{"hf_model_name": str, "hf_pooler_type": ("mean_pooler",), "hf_proj_type": ("mlp", "linear")},
+        **{"context_length": (CONTEXT_LENGTH,), "tokenizer_kwargs": {}},
+    },
+    "text_cfg.tokenizer_kwargs": {"clean": ("whitespace",)},
+    "preprocess_cfg": {
+        **{"mean": [*OPENAI_CLIP_MEAN], "std": [*OPENAI_CLIP_STD], "interpolation": ("bicubic", "bilinear")},
+        **{"mode": ("RGB",), "resize_mode": ("shortest",)},
+    },
 }
-KINDS: dict[str, type] = {
-    **dict.fromkeys(("embed_dim", "layers", "width", "head_width", "patch_size"), int),
-    **{"mlp_ratio": float, "init_logit_scale": float, "quick_gelu": bool, "hf_model_name": str, "timm_model_name": str},
-    **dict.fromkeys(("model_cfg", "vision_cfg", "text_cfg", "tokenizer_kwargs", "preprocess_cfg"), dict),
-}
-KIND_WORDS = {int: "a whole number from 1 (a ViT; ResNets are not supported)", float: "a number", str: "a name"}
-KIND_WORDS |= {bool: "true or false", dict: "fields in braces"}
 IGNORED = {
     *("custom_text", "image_size", "hf_tokenizer_name", "tokenizer_type", "vocab_size", "heads", "pad_id", "eos_id"),
     *("patch_dropout", "timm_drop", "timm_drop_path", "timm_model_pretrained", "hf_model_pretrained"),
     *("attn_pooler_queries", "attn_pooler_heads"),
 }
+KINDS = {int: "a whole number from 1 (a ViT; ResNets are not supported)", float: "a number", str: "a name"}
+KINDS |= {bool: "true or false", dict: "fields in braces", list: "three numbers"}
 
 
 def capivara_config(model_cfg: dict) -> CapivaraConfig:
     """The architecture that a `model_cfg` describes. Raises ValueError about a field that is not supported."""
-    _check_fields("model_cfg", model_cfg, "embed_dim", "vision_cfg", "text_cfg")
-    vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    _check_fields("vision_cfg", vision_cfg)
-    _check_fields("text_cfg", text_cfg, "hf_model_name")
-    _check_fields("text_cfg.tokenizer_kwargs", text_cfg.get("tokenizer_kwargs") or {})
-    vision = (_timm_config if vision_cfg.get("timm_model_name") else _vit_config)(vision_cfg)
-    if model_cfg.get("quick_gelu") and isinstance(vision, dict):
-        vision["hidden_act"] = "quick_gelu"
-    text, scale = _text_config(text_cfg["hf_model_name"]), model_cfg.get("init_logit_scale")
-    options = {"text_projection_type": text_cfg.get("hf_proj_type", "mlp")}  # open_clip's default too
-    options |= {} if scale is None else {"logit_scale_init_value": float(scale)}
+    fields = _fields("model_cfg", model_cfg)
+    vision_cfg, text_cfg = (_fields(name, fields[name]) for name in ("vision_cfg", "text_cfg"))
+    _fields("text_cfg.tokenizer_kwargs", text_cfg["tokenizer_kwargs"])
+    if name := vision_cfg["timm_model_name"]:
+        own = _timm_pool(name)
+        if vision_cfg["timm_pool"] == "avg" and own not in ("avg", None):
+            refuse("vision_cfg", "timm_pool", "avg", f'"", as the own pooling of {name} is {own!r}')
+        vision = TimmWrapperConfig(architecture=name)
+    else:
+        heads, rest = divmod(vision_cfg["width"], vision_cfg["head_width"])
+        if rest:
+            refuse("vision_cfg", "width", vision_cfg["width"], f"a multiple of head_width, {vision_cfg['head_width']}")
+        vision_cfg["image_size"] = _square(fields["vision_cfg"])
+        vision = VISION_DEFAULTS | {ours: vision_cfg[theirs] for theirs, ours in VIT.items()}
+        vision |= {"num_attention_heads": heads, "hidden_act": "quick_gelu" if fields["quick_gelu"] else "gelu"}
+        vision["intermediate_size"] = int(vision_cfg["width"] * vision_cfg["mlp_ratio"])
+    options = {"projection_dim": fields["embed_dim"], "text_projection_type": text_cfg["hf_proj_type"]}
+    if model_cfg.get("init_logit_scale") is not None:
+        options["logit_scale_init_value"] = float(fields["init_logit_scale"])
+    text = _text_config(text_cfg["hf_model_name"])
     try:
-        return CapivaraConfig(vision_config=vision, text_config=text, projection_dim=model_cfg["embed_dim"], **options)
+        return CapivaraConfig(vision_config=vision, text_config=text, **options)
     except ValueError as error:
         raise ValueError(f"model_cfg of {OPEN_CLIP_CONFIG} can't be: {error}") from error
 
@@ -224,16 +227,6 @@ def _vision_kind(config: CapivaraConfig) -> str:
     return kind
 
 
-def _vit_config(vision_cfg: dict) -> dict[str, Any]:
-    cfg = VIT_CFG | {name: value for name, value in vision_cfg.items() if value is not None}
-    cfg |= {"image_size": _square(vision_cfg)}
-    if cfg["width"] % cfg["head_width"]:
-        refuse("vision_cfg", "width", cfg["width"], f"a multiple of head_width, {cfg['head_width']}")
-    sizes = {ours: cfg[theirs] for theirs, ours in VIT.items()}
-    heads, inner = cfg["width"] // cfg["head_width"], int(cfg["width"] * cfg["mlp_ratio"])
-    return VISION_DEFAULTS | sizes | {"num_attention_heads": heads, "intermediate_size": inner}
-
-
 def _vit_cfg(vision: PreTrainedConfig) -> dict[str, Any]:
     fixed = {"hidden_act": ("gelu", "quick_gelu"), "layer_norm_eps": (1e-5,), "num_channels": (3,)}
     for name, known in fixed.items():
@@ -244,14 +237,6 @@ def _vit_cfg(vision: PreTrainedConfig) -> dict[str, Any]:
         ratio = (vision.intermediate_size + 0.5) / vision.hidden_size
     sizes = {theirs: getattr(vision, ours) for theirs, ours in VIT.items()}
     return sizes | {"head_width": vision.hidden_size // vision.num_attention_heads, "mlp_ratio": ratio}
-
-
-def _timm_config(vision_cfg: dict) -> TimmWrapperConfig:
-    name = vision_cfg["timm_model_name"]
-    own = _timm_pool(name)
-    if vision_cfg.get("timm_pool", "avg") == "avg" and own not in ("avg", None):
-        refuse("vision_cfg", "timm_pool", "avg", f'"", as the own pooling of {name} is {own!r}')
-    return TimmWrapperConfig(architecture=name)
 
 
 def _timm_pool(architecture: str) -> str | None:
@@ -284,18 +269,17 @@ def _text_config(name: str) -> PreTrainedConfig:
 def image_processor_of(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
     """The image processor of a `preprocess_cfg`, for squares of `size` pixels. Raises ValueError where it can't be."""
     # As open_clip reads it: null is absent, an unknown field is nothing, `size` is always that of the tower.
-    cfg = {name: value for name, value in preprocess_cfg.items() if value is not None}
-    _check_fields("preprocess_cfg", {name: value for name, value in cfg.items() if name in SUPPORTED})
-    mean, std = cfg.get("mean", OPENAI_CLIP_MEAN), cfg.get("std", OPENAI_CLIP_STD)
-    for name, value in {"mean": mean, "std": std}.items():
-        if not isinstance(value, list | tuple) or len(value) != 3:
-            refuse("preprocess_cfg", name, value, "three numbers")
+    given = {name: preprocess_cfg.get(name) for name in FIELDS["preprocess_cfg"]}
+    cfg = _fields("preprocess_cfg", {name: value for name, value in given.items() if value is not None})
+    for name in ("mean", "std"):
+        if len(cfg[name]) != 3:
+            refuse("preprocess_cfg", name, cfg[name], KINDS[list])
     return CapivaraImageProcessor(
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
-        image_mean=list(mean),
-        image_std=list(std),
-        resample=PILImageResampling[cfg.get("interpolation", "bicubic").upper()],
+        image_mean=cfg["mean"],
+        image_std=cfg["std"],
+        resample=PILImageResampling[cfg["interpolation"].upper()],
     )
 
 
@@ -307,7 +291,7 @@ def preprocess_cfg_of(processor: CapivaraImageProcessor) -> tuple[int, dict[str,
         if found[name] != value:
             refuse("image_processor", name, found[name], str(value), "the processor")
     interpolation = PILImageResampling(processor.resample).name.lower()
-    if interpolation not in SUPPORTED["interpolation"]:
+    if interpolation not in FIELDS["preprocess_cfg"]["interpolation"]:
         refuse("image_processor", "resample", interpolation, "bicubic or bilinear", "the processor")
     cfg = {"mean": list(processor.image_mean), "std": list(processor.image_std)}
     return size, {**cfg, "interpolation": interpolation, "resize_mode": "shortest"}
@@ -322,17 +306,26 @@ def _square(vision_cfg: dict) -> int:
     return size
 
 
-def _check_fields(section: str, values: dict, *required: str) -> None:
-    for name, value in (dict.fromkeys(required) | values).items():
-        if name in SUPPORTED:
-            fits, supported = value in SUPPORTED[name], " or ".join(map(repr, SUPPORTED[name]))
-        elif kind := KINDS.get(name):
-            fits = isinstance(value, int | float if kind is float else kind) and (kind is not int or value > 0)
-            fits, supported = fits or (value is None and name not in required), KIND_WORDS[kind]
+def _fields(section: str, given: dict) -> dict[str, Any]:
+    """The fields of a section, with open_clip's defaults. Raises ValueError about one that is not supported."""
+    found = {}
+    for name, known in FIELDS[section].items():
+        if isinstance(known, tuple):
+            found[name] = given.get(name, known[0])
+            fits, supported = found[name] in known, " or ".join(map(repr, known))
         else:
-            fits, supported = name in IGNORED or value in (None, False, ""), "null or false"
+            kind = known if isinstance(known, type) else type(known)
+            found[name] = known if given.get(name) is None else given[name]
+            fits = isinstance(found[name], int | float if kind is float else kind) and (
+                kind is not int or found[name] > 0
+            )
+            supported = KINDS[kind]
         if not fits:
-            refuse(section, name, value, supported)
+            refuse(section, name, given.get(name), supported)
+    for name in sorted(given.keys() - found.keys() - IGNORED):
+        if given[name] not in (None, False, ""):
+            refuse(section, name, given[name], "null or false")
+    return found
 
 
 def refuse(section: str, name: str, value: Any, supported: str, where: str = OPEN_CLIP_CONFIG) -> NoReturn:
@@ -364,52 +357,47 @@ def find_open_clip(source: str, tokenizer: str | None = None, revision: str | No
     """Find an open_clip model, downloading what is needed of it; the weights are not read.
 
     Args:
-        source: `hf-hub:OWNER/NAME`, `local-dir:FOLDER` or a checkpoint file; ValueError where it is no open_clip model.
+        source: `hf-hub:OWNER/NAME`, folder or checkpoint file; ValueError where it is no open_clip model.
         tokenizer: folder or Hub id, where `source` neither holds nor names one.
         revision: branch, tag or commit of a Hub id; the main branch where None.
     """
     if source.startswith("hf-hub:"):
         repo_id = source.removeprefix("hf-hub:")
-        return replace(_find_in_folder(_download(repo_id, revision), tokenizer), repo_id=repo_id)
-    if source.startswith("local-dir:"):
-        return _find_in_folder(Path(source.removeprefix("local-dir:")), tokenizer)
-    path = Path(source)
+        return _find_in_folder(_download(repo_id, revision), tokenizer, repo_id)
+    path = Path(source.removeprefix("local-dir:"))
     if path.is_dir():
-        hint = f"local-dir:{source}" if (path / OPEN_CLIP_CONFIG).exists() else f"{source} with --to-open-clip"
-        raise ValueError(f"SOURCE {source} is a folder; did you mean {hint}?")
+        return _find_in_folder(path, tokenizer)
     if not path.exists():
-        raise ValueError(f"SOURCE {source} does not exist; give hf-hub:OWNER/NAME, local-dir:FOLDER or a file.")
+        raise ValueError(f"SOURCE {source} does not exist; give hf-hub:OWNER/NAME, a folder or a file.")
     if path.suffix not in CHECKPOINT_SUFFIXES:
         raise ValueError(f"SOURCE {source} is no checkpoint file; those end in {', '.join(CHECKPOINT_SUFFIXES)}.")
     return OpenClipSource(None, {}, path, tokenizer or BASE_TEXT_MODEL)
 
 
-def _find_in_folder(folder: Path, tokenizer: str | None) -> OpenClipSource:
-    if not folder.is_dir():
-        raise ValueError(f"SOURCE folder {folder} does not exist.")
+def _find_in_folder(folder: Path, tokenizer: str | None, repo_id: str | None = None) -> OpenClipSource:
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         ours = (folder / "config.json").is_file()
         hint = "; config.json makes it a transformers folder: use --to-open-clip" if ours else ""
         raise ValueError(f"SOURCE {folder} has no {OPEN_CLIP_CONFIG}, so it is not an open_clip model{hint}.")
     settings = read_json(folder / OPEN_CLIP_CONFIG, model_cfg=dict)
     model_cfg, preprocess_cfg = settings["model_cfg"], settings.get("preprocess_cfg") or {}
-    _check_fields("settings", {"preprocess_cfg": preprocess_cfg})
-    _check_fields("model_cfg", model_cfg, "text_cfg")
-    weights = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    if not isinstance(preprocess_cfg, dict):
+        refuse("settings", "preprocess_cfg", preprocess_cfg, KINDS[dict])
+    text_cfg = _fields("model_cfg", model_cfg)["text_cfg"]
+    weights = next((folder / name for name in OPEN_CLIP_WEIGHT_FILES if (folder / name).is_file()), None)
     if weights is None:
-        raise ValueError(f"SOURCE {folder} has no weights; looked for {', '.join(WEIGHT_FILES)}.")
+        raise ValueError(f"SOURCE {folder} has no weights; looked for {', '.join(OPEN_CLIP_WEIGHT_FILES)}.")
     has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
-    named = model_cfg["text_cfg"].get("hf_tokenizer_name")
-    name = str(folder) if has_tokenizer else named or tokenizer or BASE_TEXT_MODEL
-    return OpenClipSource(model_cfg, preprocess_cfg, weights, name, folder)
+    name = str(folder) if has_tokenizer else text_cfg.get("hf_tokenizer_name") or tokenizer or BASE_TEXT_MODEL
+    return OpenClipSource(model_cfg, preprocess_cfg, weights, name, folder, repo_id)
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
     try:
-        patterns = ["README.md", *(f"*{end}" for end in TOKENIZER_SUFFIXES), WEIGHT_FILES[0]]
+        patterns = ["README.md", *(f"*{end}" for end in TOKENIZER_SUFFIXES), OPEN_CLIP_WEIGHT_FILES[0]]
         folder = Path(snapshot_download(repo_id, allow_patterns=patterns, revision=revision))
-        for name in WEIGHT_FILES[1:]:  # one at a time: a second file of the same weights is over a gigabyte
-            if not any((folder / found).is_file() for found in WEIGHT_FILES):
+        for name in OPEN_CLIP_WEIGHT_FILES[1:]:  # one at a time: a second file of the same weights is over a gigabyte
+            if not any((folder / found).is_file() for found in OPEN_CLIP_WEIGHT_FILES):
                 # The snapshot folder is named by its commit: all files come from the same one.
                 folder = Path(snapshot_download(repo_id, allow_patterns=[name], revision=folder.name))
     except (HfHubHTTPError, OSError, ValueError) as error:
@@ -487,38 +475,31 @@ def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def _in_float32(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor
-
-
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_open_clip_weights(model: CapivaraModel, folder: Path) -> None:
     """Write the weights under open_clip's names; only those that are joined or turned are copied in memory."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in open_clip_state_dict(model).items()}
-    save_file(tensors, folder / WEIGHT_FILES[0], metadata={"format": "pt"})
+    save_file(tensors, folder / OPEN_CLIP_WEIGHT_FILES[0], metadata={"format": "pt"})
 
 
-@dataclass
-class Converted:
-    """What `write_capivara` has done."""
-
-    model: CapivaraModel  # as it was written
-    processor: CapivaraProcessor
-    state: dict[str, Tensor]  # what was read, under open_clip's names, as it was stored
-    notes: list[str]  # whole sentences for the person who asked
-
-
-def write_capivara(found: OpenClipSource, folder: Path, config: CapivaraConfig | None = None) -> Converted:
+def write_capivara(
+    found: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
+) -> tuple[CapivaraModel, dict[str, Tensor], list[str]]:
     """Convert a model that was found into an empty folder, in float32, and check what was written.
-
-    ValueError where it can't be converted, which is said before its weights are read, or a tensor came back changed.
 
     Args:
         found: the model; the `model_cfg` of a bare checkpoint is filled in. The new card names its origin.
         folder: to write to.
         config: architecture of a bare checkpoint file; None is the published base.
+
+    Returns:
+        The model as it was written; what was read, under open_clip's names and as it was stored; sentences for the
+        person who asked.
+
+    Raises:
+        ValueError: it can't be converted, which is said before its weights are read, or a tensor came back changed.
     """
     if found.model_cfg is not None:
         config = capivara_config(found.model_cfg)
@@ -527,29 +508,36 @@ def write_capivara(found: OpenClipSource, folder: Path, config: CapivaraConfig |
         found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
     image_processor = image_processor_of(found.preprocess_cfg, _square(found.model_cfg["vision_cfg"]))
     state, notes = read_open_clip_state(found.weights)
-    model = model_of_state({name: _in_float32(tensor) for name, tensor in state.items()}, config)
-    processor = CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config))
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    if found.folder and (card := origin_card(found.folder, found.repo_id)):
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config)).save_pretrained(folder)
+    tensors = capivara_state_dict({name: _in_float32(tensor) for name, tensor in state.items()})
+    about = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
+    model_of_tensors(tensors, config, about).save_pretrained(folder)
+    del tensors  # those of the attention are copies
+    if found.folder:
+        made = "Converted to transformers by `python -m modeling_capivara.convert_open_clip`, its weights as they were."
+        write_origin_card(found.folder, folder, made, found.repo_id)
     model = load_model(folder).eval()
     returned, names = open_clip_state_dict(model), state.keys()
     changed = {name for name in returned.keys() & names if not _same(returned[name], state[name])}
     if changed := changed | (returned.keys() ^ names):
         raise ValueError(f"Tensors were changed by the conversion, nothing was kept: {', '.join(sorted(changed))}.")
-    return Converted(model, processor, state, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes])
+    return model, state, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes]
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _same(ours: Tensor, theirs: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, to the bit; not a number equals itself."""
-    return ours.shape == theirs.shape and torch.equal(ours.nan_to_num(), _in_float32(theirs).nan_to_num())
+    """Whether two tensors hold the same bits, without a copy of them; not a number equals itself, too."""
+    pair = [t.view(torch.int32) if t.is_floating_point() else t for t in (ours, _in_float32(theirs))]
+    return ours.shape == theirs.shape and torch.equal(*pair)
 
 
 def _convert(source: str, folder: Path, revision: str | None) -> str:
     """Without open_clip to compare with, embeddings of random inputs have to be what embeddings are."""
     found = find_open_clip(source, revision=revision)
-    model, processor = write_capivara(found, folder).model, load_processor(folder)
+    model, processor = write_capivara(found, folder)[0], load_processor(folder)
     images, texts = embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())
     for name, embeds in {"images": images, "texts": texts}.items():
         if not embeds.isfinite().all():
@@ -559,9 +547,5 @@ def _convert(source: str, folder: Path, revision: str | None) -> str:
     return weights_digest(model)
 
 
-def _explain(folder: str) -> None:
-    load_processor(folder)
-    read_config(folder)
-
-
-CONVERTER = Converter(_convert, _explain)  # for `capivara_common.hub_cache.model_folder`
+# For `capivara_common.hub_cache.model_folder`
+CONVERTER = Converter(_convert, explain=lambda folder: (load_processor(folder), read_config(folder)))

@@ -5,52 +5,55 @@
     python -m modeling_capivara.trim_vocabulary TRAINED OUTPUT --restore MODEL
 
 The embedding table loses rows and the tokenizer pieces; no other number changes, so that indexes of pictures stay
-valid. `kept_pieces.py` chooses the pieces and says why a text that has all of its own is embedded as before.
+valid. A Unigram tokenizer splits a text into those of its pieces whose scores add up to most. Without some pieces there
+are fewer ways, with the scores that they had: the best one stays the best, as long as its own pieces are kept. For a
+letter without a piece the score is 10 below the lowest of the vocabulary (`Unigram` of the tokenizers library); the
+piece with the lowest score is kept, so that this does not change either.
 """
 
+import hashlib
+import json
 import shutil
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from capivara_common.cli import run_command
+from capivara_common.cli import parser, run_command
 from capivara_common.files import whole_folder
+from capivara_common.weight_file import weight_files
 
 from .configuration_capivara import CapivaraConfig
 from .convert_open_clip import free_output
-from .kept_pieces import (
-    chunks,
-    cut_tokenizer,
-    kept_ids,
-    language_words,
-    read_texts,
-    tokenizer_state,
-    vocabulary_digest,
-    word_forms,
-)
 from .loading import (
     load_model,
     load_processor,
     mapped_model,
     mapped_tensors,
-    origin_card,
     read_config,
-    weight_files,
     weights_digest,
+    write_origin_card,
 )
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
-from .trim_vocabulary_flags import WORDS, parser
+from .tokenization_capivara import CapivaraTokenizer
+from .two_towers import embed_texts
 
-COPIED = ("LICENSE", "run.json", "rotation.safetensors")  # results are not: they are the other model's
+# Of the first language and of each further one, the most frequent: of long Portuguese sentences one in 400 loses a
+# piece, and the model stays below 215 million parameters. docs/benchmarks.md has other numbers.
+WORDS = (150_000, 50_000)
 CHECKED_WORDS = 10_000  # of each language at most, that both tokenizers are compared on
 MEASURED_TEXTS = 1000  # of a file, with a piece that was cut: the embeddings of the first ones are compared
-BATCH_TEXTS = 64
+TEXTS_AT_ONCE = 10_000  # that are tokenised together
+BLANK = "▁"  # begins a piece that begins a word
+COPIED = ("LICENSE", "run.json", "rotation.safetensors")  # results are not: they are the other model's
 TRIMMED = (
     "Made by `python -m modeling_capivara.trim_vocabulary`: of the embeddings of word pieces those are left that "
     "{languages} use (`trimmed_vocabulary` in config.json); all other weights are as they were."
@@ -59,8 +62,6 @@ RESTORED = (
     "Given its whole vocabulary back by `python -m modeling_capivara.trim_vocabulary --restore`; embeddings of word "
     "pieces that were trimmed are those from before."
 )
-
-Pair = tuple[list[int], list[int]]  # ids of a text in the whole vocabulary: of its best pieces, and of the kept ones
 
 
 class HeldOut(NamedTuple):
@@ -82,7 +83,31 @@ class Trim(NamedTuple):
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parser().parse_args(argv)
+    flags = parser(
+        [],
+        prog="python -m modeling_capivara.trim_vocabulary",
+        description="Write a model that has only the word pieces which some languages use, or, with --restore, give "
+        "such a model its whole vocabulary back. A text whose pieces are all kept has the same embedding.",
+    )
+    flags.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
+    flags.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create; must not exist, or be empty")
+    what = flags.add_mutually_exclusive_group(required=True)
+    help = "keep the pieces of these languages' most frequent words, of which the package wordfreq has lists, and all "
+    help += "single letters, digits, punctuation marks and emoji: pt en"
+    what.add_argument("--languages", metavar="CODE", nargs="+", help=help)
+    help = (
+        "folder of the model that MODEL was trimmed from: rows that were cut are taken from there, the rest from MODEL"
+    )
+    what.add_argument("--restore", metavar="BASE", type=Path, help=help)
+    help = "words of each language, in their order; the last number is that of all further ones "
+    help += f"(default: {' '.join(map(str, WORDS))})"
+    flags.add_argument("--words", metavar="N", type=int, nargs="+", default=list(WORDS), help=help)
+    help = "with --languages: keep the pieces of these files, too; UTF-8, a text a line"
+    flags.add_argument("--texts", metavar="FILE", type=Path, nargs="+", default=[], help=help)
+    help = "with --languages: files that choose nothing; printed is how many of their texts have a piece that was cut, "
+    help += "and how far the embeddings of those move"
+    flags.add_argument("--held-out", metavar="FILE", type=Path, nargs="+", default=[], help=help)
+    args = flags.parse_args(argv)
     try:
         if args.restore:
             if args.texts or args.held_out:
@@ -119,22 +144,36 @@ def trim(
         ImportError: wordfreq is not installed.
     """
     output, languages = free_output(output), list(dict.fromkeys(languages))
-    config, processor = _whole_model(model)
-    chosen, measured = ([(path, read_texts(path)) for path in paths] for paths in (texts, held_out))
-    kept = kept_ids(processor, languages, words, (text for _, found in chosen for text in found))
+    if min(words) < 1:
+        raise ValueError(f"--words must be at least 1, got {min(words)}.")
+    config, processor = read_config(model), load_processor(model)
+    if config.trimmed_vocabulary is not None:
+        raise ValueError(
+            f"MODEL {model} is trimmed already, for {', '.join(config.trimmed_vocabulary['languages'])}. Trim the "
+            "model that it was made from, or give it its whole vocabulary back by --restore."
+        )
+    rows = config.text_config.vocab_size
+    for token in tokenizer_state(processor.tokenizer)["added_tokens"]:
+        if token["id"] >= rows:
+            raise ValueError(
+                f"The added token {token['content']!r} has the id {token['id']}, but MODEL {model} has {rows} rows of "
+                "embeddings; the trim would drop it. Give it a row by `resize_token_embeddings`, or remove it."
+            )
+    chosen, measured = ({path: read_texts(path) for path in paths} for paths in (texts, held_out))
+    kept = kept_ids(processor, languages, words, (text for found in chosen.values() for text in found))
     small = CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
     for language in languages:
         checked = language_words(language, min(CHECKED_WORDS, *words))
         changed_texts(processor, small, kept, list(map(word_forms, checked)))
-    changed = {str(path): changed_texts(processor, small, kept, found) for path, found in measured}
+    lost = {path: changed_texts(processor, small, kept, found) for path, found in measured.items()}
     record = {"languages": languages, "words": list(words), "tokenizer": vocabulary_digest(processor.tokenizer)}
     with whole_folder(output) as folder:
         parameters = _write_model(model, config, folder, lambda table: table[kept], record)
         small.save_pretrained(folder)
         _copy_records(model, folder, TRIMMED.format(languages=" and ".join(languages)))
         weight_bytes = tuple(sum(file.stat().st_size for file in weight_files(path)) for path in (model, folder))
-        cosines = _cosines(model, changed)
-    found = {str(path): HeldOut(len(found), len(changed[str(path)]), cosines[str(path)]) for path, found in measured}
+        cosines = _cosines(model, folder, {path: found[:MEASURED_TEXTS] for path, found in lost.items()})
+    found = {str(path): HeldOut(len(measured[path]), len(lost[path]), cosines[path]) for path in measured}
     return Trim((record["of"], len(kept)), parameters, weight_bytes, found)
 
 
@@ -151,8 +190,8 @@ def restore(model: Path, output: Path, base: Path) -> None:
     if record is None:
         raise ValueError(f"MODEL {model} has its whole vocabulary: its config.json names no trim to restore from.")
     processor, whole = load_processor(model), load_processor(base)
-    table = _table(mapped_model(base, base_config))
-    if (record["tokenizer"], record["table"]) != (vocabulary_digest(whole.tokenizer), _digest(table)):
+    table, digest = _table(mapped_model(base, base_config))
+    if (record["tokenizer"], record["table"]) != (vocabulary_digest(whole.tokenizer), digest):
         raise ValueError(f"MODEL {model} was not trimmed from {base}, whose vocabulary or embeddings are others.")
     ids, pieces = whole.tokenizer.get_vocab(), processor.tokenizer.get_vocab()
     if added := sorted(pieces.keys() - ids.keys()):
@@ -189,65 +228,164 @@ def report(done: Trim) -> str:
     return "\n".join(lines)
 
 
+# --- Pieces ----------------------------------------------------------------------------------------------------------
+
+
+def kept_ids(
+    processor: CapivaraProcessor, languages: Sequence[str], words: Sequence[int], texts: Iterable[str] = ()
+) -> list[int]:
+    """Ids, ascending, of the pieces that a trim keeps: no other text decides but those that are given.
+
+    Args:
+        processor: with the whole vocabulary.
+        languages: codes of wordfreq, such as "pt".
+        words: of each language, the most frequent ones, in small letters, capitals and as a title; the last number is
+            that of all further languages.
+        texts: whose pieces are kept, too.
+
+    Raises:
+        ValueError: there is no list of words of a language, or the tokenizer is of another kind.
+        ImportError: wordfreq is not installed.
+    """
+    numbers = zip(languages, [*words, *[words[-1]] * len(languages)], strict=False)
+    lists = {language: language_words(language, number) for language, number in numbers}
+    kept = _always_kept(processor.tokenizer)
+    for language, found in lists.items():
+        bar = tqdm(found, desc=f"Words of {language}", unit="word", unit_scale=True)
+        kept |= used_ids(processor, map(word_forms, bar))
+    return sorted(kept | used_ids(processor, texts))
+
+
+def language_words(language: str, number: int) -> list[str]:
+    """The most frequent words of a language, out of the package wordfreq.
+
+    Raises:
+        ValueError: it has no list of that language.
+        ImportError: it is not installed.
+    """
+    try:
+        import wordfreq  # only this program needs it
+    except ImportError as error:
+        raise ImportError(
+            'wordfreq, whose lists of words choose the pieces, is not installed: pip install "modeling-capivara[trim]"'
+        ) from error
+    known = wordfreq.available_languages()
+    if language not in known:
+        raise ValueError(
+            f"There is no list of words of the language {language!r}; there are {', '.join(sorted(known))}. For "
+            "another one give texts of it by --texts, beside a language of the list."
+        )
+    return wordfreq.top_n_list(language, number)
+
+
+def word_forms(word: str) -> str:
+    """A text in which a word stands as it does in sentences: after a blank and after a sign, in small and capitals."""
+    return " ".join(f"{form} ({form}" for form in dict.fromkeys((word, word.title(), word.upper())))
+
+
+def used_ids(processor: CapivaraProcessor, texts: Iterable[str]) -> set[int]:
+    """Ids of all tokens of the texts, begin, end and padding included."""
+    found = {processor.tokenizer.pad_token_id}
+    for chunk in _chunks(texts):
+        found.update(*processor(text=chunk, padding=False)["input_ids"])
+    return found
+
+
 def changed_texts(
     whole: CapivaraProcessor, small: CapivaraProcessor, kept: Sequence[int], texts: Sequence[str]
-) -> list[Pair]:
-    """The texts that have a piece that was cut, as ids of the whole vocabulary.
+) -> list[str]:
+    """The texts that have a piece that was cut.
 
     Raises:
         ValueError: a text whose pieces are all kept is split in another way, which would be an error of this program.
     """
     known, changed = set(kept), []
-    for chunk in chunks(texts):
+    for chunk in _chunks(texts):
         before, after = (processor(text=chunk, padding=False)["input_ids"] for processor in (whole, small))
         for text, ids, small_ids in zip(chunk, before, after, strict=True):
-            back = [kept[number] for number in small_ids]
-            if ids != back and known.issuperset(ids):
-                raise ValueError(f"The trimmed tokenizer splits {text[:200]!r} in another way; nothing was kept.")
-            if ids != back:
-                changed.append((ids, back))
+            if ids != [kept[number] for number in small_ids]:
+                if known.issuperset(ids):
+                    raise ValueError(f"The trimmed tokenizer splits {text[:200]!r} in another way; nothing was kept.")
+                changed.append(text)
     return changed
 
 
-@torch.inference_mode()
-def changed_cosines(model: CapivaraModel, pairs: Sequence[Pair]) -> list[float]:
-    """Of every pair, the cosine between the embeddings of both splits.
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    remaining = iter(texts)
+    while chunk := list(islice(remaining, TEXTS_AT_ONCE)):
+        yield chunk
 
-    `model` is the whole one: the trimmed one embeds an id as it embeds the id in the whole vocabulary.
+
+def read_texts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises ValueError where it can't be read, or has none."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"The texts {path} can't be read: {error}. Give a file in UTF-8, a text a line.") from error
+    if not (texts := [line for line in lines if line.strip()]):
+        raise ValueError(f"The file {path} holds no text; it takes one a line.")
+    return texts
+
+
+def _always_kept(tokenizer: CapivaraTokenizer) -> set[int]:
+    """Ids of what any text may have: added tokens, single letters, and pieces without a letter.
+
+    But for the ten thousand Chinese characters and Korean syllables, which the words of those languages bring. And what
+    begins the vocabulary, so that the ids of padding, begin and end stay as they are.
     """
-    pad, cosines = model.config.text_config.pad_token_id, []
-    for start in tqdm(range(0, len(pairs), BATCH_TEXTS), desc="Texts that lost a piece", unit="batch"):
-        sides = []
-        for side in zip(*pairs[start : start + BATCH_TEXTS], strict=True):
-            ids = pad_sequence([torch.tensor(tokens) for tokens in side], batch_first=True, padding_value=pad)
-            sides.append(model(input_ids=ids, attention_mask=(ids != pad).long()).text_embeds)
-        cosines += (sides[0] * sides[1]).sum(dim=-1).tolist()
-    return cosines
+    state = tokenizer_state(tokenizer)
+    pieces = state["model"]["vocab"]
+    first = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, state["model"]["unk_id"]} - {None}
+    kept = {*range(max(first) + 1), *(token["id"] for token in state["added_tokens"])}
+    kept.add(min(range(len(pieces)), key=lambda number: pieces[number][1]))
+    for number, (piece, _) in enumerate(pieces):
+        text = piece.removeprefix(BLANK)
+        letters = sum(map(str.isalpha, text))
+        if not letters or (len(text) == 1 and not unicodedata.name(text, "").startswith(("CJK", "HANGUL"))):
+            kept.add(number)
+    return kept
 
 
-def _cosines(model: Path, changed: dict[str, list[Pair]]) -> dict[str, list[float]]:
-    if not any(changed.values()):
-        return {name: [] for name in changed}
-    whole = load_model(model).eval()
-    return {name: changed_cosines(whole, pairs[:MEASURED_TEXTS]) for name, pairs in changed.items()}
-
-
-def _whole_model(folder: Path) -> tuple[CapivaraConfig, CapivaraProcessor]:
-    """Configuration and processor of a model that can be trimmed, or ValueError."""
-    config, processor = read_config(folder), load_processor(folder)
-    if config.trimmed_vocabulary is not None:
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What its tokenizer.json holds. Raises ValueError where it is not of the kind that can be cut."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    if model.get("type") != "Unigram" or model.get("byte_fallback") or model.get("unk_id") is None:
         raise ValueError(
-            f"MODEL {folder} is trimmed already, for {', '.join(config.trimmed_vocabulary['languages'])}. Trim the "
-            "model that it was made from, or give it its whole vocabulary back by --restore."
+            f"The tokenizer is of the kind {model.get('type')}; cut is the vocabulary of a Unigram one that has a "
+            "token for unknown letters and does not fall back to bytes, as XLM-R's."
         )
-    rows = config.text_config.vocab_size
-    for token in tokenizer_state(processor.tokenizer)["added_tokens"]:
-        if token["id"] >= rows:
-            raise ValueError(
-                f"The added token {token['content']!r} has the id {token['id']}, but MODEL {folder} has {rows} rows of "
-                "embeddings; the trim would drop it. Give it a row by `resize_token_embeddings`, or remove it."
-            )
-    return config, processor
+    return state
+
+
+def cut_tokenizer(tokenizer: CapivaraTokenizer, kept: Sequence[int]) -> CapivaraTokenizer:
+    """A tokenizer with the pieces `kept` of another and their scores; id i of it is the other's id `kept[i]`.
+
+    Raises:
+        ValueError: an added token, or one at the vocabulary's beginning, would be lost or get another id.
+    """
+    state, new_id = tokenizer_state(tokenizer), {old: number for number, old in enumerate(kept)}
+    if lost := [token["content"] for token in state["added_tokens"] if token["id"] not in new_id]:
+        raise ValueError(f"The added tokens {', '.join(lost)} would be cut; a trim keeps all added tokens.")
+    pieces = state["model"]["vocab"]
+    state["model"]["vocab"] = [pieces[old] for old in kept if old < len(pieces)]
+    state["model"]["unk_id"] = new_id[state["model"]["unk_id"]]
+    for token in state["added_tokens"]:
+        token["id"] = new_id[token["id"]]
+    small = tokenizer.with_backend(Tokenizer.from_str(json.dumps(state)))
+    names, small_ids = {number: token for token, number in tokenizer.get_vocab().items()}, small.get_vocab()
+    if wrong := [names[old] for number, old in enumerate(kept) if small_ids.get(names[old]) != number]:
+        raise ValueError(f"The tokenizer can't be cut: {wrong[0]!r} would get another id than its row has.")
+    return small
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hex digest of all pieces, in the order of their ids."""
+    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
+
+
+# --- Models ----------------------------------------------------------------------------------------------------------
 
 
 def _write_model(
@@ -258,9 +396,9 @@ def _write_model(
     The weights are views of their file, never a copy; `record` gets the facts about the table that was there.
     """
     model = mapped_model(source, config)
-    before, table = model.num_parameters(), _table(model)
+    before, (table, digest) = model.num_parameters(), _table(model)
     if record is not None:
-        record |= {"of": len(table), "table": _digest(table)}
+        record |= {"of": len(table), "table": digest}
     table = make_table(table)
     model.set_input_embeddings(nn.Embedding.from_pretrained(table, padding_idx=config.text_config.pad_token_id))
     config.text_config.vocab_size, config.trimmed_vocabulary = len(table), record
@@ -271,20 +409,29 @@ def _write_model(
     return before, model.num_parameters()
 
 
+def _table(model: CapivaraModel) -> tuple[Tensor, str]:
+    """The embeddings of all pieces, and their digest."""
+    table = model.get_input_embeddings().weight.detach()
+    return table, weights_digest(nn.Embedding.from_pretrained(table))
+
+
 def _copy_records(source: Path, folder: Path, made: str) -> None:
     for name in COPIED:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    if card := origin_card(source, made=made):
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    write_origin_card(source, folder, made)
 
 
-def _table(model: CapivaraModel) -> Tensor:
-    return model.get_input_embeddings().weight.detach()
-
-
-def _digest(table: Tensor) -> str:
-    return weights_digest(nn.Embedding.from_pretrained(table))
+def _cosines(before: Path, after: Path, texts: dict[Path, list[str]]) -> dict[Path, list[float]]:
+    """Of each text, between its embeddings by the models of two folders."""
+    distinct = list(dict.fromkeys(text for found in texts.values() for text in found))
+    if not distinct:
+        return texts
+    ours, theirs = (
+        embed_texts(load_model(folder).eval(), load_processor(folder), distinct) for folder in (before, after)
+    )
+    cosines = dict(zip(distinct, (ours * theirs).sum(dim=1).tolist(), strict=True))
+    return {path: [cosines[text] for text in found] for path, found in texts.items()}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from examples.prefix_captioner import (
     load_language_model,
     train_captioner,
 )
-from modeling_capivara.embedding import embed_images
+from modeling_capivara.two_towers import embed_images
 
 WORDS = ["azul", "verde", "vermelho", "branco", "foto"]
 

@@ -14,7 +14,7 @@ from caption_data.labelled_images import _by_name, load_images
 from eval.classification import chance_of, class_embeddings, classification_metrics, main
 from eval.embeddings import EmbeddingStore
 from eval.prompts import load_prompts
-from modeling_capivara.embedder import load_embedder
+from modeling_capivara.two_towers import load_embedder
 
 CIFAR = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -128,7 +128,7 @@ def test_a_missing_split_names_its_flag_alone(tiny_folder, image_folder, tmp_pat
         ({"model": "open_clip:ViT-B-32", "role": "baseline"}, "names no weights; say open_clip:ViT-B-32:TAG"),
         ({"model": "open_clip:foo:bar", "role": "baseline"}, "open_clip can't load 'foo:bar'"),
         ({"model": "clip:tests", "role": "baseline"}, "clip:tests can't be loaded; it must hold a CLIP"),
-        ({"device": "tpuu"}, "Unknown device 'tpuu'; use cpu or cuda"),
+        ({"device": "tpuu"}, "device must be cpu, cuda or one GPU of several such as cuda:1; 'tpuu'"),
         ({"batch_size": "0"}, "batch_size must be at least 1, got 0"),
     ],
 )

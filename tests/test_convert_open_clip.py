@@ -22,7 +22,7 @@ from transformers import TimmWrapperConfig
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, open_clip
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara.convert_open_clip import convert
-from modeling_capivara.loading import origin_card
+from modeling_capivara.loading import write_origin_card
 from modeling_capivara.open_clip import (
     build_open_clip,
     capivara_config,
@@ -161,7 +161,6 @@ def test_a_wrong_line_of_the_table_fails_and_leaves_nothing(open_clip_folder, tm
     pre, post = "visual.ln_pre.", "visual.ln_post."
     names = open_clip.NAMES | {pre: open_clip.NAMES[post], post: open_clip.NAMES[pre]}
     monkeypatch.setattr(open_clip, "NAMES", names)
-    monkeypatch.setattr(open_clip, "OPEN_CLIP_NAMES", {ours: theirs for theirs, ours in names.items()})
     with pytest.raises(ValueError, match="differs from the original by"):
         convert(f"local-dir:{open_clip_folder}", tmp_path / "out")
     assert nothing_left(tmp_path / "out")
@@ -292,8 +291,11 @@ def test_the_source_and_its_licence_are_on_the_first_card(open_clip_folder, tmp_
 def test_where_the_source_says_nothing_there_is_no_card(tmp_path, card):
     if card is not None:
         (tmp_path / "README.md").write_bytes(card.encode("latin-1"))
-    assert origin_card(tmp_path) is None
-    assert "base_model: us/open\n" in origin_card(tmp_path, "us/open")
+    (tmp_path / "new").mkdir()
+    write_origin_card(tmp_path, tmp_path / "new", "Made.")
+    assert not list((tmp_path / "new").iterdir())
+    write_origin_card(tmp_path, tmp_path / "new", "Made.", "us/open")
+    assert metadata_load(tmp_path / "new/README.md")["base_model"] == "us/open"
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -523,8 +525,7 @@ def test_sources_that_are_not_there_or_of_the_other_kind(open_clip_folder, tiny_
         ("local-dir:/nowhere", False, "does not exist"),
         ("hf-hub:nobody/nothing", False, "could not be fetched"),
         (str(tmp_path / "a.txt"), False, "no checkpoint file"),
-        (str(open_clip_folder), False, "did you mean local-dir:"),
-        (str(tiny_folder), False, "with --to-open-clip"),
+        (str(tiny_folder), False, "use --to-open-clip"),
         (f"local-dir:{tiny_folder}", False, "use --to-open-clip"),
         ("/nowhere", True, "does not exist"),
         ("nobody/nothing", True, "no folder here, nor in the cache of the Hub"),
@@ -567,7 +568,7 @@ def test_existing_output_is_not_touched(open_clip_folder, tmp_path):
         conversion.main([f"local-dir:{open_clip_folder}", str(tmp_path / "out")])
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine"]
     (tmp_path / "out" / "mine").unlink()
-    conversion.main([f"local-dir:{open_clip_folder}", str(tmp_path / "out")])
+    conversion.main([str(open_clip_folder), str(tmp_path / "out")])
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

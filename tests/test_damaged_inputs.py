@@ -14,12 +14,13 @@ from sampling import one_in
 from test_train_accelerate import flags
 
 import train_accelerate
+from capivara_common.weight_file import weight_files
 from caption_data.stage_folder import check_complete
 from captions import score, select
 from eval import retrieval
 from hub_upload import export
 from modeling_capivara import convert_open_clip
-from modeling_capivara.loading import load_model, mapped_model, read_config, weight_files
+from modeling_capivara.loading import load_model, mapped_model, read_config
 from training import interpolate
 
 SECONDS = 20  # a config of 10^7 layers takes hours; the longest of these takes three

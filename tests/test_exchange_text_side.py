@@ -13,7 +13,7 @@ from eval.retrieval import RetrievalArguments, flat_captions, load_data
 from examples.exchange_text_side import LancePictures, QdrantPictures, main, recalls
 from hub_upload import export, onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedder import load_embedder
+from modeling_capivara.two_towers import load_embedder
 
 STORES = [QdrantPictures, pytest.param(LancePictures, marks=pytest.mark.slow)]
 

@@ -25,8 +25,8 @@ from modeling_capivara import (
     CapivaraTokenizer,
     open_clip,
 )
-from modeling_capivara.embedding import random_images
 from modeling_capivara.open_clip import TimmWrapperConfig, capivara_state_dict, open_clip_state_dict
+from modeling_capivara.two_towers import random_images
 
 ROOT = Path(__file__).resolve().parent.parent
 LOADER = ROOT / "tests" / "loader_process.py"

@@ -14,9 +14,9 @@ from hub_upload.export import export, main
 from hub_upload.onnx_files import OnnxModel, graphs
 from hub_upload.onnx_recall import measure_int8, recall_lines
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedding import random_images, random_texts
 from modeling_capivara.loading import load_processor
 from modeling_capivara.open_clip import TimmWrapperConfig
+from modeling_capivara.two_towers import random_images, random_texts
 
 pytestmark = pytest.mark.slow
 BLOCKS_WIDE = {**TINY_VISION, "hidden_size": 128, "intermediate_size": 256}  # narrower ones would fill no block

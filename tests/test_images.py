@@ -29,8 +29,8 @@ from capivara_common.image_files import decode_image
 from caption_data.pairs import caption_table
 from caption_data.sources import open_source
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
-from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model
+from modeling_capivara.two_towers import embed_images
 from training.images import build_cache, cached_embeds
 from training.views import Views, augmented, check_images, random_state
 

@@ -23,8 +23,8 @@ from hub_upload.export import export_alone, main
 from hub_upload.export_arguments import ExportArguments
 from hub_upload.immich_folder import BASE_NAME, check
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts
 
 FILES = {
     *("config.json", "textual/model.onnx", "textual/tokenizer.json", "textual/tokenizer_config.json"),

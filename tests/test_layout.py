@@ -50,8 +50,6 @@ MODEL_FILES = [
         "configuration",
         "image_classification",
         "image_processing",
-        "image_tower",
-        "loss",
         "modeling",
         "processing",
         "text_repair",

@@ -14,8 +14,8 @@ import training.images
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
 from modeling_capivara import CapivaraModel
-from modeling_capivara.embedding import embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_texts
 from training.arguments import RunArguments
 from training.data import evaluation_split
 from training.images import build_cache

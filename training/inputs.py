@@ -13,8 +13,8 @@ from capivara_common.files import check_free_space
 from caption_data.pairs import check_bad_share
 from caption_data.rows import Skipped, write_skipped
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor, weights_digest
+from modeling_capivara.two_towers import embed_images
 from training.arguments import RunArguments
 from training.batches import Planner, batch_counts
 from training.data import Split, check_data_sets, evaluation_split, measured_languages, training_splits

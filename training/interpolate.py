@@ -19,8 +19,8 @@ from capivara_common.files import whole_folder
 from eval.capivara_metrics.metrics import mean_recall
 from eval.retrieval import RetrievalArguments, embed_captions, load_data
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images
 from records.schema import DIRECTIONS
 from training.rotate import load_rotation, rotate_, save_rotation
 from training.trainable import interpolate_weights
@@ -108,7 +108,7 @@ def measured_shares(
         if images is None or not frozen:
             first = data[args.languages[0]].images
             pictures = [first.image(row) for row in range(first.count)]
-            images = embed_images(model, processor, pictures, description="Images")
+            images = embed_images(model, processor, pictures, progress="Images")
         recalls[share] = {}
         for language, split in data.items():
             embeddings = embed_captions(model, processor, split.captions, images)

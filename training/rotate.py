@@ -29,8 +29,8 @@ from capivara_common.image_files import BadImage, decode_image
 from caption_data.sources import Source, open_source
 from modeling_capivara import CapivaraModel
 from modeling_capivara.configuration_capivara import checked_widths
-from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images
 
 ROTATION_FILE = "rotation.safetensors"  # beside a model's weights
 ROTATION_IMAGES = 2**14  # that the axes are taken of: enough for the second moments of a thousand dimensions
@@ -71,7 +71,7 @@ def rotate(args: RotateArguments) -> Tensor:
         raise ValueError(
             f"{source.where} has {len(first)} usable images, and {width} axes are asked of them. Give more."
         )
-    rotation = principal_rotation(embed_images(model, processor, chain(first, pictures), description="Images"))
+    rotation = principal_rotation(embed_images(model, processor, chain(first, pictures), progress="Images"))
     rotate_(model, rotation)
     with whole_folder(args.output) as folder:
         model.save_pretrained(folder)

@@ -27,7 +27,7 @@ from capivara_common.image_files import BadImage, decode_image
 from caption_data.rows import Skipped
 from caption_data.sources import Source
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.embedding import image_parts
+from modeling_capivara.two_towers import image_parts
 
 PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
 AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4

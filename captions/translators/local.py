@@ -19,10 +19,11 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from capivara_common.environment import how_to_install, torch_device
+from capivara_common.hub_cache import check_reachable
 from captions.translators.languages import find_code, same_language
 from captions.translators.pieces import cut, groups
 from modeling_capivara.checks_capivara import tokenizer_errors
-from modeling_capivara.loading import check_reachable, checked_config
+from modeling_capivara.loading import checked_config
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_SOURCE_TOKENS = 256  # of a piece: translation models learn from sentences, and lose the rest of long paragraphs

@@ -38,9 +38,9 @@ from caption_data.source_files import load_embedded
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.embedding import CPU_IMAGES, embed_texts, image_parts
-from modeling_capivara.kept_pieces import cut_tokenizer, kept_ids
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
+from modeling_capivara.two_towers import CPU_IMAGES, embed_texts, image_parts
 from training.arguments import RunArguments
 from training.batches import batch_indices, drawn_captions, micro_batches
 from training.data import evaluation_split
@@ -262,7 +262,7 @@ def pooled_output(model: CapivaraModel, processor: CapivaraProcessor, images: li
 def start_by_ridge(model: CapivaraModel, processor: CapivaraProcessor, features: Tensor, captions: list[str]) -> None:
     """Set both projections without training. Features are (pictures, image width), with a caption each."""
     model.text_projection.weight.data = torch.eye(model.config.projection_dim)
-    texts = embed_texts(model.eval(), processor, captions, description="Captions")
+    texts = embed_texts(model.eval(), processor, captions, progress="Captions")
     visual, text = ridge_projections(features, texts)
     model.visual_projection.weight.data, model.text_projection.weight.data = visual, text
 

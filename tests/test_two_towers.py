@@ -24,9 +24,8 @@ from transformers import (
     SiglipProcessor,
 )
 
-from modeling_capivara.embedder import load_embedder
-from modeling_capivara.embedding import embed_images, embed_texts
 from modeling_capivara.loading import load_model, load_processor
+from modeling_capivara.two_towers import embed_images, embed_texts, load_embedder
 
 TEXTS = ["uma foto de uma capivara azul", "gato", "a casa verde", "são joão", "pão"]
 
