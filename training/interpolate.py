@@ -20,11 +20,11 @@ from torch import Tensor
 from capivara_common.cli import parse, run_command, user_errors
 from capivara_common.files import whole_folder
 from eval.capivara_metrics.metrics import mean_recall
+from eval.records.schema import DIRECTIONS
 from eval.retrieval import RetrievalArguments, embed_captions, load_data
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.embedding import embed_images
 from modeling_capivara.loading import load_model, load_processor
-from records.schema import DIRECTIONS
 from training.arguments import InterpolateArguments
 from training.rotate import load_rotation, rotate_, save_rotation
 from training.trainable import interpolate_weights
