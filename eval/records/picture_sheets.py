@@ -104,7 +104,8 @@ def plot_retrieval_sheet(
 ) -> None:
     """Queries, each with the five pictures that a model ranks first.
 
-    Of two models they are those of `sheet_queries`; of one its best and its worst, of equal ones those drawn first.
+    Of two models they are those of `sheet_queries`; of one its best and its worst, of equal ones those drawn first, and
+    beside each its right picture, too.
 
     Args:
         images: the pool that is searched, or what opens one of them by its index.
@@ -130,6 +131,7 @@ def plot_retrieval_sheet(
         row = []
         for role, of_model in ranks.items():
             best = scores(role, query).argsort(descending=True, stable=True)[:SHOWN].tolist()
+            best += [] if others or right_images[query] in best else [right_images[query]]
             title = f"“{one_line(queries[query], 40)}”   {words['rank'].format(rank=int(of_model[query]) + 1)}"
             title += f" ({words[kind]})" if kind and role == "capivara" else ""
             row.append((title, [(image(index), index == right_images[query]) for index in best]))

@@ -115,7 +115,7 @@ def plot_bars(rows: list[BarRow], path: Path) -> None:
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
     _finish(axis, [row.label for row in rows], "per cent")
     if axis.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+        figure.legend(loc="outside upper left", markerscale=0.4, ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)
 
 
