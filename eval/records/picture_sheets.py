@@ -8,7 +8,7 @@ from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from eval.records.plots import INK, save_figure
+from eval.records.plots import INK, WORDS, save_figure
 from eval.records.tables import one_line
 
 if TYPE_CHECKING:  # a report of captions draws without it
@@ -17,30 +17,6 @@ if TYPE_CHECKING:  # a report of captions draws without it
 RIGHT_COLOUR, WRONG_COLOUR = "#1b7f5c", "#d0d3d8"
 SHOWN, BEST = 5, 4  # pictures that a model ranks first; best queries of a sheet, and worst ones
 KINDS = {"gain": 3, "tie": 1, "loss": 1}  # how many queries of a sheet the trained model ranks better, alike, worse
-SHEET_WORDS = {
-    "en": {
-        "baseline": "Baseline",
-        "capivara": "CAPIVARA",
-        "rank": "right one at rank {rank}",
-        "gain": "gain",
-        "tie": "tie",
-        "loss": "loss",
-        "rule": "Chosen by rule: of the test captions, in an order drawn with seed {seed}, the first three that "
-        "CAPIVARA ranks better than the baseline,\nthe first that it ranks alike and the first that it ranks worse; "
-        "fewer where there are none. All captions: {gain} gains, {tie} ties, {loss} losses.",
-    },
-    "pt": {
-        "baseline": "Base",
-        "capivara": "CAPIVARA",
-        "rank": "acerto na posição {rank}",
-        "gain": "ganho",
-        "tie": "empate",
-        "loss": "perda",
-        "rule": "Escolha por regra: das legendas de teste, em ordem sorteada com a semente {seed}, as três primeiras "
-        "em que o CAPIVARA supera o modelo base,\na primeira em que empata e a primeira em que perde; menos, se não "
-        "houver. Todas as legendas: {gain} ganhos, {tie} empates, {loss} perdas.",
-    },
-}
 # Matplotlib's own font has no letters of most scripts; of these, where they are installed, it takes what is missing.
 OTHER_FONTS = ("Noto Sans", "Noto Serif", "FreeSans", "Lohit", "Nirmala UI", "Mangal", "Arial Unicode", "WenQuanYi")
 
@@ -117,7 +93,7 @@ def plot_retrieval_sheet(
         language: of the labels, "pt" or another one for English.
         path: the PNG.
     """
-    words, rows, note, (first, *others) = SHEET_WORDS.get(language, SHEET_WORDS["en"]), [], "", ranks.values()
+    words, rows, note, (first, *others) = WORDS.get(language, WORDS["en"])["sheet"], [], "", ranks.values()
     image = images if callable(images) else images.__getitem__
     if others:
         chosen = sheet_queries(ranks["baseline"], ranks["capivara"], seed)

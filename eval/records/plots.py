@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import matplotlib
 
-from capivara_common.files import write_bytes
+from capivara_common.files import read_json, write_bytes
 
 matplotlib.use("Agg")  # files only; a screen is not needed
 
@@ -17,28 +17,7 @@ BASELINE_COLOUR, MODEL_COLOUR, CHANCE_COLOUR, LOSS_COLOUR = "#8a8f98", "#1b7f5c"
 DIRECTION_COLOURS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
 INK, FAINT = "#1f2933", "#6b7280"
 REPORT_WIDTH = 5.2  # inches: narrow, so that the letters stay readable on a phone
-CURVE_WORDS = {
-    "en": {
-        "step": "step",
-        "loss": "contrastive loss (nats; axis cut)",
-        "loss_title": "Training loss",
-        "rate": "learning rate (dashed)",
-        "recall": "mean recall (%; axis cut)",
-        "recall_title": "Validation concepts, captions in '{language}'",
-        "text_to_image": "text to image",
-        "image_to_text": "image to text",
-    },
-    "pt": {
-        "step": "passo",
-        "loss": "perda contrastiva (nats; eixo cortado)",
-        "loss_title": "Perda no treinamento",
-        "rate": "taxa de aprendizado (tracejada)",
-        "recall": "revocação média (%; eixo cortado)",
-        "recall_title": "Conceitos de validação, legendas em '{language}'",
-        "text_to_image": "texto para imagem",
-        "image_to_text": "imagem para texto",
-    },
-}
+WORDS = read_json(Path(__file__).with_name("words.json"))  # of curves and sheets, in both languages
 
 
 class BarRow(NamedTuple):
@@ -77,7 +56,7 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, words: st
         path: the PNG.
         words: language of the labels, "pt" or another one for English.
     """
-    labels = CURVE_WORDS.get(words, CURVE_WORDS["en"])
+    labels = WORDS.get(words, WORDS["en"])["curves"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     trained = [point for point in curve if "loss" in point]
     left.plot([p["step"] for p in trained], [p["loss"] for p in trained], color=MODEL_COLOUR)
