@@ -124,9 +124,7 @@ class ResultFile:
 
     name: str  # path of the file within the folder that was read
     records: tuple[Record, ...]  # its figures, at least one
-    content: dict[
-        str, Any
-    ]  # the whole JSON object: what `header` made, `records`, and parts such as `confusion_matrix`
+    content: dict[str, Any]  # the whole JSON object: of `header`, `records`, and parts such as `confusion_matrix`
 
 
 def header(
