@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 BASELINE_COLOUR, MODEL_COLOUR, CHANCE_COLOUR, LOSS_COLOUR = "#8a8f98", "#1b7f5c", "#c9c9c9", "#b3472f"
 DIRECTION_COLOURS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
 INK, FAINT = "#1f2933", "#6b7280"
-REPORT_WIDTH = 5.2  # inches: narrow, so that the letters stay readable on a phone
+WIDTH = 5.2  # inches: narrow, so that the letters stay readable on a phone
 WORDS = read_json(Path(__file__).with_name("words.json"))  # of curves and sheets, in both languages
 
 
@@ -78,7 +78,7 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, words: st
 
 def plot_bars(rows: list[BarRow], path: Path) -> None:
     """Baseline against model, a pair of bars a row, a mark where chance is."""
-    figure, axis = plt.subplots(figsize=(REPORT_WIDTH, 1.2 + 0.46 * len(rows)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.46 * len(rows)), layout="constrained")
     for name, offset, colour in (("Baseline", -0.2, BASELINE_COLOUR), ("CAPIVARA", 0.2, MODEL_COLOUR)):
         values = [(height + offset, row.baseline if offset < 0 else row.model) for height, row in enumerate(rows)]
         found = [(height, 100 * value[0], 100 * (value[1] or 0)) for height, value in values if value]
@@ -101,7 +101,7 @@ def plot_bars(rows: list[BarRow], path: Path) -> None:
 def plot_gains(rows: list[tuple[str, float, float, float]], path: Path) -> None:
     """Gains with their 95 % intervals, beside zero; rows of (label, gain, low end, high end), shares."""
     lines = max(label.count("\n") + 1 for label, *_ in rows)
-    figure, axis = plt.subplots(figsize=(REPORT_WIDTH, 1.0 + 0.38 * lines * len(rows) / 2), layout="constrained")
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.0 + 0.38 * lines * len(rows) / 2), layout="constrained")
     axis.axvline(0, color=FAINT, linewidth=1)
     for height, (_, gain, low, high) in enumerate(rows):
         colour = BASELINE_COLOUR if low <= 0 <= high else MODEL_COLOUR if gain > 0 else LOSS_COLOUR
