@@ -217,11 +217,8 @@ def _on_main(work: Callable[[], Any]) -> Any:
 
 def _summary(args: SuiteArguments, models: list[Model], measurements: list[Measurement]) -> dict[str, Any]:
     """suite.json: what was asked for, what became of each measurement, and all that the table says, as data."""
-    values = [
-        {"benchmark": m.benchmark, "language": m.language, "direction": record.direction, "metric": record.metric,
-         "role": m.role, "run": m.run, "value": record.value, "n": record.n}
-        for m in measurements if m.status == "measured" for record in read_records(args.output / m.file)
-    ]  # fmt: skip
+    measured = [m for m in measurements if m.status == "measured"]
+    values = [vars(record) | vars(m) for m in measured for record in read_records(args.output / m.file)]
     runs, known = {role: sum(model.role == role for model in models) for role in MODEL_NAMES}, load_benchmarks()
     pairs = [(known[key], language) for key, language in dict.fromkeys((m.benchmark, m.language) for m in measurements)]
     rows, left_out = suite_rows(pairs, values, runs, args.metrics, args.published, args.protocol)
@@ -342,9 +339,8 @@ def suite_table(summary: dict[str, Any]) -> str:
         facts.append(f"{benchmark}{some}: not run: {reason.rstrip('.')}.")
     unlike = [row[role]["difference"] for row in rows for role in MODEL_NAMES if not row["like_for_like"]]
     is_compared = any(difference is not None for difference in unlike)
-    template = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
+    markdown = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = markdown.from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(summary, names=MODEL_NAMES, compared_unlike=is_compared, facts=facts).strip() + "\n"
 
 
