@@ -21,11 +21,11 @@ from capivara_common.cli import run_command
 from capivara_common.environment import device_description
 from capivara_common.files import finish_folder, read_json, write_json, write_text
 from caption_data.rows import write_skipped
+from eval.records.plots import plot_training_curves
+from eval.records.schema import Record
 from eval.retrieval import RetrievalEmbeddings
 from hub_upload.publish import check_access, publish_checkpoint, publish_run
 from modeling_capivara.loading import load_model
-from records.plots import plot_training_curves
-from records.schema import Record
 from training.arguments import RunArguments, parse_arguments
 from training.checkpoints import (
     Checkpoints,

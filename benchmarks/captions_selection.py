@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.timing import ROOT, conditions, finish, table
 from capivara_common.files import read_json
-from records.schema import DIRECTIONS, read_records
-from records.tables import percent
+from eval.records.schema import DIRECTIONS, read_records
+from eval.records.tables import percent
 
 FACTS = ("language", "direction", "model", "seed", "value", "n")  # that are kept of a record
 

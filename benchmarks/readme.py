@@ -35,8 +35,8 @@ from benchmarks import (
 from benchmarks.timing import RESULTS, ROOT, software, table
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, write_json, write_text
-from records.schema import DIRECTIONS, Record, read_records
-from records.tables import percent, retrieval_table
+from eval.records.schema import DIRECTIONS, Record, read_records
+from eval.records.tables import percent, retrieval_table
 
 PICTURES = ROOT / "docs"
 BLOCK = "<!-- {name}: made by `python -m benchmarks.readme` -->\n{text}\n<!-- end {name} -->"

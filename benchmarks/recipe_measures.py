@@ -14,13 +14,13 @@ from torch import Tensor
 
 from caption_data.rows import digest_of
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_hits
-from eval.embeddings import EmbeddingStore, RetrievalEmbeddings, distinct_texts
+from eval.embeddings import EmbeddingStore, distinct_texts
 from eval.eval_arguments import RetrievalArguments
-from eval.retrieval import RetrievalData, flat_captions, load_data
+from eval.records.schema import DIRECTIONS
+from eval.retrieval import RetrievalData, RetrievalEmbeddings, flat_captions, load_data
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import capivara_embedder
-from records.schema import DIRECTIONS
 
 DRAWINGS = ("openmoji", "twemoji", "noto")
 # data set, split, languages

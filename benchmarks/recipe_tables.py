@@ -5,8 +5,8 @@ from typing import Any
 
 from benchmarks.recipe_measures import DRAWINGS, NAMES
 from benchmarks.timing import software, table
-from records.schema import DIRECTIONS
-from records.tables import escape_markdown, percent, points
+from eval.records.schema import DIRECTIONS
+from eval.records.tables import escape_markdown, percent, points
 
 STYLES = {"openmoji": "OpenMoji", "twemoji": "Twemoji", "noto": "Noto", "photos": "photographs"}
 ARROWS = {"text_to_image": "t→i", "image_to_text": "i→t"}

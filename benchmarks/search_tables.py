@@ -115,7 +115,7 @@ def plot_growth(results: dict[str, Any], path: Path) -> None:
     """How time, memory, disk and adding grow with the pictures; both axes are logarithmic and say so."""
     import matplotlib.pyplot as plt
 
-    from records.plots import save_figure, tidy
+    from eval.records.plots import save_figure, tidy
 
     sizes = sorted(map(int, results["index"]))
     of = [results["index"][str(size)] for size in sizes]

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from capivara_common.environment import device_description, package_versions, peak_resident_bytes
 from capivara_common.files import write_json
-from records.tables import markdown_table
+from eval.records.tables import markdown_table
 
 if TYPE_CHECKING:
     import torch  # within functions elsewhere: a program without it is measured without its memory

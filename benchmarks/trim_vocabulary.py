@@ -179,7 +179,7 @@ def measure_demo(model: Path, dataset: str, folder: Path) -> dict[str, Any]:
 def recall(model: Path, dataset: str, language: str, output: Path) -> dict[str, float]:
     """Direction -> mean recall, in per cent, of the test split."""
     output.unlink(missing_ok=True)
-    records = evaluate(RetrievalArguments(str(model), dataset, output, language=language, gallery=0))
+    records = evaluate(RetrievalArguments(str(model), dataset, output, language=language), pictures=False)
     return {record.direction: 100 * record.value for record in records if record.metric == "mean_recall"}
 
 

@@ -8,7 +8,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 
 from caption_data.columns import CAPTION_COLUMN
 from caption_data.stage_folder import flat
-from records.tables import escape_markdown
+from eval.records.tables import escape_markdown
 
 TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))

@@ -24,11 +24,10 @@ from caption_data.columns import caption_texts
 from caption_data.rows import NOT_CHOSEN
 from caption_data.sources import Source
 from caption_data.stage_folder import StageReport, skipped_path
+from captions.selection_plots import Example, Histogram, plot_examples, plot_similarities
 from captions.stage_arguments import SelectArguments
 from captions.stages import stage_source
-from records.picture_sheets import Example, plot_examples
-from records.plots import Histogram, plot_similarities
-from records.tables import one_line
+from eval.records.tables import one_line
 
 TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
 BINS = 200  # of cosine -1 to 1

@@ -30,11 +30,10 @@ from eval.capivara_metrics.metrics import (
     roc_auc,
     top_k_accuracy,
 )
-from eval.embeddings import EmbeddingStore
+from eval.embeddings import EmbeddingStore, open_store, run_evaluation, write_result
 from eval.eval_arguments import ClassificationArguments, ImageArguments
-from eval.measurement import open_store, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts
-from records.schema import Record
+from eval.records.schema import Record
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
 CHANCE_DRAWS = 20  # of random scores

@@ -1,20 +1,21 @@
-"""Embeddings of a data set: computed once, kept by what they depend on, shared by all processes of a launch.
+"""What all measurements share: embeddings of a data set, the result file, and what a command prints.
 
     store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_folder("auto"), batch_size=32)
     images = store.images(ImageRows(rows.__getitem__, len(rows)))
     text_embeds = store.texts(["uma foto de um gato"])
 
-A shard of `caption_data.embedding_cache` is named by its own images or texts: a data set that has grown has its first
-shards.
+Embeddings are computed once, kept by what they depend on, and shared out to all processes of a launch. A shard of
+`caption_data.embedding_cache` is named by its own images or texts: a data set that has grown has its first shards.
 """
 
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,16 +23,18 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_common.environment import processes
+from capivara_common.cli import parse, user_errors
+from capivara_common.environment import device_description, processes
+from capivara_common.files import read_json
 from capivara_common.image_files import BadImage
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
+from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_folder, cache_key
 from caption_data.image_rows import ImageRows
 from caption_data.rows import digest_of
-from eval.capivara_metrics.metrics import chance_recall, cross_modal_ranks
-from modeling_capivara.image_classification_capivara import check_truncate_dim, unit_length
-from modeling_capivara.two_towers import Embedder
-from records.schema import DIRECTIONS
+from caption_data.source_files import NoSplit
+from eval.eval_arguments import ModelArguments
+from eval.records.schema import Record, header, hub_revision, write_records
+from modeling_capivara.two_towers import Embedder, load_embedder
 
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
 
@@ -43,52 +46,6 @@ class EmbeddedImages:
     embeds: Tensor  # (kept images, width), unit length, float32
     rows: Tensor  # (kept images,), the row of each
     skipped: dict[int, str]  # row -> why its image is left out
-
-
-@dataclass(frozen=True)
-class RetrievalEmbeddings:
-    """A split in the shared space."""
-
-    text_embeds: Tensor  # (texts, width), unit length
-    image_embeds: Tensor  # (images, width), unit length
-    image_of_text: Tensor  # (texts,), index of the image that each text describes
-    whole_width: int | None = None  # of the embeddings that these are the first numbers of; None where they are whole
-
-    def cut(self, dim: int | None) -> "RetrievalEmbeddings":
-        """The first `dim` numbers of every embedding, scaled to unit length; the same where it is None or the width.
-
-        Raises:
-            ValueError: `dim` is below 1 or above the width.
-        """
-        width = self.text_embeds.shape[1]
-        check_truncate_dim(dim, width, "dim")
-        if dim in (None, width):
-            return self
-        sides = (unit_length(embeds[:, :dim]) for embeds in (self.text_embeds, self.image_embeds))
-        return RetrievalEmbeddings(*sides, self.image_of_text, self.whole_width or width)
-
-    def ranks(self, direction: str) -> Tensor:
-        """(queries,), ranks as `retrieval_ranks` defines them."""
-        return self._ranks[direction]
-
-    @cached_property
-    def _ranks(self) -> dict[str, Tensor]:
-        return dict(zip(DIRECTIONS, cross_modal_ranks(*self._sides("text_to_image")), strict=True))
-
-    def chance(self, direction: str, k: int) -> float:
-        """Expected recall@k of random scores, a share from 0 to 1."""
-        _, _, query_groups, item_groups = self._sides(direction)
-        return chance_recall(query_groups, item_groups, k)
-
-    def groups(self, direction: str) -> Tensor:
-        """(queries,), index of the image that each query belongs to."""
-        return self._sides(direction)[2]
-
-    def _sides(self, direction: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        images = torch.arange(len(self.image_embeds))
-        if direction == "text_to_image":
-            return self.text_embeds, self.image_embeds, self.image_of_text, images
-        return self.image_embeds, self.text_embeds, images, self.image_of_text
 
 
 @dataclass
@@ -179,3 +136,70 @@ class EmbeddingStore:
 def distinct_texts(texts: Sequence[str]) -> list[str]:
     """The different ones, so that neighbours are padded to the same length."""
     return sorted(set(texts), key=lambda text: (len(text), text))
+
+
+def open_store(args: ModelArguments) -> EmbeddingStore:
+    """The model of the arguments, its embeddings kept in their cache folder.
+
+    Raises:
+        ValueError, OSError, ImportError: as of `load_embedder`.
+    """
+    embedder = load_embedder(args.model, args.device, args.role == "baseline", args.precision, args.trust_remote_code)
+    return EmbeddingStore(embedder, cache_folder(args.cache_dir), args.batch_size)
+
+
+def write_result(
+    args: ModelArguments,
+    records: list[Record],
+    source: str,
+    fingerprint: str,
+    store: EmbeddingStore,
+    started: float,
+    **parts: Any,
+) -> None:
+    """Write the result file of a command.
+
+    Args:
+        source: folder or Hub id of the data.
+        started: `time.perf_counter()` before the first embedding.
+        parts: further keys of the file, `skipped` among them (row -> why it is not in the figures); of these, `name` is
+            not written: it is what the header calls the data.
+    """
+    facts = header(
+        dataset=parts.pop("name", source),
+        dataset_revision=hub_revision(source, "dataset"),
+        dataset_fingerprint=fingerprint,
+        model=args.model,
+        model_revision=hub_revision(args.model, "model"),
+        device=device_description(store.embedder.device),
+        precision=args.precision,
+        seconds=time.perf_counter() - started,
+        skipped=len(parts["skipped"]),
+    )
+    write_records(args.output, records, facts, **parts)
+
+
+@user_errors
+def run_evaluation(
+    kind: type[ModelArguments], doc: str, evaluate: Callable[[Any], list[Record]], argv: list[str] | None = None
+) -> None:
+    """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
+    args = parse(kind, doc, argv)
+    try:
+        records = evaluate(args)
+    except NoSplit as error:
+        raise error.by_flag(args) from error
+    if not processes().is_main_process:
+        return
+    for record in records:
+        what = f"{record.direction:14} {record.metric:12}"
+        if record.task != "retrieval":
+            what = f"{record.dataset:20} {record.protocol:8} {record.metric:24}"
+        value = f"{record.value:8.1f}" if record.is_rank else f"{100 * record.value:6.2f} %"
+        chance = "" if record.chance is None else f"   chance {100 * record.chance:.2f} %"
+        print(f"{what} {value}{chance}")
+    content = read_json(args.output)
+    for note in content.get("notes", []):
+        print(note)
+    if skipped := len(content["skipped"]):
+        print(f"{skipped} images could not be read and are not in these figures; {args.output} lists them.")

@@ -20,6 +20,7 @@ LAUNCHED = "`accelerate launch --multi_gpu -m eval.retrieval` shares the work ou
 GONE = {  # flags of earlier versions -> what there is instead
     **dict.fromkeys(("executor", "tasks", "workers", "partition", "time", "sbatch", "logging_dir"), LAUNCHED),
     **dict.fromkeys(("cpus_per_task", "mem_per_cpu_gb", "gpus_per_task"), LAUNCHED),
+    "gallery": "the best and the worst queries are drawn beside the result, OUTPUT.queries.png",
 }
 
 
@@ -71,7 +72,6 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments):
     dim: int | None = flag(
         None, "Compare the first so many numbers of the embeddings, scaled to unit length; all where none is given."
     )
-    gallery: int = flag(8, "Queries for the report, half of them misses.")
     seed: int | None = flag(None, "Seed of the training run, for the records.")
     dataset_name: str | None = flag(None, "What records call the data set; its last parts.")
 
@@ -80,7 +80,6 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments):
         caption_positions(self.caption_positions, 10)
         if not self.recall_at or min(self.recall_at) < 1:
             raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
-        at_least(self, 0, "gallery")
         at_least(self, 1, "dim")
 
 
@@ -137,6 +136,7 @@ class LinearProbeArguments(ImageArguments):
 class SuiteArguments(EmbeddingArguments):
     """Flags of `eval.suite`."""
 
+    gone = {"gallery": "`python -m eval.retrieval` draws the best and the worst queries beside its result"}
     suite: str = flag("paper", f"Which benchmarks: {', '.join(SUITES)}.", positional=True, nargs="?")
     model: str | None = flag(None, "Folder or Hub id of a CAPIVARA model; the first run.")
     runs: list[str] = flag([], "Models of one recipe and several seeds, or the folder of them: mean ± deviation.")
@@ -157,7 +157,6 @@ class SuiteArguments(EmbeddingArguments):
         "capivara", "Published model to compare with: fine-tuned, or with LoRA (Opt.)."
     )
     offline: bool = flag(False, "Take local data alone.")
-    gallery: int = flag(0, "Queries with small copies of pictures to keep for a report.")
     list_benchmarks: bool = flag(False, "Show the suite's benchmarks and where their data are.", aliases=["--list"])
 
 

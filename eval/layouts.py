@@ -8,15 +8,15 @@ to the images, so that nothing is copied. File names that point out of the folde
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from huggingface_hub import constants, get_session
 
 from capivara_common.files import read_json, write_text
 from capivara_common.links import refuse_links_out
+from capivara_common.privacy import hide_paths
 from eval.benchmarks import Benchmark, load_benchmarks, must_be_known
 
 Rows = list[tuple[str, list[str]]]  # file within the folder of images, and its captions
@@ -80,6 +80,18 @@ def hub_fault() -> str:
     return ""
 
 
+def readable(benchmark: Benchmark, language: str, location: Location, folder: Path) -> tuple[str, str]:
+    """What `eval.retrieval` or `eval.classification` takes for data, made below `folder`, and why it can't be had."""
+    reader = benchmark.source.get("reader")
+    if location.reason or not location.local or not reader:
+        return location.name, location.reason
+    try:
+        target = folder / f"{benchmark.key}-{language}"
+        return str(adapted(reader, Path(location.name), benchmark.split, language, target)), ""
+    except (ValueError, OSError) as error:
+        return location.name, " ".join(hide_paths(str(error)).split())
+
+
 def adapted(reader: str, folder: Path, split: str, language: str, target: Path) -> Path:
     """`folder`, or what was made of it at `target` where it has the layout of the reader of `READERS`.
 
@@ -102,11 +114,10 @@ def adapted(reader: str, folder: Path, split: str, language: str, target: Path) 
     shutil.rmtree(target, ignore_errors=True)
     (target / split).mkdir(parents=True)
     (target / split / "images").symlink_to(images.resolve(), target_is_directory=True)
-    lines = []
-    for name, captions in rows:
-        row = {"file_name": f"images/{_inside(name)}", f"captions-{language}": captions}
-        lines.append(json.dumps(row, ensure_ascii=False))
-    write_text(target / split / "metadata.jsonl", "".join(line + "\n" for line in lines))
+    column = f"captions-{language}"
+    lines = [{"file_name": f"images/{_inside(name)}", column: captions} for name, captions in rows]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(target / split / "metadata.jsonl", text)
     return target
 
 
@@ -131,10 +142,9 @@ def pracegover(folder: Path, split: str, language: str) -> tuple[Path, Rows] | N
             )
         return None
     posts = read_json(path)
-    if isinstance(posts, dict):
-        if split not in posts:
-            raise ValueError(f"{path.name} has no split {split!r}; there are {sorted(posts)}.")
-        posts = posts[split]
+    if isinstance(posts, dict) and split not in posts:
+        raise ValueError(f"{path.name} has no split {split!r}; there are {sorted(posts)}.")
+    posts = posts[split] if isinstance(posts, dict) else posts
     if not isinstance(posts, list):
         raise ValueError(f"{path.name} must hold a list of posts.")
     rows = []
@@ -149,32 +159,42 @@ def pracegover(folder: Path, split: str, language: str) -> tuple[Path, Rows] | N
 
 def xm3600(folder: Path, split: str, language: str) -> tuple[Path, Rows] | None:
     """XM3600: `captions.jsonl`, a line an image, and `images/<key>.jpg`, as CLIP_benchmark reads them."""
-    path = folder / "captions.jsonl"
+    path, rows = folder / "captions.jsonl", []
     if not path.is_file():
         return None
-    rows = []
-    for number, line in enumerate(_json_lines(path)):
-        key = line.get("image/key")
+    for number, text in enumerate(filter(str.strip, _text_lines(path))):
+        line = json.loads(text)
+        key = line.get("image/key") if isinstance(line, dict) else None
         if not isinstance(key, str):
             raise ValueError(f"{path.name}: line {number} has no `image/key`.")
-        rows.append((f"{key}.jpg", _captions(line, language, f"{path.name}: line {number}")))
+        captions = line[language].get("caption") if isinstance(line.get(language), dict) else None
+        if not isinstance(captions, list):
+            there = ", ".join(sorted(key for key, value in line.items() if isinstance(value, dict))) or "none"
+            raise ValueError(f"{path.name}: line {number} has no captions of {language!r}; there are {there}.")
+        rows.append((f"{key}.jpg", captions))
     return folder / "images", rows
 
 
 def flickr30k_200(folder: Path, split: str, language: str) -> tuple[Path, Rows] | None:
-    """Flickr30k-200: `filenames.txt` and `<language>.txt`, or what CLIP_benchmark makes of them."""
+    """Flickr30k-200: `filenames.txt` and `<language>.txt`, or what CLIP_benchmark makes of them.
+
+    Of the paths of CLIP_benchmark, which start at its root, the last part is taken.
+    """
     made = folder / f"flickr30k_200-{language}.json"
     if (folder / "filenames.txt").is_file():
         names, captions = _text_lines(folder / "filenames.txt"), _text_lines(folder / f"{language}.txt")
     elif made.is_file():
-        names, captions = _annotations(made)
+        content = read_json(made)
+        columns = [content.get(key) for key in ("image_paths", "annotations")] if isinstance(content, dict) else [None]
+        if not all(isinstance(column, list) and all(isinstance(text, str) for text in column) for column in columns):
+            raise ValueError(f"{made.name} needs `image_paths` and `annotations`, lists of texts.")
+        names, captions = [PurePosixPath(name).name for name in columns[0]], columns[1]
     else:
         return None
     if len(captions) != len(names):
         raise ValueError(f"{folder.name}: {len(captions)} captions of {language} for {len(names)} images.")
-    rows = [(name, [caption]) for name, caption in zip(names, captions, strict=True)]
     images = folder / "flickr30k-200" / "images"
-    return images if images.is_dir() else folder / "images", rows
+    return images if images.is_dir() else folder / "images", [(n, [c]) for n, c in zip(names, captions, strict=True)]
 
 
 READERS = {"pracegover": pracegover, "xm3600": xm3600, "flickr30k_200": flickr30k_200}
@@ -186,32 +206,6 @@ def _inside(name: str) -> str:
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise ValueError(f"The file name {name!r} points out of the folder of images and is refused.")
     return name
-
-
-def _captions(line: dict, language: str, where: str) -> list[str]:
-    captions = line.get(language, {}).get("caption") if isinstance(line.get(language), dict) else None
-    if not isinstance(captions, list):
-        there = sorted(key for key, value in line.items() if isinstance(value, dict))
-        raise ValueError(f"{where} has no captions of {language!r}; there are {', '.join(there) or 'none'}.")
-    return captions
-
-
-def _annotations(path: Path) -> tuple[list[str], list[str]]:
-    """File names and captions; of the paths of CLIP_benchmark, which start at its root, the last part is taken."""
-    content = read_json(path)
-    columns = [content.get(key) for key in ("image_paths", "annotations")] if isinstance(content, dict) else [None]
-    if not all(isinstance(column, list) and all(isinstance(text, str) for text in column) for column in columns):
-        raise ValueError(f"{path.name} needs `image_paths` and `annotations`, lists of texts.")
-    return [PurePosixPath(name).name for name in columns[0]], columns[1]
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in filter(str.strip, file):
-            content = json.loads(line)
-            if not isinstance(content, dict):
-                raise ValueError(f"{path.name} must hold an object a line.")
-            yield content
 
 
 def _text_lines(path: Path) -> list[str]:

@@ -7,12 +7,12 @@ The penalty is chosen on the validation split, or on a fifth of the training ima
 regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot figures are means over draws.
 """
 
-import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import pandas
 import torch
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
@@ -22,11 +22,10 @@ from capivara_common.environment import processes
 from capivara_common.files import check_output_file
 from caption_data.labelled_images import LabelledImages
 from eval.classification import chance_of, classification_metrics, load_split
-from eval.embeddings import EmbeddingStore
+from eval.embeddings import EmbeddingStore, open_store, run_evaluation, write_result
 from eval.eval_arguments import LinearProbeArguments
-from eval.measurement import open_store, run_evaluation, write_result
 from eval.prompts import load_prompts
-from records.schema import Record
+from eval.records.schema import Record
 
 PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak
 MAX_ITERATIONS = 1000
@@ -77,6 +76,8 @@ def probe_scores(
 ) -> tuple[torch.Tensor, float]:
     """(images, classes) of the test images, and the chosen C.
 
+    That is the C of the highest accuracy, the strongest penalty of equal ones; 1 where there is nothing to choose on.
+
     Raises:
         ValueError: fewer than two classes occur in training.
     """
@@ -88,7 +89,10 @@ def probe_scores(
     else:
         pairs = (train.embeds, validation.embeds), (train.labels, validation.labels)
         both = Features(*map(np.concatenate, pairs))
-    best = _best_penalty(part, validation)
+    best = 1.0
+    if len(validation.labels) and len(np.unique(part.labels)) > 1:
+        rights = [(_fitted(part, c).predict(validation.embeds) == validation.labels).mean() for c in PENALTIES]
+        best = float(PENALTIES[int(np.argmax(rights))])
     fitted = _fitted(both, best)
     scores = torch.full((len(test.labels), classes), -1e9, dtype=torch.double)  # a class that was never seen
     decision = fitted.decision_function(test.embeds)
@@ -97,66 +101,55 @@ def probe_scores(
     return scores, best
 
 
-def _best_penalty(train: Features, validation: Features) -> float:
-    """The C of the highest accuracy, the strongest penalty of equal ones; 1 where there is nothing to choose on."""
-    if not len(validation.labels) or len(np.unique(train.labels)) < 2:
-        return 1.0
-    rights = [(_fitted(train, c).predict(validation.embeds) == validation.labels).mean() for c in PENALTIES]
-    return float(PENALTIES[int(np.argmax(rights))])
-
-
 def evaluate(args: LinearProbeArguments) -> list[Record]:
     """Measure and write; returns the records."""
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
-    splits = [args.train_split, args.validation_split, args.split]
-    loaded = [load_split(args, name, prompts.names_en) if name else None for name in splits]
-    _check_apart(splits, loaded)
+    names = [args.train_split, args.split, *([args.validation_split] if args.validation_split else [])]
+    loaded = [load_split(args, name, prompts.names_en) for name in names]
+    _check_apart(names, loaded)
     store = open_store(args)
     started = time.perf_counter()
-    embedded = [
-        embed(store, data, f"Images, {name}") if data else (None, {}) for name, data in zip(splits, loaded, strict=True)
-    ]
+    embedded = [embed(store, data, f"Images, {name}") for name, data in zip(names, loaded, strict=True)]
     store.close()
     if not processes().is_main_process:
         return []
-    (train, _), (validation, _), (test, _) = embedded
-    records, chosen = [], {}
+    train, test, validation = (*(features for features, _ in embedded), None)[:3]
+    records, chosen, labels, classes = [], {}, test.labels.tolist(), len(prompts.names)
     for shots in args.shots or [None]:
         name = f"{shots}-shot" if shots else "full"
         results, chosen[name] = [], []
         for draw in tqdm(range(args.draws if shots else 1), desc=f"Regression, {name}", unit="draw"):
             generator = np.random.default_rng([args.seed, draw, shots or 0])
             part = train.subset(few_of_each(train.labels, shots, generator)) if shots else train
-            scores, penalty = probe_scores(part, validation if not shots else None, test, len(prompts.names), generator)
-            results.append(classification_metrics(scores, test.labels.tolist(), prompts.metric))
+            scores, penalty = probe_scores(part, validation if not shots else None, test, classes, generator)
+            results.append(classification_metrics(scores, labels, prompts.metric))
             chosen[name].append(penalty)
-        for metric in results[0]:
+        for metric, value in pandas.DataFrame(results).mean().items():
             records.append(
                 Record(
                     task="linear_probe", dataset=prompts.benchmark, split=args.split, language="", protocol=name,
-                    direction="", metric=metric, value=statistics.fmean(result[metric] for result in results),
-                    n=len(test.labels), model=args.role, model_folder=args.model,
-                    chance=chance_of(metric, test.labels.tolist(), len(prompts.names)),
+                    direction="", metric=metric, value=float(value), n=len(labels), model=args.role,
+                    model_folder=args.model, chance=chance_of(metric, labels, classes),
                 )
             )  # fmt: skip
-    skipped = {
-        f"{name} {row}": why for name, (_, bad) in zip(splits, embedded, strict=True) for row, why in bad.items()
-    }
+    faults = zip(names, (bad for _, bad in embedded), strict=True)
+    skipped = {f"{name} {row}": why for name, bad in faults for row, why in bad.items()}
     parts = {"chosen_penalties": chosen, "skipped": skipped}
-    write_result(args, records, args.images, loaded[2].fingerprint(), store, started, **parts)
+    write_result(args, records, args.images, loaded[1].fingerprint(), store, started, **parts)
     return records
 
 
-def _check_apart(names: list[str | None], data: list[LabelledImages | None]) -> None:
+def _check_apart(names: list[str], data: list[LabelledImages]) -> None:
     """Raise ValueError where two splits are the same images: such a figure would be of what was fitted."""
-    seen: dict[str, int] = {}
-    for number, images in enumerate(data):
-        if images is not None and seen.setdefault(images.images.digest, number) != number:
+    seen: dict[str, str] = {}
+    for name, images in zip(names, data, strict=True):
+        if images.images.digest in seen:
             raise ValueError(
-                f"The splits {names[seen[images.images.digest]]!r} and {names[number]!r} hold the same images. "
+                f"The splits {seen[images.images.digest]!r} and {name!r} hold the same images. "
                 "A linear probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
             )
+        seen[images.images.digest] = name
 
 
 def _fitted(features: Features, penalty: float) -> LogisticRegression:

@@ -6,11 +6,12 @@
 A run's folder holds its `results/` and its `run.json`, which gives the training curves.
 """
 
+import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -23,15 +24,24 @@ from capivara_common.image_files import BadImage, ImageFiles, decode_image
 from capivara_common.links import Bounds
 from capivara_common.privacy import hide_paths
 from eval.eval_arguments import ReportArguments
-from records.frame import compared, means_of, records_frame
-from records.plots import BarRow, plot_bars, plot_gains, plot_training_curves
-from records.schema import DIRECTIONS, GAIN, SCHEMA_VERSION, TASKS, ResultFile, is_number, parse_result, read_object
-from records.tables import one_line, points
+from eval.records.plots import BarRow, plot_bars, plot_gains, plot_training_curves
+from eval.records.schema import (
+    DIRECTIONS,
+    GAIN,
+    MODEL_NAMES,
+    SCHEMA_VERSION,
+    TASKS,
+    ResultFile,
+    is_number,
+    parse_result,
+    read_object,
+)
+from eval.records.tables import conflicts, one_line, pairs_of, points, records_frame, values_of
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
-SHOWN = 6  # queries of the best, and of the worst
-BEST = 5  # pictures of a query
 SHEET = "retrieval.png"  # of a run: queries chosen by a rule, with what the base and the trained model find
+QUERIES = ".queries.png"  # in place of `.json`: the best and worst queries, as `eval.retrieval` draws them
+SAME = 5e-4  # a difference that no table shows: of two runs on different devices, say
 
 
 @dataclass
@@ -42,7 +52,7 @@ class Found:
     results: list[ResultFile] = field(default_factory=list)  # in the order of their names
     runs: list[tuple[str, dict]] = field(default_factory=list)  # (name, content) of every `run.json`
     faults: list[tuple[str, str]] = field(default_factory=list)  # (file, why it, or a part of it, is not shown)
-    pictures: dict[str, str | None] = field(default_factory=dict)  # chart, or path inside -> file beside the page
+    pictures: list[str] = field(default_factory=list)  # files beside the page
 
 
 def read_folder(folder: Path) -> Found:
@@ -83,8 +93,7 @@ def write_report(results: Path, output: Path, overwrite: bool = False) -> Found:
     with whole_folder(output, overwrite) as folder:
         blocks = [_block(rows, found, folder) for rows in tables_of(records_frame(found.results))]
         runs = [(name, run, _run_pictures(name, run, found, folder)) for name, run in found.runs]
-        strict.globals = {"points": points, "copy": lambda inside: _copy(inside, found, folder)}
-        strict.globals["line"] = lambda text: one_line(hide_paths(str(text)), 300)
+        strict.globals = {"points": points, "line": lambda text: one_line(hide_paths(str(text)), 300)}
         page = strict.from_string(TEMPLATE.read_text("utf-8")).render(found=found, blocks=blocks, runs=runs)
         # Half a surrogate pair can't be written.
         write_text(folder / "index.html", page.encode("utf-8", "replace").decode())
@@ -133,95 +142,88 @@ def _check_curve(curve: Any) -> None:
             raise ValueError(f"has a curve with an entry of another form: {one_line(repr(point), 80)}")
 
 
+def means_of(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of pairs of several data sets a row a model and baseline: the means over the sets that both were measured on."""
+    both = [pair for pair in pairs if pair["gain"] is not None]
+    numbers = [{role: pair[role].mean for role in MODEL_NAMES} | {"gain": pair["gain"]} for pair in both]
+    frame, means = pandas.DataFrame(numbers).assign(models=[pair["models"] for pair in both]), []
+    for models, rows in frame.groupby("models", sort=False):
+        of = rows[[*numbers[0]]].mean()
+        values = {role: {"mean": of[role], "deviation": None} for role in MODEL_NAMES} | {"gain": of["gain"]}
+        about = {"dataset": f"mean of {len(rows)} data sets", "metric": "", "chance": None, "n": None, "doubts": []}
+        means += [both[0] | values | about | {"models": models}] * (len(rows) > 1)
+    return means
+
+
 def _block(rows: pandas.DataFrame, found: Found, output: Path) -> dict[str, Any]:
-    """Table, charts and queries of the records that belong together, for the template."""
+    """Table, charts and pictures of the records that belong together, for the template."""
     first, measured = rows.iloc[0], rows[rows["metric"] != GAIN]
     is_retrieval = first["task"] == "retrieval"
-    pairs, conflicts = compared(measured)
-    found.faults += conflicts
-    gains = rows[rows["metric"] == GAIN].to_dict("records")
-    several = len({(pair["before"], pair["folder"]) for pair in pairs}) > 1
+    for row in conflicts(measured, "folder", SAME).drop_duplicates(["name", "dataset", "folder"]).itertuples():
+        found.faults.append(
+            (row.name, f"has other figures of {row.dataset} with {row.folder}; the first ones are shown")
+        )
+    pairs, gains = pairs_of(values_of(measured, "folder")), rows[rows["metric"] == GAIN].to_dict("records")
+    for pair in pairs:
+        pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
     own = measured.drop_duplicates("dataset").set_index("dataset")["metric"]  # the metric that a file has first
     drawn = [p for p in pairs if not p["is_rank"] and (is_retrieval or p["metric"] == own[p["dataset"]])]
     means = [] if is_retrieval else means_of(drawn)
+    several = len({pair["models"] for pair in pairs}) > 1
     for entry in pairs + means + gains:
-        seed = "" if entry.get("seed") is None else f"seed {entry['seed']}"
-        what = (
-            _words(entry["direction"]) or entry["dataset"],
-            seed if entry["metric"] == GAIN else _words(entry["metric"]),
-        )
-        models = " against ".join(filter(None, (entry["folder"], entry.get("before"))))
-        entry["label"] = [", ".join(filter(None, what)), *[models] * several]
+        what = [_words(entry["direction"]) or entry["dataset"], _words(entry["metric"])]
+        if entry["metric"] == GAIN:
+            what[1] = "" if entry["seed"] is None else f"seed {entry['seed']}"
+        entry["label"] = [", ".join(filter(None, what)), *[entry.get("models", entry.get("folder"))] * several]
         entry["short"] = "\n".join(one_line(line, 28) for line in entry["label"])
     title = [_words(first["task"]).capitalize(), first["dataset"] if is_retrieval else first["protocol"]]
     title += [f"in {first['language']}"] * bool(first["language"]) + [f"split {first['split']}"]
     title = one_line(", ".join(title + [f"first {first['dim']} dimensions"] * bool(first["dim"])), 200)
-    bars = [BarRow(p["short"], p["baseline"], p["capivara"], p["chance"]) for p in drawn]
+    bars = [BarRow(p["short"], *(p[role] and (p[role].mean, p[role].deviation) for role in MODEL_NAMES), p["chance"])
+            for p in drawn]  # fmt: skip
     spans = [(gain["short"], gain["value"], *gain["interval_95"]) for gain in gains if gain["interval_95"]]
     charts = [("bars", plot_bars, bars), ("gains", plot_gains, spans)]
+    sheets = [Path(name).with_suffix(QUERIES) for name in dict.fromkeys(rows["name"])]
     skipped = measured.groupby("dataset", sort=False)["skipped_rows"].max()
     return {
-        "title": title, "language": first["language"], "protocol": first["protocol"],
+        "title": title, "protocol": first["protocol"],
         "charts": [_draw(f"{kind} {title}", found, output, plot, what) for kind, plot, what in charts if what],
         "main": [p for p in drawn if p["metric"] == "mean_recall"] if is_retrieval else means or drawn,
         "pairs": pairs, "means": means, "gains": gains, "skipped": skipped[skipped > 0].to_dict(),
-        "queries": _queries([result for result in found.results if result.name in set(rows["file"])], found),
+        "sheets": _copies(sheets, "Best and worst queries", found, output),
     }  # fmt: skip
 
 
 def _run_pictures(name: str, run: dict[str, Any], found: Found, output: Path) -> list[tuple[str | None, str]]:
     """The curves of a run, and the sheet of queries that lies beside its `run.json`."""
     language = str(run["config"].get("language")) if isinstance(run.get("config"), dict) else ""
-    words = run["curve"], language if language.isalpha() else "unknown"
-    pictures, sheet = (
-        [_draw(f"curves {name}", found, output, plot_training_curves, *words)],
-        Path(name).with_name(SHEET),
-    )
-    if (found.folder / sheet).is_file():
-        pictures.append((_copy(str(sheet), found, output, 1600), "Test captions with the pictures found for them"))
-    return pictures
-
-
-def _queries(files: list[ResultFile], found: Found) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The best and the worst of a model's stored queries; CAPIVARA's where it has some."""
-    for file in sorted(files, key=lambda file: file.records[0].model, reverse=True):
-        base = PurePosixPath(file.name).parent  # pictures are named relative to the file
-        try:
-            queries = [
-                {"text": str(entry["query"]), "rank": float(entry["rank"]), "right": str(base / entry["right"]),
-                 "best": [(str(base / one["image"]), float(one["score"])) for one in entry["best"]][:BEST]}
-                for entry in file.content.get("gallery") or []
-            ]  # fmt: skip
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            found.faults.append((file.name, f"its gallery has another form and is not shown: {error!r}"))
-            continue
-        if queries:
-            queries, half = sorted(queries, key=lambda query: query["rank"]), min(SHOWN, -(-len(queries) // 2))
-            return [("Best", queries[:half]), ("Worst", queries[half:][: -SHOWN - 1 : -1])]
-    return []
+    curve = run["curve"], language if language.isalpha() else "unknown"
+    sheet = _copies([Path(name).with_name(SHEET)], "Test captions with the pictures found for them", found, output)
+    return [_draw(f"curves {name}", found, output, plot_training_curves, *curve), *sheet]
 
 
 def _draw(title: str, found: Found, output: Path, plot: Callable, *what: Any) -> tuple[str, str]:
     """File and title of a chart; the file's name is of letters, digits and dashes alone."""
-    name = f"{len(found.pictures):03d}-{re.sub(r'[^a-z0-9]+', '-', title.lower())[:60]}.png"
-    found.pictures[name] = name
-    plot(*what, output / name)
-    return name, title
+    found.pictures.append(f"{len(found.pictures):03d}-{re.sub(r'[^a-z0-9]+', '-', title.lower())[:60]}.png")
+    plot(*what, output / found.pictures[-1])
+    return found.pictures[-1], title
 
 
-def _copy(inside: str, found: Found, output: Path, side: int = 200) -> str | None:
-    """File of a copy, `side` pixels at most, of a picture inside of the folder; None where it can't be shown."""
-    if inside not in found.pictures:
-        found.pictures[inside] = None
+def _copies(sheets: list[Path], title: str, found: Found, output: Path) -> list[tuple[str | None, str]]:
+    """File and title of a copy of each picture inside of the folder that is there; no file where it can't be shown."""
+    copies = []
+    for inside in (sheet for sheet in sheets if os.path.lexists(found.folder / sheet)):
         try:
-            image = open_picture(found.folder, inside)
+            image = open_picture(found.folder, str(inside))
         except BadImage as error:  # its detail may name folders of this machine
-            found.faults.append((one_line(inside, 120), f"this picture is not shown: {error.reason}"))
+            found.faults.append((one_line(str(inside), 120), f"this picture is not shown: {error.reason}"))
+            copies.append((None, title))
         else:
-            found.pictures[inside] = f"{len(found.pictures):03d}.jpg"
-            image.thumbnail((side, side))
-            image.save(output / found.pictures[inside], quality=85)  # encoded anew: nothing but its pixels gets out
-    return found.pictures[inside]
+            found.pictures.append(f"{len(found.pictures):03d}.jpg")
+            image.thumbnail((1600, 1600))
+            image.save(output / found.pictures[-1], quality=85)  # encoded anew: nothing but its pixels gets out
+            copies.append((found.pictures[-1], title))
+    return copies
 
 
 def _words(name: str) -> str:

@@ -30,22 +30,63 @@ from caption_data.rows import rows_fingerprint
 from caption_data.sources import Source, open_source
 from eval.capivara_metrics.metrics import (
     RECALL_CUTOFFS,
+    chance_recall,
+    cross_modal_ranks,
     mean_hits,
     mean_recall,
     median_rank,
     paired_bootstrap,
     recall_at_k,
 )
-from eval.embeddings import EmbeddedImages, EmbeddingStore, RetrievalEmbeddings
+from eval.embeddings import EmbeddedImages, EmbeddingStore, open_store, run_evaluation, write_result
 from eval.eval_arguments import RetrievalArguments, caption_positions
-from eval.gallery import write_gallery
-from eval.measurement import open_store, run_evaluation, write_result
+from eval.records.schema import DIRECTIONS, GAIN, Record
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
-from modeling_capivara.image_classification_capivara import check_truncate_dim
+from modeling_capivara.image_classification_capivara import check_truncate_dim, unit_length
 from modeling_capivara.two_towers import embed_texts
-from records.schema import DIRECTIONS, Record
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
+
+
+@dataclass(frozen=True)
+class RetrievalEmbeddings:
+    """A split in the shared space."""
+
+    text_embeds: Tensor  # (texts, width), unit length
+    image_embeds: Tensor  # (images, width), unit length
+    image_of_text: Tensor  # (texts,), index of the image that each text describes
+    whole_width: int | None = None  # of the embeddings that these are the first numbers of; None where they are whole
+
+    def cut(self, dim: int | None) -> "RetrievalEmbeddings":
+        """The first `dim` numbers of every embedding, scaled to unit length; the same where it is None or the width.
+
+        Raises:
+            ValueError: `dim` is below 1 or above the width.
+        """
+        width = self.text_embeds.shape[1]
+        check_truncate_dim(dim, width, "dim")
+        if dim in (None, width):
+            return self
+        sides = (unit_length(embeds[:, :dim]) for embeds in (self.text_embeds, self.image_embeds))
+        return RetrievalEmbeddings(*sides, self.image_of_text, self.whole_width or width)
+
+    def groups(self, direction: str) -> Tensor:
+        """(queries,), index of the image that each query belongs to."""
+        return self.image_of_text if direction == "text_to_image" else torch.arange(len(self.image_embeds))
+
+    def chance(self, direction: str, k: int) -> float:
+        """Expected recall@k of random scores, a share from 0 to 1."""
+        other = DIRECTIONS[1 - DIRECTIONS.index(direction)]
+        return chance_recall(self.groups(direction), self.groups(other), k)
+
+    def ranks(self, direction: str) -> Tensor:
+        """(queries,), ranks as `retrieval_ranks` defines them."""
+        return self._ranks[direction]
+
+    @cached_property
+    def _ranks(self) -> dict[str, Tensor]:
+        groups = [self.groups(direction) for direction in DIRECTIONS]
+        return dict(zip(DIRECTIONS, cross_modal_ranks(self.text_embeds, self.image_embeds, *groups), strict=True))
 
 
 def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
@@ -86,16 +127,11 @@ def retrieval_records(
         ranks = embeddings.ranks(direction)
         values = {f"recall@{k}": (recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
         if tuple(cutoffs) == RECALL_CUTOFFS:  # of others it would be another figure of the same name
-            recalls, chances = zip(*values.values(), strict=True)
-            values["mean_recall"] = (sum(recalls) / len(recalls), sum(chances) / len(chances))
+            values["mean_recall"] = tuple(sum(of) / len(of) for of in zip(*values.values(), strict=True))
         values["median_rank"] = (median_rank(ranks), None)
         for metric, (value, chance) in values.items():
-            records.append(
-                Record(
-                    task="retrieval", direction=direction, metric=metric, value=value, n=len(ranks), chance=chance,
-                    **facts,
-                )
-            )  # fmt: skip
+            of = {"direction": direction, "metric": metric, "value": value, "n": len(ranks), "chance": chance}
+            records.append(Record(task="retrieval", **of, **facts))
     return records
 
 
@@ -120,19 +156,14 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
     """Mean recall after training minus that before, on the same split, with its paired-bootstrap interval; none where
     the split has too few images for a mean recall.
     """
-    records: list[Record] = []
     if reported_cutoffs(RECALL_CUTOFFS, len(after.image_embeds)) != RECALL_CUTOFFS:
-        return records
-    facts |= width_facts(after, PROTOCOL)
+        return []
+    records, facts = [], facts | width_facts(after, PROTOCOL)
     for direction in DIRECTIONS:
         hits = [mean_hits(embeddings.ranks(direction)) for embeddings in (before, after)]
-        gain, low, high = paired_bootstrap(*hits, after.groups(direction))
-        records.append(
-            Record(
-                task="retrieval", direction=direction, metric="mean_recall_gain", value=gain, n=len(hits[0]),
-                interval_95=(low, high), **facts,
-            )
-        )  # fmt: skip
+        gain, *interval = paired_bootstrap(*hits, after.groups(direction))
+        of = {"direction": direction, "metric": GAIN, "value": gain, "n": len(hits[0]), "interval_95": tuple(interval)}
+        records.append(Record(task="retrieval", **of, **facts))
     return records
 
 
@@ -183,8 +214,8 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     return RetrievalData(source, captions, args.image_column)
 
 
-def evaluate(args: RetrievalArguments) -> list[Record]:
-    """Measure and write; returns the records."""
+def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
+    """Measure and write; returns the records. `pictures`: whether a sheet of queries is drawn beside the result."""
     check_output_file(args.output)
     data = load_data(args)
     store = open_store(args)
@@ -194,18 +225,29 @@ def evaluate(args: RetrievalArguments) -> list[Record]:
     whole, images = data.embedded(store)
     embeddings = whole.cut(args.dim)
     check_cutoffs(args.recall_at, len(images.rows))
-    facts = {"dataset": short_name(args.dataset_name or args.dataset), "split": args.split}
-    facts |= {"language": args.language, "seed": args.seed, "model": args.role, "model_folder": args.model}
+    name = args.dataset_name or args.dataset
+    facts = {"dataset": short_name(name), "split": args.split, "language": args.language}
+    facts |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
     records = retrieval_records(embeddings, args.recall_at, protocol, **facts)
-    parts: dict[str, Any] = {"name": args.dataset_name or args.dataset, "skipped": images.skipped}
     store.close()
     if processes().is_main_process:
-        if args.gallery:
-            texts = [text for row in images.rows.tolist() for text in data.captions[row]]
-            pictures = images.rows.tolist(), data.images.image
-            parts["gallery"] = write_gallery(args.output, args.gallery, embeddings, texts, *pictures)
+        parts = {"name": name, "skipped": images.skipped}
         write_result(args, records, args.dataset, data.fingerprint(), store, started, **parts)
+        if pictures:
+            from eval.records.picture_sheets import plot_retrieval_sheet  # here: others of these commands draw nothing
+
+            rows = images.rows.tolist()
+            plot_retrieval_sheet(
+                images=lambda index: data.images.image(rows[index]),
+                queries=[text for row in rows for text in data.captions[row]],
+                right_images=embeddings.image_of_text.tolist(),
+                scores=lambda _, query: embeddings.image_embeds @ embeddings.text_embeds[query],
+                ranks={args.role: embeddings.ranks("text_to_image")},
+                seed=0,
+                language="en",
+                path=args.output.with_suffix(".queries.png"),
+            )
     return records
 
 
@@ -232,9 +274,7 @@ def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
         ) from bad
     if not captions:
         raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
-    chosen = [
-        captions[position] for position in caption_positions(positions, len(captions)) if position < len(captions)
-    ]
+    chosen = [captions[at] for at in caption_positions(positions, len(captions)) if at < len(captions)]
     if not chosen:
         raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")
     return chosen

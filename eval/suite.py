@@ -14,40 +14,135 @@ The same command continues an interrupted suite: what was embedded is taken from
 computed again. Give every protocol an output folder of its own.
 """
 
+import functools
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import pandas
 from accelerate.utils import broadcast_object_list
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import WrongUse, parse, run_command, user_errors
 from capivara_common.environment import package_versions, processes
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import hide_paths
-from eval.benchmarks import Benchmark, load_averages, load_benchmarks
+from eval.benchmarks import METRICS, SUITES, Benchmark, load_averages, load_benchmarks, must_be_known
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.eval_arguments import SuiteArguments
-from eval.layouts import hub_fault, linked_images, local_data, locate
+from eval.layouts import Location, hub_fault, linked_images, local_data, locate, readable
+from eval.records.schema import MODEL_NAMES, Record, read_records
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
-from eval.suite_plan import (
-    Measurement,
-    Model,
-    all_languages,
-    chosen,
-    one_line,
-    plan,
-    protocol_of,
-)
-from eval.suite_tables import Figure, SuiteFigures, average_row, suite_rows, suite_table
-from records.schema import Record, read_records
+from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
+TEMPLATE = Path(__file__).parent / "suite.md.j2"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the suite."""
+
+    name: str  # as the tasks take it
+    role: str  # "baseline" or "capivara"
+    run: int  # number among those of its role, from 0
+    seed: int | None  # of its training, as its run.json says
+    fingerprint: str  # of weights, configuration and precision
+
+
+@dataclass
+class Measurement:
+    """One model on one benchmark in one language."""
+
+    benchmark: str  # key
+    language: str
+    role: str  # of the model
+    run: int
+    file: str  # name of the result file
+    status: str = "planned"  # or "measured", "not run"
+    reason: str = ""  # why it is not run
+    skipped: int = 0  # images that could not be read
+    local: bool = False  # whether its data lie here, so that "not run" is a fault
+    data: str = ""  # what the task takes
+
+
+def chosen(args: SuiteArguments) -> list[Benchmark]:
+    """The benchmarks of a suite, or those that are asked for.
+
+    Raises:
+        ValueError: suite, key, language or metric is unknown; the known ones are listed, nearest first.
+    """
+    every = load_benchmarks()
+    languages = dict.fromkeys(code for benchmark in every.values() for code in benchmark.all_languages)
+    must_be_known("suite", [args.suite], list(SUITES))
+    must_be_known("benchmark", args.only, list(every))
+    must_be_known("metric", args.metrics, list(METRICS))
+    must_be_known("language", args.languages, list(languages))
+    return [b for b in every.values() if (b.key in args.only if args.only else args.suite in b.suite)]
+
+
+def models_of(args: SuiteArguments) -> list[Model]:
+    """The models, loaded once: a wrong one ends the suite before long work.
+
+    Raises:
+        ValueError: there is none, one can't be loaded, or two runs are the same model.
+    """
+
+    def model(name: str, role: str) -> Model:
+        fingerprint = load_embedder(name, "cpu", role == "baseline", args.precision).fingerprint
+        facts = Path(name) / "run.json"
+        return Model(name, role, 0, read_json(facts).get("seed") if facts.is_file() else None, fingerprint)
+
+    names = [args.model] if args.model else []
+    for name in args.runs:
+        several = [] if (Path(name) / "config.json").is_file() else sorted(map(str, Path(name).glob("seed-*")))
+        names += several or [name]
+    if not names:
+        raise WrongUse("No model is given: take --model MODEL, or --runs RUN RUN RUN.")
+    runs = [model(name, "capivara") for name in names]
+    if args.model and any(run.fingerprint == runs[0].fingerprint for run in runs[1:]):
+        del runs[0]  # --model is one of --runs
+    if len({run.fingerprint for run in runs}) < len(runs):
+        raise ValueError("Two of --runs hold the same model, so that their deviation would mean nothing.")
+    baseline = [replace(model(args.baseline, "baseline"), seed=None)] if args.baseline else []
+    return baseline + [replace(run, run=number) for number, run in enumerate(runs)]
+
+
+def plan(args: SuiteArguments) -> tuple[list[Model], list[Measurement]]:
+    """The models, and what is to be measured or can't be run.
+
+    Raises:
+        ValueError: an argument is wrong; nothing has been measured yet.
+    """
+    args.check_image_files()
+    benchmarks, given, asked = chosen(args), local_data(args.data), args.languages
+    if args.data_dir and not args.data_dir.is_dir():
+        raise WrongUse(f"--data_dir {args.data_dir} is no folder.")
+    if args.protocol == "authors" and not args.authors_file:
+        raise WrongUse("--protocol authors needs --authors_file, a path or an https address.")
+    if asked and not any(code in benchmark.all_languages for code in asked for benchmark in benchmarks):
+        raise WrongUse(f"None of the benchmarks has one of the languages {asked}; see --list.")
+    models, fault, measurements = models_of(args), functools.cache(hub_fault), []
+    for benchmark in benchmarks:
+        location = locate(benchmark, given, args.data_dir, args.offline, fault)
+        languages = [code for code in benchmark.all_languages if code in asked] if asked else benchmark.languages
+        if not languages and benchmark.key in args.only:  # named, so that it must be heard of
+            languages, known = [benchmark.language], " ".join(benchmark.all_languages)
+            location = Location(reason=f"it is in {known}, and --languages asks for {' '.join(asked)}")
+        for language in languages:
+            data, reason = readable(benchmark, language, location, args.output / "layouts")
+            for model in models:
+                suffix = "baseline" if model.role == "baseline" else f"{model.role}-{model.run}"
+                key = benchmark.key, language, model.role, model.run, f"{benchmark.key}-{language}-{suffix}.json"
+                status = "not run" if reason else "planned"
+                measurements.append(Measurement(*key, status, reason, local=location.local, data=data))
+    return models, measurements
 
 
 def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measurement: Measurement) -> list[Record]:
@@ -57,55 +152,48 @@ def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measuremen
     shared |= {key: getattr(args, key) for key in ("batch_size", "precision", "cache_dir", "device")} | args.limits()
     if benchmark.task == "retrieval":
         columns = {"image_column": benchmark.image_column, "caption_column": benchmark.caption_column}
-        columns |= {"caption_positions": benchmark.caption_positions, "gallery": args.gallery}
-        columns |= {"dataset_name": benchmark.key}
+        columns |= {"caption_positions": benchmark.caption_positions, "dataset_name": benchmark.key}
         made = Path(measurement.data)
         if made.parent == args.output / "layouts":
             shared["image_roots"] = [*args.image_roots, linked_images(made, benchmark.split)]
-        return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared))
+        return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared), pictures=False)
     columns = {"image_column": benchmark.image_column, "label_column": benchmark.label_column}
-    columns |= {"benchmark": benchmark.prompts, "protocol": protocol_of(benchmark, args)}
-    return evaluate_classification(
-        ClassificationArguments(images=measurement.data, authors_file=args.authors_file, **columns, **shared)
-    )
+    columns |= {"protocol": args.protocol if benchmark.protocol == "ours" else benchmark.protocol}
+    columns |= {"benchmark": benchmark.prompts, "authors_file": args.authors_file}
+    return evaluate_classification(ClassificationArguments(images=measurement.data, **columns, **shared))
 
 
-def run(args: SuiteArguments, suite: str) -> dict[str, Any] | None:
+def run(args: SuiteArguments) -> dict[str, Any] | None:
     """Measure what is planned; the summary, on the main process.
 
-    Every process of a launch takes part in a task, so all go through the same plan, which the main one made.
+    Every process of a launch takes part in a task, so all go through the same plan, which the main one made. A task
+    that fails does not end the suite.
     """
-    models, measurements = _on_main(lambda: plan(args, suite))
+    models, measurements = _on_main(lambda: plan(args))
     benchmarks, by_role = load_benchmarks(), {(model.role, model.run): model for model in models}
     main = processes().is_main_process
-    for number, measurement in enumerate(measurements):
-        if measurement.status == "planned":
-            benchmark, model = benchmarks[measurement.benchmark], by_role[measurement.role, measurement.run]
-            _attempt(lambda b=benchmark, m=model, it=measurement: measure(args, b, m, it), measurement)
-            if main and measurement.status == "measured":
-                measurement.skipped = read_json(args.output / measurement.file)["skipped_rows"]
+    for number, one in enumerate(measurements, 1):
+        if one.status == "planned":
+            try:
+                measure(args, benchmarks[one.benchmark], by_role[one.role, one.run], one)
+                one.status = "measured"
+            except (ValueError, OSError, ImportError) as error:
+                one.status, one.reason = "not run", " ".join(hide_paths(str(error)).split())
+            except Exception as error:  # want of memory, or a fault of ours: the others are measured all the same
+                traceback.print_exc()
+                one.status, one.reason = "not run", f"{type(error).__name__}: {error}"
+        if main and one.status == "measured":
+            one.skipped = read_json(args.output / one.file)["skipped_rows"]
         if main:
-            outcome = measurement.status + (f": {measurement.reason}" if measurement.reason else "")
-            print(f"[{number + 1}/{len(measurements)}] {measurement.file.removesuffix('.json')}: {outcome}", flush=True)
+            outcome = one.status + (f": {one.reason}" if one.reason else "")
+            print(f"[{number}/{len(measurements)}] {one.file.removesuffix('.json')}: {outcome}", flush=True)
     if not main:
         return None
     shutil.rmtree(args.output / "layouts", ignore_errors=True)
-    summary = _summary(args, suite, models, measurements)
+    summary = _summary(args, models, measurements)
     write_json(args.output / "suite.json", summary)
     write_text(args.output / "table.md", suite_table(summary))
     return summary
-
-
-def _attempt(task: Callable[[], list[Record]], measurement: Measurement) -> None:
-    """Run a task, and note what became of it: one that fails does not end the suite."""
-    try:
-        task()
-        measurement.status = "measured"
-    except (ValueError, OSError, ImportError) as error:
-        measurement.status, measurement.reason = "not run", one_line(error)
-    except Exception as error:  # want of memory, or a fault of ours: the others are measured all the same
-        traceback.print_exc()
-        measurement.status, measurement.reason = "not run", f"{type(error).__name__}: {error}"
 
 
 def _on_main(work: Callable[[], Any]) -> Any:
@@ -122,31 +210,16 @@ def _on_main(work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def _summary(args: SuiteArguments, suite: str, models: list[Model], measurements: list[Measurement]) -> dict[str, Any]:
+def _summary(args: SuiteArguments, models: list[Model], measurements: list[Measurement]) -> dict[str, Any]:
     """suite.json: what was asked for, what became of each measurement, and all that the table says, as data."""
-    figures = [
-        Figure(m.benchmark, m.language, record.direction, record.metric, m.role, m.run, record.value, record.n)
-        for m in measurements
-        if m.status == "measured"
-        for record in read_records(args.output / m.file)
-    ]
-    runs = {role: sum(model.role == role for model in models) for role in ("baseline", "capivara")}
-    measured, known = SuiteFigures(figures, runs), load_benchmarks()
+    measured = [m for m in measurements if m.status == "measured"]
+    values = [vars(record) | vars(m) for m in measured for record in read_records(args.output / m.file)]
+    runs, known = {role: sum(model.role == role for model in models) for role in MODEL_NAMES}, load_benchmarks()
     pairs = [(known[key], language) for key, language in dict.fromkeys((m.benchmark, m.language) for m in measurements)]
-    rows = suite_rows(pairs, measured, args.metrics, args.published, args.protocol)
-    left_out = []
-    for average in load_averages():
-        members = [benchmark for benchmark, _ in pairs if average.of in benchmark.suite]
-        row = average_row(average, rows, members, measured, args.published)
-        if row is not None:
-            last = max(number for number, other in enumerate(rows) if other["benchmark"] == members[-1].key)
-            rows.insert(last + 1, row)
-        elif members:
-            there = sum(any(row["benchmark"] == m.key and row["capivara"]["measured"] for row in rows) for m in members)
-            left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
+    rows, left_out = suite_rows(pairs, values, runs, args.metrics, args.published, args.protocol)
     return {
         "summary_version": SUMMARY_VERSION,
-        "suite": suite,
+        "suite": args.suite,
         "protocol": args.protocol,
         "published": args.published,
         "precision": args.precision,
@@ -159,12 +232,119 @@ def _summary(args: SuiteArguments, suite: str, models: list[Model], measurements
     }
 
 
-def listing(args: SuiteArguments, suite: str) -> str:
+def suite_rows(
+    pairs: list[tuple[Benchmark, str]],
+    values: list[dict[str, Any]],
+    runs: dict[str, int],
+    metrics: Sequence[str] = (),
+    published: str = "capivara",
+    protocol: str = "ours",
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of a suite's table, as data, all but median ranks in per cent; and a line on each average that is left out.
+
+    Args:
+        pairs: benchmarks, with a language each.
+        values: what was measured: `benchmark`, `language`, `direction`, `metric`, `role` and `run` (number of the model
+            of its role), with `value` and `n` as in a `Record`.
+        runs: role -> number of its models.
+        metrics: that get rows of their own beside the benchmark's.
+        published: names the model whose published figures stand beside CAPIVARA's.
+        protocol: of names and prompts.
+    """
+    of_value = ["benchmark", "language", "direction", "metric", "role"]
+    frame = pandas.DataFrame(values, columns=[*of_value, "run", "value", "n"]).astype({"value": float})
+    frame["value"] = frame["value"].where(frame["metric"] == "median_rank", 100 * frame["value"])
+    pairs, left_out = list(pairs), []
+    for average in load_averages():
+        members = [b for b, _ in pairs if average.of in b.suite]
+        names = [(b.key, b.language, b.metric) for b in members]
+        own = frame.merge(pandas.DataFrame(names, columns=["benchmark", "language", "metric"]))
+        of_runs = own.groupby(["role", "run"], as_index=False).agg(value=("value", "mean"), n=("value", "count"))
+        if len(members) == average.count and (of_runs["n"] == average.count).sum() == sum(runs.values()):
+            name = {"benchmark": average.key, "language": "pt", "direction": "", "metric": average.metric, "n": 0}
+            frame = pandas.concat([frame, of_runs.assign(**name)])
+            last = max(number for number, (b, _) in enumerate(pairs) if average.of in b.suite)
+            pairs.insert(last + 1, (average, "pt"))
+        elif members:
+            of_model = own[own["role"] == "capivara"].groupby("benchmark")["run"].nunique()
+            there = (of_model == runs["capivara"]).sum()
+            left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
+    found = frame.groupby(of_value, sort=False).agg(
+        mean=("value", "mean"), std=("value", "std"), runs=("value", "count"), n=("n", "first")
+    )
+    # A mean of fewer runs would mislead.
+    whole = {key: of for key, of in found.to_dict("index").items() if of["runs"] == runs[key[-1]]}
+    rows: list[dict[str, Any]] = []
+    for benchmark, language in pairs:
+        further = [metric for metric in metrics if METRICS[metric] == benchmark.task]
+        for metric in dict.fromkeys([benchmark.metric, *further]):
+            for direction in benchmark.directions:
+                of_roles = {role: whole.get((benchmark.key, language, direction, metric, role)) for role in runs}
+                if metric == benchmark.metric or any(of_roles.values()):
+                    place = {"language": language, "direction": direction, "metric": metric}
+                    rows.append(_row(benchmark, place, of_roles, published, protocol, rows))
+    return rows, left_out
+
+
+def _row(
+    benchmark: Benchmark, place: dict[str, str], of_roles: dict[str, dict[str, Any] | None], published: str,
+    protocol: str, before: list[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    """Published and measured figures, and the measured minus the published ones in points."""
+    own, cells = (place["metric"], place["language"]) == (benchmark.metric, benchmark.language), {}
+    for role, of in of_roles.items():
+        key = "baseline" if role == "baseline" else published
+        cell = {"published": benchmark.published_figure(key, place["direction"]) if own else None}
+        std = of["std"] if of and of["runs"] > 1 else None
+        cell["measured"] = {"mean": of["mean"], "std": std, "runs": of["runs"]} if of else None
+        cell["difference"] = of["mean"] - cell["published"]["mean"] if of and cell["published"] else None
+        cells[role] = cell
+    images = next((int(of["n"]) for of in of_roles.values() if of and of["n"]), None)
+    images = None if place["direction"] == "text_to_image" else images  # it counts captions
+    like = benchmark.like_for_like and (benchmark.test_images is None or images in (None, benchmark.test_images))
+    like = like and (benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors")
+    if benchmark.task == "average":
+        members = {b.key for b in load_benchmarks().values() if benchmark.of in b.suite}
+        like, images = all(row["like_for_like"] for row in before if row["benchmark"] in members), None
+    title = benchmark.title + ("" if benchmark.languages == (place["language"],) else f" ({place['language']})")
+    about = {"benchmark": benchmark.key, "title": title}
+    about |= {"section": "beyond" if "beyond" in benchmark.suite else "paper"} | place
+    return about | {"images": images, "test_images": benchmark.test_images, "like_for_like": like} | cells
+
+
+def suite_table(summary: dict[str, Any]) -> str:
+    """A suite's summary as Markdown: published and measured figures, their differences, and what was not run."""
+    rows, measurements, titles = summary["rows"], summary["measurements"], summary["notes"]
+    of_benchmark = {row["benchmark"]: row for row in rows if row["images"] and row["test_images"]}
+    facts = [
+        f"{titles[key][0]}: {row['images']:,} images; the published split has {row['test_images']:,}."
+        for key, row in of_benchmark.items()
+        if row["images"] != row["test_images"]
+    ]
+    skipped = {m["file"].removesuffix(".json"): m["skipped"] for m in measurements if m["skipped"]}
+    facts += [f"{name}: {count:,} images could not be read and are left out." for name, count in skipped.items()]
+    there = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in MODEL_NAMES)}
+    facts += [f"{title}: {note}" for key, (title, note) in titles.items() if note and key in there]
+    facts += summary["averages_left_out"]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for m in (m for m in measurements if m["status"] != "measured"):
+        reasons.setdefault((m["benchmark"], m["reason"]), []).append(f"{m['language']}, {m['role']} {m['run']}")
+    for (benchmark, reason), which in reasons.items():
+        some = "" if len(which) % len(summary["models"]) == 0 else f" ({'; '.join(which)})"
+        facts.append(f"{benchmark}{some}: not run: {reason.rstrip('.')}.")
+    unlike = [row[role]["difference"] for row in rows for role in MODEL_NAMES if not row["like_for_like"]]
+    is_compared = any(difference is not None for difference in unlike)
+    markdown = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    template = markdown.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    return template.render(summary, names=MODEL_NAMES, compared_unlike=is_compared, facts=facts).strip() + "\n"
+
+
+def listing(args: SuiteArguments) -> str:
     """The benchmarks of a suite, a line of their data each."""
     given, lines = local_data(args.data), []
-    for benchmark in chosen(args, suite):
+    for benchmark in chosen(args):
         location = locate(benchmark, given, args.data_dir, True, hub_fault)
-        others = [language for language in all_languages(benchmark) if language not in benchmark.languages]
+        others = [language for language in benchmark.all_languages if language not in benchmark.languages]
         lines += [
             f"{benchmark.key}: {benchmark.title}, {benchmark.task}, {benchmark.metric}, split {benchmark.split}",
             f"    languages {' '.join(benchmark.languages)}{f'; also {chr(32).join(others)}' if others else ''}",
@@ -179,9 +359,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command."""
     args = parse(SuiteArguments, __doc__, argv)
     if args.list_benchmarks:
-        print(listing(args, args.suite))
+        print(listing(args))
         return
-    summary = run(args, args.suite)
+    summary = run(args)
     if summary is None:
         return
     print(suite_table(summary))

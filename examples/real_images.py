@@ -22,7 +22,7 @@ from capivara_common.environment import device_description, package_versions
 from capivara_common.files import read_json, whole_folder, write_json
 from caption_data.source_files import load_embedded
 from eval import classification, linear_probe, prompts, retrieval
-from records.schema import Record
+from eval.records.schema import Record
 
 # Photographs of scikit-image that its wheel holds: function -> class in English, in Portuguese, gender and number.
 PHOTOS = {

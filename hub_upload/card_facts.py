@@ -3,8 +3,8 @@
     facts = card_facts(Path("runs/openmoji-pt-001"))
     facts.run["config"]["learning_rate"]
 
-Nothing else is read than `run.json` (and those of `seed-*/`), `results/*.json`, for the architecture `config.json` and
-the header of `model.safetensors`, and for ONNX `onnx/quantisation.json`. What they lack is an error where the card
+Nothing else is read than `run.json` and `results/*.json` (and those in `seed-*/`), for the architecture `config.json`
+and the header of `model.safetensors`, and for ONNX `onnx/quantisation.json`. What they lack is an error where the card
 needs it, and left out where it doesn't; nothing is guessed.
 """
 
@@ -18,8 +18,8 @@ from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
 from capivara_common.privacy import secret_in
-from records.schema import DIRECTIONS, GAIN, SCHEMA_VERSION, TASKS, ResultFile, parse_result, read_object
-from records.series import Measured, Pair, Series, by_role_and_precision, collect_series, pairs_of
+from eval.records.schema import DIRECTIONS, GAIN, SCHEMA_VERSION, TASKS, ResultFile, parse_result, read_object
+from eval.records.tables import conflicts, pairs_of, records_frame, values_of
 
 GRAPHS = "onnx/quantisation.json"
 PICTURES = ("curves.png", "retrieval.png")
@@ -32,6 +32,7 @@ FORMATS = {
 }
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+SAME = 5e-5  # a difference that no card shows: of the base, which is measured beside every seed, on another device
 
 
 class Content(dict):
@@ -52,8 +53,8 @@ class CardFacts:
     model: Path  # folder of the weights
     run: Content  # `run.json` of the weights in the folder; of the first seed where each has a folder of its own
     runs: list[Content]  # every `run.json`, in the order of seeds
-    series: list[Series]  # the figures, in the order of files and records
-    cut: list[Series]  # those of embeddings that were cut to their first dimensions, apart from the others
+    values: list[Any]  # what was measured, rows of `eval.records.tables.values_of`, in the order of files and records
+    cut: list[Any]  # those of embeddings that were cut to their first dimensions, apart from the others
     tokens: int  # longest text that the processor lets through
     config: dict[str, Any]  # `config.json` of the model; empty where the folder holds none
     parameters: int | None  # numbers in the weights; None where the folder holds none
@@ -78,12 +79,12 @@ class CardFacts:
         evaluated = self.origins.get("evaluation_dataset")
         return evaluated["title"] if evaluated and evaluated["name"] == name else None
 
-    def revision(self, measured: Measured) -> str | None:
+    def revision(self, measured: Any) -> str | None:
         """Commit on the Hub of the data that were measured on; None of any other data, whose name may look like an id.
 
         It is in the result file, or in the run's facts where the file is of the run's own evaluation: same fingerprint.
         """
-        header, dataset = measured.file.content, measured.record.dataset
+        header, dataset = measured.file.content, measured.dataset
         commit, fingerprint = header.get("dataset_revision"), header.get("dataset_fingerprint")
         if not commit and fingerprint and self.origins:
             evaluated = self.origins["evaluation_dataset"]
@@ -91,29 +92,29 @@ class CardFacts:
                 commit = evaluated.get("revision")
         return commit if COMMIT.fullmatch(str(commit)) and HUB_ID.fullmatch(dataset) else None
 
-    def groups(self, task: str) -> list[list[Series]]:
-        """The series of a task, those of the same data, protocol and precision together; the trained language first."""
-        found: dict[tuple, list[Series]] = {}
-        for series in self.series:
-            if series.first.task == task:
-                key = (series.condition._replace(direction="", metric=""), series.measured[0].precision)
-                found.setdefault(key, []).append(series)
-        return sorted(found.values(), key=lambda group: group[0].first.language != self.language)
+    def groups(self, task: str) -> list[list[Any]]:
+        """The values of a task, those of the same data, protocol and precision together; the trained language first."""
+        found: dict[tuple, list[Any]] = {}
+        for value in (value for value in self.values if value.task == task):
+            found.setdefault((value.dataset, value.split, value.language, value.protocol, value.precision), []).append(
+                value
+            )
+        return sorted(found.values(), key=lambda group: group[0].language != self.language)
 
-    def main_pairs(self) -> list[Pair]:
+    def main_pairs(self) -> list[dict[str, Any]]:
         """Main figures that baseline and model both have: mean recalls, the first metric of each classification."""
         found = []
         for group in (group for task in TASKS for group in self.groups(task)):
-            is_retrieval = group[0].first.task == "retrieval"
+            is_retrieval = group[0].task == "retrieval"
             for direction in DIRECTIONS if is_retrieval else ("",):
-                main = [p for p in pairs(group, direction) if not is_retrieval or p.condition.metric == "mean_recall"]
-                found += [pair for pair in main[:1] if pair.model and pair.baseline]
+                main = [p for p in pairs(group, direction) if not is_retrieval or p["metric"] == "mean_recall"]
+                found += [pair for pair in main[:1] if pair["capivara"] and pair["baseline"]]
         return found
 
 
-def pairs(group: list[Series], direction: str) -> list[Pair]:
-    """The figures of a group in one direction, without gains, each of baseline and model."""
-    return [p for p in pairs_of(group) if p.condition.direction == direction and p.condition.metric != GAIN]
+def pairs(group: list[Any], direction: str) -> list[dict[str, Any]]:
+    """The values of a group in one direction, without gains, each of baseline and model."""
+    return pairs_of(value for value in group if value.direction == direction and value.metric != GAIN)
 
 
 def card_facts(folder: Path, name: str | None = None) -> CardFacts:
@@ -131,8 +132,8 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
         raise ValueError(f"{folder} is no folder. Give the one that a run of train_accelerate.py wrote.")
     digests: dict[str, str] = {}
     model, run, runs = _runs(folder, digests)
-    results = [_result(path, folder, digests) for path in sorted((folder / "results").glob("*.json"))]
-    series, cut = _series([result for result in results if result])
+    paths = [*sorted((folder / "results").glob("*.json")), *sorted(folder.glob("seed-*/results/*.json"))]
+    values, cut = _values([result for path in paths if (result := _result(path, folder, digests))])
     from modeling_capivara.processing_capivara import CONTEXT_LENGTH  # here: --help of the commands awaits no torch
 
     pictures = [(model / name).relative_to(folder).as_posix() for name in PICTURES if (model / name).is_file()]
@@ -142,7 +143,7 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
     digests |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in pictures}
     formats = frozenset(key for key, files in FORMATS.items() if all((folder / file).is_file() for file in files))
     return CardFacts(
-        folder, name or _usable(folder.resolve().name), model, run, runs, series, cut, CONTEXT_LENGTH, config,
+        folder, name or _usable(folder.resolve().name), model, run, runs, values, cut, CONTEXT_LENGTH, config,
         _parameters(model), graphs, formats, pictures, digests,
     )  # fmt: skip
 
@@ -204,21 +205,24 @@ def _result(path: Path, folder: Path, digests: dict[str, str]) -> ResultFile | N
         raise ValueError(f"{content.pointer}/{error}.") from error
 
 
-def _series(results: list[ResultFile]) -> tuple[list[Series], list[Series]]:
-    """The figures of all files, each with one value a seed: of whole embeddings, and of those that were cut."""
-    found = collect_series(results, by_role_and_precision)
-    whole, cut = ([s for s in found if (s.first.dim is not None) == is_cut] for is_cut in (False, True))
+def _values(results: list[ResultFile]) -> tuple[list[Any], list[Any]]:
+    """What all files hold, each the mean over the seeds: of whole embeddings, and of those that were cut."""
+    if not results:
+        raise ValueError("The folder's results hold no measurement, and a card states what was measured.")
+    frame = records_frame(results)
+    for row in conflicts(frame, "precision", SAME).itertuples():
+        raise ValueError(
+            f"{row.first_source}/value and {row.source}/value give one figure two values, {row.first:g} and "
+            f"{row.value:g}. Remove the result file that is not of this model."
+        )
+    found = values_of(frame, "precision")
+    whole, cut = ([value for value in found if bool(value.dim) == is_cut] for is_cut in (False, True))
     if not whole:
         raise ValueError("The folder's results hold no measurement, and a card states what was measured.")
-    for series in found:
-        for one, other in series.conflicts:
+    for value in found:
+        if value.seeds > 1 and value.measured[0].seed is None:
             raise ValueError(
-                f"{one.source}/value and {other.source}/value give one figure two values, {one.record.value:g} and "
-                f"{other.record.value:g}. Remove the result file that is not of this model."
-            )
-        if len(series.measured) > 1 and series.first.seed is None:
-            raise ValueError(
-                f"{series.measured[0].source} names no seed, where others of the same figure do. Measure it with "
+                f"{value.measured[0].source} names no seed, where others of the same figure do. Measure it with "
                 "--seed, or remove the file."
             )
     return whole, cut

@@ -12,10 +12,9 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump
 
+from eval.records.schema import GAIN, is_number
 from hub_upload.card_facts import HUB_ID, CardFacts, Content
 from hub_upload.card_text import Words, one_line
-from records.schema import is_number
-from records.series import Measured
 
 # Of the model index; retrieval is no task of the Hub's own, so its two directions are named as they are.
 TASKS = {
@@ -136,13 +135,14 @@ def eval_results(facts: CardFacts) -> dict[str, str]:
     return {name: yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) for name, entries in found.items()}
 
 
-def _published(facts: CardFacts) -> list[Measured]:
+def _published(facts: CardFacts) -> list[Any]:
     """Of each of CAPIVARA's figures of whole embeddings the one of the weights in the folder; no gains."""
-    of_seed = [series.of_seed(facts.run["seed"]) for series in facts.series if series.role == "capivara"]
-    return [measured for measured in of_seed if measured and not measured.record.is_gain]
+    of_model = [value for value in facts.values if value.model == "capivara" and value.metric != GAIN]
+    seed = facts.run["seed"]
+    return [one for value in of_model for one in value.measured if value.seeds == 1 or one.seed == seed]
 
 
-def _index_entry(facts: CardFacts, measured: Measured) -> EvalResult:
+def _index_entry(facts: CardFacts, measured: Any) -> EvalResult:
     """A figure for the model index; huggingface_hub puts those of one task and data set together."""
     record, revision = measured.record, facts.revision(measured)
     kind, task = TASKS[record.task, record.direction]

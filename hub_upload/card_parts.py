@@ -5,12 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.records.schema import DIRECTIONS, GAIN, TASKS
+from eval.records.tables import markdown_table
 from hub_upload.card_facts import HUB_ID, CardFacts, Content, pairs
 from hub_upload.card_metadata import energy, inherited_licence, licence
 from hub_upload.card_text import Words, code, code_examples, escaped, is_portuguese, one_line
-from records.schema import DIRECTIONS, TASKS, Record
-from records.series import Measured, Pair, Series
-from records.tables import markdown_table
 
 VISION = ("model_type", "architecture", "num_hidden_layers", "hidden_size", "patch_size", "image_size")
 ARCHITECTURE = {  # part -> object of config.json, and its keys that are shown
@@ -68,9 +67,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], words: Words, t
 
 def _class_names(facts: CardFacts) -> list[str]:
     """Names of the first classes that were measured in the language of training; empty where none were."""
-    for series in facts.series:
-        if series.first.task == "classification" and series.first.language == facts.language:
-            return [one_line(name) for name in series.measured[0].file.content.get("classes", [])[:3]]
+    for value in facts.values:
+        if value.task == "classification" and value.language == facts.language:
+            return [one_line(name) for name in value.measured[0].file.content.get("classes", [])[:3]]
     return []
 
 
@@ -127,7 +126,7 @@ def _linked(origin: Content, kind: str) -> str:
 
 def _training_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
     run, config = facts.run, facts.run["config"]
-    languages = sorted({words.language_name(s.first.language) for s in facts.series if s.first.language})
+    languages = sorted({words.language_name(value.language) for value in facts.values if value.language})
     numbers = {"batch": "effective_batch_size", "micro_batch": "micro_batch_size", "max_steps": "max_steps"}
     return {
         "measured_languages": f" {words('and')} ".join(filter(None, (", ".join(languages[:-1]), *languages[-1:]))),
@@ -229,21 +228,21 @@ def _energy_parts(facts: CardFacts, used: Content, words: Words) -> dict[str, st
 # --- Results ---------------------------------------------------------------------------------------------------------
 
 
-def is_worse(pair: Pair) -> bool:
+def is_worse(pair: dict[str, Any]) -> bool:
     """Whether the model does worse than the baseline."""
-    return pair.difference > 0 if pair.is_rank else pair.difference < 0
+    return pair["gain"] > 0 if pair["is_rank"] else pair["gain"] < 0
 
 
 def _result_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
     main, summary, worse = facts.main_pairs(), [], []
     for pair in main:
-        what, cells = _label(facts, pair.model.first, words), _cells(pair, words)
-        if pair.condition.task == "retrieval" and pair.condition.language == facts.language:
+        what, cells = _label(facts, pair["capivara"], words), _cells(pair, words)
+        if pair["task"] == "retrieval" and pair["language"] == facts.language:
             summary.append((what, *cells[:3]))
         if is_worse(pair):
-            figures = {"model": words.figure(pair.model), "baseline": words.figure(pair.baseline)}
+            figures = {"model": words.figure(pair["capivara"]), "baseline": words.figure(pair["baseline"])}
             worse.append(words("beside_baseline", what=what, **figures))
-    seeds = [str(of.record.seed) for of in max(facts.series, key=lambda series: len(series.measured)).measured]
+    seeds = [str(of.seed) for of in max(facts.values, key=lambda value: value.seeds).measured]
     return {
         "summary": table(("metric", "baseline", "capivara", "difference"), summary, words),
         "worse": worse,
@@ -254,7 +253,7 @@ def _result_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
         "measured_seeds": ", ".join(seeds),
         "results": _retrieval_sections(facts, words) + _width_sections(facts, words) + _image_sections(facts, words),
         "has_cut": bool(facts.cut),
-        "has_gains": any(series.first.is_gain for series in facts.series),
+        "has_gains": any(value.metric == GAIN for value in facts.values),
         "pictures": [(kind, name) for kind in ("retrieval", "curves") for name in facts.pictures if kind in name],
     }
 
@@ -263,12 +262,12 @@ def _retrieval_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
     """A section a data set and language: title, table, and the gains with their intervals."""
     sections = []
     for group in facts.groups("retrieval"):
-        first, rows, gains = group[0].first, [], []
+        first, rows, gains = group[0], [], []
         for direction in DIRECTIONS:
             name = words.name(direction)
             for pair in pairs(group, direction):
-                rows.append((f"{name}, {words.name(pair.condition.metric)}", *_cells(pair, words)))
-            for gain in (series for series in group if series.first.is_gain and series.first.direction == direction):
+                rows.append((f"{name}, {words.name(pair['metric'])}", *_cells(pair, words)))
+            for gain in (value for value in group if value.metric == GAIN and value.direction == direction):
                 points, intervals = words.figure(gain, sign=True), _intervals(gain, gain.measured, words)
                 gains.append(words("gain", what=name, points=points, intervals=intervals))
         where = {"split": code(first.split), "language": words.language_name(first.language)}
@@ -283,34 +282,33 @@ def _width_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
 
     Of the mean recall, or of R@1 where there are too few images for it.
     """
-    groups: dict[tuple, list[Series]] = {}
-    for series in (*facts.series, *facts.cut):
-        record = series.first
-        protocol = record.protocol.rpartition("; first ")[0] if record.dim else record.protocol
-        key = record.dataset, record.split, record.language, protocol, series.measured[0].precision
-        if record.metric in ("mean_recall", "recall@1"):
-            groups.setdefault(key, []).append(series)
+    groups: dict[tuple, list[Any]] = {}
+    for value in (*facts.values, *facts.cut):
+        protocol = value.protocol.rpartition("; first ")[0] if value.dim else value.protocol
+        if value.metric in ("mean_recall", "recall@1"):
+            key = value.dataset, value.split, value.language, protocol, value.precision
+            groups.setdefault(key, []).append(value)
     sections = []
     for (dataset, split, language, *_), group in groups.items():
-        if not any(series.first.dim for series in group):
+        if not any(value.dim for value in group):
             continue
         where = {"split": code(split), "language": words.language_name(language)}
         title = words("widths_title", dataset=_dataset_title(facts, dataset), **where)
-        metric = "mean_recall" if any(series.first.metric == "mean_recall" for series in group) else "recall@1"
+        metric = "mean_recall" if any(value.metric == "mean_recall" for value in group) else "recall@1"
         rows = [row for direction in DIRECTIONS for row in _width_rows(group, direction, metric, words)]
         sections.append({"title": title, "table": table(WIDTH_COLUMNS, rows, words), "gains": []})
     return sections
 
 
-def _width_rows(group: list[Series], direction: str, metric: str, words: Words) -> list[tuple[str, ...]]:
+def _width_rows(group: list[Any], direction: str, metric: str, words: Words) -> list[tuple[str, ...]]:
     """Baseline, CAPIVARA, and the share that CAPIVARA keeps of its whole recall, by width."""
-    by_width = {(p.model or p.baseline).first.dim: p for p in pairs(group, direction) if p.condition.metric == metric}
-    whole, rows = by_width.get(None), []
+    by_width = {pair["dim"]: pair for pair in pairs(group, direction) if pair["metric"] == metric}
+    whole, rows = by_width.get(0), []
     for dim in sorted(by_width, key=lambda dim: -(dim or sys.maxsize)):
         pair, kept = by_width[dim], ""
-        if dim and whole and whole.model and pair.model and whole.model.mean:
-            kept = words.percent(pair.model.mean / whole.model.mean)
-        cells = (words.figure(series) if series else "" for series in (pair.baseline, pair.model))
+        if dim and whole and whole["capivara"] and pair["capivara"] and whole["capivara"].mean:
+            kept = words.percent(pair["capivara"].mean / whole["capivara"].mean)
+        cells = (words.figure(pair[role]) if pair[role] else "" for role in ("baseline", "capivara"))
         what = f"{words.name(direction)}, {words.name(metric)}"
         rows.append((what, words.number(dim) if dim else words("all_dimensions"), *cells, kept))
     return rows
@@ -323,52 +321,50 @@ def _image_sections(facts: CardFacts, words: Words) -> list[dict[str, Any]]:
     for task in ("classification", "linear_probe"):
         rows = []
         for pair in (pair for group in facts.groups(task) for pair in pairs(group, "")):
-            record = (pair.baseline or pair.model).first
-            about = (_dataset_title(facts, record.dataset), code(record.protocol), words.name(record.metric))
-            rows.append((*about, words.number(record.n), *_cells(pair, words)))
+            about = (_dataset_title(facts, pair["dataset"]), code(pair["protocol"]), words.name(pair["metric"]))
+            rows.append((*about, words.number((pair["baseline"] or pair["capivara"]).n), *_cells(pair, words)))
         if rows:
             made = table(names, rows, words, text_columns=3)
             sections.append({"title": words(f"{task}_title"), "table": made, "gains": []})
     return sections
 
 
-def _cells(pair: Pair, words: Words) -> list[str]:
+def _cells(pair: dict[str, Any], words: Words) -> list[str]:
     """Baseline, CAPIVARA, difference and chance of one figure; empty where there is none. The better one is bold."""
-    cells = [words.figure(series) if series else "" for series in (pair.baseline, pair.model)]
-    if pair.difference:
+    cells = [words.figure(pair[role]) if pair[role] else "" for role in ("baseline", "capivara")]
+    if pair["gain"]:
         better = 0 if is_worse(pair) else 1
         cells[better] = f"**{cells[better]}**"
-    difference = "" if pair.difference is None else words.measure(pair.difference, pair.is_rank, sign=True)
-    return [*cells, difference, "" if pair.chance is None else words.percent(pair.chance)]
+    difference = "" if pair["gain"] is None else words.measure(pair["gain"], pair["is_rank"], sign=True)
+    return [*cells, difference, "" if pair["chance"] is None else words.percent(pair["chance"])]
 
 
-def _intervals(gain: Series, measured: Iterable[Measured], words: Words) -> str:
+def _intervals(gain: Any, measured: Iterable[Any], words: Words) -> str:
     """95 % intervals, in points, of those seeds that have one, each with its seed where there are several."""
     intervals = []
-    for record in (of_seed.record for of_seed in measured if of_seed.record.interval_95):
-        interval = f" {words('to')} ".join(words.percent(end, sign=True) for end in record.interval_95)
-        several = len(gain.measured) > 1
-        intervals.append(words("interval_of_seed", interval=interval, seed=record.seed) if several else interval)
+    for one in (of_seed for of_seed in measured if of_seed.interval_95):
+        interval = f" {words('to')} ".join(words.percent(end, sign=True) for end in one.interval_95)
+        intervals.append(words("interval_of_seed", interval=interval, seed=one.seed) if gain.seeds > 1 else interval)
     return "; ".join(intervals)
 
 
 def _unsure(facts: CardFacts, words: Words) -> list[str]:
     """The gains whose interval includes zero, with the intervals of the seeds of which that is so."""
     lines = []
-    for gain in (series for series in facts.series if series.first.is_gain):
-        unsure = [m for m in gain.measured if (ends := m.record.interval_95) and ends[0] <= 0 <= ends[1]]
+    for gain in (value for value in facts.values if value.metric == GAIN):
+        unsure = [one for one in gain.measured if (ends := one.interval_95) and ends[0] <= 0 <= ends[1]]
         if unsure:
-            lines.append(f"{_label(facts, gain.first, words, metric=False)}: {_intervals(gain, unsure, words)}")
+            lines.append(f"{_label(facts, gain, words, metric=False)}: {_intervals(gain, unsure, words)}")
     return lines
 
 
-def _label(facts: CardFacts, record: Record, words: Words, metric: bool = True) -> str:
+def _label(facts: CardFacts, value: Any, words: Words, metric: bool = True) -> str:
     """Which figure it is, in words; the data set is named where there are several."""
-    parts = [words.name(record.direction)] if record.direction else []
-    parts += [words.name(record.metric)] if metric else []
-    if len({series.first.dataset for series in facts.series}) > 1:
-        parts.append(_dataset_title(facts, record.dataset))
-    parts.append(words.language_name(record.language) if record.task == "retrieval" else code(record.protocol))
+    parts = [words.name(value.direction)] if value.direction else []
+    parts += [words.name(value.metric)] if metric else []
+    if len({other.dataset for other in facts.values}) > 1:
+        parts.append(_dataset_title(facts, value.dataset))
+    parts.append(words.language_name(value.language) if value.task == "retrieval" else code(value.protocol))
     return ", ".join(parts)
 
 
@@ -377,10 +373,10 @@ def _dataset_title(facts: CardFacts, name: str) -> str:
     return code(name) if title is None else escaped(title)
 
 
-def _tested(facts: CardFacts, group: list[Series], words: Words) -> str:
+def _tested(facts: CardFacts, group: list[Any], words: Words) -> str:
     """What a group was measured on: title, split, language, sizes, protocol, and what its readers must know."""
-    first, measured = group[0].first, group[0].measured[0]
-    sizes = {series.first.direction: words.number(series.first.n) for series in group}
+    first, measured = group[0], group[0].measured[0]
+    sizes = {value.direction: words.number(value.n) for value in group}
     captions, images = sizes.get("text_to_image"), sizes.get("image_to_text") or sizes.get("", "")
     what = [f"**{_dataset_title(facts, first.dataset)}**", words("tested_split", split=code(first.split))]
     what += [words.language_name(first.language)] if first.language else []

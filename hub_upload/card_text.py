@@ -11,8 +11,7 @@ from typing import Any
 
 import jinja2
 
-from records.schema import is_number
-from records.series import Series
+from eval.records.schema import RANK_METRICS, is_number
 
 TEMPLATES = Path(__file__).parent / "templates"
 LANGUAGES = ("en", "pt")
@@ -125,10 +124,11 @@ class Words:
         """A rank, or a share in per cent."""
         return self.number(value, 1, sign) if is_rank else self.percent(value, sign)
 
-    def figure(self, series: Series, sign: bool = False) -> str:
-        """Mean of the seeds, ± their standard deviation where there are several."""
-        text, is_rank = self.measure(series.mean, series.first.is_rank, sign), series.first.is_rank
-        return text if series.deviation is None else f"{text} ± {self.measure(series.deviation, is_rank)}"
+    def figure(self, value: Any, sign: bool = False) -> str:
+        """Mean of the seeds, ± their standard deviation where there are several; of a row of `values_of`."""
+        is_rank = value.metric in RANK_METRICS
+        text = self.measure(value.mean, is_rank, sign)
+        return text if value.deviation is None else f"{text} ± {self.measure(value.deviation, is_rank)}"
 
 
 def is_portuguese(language: str) -> bool:

@@ -11,6 +11,7 @@ from capivara_common.environment import device_description
 from capivara_common.files import read_json, write_json
 from capivara_common.privacy import short_name
 from eval.embeddings import EmbeddingStore
+from eval.records.schema import DIRECTIONS
 from eval.retrieval import (
     PROTOCOL,
     RetrievalArguments,
@@ -21,7 +22,6 @@ from eval.retrieval import (
 )
 from hub_upload.onnx_files import OnnxModel
 from modeling_capivara.two_towers import plain_embedder
-from records.schema import DIRECTIONS
 
 
 def int8_measurement(dataset: str, split: str, language: str, caption_column: str) -> Callable[[Path], list[str]]:

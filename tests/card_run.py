@@ -92,6 +92,18 @@ def three_seeds(run: Path, folder: Path) -> Path:
     return folder
 
 
+def runs_of_seeds(run: Path, folder: Path) -> Path:
+    """The same three seeds, each a run of its own in `seed-0`, `seed-1` and `seed-2` with its own results."""
+    three_seeds(run, folder)
+    for seed in range(3):
+        shutil.copytree(folder / "results", folder / f"seed-{seed}" / "results")
+        for path in (folder / f"seed-{seed}" / "results").glob("*.json"):
+            of = [r for r in json.loads(path.read_text(encoding="utf-8"))["records"] if r["seed"] in (None, seed)]
+            change(path, lambda results, of=of: results.update(records=of))
+    shutil.rmtree(folder / "results")
+    return folder
+
+
 def _of_seeds(records: list[dict]) -> list[dict]:
     found = []
     for record in records:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from card_run import card_of, change, record_of, results_of, split_card, three_seeds, trained_run
+from card_run import card_of, change, record_of, results_of, runs_of_seeds, split_card, three_seeds, trained_run
 from huggingface_hub import parse_eval_result_entries
 from huggingface_hub.utils import filter_repo_objects
 
@@ -79,7 +79,7 @@ def test_files_that_are_no_json_of_ours(run):
     with pytest.raises(ValueError, match="a key stands twice"):
         card_facts(run)
     results_of(run).write_text('{"benchmarks": 3}', encoding="utf-8")  # such as a suite's summary
-    assert {series.first.language for series in card_facts(run).series} == {"en"}
+    assert {value.language for value in card_facts(run).values} == {"en"}
     shutil.rmtree(run / "results")
     with pytest.raises(ValueError, match="states what was measured"):
         card_facts(run)
@@ -123,6 +123,20 @@ def test_several_seeds(trained, tmp_path):
     assert {m["args"]["seed"] for m in metrics} == {1} and 0.30000000000000004 in {m["value"] for m in metrics}
 
 
+def test_seeds_that_are_runs_of_their_own(trained, tmp_path):
+    """`RUN/seed-0`, `RUN/seed-1` and so on, with their own results, have the card of a run of several seeds."""
+    write_card(three_seeds(trained, tmp_path / "one" / "seeds"))
+    folder = runs_of_seeds(trained, tmp_path / "three" / "seeds")
+    write_card(folder)
+    assert check(folder) == []
+    cards = [card_of(tmp_path / name / "seeds") for name in ("one", "three")]
+    without_files = [re.sub(r"^\| `(seed-\d/)?results/.*\n", "", card, flags=re.MULTILINE) for card in cards]
+    assert without_files[0] == without_files[1] and cards[1].count("| `seed-1/results/") == 2
+    change(next((folder / "seed-2" / "results").glob("*_pt.json")), lambda r: r["records"][0].update(value=0.9))
+    with pytest.raises(ValueError, match=r"seed-0/results/.*#/records/0/value and seed-2/results/.* two values"):
+        card_facts(folder)
+
+
 def test_recall_at_each_width_has_a_table_of_its_own(run):
     """Figures of cut embeddings stand there alone, beside those of the whole ones."""
 
@@ -137,7 +151,7 @@ def test_recall_at_each_width_has_a_table_of_its_own(run):
     whole = card_facts(run)
     change(results_of(run), add_widths)
     facts = card_facts(run)
-    assert [s.first for s in facts.series] == [s.first for s in whole.series] and len(facts.cut) == 8
+    assert [v.mean for v in facts.values] == [v.mean for v in whole.values] and len(facts.cut) == 8
     for language, title in (("en", "Retrieval by the first dimensions"), ("pt", "Recuperação só pelas primeiras")):
         write_card(run, language=language)
         assert check(run) == []

@@ -10,12 +10,12 @@ from PIL import Image
 
 from capivara_common.privacy import short_name
 from eval import classification, linear_probe, report, retrieval, suite
+from eval.records.picture_sheets import plot_retrieval_sheet, sheet_queries
+from eval.records.plots import plot_training_curves
+from eval.records.schema import Record, header, read_records, write_records
+from eval.records.tables import retrieval_table
 from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, retrieval_records
 from examples import fine_tune_classifier, real_images
-from records.picture_sheets import plot_retrieval_sheet, sheet_queries
-from records.plots import plot_training_curves
-from records.schema import Record, header, read_records, write_records
-from records.tables import retrieval_table
 
 FACTS = {"dataset": "d", "split": "test", "language": "pt", "model": "capivara", "model_folder": "."}
 

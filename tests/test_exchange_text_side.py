@@ -8,8 +8,7 @@ import torch
 from tiny import randomise
 
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, recall_at_k
-from eval.embeddings import RetrievalEmbeddings
-from eval.retrieval import RetrievalArguments, flat_captions, load_data
+from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, flat_captions, load_data
 from examples.exchange_text_side import LancePictures, QdrantPictures, main, recalls
 from hub_upload import export, onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor

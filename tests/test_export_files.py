@@ -32,6 +32,7 @@ STRAY = [
     *("optimizer.bin", "training_args.bin", "trainer.log", "skipped.jsonl", "records.json", "table.md", "notes.txt"),
     *("checkpoints/step-1/model.safetensors", "checkpoints/step-1/optimizer.bin", "trackers/events.out", "secret.png"),
     *(".cache/huggingface/token", "adapter/adapter_model.safetensors", "results/a.gallery/000001.jpg", "x/config.json"),
+    *("a.queries.png", "results/a.queries.png"),
     *("my_capivara.py", "pytorch_model.bin", "model.safetensors.tmp", ".env", "results/deep/b.json"),
 ]
 

@@ -496,9 +496,9 @@ def figures(path: Path | str) -> dict[tuple, float]:
 
 
 MEASURED = {
-    "retrieval_pt": ("retrieval", "--model modelos/a --dataset data/squares --gallery 0 --language pt"),
-    "retrieval_en": ("retrieval", "--model modelos/a --dataset data/squares --gallery 0 --language en"),
-    "retrieval_dim_12": ("retrieval", "--model runs/rotated --dataset data/squares --gallery 0 --dim 12"),
+    "retrieval_pt": ("retrieval", "--model modelos/a --dataset data/squares --language pt"),
+    "retrieval_en": ("retrieval", "--model modelos/a --dataset data/squares --language en"),
+    "retrieval_dim_12": ("retrieval", "--model runs/rotated --dataset data/squares --dim 12"),
     "classification": ("classification", "--model modelos/a --benchmark cifar-10 --images data/colours"),
     "linear_probe": (
         "linear_probe",

@@ -388,28 +388,26 @@ def test_training_and_its_cache(tmp_path, hostile, server, tiny_folder, monkeypa
 
 
 @pytest.mark.slow
-def test_retrieval_its_gallery_and_the_report(tmp_path, hostile, server, tiny_folder, monkeypatch, capsys):
+def test_retrieval_its_sheet_and_the_report(tmp_path, hostile, server, tiny_folder, monkeypatch, capsys):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     as_parquet(tmp_path / "data", rows_of(hostile), "test")
     result = tmp_path / "results" / "r.json"
     retrieve(["--model", str(tiny_folder), "--dataset", str(tmp_path / "data"), "--output", str(result),
-              "--recall_at", "1", "--cache_dir", str(tmp_path / "embeddings"), "--gallery", "6"])  # fmt: skip
+              "--recall_at", "1", "--cache_dir", str(tmp_path / "embeddings")])  # fmt: skip
     content = json.loads(result.read_text(encoding="utf-8"))
     assert len(content["skipped"]) == len(hostile) and {r["n"] for r in content["records"]} == {GOOD}
-    for entry in content["gallery"]:  # a result file that names pictures elsewhere
-        entry["right"] = str(tmp_path / "home" / "private.png")
-    (tmp_path / "results" / "link.png").symlink_to(tmp_path / "home" / "private.png")
-    content["gallery"][0]["best"][0]["image"] = "link.png"
-    content["skipped"] = {}
-    result.write_text(json.dumps(content), encoding="utf-8")
+    assert result.with_suffix(".queries.png").is_file()
+    (tmp_path / "results" / "s.json").write_text(json.dumps(content | {"skipped": {}}), encoding="utf-8")
+    (tmp_path / "results" / "s.queries.png").symlink_to(tmp_path / "home" / "private.png")  # a sheet that is elsewhere
+    result.write_text(json.dumps(content | {"skipped": {}}), encoding="utf-8")
     report([str(tmp_path / "results"), "--output", str(tmp_path / "report")])
-    (tmp_path / "results" / "link.png").unlink()
+    (tmp_path / "results" / "s.queries.png").unlink()
     for folder in ("results", "report", "embeddings"):
         nothing_arrived(tmp_path / folder)
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     copies = re.findall(r'<img src="(\w+\.jpg)"', page)
     assert copies and not any(has_magenta((tmp_path / "report" / name).read_bytes()) for name in copies)
-    assert "link.png: this picture is not shown" in capsys.readouterr().err and not server.requests
+    assert "s.queries.png: this picture is not shown" in capsys.readouterr().err and not server.requests
 
 
 def test_the_folder_of_the_page(tmp_path, hostile, server, tiny_model, tiny_processor, monkeypatch):

@@ -17,28 +17,28 @@ ALLOWED = {
     COMMON: set(),  # what all tools share; it is installed with them
     "capivara_search": {COMMON, "modeling_capivara"},
     "caption_data": {COMMON, "modeling_capivara"},  # rows in
-    "records": {COMMON},  # figures out
-    "captions": {COMMON, "caption_data", "records", "modeling_capivara"},
-    "training": {COMMON, "caption_data", "records", "modeling_capivara", "eval"},  # it measures what it trains
-    "eval": {COMMON, "caption_data", "records", "modeling_capivara"},
+    "eval.records": {COMMON},  # values out: it knows no card and no report
+    "captions": {COMMON, "caption_data", "eval.records", "modeling_capivara"},
+    "training": {COMMON, "caption_data", "eval.records", "modeling_capivara", "eval"},  # it measures what it trains
+    "eval": {COMMON, "caption_data", "eval.records", "modeling_capivara"},
     # hub_upload/space: the page of capivara_search, as a Space
-    "hub_upload": {COMMON, "capivara_search", "caption_data", "records", "modeling_capivara", "eval"},
+    "hub_upload": {COMMON, "capivara_search", "caption_data", "eval.records", "modeling_capivara", "eval"},
     # hub_upload: a run can end with a push; `training` itself knows nothing of it
     "train_accelerate": {
-        *(COMMON, "caption_data", "records", "training", "eval", "modeling_capivara", "hub_upload"),
+        *(COMMON, "caption_data", "eval.records", "training", "eval", "modeling_capivara", "hub_upload"),
     },
     "examples": {
         COMMON,
         "capivara_search",
         "caption_data",
-        "records",
+        "eval.records",
         "captions",
         "training",
         "eval",
         "modeling_capivara",
     },
     "benchmarks": {
-        *(COMMON, "caption_data", "records", "captions", "training", "eval", "modeling_capivara", "examples"),
+        *(COMMON, "caption_data", "eval.records", "captions", "training", "eval", "modeling_capivara", "examples"),
         *("hub_upload", "train_accelerate", "capivara_search"),
     },
 }
@@ -100,8 +100,9 @@ def named_imports(path: Path) -> set[str]:
 
 
 def owner(module: str) -> str:
-    """The place that a module belongs to: its top-level folder or file."""
-    return module.split(".")[0]
+    """The place that a module belongs to: its top-level folder or file, or `eval.records`, which others read from."""
+    parts = module.split(".")
+    return "eval.records" if parts[:2] == ["eval", "records"] else parts[0]
 
 
 def imported_packages(path: Path) -> set[str]:

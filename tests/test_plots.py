@@ -2,8 +2,8 @@
 
 from PIL import Image
 
-from records import plots
-from records.plots import BarRow, plot_bars
+from eval.records import plots
+from eval.records.plots import BarRow, plot_bars
 
 
 def test_bars_of_any_rows(tmp_path):

@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from records.schema import Record, ResultFile, parse_result, read_object, read_result
-from records.series import collect_series, pairs_of
-from records.tables import points, retrieval_table
+from eval.records.schema import Record, ResultFile, parse_result, read_object, read_records
+from eval.records.tables import conflicts, pairs_of, points, records_frame, retrieval_table, values_of
 
 RECORD = Record(
     task="retrieval", dataset="d", split="test", language="pt", protocol="p", direction="text_to_image",
@@ -65,7 +64,7 @@ def test_rounding_is_no_fault_and_a_list_is_an_interval():
 def test_a_wrong_file_is_named_with_the_place_in_it(tmp_path, text, message):
     (tmp_path / "r.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        read_result(tmp_path / "r.json", tmp_path)
+        read_records(tmp_path / "r.json")
 
 
 def test_a_pipe_is_no_file(tmp_path):
@@ -82,31 +81,40 @@ def test_unknown_fields_of_a_record_are_left_out():
     assert parse_result({"schema_version": 2, "records": [entry]}, "r.json").records == (RECORD,)
 
 
-def test_seeds_are_one_series_in_their_order():
+def test_seeds_are_one_value_in_their_order():
     seeds = [
         replace(RECORD, seed=seed, value=value, model_folder=f"seed-{seed}") for seed, value in ((2, 0.7), (0, 0.5))
     ]
-    (series,) = collect_series([file_of(*seeds, skipped_rows=3, dataset_fingerprint="f")])
-    assert series.values == [0.5, 0.7] and series.mean == 0.6 and round(series.deviation, 3) == 0.141
-    assert [one.source for one in series.measured] == ["a.json#/records/1", "a.json#/records/0"]
-    assert series.fingerprints == {"f"} and series.of_seed(2).record.value == 0.7
+    frame = records_frame([file_of(*seeds, skipped_rows=3, dataset_fingerprint="f")])
+    (value,) = values_of(frame, "precision")
+    assert value.mean == pytest.approx(0.6) and round(value.deviation, 3) == 0.141 and value.seeds == 2
+    assert [(one.source, one.value) for one in value.measured] == [
+        ("a.json#/records/1", 0.5),
+        ("a.json#/records/0", 0.7),
+    ]
+    assert value.data == {"f"} and value.measured[1].record == seeds[0] and set(frame["skipped_rows"]) == {3}
+    (single,) = values_of(records_frame([file_of(RECORD)]), "precision")
+    assert single.deviation is None and single.chance == 0.25
 
 
 def test_precisions_stay_apart_where_one_run_is_described():
     files = [file_of(RECORD, name=f"{p}.json", precision=p) for p in ("float32", "bf16")]
-    assert len(collect_series(files)) == 2
+    assert [value.precision for value in values_of(records_frame(files), "precision")] == ["float32", "bf16"]
 
 
 def test_two_values_of_one_figure_are_a_conflict():
-    (series,) = collect_series([file_of(RECORD), file_of(replace(RECORD, value=0.6), name="b.json")])
-    ((first, other),) = series.conflicts
-    assert (first.source, other.source) == ("a.json#/records/0", "b.json#/records/0") and series.values == [0.5]
+    frame = records_frame([file_of(RECORD), file_of(replace(RECORD, value=0.6), name="b.json")])
+    (row,) = conflicts(frame, "precision").itertuples()
+    assert (row.first_source, row.source) == ("a.json#/records/0", "b.json#/records/0")
+    assert conflicts(frame, "precision", same=0.2).empty
+    (value,) = values_of(frame, "precision")
+    assert value.mean == 0.5 and value.seeds == 1
 
 
 def test_a_gain_is_model_minus_baseline():
     baseline = replace(RECORD, model="baseline", seed=None, value=0.4, model_folder="base")
-    (pair,) = pairs_of(collect_series([file_of(baseline, RECORD)]))
-    assert pair.difference == pytest.approx(0.1) and points(pair.difference) == "+10.0" and not pair.doubts
+    (pair,) = pairs_of(values_of(records_frame([file_of(baseline, RECORD)]), "folder"))
+    assert pair["gain"] == pytest.approx(0.1) and points(pair["gain"]) == "+10.0" and not pair["doubts"]
     assert points(-0.0312) == "−3.1" and points(0.0001) == "0.0" and points(None) == "–"
 
 

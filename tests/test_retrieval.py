@@ -21,9 +21,9 @@ from caption_data.pairs import caption_table, tables_fingerprint
 from caption_data.sources import open_source
 from eval import classification, linear_probe
 from eval.eval_arguments import caption_positions
+from eval.records.schema import read_records
 from eval.retrieval import RetrievalArguments, evaluate, load_data, main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from records.schema import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 14
@@ -56,7 +56,7 @@ def test_embeddings_are_cut(tiny_folder, folder, tmp_path):
     found = {}
     for dim in (None, 6, 24):
         more = [] if dim is None else ["--dim", dim]
-        main(flags(tiny_folder, folder, tmp_path / "r.json", "--gallery", 0, *more))
+        main(flags(tiny_folder, folder, tmp_path / "r.json", *more))
         found[dim] = read_records(tmp_path / "r.json")
     assert found[24] == found[None] != found[6]
     assert {(r.dim, r.protocol.rpartition("; ")[2]) for r in found[6]} == {(6, "first 6 of 24 dimensions")}
@@ -71,18 +71,14 @@ def test_a_width_that_the_model_has_not(tiny_folder, folder, tmp_path, dim, rule
 
 
 def test_a_folder_of_images(tiny_folder, folder, tmp_path, capsys):
-    main(flags(tiny_folder, folder, tmp_path / "r.json", "--gallery", 4))
+    main(flags(tiny_folder, folder, tmp_path / "r.json"))
     records = {(r.direction, r.metric): r for r in read_records(tmp_path / "r.json")}
     assert {metric for _, metric in records} == {"recall@1", "recall@5", "recall@10", "mean_recall", "median_rank"}
     assert records["text_to_image", "recall@5"].n == 4 * NUMBER and records["image_to_text", "recall@5"].n == NUMBER
     content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert len(content["dataset_fingerprint"]) == 32 and str(tmp_path) not in json.dumps(content["command"])
-    assert len(content["gallery"]) == 4
-    for shown in content["gallery"]:
-        assert len(shown["best"]) == 5 and (tmp_path / shown["right"]).is_file()
-        place = [best["image"] for best in shown["best"]].index(shown["right"]) + 1 if shown["rank"] == 1 else 1
-        assert place == 1, "a hit's picture is the first"
-        PIL.Image.open(tmp_path / shown["best"][4]["image"]).load()
+    sheet = PIL.Image.open(tmp_path / "r.queries.png")
+    assert sheet.height > 1.4 * sheet.width and len(sheet.convert("RGB").getcolors(1 << 24)) > 100, "eight queries"
     assert "median_rank" in capsys.readouterr().out
 
 
@@ -203,6 +199,11 @@ def test_many_shards_are_few_open_files(tmp_path):
     cache.open()
     assert len(list(Path("/proc/self/fd").iterdir())) == before
     assert np.array_equal(np.stack(cache.arrays), arrays) and list(cache.bad) == list(range(1, 90, 3))
+
+
+def test_the_flag_of_the_gallery_says_what_there_is_instead(tmp_path):
+    with pytest.raises(SystemExit, match=r"`--gallery` is gone: the best and the worst queries are drawn beside"):
+        main(flags("no-model", tmp_path, tmp_path / "r.json", "--gallery", "2"))
 
 
 @pytest.mark.parametrize("flag", ["executor", "tasks", "gpus_per_task"])

@@ -13,8 +13,9 @@ from datasets import Image
 from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.selection import STRATEGIES
 from captions.select import SelectArguments, main, select, select_rows, write_missing_report
-from records.picture_sheets import Example, plot_examples, plot_gallery
-from records.tables import escape_markdown
+from captions.selection_plots import Example, plot_examples
+from eval.records.picture_sheets import plot_gallery
+from eval.records.tables import escape_markdown
 from training.arguments import RunArguments
 from training.data import training_splits
 
@@ -149,7 +150,7 @@ def test_markdown_is_escaped():
 @pytest.mark.filterwarnings("ignore:Glyph .* missing")  # of fonts that this machine may lack
 def test_captions_of_wide_letters_do_not_run_into_their_neighbours(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr("records.picture_sheets.save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("captions.selection_plots.save_figure", lambda figure, path: figures.append(figure))
     texts = ["W" * 60, "桌子上有一只猫和一条狗在公园里玩耍，旁边还有一个红色的球和许多人", "a cat on a mat in the park"]
     plot_examples([Example(i, text, 0.2, None) for i, text in enumerate(texts)], [], tmp_path / "x.png")
     renderer = figures[0].canvas.get_renderer()
@@ -162,7 +163,8 @@ def test_captions_of_wide_letters_do_not_run_into_their_neighbours(tmp_path, mon
 def test_a_wide_picture_covers_no_title(tmp_path, monkeypatch):
     """Wide ones are low: what is written above the first one must not be behind the second."""
     figures = []
-    monkeypatch.setattr("records.picture_sheets.save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("eval.records.picture_sheets.save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("captions.selection_plots.save_figure", lambda figure, path: figures.append(figure))
     pictures = [PIL.Image.new("RGB", size) for size in ((400, 20), (400, 400), (20, 400))]
     plot_examples([Example(i, "um gato", 0.2, image) for i, image in enumerate(pictures)], [], tmp_path / "x.png")
     plot_gallery([[("um gato em cima do tapete da sala", [(image, True) for image in pictures])]], tmp_path / "y.png")

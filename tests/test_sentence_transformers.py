@@ -271,7 +271,7 @@ def test_mteb_measures_an_export_as_we_do(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
     exec(compile(code_with("docs/evaluation.md", "mteb.evaluate"), "evaluation.md", "exec"), {})
-    options = {"split": "pt", "caption_column": "captions", "gallery": 0, "device": "cpu"}
+    options = {"split": "pt", "caption_column": "captions", "device": "cpu"}
     records = evaluate(RetrievalArguments("repository", str(data), tmp_path / "ours.json", **options))
     ours = {(record.direction, record.metric): record.value for record in records}
     assert 0.1 < ours["text_to_image", "recall@10"] < 0.9, "a model that finds all or nothing proves little"

@@ -16,10 +16,9 @@ from tiny import randomise, tiny_config
 from capivara_common.files import read_json
 from eval.benchmarks import load_averages
 from eval.prompts import load_prompts
-from eval.suite import main
-from eval.suite_tables import Figure, SuiteFigures, average_row, suite_rows
+from eval.records.schema import read_records
+from eval.suite import main, suite_rows
 from modeling_capivara import CapivaraModel
-from records.schema import read_records
 
 
 def flags(model, output, *more, **options) -> list[str]:
@@ -313,32 +312,43 @@ def test_the_list(data, capsys):
     assert "Hub clip-benchmark/wds_gtsrb" in said and "Hub unknown" in said
 
 
+def measured(benchmark, role: str, run: int, value: float, n: int) -> dict:
+    place = {"benchmark": benchmark.key, "language": "pt", "direction": "", "metric": benchmark.metric}
+    return place | {"role": role, "run": run, "value": value, "n": n}
+
+
 def test_the_average_needs_all_twenty_of_every_model():
     (average,) = load_averages()
-    members = [BENCHMARKS[key] for key in ELEVATER]
-    pairs = [(benchmark, "pt") for benchmark in members]
-    figures = [
-        Figure(b.key, "pt", "", b.metric, role, run, (place + run) / 100, 5)
-        for place, b in enumerate(members)
+    pairs = [(BENCHMARKS[key], "pt") for key in ELEVATER]
+    values = [
+        measured(b, role, run, (place + run) / 100, 5)
+        for place, (b, _) in enumerate(pairs)
         for role, run in (("baseline", 0), ("capivara", 0), ("capivara", 1))
     ]
-    measured = SuiteFigures(figures, {"baseline": 1, "capivara": 2})
-    rows = suite_rows(pairs, measured, protocol="authors")
-    row = average_row(average, rows, members, measured)
-    assert row["baseline"]["measured"]["mean"] == pytest.approx(9.5)
+    runs = {"baseline": 1, "capivara": 2}
+    rows, left_out = suite_rows(pairs, values, runs, protocol="authors")
+    assert [row["benchmark"] for row in rows] == [*ELEVATER, average.key] and not left_out
+    row = rows[-1]
+    assert row["baseline"]["measured"]["mean"] == pytest.approx(9.5) and row["metric"] == "average"
     assert row["capivara"]["measured"] == {"mean": pytest.approx(10.0), "std": pytest.approx(0.5**0.5), "runs": 2}
-    for missing in (figures[0], figures[-1]):
-        fewer = SuiteFigures([figure for figure in figures if figure is not missing], measured.runs)
-        assert average_row(average, suite_rows(pairs, fewer), members, fewer) is None
-    assert average_row(average, rows, members[:19], measured) is None
+    assert row["capivara"]["published"] == {"mean": 57.51, "std": 0.02} and row["images"] is None
+    assert row["like_for_like"] is all(other["like_for_like"] for other in rows[:-1])
+    for missing in (values[0], values[-1]):
+        rows, left_out = suite_rows(pairs, [value for value in values if value is not missing], runs)
+        assert average.key not in {row["benchmark"] for row in rows}
+        assert left_out[0].startswith("ELEVATER average: left out, since ")
+        (row,) = [row for row in rows if row["benchmark"] == missing["benchmark"]]
+        assert row[missing["role"]]["measured"] is None, "a mean of fewer runs would mislead"
+    rows, left_out = suite_rows(pairs[:19], values, runs)
+    assert average.key not in {row["benchmark"] for row in rows} and "since 19 of its 20 sets ran" in left_out[0]
 
 
 def test_what_is_like_for_like():
     """Only the authors' prompts on as many images as were published compare with the published figure."""
     pair = [(BENCHMARKS["dtd"], "pt")]
     for images, protocol, expected in ((1880, "authors", True), (1880, "ours", False), (1879, "authors", False)):
-        measured = SuiteFigures([Figure("dtd", "pt", "", "accuracy", "capivara", 0, 0.5, images)], {"capivara": 1})
-        (row,) = suite_rows(pair, measured, protocol=protocol)
+        values = [measured(BENCHMARKS["dtd"], "capivara", 0, 0.5, images)]
+        ((row,), _) = suite_rows(pair, values, {"capivara": 1}, protocol=protocol)
         assert row["like_for_like"] is expected and row["capivara"]["difference"] == pytest.approx(50 - 42.34)
 
 

@@ -12,9 +12,9 @@ from tiny import randomise, tiny_config
 
 import train_accelerate
 from eval import classification, linear_probe, report, retrieval
+from eval.records.schema import read_records
 from hub_upload import card
 from modeling_capivara import CapivaraModel
-from records.schema import read_records
 
 COLOURS = {"rojo": (255, 0, 0), "azul": (0, 0, 255), "verde": (0, 255, 0)}
 CLASSES = {"dataset": "colores", "language": "es", "classes": list(COLOURS), "templates": ["una imagen de color {}"]}

@@ -52,7 +52,7 @@ class TrainerState:
     """How far a run is, and under which settings."""
 
     step: int = 0  # optimiser steps done
-    curve: list[dict] = field(default_factory=list)  # an entry a step, see `records.plots.plot_training_curves`
+    curve: list[dict] = field(default_factory=list)  # an entry a step, see `eval.records.plots.plot_training_curves`
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, str] = field(default_factory=dict)  # name -> fingerprint of what it trains on
     best_step: int | None = None  # of the highest validation recall so far; None before a measurement

@@ -7,6 +7,9 @@ from accelerate import Accelerator
 from capivara_common.environment import device_description
 from capivara_common.files import write_text
 from capivara_common.privacy import short_name
+from eval.records.picture_sheets import plot_retrieval_sheet
+from eval.records.schema import Record, header, write_records
+from eval.records.tables import retrieval_table
 from eval.retrieval import (
     RetrievalEmbeddings,
     embed_captions,
@@ -15,9 +18,6 @@ from eval.retrieval import (
     validation_measures,
 )
 from modeling_capivara import CapivaraModel
-from records.picture_sheets import plot_retrieval_sheet
-from records.schema import Record, header, write_records
-from records.tables import retrieval_table
 from training.arguments import RunArguments
 from training.inputs import Inputs
 

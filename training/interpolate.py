@@ -17,11 +17,11 @@ from torch import Tensor
 from capivara_common.cli import at_least, between, flag, parse, run_command, user_errors
 from capivara_common.files import whole_folder
 from eval.capivara_metrics.metrics import mean_recall
+from eval.records.schema import DIRECTIONS
 from eval.retrieval import RetrievalArguments, embed_captions, load_data
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
-from records.schema import DIRECTIONS
 from training.rotate import load_rotation, rotate_, save_rotation
 from training.trainable import interpolate_weights
 

@@ -1,15 +1,14 @@
 """Metrics of retrieval and classification: pure functions of embeddings, scores and ranks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
-BLOCK_ELEMENTS = 2**23  # scores that are held at once, 32 MiB in float32; `benchmarks.eval_retrieval` was fastest so
-BLOCK_QUERIES = 1024  # of them: products of oblong blocks take up to twice as long
-KEPT_ELEMENTS = 2**27  # scores that are kept for both directions, 512 MiB in float32; more are computed twice
+BLOCK_ELEMENTS = 2**25  # scores that are held at once, 128 MiB in float32
+KEPT_ELEMENTS = 2**27  # scores that are held for both directions, 512 MiB in float32; more are computed twice
 
 
 @torch.no_grad()
@@ -18,15 +17,14 @@ def retrieval_ranks(
 ) -> Tensor:
     """For every query, how many wrong items score at least as high as its best right one.
 
-    An item is right when its group is the query's: an image and all of its captions share a group. Queries and items
-    go through in blocks, so that no more than about `BLOCK_ELEMENTS` scores are there at once.
+    An item is right when its group is the query's: an image and all of its captions share a group.
 
     Args:
         query_embeds: (queries, width), unit length.
         item_embeds: (items, width), unit length.
         query_groups: (queries,), integers.
         item_groups: (items,), integers.
-        block_size: queries scored at once; `BLOCK_QUERIES` where None.
+        block_size: queries scored at once; as many as `BLOCK_ELEMENTS` allows where None.
 
     Returns:
         (queries,), integers; 0 is a hit at rank 1. A tie with a wrong item counts against the query.
@@ -35,112 +33,53 @@ def retrieval_ranks(
         ValueError: a query has no right item, or an embedding is not finite.
     """
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
-    block_size = max(1, min(block_size or BLOCK_QUERIES, len(query_embeds)))
-    tiles = -(-len(item_embeds) * block_size // BLOCK_ELEMENTS)
-    # Tiles of like width: a product of another width may round otherwise, and lose a tie.
-    tile_size = -(-len(item_embeds) // max(1, tiles))
+    block_size = block_size or BLOCK_ELEMENTS // max(1, len(item_embeds))
+    block_size = max(1, min(block_size, len(query_embeds)))
     # One buffer for all blocks: fresh memory, page by page, costs as much as the comparison.
-    buffer = query_embeds.new_empty(block_size * tile_size)
-    find_right = _RightPairs(item_groups)
-    ranks = torch.empty(len(query_embeds), dtype=torch.long, device=query_embeds.device)
-    for start in range(0, len(query_embeds), block_size):
-        queries = query_embeds[start : start + block_size]
-
-        def scores(tile: int, queries: Tensor = queries) -> Tensor:
-            items = item_embeds[tile * tile_size : (tile + 1) * tile_size]
-            return torch.mm(queries, items.T, out=buffer[: len(queries) * len(items)].view(len(queries), len(items)))
-
-        right = find_right(query_groups[start : start + block_size])
-        ranks[start : start + block_size] = _block_ranks(scores, len(queries), len(item_embeds), tile_size, *right)
-    return ranks
+    buffer, ordered = query_embeds.new_empty(block_size, len(item_embeds)), item_groups.sort(stable=True)
+    ranks = []
+    for queries, groups in zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True):
+        scores = torch.mm(queries, item_embeds.T, out=buffer[: len(queries)])
+        ranks.append(_ranks(scores, *_right_pairs(groups, *ordered)))
+    return torch.cat(ranks)
 
 
 @torch.no_grad()
 def cross_modal_ranks(
     query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`retrieval_ranks` of the queries among the items, and of the items among the queries.
+    """`retrieval_ranks` of the queries among the items (queries,), and of the items among the queries (items,).
 
-    Where all scores fit into `KEPT_ELEMENTS`, they are computed once for both.
-
-    Args, Raises: as `retrieval_ranks`; in addition, every item needs a right query.
-
-    Returns:
-        (queries,) and (items,), integers.
+    Raises:
+        ValueError: as `retrieval_ranks`; in addition, every item needs a right query.
     """
-    if not 0 < len(query_embeds) * len(item_embeds) <= KEPT_ELEMENTS:
+    if len(query_embeds) * len(item_embeds) > KEPT_ELEMENTS:
         return (
             retrieval_ranks(query_embeds, item_embeds, query_groups, item_groups),
             retrieval_ranks(item_embeds, query_embeds, item_groups, query_groups),
         )
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
     _check_embeddings(item_embeds, query_embeds, item_groups, query_groups)
-    scores = query_embeds.new_empty(len(query_embeds), len(item_embeds))
-    step = max(1, BLOCK_ELEMENTS // len(item_embeds))
-    blocks = [slice(start, start + step) for start in range(0, len(query_embeds), step)]
-    find_right = _RightPairs(item_groups)
-    of_queries, right_rows, right_columns = [], [], []
-    for block in blocks:
-        torch.mm(query_embeds[block], item_embeds.T, out=scores[block])
-        rows, columns = find_right(query_groups[block])
-        kept, items = scores[block], len(item_embeds)
-        of_queries.append(_block_ranks(lambda _, kept=kept: kept, len(kept), items, items, rows, columns))
-        right_rows.append(rows + block.start)
-        right_columns.append(columns)
-    rows, columns = torch.cat(right_rows), torch.cat(right_columns)
+    scores, (rows, columns) = query_embeds @ item_embeds.T, _right_pairs(query_groups, *item_groups.sort(stable=True))
+    return _ranks(scores, rows, columns), _ranks(scores.T, columns, rows)
+
+
+def _right_pairs(groups: Tensor, sorted_groups: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """(right pairs,) twice: number of the query, by its group, and of the item, whose groups are sorted in `order`."""
+    groups = groups.contiguous()
+    first = torch.searchsorted(sorted_groups, groups)
+    counts = torch.searchsorted(sorted_groups, groups, right=True) - first
+    rows = torch.arange(len(groups), device=groups.device).repeat_interleave(counts)
+    within = torch.arange(len(rows), device=groups.device) - (counts.cumsum(0) - counts)[rows]
+    return rows, order[first[rows] + within]
+
+
+def _ranks(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(queries,), as `retrieval_ranks`, of scores (queries, items) and the places of the right ones, (right pairs,)."""
     right = scores[rows, columns]
-    best = scores.new_full((len(item_embeds),), -torch.inf).scatter_reduce(0, columns, right, "amax")
-    as_good = torch.zeros(len(item_embeds), dtype=torch.long, device=scores.device)
-    for block in blocks:
-        as_good += (scores[block] >= best).sum(dim=0, dtype=torch.int32)
-    of_items = as_good.index_add(0, columns, (right >= best[columns]).long(), alpha=-1)
-    return torch.cat(of_queries), of_items
-
-
-class _RightPairs:
-    """Finds the items of each query's group."""
-
-    def __init__(self, item_groups: Tensor):
-        self.sorted_groups, self.order = item_groups.sort(stable=True)
-
-    def __call__(self, groups: Tensor) -> tuple[Tensor, Tensor]:
-        """(right pairs,) twice: row of the query, and column of the item."""
-        groups = groups.contiguous()
-        first = torch.searchsorted(self.sorted_groups, groups)
-        counts = torch.searchsorted(self.sorted_groups, groups, right=True) - first
-        rows = torch.arange(len(groups), device=groups.device).repeat_interleave(counts)
-        within = torch.arange(len(rows), device=groups.device) - (counts.cumsum(0) - counts)[rows]
-        return rows, self.order[first[rows] + within]
-
-
-def _block_ranks(
-    scores: Callable[[int], Tensor], queries: int, items: int, tile_size: int, rows: Tensor, columns: Tensor
-) -> Tensor:
-    """(queries,), of a block of queries, whose right items are `columns` of the queries `rows`, both (right pairs,).
-
-    `scores`: number of a tile -> (queries, items of the tile), which may be overwritten by the next call.
-    """
-    tile_of = columns // tile_size  # few tiles, where captions lie beside each other as their images do
-    pairs = {tile: (tile_of == tile).nonzero().flatten() for tile in tile_of.unique().tolist()}
-
-    def right(tile: int, block: Tensor) -> tuple[Tensor, Tensor]:
-        of = rows[pairs[tile]]
-        return of, block[of, columns[pairs[tile]] - tile * tile_size]
-
-    best = None
-    for tile in pairs:
-        block = scores(tile)
-        best = block.new_full((queries,), -torch.inf) if best is None else best
-        best.scatter_reduce_(0, *right(tile, block), "amax")
-    as_good = torch.zeros(queries, dtype=torch.long, device=rows.device)
-    others = [other for other in range(-(-items // tile_size)) if other != tile]
-    for number in [tile, *others]:  # the last one computed is still there
-        block = block if number == tile else scores(number)
-        as_good += (block >= best[:, None]).sum(dim=1, dtype=torch.int32)
-        if number in pairs:
-            of, value = right(number, block)
-            as_good.index_add_(0, of, (value >= best[of]).long(), alpha=-1)
-    return as_good
+    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, right, "amax")
+    as_good = (scores >= best[:, None]).sum(dim=1, dtype=torch.int32).long()
+    return as_good.index_add(0, rows, (right >= best[rows]).long(), alpha=-1)
 
 
 def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> None:
@@ -150,6 +89,11 @@ def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: T
     missing = ~torch.isin(query_groups, item_groups)
     if missing.any():
         raise ValueError(f"Queries {missing.nonzero().flatten()[:10].tolist()} have no right item to find.")
+
+
+def _check_finite(scores: Tensor) -> None:
+    if not torch.isfinite(scores).all():
+        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
 
 
 def recall_at_k(ranks: Tensor, k: int) -> float:
@@ -233,19 +177,16 @@ def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Ten
     Raises:
         ValueError: a score is not finite, a query has no right item, or an index is outside the items.
     """
-    if not torch.isfinite(scores).all():
-        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
+    _check_finite(scores)
     if len(scores) != len(right_items):
         raise ValueError(f"There are {len(scores)} rows of scores for {len(right_items)} queries.")
-    right = torch.zeros(scores.shape, dtype=torch.bool)
     for query, items in enumerate(right_items):
         if not len(items):
             raise ValueError(f"Query {query} has no right item to find.")
         if not all(0 <= item < scores.shape[1] for item in items):
             raise ValueError(f"Query {query} has a right item outside the {scores.shape[1]} items: {list(items)}.")
-        right[query, list(items)] = True
-    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return ((scores >= best) & ~right).sum(dim=1)
+    pairs = [(query, item) for query, items in enumerate(right_items) for item in set(items)]
+    return _ranks(scores, *torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T)
 
 
 def median_rank(ranks: Tensor) -> float:
@@ -308,8 +249,7 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     """
     if scores.shape != targets.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} must have the same shape.")
-    if not torch.isfinite(scores).all():
-        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
+    _check_finite(scores)
     present = targets.sum(dim=0).nonzero().flatten().tolist()
     if not present:
         raise ValueError("No class has an image; are the targets empty?")
@@ -325,8 +265,7 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     positives = labels.bool()
     if not positives.any() or positives.all():
         raise ValueError("ROC AUC needs positives and negatives; only one of them occurs.")
-    if not torch.isfinite(scores).all():
-        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
+    _check_finite(scores)
     _, levels, counts = scores.double().unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     ranks = (last - (counts - 1) / 2)[levels]  # mean rank of the images of equal score, from 1
@@ -337,8 +276,7 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
 def _check_classes(scores: Tensor, labels: Tensor) -> None:
     if len(scores) != len(labels):
         raise ValueError(f"There are {len(scores)} rows of scores for {len(labels)} labels.")
-    if not torch.isfinite(scores).all():
-        raise ValueError("A score is NaN or infinite; the embeddings are at fault.")
+    _check_finite(scores)
     outside = labels[(labels < 0) | (labels >= scores.shape[1])].unique().tolist()
     if outside:
         raise ValueError(f"Labels {outside[:10]} are outside the {scores.shape[1]} classes that have a name.")

@@ -72,35 +72,31 @@ def load_prompts(
         ValueError: benchmark, protocol or language is unknown (the nearest are named), or the file is not as expected.
         ImportError: Babel-ImageNet without clip-benchmark.
     """
-    prompts = _load(benchmark, protocol, language or "pt", authors_file)
-    if language and language != prompts.language:
-        raise ValueError(
-            f"The prompts of {benchmark} are in {prompts.language!r}; leave out --language {language}, it is babel's."
-        )
-    return prompts
-
-
-def _load(benchmark: str, protocol: str, language: str, authors_file: str | None) -> Prompts:
     if benchmark.endswith(".json"):
         if protocol != "ours":
             raise ValueError(f"{benchmark} has prompts of its own; protocol {protocol!r} is for the known data sets.")
-        return _own(Path(benchmark))
-    if benchmark not in benchmarks():
+        prompts = _own(Path(benchmark))
+    elif benchmark in benchmarks():
+        prompts = _prompts(benchmark, "ours", read_json(FOLDER / "pt" / f"{benchmark}.json"))
+    else:
         nearest = get_close_matches(benchmark, benchmarks(), n=3, cutoff=0.0)
         raise ValueError(
             f"Unknown benchmark {benchmark!r}; the nearest are {nearest}. There are {benchmarks()}, and files of one's "
             f"own, FILE.json, such as {EXAMPLE}"
         )
-    ours = _prompts(benchmark, "ours", read_json(FOLDER / "pt" / f"{benchmark}.json"))
-    if protocol == "ours":
-        return ours
+    if protocol not in ("ours", "authors", "babel"):
+        raise ValueError(f"Unknown protocol {protocol!r}; there are ours, authors and babel.")
     if protocol == "authors":
         if not authors_file:
             raise ValueError("Protocol authors needs their file: give --authors_file, a path or an https address.")
-        return _authors(ours, authors_file)
-    if protocol == "babel":
-        return _babel(ours, language)
-    raise ValueError(f"Unknown protocol {protocol!r}; there are ours, authors and babel.")
+        prompts = _authors(prompts, authors_file)
+    elif protocol == "babel":
+        prompts = _babel(prompts, language or "pt")
+    if language and language != prompts.language:
+        raise ValueError(
+            f"The prompts of {benchmark} are in {prompts.language!r}; leave out --language {language}, it is babel's."
+        )
+    return prompts
 
 
 def fill(template: str, entry: dict, language: str = "pt") -> str:
@@ -130,33 +126,32 @@ def _own(path: Path) -> Prompts:
     try:
         data = {"dataset": path.stem, "language": "pt", "metric": "accuracy"}
         data |= read_json(path, classes=list, templates=list)
-        _check_own(data)
+        language, texts = data["language"], [data["dataset"], *data["templates"]]
+        if not isinstance(language, str) or not re.fullmatch(r"[A-Za-z]{2,3}([-_]\w+)*", language):
+            raise ValueError(f"language must be a code such as 'es', got {language!r}")
+        if data["metric"] not in METRICS:
+            nearest = get_close_matches(str(data["metric"]), METRICS, n=4, cutoff=0.0)
+            raise ValueError(f"unknown metric {data['metric']!r}, the known ones are {nearest}")
+        if not data["classes"] or not data["templates"] or not all(isinstance(text, str) for text in texts):
+            raise ValueError("it needs at least one of classes and of templates, and the latter are texts")
+        data["classes"] = [_own_class(entry, language, number) for number, entry in enumerate(data["classes"])]
+        times = Counter(entry["en"] for entry in data["classes"])
+        if repeated := sorted(name for name in times if times[name] > 1):
+            raise ValueError(f"no class may be there twice, as {repeated[:10]} are")
         return _prompts(data["dataset"], "own", data)
     except ValueError as error:
         raise ValueError(f"{path} is no file of classes: {error}. Such a file works: {EXAMPLE}") from error
 
 
-def _check_own(data: dict[str, Any]) -> None:
-    """Make an object of each class that is its name alone; raise ValueError where the file has another form."""
-    language, texts = data["language"], [data["dataset"], *data["templates"]]
-    if not isinstance(language, str) or not re.fullmatch(r"[A-Za-z]{2,3}([-_]\w+)*", language):
-        raise ValueError(f"language must be a code such as 'es', got {language!r}")
-    if data["metric"] not in METRICS:
-        nearest = get_close_matches(str(data["metric"]), METRICS, n=4, cutoff=0.0)
-        raise ValueError(f"unknown metric {data['metric']!r}, the known ones are {nearest}")
-    if not data["classes"] or not data["templates"] or not all(isinstance(text, str) for text in texts):
-        raise ValueError("it needs at least one of classes and of templates, and the latter are texts")
-    for number, entry in enumerate(data["classes"]):
-        entry = entry if isinstance(entry, dict) else {language: entry}
-        name = entry.get(language)
-        if not all(isinstance(text, str) and text.strip() for text in (name, entry.get("en", name))):
-            raise ValueError(f"class {number} needs a name in the file's language, {language!r}, got {entry}")
-        if "gender" in entry and (entry["gender"], entry.get("number")) not in [*ARTICLES]:
-            raise ValueError(f"class {number} needs gender m or f and number s or p, got {entry}")
-        data["classes"][number] = {"en": name} | entry
-    times = Counter(entry["en"] for entry in data["classes"])
-    if repeated := sorted(name for name in times if times[name] > 1):
-        raise ValueError(f"no class may be there twice, as {repeated[:10]} are")
+def _own_class(entry: Any, language: str, number: int) -> dict[str, Any]:
+    """The object of a class, which may be its name alone."""
+    entry = entry if isinstance(entry, dict) else {language: entry}
+    name = entry.get(language)
+    if not all(isinstance(text, str) and text.strip() for text in (name, entry.get("en", name))):
+        raise ValueError(f"class {number} needs a name in the file's language, {language!r}, got {entry}")
+    if "gender" in entry and (entry["gender"], entry.get("number")) not in [*ARTICLES]:
+        raise ValueError(f"class {number} needs gender m or f and number s or p, got {entry}")
+    return {"en": name} | entry
 
 
 def _prompts(benchmark: str, protocol: str, data: dict[str, Any]) -> Prompts:
@@ -174,33 +169,23 @@ def _shared_names(names: list[str]) -> tuple[str, ...]:
 
 
 def _authors(ours: Prompts, source: str) -> Prompts:
-    values = assignments(_read(source))
-    key = ours.benchmark
-    maps = [values.get(name) for name in ("class_map", "template_map")]
-    if not all(isinstance(one, dict) for one in maps):
-        raise ValueError("The authors' file has no class_map and template_map.")
-    if key not in maps[0] or key not in maps[1]:
-        known = sorted(map(str, maps[0]))
-        raise ValueError(f"The authors' file has no {key!r}; it has {known}.")
-    names = [name[0] if isinstance(name, list) and name else name for name in values["class_map"][key]]  # as they do
-    templates = values["template_map"][key]
-    _check_authors(names, templates, key)
-    notes = ()
-    if len(names) != len(ours.names):
-        notes = (
-            FOOD_FAULT if key == "food-101" else f"The list has {len(names)} names for {len(ours.names)} classes.",
-        )
-    filled = [[template.replace("{}", name) for template in templates] for name in names]
-    return Prompts(key, "authors", names, ours.names_en, filled, ours.metric, notes=notes)
-
-
-def _check_authors(names: Any, templates: Any, key: str) -> None:
-    """Raise ValueError unless both are lists of texts, and the templates have a placeholder for the name."""
-    for what, values in (("classes", names), ("templates", templates)):
-        if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
+    values, key, found = assignments(_read(source)), ours.benchmark, []
+    for what, name in (("classes", "class_map"), ("templates", "template_map")):
+        if not isinstance(values.get(name), dict) or key not in values[name]:
+            raise ValueError(f"The authors' file has no {name} with {key!r}; there is {sorted(map(str, values))[:50]}.")
+        texts = values[name][key]
+        if what == "classes" and isinstance(texts, list):
+            texts = [text[0] if isinstance(text, list) and text else text for text in texts]  # as they do
+        if not isinstance(texts, list) or not texts or not all(isinstance(v, str) and v.strip() for v in texts):
             raise ValueError(f"The authors' {what} of {key!r} are not a list of texts.")
+        found.append(texts)
+    names, templates = found
     if lacking := [template for template in templates if "{}" not in template]:
         raise ValueError(f"The authors' templates of {key!r} have no {{}} for the name: {lacking[:3]}.")
+    note = FOOD_FAULT if key == "food-101" else f"The list has {len(names)} names for {len(ours.names)} classes."
+    notes = (note,) if len(names) != len(ours.names) else ()
+    filled = [[template.replace("{}", name) for template in templates] for name in names]
+    return Prompts(key, "authors", names, ours.names_en, filled, ours.metric, notes=notes)
 
 
 def assignments(text: str) -> dict:
@@ -218,8 +203,9 @@ def assignments(text: str) -> dict:
             return {value(key): value(item) for key, item in zip(node.keys, node.values, strict=True)}
         if isinstance(node, ast.List | ast.Tuple):
             return [value(item) for item in node.elts]
-        if isinstance(node, ast.Lambda):  # a template written as a function of the name
-            return _template_of(node)
+        if isinstance(node, ast.Lambda) and isinstance(node.body, ast.JoinedStr):  # lambda c: f"uma foto de {c}."
+            parts = node.body.values
+            return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in parts)
         return ast.literal_eval(node)
 
     try:
@@ -229,14 +215,6 @@ def assignments(text: str) -> dict:
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(f"The authors' file is not what it is known to be, plain assignments: {error}.") from error
     return values
-
-
-def _template_of(node: ast.Lambda) -> str:
-    """`lambda c: f"uma foto de {c}."` as "uma foto de {}."."""
-    if not isinstance(node.body, ast.JoinedStr):
-        raise ValueError("a function that is no template")
-    parts = [str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.body.values]
-    return "".join(parts)
 
 
 def _read(source: str) -> str:

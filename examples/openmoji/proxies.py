@@ -32,11 +32,11 @@ from capivara_common.environment import require
 from capivara_common.files import read_json, whole_folder, write_text
 from caption_data.source_files import load_embedded
 from eval.prompts import load_prompts
+from eval.records.tables import escape_markdown
 from examples.openmoji.concepts import demo_package, natural_text
 from examples.openmoji.dataset import IMAGE_SIZE, drawn_png
 from examples.openmoji.lexicon import wordnet_pairs
 from examples.real_images import PHOTOS, photo
-from records.tables import escape_markdown
 
 LANGUAGES = ("pt", "en")
 NEIGHBOURS = ("es", "fa")  # near and far; the package `emoji` has no Hindi

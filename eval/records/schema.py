@@ -1,7 +1,7 @@
 """Result files: what was measured, and on what, in the one form that tables, plots, pages and the model card read.
 
-    files = [read_result(path, Path("results")) for path in sorted(Path("results").glob("*.json"))]
-    files[0].records[0].value, files[0].header["dataset_fingerprint"]
+    records = read_records(Path("results/retrieval_pt.json"))
+    records[0].value, records[0].interval_95
 
 A `Record` checks itself, so that a figure out of its range is neither written nor read.
 """
@@ -66,9 +66,37 @@ class Record:
     def __post_init__(self) -> None:
         if isinstance(self.interval_95, list):
             object.__setattr__(self, "interval_95", tuple(self.interval_95))
-        self._check_types()
-        self._check_names()
-        self._check_range()
+        for name in (*Condition._fields[:-1], "model", "model_folder"):
+            self._check(name, isinstance(getattr(self, name), str), "text")
+        for name in ("value", "n", "chance"):
+            value = getattr(self, name)
+            self._check(name, is_number(value) or (name == "chance" and value is None), "a finite number")
+        for name in ("seed", "dim"):
+            self._check(name, type(getattr(self, name)) in (int, type(None)), "a whole number or null")
+        interval = self.interval_95
+        pair = isinstance(interval, tuple) and len(interval) == 2 and all(map(is_number, interval))
+        is_ordered = interval is None or (pair and interval[0] <= interval[1])
+        self._check("interval_95", is_ordered, "two numbers, the low end first")
+        is_retrieval = self.task == "retrieval"
+        self._check("task", self.task in TASKS, f"one of {', '.join(TASKS)}")
+        self._check("model", self.model in MODEL_NAMES, f"one of {', '.join(MODEL_NAMES)}")
+        directions = DIRECTIONS if is_retrieval else ("",)
+        rule = f"one of {', '.join(directions)}" if is_retrieval else "empty"
+        self._check("direction", self.direction in directions, f"{rule} for {self.task}")
+        kind = "retrieval" if re.fullmatch(r"recall@[1-9]\d{0,8}", self.metric) else METRICS.get(self.metric)
+        self._check("metric", kind is not None and (kind == "retrieval") == is_retrieval, f"one of {self.task}")
+        low, of = -1 if self.is_gain else 0, f" for {self.metric}"
+        if self.is_rank:
+            self._check("value", self.value >= 1, "a rank from 1", of)
+        else:
+            self._check("value", low - ROUNDING <= self.value <= 1 + ROUNDING, f"a share from {low} to 1", of)
+        self._check("chance", self.chance is None or -ROUNDING <= self.chance <= 1 + ROUNDING, "a share from 0 to 1")
+        self._check("n", self.n >= 1, "at least 1")
+        self._check("dim", self.dim is None or self.dim >= 1, "at least 1")
+        k = int(self.metric.removeprefix("recall@")) if self.metric.startswith("recall@") else 0
+        k = LARGEST_K if self.metric.startswith("mean_recall") else k
+        # Among so few every query would be a hit.
+        self._check("n", not k or self.n > k, f"above {k} for {self.metric}", ": among so few it has no meaning")
 
     @property
     def condition(self) -> Condition:
@@ -85,48 +113,9 @@ class Record:
         """Whether the value is a difference of two models."""
         return self.metric == GAIN
 
-    def _check_types(self) -> None:
-        for name in (*Condition._fields[:-1], "model", "model_folder"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be text, got {_shown(getattr(self, name))}")
-        for name in ("value", "n", "chance"):
-            value = getattr(self, name)
-            if not is_number(value) and not (name == "chance" and value is None):
-                raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
-        for name in ("seed", "dim"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ValueError(f"{name} must be a whole number or null, got {_shown(value)}")
-        interval = self.interval_95
-        if interval is not None and not (isinstance(interval, tuple) and len(interval) == 2 and _ordered(*interval)):
-            raise ValueError(f"interval_95 must be two numbers, the low end first, got {_shown(interval)}")
-
-    def _check_names(self) -> None:
-        known_directions = DIRECTIONS if self.task == "retrieval" else ("",)
-        for name, known in (("task", TASKS), ("model", tuple(MODEL_NAMES)), ("direction", known_directions)):
-            if getattr(self, name) not in known:
-                rule = f"one of {', '.join(known)}" if known != ("",) else "empty"
-                raise ValueError(f"{name} must be {rule} for {self.task}, got {_shown(getattr(self, name))}")
-        kind = "retrieval" if re.fullmatch(r"recall@[1-9]\d{0,8}", self.metric) else METRICS.get(self.metric)
-        if kind is None or (kind == "retrieval") != (self.task == "retrieval"):
-            raise ValueError(f"metric must be one of {self.task}, got {_shown(self.metric)}")
-
-    def _check_range(self) -> None:
-        value, low = self.value, -1 if self.is_gain else 0
-        if self.is_rank and value < 1:
-            raise ValueError(f"value must be a rank from 1, got {value:g} for {self.metric}")
-        if not self.is_rank and not low - ROUNDING <= value <= 1 + ROUNDING:
-            raise ValueError(f"value must be a share from {low} to 1, got {value:g} for {self.metric}")
-        if self.chance is not None and not -ROUNDING <= self.chance <= 1 + ROUNDING:
-            raise ValueError(f"chance must be a share from 0 to 1, got {self.chance:g}")
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n:g}")
-        if self.dim is not None and self.dim < 1:
-            raise ValueError(f"dim must be at least 1, got {self.dim}")
-        k = int(self.metric.removeprefix("recall@")) if self.metric.startswith("recall@") else 0
-        k = LARGEST_K if self.metric.startswith("mean_recall") else k
-        if k and self.n <= k:  # every query would be a hit
-            raise ValueError(f"n must be above {k} for {self.metric}, got {self.n:g}: among so few it has no meaning")
+    def _check(self, name: str, holds: bool, rule: str, rest: str = "") -> None:
+        if not holds:
+            raise ValueError(f"{name} must be {rule}, got {_shown(getattr(self, name))}{rest}")
 
 
 @dataclass(frozen=True)
@@ -135,12 +124,7 @@ class ResultFile:
 
     name: str  # path of the file within the folder that was read
     records: tuple[Record, ...]  # its figures, at least one
-    content: dict[str, Any]  # the whole JSON object: that of `header`, `records`, and parts such as `confusion_matrix`
-
-    @property
-    def header(self) -> dict[str, Any]:
-        """The plain values of the file: what the figures depend on."""
-        return {key: value for key, value in self.content.items() if isinstance(value, str | int | float | dict)}
+    content: dict[str, Any]  # the whole JSON object: of `header`, `records`, and parts such as `confusion_matrix`
 
 
 def header(
@@ -158,8 +142,7 @@ def header(
     """What the figures of a file depend on.
 
     Args:
-        dataset: folder, pattern of files, or Hub id of the images; `short_name` of it is kept, as records of retrieval
-            have it. Those of classification name the benchmark.
+        dataset: folder, pattern of files, or Hub id of the images; `short_name` of it is kept, as records have it.
         dataset_fingerprint: digest of its images and captions.
         model: folder or Hub id.
         device: in words.
@@ -191,27 +174,21 @@ def write_records(path: Path, records: list[Record], facts: dict[str, Any], **pa
     write_json(path, {"schema_version": SCHEMA_VERSION, **facts, "records": listed, **parts})
 
 
-def read_result(path: Path, folder: Path | None = None) -> ResultFile:
-    """The result file at `path`, named by its path within `folder`.
+def read_records(path: Path) -> list[Record]:
+    """The records of a result file.
 
     Raises:
         ValueError: the file has another form. The message names the file, the place in it, the value and the rule.
         OSError: it can't be read.
     """
-    name = path.relative_to(folder).as_posix() if folder else str(path)
     try:
         content, _ = read_object(path)
     except ValueError as error:
-        raise ValueError(f"{name} {error}.") from error
+        raise ValueError(f"{path} {error}.") from error
     try:
-        return parse_result(content, name)
+        return list(parse_result(content, str(path)).records)
     except ValueError as error:
-        raise ValueError(f"{name}#/{error}.") from error
-
-
-def read_records(path: Path) -> list[Record]:
-    """The records of a result file; raises as `read_result`."""
-    return list(read_result(path).records)
+        raise ValueError(f"{path}#/{error}.") from error
 
 
 def parse_result(content: dict[str, Any], name: str) -> ResultFile:
@@ -285,10 +262,6 @@ def _shown(value: Any) -> str:
     """A value of a file, on one short line."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:59]}…"
-
-
-def _ordered(low: Any, high: Any) -> bool:
-    return is_number(low) and is_number(high) and low <= high
 
 
 def _no_constant(name: str) -> None:

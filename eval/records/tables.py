@@ -1,0 +1,208 @@
+"""Records as a pandas table: means and deviations over seeds, gains over a baseline; and tables as Markdown.
+
+values = values_of(records_frame(files), "folder")
+for pair in pairs_of(values):
+    print(pair["metric"], pair["capivara"].mean, pair["capivara"].deviation, pair["gain"])
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import pandas
+
+from capivara_common.privacy import hide_paths
+from eval.records.schema import DIRECTIONS, MODEL_NAMES, RANK_METRICS, Condition, Record, ResultFile
+
+CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ue000-\uf8ff]")
+MARKDOWN = "\\`*_[]<>|~$#&"
+COLUMNS = ("recall@1", "recall@5", "recall@10", "mean_recall")
+
+
+def records_frame(files: Iterable[ResultFile]) -> pandas.DataFrame:
+    """A row a record: its fields, `folder` and `seed` as `folder_and_seed` tells them, and what its file says.
+
+    That is the file's `name`, the `source` (file and JSON pointer), the `precision`, the `fingerprint` of the data and
+    the images left out (`skipped_rows`); `record` and `file` are the whole objects.
+    """
+    rows = []
+    for file in files:
+        fingerprint, skipped = file.content.get("dataset_fingerprint"), file.content.get("skipped_rows")
+        facts = {"name": file.name, "file": file, "precision": str(file.content.get("precision", ""))}
+        facts["fingerprint"] = fingerprint if isinstance(fingerprint, str) else None
+        facts["skipped_rows"] = skipped if isinstance(skipped, int) else 0
+        for number, record in enumerate(file.records):
+            folder, seed = folder_and_seed(record, file.name)
+            row = vars(record) | facts | {"folder": folder, "seed": seed, "dim": record.dim or 0}
+            row |= {"record": record, "source": f"{file.name}#/records/{number}"}
+            # Half a surrogate pair is a text of JSON, and none of Arrow's.
+            rows.append({k: v.encode("utf-8", "replace").decode() if isinstance(v, str) else v for k, v in row.items()})
+    return pandas.DataFrame(rows, dtype=object).astype({"value": float, "chance": float, "n": float})
+
+
+def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
+    """The model's folder, of several seeds the one around theirs, and the training seed.
+
+    The repetitions of a run lie in `seed-0`, `seed-1` and so on: they are one model. A run's own results name it by "."
+    or by these alone, so that the folder of the result file tells two runs apart.
+    """
+    folder, seed = PurePosixPath(record.model_folder), record.seed
+    number = folder.name.removeprefix("seed-")
+    if folder.name != number and number.isdecimal() and seed in (None, int(number)):
+        folder, seed = folder.parent, int(number)
+    if str(folder) == ".":
+        folder = PurePosixPath(file_name).parent
+        if folder.parent.name == f"seed-{seed}":  # a run of its own, beside those of the other seeds
+            folder = folder.parent.parent
+    return "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
+
+
+def conflicts(frame: pandas.DataFrame, by: str, same: float = 0) -> pandas.DataFrame:
+    """Rows of `records_frame` that give a figure another value than its `first`, which `first_source` gives.
+
+    A figure is what one condition, role, seed and `by` ("folder" or "precision") have; differences up to `same` are
+    none.
+    """
+    of_figure = frame.groupby([*Condition._fields, "model", by, "seed"], sort=False, dropna=False)
+    firsts = {"first": of_figure["value"].transform("first"), "first_source": of_figure["source"].transform("first")}
+    frame = frame.assign(**firsts)
+    return frame[(frame["value"] - frame["first"]).abs() > same]
+
+
+def values_of(frame: pandas.DataFrame, by: str) -> list[Any]:
+    """One measured value of a model, as the mean over its seeds.
+
+    Args:
+        frame: of `records_frame`.
+        by: "folder", where several models may be in it, or "precision", of the results of one run.
+
+    Returns:
+        Rows in the order of files and records, with the fields of the condition, `model`, `by`; `mean` and the sample
+        `deviation` (None of one seed) over `seeds` of them; `n`, `chance` (or None), the `data` that were measured on,
+        by their fingerprints; and `measured`, the frame's rows, one a seed, in the order of seeds.
+    """
+    figure = [*Condition._fields, "model", by]
+    once = ~frame.duplicated([*figure, "seed"])  # what is repeated is no seed more
+    frame = frame.assign(row=pandas.Series([*frame.itertuples(index=False, name="Measured")], frame.index, object))
+    groups = frame.assign(value=frame["value"].where(once), row=frame["row"].where(once))
+    values = groups.groupby(figure, sort=False, dropna=False).agg(
+        mean=("value", "mean"), deviation=("value", "std"), seeds=("value", "count"), n=("n", "first"),
+        chance=("chance", "first"), data=("fingerprint", lambda column: frozenset(column.dropna())),
+        measured=("row", lambda rows: tuple(sorted(rows.dropna(), key=lambda r: -1 if r.seed is None else r.seed))),
+    ).reset_index()  # fmt: skip
+    numbers = {name: values[name].astype(object).where(values[name].notna(), None) for name in ("deviation", "chance")}
+    return [*values.assign(**numbers).itertuples(index=False, name="Value")]
+
+
+def pairs_of(values: Iterable[Any]) -> list[dict[str, Any]]:
+    """Every model beside every baseline of the same condition; of several baselines, those on the same data if any.
+
+    Args:
+        values: of `values_of`, without gains.
+
+    Returns:
+        A dict a pair: the fields of the condition; `baseline` and `capivara`, rows of `values_of`, or None where one
+        was not measured; `gain`, in shares or ranks, `chance`, `n`, `seeds`, `is_rank`; and `doubts`, why the two may
+        be of other data.
+    """
+    by_condition: dict[tuple, dict[str, list]] = {}
+    for value in values:
+        roles = by_condition.setdefault(value[: len(Condition._fields)], {role: [] for role in MODEL_NAMES})
+        roles[value.model].append(value)
+    pairs = []
+    for roles in by_condition.values():
+        found = []
+        for model in roles["capivara"]:
+            candidates = [_pair(baseline, model) for baseline in roles["baseline"] or [None]]
+            found += [pair for pair in candidates if not pair["doubts"]] or candidates
+        alone = [one for one in roles["baseline"] if not any(pair["baseline"] is one for pair in found)]
+        pairs += found + [_pair(baseline, None) for baseline in alone]
+    return pairs
+
+
+def _pair(baseline: Any | None, model: Any | None) -> dict[str, Any]:
+    first, doubts = model or baseline, []
+    if model and baseline and baseline.n != model.n:
+        doubts.append(f"baseline of {baseline.n:g}, model of {model.n:g} queries or images")
+    if model and baseline and model.data and baseline.data.isdisjoint(model.data):
+        doubts.append("other data: the fingerprints differ")
+    return {
+        **{name: getattr(first, name) for name in Condition._fields},
+        "baseline": baseline,
+        "capivara": model,
+        "gain": model.mean - baseline.mean if model and baseline else None,
+        "chance": next((one.chance for one in (model, baseline) if one and one.chance is not None), None),
+        "n": first.n,
+        "seeds": max(one.seeds for one in (baseline, model) if one),
+        "is_rank": first.metric in RANK_METRICS,
+        "doubts": doubts,
+    }
+
+
+def percent(values: Sequence[float]) -> str:
+    """Shares as "12.3", "12.3 ± 0.4" (mean and sample standard deviation) for several runs, a dash where none is."""
+    if not len(values):
+        return "–"
+    shares = 100 * pandas.Series(values, dtype=float)
+    return f"{shares.mean():.1f}" if len(shares) == 1 else f"{shares.mean():.1f} ± {shares.std():.1f}"
+
+
+def points(difference: float | None, is_rank: bool = False) -> str:
+    """A difference of shares (or of ranks) with its sign: in points of per cent, or in ranks."""
+    if difference is None or math.isnan(difference):
+        return "–"
+    rounded = round(difference if is_rank else 100 * difference, 1)
+    return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
+
+
+def one_line(text: str, limit: int) -> str:
+    """A text of anybody's on one line of at most `limit` letters, without controls and marks that turn it around."""
+    text = text[: 4 * limit].encode("utf-8", "replace").decode()  # half a surrogate pair can't be written
+    line = CONTROLS.sub("", " ".join(text.split()))
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def escape_markdown(text: str, limit: int = 300) -> str:
+    """A text of anybody's as Markdown that shows it, on one line of at most `limit` letters, in a table, too."""
+    text = "".join("\\" + letter if letter in MARKDOWN else letter for letter in one_line(text, limit))
+    return re.sub(r"^([-+=])|^(\d+)(?=[.)])", lambda mark: f"\\{mark[1]}" if mark[1] else f"{mark[2]}\\", text)
+
+
+def markdown_table(rows: Sequence[Sequence[str]], text_columns: int) -> str:
+    """A table in Markdown, the head first; `text_columns` of them stand to the left, before those of numbers."""
+    rule = ["---"] * text_columns + ["---:"] * (len(rows[0]) - text_columns)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [rows[0], rule, *rows[1:]])
+
+
+def retrieval_table(records: Sequence[Record]) -> str:
+    """The paper's table, in per cent: a row a language and model, mean ± standard deviation over several seeds.
+
+    Figures of embeddings that were cut have rows of their own.
+
+    The gain's interval is that of the paired bootstrap over the split's images, for each seed where there are several.
+    """
+    lines = [["Language", "Model"]]
+    for direction in ("Text-to-image", "Image-to-text"):
+        lines[0] += [f"{direction} R@1", "R@5", "R@10", "**Mean recall**"]
+    frame = pandas.DataFrame([vars(record) | {"dim": record.dim or 0} for record in records])
+    for (language, dim), rows in frame.groupby(["language", "dim"], sort=False):
+        of_roles = [(name, "value", rows[rows["model"] == role]) for role, name in MODEL_NAMES.items()]
+        chance = rows.drop_duplicates(["direction", "metric"])
+        for name, column, found in [*of_roles, ("chance", "chance", chance)]:
+            cells = found.groupby(["direction", "metric"])[column].agg(list).to_dict()
+            shown = [percent(cells.get((way, metric), [])) for way in DIRECTIONS for metric in COLUMNS]
+            title = f"{language}, first {dim} dimensions" if dim else language
+            lines += [[title, name, *shown]] * (not found.empty)
+    gains = [_gain_line(record) for record in records if record.is_gain]
+    return "\n".join([markdown_table(lines, 2), "", *gains]).rstrip() + "\n"
+
+
+def _gain_line(r: Record) -> str:
+    low, high = r.interval_95
+    seed = "" if r.seed is None else f", seed {r.seed}"
+    return (
+        f"- {r.language}, {r.direction.replace('_', '-')}{seed}: gain {100 * r.value:+.1f} points, "
+        f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    )
