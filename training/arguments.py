@@ -86,11 +86,6 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
         if len(set(self.dataset)) < len(self.dataset):
             raise ValueError(f"dataset names one twice: {self.dataset}.")
 
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Of all processes."""
-        return -(-self.effective_batch_size // self.micro_batch_size)
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
@@ -101,7 +96,7 @@ class InterpolateArguments:
     """Arguments of `training.interpolate`."""
 
     base: str = flag(..., "Folder or Hub id of the model before training.", positional=True)
-    trained: str = flag(..., "Folder or Hub id of the model after training.", positional=True)
+    trained: list[str] = flag(..., "Folder or Hub id of the model after training, one.", positional=True)
     output: Path = flag(..., "Folder of the new model.")
     share: float = flag(0.5, "Of the trained weights, 0 to 1.")
     validation: str | None = flag(
@@ -113,6 +108,11 @@ class InterpolateArguments:
     max_loss: float = flag(0.5, "Points of mean recall that a further language may lose in either direction.")
 
     def __post_init__(self) -> None:
+        if len(self.trained) > 1:
+            raise ValueError(
+                f"One trained model is taken, got {len(self.trained)}: {', '.join(self.trained)}. Means of several "
+                "have left the program, three seeds were as good as one (docs/recipe.md); commit a876dd5 has them."
+            )
         between(self, 0, 1, "share")
         at_least(self, 0, "max_loss")
 
