@@ -126,15 +126,11 @@ class Checkpoints:
                 "it, and --resume auto goes on from an earlier one or from the start."
             ) from error
         logger.info("Going on from %s.", path)
-        if saved.device != now.device:
+        if (saved.device, saved.threads) != (now.device, now.threads):
             logger.warning(
-                "The run was computed on %s, now on %s: its last bits will differ.", saved.device, now.device
-            )
-        if saved.threads != now.threads:
-            logger.warning(
-                "The run was computed with %s CPU threads, now there are %s: its last bits will differ. "
-                "--num_threads %s keeps them.",
-                saved.threads, now.threads, saved.threads,
+                "The run was computed with %s CPU threads on %s, now there are %s on %s: its last bits will differ. "
+                "The same device and --num_threads %s keep them.",
+                saved.threads, saved.device, now.threads, now.device, saved.threads,
             )  # fmt: skip
         return saved
 

@@ -50,17 +50,21 @@ A [CAPIVARA](https://arxiv.org/abs/2310.13683) model: `{model}` fine-tuned on te
 def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:
     """Measure the base and the model that was saved in `folder` on the test split of every language.
 
-    Result files, table and sheet of pictures are written beside the model, the seconds that it took into `run.json`.
+    Result files, table and sheet of pictures are written beside the model, the seconds of measuring into `run.json`.
     """
-    started, run, table = time.perf_counter(), read_json(folder / "run.json", seconds=dict), []
-    models = [load_model(name).eval().to(accelerator.device) for name in (args.model, folder)]
+    started, run = time.perf_counter(), read_json(folder / "run.json", seconds=dict)
+    models = {"baseline": args.model, "capivara": folder}
+    models = {role: load_model(name).eval().to(accelerator.device) for role, name in models.items()}
+    table, measured = [], {}
     for language, split in inputs.test.items():
-        captions = split.captions()
-        both = [embed_captions(model, inputs.processor, captions, inputs.test_embeds) for model in models]
+        both = measured[language] = {
+            role: embed_captions(model, inputs.processor, split.captions(), inputs.test_embeds)
+            for role, model in models.items()
+        }
         facts = {"dataset": short_name(args.evaluation_dataset), "split": args.test_split, "language": language}
         trained = facts | {"model": "capivara", "model_folder": ".", "seed": args.seed}
-        records = retrieval_records(both[0], **facts, model="baseline", model_folder=args.model, seed=None)
-        records += retrieval_records(both[1], **trained) + gain_records(*both, **trained)
+        records = retrieval_records(both["baseline"], **facts, model="baseline", model_folder=args.model, seed=None)
+        records += retrieval_records(both["capivara"], **trained) + gain_records(*both.values(), **trained)
         known = header(
             dataset=args.evaluation_dataset, dataset_fingerprint=split.fingerprint, model=".",
             device=device_description(accelerator.device), precision="float32",
@@ -68,20 +72,19 @@ def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder
         name = f"retrieval_{facts['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
         write_records(folder / "results" / name, records, known)
         table += records
-        if language == args.language:
-            by_role = dict(zip(("baseline", "capivara"), both, strict=True))
-            plot_retrieval_sheet(
-                images=split,
-                queries=[text for texts in captions for text in texts],
-                right_images=both[0].image_of_text.tolist(),
-                scores=lambda role, query, of=by_role: of[role].image_embeds @ of[role].text_embeds[query],
-                ranks={role: embeddings.ranks("text_to_image") for role, embeddings in by_role.items()},
-                seed=args.seed,
-                language=language,
-                path=folder / "retrieval.png",
-            )
-    write_text(folder / "table.md", retrieval_table(table))
     run["seconds"]["evaluation"] = time.perf_counter() - started
+    write_text(folder / "table.md", retrieval_table(table))
+    split, shown = inputs.test[args.language], measured[args.language]
+    plot_retrieval_sheet(
+        images=split,
+        queries=[text for texts in split.captions() for text in texts],
+        right_images=shown["capivara"].image_of_text.tolist(),
+        scores=lambda role, query: shown[role].image_embeds @ shown[role].text_embeds[query],
+        ranks={role: embeddings.ranks("text_to_image") for role, embeddings in shown.items()},
+        seed=args.seed,
+        language=args.language,
+        path=folder / "retrieval.png",
+    )
     write_json(folder / "run.json", run)
 
 
