@@ -80,7 +80,9 @@ def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
     modules, frozen = dict(model.named_modules()), ("vision_model", "visual_projection")
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     matched = [name for name in linear if _full_match(args.lora_targets, name, "lora_targets")]
-    if matched and all(name.startswith(frozen) for name in matched):
+    if not matched:
+        raise ValueError(f"lora_targets: {args.lora_targets!r} matches no linear layer, such as {linear[-1]!r}.")
+    if all(name.startswith(frozen) for name in matched):
         raise ValueError(
             f"lora_targets: {args.lora_targets!r} matches the frozen image tower alone, such as {matched[0]!r}."
         )
