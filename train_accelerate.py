@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> Path:
         if (folder / "run.json").is_file():  # the training was finished before the run was stopped
             check_finished_run(folder, args.to_dict(), inputs.fingerprints(args))
         else:
-            train(args, inputs, accelerator, checkpoints, resume, folder)
+            train(args, inputs, checkpoints, resume)
         if accelerator.is_main_process:
             measure(args, inputs, accelerator, folder)
         accelerator.wait_for_everyone()
@@ -89,15 +89,9 @@ def prepare(args: RunArguments, accelerator: Accelerator) -> None:
                 prepare_openmoji(own.dataset, own.model if own_model else None)
 
 
-def train(
-    args: RunArguments,
-    inputs: Inputs,
-    accelerator: Accelerator,
-    checkpoints: Checkpoints,
-    resume: Path | None,
-    folder: Path,
-) -> None:
-    """Train, and save model, adapters, card and `run.json` in `folder`."""
+def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: Path | None) -> None:
+    """Train, and save model, adapters, card and `run.json` in the folder of the run."""
+    accelerator, folder = checkpoints.accelerator, checkpoints.folder.parent
     settings = args.to_dict()
     tracked = {name: value if isinstance(value, int | float | str) else str(value) for name, value in settings.items()}
     accelerator.init_trackers("capivara", tracked)
@@ -106,8 +100,9 @@ def train(
     model = load_model(args.model)
     wrapped = prepare_trainable(model, args)
     device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
-    threads = torch.get_num_threads()
-    state = TrainerState(config=settings, data=inputs.fingerprints(args), threads=threads, device=device)
+    state = TrainerState(
+        config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads(), device=device
+    )
 
     def publish_step(step: int) -> None:  # merging changes the weights that are being trained: it is done to a copy
         trained = merge_adapters(copy.deepcopy(wrapped)) if args.lora_rank else wrapped
@@ -115,7 +110,7 @@ def train(
         publish_checkpoint(save, checkpoints.folder, args.hub_model_id, step)
 
     publish = publish_step if args.push_to_hub and args.hub_strategy == "checkpoint" else None
-    trainer = Trainer(args, inputs, model, wrapped, accelerator, checkpoints, state, publish)
+    trainer = Trainer(args, inputs, model, wrapped, checkpoints, state, publish)
     with measure_energy(args, accelerator) as energy:
         state = trainer.train(resume)
     if accelerator.is_main_process:
@@ -123,7 +118,7 @@ def train(
         if args.interpolate != 1:
             interpolate_weights(model, load_model(args.model).state_dict(), args.interpolate)
         save_model(args, model, inputs, f"CAPIVARA ({args.language})", folder)
-        write_run(args, state, accelerator, inputs, energy, folder)
+        write_run(args, state, inputs, energy, folder)
     accelerator.wait_for_everyone()
 
 

@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -44,12 +43,14 @@ class Trainer:
     inputs: Inputs  # pairs, their images, and the validation split
     model: CapivaraModel  # the plain model; its adapters, where there are any, are in it
     wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
-    accelerator: Accelerator  # device, precision and processes
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints  # of the run, with its device, precision and processes
     state: TrainerState  # where the run is
     # called on the main process with the number of a step whose checkpoint was written
     after_checkpoint: Callable[[int], object] | None = None
     overflows: int = field(default=0, init=False)  # in a row, of fp16
+
+    def __post_init__(self) -> None:
+        self.accelerator = self.checkpoints.accelerator
 
     def train(self, resume: Path | None = None) -> TrainerState:
         """Train to `max_steps`.

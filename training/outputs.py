@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from huggingface_hub import ModelCardData, hf_hub_download, try_to_load_from_cache
 
 from capivara_common.environment import device_description, package_versions
@@ -88,14 +88,7 @@ def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder
     write_json(folder / "run.json", run)
 
 
-def write_run(
-    args: RunArguments,
-    state: TrainerState,
-    accelerator: Accelerator,
-    inputs: Inputs,
-    energy: dict[str, Any],
-    folder: Path,
-) -> None:
+def write_run(args: RunArguments, state: TrainerState, inputs: Inputs, energy: dict[str, Any], folder: Path) -> None:
     """Write the curves of a training that is done, and `run.json`, all that it was; `energy` is of `measure_energy`."""
     plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
     pairs = state.step * args.effective_batch_size
@@ -107,8 +100,8 @@ def write_run(
         "dataset_fingerprints": state.data,
         "skipped_rows": dict(Counter(line.reason for line in inputs.skipped)),
         "versions": package_versions(),
-        "device": device_description(accelerator.device),
-        "processes": accelerator.num_processes,
+        "device": device_description(PartialState().device),
+        "processes": PartialState().num_processes,
         "steps": state.step,
         "pairs": pairs,
         "seconds": {"training": state.seconds},  # with the measurements of the validation split in it
