@@ -49,9 +49,6 @@ class Trainer:
     after_checkpoint: Callable[[int], object] | None = None
     overflows: int = field(default=0, init=False)  # in a row, of fp16
 
-    def __post_init__(self) -> None:
-        self.accelerator = self.checkpoints.accelerator
-
     def train(self, resume: Path | None = None) -> TrainerState:
         """Train to `max_steps`.
 
@@ -60,7 +57,8 @@ class Trainer:
             FloatingPointError: loss or gradient is not finite; the batch is written beside the checkpoints.
             OSError: a checkpoint can't be written; earlier ones are whole.
         """
-        args, accelerator = self.args, self.accelerator
+        args, accelerator = self.args, self.checkpoints.accelerator
+        self.accelerator = accelerator
         self.prepared = accelerator.prepare_model(self.wrapped, evaluation_mode=True)  # see WholeBatch
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped, args))
         if resume:
