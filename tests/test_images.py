@@ -23,6 +23,7 @@ from test_train_accelerate import ROOT, flags
 
 import train_accelerate
 import training.images
+import training.outputs
 import training.views
 from capivara_common.files import DIGEST_BYTES, has_digest
 from capivara_common.image_files import decode_image
@@ -41,8 +42,8 @@ BROKEN = b"\x89PNG\r\n\x1a\n no picture"
 @pytest.fixture(autouse=True)
 def cache_home(tmp_path, monkeypatch) -> Path:
     """Every test starts with no cache; runs draw no pictures, which would take most of their time."""
-    monkeypatch.setattr(train_accelerate, "plot_training_curves", lambda *args, **options: None)
-    monkeypatch.setattr(train_accelerate, "draw_sheet", lambda *args, **options: None)
+    monkeypatch.setattr(training.outputs, "plot_training_curves", lambda *args, **options: None)
+    monkeypatch.setattr(training.outputs, "plot_retrieval_sheet", lambda *args, **options: None)
     monkeypatch.setenv("CAPIVARA_CACHE", str(tmp_path / "home"))
     return tmp_path / "home" / "image_embeddings"
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
@@ -16,10 +17,11 @@ from PIL import Image
 import train_accelerate
 from capivara_common.files import lock_folder
 from capivara_common.privacy import short_name
+from caption_data import image_rows
 from hub_upload.card import check, write_card
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
-from training.run_folder import MARKER
+from training.launch import MARKER
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD_FIELDS = {"task", "dataset", "split", "language", "protocol", "direction", "metric", "value", "n", "model"}
@@ -90,9 +92,15 @@ def test_the_saved_model_is_the_trained_one(tiny_folder, tiny_dataset_folder, tm
 
 def test_a_folder_that_the_run_needs_is_not_overwritten(tiny_folder, tiny_dataset_folder, tmp_path):
     argv = flags(tiny_folder, tiny_dataset_folder, tiny_folder.parent, overwrite_output_dir="true")
-    with pytest.raises(SystemExit, match="which the run needs"):
+    with pytest.raises(SystemExit, match="which would be replaced"):
         train_accelerate.main(argv)
     assert load_model(tiny_folder)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.tar").touch()
+    argv = flags(tiny_folder, tmp_path / "data" / "*.tar", tmp_path / "data", overwrite_output_dir="true")
+    with pytest.raises(SystemExit, match="which would be replaced"):
+        train_accelerate.main(argv)
+    assert (tmp_path / "data" / "a.tar").is_file()
 
 
 @pytest.mark.slow
@@ -180,7 +188,7 @@ def test_disk_full_while_saving_leaves_nothing(tiny_folder, tiny_dataset_folder,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(CapivaraModel, "save_pretrained", full)
-    with pytest.raises(SystemExit, match=r"No space left on device.*Free some space"):
+    with pytest.raises(SystemExit, match=r"^error: .*No space left on device$"):
         train_accelerate.main(flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=1, warmup_steps=0))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
 
@@ -255,21 +263,21 @@ def test_a_finished_run_is_not_lost_where_its_folder_was_filled(
 ):
     """Another program writes to the output folder while the run trains."""
     argv = flags(tiny_folder, tiny_dataset_folder, tmp_path / "out", max_steps=2)
-    write_results = train_accelerate.write_results
+    measure = train_accelerate.measure
 
     def fill(*args) -> None:
-        write_results(*args)
+        measure(*args)
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / "theirs.txt").touch()
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_accelerate, "write_results", fill)
+        patch.setattr(train_accelerate, "measure", fill)
         with pytest.raises(SystemExit, match="is not empty"):
             train_accelerate.main(argv)
     (tmp_path / "out" / "theirs.txt").unlink()
     monkeypatch.setattr(train_accelerate.Trainer, "train", None)  # nothing is trained again
     out = train_accelerate.main([*argv, "--resume", "auto"])
-    assert (out / "model.safetensors").is_file() and not list(out.rglob("records.json"))
+    assert (out / "model.safetensors").is_file() and not (out / MARKER).exists()
 
 
 def test_a_folder_that_cannot_be_made(tiny_folder, tiny_dataset_folder, tmp_path):
@@ -325,19 +333,35 @@ def test_interpolation_of_a_finished_run(tiny_folder, tiny_dataset_folder, tmp_p
 
 
 def test_the_share_of_interpolation_is_chosen_on_validation(tiny_folder, tiny_dataset_folder, tmp_path, capsys):
-    from training.interpolate import best_share, interpolate
-    from training.interpolate import main as command
+    from training.interpolate import best_share
+    from training.interpolate import main as interpolate
 
-    def measured(pt: float, en: float) -> dict:
-        return {language: {"text_to_image": v, "image_to_text": v} for language, v in (("pt", pt), ("en", en))}
+    def measured(shares: dict[float, dict[str, float]]) -> pd.DataFrame:
+        directions = ("text_to_image", "image_to_text")
+        rows = {share: {(code, d): v for code, v in of.items() for d in directions} for share, of in shares.items()}
+        return pd.DataFrame.from_dict(rows, orient="index")
 
-    recalls = {0.0: measured(0.2, 0.5), 0.5: measured(0.3, 0.496), 1.0: measured(0.4, 0.48)}
-    assert best_share(recalls, ["pt", "en"], 0.005) == 0.5
-    assert best_share(recalls, ["pt", "en"], 0.02) == 1.0 == best_share(recalls, ["pt"], 0)
-    assert best_share({0.0: measured(0.2, 0.5), 1.0: measured(0.4, 0.4)}, ["pt", "en"], 0) == 0.0
+    recalls = {0.0: {"pt": 0.2, "en": 0.5}, 0.5: {"pt": 0.3, "en": 0.496}, 1.0: {"pt": 0.4, "en": 0.48}}
+    assert best_share(measured(recalls), 0.005) == 0.5 and best_share(measured(recalls), 0.02) == 1.0
+    assert best_share(measured({share: {"pt": of["pt"]} for share, of in recalls.items()}), 0) == 1.0
+    assert best_share(measured({0.0: {"pt": 0.2, "en": 0.5}, 1.0: {"pt": 0.4, "en": 0.4}}), 0) == 0.0
+    one_direction = measured(recalls)
+    one_direction.loc[1.0, ("en", "text_to_image")] = 0.5
+    assert best_share(one_direction, 0.005) == 0.5, "no direction may lose more"
 
     data = ["--validation", str(tiny_dataset_folder), "--split", "train", "--languages", "pt", "en"]
-    command([str(tiny_folder), str(tiny_folder), *data, "--output", str(tmp_path / "best")])
+    decoded, decode = [], image_rows.decode_image
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_rows, "decode_image", lambda *args: decoded.append(1) or decode(*args))
+        interpolate([str(tiny_folder), str(tiny_folder), *data, "--output", str(tmp_path / "best")])
+    assert len(decoded) == 12, "each picture once, for eleven shares"
     told = capsys.readouterr().out
-    assert len(re.findall(r"^ +\d\.\d ", told, re.MULTILINE)) == 11 and told.count("<- best") == 1
-    assert (tmp_path / "best" / "model.safetensors").is_file() and interpolate
+    assert len(re.findall(r"^\d\.\d +\d", told, re.MULTILINE)) == 11 and "The best share is 0" in told
+    assert (tmp_path / "best" / "model.safetensors").is_file()
+
+
+def test_interpolation_takes_one_trained_model(tmp_path):
+    from training.interpolate import main as interpolate
+
+    with pytest.raises(SystemExit, match=r"^error: One trained model is taken, got 3: a, b, c\. [^\n]*commit a876dd5"):
+        interpolate(["base", "a", "b", "c", "--output", str(tmp_path / "out")])

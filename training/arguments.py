@@ -265,11 +265,6 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
         self.check_hub()
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 
-    @property
-    def micro_batches_per_step(self) -> int:
-        """Of all processes."""
-        return -(-self.effective_batch_size // self.micro_batch_size)
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}

@@ -11,21 +11,18 @@ are those of the trained model.
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from capivara_common.cli import at_least, between, flag, parse, run_command, user_errors
-from capivara_common.files import whole_folder
-from eval.capivara_metrics.metrics import mean_recall
-from eval.records.schema import DIRECTIONS
-from eval.retrieval import RetrievalArguments, embed_captions, load_data
+from capivara_common.files import check_output_folder, whole_folder
+from eval.retrieval import RetrievalArguments, embed_captions, load_data, validation_measures
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images
 from training.rotate import load_rotation, rotate_, save_rotation
 from training.trainable import interpolate_weights
-
-SHARES = [number / 10 for number in range(11)]
 
 
 @dataclass
@@ -33,7 +30,7 @@ class InterpolateArguments:
     """Arguments of `training.interpolate`."""
 
     base: str = flag(..., "Folder or Hub id of the model before training.", positional=True)
-    trained: str = flag(..., "Folder or Hub id of the model after training.", positional=True)
+    trained: list[str] = flag(..., "Folder or Hub id of the model after training, one.", positional=True)
     output: Path = flag(..., "Folder of the new model.")
     share: float = flag(0.5, "Of the trained weights, 0 to 1.")
     validation: str | None = flag(
@@ -45,6 +42,11 @@ class InterpolateArguments:
     max_loss: float = flag(0.5, "Points of mean recall that a further language may lose in either direction.")
 
     def __post_init__(self) -> None:
+        if len(self.trained) > 1:
+            raise ValueError(
+                f"One trained model is taken, got {len(self.trained)}: {', '.join(self.trained)}. Means of several "
+                "have left the program, three seeds were as good as one (docs/recipe.md); commit a876dd5 has them."
+            )
         between(self, 0, 1, "share")
         at_least(self, 0, "max_loss")
 
@@ -55,30 +57,30 @@ def interpolate(args: InterpolateArguments) -> float:
     Raises:
         ValueError: an argument is out of its range, the models differ in shape, or the output is not empty.
     """
-    output = args.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"The output folder {output} is not empty. Choose another one.")
-    rotation = load_rotation(args.trained)
-    start, model = load_model(args.base), load_model(args.trained)
+    check_output_folder(args.output)
+    (name,) = args.trained
+    start, model = load_model(args.base), load_model(name).eval()
+    processor, rotation = load_processor(name), load_rotation(name)
     if rotation is not None:  # the space that was trained in is the base's, rotated
         rotate_(start, rotation)
-    base, trained = start.state_dict(), load_model(args.trained).state_dict()
-    if rotation is None and model.config.matryoshka_dims and not _same_images(base, trained):
+    base = start.state_dict()
+    trained = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    if {key: tensor.shape for key, tensor in trained.items()} != {key: tensor.shape for key, tensor in base.items()}:
+        raise ValueError(f"{name} was not trained from {args.base}: their tensors differ in name or shape.")
+    frozen = all(torch.equal(base[key], trained[key]) for key in base if key.startswith(("vision_", "visual_")))
+    if rotation is None and model.config.matryoshka_dims and not frozen:
         raise ValueError(
-            f"{args.trained} was trained with matryoshka_dims, in a space that is rotated, and its "
+            f"{name} was trained with matryoshka_dims, in a space that is rotated, and its "
             "rotation.safetensors is missing: nothing lies between its weights and the base's. Fetch the file."
         )
-    shapes = {name: tensor.shape for name, tensor in trained.items()}
-    if shapes != {name: tensor.shape for name, tensor in base.items()}:
-        raise ValueError(f"{args.trained} was not trained from {args.base}: their tensors differ in name or shape.")
-    processor, share = load_processor(args.trained), args.share
+    share = args.share
     if args.validation:
-        recalls = measured_shares(args, model.eval(), processor, base, trained)
-        share = best_share(recalls, args.languages, args.max_loss / 100)
-        print(recall_table(recalls, share))
+        recalls = measured_shares(args, model, processor, base, trained, frozen)
+        share = best_share(recalls, args.max_loss / 100)
+        print(f"{(100 * recalls).round(1).to_string()}\nThe best share is {share:g}.")
     model.load_state_dict(trained)
     interpolate_weights(model, base, share)
-    with whole_folder(output) as folder:
+    with whole_folder(args.output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         if rotation is not None:
@@ -92,58 +94,38 @@ def measured_shares(
     processor: CapivaraProcessor,
     base: dict[str, Tensor],
     trained: dict[str, Tensor],
-) -> dict[float, dict[str, dict[str, float]]]:
-    """Share -> language -> direction -> mean recall, from 0 to 1; images of a frozen tower are embedded once."""
-    frozen = _same_images(base, trained)
+    frozen: bool,
+) -> pd.DataFrame:
+    """Mean recall, from 0 to 1: a row a share, a column a language and direction.
+
+    Images of a frozen tower are embedded once; their embeddings alone are kept.
+    """
     data = {
         language: load_data(
-            RetrievalArguments(args.trained, args.validation, args.output, language=language, split=args.split)
+            RetrievalArguments(args.base, args.validation, args.output, language=language, split=args.split)
         )
         for language in args.languages
     }
-    images, recalls = None, {}
-    for share in SHARES:
+    pictures, images, rows = data[args.languages[0]].images, None, {}
+    for share in [number / 10 for number in range(11)]:
         model.load_state_dict(trained)
         interpolate_weights(model, base, share)
         if images is None or not frozen:
-            first = data[args.languages[0]].images
-            pictures = [first.image(row) for row in range(first.count)]
-            images = embed_images(model, processor, pictures, progress="Images")
-        recalls[share] = {}
+            decoded = (pictures.image(row) for row in range(pictures.count))
+            images = embed_images(model, processor, decoded, progress="Images")
+        rows[share] = {}
         for language, split in data.items():
             embeddings = embed_captions(model, processor, split.captions, images)
-            recalls[share][language] = {name: mean_recall(embeddings.ranks(name)) for name in DIRECTIONS}
-    return recalls
+            measures = validation_measures(embeddings, model.logit_scale)
+            rows[share] |= {(language, name): value for name, value in measures.items() if name != "loss"}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def best_share(recalls: dict[float, dict[str, dict[str, float]]], languages: list[str], max_loss: float) -> float:
+def best_share(recalls: pd.DataFrame, max_loss: float) -> float:
     """The share by the rule of the module's docstring; `max_loss` is a share of all queries, in any direction."""
-
-    def kept(share: float) -> bool:
-        lost = [
-            recalls[0.0][language][name] - recalls[share][language][name]
-            for language in languages[1:]
-            for name in DIRECTIONS
-        ]
-        return max(lost, default=0.0) <= max_loss + 1e-9  # of rounding
-
-    return max(filter(kept, recalls), key=lambda share: sum(recalls[share][languages[0]].values()))
-
-
-def recall_table(recalls: dict[float, dict[str, dict[str, float]]], best: float) -> str:
-    """The figures as lines, in per cent, with the best marked."""
-    names = [f"{language} {direction.replace('_', ' ')}" for language in recalls[0.0] for direction in DIRECTIONS]
-    lines = ["share  " + "  ".join(names)]
-    for share, languages in recalls.items():
-        values = [100 * value for by_direction in languages.values() for value in by_direction.values()]
-        cells = "  ".join(f"{value:{len(name)}.1f}" for name, value in zip(names, values, strict=True))
-        lines.append(f"{share:5.1f}  {cells}{'  <- best' * (share == best)}")
-    return "\n".join(lines)
-
-
-def _same_images(base: dict[str, Tensor], trained: dict[str, Tensor]) -> bool:
-    """Whether both models embed images alike."""
-    return all(torch.equal(base[name], trained[name]) for name in base if name.startswith(("vision_", "visual_")))
+    first = recalls.columns.get_level_values(0) == recalls.columns[0][0]
+    lost = (recalls.loc[0.0] - recalls.loc[:, ~first]).max(axis=1).fillna(0)  # none where there is one language
+    return recalls.loc[lost <= max_loss + 1e-9, first].sum(axis=1).idxmax()  # 1e-9: of rounding
 
 
 @user_errors

@@ -1,35 +1,45 @@
-"""What a run starts with: processes, log, threads, device, precision, optional packages and tracker."""
+"""What a run starts with: processes, precision, log, optional packages, and the folder that it works in."""
 
 import atexit
 import logging
 import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 
-from capivara_common.environment import require
-from capivara_common.files import partial_folder
+from capivara_common.environment import handle_signals, require
+from capivara_common.files import (
+    check_inputs_stay,
+    check_output_folder,
+    lock_folder,
+    next_numbered_folder,
+    partial_folder,
+    remove_leftovers,
+)
 from training.arguments import RunArguments
-from training.optimiser import hopeless_rate
+from training.optimiser import will_not_learn
 from training.outputs import check_country
 
 PROCESS_TIMEOUT = timedelta(hours=24)  # the others wait while the main one prepares, checks and measures
+RESUMABLE_FILES = ("checkpoints/step-*", "checkpoints/bad-batch-*", "run.json")  # what is kept of a stopped run
+MARKER = ".capivara-run"  # in a folder that a run may empty and rename
 logger = logging.getLogger("capivara")
 
 
-def resolve_precision(requested: str, device: torch.device) -> str:
-    """ "auto" as "bf16" where the device computes in it natively, else "no"; anything else as it is.
-
-    Without instructions of its own for bfloat16 a CPU emulates it, and is slower than in float32.
-    """
-    if requested != "auto":
-        return requested
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16" if native else "no"
+def set_up_logging() -> None:
+    """Show the run's messages in the terminal, one line each; of libraries only warnings."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("accelerate", "httpx", "httpx2"):  # the client of the Hub would show every request
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def join_processes() -> PartialState:
@@ -52,49 +62,134 @@ def join_processes() -> PartialState:
     return state
 
 
-def set_up_logging() -> None:
-    """Show the run's messages in the terminal, one line each; of libraries only warnings."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in ("accelerate", "httpx", "httpx2"):  # the client of the Hub would show every request
-        logging.getLogger(name).setLevel(logging.WARNING)
+def resolve_precision(requested: str, device: torch.device) -> str:
+    """ "auto" as "bf16" where the device computes in it natively, else "no"; anything else as it is.
+
+    Without instructions of its own for bfloat16 a CPU emulates it, and is slower than in float32.
+    """
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if native else "no"
 
 
 def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
     """Device, precision, processes and tracker of the run; nothing is written yet.
 
     Raises:
-        ValueError: the settings do not fit the device or the number of processes.
+        ValueError: the settings do not fit the device.
         ImportError: a package that the settings need is not installed.
     """
-    set_up_logging()
     # `accelerate launch` starts a lone process with one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-    if args.mixed_precision == "fp16" and PartialState().device.type == "cpu":
-        raise ValueError("mixed_precision fp16 needs a GPU; use bf16, no or auto.")
-    processes, micro_batches = PartialState().num_processes, args.micro_batches_per_step
-    if processes > micro_batches:
-        raise ValueError(
-            f"{processes} processes can't share the {micro_batches} micro-batches of {args.micro_batch_size} in a "
-            f"batch of {args.effective_batch_size}: each needs one. Use a smaller --micro_batch_size."
-        )
-    if (warning := hopeless_rate(args)) and PartialState().is_main_process:
+    if (warning := will_not_learn(args)) and PartialState().is_main_process:
         logger.warning("Warning: %s", warning)
     if args.carbon_country:
         require("--carbon_country", "carbon", "codecarbon")
         check_country(args.carbon_country)
     if args.lora_rank:
         require("--lora_rank", "lora", "peft")
-    if args.tracker == "none":
-        return Accelerator(mixed_precision=args.mixed_precision)
-    require(f"--tracker {args.tracker}", "trackers" if args.tracker == "tensorboard" else None, args.tracker)
-    folder = str(partial_folder(output_dir) / "trackers")
-    return Accelerator(mixed_precision=args.mixed_precision, log_with=args.tracker, project_dir=folder)
+    tracker = {}
+    if args.tracker != "none":
+        require(f"--tracker {args.tracker}", "trackers" if args.tracker == "tensorboard" else None, args.tracker)
+        tracker = {"log_with": args.tracker, "project_dir": str(partial_folder(output_dir) / "trackers")}
+    return Accelerator(mixed_precision=args.mixed_precision, **tracker)
 
 
-def start_tracker(args: RunArguments, accelerator: Accelerator) -> None:
-    """Let the tracker write into the folder of the run, the settings first; nothing without a tracker."""
-    settings = {
-        key: value if isinstance(value, int | float | str) else str(value) for key, value in args.to_dict().items()
-    }
-    accelerator.init_trackers("capivara", config=settings)
+def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
+    """The output folder of the run, the same on all processes; nothing is written yet.
+
+    Raises:
+        ValueError: the folder is not empty, holds what the run reads, or an unfinished run lies beside it.
+    """
+    if args.output_dir is None:
+        name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
+        unfinished = sorted(Path("runs").glob(f"{name}-[0-9]*.partial"))
+        chosen = [next_numbered_folder(Path("runs"), name)]
+        if args.resume == "auto" and unfinished:
+            chosen = [unfinished[-1].with_suffix("")]
+        return broadcast_object_list(chosen)[0]
+    if state.is_main_process:
+        remove_leftovers(args.output_dir)  # before any process looks at what is there
+    state.wait_for_everyone()
+    if not is_complete(args, args.output_dir):
+        check_output_folder(args.output_dir, args.overwrite_output_dir)
+    if args.overwrite_output_dir:
+        needed = [args.model, args.evaluation_dataset, *args.dataset]
+        check_inputs_stay(args.output_dir, *needed, *(Path(name).parent for name in needed))  # that of `shards/*.tar`
+    partial = partial_folder(args.output_dir)
+    if args.resume is None and not args.overwrite_output_dir and can_resume(partial):
+        raise ValueError(
+            f"{partial} holds an unfinished run. Go on with it by --resume auto, or start anew with "
+            "--overwrite_output_dir."
+        )
+    return args.output_dir
+
+
+def is_complete(args: RunArguments, output_dir: Path) -> bool:
+    """Whether `--resume auto` finds a complete run; one that is to replace it may be unfinished."""
+    return args.resume == "auto" and (output_dir / "run.json").is_file() and not partial_folder(output_dir).exists()
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether an unfinished run has left something that --resume can start from."""
+    return any(any(folder.glob(name)) for name in RESUMABLE_FILES)
+
+
+@contextmanager
+def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
+    """The folder that a run works in, locked; it stays where it holds something to resume from.
+
+    Raises:
+        SystemExit: the folder can't be made, another process works in it, the run was stopped, or its data, the
+            numbers or the disk have failed; the message is one line.
+    """
+    folder, main_process = partial_folder(output_dir), accelerator.is_main_process
+    with _locked(folder) if main_process else nullcontext():
+        if main_process:
+            for left in [*folder.glob("checkpoints/tmp-*" if args.resume else "*")]:
+                if left.name != MARKER:
+                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+        accelerator.wait_for_everyone()
+        try:
+            with handle_signals(_stop, signal.SIGTERM):
+                yield folder
+        except KeyboardInterrupt as stop:  # after a step, with its words; before, between and after the steps
+            number, message = stop.args or (signal.SIGINT, "Stopped.")
+            way_out = "Nothing was trained yet; run the same command again."
+            if can_resume(folder):
+                way_out = f"Go on with --resume auto --output_dir {output_dir}."
+            print(f"\n{message} {way_out}", file=sys.stderr)
+            sys.exit(128 + number)
+        except (ValueError, FloatingPointError, OSError, ImportError, SafetensorError) as error:
+            sys.exit(f"error: {error}")
+        finally:
+            if main_process and folder.exists() and not can_resume(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """A lock on the folder of a run, which is made where it is missing. Exits where another process has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / MARKER).exists():
+            sys.exit(f"error: {folder}, where the run would work, holds files of something else. Move them.")
+        (folder / MARKER).touch()
+        lock = lock_folder(folder)
+    except BlockingIOError:
+        sys.exit(f"error: another process is at work in {folder}. Wait for it, or choose another output_dir.")
+    except OSError as error:
+        sys.exit(f"error: the folder {folder}, where the run would work, can't be made: {error}")
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _stop(number: int, frame: object) -> None:
+    """End the work by SIGTERM as by Ctrl-C, temporary files removed; training steps handle both themselves."""
+    raise KeyboardInterrupt(number, "Stopped.")

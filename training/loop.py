@@ -3,41 +3,36 @@
 import logging
 import math
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capivara_common.environment import handle_signals
 from capivara_common.files import write_json
+from eval.retrieval import embed_captions, validation_measures
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
-from training.batches import MicroBatch, Planner, StepPlan
+from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
-from training.images import TrainingImages, loading_workers
+from training.images import embed_pixels, loading_workers
+from training.inputs import Inputs
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.trainable import set_training_mode
-from training.views import embed_pixels
 from training.whole_batch import WholeBatch, used_memory
 
 logger = logging.getLogger("capivara")
 MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C, by the number of the signal: the run is saved at a step and can be resumed."""
-
-    def __init__(self, number: int, step: int):
-        super().__init__(f"Stopped at step {step}, which is saved.")
-        self.signal, self.step = number, step
+PLANS_KEPT = 16  # steps whose plan is drawn once, though the images of several are read ahead
 
 
 @dataclass
@@ -45,75 +40,77 @@ class Trainer:
     """The training of one model."""
 
     args: RunArguments
+    inputs: Inputs  # pairs, their images, and the validation split
     model: CapivaraModel  # the plain model; its adapters, where there are any, are in it
     wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
-    planner: Planner  # draws the batches
-    images: TrainingImages  # of the pairs
-    accelerator: Accelerator  # device, precision and processes
-    # measures the model, as `validation`; only the main process calls it
-    validate: Callable[[CapivaraModel], dict[str, dict[str, float]]]
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints  # of the run, with its device, precision and processes
     state: TrainerState  # where the run is
     # called on the main process with the number of a step whose checkpoint was written
     after_checkpoint: Callable[[int], object] | None = None
-    reported: bool = field(default=False, init=False)
     overflows: int = field(default=0, init=False)  # in a row, of fp16
 
     def train(self, resume: Path | None = None) -> TrainerState:
         """Train to `max_steps`.
 
         Raises:
-            Interrupted: SIGTERM or Ctrl-C; a checkpoint is written.
+            KeyboardInterrupt: SIGTERM or Ctrl-C, by its number and what to say; a checkpoint is written.
             FloatingPointError: loss or gradient is not finite; the batch is written beside the checkpoints.
-            OSError: the disk is full; earlier checkpoints are whole.
+            OSError: a checkpoint can't be written; earlier ones are whole.
         """
-        args, accelerator = self.args, self.accelerator
+        args, accelerator = self.args, self.checkpoints.accelerator
+        self.accelerator = accelerator
         self.prepared = accelerator.prepare_model(self.wrapped, evaluation_mode=True)  # see WholeBatch
         self.optimizer = accelerator.prepare_optimizer(build_optimizer(self.wrapped, args))
         if resume:
-            self.state = self.checkpoints.load(resume)
+            self.state = self.checkpoints.load(resume, self.state)
+        state, planner = self.state, self.inputs.planner(args)
         self.step = WholeBatch(self.prepared, self.model.logit_scale, accelerator, args.seed)
-        if not self.state.curve:
-            self.state.curve.append({"step": 0, **self._measured()})
-        self.started = time.perf_counter() - self.state.seconds
-        with _signals() as received, ThreadPoolExecutor(1) as executor, self._bar() as bar:
-            plans = _PlansAhead(self.planner, executor, args.max_steps)
+        if not state.curve:
+            state.curve.append({"step": 0, "validation": self._measured()})
+        self.started, size = time.perf_counter() - state.seconds, args.effective_batch_size
+        bar = tqdm(
+            total=args.max_steps * size, initial=state.step * size, desc=f"Training, seed {args.seed}", unit="pair",
+            unit_scale=True, disable=not accelerator.is_main_process,
+        )  # fmt: skip
+        with _signals() as received, ThreadPoolExecutor(1) as executor, bar:
+            plans = lru_cache(PLANS_KEPT)(lambda step: executor.submit(planner, step))
             pixels = self._pixels(plans)
-            while self.state.step < args.max_steps:
+            while state.step < args.max_steps:
                 started = time.perf_counter()
-                plan = plans.pop(self.state.step)
+                plan = plans(state.step).result()
+                plans(min(state.step + 1, args.max_steps - 1))  # drawn while this step computes
                 point = self._one_step(plan, pixels, started)
                 bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
-                bar.update(args.effective_batch_size)
+                bar.update(size)
                 self._after_step(point, plan)
-                if number := self._agreed(received):
-                    self._save()
-                    raise Interrupted(number, self.state.step)
+                if received:
+                    accelerator.set_trigger()
+                if accelerator.check_trigger():  # of any process: all stop after the same step
+                    self.checkpoints.save(state)
+                    number = received[0][0] if received else signal.SIGTERM
+                    raise KeyboardInterrupt(number, f"Stopped at step {state.step}, which is saved.")
         # Without Accelerate's autocast around `forward`: base and result are measured in the same precision.
         accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()
-        return self.state
+        return state
 
     def _one_step(self, plan: StepPlan, pixels: Iterator[Tensor] | None, started: float) -> dict:
         """One optimiser step, whose plan was awaited from `started` on; returns its entry of the curve."""
-        args = self.args
-        own = self._own(plan)
-        image_embeds = self._image_embeds(plan, own, pixels)
+        image_embeds = self._image_embeds(plan, pixels)
         waited = time.perf_counter() - started
         set_training_mode(self.wrapped)
         self.optimizer.zero_grad(set_to_none=False)
+        learning_rate = learning_rate_at(plan.step, self.args)
         try:
-            report = self.step(plan.step, own, len(plan.rows), image_embeds)
-            norm = self._update(learning_rate_at(plan.step, args))
+            report = self.step(plan.step, self._own(plan), len(plan.rows), image_embeds)
+            norm = self._update(learning_rate)
         except FloatingPointError as error:
             raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
         seconds = time.perf_counter() - started
-        if not self.reported:
-            self._report_first_step(report.graphs_kept, len(own), seconds * (args.max_steps - plan.step))
         return {
             "step": plan.step + 1,
             "loss": report.loss,
-            "learning_rate": learning_rate_at(plan.step, args),
+            "learning_rate": learning_rate,
             "logit_scale": self.model.logit_scale.item(),
             "gradient_norm": norm,
             "padding_share": plan.padding,
@@ -149,162 +146,94 @@ class Trainer:
         """Measure, keep the curve, write a checkpoint where one is due."""
         args, state = self.args, self.state
         state.step = point["step"]
+        last = state.step == args.max_steps
         checkpointed = args.max_steps > args.save_steps  # a shorter run has none
-        due = checkpointed and (state.step % args.save_steps == 0 or state.step == args.max_steps)
-        if state.step % args.eval_steps == 0 or state.step == args.max_steps:
+        due = checkpointed and (last or state.step % args.save_steps == 0)
+        if last or state.step % args.eval_steps == 0:
             try:
-                point |= self._measured()
+                point["validation"] = measures = self._measured()
             except ValueError as error:  # of numbers: the same measurement was taken before the first step
                 raise FloatingPointError(f"After step {state.step}: {error} {self._save_batch(plan)}") from error
-            recall = _recall(point["validation"])
-            is_best = state.best_recall is None or recall > state.best_recall
-            if is_best and checkpointed:
+            recall = statistics.mean(value for name, value in measures.items() if name != "loss")
+            if checkpointed and (state.best_recall is None or recall > state.best_recall):
                 state.best_step, state.best_recall, due = state.step, recall, True
         state.curve.append(point)
         state.seconds = time.perf_counter() - self.started
-        self.accelerator.log(self._logged(point), step=state.step)
+        logged = {f"validation/{name}": value for name, value in point.get("validation", {}).items()}
+        logged |= {name: value for name, value in point.items() if name not in ("step", "validation")}
+        self.accelerator.log({name: value for name, value in logged.items() if value is not None}, step=state.step)
         if due:
-            self._save()
+            self.checkpoints.save(state)
             if self.after_checkpoint and self.accelerator.is_main_process:
                 before = time.perf_counter()
                 self.after_checkpoint(state.step)
                 self.started += time.perf_counter() - before  # of the pushes, not of training
 
-    def _logged(self, point: dict) -> dict[str, float]:
-        """An entry of the curve as trackers take it."""
-        values = {f"validation/{key}": value for key, value in point.get("validation", {}).items()}
-        values |= {key: value for key, value in point.items() if key not in ("step", "validation")}
-        return {key: value for key, value in values.items() if value is not None}
-
-    def _image_embeds(self, plan: StepPlan, own: list[MicroBatch], pixels: Iterator[Tensor] | None) -> Tensor:
+    def _image_embeds(self, plan: StepPlan, pixels: Iterator[Tensor] | None) -> Tensor:
         """(pairs, width) on the device, by the frozen image tower."""
         if pixels is None:
-            return self.images.cached_embeds(plan.sources, plan.rows, plan.views).to(self.accelerator.device)
-        positions = torch.cat([batch.positions for batch in own]) if own else torch.empty(0, dtype=torch.long)
+            return self.inputs.images.cached_embeds(plan.sources, plan.rows, plan.views).to(self.accelerator.device)
         self.model.vision_model.eval()
-        parts = [
-            embed_pixels(self.prepared, next(pixels), self.accelerator)
-            for _ in positions.split(self.args.embedding_batch_size)
-            if len(positions)
-        ]
-        return self._of_all(parts, positions, len(plan.rows))
+        embeds = torch.zeros(len(plan.rows), self.model.config.projection_dim, device=self.accelerator.device)
+        for positions in self._parts(plan):
+            embeds[positions] = embed_pixels(self.prepared, next(pixels), self.accelerator)
+        return self.accelerator.reduce(embeds, "sum")  # the rows of the other processes
 
-    def _of_all(self, parts: list[Tensor], own: Tensor, pairs: int) -> Tensor:
-        """(pairs, width) of all processes, without gradient; `parts` are this one's rows `own`."""
-        embeds = torch.zeros(pairs, self.model.config.projection_dim, device=self.accelerator.device)
-        if parts:
-            embeds[own.to(embeds.device)] = torch.cat(parts)
-        if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(embeds)
-        return embeds
+    def _pixels(self, plans: Callable[[int], Future]) -> Iterator[Tensor] | None:
+        """The pixels of all steps to come, as they go through the tower at once; None with a cache."""
 
-    def _pixels(self, plans: "_PlansAhead") -> Iterator[Tensor] | None:
-        """The pixels of all steps to come, in order; None with a cache."""
-        if self.images.caches is not None:
+        def items() -> Iterator[list[tuple[int, int, int]]]:
+            for step in range(self.state.step, self.args.max_steps):
+                plan = plans(step).result()
+                for positions in self._parts(plan):
+                    yield [(plan.sources[i], plan.rows[i], plan.views[i]) for i in positions.tolist()]
+
+        if self.inputs.images.caches is not None:
             return None
-        return self.images.pixel_batches(self._items(plans), loading_workers(self.args, self.accelerator))
+        return self.inputs.images.pixel_batches(items(), loading_workers(self.args, self.accelerator))
 
-    def _items(self, plans: "_PlansAhead") -> Iterator[list[tuple[int, int, int]]]:
-        """Data set, pair and view of every image of this process, as they go through the tower at once."""
-        for step in range(self.state.step, self.args.max_steps):
-            plan = plans.get(step)
-            own = [batch.positions for batch in self._own(plan)]
-            own = torch.cat(own).split(self.args.embedding_batch_size) if own else []
-            for positions in own:
-                yield [(plan.sources[i], plan.rows[i], plan.views[i]) for i in positions.tolist()]
+    def _parts(self, plan: StepPlan) -> Sequence[Tensor]:
+        """The rows of this process's micro-batches, as many at once as go through the image tower."""
+        own = [batch.positions for batch in self._own(plan)]
+        return torch.cat(own).split(self.args.embedding_batch_size) if own else []
 
     def _own(self, plan: StepPlan) -> list[MicroBatch]:
         """Every n-th micro-batch: all processes get short and long ones."""
         return plan.batches[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _measured(self) -> dict[str, dict[str, float]]:
-        results = [self.validate(self.model) if self.accelerator.is_main_process else None]
-        return broadcast_object_list(results)[0]
-
-    def _agreed(self, received: list[int]) -> int:
-        """The signal that any process has got, else 0: all stop after the same step."""
-        number = torch.tensor(received[-1] if received else 0, device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            torch.distributed.all_reduce(number, torch.distributed.ReduceOp.MAX)
-        return int(number)
-
-    def _save(self) -> None:
-        self.state.seconds = time.perf_counter() - self.started
-        self.checkpoints.save(self.state)
+    def _measured(self) -> dict[str, float]:
+        """Of the validation split: mean recall in each direction, a share from 0 to 1, and the loss in nats."""
+        measures, inputs = [None], self.inputs
+        if self.accelerator.is_main_process:
+            split = self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
+            measures = [validation_measures(embed_captions(*split), self.model.logit_scale)]
+        return broadcast_object_list(measures)[0]
 
     def _save_batch(self, plan: StepPlan) -> str:
         """Write the pairs of a step that failed; returns a sentence with the path and what to do."""
         path = self.checkpoints.folder / f"bad-batch-step-{plan.step + 1}.json"
         if self.accelerator.is_main_process:
-            texts = [t for batch in plan.batches for t in self.planner.processor.batch_decode(batch.input_ids)]
+            texts = [t for batch in plan.batches for t in self.inputs.processor.batch_decode(batch.input_ids)]
             drawn = zip(plan.sources.tolist(), plan.rows.tolist(), plan.views.tolist(), texts, strict=True)
             rows = [{"data_set": self.args.dataset[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in drawn]
             write_json(path, {"step": plan.step + 1, "seed": self.args.seed, "pairs": rows})
         return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
 
-    def _report_first_step(self, kept: int, batches: int, remaining_s: float) -> None:
-        self.reported = True
-        if self.accelerator.is_main_process:
-            logger.info(
-                "The graphs of %s of %s micro-batches are kept (%.1f GB of them fit), the others are made twice. About "
-                "%.0f minutes to step %s; Ctrl-C saves the run, and --resume auto goes on with it.",
-                kept, batches, self.step.budget / 1e9, remaining_s / 60 + 0.5, self.args.max_steps,
-            )  # fmt: skip
-
-    def _bar(self) -> tqdm:
-        size = self.args.effective_batch_size
-        return tqdm(
-            total=self.args.max_steps * size, initial=self.state.step * size, desc=f"Training, seed {self.args.seed}",
-            unit="pair", unit_scale=True, disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
-
-
-class _PlansAhead:
-    """Plans by step; the next one is made while a step computes."""
-
-    def __init__(self, planner: Planner, executor: ThreadPoolExecutor, max_steps: int):
-        self._planner, self._executor, self._max_steps = planner, executor, max_steps
-        self._plans: dict[int, Future] = {}
-
-    def get(self, step: int) -> StepPlan:
-        return self._future(step).result()
-
-    def pop(self, step: int) -> StepPlan:
-        plan = self.get(step)
-        del self._plans[step]
-        if step + 1 < self._max_steps:
-            self._future(step + 1)
-        return plan
-
-    def _future(self, step: int) -> Future:
-        if step not in self._plans:
-            self._plans[step] = self._executor.submit(self._planner, step)
-        return self._plans[step]
-
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals() -> Iterator[list[tuple[int, float]]]:
     """Within it, SIGTERM and Ctrl-C are noted and end the run after its step; a second Ctrl-C ends it at once.
 
     A launcher passes on what the terminal has sent already: what comes within a second is the same Ctrl-C.
     """
-    received: list[int] = []
-    first = 0.0
+    received: list[tuple[int, float]] = []  # number and time of each
 
-    def note(number: int, frame) -> None:
-        nonlocal first
-        if received:
-            if number == signal.SIGINT and time.monotonic() - first > 1:
-                raise KeyboardInterrupt
-            return
-        first = time.monotonic()
-        received.append(number)
-        logger.info("Stopping after this step; the run will be saved.")
+    def note(number: int, frame: object) -> None:
+        received.append((number, time.monotonic()))
+        if len(received) == 1:
+            logger.info("Stopping after this step; the run will be saved.")
+        elif number == signal.SIGINT and received[-1][1] - received[0][1] > 1:
+            raise KeyboardInterrupt
 
     with handle_signals(note, signal.SIGTERM, signal.SIGINT):
         yield received
-
-
-def _recall(validation: dict[str, float]) -> float:
-    values = [value for key, value in validation.items() if key != "loss"]
-    return sum(values) / max(len(values), 1)

@@ -9,7 +9,7 @@ from training.arguments import FIXED, RunArguments
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
 # Sum of the learning rates of the published 5863 steps (arXiv 2310.13683); their mean is that of floor and top.
-PAPER_REACH = 5863 * (1e-7 + 5e-7) / 2
+PAPER_DISTANCE = 5863 * (1e-7 + 5e-7) / 2
 BETAS = (FIXED["adam_beta1"], FIXED["adam_beta2"])  # of Adam, in every recipe of arXiv 2310.13683
 LEAST_SHARE = 0.1  # of it; a run of less gets a warning
 OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -39,21 +39,19 @@ def learning_rate_at(step: int, args: RunArguments) -> float:
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def reach(args: RunArguments) -> float:
-    """How far a run can move a weight: Adam's step is about the learning rate, whatever the gradient."""
-    return sum(learning_rate_at(step, args) for step in range(args.max_steps))
+def will_not_learn(args: RunArguments) -> str | None:
+    """The warning for a run whose steps times rate are too few to change the model; None for any other.
 
-
-def hopeless_rate(args: RunArguments) -> str | None:
-    """The warning for a run whose steps times rate are too few to change the model; None for any other."""
-    share = reach(args) / PAPER_REACH
+    Adam's step is about the learning rate, whatever the gradient: their sum is how far a run can move a weight.
+    """
+    distance = sum(learning_rate_at(step, args) for step in range(args.max_steps))
+    share = distance / PAPER_DISTANCE
     if share >= LEAST_SHARE:
         return None
     return (
         f"{args.max_steps} steps with a learning_rate of at most {args.learning_rate:g} move a weight by "
-        f"{reach(args):.1g} at most, {100 * share:.1g} % of what the published recipe does: the model will hardly "
-        f"change. For so few steps set --learning_rate to about {args.learning_rate / share:.0e}, or give more "
-        "--max_steps."
+        f"{distance:.1g} at most, {100 * share:.1g} % of what the published recipe does: the model will hardly change. "
+        f"For so few steps set --learning_rate to about {args.learning_rate / share:.0e}, or give more --max_steps."
     )
 
 

@@ -1,9 +1,9 @@
-"""What a training run writes beside its weights: `run.json` and a first model card."""
+"""What a run measures and writes beside its weights: result files, table, pictures, `run.json`, a first card."""
 
-import copy
 import difflib
 import html
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,20 +12,22 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import yaml
-from accelerate import Accelerator
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from torch import nn
+from accelerate import Accelerator, PartialState
+from huggingface_hub import ModelCardData, hf_hub_download, try_to_load_from_cache
+from records.picture_sheets import plot_retrieval_sheet
+from records.plots import plot_training_curves
+from records.schema import SCHEMA_VERSION, header, write_records
+from records.tables import retrieval_table
 
 from capivara_common.environment import device_description, package_versions
-from capivara_common.files import write_text
+from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import short_name
-from caption_data.rows import Skipped
-from modeling_capivara import CapivaraProcessor
-from modeling_capivara.loading import card_metadata
+from eval.retrieval import embed_captions, gain_records, retrieval_records
+from modeling_capivara import CapivaraModel
+from modeling_capivara.loading import card_metadata, load_model
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
-from training.trainable import merge_adapters
+from training.inputs import Inputs
 
 # Licences that let what is made of several works carry the licence of the other ones, their notices kept.
 PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
@@ -38,45 +40,76 @@ CARD = """---
 # {title}
 
 A [CAPIVARA](https://arxiv.org/abs/2310.13683) model: `{model}` fine-tuned on texts in "{language}" of
-{dataset}; trained was {trained}. `run.json` has every setting and measurement of the run,
-`results/` the evaluation. `python -m hub_upload.card` makes the full card of both.
+{dataset}. `run.json` has every setting and measurement of the run, `results/` the evaluation.
+`python -m hub_upload.card` makes the full card of both.
 
 {licence}
 """
 
 
-def run_facts(
-    args: RunArguments,
-    state: TrainerState,
-    accelerator: Accelerator,
-    seconds: dict[str, float],
-    skipped: list[Skipped],
-    energy: dict[str, Any],
-) -> dict[str, Any]:
-    """Content of `run.json`: all that the run was and measured.
+def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:
+    """Measure the base and the model that was saved in `folder` on the test split of every language.
 
-    Args:
-        seconds: phase -> wall-clock seconds; "training" has the measurements of the validation split in it.
-        energy: of `measure_energy`; empty where it was not measured.
+    Result files, table and sheet of pictures are written beside the model, the seconds of measuring into `run.json`.
     """
+    started, run = time.perf_counter(), read_json(folder / "run.json", seconds=dict)
+    models = {"baseline": args.model, "capivara": folder}
+    models = {role: load_model(name).eval().to(accelerator.device) for role, name in models.items()}
+    table, measured = [], {}
+    for language, split in inputs.test.items():
+        both = measured[language] = {
+            role: embed_captions(model, inputs.processor, split.captions(), inputs.test_embeds)
+            for role, model in models.items()
+        }
+        facts = {"dataset": short_name(args.evaluation_dataset), "split": args.test_split, "language": language}
+        trained = facts | {"model": "capivara", "model_folder": ".", "seed": args.seed}
+        records = retrieval_records(both["baseline"], **facts, model="baseline", model_folder=args.model, seed=None)
+        records += retrieval_records(both["capivara"], **trained) + gain_records(*both.values(), **trained)
+        known = header(
+            dataset=args.evaluation_dataset, dataset_fingerprint=split.fingerprint, model=".",
+            device=device_description(accelerator.device), precision="float32",
+        )  # fmt: skip
+        name = f"retrieval_{facts['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
+        write_records(folder / "results" / name, records, known)
+        table += records
+    run["seconds"]["evaluation"] = time.perf_counter() - started
+    write_text(folder / "table.md", retrieval_table(table))
+    split, shown = inputs.test[args.language], measured[args.language]
+    plot_retrieval_sheet(
+        images=split,
+        queries=[text for texts in split.captions() for text in texts],
+        right_images=shown["capivara"].image_of_text.tolist(),
+        scores=lambda role, query: shown[role].image_embeds @ shown[role].text_embeds[query],
+        ranks={role: embeddings.ranks("text_to_image") for role, embeddings in shown.items()},
+        seed=args.seed,
+        language=args.language,
+        path=folder / "retrieval.png",
+    )
+    write_json(folder / "run.json", run)
+
+
+def write_run(args: RunArguments, state: TrainerState, inputs: Inputs, energy: dict[str, Any], folder: Path) -> None:
+    """Write the curves of a training that is done, and `run.json`, all that it was; `energy` is of `measure_energy`."""
+    plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
     pairs = state.step * args.effective_batch_size
-    return {
-        "schema_version": 2,
+    facts = {
+        "schema_version": SCHEMA_VERSION,
         "config": args.to_dict(),
         "origins": origins(args),
         "seed": args.seed,
         "dataset_fingerprints": state.data,
-        "skipped_rows": dict(Counter(line.reason for line in skipped)),
+        "skipped_rows": dict(Counter(line.reason for line in inputs.skipped)),
         "versions": package_versions(),
-        "device": device_description(accelerator.device),
-        "processes": accelerator.num_processes,
+        "device": device_description(PartialState().device),
+        "processes": PartialState().num_processes,
         "steps": state.step,
         "pairs": pairs,
-        "seconds": seconds,
-        "pairs_per_second": pairs / seconds["training"],
+        "seconds": {"training": state.seconds},  # with the measurements of the validation split in it
+        "pairs_per_second": pairs / state.seconds,
         "energy": energy,
         "curve": state.curve,
     }
+    write_json(folder / "run.json", facts)
 
 
 def check_country(country: str) -> None:
@@ -128,15 +161,13 @@ def origins(args: RunArguments) -> dict[str, Any]:
         Under "license" what the model inherits from all of them: the one licence that binds it, or None where one of
         them states none, or where several bind it.
     """
-    found = {"model": origin(args.model, "model"), "datasets": [origin(name, "dataset") for name in args.dataset]}
-    stated = [source["licenses"] for source in _works(found)]
-    evaluation = origin(args.evaluation_dataset, "dataset")
-    return {"license": inherited_license(stated), **found, "evaluation_dataset": evaluation}
-
-
-def _works(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """All that a model is made from."""
-    return [found["model"], *found["datasets"]]
+    model, datasets = origin(args.model, "model"), [origin(name, "dataset") for name in args.dataset]
+    return {
+        "license": inherited_license([work["licenses"] for work in (model, *datasets)]),
+        "model": model,
+        "datasets": datasets,
+        "evaluation_dataset": origin(args.evaluation_dataset, "dataset"),
+    }
 
 
 def inherited_license(stated: list[list[str]]) -> str | None:
@@ -181,38 +212,35 @@ def model_card(args: RunArguments, title: str) -> str:
     The licence is the one of `origins`: a model trained on share-alike data inherits it.
     """
     sources = origins(args)
-    metadata = {"language": args.eval_languages, "library_name": "transformers"}
-    metadata |= {"pipeline_tag": "zero-shot-image-classification", "tags": ["capivara", "clip"]}
-    if base := [sources["model"]["hub_id"]] if sources["model"]["hub_id"] else sources["model"]["base_model"]:
-        metadata["base_model"] = base
-    trained = "the text tower, the image tower left as it was"
-    if args.lora_rank:
-        trained += f", through LoRA adapters of rank {args.lora_rank}"
-    parts = _works(sources)
-    stated = [f"{part['title']}: {', '.join(part['licenses']) or 'no licence stated'}." for part in parts]
+    model, works = sources["model"], [sources["model"], *sources["datasets"]]
+    data = ModelCardData(
+        language=args.eval_languages,
+        license=sources["license"],
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["capivara", "clip"],
+        base_model=[model["hub_id"]] if model["hub_id"] else model["base_model"] or None,
+    )
     licence = "Base and data state these licences, check them before you share this model:"
     if sources["license"]:
-        metadata["license"] = sources["license"]
         licence = f"This model is licensed {sources['license']}, as follows from the licences of its base and data:"
-    credits = [part["attribution"] for part in parts if part["attribution"]]
+    stated = [f"{work['title']}: {', '.join(work['licenses']) or 'no licence stated'}." for work in works]
+    credits = [work["attribution"] for work in works if work["attribution"]]
     return CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False).strip(),
+        metadata=data.to_yaml(),
         title=html.escape(title),
-        model=html.escape(sources["model"]["name"]),
-        dataset=html.escape(", ".join(part["title"] for part in sources["datasets"])),
+        model=html.escape(model["name"]),
+        dataset=html.escape(", ".join(work["title"] for work in sources["datasets"])),
         language=args.language,
-        trained=trained,
         licence=html.escape(" ".join([licence, *stated, *credits]), quote=False),
     )
 
 
-def save_step(args: RunArguments, wrapped: nn.Module, processor: CapivaraProcessor, step: int, folder: Path) -> None:
-    """Save the model as it is after a step of the training, with processor and card, into `folder`."""
-    # Merging changes the weights that are being trained, so that it is done to a copy.
-    model = merge_adapters(copy.deepcopy(wrapped)) if args.lora_rank else wrapped
+def save_model(args: RunArguments, model: CapivaraModel, inputs: Inputs, title: str, folder: Path) -> None:
+    """Save a model with its processor and a first card into `folder`."""
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    write_text(folder / "README.md", model_card(args, f"CAPIVARA ({args.language}), step {step} of a run"))
+    inputs.processor.save_pretrained(folder)
+    write_text(folder / "README.md", model_card(args, title))
 
 
 @cache  # `origins` is called twice at the end of a run

@@ -17,11 +17,10 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import check_output_folder, whole_folder, write_bytes
@@ -58,9 +57,9 @@ def rotate(args: RotateArguments) -> Tensor:
             model was turned before.
     """
     check_output_folder(args.output)
+    model, processor = load_model(args.model).eval(), load_processor(args.model)
     if load_rotation(args.model) is not None:
         raise ValueError(f"{args.model} was turned before: it has a {ROTATION_FILE}. Give the model as it was trained.")
-    model, processor = load_model(args.model).eval(), load_processor(args.model)
     width = model.config.projection_dim
     model.config.matryoshka_dims = checked_widths(args.dims, width) or None
     source = open_source(args.dataset, args.split, args.image_column)
@@ -142,14 +141,9 @@ def load_rotation(model: str | Path) -> Tensor | None:
 
     Raises ValueError where its file can't be read.
     """
-    path = Path(model) / ROTATION_FILE
-    if not Path(model).exists():
-        with suppress(EntryNotFoundError):
-            path = Path(hf_hub_download(str(model), ROTATION_FILE))
-    if not path.is_file():
-        return None
+    path = cached_file(str(model), ROTATION_FILE, _raise_exceptions_for_missing_entries=False)
     try:
-        return load_file(path)["rotation"]
+        return None if path is None else load_file(path)["rotation"]
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}. Fetch or make the model again.") from error
 

@@ -27,7 +27,8 @@ def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
     for expression in args.frozen_parameters:
         if not any(_full_match(expression, name, "frozen_parameters") for name in names):
             raise ValueError(
-                f"frozen_parameters: {expression!r} matches no parameter. There are, among others, {_examples(names)}."
+                f"frozen_parameters: {expression!r} matches no parameter. There are, among others, "
+                f"{names[:: max(1, len(names) // 6)]}."
             )
     wrapped = _with_adapters(model, args) if args.lora_rank else model
     for name, parameter in model.named_parameters():  # also what peft has made trainable
@@ -46,15 +47,16 @@ def set_training_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def merge_adapters(wrapped: nn.Module) -> CapivaraModel:
-    """The plain model with the adapters' updates in its weights; the model itself where it has no adapters."""
-    return wrapped.merge_and_unload() if hasattr(wrapped, "merge_and_unload") else wrapped
+def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> CapivaraModel:
+    """The plain model with the adapters' updates in its weights; the model itself where it has no adapters.
 
-
-def save_adapters(wrapped: nn.Module, folder: Path) -> None:
-    """Adapters and trained modules in peft's own format, safetensors; nothing for a model without them."""
-    if hasattr(wrapped, "peft_config"):
+    In `folder`, if it is given, they are kept in peft's own format, safetensors.
+    """
+    if not hasattr(wrapped, "peft_config"):
+        return wrapped
+    if folder is not None:
         wrapped.save_pretrained(folder / "adapter")
+    return wrapped.merge_and_unload()
 
 
 @torch.no_grad()
@@ -71,27 +73,22 @@ def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: fl
 
 
 def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
+    """peft's wrapper; of itself it passes over modules that are none, and over adapters of a tower that is frozen."""
     from peft import LoraConfig, get_peft_model
 
-    frozen = ("vision_model", "visual_projection")
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    modules, frozen = dict(model.named_modules()), ("vision_model", "visual_projection")
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
     matched = [name for name in linear if _full_match(args.lora_targets, name, "lora_targets")]
-    if matched and all(name.startswith(frozen) for name in matched):
+    if not matched:
+        raise ValueError(f"lora_targets: {args.lora_targets!r} matches no linear layer, such as {linear[-1]!r}.")
+    if all(name.startswith(frozen) for name in matched):
         raise ValueError(
             f"lora_targets: {args.lora_targets!r} matches the frozen image tower alone, such as {matched[0]!r}."
         )
-    if not matched:
-        raise ValueError(
-            f"lora_targets: {args.lora_targets!r} matches no linear layer. There are, among others, "
-            f"{_examples(linear)}."
-        )
     config = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        bias="none",
-        target_modules=args.lora_targets,
+        r=args.lora_rank, lora_alpha=args.lora_alpha, bias="none", target_modules=args.lora_targets,
         modules_to_save=WHOLE,
-    )
+    )  # fmt: skip
     return get_peft_model(model, config)
 
 
@@ -100,8 +97,3 @@ def _full_match(expression: str, name: str, key: str) -> bool:
         return re.fullmatch(expression, name) is not None
     except re.error as error:
         raise ValueError(f"{key}: {expression!r} is no regular expression ({error}).") from error
-
-
-def _examples(names: list[str]) -> list[str]:
-    """A few names, from everywhere in the list."""
-    return names[:: max(1, len(names) // 6)]

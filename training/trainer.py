@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from training.batches import MicroBatch
+from training.images import embed_pixels
 from training.whole_batch import WholeBatch
 
 NEEDED = ("input_ids", "attention_mask", "pixel_values")
@@ -57,19 +58,11 @@ class ExactBatchTrainer(Trainer):
         batches = _micro_batches(self._samples)
         pairs, image_embeds = sum(len(batch.input_ids) for batch in batches), None
         if not any(p.requires_grad for name, p in inner.named_parameters() if name.startswith(("vision_", "visual_"))):
-            image_embeds = self._frozen_images(model, batches)
+            image_embeds = torch.cat([embed_pixels(model, batch.pixel_values, self.accelerator) for batch in batches])
+            for batch in batches:
+                batch.pixel_values = None  # embedded once, and not with the texts again
         report = self._step(self.state.global_step, batches, pairs, image_embeds)
         return torch.tensor(report.loss, device=self.args.device)
-
-    @torch.no_grad()
-    def _frozen_images(self, model: nn.Module, batches: Sequence[MicroBatch]) -> Tensor:
-        """(pairs, width), of an image tower that is not trained: embedded once, and not with the texts again."""
-        embeds = []
-        for batch in batches:
-            with self.accelerator.autocast():
-                embeds.append(model(pixel_values=batch.pixel_values.to(self.args.device)).image_embeds)
-            batch.pixel_values = None
-        return torch.cat(embeds)
 
 
 def _micro_batches(samples: Sequence[dict]) -> list[MicroBatch]:
