@@ -42,6 +42,12 @@ with torch.no_grad():
 print(json.dumps([model.name_or_path, outputs.text_embeds.tolist(), outputs.image_embeds.tolist(), seconds]))
 """
 
+PEAK = """
+import atexit, sys
+from capivara_common.environment import peak_resident_bytes
+atexit.register(lambda: print(peak_resident_bytes(), file=sys.stderr))
+"""
+
 
 def published(folder: Path, config: CapivaraConfig, size: int | None = None, tokenizer=None) -> Path:
     """A repository as open_clip's users publish theirs: configuration, pickled weights, tokenizer, card."""
@@ -356,7 +362,10 @@ def test_at_full_size_in_the_published_layout(cache, tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         hub.store(NAME, folder)
         environment = hub.environment(tmp_path / "home", token=None)
-        kept, *ours, seconds = answer(run(environment, cache))
+        done = run(environment, cache, PEAK + PROGRAM)
+        kept, *ours, seconds = answer(done)
+        # The file that is read and the one that is written, both mapped, and less than one more copy
+        assert int(done.stderr.splitlines()[-1]) < 2.9 * 4 * 366_121_473
         assert hub.fetched.count(f"{NAME}/{WEIGHTS}") == 1
         requests = len(hub.requests)
         *again, quick = answer(run(environment, cache))
