@@ -14,8 +14,8 @@ from sampling import one_in
 from test_train_accelerate import flags
 
 import train_accelerate
-from caption_data.stage_folder import check_complete
 from captions import score, select
+from captions.stage_folder import check_complete
 from eval import retrieval
 from hub_upload import export
 from modeling_capivara import convert_open_clip

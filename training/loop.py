@@ -22,10 +22,9 @@ from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 from training.batches import MicroBatch, Planner, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
-from training.images import TrainingImages, loading_workers
+from training.images import TrainingImages, embed_pixels, loading_workers
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.trainable import set_training_mode
-from training.views import embed_pixels
 from training.whole_batch import WholeBatch, used_memory
 
 logger = logging.getLogger("capivara")
@@ -200,7 +199,7 @@ class Trainer:
 
     def _pixels(self, plans: "_PlansAhead") -> Iterator[Tensor] | None:
         """The pixels of all steps to come, in order; None with a cache."""
-        if self.images.caches is not None:
+        if self.images.cached:
             return None
         return self.images.pixel_batches(self._items(plans), loading_workers(self.args, self.accelerator))
 
