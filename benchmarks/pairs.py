@@ -3,7 +3,7 @@
     python -m benchmarks.pairs
     python -m benchmarks.pairs --rows 3300000 --output benchmarks/results/pairs.json
 
-A made data set: captions of realistic length, ten generated ones and their similarities a row, in parquet files; images
+A made data set: captions of realistic length, five generated ones and their similarities a row, in parquet files; images
 are small JPEG files, the same few again and again, so that the disk holds it. Its rows are opened, chosen from by the
 strategy `rank`, and opened and chosen from again, as a second run finds them in the cache. Each of the two is a process
 of its own, whose peak of memory is its own; files that are mapped into memory count as far as they were read. JSON
@@ -32,7 +32,7 @@ TEXT = (
     "um uma o a homem mulher criança gato cachorro casa rua praia mesa bola carro bicicleta sol azul verde vermelho "
     "grande pequeno sentado correndo olhando perto sobre dentro com de na no para duas três pessoas árvore janela"
 )
-IMAGES, GENERATED = 100, 10  # different images; generated captions a row
+IMAGES, GENERATED = 100, 5  # different images; generated captions a row
 FEATURES = Features(
     {
         "image": Image(),

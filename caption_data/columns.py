@@ -69,8 +69,8 @@ def fitting(value: Any, feature: Any) -> Any:
         fits = isinstance(texts, list) and _kind(texts) == "texts"
         return [None if text is None else storable(text) for text in texts] if fits else None
     if feature == NUMBERS:
-        numbers = value if isinstance(value, list) else []
-        return [number if _kind(number) in ("int64", "float64") else None for number in numbers]
+        fits = isinstance(value, list)
+        return [number if _kind(number) in ("int64", "float64") else None for number in value] if fits else None
     if _kind(value) != feature.dtype and (_kind(value), feature.dtype) != ("int64", "float64"):
         return None
     if feature.dtype == "int64" and not -(2**63) <= value < 2**63:
