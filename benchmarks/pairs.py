@@ -3,11 +3,10 @@
     python -m benchmarks.pairs
     python -m benchmarks.pairs --rows 3300000 --output benchmarks/results/pairs.json
 
-A made data set: captions of realistic length, five generated ones and their similarities a row, in parquet files; images
-are small JPEG files, the same few again and again, so that the disk holds it. Its rows are opened, chosen from by the
-strategy `rank`, and opened and chosen from again, as a second run finds them in the cache. Each of the two is a process
-of its own, whose peak of memory is its own; files that are mapped into memory count as far as they were read. JSON
-is the last line.
+A made data set: captions of realistic length, five generated ones and similarities a row, in parquet files; images are
+small JPEG files, the same few again and again, so that the disk holds it. Its rows are opened and chosen from by the
+strategy `rank`; a second run finds what the first has left. Each run is a process of its own, with a peak of memory of
+its own; files that are mapped into memory count as far as they were read. JSON is the last line.
 """
 
 import io

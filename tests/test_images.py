@@ -33,6 +33,7 @@ from modeling_capivara.loading import load_model
 from training.images import Pairs, TrainingImages, augmented, build_cache, random_state
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
+NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
 BROKEN = b"\x89PNG\r\n\x1a\n no picture"
 
 
@@ -388,8 +389,7 @@ def test_a_full_disk_ends_the_run_before_the_work(tiny_folder, tiny_dataset_fold
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tmp_path, cache):
-    negative = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
-    dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN, 7: negative})
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN, 7: NEGATIVE})
     options = {"image_embedding_cache": cache, "max_steps": 2}
     weights, losses, out = train(tiny_folder, dataset, tmp_path / "out", max_bad_share=0.2, **options)
     lines = [json.loads(line) for line in (out / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -401,6 +401,19 @@ def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tm
     with pytest.raises(SystemExit, match=r"2 of 12 rows .* can't be used.*(?s:.*)row 0: unreadable image"):
         train_accelerate.main(flags(tiny_folder, dataset, tmp_path / "over", max_bad_share=0.1, **options))
     assert [path.name for path in tmp_path.glob("over*")] == ["over.skipped.jsonl"]
+
+
+def test_vectors_stay_with_their_images_where_one_is_left_out(
+    tiny_model, tiny_processor, tiny_dataset_folder, tmp_path
+):
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {3: NEGATIVE})
+    pairs = pairs_of(dataset, tiny_processor)
+    good, bad = pairs.with_cache(cache_of(tiny_model, pairs, tmp_path / "caches"))
+    assert [(line.row, line.reason) for line in bad] == [(3, "unreadable image")]
+    expected = embed_images(tiny_model, tiny_processor, good)
+    assert len(expected) == IMAGES - 1 and good.table["row"][:] == [0, 1, 2, *range(4, IMAGES)]
+    found = good.vectors(range(IMAGES - 1), [0] * (IMAGES - 1))
+    torch.testing.assert_close(found, expected, rtol=2**-11, atol=2e-6)
 
 
 def test_a_bad_image_does_not_hide_behind_augmentation(tiny_processor, tiny_dataset_folder):
