@@ -7,15 +7,11 @@ A data set is a folder with a sub-folder of images a class, a saved data set, a 
 tars (with `classnames.txt`, a name a line), or a Hub id.
 """
 
-import csv
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Image
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -28,14 +24,14 @@ from caption_data.source_files import (
     NoSplit,
     copied_bounds,
     form_hint,
-    load_by_datasets,
     load_files,
     of_split,
     picture_files,
 )
 from caption_data.sources import open_split, undecoded
 
-SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
+SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
+SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
 @dataclass
@@ -115,12 +111,8 @@ def _opened(
 ) -> tuple[Dataset, ImageFiles]:
     """The rows, images undecoded, and which images may be opened."""
     path = Path(source)
-    of_rows = (file for pattern in ("**/*.tar", "**/*.parquet", "dataset_dict.json") for file in path.glob(pattern))
-    pictures = path.is_dir() and (form == "images" or not any(of_rows))
-    if path.is_dir():
-        refuse_links_out(path)
-        _refuse_outside(path)
-    if pictures:
+    patterns = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
+    if path.is_dir() and (form == "images" or not any(file for pattern in patterns for file in path.glob(pattern))):
         rows = undecoded(_pictures(path, split, form), image_column)
         return rows, ImageFiles(copied_bounds(source, image_roots), max_pixels)
     try:
@@ -133,38 +125,20 @@ def _opened(
 
 
 def _pictures(folder: Path, split: str, form: str) -> Dataset:
-    """The pictures of a folder, a sub-folder a class; it may have folders of splits."""
-    if form == "images":  # by name: an archive among them would be unpacked
-        root = folder / split if (folder / split).is_dir() else folder
-        files = picture_files(root)
-        if not files:
-            raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(SUFFIXES)}.")
-        return load_files("imagefolder", files, str(folder))
-    if {inner.name.casefold() for inner in folder.iterdir() if inner.is_dir()} - SPLIT_FOLDERS:
-        return load_by_datasets(str(folder), "imagefolder", data_files={split: str(folder / "**")})[split]
-    return of_split(load_by_datasets(str(folder), "imagefolder", data_dir=str(folder)), str(folder), split)
+    """The pictures of a folder, a sub-folder a class, below one of the split where its folders are named for splits.
 
-
-def _refuse_outside(folder: Path) -> None:
-    """Raise ValueError where a list of the folder names a file outside of it, which `datasets` would open.
-
-    It takes for such what is in file_name, file_names, and with a word and _ before.
+    By name: `datasets` would unpack an archive among them, and open whatever a list names.
     """
-    for path in folder.rglob("metadata.*"):
-        values = [v for line in _lines_of(path) for k, v in line.items() if re.fullmatch(r"(.*_)?file_names?", k or "")]
-        names = [str(name) for value in values for name in (value if isinstance(value, list) else [value])]
-        outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts or "://" in name]
-        if outside:
-            raise ValueError(f"{path.relative_to(folder)} names files outside its folder, refused: {outside[:3]}.")
-
-
-def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a list in one of the forms that `datasets` reads."""
-    if path.suffix == ".parquet":
-        yield from pq.read_table(path).to_pylist()
-    elif path.suffix in (".csv", ".jsonl"):
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+    refuse_links_out(folder)
+    root, names = folder, [inner.name for inner in folder.iterdir() if inner.is_dir()]
+    if form == "images":
+        root = folder / split if split in names else folder
+    elif names and all(name.casefold() in SPLIT_FOLDERS for name in names):
+        root = of_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)
+    files = picture_files(root)
+    if not files:
+        raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(SUFFIXES)}.")
+    return load_files("imagefolder", files, str(folder))
 
 
 def _class_names(source: str) -> list[str]:

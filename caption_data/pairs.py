@@ -81,7 +81,8 @@ def pair_table(
     for part in share(parts, state.process_index, state.num_processes):
         made(part)
     state.wait_for_everyone()
-    return concatenate_datasets([made(part) for part in parts])
+    with state.local_main_process_first():  # a machine that does not share the folder makes all of them
+        return concatenate_datasets([made(part) for part in parts])
 
 
 def lacking(columns: Sequence[str], there: Iterable[str]) -> list[str]:
@@ -128,7 +129,7 @@ def _entries(batch: dict[str, list], indices: list[int], start: int, entry: Call
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     numbers = [start + index for index in indices]
     if threads:
-        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as executor:
+        with ThreadPoolExecutor(max(1, min(16, (os.cpu_count() or 1) // processes().num_processes))) as executor:
             found = list(executor.map(entry, numbers, rows))
     else:
         found = list(map(entry, numbers, rows))

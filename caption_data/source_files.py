@@ -8,7 +8,7 @@ would measure a model on what it was trained on.
 import glob
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -69,7 +69,7 @@ def load_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
         with opened_parquet(path):  # a truncated one has no end
             pass
     try:
-        return load_by_datasets(dataset, form, data_files=names, split="train")
+        return loaded(dataset, load_dataset, form, data_files=names, split="train")
     except ValueError:
         for _ in itertools.chain.from_iterable(map(parquet_batches, parquet)):
             pass  # until the one that is damaged, which the error names
@@ -93,10 +93,7 @@ def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
         bounds.check([state.parent / name for name in names])
         if strange := [name for name in names if not (state.parent / name).is_file()]:
             raise ValueError(f"{state} names {strange[0]}, which is no file there.")
-    try:
-        data = load_from_disk(str(folder))
-    except Exception as error:  # of datasets and pyarrow
-        raise ValueError(f"{folder} can't be loaded: {one_line(error)}") from error
+    data = loaded(str(folder), load_from_disk, str(folder))
     if not isinstance(data, DatasetDict):
         raise ValueError(f"{folder} is one split of a data set; name the folder of the whole, {folder.parent}.")
     return data
@@ -150,10 +147,10 @@ def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -
     return splits[split]
 
 
-def load_by_datasets(subject: str, *args: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`. Raises ValueError, which begins with `subject`, where it fails."""
+def loaded(subject: str, load: Callable, *args: Any, **options: Any) -> Any:
+    """What `load` gives. Raises ValueError, which begins with `subject`, where it fails."""
     try:
-        return load_dataset(*args, **options)
+        return load(*args, **options)
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
         raise ValueError(f"{subject} can't be loaded: {one_line(error)}") from error
 

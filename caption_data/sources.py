@@ -29,11 +29,10 @@ from caption_data.source_files import (
     FORMS,
     copied_bounds,
     files_of_split,
-    load_by_datasets,
     load_files,
     load_saved,
+    loaded,
     of_split,
-    one_line,
 )
 from caption_data.stage_record import STAGE_FILE, missing_parts, refuse_missing, stage_record
 from caption_data.tars import table_of_files
@@ -135,7 +134,7 @@ def open_split(
         if paths[0].suffix == ".parquet":
             data = load_files("parquet", paths, dataset)
         else:
-            data, damages = _table(paths, image_column, dataset)
+            data, damages = loaded(dataset, table_of_files, paths, image_column)
     damaged = [Skipped(dataset, split, row, "damaged archive", detail) for row, detail in damages]
     opened = Split(dataset, split, image_column, undecoded(data, image_column), files, paths, damaged)
     if not len(opened):
@@ -180,20 +179,9 @@ def _from_hub(dataset: str) -> Any:
     subject = f"{dataset} is no path here, and as a Hub id it"
     kept = copied_bounds(dataset).folder, Path(datasets.config.HF_DATASETS_CACHE) / dataset.replace("/", "___")
     if not any(map(Path.exists, kept)):
-        try:  # one question: `datasets` asks six times, for half a minute
-            HfApi().dataset_info(dataset, timeout=HUB_TIMEOUT)
-        except Exception as error:  # of the Hub and of its HTTP client
-            raise ValueError(f"{subject} can't be loaded: {one_line(error)}") from error
-    return load_by_datasets(subject, dataset)
-
-
-def _table(paths: list[Path], image_column: str, dataset: str) -> tuple[Dataset, list[tuple[int, str]]]:
-    try:
-        return table_of_files(paths, image_column)
-    except ValueError:
-        raise
-    except Exception as error:  # of datasets and pyarrow, and of files
-        raise ValueError(f"{dataset} can't be loaded: {one_line(error)}") from error
+        # One question: `datasets` asks six times, for half a minute.
+        loaded(subject, HfApi().dataset_info, dataset, timeout=HUB_TIMEOUT)
+    return loaded(subject, datasets.load_dataset, dataset)
 
 
 def _files_fingerprint(files: list[Path]) -> str:

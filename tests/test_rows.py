@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import zlib
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -167,6 +168,7 @@ def test_parts_make_the_whole_table(tmp_path, monkeypatch, number):
     monkeypatch.setattr(pairs, "_entry", lambda row, *args, **options: made.append(row) or entry(row, *args, **options))
     for rank in range(number):  # one after the other; the last finds the parts of all others
         state = SimpleNamespace(process_index=rank, num_processes=number, wait_for_everyone=lambda: None)
+        state.local_main_process_first = nullcontext
         monkeypatch.setattr(pairs, "processes", lambda state=state: state)
         table = pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {"number": f"{number} {tmp_path}"})
     assert sorted(made) == list(range(7)) and len(whole) == 4
