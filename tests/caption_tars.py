@@ -3,7 +3,9 @@
 import io
 import itertools
 import json
+import os
 import tarfile
+import tempfile
 import time
 
 import numpy as np
@@ -15,6 +17,8 @@ from caption_data.sources import open_split
 from captions.in_place import open_in_place
 from training.inputs import evaluation_pairs, training_pairs
 
+CACHE = tempfile.TemporaryDirectory(prefix="capivara-tests-")
+os.environ.setdefault("CAPIVARA_CACHE", CACHE.name)  # pairs of made data sets are not kept among a developer's own
 ROWS = 7
 CALLS = itertools.count(time.time_ns())
 
