@@ -16,6 +16,7 @@ NUMBERS = List(Value("float64"))
 CAPTION_COLUMN = re.compile(r"(generated-)?captions-[\w-]+")  # the authors' names
 SIMILARITY_COLUMN = re.compile(r"similarities-[\w-]+")
 IMAGE = "image"  # the authors' name, which the image column has in every output
+NO_TEXTS = "column without texts"  # of a table out of JSON: which column of captions holds anything else in a row
 KINDS = {"texts": CAPTIONS, "numbers": NUMBERS} | {name: Value(name) for name in ("string", "bool", "int64", "float64")}
 
 

@@ -21,7 +21,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from capivara_common.environment import cache_home
 from capivara_common.image_files import BadRow, decode_image, image_bytes
 from capivara_common.tasks import all_parts, share
-from caption_data.columns import CAPTIONS, SIMILARITY_COLUMN, caption_texts, similarities
+from caption_data.columns import CAPTIONS, NO_TEXTS, SIMILARITY_COLUMN, caption_texts, similarities
 from caption_data.rows import NOT_CHOSEN, Skipped, digest_of, rows_fingerprint, storable
 from caption_data.sources import Split
 from modeling_capivara import repair_text
@@ -72,7 +72,8 @@ def pair_table(
         return split.data.select(part).map(
             partial(_entries, entry=entry, threads=decode),
             fn_kwargs={"start": part.start},
-            with_indices=True, batched=True, batch_size=ROWS_AT_ONCE, remove_columns=split.columns, features=TABLE,
+            with_indices=True, batched=True, batch_size=ROWS_AT_ONCE, features=TABLE,
+            remove_columns=split.data.column_names,
             cache_file_name=str(cache_home() / "pairs" / f"{name}.arrow"), load_from_cache_file=True,
             new_fingerprint=name, desc=f"Captions, {split.where}",
         )  # fmt: skip
@@ -154,6 +155,10 @@ def _entry(
 
 def _captions(row: dict[str, Any], columns: Sequence[str], choose: Choose) -> list[str]:
     """The captions of a row that are chosen, at least one. Raises BadRow where there is none."""
+    if row.get(NO_TEXTS) == "":
+        raise BadRow("missing column", "there is no JSON object of at most 1 MB")
+    if row.get(NO_TEXTS) in columns:
+        raise BadRow("no caption", f"{row[NO_TEXTS]!r} must hold texts")
     for column in columns:
         read = similarities if SIMILARITY_COLUMN.fullmatch(column) else caption_texts
         row[column] = read(row.get(column), column)

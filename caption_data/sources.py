@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from capivara_common.image_files import MAX_IMAGE_PIXELS, ImageFiles
 from capivara_common.links import Bounds
+from caption_data.columns import NO_TEXTS
 from caption_data.rows import Skipped
 from caption_data.source_files import (
     FORMS,
@@ -65,7 +66,7 @@ class Split:
     @property
     def features(self) -> Features:
         """What the columns hold, by their names."""
-        return self.data.features
+        return Features({name: kind for name, kind in self.data.features.items() if name != NO_TEXTS})
 
     @property
     def columns(self) -> list[str]:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
 from capivara_common.image_files import MAX_DETAIL
-from caption_data.columns import fitting, judged_features
+from caption_data.columns import CAPTIONS, NO_TEXTS, fitting, judged_features
 from caption_data.rows import digest_of, storable
 
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
@@ -35,7 +35,8 @@ IN_ARCHIVE = {"archive": Value("string"), "offset": Value("int64"), "size": Valu
 def table_of_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
     """The rows of tars or of lists of images: the columns of their JSON, and where the image is.
 
-    Columns are judged by the first rows. What in a row is of another kind than its column counts as missing.
+    Columns are judged by the first rows. What in a row is of another kind than its column counts as missing, and where
+    that is a column of captions it is named in `NO_TEXTS`, which is empty where there is no JSON object at all.
 
     Returns:
         The rows, and of each archive that ends too early the number of rows before, and what is wrong with it.
@@ -48,9 +49,11 @@ def table_of_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[
     head = list(itertools.islice(_rows(paths, image_column), HEAD_ROWS))
     if not head:
         return Dataset.from_dict({image_column: []}), []
-    features = judged_features({name: row[name] for name in row if name not in (image_column, DAMAGE)} for row in head)
+    features = judged_features(
+        {name: row[name] for name in row if name not in (image_column, NO_TEXTS, DAMAGE)} for row in head
+    )
     place = PLACE if paths[0].suffix == ".jsonl" else PLACE | IN_ARCHIVE
-    features = Features({image_column: place} | features | {DAMAGE: Value("string")})
+    features = Features({image_column: place} | features | dict.fromkeys((NO_TEXTS, DAMAGE), Value("string")))
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     table = Dataset.from_generator(
         _table_rows,
@@ -101,6 +104,10 @@ def _table_rows(paths: list[Path], image_column: str, features: Features) -> Ite
     """Rows of the table; a damage is one, too."""
     for row in _rows(paths, image_column):
         found = {name: fitting(row.get(name), kind) for name, kind in features.items() if name != image_column}
+        lost = (name for name in found if features[name] == CAPTIONS and found[name] is None)
+        found[NO_TEXTS] = next((name for name in lost if row.get(name) is not None), None)
+        if not row.keys() - {image_column}:
+            found[NO_TEXTS] = ""
         yield found | {image_column: row.get(image_column), DAMAGE: row.get(DAMAGE)}
 
 

@@ -27,7 +27,7 @@ from capivara_common.executors import EXPECTED, TasksFailed, Work, execute
 from capivara_common.files import no_space_left
 from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase, all_parts, share
-from caption_data.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, caption_texts
+from caption_data.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, NO_TEXTS, caption_texts
 from caption_data.rows import Skipped, write_skipped
 from caption_data.source_files import NoSplit
 from caption_data.sources import Split
@@ -141,6 +141,8 @@ class RowStage:
         names, column = self.args.renamed(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
+            if row.get(NO_TEXTS):
+                raise BadRow("no caption", f"{row[NO_TEXTS]!r} must hold texts")
             data = image_bytes(row.get(column), self.source.files)
             row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
             return row | {name: caption_texts(row[name], name) for name in row if CAPTION_COLUMN.fullmatch(name)}

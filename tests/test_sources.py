@@ -227,5 +227,5 @@ def test_image_folder_faults(tmp_path):
     skipped = []
     assert len(table_of(open_split(str(tmp_path), "train", "image"), skipped)) == 1
     assert [(line.row, line.reason) for line in skipped] == [
-        (1, "unreadable image"), (2, "unreadable image"), (3, "no image"), (4, "no caption"), (5, "no caption"),
+        (1, "unreadable image"), (2, "unreadable image"), (3, "no image"), (4, "missing column"), (5, "missing column"),
     ]  # fmt: skip

@@ -86,23 +86,24 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     _check_skipped(args, skipped, rows, output_dir)
     batch_counts(args.effective_batch_size, list(map(len, training)))
 
-    def cached(pairs: Pairs) -> Pairs:
-        """With the vectors of their images, as far as these can be used."""
+    def cached(pairs: Pairs) -> tuple[Pairs, list[Skipped]]:
+        """With the vectors of their images; the rows that have none."""
         options = args.embedding_batch_size, loading_workers(args, accelerator), accelerator
-        found, bad = pairs.with_cache(build_cache(base, pairs, root, *options))
-        skipped.extend(bad)
-        return found
+        return pairs.with_cache(build_cache(base, pairs, root, *options))
 
     if args.image_embedding_cache == "off":
         vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
     else:
-        training = [cached(pairs) for pairs in training]
+        training, bad = zip(*map(cached, training), strict=True)
+        skipped += [line for lines in bad for line in lines]
         _check_skipped(args, skipped, rows, output_dir)
-        vectors = cached(validation).vectors(range(len(validation)), [0] * len(validation))
+        validation, bad = cached(validation)
+        _refuse_bad(validation.source, bad)
+        vectors = validation.vectors(range(len(validation)), [0] * len(validation))
     return Inputs(
         base=base,
         processor=processor,
-        training=training,
+        training=list(training),
         counts=batch_counts(args.effective_batch_size, list(map(len, training))),
         validation=validation,
         validation_embeds=vectors,
@@ -188,12 +189,7 @@ def evaluation_pairs(
     for language in languages:
         column = caption_column(args, language)
         table = pair_table(split, [column], lambda row, c=column: _complete(row[c]), {"whole": column}, decode=True)
-        if skipped := skipped_rows(table, split):
-            first = skipped[0]
-            raise ValueError(
-                f"{split.where}: row {first.row} can't be used, {first.reason} ({first.detail}). A split that is "
-                f"measured on must be whole; mend the row, or remove it. {len(skipped)} rows are like this."
-            )
+        _refuse_bad(split, skipped_rows(table, split))
         found[language] = Pairs(split, table, processor, seed=args.seed)
     return found
 
@@ -243,6 +239,15 @@ def _complete(texts: list[str]) -> list[str]:
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise ValueError(f"an empty caption in {texts!r}")
     return texts
+
+
+def _refuse_bad(split: Split, bad: list[Skipped]) -> None:
+    """Raise ValueError where a row of a split that is measured on can't be used."""
+    if bad:
+        raise ValueError(
+            f"{split.where}: row {bad[0].row} can't be used, {bad[0].reason} ({bad[0].detail}). A split that is "
+            f"measured on must be whole; mend the row, or remove it. {len(bad)} rows are like this."
+        )
 
 
 def _check_skipped(args: RunArguments, skipped: list[Skipped], rows: int, output_dir: Path) -> None:
