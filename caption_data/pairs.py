@@ -6,6 +6,7 @@ pairs, skipped = usable(table), skipped_rows(table, split)
 
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, Value, concatenate_datasets
 
 from capivara_common.environment import cache_home
@@ -188,9 +190,14 @@ def _state(split: Split) -> list[Any]:
 
 
 def _state_of_files(split: Split) -> str:
-    """Of the images that are files of their own: their paths, sizes and times; "" where there is none."""
+    """Of the images that are files of their own: their paths, sizes and times; "" where there is none.
+
+    What an address leads to is not known: then it is another one every time.
+    """
     digest, any_file = blake2b(digest_size=16), False
     for path in _paths(split):
+        if "://" in path:
+            return f"{broadcast_object_list([time.time_ns()])[0]}"
         digest.update(path.encode("utf-8", "replace"))
         any_file = True
         for folder in (*split.files.bounds.folders, "."):

@@ -197,6 +197,16 @@ def test_a_table_is_made_anew_when_anything_has_changed(tmp_path):
     assert [table["captions"][:] for table in tables(1)] == [[CAPTIONS[1][1:]], [["y"]]] and len(made) == 6
 
 
+def test_what_an_address_leads_to_is_looked_at_anew(tmp_path):
+    """A row whose address could not be reached must not stay a bad one."""
+    made, line = [], {"file_name": "https://example.org/a.png", "captions-pt": ["x"]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    for run in (1, 2):
+        split = open_split(str(tmp_path), "train", "image")
+        table = pair_table(split, ["captions-pt"], lambda row: made.append(1) or row["captions-pt"], {})
+        assert len(made) == run and [one.reason for one in skipped_rows(table, split)] == ["unreadable image"]
+
+
 def test_an_image_whose_pixels_are_damaged_is_found_where_it_is_asked_for(tmp_path):
     whole = encoded(PIL.Image.effect_noise((64, 64), 80).convert("RGB"), "JPEG")
     members = [("a.jpg", whole), ("a.json", b'{"captions-pt": ["x"]}')]
