@@ -152,9 +152,21 @@ def test_all_that_a_config_asks_of_the_data_is_told_at_once(tiny_dataset_folder,
     assert "effective_batch_size (1000) takes 1000 pairs from a data set that has 12" in batch
 
 
-def test_a_data_set_that_is_none_is_told_in_sentences():
-    with pytest.raises(ValueError, match=r"no/such [^\n]*\S\. --dataset and --train_split name the training data\. "):
+def test_a_data_set_that_is_none_is_told_in_sentences(monkeypatch):
+    """In one line, and the Hub is asked once, not once a split, and not again and again."""
+    asked = []
+
+    def dataset_info(hub, name, **options):
+        asked.append(name)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    named = (
+        r"--dataset and --train_split name the training data\. --evaluation_dataset[^\n]* name what is measured on\."
+    )
+    with pytest.raises(ValueError, match=rf"^no/such [^\n]*service not known\. {named}$"):
         open_splits(arguments("no/such"))
+    assert asked == ["no/such"]
 
 
 @pytest.mark.parametrize("form", ["parquet", "folder", "tar"])
