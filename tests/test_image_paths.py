@@ -171,7 +171,9 @@ FORMS = [as_parquet, as_list, as_saved, as_tar]
 @pytest.mark.parametrize(
     "image", [{"bytes": 5, "path": "a"}, {"bytes": "text", "path": None}, {"bytes": None, "path": 7}, "a.png", [b"x"],
               {"bytes": None, "path": "x" * 5000}, {"bytes": None, "path": "a\0b"}, {"bytes": None, "path": "\ud800"},
-              {"bytes": None, "path": "zip://::hf://"}, {"bytes": None, "path": "hf://"}, {"more": 1}]
+              {"bytes": None, "path": "zip://::hf://"}, {"bytes": None, "path": "hf://"}, {"more": 1},
+              *({"path": "a.png", "archive": name, "offset": start, "size": 9}
+                for name, start in (("/etc/passwd", 0), ("../a.tar", 0), ("a.tar", -1), (7, 0), ("a.tar", None)))]
 )  # fmt: skip
 def test_what_is_no_image_is_a_bad_row(image, tmp_path):
     with pytest.raises(BadImage):
