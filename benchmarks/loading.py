@@ -26,12 +26,11 @@ from torch import Tensor
 from benchmarks.timing import conditions, finish
 from capivara_common.cli import flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
-from caption_data.pairs import caption_table
-from caption_data.sources import open_source
+from caption_data.pairs import pair_table
+from caption_data.sources import open_split
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from training.images import TrainingImages
+from training.images import Pairs, TrainingImages, embed_pixels
 from training.launch import resolve_precision
-from training.views import Views, embed_pixels
 
 SIZE = (500, 375)  # pixels; of a photo of Flickr30k
 BATCH = 32
@@ -96,11 +95,11 @@ def measure(args: LoadingArguments) -> dict[str, Any]:
     processor, results = CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()), {}
     with tempfile.TemporaryDirectory() as folder:
         write_tar(Path(folder) / "train-0.tar", args.images)
-        source = open_source(folder, "train", "image")
-        table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], [])
+        split = open_split(folder, "train", "image")
+        table = pair_table(split, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
 
         def batches(views: int) -> Iterator[Tensor]:
-            images = TrainingImages([Views(source, table, "image", processor, views, seed=0)])
+            images = TrainingImages([Pairs(split, table, processor, views)])
             starts = range(0, args.images, BATCH)
             items = [[(0, i, 0) for i in range(start, min(start + BATCH, args.images))] for start in starts]
             return images.pixel_batches(items, args.workers)

@@ -40,10 +40,10 @@ from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
 from training.batches import MicroBatch, micro_batches, padding_share
+from training.images import embed_pixels
 from training.launch import resolve_precision
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.trainable import set_training_mode
-from training.views import embed_pixels
 from training.whole_batch import WholeBatch
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results

@@ -1,6 +1,6 @@
 """The images of rows: the only module that opens a path that stands in a row.
 
-    image = decode_image(row["image"], source.files)
+    image = decode_image(row["image"], split.files)
 
 A row may come from anybody, and so may the path or address in it. A local file is opened where it lies, links
 resolved, in the data set's own folder or in one that the user names; an address is followed where it is on the Hub.
@@ -110,7 +110,7 @@ class ImageFileArguments:
         at_least(self, 1, "max_pixels")
 
     def limits(self) -> dict[str, Any]:
-        """As keyword arguments of `caption_data.sources.open_source`."""
+        """As keyword arguments of `caption_data.sources.open_split`."""
         return {"image_roots": self.image_roots, "max_pixels": self.max_pixels}
 
     def image_settings(self) -> dict[str, Any]:
@@ -132,6 +132,8 @@ class CaptionDataArguments(ImageFileArguments):
 
 def image_bytes(row_image: dict | None, files: ImageFiles = BYTES_ALONE) -> bytes:
     """The file of the image of a row, `{"bytes", "path"}`, from the row or from where its path points.
+
+    With `{"path", "archive", "offset", "size"}` it is a piece of another file: a member of a plain tar.
 
     It begins as an image within the limits; its pixels may still be damaged.
 
@@ -248,11 +250,13 @@ def to_eight_bits(array: np.ndarray) -> np.ndarray:
 def _read(row_image: dict | None, files: ImageFiles) -> bytes:
     if not isinstance(row_image, dict | None):
         raise BadImage("unreadable image", f"bytes or a path are needed, got {type(row_image).__name__}")
-    data, path = (row_image or {}).get("bytes"), (row_image or {}).get("path")
+    data, path, archive, *piece = map((row_image or {}).get, ("bytes", "path", "archive", "offset", "size"))
     if not isinstance(data, bytes | None) or not isinstance(path, str | None):
         raise BadImage("unreadable image", f"bytes and path are {type(data).__name__} and {type(path).__name__}")
+    if archive is not None and not (isinstance(archive, str) and all(type(n) is int and n >= 0 for n in piece)):
+        raise BadImage("unreadable image", f"{path!r} has no place in {archive!r}: {piece}")
     if data is None and path:
-        data = _file_bytes(path, files)
+        data = _file_bytes(path, files) if archive is None else _file_bytes(archive, files, *piece)
     if not data:
         raise BadImage("no image", f"the file {path!r} is empty" if path else "neither bytes nor a path")
     if len(data) > MAX_IMAGE_BYTES:
@@ -260,10 +264,13 @@ def _read(row_image: dict | None, files: ImageFiles) -> bytes:
     return data
 
 
-def _file_bytes(path: str, files: ImageFiles) -> bytes:
+def _file_bytes(path: str, files: ImageFiles, offset: int = 0, size: int = MAX_IMAGE_BYTES + 1) -> bytes:
+    """The file, or a piece of it; at most one byte too many, by which `_read` sees that."""
     try:
         with _followed(path, files) as file:
-            return file.read(MAX_IMAGE_BYTES + 1)
+            if offset:
+                file.seek(offset)
+            return file.read(min(size, MAX_IMAGE_BYTES + 1))
     except BadImage as error:
         raise BadImage("unreadable image", error.detail) from error
     except Exception as error:  # of every file system that fsspec knows, and of what it installs them from
@@ -356,5 +363,11 @@ def _kind(data: bytes) -> str:
 
 
 def _name(row_image: dict | None, data: bytes) -> str:
-    path = (row_image or {}).get("path")
+    path = image_path(row_image)
     return repr(path) if path else f"{len(data)} bytes"
+
+
+def image_path(row_image: dict | None) -> str:
+    """Where the image of a row lies, for people; empty where it is in the row alone."""
+    image = row_image or {}
+    return "/".join(filter(None, (image.get("archive"), image.get("path"))))

@@ -1,53 +1,23 @@
-"""The columns of caption rows: their names, what they hold, and which of them a stage passes on."""
+"""The columns of caption rows: their names, what they hold, and of what kind they are where only JSON says so."""
 
-import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from datasets import Features, Image, List, Value
+from datasets import Features, List, Value
 
 from capivara_common.image_files import BadRow
 from caption_data.rows import storable
-from caption_data.sources import HEAD_ROWS, Source
 
 CAPTIONS = List(Value("string"))
 SIMILARITIES = List(Value("float32"))
+NUMBERS = List(Value("float64"))
 CAPTION_COLUMN = re.compile(r"(generated-)?captions-[\w-]+")  # the authors' names
 SIMILARITY_COLUMN = re.compile(r"similarities-[\w-]+")
 IMAGE = "image"  # the authors' name, which the image column has in every output
-
-
-def passed_features(source: Source, image_column: str, renamed: dict[str, str]) -> Features:
-    """The columns that a stage passes on, by their names in its output.
-
-    Of a data set that declares its columns these are all but those that Arrow has no plain type for. Where nothing
-    declares them, in tars and lists of images, they are judged by the first rows: captions, similarities, and columns
-    of one text or number a row.
-
-    Raises:
-        ValueError: there are no images, or a name stands for two columns.
-    """
-    if image_column not in source.columns:
-        raise ValueError(f"{source.where} has no image column {image_column!r}; there are {source.columns}.")
-    declared, names = source.features, renamed | {image_column: IMAGE}
-    if declared is None:
-        columns = {old: names.get(old, old) for old in source.columns}
-        declared = _judged(itertools.islice(source.rows(), HEAD_ROWS), columns)
-    for old in names:
-        if old not in source.columns:
-            raise ValueError(f"rename: {source.where} has no column {old!r}; there are {source.columns}.")
-    features = Features()
-    for old, feature in declared.items():
-        new = names.get(old, old)
-        if new in features or (new != old and new in declared and new not in names):
-            raise ValueError(f"{source.where}: two columns would be named {new!r}. Rename one with --rename OLD=NEW.")
-        if CAPTION_COLUMN.fullmatch(new):
-            features[new] = CAPTIONS
-        elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
-            features[new] = feature
-    return Features(features | {IMAGE: Image()})
+NO_TEXTS = "column without texts"  # of a table out of JSON: which column of captions holds anything else in a row
+KINDS = {"texts": CAPTIONS, "numbers": NUMBERS} | {name: Value(name) for name in ("string", "bool", "int64", "float64")}
 
 
 def caption_texts(value: Any, column: str) -> list[str]:
@@ -71,38 +41,50 @@ def similarities(value: Any, column: str) -> list[float | None]:
     return value or []
 
 
+def judged_features(rows: Iterable[dict[str, Any]]) -> Features:
+    """Features of rows out of JSON, by what most of them hold: texts, numbers, lists of one of these; no objects.
+
+    A column with a list in any row is one of lists, and the columns of the authors' names are what these say.
+    """
+    found: dict[str, Counter[str]] = {}
+    for row in rows:
+        for name, value in row.items():
+            found.setdefault(name, Counter())[_kind(value)] += 1
+    features = Features()
+    for name, kinds in found.items():
+        nulls = kinds.pop("null", 0)
+        lists = Counter({kind: kinds[kind] for kind in ("texts", "numbers") if kinds[kind]})
+        kind = (lists or kinds or Counter(string=nulls)).most_common(1)[0][0]
+        kind = "float64" if kind == "int64" and kinds["float64"] else kind
+        kind = "texts" if CAPTION_COLUMN.fullmatch(name) else kind
+        kind = "numbers" if SIMILARITY_COLUMN.fullmatch(name) else kind
+        if kind in KINDS:
+            features[name] = KINDS[kind]
+    return features
+
+
 def fitting(value: Any, feature: Any) -> Any:
-    """A value out of JSON if it is of the kind that the first rows had, else None."""
-    if feature == SIMILARITIES:
-        numbers = value if isinstance(value, list) else []
-        return [number if isinstance(number, int | float) else None for number in numbers]
-    if not isinstance(feature, Value):
-        return value
-    kind = {"string": str, "bool": bool, "int64": int, "float64": int | float}.get(feature.dtype, object)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    """A value out of JSON as its column has it; None where it is of another kind: then the row lacks it."""
+    if feature == CAPTIONS:
+        texts = [value] if isinstance(value, str) else value
+        fits = isinstance(texts, list) and _kind(texts) == "texts"
+        return [None if text is None else storable(text) for text in texts] if fits else None
+    if feature == NUMBERS:
+        fits = isinstance(value, list)
+        return [number if _kind(number) in ("int64", "float64") else None for number in value] if fits else None
+    if _kind(value) != feature.dtype and (_kind(value), feature.dtype) != ("int64", "float64"):
         return None
     if feature.dtype == "int64" and not -(2**63) <= value < 2**63:
         return None
     return storable(value) if isinstance(value, str) else value
 
 
-def _judged(rows: Iterator[dict[str, Any]], columns: dict[str, str]) -> Features:
-    """Features of columns (name in the source -> in the output) that nothing declares, by what most of some rows hold;
-    lists and objects are left out."""
-    found: dict[str, Counter[type]] = {name: Counter() for name in columns}
-    for row in rows:
-        for name in columns:
-            if row.get(name) is not None:
-                found[name][type(row[name])] += 1
-    features = Features()
-    for name, types in found.items():
-        numbers = types[int] + types[float]
-        if CAPTION_COLUMN.fullmatch(columns[name]):
-            features[name] = CAPTIONS
-        elif SIMILARITY_COLUMN.fullmatch(columns[name]):
-            features[name] = SIMILARITIES
-        elif numbers > types.total() / 2:
-            features[name] = Value("float64" if types[float] else "int64")
-        elif max(types[str], types[bool]) >= types.total() / 2 > 0:
-            features[name] = Value("string" if types[str] >= types[bool] else "bool")
-    return features
+def _kind(value: Any) -> str:
+    """One of `KINDS`, "null", or "" of anything else."""
+    if isinstance(value, list):
+        kinds = {_kind(item) for item in value} - {"null"}
+        if kinds <= {"string"}:
+            return "texts"
+        return "numbers" if kinds <= {"int64", "float64"} else ""
+    names = {type(None): "null", str: "string", bool: "bool", int: "int64", float: "float64"}
+    return names.get(type(value), "")

@@ -12,7 +12,7 @@ import PIL.Image
 from tqdm.auto import tqdm
 
 from capivara_common.environment import processes
-from capivara_common.image_files import BYTES_ALONE, BadImage, ImageFiles, decode_image, image_digest
+from capivara_common.image_files import BYTES_ALONE, BadImage, ImageFiles, decode_image, image_digest, image_path
 
 DECODED_AHEAD = 8  # images a thread; a photograph of 12 million pixels takes 36 MB
 
@@ -66,6 +66,6 @@ class ImageRows:
 
     def fault(self, row: int, bad: BadImage) -> str:
         """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
-        path = (self.row_image(row) or {}).get("path") or ""
+        path = image_path(self.row_image(row))
         folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
         return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")

@@ -7,16 +7,12 @@ A data set is a folder with a sub-folder of images a class, a saved data set, a 
 tars (with `classnames.txt`, a name a line), or a Hub id.
 """
 
-import csv
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, Image, load_dataset
+from datasets import ClassLabel, Dataset, Image
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -27,15 +23,15 @@ from caption_data.rows import digest_of
 from caption_data.source_files import (
     NoSplit,
     copied_bounds,
-    files_of_split,
     form_hint,
     load_files,
-    load_saved,
     of_split,
     picture_files,
 )
+from caption_data.sources import open_split, undecoded
 
-SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing"}
+SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
+SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
 @dataclass
@@ -74,14 +70,14 @@ def load_images(
         indices: of the classes that are distinguished, in `names_en`; all where None. Images of others are left out
             (Babel-ImageNet names a part of ImageNet).
         form: "auto", or "images" for a folder of pictures whatever else it holds.
-        image_roots, max_pixels: as of `open_source`.
+        image_roots, max_pixels: as of `open_split`.
 
     Raises:
         ValueError: split or column is missing, or the class names do not match; those that differ are named.
     """
-    rows = _split_of(source, split, form)
+    rows, files = _opened(source, split, form, image_column or "image", image_roots, max_pixels)
     if image_column is None:
-        of_images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+        of_images = [name for name, feature in rows.features.items() if isinstance(feature, Image) or name == "image"]
         if len(of_images) != 1:
             raise ValueError(
                 f"{source} has {len(of_images)} columns of images, {rows.column_names}; say --image_column."
@@ -106,68 +102,43 @@ def load_images(
     kept = [row for row, found in enumerate(classes) if None not in found]
     if not kept:
         raise ValueError(f"{source} has no image of the {len(class_of)} classes that have a name.")
-    undecoded = rows.select_columns(image_column).cast_column(image_column, Image(decode=False))
-    files = ImageFiles(copied_bounds(source, image_roots), max_pixels, None if Path(source).exists() else source)
-    images = ImageRows(lambda row: undecoded[kept[row]][image_column], len(kept), files)
+    images = ImageRows(lambda row: rows[kept[row]][image_column], len(kept), files)
     return LabelledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
 
 
-def _split_of(source: str, split: str, form: str) -> Dataset:
+def _opened(
+    source: str, split: str, form: str, image_column: str, image_roots: Sequence[Path], max_pixels: int
+) -> tuple[Dataset, ImageFiles]:
+    """The rows, images undecoded, and which images may be opened."""
     path = Path(source)
-    pictures = path.is_dir() and not any([*path.rglob("*.tar"), *path.rglob("*.parquet")])
+    patterns = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
+    if path.is_dir() and (form == "images" or not any(file for pattern in patterns for file in path.glob(pattern))):
+        rows = undecoded(_pictures(path, split, form), image_column)
+        return rows, ImageFiles(copied_bounds(source, image_roots), max_pixels)
     try:
-        if path.is_dir():
-            refuse_links_out(path)
-            _refuse_outside(path)
-        if (path / "dataset_dict.json").is_file():
-            loaded = load_saved(path)
-        elif form == "images" and path.is_dir():  # by name: an archive among them would be unpacked
-            root = path / split if (path / split).is_dir() else path
-            files = picture_files(root)
-            if not files:
-                raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(SUFFIXES)}.")
-            return load_files("imagefolder", files, source)
-        elif pictures:
-            if {folder.name.casefold() for folder in path.iterdir() if folder.is_dir()} - SPLIT_FOLDERS:
-                return load_dataset("imagefolder", data_files={split: str(path / "**")})[split]  # a folder a class
-            loaded = load_dataset("imagefolder", data_dir=source)
-        elif path.is_dir():
-            files, _ = files_of_split(source, split)
-            return load_files("parquet" if files[0].suffix == ".parquet" else "webdataset", files, source)
-        elif not path.exists() and source.count("/") == 1 and not source.startswith((".", "/")):
-            loaded = load_dataset(source)
-        else:
-            raise ValueError(f"{source} is no folder; a folder, a saved data set or a Hub id is needed.")
+        opened = open_split(source, split, image_column, image_roots, max_pixels)
     except NoSplit as error:
         raise NoSplit(f"{error}{form_hint(path)}", split) from error
     except ValueError as error:
-        hint = "" if form == "images" or pictures else form_hint(path)
-        raise ValueError(f"{error}{hint}") from error
-    except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
-        raise ValueError(f"{source} can't be loaded: {error.__cause__ or error}{form_hint(path)}") from error
-    return of_split(loaded, source, split, "" if pictures else form_hint(path))
+        raise ValueError(f"{error}{form_hint(path)}") from error
+    return opened.data, opened.files
 
 
-def _refuse_outside(folder: Path) -> None:
-    """Raise ValueError where a list of the folder names a file outside of it, which `datasets` would open.
+def _pictures(folder: Path, split: str, form: str) -> Dataset:
+    """The pictures of a folder, a sub-folder a class, below one of the split where its folders are named for splits.
 
-    It takes for such what is in file_name, file_names, and with a word and _ before.
+    By name: `datasets` would unpack an archive among them, and open whatever a list names.
     """
-    for path in folder.rglob("metadata.*"):
-        values = [v for line in _lines_of(path) for k, v in line.items() if re.fullmatch(r"(.*_)?file_names?", k or "")]
-        names = [str(name) for value in values for name in (value if isinstance(value, list) else [value])]
-        outside = [name for name in names if name.startswith("/") or ".." in Path(name).parts or "://" in name]
-        if outside:
-            raise ValueError(f"{path.relative_to(folder)} names files outside its folder, refused: {outside[:3]}.")
-
-
-def _lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a list in one of the forms that `datasets` reads."""
-    if path.suffix == ".parquet":
-        yield from pq.read_table(path).to_pylist()
-    elif path.suffix in (".csv", ".jsonl"):
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, filter(str.strip, file))
+    refuse_links_out(folder)
+    root, names = folder, [inner.name for inner in folder.iterdir() if inner.is_dir()]
+    if form == "images":
+        root = folder / split if split in names else folder
+    elif names and all(name.casefold() in SPLIT_FOLDERS for name in names):
+        root = of_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)
+    files = picture_files(root)
+    if not files:
+        raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(SUFFIXES)}.")
+    return load_files("imagefolder", files, str(folder))
 
 
 def _class_names(source: str) -> list[str]:

@@ -1,76 +1,90 @@
-"""What a run needs of a caption row, image and captions; a row that can't be used is listed, not fatal.
+"""What a run needs of a caption row, image and captions: one `map` over a split, kept in files; bad rows are listed.
 
-    table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], skipped := [])
-
-The rows are those of a `caption_data.sources.Source`.
+table = pair_table(split, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
+pairs, skipped = usable(table), skipped_rows(table, split)
 """
 
-import atexit
-import itertools
-import shutil
-import tempfile
+import os
+import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from hashlib import blake2b
+from typing import Any
 
-import pyarrow as pa
-from datasets import Dataset, Features, List, Value
-from tqdm.auto import tqdm
+import numpy as np
+import pyarrow.compute as pc
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset, Features, Value, concatenate_datasets
 
-from capivara_common.image_files import BadRow, ImageFiles, image_digest
-from caption_data.columns import SIMILARITY_COLUMN, caption_texts, similarities
-from caption_data.rows import NOT_CHOSEN, Skipped, rows_fingerprint
-from caption_data.sources import Source
+from capivara_common.environment import cache_home, processes
+from capivara_common.image_files import BadRow, decode_image, image_bytes
+from capivara_common.tasks import all_parts, share
+from caption_data.columns import CAPTIONS, NO_TEXTS, SIMILARITY_COLUMN, caption_texts, similarities
+from caption_data.rows import NOT_CHOSEN, Skipped, digest_of, rows_fingerprint, storable
+from caption_data.sources import Split
 from modeling_capivara import repair_text
 
-ROWS_PER_CHUNK = 1000  # of the table of captions; what of it is in memory while it is written
-TEXTS = List(Value("string"))
-TABLE_FEATURES = Features({"row": Value("int64"), "digest": Value("string"), "captions": TEXTS})
+TABLE_VERSION = 1  # raise it when a pair of a row becomes another
+PART_ROWS = 50_000  # of a file of the table: what a kill can lose, and what processes share out
+ROWS_AT_ONCE = 128  # whose images are in memory
+TABLE = Features(
+    {name: Value("string") for name in ("digest", "reason", "detail")} | {"row": Value("int64"), "captions": CAPTIONS}
+)
+ASCII_LETTER = re.compile("[0-9A-Za-z]")
+Choose = Callable[[dict[str, Any]], list[str]]
 
 
-def caption_table(
-    source: Source,
-    image_column: str,
-    caption_columns: list[str],
-    choose: Callable[[dict], list[str]],
-    skipped: list[Skipped],
-    part: range | None = None,
+def pair_table(
+    split: Split, caption_columns: Sequence[str], choose: Choose, settings: dict[str, Any], decode: bool = False
 ) -> Dataset:
-    """One pass over the rows: what a run needs to know of each but its pixels, in a memory-mapped temporary file.
+    """One pass over the rows: what a run needs to know of each but its pixels.
+
+    The table is kept in the cache folder, named after all that it depends on: rows, image files, settings. Processes of
+    a launch share its parts out.
 
     Args:
-        source, image_column: of the images.
+        split: its rows and images.
         caption_columns: columns that `choose` needs. A lone string in one of them becomes a list of one; where
             `lacking` does not miss it, one that is not there is an empty list.
         choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
-        skipped: rows that have no image or no caption are appended, and the archives that were damaged.
-        part: the rows that are read, of a source that is not streamed; all where None.
+        settings: all that `choose` depends on.
+        decode: whether the pixels of every image are decoded, too, so that a damaged one does not end a run in its
+            middle; else it is known by its header alone.
 
     Returns:
-        Columns `row` (number in the source), `digest` (hex, BLAKE2b-128 of the file of the image), and
-        `captions` (not empty, none of them empty). It lasts as long as the process.
+        A line a row: its number `row`, the `digest` of its image (hex, BLAKE2b-128 of the file) and its `captions`,
+        or the `reason` and `detail` why it can't be used.
 
     Raises:
-        ValueError: the source lacks a column; those that are there are named.
+        ValueError: the split lacks a column; those that are there are named.
     """
-    source.check_columns([image_column, *lacking(caption_columns, source.columns)])
-    if part is None and not source.streaming:
-        part = range(len(source))
+    split.check_columns([split.image_column, *lacking(caption_columns, split.columns)])
+    limits = [split.files.max_pixels, split.files.bounds and list(map(str, split.files.bounds.folders))]
+    key = digest_of([TABLE_VERSION, _state(split), limits, list(caption_columns), settings, decode], sort_keys=True)
+    entry = partial(_entry, split=split, caption_columns=caption_columns, choose=choose, decode=decode)
+    cache_home().joinpath("pairs").mkdir(parents=True, exist_ok=True)
 
-    def entries() -> Iterator[dict]:
-        rows = source.rows() if part is None else itertools.islice(source.rows(part.start), len(part))
-        total = None if part is None else len(part)
-        bar = tqdm(rows, desc=f"Captions, {source.where}", total=total, unit="row", leave=False)
-        for number, row in enumerate(bar, start=0 if part is None else part.start):
-            try:
-                yield {"row": number, **_entry(row, image_column, caption_columns, choose, source.files)}
-            except BadRow as bad:
-                skipped.append(Skipped(source.name, source.split, number, bad.reason, bad.detail))
+    def made(part: range) -> Dataset:
+        name = f"{key}-{part.start:09d}"
+        return split.data.select(part).map(
+            partial(_entries, entry=entry, threads=decode),
+            fn_kwargs={"start": part.start},
+            with_indices=True, batched=True, batch_size=ROWS_AT_ONCE, features=TABLE,
+            remove_columns=split.data.column_names,
+            cache_file_name=str(cache_home() / "pairs" / f"{name}.arrow"), load_from_cache_file=True,
+            new_fingerprint=name, desc=f"Captions, {split.where}",
+        )  # fmt: skip
 
-    table = written_table(entries())
-    if part is None or not part.start:  # every part sees the same archives
-        skipped += source.damaged
-    return table
+    parts, state = all_parts(len(split), PART_ROWS), processes()
+    for part in share(parts, state.process_index, state.num_processes):
+        made(part)
+    state.wait_for_everyone()
+    with state.local_main_process_first():  # a machine that does not share the folder makes all of them
+        return concatenate_datasets([made(part) for part in parts])
 
 
 def lacking(columns: Sequence[str], there: Iterable[str]) -> list[str]:
@@ -80,20 +94,16 @@ def lacking(columns: Sequence[str], there: Iterable[str]) -> list[str]:
     return [name for name in columns if name not in there and name not in enough]
 
 
-def written_table(entries: Iterator[dict]) -> Dataset:
-    """Rows of a `caption_table`, as a memory-mapped temporary file that lasts as long as the process."""
-    chunks = iter(lambda: list(itertools.islice(entries, ROWS_PER_CHUNK)), [])
-    return _written(pa.RecordBatch.from_pylist(chunk, schema=TABLE_FEATURES.arrow_schema) for chunk in chunks)
+def usable(table: Dataset) -> Dataset:
+    """The pairs of a `pair_table`: the rows without a reason against them."""
+    good = np.flatnonzero(pc.equal(table.data.column("reason"), ""))
+    return table if len(good) == len(table) else table.select(good)
 
 
-def table_bytes(table: Dataset) -> bytes:
-    """The file of a `caption_table`, to be sent to another process."""
-    return Path(table.cache_files[0]["filename"]).read_bytes()
-
-
-def joined_tables(parts: list[bytes]) -> Dataset:
-    """One `caption_table` out of the files of its parts, in their order."""
-    return _written(batch for part in parts for batch in pa.ipc.open_stream(part))
+def skipped_rows(table: Dataset, split: Split) -> list[Skipped]:
+    """The other rows, and the archives that were damaged."""
+    bad = table.select(np.flatnonzero(pc.not_equal(table.data.column("reason"), "")))
+    return [Skipped(split.name, split.split, one["row"], one["reason"], one["detail"]) for one in bad] + split.damaged
 
 
 def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) -> None:
@@ -110,44 +120,100 @@ def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) ->
     )
 
 
-def tables_fingerprint(table: Dataset) -> str:
-    """Hex digest of the images, captions and order of a `caption_table`; where the files lie does not matter."""
-    chunks = table.select_columns(["digest", "captions"]).iter(ROWS_PER_CHUNK)
+def pairs_fingerprint(pairs: Dataset) -> str:
+    """Hex digest of the images, captions and order of pairs; where the files lie does not matter."""
+    chunks = pairs.select_columns(["digest", "captions"]).iter(1000)
     return rows_fingerprint(row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
 
 
+def _entries(batch: dict[str, list], indices: list[int], start: int, entry: Callable, threads: bool) -> dict[str, list]:
+    """Lines of the table; pixels are decoded by threads, side by side."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    numbers = [start + index for index in indices]
+    if threads:
+        with ThreadPoolExecutor(max(1, min(16, (os.cpu_count() or 1) // processes().num_processes))) as executor:
+            found = list(executor.map(entry, numbers, rows))
+    else:
+        found = list(map(entry, numbers, rows))
+    return {name: [line[name] for line in found] for name in TABLE}
+
+
 def _entry(
-    row: dict,
-    image_column: str,
-    caption_columns: list[str],
-    choose: Callable[[dict], list[str]],
-    files: ImageFiles,
-) -> dict:
-    image = row.pop(image_column, None)
-    for column in lacking(caption_columns, row):
-        raise BadRow("missing column", f"no {column!r} in a JSON object of at most 1 MB; there are {sorted(row)}")
-    for column in caption_columns:
+    number: int, row: dict[str, Any], split: Split, caption_columns: Sequence[str], choose: Choose, decode: bool
+) -> dict[str, Any]:
+    """A line of the table."""
+    line = {"row": number, "digest": "", "captions": [], "reason": "", "detail": ""}
+    try:
+        image = row.pop(split.image_column)
+        captions = _captions(row, caption_columns, choose)
+        data = image_bytes(image, split.files)
+        if decode:
+            decode_image(image | {"bytes": data}, split.files)
+        return line | {"digest": blake2b(data, digest_size=16).hexdigest(), "captions": captions}
+    except BadRow as bad:
+        return line | {"reason": bad.reason, "detail": storable(bad.detail)}
+
+
+def _captions(row: dict[str, Any], columns: Sequence[str], choose: Choose) -> list[str]:
+    """The captions of a row that are chosen, at least one. Raises BadRow where there is none."""
+    if row.get(NO_TEXTS) == "":
+        raise BadRow("missing column", "there is no JSON object of at most 1 MB")
+    if row.get(NO_TEXTS) in columns:
+        raise BadRow("no caption", f"{row[NO_TEXTS]!r} must hold texts")
+    for column in columns:
         read = similarities if SIMILARITY_COLUMN.fullmatch(column) else caption_texts
         row[column] = read(row.get(column), column)
     try:
-        chosen = choose(row)
+        captions = [text for text in choose(row) if _says_something(text)]
     except (ValueError, TypeError) as error:  # such as fewer similarities than captions
         raise BadRow("no caption", f"{error}") from error
-    captions = [text for text in chosen if repair_text(text)]
-    texts = (text for column in caption_columns for text in row[column] if isinstance(text, str))
-    if not captions and any(map(repair_text, texts)):
+    texts = (text for column in columns for text in row[column] if isinstance(text, str))
+    if not captions and any(map(_says_something, texts)):
         raise BadRow(NOT_CHOSEN, "no caption passes the pair filter and the strategy")
     if not captions:
-        raise BadRow("no caption", f"of { ({column: row[column] for column in caption_columns})!r} none is left")
-    return {"digest": image_digest(image, files).hex(), "captions": captions}
+        raise BadRow("no caption", f"of { ({column: row[column] for column in columns})!r} none is left")
+    return captions
 
 
-def _written(batches: Iterable[pa.RecordBatch]) -> Dataset:
-    """A memory-mapped table in a temporary file that lasts as long as the process."""
-    folder = tempfile.mkdtemp(prefix="capivara-captions-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    path = Path(folder) / "captions.arrow"
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, TABLE_FEATURES.arrow_schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-    return Dataset.from_file(str(path))
+def _says_something(text: str) -> bool:
+    """Whether anything is left of a text when it is repaired, which takes most of the time of a pass."""
+    plain = text.isprintable() and "&" not in text and ASCII_LETTER.search(text)  # which no repair takes away
+    return bool(plain or repair_text(text))
+
+
+def _state(split: Split) -> list[Any]:
+    """What the rows and image files of a split are told by; it changes where one of them does."""
+    tables = [(file["filename"], os.stat(file["filename"])) for file in split.data.cache_files]
+    states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]
+    return [split.name, split.split, split.image_column, split.data._fingerprint, states, _state_of_files(split)]
+
+
+def _state_of_files(split: Split) -> str:
+    """Of the images that are files of their own: their paths, sizes and times; "" where there is none.
+
+    What an address leads to is not known: then it is another one every time.
+    """
+    digest, any_file = blake2b(digest_size=16), False
+    for path in _paths(split):
+        if "://" in path:
+            return f"{broadcast_object_list([time.time_ns()])[0]}"
+        digest.update(path.encode("utf-8", "replace"))
+        any_file = True
+        for folder in (*split.files.bounds.folders, "."):
+            with suppress(OSError, ValueError):
+                state = os.stat(os.path.join(folder, path))
+                digest.update(f" {state.st_size} {state.st_mtime_ns}\n".encode())
+                break
+    return digest.hexdigest() if any_file else ""
+
+
+def _paths(split: Split) -> Iterator[str]:
+    """Of the rows whose table has neither the image nor its place in an archive."""
+    feature = split.data.features[split.image_column]
+    if isinstance(feature, dict) and "archive" in feature:
+        return
+    for part in split.data.select_columns([split.image_column]).with_format("arrow").iter(10_000):
+        images = part.column(0)
+        outside = pc.is_null(pc.struct_field(images, "bytes"))
+        if pc.any(outside).as_py():
+            yield from filter(None, pc.struct_field(images, "path").filter(outside).to_pylist())

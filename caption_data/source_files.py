@@ -8,22 +8,25 @@ would measure a model on what it was trained on.
 import glob
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from capivara_common.files import read_json
 from capivara_common.image_files import SUFFIXES
 from capivara_common.links import Bounds, refuse_links_out
-from caption_data.stage_folder import one_line, opened_parquet, parquet_batches
 
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
+READ_ROWS = 16  # of a parquet file at once
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 
 
@@ -52,13 +55,13 @@ def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -
     )
     paths = of_split(_files_by_split(root, found, split), dataset, split, rule)
     folders = [root] if Path(dataset).exists() else sorted({path.parent for path in paths})  # a pattern names no folder
-    bounds = Bounds(folders[0], [*folders[1:], *image_roots])
-    if not Path(dataset).is_file():  # the one that is named may lie anywhere
-        bounds.check(paths)
+    named = [Path(dataset)] if Path(dataset).is_file() else []  # by the user: it may lie anywhere
+    bounds = Bounds(folders[0], [*folders[1:], *named, *image_roots])
+    bounds.check(paths)
     return paths, bounds
 
 
-def load_files(form: str, paths: Sequence[Path], dataset: str, streaming: bool = False) -> Dataset | IterableDataset:
+def load_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     """Files by the loader `form` of `datasets`: named, since a README in their folder may name any file or address."""
     names = {"train": [glob.escape(str(path)) for path in paths]}
     parquet = [path for path in paths if path.suffix == ".parquet"]
@@ -66,7 +69,7 @@ def load_files(form: str, paths: Sequence[Path], dataset: str, streaming: bool =
         with opened_parquet(path):  # a truncated one has no end
             pass
     try:
-        return load_by_datasets(dataset, form, data_files=names, split="train", streaming=streaming)
+        return loaded(dataset, load_dataset, form, data_files=names, split="train")
     except ValueError:
         for _ in itertools.chain.from_iterable(map(parquet_batches, parquet)):
             pass  # until the one that is damaged, which the error names
@@ -90,10 +93,7 @@ def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
         bounds.check([state.parent / name for name in names])
         if strange := [name for name in names if not (state.parent / name).is_file()]:
             raise ValueError(f"{state} names {strange[0]}, which is no file there.")
-    try:
-        data = load_from_disk(str(folder))
-    except Exception as error:  # of datasets and pyarrow
-        raise ValueError(f"{folder} can't be loaded: {one_line(error.__cause__ or error)}") from error
+    data = loaded(str(folder), load_from_disk, str(folder))
     if not isinstance(data, DatasetDict):
         raise ValueError(f"{folder} is one split of a data set; name the folder of the whole, {folder.parent}.")
     return data
@@ -147,12 +147,35 @@ def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -
     return splits[split]
 
 
-def load_by_datasets(subject: str, *args: Any, **options: Any) -> Any:
-    """`datasets.load_dataset`. Raises ValueError, which begins with `subject`, where it fails."""
+def loaded(subject: str, load: Callable, *args: Any, **options: Any) -> Any:
+    """What `load` gives. Raises ValueError, which begins with `subject`, where it fails."""
     try:
-        return load_dataset(*args, **options)
+        return load(*args, **options)
     except Exception as error:  # of datasets, pyarrow, fsspec and the HTTP client
-        raise ValueError(f"{subject} can't be loaded: {one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{subject} can't be loaded: {one_line(error)}") from error
+
+
+@contextmanager
+def opened_parquet(path: Path, advice: str = "") -> Iterator[pq.ParquetFile]:
+    """A parquet file. Raises ValueError, which names it and ends with `advice`, where it is damaged."""
+    try:
+        with pq.ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} can't be loaded: {one_line(error)}{advice}") from error
+
+
+def parquet_batches(
+    path: Path, groups: list[int] | None = None, columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Rows of a parquet file, of all its row groups or some, a few at once. Raises ValueError as `opened_parquet`."""
+    with opened_parquet(path) as file:
+        yield from file.iter_batches(READ_ROWS, row_groups=groups, columns=columns)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says; pyarrow and `datasets` use several lines."""
+    return " ".join(str(error.__cause__ or error).split())
 
 
 def _local_files(dataset: str) -> tuple[Path, list[Path]]:

@@ -1,28 +1,76 @@
-"""Offsets of the samples of a WebDataset tar: nothing is extracted, nothing is unpickled.
+"""Tars in WebDataset's layout and lists of images (`metadata.jsonl`) as a table that says where the images are.
 
-python -c "from caption_data.tars import samples; print(list(samples('shards/train-0000.tar')))"
+    python -c "from caption_data.tars import samples; print(list(samples('shards/train-0000.tar')))"
+
+The `Dataset` is made once, in the cache of `datasets`, and lasts until a tar or list has another size or time. Tars
+stay where they are: nothing is extracted, nothing is unpickled. An image is its archive, offset and size, or the path
+of a file; `capivara_common.image_files` reads it.
 """
 
+import itertools
+import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Value
+
+from capivara_common.image_files import MAX_DETAIL
+from caption_data.columns import CAPTIONS, NO_TEXTS, fitting, judged_features
+from caption_data.rows import digest_of, storable
 
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd files begin
+MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
+HEAD_ROWS = 100  # that columns are judged from, since nothing declares them
+TABLE_VERSION = 1  # raise it when what the table holds of a row changes
+DAMAGE = "damaged archive"  # column of the table: what is wrong with the rest of an archive, in a row of its own
+PLACE = {"bytes": Value("binary"), "path": Value("string")}  # of an image, as `datasets` has it undecoded
+IN_ARCHIVE = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
 
 
-def refuse_compressed(files: list[Path]) -> None:
-    """Raise ValueError where a tar is compressed: its samples have no offset to be read at."""
-    for path in files:
-        with path.open("rb") as file:
-            if file.read(8).startswith(COMPRESSED):
-                raise ValueError(
-                    f"{path} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
-                )
+def table_of_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
+    """The rows of tars or of lists of images: the columns of their JSON, and where the image is.
+
+    Columns are judged by the first rows. What in a row is of another kind than its column counts as missing, and where
+    that is a column of captions it is named in `NO_TEXTS`, which is empty where there is no JSON object at all.
+
+    Returns:
+        The rows, and of each archive that ends too early the number of rows before, and what is wrong with it.
+
+    Raises:
+        ValueError: a tar is compressed.
+        OSError: a file can't be read.
+    """
+    _refuse_compressed([path for path in paths if path.suffix != ".jsonl"])
+    head = list(itertools.islice(_rows(paths, image_column), HEAD_ROWS))
+    if not head:
+        return Dataset.from_dict({image_column: []}), []
+    features = judged_features(
+        {name: row[name] for name in row if name not in (image_column, NO_TEXTS, DAMAGE)} for row in head
+    )
+    place = PLACE if paths[0].suffix == ".jsonl" else PLACE | IN_ARCHIVE
+    features = Features({image_column: place} | features | dict.fromkeys((NO_TEXTS, DAMAGE), Value("string")))
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    table = Dataset.from_generator(
+        _table_rows,
+        features=features,
+        gen_kwargs={"paths": paths, "image_column": image_column, "features": features},
+        fingerprint=digest_of([TABLE_VERSION, image_column, states, repr(features)]),
+    )
+    damage, rows = table.data.column(DAMAGE), table.remove_columns(DAMAGE)
+    if damage.null_count == len(table):
+        return rows, []
+    places = np.flatnonzero(pc.is_valid(damage)) - np.arange(len(table) - damage.null_count)
+    rows = rows.select(np.flatnonzero(pc.is_null(damage)))
+    return rows, list(zip(places.tolist(), damage.drop_null().to_pylist(), strict=True))
 
 
-def samples(path: Path) -> Iterator[dict[str, tuple[int, int]]]:
-    """Samples of a tar: "image" and "json", as far as there are, with the offset and size of each.
+def samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
+    """Samples of a tar: "image", "json" and "cls", as far as there are, with the name, offset and size of each.
 
     Members in a row with one folder and one name up to its first dot are a sample; a repeated extension begins a new
     one. A sample that the end of a damaged archive may have cut is left out.
@@ -42,14 +90,61 @@ def samples(path: Path) -> Iterator[dict[str, tuple[int, int]]]:
                 key, extensions, sample = (folder, stem), set(), {}
             extensions.add(extension)
             kind = "image" if extension in IMAGE_EXTENSIONS else extension
-            if stem and kind in ("image", "json"):  # files with no stem are hidden ones, such as macOS's
-                sample.setdefault(kind, (offset, size))
+            if stem and kind in ("image", "json", "cls"):  # files with no stem are hidden ones, such as macOS's
+                sample.setdefault(kind, (name, offset, size))
     except tarfile.TarError:
-        if len(sample) == 2:
+        if len(sample) > 1:
             yield sample
         raise
     if sample:
         yield sample
+
+
+def _table_rows(paths: list[Path], image_column: str, features: Features) -> Iterator[dict[str, Any]]:
+    """Rows of the table; a damage is one, too."""
+    for row in _rows(paths, image_column):
+        found = {name: fitting(row.get(name), kind) for name, kind in features.items() if name != image_column}
+        lost = (name for name in found if features[name] == CAPTIONS and found[name] is None)
+        found[NO_TEXTS] = next((name for name in lost if row.get(name) is not None), None)
+        if not row.keys() - {image_column}:
+            found[NO_TEXTS] = ""
+        yield found | {image_column: row.get(image_column), DAMAGE: row.get(DAMAGE)}
+
+
+def _rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        read = _listed if path.suffix == ".jsonl" else _in_tar
+        try:
+            for row, image in read(path):
+                yield {name: row[name] for name in row if name != DAMAGE} | {image_column: image}
+        except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:  # of a header that is garbage
+            yield {DAMAGE: storable(f"{path}: {error}"[:MAX_DETAIL])}
+
+
+def _in_tar(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Of each sample, its JSON object and where its image is."""
+    with path.open("rb") as file:
+        for sample in samples(path):
+            image, row = None, {}
+            if "image" in sample:
+                name, offset, size = sample["image"]
+                image = {"path": storable(name), "archive": str(path), "offset": offset, "size": size}
+            if "json" in sample:
+                row = _json_object(_read_at(file, *sample["json"][1:]))
+            if "cls" in sample:  # the number of a class, as clip-benchmark's tars have it
+                row["cls"] = _json_value(_read_at(file, *sample["cls"][1:]))
+            yield row, image
+
+
+def _listed(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Of each line, its JSON object and the image that is its `file_name`, relative to the list."""
+    with path.open("rb") as file:
+        for line in filter(bytes.strip, file):
+            row = _json_object(line)
+            name, image = row.pop("file_name", None), None
+            if isinstance(name, str):
+                image = {"path": storable(name if "://" in name else str(path.parent / name))}
+            yield row, image
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -65,3 +160,32 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset} of {length}")
+
+
+def _refuse_compressed(tars: list[Path]) -> None:
+    """Raise ValueError where a tar is compressed: its samples have no offset to be read at."""
+    for path in tars:
+        with path.open("rb") as file:
+            if file.read(8).startswith(COMPRESSED):
+                raise ValueError(
+                    f"{path} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
+                )
+
+
+def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
+    """At most so many bytes that `_json_object` sees whether there are too many."""
+    file.seek(offset)
+    return file.read(min(length, MAX_JSON_BYTES + 1))
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    """The object, or an empty one where `data` is something else or too long: its columns then count as missing."""
+    value = _json_value(data)
+    return value if isinstance(value, dict) else {}
+
+
+def _json_value(data: bytes) -> Any:
+    try:
+        return json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+    except (ValueError, RecursionError):
+        return None

@@ -22,11 +22,12 @@ from capivara_common.cli import WrongUse, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
 from capivara_common.files import partial_folder
-from caption_data.stage_folder import STAGE_FILE, unfinished
+from caption_data.stage_record import STAGE_FILE
 from captions.build_plan import Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER
 from captions.sentence_stage import corrected_sentences, remove_corrected
 from captions.stage_arguments import BuildArguments
+from captions.stage_folder import unfinished
 from captions.stages import RowStage
 from captions.translate import export
 from captions.translators.google_cloud import GOOGLE_MODULES

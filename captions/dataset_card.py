@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from caption_data.columns import CAPTION_COLUMN
-from caption_data.stage_folder import flat
+from captions.stage_folder import flat
 from eval.records.tables import escape_markdown
 
 TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"

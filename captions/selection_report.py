@@ -22,10 +22,10 @@ from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import short_name
 from caption_data.columns import caption_texts
 from caption_data.rows import NOT_CHOSEN
-from caption_data.sources import Source
-from caption_data.stage_folder import StageReport, skipped_path
+from caption_data.sources import Split
 from captions.selection_plots import Example, Histogram, plot_examples, plot_similarities
 from captions.stage_arguments import SelectArguments
+from captions.stage_folder import StageReport, skipped_path
 from captions.stages import stage_source
 from eval.records.tables import one_line
 
@@ -121,7 +121,7 @@ def write_report(args: SelectArguments, outcome: Outcome, whole: StageReport) ->
     write_text(folder / "index.html", _page(facts, drawn))
 
 
-def _summary(args: SelectArguments, outcome: Outcome) -> tuple[Summary, Source]:
+def _summary(args: SelectArguments, outcome: Outcome) -> tuple[Summary, Split]:
     """One pass over the captions, and the source that they are of."""
     columns, source, names = args.columns(), stage_source(args), args.renamed()
     present = [old for old in source.columns if names.get(old, old) in columns]
@@ -179,7 +179,7 @@ def _histograms(args: SelectArguments, summary: Summary) -> list[Histogram]:
     ]
 
 
-def _examples(source: Source, image_column: str, nearest: list[tuple]) -> list[Example]:
+def _examples(source: Split, image_column: str, nearest: list[tuple]) -> list[Example]:
     """The nearest to the cut first."""
 
     def image(row: int) -> PIL.Image.Image | None:

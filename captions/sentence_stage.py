@@ -16,19 +16,10 @@ from tqdm.auto import tqdm
 
 from capivara_common.environment import package_versions
 from capivara_common.files import read_json, write_json
+from capivara_common.tasks import all_parts, share
 from caption_data.rows import Skipped
-from caption_data.sources import Source
-from caption_data.stage_folder import (
-    STAGE_FILE,
-    StageReport,
-    all_parts,
-    finished_ranks,
-    part_path,
-    remove_leftovers,
-    share,
-    source_changes,
-    stage_record,
-)
+from caption_data.sources import Split
+from caption_data.stage_record import STAGE_FILE, part_path, stage_record
 from captions.sentences import (
     PAIR_SCHEMA,
     SENTENCES,
@@ -38,6 +29,7 @@ from captions.sentences import (
     translations_in,
 )
 from captions.stage_arguments import KINDS, PAPER_MODEL, StageArguments, TranslateArguments
+from captions.stage_folder import StageReport, finished_ranks, remove_leftovers, source_changes
 from captions.stages import RowStage, plain_record, stage_source, write_parts
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator
 from captions.translators.pieces import groups
@@ -218,14 +210,14 @@ class SentenceTranslator:
         return made
 
 
-def sentence_file(args: TranslateArguments, source: Source) -> SentenceFile:
+def sentence_file(args: TranslateArguments, source: Split) -> SentenceFile:
     """The distinct sentences of the columns that are translated. Raises ValueError as `translated_columns` does."""
     old_names = {new: old for old, new in args.renamed().items()}
     columns = [old_names.get(column, column) for column in translated_columns(source, args)]
     return SentenceFile(args.work_folder / SENTENCES, source, columns)
 
 
-def translated_columns(source: Source, args: TranslateArguments) -> dict[str, str]:
+def translated_columns(source: Split, args: TranslateArguments) -> dict[str, str]:
     """Column of captions, by its name in the output -> the new one. Raises ValueError where that is there already."""
     there = [args.renamed().get(name, name) for name in source.columns]
     columns = {f"{kind}-{args.source_language}": f"{kind}-{args.language}" for kind in KINDS}

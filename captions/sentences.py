@@ -22,8 +22,8 @@ from capivara_common.files import write_bytes, write_json
 from capivara_common.image_files import BadRow
 from caption_data.columns import caption_texts
 from caption_data.rows import digest_of
-from caption_data.sources import Source
-from caption_data.stage_folder import whole_parquet
+from caption_data.sources import Split
+from captions.stage_folder import whole_parquet
 
 SENTENCES = "sentences.parquet"
 SENTENCES_VERSION = 1
@@ -35,7 +35,7 @@ READ_AT_ONCE = 10_000  # sentences
 logger = logging.getLogger("capivara")
 
 
-def distinct_sentences(source: Source, columns: list[str], parts: Iterable[range]) -> Iterator[str]:
+def distinct_sentences(source: Split, columns: list[str], parts: Iterable[range]) -> Iterator[str]:
     """The captions of some rows in their order, each once; images are not read where the form of the data allows."""
     seen: set[bytes] = set()  # digests: of tens of millions of sentences they need a tenth of the memory
     for part in parts:
@@ -52,11 +52,11 @@ def distinct_sentences(source: Source, columns: list[str], parts: Iterable[range
 
 
 class SentenceFile:
-    """The distinct sentences of a source, one a row: its rows are shared out as those of a `Source`."""
+    """The distinct sentences of a source, one a row: its rows are shared out as those of a `Split`."""
 
     split = "sentences"
 
-    def __init__(self, path: Path, source: Source, columns: list[str]):
+    def __init__(self, path: Path, source: Split, columns: list[str]):
         self.path, self.name, self.columns, self.damaged, self._source = path, str(path), columns, [], source
         self._fingerprint = digest_of([SENTENCES_VERSION, len(source), source.fingerprint(), columns])
 

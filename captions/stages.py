@@ -3,7 +3,7 @@
     stage = RowStage(StageArguments("images", Path("generated")))
     stage.run({"captions-pt": CAPTIONS}, {"model": "…"}, process)
 
-The parts of a folder (`caption_data.stage_folder`) are one data set for `open_source`, and for the next stage. The
+The parts of a folder (`captions.stage_folder`) are one data set for `open_split`, and for the next stage. The
 tasks of a stage share the parts out by `rank` and `world_size`, which `capivara_common.executors` gives them,
 with nothing between them but the file system. A task that was killed is run again and writes the parts that are
 missing, so that no row is doubled or lost. Images pass through as their original bytes, and no more rows are in memory
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from datasets import Features
+from datasets import Features, Image
 from tqdm.auto import tqdm
 
 from capivara_common.cli import parse, user_errors
@@ -26,27 +26,26 @@ from capivara_common.environment import package_versions
 from capivara_common.executors import EXPECTED, TasksFailed, Work, execute
 from capivara_common.files import no_space_left
 from capivara_common.image_files import BadRow, image_bytes
-from capivara_common.tasks import Phase
-from caption_data.columns import CAPTION_COLUMN, IMAGE, caption_texts, fitting, passed_features
+from capivara_common.tasks import Phase, all_parts, share
+from caption_data.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, NO_TEXTS, caption_texts
 from caption_data.rows import Skipped, write_skipped
 from caption_data.source_files import NoSplit
-from caption_data.sources import Source, open_source
-from caption_data.stage_folder import (
+from caption_data.sources import Split
+from caption_data.stage_record import part_path
+from captions.in_place import open_in_place
+from captions.stage_arguments import StageArguments
+from captions.stage_folder import (
     DIGEST_KEY,
     StageReport,
-    all_parts,
     check_complete,
     claim,
     finished_ranks,
     identity_digest,
-    part_path,
     progress,
     remove_leftovers,
-    share,
     skipped_path,
     whole_parquet,
 )
-from captions.stage_arguments import StageArguments
 from captions.translators.pieces import groups
 
 logger = logging.getLogger("capivara")
@@ -115,10 +114,7 @@ class RowStage:
         def rows(part: range, skipped: list[Skipped], bar: tqdm) -> Iterator[dict[str, Any]]:
             for row in self._rows(process, part, skipped, bar):
                 row[IMAGE] = row[self.args.image_column]
-                if self.source.features is not None:
-                    yield {name: row.get(name) for name in features}
-                else:
-                    yield {name: fitting(row.get(name), feature) for name, feature in features.items()}
+                yield {name: row.get(name) for name in features}
 
         return write_parts(self.args.output, record, features.arrow_schema, rows, title, rank, world_size, prepare)
 
@@ -145,11 +141,37 @@ class RowStage:
         names, column = self.args.renamed(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
+            if row.get(NO_TEXTS):
+                raise BadRow("no caption", f"{row[NO_TEXTS]!r} must hold texts")
             data = image_bytes(row.get(column), self.source.files)
             row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
             return row | {name: caption_texts(row[name], name) for name in row if CAPTION_COLUMN.fullmatch(name)}
         except BadRow as bad:
             return bad
+
+
+def passed_features(source: Split, image_column: str, renamed: dict[str, str]) -> Features:
+    """The columns that a stage passes on, by their names in its output: all but those without a plain type of Arrow.
+
+    Raises:
+        ValueError: there are no images, or a name stands for two columns.
+    """
+    names = renamed | {image_column: IMAGE}
+    if image_column not in source.columns:
+        raise ValueError(f"{source.where} has no image column {image_column!r}; there are {source.columns}.")
+    for old in names:
+        if old not in source.columns:
+            raise ValueError(f"rename: {source.where} has no column {old!r}; there are {source.columns}.")
+    features = Features()
+    for old, feature in source.features.items():
+        new = names.get(old, old)
+        if new in features or (new != old and new in source.columns and new not in names):
+            raise ValueError(f"{source.where}: two columns would be named {new!r}. Rename one with --rename OLD=NEW.")
+        if CAPTION_COLUMN.fullmatch(new):
+            features[new] = CAPTIONS
+        elif "extension<" not in str(Features({new: feature}).arrow_schema.field(new).type):
+            features[new] = feature
+    return Features(features | {IMAGE: Image()})
 
 
 def finished_row_tasks(args: StageArguments, world_size: int) -> list[int]:
@@ -211,9 +233,9 @@ def write_parts(
     return progress(output, record, parts)
 
 
-def stage_source(args: StageArguments) -> Source:
-    """The rows that a stage reads. Raises ValueError as `open_source` does."""
-    return open_source(args.dataset, args.split, args.image_column, in_place=True, **args.limits())
+def stage_source(args: StageArguments) -> Split:
+    """The rows that a stage reads. Raises ValueError as `open_split` does."""
+    return open_in_place(args.dataset, args.split, args.image_column, **args.limits())
 
 
 def plain_record(source: Any, args: StageArguments, rows_per_part: int) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from typing import Any
 
 from capivara_common.cli import run_command
 from caption_data.columns import CAPTIONS
-from caption_data.sources import Source
-from caption_data.stage_folder import StageReport, check_all_there, stage_record
+from caption_data.sources import Split, refuse_unfinished
+from caption_data.stage_record import stage_record
 from captions.quality import QUALITY, flags, quality_summary, write_quality_report
 from captions.sentence_stage import (
     collect_sentences,
@@ -37,6 +37,7 @@ from captions.sentence_stage import (
 )
 from captions.sentences import distinct_sentences, translations_in
 from captions.stage_arguments import TranslateArguments
+from captions.stage_folder import StageReport
 from captions.stages import PREPARED_ROWS, Phase, RowStage, finished_row_tasks, run_stage_here, stage_main
 from captions.tsv import untranslated, write_sentences
 
@@ -79,7 +80,7 @@ class CaptionJoin:
     """Captions of some rows with their translations beside them: a `Process`."""
 
     args: TranslateArguments
-    source: Source
+    source: Split
     columns: dict[str, str]  # of the source, by their names in the output -> new column
     translations: dict[str, str] = field(default_factory=dict)  # of the sentences that are needed next
 
@@ -113,7 +114,7 @@ class CaptionJoin:
 
 def join_translations(args: TranslateArguments, rank: int = 0, world_size: int = 1) -> StageReport:
     """The third phase: a share of the rows, with the translations of their sentences."""
-    check_all_there(args.parts_folder)
+    refuse_unfinished(args.parts_folder)
     stage = RowStage(args, read=False)
     columns = translated_columns(stage.source, args)
     process = CaptionJoin(args, stage.source, columns)

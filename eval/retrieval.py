@@ -27,7 +27,7 @@ from capivara_common.privacy import short_name
 from caption_data.columns import caption_texts
 from caption_data.image_rows import ImageRows
 from caption_data.rows import rows_fingerprint
-from caption_data.sources import Source, open_source
+from caption_data.sources import Split, open_split
 from eval.capivara_metrics.metrics import (
     RECALL_CUTOFFS,
     chance_recall,
@@ -171,7 +171,7 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
 class RetrievalData:
     """A split that is read: captions now, images when they are needed."""
 
-    source: Source
+    source: Split
     captions: list[list[str]]  # row -> its captions
     image_column: str
 
@@ -201,7 +201,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
         ValueError: split or column is missing (the known ones are named), an image has no caption, or there are
             no more images than the largest k.
     """
-    source = open_source(args.dataset, args.split, args.image_column, **args.limits())
+    source = open_split(args.dataset, args.split, args.image_column, **args.limits())
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([args.image_column, column])
     quiet = not processes().is_main_process

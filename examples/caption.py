@@ -32,7 +32,7 @@ from capivara_search.terminal import harmless
 from caption_data.columns import caption_texts
 from caption_data.embedding_cache import cache_folder
 from caption_data.image_rows import ImageRows
-from caption_data.sources import open_source
+from caption_data.sources import open_split
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import flat_captions
 from examples.prefix_captioner import (
@@ -76,7 +76,7 @@ def of_split(args: CaptionArguments, store: EmbeddingStore, split: str) -> Pictu
     Raises:
         ValueError: data set, split or column is missing, or a picture has no caption.
     """
-    source = open_source(args.dataset, split, IMAGE_COLUMN)
+    source = open_split(args.dataset, split, IMAGE_COLUMN)
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([IMAGE_COLUMN, column])
     captions = [caption_texts(row.get(column), column) for row in source.rows(only=[column])]
@@ -193,7 +193,7 @@ def _bank(args: CaptionArguments) -> list[str]:
     """Sentences of the file, or captions of the training split."""
     if args.bank:
         return read_bank(args.bank)
-    source = open_source(args.dataset, args.train_split, IMAGE_COLUMN)
+    source = open_split(args.dataset, args.train_split, IMAGE_COLUMN)
     column = args.caption_column.replace("{language}", args.language)
     source.check_columns([column])
     rows = [caption_texts(row.get(column), column) for row in source.rows(only=[column])]

@@ -1,17 +1,26 @@
 """Pictures, captions, tars and saved data sets that several tests share."""
 
 import io
+import itertools
 import json
+import os
 import tarfile
+import tempfile
+import time
 
 import numpy as np
 import PIL.Image
 from datasets import Dataset, DatasetDict, Features
 
-from caption_data.pairs import caption_table
-from caption_data.sources import open_source
+from caption_data.pairs import pair_table, skipped_rows, usable
+from caption_data.sources import open_split
+from captions.in_place import open_in_place
+from training.inputs import evaluation_pairs, training_pairs
 
+CACHE = tempfile.TemporaryDirectory(prefix="capivara-tests-")
+os.environ.setdefault("CAPIVARA_CACHE", CACHE.name)  # pairs of made data sets are not kept among a developer's own
 ROWS = 7
+CALLS = itertools.count(time.time_ns())
 
 
 def encoded(image: PIL.Image.Image, form: str = "PNG", **options) -> bytes:
@@ -65,12 +74,30 @@ def saved_train(folder, features: dict, *columns) -> str:
 
 def rows_of(folder, split: str = "train") -> list[dict]:
     """All rows of what a stage or a build has written."""
-    return list(open_source(str(folder), split, "image", in_place=True).rows())
+    return list(open_in_place(str(folder), split, "image").rows())
 
 
 def table_of(source, skipped=None, columns=("captions-pt",), choose=lambda row: row["captions-pt"]):
-    return caption_table(source, "image", list(columns), choose, [] if skipped is None else skipped)
+    """The usable pairs; the other rows join `skipped`. Every call is a table of its own."""
+    settings = {"call": next(CALLS)}
+    table = pair_table(source, list(columns), choose, settings)
+    if skipped is not None:
+        skipped += skipped_rows(table, source)
+    return usable(table)
 
 
-def tar_source(tmp_path, members, streaming=False):
-    return open_source(str(write_tar(tmp_path / "x.tar", members)), "train", "image", streaming)
+def tar_source(tmp_path, members):
+    return open_split(str(write_tar(tmp_path / "x.tar", members)), "train", "image")
+
+
+def training_of(args, skipped) -> list:
+    """The training pairs of a run, without a model; the other rows join `skipped`."""
+    splits = {(name, args.train_split): open_split(name, args.train_split, args.image_column) for name in args.dataset}
+    pairs, found = training_pairs(args, splits, None)
+    skipped += found
+    return pairs
+
+
+def measured_of(args, split, languages) -> dict:
+    """The pairs of a split that a run measures on, by language."""
+    return evaluation_pairs(args, open_split(args.evaluation_dataset, split, args.image_column), languages, None)

@@ -54,6 +54,16 @@ def test_eval_retrieval_at_small_size(tmp_path):
 
 
 @pytest.mark.slow
+def test_pairs_at_small_size(tmp_path):
+    from benchmarks.pairs import main
+
+    main(["--rows", "300", "--output", str(tmp_path / "p.json")])
+    found = json.loads((tmp_path / "p.json").read_text(encoding="utf-8"))
+    assert 200 < found["pairs"] < 300 and found["measured"]["second"]["pairs"] == found["pairs"]
+    assert found["minutes"] > 0 and 0 < found["imports_gib"] <= found["peak_gib"] < 4
+
+
+@pytest.mark.slow
 def test_loading_at_small_size(tmp_path):
     from benchmarks.loading import main
 

@@ -17,7 +17,7 @@ import datasets
 import pytest
 import yaml
 from caption_build import CARD, changed, files, openmoji_config, surroundings, write_config, xhosa
-from caption_tars import picture, rows_of
+from caption_tars import measured_of, picture, rows_of, training_of
 from datasets import Image, Value
 from huggingface_hub import DatasetCard
 from sampling import one_in
@@ -33,7 +33,6 @@ from captions.select import Selection
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
 from hub_upload.push_plan import files_to_send
 from training.arguments import RunArguments
-from training.data import evaluation_split, training_splits
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -91,9 +90,9 @@ def test_from_images_to_a_data_set_with_its_card(config, tmp_path):
 def test_training_reads_it(config):
     folder = build(BuildArguments(config))
     args = RunArguments(model="m", dataset=[str(folder)], language="xh", caption_strategy="all")
-    (split,) = training_splits(args, [])
+    (split,) = training_of(args, [])
     assert len(split) == 11 and all(len(captions) == 2 for captions in split.captions())
-    assert len(evaluation_split(args, "test", ["xh"])["xh"]) == 12
+    assert len(measured_of(args, "test", ["xh"])["xh"]) == 12
 
 
 @pytest.mark.slow

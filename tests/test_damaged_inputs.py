@@ -15,8 +15,8 @@ from test_train_accelerate import flags
 
 import train_accelerate
 from capivara_common.weight_file import weight_files
-from caption_data.stage_folder import check_complete
 from captions import score, select
+from captions.stage_folder import check_complete
 from eval import retrieval
 from hub_upload import export
 from modeling_capivara import convert_open_clip

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from caption_tars import write_tar
+from caption_tars import measured_of, training_of, write_tar
 from datasets import DatasetDict, load_from_disk
 
 from caption_data.pairs import check_bad_share
 from training.arguments import parse_arguments
 from training.batches import Planner, batch_counts, batch_indices, drawn_captions, drawn_views
-from training.data import check_data_sets, evaluation_split, training_splits
+from training.inputs import open_splits
 
 CAPTIONS = [[f"gato {i}", f"uma casa azul {i}"][: 1 + i % 2] for i in range(11)]
 
@@ -74,10 +74,10 @@ def test_mixed_sources_and_a_missing_column_in_one(tiny_dataset_folder, tmp_path
     other = load_from_disk(tiny_dataset_folder)
     DatasetDict(train=other["train"].select(range(5))).save_to_disk(tmp_path / "good")
     DatasetDict(train=other["train"].remove_columns("captions-pt")).save_to_disk(tmp_path / "bad")
-    splits = training_splits(arguments(tiny_dataset_folder, tmp_path / "good"), [])
+    splits = training_of(arguments(tiny_dataset_folder, tmp_path / "good"), [])
     assert [len(split) for split in splits] == [12, 5] and splits[1][4].size == (36, 40)
     with pytest.raises(ValueError, match=r"bad, split 'train' has no column 'captions-pt'; there are .*captions-en"):
-        training_splits(arguments(tiny_dataset_folder, tmp_path / "bad"), [])
+        training_of(arguments(tiny_dataset_folder, tmp_path / "bad"), [])
 
 
 def with_captions(row: int, captions: list[str]):
@@ -98,13 +98,13 @@ def test_a_split_that_is_measured_on_must_be_whole(tiny_dataset_folder, tmp_path
     break_it, message = BROKEN[fault]
     break_it(load_from_disk(tiny_dataset_folder)).save_to_disk(tmp_path / "broken")
     with pytest.raises(ValueError, match=message):
-        evaluation_split(arguments(tmp_path / "broken"), "validation", ["pt"])
+        measured_of(arguments(tmp_path / "broken"), "validation", ["pt"])
 
 
 def test_training_rows_without_captions_are_skipped_and_listed(tiny_dataset_folder, tmp_path):
     with_captions(2, [])(load_from_disk(tiny_dataset_folder)).save_to_disk(tmp_path / "broken")
     skipped = []
-    (split,) = training_splits(arguments(tmp_path / "broken"), skipped)
+    (split,) = training_of(arguments(tmp_path / "broken"), skipped)
     assert len(split) == 11 and [(line.row, line.reason) for line in skipped] == [(2, "no caption")]
 
 
@@ -117,7 +117,7 @@ def test_pair_filter_and_strategy_read_the_authors_columns(tiny_dataset_folder, 
     DatasetDict(train=data.add_column("similarities-pt", similarities)).save_to_disk(tmp_path / "scored")
     args = arguments(tmp_path / "scored", caption_strategy="rank", caption_count=2, min_pair_similarity=0.2)
     skipped = []
-    (split,) = training_splits(args, skipped)
+    (split,) = training_of(args, skipped)
     assert split.captions() == [["dois", "original 0"], ["original 2", "dois"], ["original 3", "um"]]
     assert [(line.row, line.reason) for line in skipped] == [(1, "not chosen")]
     check_bad_share(skipped, 4, max_bad_share=0)  # what is not chosen is not bad
@@ -129,7 +129,7 @@ def test_rank_takes_a_data_set_without_generated_captions(tiny_dataset_folder, t
     data = data.add_column("captions-pt", [["um", "dois"]] * 3)
     DatasetDict(train=data.add_column("similarities-pt", [[0.3, 0.4], [0.1, 0.9], [0.5]])).save_to_disk(tmp_path / "d")
     skipped = []
-    (split,) = training_splits(arguments(tmp_path / "d", caption_strategy="rank", min_pair_similarity=0.2), skipped)
+    (split,) = training_of(arguments(tmp_path / "d", caption_strategy="rank", min_pair_similarity=0.2), skipped)
     assert split.captions() == [["dois", "um"]]
     assert [(line.row, line.reason) for line in skipped] == [(1, "not chosen"), (2, "no caption")]
 
@@ -142,7 +142,7 @@ def test_all_that_a_config_asks_of_the_data_is_told_at_once(tiny_dataset_folder,
     DatasetDict(train=data, validation=data.remove_columns("captions-pt")).save_to_disk(tmp_path / "mine")
     args = parse_arguments(["--config", OPT, "--model", "m", "--dataset", str(tmp_path / "mine")], "")
     with pytest.raises(ValueError) as caught:
-        check_data_sets(args)
+        open_splits(args)
     train, validation, test, batch = str(caught.value).splitlines()
     assert "split 'train' has no column 'similarities-pt'; there are ['image', " in train
     assert "caption_strategy: rank needs it, --caption_strategy none" in train
@@ -152,9 +152,21 @@ def test_all_that_a_config_asks_of_the_data_is_told_at_once(tiny_dataset_folder,
     assert "effective_batch_size (1000) takes 1000 pairs from a data set that has 12" in batch
 
 
-def test_a_data_set_that_is_none_is_told_in_sentences():
-    with pytest.raises(ValueError, match=r"no/such [^\n]*\S\. --dataset and --train_split name the training data\. "):
-        check_data_sets(arguments("no/such"))
+def test_a_data_set_that_is_none_is_told_in_sentences(monkeypatch):
+    """In one line, and the Hub is asked once, not once a split, and not again and again."""
+    asked = []
+
+    def dataset_info(hub, name, **options):
+        asked.append(name)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    named = (
+        r"--dataset and --train_split name the training data\. --evaluation_dataset[^\n]* name what is measured on\."
+    )
+    with pytest.raises(ValueError, match=rf"^no/such [^\n]*service not known\. {named}$"):
+        open_splits(arguments("no/such"))
+    assert asked == ["no/such"]
 
 
 @pytest.mark.parametrize("form", ["parquet", "folder", "tar"])
@@ -171,18 +183,18 @@ def test_what_a_config_asks_is_looked_for_in_every_form(tiny_dataset_folder, tmp
             continue
         lines = [json.dumps({"file_name": "a.png", **row}) for row in rows]
         (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    check_data_sets(arguments(tmp_path, effective_batch_size=12))  # no picture is opened: there is none
+    open_splits(arguments(tmp_path, effective_batch_size=12))  # no picture is opened: there is none
     with pytest.raises(ValueError, match=r"^.*no column 'similarities-pt'.*\n.*takes 13 pairs .* has 12.*$"):
-        check_data_sets(arguments(tmp_path, effective_batch_size=13, min_pair_similarity=0.1))
+        open_splits(arguments(tmp_path, effective_batch_size=13, min_pair_similarity=0.1))
 
 
 def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):
     data = load_from_disk(tiny_dataset_folder)["train"].rename_column("captions-pt", "caption")
     DatasetDict(train=data, validation=data).save_to_disk(tmp_path / "hub")
     args = arguments(tmp_path / "hub", caption_column="caption")
-    (split,) = training_splits(args, [])
+    (split,) = training_of(args, [])
     assert split.captions() == data["caption"][:]
-    assert evaluation_split(args, "validation", ["pt"])["pt"].captions() == split.captions()
+    assert measured_of(args, "validation", ["pt"])["pt"].captions() == split.captions()
     args = arguments(tiny_dataset_folder, evaluation_dataset=tmp_path / "hub", caption_column="captions-{language}")
     with pytest.raises(ValueError, match="hub, split 'validation' has no column 'captions-pt'"):
-        evaluation_split(args, "validation", ["pt"])
+        measured_of(args, "validation", ["pt"])

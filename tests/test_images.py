@@ -24,18 +24,17 @@ from test_train_accelerate import ROOT, flags
 import train_accelerate
 import training.images
 import training.outputs
-import training.views
-from capivara_common.files import DIGEST_BYTES, has_digest
-from capivara_common.image_files import decode_image
-from caption_data.pairs import caption_table
-from caption_data.sources import open_source
+from capivara_common.files import DIGEST_BYTES
+from capivara_common.image_files import BadImage, decode_image
+from caption_data.pairs import pair_table, usable
+from caption_data.sources import open_split
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.images import build_cache, cached_embeds
-from training.views import Views, augmented, check_images, random_state
+from training.images import Pairs, TrainingImages, augmented, build_cache, random_state
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
+NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
 BROKEN = b"\x89PNG\r\n\x1a\n no picture"
 
 
@@ -73,16 +72,22 @@ def with_one_pixel_changed(data: bytes) -> bytes:
     return encoded(image)
 
 
-def views_of(dataset, processor, augmented_views=1, seed=0) -> Views:
-    source = open_source(str(dataset), "train", "image")
-    table = caption_table(source, "image", ["captions-pt"], lambda row: row["captions-pt"], [])
-    return Views(source, table, "image", processor, augmented_views, seed)
+def pairs_of(dataset, processor, augmented_views=1, seed=0) -> Pairs:
+    source = open_split(str(dataset), "train", "image")
+    table = pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
+    return Pairs(source, usable(table), processor, augmented_views, seed)
 
 
-def cache_of(model, views, root, precision="no", batch_size=4, workers=0):
+def cache_of(model, pairs, root, precision="no", batch_size=4, workers=0):
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision, cpu=True)
-    return build_cache(model, views, root, batch_size, workers, accelerator)
+    return build_cache(model, pairs, root, batch_size, workers, accelerator)
+
+
+def with_vectors(pairs, cache) -> Pairs:
+    found, bad = pairs.with_cache(cache)
+    assert not bad
+    return found
 
 
 def shards(folder) -> dict[str, bytes]:
@@ -125,54 +130,56 @@ def counted_images(monkeypatch):
 
 @pytest.mark.slow
 def test_what_another_cache_is_made_for(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
-    views = views_of(tiny_dataset_folder, tiny_processor)
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor)
     root, folders = tmp_path / "caches", {}
-    folders["first"] = cache_of(tiny_model, views, root).folder
-    assert cache_of(tiny_model, views, root).folder == folders["first"]
-    folders["seed"] = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor, seed=1), root).folder
-    folders["views"] = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor, 2), root).folder
-    folders["precision"] = cache_of(tiny_model, views, root, "bf16").folder
+    folders["first"] = cache_of(tiny_model, pairs, root).folder
+    assert cache_of(tiny_model, pairs, root).folder == folders["first"]
+    folders["seed"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor, seed=1), root).folder
+    folders["views"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor, 2), root).folder
+    folders["precision"] = cache_of(tiny_model, pairs, root, "bf16").folder
     image_processor = CapivaraImageProcessor(
         size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_mean=(0.48, 0.46, 0.41)
     )
     other_processor = CapivaraProcessor(image_processor, tiny_processor.tokenizer)
-    folders["preprocessing"] = cache_of(tiny_model, views_of(tiny_dataset_folder, other_processor), root).folder
+    folders["preprocessing"] = cache_of(tiny_model, pairs_of(tiny_dataset_folder, other_processor), root).folder
     pixel = {7: with_one_pixel_changed(image_files(tiny_dataset_folder)[7])}
     other_pixel = altered(tiny_dataset_folder, tmp_path / "pixel", pixel)
-    folders["pixel"] = cache_of(tiny_model, views_of(other_pixel, tiny_processor), root).folder
+    folders["pixel"] = cache_of(tiny_model, pairs_of(other_pixel, tiny_processor), root).folder
     for name in ("vision_model.encoder.layers.1.mlp.fc1.weight", "visual_projection.weight"):
         weights = tiny_model.state_dict()[name].view(-1)
         weights[5] = torch.nextafter(weights[5], torch.tensor(9.0))  # the last bit of one number
-        folders[name] = cache_of(tiny_model, views, root).folder
+        folders[name] = cache_of(tiny_model, pairs, root).folder
     assert len(set(folders.values())) == len(folders), folders
     assert all(len(shards(folder)) == 1 for folder in folders.values())
 
 
 def test_what_the_cache_does_not_depend_on(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
-    folder = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor), tmp_path / "caches").folder
+    folder = cache_of(tiny_model, pairs_of(tiny_dataset_folder, tiny_processor), tmp_path / "caches").folder
     for name in ("text_model.embeddings.word_embeddings.weight", "text_projection.0.weight", "logit_scale"):
         tiny_model.state_dict()[name].add_(1)
     other_caption = altered(tiny_dataset_folder, tmp_path / "caption", captions={3: ["outra foto"]})
-    assert cache_of(tiny_model, views_of(other_caption, tiny_processor), tmp_path / "caches").folder == folder
+    assert cache_of(tiny_model, pairs_of(other_caption, tiny_processor), tmp_path / "caches").folder == folder
 
 
 def test_the_embeddings_are_those_of_the_tower(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
-    cache = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor), tmp_path)
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor)
+    cache = cache_of(tiny_model, pairs, tmp_path)
     images = load_from_disk(tiny_dataset_folder)["train"]["image"]
     expected = embed_images(tiny_model, tiny_processor, images)
     assert torch.pdist(expected).min() > 0.01, "images that are alike would hide a swapped row"
     order = [5, 0, 11, 5]
-    torch.testing.assert_close(cached_embeds(cache, order, [0] * 4), expected[order], rtol=2**-11, atol=2e-6)
+    found = with_vectors(pairs, cache).vectors(order, [0] * 4)
+    torch.testing.assert_close(found, expected[order], rtol=2**-11, atol=2e-6)
     assert all(isinstance(shard, np.memmap) and shard.dtype == np.float16 for shard in cache.arrays)
     assert sum(shard.shape[0] for shard in cache.arrays) == IMAGES
 
 
 @pytest.mark.slow
 def test_every_view_is_an_augmentation_of_its_own(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path):
-    cache = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor, 3), tmp_path)
-    plain = cache_of(tiny_model, views_of(tiny_dataset_folder, tiny_processor), tmp_path)
+    three, one = pairs_of(tiny_dataset_folder, tiny_processor, 3), pairs_of(tiny_dataset_folder, tiny_processor)
+    three, one = (with_vectors(pairs, cache_of(tiny_model, pairs, tmp_path)) for pairs in (three, one))
     for place in (0, IMAGES - 1):
-        embeds = torch.cat([cached_embeds(cache, [place] * 3, range(3)), cached_embeds(plain, [place], [0])])
+        embeds = torch.cat([three.vectors([place] * 3, range(3)), one.vectors([place], [0])])
         assert torch.pdist(embeds).min() > 1e-3
 
 
@@ -186,7 +193,7 @@ def test_training_with_a_cache_decodes_no_image(tiny_folder, tiny_dataset_folder
 
     options = {"augmented_views": 2, "max_steps": 3}
     first, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "first", **options)
-    monkeypatch.setattr(training.views, "decode_image", refuse)  # of all but the test split's table and pictures
+    monkeypatch.setattr(training.images.Pairs, "pixels", refuse)  # of all but the test split's pictures
     with counted_images(monkeypatch) as counts:
         second, _, _ = train(tiny_folder, tiny_dataset_folder, tmp_path / "second", **options)
     assert not counts
@@ -202,8 +209,7 @@ import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import numpy as np
 import training.images
-import training.views
-from test_images import Path, cache_of, load_model, views_of
+from test_images import Path, cache_of, load_model, pairs_of
 from modeling_capivara.loading import load_processor
 training.images.SHARD_ROWS = 3
 save, saved = np.save, []
@@ -215,8 +221,8 @@ def dying(file, *args, **options):
     file.flush()
     os.kill(os.getpid(), {int(signal.SIGKILL)})
 np.save = dying
-views = views_of({str(tiny_dataset_folder)!r}, load_processor({str(tiny_folder)!r}), 2)
-cache_of(load_model({str(tiny_folder)!r}).eval(), views, Path({str(tmp_path / "killed")!r}))
+pairs = pairs_of({str(tiny_dataset_folder)!r}, load_processor({str(tiny_folder)!r}), 2)
+cache_of(load_model({str(tiny_folder)!r}).eval(), pairs, Path({str(tmp_path / "killed")!r}))
 """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, timeout=300)
@@ -226,12 +232,12 @@ cache_of(load_model({str(tiny_folder)!r}).eval(), views, Path({str(tmp_path / "k
     assert left.keys() == {"shard-00000.npy", "shard-00001.npy"}
 
     monkeypatch.setattr(training.images, "SHARD_ROWS", 3)
-    views = views_of(tiny_dataset_folder, tiny_processor, 2)
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor, 2)
     with counted_images(monkeypatch) as counts:
-        resumed = cache_of(tiny_model, views, tmp_path / "killed")
+        resumed = cache_of(tiny_model, pairs, tmp_path / "killed")
     assert sum(counts) == 2 * 6, "two views of the six images that are missing"
     with counted_images(monkeypatch) as counts:
-        undisturbed = cache_of(tiny_model, views, tmp_path / "undisturbed")
+        undisturbed = cache_of(tiny_model, pairs, tmp_path / "undisturbed")
     assert sum(counts) == 2 * IMAGES
     assert resumed.folder == folder and folder.name == undisturbed.folder.name
     assert left.items() <= shards(folder).items() and shards(folder) == shards(undisturbed.folder)
@@ -262,13 +268,13 @@ def test_a_damaged_shard_is_made_anew_and_said(
     tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, caplog, damage
 ):
     monkeypatch.setattr(training.images, "SHARD_ROWS", 6)
-    views = views_of(tiny_dataset_folder, tiny_processor)
-    folder = cache_of(tiny_model, views, tmp_path).folder
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor)
+    folder = cache_of(tiny_model, pairs, tmp_path).folder
     whole = shards(folder)
     DAMAGES[damage](folder / "shard-00001.npy")
     assert shards(folder) != whole
     with counted_images(monkeypatch) as counts:
-        cache_of(tiny_model, views, tmp_path)
+        cache_of(tiny_model, pairs, tmp_path)
     assert sum(counts) == 6 and shards(folder) == whole
     assert [line for line in caplog.messages if "shard-00001.npy is damaged, or of an earlier" in line]
 
@@ -285,25 +291,11 @@ def test_a_shard_of_something_else_is_refused_by_name(
     tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch, change
 ):
     monkeypatch.setattr(training.images, "SHARD_ROWS", 6)
-    views = views_of(tiny_dataset_folder, tiny_processor)
-    cache = cache_of(tiny_model, views, tmp_path)
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor)
+    cache = cache_of(tiny_model, pairs, tmp_path)
     cache.write(1, OTHERS[change](np.load(cache.paths()[1])), [])
     with pytest.raises(ValueError, match=r"shard-00001\.npy should be .*Remove it"):
-        cache_of(tiny_model, views, tmp_path)
-
-
-def test_a_damaged_note_of_bad_images_is_made_anew(tiny_processor, tiny_dataset_folder, tmp_path):
-    dataset = altered(tiny_dataset_folder, tmp_path / "data", {7: BROKEN})
-    views = views_of(dataset, tiny_processor)
-    expected = check_images(views, tmp_path / "notes")
-    (path,) = (tmp_path / "notes").iterdir()
-    content = path.read_bytes()
-    for place in range(len(content)):
-        flipped(path, place)
-        assert not has_digest(path)
-        flipped(path, place)
-    flipped(path, 2)
-    assert check_images(views, tmp_path / "notes") == expected and path.read_bytes() == content
+        cache_of(tiny_model, pairs, tmp_path)
 
 
 @pytest.mark.slow
@@ -313,7 +305,6 @@ def test_two_processes_share_the_pass(tiny_folder, tiny_dataset_folder, tmp_path
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import training.images
-import training.views
 import train_accelerate
 training.images.SHARD_ROWS = 3
 write = training.images.EmbeddingCache.write
@@ -354,8 +345,8 @@ train_accelerate.main()
 @pytest.mark.slow
 def test_workers_make_the_same_cache(tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(training.images, "SHARD_ROWS", 5)
-    views = views_of(tiny_dataset_folder, tiny_processor, 2)
-    caches = [cache_of(tiny_model, views, tmp_path / str(workers), workers=workers) for workers in (0, 1)]
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor, 2)
+    caches = [cache_of(tiny_model, pairs, tmp_path / str(workers), workers=workers) for workers in (0, 1)]
     assert shards(caches[0].folder) == shards(caches[1].folder) and len(shards(caches[0].folder)) == 3
 
 
@@ -366,18 +357,18 @@ def test_the_size_is_told_before_the_work(
     asked = []
     monkeypatch.setattr(training.images, "check_free_space", lambda path, needed: asked.append((path, needed)))
     caplog.set_level("INFO", "capivara")
-    views = views_of(tiny_dataset_folder, tiny_processor, 3)
-    cache = cache_of(tiny_model, views, tmp_path)
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor, 3)
+    cache = cache_of(tiny_model, pairs, tmp_path)
     needed = IMAGES * 3 * 24 * 2
     assert asked == [(cache.folder, needed)]
     assert caplog.messages == [
         f"Image-embedding cache: 12 images x 3 views x 24 x 2 bytes, 0.0 MB to write to {cache.folder}."
     ]
     assert needed <= sum(path.stat().st_size for path in cache.paths()) < needed + 3 * 200  # and the files' headers
-    cache_of(tiny_model, views, tmp_path)
+    cache_of(tiny_model, pairs, tmp_path)
     assert len(caplog.messages) == 1, "nothing is to be written"
     cache.paths()[2].unlink()
-    cache_of(tiny_model, views, tmp_path)
+    cache_of(tiny_model, pairs, tmp_path)
     assert asked[1:] == [(cache.folder, 2 * 3 * 24 * 2)], "only what is missing"
 
 
@@ -399,8 +390,7 @@ def test_a_full_disk_ends_the_run_before_the_work(tiny_folder, tiny_dataset_fold
 @pytest.mark.slow
 @pytest.mark.parametrize("cache", ["auto", "off"])
 def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tmp_path, cache):
-    negative = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
-    dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN, 7: negative})
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {0: BROKEN, 7: NEGATIVE})
     options = {"image_embedding_cache": cache, "max_steps": 2}
     weights, losses, out = train(tiny_folder, dataset, tmp_path / "out", max_bad_share=0.2, **options)
     lines = [json.loads(line) for line in (out / "skipped.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -414,12 +404,25 @@ def test_a_bad_image_is_listed_and_left_out(tiny_folder, tiny_dataset_folder, tm
     assert [path.name for path in tmp_path.glob("over*")] == ["over.skipped.jsonl"]
 
 
+def test_vectors_stay_with_their_images_where_one_is_left_out(
+    tiny_model, tiny_processor, tiny_dataset_folder, tmp_path
+):
+    dataset = altered(tiny_dataset_folder, tmp_path / "data", {3: NEGATIVE})
+    pairs = pairs_of(dataset, tiny_processor)
+    good, bad = pairs.with_cache(cache_of(tiny_model, pairs, tmp_path / "caches"))
+    assert [(line.row, line.reason) for line in bad] == [(3, "unreadable image")]
+    expected = embed_images(tiny_model, tiny_processor, good)
+    assert len(expected) == IMAGES - 1 and good.table["row"][:] == [0, 1, 2, *range(4, IMAGES)]
+    found = good.vectors(range(IMAGES - 1), [0] * (IMAGES - 1))
+    torch.testing.assert_close(found, expected, rtol=2**-11, atol=2e-6)
+
+
 def test_a_bad_image_does_not_hide_behind_augmentation(tiny_processor, tiny_dataset_folder):
-    views = views_of(tiny_dataset_folder, tiny_processor, 2)
-    with pytest.raises(training.images.BadImage):
-        views.pixels(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "0", 0)
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor, 2)
+    with pytest.raises(BadImage):
+        pairs.pixels(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "0", 0)
     deep = PIL.Image.fromarray((np.linspace(0, 65535, 40 * 36).reshape(40, 36)).astype(np.uint16))
-    assert views.pixels(deep, "0", 0).std() > 0.3, "16 bits were clipped to white"
+    assert pairs.pixels(deep, "0", 0).std() > 0.3, "16 bits were clipped to white"
 
 
 # --- training with and without ---
@@ -455,11 +458,13 @@ def test_fresh_augmentations_and_workers(tiny_folder, tiny_dataset_folder, tmp_p
 
 
 def test_fresh_augmentations_differ_from_step_to_step(tiny_processor, tiny_dataset_folder):
-    views = views_of(tiny_dataset_folder, tiny_processor, 0)
-    assert torch.equal(views[3, 5], views[3, 5])
-    assert not torch.equal(views[3, 5], views[3, 6]) and not torch.equal(views[3, 5], views[4, 5])
-    other_seed = views_of(tiny_dataset_folder, tiny_processor, 0, seed=1)
-    assert not torch.equal(views[3, 5], other_seed[3, 5])
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor, 0)
+    assert torch.equal(pairs.view((3, 5)), pairs.view((3, 5)))
+    assert not torch.equal(pairs.view((3, 5)), pairs.view((3, 6))) and not torch.equal(
+        pairs.view((3, 5)), pairs.view((4, 5))
+    )
+    other_seed = pairs_of(tiny_dataset_folder, tiny_processor, 0, seed=1)
+    assert not torch.equal(pairs.view((3, 5)), other_seed.view((3, 5)))
 
 
 def test_an_augmentation_is_a_function_of_its_state(tiny_dataset_folder):
@@ -496,15 +501,27 @@ def test_settings_that_exclude_each_other(tiny_folder, tiny_dataset_folder, tmp_
 def test_the_cache_of_another_model(
     tiny_folder, tiny_model, tiny_processor, tiny_dataset_folder, tmp_path, monkeypatch
 ):
-    views = views_of(tiny_dataset_folder, tiny_processor)
-    own = cache_of(tiny_model, views, tmp_path / "own").folder
+    pairs = pairs_of(tiny_dataset_folder, tiny_processor)
+    own = cache_of(tiny_model, pairs, tmp_path / "all").folder
     tiny_model.visual_projection.weight.data[0, 0] += 1
-    other = cache_of(tiny_model, views, tmp_path / "other").folder
+    other = cache_of(tiny_model, pairs, tmp_path / "all").folder
     options = {"mixed_precision": "no", "max_steps": 2}
-    with pytest.raises(SystemExit, match=rf"{other} is the .* of something else: tower_weights differ"):
+    with pytest.raises(SystemExit, match=rf"{other} is one cache of .*Name the folder that it lies in, {other.parent}"):
         train(tiny_folder, tiny_dataset_folder, tmp_path / "out", image_embedding_cache=other, **options)
     assert not list(tmp_path.glob("out*"))
-    with counted_images(monkeypatch) as counts:  # the right one, named directly, serves
-        train(tiny_folder, tiny_dataset_folder, tmp_path / "out", image_embedding_cache=own, **options)
-    assert sum(counts) == 6, "of validation images; their cache lies beside"
+    with counted_images(monkeypatch) as counts:  # the right one is found beside it
+        train(tiny_folder, tiny_dataset_folder, tmp_path / "out", image_embedding_cache=own.parent, **options)
+    assert sum(counts) == 6, "of validation images"
     assert len(list(own.glob("shard-*.npy"))) == 1
+
+
+def test_an_image_that_has_changed_since_it_was_checked_is_named(tiny_processor, tmp_path):
+    """Without a cache, at the step: the row, so that it can be mended."""
+    (tmp_path / "a.png").write_bytes(encoded(PIL.Image.new("RGB", (40, 40))))
+    (tmp_path / "metadata.jsonl").write_text('{"captions-pt": ["x"]}\n{"file_name": "a.png", "captions-pt": ["x"]}')
+    images = TrainingImages([pairs_of(tmp_path, tiny_processor)])
+    (pixels,) = images.pixel_batches([[(0, 0, 0)]], 0)
+    assert pixels.shape == (1, 3, 32, 32)
+    (tmp_path / "a.png").write_bytes(BROKEN)
+    with pytest.raises(BadImage, match=r"unreadable image: .*, split 'train', row 1: .*a\.png"):
+        next(images.pixel_batches([[(0, 0, 0)]], 0))

@@ -7,13 +7,13 @@ import pytest
 from made_benchmarks import BENCHMARKS, IMAGES, make_captions, make_flickr30k_200, make_pracegover, make_xm3600
 
 from capivara_common.image_files import decode_image
-from caption_data.sources import open_source
+from caption_data.sources import open_split
 from eval.layouts import Location, adapted, linked_images, local_data, locate
 
 
 def captions_of(folder, language: str) -> list:
     """Of the rows that `eval.retrieval` would read, whose images can be opened."""
-    source = open_source(str(folder), "test", "image", image_roots=[linked_images(folder, "test")])
+    source = open_split(str(folder), "test", "image", image_roots=[linked_images(folder, "test")])
     rows = list(source.rows())
     assert all(decode_image(row["image"], source.files).size == (38, 34) for row in rows)
     return [row[f"captions-{language}"] for row in rows]

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict
 
 from capivara_common.image_files import BadImage, image_bytes
 from capivara_common.links import Bounds, refuse_links_out
-from caption_data.sources import open_source
+from caption_data.sources import open_split
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def folder(tmp_path):
 
 def images_of(folder, **limits) -> list[bytes | None]:
     """The file of each row's image; None where it is not read."""
-    source, found = open_source(str(folder), "train", "image", **limits), []
+    source, found = open_split(str(folder), "train", "image", **limits), []
     for row in source.rows():
         try:
             found.append(image_bytes(row["image"], source.files))
@@ -79,14 +79,14 @@ def test_lists_and_archives_that_are_links_out(folder, tmp_path):
     (tmp_path / "lists").mkdir()
     (tmp_path / "lists" / "metadata.jsonl").symlink_to(folder / "metadata.jsonl")
     with pytest.raises(ValueError, match=r"refused: \['metadata.jsonl'\]"):
-        open_source(str(tmp_path / "lists"), "train", "image")
+        open_split(str(tmp_path / "lists"), "train", "image")
     write_tar(tmp_path / "0.tar", sample(1))
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "0.tar").symlink_to(tmp_path / "0.tar")
     for dataset in (tmp_path / "shards", tmp_path / "shards" / "*.tar"):
         with pytest.raises(ValueError, match=r"refused: \['0.tar'\]"):
-            open_source(str(dataset), "train", "image")
-    assert len(open_source(str(tmp_path / "shards" / "0.tar"), "train", "image")) == 1, "the file itself was named"
+            open_split(str(dataset), "train", "image")
+    assert len(open_split(str(tmp_path / "shards" / "0.tar"), "train", "image")) == 1, "the file itself was named"
 
 
 def test_a_saved_data_set_with_a_link_out(tmp_path):
@@ -95,7 +95,7 @@ def test_a_saved_data_set_with_a_link_out(tmp_path):
     table.rename(tmp_path / "elsewhere.arrow")
     table.symlink_to(tmp_path / "elsewhere.arrow")
     with pytest.raises(ValueError, match="links to files outside of it"):
-        open_source(str(tmp_path / "saved"), "train", "image")
+        open_split(str(tmp_path / "saved"), "train", "image")
 
 
 def test_names_that_no_file_can_have(folder):

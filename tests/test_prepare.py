@@ -11,16 +11,15 @@ from datasets import Dataset, Image, load_from_disk
 from tiny import TINY_TEXT, randomise, tiny_config
 
 import training.images
+from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts
 from training.arguments import RunArguments
-from training.data import evaluation_split
 from training.images import build_cache
-from training.inputs import cache_root
-from training.views import Views
+from training.inputs import cache_root, evaluation_pairs
 
 
 def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
@@ -118,13 +117,13 @@ def test_a_run_finds_the_embeddings_of_the_pictures(tiny_folder, tiny_dataset_fo
     prepare.keep_embeddings(tiny_dataset_folder, tiny_folder, features)
     args = RunArguments(model=str(tiny_folder), dataset=[str(tiny_dataset_folder)])
     for name in data:
-        split = evaluation_split(args, name, ["pt"])["pt"]
-        views = Views(split.source, split.table, split.image_column, processor, 1, 0)
+        split = open_split(str(tiny_dataset_folder), name, "image")
+        pairs = evaluation_pairs(args, split, ["pt"], processor)["pt"]
         options = 4, 0, Accelerator(cpu=True, mixed_precision="no")
-        made = build_cache(model, views, tmp_path / "cache", *options)
+        made = build_cache(model, pairs, tmp_path / "cache", *options)
         with monkeypatch.context() as patch:
             patch.setattr(training.images, "embed_pixels", lambda *_: pytest.fail("embedded again"))
-            found = build_cache(model, views, cache_root(args), *options)
+            found = build_cache(model, pairs, cache_root(args), *options)
         np.testing.assert_allclose(found.arrays[0], made.arrays[0], rtol=0, atol=1e-3)
 
 

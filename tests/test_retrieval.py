@@ -17,8 +17,8 @@ from test_checkpoints import flipped
 import modeling_capivara.two_towers
 from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import EmbeddingCache
-from caption_data.pairs import caption_table, tables_fingerprint
-from caption_data.sources import open_source
+from caption_data.pairs import pair_table, pairs_fingerprint
+from caption_data.sources import open_split
 from eval import classification, linear_probe
 from eval.eval_arguments import caption_positions
 from eval.records.schema import read_records
@@ -335,10 +335,10 @@ def test_a_saved_data_set(tiny_folder, tiny_dataset_folder, tmp_path):
 def test_training_gives_the_same_data_the_same_fingerprint(folder, tiny_dataset_folder, tmp_path):
     """Otherwise a report doubts that a run's baseline and a model measured later saw the same data."""
     for dataset, column in ((folder, "legendas"), (tiny_dataset_folder, "captions-pt")):
-        source = open_source(str(dataset), "test", "image")
-        table = caption_table(source, "image", [column], lambda row, name=column: row[name], [])
+        source = open_split(str(dataset), "test", "image")
+        table = pair_table(source, [column], lambda row, name=column: row[name], {"captions": column})
         arguments = RetrievalArguments("m", str(dataset), tmp_path, caption_column=column, recall_at=[1])
-        assert load_data(arguments).fingerprint() == tables_fingerprint(table)
+        assert load_data(arguments).fingerprint() == pairs_fingerprint(table)
     first = load_data(arguments).fingerprint()
     assert first != load_data(replace(arguments, language="en", caption_column="captions-{language}")).fingerprint()
 

@@ -15,8 +15,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 import modeling_capivara.two_towers
 from capivara_common.image_files import decode_image
 from caption_data.columns import CAPTIONS, SIMILARITIES
-from caption_data.sources import open_source
-from caption_data.stage_folder import stage_record
+from caption_data.stage_record import stage_record
+from captions.in_place import open_in_place
 from captions.score import ScoreArguments, main, score
 from modeling_capivara.two_towers import load_embedder
 
@@ -59,7 +59,7 @@ def test_captions_then_generated_ones_each_against_its_image(arguments):
                 assert similarity is None
     first = rows[0]["similarities-pt"]
     assert first[0] == first[3] and len(set(first)) == 3, "or the order would prove nothing"
-    source = open_source(str(arguments.output), "train", "image", in_place=True)
+    source = open_in_place(str(arguments.output), "train", "image")
     assert source.features["similarities-pt"] == SIMILARITIES
 
 

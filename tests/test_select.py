@@ -7,7 +7,7 @@ import re
 import numpy as np
 import PIL.Image
 import pytest
-from caption_tars import picture, rows_of, saved_train
+from caption_tars import picture, rows_of, saved_train, training_of
 from datasets import Image
 
 from caption_data.columns import CAPTIONS, SIMILARITIES
@@ -17,7 +17,6 @@ from captions.selection_plots import Example, plot_examples
 from eval.records.picture_sheets import plot_gallery
 from eval.records.tables import escape_markdown
 from training.arguments import RunArguments
-from training.data import training_splits
 
 # Captions, generated ones, similarities: below, at and above CAPIVARA's 0.2, a caption twice, an image with none.
 ROWS = [
@@ -66,11 +65,11 @@ def test_it_keeps_what_the_training_draws_from(scored, tmp_path, flags, monkeypa
     monkeypatch.setattr("captions.selection_report._page", lambda *_: "")
     select(SelectArguments(scored, tmp_path / "out", **flags))
     skipped = []
-    (split,) = training_splits(RunArguments(model="m", dataset=[scored], **flags), skipped)
+    (split,) = training_of(RunArguments(model="m", dataset=[scored], **flags), skipped)
     rows = rows_of(tmp_path / "out")
     assert [row["captions-pt"] for row in rows] == split.captions() and rows
     # Trained on without any flag, the output gives the same again.
-    (again,) = training_splits(RunArguments(model="m", dataset=[str(tmp_path / "out")]), [])
+    (again,) = training_of(RunArguments(model="m", dataset=[str(tmp_path / "out")]), [])
     assert again.captions() == split.captions() and again.table["digest"][:] == split.table["digest"][:]
 
 

@@ -21,9 +21,11 @@ from test_sources import FORMS
 
 from capivara_common.image_files import BadRow
 from caption_data.columns import CAPTIONS, SIMILARITIES
-from caption_data.sources import open_source
-from caption_data.stage_folder import check_complete, finished_ranks, stage_record, unfinished
+from caption_data.sources import open_split
+from caption_data.stage_record import stage_record
+from captions.in_place import open_in_place
 from captions.stage_arguments import ScoreArguments, StageArguments
+from captions.stage_folder import check_complete, finished_ranks, unfinished
 from captions.stages import RowStage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -131,7 +133,7 @@ def test_images_of_every_form_pass_as_their_bytes(tmp_path, form):
 def test_a_stage_reads_what_a_stage_wrote_without_a_copy(numbered, undisturbed, tmp_path):
     run(str(undisturbed), tmp_path / "again")
     assert not (tmp_path / "cache").exists()
-    source = open_source(str(undisturbed), "train", "image", in_place=True)
+    source = open_in_place(str(undisturbed), "train", "image")
     expected = [row["number"] for row in source.rows()]
     assert len(source) == NUMBER - 4 == len(expected)
     for start in (0, 1, 6, 13, 35, 36, 99):
@@ -172,7 +174,7 @@ def test_all_columns_with_a_feature_pass_and_old_ones_are_replaced(tmp_path):
         return [{"similarities-pt": [0.25], "unknown": 1} for _ in batch]
 
     run_stage(args, {"similarities-pt": SIMILARITIES}, {}, process)
-    source = open_source(str(tmp_path / "out"), "test", "image", in_place=True)
+    source = open_in_place(str(tmp_path / "out"), "test", "image")
     assert dict(source.features) == {
         "image": Image(), "label": features["label"], "captions-pt": CAPTIONS, "similarities-pt": SIMILARITIES,
         "nested": features["nested"],
@@ -347,7 +349,7 @@ def test_an_unfinished_stage_is_no_data_set(numbered, tmp_path):
         r"of its 40 rows, 26 are missing \(0 to 13, 28 to 39\).*python -m captions.stages "
         rf"--dataset {numbered} --output {tmp_path}/out --batch_rows 3 --rows_per_part 7"
     )
-    for read in (check_complete, lambda out: open_source(str(out), "train", "image")):
+    for read in (check_complete, lambda out: open_split(str(out), "train", "image")):
         with pytest.raises(ValueError, match=command):
             read(tmp_path / "out")
     with pytest.raises(ValueError, match=command):

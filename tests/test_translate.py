@@ -17,11 +17,11 @@ from google_server import KEY, google_service, translated
 from seq2seq_models import m2m100_folder, marian_folder
 
 from capivara_common.files import read_json, write_json
-from caption_data.sources import open_source
-from caption_data.stage_folder import check_complete
+from caption_data.sources import open_split
 from captions.sentence_stage import COST, task_characters
 from captions.sentences import TranslationMemory
 from captions.stage_arguments import StageArguments, TranslateArguments
+from captions.stage_folder import check_complete
 from captions.stages import stage_main
 from captions.translate import main
 from captions.tsv import read_translations, unescape
@@ -81,7 +81,7 @@ def google_flags(service, dataset: str, output: Path, *more: str) -> list[str]:
 
 
 def written(output: Path) -> list[dict]:
-    return list(open_source(str(output), "train", "image").rows())
+    return list(open_split(str(output), "train", "image").rows())
 
 
 def check_rows(output: Path, language: str = "pt") -> None:
@@ -165,7 +165,7 @@ def test_what_is_left_after_a_kill_is_not_lost(service, dataset, tmp_path, momen
     assert service.sentences(), "it died before its work"
     assert KEY not in done.stdout + done.stderr
     with pytest.raises(ValueError, match=r"is unfinished|does not exist"):
-        open_source(str(tmp_path / "pt"), "train", "image")
+        open_split(str(tmp_path / "pt"), "train", "image")
     before = service.sentences()
     main(flags)
     check_rows(tmp_path / "pt")

@@ -1,108 +1,273 @@
-"""The image side of training: pixels as they are needed, or a frozen tower's embeddings computed once."""
+"""The pairs of a run: captions, digests and images; pixels as they are needed, or a frozen tower's vectors made once.
+
+A view of an image is the image as it is (`augmented_views` 1), one of V fixed augmentations (V over 1), or a fresh
+augmentation at every step (0), as in the paper.
+"""
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from capivara_common.files import check_free_space, read_json, write_json
-from capivara_common.image_files import BadImage
+from capivara_common.files import check_free_space, write_json
+from capivara_common.image_files import BadImage, decode_image
 from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
-from modeling_capivara import CapivaraModel
+from caption_data.pairs import pairs_fingerprint
+from caption_data.rows import Skipped
+from caption_data.sources import Split
+from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import weights_digest
+from modeling_capivara.two_towers import image_parts
 from training.arguments import RunArguments
-from training.views import AUGMENTATION, PIXELS_VERSION, Views, embed_pixels, images_digest, read_ahead
 
+PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
+AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
 SHARD_ROWS = 2048  # images of one file of the cache: what a kill can lose
 logger = logging.getLogger("capivara")
 
 
-def cache_parts(model: CapivaraModel, views: Views, precision: str) -> dict[str, Any]:
-    """What the embeddings of a cache depend on; any change of one is another cache."""
+@dataclass
+class Pairs:
+    """The usable pairs of one split of one data set, as a sequence of their images."""
+
+    source: Split
+    table: Dataset  # `row`, `digest` and `captions` of each pair
+    processor: CapivaraProcessor
+    augmented_views: int = 1  # see the module's text
+    seed: int = 0  # of the augmentation
+    cache: EmbeddingCache | None = None  # vectors of the images (images, views, width), float16
+    cache_rows: np.ndarray | None = None  # (pairs,), the row of each in the cache
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, pair: int) -> PIL.Image.Image:
+        """The image of a pair, decoded. Raises BadImage where it can't be used."""
+        return self._image(self.table[int(pair)]["row"])
+
+    def captions(self) -> list[list[str]]:
+        """The captions of each image."""
+        return self.table["captions"][:]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of images, captions and their order."""
+        return pairs_fingerprint(self.table)
+
+    def view(self, item: tuple[int, int]) -> Tensor | BadImage:
+        """(3, height, width) of a pair's image in a view; what is wrong with the image where it is bad."""
+        pair, view = map(int, item)
+        line = self.table[pair]
+        try:
+            return self.pixels(self._image(line["row"]), line["digest"], view)
+        except BadImage as bad:
+            return bad
+
+    def pixels(self, image: PIL.Image.Image, digest: str, view: int) -> Tensor:
+        """(3, height, width). Raises BadImage where the processor refuses the image.
+
+        An augmentation depends on the image's digest, not on its pair, whose number changes with the rows left out.
+        """
+        try:
+            if self.augmented_views != 1:
+                image = self.processor.image_processor.process_image(image)  # 16 bits to 8; PIL would clip them
+                image = augmented(image, random_state(self.seed, int(digest, 16), view))
+            return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:
+            raise BadImage("unreadable image", str(error)) from error
+
+    def vectors(self, pairs: Sequence[int], views: Sequence[int]) -> Tensor:
+        """(pairs, width), float32: of each pair, one view of its image, from the cache."""
+        places = zip(self.cache_rows[np.asarray(pairs)].tolist(), views, strict=True)
+        rows = [self.cache.arrays[row // SHARD_ROWS][row % SHARD_ROWS, view] for row, view in places]
+        return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+    def with_cache(self, cache: EmbeddingCache) -> tuple["Pairs", list[Skipped]]:
+        """The pairs whose image has a vector in a cache of these, and the rows of the others."""
+        good = np.array([pair for pair in range(len(self)) if pair not in cache.bad], dtype=np.int64)
+        lines = [(self.table[pair]["row"], *cache.bad[pair]) for pair in sorted(cache.bad)]
+        table = self.table if not lines else self.table.select(good)
+        skipped = [Skipped(self.source.name, self.source.split, *line) for line in lines]
+        return replace(self, table=table, cache=cache, cache_rows=good), skipped
+
+    def _image(self, row: int) -> PIL.Image.Image:
+        return decode_image(self.source.data[row][self.source.image_column], self.source.files)
+
+
+@dataclass
+class TrainingImages:
+    """The images of the pairs of all data sets."""
+
+    pairs: list[Pairs]
+
+    @property
+    def cached(self) -> bool:
+        """Whether their vectors are known; else every image is embedded at every step."""
+        return self.pairs[0].cache is not None
+
+    def cached_embeds(self, sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
+        """(pairs, width), float32: data set, pair and view of each; only with caches."""
+        embeds = torch.empty(len(sources), self.pairs[0].cache.arrays[0].shape[2])
+        for number in np.unique(sources):
+            (at,) = np.nonzero(sources == number)
+            embeds[at] = self.pairs[number].vectors(pairs[at], views[at])
+        return embeds
+
+    def pixel_batches(self, items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
+        """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes."""
+        return read_ahead(self.pixels, items, workers)
+
+    def pixels(self, item: tuple[int, int, int]) -> Tensor:
+        """(3, height, width). Raises BadImage, with the row, where an image has changed since it was checked."""
+        pairs = self.pairs[item[0]]
+        pixels = pairs.view(item[1:])
+        if isinstance(pixels, BadImage):
+            place = f"{pairs.source.where}, row {pairs.table[int(item[1])]['row']}"
+            raise BadImage(pixels.reason, f"{place}: {pixels.detail}")
+        return pixels
+
+
+@dataclass
+class _Reader:
+    """A function as what a `DataLoader` reads."""
+
+    read: Callable[[Any], Any]
+
+    def __getitem__(self, item: Any) -> Any:
+        return self.read(item)
+
+
+def read_ahead(read: Callable, items: Iterable, workers: int, collate: Callable | None = None) -> Iterator:
+    """What `read` gives of each of some items, for each list of `items`, by `workers` processes."""
+    # A fork would inherit torch's threads, and can hang.
+    ahead = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if workers else {}
+    return iter(DataLoader(_Reader(read), batch_sampler=items, num_workers=workers, collate_fn=collate, **ahead))
+
+
+def loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
+    """Processes that decode images: as asked for, else none beside a CPU that computes, up to 12 beside a GPU."""
+    if args.loading_workers is not None:
+        return args.loading_workers
+    return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)
+
+
+def random_state(*numbers: int) -> int:
+    """A seed that depends on all `numbers`, each at least 0, and on nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
+    """The recipe's augmentation: 250 pixels, a crop of 90 to 100 % to 224 pixels, AugMix of severity 2.
+
+    Source: CAPIVARA (arXiv 2310.13683), section 4; the draws are a function of `state`.
+    """
+    from torchvision.transforms import v2 as transforms
+
+    torch.manual_seed(state)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    chain = transforms.Compose(
+        [
+            transforms.Resize(AUGMENTATION["resize"], interpolation=bicubic),
+            transforms.RandomResizedCrop(AUGMENTATION["crop"], scale=AUGMENTATION["scale"], interpolation=bicubic),
+            transforms.AugMix(severity=AUGMENTATION["augmix_severity"]),
+        ]
+    )
+    return chain(image.convert("RGB"))
+
+
+@torch.no_grad()
+def embed_pixels(model: CapivaraModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
+    """(images, width), unit length, float32, on the device: in the precision of the run."""
+    with accelerator.autocast():
+        parts = image_parts(pixels, accelerator.device)
+        return torch.cat([model(pixel_values=part).image_embeds.float() for part in parts])
+
+
+def cache_parts(model: CapivaraModel, pairs: Pairs, precision: str) -> dict[str, Any]:
+    """What the vectors of a cache depend on; any change of one is another cache."""
+    images = hashlib.blake2b(digest_size=16)
+    for chunk in pairs.table.select_columns(["digest"]).iter(10_000):
+        images.update("".join(chunk["digest"]).encode())
     return {
         "version": PIXELS_VERSION,
         "files": FILES_VERSION,
         "tower_weights": weights_digest(model, ("vision_model.", "visual_projection.")),
         "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
-        "preprocessing": json.loads(views.processor.image_processor.to_json_string()),
-        "augmented_views": views.augmented_views,
-        "augmentation": None if views.augmented_views == 1 else AUGMENTATION | {"torchvision": version("torchvision")},
-        "seed": views.seed,
+        "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
+        "augmented_views": pairs.augmented_views,
+        "augmentation": None if pairs.augmented_views == 1 else AUGMENTATION | {"torchvision": version("torchvision")},
+        "seed": pairs.seed,
         "precision": precision,
-        "images": images_digest(views.table),
+        "images": images.hexdigest(),
     }
 
 
 def build_cache(
-    model: CapivaraModel, views: Views, root: Path, batch_size: int, workers: int, accelerator: Accelerator
+    model: CapivaraModel, pairs: Pairs, root: Path, batch_size: int, workers: int, accelerator: Accelerator
 ) -> EmbeddingCache:
-    """The cache (pairs, views, width) of a source under `root`, float16: all processes make what is missing of it.
+    """The cache (pairs, views, width) of a data set under `root`, float16: all processes make what is missing of it.
 
     Args:
         model: its image tower is frozen and in evaluation mode.
-        views: of the source; at least one view.
-        root: folder of all caches, or the folder of this very one.
+        pairs: of the data set; at least one view.
+        root: folder of all caches; this one's is named after all that it depends on.
 
     Raises:
-        ValueError: `root` is the cache of something else; what differs is named.
         OSError: the disk has too little space.
     """
-    parts = cache_parts(model, views, accelerator.mixed_precision)
-    cache = EmbeddingCache(_cache_folder(root, parts), all_parts(len(views), SHARD_ROWS))
-    row = (views.augmented_views, model.config.projection_dim)
+    parts = cache_parts(model, pairs, accelerator.mixed_precision)
+    cache = EmbeddingCache(root / cache_key(parts), all_parts(len(pairs), SHARD_ROWS))
+    row = (pairs.augmented_views, model.config.projection_dim)
     if missing := cache.missing():
         needed = sum(len(cache.parts[number]) for number in missing) * row[0] * row[1] * 2
         if accelerator.is_main_process:
             logger.info(
                 "Image-embedding cache: %s images x %s views x %s x 2 bytes, %s MB to write to %s.",
-                f"{len(views):,}", *row, f"{needed / 1e6:,.1f}", cache.folder,
+                f"{len(pairs):,}", *row, f"{needed / 1e6:,.1f}", cache.folder,
             )  # fmt: skip
         check_free_space(cache.folder, needed)
         write_json(cache.folder / "cache.json", parts)
 
-    options = model, views, row, batch_size, workers, accelerator
+    options = model, pairs, row, batch_size, workers, accelerator
     cache.make(missing, lambda numbers: _embedded([cache.parts[number] for number in numbers], *options))
     cache.open(row, np.float16, mapped=True)
     return cache
 
 
-def write_cache(model: CapivaraModel, views: Views, root: Path, precision: str, embeds: Tensor) -> None:
-    """Write what `build_cache` would make, of embeddings that are known, (pairs, width): by this process alone.
+def write_cache(model: CapivaraModel, pairs: Pairs, root: Path, precision: str, embeds: Tensor) -> None:
+    """Write what `build_cache` would make, of vectors that are known, (pairs, width): by this process alone.
 
     Args:
-        model, views, root: as of `build_cache`; one view of every image, all of them good.
-        precision: that the embeddings were computed in, as Accelerate names it.
-        embeds: of the images of `views`, in their order.
+        model, pairs, root: as of `build_cache`; one view of every image, all of them good.
+        precision: that the vectors were computed in, as Accelerate names it.
+        embeds: of the images of `pairs`, in their order.
     """
-    parts = cache_parts(model, views, precision)
-    cache = EmbeddingCache(_cache_folder(root, parts), all_parts(len(views), SHARD_ROWS))
+    parts = cache_parts(model, pairs, precision)
+    cache = EmbeddingCache(root / cache_key(parts), all_parts(len(pairs), SHARD_ROWS))
     write_json(cache.folder / "cache.json", parts)
     for number, part in enumerate(cache.parts):
         cache.write(number, embeds[part.start : part.stop, None].half().numpy(), [])
 
 
-def cached_embeds(cache: EmbeddingCache, pairs: Sequence[int], views: Sequence[int]) -> Tensor:
-    """(pairs, width), float32: of each pair, one view of its image."""
-    rows = [cache.arrays[p // SHARD_ROWS][p % SHARD_ROWS, v] for p, v in zip(pairs, views, strict=True)]
-    return torch.from_numpy(np.stack(rows).astype(np.float32))
-
-
 def _embedded(
     parts: list[range],
     model: CapivaraModel,
-    views: Views,
+    pairs: Pairs,
     row: tuple[int, int],
     batch_size: int,
     workers: int,
@@ -110,8 +275,7 @@ def _embedded(
 ) -> Iterator[tuple[np.ndarray, list[tuple[int, tuple[str, str]]]]]:
     """Shards of pairs: (pairs, views, width) float16, and the bad ones with reason and detail.
 
-    One pass over the source, and one set of workers, for all shards: opening either anew costs seconds, or all that
-    was read before.
+    One set of workers for all shards: opening them anew costs seconds.
     """
 
     def batches_of(part: range) -> list[list[tuple[int, int]]]:
@@ -119,8 +283,8 @@ def _embedded(
         return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
 
     items = (batch for part in parts for batch in batches_of(part))
-    batches = read_ahead(views, items, workers, list)
-    total, title, quiet = sum(map(len, parts)), f"Images, {views.source.where}", not accelerator.is_main_process
+    batches = read_ahead(pairs.view, items, workers, list)
+    total, title, quiet = sum(map(len, parts)), f"Images, {pairs.source.where}", not accelerator.is_main_process
     with tqdm(total=total, desc=title, unit="image", disable=quiet) as bar:
         for part in parts:
             embeds, bad = np.full((len(part), *row), np.nan, dtype=np.float16), {}
@@ -130,61 +294,9 @@ def _embedded(
                     if isinstance(image, BadImage):
                         bad[pair - part.start] = image.reason, image.detail
                 if good := [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]:
-                    pairs, of_pairs = np.array([items_of_batch[i] for i in good]).T
+                    numbers, of_pairs = np.array([items_of_batch[i] for i in good]).T
                     pixels = torch.stack([batch[i] for i in good])
-                    embeds[pairs - part.start, of_pairs] = embed_pixels(model, pixels, accelerator).half().cpu().numpy()
+                    made = embed_pixels(model, pixels, accelerator).half().cpu().numpy()
+                    embeds[numbers - part.start, of_pairs] = made
                 bar.update(len(batch) / row[0])
             yield embeds, sorted(bad.items())
-
-
-def _cache_folder(root: Path, parts: dict[str, Any]) -> Path:
-    """The folder for `parts`: one under `root` that is named after them, or `root` where it is a cache itself."""
-    if (root / "cache.json").is_file():
-        there = read_json(root / "cache.json", version=int)
-        differing = [key for key in parts if there.get(key) != parts[key]]
-        if differing:
-            raise ValueError(
-                f"{root} is the image-embedding cache of something else: {', '.join(differing)} differ. Name its "
-                "parent folder, where caches lie side by side, or use --image_embedding_cache auto."
-            )
-        return root
-    return root / cache_key(parts)
-
-
-@dataclass
-class TrainingImages:
-    """The images of the usable pairs of all data sets."""
-
-    views: list[Views]  # of each data set, over its usable pairs
-    caches: list[EmbeddingCache] | None = None  # of each data set; None where every image is embedded at every step
-    cache_rows: list[np.ndarray] | None = None  # pair of a data set -> its row in the cache
-
-    def cached_embeds(self, sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
-        """(pairs, width), float32: data set, pair and view of each; only with caches."""
-        embeds = torch.empty(len(sources), self.caches[0].arrays[0].shape[2])
-        for number in np.unique(sources):
-            (at,) = np.nonzero(sources == number)
-            embeds[at] = cached_embeds(self.caches[number], self.cache_rows[number][pairs[at]], views[at])
-        return embeds
-
-    def pixel_batches(self, items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
-        """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes."""
-        return read_ahead(self, items, workers)
-
-    def __getitem__(self, item: tuple[int, int, int]) -> Tensor:
-        """(3, height, width) for a data set, a pair of it and a view. Raises BadImage where the image has changed."""
-        source, pair, view = item
-        pixels = self.views[source][int(pair), int(view)]
-        if isinstance(pixels, BadImage):
-            raise pixels
-        return pixels
-
-    def __len__(self) -> int:
-        return sum(map(len, self.views))
-
-
-def loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
-    """Processes that decode images: as asked for, else none beside a CPU that computes, up to 12 beside a GPU."""
-    if args.loading_workers is not None:
-        return args.loading_workers
-    return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)

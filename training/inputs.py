@@ -1,26 +1,28 @@
-"""What a run starts from, checked: model, processor, splits and images; what is quick to fail comes first."""
+"""What a run starts from, checked: data sets, model, processor, pairs and images; what is quick to fail comes first."""
 
 import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 from torch import Tensor
 
 from capivara_common.environment import cache_home
 from capivara_common.files import check_free_space
-from caption_data.pairs import check_bad_share
+from caption_data.pairs import check_bad_share, lacking, pair_table, skipped_rows, usable
 from caption_data.rows import Skipped, write_skipped
+from caption_data.selection import WITH_SIMILARITIES
+from caption_data.source_files import NoSplit
+from caption_data.sources import Split, open_split
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import embed_images
 from training.arguments import RunArguments
 from training.batches import Planner, batch_counts
-from training.data import Split, check_data_sets, evaluation_split, measured_languages, training_splits
-from training.images import TrainingImages, build_cache, cached_embeds, loading_workers
+from training.images import Pairs, TrainingImages, build_cache, loading_workers
 from training.trainable import prepare_trainable
-from training.views import Views, bad_images, check_images
+
+Splits = dict[tuple[str, str], Split]  # data set and split -> the rows
 
 
 @dataclass
@@ -29,40 +31,36 @@ class Inputs:
 
     base: CapivaraModel  # the model before training
     processor: CapivaraProcessor
-    training: list[Split]  # the usable pairs of each data set
+    training: list[Pairs]  # the usable pairs of each data set
     counts: list[int]  # pairs of a batch from each
-    images: TrainingImages
-    validation: Split  # that choices are made on
+    validation: Pairs  # that choices are made on
     validation_embeds: Tensor  # (images, width) by the frozen image tower
-    test: dict[str, Split]  # language -> the split of the final table
+    test: dict[str, Pairs]  # language -> the split of the final table
     test_embeds: Tensor  # (images, width) by the base's image tower, float32
     skipped: list[Skipped]  # training rows that were left out
     base_digest: str  # of the base's weights
 
+    @property
+    def images(self) -> TrainingImages:
+        """Those of the training pairs."""
+        return TrainingImages(self.training)
+
     def planner(self, args: RunArguments) -> Planner:
         """What draws the batches of a run."""
-        captions = [split.table["captions"] for split in self.training]
+        captions = [pairs.table["captions"] for pairs in self.training]
         # A copy: it plans in a thread, and a tokenizer remembers padding and length from its last call.
         processor = copy.deepcopy(self.processor)
         return Planner(captions, self.counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
         """Name of a data set and split -> digest of its images and captions."""
+        trained = zip(args.dataset, self.training, strict=True)
         prints = {"base model": self.base_digest}
-        prints |= {
-            f"{name} {args.train_split}": s.fingerprint for name, s in zip(args.dataset, self.training, strict=True)
-        }
+        prints |= {f"{name} {args.train_split}": pairs.fingerprint for name, pairs in trained}
         prints[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.fingerprint
-        for language, split in self.test.items():
-            prints[f"{args.evaluation_dataset} {args.test_split} {language}"] = split.fingerprint
+        for language, pairs in self.test.items():
+            prints[f"{args.evaluation_dataset} {args.test_split} {language}"] = pairs.fingerprint
         return prints
-
-
-def cache_root(args: RunArguments) -> Path:
-    """Where image embeddings are kept."""
-    if args.image_embedding_cache not in ("auto", "off"):
-        return Path(args.image_embedding_cache)
-    return cache_home() / "image_embeddings"
 
 
 def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
@@ -72,7 +70,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
         ValueError: anything is missing or bad, the batch exceeds the pairs, or LoRA's names match nothing.
         OSError: the disk has too little space.
     """
-    check_data_sets(args)  # before a model is loaded
+    splits, root = open_splits(args), cache_root(args)  # before a model is loaded
     processor = load_processor(args.model)
     base = load_model(args.model)
     trial = load_model(args.model)
@@ -80,87 +78,176 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     check_free_space(output_dir, _bytes_of_run(args, trial))
     del trial
     base.to(accelerator.device).eval()
-    measured = {
-        split: evaluation_split(args, split, languages) for split, languages in measured_languages(args).items()
-    }
-    skipped: list[Skipped] = []
-    splits = training_splits(args, skipped)
-    rows = sum(map(len, splits)) + len(skipped)
+    measured = [splits[args.evaluation_dataset, name] for name in (args.validation_split, args.test_split)]
+    validation = evaluation_pairs(args, measured[0], [args.language], processor)[args.language]
+    test = evaluation_pairs(args, measured[1], args.eval_languages, processor)
+    training, skipped = training_pairs(args, splits, processor)
+    rows = sum(map(len, training)) + len(skipped)
     _check_skipped(args, skipped, rows, output_dir)
-    batch_counts(args.effective_batch_size, list(map(len, splits)))
+    batch_counts(args.effective_batch_size, list(map(len, training)))
 
-    validation, test = measured[args.validation_split][args.language], measured[args.test_split][args.language]
-    with accelerator.main_process_first():  # the first notes what it finds, the others read it
-        for split in (validation, test):
-            _require_good(split, processor, cache_root(args))
-    splits, images = _training_images(args, base, processor, splits, skipped, accelerator)
-    _check_skipped(args, skipped, rows, output_dir)
+    def cached(pairs: Pairs) -> tuple[Pairs, list[Skipped]]:
+        """With the vectors of their images; the rows that have none."""
+        options = args.embedding_batch_size, loading_workers(args, accelerator), accelerator
+        return pairs.with_cache(build_cache(base, pairs, root, *options))
+
+    if args.image_embedding_cache == "off":
+        vectors = embed_images(base, processor, validation, args.embedding_batch_size, "Images, validation")
+    else:
+        training, bad = zip(*map(cached, training), strict=True)
+        skipped += [line for lines in bad for line in lines]
+        _check_skipped(args, skipped, rows, output_dir)
+        validation, bad = cached(validation)
+        _refuse_bad(validation.source, bad)
+        vectors = validation.vectors(range(len(validation)), [0] * len(validation))
     return Inputs(
         base=base,
         processor=processor,
-        training=splits,
-        counts=batch_counts(args.effective_batch_size, list(map(len, splits))),
-        images=images,
+        training=list(training),
+        counts=batch_counts(args.effective_batch_size, list(map(len, training))),
         validation=validation,
-        validation_embeds=_validation_embeds(args, base, processor, validation, accelerator),
-        test=measured[args.test_split],
-        test_embeds=embed_images(base, processor, test, args.embedding_batch_size, "Images, test"),
+        validation_embeds=vectors,
+        test=test,
+        test_embeds=embed_images(base, processor, test[args.language], args.embedding_batch_size, "Images, test"),
         skipped=skipped,
         base_digest=weights_digest(base),
     )
 
 
-def _training_images(
-    args: RunArguments,
-    base: CapivaraModel,
-    processor: CapivaraProcessor,
-    splits: list[Split],
-    skipped: list[Skipped],
-    accelerator: Accelerator,
-) -> tuple[list[Split], TrainingImages]:
-    """The splits without the pairs whose image is bad, and the images of the others."""
-    all_views = [
-        Views(split.source, split.table, split.image_column, processor, args.augmented_views, args.seed)
-        for split in splits
-    ]
-    caches, kept = [], []
-    for views in all_views:
-        if args.image_embedding_cache == "off":
-            with accelerator.main_process_first():
-                bad = check_images(views, cache_root(args))
-        else:
-            cache = build_cache(
-                base,
-                views,
-                cache_root(args),
-                args.embedding_batch_size,
-                loading_workers(args, accelerator),
-                accelerator,
-            )
-            caches.append(cache)
-            bad = cache.bad
-        skipped += bad_images(bad, views)
-        kept.append(np.array([pair for pair in range(len(views)) if pair not in bad], dtype=np.int64))
-    good = [
-        Split(split.source, split.table.select(pairs) if len(pairs) < len(split) else split.table, split.image_column)
-        for split, pairs in zip(splits, kept, strict=True)
-    ]
-    if not caches:
-        for views, split in zip(all_views, good, strict=True):
-            views.table = split.table
-    return good, TrainingImages(all_views, caches or None, kept if caches else None)
+def open_splits(args: RunArguments) -> Splits:
+    """All splits that the settings ask for, each opened once; no image is read.
+
+    Raises:
+        ValueError: a data set, split or column is missing, or there are fewer rows than a batch takes. All of it is
+            told at once, a line each, with the setting that asks for it and the flag that does without.
+    """
+    splits: Splits = {}
+    faults: dict[str, list[str]] = {}  # what is missing -> which settings ask for it, and the way out
+    missing: dict[str, str] = {}  # data set -> why it can't be opened at all: the Hub is asked for it once
+
+    def look(dataset: str, split: str, asked: list[tuple[list[str], str]], way_out: str) -> None:
+        try:
+            if dataset in missing:
+                raise ValueError(missing[dataset])
+            found = open_split(dataset, split, args.image_column, **args.limits())
+        except ValueError as error:
+            if not isinstance(error, NoSplit):
+                missing[dataset] = str(error)
+            faults.setdefault(f"{str(error).rstrip('.')}.", []).append(way_out)
+            return
+        splits[dataset, split] = found
+        for columns, reason in [([args.image_column], "--image_column names another one."), *asked]:
+            if absent := lacking(columns, found.columns):
+                fault = f"{found.where} has no column {' or '.join(map(repr, absent))}; there are {found.columns}."
+                faults.setdefault(fault, []).append(reason)
+
+    for name in args.dataset:
+        look(name, args.train_split, _asked_of_training(args), "--dataset and --train_split name the training data.")
+    named = "--evaluation_dataset, --validation_split and --test_split name what is measured on."
+    for split, languages in {args.validation_split: [args.language], args.test_split: args.eval_languages}.items():
+        asked = [([caption_column(args, code)], f"{_names_of(args, code)} {named}") for code in languages]
+        look(args.evaluation_dataset, split, asked, named)
+    try:
+        trained = [splits.get((name, args.train_split)) for name in args.dataset]
+        batch_counts(args.effective_batch_size, list(map(len, trained)) if None not in trained else [])
+    except ValueError as error:
+        faults[str(error)] = []
+    if faults:
+        raise ValueError("\n".join(" ".join([fault, *dict.fromkeys(reasons)]) for fault, reasons in faults.items()))
+    return splits
 
 
-def _validation_embeds(
-    args: RunArguments, base: CapivaraModel, processor: CapivaraProcessor, split: Split, accelerator: Accelerator
-) -> Tensor:
-    if args.image_embedding_cache == "off":
-        return embed_images(base, processor, split, args.embedding_batch_size, "Images, validation")
-    views = Views(split.source, split.table, split.image_column, processor, augmented_views=1, seed=args.seed)
-    root = cache_root(args)
-    root = root.parent if (root / "cache.json").is_file() else root  # that of the training images alone
-    cache = build_cache(base, views, root, args.embedding_batch_size, loading_workers(args, accelerator), accelerator)
-    return cached_embeds(cache, range(len(split)), [0] * len(split))
+def training_pairs(
+    args: RunArguments, splits: Splits, processor: CapivaraProcessor
+) -> tuple[list[Pairs], list[Skipped]]:
+    """The usable pairs of every training data set, and the rows that can't be used.
+
+    Without a cache, which finds them, images whose pixels are damaged are found here: a step can't do without one.
+    """
+    columns = [column for names, _ in _asked_of_training(args) for column in names]
+    choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
+    settings = {name: getattr(args, name) for name in ("language", "caption_column", *choice)}
+    found, skipped = [], []
+    for name in args.dataset:
+        split = splits[name, args.train_split]
+        decode = args.image_embedding_cache == "off"
+        table = pair_table(split, list(dict.fromkeys(columns)), _choose(args), settings, decode)
+        found.append(Pairs(split, usable(table), processor, args.augmented_views, args.seed))
+        skipped += skipped_rows(table, split)
+    return found, skipped
+
+
+def evaluation_pairs(
+    args: RunArguments, split: Split, languages: list[str], processor: CapivaraProcessor
+) -> dict[str, Pairs]:
+    """Language -> the pairs of a split that is measured on: all its rows, or figures would depend on what is left.
+
+    Raises:
+        ValueError: a row can't be used; it is named.
+    """
+    found = {}
+    for language in languages:
+        column = caption_column(args, language)
+        table = pair_table(split, [column], lambda row, c=column: _complete(row[c]), {"whole": column}, decode=True)
+        _refuse_bad(split, skipped_rows(table, split))
+        found[language] = Pairs(split, table, processor, seed=args.seed)
+    return found
+
+
+def caption_column(args: RunArguments, language: str) -> str:
+    """The column of the captions in a language."""
+    return args.caption_column.replace("{language}", language)
+
+
+def cache_root(args: RunArguments) -> Path:
+    """Where image embeddings are kept. Raises ValueError where that is one cache of them."""
+    if args.image_embedding_cache in ("auto", "off"):
+        return cache_home() / "image_embeddings"
+    root = Path(args.image_embedding_cache)
+    if (root / "cache.json").is_file():
+        raise ValueError(f"{root} is one cache of image embeddings. Name the folder that it lies in, {root.parent}.")
+    return root
+
+
+def _asked_of_training(args: RunArguments) -> list[tuple[list[str], str]]:
+    """Columns of the training data, each with the setting that asks for it and the flag that does without."""
+    similarities = [f"similarities-{args.language}"]
+    captions = [name for name in args.columns_of(args.language) if name not in similarities]
+    captions[0] = caption_column(args, args.language)
+    asked = [(captions, _names_of(args, args.language))]
+    if (strategy := args.caption_strategy) in WITH_SIMILARITIES:
+        asked.append((similarities, f"caption_strategy: {strategy} needs it, --caption_strategy none turns it off."))
+    if (least := args.min_pair_similarity) is not None:
+        way_out = "--min_pair_similarity null turns it off."
+        asked.append((similarities, f"min_pair_similarity: {least:g} needs it, {way_out}"))
+    return asked
+
+
+def _names_of(args: RunArguments, language: str) -> str:
+    """Which flags name a column of captions."""
+    flag = "--language" if language == args.language else "--eval_languages"
+    return f"{flag} {language} and --caption_column {args.caption_column} name it."
+
+
+def _choose(args: RunArguments):
+    column, own = caption_column(args, args.language), f"captions-{args.language}"
+    return lambda row: args.chosen(row | {own: row[column]}, args.language)
+
+
+def _complete(texts: list[str]) -> list[str]:
+    """`texts`. Raises ValueError where one is empty."""
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"an empty caption in {texts!r}")
+    return texts
+
+
+def _refuse_bad(split: Split, bad: list[Skipped]) -> None:
+    """Raise ValueError where a row of a split that is measured on can't be used."""
+    if bad:
+        raise ValueError(
+            f"{split.where}: row {bad[0].row} can't be used, {bad[0].reason} ({bad[0].detail}). A split that is "
+            f"measured on must be whole; mend the row, or remove it. {len(bad)} rows are like this."
+        )
 
 
 def _check_skipped(args: RunArguments, skipped: list[Skipped], rows: int, output_dir: Path) -> None:
@@ -179,13 +266,3 @@ def _bytes_of_run(args: RunArguments, model: CapivaraModel) -> int:
     moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     checkpoints = args.keep_last + 2 if args.max_steps > args.save_steps else 0
     return weights + checkpoints * (weights + moments)
-
-
-def _require_good(split: Split, processor: CapivaraProcessor, root: Path) -> None:
-    """Raise ValueError where an image of a split that is measured on can't be used."""
-    views = Views(split.source, split.table, split.image_column, processor, augmented_views=1, seed=0)
-    for bad in bad_images(check_images(views, root), views):
-        raise ValueError(
-            f"{split.source.where}: the image of row {bad.row} can't be used, {bad.reason} ({bad.detail}). A split "
-            "that is measured on must be whole. Remove the row."
-        )

@@ -188,7 +188,7 @@ class Trainer:
                 for positions in self._parts(plan):
                     yield [(plan.sources[i], plan.rows[i], plan.views[i]) for i in positions.tolist()]
 
-        if self.inputs.images.caches is not None:
+        if self.inputs.images.cached:
             return None
         return self.inputs.images.pixel_batches(items(), loading_workers(self.args, self.accelerator))
 

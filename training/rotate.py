@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import check_output_folder, whole_folder, write_bytes
 from capivara_common.image_files import BadImage, decode_image
-from caption_data.sources import Source, open_source
+from caption_data.sources import Split, open_split
 from modeling_capivara import CapivaraModel
 from modeling_capivara.configuration_capivara import checked_widths
 from modeling_capivara.loading import load_model, load_processor
@@ -62,7 +62,7 @@ def rotate(args: RotateArguments) -> Tensor:
         raise ValueError(f"{args.model} was turned before: it has a {ROTATION_FILE}. Give the model as it was trained.")
     width = model.config.projection_dim
     model.config.matryoshka_dims = checked_widths(args.dims, width) or None
-    source = open_source(args.dataset, args.split, args.image_column)
+    source = open_split(args.dataset, args.split, args.image_column)
     source.check_columns([args.image_column])
     pictures = _pictures(source)
     first = list(islice(pictures, width + 1))
@@ -79,7 +79,7 @@ def rotate(args: RotateArguments) -> Tensor:
     return rotation
 
 
-def _pictures(source: Source) -> Iterator[PIL.Image.Image]:
+def _pictures(source: Split) -> Iterator[PIL.Image.Image]:
     """The images that the axes are taken of, decoded one by one: all at once would be many gigabytes."""
     for row in np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64).tolist():
         with suppress(BadImage):

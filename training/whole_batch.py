@@ -92,16 +92,16 @@ class WholeBatch:
         return StepReport(whole.item(), kept)
 
     def _embedded(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
-        """The embeddings of each micro-batch, and how many of them, from the first on, keep their graph."""
+        """The embeddings of each micro-batch, and how many of them, from the longest on, keep their graph."""
         parts, kept, spent = [], 0, 0.0
-        for batch in batches:
+        for batch in reversed(batches):  # the longest texts first: what follows fits into the memory that they leave
             spent += self._cost(step, batch)
             if spent <= self.budget:
                 parts.append(self._embed(step, batch))
                 kept += 1
             else:  # it sets its random state itself
                 parts.append(checkpoint(self._embed, step, batch, use_reentrant=False, preserve_rng_state=False))
-        return parts, kept
+        return parts[::-1], kept
 
     def _embed(self, step: int, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         state = np.random.SeedSequence([self.seed, step, batch.index]).generate_state(1, np.uint64)[0]
@@ -124,7 +124,7 @@ class WholeBatch:
         return all_reduce(whole)
 
     def _cost(self, step: int, batch: MicroBatch) -> float:
-        """Bytes of a micro-batch's graph, in terms of the first one, which was measured."""
+        """Bytes of a micro-batch's graph, in terms of the one that was measured."""
         if self.budget is None:
             size = graph_bytes(lambda: self._embed(step, batch), self.model)
             self._bytes_a_token, self._bytes_a_text = size / batch.input_ids.numel(), size / len(batch.input_ids)

@@ -35,6 +35,7 @@ from capivara_common.files import (
 )
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
 from caption_data.source_files import load_embedded
+from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
@@ -43,12 +44,10 @@ from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
 from modeling_capivara.two_towers import CPU_IMAGES, embed_texts, image_parts
 from training.arguments import RunArguments
 from training.batches import batch_indices, drawn_captions, micro_batches
-from training.data import evaluation_split
 from training.images import write_cache
-from training.inputs import cache_root
+from training.inputs import cache_root, evaluation_pairs
 from training.launch import resolve_precision
 from training.optimiser import clamp_logit_scale
-from training.views import Views
 from training.whole_batch import word_rows
 
 # Chosen on the validation concepts, English captions; the test split played no part.
@@ -230,12 +229,12 @@ def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tens
     args = RunArguments(model=str(model_dir), dataset=[str(dataset_dir)])
     model, processor = load_model(model_dir), load_processor(model_dir)
     for name, pooled in features.items():
-        split = evaluation_split(args, name, [args.language])[args.language]
-        views = Views(split.source, split.table, split.image_column, processor, args.augmented_views, args.seed)
+        split = open_split(str(dataset_dir), name, args.image_column)
+        pairs = evaluation_pairs(args, split, [args.language], processor)[args.language]
         with torch.no_grad():
             parts = pooled.split(CPU_IMAGES)  # as a run embeds them: the bits depend on it
             embeds = torch.cat([F.normalize(model.visual_projection(part), dim=-1) for part in parts])
-        write_cache(model, views, cache_root(args), "no", embeds)
+        write_cache(model, pairs, cache_root(args), "no", embeds)
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from capivara_common.files import read_json, write_bytes
 from capivara_common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, BadImage, image_bytes
 from capivara_search.page.server import Credit
 from caption_data.source_files import FORMS, SPLIT_NAMES, form_hint
-from caption_data.sources import Source, open_source
+from caption_data.sources import Split, open_split
 from modeling_capivara.loading import card_metadata
 
 logger = logging.getLogger("capivara")
@@ -46,7 +46,7 @@ def picture_folder(
 
     Args:
         where: folder of pictures, itself or in folders, which is taken as it is; or a data set as
-            `caption_data.sources.open_source` takes it, whose pictures are written below `cache`.
+            `caption_data.sources.open_split` takes it, whose pictures are written below `cache`.
         cache: root of all caches.
         splits: of a data set; "all" stands for those of the usual names that it has.
         image_column: column of the pictures.
@@ -92,9 +92,7 @@ def _write_pictures(pictures: Iterator[tuple[str, bytes]], folder: Path, count: 
             path.unlink()
 
 
-def _named_pictures(
-    sources: list[Source], image_column: str, caption_column: str | None
-) -> Iterator[tuple[str, bytes]]:
+def _named_pictures(sources: list[Split], image_column: str, caption_column: str | None) -> Iterator[tuple[str, bytes]]:
     """Name and content of each picture of a data set; what can't be read is left out, and the log says so."""
     taken, bad = Counter(), []
     for source in sources:
@@ -130,16 +128,16 @@ def _is_plain_folder(path: Path) -> bool:
     return not any(re.search(form, file.name) for file in [*path.glob("*"), *path.glob("*/*")] for form in FORMS)
 
 
-def _sources(where: str, splits: Sequence[str], image_column: str, limits: dict[str, Any]) -> list[Source]:
+def _sources(where: str, splits: Sequence[str], image_column: str, limits: dict[str, Any]) -> list[Split]:
     saved = Path(where) / "dataset_dict.json"
     if list(splits) == ["all"] and saved.is_file():
         splits = read_json(saved, splits=list)["splits"]
     if list(splits) != ["all"]:
-        return [open_source(where, split, image_column, **limits) for split in dict.fromkeys(splits)]
+        return [open_split(where, split, image_column, **limits) for split in dict.fromkeys(splits)]
     sources, fault = [], None
     for split in SPLIT_NAMES:
         try:
-            sources.append(open_source(where, split, image_column, **limits))
+            sources.append(open_split(where, split, image_column, **limits))
         except ValueError as error:
             if "has no split" not in str(error):
                 raise
@@ -149,7 +147,7 @@ def _sources(where: str, splits: Sequence[str], image_column: str, limits: dict[
     return sources
 
 
-def _caption_column(sources: list[Source], image_column: str, asked: str | None) -> str | None:
+def _caption_column(sources: list[Split], image_column: str, asked: str | None) -> str | None:
     """The column of the captions; None where the data set has none and none was asked for."""
     for source in sources:
         for name in (image_column, asked):

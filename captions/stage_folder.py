@@ -1,6 +1,6 @@
 """The folder that a stage writes: its parts, what they were made from, and whether all of them are there.
 
-    python -c "from caption_data.stage_folder import check_complete; print(check_complete('data/pt/3-score/train'))"
+    python -c "from captions.stage_folder import check_complete; print(check_complete('data/pt/3-score/train'))"
 
 A part is a parquet file of consecutive rows of the source, named by their numbers, with the rows that were left out in
 a list beside it. Where parts begin depends on `stage.json` alone, not on who writes them: any number of tasks can share
@@ -21,20 +21,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capivara_common.files import read_json, write_json
+from capivara_common.files import write_json
 from capivara_common.tasks import all_parts, share
 from caption_data.rows import digest_of
+from caption_data.source_files import opened_parquet
+from caption_data.stage_record import STAGE_FILE, joined, missing_parts, part_path, refuse_missing, stage_record
 
-SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
-STAGE_FILE = "stage.json"
-READ_ROWS = 16  # of a parquet file at once
 IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
 NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
-RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
-RECORD |= {"settings": dict, "columns": dict, "versions": dict}
-SOURCE = {"name": str, "split": str, "rows": int}
-MAX_ROWS = 10**9  # names of parts have nine digits
-MAX_SHOWN = 300  # letters of what a damaged file holds
 DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of its stage.json
 
 
@@ -67,16 +61,11 @@ def finished_ranks(output: Path, record: dict[str, Any], world_size: int) -> lis
         old = stage_record(output)
         same_rows = all(old["source"].get(name) == record["source"][name] for name in ("rows", "fingerprint"))
         is_same = same_rows and old["command"] == record["command"]
-    parts = _parts_of(record)
+    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
     if not parts and not is_same:
         return list(range(1, world_size))  # one task has to say that there are no rows
-    missing = set(_missing(output, record)) if is_same else set(parts)
+    missing = set(missing_parts(output, record)) if is_same else set(parts)
     return [rank for rank in range(world_size) if missing.isdisjoint(share(parts, rank, world_size))]
-
-
-def part_path(output: Path, split: str, part: range) -> Path:
-    """The file of the rows of a part."""
-    return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
 
 
 def skipped_path(path: Path) -> Path:
@@ -171,88 +160,25 @@ def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> St
                 f"{len(part)}. Remove both, and run again: {record['command']}"
             )
         rows, skipped = rows + written, skipped + reasons
-    return StageReport(rows, dict(skipped.most_common()), _joined(missing))
+    return StageReport(rows, dict(skipped.most_common()), joined(missing))
 
 
 def check_complete(output: Path | str) -> StageReport:
     """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
     output, record = Path(output), stage_record(output)
-    report = progress(output, record, _parts_of(record))
-    _refuse_missing(output, record, report.missing)
+    report = progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
+    refuse_missing(output, record, report.missing)
     return report
 
 
 def unfinished(output: Path) -> list[range]:
     """Rows of a stage that no task has written yet, by the names of its files alone."""
-    return _joined(_missing(output, stage_record(output)))
-
-
-def check_all_there(output: Path) -> None:
-    """`check_complete` by the names of the files alone, for readers of a large folder."""
-    _refuse_missing(output, stage_record(output), unfinished(output))
-
-
-def stage_record(output: Path | str) -> dict[str, Any]:
-    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
-    path = Path(output) / STAGE_FILE
-    if not path.is_file():
-        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
-    try:
-        record = read_json(path, **RECORD)
-        source, rows_per_part = record["source"], record["rows_per_part"]
-        good = all(type(source.get(name)) is kind for name, kind in SOURCE.items()) and rows_per_part > 0
-        if not good or not 0 <= source["rows"] < MAX_ROWS or not re.fullmatch(SPLIT, source["split"]):
-            raise ValueError(f"{path}: what it says of the source can't be, {str(source)[:MAX_SHOWN]}")
-    except ValueError as error:
-        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
-    return record
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says; pyarrow and `datasets` use several lines."""
-    return " ".join(str(error).split())
-
-
-@contextmanager
-def opened_parquet(path: Path, advice: str = "") -> Iterator[pq.ParquetFile]:
-    """A parquet file. Raises ValueError, which names it and ends with `advice`, where it is damaged."""
-    try:
-        with pq.ParquetFile(path) as file:
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} can't be loaded: {one_line(error)}{advice}") from error
-
-
-def parquet_batches(
-    path: Path, groups: list[int] | None = None, columns: list[str] | None = None
-) -> Iterator[pa.RecordBatch]:
-    """Rows of a parquet file, of all its row groups or some, a few at once. Raises ValueError as `opened_parquet`."""
-    with opened_parquet(path) as file:
-        yield from file.iter_batches(READ_ROWS, row_groups=groups, columns=columns)
+    return joined(missing_parts(output, stage_record(output)))
 
 
 def _identity(record: dict[str, Any]) -> dict[str, Any]:
     kept = {key: record.get(key) for key in IDENTITY}
     return kept | {"source": {key: value for key, value in record["source"].items() if key not in NOT_COMPARED}}
-
-
-def _parts_of(record: dict[str, Any]) -> list[range]:
-    return all_parts(record["source"]["rows"], record["rows_per_part"])
-
-
-def _missing(output: Path, record: dict[str, Any]) -> list[range]:
-    there = {path.name for path in output.glob("*.parquet")}
-    split = record["source"]["split"]
-    return [part for part in _parts_of(record) if part_path(output, split, part).name not in there]
-
-
-def _refuse_missing(output: Path, record: dict[str, Any], missing: list[range]) -> None:
-    if missing:
-        named = ", ".join(f"{part.start} to {part.stop - 1}" for part in missing[:5]) + ", …" * (len(missing) > 5)
-        raise ValueError(
-            f"{output} is unfinished: of its {record['source']['rows']} rows, {sum(map(len, missing))} are missing "
-            f"({named}). Other tasks may be at work on them; this command makes what is missing: {record['command']}"
-        )
 
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -261,17 +187,6 @@ def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return leaves
-
-
-def _joined(parts: list[range]) -> list[range]:
-    """Neighbours as one range."""
-    joined: list[range] = []
-    for part in parts:
-        if joined and joined[-1].stop == part.start:
-            joined[-1] = range(joined[-1].start, part.stop)
-        else:
-            joined.append(part)
-    return joined
 
 
 def _checked(path: Path, record: dict[str, Any]) -> int:
