@@ -14,10 +14,10 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 from huggingface_hub import ModelCardData, hf_hub_download, try_to_load_from_cache
-from records.picture_sheets import plot_retrieval_sheet
-from records.plots import plot_training_curves
-from records.schema import SCHEMA_VERSION, header, write_records
-from records.tables import retrieval_table
+from eval.records.picture_sheets import plot_retrieval_sheet
+from eval.records.plots import plot_training_curves
+from eval.records.schema import SCHEMA_VERSION, header, write_records
+from eval.records.tables import retrieval_table
 
 from capivara_common.environment import device_description, package_versions
 from capivara_common.files import read_json, write_json, write_text

@@ -94,8 +94,10 @@ class WholeBatch:
     def _embedded(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
         """The embeddings of each micro-batch, and how many of them, from the longest on, keep their graph."""
         parts, kept, spent = [], 0, 0.0
+        if self.budget is None and batches:
+            self._measure(step, batches[0])
         for batch in reversed(batches):  # the longest texts first: what follows fits into the memory that they leave
-            spent += self._cost(step, batch)
+            spent += self._cost(batch)
             if spent <= self.budget:
                 parts.append(self._embed(step, batch))
                 kept += 1
@@ -123,13 +125,15 @@ class WholeBatch:
             whole = whole.index_copy(0, own, torch.cat(parts).to(whole.dtype))
         return all_reduce(whole)
 
-    def _cost(self, step: int, batch: MicroBatch) -> float:
-        """Bytes of a micro-batch's graph, in terms of the one that was measured."""
-        if self.budget is None:
-            size = graph_bytes(lambda: self._embed(step, batch), self.model)
-            self._bytes_a_token, self._bytes_a_text = size / batch.input_ids.numel(), size / len(batch.input_ids)
-            left = free_memory(self.accelerator.device) - self._state_bytes()
-            self.budget = BUDGET_SHARE * max(left, 0)
+    def _measure(self, step: int, batch: MicroBatch) -> None:
+        """Set the budget, and what the graph of a micro-batch costs."""
+        size = graph_bytes(lambda: self._embed(step, batch), self.model)
+        self._bytes_a_token, self._bytes_a_text = size / batch.input_ids.numel(), size / len(batch.input_ids)
+        left = free_memory(self.accelerator.device) - self._state_bytes()
+        self.budget = BUDGET_SHARE * max(left, 0)
+
+    def _cost(self, batch: MicroBatch) -> float:
+        """Bytes of a micro-batch's graph, in terms of the first one, which was measured."""
         if self.budget in (0.0, float("inf")):
             return 1.0
         return max(self._bytes_a_token * batch.input_ids.numel(), self._bytes_a_text * len(batch.input_ids))
