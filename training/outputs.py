@@ -14,14 +14,14 @@ from typing import Any
 
 from accelerate import Accelerator, PartialState
 from huggingface_hub import ModelCardData, hf_hub_download, try_to_load_from_cache
-from eval.records.picture_sheets import plot_retrieval_sheet
-from eval.records.plots import plot_training_curves
-from eval.records.schema import SCHEMA_VERSION, header, write_records
-from eval.records.tables import retrieval_table
 
 from capivara_common.environment import device_description, package_versions
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import short_name
+from eval.records.picture_sheets import plot_retrieval_sheet
+from eval.records.plots import plot_training_curves
+from eval.records.schema import SCHEMA_VERSION, header, write_records
+from eval.records.tables import retrieval_table
 from eval.retrieval import embed_captions, gain_records, retrieval_records
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import card_metadata, load_model
