@@ -15,9 +15,8 @@ from torch import Tensor
 from caption_data.rows import digest_of
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, mean_hits
 from eval.embeddings import EmbeddingStore, distinct_texts
-from eval.eval_arguments import RetrievalArguments
 from eval.records.schema import DIRECTIONS
-from eval.retrieval import RetrievalData, RetrievalEmbeddings, flat_captions, load_data
+from eval.retrieval import RetrievalArguments, RetrievalData, RetrievalEmbeddings, flat_captions, load_data
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import capivara_embedder
@@ -87,7 +86,7 @@ class Measures:
         """
         found = self._embedded(model)
         hits = {
-            f"{key}/{direction}": [round(hit, 6) for hit in mean_hits(embeddings.ranks(direction)).tolist()]
+            f"{key}/{direction}": [round(hit, 6) for hit in mean_hits(embeddings.ranks[direction]).tolist()]
             for key, embeddings in found.items()
             for direction in DIRECTIONS
         }

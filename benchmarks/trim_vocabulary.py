@@ -22,8 +22,7 @@ from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes, require
 from capivara_common.files import write_text
 from capivara_search.miniature_encoders import load_tokenizer
-from eval.eval_arguments import RetrievalArguments
-from eval.retrieval import evaluate
+from eval.retrieval import RetrievalArguments, evaluate
 from examples.openmoji.concepts import concept_rows
 from examples.openmoji.lexicon import wordnet_glosses, wordnet_pairs
 from examples.openmoji.proxies import SENTENCES, babel_pairs

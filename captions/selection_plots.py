@@ -11,8 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from eval.records.picture_sheets import draw_image, fonts
-from eval.records.plots import INK, MODEL_COLOUR, save_figure, tidy
+from eval.records.plots import INK, MODEL_COLOUR, draw_image, fonts, save_figure, tidy
 from eval.records.tables import one_line
 
 KEPT_COLOUR, DROPPED_COLOUR = MODEL_COLOUR, "#b9bec6"

@@ -11,16 +11,19 @@ section 4, after CLIP, arXiv 2103.00020, section 3.1.4).
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from capivara_common.cli import run_command
+from capivara_common.cli import flag, run_command
 from capivara_common.environment import processes
 from capivara_common.files import check_output_file
+from capivara_common.image_files import FORM_HELP, LABEL_COLUMNS
 from caption_data.labelled_images import LabelledImages, load_images
 from eval.capivara_metrics.metrics import (
     confusion_matrix,
@@ -30,13 +33,45 @@ from eval.capivara_metrics.metrics import (
     roc_auc,
     top_k_accuracy,
 )
-from eval.embeddings import EmbeddingStore, open_store, run_evaluation, write_result
-from eval.eval_arguments import ClassificationArguments, ImageArguments
+from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts
 from eval.records.schema import Record
 
 CLIP_SCALE = 100  # of cosines before the softmax (CLIP, arXiv 2103.00020, section 2.5: where its scale is clipped)
 CHANCE_DRAWS = 20  # of random scores
+
+
+@dataclass
+class ImageArguments(ModelArguments):
+    """What classification and linear probe have in common."""
+
+    model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
+    benchmark: str = flag(
+        ...,
+        "Key of the data set in eval/prompts/pt, such as cifar-10, or a JSON file of your own: language, classes, "
+        "templates with {} for the class (docs/evaluation.md has one).",
+    )
+    images: str = flag(
+        ...,
+        "Folder with a sub-folder of images a class, a saved HF data set, a folder of parquet files or "
+        "WebDataset tars (with classnames.txt, a name a line), or a Hub id.",
+    )
+    output: Path = flag(..., "JSON file for the result.")
+    form: Literal["auto", "images"] = flag("auto", FORM_HELP)
+    image_column: str | None = flag(None, "Name of the image column; the only one of images where none is given.")
+    label_column: str | None = flag(None, f"Name of the column of a label or a list of labels; one of {LABEL_COLUMNS}.")
+
+
+@dataclass
+class ClassificationArguments(ImageArguments):
+    """Flags of `eval.classification`."""
+
+    protocol: Literal["ours", "authors", "babel"] = flag(
+        "ours", "Names and templates: ours, the paper's authors', Babel-ImageNet's."
+    )
+    language: str | None = flag(None, "Language of the protocol babel; else it is that of the benchmark's prompts.")
+    authors_file: str | None = flag(None, "Path or https address, for protocol authors.")
+    seed: int | None = flag(None, "Seed of the training run, for the records.")
 
 
 def load_split(
@@ -117,18 +152,13 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     ]
     if processes().is_main_process:
         parts = {"classes": [*prompts.names, *["(sem nome)"] * unnamed], "notes": list(prompts.notes)}
-        parts |= {"skipped": images.skipped} | per_class_parts(scores, labels)
+        parts |= {"skipped": images.skipped}
+        if not isinstance(labels[0], list):  # else no image has one right class
+            right = torch.tensor(labels)
+            accuracies = [None if share != share else share for share in per_class_accuracy(scores, right).tolist()]
+            parts |= {"per_class_accuracy": accuracies, "confusion_matrix": confusion_matrix(scores, right).tolist()}
         write_result(args, records, args.images, data.fingerprint(), store, started, **parts)
     return records
-
-
-def per_class_parts(scores: Tensor, labels: list) -> dict[str, Any]:
-    """Accuracy of each class, None of one without images, and the confusion matrix; nothing for several labels."""
-    if isinstance(labels[0], list):
-        return {}
-    right = torch.tensor(labels)
-    accuracies = [None if value != value else value for value in per_class_accuracy(scores, right).tolist()]
-    return {"per_class_accuracy": accuracies, "confusion_matrix": confusion_matrix(scores, right).tolist()}
 
 
 main = partial(run_evaluation, ClassificationArguments, __doc__, evaluate)

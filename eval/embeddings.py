@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,20 +23,48 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_common.cli import parse, user_errors
+from capivara_common.cli import at_least, flag, parse, user_errors
 from capivara_common.environment import device_description, processes
 from capivara_common.files import read_json
-from capivara_common.image_files import BadImage
+from capivara_common.image_files import BadImage, ImageFileArguments
 from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_folder, cache_key
 from caption_data.image_rows import ImageRows
 from caption_data.rows import digest_of
 from caption_data.source_files import NoSplit
-from eval.eval_arguments import ModelArguments
 from eval.records.schema import Record, header, hub_revision, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
+
+
+@dataclass(kw_only=True)
+class EmbeddingArguments(ImageFileArguments):
+    """How images and texts are embedded."""
+
+    batch_size: int = flag(32, "Images that go through at once; twice as many captions.")
+    precision: Literal["float32", "bf16"] = flag("float32", "bf16 is faster; its figures differ a little.")
+    cache_dir: str = flag(
+        "auto", "Folder of embeddings; auto = $CAPIVARA_CACHE or ~/.cache/capivara, off = none are kept."
+    )
+    device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
+
+
+@dataclass(kw_only=True)
+class ModelArguments(EmbeddingArguments):
+    """What every measurement of a model takes."""
+
+    role: Literal["baseline", "capivara"] = flag(
+        "capivara",
+        "What the records call the model. A baseline may also be open_clip:NAME:PRETRAINED, "
+        "open_clip:local-dir:FOLDER, or clip:FOLDER_OR_HUB_ID of transformers.",
+    )
+    split: str = flag("test", "Split that is measured.")
+    trust_remote_code: bool = flag(False, "Execute code that a clip: model brings along.")
+
+    def __post_init__(self) -> None:
+        self.check_image_files()
+        at_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -70,30 +98,28 @@ class EmbeddingStore:
         """
 
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, list[tuple[int, str]]]:
-            good, parts, bad = [], [], []
-            decoded = images.decoded(rows)
+            embeds, bad, decoded = np.zeros((len(rows), 0), dtype=np.float32), [], images.decoded(rows)
             while chunk := list(islice(decoded, self.batch_size)):  # by row, so that a bad one moves no other
-                pictures = [image for _, image in chunk if not isinstance(image, BadImage)]
-                good += [row - rows.start for row, image in chunk if not isinstance(image, BadImage)]
                 bad += [(row - rows.start, images.fault(row, why)) for row, why in chunk if isinstance(why, BadImage)]
-                if pictures:
-                    parts.append(self.embedder.images(pictures, self.batch_size))
+                good = {row - rows.start: image for row, image in chunk if not isinstance(image, BadImage)}
+                if good:
+                    found = self.embedder.images([*good.values()], self.batch_size).numpy()
+                    embeds = embeds if embeds.size else np.full((len(rows), found.shape[1]), np.nan, np.float32)
+                    embeds[[*good]] = found
                 bar.update(len(chunk))
-            embeds = np.full((len(rows), parts[0].shape[1] if parts else 0), np.nan, dtype=np.float32)
-            if parts:
-                embeds[good] = torch.cat(parts)
             return embeds, bad
 
         parts = all_parts(images.count, IMAGES_PER_SHARD)
         digests = [digest_of([images.row_digest(row) for row in part]) for part in parts]
         cache = self._kept("images", self.embedder.image_fingerprint, parts, digests, embed, description)
-        good = [[row for row in part if row not in cache.bad] for part in parts]
-        if not any(good):
+        rows = [row for row in range(images.count) if row not in cache.bad]
+        if not rows:
             raise ValueError(f"None of the {images.count} images can be read: {next(iter(cache.bad.values()))}.")
-        shards = zip(cache.arrays, parts, good, strict=True)
-        embeds = [array[[row - part.start for row in rows]] for array, part, rows in shards if rows]
-        rows = torch.tensor([row for rows in good for row in rows])
-        return EmbeddedImages(torch.from_numpy(np.concatenate(embeds)), rows, cache.bad)
+        embeds = [
+            array[[row not in cache.bad for row in part]] for array, part in zip(cache.arrays, parts, strict=True)
+        ]
+        embeds = np.concatenate([array for array in embeds if len(array)])
+        return EmbeddedImages(torch.from_numpy(embeds), torch.tensor(rows), cache.bad)
 
     def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
         """(texts, width), unit length, float32. Equal texts are embedded once."""

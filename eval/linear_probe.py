@@ -17,18 +17,33 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tqdm.auto import tqdm
 
-from capivara_common.cli import run_command
+from capivara_common.cli import flag, run_command
 from capivara_common.environment import processes
 from capivara_common.files import check_output_file
 from caption_data.labelled_images import LabelledImages
-from eval.classification import chance_of, classification_metrics, load_split
+from eval.classification import ImageArguments, chance_of, classification_metrics, load_split
 from eval.embeddings import EmbeddingStore, open_store, run_evaluation, write_result
-from eval.eval_arguments import LinearProbeArguments
 from eval.prompts import load_prompts
 from eval.records.schema import Record
 
 PENALTIES = np.logspace(-3, 5, 9)  # inverse strengths C, from strong to weak
 MAX_ITERATIONS = 1000
+
+
+@dataclass
+class LinearProbeArguments(ImageArguments):
+    """Flags of `eval.linear_probe`."""
+
+    shots: list[int] = flag([], "Images of each class; all where none is given.")
+    draws: int = flag(3, "Draws of the few images, averaged.")
+    seed: int = flag(0, "Seed of the draws and of the validation part.")
+    train_split: str = flag("train", "Split that is fitted to.")
+    validation_split: str | None = flag(None, "Split that the penalty is chosen on.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if any(shots < 1 for shots in self.shots) or self.draws < 1:
+            raise ValueError(f"shots and draws must be at least 1, got {self.shots} and {self.draws}.")
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,11 @@ import jinja2
 import pandas
 from PIL import Image
 
-from capivara_common.cli import parse, run_command, user_errors
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import check_inputs_stay, check_output_folder, whole_folder, write_text
 from capivara_common.image_files import BadImage, ImageFiles, decode_image
 from capivara_common.links import Bounds
 from capivara_common.privacy import hide_paths
-from eval.eval_arguments import ReportArguments
 from eval.records.plots import BarRow, plot_bars, plot_gains, plot_training_curves
 from eval.records.schema import (
     DIRECTIONS,
@@ -42,6 +41,15 @@ TEMPLATE = Path(__file__).parent / "report.html.j2"
 SHEET = "retrieval.png"  # of a run: queries chosen by a rule, with what the base and the trained model find
 QUERIES = ".queries.png"  # in place of `.json`: the best and worst queries, as `eval.retrieval` draws them
 SAME = 5e-4  # a difference that no table shows: of two runs on different devices, say
+
+
+@dataclass
+class ReportArguments:
+    """Arguments of `eval.report`."""
+
+    results: Path = flag(..., "Folder of result files, those of folders in it too.", positional=True)
+    output: Path = flag(..., "Folder of the report: index.html and PNGs. Must be missing or empty.")
+    overwrite_output_dir: bool = flag(False, "Replace the output folder.")
 
 
 @dataclass

@@ -9,20 +9,22 @@ same to the bit.
     accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from capivara_common.cli import run_command
+from capivara_common.cli import at_least, flag, run_command
 from capivara_common.environment import processes
 from capivara_common.files import check_output_file
-from capivara_common.image_files import BadRow
+from capivara_common.image_files import DATASET_HELP, BadRow, CaptionDataArguments
 from capivara_common.privacy import short_name
 from caption_data.columns import caption_texts
 from caption_data.image_rows import ImageRows
@@ -31,21 +33,56 @@ from caption_data.sources import Split, open_split
 from eval.capivara_metrics.metrics import (
     RECALL_CUTOFFS,
     chance_recall,
-    cross_modal_ranks,
     mean_hits,
     mean_recall,
     median_rank,
     paired_bootstrap,
     recall_at_k,
+    retrieval_ranks,
 )
-from eval.embeddings import EmbeddedImages, EmbeddingStore, open_store, run_evaluation, write_result
-from eval.eval_arguments import RetrievalArguments, caption_positions
+from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN, Record
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.image_classification_capivara import check_truncate_dim, unit_length
 from modeling_capivara.two_towers import embed_texts
 
 PROTOCOL = "all captions of all images of the split, one pool; a tie counts against the query"
+LAUNCHED = "`accelerate launch --multi_gpu -m eval.retrieval` shares the work out to processes, see docs/cluster.md"
+GONE = {  # flags of earlier versions -> what there is instead
+    **dict.fromkeys(["executor", "tasks", "workers", "partition", "time", "sbatch", "logging_dir"], LAUNCHED),
+    **dict.fromkeys(["cpus_per_task", "mem_per_cpu_gb", "gpus_per_task"], LAUNCHED),
+    "gallery": "the best and the worst queries are drawn beside the result, OUTPUT.queries.png",
+}
+
+
+@dataclass
+class RetrievalArguments(CaptionDataArguments, ModelArguments):
+    """Flags of `eval.retrieval`."""
+
+    gone = GONE
+    model: str = flag(..., "Folder or Hub id of a CAPIVARA model; other kinds with --role baseline.")
+    dataset: str = flag(..., DATASET_HELP)
+    output: Path = flag(..., "JSON file for the result records.")
+    language: str = flag("pt", "Language of the captions.")
+    caption_column: str = flag("captions-{language}", "Name of the column of a caption or a list of captions an image.")
+    caption_positions: str = flag(
+        "all",
+        "Which captions of an image: all, first, even, odd or numbers from 0 such as 0,2. In the paper's "
+        "files of ten captions, Marian's are even and Google's odd.",
+    )
+    recall_at: list[int] = flag([*RECALL_CUTOFFS], "The k of recall@k; their mean comes, too.")
+    dim: int | None = flag(
+        None, "Compare the first so many numbers of the embeddings, scaled to unit length; all where none is given."
+    )
+    seed: int | None = flag(None, "Seed of the training run, for the records.")
+    dataset_name: str | None = flag(None, "What records call the data set; its last parts.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        caption_positions(self.caption_positions, 10)
+        if not self.recall_at or min(self.recall_at) < 1:
+            raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
+        at_least(self, 1, "dim")
 
 
 @dataclass(frozen=True)
@@ -79,14 +116,13 @@ class RetrievalEmbeddings:
         other = DIRECTIONS[1 - DIRECTIONS.index(direction)]
         return chance_recall(self.groups(direction), self.groups(other), k)
 
-    def ranks(self, direction: str) -> Tensor:
-        """(queries,), ranks as `retrieval_ranks` defines them."""
-        return self._ranks[direction]
-
     @cached_property
-    def _ranks(self) -> dict[str, Tensor]:
-        groups = [self.groups(direction) for direction in DIRECTIONS]
-        return dict(zip(DIRECTIONS, cross_modal_ranks(self.text_embeds, self.image_embeds, *groups), strict=True))
+    def ranks(self) -> dict[str, Tensor]:
+        """Direction -> (queries,), ranks as `retrieval_ranks` defines them."""
+        texts, images = self.text_embeds, self.image_embeds
+        of_texts, of_images = (self.groups(direction) for direction in DIRECTIONS)
+        found = retrieval_ranks(texts, images, of_texts, of_images), retrieval_ranks(images, texts, of_images, of_texts)
+        return dict(zip(DIRECTIONS, found, strict=True))
 
 
 def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
@@ -124,7 +160,7 @@ def retrieval_records(
     records, cutoffs = [], reported_cutoffs(cutoffs, len(embeddings.image_embeds))
     facts |= width_facts(embeddings, protocol)
     for direction in DIRECTIONS:
-        ranks = embeddings.ranks(direction)
+        ranks = embeddings.ranks[direction]
         values = {f"recall@{k}": (recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
         if tuple(cutoffs) == RECALL_CUTOFFS:  # of others it would be another figure of the same name
             values["mean_recall"] = tuple(sum(of) / len(of) for of in zip(*values.values(), strict=True))
@@ -146,7 +182,7 @@ def width_facts(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any
 @torch.no_grad()
 def validation_measures(embeddings: RetrievalEmbeddings, logit_scale: Tensor) -> dict[str, float]:
     """Mean recall in each direction, a share from 0 to 1, and `loss`: of all images, each with its first caption."""
-    measures = {direction: mean_recall(embeddings.ranks(direction)) for direction in DIRECTIONS}
+    measures = {direction: mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS}
     first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
     loss = clip_loss(embeddings.text_embeds[first], embeddings.image_embeds, logit_scale.detach().cpu())
     return measures | {"loss": loss.item()}
@@ -160,7 +196,7 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
         return []
     records, facts = [], facts | width_facts(after, PROTOCOL)
     for direction in DIRECTIONS:
-        hits = [mean_hits(embeddings.ranks(direction)) for embeddings in (before, after)]
+        hits = [mean_hits(embeddings.ranks[direction]) for embeddings in (before, after)]
         gain, *interval = paired_bootstrap(*hits, after.groups(direction))
         of = {"direction": direction, "metric": GAIN, "value": gain, "n": len(hits[0]), "interval_95": tuple(interval)}
         records.append(Record(task="retrieval", **of, **facts))
@@ -235,19 +271,11 @@ def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
         parts = {"name": name, "skipped": images.skipped}
         write_result(args, records, args.dataset, data.fingerprint(), store, started, **parts)
         if pictures:
-            from eval.records.picture_sheets import plot_retrieval_sheet  # here: others of these commands draw nothing
+            from eval.records.plots import plot_retrieval_sheet  # here: others of these commands draw nothing
 
-            rows = images.rows.tolist()
-            plot_retrieval_sheet(
-                images=lambda index: data.images.image(rows[index]),
-                queries=[text for row in rows for text in data.captions[row]],
-                right_images=embeddings.image_of_text.tolist(),
-                scores=lambda _, query: embeddings.image_embeds @ embeddings.text_embeds[query],
-                ranks={args.role: embeddings.ranks("text_to_image")},
-                seed=0,
-                language="en",
-                path=args.output.with_suffix(".queries.png"),
-            )
+            sheet, rows = args.output.with_suffix(".queries.png"), images.rows.tolist()
+            queries = [text for row in rows for text in data.captions[row]]
+            plot_retrieval_sheet(sheet, lambda i: data.images.image(rows[i]), queries, {args.role: embeddings})
     return records
 
 
@@ -263,6 +291,16 @@ def check_cutoffs(cutoffs: Sequence[int], images: int) -> None:
             f"recall@{max(cutoffs)} has no meaning among {images} images; give smaller ones, such as --recall_at 1"
             + (f" {min(5, images - 1)}." if images > 2 else ".")
         )
+
+
+def caption_positions(text: str, captions: int) -> Sequence[int]:
+    """Which of an image's captions are meant."""
+    named = {"all": range(captions), "first": range(1), "even": range(0, captions, 2), "odd": range(1, captions, 2)}
+    if text in named:
+        return named[text]
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise ValueError(f"caption_positions must be {', '.join(named)} or numbers from 0 such as 0,2; got {text!r}.")
+    return [int(position) for position in text.split(",")]
 
 
 def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:

@@ -21,20 +21,20 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import pandas
 from accelerate.utils import broadcast_object_list
 
-from capivara_common.cli import WrongUse, parse, run_command, user_errors
+from capivara_common.cli import WrongUse, flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions, processes
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import hide_paths
 from eval.benchmarks import METRICS, SUITES, Benchmark, load_averages, load_benchmarks, must_be_known
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
-from eval.eval_arguments import SuiteArguments
+from eval.embeddings import EmbeddingArguments
 from eval.layouts import Location, hub_fault, linked_images, local_data, locate, readable
 from eval.records.schema import MODEL_NAMES, Record, read_records
 from eval.retrieval import RetrievalArguments
@@ -43,6 +43,34 @@ from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
 TEMPLATE = Path(__file__).parent / "suite.md.j2"
+
+
+@dataclass
+class SuiteArguments(EmbeddingArguments):
+    """Flags of `eval.suite`."""
+
+    gone = {"gallery": "`python -m eval.retrieval` draws the best and the worst queries beside its result"}
+    suite: str = flag("paper", f"Which benchmarks: {', '.join(SUITES)}.", positional=True, nargs="?")
+    model: str | None = flag(None, "Folder or Hub id of a CAPIVARA model; the first run.")
+    runs: list[str] = flag([], "Models of one recipe and several seeds, or the folder of them: mean ± deviation.")
+    baseline: str | None = flag(
+        None, "CAPIVARA model, open_clip:NAME:PRETRAINED, open_clip:local-dir:FOLDER or clip:FOLDER."
+    )
+    output: Path = flag(Path("results/suite"), "Folder of result files, suite.json and table.md.")
+    data: list[str] = flag([], "Local data, any number of KEY=PATH.")
+    data_dir: Path | None = flag(None, "Folder with local data, each under its key.")
+    only: list[str] = flag([], "Keys of the benchmarks to measure, of any suite.")
+    languages: list[str] = flag([], "Codes, for benchmarks that have several; --list shows them.")
+    metrics: list[str] = flag([], f"Further rows of the table: {', '.join(METRICS)}.")
+    protocol: Literal["ours", "authors"] = flag(
+        "ours", "Names and prompts: this project's, or those of the published figures."
+    )
+    authors_file: str | None = flag(None, "Path or https address, for protocol authors.")
+    published: Literal["capivara", "capivara_opt"] = flag(
+        "capivara", "Published model to compare with: fine-tuned, or with LoRA (Opt.)."
+    )
+    offline: bool = flag(False, "Take local data alone.")
+    list_benchmarks: bool = flag(False, "Show the suite's benchmarks and where their data are.", aliases=["--list"])
 
 
 @dataclass(frozen=True)

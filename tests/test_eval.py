@@ -10,8 +10,7 @@ from PIL import Image
 
 from capivara_common.privacy import short_name
 from eval import classification, linear_probe, report, retrieval, suite
-from eval.records.picture_sheets import plot_retrieval_sheet, sheet_queries
-from eval.records.plots import plot_training_curves
+from eval.records.plots import plot_retrieval_sheet, plot_training_curves, sheet_queries
 from eval.records.schema import Record, header, read_records, write_records
 from eval.records.tables import retrieval_table
 from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, retrieval_records
@@ -133,11 +132,10 @@ def _seeded(seed: int) -> torch.Generator:
 @pytest.mark.slow
 @pytest.mark.parametrize("language", ["pt", "hi"])
 def test_pictures(tmp_path, language):
-    images = [Image.new("RGB", (30, 30), (8 * i, 0, 0)) for i in range(12)]
-    scores = {role: torch.randn(2, 12, generator=_seeded(s)) for s, role in enumerate(("baseline", "capivara"))}
-    ranks = {"baseline": torch.tensor([3, 2]), "capivara": torch.tensor([1, 2])}
-    queries, path = ["água $x$", "<b>"], tmp_path / "sheet.png"
-    plot_retrieval_sheet(images, queries, [3, 5], lambda role, query: scores[role][query], ranks, 0, language, path)
+    images = [Image.new("RGB", (30, 30), (6 * i, 0, 0)) for i in range(40)]
+    queries, path = ["água $x$", "<b>"] * 40, tmp_path / "sheet.png"
+    both = {"baseline": embeddings(0, 1.5), "capivara": embeddings(0, 0.3)}
+    plot_retrieval_sheet(path, images.__getitem__, queries, both, 0, language)
     curve = [{"step": 0, "validation": {"text_to_image": 0.1, "image_to_text": 0.2}}]
     curve += [
         {"step": 1, "loss": 2.0, "learning_rate": 1e-4, "validation": {"text_to_image": 0.3, "image_to_text": 0.3}}

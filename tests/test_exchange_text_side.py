@@ -54,7 +54,7 @@ def test_recall_is_evals_before_and_after(tiny_folder, trained, tiny_dataset_fol
     texts, right = flat_captions(data.captions)
     images = load_embedder(str(tiny_folder)).images([image for _, image in data.images.decoded(range(12))])
     for side, folder in (("base", tiny_folder), ("exchanged", trained)):
-        ranks = RetrievalEmbeddings(load_embedder(str(folder)).texts(texts), images, right).ranks("text_to_image")
+        ranks = RetrievalEmbeddings(load_embedder(str(folder)).texts(texts), images, right).ranks["text_to_image"]
         expected = {f"recall@{k}": recall_at_k(ranks, k) for k in RECALL_CUTOFFS}
         for store in found["recall"].values():
             assert {name: store[side][name] for name in expected} == pytest.approx(expected)

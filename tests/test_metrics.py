@@ -9,14 +9,13 @@ import torch
 from eval.capivara_metrics.metrics import (
     RECALL_CUTOFFS,
     chance_recall,
-    cross_modal_ranks,
     mean_hits,
     mean_recall,
     paired_bootstrap,
     recall_at_k,
     retrieval_ranks,
 )
-from eval.eval_arguments import RetrievalArguments
+from eval.retrieval import RetrievalArguments
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -56,9 +55,8 @@ def test_ranks_equal_a_plain_sort(block_size):
 
 
 @pytest.mark.parametrize("block_size", [64, 100, 333])
-def test_equal_items_tie_wherever_they_stand(monkeypatch, block_size):
+def test_equal_items_tie_wherever_they_stand(block_size):
     """A wrong item like the right one counts against the query, in whichever block of items it is scored."""
-    monkeypatch.setattr("eval.capivara_metrics.metrics.BLOCK_ELEMENTS", 2**16)
     images, texts = unit(1009, 512, 0), unit(333, 512, 1)
     twice = torch.cat([images, images.flip(0)])
     groups = torch.cat([torch.arange(1009), torch.arange(1009, 2018)])
@@ -122,15 +120,13 @@ def test_bad_k_and_empty_split():
         mean_recall(torch.tensor([]))
 
 
-@pytest.mark.parametrize("kept", [0, 2**27])  # computed twice, and kept
-@pytest.mark.parametrize("block", [7, 2**23])
-def test_both_directions_at_once_are_each_alone(monkeypatch, kept, block):
-    monkeypatch.setattr("eval.capivara_metrics.metrics.KEPT_ELEMENTS", kept)
-    monkeypatch.setattr("eval.capivara_metrics.metrics.BLOCK_ELEMENTS", block)
+@pytest.mark.parametrize("block", [1, 7, None])
+def test_both_directions_equal_a_count_of_each_pair(block):
     generator = torch.Generator().manual_seed(0)
     texts, images = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (23, 9))  # many ties
     groups = torch.cat([torch.arange(9), torch.randint(0, 9, (14,), generator=generator)])[torch.randperm(23)]
-    of_texts, of_images = cross_modal_ranks(texts, images, groups, torch.arange(9))
+    of_texts = retrieval_ranks(texts, images, groups, torch.arange(9), block)
+    of_images = retrieval_ranks(images, texts, torch.arange(9), groups, block)
     scores = texts @ images.T
     for text, rank in enumerate(of_texts.tolist()):
         wrong = [scores[text, i] for i in range(9) if i != groups[text]]
@@ -139,9 +135,9 @@ def test_both_directions_at_once_are_each_alone(monkeypatch, kept, block):
         best = max(scores[t, image] for t in range(23) if groups[t] == image)
         assert rank == sum(scores[t, image] >= best for t in range(23) if groups[t] != image)
     with pytest.raises(ValueError, match=r"Queries \[9\] have no right item"):
-        cross_modal_ranks(texts, torch.zeros(10, 3), groups, torch.arange(10))
+        retrieval_ranks(torch.zeros(10, 3), texts, torch.arange(10), groups)
     none, no_groups = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
-    assert [ranks.tolist() for ranks in cross_modal_ranks(none, none, no_groups, no_groups)] == [[], []]
+    assert retrieval_ranks(none, none, no_groups, no_groups).tolist() == []
 
 
 def test_the_flags_ask_for_the_cutoffs_of_the_paper():

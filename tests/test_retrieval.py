@@ -20,9 +20,8 @@ from caption_data.embedding_cache import EmbeddingCache
 from caption_data.pairs import pair_table, pairs_fingerprint
 from caption_data.sources import open_split
 from eval import classification, linear_probe
-from eval.eval_arguments import caption_positions
 from eval.records.schema import read_records
-from eval.retrieval import RetrievalArguments, evaluate, load_data, main
+from eval.retrieval import RetrievalArguments, caption_positions, evaluate, load_data, main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,7 +14,7 @@ from caption_data.columns import CAPTIONS, SIMILARITIES
 from caption_data.selection import STRATEGIES
 from captions.select import SelectArguments, main, select, select_rows, write_missing_report
 from captions.selection_plots import Example, plot_examples
-from eval.records.picture_sheets import plot_gallery
+from eval.records.plots import plot_gallery
 from eval.records.tables import escape_markdown
 from training.arguments import RunArguments
 
@@ -162,7 +162,7 @@ def test_captions_of_wide_letters_do_not_run_into_their_neighbours(tmp_path, mon
 def test_a_wide_picture_covers_no_title(tmp_path, monkeypatch):
     """Wide ones are low: what is written above the first one must not be behind the second."""
     figures = []
-    monkeypatch.setattr("eval.records.picture_sheets.save_figure", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("eval.records.plots.save_figure", lambda figure, path: figures.append(figure))
     monkeypatch.setattr("captions.selection_plots.save_figure", lambda figure, path: figures.append(figure))
     pictures = [PIL.Image.new("RGB", size) for size in ((400, 20), (400, 400), (20, 400))]
     plot_examples([Example(i, "um gato", 0.2, image) for i, image in enumerate(pictures)], [], tmp_path / "x.png")

@@ -18,8 +18,7 @@ from huggingface_hub import ModelCardData, hf_hub_download, try_to_load_from_cac
 from capivara_common.environment import device_description, package_versions
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import short_name
-from eval.records.picture_sheets import plot_retrieval_sheet
-from eval.records.plots import plot_training_curves
+from eval.records.plots import plot_retrieval_sheet, plot_training_curves
 from eval.records.schema import SCHEMA_VERSION, header, write_records
 from eval.records.tables import retrieval_table
 from eval.retrieval import embed_captions, gain_records, retrieval_records
@@ -75,16 +74,8 @@ def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder
     run["seconds"]["evaluation"] = time.perf_counter() - started
     write_text(folder / "table.md", retrieval_table(table))
     split, shown = inputs.test[args.language], measured[args.language]
-    plot_retrieval_sheet(
-        images=split,
-        queries=[text for texts in split.captions() for text in texts],
-        right_images=shown["capivara"].image_of_text.tolist(),
-        scores=lambda role, query: shown[role].image_embeds @ shown[role].text_embeds[query],
-        ranks={role: embeddings.ranks("text_to_image") for role, embeddings in shown.items()},
-        seed=args.seed,
-        language=args.language,
-        path=folder / "retrieval.png",
-    )
+    queries = [text for texts in split.captions() for text in texts]
+    plot_retrieval_sheet(folder / "retrieval.png", split.__getitem__, queries, shown, args.seed, args.language)
     write_json(folder / "run.json", run)
 
 

@@ -1,94 +1,55 @@
 """Metrics of retrieval and classification: pure functions of embeddings, scores and ranks."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
-BLOCK_ELEMENTS = 2**25  # scores that are held at once, 128 MiB in float32
-KEPT_ELEMENTS = 2**27  # scores that are held for both directions, 512 MiB in float32; more are computed twice
+BLOCK_ELEMENTS = 2**22  # scores of a block, 16 MiB in float32: so small, their memory is taken from the last block's
+BLOCK_QUERIES = 32  # at least, however many items there are: fewer would read all items for hardly any scores
+
+
+def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
+    """(queries,), how many wrong items score at least as high as the best right one: 0 is a hit at rank 1.
+
+    Of scores (queries, items) and of which items are right (queries, items); a tie counts against the query.
+    """
+    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~right).sum(dim=1, dtype=torch.int32).long()
 
 
 @torch.no_grad()
 def retrieval_ranks(
     query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor, block_size: int | None = None
 ) -> Tensor:
-    """For every query, how many wrong items score at least as high as its best right one.
+    """(queries,), `ranks_of` the queries, where an item is right when its group is the query's.
 
-    An item is right when its group is the query's: an image and all of its captions share a group.
+    An image and all of its captions share a group.
 
     Args:
         query_embeds: (queries, width), unit length.
         item_embeds: (items, width), unit length.
         query_groups: (queries,), integers.
         item_groups: (items,), integers.
-        block_size: queries scored at once; as many as `BLOCK_ELEMENTS` allows where None.
-
-    Returns:
-        (queries,), integers; 0 is a hit at rank 1. A tie with a wrong item counts against the query.
+        block_size: queries scored at once; as many as `BLOCK_ELEMENTS` allow where None.
 
     Raises:
         ValueError: a query has no right item, or an embedding is not finite.
     """
-    _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
-    block_size = block_size or BLOCK_ELEMENTS // max(1, len(item_embeds))
-    block_size = max(1, min(block_size, len(query_embeds)))
-    # One buffer for all blocks: fresh memory, page by page, costs as much as the comparison.
-    buffer, ordered = query_embeds.new_empty(block_size, len(item_embeds)), item_groups.sort(stable=True)
-    ranks = []
-    for queries, groups in zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True):
-        scores = torch.mm(queries, item_embeds.T, out=buffer[: len(queries)])
-        ranks.append(_ranks(scores, *_right_pairs(groups, *ordered)))
-    return torch.cat(ranks)
-
-
-@torch.no_grad()
-def cross_modal_ranks(
-    query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`retrieval_ranks` of the queries among the items (queries,), and of the items among the queries (items,).
-
-    Raises:
-        ValueError: as `retrieval_ranks`; in addition, every item needs a right query.
-    """
-    if len(query_embeds) * len(item_embeds) > KEPT_ELEMENTS:
-        return (
-            retrieval_ranks(query_embeds, item_embeds, query_groups, item_groups),
-            retrieval_ranks(item_embeds, query_embeds, item_groups, query_groups),
-        )
-    _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
-    _check_embeddings(item_embeds, query_embeds, item_groups, query_groups)
-    scores, (rows, columns) = query_embeds @ item_embeds.T, _right_pairs(query_groups, *item_groups.sort(stable=True))
-    return _ranks(scores, rows, columns), _ranks(scores.T, columns, rows)
-
-
-def _right_pairs(groups: Tensor, sorted_groups: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """(right pairs,) twice: number of the query, by its group, and of the item, whose groups are sorted in `order`."""
-    groups = groups.contiguous()
-    first = torch.searchsorted(sorted_groups, groups)
-    counts = torch.searchsorted(sorted_groups, groups, right=True) - first
-    rows = torch.arange(len(groups), device=groups.device).repeat_interleave(counts)
-    within = torch.arange(len(rows), device=groups.device) - (counts.cumsum(0) - counts)[rows]
-    return rows, order[first[rows] + within]
-
-
-def _ranks(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(queries,), as `retrieval_ranks`, of scores (queries, items) and the places of the right ones, (right pairs,)."""
-    right = scores[rows, columns]
-    best = scores.new_full((len(scores),), -torch.inf).scatter_reduce(0, rows, right, "amax")
-    as_good = (scores >= best[:, None]).sum(dim=1, dtype=torch.int32).long()
-    return as_good.index_add(0, rows, (right >= best[rows]).long(), alpha=-1)
-
-
-def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> None:
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
         if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():  # these pass NaN on, and copy nothing
             raise ValueError(f"A {name} embedding is NaN or infinite; the model's weights or precision are at fault.")
     missing = ~torch.isin(query_groups, item_groups)
     if missing.any():
         raise ValueError(f"Queries {missing.nonzero().flatten()[:10].tolist()} have no right item to find.")
+    if not len(query_embeds):
+        return query_groups.new_zeros(0)
+    block_size = block_size or max(BLOCK_QUERIES, BLOCK_ELEMENTS // len(item_embeds))
+    blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
+    return torch.cat([ranks_of(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks])
 
 
 def _check_finite(scores: Tensor) -> None:
@@ -126,11 +87,9 @@ def mean_hits(ranks: Tensor) -> Tensor:
 
 def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
     """Expected recall@k of random scores: 1 - C(wrong, k) / C(items, k), averaged over the queries."""
-    items = len(item_groups)
-    groups, counts = item_groups.unique(return_counts=True)
-    right_items = dict(zip(groups.tolist(), counts.tolist(), strict=True))
+    items, right = len(item_groups), Counter(item_groups.tolist())
     k = min(k, items)
-    misses = [math.comb(items - right_items.get(g, 0), k) / math.comb(items, k) for g in query_groups.tolist()]
+    misses = [math.comb(items - right[group], k) / math.comb(items, k) for group in query_groups.tolist()]
     return 1 - sum(misses) / len(misses)
 
 
@@ -172,7 +131,7 @@ def paired_bootstrap(
 
 
 def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Tensor:
-    """(queries,), as `retrieval_ranks`, of scores (queries, items) and the indices of each query's right items.
+    """(queries,), `ranks_of` scores (queries, items) by the indices of each query's right items.
 
     Raises:
         ValueError: a score is not finite, a query has no right item, or an index is outside the items.
@@ -180,13 +139,14 @@ def ranks_of_scores(scores: Tensor, right_items: Sequence[Sequence[int]]) -> Ten
     _check_finite(scores)
     if len(scores) != len(right_items):
         raise ValueError(f"There are {len(scores)} rows of scores for {len(right_items)} queries.")
+    right = torch.zeros(scores.shape, dtype=torch.bool)
     for query, items in enumerate(right_items):
         if not len(items):
             raise ValueError(f"Query {query} has no right item to find.")
         if not all(0 <= item < scores.shape[1] for item in items):
             raise ValueError(f"Query {query} has a right item outside the {scores.shape[1]} items: {list(items)}.")
-    pairs = [(query, item) for query, items in enumerate(right_items) for item in set(items)]
-    return _ranks(scores, *torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).T)
+        right[query, list(items)] = True
+    return ranks_of(scores, right)
 
 
 def median_rank(ranks: Tensor) -> float:
@@ -253,7 +213,16 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     present = targets.sum(dim=0).nonzero().flatten().tolist()
     if not present:
         raise ValueError("No class has an image; are the targets empty?")
-    return sum(_eleven_point_precision(scores[:, c], targets[:, c].bool()) for c in present) / len(present)
+    points, means = torch.linspace(0, 1, 11, dtype=torch.double) - 1e-12, []
+    for values, positives in ((scores[:, c], targets[:, c].bool()) for c in present):
+        thresholds, levels = values.unique(return_inverse=True)
+        shown, found = (
+            torch.bincount(of, minlength=len(thresholds)).flip(0).cumsum(0).double()  # the best score first
+            for of in (levels, levels[positives])
+        )
+        precision, recall = found / shown, found / positives.sum()
+        means.append(torch.stack([precision[recall >= point].max() for point in points]).mean().item())
+    return sum(means) / len(means)
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
@@ -286,12 +255,3 @@ def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """(images,), how many wrong classes score at least as high as the right one."""
     right = scores.gather(1, labels[:, None])
     return (scores >= right).sum(dim=1) - 1
-
-
-def _eleven_point_precision(scores: Tensor, positives: Tensor) -> float:
-    thresholds, levels = scores.unique(return_inverse=True)
-    shown = torch.bincount(levels, minlength=len(thresholds)).flip(0).cumsum(0).double()  # best score first
-    found = torch.bincount(levels[positives], minlength=len(thresholds)).flip(0).cumsum(0).double()
-    precision, recall = found / shown, found / positives.sum()
-    best = [precision[recall >= point - 1e-12].max() for point in torch.linspace(0, 1, 11, dtype=torch.double)]
-    return torch.stack(best).mean().item()
