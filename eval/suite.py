@@ -15,11 +15,12 @@ computed again. Give every protocol an output folder of its own.
 """
 
 import functools
+import itertools
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +32,21 @@ from capivara_common.cli import WrongUse, flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions, processes
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import hide_paths
-from eval.benchmarks import METRICS, SUITES, Benchmark, load_averages, load_benchmarks, must_be_known
+from eval.benchmarks import (
+    METRICS,
+    SUITES,
+    Benchmark,
+    Location,
+    adapted,
+    hub_fault,
+    load_benchmarks,
+    local_data,
+    locate,
+    must_be_known,
+)
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.embeddings import EmbeddingArguments
-from eval.layouts import Location, hub_fault, linked_images, local_data, locate, readable
 from eval.records.schema import MODEL_NAMES, Record, read_records
 from eval.retrieval import RetrievalArguments
 from eval.retrieval import evaluate as evaluate_retrieval
@@ -73,33 +84,6 @@ class SuiteArguments(EmbeddingArguments):
     list_benchmarks: bool = flag(False, "Show the suite's benchmarks and where their data are.", aliases=["--list"])
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model of the suite."""
-
-    name: str  # as the tasks take it
-    role: str  # "baseline" or "capivara"
-    run: int  # number among those of its role, from 0
-    seed: int | None  # of its training, as its run.json says
-    fingerprint: str  # of weights, configuration and precision
-
-
-@dataclass
-class Measurement:
-    """One model on one benchmark in one language."""
-
-    benchmark: str  # key
-    language: str
-    role: str  # of the model
-    run: int
-    file: str  # name of the result file
-    status: str = "planned"  # or "measured", "not run"
-    reason: str = ""  # why it is not run
-    skipped: int = 0  # images that could not be read
-    local: bool = False  # whether its data lie here, so that "not run" is a fault
-    data: str = ""  # what the task takes
-
-
 def chosen(args: SuiteArguments) -> list[Benchmark]:
     """The benchmarks of a suite, or those that are asked for.
 
@@ -115,17 +99,21 @@ def chosen(args: SuiteArguments) -> list[Benchmark]:
     return [b for b in every.values() if (b.key in args.only if args.only else args.suite in b.suite)]
 
 
-def models_of(args: SuiteArguments) -> list[Model]:
-    """The models, loaded once: a wrong one ends the suite before long work.
+def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
+    """The models as suite.json has them, loaded once: a wrong one ends the suite before long work.
+
+    That is the name as tasks take it, the role, the number among those of its role, the seed of its training, as its
+    run.json says, and the fingerprint of weights, configuration and precision.
 
     Raises:
         ValueError: there is none, one can't be loaded, or two runs are the same model.
     """
 
-    def model(name: str, role: str) -> Model:
-        fingerprint = load_embedder(name, "cpu", role == "baseline", args.precision).fingerprint
-        facts = Path(name) / "run.json"
-        return Model(name, role, 0, read_json(facts).get("seed") if facts.is_file() else None, fingerprint)
+    def model(name: str, role: str) -> dict[str, Any]:
+        facts, is_baseline = Path(name) / "run.json", role == "baseline"
+        seed = None if is_baseline or not facts.is_file() else read_json(facts).get("seed")
+        fingerprint = load_embedder(name, "cpu", is_baseline, args.precision).fingerprint
+        return {"name": name, "role": role, "run": 0, "seed": seed, "fingerprint": fingerprint}
 
     names = [args.model] if args.model else []
     for name in args.runs:
@@ -134,16 +122,20 @@ def models_of(args: SuiteArguments) -> list[Model]:
     if not names:
         raise WrongUse("No model is given: take --model MODEL, or --runs RUN RUN RUN.")
     runs = [model(name, "capivara") for name in names]
-    if args.model and any(run.fingerprint == runs[0].fingerprint for run in runs[1:]):
-        del runs[0]  # --model is one of --runs
-    if len({run.fingerprint for run in runs}) < len(runs):
+    fingerprints = [run["fingerprint"] for run in runs]
+    if args.model and fingerprints[0] in fingerprints[1:]:
+        del runs[0], fingerprints[0]  # --model is one of --runs
+    if len(set(fingerprints)) < len(runs):
         raise ValueError("Two of --runs hold the same model, so that their deviation would mean nothing.")
-    baseline = [replace(model(args.baseline, "baseline"), seed=None)] if args.baseline else []
-    return baseline + [replace(run, run=number) for number, run in enumerate(runs)]
+    baseline = [model(args.baseline, "baseline")] if args.baseline else []
+    return baseline + [run | {"run": number} for number, run in enumerate(runs)]
 
 
-def plan(args: SuiteArguments) -> tuple[list[Model], list[Measurement]]:
-    """The models, and what is to be measured or can't be run.
+def plan(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The models, and what is to be measured: an entry a benchmark, language and model, as suite.json has them.
+
+    An entry's `status` is "planned", "measured" or, with the `reason`, "not run"; `local` says that its data lie here,
+    so that "not run" is a fault; `data` is what the task takes, and `skipped` counts images that could not be read.
 
     Raises:
         ValueError: an argument is wrong; nothing has been measured yet.
@@ -156,39 +148,50 @@ def plan(args: SuiteArguments) -> tuple[list[Model], list[Measurement]]:
         raise WrongUse("--protocol authors needs --authors_file, a path or an https address.")
     if asked and not any(code in benchmark.all_languages for code in asked for benchmark in benchmarks):
         raise WrongUse(f"None of the benchmarks has one of the languages {asked}; see --list.")
-    models, fault, measurements = models_of(args), functools.cache(hub_fault), []
+    fault = functools.cache(lambda: "offline" if args.offline else hub_fault())
+    models, measurements = models_of(args), []
     for benchmark in benchmarks:
-        location = locate(benchmark, given, args.data_dir, args.offline, fault)
+        location = locate(benchmark, given, args.data_dir, fault)
         languages = [code for code in benchmark.all_languages if code in asked] if asked else benchmark.languages
         if not languages and benchmark.key in args.only:  # named, so that it must be heard of
             languages, known = [benchmark.language], " ".join(benchmark.all_languages)
             location = Location(reason=f"it is in {known}, and --languages asks for {' '.join(asked)}")
         for language in languages:
-            data, reason = readable(benchmark, language, location, args.output / "layouts")
+            data, reason, reader = location.name, location.reason, benchmark.source.get("reader")
+            if location.local and reader:
+                try:
+                    target = args.output / "layouts" / f"{benchmark.key}-{language}"
+                    data = str(adapted(reader, Path(data), benchmark.split, language, target))
+                except (ValueError, OSError) as error:
+                    reason = _one_line(error)
             for model in models:
-                suffix = "baseline" if model.role == "baseline" else f"{model.role}-{model.run}"
-                key = benchmark.key, language, model.role, model.run, f"{benchmark.key}-{language}-{suffix}.json"
-                status = "not run" if reason else "planned"
-                measurements.append(Measurement(*key, status, reason, local=location.local, data=data))
+                suffix = "baseline" if model["role"] == "baseline" else f"{model['role']}-{model['run']}"
+                one = {"benchmark": benchmark.key, "language": language, "role": model["role"], "run": model["run"]}
+                one |= {"file": f"{benchmark.key}-{language}-{suffix}.json", "reason": reason, "skipped": 0}
+                one |= {"status": "not run" if reason else "planned", "local": location.local, "data": data}
+                measurements.append(one)
     return models, measurements
 
 
-def measure(args: SuiteArguments, benchmark: Benchmark, model: Model, measurement: Measurement) -> list[Record]:
+def measure(
+    args: SuiteArguments, benchmark: Benchmark, model: dict[str, Any], measurement: dict[str, Any]
+) -> list[Record]:
     """Run a task; it writes its result file."""
-    shared = {"model": model.name, "output": args.output / measurement.file, "split": benchmark.split}
-    shared |= {"role": model.role, "language": measurement.language, "seed": model.seed}
+    shared = {"model": model["name"], "output": args.output / measurement["file"], "split": benchmark.split}
+    shared |= {"role": model["role"], "language": measurement["language"], "seed": model["seed"]}
     shared |= {key: getattr(args, key) for key in ("batch_size", "precision", "cache_dir", "device")} | args.limits()
+    shared |= {"image_column": benchmark.image_column}
+    made = Path(measurement["data"])
     if benchmark.task == "retrieval":
-        columns = {"image_column": benchmark.image_column, "caption_column": benchmark.caption_column}
-        columns |= {"caption_positions": benchmark.caption_positions, "dataset_name": benchmark.key}
-        made = Path(measurement.data)
-        if made.parent == args.output / "layouts":
-            shared["image_roots"] = [*args.image_roots, linked_images(made, benchmark.split)]
-        return evaluate_retrieval(RetrievalArguments(dataset=measurement.data, **columns, **shared), pictures=False)
-    columns = {"image_column": benchmark.image_column, "label_column": benchmark.label_column}
-    columns |= {"protocol": args.protocol if benchmark.protocol == "ours" else benchmark.protocol}
-    columns |= {"benchmark": benchmark.prompts, "authors_file": args.authors_file}
-    return evaluate_classification(ClassificationArguments(images=measurement.data, **columns, **shared))
+        shared |= {"caption_column": benchmark.caption_column, "caption_positions": benchmark.caption_positions}
+        if made.parent == args.output / "layouts":  # its images lie where the link in it leads
+            shared["image_roots"] = [*args.image_roots, (made / benchmark.split / "images").resolve()]
+        task = RetrievalArguments(dataset=measurement["data"], dataset_name=benchmark.key, **shared)
+        return evaluate_retrieval(task, pictures=False)
+    shared |= {"protocol": args.protocol if benchmark.protocol == "ours" else benchmark.protocol}
+    shared |= {"benchmark": benchmark.prompts, "authors_file": args.authors_file}
+    shared |= {"label_column": benchmark.label_column}
+    return evaluate_classification(ClassificationArguments(images=measurement["data"], **shared))
 
 
 def run(args: SuiteArguments) -> dict[str, Any] | None:
@@ -197,24 +200,32 @@ def run(args: SuiteArguments) -> dict[str, Any] | None:
     Every process of a launch takes part in a task, so all go through the same plan, which the main one made. A task
     that fails does not end the suite.
     """
-    models, measurements = _on_main(lambda: plan(args))
-    benchmarks, by_role = load_benchmarks(), {(model.role, model.run): model for model in models}
-    main = processes().is_main_process
+    main, outcome = processes().is_main_process, [None]
+    if main:
+        try:
+            outcome = [plan(args)]
+        except (ValueError, OSError, ImportError) as error:
+            outcome = [error]
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    models, measurements = outcome[0]
+    benchmarks, by_role = load_benchmarks(), {(model["role"], model["run"]): model for model in models}
     for number, one in enumerate(measurements, 1):
-        if one.status == "planned":
+        if one["status"] == "planned":
             try:
-                measure(args, benchmarks[one.benchmark], by_role[one.role, one.run], one)
-                one.status = "measured"
+                measure(args, benchmarks[one["benchmark"]], by_role[one["role"], one["run"]], one)
+                one["status"] = "measured"
             except (ValueError, OSError, ImportError) as error:
-                one.status, one.reason = "not run", " ".join(hide_paths(str(error)).split())
+                one |= {"status": "not run", "reason": _one_line(error)}
             except Exception as error:  # want of memory, or a fault of ours: the others are measured all the same
                 traceback.print_exc()
-                one.status, one.reason = "not run", f"{type(error).__name__}: {error}"
-        if main and one.status == "measured":
-            one.skipped = read_json(args.output / one.file)["skipped_rows"]
+                one |= {"status": "not run", "reason": f"{type(error).__name__}: {error}"}
+        if main and one["status"] == "measured":
+            one["skipped"] = read_json(args.output / one["file"])["skipped_rows"]
         if main:
-            outcome = one.status + (f": {one.reason}" if one.reason else "")
-            print(f"[{number}/{len(measurements)}] {one.file.removesuffix('.json')}: {outcome}", flush=True)
+            outcome = ": ".join(filter(None, (one["status"], one["reason"])))
+            print(f"[{number}/{len(measurements)}] {one['file'].removesuffix('.json')}: {outcome}", flush=True)
     if not main:
         return None
     shutil.rmtree(args.output / "layouts", ignore_errors=True)
@@ -224,36 +235,24 @@ def run(args: SuiteArguments) -> dict[str, Any] | None:
     return summary
 
 
-def _on_main(work: Callable[[], Any]) -> Any:
-    """The result of `work` on the main process, or its error, on all processes."""
-    outcome: list[Any] = [None]
-    if processes().is_main_process:
-        try:
-            outcome = [work()]
-        except (ValueError, OSError, ImportError) as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    return outcome[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(hide_paths(str(error)).split())
 
 
-def _summary(args: SuiteArguments, models: list[Model], measurements: list[Measurement]) -> dict[str, Any]:
+def _summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]) -> dict[str, Any]:
     """suite.json: what was asked for, what became of each measurement, and all that the table says, as data."""
-    measured = [m for m in measurements if m.status == "measured"]
-    values = [vars(record) | vars(m) for m in measured for record in read_records(args.output / m.file)]
-    runs, known = {role: sum(model.role == role for model in models) for role in MODEL_NAMES}, load_benchmarks()
-    pairs = [(known[key], language) for key, language in dict.fromkeys((m.benchmark, m.language) for m in measurements)]
+    measured = [one for one in measurements if one["status"] == "measured"]
+    values = [vars(record) | one for one in measured for record in read_records(args.output / one["file"])]
+    runs, known = {role: sum(m["role"] == role for m in models) for role in MODEL_NAMES}, load_benchmarks()
+    pairs = dict.fromkeys((one["benchmark"], one["language"]) for one in measurements)
+    pairs = [(known[key], language) for key, language in pairs]
     rows, left_out = suite_rows(pairs, values, runs, args.metrics, args.published, args.protocol)
     return {
         "summary_version": SUMMARY_VERSION,
-        "suite": args.suite,
-        "protocol": args.protocol,
-        "published": args.published,
-        "precision": args.precision,
+        **{name: getattr(args, name) for name in ("suite", "protocol", "published", "precision")},
         "versions": package_versions(),
-        "models": [asdict(model) | {"name": hide_paths(model.name)} for model in models],
-        "measurements": [asdict(m) | {"data": hide_paths(m.data)} for m in measurements],
+        "models": [model | {"name": hide_paths(model["name"])} for model in models],
+        "measurements": [one | {"data": hide_paths(one["data"])} for one in measurements],
         "rows": rows,
         "averages_left_out": left_out,
         "notes": {b.key: (b.title, b.protocol_note) for b, _ in pairs},
@@ -283,7 +282,7 @@ def suite_rows(
     frame = pandas.DataFrame(values, columns=[*of_value, "run", "value", "n"]).astype({"value": float})
     frame["value"] = frame["value"].where(frame["metric"] == "median_rank", 100 * frame["value"])
     pairs, left_out = list(pairs), []
-    for average in load_averages():
+    for average in load_benchmarks(averages=True).values():
         members = [b for b, _ in pairs if average.of in b.suite]
         names = [(b.key, b.language, b.metric) for b in members]
         own = frame.merge(pandas.DataFrame(names, columns=["benchmark", "language", "metric"]))
@@ -302,80 +301,84 @@ def suite_rows(
     )
     # A mean of fewer runs would mislead.
     whole = {key: of for key, of in found.to_dict("index").items() if of["runs"] == runs[key[-1]]}
-    rows: list[dict[str, Any]] = []
+    rows, suites = [], {b.key: b.suite for b, _ in pairs}
     for benchmark, language in pairs:
         further = [metric for metric in metrics if METRICS[metric] == benchmark.task]
-        for metric in dict.fromkeys([benchmark.metric, *further]):
-            for direction in benchmark.directions:
-                of_roles = {role: whole.get((benchmark.key, language, direction, metric, role)) for role in runs}
-                if metric == benchmark.metric or any(of_roles.values()):
-                    place = {"language": language, "direction": direction, "metric": metric}
-                    rows.append(_row(benchmark, place, of_roles, published, protocol, rows))
+        for metric, direction in itertools.product(dict.fromkeys([benchmark.metric, *further]), benchmark.directions):
+            of_roles = {role: whole.get((benchmark.key, language, direction, metric, role)) for role in runs}
+            if metric == benchmark.metric or any(of_roles.values()):
+                row = _row(benchmark, language, metric, direction, of_roles, published, protocol)
+                if benchmark.task == "average":
+                    row["like_for_like"] = all(
+                        r["like_for_like"] for r in rows if benchmark.of in suites[r["benchmark"]]
+                    )
+                rows.append(row)
     return rows, left_out
 
 
 def _row(
-    benchmark: Benchmark, place: dict[str, str], of_roles: dict[str, dict[str, Any] | None], published: str,
-    protocol: str, before: list[dict[str, Any]],
+    benchmark: Benchmark, language: str, metric: str, direction: str, of_roles: dict[str, dict[str, Any] | None],
+    published: str, protocol: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Published and measured figures, and the measured minus the published ones in points."""
-    own, cells = (place["metric"], place["language"]) == (benchmark.metric, benchmark.language), {}
-    for role, of in of_roles.items():
-        key = "baseline" if role == "baseline" else published
-        cell = {"published": benchmark.published_figure(key, place["direction"]) if own else None}
-        std = of["std"] if of and of["runs"] > 1 else None
-        cell["measured"] = {"mean": of["mean"], "std": std, "runs": of["runs"]} if of else None
-        cell["difference"] = of["mean"] - cell["published"]["mean"] if of and cell["published"] else None
-        cells[role] = cell
-    images = next((int(of["n"]) for of in of_roles.values() if of and of["n"]), None)
-    images = None if place["direction"] == "text_to_image" else images  # it counts captions
-    like = benchmark.like_for_like and (benchmark.test_images is None or images in (None, benchmark.test_images))
+    title = benchmark.title + ("" if benchmark.languages == (language,) else f" ({language})")
+    section = "beyond" if "beyond" in benchmark.suite else "paper"
+    row = {"benchmark": benchmark.key, "title": title, "section": section, "language": language}
+    row |= {"direction": direction, "metric": metric}
+    images = [
+        int(of["n"]) for of in of_roles.values() if of and of["n"] and direction != "text_to_image"
+    ]  # no captions
+    like = benchmark.like_for_like and (benchmark.test_images is None or {*images[:1]} <= {benchmark.test_images})
     like = like and (benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors")
-    if benchmark.task == "average":
-        members = {b.key for b in load_benchmarks().values() if benchmark.of in b.suite}
-        like, images = all(row["like_for_like"] for row in before if row["benchmark"] in members), None
-    title = benchmark.title + ("" if benchmark.languages == (place["language"],) else f" ({place['language']})")
-    about = {"benchmark": benchmark.key, "title": title}
-    about |= {"section": "beyond" if "beyond" in benchmark.suite else "paper"} | place
-    return about | {"images": images, "test_images": benchmark.test_images, "like_for_like": like} | cells
+    row |= {"images": images[0] if images else None, "test_images": benchmark.test_images, "like_for_like": like}
+    for role, of in of_roles.items():
+        known = benchmark.published_figure("baseline" if role == "baseline" else published, direction)
+        known = known if (metric, language) == (benchmark.metric, benchmark.language) else None
+        std = of["std"] if of and of["runs"] > 1 else None
+        measured = {"mean": of["mean"], "std": std, "runs": of["runs"]} if of else None
+        difference = of["mean"] - known["mean"] if of and known else None
+        row[role] = {"published": known, "measured": measured, "difference": difference}
+    return row
 
 
 def suite_table(summary: dict[str, Any]) -> str:
     """A suite's summary as Markdown: published and measured figures, their differences, and what was not run."""
-    rows, measurements, titles = summary["rows"], summary["measurements"], summary["notes"]
-    of_benchmark = {row["benchmark"]: row for row in rows if row["images"] and row["test_images"]}
+    rows, measurements, titles = summary["rows"], pandas.DataFrame(summary["measurements"]), summary["notes"]
     facts = [
-        f"{titles[key][0]}: {row['images']:,} images; the published split has {row['test_images']:,}."
-        for key, row in of_benchmark.items()
-        if row["images"] != row["test_images"]
+        f"{titles[row['benchmark']][0]}: {row['images']:,} images; the published split has {row['test_images']:,}."
+        for row in rows
+        if row["images"] and row["test_images"] not in (None, row["images"])
     ]
-    skipped = {m["file"].removesuffix(".json"): m["skipped"] for m in measurements if m["skipped"]}
-    facts += [f"{name}: {count:,} images could not be read and are left out." for name, count in skipped.items()]
+    facts += [
+        f"{one.file.removesuffix('.json')}: {one.skipped:,} images could not be read and are left out."
+        for one in measurements[measurements["skipped"] > 0].itertuples()
+    ]
     there = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in MODEL_NAMES)}
     facts += [f"{title}: {note}" for key, (title, note) in titles.items() if note and key in there]
     facts += summary["averages_left_out"]
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for m in (m for m in measurements if m["status"] != "measured"):
-        reasons.setdefault((m["benchmark"], m["reason"]), []).append(f"{m['language']}, {m['role']} {m['run']}")
-    for (benchmark, reason), which in reasons.items():
-        some = "" if len(which) % len(summary["models"]) == 0 else f" ({'; '.join(which)})"
+    lost = measurements[measurements["status"] != "measured"]
+    for (benchmark, reason), of in lost.groupby(["benchmark", "reason"], sort=False):
+        which = "; ".join(f"{one.language}, {one.role} {one.run}" for one in of.itertuples())
+        some = f" ({which})" if len(of) % len(summary["models"]) else ""
         facts.append(f"{benchmark}{some}: not run: {reason.rstrip('.')}.")
-    unlike = [row[role]["difference"] for row in rows for role in MODEL_NAMES if not row["like_for_like"]]
-    is_compared = any(difference is not None for difference in unlike)
+    unlike = any(
+        row[role]["difference"] is not None for row in rows for role in MODEL_NAMES if not row["like_for_like"]
+    )
     markdown = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = markdown.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(summary, names=MODEL_NAMES, compared_unlike=is_compared, facts=facts).strip() + "\n"
+    facts = dict.fromkeys(facts)
+    return template.render(summary, names=MODEL_NAMES, compared_unlike=unlike, facts=facts).strip() + "\n"
 
 
 def listing(args: SuiteArguments) -> str:
     """The benchmarks of a suite, a line of their data each."""
     given, lines = local_data(args.data), []
     for benchmark in chosen(args):
-        location = locate(benchmark, given, args.data_dir, True, hub_fault)
-        others = [language for language in benchmark.all_languages if language not in benchmark.languages]
+        location = locate(benchmark, given, args.data_dir, lambda: "offline")
+        others = " ".join(code for code in benchmark.all_languages if code not in benchmark.languages)
         lines += [
             f"{benchmark.key}: {benchmark.title}, {benchmark.task}, {benchmark.metric}, split {benchmark.split}",
-            f"    languages {' '.join(benchmark.languages)}{f'; also {chr(32).join(others)}' if others else ''}",
+            f"    languages {' '.join(benchmark.languages)}{f'; also {others}' if others else ''}",
             f"    Hub {benchmark.source['hub_id'] or 'unknown'}; from {benchmark.source['url'] or 'its makers'}",
             f"    local {location.name if location.local else 'not found'}; layout: {benchmark.source['local_layout']}",
         ]
@@ -388,14 +391,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(SuiteArguments, __doc__, argv)
     if args.list_benchmarks:
         print(listing(args))
-        return
-    summary = run(args)
-    if summary is None:
-        return
-    print(suite_table(summary))
-    faulty = {m["benchmark"] for m in summary["measurements"] if m["status"] == "not run" and m["local"]}
-    if faulty:
-        sys.exit(f"error: {', '.join(sorted(faulty))} could not be measured although data were given; see above.")
+    elif summary := run(args):
+        print(suite_table(summary))
+        lost = [one for one in summary["measurements"] if one["status"] == "not run" and one["local"]]
+        if lost:
+            faulty = ", ".join(sorted({one["benchmark"] for one in lost}))
+            sys.exit(f"error: {faulty} could not be measured although data were given; see above.")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from made_benchmarks import BENCHMARKS, IMAGES, make_captions, make_flickr30k_20
 
 from capivara_common.image_files import decode_image
 from caption_data.sources import open_split
-from eval.layouts import Location, adapted, linked_images, local_data, locate
+from eval.benchmarks import Location, adapted, local_data, locate
 
 
 def captions_of(folder, language: str) -> list:
     """Of the rows that `eval.retrieval` would read, whose images can be opened."""
-    source = open_split(str(folder), "test", "image", image_roots=[linked_images(folder, "test")])
+    source = open_split(str(folder), "test", "image", image_roots=[(folder / "test" / "images").resolve()])
     rows = list(source.rows())
     assert all(decode_image(row["image"], source.files).size == (38, 34) for row in rows)
     return [row[f"captions-{language}"] for row in rows]
@@ -131,8 +131,8 @@ def test_other_forms_are_left_as_they_are(tmp_path, reader):
 
 
 def test_where_data_are_looked_for(tmp_path):
-    def place(key, given, offline=False, fault=""):
-        return locate(BENCHMARKS[key], local_data(given), tmp_path, offline, lambda: fault)
+    def place(key, given, fault=""):
+        return locate(BENCHMARKS[key], local_data(given), tmp_path, lambda: fault)
 
     for key in ("imagenet-1k", "cifar-10", "own"):
         (tmp_path / key).mkdir()
@@ -140,6 +140,6 @@ def test_where_data_are_looked_for(tmp_path):
     assert place("cifar-10", []) == Location(str(tmp_path / "cifar-10"), local=True)
     assert place("babel-imagenet", []) == Location(str(tmp_path / "imagenet-1k"), local=True)
     assert place("gtsrb", []) == Location("clip-benchmark/wds_gtsrb")
-    assert "and offline; give --data gtsrb=PATH" in place("gtsrb", [], offline=True).reason
+    assert "and offline; give --data gtsrb=PATH" in place("gtsrb", [], fault="offline").reason
     assert "and it is down; give" in place("gtsrb", [], fault="it is down").reason
     assert "no Hub id is known; give --data food-101=PATH" in place("food-101", []).reason

@@ -14,7 +14,7 @@ from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, picture
 from tiny import randomise, tiny_config
 
 from capivara_common.files import read_json
-from eval.benchmarks import load_averages
+from eval.benchmarks import load_benchmarks
 from eval.prompts import load_prompts
 from eval.records.schema import read_records
 from eval.suite import main, suite_rows
@@ -210,8 +210,8 @@ def test_a_benchmark_that_is_named_is_run_or_listed(models, data, tmp_path, caps
 
 
 def test_a_hub_that_is_not_reached(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.layouts.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("eval.layouts.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("eval.benchmarks.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("eval.benchmarks.constants.ENDPOINT", "http://127.0.0.1:9")
     main(["elevater", "--model", models[0], "--output", str(tmp_path), "--only", "cifar-10", "food-101"])
     reasons = {m["benchmark"]: m["reason"] for m in summary_of(tmp_path)["measurements"]}
     assert reasons["cifar-10"].startswith("no local data, and the Hub can't be reached (")
@@ -318,7 +318,7 @@ def measured(benchmark, role: str, run: int, value: float, n: int) -> dict:
 
 
 def test_the_average_needs_all_twenty_of_every_model():
-    (average,) = load_averages()
+    (average,) = load_benchmarks(averages=True).values()
     pairs = [(BENCHMARKS[key], "pt") for key in ELEVATER]
     values = [
         measured(b, role, run, (place + run) / 100, 5)
