@@ -152,12 +152,11 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     ]
     if processes().is_main_process:
         parts = {"classes": [*prompts.names, *["(sem nome)"] * unnamed], "notes": list(prompts.notes)}
-        parts |= {"skipped": images.skipped}
         if not isinstance(labels[0], list):  # else no image has one right class
             right = torch.tensor(labels)
             accuracies = [None if share != share else share for share in per_class_accuracy(scores, right).tolist()]
             parts |= {"per_class_accuracy": accuracies, "confusion_matrix": confusion_matrix(scores, right).tolist()}
-        write_result(args, records, args.images, data.fingerprint(), store, started, **parts)
+        write_result(args, records, args.images, data.fingerprint(), store, started, images.skipped, **parts)
     return records
 
 

@@ -175,34 +175,26 @@ def open_store(args: ModelArguments) -> EmbeddingStore:
 
 
 def write_result(
-    args: ModelArguments,
-    records: list[Record],
-    source: str,
-    fingerprint: str,
-    store: EmbeddingStore,
-    started: float,
-    **parts: Any,
-) -> None:
+    args: ModelArguments, records: list[Record], source: str, fingerprint: str, store: EmbeddingStore, started: float,
+    skipped: dict[Any, str], name: str | None = None, **parts: Any,
+) -> None:  # fmt: skip
     """Write the result file of a command.
 
     Args:
-        source: folder or Hub id of the data.
+        source: folder or Hub id of the data; `name` is what the header calls them, the same where None.
         started: `time.perf_counter()` before the first embedding.
-        parts: further keys of the file, `skipped` among them (row -> why it is not in the figures); of these, `name` is
-            not written: it is what the header calls the data.
+        skipped: row -> why it is not in the figures.
+        parts: further keys of the file.
     """
     facts = header(
-        dataset=parts.pop("name", source),
-        dataset_revision=hub_revision(source, "dataset"),
-        dataset_fingerprint=fingerprint,
-        model=args.model,
-        model_revision=hub_revision(args.model, "model"),
-        device=device_description(store.embedder.device),
-        precision=args.precision,
-        seconds=time.perf_counter() - started,
-        skipped=len(parts["skipped"]),
-    )
-    write_records(args.output, records, facts, **parts)
+        dataset=name or source, dataset_fingerprint=fingerprint, model=args.model, precision=args.precision,
+        device=device_description(store.embedder.device), seconds=time.perf_counter() - started, skipped=len(skipped),
+    )  # fmt: skip
+    revisions = {
+        "dataset_revision": hub_revision(source, "dataset"),
+        "model_revision": hub_revision(args.model, "model"),
+    }
+    write_records(args.output, records, facts | revisions, skipped=skipped, **parts)
 
 
 @user_errors
@@ -218,12 +210,10 @@ def run_evaluation(
     if not processes().is_main_process:
         return
     for record in records:
-        what = f"{record.direction:14} {record.metric:12}"
-        if record.task != "retrieval":
-            what = f"{record.dataset:20} {record.protocol:8} {record.metric:24}"
+        what = record.direction or f"{record.dataset} {record.protocol}"
         value = f"{record.value:8.1f}" if record.is_rank else f"{100 * record.value:6.2f} %"
         chance = "" if record.chance is None else f"   chance {100 * record.chance:.2f} %"
-        print(f"{what} {value}{chance}")
+        print(f"{what:28} {record.metric:24} {value}{chance}")
     content = read_json(args.output)
     for note in content.get("notes", []):
         print(note)

@@ -10,6 +10,7 @@ regression is fitted to both (ELEVATER, arXiv 2204.08790, section 4). Few-shot f
 import time
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pandas
@@ -20,9 +21,8 @@ from tqdm.auto import tqdm
 from capivara_common.cli import flag, run_command
 from capivara_common.environment import processes
 from capivara_common.files import check_output_file
-from caption_data.labelled_images import LabelledImages
 from eval.classification import ImageArguments, chance_of, classification_metrics, load_split
-from eval.embeddings import EmbeddingStore, open_store, run_evaluation, write_result
+from eval.embeddings import open_store, run_evaluation, write_result
 from eval.prompts import load_prompts
 from eval.records.schema import Record
 
@@ -46,8 +46,7 @@ class LinearProbeArguments(ImageArguments):
             raise ValueError(f"shots and draws must be at least 1, got {self.shots} and {self.draws}.")
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """Embedded images (images, width) and their classes (images,)."""
 
     embeds: np.ndarray
@@ -56,19 +55,6 @@ class Features:
     def subset(self, rows: np.ndarray) -> "Features":
         """The features of some images."""
         return Features(self.embeds[rows], self.labels[rows])
-
-
-def embed(store: EmbeddingStore, data: LabelledImages, description: str) -> tuple[Features, dict[int, str]]:
-    """The images that can be read, and why the others can't.
-
-    Raises:
-        ValueError: an image has several labels, which a regression for one label can't use.
-    """
-    images = store.images(data.images, description)
-    labels = [data.labels[row] for row in images.rows.tolist()]
-    if any(isinstance(label, list) for label in labels):
-        raise ValueError("The linear probe needs one label an image; this data set has lists of labels.")
-    return Features(images.embeds.numpy(), np.array(labels)), images.skipped
 
 
 def few_of_each(labels: np.ndarray, shots: int, generator: np.random.Generator) -> np.ndarray:
@@ -102,17 +88,20 @@ def probe_scores(
     if validation is None:
         part, validation = map(train.subset, held_out(train.labels, generator))
     else:
-        pairs = (train.embeds, validation.embeds), (train.labels, validation.labels)
-        both = Features(*map(np.concatenate, pairs))
+        both = Features(*map(np.concatenate, zip(train, validation, strict=True)))
+
+    def fitted(features: Features, penalty: float) -> LogisticRegression:
+        return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(*features)
+
     best = 1.0
     if len(validation.labels) and len(np.unique(part.labels)) > 1:
-        rights = [(_fitted(part, c).predict(validation.embeds) == validation.labels).mean() for c in PENALTIES]
+        rights = [(fitted(part, c).predict(validation.embeds) == validation.labels).mean() for c in PENALTIES]
         best = float(PENALTIES[int(np.argmax(rights))])
-    fitted = _fitted(both, best)
+    regression = fitted(both, best)
     scores = torch.full((len(test.labels), classes), -1e9, dtype=torch.double)  # a class that was never seen
-    decision = fitted.decision_function(test.embeds)
+    decision = regression.decision_function(test.embeds)
     decision = np.stack([-decision, decision], axis=1) if decision.ndim == 1 else decision
-    scores[:, torch.as_tensor(fitted.classes_)] = torch.from_numpy(decision).double()
+    scores[:, torch.as_tensor(regression.classes_)] = torch.from_numpy(decision).double()
     return scores, best
 
 
@@ -121,15 +110,28 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
     check_output_file(args.output)
     prompts = load_prompts(args.benchmark)
     names = [args.train_split, args.split, *([args.validation_split] if args.validation_split else [])]
-    loaded = [load_split(args, name, prompts.names_en) for name in names]
-    _check_apart(names, loaded)
+    loaded = {}
+    for name in names:
+        data = load_split(args, name, prompts.names_en)
+        if any(isinstance(label, list) for label in data.labels):
+            raise ValueError("The linear probe needs one label an image; this data set has lists of labels.")
+        if same := [other for other, known in loaded.items() if known.images.digest == data.images.digest]:
+            raise ValueError(  # such a figure would be of what was fitted
+                f"The splits {same[0]!r} and {name!r} hold the same images. "
+                "A linear probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
+            )
+        loaded[name] = data
     store = open_store(args)
     started = time.perf_counter()
-    embedded = [embed(store, data, f"Images, {name}") for name, data in zip(names, loaded, strict=True)]
+    features, skipped = [], {}
+    for name, data in loaded.items():
+        images = store.images(data.images, f"Images, {name}")
+        features.append(Features(images.embeds.numpy(), np.array(data.labels)[images.rows.numpy()]))
+        skipped |= {f"{name} {row}": why for row, why in images.skipped.items()}
     store.close()
     if not processes().is_main_process:
         return []
-    train, test, validation = (*(features for features, _ in embedded), None)[:3]
+    train, test, validation = (*features, None)[:3]
     records, chosen, labels, classes = [], {}, test.labels.tolist(), len(prompts.names)
     for shots in args.shots or [None]:
         name = f"{shots}-shot" if shots else "full"
@@ -148,27 +150,9 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
                     model_folder=args.model, chance=chance_of(metric, labels, classes),
                 )
             )  # fmt: skip
-    faults = zip(names, (bad for _, bad in embedded), strict=True)
-    skipped = {f"{name} {row}": why for name, bad in faults for row, why in bad.items()}
-    parts = {"chosen_penalties": chosen, "skipped": skipped}
-    write_result(args, records, args.images, loaded[1].fingerprint(), store, started, **parts)
+    digest = loaded[args.split].fingerprint()
+    write_result(args, records, args.images, digest, store, started, skipped, chosen_penalties=chosen)
     return records
-
-
-def _check_apart(names: list[str], data: list[LabelledImages]) -> None:
-    """Raise ValueError where two splits are the same images: such a figure would be of what was fitted."""
-    seen: dict[str, str] = {}
-    for name, images in zip(names, data, strict=True):
-        if images.images.digest in seen:
-            raise ValueError(
-                f"The splits {seen[images.images.digest]!r} and {name!r} hold the same images. "
-                "A linear probe needs a folder of splits, such as train/ and test/ with a folder a class in each."
-            )
-        seen[images.images.digest] = name
-
-
-def _fitted(features: Features, penalty: float) -> LogisticRegression:
-    return LogisticRegression(C=penalty, max_iter=MAX_ITERATIONS).fit(features.embeds, features.labels)
 
 
 main = partial(run_evaluation, LinearProbeArguments, __doc__, evaluate)

@@ -268,8 +268,7 @@ def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
     records = retrieval_records(embeddings, args.recall_at, protocol, **facts)
     store.close()
     if processes().is_main_process:
-        parts = {"name": name, "skipped": images.skipped}
-        write_result(args, records, args.dataset, data.fingerprint(), store, started, **parts)
+        write_result(args, records, args.dataset, data.fingerprint(), store, started, images.skipped, name)
         if pictures:
             from eval.records.plots import plot_retrieval_sheet  # here: others of these commands draw nothing
 

@@ -10,6 +10,7 @@ import json
 import re
 import urllib.request
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -72,6 +73,8 @@ def load_prompts(
         ValueError: benchmark, protocol or language is unknown (the nearest are named), or the file is not as expected.
         ImportError: Babel-ImageNet without clip-benchmark.
     """
+    if protocol not in ("ours", "authors", "babel"):
+        raise ValueError(f"Unknown protocol {protocol!r}; there are ours, authors and babel.")
     if benchmark.endswith(".json"):
         if protocol != "ours":
             raise ValueError(f"{benchmark} has prompts of its own; protocol {protocol!r} is for the known data sets.")
@@ -79,16 +82,11 @@ def load_prompts(
     elif benchmark in benchmarks():
         prompts = _prompts(benchmark, "ours", read_json(FOLDER / "pt" / f"{benchmark}.json"))
     else:
-        nearest = get_close_matches(benchmark, benchmarks(), n=3, cutoff=0.0)
         raise ValueError(
-            f"Unknown benchmark {benchmark!r}; the nearest are {nearest}. There are {benchmarks()}, and files of one's "
-            f"own, FILE.json, such as {EXAMPLE}"
+            f"Unknown benchmark {benchmark!r}; the nearest are {_nearest(benchmark, benchmarks())}. There are "
+            f"{benchmarks()}, and files of one's own, FILE.json, such as {EXAMPLE}"
         )
-    if protocol not in ("ours", "authors", "babel"):
-        raise ValueError(f"Unknown protocol {protocol!r}; there are ours, authors and babel.")
     if protocol == "authors":
-        if not authors_file:
-            raise ValueError("Protocol authors needs their file: give --authors_file, a path or an https address.")
         prompts = _authors(prompts, authors_file)
     elif protocol == "babel":
         prompts = _babel(prompts, language or "pt")
@@ -120,38 +118,38 @@ def fill(template: str, entry: dict, language: str = "pt") -> str:
     return re.sub(r"\{([^{}]*)\}", lambda place: forms[place[1]], template)
 
 
+def _nearest(name: Any, known: Sequence[str]) -> list[str]:
+    return get_close_matches(str(name), known, n=4, cutoff=0.0)
+
+
 def _own(path: Path) -> Prompts:
     if not path.is_file():
         raise ValueError(f"The file of classes {path} does not exist.")
     try:
         data = {"dataset": path.stem, "language": "pt", "metric": "accuracy"}
         data |= read_json(path, classes=list, templates=list)
-        language, texts = data["language"], [data["dataset"], *data["templates"]]
+        language, metric, names = data["language"], data["metric"], []
         if not isinstance(language, str) or not re.fullmatch(r"[A-Za-z]{2,3}([-_]\w+)*", language):
             raise ValueError(f"language must be a code such as 'es', got {language!r}")
-        if data["metric"] not in METRICS:
-            nearest = get_close_matches(str(data["metric"]), METRICS, n=4, cutoff=0.0)
-            raise ValueError(f"unknown metric {data['metric']!r}, the known ones are {nearest}")
+        if metric not in METRICS:
+            raise ValueError(f"unknown metric {metric!r}, the known ones are {_nearest(metric, METRICS)}")
+        texts = [data["dataset"], *data["templates"]]
         if not data["classes"] or not data["templates"] or not all(isinstance(text, str) for text in texts):
             raise ValueError("it needs at least one of classes and of templates, and the latter are texts")
-        data["classes"] = [_own_class(entry, language, number) for number, entry in enumerate(data["classes"])]
-        times = Counter(entry["en"] for entry in data["classes"])
-        if repeated := sorted(name for name in times if times[name] > 1):
+        for number, entry in enumerate(data["classes"]):  # an object, or the name alone
+            entry = entry if isinstance(entry, dict) else {language: entry}
+            name = entry.get(language)
+            if not all(isinstance(text, str) and text.strip() for text in (name, entry.get("en", name))):
+                raise ValueError(f"class {number} needs a name in the file's language, {language!r}, got {entry}")
+            if "gender" in entry and (entry["gender"], entry.get("number")) not in [*ARTICLES]:
+                raise ValueError(f"class {number} needs gender m or f and number s or p, got {entry}")
+            names.append(entry.get("en", name))
+            data["classes"][number] = entry | {"en": names[-1]}
+        if repeated := sorted(name for name, times in Counter(names).items() if times > 1):
             raise ValueError(f"no class may be there twice, as {repeated[:10]} are")
         return _prompts(data["dataset"], "own", data)
     except ValueError as error:
         raise ValueError(f"{path} is no file of classes: {error}. Such a file works: {EXAMPLE}") from error
-
-
-def _own_class(entry: Any, language: str, number: int) -> dict[str, Any]:
-    """The object of a class, which may be its name alone."""
-    entry = entry if isinstance(entry, dict) else {language: entry}
-    name = entry.get(language)
-    if not all(isinstance(text, str) and text.strip() for text in (name, entry.get("en", name))):
-        raise ValueError(f"class {number} needs a name in the file's language, {language!r}, got {entry}")
-    if "gender" in entry and (entry["gender"], entry.get("number")) not in [*ARTICLES]:
-        raise ValueError(f"class {number} needs gender m or f and number s or p, got {entry}")
-    return {"en": name} | entry
 
 
 def _prompts(benchmark: str, protocol: str, data: dict[str, Any]) -> Prompts:
@@ -168,16 +166,16 @@ def _shared_names(names: list[str]) -> tuple[str, ...]:
     return (note,) if twice else ()
 
 
-def _authors(ours: Prompts, source: str) -> Prompts:
+def _authors(ours: Prompts, source: str | None) -> Prompts:
+    if not source:
+        raise ValueError("Protocol authors needs their file: give --authors_file, a path or an https address.")
     values, key, found = assignments(_read(source)), ours.benchmark, []
     for what, name in (("classes", "class_map"), ("templates", "template_map")):
-        if not isinstance(values.get(name), dict) or key not in values[name]:
-            raise ValueError(f"The authors' file has no {name} with {key!r}; there is {sorted(map(str, values))[:50]}.")
-        texts = values[name][key]
+        texts = values[name].get(key) if isinstance(values.get(name), dict) else None
         if what == "classes" and isinstance(texts, list):
             texts = [text[0] if isinstance(text, list) and text else text for text in texts]  # as they do
         if not isinstance(texts, list) or not texts or not all(isinstance(v, str) and v.strip() for v in texts):
-            raise ValueError(f"The authors' {what} of {key!r} are not a list of texts.")
+            raise ValueError(f"The authors' file has no {name} with a list of texts for {key!r}: the {what}.")
         found.append(texts)
     names, templates = found
     if lacking := [template for template in templates if "{}" not in template]:
@@ -238,8 +236,7 @@ def _babel(ours: Prompts, language: str) -> Prompts:
     data = json.loads((folder / "babel_imagenet.json").read_text(encoding="utf-8"))
     key = language.upper()
     if key not in data:
-        nearest = get_close_matches(key, sorted(data), n=3, cutoff=0.0)
-        raise ValueError(f"Babel-ImageNet has no language {language!r}; the nearest are {nearest}.")
+        raise ValueError(f"Babel-ImageNet has no language {language!r}; the nearest are {_nearest(key, sorted(data))}.")
     indices, names = data[key]
     templates = json.loads((folder / "nllb_dist13b_prompts.json").read_text(encoding="utf-8"))
     filled = [[template.replace("{}", name) for template in templates.get(key, templates["EN"])] for name in names]

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections import namedtuple
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,28 +73,24 @@ class Record:
             self._check(name, is_number(value) or (name == "chance" and value is None), "a finite number")
         for name in ("seed", "dim"):
             self._check(name, type(getattr(self, name)) in (int, type(None)), "a whole number or null")
-        interval = self.interval_95
-        pair = isinstance(interval, tuple) and len(interval) == 2 and all(map(is_number, interval))
-        is_ordered = interval is None or (pair and interval[0] <= interval[1])
-        self._check("interval_95", is_ordered, "two numbers, the low end first")
-        is_retrieval = self.task == "retrieval"
+        ends, is_retrieval = self.interval_95, self.task == "retrieval"
+        pair = isinstance(ends, tuple) and len(ends) == 2 and all(map(is_number, ends)) and ends[0] <= ends[1]
+        self._check("interval_95", ends is None or pair, "two numbers, the low end first")
         self._check("task", self.task in TASKS, f"one of {', '.join(TASKS)}")
         self._check("model", self.model in MODEL_NAMES, f"one of {', '.join(MODEL_NAMES)}")
-        directions = DIRECTIONS if is_retrieval else ("",)
-        rule = f"one of {', '.join(directions)}" if is_retrieval else "empty"
-        self._check("direction", self.direction in directions, f"{rule} for {self.task}")
-        kind = "retrieval" if re.fullmatch(r"recall@[1-9]\d{0,8}", self.metric) else METRICS.get(self.metric)
+        rule = f"one of {', '.join(DIRECTIONS)}" if is_retrieval else "empty"
+        self._check("direction", self.direction in (DIRECTIONS if is_retrieval else ("",)), f"{rule} for {self.task}")
+        recall = re.fullmatch(r"recall@([1-9]\d{0,8})", self.metric)
+        kind = "retrieval" if recall else METRICS.get(self.metric)
         self._check("metric", kind is not None and (kind == "retrieval") == is_retrieval, f"one of {self.task}")
         low, of = -1 if self.is_gain else 0, f" for {self.metric}"
-        if self.is_rank:
-            self._check("value", self.value >= 1, "a rank from 1", of)
-        else:
-            self._check("value", low - ROUNDING <= self.value <= 1 + ROUNDING, f"a share from {low} to 1", of)
+        is_share = low - ROUNDING <= self.value <= 1 + ROUNDING
+        rule = "a rank from 1" if self.is_rank else f"a share from {low} to 1"
+        self._check("value", self.value >= 1 if self.is_rank else is_share, rule, of)
         self._check("chance", self.chance is None or -ROUNDING <= self.chance <= 1 + ROUNDING, "a share from 0 to 1")
-        self._check("n", self.n >= 1, "at least 1")
-        self._check("dim", self.dim is None or self.dim >= 1, "at least 1")
-        k = int(self.metric.removeprefix("recall@")) if self.metric.startswith("recall@") else 0
-        k = LARGEST_K if self.metric.startswith("mean_recall") else k
+        for name in ("n", "dim"):
+            self._check(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        k = int(recall[1]) if recall else LARGEST_K if self.metric.startswith("mean_recall") else 0
         # Among so few every query would be a hit.
         self._check("n", not k or self.n > k, f"above {k} for {self.metric}", ": among so few it has no meaning")
 
@@ -135,11 +131,9 @@ def header(
     device: str,
     precision: str,
     seconds: float | None = None,
-    dataset_revision: str | None = None,
-    model_revision: str | None = None,
     skipped: int = 0,
 ) -> dict[str, Any]:
-    """What the figures of a file depend on.
+    """What the figures of a file depend on; the two revisions, commits on the Hub, are None as for local ones.
 
     Args:
         dataset: folder, pattern of files, or Hub id of the images; `short_name` of it is kept, as records have it.
@@ -148,17 +142,16 @@ def header(
         device: in words.
         precision: "float32", or the type of autocast.
         seconds: of the measurement; None where other work is in them.
-        dataset_revision, model_revision: commits on the Hub; None for a local one.
         skipped: rows that could not be used and are not in the figures.
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     module = spec.name if spec else Path(sys.argv[0]).stem
     return {
         "dataset": short_name(dataset),
-        "dataset_revision": dataset_revision,
+        "dataset_revision": None,
         "dataset_fingerprint": dataset_fingerprint,
         "model": hide_paths(model),
-        "model_revision": model_revision,
+        "model_revision": None,
         "versions": package_versions(),
         "device": device,
         "precision": precision,
@@ -197,14 +190,23 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
     Raises:
         ValueError: it has another form; the message begins with the place in it, such as `records/3/value`.
     """
-    version, listed = content.get("schema_version"), content.get("records")
+    version, listed, records = content.get("schema_version"), content.get("records"), []
     if version != SCHEMA_VERSION:
         raise ValueError(
             f"schema_version must be {SCHEMA_VERSION}, got {_shown(version)}: measure it again with this package"
         )
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"records must be a list of at least one figure, got {_shown(listed)}")
-    return ResultFile(name, tuple(_record(entry, number) for number, entry in enumerate(listed)), content)
+    for number, entry in enumerate(listed):
+        if not isinstance(entry, dict):
+            raise ValueError(f"records/{number} must be an object, got {_shown(entry)}")
+        if missing := [field.name for field in fields(Record) if field.default is MISSING and field.name not in entry]:
+            raise ValueError(f"records/{number} has no {missing[0]!r}")
+        try:
+            records.append(Record(**{field.name: entry[field.name] for field in fields(Record) if field.name in entry}))
+        except ValueError as error:
+            raise ValueError(f"records/{number}/{error}") from None
+    return ResultFile(name, tuple(records), content)
 
 
 def read_object(path: Path) -> tuple[dict[str, Any], bytes]:
@@ -243,19 +245,6 @@ def hub_revision(name: str, repo_type: str) -> str | None:
     owner, repository = name.split("/")
     reference = Path(HF_HUB_CACHE) / f"{repo_type}s--{owner}--{repository}" / "refs" / "main"
     return reference.read_text(encoding="ascii").strip() if reference.is_file() else None
-
-
-def _record(entry: Any, number: int) -> Record:
-    if not isinstance(entry, dict):
-        raise ValueError(f"records/{number} must be an object, got {_shown(entry)}")
-    known = [field.name for field in fields(Record)]
-    required = known[: known.index("seed")]
-    if missing := [name for name in required if name not in entry]:
-        raise ValueError(f"records/{number} has no {missing[0]!r}")
-    try:
-        return Record(**{name: entry[name] for name in known if name in entry})
-    except ValueError as error:
-        raise ValueError(f"records/{number}/{error}") from None
 
 
 def _shown(value: Any) -> str:
