@@ -96,20 +96,15 @@ def chance_recall(query_groups: Tensor, item_groups: Tensor, k: int) -> float:
 def paired_bootstrap(
     baseline: Tensor, model: Tensor, groups: Tensor, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float, float]:
-    """Difference of two means over the same queries, with its 95 % interval.
+    """Mean of model - baseline over the same queries, then the ends of its 95 % interval (2.5th, 97.5th percentile).
 
     Whole groups (an image with all its captions) are drawn with replacement, since their queries are not independent.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13, percentile interval.
 
     Args:
-        baseline: (queries,), each query's value under the one model.
-        model: (queries,), under the other.
+        baseline, model: (queries,), each query's value under the one and the other model.
         groups: (queries,), integers.
-        resamples: how many samples are drawn.
-        seed: of the draw.
-
-    Returns:
-        Mean of model - baseline, then the 2.5th and 97.5th percentile.
+        resamples: how many samples are drawn, by `seed`.
 
     Raises:
         ValueError: the three differ in length.
@@ -164,10 +159,10 @@ def top_k_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     Raises:
         ValueError: k or a label is outside the classes, or a score is not finite.
     """
-    _check_classes(scores, labels)
+    ranks = _class_ranks(scores, labels)
     if k > scores.shape[1]:
         raise ValueError(f"k must be at most the number of classes, {scores.shape[1]}, got {k}.")
-    return recall_at_k(_class_ranks(scores, labels), k)
+    return recall_at_k(ranks, k)
 
 
 def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
@@ -177,11 +172,9 @@ def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
 
 def per_class_accuracy(scores: Tensor, labels: Tensor) -> Tensor:
     """(classes,), top-1 accuracy within each class, NaN for a class without images; ties as in `top_k_accuracy`."""
-    _check_classes(scores, labels)
     hits = (_class_ranks(scores, labels) == 0).double()
-    classes = scores.shape[1]
-    counts = torch.bincount(labels, minlength=classes)
-    return torch.zeros(classes, dtype=torch.double).index_add_(0, labels, hits) / counts
+    of_class = [torch.bincount(labels, weights, scores.shape[1]) for weights in (hits, None)]
+    return of_class[0] / of_class[1]
 
 
 def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
@@ -189,11 +182,10 @@ def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
 
     A tie with a wrong class goes to that one, so that the diagonal holds what `top_k_accuracy` counts.
     """
-    _check_classes(scores, labels)
-    classes = scores.shape[1]
+    ranks, classes = _class_ranks(scores, labels), scores.shape[1]
     floating = scores.to(torch.promote_types(scores.dtype, torch.float))
     wrong = floating.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
-    taken = torch.where(_class_ranks(scores, labels) == 0, labels, wrong)
+    taken = torch.where(ranks == 0, labels, wrong)
     return torch.bincount(labels * classes + taken, minlength=classes**2).reshape(classes, classes)
 
 
@@ -242,16 +234,12 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     return ((ranks[positives].sum() - number * (number + 1) / 2) / (number * (~positives).sum())).item()
 
 
-def _check_classes(scores: Tensor, labels: Tensor) -> None:
+def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """(images,), how many wrong classes score at least as high as the right one."""
     if len(scores) != len(labels):
         raise ValueError(f"There are {len(scores)} rows of scores for {len(labels)} labels.")
     _check_finite(scores)
     outside = labels[(labels < 0) | (labels >= scores.shape[1])].unique().tolist()
     if outside:
         raise ValueError(f"Labels {outside[:10]} are outside the {scores.shape[1]} classes that have a name.")
-
-
-def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """(images,), how many wrong classes score at least as high as the right one."""
-    right = scores.gather(1, labels[:, None])
-    return (scores >= right).sum(dim=1) - 1
+    return (scores >= scores.gather(1, labels[:, None])).sum(dim=1) - 1
