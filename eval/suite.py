@@ -36,7 +36,6 @@ from eval.benchmarks import (
     METRICS,
     SUITES,
     Benchmark,
-    Location,
     adapted,
     hub_fault,
     load_benchmarks,
@@ -151,25 +150,26 @@ def plan(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any
     fault = functools.cache(lambda: "offline" if args.offline else hub_fault())
     models, measurements = models_of(args), []
     for benchmark in benchmarks:
-        location = locate(benchmark, given, args.data_dir, fault)
+        place, reader = locate(benchmark, given, args.data_dir, fault), benchmark.source.get("reader")
         languages = [code for code in benchmark.all_languages if code in asked] if asked else benchmark.languages
         if not languages and benchmark.key in args.only:  # named, so that it must be heard of
             languages, known = [benchmark.language], " ".join(benchmark.all_languages)
-            location = Location(reason=f"it is in {known}, and --languages asks for {' '.join(asked)}")
+            reason = f"it is in {known}, and --languages asks for {' '.join(asked)}"
+            place = {"data": "", "local": False, "reason": reason}
         for language in languages:
-            data, reason, reader = location.name, location.reason, benchmark.source.get("reader")
-            if location.local and reader:
+            of_language = place
+            if place["local"] and reader:
                 try:
                     target = args.output / "layouts" / f"{benchmark.key}-{language}"
-                    data = str(adapted(reader, Path(data), benchmark.split, language, target))
+                    made = adapted(reader, Path(place["data"]), benchmark.split, language, target)
+                    of_language = place | {"data": str(made)}
                 except (ValueError, OSError) as error:
-                    reason = _one_line(error)
+                    of_language = place | {"reason": _one_line(error)}
             for model in models:
                 suffix = "baseline" if model["role"] == "baseline" else f"{model['role']}-{model['run']}"
                 one = {"benchmark": benchmark.key, "language": language, "role": model["role"], "run": model["run"]}
-                one |= {"file": f"{benchmark.key}-{language}-{suffix}.json", "reason": reason, "skipped": 0}
-                one |= {"status": "not run" if reason else "planned", "local": location.local, "data": data}
-                measurements.append(one)
+                one |= {"file": f"{benchmark.key}-{language}-{suffix}.json", "skipped": 0, **of_language}
+                measurements.append(one | {"status": "not run" if one["reason"] else "planned"})
     return models, measurements
 
 
@@ -374,13 +374,13 @@ def listing(args: SuiteArguments) -> str:
     """The benchmarks of a suite, a line of their data each."""
     given, lines = local_data(args.data), []
     for benchmark in chosen(args):
-        location = locate(benchmark, given, args.data_dir, lambda: "offline")
+        place = locate(benchmark, given, args.data_dir, lambda: "offline")
         others = " ".join(code for code in benchmark.all_languages if code not in benchmark.languages)
         lines += [
             f"{benchmark.key}: {benchmark.title}, {benchmark.task}, {benchmark.metric}, split {benchmark.split}",
             f"    languages {' '.join(benchmark.languages)}{f'; also {others}' if others else ''}",
             f"    Hub {benchmark.source['hub_id'] or 'unknown'}; from {benchmark.source['url'] or 'its makers'}",
-            f"    local {location.name if location.local else 'not found'}; layout: {benchmark.source['local_layout']}",
+            f"    local {place['data'] if place['local'] else 'not found'}; layout: {benchmark.source['local_layout']}",
         ]
     return "\n".join(lines)
 

@@ -8,7 +8,7 @@ from made_benchmarks import BENCHMARKS, IMAGES, make_captions, make_flickr30k_20
 
 from capivara_common.image_files import decode_image
 from caption_data.sources import open_split
-from eval.benchmarks import Location, adapted, local_data, locate
+from eval.benchmarks import adapted, local_data, locate
 
 
 def captions_of(folder, language: str) -> list:
@@ -136,10 +136,14 @@ def test_where_data_are_looked_for(tmp_path):
 
     for key in ("imagenet-1k", "cifar-10", "own"):
         (tmp_path / key).mkdir()
-    assert place("cifar-10", [f"cifar-10={tmp_path / 'own'}"]) == Location(str(tmp_path / "own"), local=True)
-    assert place("cifar-10", []) == Location(str(tmp_path / "cifar-10"), local=True)
-    assert place("babel-imagenet", []) == Location(str(tmp_path / "imagenet-1k"), local=True)
-    assert place("gtsrb", []) == Location("clip-benchmark/wds_gtsrb")
-    assert "and offline; give --data gtsrb=PATH" in place("gtsrb", [], fault="offline").reason
-    assert "and it is down; give" in place("gtsrb", [], fault="it is down").reason
-    assert "no Hub id is known; give --data food-101=PATH" in place("food-101", []).reason
+
+    def local(name):
+        return {"data": str(tmp_path / name), "local": True, "reason": ""}
+
+    assert place("cifar-10", [f"cifar-10={tmp_path / 'own'}"]) == local("own")
+    assert place("cifar-10", []) == local("cifar-10")
+    assert place("babel-imagenet", []) == local("imagenet-1k")
+    assert place("gtsrb", []) == {"data": "clip-benchmark/wds_gtsrb", "local": False, "reason": ""}
+    assert "and offline; give --data gtsrb=PATH" in place("gtsrb", [], fault="offline")["reason"]
+    assert "and it is down; give" in place("gtsrb", [], fault="it is down")["reason"]
+    assert "no Hub id is known; give --data food-101=PATH" in place("food-101", [])["reason"]

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import constants, get_session
 
@@ -120,14 +120,6 @@ def must_be_known(what: str, names: list[str], known: list[str]) -> None:
             raise WrongUse(f"Unknown {what} {name!r}. Known, nearest first: {', '.join(ranked)}.")
 
 
-class Location(NamedTuple):
-    """Where a benchmark's data are: a local path or Hub id (`name`), or the reason why they are not available."""
-
-    name: str = ""
-    local: bool = False
-    reason: str = ""
-
-
 def local_data(items: list[str]) -> dict[str, Path]:
     """Key -> path, of items KEY=PATH. Raises ValueError where one is none, its key is unknown or there is no path."""
     given = {}
@@ -142,20 +134,24 @@ def local_data(items: list[str]) -> dict[str, Path]:
     return given
 
 
-def locate(benchmark: Benchmark, given: dict[str, Path], folder: Path | None, hub_fault: Callable[[], str]) -> Location:
+def locate(
+    benchmark: Benchmark, given: dict[str, Path], folder: Path | None, hub_fault: Callable[[], str]
+) -> dict[str, Any]:
     """Where the data of a benchmark are: at a `given` path by key, in `folder` under it, or on the Hub.
 
-    `hub_fault` says why the Hub can't be used, or ""; it is asked where that is needed.
+    That is `data`, a path or Hub id, whether it is `local`, and the `reason` why there are none, or "". `hub_fault` says
+    why the Hub can't be used, or ""; it is asked where that is needed.
     """
     keys = [key for key in (benchmark.key, benchmark.data_of) if key]
     paths = [given[key] for key in keys if key in given]
     paths += [folder / key for key in keys if (folder / key).exists()] if folder else []
     if paths:
-        return Location(str(paths[0]), local=True)
+        return {"data": str(paths[0]), "local": True, "reason": ""}
     identity, url = benchmark.source["hub_id"], benchmark.source["url"]
     fault = "no Hub id is known" if identity is None else hub_fault()
     way = f"give --data {benchmark.key}=PATH{f', from {url}' if url else ''}"
-    return Location(reason=f"no local data, and {fault}; {way}") if fault else Location(identity)
+    reason = f"no local data, and {fault}; {way}" if fault else ""
+    return {"data": "" if fault else identity, "local": False, "reason": reason}
 
 
 def hub_fault() -> str:

@@ -172,9 +172,8 @@ def mean_per_class_accuracy(scores: Tensor, labels: Tensor) -> float:
 
 def per_class_accuracy(scores: Tensor, labels: Tensor) -> Tensor:
     """(classes,), top-1 accuracy within each class, NaN for a class without images; ties as in `top_k_accuracy`."""
-    hits = (_class_ranks(scores, labels) == 0).double()
-    of_class = [torch.bincount(labels, weights, scores.shape[1]) for weights in (hits, None)]
-    return of_class[0] / of_class[1]
+    matrix = confusion_matrix(scores, labels).double()
+    return matrix.diag() / matrix.sum(dim=1)
 
 
 def confusion_matrix(scores: Tensor, labels: Tensor) -> Tensor:
