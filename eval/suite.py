@@ -216,14 +216,13 @@ def run(args: SuiteArguments) -> dict[str, Any] | None:
             try:
                 measure(args, benchmarks[one["benchmark"]], by_role[one["role"], one["run"]], one)
                 one["status"] = "measured"
-            except (ValueError, OSError, ImportError) as error:
-                one |= {"status": "not run", "reason": _one_line(error)}
-            except Exception as error:  # want of memory, or a fault of ours: the others are measured all the same
-                traceback.print_exc()
-                one |= {"status": "not run", "reason": f"{type(error).__name__}: {error}"}
-        if main and one["status"] == "measured":
-            one["skipped"] = read_json(args.output / one["file"])["skipped_rows"]
+            except Exception as error:  # the others are measured all the same
+                if not isinstance(error, ValueError | OSError | ImportError):  # want of memory, or a fault of ours
+                    traceback.print_exc()
+                one |= {"status": "not run", "reason": _one_line(error) or type(error).__name__}
         if main:
+            if one["status"] == "measured":
+                one["skipped"] = read_json(args.output / one["file"])["skipped_rows"]
             outcome = ": ".join(filter(None, (one["status"], one["reason"])))
             print(f"[{number}/{len(measurements)}] {one['file'].removesuffix('.json')}: {outcome}", flush=True)
     if not main:

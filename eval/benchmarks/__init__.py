@@ -139,8 +139,8 @@ def locate(
 ) -> dict[str, Any]:
     """Where the data of a benchmark are: at a `given` path by key, in `folder` under it, or on the Hub.
 
-    That is `data`, a path or Hub id, whether it is `local`, and the `reason` why there are none, or "". `hub_fault` says
-    why the Hub can't be used, or ""; it is asked where that is needed.
+    That is `data`, a path or Hub id, whether it is `local`, and the `reason` why there are none, or "". `hub_fault`
+    says why the Hub can't be used, or ""; it is asked where that is needed.
     """
     keys = [key for key in (benchmark.key, benchmark.data_of) if key]
     paths = [given[key] for key in keys if key in given]

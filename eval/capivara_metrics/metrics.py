@@ -17,8 +17,9 @@ def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
 
     Of scores (queries, items) and of which items are right (queries, items); a tie counts against the query.
     """
-    best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-    return ((scores >= best) & ~right).sum(dim=1, dtype=torch.int32).long()
+    wrong = ~right
+    best = scores.masked_fill(wrong, -torch.inf).amax(dim=1, keepdim=True)
+    return ((scores >= best) & wrong).sum(dim=1, dtype=torch.int32).long()
 
 
 @torch.no_grad()
