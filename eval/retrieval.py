@@ -153,16 +153,16 @@ def retrieval_records(
 
     Args:
         embeddings: of the split.
-        cutoffs: the k of recall@k, of which `reported_cutoffs` are.
+        cutoffs: the k of recall@k, without those that the images are too few for: every query would be a hit.
         protocol: in words.
         facts: the other fields of `Record`: dataset, split, language, model, model_folder and seed.
     """
-    records, cutoffs = [], reported_cutoffs(cutoffs, len(embeddings.image_embeds))
+    records, cutoffs = [], tuple(k for k in cutoffs if k < len(embeddings.image_embeds))
     facts |= width_facts(embeddings, protocol)
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
         values = {f"recall@{k}": (recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
-        if tuple(cutoffs) == RECALL_CUTOFFS:  # of others it would be another figure of the same name
+        if cutoffs == RECALL_CUTOFFS:  # of others it would be another figure of the same name
             values["mean_recall"] = tuple(sum(of) / len(of) for of in zip(*values.values(), strict=True))
         values["median_rank"] = (median_rank(ranks), None)
         for metric, (value, chance) in values.items():
@@ -192,7 +192,7 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
     """Mean recall after training minus that before, on the same split, with its paired-bootstrap interval; none where
     the split has too few images for a mean recall.
     """
-    if reported_cutoffs(RECALL_CUTOFFS, len(after.image_embeds)) != RECALL_CUTOFFS:
+    if len(after.image_embeds) <= max(RECALL_CUTOFFS):
         return []
     records, facts = [], facts | width_facts(after, PROTOCOL)
     for direction in DIRECTIONS:
@@ -278,14 +278,9 @@ def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
     return records
 
 
-def reported_cutoffs(cutoffs: Sequence[int], images: int) -> tuple[int, ...]:
-    """Those k whose recall@k says something among so many images: with k images or fewer, every query is a hit."""
-    return tuple(k for k in cutoffs if k < images)
-
-
 def check_cutoffs(cutoffs: Sequence[int], images: int) -> None:
-    """Raise ValueError where a k that was asked for is none of `reported_cutoffs`."""
-    if len(reported_cutoffs(cutoffs, images)) < len(cutoffs):
+    """Raise ValueError where a k is not below the number of images: every query would be a hit."""
+    if max(cutoffs) >= images:
         raise ValueError(
             f"recall@{max(cutoffs)} has no meaning among {images} images; give smaller ones, such as --recall_at 1"
             + (f" {min(5, images - 1)}." if images > 2 else ".")

@@ -195,14 +195,9 @@ def retrieval_table(records: Sequence[Record]) -> str:
             shown = [percent(cells.get((way, metric), [])) for way in DIRECTIONS for metric in COLUMNS]
             title = f"{language}, first {dim} dimensions" if dim else language
             lines += [[title, name, *shown]] * (not found.empty)
-    gains = [_gain_line(record) for record in records if record.is_gain]
-    return "\n".join([markdown_table(lines, 2), "", *gains]).rstrip() + "\n"
-
-
-def _gain_line(r: Record) -> str:
-    low, high = r.interval_95
-    seed = "" if r.seed is None else f", seed {r.seed}"
-    return (
-        f"- {r.language}, {r.direction.replace('_', '-')}{seed}: gain {100 * r.value:+.1f} points, "
-        f"95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-    )
+    lines = [markdown_table(lines, 2), ""]
+    for r in (record for record in records if record.is_gain):
+        gain, low, high = (f"{100 * share:+.1f}" for share in (r.value, *r.interval_95))
+        what = f"{r.language}, {r.direction.replace('_', '-')}" + ("" if r.seed is None else f", seed {r.seed}")
+        lines.append(f"- {what}: gain {gain} points, 95 % interval {low} to {high}")
+    return "\n".join(lines).rstrip() + "\n"
