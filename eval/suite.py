@@ -217,9 +217,11 @@ def run(args: SuiteArguments) -> dict[str, Any] | None:
                 measure(args, benchmarks[one["benchmark"]], by_role[one["role"], one["run"]], one)
                 one["status"] = "measured"
             except Exception as error:  # the others are measured all the same
+                kind = ""
                 if not isinstance(error, ValueError | OSError | ImportError):  # want of memory, or a fault of ours
+                    kind = f"{type(error).__name__}: "
                     traceback.print_exc()
-                one |= {"status": "not run", "reason": _one_line(error) or type(error).__name__}
+                one |= {"status": "not run", "reason": kind + _one_line(error)}
         if main:
             if one["status"] == "measured":
                 one["skipped"] = read_json(args.output / one["file"])["skipped_rows"]
