@@ -21,12 +21,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capivara_common.files import write_json
+from capivara_common.files import read_json, write_json
 from capivara_common.tasks import all_parts, share
 from caption_data.rows import digest_of
-from caption_data.source_files import opened_parquet
-from caption_data.stage_record import STAGE_FILE, joined, missing_parts, part_path, refuse_missing, stage_record
+from caption_data.sources import STAGE_FILE, opened_parquet, refuse_unfinished
 
+SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
+RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
+RECORD |= {"settings": dict, "columns": dict, "versions": dict}
+SOURCE = {"name": str, "split": str, "rows": int}
+MAX_ROWS = 10**9  # names of parts have nine digits
+MAX_SHOWN = 300  # letters of what a damaged file holds
 IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
 NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
 DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of its stage.json
@@ -48,6 +53,45 @@ class StageReport:
             + f" ({reasons})" * bool(reasons)
             + f", {left:,} not done yet" * bool(left)
         )
+
+
+def stage_record(output: Path | str) -> dict[str, Any]:
+    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
+    path = Path(output) / STAGE_FILE
+    if not path.is_file():
+        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
+    try:
+        record = read_json(path, **RECORD)
+        source, rows_per_part = record["source"], record["rows_per_part"]
+        good = all(type(source.get(name)) is kind for name, kind in SOURCE.items()) and rows_per_part > 0
+        if not good or not 0 <= source["rows"] < MAX_ROWS or not re.fullmatch(SPLIT, source["split"]):
+            raise ValueError(f"{path}: what it says of the source can't be, {str(source)[:MAX_SHOWN]}")
+    except ValueError as error:
+        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
+    return record
+
+
+def part_path(output: Path, split: str, part: range) -> Path:
+    """The file of the rows of a part."""
+    return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
+
+
+def missing_parts(output: Path, record: dict[str, Any]) -> list[range]:
+    """The parts of a stage that no task has written yet, by the names of its files alone."""
+    there, split = {path.name for path in output.glob("*.parquet")}, record["source"]["split"]
+    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
+    return [part for part in parts if part_path(output, split, part).name not in there]
+
+
+def joined(parts: list[range]) -> list[range]:
+    """Neighbours as one range."""
+    found: list[range] = []
+    for part in parts:
+        if found and found[-1].stop == part.start:
+            found[-1] = range(found[-1].start, part.stop)
+        else:
+            found.append(part)
+    return found
 
 
 def finished_ranks(output: Path, record: dict[str, Any], world_size: int) -> list[int]:
@@ -167,7 +211,7 @@ def check_complete(output: Path | str) -> StageReport:
     """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
     output, record = Path(output), stage_record(output)
     report = progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
-    refuse_missing(output, record, report.missing)
+    refuse_unfinished(output)
     return report
 
 

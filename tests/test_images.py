@@ -293,7 +293,7 @@ def test_a_shard_of_something_else_is_refused_by_name(
     monkeypatch.setattr(training.images, "SHARD_ROWS", 6)
     pairs = pairs_of(tiny_dataset_folder, tiny_processor)
     cache = cache_of(tiny_model, pairs, tmp_path)
-    cache.write(1, OTHERS[change](np.load(cache.paths()[1])), [])
+    cache.write(1, OTHERS[change](np.load(cache.paths[1])), [])
     with pytest.raises(ValueError, match=r"shard-00001\.npy should be .*Remove it"):
         cache_of(tiny_model, pairs, tmp_path)
 
@@ -364,10 +364,10 @@ def test_the_size_is_told_before_the_work(
     assert caplog.messages == [
         f"Image-embedding cache: 12 images x 3 views x 24 x 2 bytes, 0.0 MB to write to {cache.folder}."
     ]
-    assert needed <= sum(path.stat().st_size for path in cache.paths()) < needed + 3 * 200  # and the files' headers
+    assert needed <= sum(path.stat().st_size for path in cache.paths) < needed + 3 * 200  # and the files' headers
     cache_of(tiny_model, pairs, tmp_path)
     assert len(caplog.messages) == 1, "nothing is to be written"
-    cache.paths()[2].unlink()
+    cache.paths[2].unlink()
     cache_of(tiny_model, pairs, tmp_path)
     assert asked[1:] == [(cache.folder, 2 * 3 * 24 * 2)], "only what is missing"
 
