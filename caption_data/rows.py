@@ -17,7 +17,6 @@ CAPTIONS = List(Value("string"))
 SIMILARITIES = List(Value("float32"))
 CAPTION_COLUMN = re.compile(r"(generated-)?captions-[\w-]+")  # the authors' names
 SIMILARITY_COLUMN = re.compile(r"similarities-[\w-]+")
-IMAGE = "image"  # the authors' name, which the image column has in every output
 NO_TEXTS = "column without texts"  # of a table out of JSON: which column of captions holds anything else in a row
 NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy; left out, but not bad
 

@@ -27,7 +27,7 @@ from capivara_common.executors import EXPECTED, TasksFailed, Work, execute
 from capivara_common.files import no_space_left
 from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase, all_parts, share
-from caption_data.rows import CAPTION_COLUMN, CAPTIONS, IMAGE, NO_TEXTS, Skipped, caption_texts, write_skipped
+from caption_data.rows import CAPTION_COLUMN, CAPTIONS, NO_TEXTS, Skipped, caption_texts, write_skipped
 from caption_data.sources import NoSplit, Split
 from captions.in_place import fingerprint, open_in_place
 from captions.stage_arguments import StageArguments
@@ -48,6 +48,7 @@ from captions.translators.pieces import groups
 
 logger = logging.getLogger("capivara")
 
+IMAGE = "image"  # the authors' name, which the image column has in every output
 STAGE_VERSION = 1  # of the folder's form; raise it when parts change
 ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
 PREPARED_ROWS = 50_000  # whose translations are in memory at once

@@ -54,13 +54,10 @@ class Inputs:
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
         """Name of a data set and split -> digest of its images and captions."""
-        trained = zip(args.dataset, self.training, strict=True)
-        prints = {"base model": self.base_digest}
-        prints |= {f"{name} {args.train_split}": pairs_fingerprint(pairs.table) for name, pairs in trained}
-        prints[f"{args.evaluation_dataset} {args.validation_split}"] = pairs_fingerprint(self.validation.table)
-        for language, pairs in self.test.items():
-            prints[f"{args.evaluation_dataset} {args.test_split} {language}"] = pairs_fingerprint(pairs.table)
-        return prints
+        named = {f"{pairs.source.name} {args.train_split}": pairs for pairs in self.training}
+        named[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation
+        named |= {f"{args.evaluation_dataset} {args.test_split} {code}": pairs for code, pairs in self.test.items()}
+        return {"base model": self.base_digest} | {name: pairs_fingerprint(of.table) for name, of in named.items()}
 
 
 def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
