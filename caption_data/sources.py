@@ -158,10 +158,12 @@ def refuse_unfinished(folder: Path) -> None:
     """
     if not (folder / STAGE_FILE).is_file():
         return
-    record = read_json(folder / STAGE_FILE, command=str, source=dict)
-    rows, end, gaps = record["source"].get("rows"), 0, []
-    if type(rows) is not int:
-        raise ValueError(f"{folder / STAGE_FILE} must say how many rows its source has. Put back a copy of it.")
+    try:
+        record = read_json(folder / STAGE_FILE, command=str, source=dict)
+        rows, end, gaps = int(record["source"]["rows"]), 0, []
+    except (ValueError, LookupError, TypeError) as error:
+        told = f"{folder / STAGE_FILE} does not say how many rows its source has: {error!r}"
+        raise ValueError(f"{told}. Put back a copy of it, or remove {folder} and run its stage again.") from error
     names = (re.search(r"-(\d{9})-(\d{9})$", path.stem) for path in folder.glob("*.parquet"))
     for start, stop in [*sorted(tuple(map(int, name.groups())) for name in names if name), (rows, rows)]:
         gaps += [range(end, start)] if start > end else []

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,37 +101,30 @@ class Pairs:
         return kept, [Skipped(source.name, source.split, *line) for line in bad]
 
 
-@dataclass
-class TrainingImages:
-    """The images of the pairs of all data sets."""
+def cached_embeds(training: list[Pairs], sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
+    """(pairs, width), float32: data set of `training`, pair and view of each; only with caches."""
+    embeds = torch.empty(len(sources), training[0].cache.arrays[0].shape[2])
+    for number in np.unique(sources):
+        (at,) = np.nonzero(sources == number)
+        embeds[at] = training[number].vectors(pairs[at], views[at])
+    return embeds
 
-    pairs: list[Pairs]
 
-    @property
-    def cached(self) -> bool:
-        """Whether their vectors are known; else every image is embedded at every step."""
-        return self.pairs[0].cache is not None
+def pixel_batches(training: list[Pairs], items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
+    """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes.
 
-    def cached_embeds(self, sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
-        """(pairs, width), float32: data set, pair and view of each; only with caches."""
-        embeds = torch.empty(len(sources), self.pairs[0].cache.arrays[0].shape[2])
-        for number in np.unique(sources):
-            (at,) = np.nonzero(sources == number)
-            embeds[at] = self.pairs[number].vectors(pairs[at], views[at])
-        return embeds
+    Raises BadImage, with the row, where an image has changed since it was checked.
+    """
+    return read_ahead(partial(_pixels, training), items, workers)
 
-    def pixel_batches(self, items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
-        """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes."""
-        return read_ahead(self.pixels, items, workers)
 
-    def pixels(self, item: tuple[int, int, int]) -> Tensor:
-        """(3, height, width). Raises BadImage, with the row, where an image has changed since it was checked."""
-        pairs = self.pairs[item[0]]
-        pixels = pairs.view(item[1:])
-        if isinstance(pixels, BadImage):
-            place = f"{pairs.source.where}, row {pairs.table[int(item[1])]['row']}"
-            raise BadImage(pixels.reason, f"{place}: {pixels.detail}")
-        return pixels
+def _pixels(training: list[Pairs], item: tuple[int, int, int]) -> Tensor:
+    pairs = training[item[0]]
+    pixels = pairs.view(item[1:])
+    if isinstance(pixels, BadImage):
+        place = f"{pairs.source.where}, row {pairs.table[int(item[1])]['row']}"
+        raise BadImage(pixels.reason, f"{place}: {pixels.detail}")
+    return pixels
 
 
 @dataclass

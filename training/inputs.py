@@ -18,7 +18,7 @@ from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import embed_images
 from training.arguments import RunArguments
 from training.batches import Planner, batch_counts
-from training.images import Pairs, TrainingImages, build_cache, loading_workers
+from training.images import Pairs, build_cache, loading_workers
 from training.trainable import prepare_trainable
 
 COLUMN_NAMED = "--language, --eval_languages and --caption_column name it."
@@ -39,11 +39,6 @@ class Inputs:
     test_embeds: Tensor  # (images, width) by the base's image tower, float32
     skipped: list[Skipped]  # training rows that were left out
     base_digest: str  # of the base's weights
-
-    @property
-    def images(self) -> TrainingImages:
-        """Those of the training pairs."""
-        return TrainingImages(self.training)
 
     def planner(self, args: RunArguments) -> Planner:
         """What draws the batches of a run."""
