@@ -223,8 +223,10 @@ def load_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     try:
         return _loaded(dataset, load_dataset, form, data_files=names, split="train")
     except ValueError:
-        for _ in itertools.chain.from_iterable(map(parquet_batches, parquet)):
-            pass  # until the one that is damaged, which the error names
+        for path in parquet:
+            with opened_parquet(path) as file:
+                for _ in file.iter_batches(READ_ROWS):
+                    pass  # until the one that is damaged, which the error names
         raise
 
 
@@ -294,14 +296,6 @@ def opened_parquet(path: Path, advice: str = "") -> Iterator[pq.ParquetFile]:
             yield file
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path} can't be loaded: {_one_line(error)}{advice}") from error
-
-
-def parquet_batches(
-    path: Path, groups: list[int] | None = None, columns: list[str] | None = None
-) -> Iterator[pa.RecordBatch]:
-    """Rows of a parquet file, of all its row groups or some, a few at once. Raises ValueError as `opened_parquet`."""
-    with opened_parquet(path) as file:
-        yield from file.iter_batches(READ_ROWS, row_groups=groups, columns=columns)
 
 
 def _from_hub(dataset: str) -> Any:

@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 
 from capivara_common.image_files import MAX_IMAGE_PIXELS, ImageFiles
 from caption_data.sources import (
+    READ_ROWS,
     Split,
     files_of_split,
     open_split,
     opened_parquet,
-    parquet_batches,
     refuse_unfinished,
 )
 
@@ -75,16 +75,17 @@ class ParquetSplit(Split):
         surplus = start - self.starts[first]  # rows of the first group that come before
         for path, groups in itertools.groupby(self.groups[first:], key=lambda group: group[0]):
             numbers, columns = [number for _, number, _ in groups], None if only is None else list(only)
-            for batch in parquet_batches(path, numbers, columns):
-                rows = batch.slice(min(surplus, len(batch))).to_pylist()
-                surplus -= len(batch) - len(rows)
-                for row in rows:
-                    image = row.get(self.image_column)
-                    if isinstance(image, bytes | str):  # of files that others wrote
-                        is_path = isinstance(image, str)
-                        image = {"bytes": None if is_path else image, "path": image if is_path else None}
-                        row[self.image_column] = image
-                    yield row
+            with opened_parquet(path) as file:
+                for batch in file.iter_batches(READ_ROWS, row_groups=numbers, columns=columns):
+                    rows = batch.slice(min(surplus, len(batch))).to_pylist()
+                    surplus -= len(batch) - len(rows)
+                    for row in rows:
+                        image = row.get(self.image_column)
+                        if isinstance(image, bytes | str):  # of files that others wrote
+                            is_path = isinstance(image, str)
+                            image = {"bytes": None if is_path else image, "path": image if is_path else None}
+                            row[self.image_column] = image
+                        yield row
 
 
 def open_in_place(
