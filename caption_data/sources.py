@@ -39,6 +39,12 @@ from caption_data.tars import table_of_files
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 STAGE_FILE = "stage.json"  # of a folder that a stage of `captions` writes
+SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
+RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
+RECORD |= {"settings": dict, "columns": dict, "versions": dict}
+SOURCE = {"name": str, "split": str, "rows": int}
+MAX_ROWS = 10**9  # names of parts have nine digits
+MAX_SHOWN = 300  # letters of what a damaged file holds
 HUB_TIMEOUT = 20  # seconds
 READ_ROWS = 16  # of a parquet file at once
 
@@ -158,12 +164,8 @@ def refuse_unfinished(folder: Path) -> None:
     """
     if not (folder / STAGE_FILE).is_file():
         return
-    try:
-        record = read_json(folder / STAGE_FILE, command=str, source=dict)
-        rows, end, gaps = int(record["source"]["rows"]), 0, []
-    except (ValueError, LookupError, TypeError) as error:
-        told = f"{folder / STAGE_FILE} does not say how many rows its source has: {error!r}"
-        raise ValueError(f"{told}. Put back a copy of it, or remove {folder} and run its stage again.") from error
+    record = stage_record(folder)
+    rows, end, gaps = record["source"]["rows"], 0, []
     names = (re.search(r"-(\d{9})-(\d{9})$", path.stem) for path in folder.glob("*.parquet"))
     for start, stop in [*sorted(tuple(map(int, name.groups())) for name in names if name), (rows, rows)]:
         gaps += [range(end, start)] if start > end else []
@@ -174,6 +176,22 @@ def refuse_unfinished(folder: Path) -> None:
             f"{folder} is unfinished: of its {rows} rows, {sum(map(len, gaps))} are missing ({named}). Other tasks may "
             f"be at work on them; this command makes what is missing: {record['command']}"
         )
+
+
+def stage_record(output: Path | str) -> dict[str, Any]:
+    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
+    path = Path(output) / STAGE_FILE
+    if not path.is_file():
+        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
+    try:
+        record = read_json(path, **RECORD)
+        source, rows_per_part = record["source"], record["rows_per_part"]
+        good = all(type(source.get(name)) is kind for name, kind in SOURCE.items()) and rows_per_part > 0
+        if not good or not 0 <= source["rows"] < MAX_ROWS or not re.fullmatch(SPLIT, source["split"]):
+            raise ValueError(f"{path}: what it says of the source can't be, {str(source)[:MAX_SHOWN]}")
+    except ValueError as error:
+        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
+    return record
 
 
 def undecoded(data: Dataset, image_column: str) -> Dataset:

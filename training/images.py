@@ -28,6 +28,7 @@ from capivara_common.files import check_free_space, write_json
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache
+from caption_data.pairs import pairs_fingerprint
 from caption_data.rows import Skipped, digest_of
 from caption_data.sources import Split
 from modeling_capivara import CapivaraModel, CapivaraProcessor
@@ -64,6 +65,11 @@ class Pairs:
     def captions(self) -> list[list[str]]:
         """The captions of each image."""
         return self.table["captions"][:]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of images, captions and their order."""
+        return pairs_fingerprint(self.table)
 
     def view(self, item: tuple[int, int]) -> Tensor | BadImage:
         """(3, height, width) of a pair's image in a view; what is wrong with the image where it is bad."""

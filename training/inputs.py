@@ -9,7 +9,7 @@ from torch import Tensor
 
 from capivara_common.environment import cache_home
 from capivara_common.files import check_free_space
-from caption_data.pairs import check_bad_share, lacking, pair_table, pairs_fingerprint, skipped_rows, usable
+from caption_data.pairs import check_bad_share, lacking, pair_table, skipped_rows, usable
 from caption_data.rows import Skipped
 from caption_data.selection import WITH_SIMILARITIES
 from caption_data.sources import NoSplit, Split, open_split
@@ -52,7 +52,7 @@ class Inputs:
         named = {f"{pairs.source.name} {args.train_split}": pairs for pairs in self.training}
         named[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation
         named |= {f"{args.evaluation_dataset} {args.test_split} {code}": pairs for code, pairs in self.test.items()}
-        return {"base model": self.base_digest} | {name: pairs_fingerprint(of.table) for name, of in named.items()}
+        return {"base model": self.base_digest} | {name: pairs.fingerprint for name, pairs in named.items()}
 
 
 def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
