@@ -216,12 +216,12 @@ def _json_at(file: BinaryIO, offset: int, length: int) -> Any:
 
 
 def _json(data: bytes) -> Any:
-    """The value, None where `data` is no JSON or too long; a number that Arrow has no integer for is a float."""
+    """The value, None where `data` is no JSON or too long; a whole number beyond 64 bits counts as missing."""
     try:
         return json.loads(data, parse_int=_number) if len(data) <= MAX_JSON_BYTES else None
     except (ValueError, RecursionError):
         return None
 
 
-def _number(digits: str) -> int | float:
-    return number if -(2**63) <= (number := int(digits)) < 2**63 else float(digits)
+def _number(digits: str) -> int | None:
+    return number if -(2**63) <= (number := int(digits)) < 2**63 else None
