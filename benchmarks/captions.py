@@ -48,7 +48,7 @@ from benchmarks.loading import SIZE, photos
 from benchmarks.timing import conditions, finish, median_ratio, rate_spread, software, table, timed_runs
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
-from caption_data.columns import CAPTIONS, SIMILARITIES
+from caption_data.rows import CAPTIONS, SIMILARITIES
 from captions import sentence_stage
 from captions.captioner import Blip2Captioner, Decoding
 from captions.generate import COLUMN, GenerateProcess, read_prefixes

@@ -29,7 +29,7 @@ from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.pairs import pair_table
 from caption_data.sources import open_split
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from training.images import Pairs, TrainingImages, embed_pixels
+from training.images import Pairs, embed_pixels, pixel_batches
 from training.launch import resolve_precision
 
 SIZE = (500, 375)  # pixels; of a photo of Flickr30k
@@ -99,10 +99,9 @@ def measure(args: LoadingArguments) -> dict[str, Any]:
         table = pair_table(split, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
 
         def batches(views: int) -> Iterator[Tensor]:
-            images = TrainingImages([Pairs(split, table, processor, views)])
             starts = range(0, args.images, BATCH)
             items = [[(0, i, 0) for i in range(start, min(start + BATCH, args.images))] for start in starts]
-            return images.pixel_batches(items, args.workers)
+            return pixel_batches([Pairs(split, table, processor, views)], items, args.workers)
 
         def embed(pixels: Tensor) -> None:
             embed_pixels(model, pixels, accelerator).cpu()

@@ -1,4 +1,4 @@
-"""Embeddings in files, computed once: what training keeps of a frozen image tower, and evaluation of images and texts.
+"""Embeddings in files, computed once, of training's and evaluation's images and texts; and images by their rows.
 
     cache = EmbeddingCache(cache_home() / "evaluation" / key, all_parts(len(images), 256))
     cache.make(cache.missing(), embed)
@@ -15,16 +15,21 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
 
 from capivara_common.environment import cache_home, processes
 from capivara_common.files import DIGEST_BYTES, has_digest, write_with_digest
-from caption_data.rows import digest_of
+from capivara_common.image_files import BYTES_ALONE, BadImage, ImageFiles, decode_image, image_digest, image_path
 
+DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
 FILES_VERSION = 2  # of the shards; raise it when their form changes
 # What makes shards, by their numbers: of each the array, and the bad rows, counted in the shard, with what is wrong.
 Embed = Callable[[list[int]], Iterator[tuple[np.ndarray, list[tuple[int, Any]]]]]
@@ -40,30 +45,25 @@ class EmbeddingCache:
     Attributes:
         folder: of the shards; its name and theirs depend on all that the embeddings do.
         parts: the rows of each shard.
-        names: the file name of each shard.
+        paths: the file of each shard, whether it is there or not.
         arrays: of all shards, once they are open.
         bad: row -> what is wrong with it, of all shards, once they are open.
     """
 
     def __init__(self, folder: Path, parts: list[range], names: Sequence[str] | None = None):
         self.folder, self.parts = folder, parts
-        self.names = names or [f"shard-{number:05d}.npy" for number in range(len(parts))]
+        self.paths = [folder / name for name in names or [f"shard-{n:05d}.npy" for n in range(len(parts))]]
         self.arrays: list[np.ndarray] = []
         self.bad: dict[int, Any] = {}
-
-    def paths(self) -> list[Path]:
-        """The files of all shards, whether they are there or not."""
-        return [self.folder / name for name in self.names]
 
     def missing(self) -> list[int]:
         """Shards that are still to be made, damaged ones among them; the same on all processes of a launch."""
         found: list[Any] = [None]
         if processes().is_main_process:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as executor:
-                whole = list(executor.map(has_digest, self.paths()))
-            for path in [path for path, good in zip(self.paths(), whole, strict=True) if not good and path.exists()]:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+                found = [[number for number, good in enumerate(threads.map(has_digest, self.paths)) if not good]]
+            for path in filter(Path.exists, [self.paths[number] for number in found[0]]):
                 logger.warning("%s is damaged, or of an earlier version; it is made anew.", path)
-            found = [[number for number, good in enumerate(whole) if not good]]
         return broadcast_object_list(found)[0]
 
     def make(self, numbers: Sequence[int], embed: Embed) -> None:
@@ -79,7 +79,7 @@ class EmbeddingCache:
         file = io.BytesIO()
         np.save(file, embeds, allow_pickle=False)
         file.write(json.dumps(bad).encode())
-        write_with_digest(self.paths()[number], file.getvalue())
+        write_with_digest(self.paths[number], file.getvalue())
 
     def open(self, row: tuple[int, ...] | None = None, dtype: type = np.float32, mapped: bool = False) -> None:
         """Read all shards.
@@ -92,15 +92,12 @@ class EmbeddingCache:
         Raises:
             ValueError: a shard is not what it should be.
         """
-        for path, part in zip(self.paths(), self.parts, strict=True):
-            try:
-                with path.open("rb") as file:
-                    array = np.load(path if mapped else file, "r" if mapped else None, allow_pickle=False)
-                    if mapped:
-                        file.seek(array.offset + array.nbytes)
-                    bad = json.loads(file.read()[:-DIGEST_BYTES])
-            except (ValueError, EOFError, OSError) as error:
-                raise ValueError(f"{path} can't be read: {error}. Remove it.") from error
+        for path, part in zip(self.paths, self.parts, strict=True):
+            with path.open("rb") as file:
+                array = np.load(path if mapped else file, "r" if mapped else None, allow_pickle=False)
+                if mapped:
+                    file.seek(array.offset + array.nbytes)
+                bad = json.loads(file.read()[:-DIGEST_BYTES])
             expected = (len(part), *(array.shape[1:] if row is None else row))
             if array.shape != expected or array.dtype != dtype:
                 kind = np.dtype(dtype).name
@@ -109,9 +106,51 @@ class EmbeddingCache:
             self.bad |= {part[place]: what for place, what in bad}
 
 
-def cache_key(parts: dict[str, Any]) -> str:
-    """The name of a folder of embeddings, after what they depend on."""
-    return digest_of(parts, sort_keys=True)
+@dataclass(eq=False)
+class ImageRows:
+    """Images that are read when they are needed."""
+
+    row_image: Callable[[int], dict | None]  # of a row's number: its image as `datasets` gives it undecoded
+    count: int  # rows
+    files: ImageFiles = BYTES_ALONE  # which images may be opened
+    digests: list[str] = field(init=False, repr=False)  # hex, of each file, or of what is wrong with it
+    digest: str = field(init=False)  # hex, of all of them in their order
+
+    def __post_init__(self) -> None:
+        digests = []
+        quiet = not processes().is_main_process
+        for row in tqdm(range(self.count), desc="Reading images", unit="image", disable=quiet):
+            try:
+                digests.append(image_digest(self.row_image(row), self.files))
+            except BadImage as bad:
+                reason = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
+                digests.append(blake2b(reason, digest_size=16).digest())
+        self.digests = [digest.hex() for digest in digests]
+        self.digest = blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+    def image(self, row: int) -> PIL.Image.Image:
+        """Decoded. Raises BadImage where it can't be used."""
+        return decode_image(self.row_image(row), self.files)
+
+    def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+        """Rows with their images or what is wrong with them, decoded some at once by a few threads."""
+
+        def read(row: int) -> PIL.Image.Image | BadImage:
+            try:
+                return self.image(row)
+            except BadImage as bad:
+                return bad
+
+        with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))) as threads:
+            for start in range(0, len(rows), DECODED_AHEAD):
+                part = rows[start : start + DECODED_AHEAD]
+                yield from zip(part, threads.map(read, part), strict=True)
+
+    def fault(self, row: int, bad: BadImage) -> str:
+        """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
+        path = image_path(self.row_image(row))
+        folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
+        return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
 
 def cache_folder(name: str) -> Path | None:

@@ -18,17 +18,9 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from capivara_common.image_files import LABEL_COLUMNS, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from capivara_common.links import refuse_links_out
-from caption_data.image_rows import ImageRows
+from caption_data.embedding_cache import ImageRows
 from caption_data.rows import digest_of
-from caption_data.source_files import (
-    NoSplit,
-    copied_bounds,
-    form_hint,
-    load_files,
-    of_split,
-    picture_files,
-)
-from caption_data.sources import open_split, undecoded
+from caption_data.sources import NoSplit, copied_bounds, form_hint, load_files, of_split, open_split, undecoded
 
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
@@ -87,8 +79,7 @@ def load_images(
     for column in (image_column, label_column):
         if column not in rows.column_names:
             raise ValueError(f"{source}, split {split!r} has no column {column!r}; there are {rows.column_names}.")
-    feature = rows.features[label_column]
-    feature = getattr(feature, "feature", feature)
+    feature = getattr(rows.features[label_column], "feature", rows.features[label_column])
     names = feature.names if isinstance(feature, ClassLabel) else _class_names(source)
     mapping = _by_name(names, names_en, source) if names else dict(enumerate(range(len(names_en))))
     labels = rows[label_column][:]
@@ -113,21 +104,21 @@ def _opened(
     path = Path(source)
     patterns = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and (form == "images" or not any(file for pattern in patterns for file in path.glob(pattern))):
-        rows = undecoded(_pictures(path, split, form), image_column)
-        return rows, ImageFiles(copied_bounds(source, image_roots), max_pixels)
+        rows = load_files("imagefolder", _pictures(path, split, form), source)
+        return undecoded(rows, image_column), ImageFiles(copied_bounds(source, image_roots), max_pixels)
     try:
         opened = open_split(source, split, image_column, image_roots, max_pixels)
-    except NoSplit as error:
-        raise NoSplit(f"{error}{form_hint(path)}", split) from error
     except ValueError as error:
-        raise ValueError(f"{error}{form_hint(path)}") from error
+        hinted = f"{error}{form_hint(path)}"
+        raise (NoSplit(hinted, split) if isinstance(error, NoSplit) else ValueError(hinted)) from error
     return opened.data, opened.files
 
 
-def _pictures(folder: Path, split: str, form: str) -> Dataset:
+def _pictures(folder: Path, split: str, form: str) -> list[Path]:
     """The pictures of a folder, a sub-folder a class, below one of the split where its folders are named for splits.
 
-    By name: `datasets` would unpack an archive among them, and open whatever a list names.
+    By name, neither hidden ones nor links that lead out: `datasets` would unpack an archive among them, and open
+    whatever a list names.
     """
     refuse_links_out(folder)
     root, names = folder, [inner.name for inner in folder.iterdir() if inner.is_dir()]
@@ -135,10 +126,11 @@ def _pictures(folder: Path, split: str, form: str) -> Dataset:
         root = folder / split if split in names else folder
     elif names and all(name.casefold() in SPLIT_FOLDERS for name in names):
         root = of_split({SPLIT_FOLDERS[name.casefold()]: folder / name for name in names}, str(folder), split)
-    files = picture_files(root)
+    files = sorted(file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts)]
     if not files:
         raise ValueError(f"{root} holds no picture; names of pictures end in {', '.join(SUFFIXES)}.")
-    return load_files("imagefolder", files, str(folder))
+    return files
 
 
 def _class_names(source: str) -> list[str]:
@@ -156,23 +148,20 @@ def _class_names(source: str) -> list[str]:
 
 def _by_name(names: Sequence[str], wanted: Sequence[str], source: str) -> dict[int, int]:
     """Label of the data set -> class of the prompts; a name that occurs twice, as in ImageNet, first to first."""
-    positions: dict[str, list[int]] = {}
+    classes: dict[str, list[int]] = {}
     for number, name in enumerate(wanted):
-        positions.setdefault(_plain(name), []).append(number)
-    unknown = [name for name in names if _plain(name) not in positions]
-    if unknown:
+        classes.setdefault(_plain(name), []).append(number)
+    if unknown := [name for name in names if _plain(name) not in classes]:
         missing = [name for name in wanted if _plain(name) not in set(map(_plain, names))]
         raise ValueError(
             f"{source} has {len(names)} classes, the prompts {len(wanted)}, and they don't match by name: "
             f"{unknown[:10]} are unknown, {missing[:10]} are missing. Rename the folders, "
             "choose another benchmark, or give the names of the data under `en` in a file of your own."
         )
-    found = {name: iter(numbers) for name, numbers in positions.items()}
-    mapping = {label: next(found[_plain(name)], None) for label, name in enumerate(names)}
-    if None in mapping.values():
-        twice = [names[label] for label, number in mapping.items() if number is None]
+    found = [(classes[_plain(name)] or [None]).pop(0) for name in names]
+    if twice := [name for name, number in zip(names, found, strict=True) if number is None]:
         raise ValueError(f"{source} names classes more often than the prompts do: {twice[:10]}. Rename them.")
-    return mapping
+    return dict(enumerate(found))
 
 
 def _plain(name: str) -> str:

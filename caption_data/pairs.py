@@ -1,4 +1,4 @@
-"""What a run needs of a caption row, image and captions: one `map` over a split, kept in files; bad rows are listed.
+"""What a run needs of a caption row, image and captions: one `map` over a split, kept in a file; bad rows are listed.
 
 table = pair_table(split, ["captions-pt"], lambda row: row["captions-pt"], {"captions": "all"})
 pairs, skipped = usable(table), skipped_rows(table, split)
@@ -8,28 +8,36 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import Dataset, Features, Value
 
 from capivara_common.environment import cache_home, processes
 from capivara_common.image_files import BadRow, decode_image, image_bytes
-from capivara_common.tasks import all_parts, share
-from caption_data.columns import CAPTIONS, NO_TEXTS, SIMILARITY_COLUMN, caption_texts, similarities
-from caption_data.rows import NOT_CHOSEN, Skipped, digest_of, rows_fingerprint, storable
+from caption_data.rows import (
+    CAPTIONS,
+    NO_TEXTS,
+    NOT_CHOSEN,
+    SIMILARITY_COLUMN,
+    Skipped,
+    caption_texts,
+    digest_of,
+    rows_fingerprint,
+    storable,
+    write_skipped,
+)
 from caption_data.sources import Split
 from modeling_capivara import repair_text
 
-TABLE_VERSION = 1  # raise it when a pair of a row becomes another
-PART_ROWS = 50_000  # of a file of the table: what a kill can lose, and what processes share out
+TABLE_VERSION = 2  # raise it when a pair of a row becomes another
 ROWS_AT_ONCE = 128  # whose images are in memory
 TABLE = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")} | {"row": Value("int64"), "captions": CAPTIONS}
@@ -43,8 +51,8 @@ def pair_table(
 ) -> Dataset:
     """One pass over the rows: what a run needs to know of each but its pixels.
 
-    The table is kept in the cache folder, named after all that it depends on: rows, image files, settings. Processes of
-    a launch share its parts out.
+    The table is kept in the cache folder, named after all that it depends on: rows, image files, settings. Of the
+    processes of a launch one on each machine makes it.
 
     Args:
         split: its rows and images.
@@ -63,28 +71,34 @@ def pair_table(
         ValueError: the split lacks a column; those that are there are named.
     """
     split.check_columns([split.image_column, *lacking(caption_columns, split.columns)])
+
+    def line(number: int, row: dict[str, Any]) -> dict[str, Any]:
+        found = {"row": number, "digest": "", "captions": [], "reason": "", "detail": ""}
+        try:
+            image = row.pop(split.image_column)
+            captions = _captions(row, caption_columns, choose)
+            data = image_bytes(image, split.files)
+            if decode:
+                decode_image(image | {"bytes": data}, split.files)
+            return found | {"digest": blake2b(data, digest_size=16).hexdigest(), "captions": captions}
+        except BadRow as bad:
+            return found | {"reason": bad.reason, "detail": storable(bad.detail)}
+
+    def lines(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        found = list((threads.map if decode else map)(line, numbers, rows))
+        return {name: [one[name] for one in found] for name in TABLE}
+
     limits = [split.files.max_pixels, split.files.bounds and list(map(str, split.files.bounds.folders))]
     key = digest_of([TABLE_VERSION, _state(split), limits, list(caption_columns), settings, decode], sort_keys=True)
-    entry = partial(_entry, split=split, caption_columns=caption_columns, choose=choose, decode=decode)
-    cache_home().joinpath("pairs").mkdir(parents=True, exist_ok=True)
-
-    def made(part: range) -> Dataset:
-        name = f"{key}-{part.start:09d}"
-        return split.data.select(part).map(
-            partial(_entries, entry=entry, threads=decode),
-            fn_kwargs={"start": part.start},
-            with_indices=True, batched=True, batch_size=ROWS_AT_ONCE, features=TABLE,
-            remove_columns=split.data.column_names,
-            cache_file_name=str(cache_home() / "pairs" / f"{name}.arrow"), load_from_cache_file=True,
-            new_fingerprint=name, desc=f"Captions, {split.where}",
+    path = cache_home() / "pairs" / f"{key}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with processes().local_main_process_first(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        return split.data.map(
+            lines, with_indices=True, batched=True, batch_size=ROWS_AT_ONCE, features=TABLE,
+            remove_columns=split.data.column_names, cache_file_name=str(path), load_from_cache_file=True,
+            new_fingerprint=key, desc=f"Captions, {split.where}",
         )  # fmt: skip
-
-    parts, state = all_parts(len(split), PART_ROWS), processes()
-    for part in share(parts, state.process_index, state.num_processes):
-        made(part)
-    state.wait_for_everyone()
-    with state.local_main_process_first():  # a machine that does not share the folder makes all of them
-        return concatenate_datasets([made(part) for part in parts])
 
 
 def lacking(columns: Sequence[str], there: Iterable[str]) -> list[str]:
@@ -106,17 +120,24 @@ def skipped_rows(table: Dataset, split: Split) -> list[Skipped]:
     return [Skipped(split.name, split.split, one["row"], one["reason"], one["detail"]) for one in bad] + split.damaged
 
 
-def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) -> None:
-    """Raise ValueError when more than `max_bad_share` (0 to 1) of `total` rows are bad; those not chosen are not."""
-    skipped = [line for line in skipped if line.reason != NOT_CHOSEN]
+def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float, listed: Path | None = None) -> None:
+    """Raise ValueError when more than `max_bad_share` (0 to 1) of `total` rows are bad; those not chosen are not.
+
+    All that were left out are then written to the file `listed`, where one is named.
+    """
+    left_out, skipped = skipped, [line for line in skipped if line.reason != NOT_CHOSEN]
     share = len(skipped) / max(total, 1)
     if share <= max_bad_share:
         return
+    if listed:
+        write_skipped(listed, left_out)
     counts = ", ".join(f"{number} {reason}" for reason, number in Counter(s.reason for s in skipped).most_common())
     first = "\n".join(f"  {s.source}, split {s.split!r}, row {s.row}: {s.reason} ({s.detail})" for s in skipped[:3])
     raise ValueError(
         f"{len(skipped)} of {total} rows ({share:.2%}) can't be used, and max_bad_share allows {max_bad_share:.2%}: "
         f"{counts}. The first of them:\n{first}\nMend or remove such rows, or raise --max_bad_share."
+        + f" All of them are listed in {listed}."
+        * bool(listed)
     )
 
 
@@ -126,34 +147,6 @@ def pairs_fingerprint(pairs: Dataset) -> str:
     return rows_fingerprint(row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
 
 
-def _entries(batch: dict[str, list], indices: list[int], start: int, entry: Callable, threads: bool) -> dict[str, list]:
-    """Lines of the table; pixels are decoded by threads, side by side."""
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    numbers = [start + index for index in indices]
-    if threads:
-        with ThreadPoolExecutor(max(1, min(16, (os.cpu_count() or 1) // processes().num_processes))) as executor:
-            found = list(executor.map(entry, numbers, rows))
-    else:
-        found = list(map(entry, numbers, rows))
-    return {name: [line[name] for line in found] for name in TABLE}
-
-
-def _entry(
-    number: int, row: dict[str, Any], split: Split, caption_columns: Sequence[str], choose: Choose, decode: bool
-) -> dict[str, Any]:
-    """A line of the table."""
-    line = {"row": number, "digest": "", "captions": [], "reason": "", "detail": ""}
-    try:
-        image = row.pop(split.image_column)
-        captions = _captions(row, caption_columns, choose)
-        data = image_bytes(image, split.files)
-        if decode:
-            decode_image(image | {"bytes": data}, split.files)
-        return line | {"digest": blake2b(data, digest_size=16).hexdigest(), "captions": captions}
-    except BadRow as bad:
-        return line | {"reason": bad.reason, "detail": storable(bad.detail)}
-
-
 def _captions(row: dict[str, Any], columns: Sequence[str], choose: Choose) -> list[str]:
     """The captions of a row that are chosen, at least one. Raises BadRow where there is none."""
     if row.get(NO_TEXTS) == "":
@@ -161,8 +154,8 @@ def _captions(row: dict[str, Any], columns: Sequence[str], choose: Choose) -> li
     if row.get(NO_TEXTS) in columns:
         raise BadRow("no caption", f"{row[NO_TEXTS]!r} must hold texts")
     for column in columns:
-        read = similarities if SIMILARITY_COLUMN.fullmatch(column) else caption_texts
-        row[column] = read(row.get(column), column)
+        is_number = SIMILARITY_COLUMN.fullmatch(column)
+        row[column] = row.get(column) or [] if is_number else caption_texts(row.get(column), column)
     try:
         captions = [text for text in choose(row) if _says_something(text)]
     except (ValueError, TypeError) as error:  # such as fewer similarities than captions
@@ -182,38 +175,23 @@ def _says_something(text: str) -> bool:
 
 
 def _state(split: Split) -> list[Any]:
-    """What the rows and image files of a split are told by; it changes where one of them does."""
-    tables = [(file["filename"], os.stat(file["filename"])) for file in split.data.cache_files]
-    states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]
-    return [split.name, split.split, split.image_column, split.data._fingerprint, states, _state_of_files(split)]
-
-
-def _state_of_files(split: Split) -> str:
-    """Of the images that are files of their own: their paths, sizes and times; "" where there is none.
+    """What the rows and image files of a split are told by; it changes where one of them does.
 
     What an address leads to is not known: then it is another one every time.
     """
-    digest, any_file = blake2b(digest_size=16), False
-    for path in _paths(split):
-        if "://" in path:
-            return f"{broadcast_object_list([time.time_ns()])[0]}"
-        digest.update(path.encode("utf-8", "replace"))
-        any_file = True
-        for folder in (*split.files.bounds.folders, "."):
-            with suppress(OSError, ValueError):
-                state = os.stat(os.path.join(folder, path))
-                digest.update(f" {state.st_size} {state.st_mtime_ns}\n".encode())
-                break
-    return digest.hexdigest() if any_file else ""
-
-
-def _paths(split: Split) -> Iterator[str]:
-    """Of the rows whose table has neither the image nor its place in an archive."""
+    tables = [(file["filename"], os.stat(file["filename"])) for file in split.data.cache_files]
+    states = [(name, state.st_size, state.st_mtime_ns) for name, state in tables]
+    digest, images = blake2b(digest_size=16), split.data.select_columns([split.image_column]).with_format("arrow")
     feature = split.data.features[split.image_column]
-    if isinstance(feature, dict) and "archive" in feature:
-        return
-    for part in split.data.select_columns([split.image_column]).with_format("arrow").iter(10_000):
-        images = part.column(0)
-        outside = pc.is_null(pc.struct_field(images, "bytes"))
-        if pc.any(outside).as_py():
-            yield from filter(None, pc.struct_field(images, "path").filter(outside).to_pylist())
+    for part in () if isinstance(feature, dict) and "archive" in feature else images.iter(10_000):
+        outside = part.column(0).filter(pc.is_null(pc.struct_field(part.column(0), "bytes")))
+        for path in filter(None, pc.struct_field(outside, "path").to_pylist()):
+            if "://" in path:
+                return broadcast_object_list([time.time_ns()])
+            digest.update(path.encode("utf-8", "replace"))
+            for folder in (*split.files.bounds.folders, "."):
+                with suppress(OSError, ValueError):
+                    state = os.stat(os.path.join(folder, path))
+                    digest.update(f" {state.st_size} {state.st_mtime_ns}\n".encode())
+                    break
+    return [split.name, split.split, split.image_column, split.data._fingerprint, states, digest.hexdigest()]

@@ -1,14 +1,23 @@
-"""Rows that can't be used, which are listed and not fatal, and the digest of those that can."""
+"""Rows of captions: their columns, what is read of one, those that can't be used, and the digest of those that can."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from capivara_common.files import write_text
+from datasets import List, Value
 
+from capivara_common.files import write_text
+from capivara_common.image_files import BadRow
+
+CAPTIONS = List(Value("string"))
+SIMILARITIES = List(Value("float32"))
+CAPTION_COLUMN = re.compile(r"(generated-)?captions-[\w-]+")  # the authors' names
+SIMILARITY_COLUMN = re.compile(r"similarities-[\w-]+")
+NO_TEXTS = "column without texts"  # of a table out of JSON: which column of captions holds anything else in a row
 NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy; left out, but not bad
 
 
@@ -22,6 +31,18 @@ class Skipped:
     # not chosen, no image, unreadable image, absurd image size, no caption, missing column, damaged archive
     reason: str
     detail: str
+
+
+def caption_texts(value: Any, column: str) -> list[str]:
+    """The captions of a row, out of any column of a source: one text, a list of texts and None, or None.
+
+    They are as many as there were, so that similarities stay beside theirs; "" for None. Lone surrogates, which JSON
+    can hold and no tokenizer or Arrow file takes, are replaced. Raises BadRow where they are no texts.
+    """
+    values = [value] if isinstance(value, str) else value or []
+    if not isinstance(values, list) or any(not isinstance(text, str | None) for text in values):
+        raise BadRow("no caption", f"{column!r} must hold a list of texts, it is {value!r}")
+    return [storable(text or "") for text in values]
 
 
 def digest_of(value: Any, sort_keys: bool = False) -> str:

@@ -59,73 +59,56 @@ class CaptionChoice:
         return names
 
     def chosen(self, row: dict, language: str) -> list[str]:
-        """`choose_captions` of a row, none where it does not pass the pair filter. Raises ValueError as these do."""
-        if self.min_pair_similarity is not None and not pair_passes(row, language, self.min_pair_similarity):
-            return []
-        return choose_captions(row, language, self)
+        """The captions of a row that are used; it has the columns of `columns_of(language)`.
+
+        A caption that occurs twice counts once, at its first position: so `first` and `rank` give
+        `caption_count` different ones where there are as many.
+
+        Returns:
+            `none`, `first`, `all`: originals, then generated ones, in the order of the row. `rank`, `threshold`,
+            `diverse`: the most similar first, ties in the order of the row, NaN as the lowest. Empty when nothing
+            passes, or where the first original caption is not as similar to the image as `min_pair_similarity` asks.
+
+        Raises:
+            ValueError: a column is missing, or the similarities are not one for each caption.
+        """
+        strategy, captions = self.caption_strategy, _column(row, f"captions-{language}")
+        if (least := self.min_pair_similarity) is not None:
+            there = row.get(f"generated-captions-{language}")
+            similarities = _similarities(row, language, len(captions), None if there is None else len(there))
+            if not captions or similarities[0] < least:
+                return []
+        if strategy == "none":
+            return _distinct(captions)
+        texts = [*captions, *_column(row, f"generated-captions-{language}")]
+        if strategy == "all":
+            return _distinct(texts)
+        if strategy == "first":
+            return _distinct(texts)[: len(_distinct(captions)) + self.caption_count]
+        similarities = _similarities(row, language, len(captions), len(texts) - len(captions))
+        ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])  # a stable sort: ties keep the row's order
+        if strategy == "rank":
+            return _distinct(texts[i] for i in ranked)[: self.caption_count]
+        passed = _distinct(texts[i] for i in ranked if similarities[i] >= self.min_similarity)
+        if strategy == "threshold" or len(passed) <= self.min_kept:
+            return passed
+        return _diverse(passed, _distinct(texts), self)
 
 
-def choose_captions(row: dict, language: str, choice: CaptionChoice) -> list[str]:
-    """The captions of a row that `choice` picks; it has the columns of `choice.columns_of(language)`.
-
-    A caption that occurs twice counts once, at its first position: so `first` and `rank` give
-    `count` different ones where there are as many.
-
-    Returns:
-        `none`, `first`, `all`: originals, then generated ones, in the order of the row. `rank`, `threshold`,
-        `diverse`: the most similar first, ties in the order of the row, NaN as the lowest. Empty when nothing passes.
-
-    Raises:
-        ValueError: a column is missing, or the similarities are not one for each caption.
-    """
-    captions = _column(row, f"captions-{language}", choice.caption_strategy)
-    if choice.caption_strategy == "none":
-        return _distinct(captions)
-    generated = _column(row, f"generated-captions-{language}", choice.caption_strategy)
-    if choice.caption_strategy in ("first", "all"):
-        originals, both = _distinct(captions), _distinct([*captions, *generated])
-        return both if choice.caption_strategy == "all" else both[: len(originals) + choice.caption_count]
-
-    similarities = _similarities(row, language, len(captions), len(generated), choice.caption_strategy)
-    texts = [*captions, *generated]
-    ranked = sorted(range(len(texts)), key=lambda i: -similarities[i])  # a stable sort: ties keep the row's order
-    if choice.caption_strategy == "rank":
-        return _distinct(texts[i] for i in ranked)[: choice.caption_count]
-    passed = _distinct(texts[i] for i in ranked if similarities[i] >= choice.min_similarity)
-    if choice.caption_strategy == "threshold" or len(passed) <= choice.min_kept:
-        return passed
-    return _diverse(passed, _distinct(texts), choice)
-
-
-def pair_passes(row: dict, language: str, min_similarity: float) -> bool:
-    """Whether the first original caption fits its image; a row without one, or with NaN for it, does not pass.
-
-    CAPIVARA's `min_similarity` is 0.2. With generated captions there, all similarities are counted. Raises ValueError
-    as `choose_captions`.
-    """
-    captions = _column(row, f"captions-{language}", "pair_passes")
-    generated = row.get(f"generated-captions-{language}")
-    surplus = None if generated is None else len(generated)
-    similarities = _similarities(row, language, len(captions), surplus, "pair_passes")
-    return bool(captions) and similarities[0] >= min_similarity
-
-
-def _column(row: dict, name: str, user: str) -> list:
-    if row.get(name) is None:
+def _column(row: dict, name: str) -> list:
+    if isinstance(row.get(name), str | None):
         raise ValueError(
-            f"{user!r} needs the column {name!r}, which this row lacks; it has {sorted(row)}. Add the column (an empty "
-            "list is fine), or choose a strategy that does without: `none` needs the original captions alone."
+            f"The column {name!r} must hold a list, this row has {row.get(name)!r} there, of {sorted(row)}. Add the "
+            "column (an empty list is fine), or choose a strategy that does without: `none` needs the original "
+            "captions alone."
         )
-    if isinstance(row[name], str):
-        raise ValueError(f"The column {name!r} must hold a list, got the text {row[name]!r}. Put it in a list.")
     return row[name]
 
 
-def _similarities(row: dict, language: str, captions: int, generated: int | None, user: str) -> list[float]:
+def _similarities(row: dict, language: str, captions: int, generated: int | None) -> list[float]:
     """One number a caption, NaN and None as minus infinity; with `generated` None there may be more than captions."""
     name = f"similarities-{language}"
-    similarities = _column(row, name, user)
-    needed = captions + (generated or 0)
+    similarities, needed = _column(row, name), captions + (generated or 0)
     if len(similarities) < needed or (generated is not None and len(similarities) > needed):
         raise ValueError(
             f"{name!r} has {len(similarities)} numbers for {needed} captions ({captions} original, {generated or 0} "

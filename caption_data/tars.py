@@ -10,21 +10,23 @@ of a file; `capivara_common.image_files` reads it.
 import itertools
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 
 from capivara_common.image_files import MAX_DETAIL
-from caption_data.columns import CAPTIONS, NO_TEXTS, fitting, judged_features
-from caption_data.rows import digest_of, storable
+from caption_data.rows import CAPTION_COLUMN, CAPTIONS, NO_TEXTS, SIMILARITY_COLUMN, digest_of, storable
 
 IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
 COMPRESSED = (b"\x1f\x8b\x08", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip, bzip2, xz and zstd files begin
 MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
+NUMBERS = List(Value("float64"))
+KINDS = {"texts": CAPTIONS, "numbers": NUMBERS} | {name: Value(name) for name in ("string", "bool", "int64", "float64")}
 HEAD_ROWS = 100  # that columns are judged from, since nothing declares them
 TABLE_VERSION = 1  # raise it when what the table holds of a row changes
 DAMAGE = "damaged archive"  # column of the table: what is wrong with the rest of an archive, in a row of its own
@@ -42,18 +44,21 @@ def table_of_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[
         The rows, and of each archive that ends too early the number of rows before, and what is wrong with it.
 
     Raises:
-        ValueError: a tar is compressed.
+        ValueError: a tar is compressed: its samples have no offset to be read at.
         OSError: a file can't be read.
     """
-    _refuse_compressed([path for path in paths if path.suffix != ".jsonl"])
+    for path in paths:
+        with path.open("rb") as file:
+            if file.read(8).startswith(COMPRESSED):
+                raise ValueError(
+                    f"{path} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
+                )
     head = list(itertools.islice(_rows(paths, image_column), HEAD_ROWS))
     if not head:
         return Dataset.from_dict({image_column: []}), []
-    features = judged_features(
-        {name: row[name] for name in row if name not in (image_column, NO_TEXTS, DAMAGE)} for row in head
-    )
     place = PLACE if paths[0].suffix == ".jsonl" else PLACE | IN_ARCHIVE
-    features = Features({image_column: place} | features | dict.fromkeys((NO_TEXTS, DAMAGE), Value("string")))
+    features = {image_column: place} | _judged(head, {image_column, DAMAGE})
+    features = Features(features | dict.fromkeys((NO_TEXTS, DAMAGE), Value("string")))
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     table = Dataset.from_generator(
         _table_rows,
@@ -100,14 +105,56 @@ def samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
         yield sample
 
 
+def _judged(rows: list[dict[str, Any]], without: set[str]) -> dict[str, Any]:
+    """Columns of rows out of JSON, by what most of them hold: texts, numbers, lists of one of these; no objects.
+
+    A column with a list in any row is one of lists, and the columns of the authors' names are what these say.
+    """
+    found: dict[str, Counter[str]] = {}
+    for row in rows:
+        for name, value in row.items():
+            found.setdefault(name, Counter())[_kind(value)] += 1
+    features = {}
+    for name, counts in found.items():
+        kinds = [kind for kind, _ in counts.most_common() if kind != "null"]
+        kind = next((kind for kind in kinds if kind in ("texts", "numbers")), [*kinds, "string"][0])
+        kind = "float64" if kind == "int64" and "float64" in kinds else kind
+        kind = "texts" if CAPTION_COLUMN.fullmatch(name) else kind
+        kind = "numbers" if SIMILARITY_COLUMN.fullmatch(name) else kind
+        if kind and name not in without:
+            features[name] = KINDS[kind]
+    return features
+
+
+def _fitting(value: Any, feature: Any) -> Any:
+    """A value out of JSON as its column has it; None where it is of another kind: then the row lacks it."""
+    if feature == CAPTIONS:
+        texts = [value] if isinstance(value, str) else value
+        return [text and storable(text) for text in texts] if _kind(texts) == "texts" else None
+    if feature == NUMBERS:
+        fits = isinstance(value, list)
+        return [number if _kind(number) in ("int64", "float64") else None for number in value] if fits else None
+    if _kind(value) != feature.dtype and (_kind(value), feature.dtype) != ("int64", "float64"):
+        return None
+    return storable(value) if isinstance(value, str) else value
+
+
+def _kind(value: Any) -> str:
+    """One of `KINDS`, "null", or "" of anything else."""
+    if isinstance(value, list):
+        kinds = set(map(_kind, value)) - {"null"}
+        return "texts" if kinds <= {"string"} else "numbers" if kinds <= {"int64", "float64"} else ""
+    names = {type(None): "null", str: "string", bool: "bool", int: "int64", float: "float64"}
+    return names.get(type(value), "")
+
+
 def _table_rows(paths: list[Path], image_column: str, features: Features) -> Iterator[dict[str, Any]]:
     """Rows of the table; a damage is one, too."""
+    texts = [name for name, kind in features.items() if kind == CAPTIONS]
     for row in _rows(paths, image_column):
-        found = {name: fitting(row.get(name), kind) for name, kind in features.items() if name != image_column}
-        lost = (name for name in found if features[name] == CAPTIONS and found[name] is None)
-        found[NO_TEXTS] = next((name for name in lost if row.get(name) is not None), None)
-        if not row.keys() - {image_column}:
-            found[NO_TEXTS] = ""
+        found = {name: _fitting(row.get(name), kind) for name, kind in features.items() if name != image_column}
+        lost = (name for name in texts if found[name] is None and row.get(name) is not None)
+        found[NO_TEXTS] = next(lost, None) if row.keys() - {image_column} else ""
         yield found | {image_column: row.get(image_column), DAMAGE: row.get(DAMAGE)}
 
 
@@ -116,13 +163,14 @@ def _rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
         read = _listed if path.suffix == ".jsonl" else _in_tar
         try:
             for row, image in read(path):
+                row = row if isinstance(row, dict) else {}  # its columns then count as missing
                 yield {name: row[name] for name in row if name != DAMAGE} | {image_column: image}
         except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:  # of a header that is garbage
             yield {DAMAGE: storable(f"{path}: {error}"[:MAX_DETAIL])}
 
 
-def _in_tar(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Of each sample, its JSON object and where its image is."""
+def _in_tar(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """Of each sample, its JSON and where its image is."""
     with path.open("rb") as file:
         for sample in samples(path):
             image, row = None, {}
@@ -130,18 +178,18 @@ def _in_tar(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]
                 name, offset, size = sample["image"]
                 image = {"path": storable(name), "archive": str(path), "offset": offset, "size": size}
             if "json" in sample:
-                row = _json_object(_read_at(file, *sample["json"][1:]))
+                row = _json_at(file, *sample["json"][1:])
             if "cls" in sample:  # the number of a class, as clip-benchmark's tars have it
-                row["cls"] = _json_value(_read_at(file, *sample["cls"][1:]))
+                row = (row if isinstance(row, dict) else {}) | {"cls": _json_at(file, *sample["cls"][1:])}
             yield row, image
 
 
-def _listed(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Of each line, its JSON object and the image that is its `file_name`, relative to the list."""
+def _listed(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """Of each line, its JSON and the image that is its `file_name`, relative to the list."""
     with path.open("rb") as file:
         for line in filter(bytes.strip, file):
-            row = _json_object(line)
-            name, image = row.pop("file_name", None), None
+            row, image = _json(line), None
+            name = row.pop("file_name", None) if isinstance(row, dict) else None
             if isinstance(name, str):
                 image = {"path": storable(name if "://" in name else str(path.parent / name))}
             yield row, image
@@ -162,30 +210,18 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
             raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset} of {length}")
 
 
-def _refuse_compressed(tars: list[Path]) -> None:
-    """Raise ValueError where a tar is compressed: its samples have no offset to be read at."""
-    for path in tars:
-        with path.open("rb") as file:
-            if file.read(8).startswith(COMPRESSED):
-                raise ValueError(
-                    f"{path} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
-                )
-
-
-def _read_at(file: BinaryIO, offset: int, length: int) -> bytes:
-    """At most so many bytes that `_json_object` sees whether there are too many."""
+def _json_at(file: BinaryIO, offset: int, length: int) -> Any:
     file.seek(offset)
-    return file.read(min(length, MAX_JSON_BYTES + 1))
+    return _json(file.read(min(length, MAX_JSON_BYTES + 1)))  # which sees whether there are too many
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
-    """The object, or an empty one where `data` is something else or too long: its columns then count as missing."""
-    value = _json_value(data)
-    return value if isinstance(value, dict) else {}
-
-
-def _json_value(data: bytes) -> Any:
+def _json(data: bytes) -> Any:
+    """The value, None where `data` is no JSON or too long; a whole number beyond 64 bits counts as missing."""
     try:
-        return json.loads(data) if len(data) <= MAX_JSON_BYTES else None
+        return json.loads(data, parse_int=_number) if len(data) <= MAX_JSON_BYTES else None
     except (ValueError, RecursionError):
         return None
+
+
+def _number(digits: str) -> int | None:
+    return number if -(2**63) <= (number := int(digits)) < 2**63 else None

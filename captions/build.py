@@ -22,7 +22,7 @@ from capivara_common.cli import WrongUse, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
 from capivara_common.files import partial_folder
-from caption_data.stage_record import STAGE_FILE
+from caption_data.sources import STAGE_FILE
 from captions.build_plan import Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER
 from captions.sentence_stage import corrected_sentences, remove_corrected

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from caption_data.columns import CAPTION_COLUMN
+from caption_data.rows import CAPTION_COLUMN
 from captions.stage_folder import flat
 from eval.records.tables import escape_markdown
 

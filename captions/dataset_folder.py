@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from capivara_common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import Phase
-from caption_data.columns import CAPTION_COLUMN
-from caption_data.stage_record import stage_record
+from caption_data.rows import CAPTION_COLUMN
+from caption_data.sources import stage_record
 from captions.build_plan import Plan, Step
 from captions.dataset_card import dataset_card
 from captions.quality import REPORT_FILE

@@ -25,7 +25,7 @@ from capivara_common.environment import torch_device
 from capivara_common.files import read_json
 from capivara_common.hub_cache import check_reachable
 from capivara_common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
-from caption_data.columns import CAPTIONS
+from caption_data.rows import CAPTIONS
 from captions.captioner import KINDS, Captioner
 from captions.stage_arguments import GenerateArguments
 from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main

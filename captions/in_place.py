@@ -9,6 +9,7 @@ import glob
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,16 @@ from datasets import Features
 from tqdm.auto import tqdm
 
 from capivara_common.image_files import MAX_IMAGE_PIXELS, ImageFiles
-from caption_data.source_files import files_of_split, opened_parquet, parquet_batches
-from caption_data.sources import Split, open_split, refuse_unfinished
+from caption_data.sources import (
+    READ_ROWS,
+    Split,
+    files_of_split,
+    open_split,
+    opened_parquet,
+    refuse_unfinished,
+)
+
+SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fingerprint of a split
 
 
 @dataclass(eq=False)
@@ -66,16 +75,17 @@ class ParquetSplit(Split):
         surplus = start - self.starts[first]  # rows of the first group that come before
         for path, groups in itertools.groupby(self.groups[first:], key=lambda group: group[0]):
             numbers, columns = [number for _, number, _ in groups], None if only is None else list(only)
-            for batch in parquet_batches(path, numbers, columns):
-                rows = batch.slice(min(surplus, len(batch))).to_pylist()
-                surplus -= len(batch) - len(rows)
-                for row in rows:
-                    image = row.get(self.image_column)
-                    if isinstance(image, bytes | str):  # of files that others wrote
-                        is_path = isinstance(image, str)
-                        image = {"bytes": None if is_path else image, "path": image if is_path else None}
-                        row[self.image_column] = image
-                    yield row
+            with opened_parquet(path) as file:
+                for batch in file.iter_batches(READ_ROWS, row_groups=numbers, columns=columns):
+                    rows = batch.slice(min(surplus, len(batch))).to_pylist()
+                    surplus -= len(batch) - len(rows)
+                    for row in rows:
+                        image = row.get(self.image_column)
+                        if isinstance(image, bytes | str):  # of files that others wrote
+                            is_path = isinstance(image, str)
+                            image = {"bytes": None if is_path else image, "path": image if is_path else None}
+                            row[self.image_column] = image
+                        yield row
 
 
 def open_in_place(
@@ -93,3 +103,26 @@ def open_in_place(
         if paths[0].suffix == ".parquet":
             return ParquetSplit(dataset, split, image_column, None, ImageFiles(bounds, max_pixels), paths)
     return open_split(dataset, split, image_column, image_roots, max_pixels)
+
+
+def fingerprint(source: Split) -> str:
+    """Hex digest of the content, the same wherever the files lie.
+
+    It is cheap: of a large file its size and pieces all over it, of a data set of `datasets` the fingerprint that the
+    library keeps.
+    """
+    if not source.paths:
+        return str(source.data._fingerprint)
+    digest = blake2b(digest_size=16)
+    for path in tqdm(source.paths, desc="Fingerprint", unit="file", leave=False):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
+        with path.open("rb") as file:
+            if path.suffix == ".jsonl" or size <= SAMPLED_PIECES * SAMPLED_BYTES:  # a list of captions: as a whole
+                while data := file.read(1 << 20):
+                    digest.update(data)
+                continue
+            for piece in range(SAMPLED_PIECES):  # the first and the last one included, where footers are
+                file.seek((size - SAMPLED_BYTES) * piece // (SAMPLED_PIECES - 1))
+                digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from capivara_common.cli import run_command
 from capivara_common.image_files import BYTES_ALONE, BadImage, BadRow, ImageFiles, by_threads, decode_image
-from caption_data.columns import SIMILARITIES
+from caption_data.rows import SIMILARITIES
 from captions.stage_arguments import ScoreArguments
 from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
 from modeling_capivara.two_towers import Embedder, load_embedder

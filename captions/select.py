@@ -16,8 +16,7 @@ from typing import Any
 
 from capivara_common.cli import run_command
 from capivara_common.image_files import BadRow
-from caption_data.columns import CAPTIONS
-from caption_data.rows import NOT_CHOSEN
+from caption_data.rows import CAPTIONS, NOT_CHOSEN
 from captions.stage_arguments import SelectArguments
 from captions.stage_folder import StageReport, check_complete
 from captions.stages import Phase, RowStage, finished_row_tasks, stage_main

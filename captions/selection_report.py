@@ -20,8 +20,7 @@ import PIL.Image
 from capivara_common.files import write_json, write_text
 from capivara_common.image_files import BadRow, decode_image
 from capivara_common.privacy import short_name
-from caption_data.columns import caption_texts
-from caption_data.rows import NOT_CHOSEN
+from caption_data.rows import NOT_CHOSEN, caption_texts
 from caption_data.sources import Split
 from captions.selection_plots import Example, Histogram, plot_examples, plot_similarities
 from captions.stage_arguments import SelectArguments

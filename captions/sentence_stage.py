@@ -18,8 +18,7 @@ from capivara_common.environment import package_versions
 from capivara_common.files import read_json, write_json
 from capivara_common.tasks import all_parts, share
 from caption_data.rows import Skipped
-from caption_data.sources import Split
-from caption_data.stage_record import STAGE_FILE, part_path, stage_record
+from caption_data.sources import STAGE_FILE, Split, stage_record
 from captions.sentences import (
     PAIR_SCHEMA,
     SENTENCES,
@@ -29,7 +28,13 @@ from captions.sentences import (
     translations_in,
 )
 from captions.stage_arguments import KINDS, PAPER_MODEL, StageArguments, TranslateArguments
-from captions.stage_folder import StageReport, finished_ranks, remove_leftovers, source_changes
+from captions.stage_folder import (
+    StageReport,
+    finished_ranks,
+    part_path,
+    remove_leftovers,
+    source_changes,
+)
 from captions.stages import RowStage, plain_record, stage_source, write_parts
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator
 from captions.translators.pieces import groups

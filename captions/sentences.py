@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from capivara_common.files import write_bytes, write_json
 from capivara_common.image_files import BadRow
-from caption_data.columns import caption_texts
-from caption_data.rows import digest_of
+from caption_data.rows import caption_texts, digest_of
 from caption_data.sources import Split
+from captions.in_place import fingerprint
 from captions.stage_folder import whole_parquet
 
 SENTENCES = "sentences.parquet"
@@ -58,7 +58,7 @@ class SentenceFile:
 
     def __init__(self, path: Path, source: Split, columns: list[str]):
         self.path, self.name, self.columns, self.damaged, self._source = path, str(path), columns, [], source
-        self._fingerprint = digest_of([SENTENCES_VERSION, len(source), source.fingerprint(), columns])
+        self._fingerprint = digest_of([SENTENCES_VERSION, len(source), fingerprint(source), columns])
 
     def fingerprint(self) -> str:
         """Of what the sentences were collected from."""

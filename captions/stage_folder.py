@@ -24,8 +24,7 @@ import pyarrow.parquet as pq
 from capivara_common.files import write_json
 from capivara_common.tasks import all_parts, share
 from caption_data.rows import digest_of
-from caption_data.source_files import opened_parquet
-from caption_data.stage_record import STAGE_FILE, joined, missing_parts, part_path, refuse_missing, stage_record
+from caption_data.sources import STAGE_FILE, opened_parquet, refuse_unfinished, stage_record
 
 IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
 NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
@@ -48,6 +47,29 @@ class StageReport:
             + f" ({reasons})" * bool(reasons)
             + f", {left:,} not done yet" * bool(left)
         )
+
+
+def part_path(output: Path, split: str, part: range) -> Path:
+    """The file of the rows of a part."""
+    return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
+
+
+def missing_parts(output: Path, record: dict[str, Any]) -> list[range]:
+    """The parts of a stage that no task has written yet, by the names of its files alone."""
+    there, split = {path.name for path in output.glob("*.parquet")}, record["source"]["split"]
+    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
+    return [part for part in parts if part_path(output, split, part).name not in there]
+
+
+def joined(parts: list[range]) -> list[range]:
+    """Neighbours as one range."""
+    found: list[range] = []
+    for part in parts:
+        if found and found[-1].stop == part.start:
+            found[-1] = range(found[-1].start, part.stop)
+        else:
+            found.append(part)
+    return found
 
 
 def finished_ranks(output: Path, record: dict[str, Any], world_size: int) -> list[int]:
@@ -167,7 +189,7 @@ def check_complete(output: Path | str) -> StageReport:
     """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
     output, record = Path(output), stage_record(output)
     report = progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
-    refuse_missing(output, record, report.missing)
+    refuse_unfinished(output)
     return report
 
 

@@ -27,12 +27,9 @@ from capivara_common.executors import EXPECTED, TasksFailed, Work, execute
 from capivara_common.files import no_space_left
 from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase, all_parts, share
-from caption_data.columns import CAPTION_COLUMN, CAPTIONS, IMAGE, NO_TEXTS, caption_texts
-from caption_data.rows import Skipped, write_skipped
-from caption_data.source_files import NoSplit
-from caption_data.sources import Split
-from caption_data.stage_record import part_path
-from captions.in_place import open_in_place
+from caption_data.rows import CAPTION_COLUMN, CAPTIONS, NO_TEXTS, Skipped, caption_texts, write_skipped
+from caption_data.sources import NoSplit, Split
+from captions.in_place import fingerprint, open_in_place
 from captions.stage_arguments import StageArguments
 from captions.stage_folder import (
     DIGEST_KEY,
@@ -41,6 +38,7 @@ from captions.stage_folder import (
     claim,
     finished_ranks,
     identity_digest,
+    part_path,
     progress,
     remove_leftovers,
     skipped_path,
@@ -50,6 +48,7 @@ from captions.translators.pieces import groups
 
 logger = logging.getLogger("capivara")
 
+IMAGE = "image"  # the authors' name, which the image column has in every output
 STAGE_VERSION = 1  # of the folder's form; raise it when parts change
 ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
 PREPARED_ROWS = 50_000  # whose translations are in memory at once
@@ -247,7 +246,7 @@ def plain_record(source: Any, args: StageArguments, rows_per_part: int) -> dict[
             "name": source.name,
             "split": source.split,
             "rows": len(source),
-            "fingerprint": source.fingerprint(),
+            "fingerprint": fingerprint(source) if isinstance(source, Split) else source.fingerprint(),
             "damaged": [damage.detail for damage in source.damaged],
         },
         "rows_per_part": rows_per_part,

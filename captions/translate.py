@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from capivara_common.cli import run_command
-from caption_data.columns import CAPTIONS
-from caption_data.sources import Split, refuse_unfinished
-from caption_data.stage_record import stage_record
+from caption_data.rows import CAPTIONS
+from caption_data.sources import Split, refuse_unfinished, stage_record
 from captions.quality import QUALITY, flags, quality_summary, write_quality_report
 from captions.sentence_stage import (
     collect_sentences,

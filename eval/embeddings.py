@@ -28,10 +28,9 @@ from capivara_common.environment import device_description, processes
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_folder, cache_key
-from caption_data.image_rows import ImageRows
+from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, ImageRows, cache_folder
 from caption_data.rows import digest_of
-from caption_data.source_files import NoSplit
+from caption_data.sources import NoSplit
 from eval.records.schema import Record, header, hub_revision, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
@@ -110,7 +109,7 @@ class EmbeddingStore:
             return embeds, bad
 
         parts = all_parts(images.count, IMAGES_PER_SHARD)
-        digests = [digest_of([images.row_digest(row) for row in part]) for part in parts]
+        digests = [digest_of(images.digests[part.start : part.stop]) for part in parts]
         cache = self._kept("images", self.embedder.image_fingerprint, parts, digests, embed, description)
         rows = [row for row in range(images.count) if row not in cache.bad]
         if not rows:
@@ -138,7 +137,7 @@ class EmbeddingStore:
         self, kind: str, model: str, parts: list[range], digests: list[str], embed: Callable, description: str
     ) -> EmbeddingCache:
         """The cache, opened, of which `embed` has made the shards that were missing, each from its rows."""
-        key = cache_key({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size})
+        key = digest_of({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size}, sort_keys=True)
         folder = (self.root or self._temporary) / "evaluation" / key
         cache = EmbeddingCache(folder, parts, [f"{kind}-{digest}.npy" for digest in digests])
 

@@ -26,9 +26,8 @@ from capivara_common.environment import processes
 from capivara_common.files import check_output_file
 from capivara_common.image_files import DATASET_HELP, BadRow, CaptionDataArguments
 from capivara_common.privacy import short_name
-from caption_data.columns import caption_texts
-from caption_data.image_rows import ImageRows
-from caption_data.rows import rows_fingerprint
+from caption_data.embedding_cache import ImageRows
+from caption_data.rows import caption_texts, rows_fingerprint
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics.metrics import (
     RECALL_CUTOFFS,
@@ -227,7 +226,7 @@ class RetrievalData:
 
     def fingerprint(self) -> str:
         """The one that a training run gives the same images and captions."""
-        return rows_fingerprint((self.images.row_digest(row), texts) for row, texts in enumerate(self.captions))
+        return rows_fingerprint(zip(self.images.digests, self.captions, strict=True))
 
 
 def load_data(args: RetrievalArguments) -> RetrievalData:

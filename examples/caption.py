@@ -29,9 +29,8 @@ from capivara_common.links import Bounds
 from capivara_common.privacy import hide_paths
 from capivara_search.picture_files import find_pictures
 from capivara_search.terminal import harmless
-from caption_data.columns import caption_texts
-from caption_data.embedding_cache import cache_folder
-from caption_data.image_rows import ImageRows
+from caption_data.embedding_cache import ImageRows, cache_folder
+from caption_data.rows import caption_texts
 from caption_data.sources import open_split
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import flat_captions

@@ -10,7 +10,7 @@ import yaml
 from caption_tars import picture
 from datasets import Dataset, DatasetDict, Features, Image, Value
 
-from caption_data.columns import CAPTIONS
+from caption_data.rows import CAPTIONS
 from captions.build import BuildArguments, ManualStepRequired, build
 from captions.tsv import escape, unescape
 

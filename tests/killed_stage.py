@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 import captions.stages
 from capivara_common.image_files import BadRow
-from caption_data.columns import CAPTIONS
+from caption_data.rows import CAPTIONS
 from captions.stage_arguments import StageArguments
 from captions.stage_folder import unfinished
 from captions.stages import RowStage

@@ -25,7 +25,7 @@ from sampling import one_in
 from benchmarks import captions_selection
 from capivara_common.executors import TasksFailed, Work
 from capivara_common.executors import _executor as local_executor
-from caption_data.columns import CAPTIONS, SIMILARITIES
+from caption_data.rows import CAPTIONS, SIMILARITIES
 from captions import sentence_stage, stages
 from captions.build import BuildArguments, ManualStepRequired, build, main
 from captions.build_plan import STAGES, read_plan

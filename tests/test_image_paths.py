@@ -33,8 +33,7 @@ from capivara_common.links import Bounds
 from capivara_search import PictureIndex
 from capivara_search.picture_files import find_pictures
 from caption_data.labelled_images import load_images
-from caption_data.source_files import load_embedded
-from caption_data.sources import open_split
+from caption_data.sources import load_embedded, open_split
 from captions.build import BuildArguments, build
 from captions.generate import main as generate
 from captions.score import main as score

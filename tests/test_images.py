@@ -31,7 +31,7 @@ from caption_data.sources import open_split
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import load_model
 from modeling_capivara.two_towers import embed_images
-from training.images import Pairs, TrainingImages, augmented, build_cache, random_state
+from training.images import Pairs, augmented, build_cache, pixel_batches, random_state
 
 IMAGES = 12  # of the training split of `tiny_dataset_folder`
 NEGATIVE = encoded(PIL.Image.fromarray(np.full((40, 36), -1, dtype=np.int32)), "TIFF")  # PIL reads it, we don't
@@ -293,7 +293,7 @@ def test_a_shard_of_something_else_is_refused_by_name(
     monkeypatch.setattr(training.images, "SHARD_ROWS", 6)
     pairs = pairs_of(tiny_dataset_folder, tiny_processor)
     cache = cache_of(tiny_model, pairs, tmp_path)
-    cache.write(1, OTHERS[change](np.load(cache.paths()[1])), [])
+    cache.write(1, OTHERS[change](np.load(cache.paths[1])), [])
     with pytest.raises(ValueError, match=r"shard-00001\.npy should be .*Remove it"):
         cache_of(tiny_model, pairs, tmp_path)
 
@@ -364,10 +364,10 @@ def test_the_size_is_told_before_the_work(
     assert caplog.messages == [
         f"Image-embedding cache: 12 images x 3 views x 24 x 2 bytes, 0.0 MB to write to {cache.folder}."
     ]
-    assert needed <= sum(path.stat().st_size for path in cache.paths()) < needed + 3 * 200  # and the files' headers
+    assert needed <= sum(path.stat().st_size for path in cache.paths) < needed + 3 * 200  # and the files' headers
     cache_of(tiny_model, pairs, tmp_path)
     assert len(caplog.messages) == 1, "nothing is to be written"
-    cache.paths()[2].unlink()
+    cache.paths[2].unlink()
     cache_of(tiny_model, pairs, tmp_path)
     assert asked[1:] == [(cache.folder, 2 * 3 * 24 * 2)], "only what is missing"
 
@@ -519,9 +519,9 @@ def test_an_image_that_has_changed_since_it_was_checked_is_named(tiny_processor,
     """Without a cache, at the step: the row, so that it can be mended."""
     (tmp_path / "a.png").write_bytes(encoded(PIL.Image.new("RGB", (40, 40))))
     (tmp_path / "metadata.jsonl").write_text('{"captions-pt": ["x"]}\n{"file_name": "a.png", "captions-pt": ["x"]}')
-    images = TrainingImages([pairs_of(tmp_path, tiny_processor)])
-    (pixels,) = images.pixel_batches([[(0, 0, 0)]], 0)
+    pairs = [pairs_of(tmp_path, tiny_processor)]
+    (pixels,) = pixel_batches(pairs, [[(0, 0, 0)]], 0)
     assert pixels.shape == (1, 3, 32, 32)
     (tmp_path / "a.png").write_bytes(BROKEN)
     with pytest.raises(BadImage, match=r"unreadable image: .*, split 'train', row 1: .*a\.png"):
-        next(images.pixel_batches([[(0, 0, 0)]], 0))
+        next(pixel_batches(pairs, [[(0, 0, 0)]], 0))

@@ -4,7 +4,7 @@ import io
 import json
 import pickle
 import zlib
-from contextlib import nullcontext
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +15,8 @@ from datasets import Image
 
 from capivara_common.image_files import BadImage, BadRow, decode_image
 from caption_data import pairs
-from caption_data.columns import caption_texts
 from caption_data.pairs import check_bad_share, pair_table, pairs_fingerprint, skipped_rows, usable
-from caption_data.rows import Skipped, write_skipped
+from caption_data.rows import Skipped, caption_texts, write_skipped
 from caption_data.sources import open_split
 from eval.retrieval import _chosen
 
@@ -127,14 +126,13 @@ def test_fingerprint(tmp_path):
     assert len({first, *others}) == 6
 
 
-def test_table_is_written_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(pairs, "PART_ROWS", 3)
+def test_a_table_is_one_file_however_many_rows_are_in_memory(tmp_path, monkeypatch):
     source = open_split(tars_by_name(tmp_path), "train", "image")
+    whole = table_of(source)
+    monkeypatch.setattr(pairs, "ROWS_AT_ONCE", 3)
     table = table_of(source)
-    assert len(table.cache_files) == 3 and table["captions"][:] == CAPTIONS, "files that are mapped into memory"
-    fingerprint = pairs_fingerprint(table)
-    monkeypatch.setattr(pairs, "PART_ROWS", 1000)
-    assert pairs_fingerprint(table_of(source)) == fingerprint
+    assert len(table.cache_files) == 1 and table["captions"][:] == CAPTIONS, "a file that is mapped into memory"
+    assert table[:] == whole[:] and pairs_fingerprint(table) == pairs_fingerprint(whole)
     nothing = table_of(source, choose=lambda row: [])
     assert len(nothing) == 0 and set(nothing.column_names) >= {"row", "digest", "captions"}
 
@@ -156,23 +154,27 @@ def test_bad_images_come_back_from_a_worker_process():
     assert (type(bad), bad.reason, bad.detail) == (BadImage, "unreadable image", "cut off")
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 9])
-def test_parts_make_the_whole_table(tmp_path, monkeypatch, number):
-    """Each row once, bad ones listed once, however many processes there are, also more than parts."""
+@pytest.mark.parametrize("decode", [False, True])
+def test_of_several_processes_one_makes_the_table(tmp_path, monkeypatch, decode):
+    """Each row once, bad ones listed once; the others wait, and read it."""
     good = [[(f"z{i}.jpg", picture(i, "JPEG")), (f"z{i}.json", b'{"captions-pt": ["x"]}')] for i in range(4)]
     members = [member for of_row in [*(bad for _, bad in bad_rows()[:3]), *good] for member in of_row]
     write_tar(tmp_path / "train-0.tar", members)
-    source, entry, made = open_split(str(tmp_path), "train", "image"), pairs._entry, []
+    source, waited, made = open_split(str(tmp_path), "train", "image"), [], []
     whole = table_of(source, whole_skipped := [])
-    monkeypatch.setattr(pairs, "PART_ROWS", 2)
-    monkeypatch.setattr(pairs, "_entry", lambda row, *args, **options: made.append(row) or entry(row, *args, **options))
-    for rank in range(number):  # one after the other; the last finds the parts of all others
-        state = SimpleNamespace(process_index=rank, num_processes=number, wait_for_everyone=lambda: None)
-        state.local_main_process_first = nullcontext
+    for rank in range(3):  # one after the other, as Accelerate lets them in
+
+        @contextmanager
+        def first(rank=rank):
+            waited.append(rank)
+            yield
+
+        state = SimpleNamespace(local_main_process_first=first)
         monkeypatch.setattr(pairs, "processes", lambda state=state: state)
-        table = pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {"number": f"{number} {tmp_path}"})
-    assert sorted(made) == list(range(7)) and len(whole) == 4
-    assert usable(table)[:] == whole[:] and skipped_rows(table, source) == whole_skipped and len(whole_skipped) == 3
+        choose = lambda row, rank=rank: made.append(rank) or row["captions-pt"]  # noqa: E731
+        table = pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"}, decode)
+        assert usable(table)[:] == whole[:] and skipped_rows(table, source) == whole_skipped
+    assert waited == [0, 1, 2] and made == [0] * 6 and len(whole_skipped) == 3, "one row has no JSON object"
 
 
 def test_a_table_is_made_anew_when_anything_has_changed(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from caption_tars import picture, rows_of, saved_train, training_of
 from datasets import Image
 
-from caption_data.columns import CAPTIONS, SIMILARITIES
+from caption_data.rows import CAPTIONS, SIMILARITIES
 from caption_data.selection import STRATEGIES
 from captions.select import SelectArguments, main, select, select_rows, write_missing_report
 from captions.selection_plots import Example, plot_examples

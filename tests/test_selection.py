@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from caption_data.selection import STRATEGIES, CaptionChoice, choose_captions, pair_passes
+from caption_data.selection import STRATEGIES, CaptionChoice
 
 ROW = {
     "captions-pt": ["gato preto", "cão na praia"],
@@ -31,8 +31,12 @@ def choice_of(strategy: str = "none", count: int = 5, min_similarity: float = 0.
     return choice
 
 
+def pair_passes(row, language, least) -> bool:
+    return bool(CaptionChoice(min_pair_similarity=least).chosen(row, language))
+
+
 def chosen(row: dict, strategy: str, **numbers) -> list[str]:
-    return choose_captions(row, "pt", choice_of(strategy, **numbers))
+    return choice_of(strategy, **numbers).chosen(row, "pt")
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def chosen(row: dict, strategy: str, **numbers) -> list[str]:
     ],
 )  # fmt: skip
 def test_each_strategy_in_its_order(choice, expected):
-    assert choose_captions(ROW, "pt", choice) == expected
+    assert choice.chosen(ROW, "pt") == expected
 
 
 def test_defaults_are_the_published_ones():
@@ -163,17 +167,17 @@ def test_columns_are_those_that_are_read():
     for strategy in STRATEGIES:
         choice = choice_of(strategy, min_similarity=-1)
         needed = choice.columns_of("pt")
-        choose_captions({name: ROW[name] for name in needed}, "pt", choice)
+        choice.chosen({name: ROW[name] for name in needed}, "pt")
         for name in needed:
             with pytest.raises(ValueError, match=name):
-                choose_captions({other: ROW[other] for other in needed if other != name}, "pt", choice)
+                choice.chosen({other: ROW[other] for other in needed if other != name}, "pt")
     assert choice_of().columns_of("hi") == ["captions-hi"]
     assert choice_of("rank").columns_of("hi") == ["captions-hi", "generated-captions-hi", "similarities-hi"]
 
 
 def test_language_picks_the_columns():
     row = {**ROW, "captions-en": ["black cat"], "generated-captions-en": ["a bus"], "similarities-en": [0.1, 0.9]}
-    assert choose_captions(row, "en", choice_of("rank", count=1)) == ["a bus"]
+    assert choice_of("rank", count=1).chosen(row, "en") == ["a bus"]
     assert not pair_passes(row, "en", 0.2) and pair_passes(row, "pt", 0.2)
 
 

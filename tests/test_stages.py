@@ -20,9 +20,8 @@ from killed_stage import arguments, run, shout
 from test_sources import FORMS
 
 from capivara_common.image_files import BadRow
-from caption_data.columns import CAPTIONS, SIMILARITIES
-from caption_data.sources import open_split
-from caption_data.stage_record import stage_record
+from caption_data.rows import CAPTIONS, SIMILARITIES
+from caption_data.sources import open_split, stage_record
 from captions.in_place import open_in_place
 from captions.stage_arguments import ScoreArguments, StageArguments
 from captions.stage_folder import check_complete, finished_ranks, unfinished

@@ -17,7 +17,7 @@ from PIL import Image
 import train_accelerate
 from capivara_common.files import lock_folder
 from capivara_common.privacy import short_name
-from caption_data import image_rows
+from caption_data import embedding_cache
 from hub_upload.card import check, write_card
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
@@ -350,9 +350,9 @@ def test_the_share_of_interpolation_is_chosen_on_validation(tiny_folder, tiny_da
     assert best_share(one_direction, 0.005) == 0.5, "no direction may lose more"
 
     data = ["--validation", str(tiny_dataset_folder), "--split", "train", "--languages", "pt", "en"]
-    decoded, decode = [], image_rows.decode_image
+    decoded, decode = [], embedding_cache.decode_image
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_rows, "decode_image", lambda *args: decoded.append(1) or decode(*args))
+        patch.setattr(embedding_cache, "decode_image", lambda *args: decoded.append(1) or decode(*args))
         interpolate([str(tiny_folder), str(tiny_folder), *data, "--output", str(tmp_path / "best")])
     assert len(decoded) == 12, "each picture once, for eleven shares"
     told = capsys.readouterr().out

@@ -98,7 +98,9 @@ def _permutation(seed: int, epoch: int, number: int) -> np.ndarray:
 def drawn_captions(captions: Sequence[list[str]], rows: np.ndarray, step: int, seed: int) -> list[str]:
     """One caption of each row, drawn at random: each step draws anew (CAPIVARA, arXiv 2310.13683, section 3)."""
     draws = np.random.default_rng([seed, step, 1]).random(len(rows))  # 1: a stream apart from that of `batch_indices`
-    return [texts[int(draw * len(texts))] for texts, draw in zip(_at(captions, rows), draws, strict=True)]
+    # A column of `datasets` reads many rows at once.
+    chosen = [captions[row] for row in rows] if isinstance(captions, list) else captions[rows.tolist()]
+    return [texts[int(draw * len(texts))] for texts, draw in zip(chosen, draws, strict=True)]
 
 
 def drawn_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
@@ -106,12 +108,6 @@ def drawn_views(views: int, number: int, step: int, seed: int) -> np.ndarray:
     if views == 0:
         return np.full(number, step)
     return np.random.default_rng([seed, step, 2]).integers(views, size=number)
-
-
-def _at(captions: Sequence[list[str]], rows: np.ndarray) -> list[list[str]]:
-    if isinstance(captions, list):
-        return [captions[row] for row in rows]
-    return captions[[int(row) for row in rows]]  # a column of `datasets` reads many rows at once
 
 
 @dataclass

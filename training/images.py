@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from tqdm.auto import tqdm
 from capivara_common.files import check_free_space, write_json
 from capivara_common.image_files import BadImage, decode_image
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_key
+from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache
 from caption_data.pairs import pairs_fingerprint
-from caption_data.rows import Skipped
+from caption_data.rows import Skipped, digest_of
 from caption_data.sources import Split
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import weights_digest
@@ -58,7 +59,8 @@ class Pairs:
 
     def __getitem__(self, pair: int) -> PIL.Image.Image:
         """The image of a pair, decoded. Raises BadImage where it can't be used."""
-        return self._image(self.table[int(pair)]["row"])
+        row = self.source.data[self.table[int(pair)]["row"]]
+        return decode_image(row[self.source.image_column], self.source.files)
 
     def captions(self) -> list[list[str]]:
         """The captions of each image."""
@@ -72,9 +74,8 @@ class Pairs:
     def view(self, item: tuple[int, int]) -> Tensor | BadImage:
         """(3, height, width) of a pair's image in a view; what is wrong with the image where it is bad."""
         pair, view = map(int, item)
-        line = self.table[pair]
         try:
-            return self.pixels(self._image(line["row"]), line["digest"], view)
+            return self.pixels(self[pair], self.table[pair]["digest"], view)
         except BadImage as bad:
             return bad
 
@@ -99,47 +100,37 @@ class Pairs:
 
     def with_cache(self, cache: EmbeddingCache) -> tuple["Pairs", list[Skipped]]:
         """The pairs whose image has a vector in a cache of these, and the rows of the others."""
-        good = np.array([pair for pair in range(len(self)) if pair not in cache.bad], dtype=np.int64)
-        lines = [(self.table[pair]["row"], *cache.bad[pair]) for pair in sorted(cache.bad)]
-        table = self.table if not lines else self.table.select(good)
-        skipped = [Skipped(self.source.name, self.source.split, *line) for line in lines]
-        return replace(self, table=table, cache=cache, cache_rows=good), skipped
-
-    def _image(self, row: int) -> PIL.Image.Image:
-        return decode_image(self.source.data[row][self.source.image_column], self.source.files)
+        good, source = np.setdiff1d(np.arange(len(self)), sorted(cache.bad)), self.source
+        bad = [(self.table[pair]["row"], *cache.bad[pair]) for pair in sorted(cache.bad)]
+        table = self.table.select(good) if bad else self.table
+        kept = replace(self, table=table, cache=cache, cache_rows=good)
+        return kept, [Skipped(source.name, source.split, *line) for line in bad]
 
 
-@dataclass
-class TrainingImages:
-    """The images of the pairs of all data sets."""
+def cached_embeds(training: list[Pairs], sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
+    """(pairs, width), float32: data set of `training`, pair and view of each; only with caches."""
+    embeds = torch.empty(len(sources), training[0].cache.arrays[0].shape[2])
+    for number in np.unique(sources):
+        (at,) = np.nonzero(sources == number)
+        embeds[at] = training[number].vectors(pairs[at], views[at])
+    return embeds
 
-    pairs: list[Pairs]
 
-    @property
-    def cached(self) -> bool:
-        """Whether their vectors are known; else every image is embedded at every step."""
-        return self.pairs[0].cache is not None
+def pixel_batches(training: list[Pairs], items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
+    """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes.
 
-    def cached_embeds(self, sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
-        """(pairs, width), float32: data set, pair and view of each; only with caches."""
-        embeds = torch.empty(len(sources), self.pairs[0].cache.arrays[0].shape[2])
-        for number in np.unique(sources):
-            (at,) = np.nonzero(sources == number)
-            embeds[at] = self.pairs[number].vectors(pairs[at], views[at])
-        return embeds
+    Raises BadImage, with the row, where an image has changed since it was checked.
+    """
+    return read_ahead(partial(_pixels, training), items, workers)
 
-    def pixel_batches(self, items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
-        """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes."""
-        return read_ahead(self.pixels, items, workers)
 
-    def pixels(self, item: tuple[int, int, int]) -> Tensor:
-        """(3, height, width). Raises BadImage, with the row, where an image has changed since it was checked."""
-        pairs = self.pairs[item[0]]
-        pixels = pairs.view(item[1:])
-        if isinstance(pixels, BadImage):
-            place = f"{pairs.source.where}, row {pairs.table[int(item[1])]['row']}"
-            raise BadImage(pixels.reason, f"{place}: {pixels.detail}")
-        return pixels
+def _pixels(training: list[Pairs], item: tuple[int, int, int]) -> Tensor:
+    pairs = training[item[0]]
+    pixels = pairs.view(item[1:])
+    if isinstance(pixels, BadImage):
+        place = f"{pairs.source.where}, row {pairs.table[int(item[1])]['row']}"
+        raise BadImage(pixels.reason, f"{place}: {pixels.detail}")
+    return pixels
 
 
 @dataclass
@@ -180,14 +171,9 @@ def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
 
     torch.manual_seed(state)
     bicubic = transforms.InterpolationMode.BICUBIC
-    chain = transforms.Compose(
-        [
-            transforms.Resize(AUGMENTATION["resize"], interpolation=bicubic),
-            transforms.RandomResizedCrop(AUGMENTATION["crop"], scale=AUGMENTATION["scale"], interpolation=bicubic),
-            transforms.AugMix(severity=AUGMENTATION["augmix_severity"]),
-        ]
-    )
-    return chain(image.convert("RGB"))
+    image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))
+    image = transforms.RandomResizedCrop(AUGMENTATION["crop"], AUGMENTATION["scale"], interpolation=bicubic)(image)
+    return transforms.AugMix(severity=AUGMENTATION["augmix_severity"])(image)
 
 
 @torch.no_grad()
@@ -231,10 +217,11 @@ def build_cache(
         OSError: the disk has too little space.
     """
     parts = cache_parts(model, pairs, accelerator.mixed_precision)
-    cache = EmbeddingCache(root / cache_key(parts), all_parts(len(pairs), SHARD_ROWS))
-    row = (pairs.augmented_views, model.config.projection_dim)
-    if missing := cache.missing():
-        needed = sum(len(cache.parts[number]) for number in missing) * row[0] * row[1] * 2
+    cache = EmbeddingCache(root / digest_of(parts, sort_keys=True), all_parts(len(pairs), SHARD_ROWS))
+    views, width = row = (pairs.augmented_views, model.config.projection_dim)
+    missing = cache.missing()
+    if missing:
+        needed = sum(len(cache.parts[number]) for number in missing) * views * width * 2
         if accelerator.is_main_process:
             logger.info(
                 "Image-embedding cache: %s images x %s views x %s x 2 bytes, %s MB to write to %s.",
@@ -243,8 +230,33 @@ def build_cache(
         check_free_space(cache.folder, needed)
         write_json(cache.folder / "cache.json", parts)
 
-    options = model, pairs, row, batch_size, workers, accelerator
-    cache.make(missing, lambda numbers: _embedded([cache.parts[number] for number in numbers], *options))
+    def batches_of(part: range) -> list[list[tuple[int, int]]]:
+        items = [(pair, view) for pair in part for view in range(views)]
+        return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+
+    def embedded(numbers: list[int]) -> Iterator[tuple[np.ndarray, list[tuple[int, tuple[str, str]]]]]:
+        own = [cache.parts[number] for number in numbers]
+        # One set of workers for all shards: opening them anew costs seconds.
+        ahead = read_ahead(pairs.view, (batch for part in own for batch in batches_of(part)), workers, list)
+        bar = {"desc": f"Images, {pairs.source.where}", "unit": "image", "disable": not accelerator.is_main_process}
+        with tqdm(total=sum(map(len, own)), **bar) as progress:
+            for part in own:
+                embeds, bad = np.full((len(part), *row), np.nan, dtype=np.float16), {}
+                for batch in batches_of(part):
+                    good = []
+                    for (pair, view), image in zip(batch, next(ahead), strict=True):
+                        if isinstance(image, BadImage):
+                            bad[pair - part.start] = image.reason, image.detail
+                        else:
+                            good.append((pair - part.start, view, image))
+                    if good:
+                        places, numbers_of_views, images = map(list, zip(*good, strict=True))
+                        vectors = embed_pixels(model, torch.stack(images), accelerator)
+                        embeds[places, numbers_of_views] = vectors.half().cpu().numpy()
+                    progress.update(len(batch) / views)
+                yield embeds, sorted(bad.items())
+
+    cache.make(missing, embedded)
     cache.open(row, np.float16, mapped=True)
     return cache
 
@@ -258,45 +270,7 @@ def write_cache(model: CapivaraModel, pairs: Pairs, root: Path, precision: str, 
         embeds: of the images of `pairs`, in their order.
     """
     parts = cache_parts(model, pairs, precision)
-    cache = EmbeddingCache(root / cache_key(parts), all_parts(len(pairs), SHARD_ROWS))
+    cache = EmbeddingCache(root / digest_of(parts, sort_keys=True), all_parts(len(pairs), SHARD_ROWS))
     write_json(cache.folder / "cache.json", parts)
     for number, part in enumerate(cache.parts):
         cache.write(number, embeds[part.start : part.stop, None].half().numpy(), [])
-
-
-def _embedded(
-    parts: list[range],
-    model: CapivaraModel,
-    pairs: Pairs,
-    row: tuple[int, int],
-    batch_size: int,
-    workers: int,
-    accelerator: Accelerator,
-) -> Iterator[tuple[np.ndarray, list[tuple[int, tuple[str, str]]]]]:
-    """Shards of pairs: (pairs, views, width) float16, and the bad ones with reason and detail.
-
-    One set of workers for all shards: opening them anew costs seconds.
-    """
-
-    def batches_of(part: range) -> list[list[tuple[int, int]]]:
-        items = [(pair, view) for pair in part for view in range(row[0])]
-        return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
-
-    items = (batch for part in parts for batch in batches_of(part))
-    batches = read_ahead(pairs.view, items, workers, list)
-    total, title, quiet = sum(map(len, parts)), f"Images, {pairs.source.where}", not accelerator.is_main_process
-    with tqdm(total=total, desc=title, unit="image", disable=quiet) as bar:
-        for part in parts:
-            embeds, bad = np.full((len(part), *row), np.nan, dtype=np.float16), {}
-            for items_of_batch in batches_of(part):
-                batch = next(batches)
-                for (pair, _), image in zip(items_of_batch, batch, strict=True):
-                    if isinstance(image, BadImage):
-                        bad[pair - part.start] = image.reason, image.detail
-                if good := [i for i, pixels in enumerate(batch) if isinstance(pixels, Tensor)]:
-                    numbers, of_pairs = np.array([items_of_batch[i] for i in good]).T
-                    pixels = torch.stack([batch[i] for i in good])
-                    made = embed_pixels(model, pixels, accelerator).half().cpu().numpy()
-                    embeds[numbers - part.start, of_pairs] = made
-                bar.update(len(batch) / row[0])
-            yield embeds, sorted(bad.items())

@@ -10,18 +10,18 @@ from torch import Tensor
 from capivara_common.environment import cache_home
 from capivara_common.files import check_free_space
 from caption_data.pairs import check_bad_share, lacking, pair_table, skipped_rows, usable
-from caption_data.rows import Skipped, write_skipped
+from caption_data.rows import Skipped
 from caption_data.selection import WITH_SIMILARITIES
-from caption_data.source_files import NoSplit
-from caption_data.sources import Split, open_split
+from caption_data.sources import NoSplit, Split, open_split
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor, weights_digest
 from modeling_capivara.two_towers import embed_images
 from training.arguments import RunArguments
 from training.batches import Planner, batch_counts
-from training.images import Pairs, TrainingImages, build_cache, loading_workers
+from training.images import Pairs, build_cache, loading_workers
 from training.trainable import prepare_trainable
 
+COLUMN_NAMED = "--language, --eval_languages and --caption_column name it."
 Splits = dict[tuple[str, str], Split]  # data set and split -> the rows
 
 
@@ -40,11 +40,6 @@ class Inputs:
     skipped: list[Skipped]  # training rows that were left out
     base_digest: str  # of the base's weights
 
-    @property
-    def images(self) -> TrainingImages:
-        """Those of the training pairs."""
-        return TrainingImages(self.training)
-
     def planner(self, args: RunArguments) -> Planner:
         """What draws the batches of a run."""
         captions = [pairs.table["captions"] for pairs in self.training]
@@ -54,13 +49,10 @@ class Inputs:
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
         """Name of a data set and split -> digest of its images and captions."""
-        trained = zip(args.dataset, self.training, strict=True)
-        prints = {"base model": self.base_digest}
-        prints |= {f"{name} {args.train_split}": pairs.fingerprint for name, pairs in trained}
-        prints[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.fingerprint
-        for language, pairs in self.test.items():
-            prints[f"{args.evaluation_dataset} {args.test_split} {language}"] = pairs.fingerprint
-        return prints
+        named = {f"{pairs.source.name} {args.train_split}": pairs for pairs in self.training}
+        named[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation
+        named |= {f"{args.evaluation_dataset} {args.test_split} {code}": pairs for code, pairs in self.test.items()}
+        return {"base model": self.base_digest} | {name: pairs.fingerprint for name, pairs in named.items()}
 
 
 def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
@@ -83,7 +75,8 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     test = evaluation_pairs(args, measured[1], args.eval_languages, processor)
     training, skipped = training_pairs(args, splits, processor)
     rows = sum(map(len, training)) + len(skipped)
-    _check_skipped(args, skipped, rows, output_dir)
+    listed = output_dir.with_name(f"{output_dir.name}.skipped.jsonl")  # beside the output folder
+    check_bad_share(skipped, rows, args.max_bad_share, listed)
     batch_counts(args.effective_batch_size, list(map(len, training)))
 
     def cached(pairs: Pairs) -> tuple[Pairs, list[Skipped]]:
@@ -96,7 +89,7 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     else:
         training, bad = zip(*map(cached, training), strict=True)
         skipped += [line for lines in bad for line in lines]
-        _check_skipped(args, skipped, rows, output_dir)
+        check_bad_share(skipped, rows, args.max_bad_share, listed)
         validation, bad = cached(validation)
         _refuse_bad(validation.source, bad)
         vectors = validation.vectors(range(len(validation)), [0] * len(validation))
@@ -121,32 +114,28 @@ def open_splits(args: RunArguments) -> Splits:
         ValueError: a data set, split or column is missing, or there are fewer rows than a batch takes. All of it is
             told at once, a line each, with the setting that asks for it and the flag that does without.
     """
-    splits: Splits = {}
-    faults: dict[str, list[str]] = {}  # what is missing -> which settings ask for it, and the way out
-    missing: dict[str, str] = {}  # data set -> why it can't be opened at all: the Hub is asked for it once
-
-    def look(dataset: str, split: str, asked: list[tuple[list[str], str]], way_out: str) -> None:
-        try:
-            if dataset in missing:
-                raise ValueError(missing[dataset])
-            found = open_split(dataset, split, args.image_column, **args.limits())
-        except ValueError as error:
-            if not isinstance(error, NoSplit):
-                missing[dataset] = str(error)
-            faults.setdefault(f"{str(error).rstrip('.')}.", []).append(way_out)
-            return
-        splits[dataset, split] = found
-        for columns, reason in [([args.image_column], "--image_column names another one."), *asked]:
-            if absent := lacking(columns, found.columns):
-                fault = f"{found.where} has no column {' or '.join(map(repr, absent))}; there are {found.columns}."
-                faults.setdefault(fault, []).append(reason)
-
-    for name in args.dataset:
-        look(name, args.train_split, _asked_of_training(args), "--dataset and --train_split name the training data.")
+    named = "--dataset and --train_split name the training data."
+    asked = [(name, args.train_split, _columns_of_training(args), named) for name in args.dataset]
     named = "--evaluation_dataset, --validation_split and --test_split name what is measured on."
     for split, languages in {args.validation_split: [args.language], args.test_split: args.eval_languages}.items():
-        asked = [([caption_column(args, code)], f"{_names_of(args, code)} {named}") for code in languages]
-        look(args.evaluation_dataset, split, asked, named)
+        columns = [([caption_column(args, code)], f"{COLUMN_NAMED} {named}") for code in languages]
+        asked.append((args.evaluation_dataset, split, columns, named))
+    splits: Splits = {}
+    faults: dict[str, list[str]] = {}  # what is missing -> which settings ask for it, and the way out
+    missing: dict[str, ValueError] = {}  # data set -> why it can't be opened at all: the Hub is asked for it once
+    for dataset, split, columns, named in asked:
+        try:
+            if dataset in missing:
+                raise missing[dataset]
+            found = splits[dataset, split] = open_split(dataset, split, args.image_column, **args.limits())
+        except ValueError as error:
+            missing |= {} if isinstance(error, NoSplit) else {dataset: error}
+            faults.setdefault(f"{str(error).rstrip('.')}.", []).append(named)
+            continue
+        for names, reason in [([args.image_column], "--image_column names another one."), *columns]:
+            if absent := lacking(names, found.columns):
+                fault = f"{found.where} has no column {' or '.join(map(repr, absent))}; there are {found.columns}."
+                faults.setdefault(fault, []).append(reason)
     try:
         trained = [splits.get((name, args.train_split)) for name in args.dataset]
         batch_counts(args.effective_batch_size, list(map(len, trained)) if None not in trained else [])
@@ -157,6 +146,18 @@ def open_splits(args: RunArguments) -> Splits:
     return splits
 
 
+def _columns_of_training(args: RunArguments) -> list[tuple[list[str], str]]:
+    """Columns of the training data, each with the setting that asks for it and the flag that does without."""
+    similarities = [f"similarities-{args.language}"]
+    captions = [name for name in args.columns_of(args.language)[1:] if name not in similarities]
+    columns, strategy = [([caption_column(args, args.language), *captions], COLUMN_NAMED)], args.caption_strategy
+    if strategy in WITH_SIMILARITIES:
+        columns.append((similarities, f"caption_strategy: {strategy} needs it, --caption_strategy none turns it off."))
+    if (least := args.min_pair_similarity) is not None:
+        columns.append((similarities, f"min_pair_similarity: {least:g} needs it, --min_pair_similarity null does not."))
+    return columns
+
+
 def training_pairs(
     args: RunArguments, splits: Splits, processor: CapivaraProcessor
 ) -> tuple[list[Pairs], list[Skipped]]:
@@ -164,14 +165,16 @@ def training_pairs(
 
     Without a cache, which finds them, images whose pixels are damaged are found here: a step can't do without one.
     """
-    columns = [column for names, _ in _asked_of_training(args) for column in names]
+    columns = [name for names, _ in _columns_of_training(args) for name in names]
+    column, own = caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     settings = {name: getattr(args, name) for name in ("language", "caption_column", *choice)}
     found, skipped = [], []
     for name in args.dataset:
         split = splits[name, args.train_split]
         decode = args.image_embedding_cache == "off"
-        table = pair_table(split, list(dict.fromkeys(columns)), _choose(args), settings, decode)
+        choose = lambda row: args.chosen(row | {own: row[column]}, args.language)  # noqa: E731
+        table = pair_table(split, list(dict.fromkeys(columns)), choose, settings, decode)
         found.append(Pairs(split, usable(table), processor, args.augmented_views, args.seed))
         skipped += skipped_rows(table, split)
     return found, skipped
@@ -209,31 +212,6 @@ def cache_root(args: RunArguments) -> Path:
     return root
 
 
-def _asked_of_training(args: RunArguments) -> list[tuple[list[str], str]]:
-    """Columns of the training data, each with the setting that asks for it and the flag that does without."""
-    similarities = [f"similarities-{args.language}"]
-    captions = [name for name in args.columns_of(args.language) if name not in similarities]
-    captions[0] = caption_column(args, args.language)
-    asked = [(captions, _names_of(args, args.language))]
-    if (strategy := args.caption_strategy) in WITH_SIMILARITIES:
-        asked.append((similarities, f"caption_strategy: {strategy} needs it, --caption_strategy none turns it off."))
-    if (least := args.min_pair_similarity) is not None:
-        way_out = "--min_pair_similarity null turns it off."
-        asked.append((similarities, f"min_pair_similarity: {least:g} needs it, {way_out}"))
-    return asked
-
-
-def _names_of(args: RunArguments, language: str) -> str:
-    """Which flags name a column of captions."""
-    flag = "--language" if language == args.language else "--eval_languages"
-    return f"{flag} {language} and --caption_column {args.caption_column} name it."
-
-
-def _choose(args: RunArguments):
-    column, own = caption_column(args, args.language), f"captions-{args.language}"
-    return lambda row: args.chosen(row | {own: row[column]}, args.language)
-
-
 def _complete(texts: list[str]) -> list[str]:
     """`texts`. Raises ValueError where one is empty."""
     if not all(isinstance(text, str) and text.strip() for text in texts):
@@ -248,16 +226,6 @@ def _refuse_bad(split: Split, bad: list[Skipped]) -> None:
             f"{split.where}: row {bad[0].row} can't be used, {bad[0].reason} ({bad[0].detail}). A split that is "
             f"measured on must be whole; mend the row, or remove it. {len(bad)} rows are like this."
         )
-
-
-def _check_skipped(args: RunArguments, skipped: list[Skipped], rows: int, output_dir: Path) -> None:
-    """Raise ValueError where too many rows are bad; all are then listed in a file beside the output folder."""
-    try:
-        check_bad_share(skipped, rows, args.max_bad_share)
-    except ValueError as error:
-        path = output_dir.with_name(f"{output_dir.name}.skipped.jsonl")
-        write_skipped(path, skipped)
-        raise ValueError(f"{error} All of them are listed in {path}.") from error
 
 
 def _bytes_of_run(args: RunArguments, model: CapivaraModel) -> int:

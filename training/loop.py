@@ -24,7 +24,7 @@ from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
-from training.images import embed_pixels, loading_workers
+from training.images import cached_embeds, embed_pixels, loading_workers, pixel_batches
 from training.inputs import Inputs
 from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.trainable import set_training_mode
@@ -172,7 +172,8 @@ class Trainer:
     def _image_embeds(self, plan: StepPlan, pixels: Iterator[Tensor] | None) -> Tensor:
         """(pairs, width) on the device, by the frozen image tower."""
         if pixels is None:
-            return self.inputs.images.cached_embeds(plan.sources, plan.rows, plan.views).to(self.accelerator.device)
+            embeds = cached_embeds(self.inputs.training, plan.sources, plan.rows, plan.views)
+            return embeds.to(self.accelerator.device)
         self.model.vision_model.eval()
         embeds = torch.zeros(len(plan.rows), self.model.config.projection_dim, device=self.accelerator.device)
         for positions in self._parts(plan):
@@ -188,9 +189,9 @@ class Trainer:
                 for positions in self._parts(plan):
                     yield [(plan.sources[i], plan.rows[i], plan.views[i]) for i in positions.tolist()]
 
-        if self.inputs.images.cached:
+        if self.inputs.training[0].cache is not None:
             return None
-        return self.inputs.images.pixel_batches(items(), loading_workers(self.args, self.accelerator))
+        return pixel_batches(self.inputs.training, items(), loading_workers(self.args, self.accelerator))
 
     def _parts(self, plan: StepPlan) -> Sequence[Tensor]:
         """The rows of this process's micro-batches, as many at once as go through the image tower."""

@@ -34,8 +34,7 @@ from capivara_common.files import (
     write_text,
 )
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
-from caption_data.source_files import load_embedded
-from caption_data.sources import open_split
+from caption_data.sources import load_embedded, open_split
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from examples.openmoji.dataset import build_dataset, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss

@@ -20,8 +20,7 @@ from tqdm.auto import tqdm
 from capivara_common.files import read_json, write_bytes
 from capivara_common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, BadImage, image_bytes
 from capivara_search.page.server import Credit
-from caption_data.source_files import FORMS, SPLIT_NAMES, form_hint
-from caption_data.sources import Split, open_split
+from caption_data.sources import FORMS, SPLIT_NAMES, Split, form_hint, open_split
 from modeling_capivara.loading import card_metadata
 
 logger = logging.getLogger("capivara")
