@@ -42,7 +42,7 @@ from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraMo
 from training.arguments import RunArguments
 from training.batches import MicroBatch, micro_batches, padding_share
 from training.images import embed_pixels
-from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, set_training_mode
+from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
@@ -130,7 +130,7 @@ class Engine:
             self.model.vision_model.eval()
             parts = images.split(self.args.embedding_batch_size)
             images = torch.cat([embed_pixels(self.prepared, pixels, self.accelerator) for pixels in parts])
-        set_training_mode(self.model)
+        self.model.train()
         embedded = self._now()
         self.optimizer.zero_grad(set_to_none=False)
         cleared = self._now()

@@ -88,7 +88,7 @@ def short_card(sources: dict[str, Any], title: str) -> str:
     return "\n".join([f"---\n{data.to_yaml()}\n---\n\n# {escaped(title)}\n\n{said}\n", *stated, *credits, ""])
 
 
-@cache  # `origins` is called at every checkpoint that is pushed
+@cache  # a data set that is trained on is often measured on, too
 def _card_from_hub(name: str, repo_type: str) -> Path | None:
     """The card of what was loaded from the Hub before; None where it has none, or the Hub can't be reached."""
     try:

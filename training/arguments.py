@@ -23,8 +23,7 @@ GONE = {  # flags of earlier versions -> what there is instead
     "runs": "run the command once a --seed, with --output_dir RUN/seed-0, RUN/seed-1, …; `python -m eval.report RUN` "
     "shows their mean and deviation",
     "trained_vocabulary": "`python -m modeling_capivara.trim_vocabulary` makes the base small before the training",
-    "adam_beta1": "it is 0.9, as in every recipe",
-    "adam_beta2": "it is 0.98, as in every recipe",
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "they are 0.9 and 0.98, as in every recipe"),
     "embedding_batch_size": "the frozen image tower takes 32 images at once, which need little memory",
     "gradient_checkpointing": "a smaller --micro_batch_size needs less memory, with the same result",
     "lora_dropout": "adapters have no dropout, as in the paper; the model's own stays",
@@ -43,9 +42,7 @@ class ModelAndData(CaptionChoice, CaptionDataArguments):
     dataset: list[str] = flag([], f"Where the pairs are: {DATASET_HELP} Required. Several are mixed in every batch.")
     evaluation_dataset: str | None = flag(None, "Data set of the validation and test splits; the first of `dataset`.")
     max_bad_share: float = flag(
-        0.01,
-        "Share of the training rows, 0 to 1, that may be skipped for a broken image or a missing caption; "
-        "above it the run ends before training. They are counted and listed in skipped.jsonl.",
+        0.01, "Share of the training rows, 0 to 1, that may be bad; they are skipped, and listed in skipped.jsonl."
     )
     language: str = flag("pt", "Code of the language to train on: column `captions-<language>`.")
     eval_languages: list[str] = flag([], "Languages of the final table; the trained one where none is given.")
@@ -100,8 +97,7 @@ class Optimisation:
     )
     frozen_parameters: list[str] = flag(
         [],
-        "Regular expressions: parameters whose whole name one of them matches are left as they are, such "
-        r"as 'text_model\.embeddings\..*'.",
+        r"Regular expressions: whole names of parameters that stay as they are: 'text_model\.embeddings\..*'.",
     )
     lora_rank: int = flag(0, "Rank of LoRA adapters (peft), trained beside the text projection; 0 = full fine-tuning.")
     lora_alpha: float = flag(8, "LoRA's alpha; the update is scaled by alpha / rank.")
@@ -137,15 +133,12 @@ class Output:
     )
     push_to_hub: bool = flag(
         False,
-        "Push the model to the Hub when the run is complete. The right to write is checked before it, when "
-        "the repository is made; a push that fails is reported, with the command that repeats it, and the run "
-        "ends as without it. The token is huggingface_hub's own: HF_TOKEN, or that of `hf auth login`.",
+        "Push the model to the Hub when the run is complete, by HF_TOKEN or `hf auth login`. The right to write is "
+        "checked before it; a push that fails costs nothing, and the command that repeats it is said.",
     )
     hub_model_id: str | None = flag(None, "Repository on the Hub, owner/name.")
     hub_strategy: Literal["end", "checkpoint"] = flag(
-        "end",
-        "end = the finished model; checkpoint = also the model at every checkpoint of the run, as a commit "
-        "on the branch `checkpoints`, while the training waits.",
+        "end", "The finished model; checkpoint = also every checkpoint's, as a commit on the branch `checkpoints`."
     )
     hub_private: bool = flag(False, "Make a new repository private.")
 

@@ -117,9 +117,8 @@ def can_resume(folder: Path) -> bool:
 def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
     """The folder that a run works in, locked; it stays where it holds something to resume from.
 
-    Raises:
-        SystemExit: the folder can't be made, another process works in it, the run was stopped, or its data, the
-            numbers or the disk have failed; the message is one line.
+    Raises SystemExit, in one line, where another process works in it, the run was stopped, or its data, the numbers or
+    the disk have failed.
     """
     folder, lock = partial_folder(output_dir), None
     try:
@@ -133,10 +132,9 @@ def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -
             yield folder
     except KeyboardInterrupt as stop:  # after a step, with its words; before, between and after the steps
         number, message = stop.args or (signal.SIGINT, "Stopped.")
-        way_out = "Nothing was trained yet; run the same command again."
-        if can_resume(folder):
-            way_out = f"Go on with --resume auto --output_dir {output_dir}."
-        print(f"\n{message} {way_out}", file=sys.stderr)
+        way_out = f"Go on with --resume auto --output_dir {output_dir}."
+        nothing = "Nothing was trained yet; run the same command again."
+        print(f"\n{message} {way_out if can_resume(folder) else nothing}", file=sys.stderr)
         sys.exit(128 + number)
     except (ValueError, FloatingPointError, OSError, ImportError, SafetensorError) as error:
         sys.exit(f"error: {error}")

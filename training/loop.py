@@ -25,7 +25,7 @@ from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
 from training.images import embed_pixels, loading_workers
 from training.inputs import Inputs
-from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at, set_training_mode
+from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch
 
 logger = logging.getLogger("capivara")
@@ -70,54 +70,52 @@ class Trainer:
             total=args.max_steps * size, initial=state.step * size, desc=f"Training, seed {args.seed}", unit="pair",
             unit_scale=True, disable=not accelerator.is_main_process,
         )  # fmt: skip
-        received: list[tuple[int, float]] = []  # number and time of each signal
-
-        def note(number: int, frame: object) -> None:
-            """SIGTERM and Ctrl-C end the run after its step, a second Ctrl-C at once.
-
-            A launcher passes on what the terminal has sent already: what comes within a second is the same Ctrl-C.
-            """
-            received.append((number, time.monotonic()))
-            if len(received) == 1:
-                logger.info("Stopping after this step; the run will be saved.")
-            elif number == signal.SIGINT and received[-1][1] - received[0][1] > 1:
-                raise KeyboardInterrupt
-
-        signals = handle_signals(note, signal.SIGTERM, signal.SIGINT)
-        with signals, ThreadPoolExecutor(1) as executor, bar:
+        self.received = []
+        with handle_signals(self._note, signal.SIGTERM, signal.SIGINT), ThreadPoolExecutor(1) as executor, bar:
             plans = lru_cache(PLANS_KEPT)(lambda step: executor.submit(planner, step))
             pixels = self._pixels(plans)
             while state.step < args.max_steps:
                 started = time.perf_counter()
                 plan = plans(state.step).result()
                 plans(min(state.step + 1, args.max_steps - 1))  # drawn while this step computes
-                point = self._one_step(plan, pixels, started)
-                bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
-                bar.update(size)
-                self._after_step(point, plan)
-                if received:
+                try:
+                    point = self._one_step(plan, pixels, started)
+                    bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
+                    bar.update(size)
+                    self._after_step(point)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
+                if self.received:
                     accelerator.set_trigger()
                 if accelerator.check_trigger():  # of any process: all stop after the same step
                     self.checkpoints.save(state)
-                    number = received[0][0] if received else signal.SIGTERM
+                    number = self.received[0][0] if self.received else signal.SIGTERM
                     raise KeyboardInterrupt(number, f"Stopped at step {state.step}, which is saved.")
         # Without Accelerate's autocast around `forward`: base and result are measured in the same precision.
         accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()
         return state
 
+    def _note(self, number: int, frame: object) -> None:
+        """SIGTERM and Ctrl-C end the run after its step, a second Ctrl-C at once.
+
+        A launcher passes on what the terminal has sent already: what comes within a second is the same Ctrl-C.
+        """
+        self.received.append((number, time.monotonic()))
+        if len(self.received) == 1:
+            logger.info("Stopping after this step; the run will be saved.")
+        elif number == signal.SIGINT and self.received[-1][1] - self.received[0][1] > 1:
+            raise KeyboardInterrupt
+
     def _one_step(self, plan: StepPlan, pixels: Iterator[Tensor] | None, started: float) -> dict:
         """One optimiser step, whose plan was awaited from `started` on; returns its entry of the curve."""
         image_embeds = self._image_embeds(plan, pixels)
         waited = time.perf_counter() - started
-        set_training_mode(self.wrapped)
+        self.wrapped.train()  # the image tower, whose batch norms would be moved, is not run in it
         self.optimizer.zero_grad(set_to_none=False)
         learning_rate = learning_rate_at(plan.step, self.args)
-        try:
-            report = self.step(plan.step, self._own(plan), len(plan.rows), image_embeds)
-            norm = self._update(learning_rate)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
+        report = self.step(plan.step, self._own(plan), len(plan.rows), image_embeds)
+        norm = self._update(learning_rate)
         seconds = time.perf_counter() - started
         return {
             "step": plan.step + 1,
@@ -153,7 +151,7 @@ class Trainer:
             clamp_logit_scale(self.model.logit_scale)
         return None if self.overflows else norm
 
-    def _after_step(self, point: dict, plan: StepPlan) -> None:
+    def _after_step(self, point: dict) -> None:
         """Measure, keep the curve, write a checkpoint where one is due."""
         args, state = self.args, self.state
         state.step = point["step"]
@@ -164,7 +162,7 @@ class Trainer:
             try:
                 point["validation"] = measures = self._measured()
             except ValueError as error:  # of numbers: the same measurement was taken before the first step
-                raise FloatingPointError(f"After step {state.step}: {error} {self._save_batch(plan)}") from error
+                raise FloatingPointError(f"After step {state.step}: {error}") from error
             recall = statistics.mean(value for name, value in measures.items() if name != "loss")
             if checkpointed and (state.best_recall is None or recall > state.best_recall):
                 state.best_step, state.best_recall, due = state.step, recall, True

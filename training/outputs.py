@@ -68,13 +68,8 @@ def write_run(
 ) -> None:
     """Write the curves of a training that is done, and `run.json`, all that it was.
 
-    Args:
-        args: of the run.
-        state: after its last step.
-        inputs: what it started from.
-        origins: what base and data say of themselves, as `hub_upload.origins` has it.
-        used: codecarbon's `final_emissions_data`; None without `carbon_country`.
-        folder: of the run.
+    `origins` is what base and data say of themselves, as `hub_upload.origins` has it; `used` codecarbon's
+    `final_emissions_data`, None without `carbon_country`.
     """
     plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
     pairs = state.step * args.effective_batch_size

@@ -21,13 +21,9 @@ _PEFT_NAMES = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.def
 
 
 def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
-    """Freeze what is not trained; with `lora_rank`, put adapters on the model.
+    """Freeze what is not trained; with `lora_rank`, put adapters on the model and return peft's wrapper around it.
 
-    Returns:
-        The model, or peft's wrapper around it. `model` itself has the adapters' layers then.
-
-    Raises:
-        ValueError: an expression matches nothing, a module does not exist, or nothing is left to train.
+    Raises ValueError where an expression matches nothing, or nothing is left to train.
     """
     model.freeze_image_tower()
     names = [name for name, _ in model.named_parameters()]
@@ -44,14 +40,6 @@ def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("Nothing is left to train: frozen_parameters match everything that is not frozen already.")
     return wrapped
-
-
-def set_training_mode(model: nn.Module) -> None:
-    """Training mode, but batch norms keep their statistics: a batch is run in parts, some of them twice."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
 
 
 @torch.no_grad()
