@@ -8,7 +8,6 @@ Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--re
 """
 
 import copy
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 
-from capivara_common.cli import run_command
+from capivara_common.cli import run_command, user_errors
 from capivara_common.environment import device_description, resolve_precision
 from capivara_common.files import finish_folder
 from caption_data.rows import write_skipped
@@ -33,22 +32,20 @@ from training.outputs import measure, write_run
 from training.trainable import interpolate_weights, merge_adapters, prepare_trainable
 
 
+@user_errors
 def main(argv: list[str] | None = None) -> Path:
     """Train, measure and save; returns the folder of the run. Raises SystemExit with the fault in one line."""
-    try:
-        args = parse_arguments(argv, __doc__)
-        launch.set_up_logging()
-        output_dir = launch.choose_output_dir(args, launch.join_processes())
-        args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
-        if launch.is_complete(args, output_dir):
-            check_finished_run(output_dir, args.to_dict(), {})
-            print(f"The run in {output_dir} is complete; there is nothing to go on with.")
-            return end_run(args, output_dir)
-        accelerator = launch.create_accelerator(args, output_dir)
-        if args.push_to_hub and accelerator.is_main_process:
-            check_access(args.hub_model_id, args.hub_private)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    args = parse_arguments(argv, __doc__)
+    launch.set_up_logging()
+    output_dir = launch.choose_output_dir(args, launch.join_processes())
+    args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
+    if launch.is_complete(args, output_dir):
+        check_finished_run(output_dir, args.to_dict(), {})
+        print(f"The run in {output_dir} is complete; there is nothing to go on with.")
+        return end_run(args, output_dir)
+    accelerator = launch.create_accelerator(args, output_dir)
+    if args.push_to_hub and accelerator.is_main_process:
+        check_access(args.hub_model_id, args.hub_private)
     with launch.run_folder(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
         resume = checkpoints.to_resume(args)  # its settings are checked before any long work

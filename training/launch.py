@@ -117,8 +117,8 @@ def can_resume(folder: Path) -> bool:
 def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
     """The folder that a run works in, locked; it stays where it holds something to resume from.
 
-    Raises SystemExit, in one line, where another process works in it, the run was stopped, or its data, the numbers or
-    the disk have failed.
+    Raises SystemExit, in one line, where the run was stopped or its numbers failed, ValueError where another process
+    works in it.
     """
     folder, lock = partial_folder(output_dir), None
     try:
@@ -136,7 +136,7 @@ def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -
         nothing = "Nothing was trained yet; run the same command again."
         print(f"\n{message} {way_out if can_resume(folder) else nothing}", file=sys.stderr)
         sys.exit(128 + number)
-    except (ValueError, FloatingPointError, OSError, ImportError, SafetensorError) as error:
+    except (FloatingPointError, SafetensorError) as error:
         sys.exit(f"error: {error}")
     finally:
         if lock is not None:
