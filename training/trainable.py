@@ -54,21 +54,15 @@ def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: fl
 
 
 def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
-    """peft's wrapper; of itself it passes over modules that are none, and over adapters of a tower that is frozen."""
+    """peft's wrapper; of itself it would train adapters of the image tower alone, which is not run in training."""
     from peft import LoraConfig, get_peft_model
 
+    rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    matched = _matched(args.lora_targets, linear, "lora_targets")
-    if not matched:
-        raise ValueError(f"lora_targets: {args.lora_targets!r} matches no linear layer, such as {linear[-1]!r}.")
-    if all(name.startswith(("vision_model", "visual_projection")) for name in matched):
-        raise ValueError(
-            f"lora_targets: {args.lora_targets!r} matches the frozen image tower alone, such as {matched[0]!r}."
-        )
-    rank, alpha = args.lora_rank, args.lora_alpha
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=args.lora_targets, modules_to_save=WHOLE)
-    )
+    linear = [name for name in linear if not name.startswith(("vision_model", "visual_projection"))]
+    if not _matched(targets, linear, "lora_targets"):
+        raise ValueError(f"lora_targets: {targets!r} matches no linear layer of the text tower, like {linear[-1]!r}.")
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=WHOLE))
 
 
 def _matched(expression: str, names: list[str], key: str) -> list[str]:
