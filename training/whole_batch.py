@@ -85,11 +85,8 @@ class WholeBatch:
             if not torch.isfinite(whole):
                 raise FloatingPointError(f"The loss is {whole.item()}.")
             self.accelerator.backward(loss)
-        for parameter in self.model.parameters() if self.accelerator.num_processes > 1 else ():
-            if parameter.requires_grad:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                torch.distributed.all_reduce(parameter.grad)
+        if self.accelerator.num_processes > 1:
+            self._sum_over_processes()
         return StepReport(whole.item(), kept)
 
     def _embedded(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
@@ -128,6 +125,13 @@ class WholeBatch:
         if parts:
             whole = whole.index_copy(0, own, torch.cat(parts).to(whole.dtype))
         return all_reduce(whole)
+
+    def _sum_over_processes(self) -> None:
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                torch.distributed.all_reduce(parameter.grad)
 
     def _state_bytes(self) -> int:
         """Bytes of gradients and of Adam's moments that are still to be allocated."""
