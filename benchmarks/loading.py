@@ -25,12 +25,12 @@ from torch import Tensor
 
 from benchmarks.timing import conditions, finish
 from capivara_common.cli import flag, parse, run_command
+from capivara_common.environment import resolve_precision
 from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.pairs import pair_table
 from caption_data.sources import open_split
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.images import Pairs, embed_pixels, pixel_batches
-from training.launch import resolve_precision
 
 SIZE = (500, 375)  # pixels; of a photo of Flickr30k
 BATCH = 32

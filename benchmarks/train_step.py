@@ -36,14 +36,13 @@ from torch.nn import functional as F
 from benchmarks import timing
 from benchmarks.captions_pt import benchmark_captions
 from capivara_common.cli import at_least, flag, parse, run_command
+from capivara_common.environment import resolve_precision
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
 from training.batches import MicroBatch, micro_batches, padding_share
 from training.images import embed_pixels
-from training.launch import resolve_precision
-from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.trainable import set_training_mode
+from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch
 
 PRECISIONS = {"no": "float32", "bf16": "bfloat16"}  # Accelerate's names -> those of the results
@@ -131,7 +130,7 @@ class Engine:
             self.model.vision_model.eval()
             parts = images.split(self.args.embedding_batch_size)
             images = torch.cat([embed_pixels(self.prepared, pixels, self.accelerator) for pixels in parts])
-        set_training_mode(self.model)
+        self.model.train()
         embedded = self._now()
         self.optimizer.zero_grad(set_to_none=False)
         cleared = self._now()

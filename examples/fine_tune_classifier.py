@@ -23,7 +23,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from capivara_common.cli import at_least, flag, parse, run_command, user_errors
-from capivara_common.environment import device_description, package_versions
+from capivara_common.environment import device_description, package_versions, resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_common.image_files import BadImage
 from capivara_common.privacy import hide_paths
@@ -32,7 +32,6 @@ from eval.capivara_metrics.metrics import top_k_accuracy
 from eval.prompts import Prompts, load_prompts
 from modeling_capivara import CapivaraForImageClassification, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
-from training.launch import resolve_precision
 
 DIGITS = "mnist"  # benchmark whose names and templates the embedded images have
 HELD_OUT_DIGITS = 450  # of 1,797, a quarter

@@ -26,14 +26,13 @@ from transformers import TrainerCallback
 
 import modeling_capivara  # noqa: F401  registers CAPIVARA with the Auto classes: no code of the folder is run
 from capivara_common.cli import at_least, flag, parse, run_command, user_errors
-from capivara_common.environment import device_description, package_versions, require
+from capivara_common.environment import device_description, package_versions, require, resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
 from caption_data.sources import load_embedded
 from eval.retrieval import flat_captions
 from modeling_capivara.modeling_capivara import similarity_logits
-from training.launch import resolve_precision
-from training.optimiser import clamp_logit_scale
+from training.trainable import clamp_logit_scale
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer

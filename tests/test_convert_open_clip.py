@@ -19,6 +19,7 @@ from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from torch.func import functional_call
 from transformers import TimmWrapperConfig
 
+from hub_upload.origins import origin
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, open_clip
 from modeling_capivara import convert_open_clip as conversion
 from modeling_capivara.convert_open_clip import convert
@@ -29,7 +30,6 @@ from modeling_capivara.open_clip import (
     capivara_state_dict,
     open_clip_model_cfg,
 )
-from training.outputs import origin
 
 TIMM = {"vision_config": TimmWrapperConfig(architecture="tf_efficientnet_lite0")}
 ARCHITECTURES = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from training.arguments import parse_arguments
-from training.optimiser import (
+from training.trainable import (
     PAPER_DISTANCE,
     build_optimizer,
     clamp_logit_scale,

@@ -173,7 +173,7 @@ def test_lora_trains_adapters_and_projection_alone_and_merges(tiny_folder, tiny_
     ("overrides", "message"),
     [
         ({"lora_rank": 2, "lora_targets": "text_model.*q_proj"}, "lora_targets: .* matches no linear layer"),
-        ({"lora_rank": 2, "lora_targets": r"vision_model\..*\.q_proj"}, "matches the frozen image tower alone"),
+        ({"lora_rank": 2, "lora_targets": r"vision_model\..*\.q_proj"}, "matches no linear layer of the text tower"),
         ({"lora_rank": 2, "lora_alpha": "nan"}, "lora_alpha must be a number above 0"),
         ({"num_threads": 100_000_000}, "num_threads must be from 1 to 1024"),
         ({"frozen_parameters": "text_tower.*"}, "frozen_parameters: .* matches no parameter"),

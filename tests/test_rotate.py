@@ -133,7 +133,7 @@ def test_a_finished_model_is_turned_by_one_command(tiny_folder, many_squares, tm
 
 def test_too_few_images_for_the_axes(tiny_folder, tiny_dataset_folder, tmp_path):
     words = [str(tiny_folder), "--dataset", str(tiny_dataset_folder), "--output", str(tmp_path / "turned")]
-    with pytest.raises(SystemExit, match=r"has 12 usable images, and 24 axes are asked of them\. Give more"):
+    with pytest.raises(SystemExit, match=r"has 12 usable images, 24 axes are asked of them\. Give more"):
         rotate([*words, "--dims", "12"])
     with pytest.raises(SystemExit, match="9 does not divide it"):
         rotate([*words, "--dims", "9"])

@@ -1,12 +1,8 @@
 """Arguments of a training run: a YAML file, and flags that override it; group by group as `--help` shows them."""
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
 from capivara_common.cli import at_least, between, flag, parse
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
@@ -27,23 +23,12 @@ GONE = {  # flags of earlier versions -> what there is instead
     "runs": "run the command once a --seed, with --output_dir RUN/seed-0, RUN/seed-1, …; `python -m eval.report RUN` "
     "shows their mean and deviation",
     "trained_vocabulary": "`python -m modeling_capivara.trim_vocabulary` makes the base small before the training",
-    "adam_beta1": "it is 0.9, as in every recipe",
-    "adam_beta2": "it is 0.98, as in every recipe",
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), "they are 0.9 and 0.98, as in every recipe"),
     "embedding_batch_size": "the frozen image tower takes 32 images at once, which need little memory",
     "gradient_checkpointing": "a smaller --micro_batch_size needs less memory, with the same result",
     "lora_dropout": "adapters have no dropout, as in the paper; the model's own stays",
     "lora_modules_to_save": "beside adapters the text projection is trained, as in the paper",
     "prepare": "run `python -m examples.openmoji.prepare` before, which makes what is missing of data/openmoji",
-}
-# Of them, those that changed no more than a value -> what it is now: a run of before that had it can be resumed.
-FIXED = {
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.98,
-    "embedding_batch_size": 32,
-    "gradient_checkpointing": False,
-    "lora_dropout": 0.0,
-    "lora_modules_to_save": ["text_projection"],
-    "prepare": None,
 }
 
 
@@ -55,20 +40,13 @@ class ModelAndData(CaptionChoice, CaptionDataArguments):
 
     model: str | None = flag(None, "Base checkpoint to fine-tune: folder or Hub id of a CAPIVARA model. Required.")
     dataset: list[str] = flag([], f"Where the pairs are: {DATASET_HELP} Required. Several are mixed in every batch.")
-    evaluation_dataset: str | None = flag(
-        None, "Data set of the validation and test splits, in the same forms; the first `dataset` if none."
-    )
+    evaluation_dataset: str | None = flag(None, "Data set of the validation and test splits; the first of `dataset`.")
     max_bad_share: float = flag(
-        0.01,
-        "Share of the training rows, 0 to 1, that may be skipped for a broken image or a missing caption; "
-        "above it the run ends before training. They are counted and listed in skipped.jsonl.",
+        0.01, "Share of the training rows, 0 to 1, that may be bad; they are skipped, and listed in skipped.jsonl."
     )
     language: str = flag("pt", "Code of the language to train on: column `captions-<language>`.")
     eval_languages: list[str] = flag([], "Languages of the final table; the trained one where none is given.")
-    caption_column: str = flag(
-        "captions-{language}",
-        "Name of the caption column, a list or one text; {language} stands for the language's code.",
-    )
+    caption_column: str = flag("captions-{language}", "Name of the caption column; {language} is the language's code.")
     train_split: str = flag("train", "Name of the training split.")
     validation_split: str = flag("validation", "Name of the validation split, on which choices are made.")
     test_split: str = flag("test", "Name of the test split, of the final table.")
@@ -82,9 +60,7 @@ class Batch:
 
     effective_batch_size: int = flag(2816, "Pairs of one contrastive batch; each is a negative to all others.")
     micro_batch_size: int = flag(
-        128,
-        "Captions that go through the text tower at once: fewer need less memory. They are cut in order of length, so "
-        "that little is padded; the loss is taken over the whole batch and does not depend on it.",
+        128, "Captions that go through the text tower at once: fewer need less memory, with the same result."
     )
     image_embedding_cache: str = flag(
         "auto",
@@ -96,76 +72,54 @@ class Batch:
         "Views of every image: 1 = as it is; V above 1 = V fixed augmentations, one drawn at every step; "
         "0 = a fresh augmentation at every step, as the paper did (needs the cache off).",
     )
-    loading_workers: int | None = flag(
-        None, "Processes that decode images; up to 12 on a GPU, none on a CPU, where none is given."
-    )
+    loading_workers: int | None = flag(None, "Processes that decode images; by default up to 12 on a GPU, else none.")
     max_steps: int = flag(5863, "Optimiser steps.")
 
 
 @dataclass
 class Optimisation:
-    """Optimiser, schedule, seeds and precision."""
+    """Optimiser, schedule, seeds and precision; which parameters are trained."""
 
     _argument_group_name = "optimisation"
 
-    optimizer: Literal["adam", "adamw"] = flag(
-        "adam", "adam = with coupled L2, the paper's; adamw = with decoupled decay."
-    )
+    optimizer: Literal["adam", "adamw"] = flag("adam", "With coupled L2, the paper's; adamw = with decoupled decay.")
     learning_rate: float = flag(5e-7, "Highest learning rate, after the warm-up.")
     min_learning_rate: float = flag(1e-7, "Where the linear warm-up starts and the cosine decay ends.")
     warmup_steps: int = flag(500, "Steps of the linear warm-up.")
     weight_decay: float = flag(0.2, "L2 penalty of adam, decay of adamw.")
     adam_epsilon: float = flag(1e-8, "Adam's epsilon.")
     seed: int = flag(0, "Seed of order, captions and dropout.")
-    num_threads: int | None = flag(
-        None, "CPU threads; all cores where none is given. Figures are repeatable to the bit only with the same number."
-    )
+    num_threads: int | None = flag(None, "CPU threads, all by default; another number gives other last bits.")
     mixed_precision: Literal["no", "bf16", "fp16", "auto"] = flag(
         "auto",
         "Autocast; auto is bf16 where the device computes in it natively, else no; fp16 needs a GPU. "
         "Pooling, loss, weights and the final table stay in float32.",
     )
-
-
-@dataclass
-class Trained:
-    """Which parameters are trained."""
-
-    _argument_group_name = "what is trained"
-
     frozen_parameters: list[str] = flag(
         [],
-        "Regular expressions: parameters whose whole name one of them matches are left as they are, such "
-        r"as 'text_model\.embeddings\..*'.",
+        r"Regular expressions: whole names of parameters that stay as they are: 'text_model\.embeddings\..*'.",
     )
     lora_rank: int = flag(0, "Rank of LoRA adapters (peft), trained beside the text projection; 0 = full fine-tuning.")
     lora_alpha: float = flag(8, "LoRA's alpha; the update is scaled by alpha / rank.")
     lora_targets: str = flag(
-        r"text_model\..*\.(query|value)",
-        "Regular expression of the linear layers that get an adapter, on their whole names.",
+        r"text_model\..*\.(query|value)", "Regular expression: whole names of the linear layers that get an adapter."
     )
     interpolate: float = flag(
-        1.0,
-        "Weights of the saved model: this share of the trained ones, 0 to 1, and the rest of the base "
-        "(WiSE-FT). Below 1 more of what the base knew is kept.",
+        1.0, "Share of the trained weights in the saved model, 0 to 1, the rest is the base's (WiSE-FT)."
     )
 
 
 @dataclass
 class Output:
-    """What is written, measured and kept, and when."""
+    """What is written, measured, kept and pushed, and when."""
 
     _argument_group_name = "output"
 
     output_dir: Path | None = flag(None, "Folder of the run; a new numbered one under runs/ where none is given.")
     overwrite_output_dir: bool = flag(False, "Replace `output_dir` once the run is complete, if it is not empty.")
     eval_steps: int = flag(100, "Steps between measurements of the validation split.")
-    save_steps: int = flag(100, "Steps between checkpoints of the run.")
-    keep_last: int = flag(
-        2,
-        "Checkpoints that are kept beside the best by validation recall, saved when it is measured. "
-        "They stay in the output folder. A run of no more than `save_steps` steps has none.",
-    )
+    save_steps: int = flag(100, "Steps between checkpoints of the run; one of no more steps has none.")
+    keep_last: int = flag(2, "Checkpoints that are kept in the output folder, beside the best by validation recall.")
     resume: str | None = flag(
         None,
         "auto = resume the unfinished run of these settings at `output_dir`, or start it; or a folder "
@@ -177,68 +131,44 @@ class Output:
     carbon_country: str | None = flag(
         None, "ISO code such as BRA: energy and CO2e by codecarbon, offline, into run.json (extra: carbon)."
     )
-
-
-@dataclass
-class Hub:
-    """What is pushed to the Hub, by `hub_upload.publish`."""
-
-    _argument_group_name = "hub"
-
     push_to_hub: bool = flag(
         False,
-        "Push the model to the Hub when the run is complete. The right to write is checked before it, when "
-        "the repository is made; a push that fails is reported, with the command that repeats it, and the run "
-        "ends as without it. The token is huggingface_hub's own: HF_TOKEN, or that of `hf auth login`.",
+        "Push the model to the Hub when the run is complete, by HF_TOKEN or `hf auth login`. The right to write is "
+        "checked before it; a push that fails costs nothing, and the command that repeats it is said.",
     )
     hub_model_id: str | None = flag(None, "Repository on the Hub, owner/name.")
     hub_strategy: Literal["end", "checkpoint"] = flag(
-        "end",
-        "end = the finished model; checkpoint = also the model at every checkpoint of the run, as a commit "
-        "on the branch `checkpoints`, while the training waits.",
+        "end", "The finished model; checkpoint = also every checkpoint's, as a commit on the branch `checkpoints`."
     )
     hub_private: bool = flag(False, "Make a new repository private.")
 
-    def check_hub(self) -> None:
-        """Raise ValueError where nothing could be pushed; nobody is asked. Values are not shown: one may be a token."""
-        if self.hub_model_id is not None:
-            try:
-                validate_repo_id(self.hub_model_id)
-            except HFValidationError:
-                raise ValueError("hub_model_id must be owner/name, in letters, digits, '-', '_' and '.'.") from None
-            if self.hub_model_id.count("/") != 1:
-                raise ValueError("hub_model_id must be owner/name, such as my-name/my-model.")
-        if not self.push_to_hub:
-            return
-        if self.hub_model_id is None:
-            raise ValueError("push_to_hub needs hub_model_id, the owner/name of the repository.")
-
 
 @dataclass
-class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
+class RunArguments(Output, Optimisation, Batch, ModelAndData):
     """All arguments of a run, flat. Raises ValueError where a value breaks its rule."""
 
-    groups = (ModelAndData, Batch, Optimisation, Trained, Output, Hub)
+    groups = (ModelAndData, Batch, Optimisation, Output)
     gone = GONE
-    embedding_batch_size = FIXED["embedding_batch_size"]  # images that go through the frozen image tower at once
+    embedding_batch_size = 32  # images that go through the frozen image tower at once
 
     def __post_init__(self) -> None:
         self.dataset = [self.dataset] if isinstance(self.dataset, str) else self.dataset
         self.dataset = [name.rstrip("/") or name for name in self.dataset]
-        if not self.model:
-            raise ValueError("`model` is missing: give --model, or a --config that has it.")
-        if not self.dataset:
-            raise ValueError("`dataset` is missing: give --dataset, or a --config that has it.")
+        for name in ("model", "dataset"):
+            if not getattr(self, name):
+                raise ValueError(f"`{name}` is missing: give --{name}, or a --config that has it.")
         at_least(self, 1, "micro_batch_size", "max_steps", "eval_steps", "save_steps", "keep_last")
         at_least(self, 2, "effective_batch_size")
-        at_least(self, 0, "warmup_steps", "weight_decay", "min_learning_rate", "seed", "augmented_views", "lora_rank")
-        at_least(self, 0, "loading_workers")
+        at_least(self, 0, "weight_decay", "augmented_views", "lora_rank", "loading_workers")
         between(self, 0, 1, "max_bad_share", "interpolate")
         between(self, 1, 1024, "num_threads")
-        if self.carbon_country is not None and not re.fullmatch(r"[A-Z]{3}", self.carbon_country):
-            raise ValueError(
-                f"carbon_country must be a three-letter ISO code such as BRA, got {self.carbon_country!r}."
-            )
+        between(self, 0, 2**31 - 1, "seed")
+        between(self, 0, self.max_steps, "warmup_steps")
+        for name, highest in (("learning_rate", float("inf")), ("lora_alpha", float("inf")), ("adam_epsilon", 1)):
+            if not 0 < getattr(self, name) < highest:
+                limit = "" if highest > 1 else f" and below {highest}"
+                raise ValueError(f"{name} must be a number above 0{limit}, got {getattr(self, name):g}.")
+        between(self, 0, self.learning_rate, "min_learning_rate")
         self.check_image_files()
         self.check_choice()
         if self.image_embedding_cache != "off" and self.augmented_views == 0:
@@ -249,20 +179,10 @@ class RunArguments(Hub, Output, Trained, Optimisation, Batch, ModelAndData):
         if len(set(self.dataset)) < len(self.dataset):
             raise ValueError(f"dataset names one twice: {self.dataset}.")
         self.evaluation_dataset = self.evaluation_dataset or self.dataset[0]
-        if not 0 <= self.min_learning_rate <= self.learning_rate < float("inf") or not self.learning_rate:
-            raise ValueError(
-                f"learning_rate must be above 0 and not below min_learning_rate, got {self.learning_rate:g} and "
-                f"{self.min_learning_rate:g}."
-            )
-        if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps ({self.warmup_steps}) exceeds max_steps ({self.max_steps}).")
-        if not 0 < self.adam_epsilon < 1:
-            raise ValueError(f"adam_epsilon must be between 0 and 1, got {self.adam_epsilon:g}.")
-        if self.seed >= 2**31:
-            raise ValueError(f"seed must be below 2^31, got {self.seed}.")
-        if not 0 < self.lora_alpha < float("inf"):
-            raise ValueError(f"lora_alpha must be a number above 0, got {self.lora_alpha:g}.")
-        self.check_hub()
+        if self.push_to_hub and self.hub_model_id is None:
+            raise ValueError("push_to_hub needs hub_model_id, the owner/name of the repository.")
+        if self.hub_model_id is not None and self.hub_model_id.count("/") != 1:  # it is not shown: it may be a token
+            raise ValueError("hub_model_id must be owner/name, such as my-name/my-model.")
         self.eval_languages = list(dict.fromkeys([self.language, *self.eval_languages]))
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: Accelerate writes its state into a temporary folder, which is renamed when it is whole.
 
 Digests of all files lie beside them and are compared before anything is loaded: a flipped byte is noticed. Accelerate
-loads safetensors, and the optimiser by `torch.load(weights_only=True)`. Its own names and limits of checkpoints
-(`ProjectConfiguration`) are not used: they know no best one, and a kill leaves a half-written folder under a good name.
+loads safetensors, and the optimiser by `torch.load(weights_only=True)`. Its own `ProjectConfiguration` is not used: it
+knows no best one, and a kill leaves a half-written folder under a good name.
 
 Everything random in a run derives from its seed and the number of the step, so weights, optimiser, fp16's scaler and
 the curve are all that a run needs to end with the same bits.
@@ -21,10 +21,9 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from capivara_common.files import read_json, write_bytes, write_json
-from training.arguments import FIXED, GONE, RunArguments
+from training.arguments import GONE, RunArguments
 
-# Settings of another step, whose checkpoints have other names, too; BEFORE is the last commit that had them.
-EARLIER, BEFORE = GONE.keys() - FIXED.keys(), "a876dd5"
+BEFORE = "a876dd5"  # the last commit with settings of another step, whose checkpoints have other names, too
 STATE = "trainer.json"
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum writes them; processors compute SHA-256 faster than BLAKE2
 LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what may be read of a checkpoint
@@ -32,7 +31,6 @@ LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what may b
 FREE_SETTINGS = {
     *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"),
     *("loading_workers", "num_threads", "interpolate", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private"),
-    *("gradient_checkpointing", "prepare"),
 }
 DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")
@@ -70,11 +68,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def to_resume(self, args: RunArguments) -> Path | None:
-        """The checkpoint to go on from, its files and settings checked before any long work; None for a new run.
-
-        Raises:
-            ValueError: it is damaged, none at all, or of other settings.
-        """
+        """The checkpoint to go on from, None for a new run; ValueError where it is damaged, or of other settings."""
         steps = self.steps()
         if args.resume is None or (args.resume == "auto" and not steps):
             return None
@@ -85,8 +79,7 @@ class Checkpoints:
     def save(self, state: TrainerState) -> None:
         """Write a checkpoint of this step, unless it is there; then remove those that are no longer kept.
 
-        Raises:
-            OSError: it can't be written. The earlier checkpoints are untouched.
+        Raises OSError where it can't be written; the earlier checkpoints are untouched.
         """
         path = self.path(state.step)
         if path.exists():
@@ -101,7 +94,10 @@ class Checkpoints:
                 _sync(*temporary.iterdir(), temporary)
                 temporary.rename(path)
                 _sync(self.folder)
-                self._remove_old(state)
+                for old in {*self.steps()[: -self.keep_last]} - {state.best_step}:
+                    doomed = self.folder / f"tmp-old-{old:08d}"  # never a half-removed checkpoint under a good name
+                    self.path(old).rename(doomed)
+                    shutil.rmtree(doomed, ignore_errors=True)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:  # as which torch and safetensors raise a full disk
             raise OSError(
@@ -114,9 +110,7 @@ class Checkpoints:
     def load(self, path: Path, now: TrainerState) -> TrainerState:
         """Weights and optimiser into what Accelerate has prepared; returns where the run was.
 
-        Raises:
-            ValueError: it is no checkpoint, is damaged, holds more than tensors, or is of other settings or data than
-                `now`.
+        Raises ValueError where it is damaged, holds more than tensors, or is of other settings or data than `now`.
         """
         saved = read_state(path)
         check_same_run(saved, now.config, now.data, path)
@@ -130,18 +124,11 @@ class Checkpoints:
         logger.info("Going on from %s.", path)
         if (saved.device, saved.threads) != (now.device, now.threads):
             logger.warning(
-                "The run was computed with %s CPU threads on %s, now there are %s on %s: its last bits will differ. "
-                "The same device and --num_threads %s keep them.",
-                saved.threads, saved.device, now.threads, now.device, saved.threads,
-            )  # fmt: skip
+                f"The run was computed with {saved.threads} CPU threads on {saved.device}, now there are {now.threads} "
+                f"on {now.device}: its last bits will differ. The same device and --num_threads {saved.threads} keep "
+                "them."
+            )
         return saved
-
-    def _remove_old(self, state: TrainerState) -> None:
-        kept = {*self.steps()[-self.keep_last :], state.best_step}
-        for step in set(self.steps()) - kept:
-            doomed = self.folder / f"tmp-old-{step:08d}"  # never a half-removed checkpoint under a good name
-            self.path(step).rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def read_state(path: Path) -> TrainerState:
@@ -174,15 +161,13 @@ def check_files(path: Path) -> None:
 
 def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, str], path: Path) -> None:
     """Raise ValueError where a checkpoint or a finished run is of other settings or data; each difference is named."""
-    if state.config.keys() & EARLIER:  # its step was another one, and some of its weights have other names
+    if state.config.keys() & GONE.keys():
         raise ValueError(
-            f"{path} is of an earlier version of the program. Go on with it by that one, commit {BEFORE}, or start "
-            "anew by --overwrite_output_dir true in place of --resume."
+            f"{path} is of an earlier version of the program, such as commit {BEFORE}. Go on with it by that one, or "
+            "start anew by --overwrite_output_dir true in place of --resume."
         )
     # Where the cache lies changes nothing; whether there is one does: its embeddings are float16.
-    old, new = (
-        {**FIXED, **c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config)
-    )
+    old, new = ({**c, "image_embedding_cache": c.get("image_embedding_cache") != "off"} for c in (state.config, config))
     differing = {
         key: (state.config.get(key), config.get(key))
         for key in sorted({*old, *new} - FREE_SETTINGS)

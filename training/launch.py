@@ -1,13 +1,12 @@
 """What a run starts with: processes, precision, log, optional packages, and the folder that it works in."""
 
-import atexit
 import logging
 import os
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from capivara_common.environment import handle_signals, require
+from capivara_common.environment import handle_signals, processes, require
 from capivara_common.files import (
     check_inputs_stay,
     check_output_folder,
@@ -26,11 +25,9 @@ from capivara_common.files import (
     remove_leftovers,
 )
 from training.arguments import RunArguments
-from training.optimiser import will_not_learn
-from training.outputs import check_country
+from training.trainable import will_not_learn
 
 PROCESS_TIMEOUT = timedelta(hours=24)  # the others wait while the main one prepares, checks and measures
-RESUMABLE_FILES = ("checkpoints/step-*", "checkpoints/bad-batch-*", "run.json")  # what is kept of a stopped run
 MARKER = ".capivara-run"  # in a folder that a run may empty and rename
 logger = logging.getLogger("capivara")
 
@@ -43,53 +40,33 @@ def set_up_logging() -> None:
 
 
 def join_processes() -> PartialState:
-    """Accelerate's processes.
-
-    Raises:
-        ValueError: it has not joined those that were started.
-    """
+    """Accelerate's processes. Raises ValueError where it has not joined those that were started."""
     started = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun and of accelerate launch
-    # Accelerate joins processes without a GPU only where `cpu` is set.
-    options = {"timeout": PROCESS_TIMEOUT} if started > 1 else {}
-    state = PartialState(cpu=started > 1 and not torch.cuda.is_available(), **options)
+    state = processes(PROCESS_TIMEOUT)
     if state.num_processes != started:
         raise ValueError(
             f"{started} processes were started, but Accelerate has joined {state.num_processes}: each would train on a "
             "batch of its own. Launch with --num_processes 1, or with one of configs/accelerate/."
         )
-    if started > 1:
-        atexit.register(state.destroy_process_group)  # its threads may abort a process that ends beside them
     return state
-
-
-def resolve_precision(requested: str, device: torch.device) -> str:
-    """ "auto" as "bf16" where the device computes in it natively, else "no"; anything else as it is.
-
-    Without instructions of its own for bfloat16 a CPU emulates it, and is slower than in float32.
-    """
-    if requested != "auto":
-        return requested
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    native = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16" if native else "no"
 
 
 def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
     """Device, precision, processes and tracker of the run; nothing is written yet.
 
-    Raises:
-        ValueError: the settings do not fit the device.
-        ImportError: a package that the settings need is not installed.
+    Raises ValueError where codecarbon does not know the country, ImportError where a package is not installed.
     """
     # `accelerate launch` starts a lone process with one thread.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     if (warning := will_not_learn(args)) and PartialState().is_main_process:
         logger.warning("Warning: %s", warning)
-    if args.carbon_country:
+    if country := args.carbon_country:
         require("--carbon_country", "carbon", "codecarbon")
-        check_country(args.carbon_country)
+        from codecarbon.input import DataSource
+
+        if country not in DataSource().get_global_energy_mix_data():  # it would take the world's without a word
+            raise ValueError(f"carbon_country {country!r} is unknown to codecarbon: give a three-letter ISO code.")
     if args.lora_rank:
         require("--lora_rank", "lora", "peft")
     tracker = {}
@@ -102,16 +79,13 @@ def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
 def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
     """The output folder of the run, the same on all processes; nothing is written yet.
 
-    Raises:
-        ValueError: the folder is not empty, holds what the run reads, or an unfinished run lies beside it.
+    Raises ValueError where it is not empty, holds what the run reads, or an unfinished run lies beside it.
     """
     if args.output_dir is None:
         name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
-        unfinished = sorted(Path("runs").glob(f"{name}-[0-9]*.partial"))
-        chosen = [next_numbered_folder(Path("runs"), name)]
-        if args.resume == "auto" and unfinished:
-            chosen = [unfinished[-1].with_suffix("")]
-        return broadcast_object_list(chosen)[0]
+        unfinished = sorted(Path("runs").glob(f"{name}-[0-9]*.partial")) if args.resume == "auto" else []
+        chosen = unfinished[-1].with_suffix("") if unfinished else next_numbered_folder(Path("runs"), name)
+        return broadcast_object_list([chosen])[0]
     if state.is_main_process:
         remove_leftovers(args.output_dir)  # before any process looks at what is there
     state.wait_for_everyone()
@@ -135,59 +109,54 @@ def is_complete(args: RunArguments, output_dir: Path) -> bool:
 
 
 def can_resume(folder: Path) -> bool:
-    """Whether an unfinished run has left something that --resume can start from."""
-    return any(any(folder.glob(name)) for name in RESUMABLE_FILES)
+    """Whether an unfinished run has left something that --resume can start from, or a batch to look at."""
+    return any(any(folder.glob(name)) for name in ("checkpoints/step-*", "checkpoints/bad-batch-*", "run.json"))
 
 
 @contextmanager
 def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
     """The folder that a run works in, locked; it stays where it holds something to resume from.
 
-    Raises:
-        SystemExit: the folder can't be made, another process works in it, the run was stopped, or its data, the
-            numbers or the disk have failed; the message is one line.
+    Raises SystemExit, in one line, where the run was stopped or its numbers failed, ValueError where another process
+    works in it.
     """
-    folder, main_process = partial_folder(output_dir), accelerator.is_main_process
-    with _locked(folder) if main_process else nullcontext():
-        if main_process:
+    folder, lock = partial_folder(output_dir), None
+    try:
+        if accelerator.is_main_process:
+            lock = _locked(folder)
             for left in [*folder.glob("checkpoints/tmp-*" if args.resume else "*")]:
                 if left.name != MARKER:
                     shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
         accelerator.wait_for_everyone()
-        try:
-            with handle_signals(_stop, signal.SIGTERM):
-                yield folder
-        except KeyboardInterrupt as stop:  # after a step, with its words; before, between and after the steps
-            number, message = stop.args or (signal.SIGINT, "Stopped.")
-            way_out = "Nothing was trained yet; run the same command again."
-            if can_resume(folder):
-                way_out = f"Go on with --resume auto --output_dir {output_dir}."
-            print(f"\n{message} {way_out}", file=sys.stderr)
-            sys.exit(128 + number)
-        except (ValueError, FloatingPointError, OSError, ImportError, SafetensorError) as error:
-            sys.exit(f"error: {error}")
-        finally:
-            if main_process and folder.exists() and not can_resume(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """A lock on the folder of a run, which is made where it is missing. Exits where another process has it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / MARKER).exists():
-            sys.exit(f"error: {folder}, where the run would work, holds files of something else. Move them.")
-        (folder / MARKER).touch()
-        lock = lock_folder(folder)
-    except BlockingIOError:
-        sys.exit(f"error: another process is at work in {folder}. Wait for it, or choose another output_dir.")
-    except OSError as error:
-        sys.exit(f"error: the folder {folder}, where the run would work, can't be made: {error}")
-    try:
-        yield
+        with handle_signals(_stop, signal.SIGTERM):
+            yield folder
+    except KeyboardInterrupt as stop:  # after a step, with its words; before, between and after the steps
+        number, message = stop.args or (signal.SIGINT, "Stopped.")
+        way_out = f"Go on with --resume auto --output_dir {output_dir}."
+        nothing = "Nothing was trained yet; run the same command again."
+        print(f"\n{message} {way_out if can_resume(folder) else nothing}", file=sys.stderr)
+        sys.exit(128 + number)
+    except (FloatingPointError, SafetensorError) as error:
+        sys.exit(f"error: {error}")
     finally:
-        os.close(lock)
+        if lock is not None:
+            if folder.exists() and not can_resume(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """The lock on the folder of a run, which is made where it is missing. ValueError where it is somebody else's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / MARKER).exists():
+        raise ValueError(f"{folder}, where the run would work, holds files of something else. Move them.")
+    (folder / MARKER).touch()
+    try:
+        return lock_folder(folder)
+    except BlockingIOError:
+        raise ValueError(
+            f"another process is at work in {folder}. Wait for it, or choose another output_dir."
+        ) from None
 
 
 def _stop(number: int, frame: object) -> None:

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from capivara_common.environment import handle_signals
+from capivara_common.environment import handle_signals, used_memory
 from capivara_common.files import write_json
 from eval.retrieval import embed_captions, validation_measures
 from modeling_capivara import CapivaraModel
@@ -26,9 +25,8 @@ from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
 from training.images import cached_embeds, embed_pixels, loading_workers, pixel_batches
 from training.inputs import Inputs
-from training.optimiser import build_optimizer, clamp_logit_scale, learning_rate_at
-from training.trainable import set_training_mode
-from training.whole_batch import WholeBatch, used_memory
+from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
+from training.whole_batch import WholeBatch
 
 logger = logging.getLogger("capivara")
 MAX_OVERFLOWS = 20  # the scaler halves its scale at each; after as many, the loss itself is at fault
@@ -72,40 +70,52 @@ class Trainer:
             total=args.max_steps * size, initial=state.step * size, desc=f"Training, seed {args.seed}", unit="pair",
             unit_scale=True, disable=not accelerator.is_main_process,
         )  # fmt: skip
-        with _signals() as received, ThreadPoolExecutor(1) as executor, bar:
+        self.received = []
+        with handle_signals(self._note, signal.SIGTERM, signal.SIGINT), ThreadPoolExecutor(1) as executor, bar:
             plans = lru_cache(PLANS_KEPT)(lambda step: executor.submit(planner, step))
             pixels = self._pixels(plans)
             while state.step < args.max_steps:
                 started = time.perf_counter()
                 plan = plans(state.step).result()
                 plans(min(state.step + 1, args.max_steps - 1))  # drawn while this step computes
-                point = self._one_step(plan, pixels, started)
-                bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
-                bar.update(size)
-                self._after_step(point, plan)
-                if received:
+                try:
+                    point = self._one_step(plan, pixels, started)
+                    bar.set_postfix(loss=f"{point['loss']:.3f}", lr=f"{point['learning_rate']:.1e}")
+                    bar.update(size)
+                    self._after_step(point)
+                except FloatingPointError as error:
+                    raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
+                if self.received:
                     accelerator.set_trigger()
                 if accelerator.check_trigger():  # of any process: all stop after the same step
                     self.checkpoints.save(state)
-                    number = received[0][0] if received else signal.SIGTERM
+                    number = self.received[0][0] if self.received else signal.SIGTERM
                     raise KeyboardInterrupt(number, f"Stopped at step {state.step}, which is saved.")
         # Without Accelerate's autocast around `forward`: base and result are measured in the same precision.
         accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False).eval()
         accelerator.free_memory()
         return state
 
+    def _note(self, number: int, frame: object) -> None:
+        """SIGTERM and Ctrl-C end the run after its step, a second Ctrl-C at once.
+
+        A launcher passes on what the terminal has sent already: what comes within a second is the same Ctrl-C.
+        """
+        self.received.append((number, time.monotonic()))
+        if len(self.received) == 1:
+            logger.info("Stopping after this step; the run will be saved.")
+        elif number == signal.SIGINT and self.received[-1][1] - self.received[0][1] > 1:
+            raise KeyboardInterrupt
+
     def _one_step(self, plan: StepPlan, pixels: Iterator[Tensor] | None, started: float) -> dict:
         """One optimiser step, whose plan was awaited from `started` on; returns its entry of the curve."""
         image_embeds = self._image_embeds(plan, pixels)
         waited = time.perf_counter() - started
-        set_training_mode(self.wrapped)
+        self.wrapped.train()  # the image tower, whose batch norms would be moved, is not run in it
         self.optimizer.zero_grad(set_to_none=False)
         learning_rate = learning_rate_at(plan.step, self.args)
-        try:
-            report = self.step(plan.step, self._own(plan), len(plan.rows), image_embeds)
-            norm = self._update(learning_rate)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
+        report = self.step(plan.step, self._own(plan), len(plan.rows), image_embeds)
+        norm = self._update(learning_rate)
         seconds = time.perf_counter() - started
         return {
             "step": plan.step + 1,
@@ -123,8 +133,7 @@ class Trainer:
     def _update(self, learning_rate: float) -> float | None:
         """The optimiser's step and the clamp; returns the norm of the gradient.
 
-        Raises:
-            FloatingPointError: it is not finite, and there is no scaler that leaves such a step out.
+        Raises FloatingPointError where it is not finite, and there is no scaler that leaves such a step out.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -132,17 +141,17 @@ class Trainer:
             self.accelerator.unscale_gradients(self.optimizer)
         gradients = [p.grad for p in self.wrapped.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients).item()
-        if self.accelerator.scaler is None and not math.isfinite(norm):
-            raise FloatingPointError(f"The norm of the gradient is {norm}.")
-        self.optimizer.step()
-        if self.model.logit_scale.requires_grad:
-            clamp_logit_scale(self.model.logit_scale)
         self.overflows = 0 if math.isfinite(norm) else self.overflows + 1
+        if self.overflows and self.accelerator.scaler is None:
+            raise FloatingPointError(f"The norm of the gradient is {norm}.")
         if self.overflows > MAX_OVERFLOWS:
             raise FloatingPointError(f"The gradient overflowed fp16 at {self.overflows} steps in a row.")
-        return norm if math.isfinite(norm) else None  # the scaler has left this step out
+        self.optimizer.step()  # the scaler leaves out one of a norm that is not finite
+        if self.model.logit_scale.requires_grad:
+            clamp_logit_scale(self.model.logit_scale)
+        return None if self.overflows else norm
 
-    def _after_step(self, point: dict, plan: StepPlan) -> None:
+    def _after_step(self, point: dict) -> None:
         """Measure, keep the curve, write a checkpoint where one is due."""
         args, state = self.args, self.state
         state.step = point["step"]
@@ -153,15 +162,15 @@ class Trainer:
             try:
                 point["validation"] = measures = self._measured()
             except ValueError as error:  # of numbers: the same measurement was taken before the first step
-                raise FloatingPointError(f"After step {state.step}: {error} {self._save_batch(plan)}") from error
+                raise FloatingPointError(f"After step {state.step}: {error}") from error
             recall = statistics.mean(value for name, value in measures.items() if name != "loss")
             if checkpointed and (state.best_recall is None or recall > state.best_recall):
                 state.best_step, state.best_recall, due = state.step, recall, True
         state.curve.append(point)
         state.seconds = time.perf_counter() - self.started
-        logged = {f"validation/{name}": value for name, value in point.get("validation", {}).items()}
-        logged |= {name: value for name, value in point.items() if name not in ("step", "validation")}
-        self.accelerator.log({name: value for name, value in logged.items() if value is not None}, step=state.step)
+        logged = point | {f"validation/{name}": value for name, value in point.get("validation", {}).items()}
+        logged = {key: value for key, value in logged.items() if isinstance(value, float | int) and key != "step"}
+        self.accelerator.log(logged, step=state.step)
         if due:
             self.checkpoints.save(state)
             if self.after_checkpoint and self.accelerator.is_main_process:
@@ -182,16 +191,15 @@ class Trainer:
 
     def _pixels(self, plans: Callable[[int], Future]) -> Iterator[Tensor] | None:
         """The pixels of all steps to come, as they go through the tower at once; None with a cache."""
-
-        def items() -> Iterator[list[tuple[int, int, int]]]:
-            for step in range(self.state.step, self.args.max_steps):
-                plan = plans(step).result()
-                for positions in self._parts(plan):
-                    yield [(plan.sources[i], plan.rows[i], plan.views[i]) for i in positions.tolist()]
-
         if self.inputs.training[0].cache is not None:
             return None
-        return pixel_batches(self.inputs.training, items(), loading_workers(self.args, self.accelerator))
+        steps = (plans(step).result() for step in range(self.state.step, self.args.max_steps))
+        items = (
+            [(plan.sources[i], plan.rows[i], plan.views[i]) for i in positions.tolist()]
+            for plan in steps
+            for positions in self._parts(plan)
+        )
+        return pixel_batches(self.inputs.training, items, loading_workers(self.args, self.accelerator))
 
     def _parts(self, plan: StepPlan) -> Sequence[Tensor]:
         """The rows of this process's micro-batches, as many at once as go through the image tower."""
@@ -219,22 +227,3 @@ class Trainer:
             rows = [{"data_set": self.args.dataset[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in drawn]
             write_json(path, {"step": plan.step + 1, "seed": self.args.seed, "pairs": rows})
         return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."
-
-
-@contextmanager
-def _signals() -> Iterator[list[tuple[int, float]]]:
-    """Within it, SIGTERM and Ctrl-C are noted and end the run after its step; a second Ctrl-C ends it at once.
-
-    A launcher passes on what the terminal has sent already: what comes within a second is the same Ctrl-C.
-    """
-    received: list[tuple[int, float]] = []  # number and time of each
-
-    def note(number: int, frame: object) -> None:
-        received.append((number, time.monotonic()))
-        if len(received) == 1:
-            logger.info("Stopping after this step; the run will be saved.")
-        elif number == signal.SIGINT and received[-1][1] - received[0][1] > 1:
-            raise KeyboardInterrupt
-
-    with handle_signals(note, signal.SIGTERM, signal.SIGINT):
-        yield received

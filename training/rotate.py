@@ -25,7 +25,7 @@ from transformers.utils import cached_file
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import check_output_folder, whole_folder, write_bytes
 from capivara_common.image_files import BadImage, decode_image
-from caption_data.sources import Split, open_split
+from caption_data.sources import open_split
 from modeling_capivara import CapivaraModel
 from modeling_capivara.configuration_capivara import checked_widths
 from modeling_capivara.loading import load_model, load_processor
@@ -47,15 +47,10 @@ class RotateArguments:
     image_column: str = flag("image", "Name of the image column.")
 
 
-def rotate(args: RotateArguments) -> Tensor:
-    """Write the model with its space turned to the principal axes of a data set's images; returns the rotation.
-
-    Of more than `ROTATION_IMAGES` images so many are taken, evenly spaced; those that can't be used are left out.
-
-    Raises:
-        ValueError: the output is not empty, a width does not divide the embedding's, there are too few images, or the
-            model was turned before.
-    """
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    """The command. Of more than `ROTATION_IMAGES` images so many are taken, evenly spaced; bad ones are left out."""
+    args = parse(RotateArguments, __doc__, argv)
     check_output_folder(args.output)
     model, processor = load_model(args.model).eval(), load_processor(args.model)
     if load_rotation(args.model) is not None:
@@ -64,26 +59,23 @@ def rotate(args: RotateArguments) -> Tensor:
     model.config.matryoshka_dims = checked_widths(args.dims, width) or None
     source = open_split(args.dataset, args.split, args.image_column)
     source.check_columns([args.image_column])
-    pictures = _pictures(source)
-    first = list(islice(pictures, width + 1))
+
+    def pictures() -> Iterator[PIL.Image.Image]:  # decoded one by one: all at once would be many gigabytes
+        for row in np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64).tolist():
+            with suppress(BadImage):
+                yield decode_image(source.row(row)[source.image_column], source.files)
+
+    some = pictures()
+    first = list(islice(some, width + 1))
     if len(first) <= width:
-        raise ValueError(
-            f"{source.where} has {len(first)} usable images, and {width} axes are asked of them. Give more."
-        )
-    rotation = principal_rotation(embed_images(model, processor, chain(first, pictures), progress="Images"))
+        raise ValueError(f"{source.where} has {len(first)} usable images, {width} axes are asked of them. Give more.")
+    rotation = principal_rotation(embed_images(model, processor, chain(first, some), progress="Images"))
     rotate_(model, rotation)
     with whole_folder(args.output) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         save_rotation(rotation, folder)
-    return rotation
-
-
-def _pictures(source: Split) -> Iterator[PIL.Image.Image]:
-    """The images that the axes are taken of, decoded one by one: all at once would be many gigabytes."""
-    for row in np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64).tolist():
-        with suppress(BadImage):
-            yield decode_image(source.row(row)[source.image_column], source.files)
+    print(f"Written to {args.output}.")
 
 
 @torch.no_grad()
@@ -95,13 +87,11 @@ def principal_rotation(image_embeds: Tensor) -> Tensor:
     number positive, so that the same images give the same matrix.
 
     Args:
-        image_embeds: (images, width), unit length; more images than the width, or the last axes are arbitrary.
+        image_embeds: (images, width), unit length; more images than the width, or the last axes are arbitrary. Raises
+            ValueError where there is none, or one is not finite.
 
     Returns:
         (width, width), float32: `embeds @ rotation.T` are the rotated embeddings.
-
-    Raises:
-        ValueError: there is no image, or an embedding is not finite.
     """
     if not len(image_embeds) or not torch.isfinite(image_embeds).all():
         raise ValueError(f"The rotation needs finite embeddings of images, got {len(image_embeds)} of them.")
@@ -113,22 +103,16 @@ def principal_rotation(image_embeds: Tensor) -> Tensor:
 
 @torch.no_grad()
 def rotate_(model: CapivaraModel, rotation: Tensor) -> None:
-    """Turn the space of a model, in place: the rotation becomes part of its two projections.
+    """Turn the space of a model without adapters, in place: the rotation becomes part of its two projections.
 
-    Args:
-        model: without adapters.
-        rotation: (projection_dim, projection_dim), orthogonal.
-
-    Raises:
-        ValueError: the rotation is of another width.
+    It is (projection_dim, projection_dim), orthogonal. Raises ValueError where it is of another width.
     """
     width = model.config.projection_dim
     if rotation.shape != (width, width):
         raise ValueError(f"The rotation is of {len(rotation)} dimensions, the model's embeddings are of {width}.")
     text = model.text_projection
     for layer in (model.visual_projection, text[-1] if isinstance(text, nn.Sequential) else text):
-        rotated = rotation.to(layer.weight.device).double() @ layer.weight.double()
-        layer.weight.copy_(rotated)
+        layer.weight.copy_(rotation.to(layer.weight.device).double() @ layer.weight.double())
 
 
 def save_rotation(rotation: Tensor, folder: Path) -> None:
@@ -146,14 +130,6 @@ def load_rotation(model: str | Path) -> Tensor | None:
         return None if path is None else load_file(path)["rotation"]
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is damaged: {error}. Fetch or make the model again.") from error
-
-
-@user_errors
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    args = parse(RotateArguments, __doc__, argv)
-    rotate(args)
-    print(f"Written to {args.output}.")
 
 
 if __name__ == "__main__":

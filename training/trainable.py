@@ -1,5 +1,6 @@
-"""What of the model is trained: towers, layers or adapters; and the way back towards the base."""
+"""What of the model is trained and by which steps: layers or adapters, optimiser, schedule, and the way back."""
 
+import math
 import re
 from pathlib import Path
 
@@ -7,28 +8,30 @@ import torch
 from torch import Tensor, nn
 
 from modeling_capivara import CapivaraModel
-from training.arguments import FIXED, RunArguments
+from training.arguments import RunArguments
 
-WHOLE = FIXED["lora_modules_to_save"]  # what is trained as a whole beside adapters, as in arXiv 2310.13683
+MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
+# Sum of the learning rates of the published 5863 steps (arXiv 2310.13683); their mean is that of floor and top.
+PAPER_DISTANCE = 5863 * (1e-7 + 5e-7) / 2
+LEAST_SHARE = 0.1  # of it; a run of less gets a warning
+BETAS = (0.9, 0.98)  # of Adam, in every recipe of arXiv 2310.13683
+OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+WHOLE = ["text_projection"]  # what is trained as a whole beside adapters, as in arXiv 2310.13683
 _PEFT_NAMES = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")  # in names of a wrapped model
 
 
 def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
-    """Freeze what is not trained; with `lora_rank`, put adapters on the model.
+    """Freeze what is not trained; with `lora_rank`, put adapters on the model and return peft's wrapper around it.
 
-    Returns:
-        The model, or peft's wrapper around it. `model` itself has the adapters' layers then.
-
-    Raises:
-        ValueError: an expression matches nothing, a module does not exist, or nothing is left to train.
+    Raises ValueError where an expression matches nothing, or nothing is left to train.
     """
     model.freeze_image_tower()
     names = [name for name, _ in model.named_parameters()]
     for expression in args.frozen_parameters:
-        if not any(_full_match(expression, name, "frozen_parameters") for name in names):
+        if not _matched(expression, names, "frozen_parameters"):
+            some = names[:: max(1, len(names) // 6)]
             raise ValueError(
-                f"frozen_parameters: {expression!r} matches no parameter. There are, among others, "
-                f"{names[:: max(1, len(names) // 6)]}."
+                f"frozen_parameters: {expression!r} matches no parameter. There are, among others, {some}."
             )
     wrapped = _with_adapters(model, args) if args.lora_rank else model
     for name, parameter in model.named_parameters():  # also what peft has made trainable
@@ -39,12 +42,34 @@ def prepare_trainable(model: CapivaraModel, args: RunArguments) -> nn.Module:
     return wrapped
 
 
-def set_training_mode(model: nn.Module) -> None:
-    """Training mode, but batch norms keep their statistics: a batch is run in parts, some of them twice."""
-    model.train()
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+@torch.no_grad()
+def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: float) -> None:
+    """Move the weights of a trained model back, in place: `share` (0 to 1) of them, the rest of the base's state.
+
+    Source: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT, arXiv 2109.01903), section 3.
+    """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.lerp(base[name].to(tensor.device), tensor, share))
+
+
+def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
+    """peft's wrapper; of itself it would train adapters of the image tower alone, which is not run in training."""
+    from peft import LoraConfig, get_peft_model
+
+    rank, alpha, targets = args.lora_rank, args.lora_alpha, args.lora_targets
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name in linear if not name.startswith(("vision_model", "visual_projection"))]
+    if not _matched(targets, linear, "lora_targets"):
+        raise ValueError(f"lora_targets: {targets!r} matches no linear layer of the text tower, like {linear[-1]!r}.")
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=WHOLE))
+
+
+def _matched(expression: str, names: list[str], key: str) -> list[str]:
+    try:
+        return [name for name in names if re.fullmatch(expression, name)]
+    except re.error as error:
+        raise ValueError(f"{key}: {expression!r} is no regular expression ({error}).") from error
 
 
 def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> CapivaraModel:
@@ -59,41 +84,47 @@ def merge_adapters(wrapped: nn.Module, folder: Path | None = None) -> CapivaraMo
     return wrapped.merge_and_unload()
 
 
-@torch.no_grad()
-def interpolate_weights(model: CapivaraModel, base: dict[str, Tensor], share: float) -> None:
-    """Move the weights of a trained model back, in place: `share` (0 to 1) of them, the rest of the base's state.
+def build_optimizer(model: nn.Module, args: RunArguments) -> torch.optim.Optimizer:
+    """The optimiser over everything that is trained.
 
-    Source: Wortsman et al., Robust fine-tuning of zero-shot models (WiSE-FT, arXiv 2109.01903), section 3.
+    "adam" is the paper's: Adam with coupled L2 (CAPIVARA, arXiv 2310.13683, appendix); "adamw" decouples it.
     """
-    if share == 1:
-        return
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.copy_(torch.lerp(base[name].to(tensor.device), tensor, share))
+    return OPTIMISERS[args.optimizer](
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=args.learning_rate,
+        betas=BETAS,
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+        fused=True,  # one pass over the 190 million word embeddings instead of ten
+    )
 
 
-def _with_adapters(model: CapivaraModel, args: RunArguments) -> nn.Module:
-    """peft's wrapper; of itself it passes over modules that are none, and over adapters of a tower that is frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    modules, frozen = dict(model.named_modules()), ("vision_model", "visual_projection")
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    matched = [name for name in linear if _full_match(args.lora_targets, name, "lora_targets")]
-    if not matched:
-        raise ValueError(f"lora_targets: {args.lora_targets!r} matches no linear layer, such as {linear[-1]!r}.")
-    if all(name.startswith(frozen) for name in matched):
-        raise ValueError(
-            f"lora_targets: {args.lora_targets!r} matches the frozen image tower alone, such as {matched[0]!r}."
-        )
-    config = LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_alpha, bias="none", target_modules=args.lora_targets,
-        modules_to_save=WHOLE,
-    )  # fmt: skip
-    return get_peft_model(model, config)
+def learning_rate_at(step: int, args: RunArguments) -> float:
+    """Learning rate of a step (counted from 0): linear from the floor to the top, then cosine back to the floor."""
+    low, high = args.min_learning_rate, args.learning_rate
+    if step < args.warmup_steps:
+        return low + (high - low) * step / args.warmup_steps
+    progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
+    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _full_match(expression: str, name: str, key: str) -> bool:
-    try:
-        return re.fullmatch(expression, name) is not None
-    except re.error as error:
-        raise ValueError(f"{key}: {expression!r} is no regular expression ({error}).") from error
+def will_not_learn(args: RunArguments) -> str | None:
+    """The warning for a run whose steps times rate are too few to change the model; None for any other.
+
+    Adam's step is about the learning rate, whatever the gradient: their sum is how far a run can move a weight.
+    """
+    distance = sum(learning_rate_at(step, args) for step in range(args.max_steps))
+    share = distance / PAPER_DISTANCE
+    if share >= LEAST_SHARE:
+        return None
+    return (
+        f"{args.max_steps} steps with a learning_rate of at most {args.learning_rate:g} move a weight by "
+        f"{distance:.1g} at most, {100 * share:.1g} % of what the published recipe does: the model will hardly change. "
+        f"For so few steps set --learning_rate to about {args.learning_rate / share:.0e}, or give more --max_steps."
+    )
+
+
+@torch.no_grad()
+def clamp_logit_scale(logit_scale: Tensor) -> None:
+    """Keep the scale from 0 to ln 100, after every optimiser step."""
+    logit_scale.clamp_(0, MAX_LOGIT_SCALE)

@@ -19,15 +19,12 @@ NEEDED = ("input_ids", "attention_mask", "pixel_values")
 
 
 class ExactBatchTrainer(Trainer):
-    """`Trainer` for `CapivaraModel`, on one device.
+    """`Trainer` for `CapivaraModel`, on one device; ValueError on several, where `train_accelerate.py` is exact.
 
     The contrastive batch is `per_device_train_batch_size` times `gradient_accumulation_steps` pairs; the former alone
     decides how many go through the towers at once. The loss that is logged is that of the whole batch. Batches hold
     what `CapivaraProcessor` gives for texts and images, padded each for itself, and `return_loss=True` where there is
     an evaluation.
-
-    Raises:
-        ValueError: there are several devices or processes; `train_accelerate.py` is exact there.
     """
 
     def __init__(self, *args, **kwargs):
@@ -37,8 +34,7 @@ class ExactBatchTrainer(Trainer):
                 f"ExactBatchTrainer is for one device, got {self.accelerator.num_processes} processes of "
                 f"{self.args.n_gpu} GPUs; train_accelerate.py has one exact batch over several."
             )
-        self._step = None
-        self._samples, self._given = [], 0
+        self._step, self._samples, self._given = None, [], 0
 
     def get_batch_samples(self, *args, **kwargs) -> tuple[list, Any]:
         """As in transformers; the micro-batches of a step are kept for `training_step`."""

@@ -8,14 +8,11 @@ loss is taken of all embeddings together. A micro-batch that is embedded again h
 so the gradient is the same to the bit whatever was kept.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -23,11 +20,11 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from capivara_common.environment import free_memory
 from training.batches import MicroBatch
 
 TILE_LOGITS = 2**24  # logits at once, 64 MiB in float32
 BUDGET_SHARE = 0.6  # of the memory that is free beside optimiser and gradients; the rest is for one more micro-batch
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # in bytes, as a container sees it; other limits are not known
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # texts, images, logit_scale, own -> scalar
 
 
@@ -54,7 +51,7 @@ class WholeBatch:
     loss: Loss | None = None  # `contrastive_loss` where None
     budget: float | None = None  # bytes of graphs that are kept; what is free at the first step where None
     _bytes_a_token: float = 0.0  # of a graph, as the first micro-batch has it
-    _bytes_a_text: float = 0.0
+    _bytes_a_text: float = 1.0
 
     def __call__(
         self, step: int, batches: Sequence[MicroBatch], pairs: int, image_embeds: Tensor | None = None
@@ -88,16 +85,20 @@ class WholeBatch:
             if not torch.isfinite(whole):
                 raise FloatingPointError(f"The loss is {whole.item()}.")
             self.accelerator.backward(loss)
-        self._sum_over_processes()
+        if self.accelerator.num_processes > 1:
+            self._sum_over_processes()
         return StepReport(whole.item(), kept)
 
     def _embedded(self, step: int, batches: Sequence[MicroBatch]) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
         """The embeddings of each micro-batch, and how many of them, from the longest on, keep their graph."""
         parts, kept, spent = [], 0, 0.0
-        if self.budget is None and batches:
-            self._measure(step, batches[0])
+        if self.budget is None and batches:  # of the first micro-batch: its graph, and what is left beside Adam
+            size, texts = graph_bytes(lambda: self._embed(step, batches[0]), self.model), batches[0].input_ids
+            self._bytes_a_token, self._bytes_a_text = size / texts.numel(), size / len(texts)
+            self.budget = BUDGET_SHARE * max(free_memory(self.accelerator.device) - self._state_bytes(), 0)
         for batch in reversed(batches):  # the longest texts first: what follows fits into the memory that they leave
-            spent += self._cost(batch)
+            texts = batch.input_ids
+            spent += max(self._bytes_a_token * texts.numel(), self._bytes_a_text * len(texts))
             if spent <= self.budget:
                 parts.append(self._embed(step, batch))
                 kept += 1
@@ -125,31 +126,16 @@ class WholeBatch:
             whole = whole.index_copy(0, own, torch.cat(parts).to(whole.dtype))
         return all_reduce(whole)
 
-    def _measure(self, step: int, batch: MicroBatch) -> None:
-        """Set the budget, and what the graph of a micro-batch costs."""
-        size = graph_bytes(lambda: self._embed(step, batch), self.model)
-        self._bytes_a_token, self._bytes_a_text = size / batch.input_ids.numel(), size / len(batch.input_ids)
-        left = free_memory(self.accelerator.device) - self._state_bytes()
-        self.budget = BUDGET_SHARE * max(left, 0)
-
-    def _cost(self, batch: MicroBatch) -> float:
-        """Bytes of a micro-batch's graph, in terms of the first one, which was measured."""
-        if self.budget in (0.0, float("inf")):
-            return 1.0
-        return max(self._bytes_a_token * batch.input_ids.numel(), self._bytes_a_text * len(batch.input_ids))
-
-    def _state_bytes(self) -> int:
-        """Bytes of gradients and of Adam's moments that are still to be allocated."""
-        return sum(p.nbytes * (2 + (p.grad is None)) for p in self.model.parameters() if p.requires_grad)
-
     def _sum_over_processes(self) -> None:
-        if self.accelerator.num_processes == 1:
-            return
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 torch.distributed.all_reduce(parameter.grad)
+
+    def _state_bytes(self) -> int:
+        """Bytes of gradients and of Adam's moments that are still to be allocated."""
+        return sum(p.nbytes * (2 + (p.grad is None)) for p in self.model.parameters() if p.requires_grad)
 
 
 def contrastive_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor, own: Tensor) -> Tensor:
@@ -228,22 +214,3 @@ def graph_bytes(run: Callable[[], object], model: nn.Module) -> int:
         result = run()  # alive until all is counted: freed storage would be given out again
     del result
     return sum(sizes)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on `device`, the limit of a container included."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no container, or one without a limit, which is "max"
-        limit = int(CONTAINER_LIMIT.read_text(encoding="ascii"))
-        free = min(free, limit - psutil.Process().memory_info().rss)
-    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of one machine share it
-
-
-def used_memory(device: torch.device) -> int:
-    """Bytes that this process holds on `device`; the most it has held, on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss

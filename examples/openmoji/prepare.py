@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from capivara_common.cli import flag, parse, run_command, user_errors
-from capivara_common.environment import package_versions
+from capivara_common.environment import package_versions, resolve_precision
 from capivara_common.files import (
     add_digest,
     check_free_space,
@@ -45,8 +45,7 @@ from training.arguments import RunArguments
 from training.batches import batch_indices, drawn_captions, micro_batches
 from training.images import write_cache
 from training.inputs import cache_root, evaluation_pairs
-from training.launch import resolve_precision
-from training.optimiser import clamp_logit_scale
+from training.trainable import clamp_logit_scale
 from training.whole_batch import word_rows
 
 # Chosen on the validation concepts, English captions; the test split played no part.

@@ -1,0 +1,108 @@
+"""Where a model comes from: what the cards of its base and data say, and the licence that it inherits."""
+
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import ModelCardData, hf_hub_download, try_to_load_from_cache
+
+from capivara_common.privacy import short_name
+from hub_upload.card_text import escaped
+from modeling_capivara.loading import card_metadata
+
+# Licences that let what is made of several works carry the licence of the other ones, their notices kept.
+PERMISSIVE = {"apache-2.0", "bsd-2-clause", "bsd-3-clause", "bsl-1.0", "cc0-1.0", "isc", "mit", "ncsa", "pddl"}
+PERMISSIVE |= {"postgresql", "unlicense", "zlib"}
+
+
+def origins(model: str, datasets: Sequence[str], evaluation_dataset: str) -> dict[str, Any]:
+    """What the base and the data sets say of themselves on their own cards: titles, licences, Hub ids and commits.
+
+    Returns:
+        Under "license" what the model inherits from all of them: the one licence that binds it, or None where one of
+        them states none, or where several bind it.
+    """
+    base, data = origin(model, "model"), [origin(name, "dataset") for name in datasets]
+    return {
+        "license": inherited_license([work["licenses"] for work in (base, *data)]),
+        "model": base,
+        "datasets": data,
+        "evaluation_dataset": origin(evaluation_dataset, "dataset"),
+    }
+
+
+def inherited_license(stated: list[list[str]]) -> str | None:
+    """The licence of a model made from works of the `stated` licences each; None where it does not follow from them."""
+    if not all(stated):
+        return None
+    named = {licence for licences in stated for licence in licences}
+    binding = named - PERMISSIVE or named
+    return binding.pop() if len(binding) == 1 else None
+
+
+def origin(name: str, repo_type: str) -> dict[str, Any]:
+    """What the card of a model or data set states.
+
+    Args:
+        name: folder, pattern of files, or Hub id; `short_name` of it is kept.
+        repo_type: "model" or "dataset".
+
+    Returns:
+        `name`, `title`, `hub_id` and `revision` (of one that was loaded from the Hub), `base_model` (Hub ids),
+        `licenses`, `attribution`; None or an empty list for what it does not state.
+    """
+    of_hub = not Path(name).exists() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    is_of_files = not Path(name).is_dir() and "/" in name  # one file, or a pattern: its card lies beside it
+    folder = Path(name).parent if is_of_files else Path(name)
+    path = _card_from_hub(name, repo_type) if of_hub else folder / "README.md"
+    card = card_metadata(path) if path else {}
+    return {
+        "name": short_name(name),
+        "title": str(card.get("pretty_name") or (name if of_hub else _heading(path) or PurePosixPath(name).name)),
+        "hub_id": name if path and of_hub else None,
+        "revision": path.parent.name if path and of_hub else None,
+        "base_model": _texts(card.get("base_model")),
+        "licenses": _texts(card.get("license")),
+        "attribution": str(card["attribution"]) if card.get("attribution") else None,
+    }
+
+
+def short_card(sources: dict[str, Any], title: str) -> str:
+    """A card that states base, licence and credits, without a value: of a model that nobody has measured.
+
+    Args:
+        sources: of `origins`.
+        title: in words.
+    """
+    base, works = sources["model"], [sources["model"], *sources["datasets"]]
+    data = ModelCardData(
+        license=sources["license"],
+        library_name="transformers",
+        base_model=[base["hub_id"]] if base["hub_id"] else base["base_model"] or None,
+    )
+    stated = [f"- {escaped(w['title'])}: {escaped(', '.join(w['licenses'])) or 'no licence stated'}" for w in works]
+    credits = [f"- {escaped(work['attribution'])}" for work in works if work["attribution"]]
+    said = "Licences of its base and data:"
+    return "\n".join([f"---\n{data.to_yaml()}\n---\n\n# {escaped(title)}\n\n{said}\n", *stated, *credits, ""])
+
+
+@cache  # a data set that is trained on is often measured on, too
+def _card_from_hub(name: str, repo_type: str) -> Path | None:
+    """The card of what was loaded from the Hub before; None where it has none, or the Hub can't be reached."""
+    try:
+        cached = try_to_load_from_cache(name, "README.md", repo_type=repo_type)  # of the commit that was loaded
+        return Path(cached if isinstance(cached, str) else hf_hub_download(name, "README.md", repo_type=repo_type))
+    except (OSError, ValueError):
+        return None
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(text) for text in (value if isinstance(value, list) else [value]) if text]
+
+
+def _heading(card: Path) -> str | None:
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    found = re.search(r"^# +(.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else None
