@@ -116,12 +116,9 @@ def trim(
         known = ", ".join(config.trimmed_vocabulary["languages"])
         raise ValueError(f"MODEL {model} is trimmed already, for {known}. Trim the model that it was made from.")
     rows = config.text_config.vocab_size
-    for token in tokenizer_state(processor.tokenizer)["added_tokens"]:
-        if token["id"] >= rows:
-            raise ValueError(
-                f"The added token {token['content']!r} has the id {token['id']}, but MODEL {model} has {rows} rows of "
-                "embeddings; the trim would drop it. Give it a row by `resize_token_embeddings`, or remove it."
-            )
+    if lost := [t for t in tokenizer_state(processor.tokenizer)["added_tokens"] if t["id"] >= rows]:
+        fault = f"The added token {lost[0]['content']!r} has the id {lost[0]['id']}, but MODEL {model} has {rows} rows"
+        raise ValueError(f"{fault} of embeddings. Give it a row by `resize_token_embeddings`, or remove it.")
     chosen, counted = ({path: read_texts(path) for path in paths} for paths in (texts, held_out))
     kept = kept_ids(processor, languages, words, (text for found in chosen.values() for text in found))
     small = CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
@@ -129,7 +126,9 @@ def trim(
         checked = language_words(language, min(CHECKED_WORDS, *words))
         changed_texts(processor, small, kept, list(map(word_forms, checked)))
     found = {str(path): (len(of), len(changed_texts(processor, small, kept, of))) for path, of in counted.items()}
-    record = {"languages": languages, "words": list(words), "tokenizer": vocabulary_digest(processor.tokenizer)}
+    pieces = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    digest = hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
+    record = {"languages": languages, "words": list(words), "tokenizer": digest}
     with whole_folder(output) as folder:
         parameters = _write_model(model, config, folder, kept, record)
         small.save_pretrained(folder)
@@ -190,8 +189,7 @@ def kept_ids(
         texts: whose pieces are kept, too.
 
     Raises:
-        ValueError: there is no list of words of a language, or the tokenizer is of another kind.
-        ImportError: wordfreq is not installed.
+        ValueError, ImportError: as `language_words`, or the tokenizer is of another kind.
     """
     numbers = zip(languages, [*words, *[words[-1]] * len(languages)], strict=False)
     lists = {language: language_words(language, number) for language, number in numbers}
@@ -203,24 +201,15 @@ def kept_ids(
 
 
 def language_words(language: str, number: int) -> list[str]:
-    """The most frequent words of a language, out of the package wordfreq.
-
-    Raises:
-        ValueError: it has no list of that language.
-        ImportError: it is not installed.
-    """
+    """The most frequent words of a language, out of the package wordfreq; ValueError or ImportError without them."""
     try:
         import wordfreq  # only this program needs it
     except ImportError as error:
-        raise ImportError(
-            'wordfreq, whose lists of words choose the pieces, is not installed: pip install "modeling-capivara[trim]"'
-        ) from error
+        raise ImportError('The package wordfreq is not installed: pip install "modeling-capivara[trim]"') from error
     known = wordfreq.available_languages()
     if language not in known:
-        raise ValueError(
-            f"There is no list of words of the language {language!r}; there are {', '.join(sorted(known))}. For "
-            "another one give texts of it by --texts, beside a language of the list."
-        )
+        fault = f"There is no list of words of the language {language!r}; there are {', '.join(sorted(known))}"
+        raise ValueError(f"{fault}. For another one give texts of it by --texts, beside a language of the list.")
     return wordfreq.top_n_list(language, number)
 
 
@@ -297,10 +286,8 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model.get("type") != "Unigram" or model.get("byte_fallback") or model.get("unk_id") is None:
-        raise ValueError(
-            f"The tokenizer is of the kind {model.get('type')}; cut is the vocabulary of a Unigram one that has a "
-            "token for unknown letters and does not fall back to bytes, as XLM-R's."
-        )
+        rule = "only a Unigram one, with a token for unknown letters and without bytes, can be cut, as XLM-R's"
+        raise ValueError(f"The tokenizer is of the kind {model.get('type')}; {rule}.")
     return state
 
 
@@ -323,12 +310,6 @@ def cut_tokenizer(tokenizer: CapivaraTokenizer, kept: Sequence[int]) -> Capivara
     if wrong := [names[old] for number, old in enumerate(kept) if small_ids.get(names[old]) != number]:
         raise ValueError(f"The tokenizer can't be cut: {wrong[0]!r} would get another id than its row has.")
     return small
-
-
-def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex digest of all pieces, in the order of their ids."""
-    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
 
 
 if __name__ == "__main__":
