@@ -139,7 +139,7 @@ def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pi
     new_size = (short_side, long_side) if width <= height else (long_side, short_side)
     if new_size[0] * new_size[1] > max_pixels:
         sizes = f"{width} x {height} pixels would be resized to {new_size[0]} x {new_size[1]}"
-        raise ValueError(f"An image of {sizes}, over `max_resized_pixels`, {max_pixels}; crop it first or raise that.")
+        raise ValueError(f"An image of {sizes}, over {max_pixels}; crop it first or raise `max_resized_pixels`.")
     return image if image.size == new_size else image.resize(new_size, resample)
 
 
@@ -195,8 +195,10 @@ def to_eight_bits(array: np.ndarray) -> np.ndarray:
     floating = np.issubdtype(array.dtype, np.floating)
     limit = 255 if floating else 65535
     if not (low >= 0 and high <= limit):  # also False for NaN
-        found = f"{array.dtype}, got {low:g} to {high:g}; normalised `pixel_values` go to the model"
-        raise ValueError(f"Pixels must be 0 to {limit} for {found}.")
+        raise ValueError(
+            f"Pixels must be 0 to {limit} for {array.dtype}, got {low:g} to {high:g}. Normalised `pixel_values` go to "
+            "the model, not to the processor."
+        )
     if floating:
         return np.rint(array * 255 if high <= 1 else array).astype(np.uint8)
     if (array.dtype.itemsize == 2 and array.dtype.kind == "u") or high > 255:
