@@ -23,7 +23,7 @@ from benchmarks.timing import conditions, finish, median_ratio, rate_spread, tim
 from capivara_common.cli import flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from modeling_capivara.open_clip import build_open_clip, capivara_state_dict
+from modeling_capivara.convert_open_clip import build_open_clip, capivara_state_dict
 
 IMAGE_SIZE = (320, 240)  # pixels, width and height
 WORDS = ["uma", "foto", "de", "um", "gato", "preto", "na", "mesa", "da", "casa", "azul", "com", "flores", "amarelas"]

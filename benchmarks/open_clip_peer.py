@@ -30,7 +30,7 @@ from benchmarks.timing import finish, peak_memory_bytes
 from capivara_common.cli import flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig
-from modeling_capivara.open_clip import build_open_clip
+from modeling_capivara.convert_open_clip import build_open_clip
 
 MODEL = "xlm-roberta-base-ViT-B-32"  # open_clip's name of CAPIVARA's architecture
 IMAGE_SIZE = 224  # pixels a side

@@ -153,7 +153,7 @@ def open_clip_loop(paths: list[Path], model: Path) -> tuple[float, torch.Tensor]
     """Seconds of open_clip's loop: open, preprocess, stack, encode; and the embeddings."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    from modeling_capivara.open_clip import build_open_clip, open_clip_state_dict
+    from modeling_capivara.convert_open_clip import build_open_clip, open_clip_state_dict
 
     theirs = build_open_clip(CapivaraConfig()).eval()
     theirs.load_state_dict(open_clip_state_dict(load_model(model)))

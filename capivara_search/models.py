@@ -190,13 +190,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _convert(source: str, folder: Path, revision: str | None) -> str:
-    from modeling_capivara.open_clip import CONVERTER as converter
+    from modeling_capivara.convert_open_clip import CONVERTER as converter
 
     return converter.convert(source, folder, revision)
 
 
 def _explain(folder: str) -> None:
-    from modeling_capivara.open_clip import CONVERTER as converter
+    from modeling_capivara.convert_open_clip import CONVERTER as converter
 
     converter.explain(folder)
 

@@ -33,13 +33,13 @@ from hub_upload.export_arguments import ExportArguments
 from hub_upload.remote import check_repo_id
 from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors, tensor_digests
 from modeling_capivara import CapivaraModel
-from modeling_capivara.loading import card_metadata, load_processor
-from modeling_capivara.open_clip import (
+from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     capivara_state_dict,
     open_clip_model_cfg,
     open_clip_state_dict,
 )
+from modeling_capivara.loading import card_metadata, load_processor
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
 FACTS, OPEN_CLIP_TEXT = "drop_in.json", "open_clip_text.safetensors"

@@ -42,8 +42,8 @@ from hub_upload.loader_files import OPEN_CLIP_WEIGHTS, TEXT_MODEL, OpenClipPlan
 from hub_upload.remote import check_repo_id
 from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
+from modeling_capivara.convert_open_clip import write_open_clip_weights
 from modeling_capivara.loading import load_processor
-from modeling_capivara.open_clip import write_open_clip_weights
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
 ONNX_SHARE, JS_SHARE = 1.3, 2.3  # of the weights: graphs in float32 and int8; in float16, and all together once more

@@ -18,8 +18,8 @@ from hub_upload.immich_folder import BASE_WIDTH, open_graph, padded_tokenizer
 from hub_upload.loader_files import text_config_source, with_plain_quotes
 from hub_upload.onnx_files import TOLERANCE, data_file, write_graph
 from modeling_capivara import CapivaraConfig, CapivaraModel
+from modeling_capivara.convert_open_clip import open_clip_model_cfg, preprocess_cfg_of
 from modeling_capivara.loading import load_model, load_processor
-from modeling_capivara.open_clip import open_clip_model_cfg, preprocess_cfg_of
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 from modeling_capivara.two_towers import random_images, random_texts
 

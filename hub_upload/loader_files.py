@@ -12,8 +12,7 @@ from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
 from hub_upload.source_model import mapped_tensors
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraTokenizer
-from modeling_capivara.loading import model_of_tensors
-from modeling_capivara.open_clip import (
+from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
     BASE_TEXT_NAMES,
     SIZES,
@@ -22,6 +21,7 @@ from modeling_capivara.open_clip import (
     open_clip_model_cfg,
     preprocess_cfg_of,
 )
+from modeling_capivara.loading import model_of_tensors
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 from modeling_capivara.two_towers import random_texts
 

@@ -1,7 +1,7 @@
 """CAPIVARA configuration: two towers, the size of the space they share, the temperature."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -79,27 +79,22 @@ class CapivaraConfig(PreTrainedConfig):
         self.vision_config = _tower_config("vision_config", self.vision_config, VISION_DEFAULTS)
         self.text_config = _tower_config("text_config", self.text_config, TEXT_DEFAULTS)
         if self.text_config.is_encoder_decoder:
-            raise ValueError(
-                f"text_config must be an encoder, got the encoder-decoder {self.text_config.model_type!r}; "
-                "use a model type that has an encoder alone, such as 'xlm-roberta'."
-            )
+            kind = f"the encoder-decoder {self.text_config.model_type!r}; use an encoder alone, such as 'xlm-roberta'"
+            raise ValueError(f"text_config must be an encoder, got {kind}.")
         super().__post_init__(**kwargs)
 
 
-def checked_widths(widths: Iterable[int], projection_dim: int) -> list[int]:
+def checked_widths(widths: Sequence[int], projection_dim: int) -> list[int]:
     """The widths that a model is trained for, the widest first, each once.
 
     Raises:
         ValueError: one is below 1, exceeds `projection_dim` or does not divide it.
     """
-    for width in widths:
-        if not 0 < width <= projection_dim or projection_dim % width:
-            fault = "exceeds it" if width > projection_dim else "does not divide it" if width > 0 else "is below 1"
-            known = [n for n in range(projection_dim, 0, -1) if not projection_dim % n]
-            raise ValueError(
-                f"matryoshka_dims must divide the embedding's width, {projection_dim}, and {width} {fault}; choose of "
-                f"{', '.join(map(str, known[:12]))}."
-            )
+    if wrong := [width for width in widths if not 0 < width <= projection_dim or projection_dim % width]:
+        known = ", ".join([str(n) for n in range(projection_dim, 0, -1) if not projection_dim % n][:12])
+        raise ValueError(
+            f"matryoshka_dims must divide the embedding's width, {projection_dim}, got {wrong[0]}; choose of {known}."
+        )
     return sorted(set(widths), reverse=True)
 
 
@@ -112,10 +107,8 @@ def _tower_config(name: str, config: dict | PreTrainedConfig | None, defaults: d
     check_sizes(config, f"{name}.")  # before the object is made, which writes a name for every label
     model_type = config.setdefault("model_type", defaults["model_type"])
     if model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"model_type {model_type!r} is not known to this version of transformers; correct it (for instance "
-            f"{defaults['model_type']!r}) or install a newer transformers."
-        )
+        fault = f"model_type {model_type!r} is not known to this version of transformers; correct it"
+        raise ValueError(f"{fault} (for instance {defaults['model_type']!r}) or install a newer transformers.")
     if model_type == defaults["model_type"]:
         config = {**defaults, **config}
     if model_type == "timm_wrapper":

@@ -1,50 +1,446 @@
-"""CAPIVARA between open_clip's format and transformers', both ways, checked on random inputs before it is kept.
+"""CAPIVARA between open_clip's format and transformers', both ways: names of tensors, configurations, folders.
 
     python -m modeling_capivara.convert_open_clip hf-hub:hiaac-nlp/CAPIVARA capivara-transformers
     python -m modeling_capivara.convert_open_clip capivara-transformers capivara-open-clip --to-open-clip
 
-`open_clip.py` reads and writes; here both programs are run on what was written, and their outputs compared.
+Every tensor that is written is compared with the source's; the command compares the outputs of both programs, too, and
+`CapivaraModel.from_open_clip` needs no open_clip. Tensors alone are read: nothing of a file is ever executed.
 """
 
 import logging
+import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
 from capivara_common.cli import parser, run_command
-from capivara_common.files import whole_folder, write_json
-from capivara_common.hub_cache import OPEN_CLIP_CONFIG, is_capivara, model_folder
-
-from .configuration_capivara import CapivaraConfig
-from .loading import load_model, load_processor, read_config
-from .modeling_capivara import CapivaraModel, similarity_logits
-from .open_clip import (
-    BASE_TEXT_MODEL,
-    BASE_TEXT_NAMES,
-    CONVERTER,
-    SIZES,
-    TOKENIZER_SUFFIXES,
-    find_open_clip,
-    open_clip_model_cfg,
-    preprocess_cfg_of,
-    write_capivara,
-    write_open_clip_weights,
+from capivara_common.environment import require
+from capivara_common.files import read_json, whole_folder, write_json
+from capivara_common.hub_cache import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_WEIGHT_FILES,
+    Converter,
+    first_line,
+    is_capivara,
+    model_folder,
 )
-from .two_towers import random_images, random_texts
+
+from .checks_capivara import tokenizer_errors
+from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
+from .image_processing_capivara import CapivaraImageProcessor
+from .loading import (
+    checked_config,
+    load_model,
+    load_processor,
+    model_of_tensors,
+    read_config,
+    weights_digest,
+    write_origin_card,
+)
+from .modeling_capivara import CapivaraModel, similarity_logits
+from .processing_capivara import CONTEXT_LENGTH, CapivaraProcessor
+from .two_towers import embed_images, embed_texts, random_images, random_texts
 
 TOLERANCE = 1e-4  # of cosines and logits in float32; the two programs differ by some 1e-6, a wrong layer by 1e-3 and up
+BASE_TEXT_MODEL = "FacebookAI/xlm-roberta-base"
+BASE_TEXT_NAMES = (BASE_TEXT_MODEL, "xlm-roberta-base")
 
 
-class Conversion(NamedTuple):
-    """The result of a conversion."""
+# open_clip's name, or its beginning, and transformers'; {} is the number of a block of the vision transformer.
+NAMES = {
+    "logit_scale": "logit_scale",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # sic, in transformers
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.trunk.": "vision_model.timm_model.",
+    "visual.head.proj.": "visual_projection.",
+    "text.transformer.": "text_model.",
+    "text.proj.": "text_projection.",
+    "visual.transformer.resblocks.{}.ln_1.": "vision_model.encoder.layers.{}.layer_norm1.",
+    "visual.transformer.resblocks.{}.ln_2.": "vision_model.encoder.layers.{}.layer_norm2.",
+    "visual.transformer.resblocks.{}.attn.": "vision_model.encoder.layers.{}.self_attn.",
+    "visual.transformer.resblocks.{}.mlp.c_fc.": "vision_model.encoder.layers.{}.mlp.fc1.",
+    "visual.transformer.resblocks.{}.mlp.c_proj.": "vision_model.encoder.layers.{}.mlp.fc2.",
+}
+NUMBER = re.compile(r"(?<=^visual\.transformer\.resblocks\.)\d+|(?<=^vision_model\.encoder\.layers\.)\d+")
+# Of a block's attention open_clip has query, key and value in one tensor, in_proj_weight and in_proj_bias.
+PART = re.compile(r"(vision_model\.encoder\.layers\.\d+\.self_attn\.)([qkv])_proj\.(weight|bias)")
+# A constant (0, 1, 2, ...) that transformers before 4.31 saved with every text encoder; no model reads it any more.
+POSITION_IDS = "text.transformer.embeddings.position_ids"
 
-    largest_difference: float  # between the two programs: unit-length embeddings and logits, on random inputs
-    notes: list[str]  # whole sentences for the person who asked
+
+def capivara_state_dict(open_clip_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a `CapivaraModel`, from those of open_clip's model; values and types stay.
+
+    A name without counterpart stays what it is, for `load_state_dict(strict=True)` to refuse.
+    """
+    result = {}
+    for name, tensor in open_clip_state.items():
+        ours = _renamed(name, NAMES)
+        if ours.startswith("vision_model.encoder.") and ".in_proj_" in ours:
+            # Fewer than three: a part is missing, and named. A clone: safetensors refuses tensors that share memory.
+            parts = zip("qkv", tensor.chunk(3), strict=False)
+            result |= {ours.replace("in_proj_", f"{letter}_proj."): part.clone() for letter, part in parts}
+        elif name == "visual.proj":
+            result["visual_projection.weight"] = tensor.T.contiguous()
+        else:
+            result[ours] = tensor
+    return result
+
+
+def open_clip_state_dict(model: CapivaraModel) -> dict[str, Tensor]:
+    """The tensors of open_clip's model, the other way. Raises ValueError where it has no such image tower."""
+    names, vit = {ours: theirs for theirs, ours in NAMES.items()}, _is_vit(model.config)
+    result, state = {}, model.state_dict()
+    for name, tensor in state.items():
+        if part := PART.fullmatch(name):
+            if part[2] == "q":
+                parts = [state[f"{part[1]}{letter}_proj.{part[3]}"] for letter in "qkv"]
+                result[_renamed(f"{part[1]}in_proj_{part[3]}", names)] = torch.cat(parts)
+        elif vit and name == "visual_projection.weight":
+            result["visual.proj"] = tensor.T.contiguous()
+        else:
+            result[_renamed(name, names)] = tensor
+    return result
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    number, plain = NUMBER.search(name), NUMBER.sub("{}", name)
+    for old, new in names.items():
+        if plain == old or (old.endswith(".") and plain.startswith(old)):
+            return (new + plain[len(old) :]).replace("{}", number[0] if number else "{}")
+    return name
+
+
+def build_open_clip(config: CapivaraConfig) -> nn.Module:
+    """open_clip's own model of this architecture, random weights, evaluation mode; nothing is downloaded."""
+    from open_clip.model import CustomTextCLIP
+
+    with tempfile.TemporaryDirectory() as folder:
+        config.text_config.save_pretrained(folder)
+        model_cfg = open_clip_model_cfg(config, folder)
+        model_cfg["text_cfg"]["hf_model_pretrained"] = False
+        return CustomTextCLIP(**model_cfg).eval()
+
+
+TEXT_KINDS = ("xlm-roberta", "roberta", "bert")  # those that open_clip 3.3 can pool by the mean
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")
+# open_clip's fields of a ViT, transformers' names for them, and open_clip's defaults
+VIT = {"layers": ("num_hidden_layers", 12), "width": ("hidden_size", 768)}
+VIT |= {"patch_size": ("patch_size", 16), "image_size": ("image_size", 224)}
+# Fields that change numbers and no tensor, and the values that are supported; a field that is absent has one of them.
+# All other fields show in the names and shapes of the tensors, which have to fit.
+SUPPORTED: dict[str, tuple] = {
+    **{"vision_cfg.pool_type": ("tok",), "vision_cfg.final_ln_after_pool": (False, None)},
+    **dict.fromkeys(("vision_cfg.act_kwargs", "vision_cfg.norm_kwargs"), (None, {})),
+    "vision_cfg.timm_model_name": (None, ""),  # timm's towers go the other way alone
+    **{"text_cfg.hf_pooler_type": ("mean_pooler",), "text_cfg.context_length": (CONTEXT_LENGTH,)},
+    **{"tokenizer_kwargs.clean": ("whitespace",), "tokenizer_kwargs.strip_sep_token": (False, None)},
+    **{"preprocess_cfg.mode": ("RGB", None), "preprocess_cfg.resize_mode": ("shortest", None)},
+    "preprocess_cfg.interpolation": ("bicubic", "bilinear", None),
+}
+
+
+def capivara_config(model_cfg: dict) -> CapivaraConfig:
+    """The architecture that a `model_cfg` describes. Raises ValueError where it can't be built."""
+    try:
+        vision_cfg, text_cfg = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
+        _check_supported("vision_cfg", vision_cfg)
+        _check_supported("text_cfg", text_cfg)
+        _check_supported("tokenizer_kwargs", text_cfg.get("tokenizer_kwargs") or {})
+        vision = VISION_DEFAULTS | {ours: vision_cfg.get(name, own) for name, (ours, own) in VIT.items()}
+        sides = vision["image_size"]
+        if isinstance(sides, list) and len(set(sides)) != 1:
+            refuse("vision_cfg.image_size", sides, "one number of pixels, or the same twice")
+        vision["image_size"] = sides[0] if isinstance(sides, list) else sides
+        vision["num_attention_heads"] = vision["hidden_size"] // vision_cfg.get("head_width", 64)
+        vision["intermediate_size"] = int(vision["hidden_size"] * vision_cfg.get("mlp_ratio", 4.0))
+        vision["hidden_act"] = "quick_gelu" if model_cfg.get("quick_gelu") else "gelu"
+        options = {"projection_dim": model_cfg["embed_dim"]}
+        options["text_projection_type"] = text_cfg.get("hf_proj_type", "mlp")
+        if model_cfg.get("init_logit_scale") is not None:
+            options["logit_scale_init_value"] = float(model_cfg["init_logit_scale"])
+        return CapivaraConfig(vision_config=vision, text_config=_text_config(text_cfg.get("hf_model_name")), **options)
+    except Exception as error:  # fields that are missing or of another kind, and what the data classes raise
+        reason = f"{type(error).__name__} " * (not isinstance(error, ValueError)) + " ".join(str(error).split())
+        raise ValueError(f"model_cfg of {OPEN_CLIP_CONFIG} can't be: {reason}") from error
+
+
+def open_clip_model_cfg(config: CapivaraConfig, text_model_name: str, image_size: int | None = None) -> dict[str, Any]:
+    """The `model_cfg` of an open_clip_config.json for an architecture.
+
+    Args:
+        config: the architecture; ValueError where open_clip has no way to state it.
+        text_model_name: folder or Hub id of the text tower's configuration.
+        image_size: pixels a side; None is the ViT's own, 224 for a timm model (which does not state it).
+    """
+    if config.text_config.model_type not in TEXT_KINDS:
+        refuse("text_config.model_type", config.text_config.model_type, f"one of {TEXT_KINDS}", "config.json")
+    vision, model_cfg = config.vision_config, {"embed_dim": config.projection_dim}
+    if not _is_vit(config):
+        if vision.model_args or not vision.do_pooling:
+            refuse("vision_config.model_args", vision.model_args, "none, with do_pooling true", "config.json")
+        vision_cfg = {"timm_model_name": vision.architecture, "timm_pool": "", "timm_proj": "linear"}  # its own pooling
+        vision_cfg["image_size"] = image_size or 224
+    else:
+        for name, known in {"hidden_act": ("gelu", "quick_gelu"), "layer_norm_eps": (1e-5,)}.items():
+            if (value := getattr(vision, name)) not in known:
+                refuse(f"vision_config.{name}", value, " or ".join(map(repr, known)), "config.json")
+        if image_size not in (None, vision.image_size):
+            refuse("crop_size.height", image_size, f"the image tower's {vision.image_size}", "the processor")
+        ratio = vision.intermediate_size / vision.hidden_size
+        if int(vision.hidden_size * ratio) != vision.intermediate_size:  # open_clip's own rounding
+            ratio = (vision.intermediate_size + 0.5) / vision.hidden_size
+        vision_cfg = {name: getattr(vision, ours) for name, (ours, _) in VIT.items()}
+        vision_cfg |= {"head_width": vision.hidden_size // vision.num_attention_heads, "mlp_ratio": ratio}
+        if vision.hidden_act == "quick_gelu":
+            model_cfg["quick_gelu"] = True
+    text_cfg = {"hf_model_name": text_model_name, "hf_tokenizer_name": BASE_TEXT_MODEL}
+    text_cfg |= {"hf_proj_type": config.text_projection_type, "hf_pooler_type": "mean_pooler"}
+    return {**model_cfg, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+
+
+def _is_vit(config: CapivaraConfig) -> bool:
+    kind = config.vision_config.model_type
+    if kind not in ("clip_vision_model", "timm_wrapper"):
+        refuse("vision_config.model_type", kind, '"clip_vision_model" or "timm_wrapper"', "config.json")
+    return kind == "clip_vision_model"
+
+
+def _text_config(name: Any) -> PreTrainedConfig:
+    if name in BASE_TEXT_NAMES:
+        return CapivaraConfig().text_config  # known by heart: no network
+    try:
+        config = checked_config(name, trust_remote_code=False) if isinstance(name, str) else None
+    except (OSError, ValueError) as error:
+        reason = f"{name!r}, where no text encoder's configuration is to be had ({first_line(error)})"
+        raise ValueError(f"text_cfg.hf_model_name is {reason}; where a folder has moved, name its place.") from error
+    if config is None or config.model_type not in TEXT_KINDS:
+        refuse("text_cfg.hf_model_name", name, f"text encoders of the types {', '.join(TEXT_KINDS)}")
+    return config
+
+
+def image_processor_of(preprocess_cfg: dict, size: int) -> CapivaraImageProcessor:
+    """The image processor of a `preprocess_cfg`, for squares of `size` pixels. Raises ValueError where it can't be."""
+    _check_supported("preprocess_cfg", preprocess_cfg)
+    return CapivaraImageProcessor(
+        size={"shortest_edge": size},  # never the `size` that is given: open_clip takes the tower's, too
+        crop_size={"height": size, "width": size},
+        image_mean=preprocess_cfg.get("mean") or OPENAI_CLIP_MEAN,
+        image_std=preprocess_cfg.get("std") or OPENAI_CLIP_STD,
+        resample=PILImageResampling[(preprocess_cfg.get("interpolation") or "bicubic").upper()],
+    )
+
+
+def preprocess_cfg_of(processor: CapivaraImageProcessor) -> tuple[int, dict[str, Any]]:
+    """Side in pixels and `preprocess_cfg`. Raises ValueError where open_clip can't do what the processor does."""
+    size, found = dict(processor.size).get("shortest_edge"), processor.to_dict()
+    fixed = dict.fromkeys(("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize"), True)
+    for name, value in (fixed | {"rescale_factor": 1 / 255, "crop_size": {"height": size, "width": size}}).items():
+        if found[name] != value:
+            refuse(f"image_processor.{name}", found[name], str(value), "the processor")
+    interpolation = PILImageResampling(processor.resample).name.lower()
+    if interpolation not in SUPPORTED["preprocess_cfg.interpolation"]:
+        refuse("image_processor.resample", interpolation, "bicubic or bilinear", "the processor")
+    cfg = {"mean": found["image_mean"], "std": found["image_std"], "interpolation": interpolation}
+    return size, {**cfg, "resize_mode": "shortest"}
+
+
+def _check_supported(section: str, given: dict) -> None:
+    for name, value in given.items():
+        supported = SUPPORTED.get(f"{section}.{name}", (value,))
+        if value not in supported:
+            refuse(f"{section}.{name}", value, " or ".join(map(repr, supported)))
+
+
+def refuse(field: str, value: Any, supported: str, where: str = OPEN_CLIP_CONFIG) -> NoReturn:
+    """Raise ValueError about a field of the file `where`."""
+    raise ValueError(f"{field} of {where} is {value!r}, which cannot be converted; supported: {supported}.")
+
+
+TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
+VOCABULARY_FILES = ("tokenizer.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model", "vocab.txt")
+
+
+@dataclass
+class OpenClipSource:
+    """An open_clip model, found but not yet read."""
+
+    model_cfg: dict | None  # as in open_clip_config.json; None for a bare checkpoint file
+    preprocess_cfg: dict  # as in open_clip_config.json
+    weights: Path  # the checkpoint file
+    tokenizer: str  # folder or Hub id
+    folder: Path | None = None  # that holds it; None for a bare checkpoint file
+    repo_id: str | None = None  # of the Hub, where it was fetched from there
+
+
+def find_open_clip(source: str, tokenizer: str | None = None, revision: str | None = None) -> OpenClipSource:
+    """Find an open_clip model, downloading what is needed of it; the weights are not read.
+
+    Args:
+        source: `hf-hub:OWNER/NAME`, folder or checkpoint file; ValueError where it is no open_clip model.
+        tokenizer: folder or Hub id, where `source` neither holds nor names one.
+        revision: branch, tag or commit of a Hub id; the main branch where None.
+    """
+    repo_id = source.removeprefix("hf-hub:") if source.startswith("hf-hub:") else None
+    folder = _download(repo_id, revision) if repo_id else Path(source.removeprefix("local-dir:"))
+    if not folder.exists():
+        raise ValueError(f"SOURCE {source} does not exist; give hf-hub:OWNER/NAME, a folder or a file.")
+    if folder.is_file():
+        return OpenClipSource(None, {}, folder, tokenizer or BASE_TEXT_MODEL)
+    if not (folder / OPEN_CLIP_CONFIG).is_file():
+        raise ValueError(f"SOURCE {folder} has no {OPEN_CLIP_CONFIG}; a model of transformers: use --to-open-clip.")
+    settings = read_json(folder / OPEN_CLIP_CONFIG, model_cfg=dict)
+    model_cfg, preprocess_cfg = settings["model_cfg"], settings.get("preprocess_cfg") or {}
+    for name, section in {"preprocess_cfg": preprocess_cfg, "text_cfg": model_cfg.get("text_cfg")}.items():
+        if not isinstance(section, dict):
+            refuse(name, section, "fields in braces")
+    weights = next((folder / name for name in OPEN_CLIP_WEIGHT_FILES if (folder / name).is_file()), None)
+    if weights is None:
+        raise ValueError(f"SOURCE {folder} has no weights; looked for {', '.join(OPEN_CLIP_WEIGHT_FILES)}.")
+    has_tokenizer = any((folder / name).is_file() for name in VOCABULARY_FILES)
+    named = model_cfg["text_cfg"].get("hf_tokenizer_name") or tokenizer or BASE_TEXT_MODEL
+    return OpenClipSource(model_cfg, preprocess_cfg, weights, str(folder) if has_tokenizer else named, folder, repo_id)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    try:
+        patterns = ["README.md", *(f"*{end}" for end in TOKENIZER_SUFFIXES), OPEN_CLIP_WEIGHT_FILES[0]]
+        folder = Path(snapshot_download(repo_id, allow_patterns=patterns, revision=revision))
+        for name in OPEN_CLIP_WEIGHT_FILES[1:]:  # one at a time: a second file of the same weights is over a gigabyte
+            if not any((folder / found).is_file() for found in OPEN_CLIP_WEIGHT_FILES):
+                # The snapshot folder is named by its commit: all files come from the same one.
+                folder = Path(snapshot_download(repo_id, allow_patterns=[name], revision=folder.name))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(f"{repo_id} could not be fetched from the Hub: {first_line(error)}") from error
+    return folder
+
+
+def read_open_clip_state(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of open_clip's model in a checkpoint file, in float32, and sentences that name what was left behind.
+
+    All of the model lies under one prefix (DataParallel's, or of a Lightning module around it); what is outside it
+    belongs to the training program. Raises ValueError where the file holds no such model, or more than tensors.
+    """
+    state = _load_checkpoint(path)
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"{path} holds no state_dict: a dictionary of names and tensors.")
+    ends = [key.removesuffix("logit_scale") for key in state if key.endswith("logit_scale")]
+    prefixes = [prefix for prefix in ends if any(key.startswith(f"{prefix}visual.") for key in state)]
+    if len(prefixes) != 1:
+        raise ValueError(f"{path} has {len(prefixes)} models of open_clip (logit_scale, visual.…) in it, not one.")
+    prefix = prefixes[0]
+    found = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    found = {name: t for name, t in found.items() if isinstance(t, Tensor) and name != POSITION_IDS}
+    notes = [f"The model lies under the prefix {prefix!r}."] if prefix else []
+    if outside := [key for key in state if not key.startswith(prefix)]:
+        notes.append(f"Left behind, as the training program's own and not the model's: {', '.join(outside)}.")
+    if kinds := {str(t.dtype) for t in found.values()} - {"torch.float32"}:
+        notes.append(f"Stored as {', '.join(sorted(kinds))}, written as float32.")
+    return {name: t.float() for name, t in found.items()}, notes
+
+
+def _load_checkpoint(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        zipped = zipfile.is_zipfile(path)  # the older format, without a zip file around it, has no list of names
+        if names := torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []:
+            code = f"torch.load({path.name!r}, weights_only=False)['state_dict'], {path.stem + '.safetensors'!r}"
+            raise ValueError(
+                f"it holds objects of a program ({', '.join(sorted(names))}), and tensors alone are read. If you trust "
+                f"it, make a safetensors file where it was written: safetensors.torch.save_file({code})"
+            )
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a damaged or hostile file makes the readers raise anything at all
+        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)}") from error
+
+
+def _load_tokenizer(name: str, config: CapivaraConfig) -> PreTrainedTokenizerBase:
+    # The Hub sends who asks for the short name on to the long one.
+    source = BASE_TEXT_MODEL if name in BASE_TEXT_NAMES and not Path(name).is_dir() else name
+    try:
+        with tokenizer_errors("it"):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # a damaged folder makes transformers raise anything at all
+        fault = f"No tokenizer is to be had from {name!r} ({first_line(error)})"
+        raise ValueError(f"{fault}; give another with --tokenizer.") from error
+    wanted, facts = config.text_config, f"has {len(tokenizer)} tokens and pads with {tokenizer.pad_token_id}"
+    if len(tokenizer) > wanted.vocab_size or tokenizer.pad_token_id != wanted.pad_token_id:
+        tower = f"the text tower has {wanted.vocab_size} and pads with {wanted.pad_token_id}"
+        raise ValueError(f"The tokenizer {name!r} {facts}, {tower}; give the model's own with --tokenizer.")
+    return tokenizer
+
+
+def write_open_clip_weights(model: CapivaraModel, folder: Path) -> None:
+    """Write the weights under open_clip's names; only those that are joined or turned are copied in memory."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in open_clip_state_dict(model).items()}
+    save_file(tensors, folder / OPEN_CLIP_WEIGHT_FILES[0], metadata={"format": "pt"})
+
+
+def write_capivara(
+    found: OpenClipSource, folder: Path, config: CapivaraConfig | None = None
+) -> tuple[CapivaraModel, dict[str, Tensor], list[str]]:
+    """Convert a model that was found into an empty folder, in float32, and compare what was written.
+
+    A bare checkpoint file has the architecture `config`, or the published one; its `model_cfg` is filled in. ValueError
+    where it can't be converted, which is said before its weights are read, or where a tensor came back changed.
+
+    Returns:
+        The model as it was written; what was read, under open_clip's names; sentences for the person who asked.
+    """
+    if found.model_cfg is not None:
+        config = capivara_config(found.model_cfg)
+    else:
+        config = config or CapivaraConfig()
+        found.model_cfg = open_clip_model_cfg(config, BASE_TEXT_MODEL)
+    image_processor = image_processor_of(found.preprocess_cfg, config.vision_config.image_size)
+    state, notes = read_open_clip_state(found.weights)
+    CapivaraProcessor(image_processor, _load_tokenizer(found.tokenizer, config)).save_pretrained(folder)
+    about = "The checkpoint's tensors (a bare file is taken to have the published architecture)"
+    model_of_tensors(capivara_state_dict(state), config, about).save_pretrained(folder)
+    if found.folder:
+        made = "Converted to transformers by `python -m modeling_capivara.convert_open_clip`, its weights as they were."
+        write_origin_card(found.folder, folder, made, found.repo_id)
+    model = load_model(folder).eval()
+    returned, names = open_clip_state_dict(model), state.keys()
+    # As whole numbers, since what is not a number is unequal to itself
+    bits = {name: (returned[name].view(torch.int32), state[name].view(torch.int32)) for name in returned.keys() & names}
+    if changed := {name for name in bits if not torch.equal(*bits[name])} | (returned.keys() ^ names):
+        raise ValueError(f"Tensors were changed by the conversion, nothing was kept: {', '.join(sorted(changed))}.")
+    return model, state, [f"Weights: {found.weights}; tokenizer: {found.tokenizer}", *notes]
+
+
+def _convert(source: str, folder: Path, revision: str | None) -> str:
+    """Without open_clip to compare with, embeddings of random inputs have to be what embeddings are."""
+    found = find_open_clip(source, revision=revision)
+    model, processor = write_capivara(found, folder)[0], load_processor(folder)
+    for embeds in (embed_images(model, processor, random_images()), embed_texts(model, processor, random_texts())):
+        if not (embeds[0] - embeds[1:]).abs().amax(dim=1).min() > 1e-6:  # also where it is not a number
+            fault = "embeddings of random images or texts are not finite, or do not differ"
+            raise ValueError(f"{found.weights}: {fault}; the file is damaged, or holds no trained model.")
+    return weights_digest(model)
+
+
+CONVERTER = Converter(_convert, explain=lambda folder: (load_processor(folder), read_config(folder)))
+
+
+# --- The command, and the comparison of both programs ----------------------------------------------------------------
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,25 +451,23 @@ def main(argv: list[str] | None = None) -> None:
         description="Convert a CAPIVARA model from open_clip to transformers, or back. Both models are then loaded "
         f"from files and compared on random images and texts; above a difference of {TOLERANCE:g} nothing is kept.",
     )
-    help = "hf-hub:OWNER/NAME, a folder, or a checkpoint file (.safetensors, .bin, .pt, .pth, .ckpt; tensors "
-    help += "alone are read). A bare file is taken to have the published architecture. With --to-open-clip: a "
-    flags.add_argument("source", metavar="SOURCE", help=help + "transformers model folder or a Hub id.")
+    help = "hf-hub:OWNER/NAME, a folder, or a checkpoint file of tensors alone, taken to be of the published "
+    help += "architecture. With --to-open-clip: a transformers model folder or a Hub id."
+    flags.add_argument("source", metavar="SOURCE", help=help)
     flags.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create; must not exist, or be empty")
     flags.add_argument("--to-open-clip", action="store_true", help="convert from transformers to open_clip")
-    help = "tokenizer where SOURCE neither holds nor names one, as a bare file does not "
-    help += f"(default: {BASE_TEXT_MODEL}); not with --to-open-clip"
+    help = f"where SOURCE neither holds nor names a tokenizer (default: {BASE_TEXT_MODEL}); not with --to-open-clip"
     flags.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help=help)
     help = "with --to-open-clip: Hub id from which open_clip shall take the text tower's configuration, such as "
-    help += f"{BASE_TEXT_MODEL}: for a folder to be published. Without it the configuration is written to "
-    help += "OUTPUT/text_model, and OUTPUT works offline but must stay where it is."
+    help += f"{BASE_TEXT_MODEL}, to publish the folder. Without it OUTPUT/text_model has it, and must stay there."
     flags.add_argument("--hf-model-name", metavar="ID", help=help)
     args = flags.parse_args(argv)
     try:
-        result = convert(**vars(args))
+        difference, notes = convert(**vars(args))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"convert_open_clip: {error}") from error
-    print(*result.notes, sep="\n")
-    print(f"Largest difference between open_clip and transformers: {result.largest_difference:.2e}")
+    print(*notes, sep="\n")
+    print(f"Largest difference between open_clip and transformers: {difference:.2e}")
     print(f"Written: {args.output}")
 
 
@@ -84,30 +478,28 @@ def convert(
     tokenizer: str | None = None,
     hf_model_name: str | None = None,
     config: CapivaraConfig | None = None,
-) -> Conversion:
+) -> tuple[float, list[str]]:
     """Convert `source` into the new folder `output`, which appears whole and checked, or not at all.
 
     Args:
         source, output, to_open_clip, tokenizer, hf_model_name: as for the command line.
         config: architecture of a bare checkpoint file; None is the published base.
 
+    Returns:
+        Largest difference of both programs' unit-length embeddings and logits; sentences for the person who asked.
+
     Raises:
-        ValueError: the source is not what it should be, holds what is not supported, or the two models differ.
+        ValueError: the source is not what it should be or not supported, or the two models differ.
         OSError: the output exists, or cannot be written (disk full).
         ImportError: open_clip is not installed.
     """
     output = free_output(output)
-    if to_open_clip and (tokenizer or config):
-        raise ValueError("--tokenizer is for the other direction; with --to-open-clip the tokenizer is SOURCE's own.")
-    if hf_model_name and not to_open_clip:
-        raise ValueError("--hf-model-name is for --to-open-clip only.")
-    try:
-        import open_clip  # noqa: F401 - missing, it is named before the work
-    except ImportError as error:
-        raise ImportError("open_clip is needed to compare the two models: pip install open_clip_torch") from error
+    if hf_model_name if not to_open_clip else tokenizer or config:
+        raise ValueError("--hf-model-name is for --to-open-clip, --tokenizer for the other direction.")
+    require("The comparison of the two models", "open_clip", "open_clip")
     if to_open_clip:
         return _to_open_clip(source, output, hf_model_name)
-    return _to_transformers(source, output, tokenizer, config)
+    return _to_transformers(find_open_clip(source, tokenizer), output, config)
 
 
 def free_output(output: str | Path) -> Path:
@@ -118,8 +510,7 @@ def free_output(output: str | Path) -> Path:
     return output
 
 
-def _to_transformers(source: str, output: Path, tokenizer: str | None, config: CapivaraConfig | None) -> Conversion:
-    found = find_open_clip(source, tokenizer)
+def _to_transformers(found: OpenClipSource, output: Path, config: CapivaraConfig | None) -> tuple[float, list[str]]:
     with whole_folder(output) as folder, tempfile.TemporaryDirectory() as scratch:
         model, state, notes = write_capivara(found, folder, config)
         # open_clip is given the source's own fields and tokenizer, and the text tower's configuration without the Hub.
@@ -134,17 +525,18 @@ def _to_transformers(source: str, output: Path, tokenizer: str | None, config: C
                     shutil.copy(path, scratch)
         else:
             load_processor(folder).tokenizer.plain().save_pretrained(scratch)
-        return Conversion(_checked_difference(model, folder, Path(scratch), text_cfg, state), notes)
+        return _checked_difference(model, folder, Path(scratch), text_cfg, state), notes
 
 
-def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conversion:
+def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> tuple[float, list[str]]:
     if (Path(source) / OPEN_CLIP_CONFIG).is_file() and not is_capivara(Path(source)):
         raise ValueError(f"SOURCE {source} is an open_clip model already: leave out --to-open-clip.")
     folder = model_folder(source, CONVERTER)
     config, processor = read_config(folder), load_processor(folder)
     # What open_clip's configuration can't state is refused here, before the weights are read.
     size, preprocess_cfg = preprocess_cfg_of(processor.image_processor)
-    model_cfg = open_clip_model_cfg(config, hf_model_name or str(output / "text_model"), size)  # where it will be
+    text_name = hf_model_name or str(output / "text_model")  # where it will be
+    model_cfg = open_clip_model_cfg(config, text_name, size)
     model_cfg["text_cfg"]["hf_tokenizer_name"] = hf_model_name or BASE_TEXT_MODEL  # read for the Hub only
     model = load_model(folder)
     with whole_folder(output) as target, tempfile.TemporaryDirectory() as scratch:
@@ -155,44 +547,31 @@ def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> Conve
         config.text_config.save_pretrained(text_folder)
         text_cfg = model_cfg["text_cfg"] | {"hf_model_name": text_folder}  # where it lies for now
         difference = _checked_difference(model, folder, target, text_cfg)
+    note, base = f"open_clip reads the text tower's configuration from {text_name}", CapivaraConfig().text_config
     if not hf_model_name:
-        note = (
-            f"Text tower: open_clip reads its configuration from {output / 'text_model'}. The folder loads offline; if "
-            f"moved, change text_cfg.hf_model_name in {OPEN_CLIP_CONFIG}. To publish it, convert with --hf-model-name."
-        )
-        return Conversion(difference, [note])
-    note = (
-        f"Text tower: open_clip fetches its configuration from the Hub repository {hf_model_name}. The folder can be "
-        "published; it needs the network, or that repository in the cache, and was checked with the model's own copy."
-    )
-    base = CapivaraConfig().text_config
-    if hf_model_name in BASE_TEXT_NAMES and any(getattr(config.text_config, k) != getattr(base, k) for k in SIZES):
-        note += f" Careful: this text tower is not of the size of {hf_model_name}."
-    return Conversion(difference, [note])
+        note += f": if the folder moves, change text_cfg.hf_model_name in {OPEN_CLIP_CONFIG}."
+    elif hf_model_name in BASE_TEXT_NAMES and any(getattr(config.text_config, k) != getattr(base, k) for k in SIZES):
+        note += " on the Hub. Careful: this text tower is not of the size of that one."
+    return difference, [note]
 
 
 @torch.no_grad()
 def _checked_difference(
-    model: CapivaraModel,
-    folder: Path,
-    open_clip_folder: Path,
-    text_cfg: dict[str, Any],
-    state: Mapping[str, Tensor] | None = None,
+    model: CapivaraModel, folder: Path, theirs: Path, text_cfg: dict, state: Mapping[str, Tensor] | None = None
 ) -> float:
     """Largest difference of unit-length embeddings and of logits; above `TOLERANCE` it raises ValueError.
 
-    Of our `model`, its processor in `folder`, and open_clip's of `open_clip_folder`, given another `text_cfg` and,
-    where they are not there, the weights `state`. Ours pads texts to the longest of a batch, open_clip to 77 tokens.
+    Of our `model`, its processor in `folder`, and open_clip's of the folder `theirs`, given another `text_cfg` and,
+    where they are not there, the weights `state`.
     """
     import open_clip  # takes seconds, and only this program needs it
 
-    name, text_cfg = f"local-dir:{open_clip_folder}", text_cfg | {"hf_model_pretrained": False}
+    name, text_cfg = f"local-dir:{theirs}", text_cfg | {"hf_model_pretrained": False}
+    options = {"load_weights": state is None, "pretrained_text": False, "text_cfg": text_cfg}
     silenced = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "no pretrained weights": they come two lines below
     try:
-        theirs, _, preprocess = open_clip.create_model_and_transforms(
-            name, load_weights=state is None, pretrained_text=False, text_cfg=text_cfg
-        )
+        theirs, _, preprocess = open_clip.create_model_and_transforms(name, **options)
         if state is not None:
             theirs.load_state_dict(state, strict=True)
     except RuntimeError as error:  # a few timm models have, under open_clip, a head of another width
@@ -206,15 +585,13 @@ def _checked_difference(
     ours = model(**processor(images=images, return_tensors="pt")).image_embeds, torch.cat(parts)
     pixels, tokens = torch.stack([preprocess(image) for image in images]), open_clip.get_tokenizer(name)(texts)
     found = theirs.encode_image(pixels, normalize=True), theirs.encode_text(tokens, normalize=True)
-    our_logits = similarity_logits(ours[1], ours[0], model.logit_scale)
-    pairs = [*zip(ours, found, strict=True), (our_logits, theirs.logit_scale.exp() * found[1] @ found[0].T)]
+    ours += (similarity_logits(ours[1], ours[0], model.logit_scale),)
+    found += (theirs.logit_scale.exp() * found[1] @ found[0].T,)
     # torch's max, unlike Python's, passes NaN on.
-    difference = torch.stack([(one - other).abs().max() for one, other in pairs]).max().item()
+    difference = torch.stack([(one - other).abs().max() for one, other in zip(ours, found, strict=True)]).max().item()
     if not difference <= TOLERANCE:  # also when it is not a number
-        raise ValueError(
-            f"The converted model differs from the original by {difference:.3g} on random inputs, above {TOLERANCE:g}; "
-            "nothing was kept. One of the two programs reads this model in another way."
-        )
+        found = f"{difference:.3g} on random inputs, above {TOLERANCE:g}"
+        raise ValueError(f"The converted model differs from the original by {found}; nothing was kept.")
     return difference
 
 

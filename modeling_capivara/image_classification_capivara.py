@@ -5,7 +5,6 @@ The classifier starts as the zero-shot classifier of its labels.
 
 import copy
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -82,10 +81,8 @@ class CapivaraPreTrainedModel(PreTrainedModel):
 
     def _image_outputs(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         if pixel_values.ndim != 4:
-            raise ValueError(
-                f"`pixel_values` must be (images, 3, height, width), got shape {tuple(pixel_values.shape)}; "
-                "`CapivaraImageProcessor` makes them so."
-            )
+            shape = f"{tuple(pixel_values.shape)}; `CapivaraImageProcessor` makes them so"
+            raise ValueError(f"`pixel_values` must be (images, 3, height, width), got shape {shape}.")
         outputs = self.vision_model(pixel_values=pixel_values, return_dict=True, **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state,
@@ -204,8 +201,7 @@ class CapivaraForImageClassification(CapivaraPreTrainedModel):
 
 def _class_embeddings(model: PreTrainedModel, processor: ProcessorMixin, prompts: list[list[str]]) -> Tensor:
     """(classes, projection_dim), unit length, float32: the mean of each class's embedded prompts."""
-    texts = [text for filled in prompts for text in filled]
-    was_training = model.training
+    texts, was_training = [text for filled in prompts for text in filled], model.training
     model.eval()  # dropout would blur the classes
     try:
         parts = [texts[start : start + TEXT_BATCH_SIZE] for start in range(0, len(texts), TEXT_BATCH_SIZE)]
@@ -213,8 +209,7 @@ def _class_embeddings(model: PreTrainedModel, processor: ProcessorMixin, prompts
         embeds = torch.cat([model(**part).text_embeds for part in inputs])
     finally:
         model.train(was_training)
-    means = [part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts])]
-    return unit_length(torch.stack(means))
+    return unit_length(torch.stack([part.mean(dim=0) for part in embeds.split([len(filled) for filled in prompts])]))
 
 
 def _filled_prompts(
@@ -222,29 +217,20 @@ def _filled_prompts(
 ) -> dict[str, list[str]]:
     """Label -> its filled templates, in the order of the labels."""
     names = list(labels) if isinstance(labels, Mapping) else labels
-    _check_texts("labels", names, '["gato", "cachorro"]')
-    _check_texts("templates", templates, '["uma foto de {}."]')
-    if len(names) < 2:
-        raise ValueError(f"`labels` must be at least 2 for a choice between them, got {names}; add the others.")
-    if repeated := [label for label, times in Counter(names).items() if times > 1]:
-        raise ValueError(f"`labels` must differ, got {repeated} more than once; leave repetitions out or rename them.")
-    if without := [template for template in templates if "{}" not in template]:
-        raise ValueError(f"Every template needs {{}} where the label goes, {without[0]!r} has none; write it there.")
+    if isinstance(names, str) or len(names) < 2:
+        raise ValueError(f"`labels` must be a list of at least 2, got {names!r}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"`labels` must differ, got {sorted(n for n in set(names) if names.count(n) > 1)} repeatedly.")
+    if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
+        raise ValueError(f"`templates` must be a list of texts with {{}} where the label goes, got {templates!r}.")
     prompts = {}
-    for label in names:
-        texts = labels[label] if isinstance(labels, Mapping) else label
-        texts = [texts] if isinstance(texts, str) else texts
-        _check_texts(f"labels[{label!r}]", texts, '["gato", "gatinho"]')
-        prompts[label] = [template.replace("{}", text) for text in texts for template in templates]
+    for name in names:
+        texts = labels[name] if isinstance(labels, Mapping) else name
+        texts = list(texts) if isinstance(texts, list | tuple) else [texts]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in [name, *texts]):
+            raise ValueError(f"`labels` must be texts that are not blank, at least one each, got {texts} for {name!r}.")
+        prompts[name] = [template.replace("{}", text) for text in texts for template in templates]
     return prompts
-
-
-def _check_texts(name: str, texts: Sequence[str], example: str) -> None:
-    """Raise ValueError unless `texts` is a list of texts, at least one and none of them blank."""
-    if isinstance(texts, str) or not isinstance(texts, Sequence) or not texts:
-        raise ValueError(f"`{name}` must be a list of at least one text, got {texts!r}; write it as {example}.")
-    if wrong := [text for text in texts if not isinstance(text, str) or not text.strip()]:
-        raise ValueError(f"`{name}` must be texts that are not blank, got {wrong[0]!r}; write them as {example}.")
 
 
 def unit_length(features: Tensor) -> Tensor:
@@ -253,21 +239,16 @@ def unit_length(features: Tensor) -> Tensor:
 
 
 def check_truncate_dim(dim: int | None, width: int, name: str = "truncate_dim") -> None:
-    """Raise ValueError, about the argument `name`, unless embeddings of `width` numbers have a first `dim` of them.
-
-    None stands for all.
-    """
+    """Raise ValueError, about the argument `name`, unless `dim` is None, for all, or from 1 to `width`."""
     if dim is not None and not 1 <= dim <= width:
         raise ValueError(f"{name} must be from 1 to the embedding's width, {width}, got {dim}.")
 
 
 def check_main_input(name: str, tower: PreTrainedModel, wanted: str, example: str) -> None:
     """Raise ValueError where the configuration `name` is of a tower that does not take `wanted`."""
-    if tower.main_input_name != wanted:
-        raise ValueError(
-            f"{name} must be a tower that takes `{wanted}`, got {tower.config.model_type!r}, which takes "
-            f"`{tower.main_input_name}`; use a model type such as {example!r}."
-        )
+    if (found := tower.main_input_name) != wanted:
+        kind = f"{tower.config.model_type!r}, which takes `{found}`; use a model type such as {example!r}"
+        raise ValueError(f"{name} must be a tower that takes `{wanted}`, got {kind}.")
 
 
 @torch.no_grad()
@@ -290,8 +271,6 @@ def _pooler_output(outputs: ModelOutput, config: PreTrainedConfig) -> Tensor:
     """(images, width), the image tower's pooled output."""
     pooled = getattr(outputs, "pooler_output", None)
     if pooled is None:
-        raise ValueError(
-            f"The image tower {config.model_type!r} gives no `pooler_output`, which is what gets projected; "
-            "use one that does, such as 'clip_vision_model', 'vit' or 'timm_wrapper'."
-        )
+        other = "use one that does, such as 'clip_vision_model', 'vit' or 'timm_wrapper'"
+        raise ValueError(f"The image tower {config.model_type!r} gives no `pooler_output` to be projected; {other}.")
     return pooled.flatten(1)  # some convolutional towers keep (images, width, 1, 1)

@@ -66,15 +66,14 @@ class CapivaraImageProcessor(CLIPImageProcessorPil):
         if kwargs["do_resize"] and not (size.shortest_edge or 0) > 0:
             raise ValueError(f'size must be {{"shortest_edge": pixels}}, at least 1, got {dict(size)}.')
         if kwargs["do_center_crop"] and not min(crop_size.height or 0, crop_size.width or 0) > 0:
-            wanted = '{"height": pixels, "width": pixels}, each at least 1'
-            raise ValueError(f"crop_size must be {wanted}, got {crop_size}.")
-        if kwargs["do_normalize"]:
-            _check_per_channel("image_mean", kwargs["image_mean"])
-            _check_per_channel("image_std", kwargs["image_std"], above_zero=True)
-        if kwargs["do_convert_rgb"] is False:
-            raise ValueError("do_convert_rgb=False is not supported: the model takes three channels; leave it out.")
-        if kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
-            raise ValueError(f"data_format must be channels_first, as the model takes it, got {kwargs['data_format']}.")
+            raise ValueError(f'crop_size must be {{"height": pixels, "width": pixels}}, at least 1, got {crop_size}.')
+        for name, least in {"image_mean": -np.inf, "image_std": 0}.items() if kwargs["do_normalize"] else ():
+            found = np.atleast_1d(np.asarray(kwargs[name], dtype=float))
+            if found.shape not in ((1,), (3,)) or not (np.isfinite(found) & (found > least)).all():
+                rule = f"one finite number above {least}, or three, a channel each"
+                raise ValueError(f"{name} must be {rule}, got {kwargs[name]}.")
+        if kwargs["do_convert_rgb"] is False or kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
+            raise ValueError("The model takes three channels, channels_first: leave do_convert_rgb, data_format out.")
 
     def process_image(
         self, image, input_data_format: str | ChannelDimension | None = None, **kwargs: Unpack[ImagesKwargs]
@@ -139,10 +138,8 @@ def resize_short_side(image: Image.Image, short_side: int, resample: int, max_pi
     long_side = int(short_side * max(width, height) / min(width, height))
     new_size = (short_side, long_side) if width <= height else (long_side, short_side)
     if new_size[0] * new_size[1] > max_pixels:
-        raise ValueError(
-            f"An image of {width} x {height} pixels would be resized to {new_size[0]} x {new_size[1]}, over the limit "
-            f"of {max_pixels} pixels; crop it first or raise `max_resized_pixels`."
-        )
+        sizes = f"{width} x {height} pixels would be resized to {new_size[0]} x {new_size[1]}"
+        raise ValueError(f"An image of {sizes}, over {max_pixels}; crop it first or raise `max_resized_pixels`.")
     return image if image.size == new_size else image.resize(new_size, resample)
 
 
@@ -216,10 +213,8 @@ def _channels_last(array: np.ndarray, tensor_input: bool, input_data_format: str
     else:
         channels_first = first_fits and (tensor_input or not last_fits)
     if not (first_fits if channels_first else last_fits):
-        raise ValueError(
-            f"An image has 1 to 4 channels, first or last; got shape {array.shape}"
-            + (f" with input_data_format={input_data_format!r}." if input_data_format else ".")
-        )
+        reading = f" with input_data_format={input_data_format!r}" if input_data_format else ""
+        raise ValueError(f"An image has 1 to 4 channels, first or last; got shape {array.shape}{reading}.")
     return array.transpose(1, 2, 0) if channels_first else array
 
 
@@ -228,10 +223,3 @@ def _flat_list(images) -> list:
     if isinstance(images, (list, tuple)):
         return [image for item in images for image in _flat_list(item)]
     return list(images) if getattr(images, "ndim", 3) == 4 else [images]
-
-
-def _check_per_channel(name: str, values: float | tuple[float, ...], above_zero: bool = False) -> None:
-    array = np.atleast_1d(np.asarray(values, dtype=float))
-    if array.shape not in ((1,), (3,)) or not np.isfinite(array).all() or (above_zero and array.min() <= 0):
-        rule = "above 0, " if above_zero else ""
-        raise ValueError(f"{name} must be one finite number, {rule}or three, a channel each, got {values}.")

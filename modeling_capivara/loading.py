@@ -2,7 +2,6 @@
 
 import hashlib
 import html
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
-from capivara_common.hub_cache import check_reachable
+from capivara_common.files import read_json
+from capivara_common.hub_cache import check_reachable, is_hub_id
 from capivara_common.weight_file import weight_files
 
 from .checks_capivara import check_sizes, tokenizer_errors
@@ -26,14 +26,7 @@ from .processing_capivara import CapivaraProcessor
 
 WEIGHTS = "model.safetensors"
 KEPT = ("license", "license_name", "license_link", "language", "attribution")  # of the source's own card
-CARD = """---
-{metadata}---
-
-# {title}
-
-{made}
-What the model is, how it was trained and under which licence it may be used is stated where it comes from.
-"""
+CARD = "What the model is, how it was trained and under which licence it may be used is stated where it comes from."
 
 
 def read_config(folder: str | Path) -> CapivaraConfig:
@@ -43,11 +36,10 @@ def read_config(folder: str | Path) -> CapivaraConfig:
         ValueError: its config.json is missing, damaged, of another kind of model, or asks for what can't be.
     """
     try:
-        content = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        kind = content.get("model_type") if isinstance(content, dict) else None
+        kind = read_json(Path(folder) / "config.json", model_type=str)["model_type"]
         if kind != "capivara":
-            others = "; an evaluation takes other models as its baseline, as open_clip:local-dir:FOLDER or clip:FOLDER"
-            raise ValueError(f"model_type is {kind!r}, not 'capivara'" + others * isinstance(kind, str))
+            others = "an evaluation takes other models as its baseline, as open_clip:local-dir:FOLDER or clip:FOLDER"
+            raise ValueError(f"model_type is {kind!r}, not 'capivara'; {others}")
         return CapivaraConfig.from_pretrained(folder)
     except Exception as error:  # RecursionError among them, and what transformers and its data classes raise
         reason = " ".join(str(error).split())
@@ -62,7 +54,6 @@ def checked_config(source: str, **options: Any) -> PreTrainedConfig:
         OSError: there is none.
     """
     try:
-        # Before the object is made
         check_sizes(PreTrainedConfig.get_config_dict(source, revision=options.get("revision"))[0])
         config = AutoConfig.from_pretrained(source, **options)
         check_sizes(sizes_of(config))  # also of kinds with names of their own
@@ -84,15 +75,13 @@ def load_model(source: str | Path) -> CapivaraModel:
     """
     _check_folder(source, "config.json", "is no model folder")
     try:
-        model, report = CapivaraModel.from_pretrained(
-            source, dtype="float32", use_safetensors=True, output_loading_info=True
-        )
+        options = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True}
+        model, report = CapivaraModel.from_pretrained(source, **options)
     except Exception as error:
         raise ValueError(f"The model {source} can't be loaded: {' '.join(str(error).split())}") from error
-    faults = {kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(faults.values()):
-        named = "; ".join(f"{kind.replace('_', ' ')}: {', '.join(keys)}" for kind, keys in faults.items() if keys)
-        raise ValueError(f"The weights of {source} do not fit its config. {named}.")
+    faults = {kind: sorted(map(str, report[f"{kind}_keys"])) for kind in ("missing", "unexpected", "mismatched")}
+    if named := [f"{kind} keys: {', '.join(keys)}" for kind, keys in faults.items() if keys]:
+        raise ValueError(f"The weights of {source} do not fit its config. {'; '.join(named)}.")
     check_sizes({"logit_scale": model.logit_scale.item()}, f"{source}: ")
     return model
 
@@ -109,10 +98,7 @@ def mapped_tensors(files: list[Path]) -> dict[str, Tensor]:
 
 
 def mapped_model(folder: Path, config: CapivaraConfig) -> CapivaraModel:
-    """The model of a folder, to be saved and not to be run: its weights are views of its files.
-
-    Raises ValueError where weights are missing, surplus or of another shape; all are named.
-    """
+    """`model_of_tensors` of a folder: its weights are views of its files."""
     model = model_of_tensors(mapped_tensors(weight_files(folder)), config, f"The weights of {folder}")
     check_sizes({"logit_scale": model.logit_scale.item()}, f"{folder}: ")
     return model
@@ -138,34 +124,30 @@ def load_processor(source: str | Path) -> CapivaraProcessor:
     Raises:
         ValueError: the folder is missing, or has no CAPIVARA processor.
     """
-    _check_folder(
-        source,
-        "processor_config.json",
-        "has no processor; save one there with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`",
-    )
+    way_out = "save one with `CapivaraProcessor(image_processor, tokenizer).save_pretrained(folder)`"
+    _check_folder(source, "processor_config.json", f"has no processor; {way_out}")
     try:
         with tokenizer_errors("its tokenizer"):
             processor = AutoProcessor.from_pretrained(source)
-        check_sizes(processor.image_processor.to_dict() if hasattr(processor, "image_processor") else {})
+        if not isinstance(processor, CapivaraProcessor):
+            raise ValueError(f"it is a {type(processor).__name__}, not a CapivaraProcessor")
+        check_sizes(processor.image_processor.to_dict())
     except Exception as error:
         raise ValueError(f"The processor of {source} can't be loaded: {' '.join(str(error).split())}") from error
-    if not isinstance(processor, CapivaraProcessor):
-        raise ValueError(f"The processor of {source} is a {type(processor).__name__}, not a CapivaraProcessor.")
     return processor
 
 
 def _check_folder(source: str | Path, needed: str, fault: str) -> None:
     """A path that looks local must be a folder with the needed file; anything else may be a Hub id."""
     folder = Path(source)
-    if folder.is_dir():
-        if not (folder / needed).is_file():
-            raise ValueError(f"The folder {source} {fault} ({needed} is missing).")
-        if (folder / "config.json").is_file():
-            read_config(folder)  # transformers' message about a wrong one would not name it
-    elif str(source).count("/") != 1 or str(source).startswith((".", "/")):
-        raise ValueError(f"The model folder {source} does not exist.")
-    else:
-        check_reachable(source, needed)
+    if not folder.is_dir():
+        if not is_hub_id(str(source)):
+            raise ValueError(f"The model folder {source} does not exist.")
+        return check_reachable(source, needed)
+    if not (folder / needed).is_file():
+        raise ValueError(f"The folder {source} {fault} ({needed} is missing).")
+    if (folder / "config.json").is_file():
+        read_config(folder)  # transformers' message about a wrong one would not name it
 
 
 def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) -> str:
@@ -198,13 +180,9 @@ def write_origin_card(source: Path, folder: Path, made: str, repo_id: str | None
     """
     stated = card_metadata(source / "README.md")
     known = {"base_model": repo_id or stated.get("base_model"), **{key: stated.get(key) for key in KEPT}}
-    known = {key: value for key, value in known.items() if value and _is_text(value)}
+    texts = {key: value if isinstance(value, list) else [value] for key, value in known.items() if value}
+    known = {key: known[key] for key, found in texts.items() if all(isinstance(text, str) for text in found)}
     if known:
         known |= {"library_name": "transformers", "pipeline_tag": "zero-shot-image-classification"}
-        title = html.escape(repo_id or source.resolve().name)
-        card = CARD.format(metadata=yaml_dump(known, sort_keys=False), title=title, made=made)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))
+        title, metadata = html.escape(repo_id or source.resolve().name), yaml_dump(known, sort_keys=False)
+        (folder / "README.md").write_text(f"---\n{metadata}---\n\n# {title}\n\n{made}\n{CARD}\n", encoding="utf-8")

@@ -93,10 +93,10 @@ class CapivaraModel(CapivaraPreTrainedModel):
         """
         try:  # by name: cache and converter stay at home when this file travels with a model
             hub_cache = importlib.import_module("capivara_common.hub_cache")
-            open_clip = importlib.import_module("modeling_capivara.open_clip")
+            converter = importlib.import_module("modeling_capivara.convert_open_clip").CONVERTER
         except ImportError as error:
             raise ImportError("from_open_clip needs the package modeling-capivara: install it.") from error
-        return cls.from_pretrained(hub_cache.model_folder(source, open_clip.CONVERTER, revision), **kwargs)
+        return cls.from_pretrained(hub_cache.model_folder(source, converter, revision), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
         """As in transformers; the folder also names the classes for image classification, zero-shot and fine-tuned."""
@@ -148,8 +148,7 @@ class CapivaraModel(CapivaraPreTrainedModel):
     def _text_outputs(self, input_ids: Tensor, attention_mask: Tensor | None, **kwargs) -> BaseModelOutputWithPooling:
         if input_ids.ndim != 2:
             raise ValueError(f"`input_ids` must be (texts, tokens), got shape {tuple(input_ids.shape)}.")
-        if attention_mask is None:
-            # -1, no token at all, where the tower knows of no padding
+        if attention_mask is None:  # -1, no token at all, where the tower knows of no padding
             pad = self.config.text_config.pad_token_id
             attention_mask = (input_ids != (-1 if pad is None else pad)).long()
         _check_mask(attention_mask, input_ids)
@@ -241,9 +240,7 @@ def clip_loss(text_embeds: Tensor, image_embeds: Tensor, logit_scale: Tensor) ->
         ValueError: the sides differ in number, or there are fewer than two pairs (no wrong answer to tell apart).
     """
     if len(text_embeds) != len(image_embeds):
-        raise ValueError(
-            f"The loss needs as many texts as images, pair by pair; got {len(text_embeds)} and {len(image_embeds)}."
-        )
+        raise ValueError(f"The loss needs as many texts as images, got {len(text_embeds)} and {len(image_embeds)}.")
     if len(text_embeds) < 2:
         raise ValueError(f"The contrastive loss needs at least 2 pairs, got {len(text_embeds)}.")
     logits_per_text = similarity_logits(text_embeds, image_embeds, logit_scale)
@@ -267,19 +264,14 @@ def mean_pooling(last_hidden_state: Tensor, attention_mask: Tensor) -> Tensor:
 
 def _check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, "
-            f"got {tuple(attention_mask.shape)}; pass both as the tokenizer gave them."
-        )
+        shapes = f"{tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}"
+        raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {shapes}; pass both as given.")
     # Values are looked at on the CPU alone: a GPU would be waited for. There, a row of padding embeds as not a number.
     if attention_mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    empty = (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(
-            f"Every text needs at least one token that the attention mask keeps; rows {empty[:10]} of {len(input_ids)} "
-            "are all padding. Leave those rows out, or embed the empty text, which has two tokens."
-        )
+    if empty := (attention_mask.sum(dim=1) == 0).nonzero().flatten().tolist():
+        rows = f"rows {empty[:10]} of {len(input_ids)} are all padding"
+        raise ValueError(f"Every text needs at least one token that the attention mask keeps; {rows}.")
 
 
 def _without_pooler(text_config: PreTrainedConfig) -> dict[str, bool]:
@@ -294,6 +286,5 @@ def _text_projection(config: CapivaraConfig) -> nn.Module:
     if config.text_projection_type == "linear":
         return nn.Linear(width, config.projection_dim, bias=False)
     hidden = (width + config.projection_dim) // 2  # open_clip's rule: 640 for 768 -> 512
-    return nn.Sequential(
-        nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, config.projection_dim, bias=False)
-    )
+    first, last = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, config.projection_dim, bias=False)
+    return nn.Sequential(first, nn.GELU(), last)

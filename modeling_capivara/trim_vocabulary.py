@@ -1,8 +1,7 @@
-"""A model that has only the word pieces of some languages, and back: most of a multilingual text tower are others'.
+"""A model that has only the word pieces of some languages: most of a multilingual text tower are others'.
 
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt --held-out others.txt
-    python -m modeling_capivara.trim_vocabulary TRAINED OUTPUT --restore MODEL
 
 The embedding table loses rows and the tokenizer pieces; no other number changes, so that indexes of pictures stay
 valid. A Unigram tokenizer splits a text into those of its pieces whose scores add up to most. Without some pieces there
@@ -15,14 +14,14 @@ import hashlib
 import json
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -32,53 +31,30 @@ from capivara_common.weight_file import weight_files
 
 from .configuration_capivara import CapivaraConfig
 from .convert_open_clip import free_output
-from .loading import (
-    load_model,
-    load_processor,
-    mapped_model,
-    mapped_tensors,
-    read_config,
-    weights_digest,
-    write_origin_card,
-)
-from .modeling_capivara import CapivaraModel
+from .loading import load_processor, mapped_model, mapped_tensors, read_config, weights_digest, write_origin_card
 from .processing_capivara import CapivaraProcessor
 from .tokenization_capivara import CapivaraTokenizer
-from .two_towers import embed_texts
 
 # Of the first language and of each further one, the most frequent: of long Portuguese sentences one in 400 loses a
 # piece, and the model stays below 215 million parameters. docs/benchmarks.md has other numbers.
 WORDS = (150_000, 50_000)
 CHECKED_WORDS = 10_000  # of each language at most, that both tokenizers are compared on
-MEASURED_TEXTS = 1000  # of a file, with a piece that was cut: the embeddings of the first ones are compared
 TEXTS_AT_ONCE = 10_000  # that are tokenised together
 BLANK = "▁"  # begins a piece that begins a word
 COPIED = ("LICENSE", "run.json", "rotation.safetensors")  # results are not: they are the other model's
-TRIMMED = (
+MADE = (
     "Made by `python -m modeling_capivara.trim_vocabulary`: of the embeddings of word pieces those are left that "
     "{languages} use (`trimmed_vocabulary` in config.json); all other weights are as they were."
 )
-RESTORED = (
-    "Given its whole vocabulary back by `python -m modeling_capivara.trim_vocabulary --restore`; embeddings of word "
-    "pieces that were trimmed are those from before."
-)
-
-
-class HeldOut(NamedTuple):
-    """Texts that chose no piece."""
-
-    texts: int
-    lost: int  # those with a piece that was cut
-    cosines: list[float]  # of those (at most MEASURED_TEXTS), between the embeddings before and after
 
 
 class Trim(NamedTuple):
-    """What a trim has done, each number before and after."""
+    """What a trim has done, each pair before and after."""
 
     pieces: tuple[int, int]
     parameters: tuple[int, int]
     weight_bytes: tuple[int, int]
-    held_out: dict[str, HeldOut]  # by the path of the file
+    held_out: dict[str, tuple[int, int]]  # by the path of a file, its texts and those with a piece that was cut
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -86,35 +62,24 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser(
         [],
         prog="python -m modeling_capivara.trim_vocabulary",
-        description="Write a model that has only the word pieces which some languages use, or, with --restore, give "
-        "such a model its whole vocabulary back. A text whose pieces are all kept has the same embedding.",
+        description="Write a model that has only the word pieces which some languages use. A text whose pieces are all "
+        "kept has the same embedding.",
     )
     flags.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
     flags.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create; must not exist, or be empty")
-    what = flags.add_mutually_exclusive_group(required=True)
     help = "keep the pieces of these languages' most frequent words, of which the package wordfreq has lists, and all "
     help += "single letters, digits, punctuation marks and emoji: pt en"
-    what.add_argument("--languages", metavar="CODE", nargs="+", help=help)
-    help = (
-        "folder of the model that MODEL was trimmed from: rows that were cut are taken from there, the rest from MODEL"
-    )
-    what.add_argument("--restore", metavar="BASE", type=Path, help=help)
+    flags.add_argument("--languages", metavar="CODE", nargs="+", required=True, help=help)
     help = "words of each language, in their order; the last number is that of all further ones "
     help += f"(default: {' '.join(map(str, WORDS))})"
     flags.add_argument("--words", metavar="N", type=int, nargs="+", default=list(WORDS), help=help)
-    help = "with --languages: keep the pieces of these files, too; UTF-8, a text a line"
+    help = "keep the pieces of these files, too; UTF-8, a text a line"
     flags.add_argument("--texts", metavar="FILE", type=Path, nargs="+", default=[], help=help)
-    help = "with --languages: files that choose nothing; printed is how many of their texts have a piece that was cut, "
-    help += "and how far the embeddings of those move"
+    help = "files that choose nothing; printed is how many of their texts have a piece that was cut"
     flags.add_argument("--held-out", metavar="FILE", type=Path, nargs="+", default=[], help=help)
     args = flags.parse_args(argv)
     try:
-        if args.restore:
-            if args.texts or args.held_out:
-                raise ValueError("--texts and --held-out are for --languages; --restore needs no texts.")
-            restore(args.model, args.output, args.restore)
-        else:
-            print(report(trim(args.model, args.output, args.languages, args.words, args.texts, args.held_out)))
+        print(report(trim(**vars(args))))
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"trim_vocabulary: {' '.join(str(error).split())}") from error
     print(f"Written: {args.output}")
@@ -135,7 +100,7 @@ def trim(
         output: folder that does not exist yet, or is empty.
         languages, words: as for `kept_ids`.
         texts: files whose pieces are kept, too.
-        held_out: files on which the loss is measured.
+        held_out: files whose texts that lose a piece are counted.
 
     Raises:
         ValueError: the model is trimmed already, is damaged or has a vocabulary of another kind, an added token has no
@@ -148,68 +113,51 @@ def trim(
         raise ValueError(f"--words must be at least 1, got {min(words)}.")
     config, processor = read_config(model), load_processor(model)
     if config.trimmed_vocabulary is not None:
-        raise ValueError(
-            f"MODEL {model} is trimmed already, for {', '.join(config.trimmed_vocabulary['languages'])}. Trim the "
-            "model that it was made from, or give it its whole vocabulary back by --restore."
-        )
+        known = ", ".join(config.trimmed_vocabulary["languages"])
+        raise ValueError(f"MODEL {model} is trimmed already, for {known}. Trim the model that it was made from.")
     rows = config.text_config.vocab_size
-    for token in tokenizer_state(processor.tokenizer)["added_tokens"]:
-        if token["id"] >= rows:
-            raise ValueError(
-                f"The added token {token['content']!r} has the id {token['id']}, but MODEL {model} has {rows} rows of "
-                "embeddings; the trim would drop it. Give it a row by `resize_token_embeddings`, or remove it."
-            )
-    chosen, measured = ({path: read_texts(path) for path in paths} for paths in (texts, held_out))
+    if lost := [t for t in tokenizer_state(processor.tokenizer)["added_tokens"] if t["id"] >= rows]:
+        fault = f"The added token {lost[0]['content']!r} has the id {lost[0]['id']}, but MODEL {model} has {rows} rows"
+        raise ValueError(f"{fault} of embeddings. Give it a row by `resize_token_embeddings`, or remove it.")
+    chosen, counted = ({path: read_texts(path) for path in paths} for paths in (texts, held_out))
     kept = kept_ids(processor, languages, words, (text for found in chosen.values() for text in found))
     small = CapivaraProcessor(processor.image_processor, cut_tokenizer(processor.tokenizer, kept))
     for language in languages:
         checked = language_words(language, min(CHECKED_WORDS, *words))
         changed_texts(processor, small, kept, list(map(word_forms, checked)))
-    lost = {path: changed_texts(processor, small, kept, found) for path, found in measured.items()}
-    record = {"languages": languages, "words": list(words), "tokenizer": vocabulary_digest(processor.tokenizer)}
+    found = {str(path): (len(of), len(changed_texts(processor, small, kept, of))) for path, of in counted.items()}
+    pieces = sorted(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    digest = hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
+    record = {"languages": languages, "words": list(words), "tokenizer": digest}
     with whole_folder(output) as folder:
-        parameters = _write_model(model, config, folder, lambda table: table[kept], record)
+        parameters = _write_model(model, config, folder, kept, record)
         small.save_pretrained(folder)
-        _copy_records(model, folder, TRIMMED.format(languages=" and ".join(languages)))
+        for name in COPIED:
+            if (model / name).is_file():
+                shutil.copyfile(model / name, folder / name)
+        write_origin_card(model, folder, MADE.format(languages=" and ".join(languages)))
         weight_bytes = tuple(sum(file.stat().st_size for file in weight_files(path)) for path in (model, folder))
-        cosines = _cosines(model, folder, {path: found[:MEASURED_TEXTS] for path, found in lost.items()})
-    found = {str(path): HeldOut(len(measured[path]), len(lost[path]), cosines[path]) for path in measured}
     return Trim((record["of"], len(kept)), parameters, weight_bytes, found)
 
 
-def restore(model: Path, output: Path, base: Path) -> None:
-    """Write a trimmed model, trained since or not, with its whole vocabulary: rows that were cut are those of `base`.
+def _write_model(
+    source: Path, config: CapivaraConfig, folder: Path, kept: Sequence[int], record: dict
+) -> tuple[int, int]:
+    """Write the weights of `source` with the rows `kept` of its table, and read them again; parameters of both.
 
-    Raises:
-        ValueError: `model` was not trimmed, or not from `base`, or one of them is damaged.
-        OSError: the output exists, or cannot be written (disk full).
+    The weights are views of their file, never a copy; `record` gets the facts about the table that was there.
     """
-    output = free_output(output)
-    config, base_config = read_config(model), read_config(base)
-    record = config.trimmed_vocabulary
-    if record is None:
-        raise ValueError(f"MODEL {model} has its whole vocabulary: its config.json names no trim to restore from.")
-    processor, whole = load_processor(model), load_processor(base)
-    table, digest = _table(mapped_model(base, base_config))
-    if (record["tokenizer"], record["table"]) != (vocabulary_digest(whole.tokenizer), digest):
-        raise ValueError(f"MODEL {model} was not trimmed from {base}, whose vocabulary or embeddings are others.")
-    ids, pieces = whole.tokenizer.get_vocab(), processor.tokenizer.get_vocab()
-    if added := sorted(pieces.keys() - ids.keys()):
-        raise ValueError(f"The tokenizer of MODEL {model} has the piece {added[0]!r}, which {base} has not.")
-    kept, rows = [ids[piece] for piece in sorted(pieces, key=pieces.get)], config.text_config.vocab_size
-    if sorted(pieces.values()) != list(range(rows)) or max(kept) >= len(table):
-        raise ValueError(
-            f"The tokenizer of MODEL {model} has {len(pieces)} pieces for its {rows} rows of embeddings; a trim leaves "
-            "a piece for every row. Fetch or write the folder again."
-        )
-
-    def merged(trained: Tensor) -> Tensor:
-        return table.to(trained.dtype, copy=True).index_copy_(0, torch.tensor(kept), trained)
-
-    with whole_folder(output) as folder:
-        _write_model(model, config, folder, merged, None)
-        whole.save_pretrained(folder)
-        _copy_records(model, folder, RESTORED)
+    model = mapped_model(source, config)
+    before, table = model.num_parameters(), model.get_input_embeddings().weight.detach()
+    record |= {"of": len(table), "table": weights_digest(nn.Embedding.from_pretrained(table))}
+    small = nn.Embedding.from_pretrained(table[kept], padding_idx=config.text_config.pad_token_id)
+    model.set_input_embeddings(small)
+    config.text_config.vocab_size, config.trimmed_vocabulary = len(kept), record
+    model.save_pretrained(folder)
+    written, expected = mapped_tensors(weight_files(folder)), model.state_dict()
+    if wrong := sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor)):
+        raise ValueError(f"{', '.join(wrong)} of {source} did not come back as written; nothing was kept.")
+    return before, model.num_parameters()
 
 
 def report(done: Trim) -> str:
@@ -219,12 +167,9 @@ def report(done: Trim) -> str:
         "Parameters: {:,} before, {:,} after.".format(*done.parameters),
         "Weights: {:,.1f} MB before, {:,.1f} MB after.".format(*(size / 1e6 for size in done.weight_bytes)),
     ]
-    for name, found in done.held_out.items():
-        line = f"{name}: {found.lost:,} of {found.texts:,} texts ({found.lost / found.texts:.2%}) lost a piece"
-        if found.cosines:
-            mean = sum(found.cosines) / len(found.cosines)
-            line += f"; cosine to the embedding before: mean {mean:.3f}, lowest {min(found.cosines):.3f}"
-        lines.append(f"{line}; the others are embedded as before.")
+    for name, (texts, lost) in done.held_out.items():
+        share = f"{lost:,} of {texts:,} texts ({lost / texts:.2%})"
+        lines.append(f"{name}: {share} lost a piece; the others are embedded as before.")
     return "\n".join(lines)
 
 
@@ -244,8 +189,7 @@ def kept_ids(
         texts: whose pieces are kept, too.
 
     Raises:
-        ValueError: there is no list of words of a language, or the tokenizer is of another kind.
-        ImportError: wordfreq is not installed.
+        ValueError, ImportError: as `language_words`, or the tokenizer is of another kind.
     """
     numbers = zip(languages, [*words, *[words[-1]] * len(languages)], strict=False)
     lists = {language: language_words(language, number) for language, number in numbers}
@@ -257,24 +201,15 @@ def kept_ids(
 
 
 def language_words(language: str, number: int) -> list[str]:
-    """The most frequent words of a language, out of the package wordfreq.
-
-    Raises:
-        ValueError: it has no list of that language.
-        ImportError: it is not installed.
-    """
+    """The most frequent words of a language, out of the package wordfreq; ValueError or ImportError without them."""
     try:
         import wordfreq  # only this program needs it
     except ImportError as error:
-        raise ImportError(
-            'wordfreq, whose lists of words choose the pieces, is not installed: pip install "modeling-capivara[trim]"'
-        ) from error
+        raise ImportError('The package wordfreq is not installed: pip install "modeling-capivara[trim]"') from error
     known = wordfreq.available_languages()
     if language not in known:
-        raise ValueError(
-            f"There is no list of words of the language {language!r}; there are {', '.join(sorted(known))}. For "
-            "another one give texts of it by --texts, beside a language of the list."
-        )
+        fault = f"There is no list of words of the language {language!r}; there are {', '.join(sorted(known))}"
+        raise ValueError(f"{fault}. For another one give texts of it by --texts, beside a language of the list.")
     return wordfreq.top_n_list(language, number)
 
 
@@ -351,10 +286,8 @@ def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model.get("type") != "Unigram" or model.get("byte_fallback") or model.get("unk_id") is None:
-        raise ValueError(
-            f"The tokenizer is of the kind {model.get('type')}; cut is the vocabulary of a Unigram one that has a "
-            "token for unknown letters and does not fall back to bytes, as XLM-R's."
-        )
+        rule = "only a Unigram one, with a token for unknown letters and without bytes, can be cut, as XLM-R's"
+        raise ValueError(f"The tokenizer is of the kind {model.get('type')}; {rule}.")
     return state
 
 
@@ -377,61 +310,6 @@ def cut_tokenizer(tokenizer: CapivaraTokenizer, kept: Sequence[int]) -> Capivara
     if wrong := [names[old] for number, old in enumerate(kept) if small_ids.get(names[old]) != number]:
         raise ValueError(f"The tokenizer can't be cut: {wrong[0]!r} would get another id than its row has.")
     return small
-
-
-def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hex digest of all pieces, in the order of their ids."""
-    pieces = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.blake2b(json.dumps(pieces).encode(), digest_size=16).hexdigest()
-
-
-# --- Models ----------------------------------------------------------------------------------------------------------
-
-
-def _write_model(
-    source: Path, config: CapivaraConfig, folder: Path, make_table: Callable[[Tensor], Tensor], record: dict | None
-) -> tuple[int, int]:
-    """Write the weights of `source` with another table of embeddings, and read them again; parameters of both.
-
-    The weights are views of their file, never a copy; `record` gets the facts about the table that was there.
-    """
-    model = mapped_model(source, config)
-    before, (table, digest) = model.num_parameters(), _table(model)
-    if record is not None:
-        record |= {"of": len(table), "table": digest}
-    table = make_table(table)
-    model.set_input_embeddings(nn.Embedding.from_pretrained(table, padding_idx=config.text_config.pad_token_id))
-    config.text_config.vocab_size, config.trimmed_vocabulary = len(table), record
-    model.save_pretrained(folder)
-    written, expected = mapped_tensors(weight_files(folder)), model.state_dict()
-    if wrong := sorted(name for name, tensor in expected.items() if not torch.equal(written[name], tensor)):
-        raise ValueError(f"{', '.join(wrong)} of {source} did not come back as written; nothing was kept.")
-    return before, model.num_parameters()
-
-
-def _table(model: CapivaraModel) -> tuple[Tensor, str]:
-    """The embeddings of all pieces, and their digest."""
-    table = model.get_input_embeddings().weight.detach()
-    return table, weights_digest(nn.Embedding.from_pretrained(table))
-
-
-def _copy_records(source: Path, folder: Path, made: str) -> None:
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    write_origin_card(source, folder, made)
-
-
-def _cosines(before: Path, after: Path, texts: dict[Path, list[str]]) -> dict[Path, list[float]]:
-    """Of each text, between its embeddings by the models of two folders."""
-    distinct = list(dict.fromkeys(text for found in texts.values() for text in found))
-    if not distinct:
-        return texts
-    ours, theirs = (
-        embed_texts(load_model(folder).eval(), load_processor(folder), distinct) for folder in (before, after)
-    )
-    cosines = dict(zip(distinct, (ours * theirs).sum(dim=1).tolist(), strict=True))
-    return {path: [cosines[text] for text in found] for path, found in texts.items()}
 
 
 if __name__ == "__main__":

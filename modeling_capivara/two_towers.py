@@ -6,8 +6,7 @@ All put texts and images into one space: (rows, width), unit length, float32, on
 import hashlib
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,6 +25,7 @@ from capivara_common.files import read_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES, check_reachable, first_line
 
 from .checks_capivara import check_sizes, tokenizer_errors
+from .image_classification_capivara import unit_length
 from .loading import checked_config, load_model, load_processor, weights_digest
 from .modeling_capivara import CapivaraModel
 from .processing_capivara import CapivaraProcessor
@@ -41,8 +41,7 @@ class Embedder:
     """A model of any kind.
 
     Attributes:
-        name: as it was asked for.
-        device: where it is.
+        name, device: as it was asked for, and where it is.
         precision: "float32", or "bf16" for autocast.
         fingerprint: digest of all that the embeddings depend on.
         image_fingerprint: of what those of images do; models that share their image tower share it.
@@ -88,10 +87,7 @@ def load_embedder(
         processor = load_processor(model)
         return capivara_embedder(model, load_model(model).eval().to(where), processor, precision)
     if not baseline:
-        raise ValueError(
-            f"{model} is no CAPIVARA model; other kinds are taken as the baseline alone: --role baseline, or "
-            "eval.suite's --baseline."
-        )
+        raise ValueError(f"{model} is no CAPIVARA model; others need --role baseline, or eval.suite's --baseline.")
     if kind == "open_clip":
         return _open_clip(rest, where, precision)
     return _transformers_clip(rest, where, precision, trust_remote_code)
@@ -102,15 +98,10 @@ def capivara_embedder(name: str, model: CapivaraModel, processor: CapivaraProces
     config, image_processor = model.config, processor.image_processor.to_json_string()
     tokenizer = processor.tokenizer.backend_tokenizer.to_str() + str(processor.tokenizer.model_max_length)
     image_side = weights_digest(model, ("vision_model.", "visual_projection."))
-    return Embedder(
-        name,
-        model.device,
-        precision,
-        fingerprint=_digest(weights_digest(model), config.to_json_string() + image_processor, tokenizer, precision),
-        image_fingerprint=_digest(image_side, config.vision_config.to_json_string() + image_processor, precision),
-        images=partial(embed_images, model, processor),
-        texts=partial(embed_texts, model, processor),
-    )
+    fingerprint = _digest(weights_digest(model), config.to_json_string() + image_processor, tokenizer, precision)
+    image_fingerprint = _digest(image_side, config.vision_config.to_json_string() + image_processor, precision)
+    towers = partial(embed_images, model, processor), partial(embed_texts, model, processor)
+    return Embedder(name, model.device, precision, fingerprint, image_fingerprint, *towers)
 
 
 def plain_embedder(
@@ -121,31 +112,23 @@ def plain_embedder(
     Which part of it the images need is not known: their fingerprint is that of the whole model.
     """
 
-    @torch.inference_mode()
-    def in_batches(encode: Callable, items: Sequence, batch_size: int = 32, progress: Progress = None) -> Tensor:
-        embeds = []
-        with _bar(progress, items, "item") as done:
-            for start in range(0, len(items), batch_size):
-                batch = items[start : start + batch_size]
-                embeds.append(torch.nn.functional.normalize(encode(batch).float(), dim=-1).cpu())
-                done(len(batch))
-        return torch.cat(embeds)
+    def embed(encode: Callable, items: Iterable, batch_size: int = 32, progress: Progress = None) -> Tensor:
+        return _in_batches(lambda batch: unit_length(encode(batch)), items, batch_size, progress)
 
-    about = (name, device, precision, fingerprint, fingerprint)
-    return Embedder(*about, partial(in_batches, encode_images), partial(in_batches, encode_texts))
+    towers = partial(embed, encode_images), partial(embed, encode_texts)
+    return Embedder(name, device, precision, fingerprint, fingerprint, *towers)
 
 
 def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
     try:
         import open_clip
     except ImportError as error:
-        raise ImportError(f"open_clip:{source} needs open_clip: pip install open_clip_torch") from error
-    name, pretrained, config = source, None, None
-    if source.startswith("local-dir:"):
-        config, repository = Path(source.removeprefix("local-dir:"), OPEN_CLIP_CONFIG), ""
-    elif source.startswith("hf-hub:"):
+        fault = f"open_clip:{source} needs open_clip, not installed yet"
+        raise ImportError(f"{fault}: pip install open_clip_torch") from error
+    name, pretrained, repository = source, None, ""
+    if source.startswith("hf-hub:"):
         repository = source.removeprefix("hf-hub:")
-    else:
+    elif not source.startswith("local-dir:"):
         name, _, pretrained = source.partition(":")
         if not pretrained:  # open_clip would draw random weights
             known = open_clip.list_pretrained_tags_by_model(name)
@@ -153,49 +136,46 @@ def _open_clip(source: str, device: torch.device, precision: str) -> Embedder:
         repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").strip("/")
     check_reachable(repository, OPEN_CLIP_CONFIG, *OPEN_CLIP_WEIGHT_FILES)  # one of them will be in the cache
     try:
-        if source.startswith("hf-hub:"):
-            config = Path(hf_hub_download(repository, OPEN_CLIP_CONFIG))
-        if config is not None:
-            check_sizes(read_json(config, model_cfg=dict))
+        if pretrained is None:
+            folder = source.removeprefix("local-dir:")
+            config = hf_hub_download(repository, OPEN_CLIP_CONFIG) if repository else Path(folder, OPEN_CLIP_CONFIG)
+            check_sizes(read_json(Path(config), model_cfg=dict))
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=pretrained)
         with tokenizer_errors("its tokenizer"):
             model, tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
     except Exception as error:  # a name or tag that open_clip does not know, or a damaged folder
         raise ValueError(f"open_clip can't load {source!r}: {' '.join(str(error).split())}") from error
-    return plain_embedder(
-        f"open_clip:{source}",
-        device,
-        precision,
-        _digest("open_clip", source, weights_digest(model), repr(preprocess), precision),
-        lambda images: model.encode_image(torch.stack([preprocess(image) for image in images]).to(device)),
-        lambda texts: model.encode_text(tokenizer(list(texts)).to(device)),
-    )
+
+    def encode_images(images: Sequence[Image.Image]) -> Tensor:
+        return model.encode_image(torch.stack([preprocess(image) for image in images]).to(device))
+
+    def encode_texts(texts: Sequence[str]) -> Tensor:
+        return model.encode_text(tokenizer(list(texts)).to(device))
+
+    fingerprint = _digest("open_clip", source, weights_digest(model), repr(preprocess), precision)
+    return plain_embedder(f"open_clip:{source}", device, precision, fingerprint, encode_images, encode_texts)
 
 
 def _transformers_clip(source: str, device: torch.device, precision: str, trust_remote_code: bool) -> Embedder:
     if not Path(source).exists() and source.count("/") != 1:
         raise ValueError(f"{source!r} is neither a folder nor a Hub id such as 'openai/clip-vit-base-patch32'.")
     check_reachable(source)
+    trust = {"trust_remote_code": trust_remote_code}
     try:
-        config = checked_config(source, trust_remote_code=trust_remote_code)
+        config = checked_config(source, **trust)
         with tokenizer_errors("its tokenizer"):
-            processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+            processor = AutoProcessor.from_pretrained(source, **trust)
         check_sizes(processor.image_processor.to_dict())
-        model = AutoModel.from_pretrained(source, config=config, trust_remote_code=trust_remote_code)
-        model = model.eval().to(device)
+        model = AutoModel.from_pretrained(source, config=config, **trust).eval().to(device)
     except Exception as error:  # a damaged folder makes transformers raise anything at all
-        raise ValueError(
-            f"clip:{source} can't be loaded; it must hold a CLIP of transformers with its processor, such as "
-            f"openai/clip-vit-base-patch32: {first_line(error)}"
-        ) from error
+        raise ValueError(f"clip:{source} can't be loaded; it must hold a CLIP: {first_line(error)}") from error
     if not hasattr(model, "get_text_features") or not hasattr(model, "get_image_features"):
         raise ValueError(f"clip:{source} is a {type(model).__name__}, which does not embed texts and images as CLIP.")
     # A tokenizer that was saved without a limit would give more tokens than the model has positions for.
     text_config = getattr(model.config, "text_config", model.config)
     longest = min(processor.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", sys.maxsize))
     own = getattr(processor, "text_kwargs", {})  # Siglip2Processor's, say; most processors have no rule
-    # SigLIP reads the last token of a text that was filled up to the end, unmasked: its processor does not say so, and
-    # transformers' own pipeline asks for the model's kind, too.
+    # SigLIP reads the last token of a text that was filled up, unmasked; transformers' own pipeline asks for it, too.
     padding = "max_length" if "siglip" in model.config.model_type else own.get("padding") or True
     rule = {"padding": padding, "truncation": True, "max_length": min(longest, own.get("max_length", longest))}
 
@@ -216,7 +196,6 @@ def _digest(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-@torch.inference_mode()
 def embed_texts(
     model: CapivaraModel,
     processor: CapivaraProcessor,
@@ -238,18 +217,15 @@ def embed_texts(
     """
     tokens = [processor(text=text) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: len(tokens[i]["input_ids"]))
-    embeds = torch.empty(len(texts), model.config.projection_dim)
-    with _bar(progress, texts, "text") as done:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            batch = processor.tokenizer.pad([dict(tokens[i]) for i in rows], return_tensors="pt").to(model.device)
-            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-            embeds[rows] = model(**inputs).text_embeds.float().cpu()
-            done(len(rows))
-    return embeds
+
+    def encode(rows: list[int]) -> Tensor:
+        batch = processor.tokenizer.pad([dict(tokens[i]) for i in rows], return_tensors="pt").to(model.device)
+        return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).text_embeds
+
+    embeds = _in_batches(encode, order, batch_size, progress)
+    return torch.empty_like(embeds).index_copy_(0, torch.tensor(order), embeds)
 
 
-@torch.inference_mode()
 def embed_images(
     model: CapivaraModel,
     processor: CapivaraProcessor,
@@ -261,21 +237,23 @@ def embed_images(
 
     `images` is anything that yields PIL images, at least one; they are read batch by batch. The rest as `embed_texts`.
     """
-    embeds, iterator = [], iter(images)
-    with _bar(progress, images, "image") as done:
-        while batch := list(islice(iterator, batch_size)):
-            pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
-            for part in image_parts(pixel_values, model.device):
-                embeds.append(model(pixel_values=part).image_embeds.float().cpu())
-            done(len(batch))
-    return torch.cat(embeds)
+
+    def encode(batch: list[Image.Image]) -> Tensor:
+        pixel_values = processor(images=batch, return_tensors="pt")["pixel_values"]
+        return torch.cat([model(pixel_values=part).image_embeds for part in image_parts(pixel_values, model.device)])
+
+    return _in_batches(encode, images, batch_size, progress)
 
 
-@contextmanager
-def _bar(progress: Progress, items: Iterable, unit: str) -> Iterator[Callable[[int], object]]:
+@torch.inference_mode()
+def _in_batches(encode: Callable, items: Iterable, batch_size: int, progress: Progress) -> Tensor:
     total, title = len(items) if hasattr(items, "__len__") else None, progress if isinstance(progress, str) else None
-    with tqdm(total=total, desc=title, unit=unit, disable=title is None) as bar:
-        yield progress if callable(progress) else bar.update
+    embeds, iterator = [], iter(items)
+    with tqdm(total=total, desc=title, disable=title is None) as bar:
+        while batch := list(islice(iterator, batch_size)):
+            embeds.append(encode(batch).float().cpu())
+            (progress if callable(progress) else bar.update)(len(batch))
+    return torch.cat(embeds)
 
 
 def image_parts(pixel_values: Tensor, device: torch.device) -> Sequence[Tensor]:

@@ -18,7 +18,7 @@ from capivara_common.image_side_digest import image_difference, image_side_diges
 from hub_upload import drop_in, onnx_files
 from hub_upload.export import main
 from modeling_capivara import CapivaraModel, CapivaraProcessor
-from modeling_capivara.open_clip import build_open_clip, open_clip_state_dict
+from modeling_capivara.convert_open_clip import build_open_clip, open_clip_state_dict
 from modeling_capivara.two_towers import random_images
 
 TEXTS = ["um gato", "uma capivara na água, ao pôr do sol", "SÃ£o JoÃ£o &amp;amp; cia", "", "foto " * 90, "ﬁm ½ ☕"]

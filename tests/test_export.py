@@ -13,6 +13,7 @@ import transformers
 from hub_server import HubServer
 from safetensors.torch import load_file
 from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
+from transformers import TimmWrapperConfig
 
 from hub_upload import loader_files
 from hub_upload.export import FORMATS, export
@@ -23,9 +24,9 @@ from modeling_capivara import (
     CapivaraModel,
     CapivaraProcessor,
     CapivaraTokenizer,
-    open_clip,
+    convert_open_clip,
 )
-from modeling_capivara.open_clip import TimmWrapperConfig, capivara_state_dict, open_clip_state_dict
+from modeling_capivara.convert_open_clip import capivara_state_dict, open_clip_state_dict
 from modeling_capivara.two_towers import random_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -224,7 +225,7 @@ def test_a_wrong_tensor_is_named_and_nothing_is_kept(source, tmp_path, monkeypat
         pre, post = "visual.ln_pre.weight", "visual.ln_post.weight"
         return {**state, pre: state[post], post: state[pre]}
 
-    monkeypatch.setattr(open_clip, "open_clip_state_dict", swapped)
+    monkeypatch.setattr(convert_open_clip, "open_clip_state_dict", swapped)
     wrong = (
         "open_clip_model.safetensors does not hold the model.* vision_model.post_layernorm.weight, vision_model.pre_lay"
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import TINY_VISION, randomise, tiny_config
+from transformers import TimmWrapperConfig
 
 from eval.retrieval import RetrievalArguments, load_data
 from hub_upload.export import export, main
@@ -15,7 +16,6 @@ from hub_upload.onnx_files import OnnxModel, graphs
 from hub_upload.onnx_recall import measure_int8, recall_lines
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_processor
-from modeling_capivara.open_clip import TimmWrapperConfig
 from modeling_capivara.two_towers import random_images, random_texts
 
 pytestmark = pytest.mark.slow

@@ -92,11 +92,9 @@ def test_widths_are_kept_in_the_configuration(tmp_path):
     assert CapivaraConfig.from_pretrained(tmp_path).matryoshka_dims == [24, 12, 6]
 
 
-@pytest.mark.parametrize(
-    ("dims", "fault"), [([12, 9], "9 does not divide it"), ([48], "48 exceeds it"), ([0], "0 is below 1")]
-)
-def test_widths_that_do_not_divide_are_refused(dims, fault):
-    message = f"matryoshka_dims must divide the embedding's width, 24, and {fault}; choose of 24, 12, 8, 6"
+@pytest.mark.parametrize(("dims", "wrong"), [([12, 9], 9), ([48], 48), ([0], 0)])
+def test_widths_that_do_not_divide_are_refused(dims, wrong):
+    message = f"matryoshka_dims must divide the embedding's width, 24, got {wrong}; choose of 24, 12, 8, 6"
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny_config(matryoshka_dims=dims)
 
@@ -135,7 +133,7 @@ def test_too_few_images_for_the_axes(tiny_folder, tiny_dataset_folder, tmp_path)
     words = [str(tiny_folder), "--dataset", str(tiny_dataset_folder), "--output", str(tmp_path / "turned")]
     with pytest.raises(SystemExit, match=r"has 12 usable images, 24 axes are asked of them\. Give more"):
         rotate([*words, "--dims", "12"])
-    with pytest.raises(SystemExit, match="9 does not divide it"):
+    with pytest.raises(SystemExit, match="must divide the embedding's width, 24, got 9"):
         rotate([*words, "--dims", "9"])
     with pytest.raises(SystemExit, match=r"has no column 'photo'; there are \["):
         rotate([*words, "--dims", "12", "--image_column", "photo"])

@@ -1,4 +1,4 @@
-"""A vocabulary of some languages: texts whose pieces are kept are embedded as before to the bit, and all comes back."""
+"""A vocabulary of some languages: texts whose pieces are kept are embedded as before to the bit."""
 
 import json
 import random
@@ -23,7 +23,6 @@ from modeling_capivara.trim_vocabulary import (
     cut_tokenizer,
     main,
     report,
-    restore,
     tokenizer_state,
     trim,
     used_ids,
@@ -90,10 +89,8 @@ def test_indexes_of_pictures_stay_valid(tiny_folder, trimmed):
 def test_the_card_says_what_was_done(tiny_folder, tmp_path):
     (tiny_folder / "README.md").write_text("---\nlicense: mit\nlanguage: [pt, en]\n---\n# Theirs\n", encoding="utf-8")
     trim(tiny_folder, tmp_path / "small", ["pt", "es"], WORDS)
-    restore(tmp_path / "small", tmp_path / "back", tiny_folder)
-    for name, said in (("small", "those are left that pt and es use"), ("back", "its whole vocabulary back")):
-        text = (tmp_path / name / "README.md").read_text(encoding="utf-8")
-        assert said in text and "license: mit" in text and "convert_open_clip" not in text
+    text = (tmp_path / "small" / "README.md").read_text(encoding="utf-8")
+    assert "those are left that pt and es use" in text and "license: mit" in text and "convert_open_clip" not in text
 
 
 def test_the_order_of_the_special_tokens_stays_and_pieces_keep_their_scores(tiny_folder, trimmed):
@@ -124,12 +121,9 @@ def test_what_was_lost_is_measured_on_other_texts(tiny_folder, tmp_path, capsys)
     main([str(tiny_folder), files[0], "--languages", "pt", "--words", "20", "--held-out", files[1]])
     said = capsys.readouterr().out
     done = trim(tiny_folder, tmp_path / "again", ["pt"], WORDS, held_out=[tmp_path / "others.txt"])
-    (found,) = done.held_out.values()
     whole, small = load_processor(tiny_folder), load_processor(tmp_path / "small")
     lost = [text for text in texts if not set(pieces_of(whole, text)) <= set(small.tokenizer.get_vocab())]
-    assert lost[-2:] == texts[-2:] and (found.texts, found.lost) == (6, len(lost))
-    expected = (embeds(tiny_folder, lost) * embeds(tmp_path / "small", lost)).sum(dim=1)
-    torch.testing.assert_close(torch.tensor(found.cosines), expected, atol=1e-5, rtol=0)
+    assert lost[-2:] == texts[-2:] and list(done.held_out.values()) == [(6, len(lost))]
     assert f"others.txt: {len(lost)} of 6 texts ({len(lost) / 6:.2%}) lost a piece" in said
     assert f"{done.pieces[1]} of 300 word pieces are kept." in said and said.endswith(f"{tmp_path / 'small'}\n")
 
@@ -138,49 +132,9 @@ def pieces_of(processor: CapivaraProcessor, text: str) -> list[str]:
     return processor.tokenizer.convert_ids_to_tokens(processor(text=text)["input_ids"])
 
 
-def test_a_report_without_losses_names_no_cosine():
-    from modeling_capivara.trim_vocabulary import HeldOut
-
-    said = report(Trim((250_002, 4000), (366_000_000, 200_000_000), (4 * 10**8, 10**8), {"a.txt": HeldOut(8, 0, [])}))
-    assert "4,000 of 250,002" in said and "400.0 MB before, 100.0 MB after" in said and "cosine" not in said
-
-
-def test_a_vocabulary_comes_back_to_the_bit(tiny_folder, trimmed, tmp_path):
-    main([str(trimmed), str(tmp_path / "back"), "--restore", str(tiny_folder)])
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json"):
-        files = [json.loads((folder / name).read_text(encoding="utf-8")) for folder in (tiny_folder, tmp_path / "back")]
-        for file in files:
-            file.pop("dtype", None)
-        assert files[0] == files[1] or name == "tokenizer_config.json", name
-    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, tmp_path / "back"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    texts = [*KEPT, "capivara"]
-    assert torch.equal(embeds(tmp_path / "back", texts), embeds(tiny_folder, texts))
-
-
-def test_what_was_trained_since_stays_and_the_rows_that_were_cut_are_the_bases(tiny_folder, trimmed, tmp_path):
-    trained = {name: tensor + 1 for name, tensor in load_file(trimmed / "model.safetensors").items()}
-    save_file(trained, trimmed / "model.safetensors", metadata={"format": "pt"})
-    restore(trimmed, tmp_path / "back", tiny_folder)
-    base, back = (load_file(folder / "model.safetensors") for folder in (tiny_folder, tmp_path / "back"))
-    assert all(torch.equal(back[name], base[name] + 1) for name in base if name != TABLE)
-    pieces = set(load_processor(trimmed).tokenizer.get_vocab())
-    ids = load_processor(tiny_folder).tokenizer.get_vocab()
-    kept = torch.zeros(len(base[TABLE]), dtype=torch.bool)
-    kept[[ids[piece] for piece in pieces]] = True
-    assert 0 < kept.sum() < len(ids)
-    assert torch.equal(back[TABLE][kept], base[TABLE][kept] + 1)
-    assert torch.equal(back[TABLE][~kept], base[TABLE][~kept])
-    assert torch.equal(embeds(trimmed, KEPT), embeds(tmp_path / "back", KEPT))
-
-
-def test_a_vocabulary_that_is_short_of_pieces_is_one_line(tiny_folder, trimmed, tmp_path):
-    path = trimmed / "tokenizer.json"
-    state = json.loads(path.read_text(encoding="utf-8"))
-    del state["model"]["vocab"][-5:]
-    path.write_text(json.dumps(state), encoding="utf-8")
-    said = stopped(trimmed, tmp_path / "out", "--restore", tiny_folder)
-    assert " pieces for its " in said and not (tmp_path / "out").exists()
+def test_the_report_of_a_trim():
+    said = report(Trim((250_002, 4000), (366_000_000, 200_000_000), (4 * 10**8, 10**8), {"a.txt": (8, 0)}))
+    assert "4,000 of 250,002" in said and "400.0 MB before, 100.0 MB after" in said and "a.txt: 0 of 8 texts" in said
 
 
 def test_added_tokens_keep_their_rows(tiny_folder, tmp_path):
@@ -219,17 +173,16 @@ def test_a_language_that_is_named_twice_is_one(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("facts", [{}, {"languages": "pt"}, {"languages": ["pt"], "words": [1], "tokenizer": 1}])
-def test_damaged_facts_about_a_trim_are_one_line(trimmed, tiny_folder, tmp_path, facts):
+def test_damaged_facts_about_a_trim_are_one_line(trimmed, tmp_path, facts):
     config = json.loads((trimmed / "config.json").read_text(encoding="utf-8"))
     (trimmed / "config.json").write_text(json.dumps(config | {"trimmed_vocabulary": facts}), encoding="utf-8")
-    for words in (["--languages", "pt"], ["--restore", tiny_folder]):
-        said = stopped(trimmed, tmp_path / "out", *words)
-        assert "is of no CAPIVARA model: trimmed_vocabulary must hold languages, words, " in said
+    said = stopped(trimmed, tmp_path / "out", "--languages", "pt")
+    assert "is of no CAPIVARA model: trimmed_vocabulary must hold languages, words, " in said
 
 
 def test_a_model_is_trimmed_once(trimmed, tmp_path):
     said = stopped(trimmed, tmp_path / "out", "--languages", "pt")
-    assert "is trimmed already, for pt." in said and "--restore" in said and not (tmp_path / "out").exists()
+    assert "is trimmed already, for pt." in said and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -239,8 +192,6 @@ def test_a_model_is_trimmed_once(trimmed, tmp_path):
         ("--languages pt --texts none.txt", "The texts none.txt can't be read"),
         ("--languages pt --texts blank.txt", "The file blank.txt holds no text"),
         ("--languages pt --held-out latin.txt", "Give a file in UTF-8"),
-        ("--restore model", "has its whole vocabulary"),
-        ("--restore model --texts blank.txt", "--texts and --held-out are for --languages"),
     ],
 )
 def test_what_can_not_be_is_said_in_a_line(tiny_folder, tmp_path, monkeypatch, flags, fault):
@@ -259,12 +210,6 @@ def test_a_folder_that_is_there_and_one_that_is_no_model(tiny_folder, tmp_path):
 def test_without_the_lists_of_words_their_package_is_named(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wordfreq", None)
     assert 'pip install "modeling-capivara[trim]"' in stopped(tiny_folder, tmp_path / "out", "--languages", "pt")
-
-
-def test_another_base_is_refused(tiny_folder, trimmed, tmp_path):
-    randomise(CapivaraModel(tiny_config()), seed=1).save_pretrained(tmp_path / "other")
-    load_processor(tiny_folder).save_pretrained(tmp_path / "other")
-    assert "was not trimmed from" in stopped(trimmed, tmp_path / "out", "--restore", tmp_path / "other")
 
 
 def test_a_vocabulary_of_another_kind_is_refused(tiny_folder, tmp_path):
