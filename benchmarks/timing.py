@@ -116,14 +116,22 @@ def peak_memory_bytes(device: str = "cpu") -> int:
 
 
 def conditions(device: "str | torch.device" = "cpu") -> dict[str, Any]:
-    """What figures depend on: the device, the threads and the versions of the packages."""
+    """What figures depend on: commit, day, device, threads and versions of the packages."""
     import torch
 
     return {
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d"),
         "device": device_description(device),
         "threads": torch.get_num_threads(),
         "versions": package_versions(),
     }
+
+
+def commit() -> str:
+    """Short hash of what is checked out, with a + where files differ from it; empty where git can't say."""
+    words = ["git", "describe", "--always", "--exclude=*", "--abbrev=7", "--dirty=+"]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def finish(results: Any, output: Path | None = None) -> None:

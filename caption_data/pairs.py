@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, Value
 
 from capivara_common.environment import cache_home, processes
+from capivara_common.files import add_digest, has_digest
 from capivara_common.image_files import BadRow, decode_image, image_bytes
 from caption_data.rows import (
     CAPTIONS,
@@ -42,6 +44,8 @@ ROWS_AT_ONCE = 128  # whose images are in memory
 TABLE = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")} | {"row": Value("int64"), "captions": CAPTIONS}
 )
+OF_TEXTS = ("", NOT_CHOSEN, "no caption", "missing column")  # the other reasons are of images
+PLACE = ("bytes", "path")  # of an image, one of them at least
 ASCII_LETTER = re.compile("[0-9A-Za-z]")
 Choose = Callable[[dict[str, Any]], list[str]]
 
@@ -52,7 +56,8 @@ def pair_table(
     """One pass over the rows: what a run needs to know of each but its pixels.
 
     The table is kept in the cache folder, named after all that it depends on: rows, image files, settings. Of the
-    processes of a launch one on each machine makes it.
+    processes of a launch one on each machine makes it. A damaged one is made anew, and one with an image that could not
+    be read and now can, after a fault of the disk or with another decoder.
 
     Args:
         split: its rows and images.
@@ -89,16 +94,32 @@ def pair_table(
         found = list((threads.map if decode else map)(line, numbers, rows))
         return {name: [one[name] for one in found] for name in TABLE}
 
-    limits = [split.files.max_pixels, split.files.bounds and list(map(str, split.files.bounds.folders))]
-    key = digest_of([TABLE_VERSION, _state(split), limits, list(caption_columns), settings, decode], sort_keys=True)
-    path = cache_home() / "pairs" / f"{key}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with processes().local_main_process_first(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+    def made() -> Dataset:
         return split.data.map(
             lines, with_indices=True, batched=True, batch_size=ROWS_AT_ONCE, features=TABLE,
             remove_columns=split.data.column_names, cache_file_name=str(path), load_from_cache_file=True,
             new_fingerprint=key, desc=f"Captions, {split.where}",
         )  # fmt: skip
+
+    def readable_now(table: Dataset) -> bool:
+        bad = (number for number, reason in enumerate(table["reason"]) if reason not in OF_TEXTS)
+        return any(line(number, split.data[number])["reason"] in OF_TEXTS for number in bad)
+
+    limits = [split.files.max_pixels, split.files.bounds and list(map(str, split.files.bounds.folders))]
+    key = digest_of([TABLE_VERSION, _state(split), limits, list(caption_columns), settings, decode], sort_keys=True)
+    path = cache_home() / "pairs" / f"{key}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    first = processes().is_local_main_process
+    with processes().local_main_process_first(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        if first and not (kept := has_digest(path)):
+            path.unlink(missing_ok=True)
+        table = made()
+        if first and kept and readable_now(table):
+            path.unlink()
+            table, kept = made(), False
+        if first and not kept:
+            add_digest(path)
+    return table
 
 
 def lacking(columns: Sequence[str], there: Iterable[str]) -> list[str]:
@@ -184,7 +205,14 @@ def _state(split: Split) -> list[Any]:
     digest, images = blake2b(digest_size=16), split.data.select_columns([split.image_column]).with_format("arrow")
     feature = split.data.features[split.image_column]
     for part in () if isinstance(feature, dict) and "archive" in feature else images.iter(10_000):
-        outside = part.column(0).filter(pc.is_null(pc.struct_field(part.column(0), "bytes")))
+        outside = part.column(0)
+        if not pa.types.is_struct(outside.type) or (fields := {field.name for field in outside.type}).isdisjoint(PLACE):
+            rule = "images are bytes, a path, or an object of both; name theirs by --image_column"
+            raise ValueError(f"{split.where}: column {split.image_column!r} is of {outside.type}; {rule}.")
+        if "bytes" in fields:
+            outside = outside.filter(pc.is_null(pc.struct_field(outside, "bytes")))
+        if "path" not in fields:
+            continue
         for path in filter(None, pc.struct_field(outside, "path").to_pylist()):
             if "://" in path:
                 return broadcast_object_list([time.time_ns()])

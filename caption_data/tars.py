@@ -9,6 +9,7 @@ of a file; `capivara_common.image_files` reads it.
 
 import itertools
 import json
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities h
 NUMBERS = List(Value("float64"))
 KINDS = {"texts": CAPTIONS, "numbers": NUMBERS} | {name: Value(name) for name in ("string", "bool", "int64", "float64")}
 HEAD_ROWS = 100  # that columns are judged from, since nothing declares them
-TABLE_VERSION = 1  # raise it when what the table holds of a row changes
+TABLE_VERSION = 2  # raise it when what the table holds of a row changes
 DAMAGE = "damaged archive"  # column of the table: what is wrong with the rest of an archive, in a row of its own
 PLACE = {"bytes": Value("binary"), "path": Value("string")}  # of an image, as `datasets` has it undecoded
 IN_ARCHIVE = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
@@ -59,7 +60,7 @@ def table_of_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[
     place = PLACE if paths[0].suffix == ".jsonl" else PLACE | IN_ARCHIVE
     features = {image_column: place} | _judged(head, {image_column, DAMAGE})
     features = Features(features | dict.fromkeys((NO_TEXTS, DAMAGE), Value("string")))
-    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    states = [(os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     table = Dataset.from_generator(
         _table_rows,
         features=features,
@@ -176,7 +177,7 @@ def _in_tar(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
             image, row = None, {}
             if "image" in sample:
                 name, offset, size = sample["image"]
-                image = {"path": storable(name), "archive": str(path), "offset": offset, "size": size}
+                image = {"path": storable(name), "archive": os.path.abspath(path), "offset": offset, "size": size}
             if "json" in sample:
                 row = _json_at(file, *sample["json"][1:])
             if "cls" in sample:  # the number of a class, as clip-benchmark's tars have it
@@ -191,7 +192,7 @@ def _listed(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
             row, image = _json(line), None
             name = row.pop("file_name", None) if isinstance(row, dict) else None
             if isinstance(name, str):
-                image = {"path": storable(name if "://" in name else str(path.parent / name))}
+                image = {"path": storable(name if "://" in name else os.path.abspath(path.parent / name))}
             yield row, image
 
 

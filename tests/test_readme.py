@@ -219,7 +219,7 @@ def test_the_architecture_names_what_is_there():
         assert re.search(rf"^(?:def|class) {name}\b", code, re.MULTILINE), f"{path}: {name}"
 
 
-@pytest.mark.parametrize(("walk", "most"), [("From pixels to a score", 5)])
+@pytest.mark.parametrize(("walk", "most"), [("From a caption row to the loss", 8), ("From pixels to a score", 5)])
 def test_a_walk_goes_through_few_files(walk, most):
     (section,) = re.findall(rf"^## {walk}\n(.*?)^## ", TEXTS["docs/architecture.md"], re.DOTALL | re.MULTILINE)
     files = set(re.findall(r"^\| \d+ \| `([^`]+)`", section, re.MULTILINE))

@@ -11,8 +11,9 @@ import numpy as np
 import PIL.Image
 import pytest
 from caption_tars import CAPTIONS, PICTURES, encoded, picture, sample, table_of, tar_source, tars_by_name, write_tar
-from datasets import Image
+from datasets import Dataset, Image
 
+from capivara_common import image_files
 from capivara_common.image_files import BadImage, BadRow, decode_image
 from caption_data import pairs
 from caption_data.pairs import check_bad_share, pair_table, pairs_fingerprint, skipped_rows, usable
@@ -169,7 +170,7 @@ def test_of_several_processes_one_makes_the_table(tmp_path, monkeypatch, decode)
             waited.append(rank)
             yield
 
-        state = SimpleNamespace(local_main_process_first=first)
+        state = SimpleNamespace(local_main_process_first=first, is_local_main_process=rank == 0)
         monkeypatch.setattr(pairs, "processes", lambda state=state: state)
         choose = lambda row, rank=rank: made.append(rank) or row["captions-pt"]  # noqa: E731
         table = pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"}, decode)
@@ -207,6 +208,46 @@ def test_what_an_address_leads_to_is_looked_at_anew(tmp_path):
         split = open_split(str(tmp_path), "train", "image")
         table = pair_table(split, ["captions-pt"], lambda row: made.append(1) or row["captions-pt"], {})
         assert len(made) == run and [one.reason for one in skipped_rows(table, split)] == ["unreadable image"]
+
+
+def test_an_image_that_could_not_be_read_and_now_can_is_no_bad_row(tmp_path, monkeypatch):
+    """A full table of open files, a disk that comes back, a decoder that is installed: the file is the same."""
+    (tmp_path / "a.png").write_bytes(PICTURES[1])
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "captions-pt": ["x"]}', encoding="utf-8")
+
+    def refused(*_):
+        raise OSError(24, "Too many open files")
+
+    split = open_split(str(tmp_path), "train", "image")
+    made = lambda: usable(pair_table(split, ["captions-pt"], lambda row: row["captions-pt"], {}))  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(image_files, "open_regular_file", refused)
+        assert len(made()) == 0
+    assert len(made()) == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "changed"])
+def test_a_table_that_is_damaged_in_the_cache_is_made_anew(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(pairs, "cache_home", lambda: tmp_path / "cache")
+    source = open_split(tars_by_name(tmp_path / "data"), "train", "image")
+    made = lambda: pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {})[:]  # noqa: E731
+    whole = made()
+    (file,) = (tmp_path / "cache" / "pairs").iterdir()
+    data = file.read_bytes()
+    middle = data.index(CAPTIONS[1][0].encode())
+    changed = data[:middle] + b"#" + data[middle + 1 :]
+    file.write_bytes({"cut": data[:-200], "emptied": b"", "changed": changed}[damage])
+    assert made() == whole and file.read_bytes() == data
+
+
+def test_a_column_that_holds_no_images_is_named(tmp_path):
+    Dataset.from_dict({"image": [["a", "b"]], "captions-pt": [["x"]]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"column 'image' is of list<.*--image_column"):
+        table_of(open_split(str(tmp_path), "train", "image"))
+    (tmp_path / "a.png").write_bytes(PICTURES[1])
+    rows = {"image": [{"path": str(tmp_path / "a.png")}], "captions-pt": [["x"]]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    assert len(table_of(open_split(str(tmp_path), "train", "image"))) == 1, "a path alone is enough"
 
 
 def test_an_image_whose_pixels_are_damaged_is_found_where_it_is_asked_for(tmp_path):

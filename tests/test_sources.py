@@ -229,3 +229,12 @@ def test_image_folder_faults(tmp_path):
     assert [(line.row, line.reason) for line in skipped] == [
         (1, "unreadable image"), (2, "unreadable image"), (3, "no image"), (4, "missing column"), (5, "missing column"),
     ]  # fmt: skip
+
+
+def test_an_image_of_a_tar_is_that_of_the_tar_that_was_named(tmp_path, monkeypatch):
+    """Also where the same relative path leads to another one from the data set's own folder."""
+    for folder, number in (("nest", 1), ("nest/nest", 2)):
+        write_tar(tmp_path / folder / "train-0.tar", sample(number))
+    monkeypatch.chdir(tmp_path)
+    split = open_split("nest/*.tar", "train", "image")
+    assert image_bytes(split.data[0]["image"], split.files) == PICTURES[1]

@@ -143,4 +143,4 @@ def test_another_checkout_is_measured_in_the_same_runs(monkeypatch, tmp_path):
     measured = bench.compare(args)["measured"]["float32"]
     assert measured["cache"]["ratio_to_before"] == 1.0 and "ratio_to_before" not in measured["cache_before"]
     others = [command for command in seen if command[-1] == str(tmp_path)]
-    assert len(others) == 6 and {command[2] for command in others} == {"no_cache", "cache", "cache_recomputed"}
+    assert len(others) == 4 and {command[2] for command in others} == {"no_cache", "cache"}
