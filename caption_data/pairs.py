@@ -56,8 +56,7 @@ def pair_table(
     """One pass over the rows: what a run needs to know of each but its pixels.
 
     The table is kept in the cache folder, named after all that it depends on: rows, image files, settings. Of the
-    processes of a launch one on each machine makes it. A damaged one is made anew, and one with an image that could not
-    be read and now can, after a fault of the disk or with another decoder.
+    processes of a launch one on each machine makes it.
 
     Args:
         split: its rows and images.
@@ -109,17 +108,8 @@ def pair_table(
     key = digest_of([TABLE_VERSION, _state(split), limits, list(caption_columns), settings, decode], sort_keys=True)
     path = cache_home() / "pairs" / f"{key}.arrow"
     path.parent.mkdir(parents=True, exist_ok=True)
-    first = processes().is_local_main_process
-    with processes().local_main_process_first(), ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
-        if first and not (kept := has_digest(path)):
-            path.unlink(missing_ok=True)
-        table = made()
-        if first and kept and readable_now(table):
-            path.unlink()
-            table, kept = made(), False
-        if first and not kept:
-            add_digest(path)
-    return table
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
+        return _kept(path, made, readable_now)
 
 
 def lacking(columns: Sequence[str], there: Iterable[str]) -> list[str]:
@@ -166,6 +156,23 @@ def pairs_fingerprint(pairs: Dataset) -> str:
     """Hex digest of the images, captions and order of pairs; where the files lie does not matter."""
     chunks = pairs.select_columns(["digest", "captions"]).iter(1000)
     return rows_fingerprint(row for chunk in chunks for row in zip(chunk["digest"], chunk["captions"], strict=True))
+
+
+def _kept(path: Path, made: Callable[[], Dataset], readable_now: Callable[[Dataset], bool]) -> Dataset:
+    """The table in the file `path`, by `made` where there is none; anew where it is damaged, or an image that could not
+    be read now can: after a fault of the disk, or with another decoder."""
+    state = processes()
+    with state.local_main_process_first():
+        kept = not state.is_local_main_process or has_digest(path)  # the others read what the first has left
+        if not kept:
+            path.unlink(missing_ok=True)
+        table = made()
+        if kept and state.is_local_main_process and readable_now(table):
+            path.unlink()
+            table, kept = made(), False
+        if not kept:
+            add_digest(path)
+    return table
 
 
 def _captions(row: dict[str, Any], columns: Sequence[str], choose: Choose) -> list[str]:
