@@ -184,16 +184,16 @@ def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
     if finished["config"].keys() & GONE.keys():
         raise ValueError(
-            f"The training of the run in {folder} is complete, by an earlier version of the program, and its model lies "
-            "there; there is nothing to go on with. Train another one at another --output_dir."
+            f"The training of the run in {folder} is complete, by an earlier version of the program, and its model "
+            "lies there; there is nothing to go on with. Train another one at another --output_dir."
         )
     state = TrainerState(config=finished["config"], data=finished["dataset_fingerprints"])
     check_same_run(state, config, data, folder)
     share, asked = (c.get("interpolate", DEFAULTS["interpolate"]) for c in (state.config, config))
     if share != asked:  # it may differ while the training goes on: its weights are made at the end
         raise ValueError(
-            f"The training of the run in {folder} is complete, with interpolate {share}, not {asked}. Give --interpolate "
-            f"{share} again, or make a model of other shares by `python -m training.interpolate`."
+            f"The training of the run in {folder} is complete, with interpolate {share}, not {asked}. Give "
+            f"--interpolate {share} again, or make a model of other shares by `python -m training.interpolate`."
         )
 
 
