@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
+from capivara_common.files import seed_folders
 from capivara_common.privacy import secret_in
 from eval.records.schema import DIRECTIONS, GAIN, SCHEMA_VERSION, TASKS, ResultFile, parse_result, read_object
 from eval.records.tables import conflicts, pairs_of, records_frame, values_of
@@ -132,7 +133,7 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
         raise ValueError(f"{folder} is no folder. Give the one that a run of train_accelerate.py wrote.")
     digests: dict[str, str] = {}
     model, run, runs = _runs(folder, digests)
-    paths = [*sorted((folder / "results").glob("*.json")), *sorted(folder.glob("seed-*/results/*.json"))]
+    paths = [path for of in (folder, *seed_folders(folder)) for path in sorted((of / "results").glob("*.json"))]
     values, cut = _values([result for path in paths if (result := _result(path, folder, digests))])
     from modeling_capivara.processing_capivara import CONTEXT_LENGTH  # here: --help of the commands awaits no torch
 
@@ -155,7 +156,7 @@ def _usable(name: str) -> str:
 
 def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, Content, list[Content]]:
     """Folder of the weights, their `run.json`, and every one in the order of seeds."""
-    paths = [path for path in (folder / "run.json", *sorted(folder.glob("seed-*/run.json"))) if path.is_file()]
+    paths = [path for path in (of / "run.json" for of in (folder, *seed_folders(folder))) if path.is_file()]
     if not paths:
         raise ValueError(f"{folder} has no run.json, and none in seed-*/: give the folder of a finished training run.")
     read = []

@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,9 +15,13 @@ from card_run import card_of, change, record_of, results_of, runs_of_seeds, spli
 from huggingface_hub import parse_eval_result_entries
 from huggingface_hub.utils import filter_repo_objects
 
+from capivara_common.files import write_json
+from eval.report import read_folder
+from eval.suite import SuiteArguments, models_of
 from hub_upload.card import check, main, render, write_card
 from hub_upload.card_facts import card_facts
 from hub_upload.export import export
+from hub_upload.source_model import read_config
 
 HUB_DATA = "laicsiifes/flickr30k-pt-br"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -135,6 +140,20 @@ def test_seeds_that_are_runs_of_their_own(trained, tmp_path):
     change(next((folder / "seed-2" / "results").glob("*_pt.json")), lambda r: r["records"][0].update(value=0.9))
     with pytest.raises(ValueError, match=r"seed-0/results/.*#/records/0/value and seed-2/results/.* two values"):
         card_facts(folder)
+
+
+def test_an_unfinished_run_is_no_seed(tmp_path):
+    folder = shutil.copytree(Path(__file__).parent / "golden" / "runs" / "seeds", tmp_path / "seeds")
+    partial = shutil.copytree(folder / "seed-2", folder / "seed-3.partial")
+    change(partial / "run.json", lambda run: run.update(seed=3))
+    write_json(partial / "results" / "half.json", {"records": []})
+    assert [run["seed"] for run in card_facts(folder).runs] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"name one of seed-0, seed-1, seed-2 in it\."):
+        read_config(folder)
+    found = read_folder(folder)
+    assert not found.faults and not any(".partial" in name for name, _ in found.runs)
+    suite = SuiteArguments(runs=[str(folder)])
+    assert [Path(model["name"]).name for model in models_of(suite)] == ["seed-0", "seed-1", "seed-2"]
 
 
 def test_recall_at_each_width_has_a_table_of_its_own(run):
