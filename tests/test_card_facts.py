@@ -142,6 +142,36 @@ def test_seeds_that_are_runs_of_their_own(trained, tmp_path):
         card_facts(folder)
 
 
+def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(trained, tmp_path):
+    folder = runs_of_seeds(trained, tmp_path / "seeds")
+    path = next((folder / "seed-2" / "results").glob("*_pt.json"))
+    before = json.loads(path.read_text(encoding="utf-8"))
+
+    def edited(model: str, metric: str, steps: float, again: bool = False) -> None:
+        """seed-2 with a figure changed by so many queries or ranks, or added anew."""
+        content = json.loads(json.dumps(before))
+        index = next(i for i, r in enumerate(content["records"]) if (r["model"], r["metric"]) == (model, metric))
+        record = content["records"][index]
+        step = steps * (1 if metric == "median_rank" else 1 / record["n"])
+        there = record["value"]
+        value = there + step if metric == "median_rank" or there + step <= 1 else there - step
+        content["records"][index : index + (not again)] = [{**record, "value": value}]
+        write_json(path, content)
+
+    for metric, steps in (("recall@1", 1), ("recall@1", 2.9), ("median_rank", 1)):
+        edited("baseline", metric, steps)
+        assert len(card_facts(folder).runs) == 3
+    for model, metric, steps, again in (
+        ("baseline", "recall@1", 4, False),
+        ("baseline", "median_rank", 2, False),
+        ("baseline", "recall@1", 1, True),
+        ("capivara", "recall@1", 1, True),
+    ):
+        edited(model, metric, steps, again)
+        with pytest.raises(ValueError, match="give one figure two values"):
+            card_facts(folder)
+
+
 def test_an_unfinished_run_is_no_seed(tmp_path):
     folder = shutil.copytree(Path(__file__).parent / "golden" / "runs" / "seeds", tmp_path / "seeds")
     partial = shutil.copytree(folder / "seed-2", folder / "seed-3.partial")
