@@ -409,6 +409,14 @@ def test_parallel_text_has_no_pictures(run):
     assert "um lote tem 1.234 pares de frases" in text and "O lote é exato" not in text
 
 
+def test_what_is_the_same_in_every_run_is_stated(run):
+    text = card_with(run, {})
+    assert "| `adam_beta1` | `0.9` |" in text and "| `adam_beta2` | `0.98` |" in text
+    assert "lora_modules_to_save" not in text
+    text = card_with(run, {"lora_rank": 4, "adam_beta2": 0.999})  # of before, when it was a setting
+    assert re.search(r"`lora_modules_to_save` \| .*text\\?_projection", text) and "| `adam_beta2` | `0.999` |" in text
+
+
 def test_a_run_of_before_these_settings(run):
     change(run / "run.json", lambda content: [content["config"].pop(key, None) for key in NEW_KEYS])
     text = card_with(run, {"weight_decay": 0.2})
