@@ -20,6 +20,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from capivara_common.privacy import redact
 from capivara_common.progress import prepare_bars
 
 T = TypeVar("T")
@@ -53,9 +54,9 @@ def user_errors(main: Callable[..., T]) -> Callable[..., T]:
             return main(*args, **options)
         except (ValueError, OSError, ImportError) as error:
             if isinstance(error, WrongUse) and (not args or args[0] is None):  # not called with words, as tests do
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {redact(str(error))}", file=sys.stderr)
                 sys.exit(2)
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {redact(str(error))}")
 
     return command
 
@@ -64,7 +65,6 @@ def parse(
     kind: type[T],
     description: str | None,
     argv: list[str] | None = None,
-    hide: Callable[[str], str] = str,
     config: bool = False,
 ) -> T:
     """The arguments of a command line.
@@ -74,7 +74,6 @@ def parse(
             instead, `groups` the dataclasses it consists of, each a group of the help by its `_argument_group_name`.
         description: text of `--help`, the docstring of the command's module.
         argv: the words, `sys.argv[1:]` where None.
-        hide: takes secrets out of what an error says of a value.
         config: whether `--config FILE.yaml` gives values, too; flags win over it.
 
     Raises:
@@ -95,7 +94,7 @@ def parse(
     except (ValueError, OSError) as error:
         if argv is not None:
             raise
-        flags.exit(2, f"error: {hide(str(error))}\n")
+        flags.exit(2, f"error: {redact(str(error))}\n")
 
 
 def parser(
@@ -130,6 +129,7 @@ def parser(
             return None if none else super()._get_value(action, word)
 
         def error(self, message: str) -> NoReturn:
+            message = redact(message)  # a token may stand behind the wrong flag
             message = message if message.endswith(".") else f"{message} (--help lists all)"
             if raises:
                 raise ValueError(message)

@@ -133,6 +133,11 @@ def partial_folder(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def seed_folders(folder: Path) -> list[Path]:
+    """The finished runs of several seeds, `seed-0`, `seed-1` and so on; `seed-2.partial` is none."""
+    return sorted(p for p in folder.glob("seed-*") if re.fullmatch(r"seed-[0-9]+", p.name) and p.is_dir())
+
+
 def finish_folder(path: Path, overwrite: bool = False) -> None:
     """Rename the partial folder of `path` to `path`, in place of what is there if `overwrite` is set."""
     path, partial = path.resolve(), partial_folder(path)

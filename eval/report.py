@@ -64,7 +64,9 @@ class Found:
 
 
 def read_folder(folder: Path) -> Found:
-    """Read every JSON file of `folder` and below, hidden ones left out; what can't be read is among the `faults`.
+    """Read every JSON file of `folder` and below; what can't be read is among the `faults`.
+
+    Hidden files and folders are left out, and unfinished runs, `….partial`.
 
     Raises:
         ValueError: the folder is missing, or holds no result file; the first files that are none are named.
@@ -74,7 +76,7 @@ def read_folder(folder: Path) -> Found:
     found = Found(folder.resolve())
     for path in sorted(found.folder.rglob("*.json")):
         name = path.relative_to(found.folder).as_posix()
-        if any(part.startswith(".") for part in name.split("/")):
+        if any(part.startswith(".") or part.endswith(".partial") for part in name.split("/")):
             continue
         try:
             _read_file(path, name, found)

@@ -30,7 +30,7 @@ from accelerate.utils import broadcast_object_list
 
 from capivara_common.cli import WrongUse, flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions, processes
-from capivara_common.files import read_json, write_json, write_text
+from capivara_common.files import read_json, seed_folders, write_json, write_text
 from capivara_common.privacy import hide_paths
 from eval.benchmarks import (
     METRICS,
@@ -116,7 +116,7 @@ def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
 
     names = [args.model] if args.model else []
     for name in args.runs:
-        several = [] if (Path(name) / "config.json").is_file() else sorted(map(str, Path(name).glob("seed-*")))
+        several = [] if (Path(name) / "config.json").is_file() else list(map(str, seed_folders(Path(name))))
         names += several or [name]
     if not names:
         raise WrongUse("No model is given: take --model MODEL, or --runs RUN RUN RUN.")

@@ -14,11 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import pandas
 from huggingface_hub import parse_local_safetensors_file_metadata
 from huggingface_hub.errors import SafetensorsParsingError
 
+from capivara_common.files import seed_folders
 from capivara_common.privacy import secret_in
-from eval.records.schema import DIRECTIONS, GAIN, SCHEMA_VERSION, TASKS, ResultFile, parse_result, read_object
+from eval.records.schema import (
+    DIRECTIONS,
+    GAIN,
+    RANK_METRICS,
+    SCHEMA_VERSION,
+    TASKS,
+    ResultFile,
+    parse_result,
+    read_object,
+)
 from eval.records.tables import conflicts, pairs_of, records_frame, values_of
 
 GRAPHS = "onnx/quantisation.json"
@@ -32,7 +43,9 @@ FORMATS = {
 }
 HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(?<![.-])", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SAME = 5e-5  # a difference that no card shows: of the base, which is measured beside every seed, on another device
+SAME = 5e-5  # a difference that no card shows
+# The base is measured beside every seed, maybe on another device, where some queries have other ranks by last bits.
+OTHER_QUERIES, OTHER_RANKS = 3, 1
 
 
 class Content(dict):
@@ -132,7 +145,7 @@ def card_facts(folder: Path, name: str | None = None) -> CardFacts:
         raise ValueError(f"{folder} is no folder. Give the one that a run of train_accelerate.py wrote.")
     digests: dict[str, str] = {}
     model, run, runs = _runs(folder, digests)
-    paths = [*sorted((folder / "results").glob("*.json")), *sorted(folder.glob("seed-*/results/*.json"))]
+    paths = [path for of in (folder, *seed_folders(folder)) for path in sorted((of / "results").glob("*.json"))]
     values, cut = _values([result for path in paths if (result := _result(path, folder, digests))])
     from modeling_capivara.processing_capivara import CONTEXT_LENGTH  # here: --help of the commands awaits no torch
 
@@ -155,7 +168,7 @@ def _usable(name: str) -> str:
 
 def _runs(folder: Path, digests: dict[str, str]) -> tuple[Path, Content, list[Content]]:
     """Folder of the weights, their `run.json`, and every one in the order of seeds."""
-    paths = [path for path in (folder / "run.json", *sorted(folder.glob("seed-*/run.json"))) if path.is_file()]
+    paths = [path for path in (of / "run.json" for of in (folder, *seed_folders(folder))) if path.is_file()]
     if not paths:
         raise ValueError(f"{folder} has no run.json, and none in seed-*/: give the folder of a finished training run.")
     read = []
@@ -210,7 +223,7 @@ def _values(results: list[ResultFile]) -> tuple[list[Any], list[Any]]:
     if not results:
         raise ValueError("The folder's results hold no measurement, and a card states what was measured.")
     frame = records_frame(results)
-    for row in conflicts(frame, "precision", SAME).itertuples():
+    for row in _conflicts(frame).itertuples():
         raise ValueError(
             f"{row.first_source}/value and {row.source}/value give one figure two values, {row.first:g} and "
             f"{row.value:g}. Remove the result file that is not of this model."
@@ -226,6 +239,16 @@ def _values(results: list[ResultFile]) -> tuple[list[Any], list[Any]]:
                 "--seed, or remove the file."
             )
     return whole, cut
+
+
+def _conflicts(frame: pandas.DataFrame) -> pandas.DataFrame:
+    """Rows of two values for one figure: any of one folder or model, and of the base those far apart."""
+    of_folders = [rows for _, rows in frame.groupby(frame["name"].str.split("/").str[0], sort=False)]  # seed-0/…
+    far = (OTHER_QUERIES / frame["n"]).clip(lower=SAME).mask(frame["metric"].isin(RANK_METRICS), OTHER_RANKS)
+    far = far.where(frame["model"] == "baseline", SAME)
+    return pandas.concat(
+        [conflicts(rows, "precision", SAME) for rows in of_folders] + [conflicts(frame, "precision", far)]
+    )
 
 
 def _parameters(model: Path) -> int | None:

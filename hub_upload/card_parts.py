@@ -142,7 +142,7 @@ def _training_parts(facts: CardFacts, words: Words) -> dict[str, Any]:
         "stopped_early": any(of["steps"] < config["max_steps"] for of in facts.runs),
         "seeds": ", ".join(str(of["seed"]) for of in facts.runs),
         "validation": _validation(facts, words),
-        "settings": _settings(config, words),
+        "settings": _settings(config, run.get("fixed", {}), words),
         "versions": ", ".join(f"{escaped(name)} {escaped(version)}" for name, version in run["versions"].items()),
     }
 
@@ -162,11 +162,11 @@ def _of_each_run(facts: CardFacts, words: Words) -> dict[str, str]:
     return {name: values[0] if len(set(values)) == 1 else "; ".join(values) for name, values in found.items()}
 
 
-def _settings(config: Content, words: Words) -> str:
-    """The hyperparameters as the run had them; what does not apply is left out."""
+def _settings(config: Content, fixed: dict[str, Any], words: Words) -> str:
+    """The hyperparameters as the run had them, and what is `fixed` in every run; what does not apply is left out."""
     rows = []
     for key, name in words.texts["settings"].items():
-        value = config.get(key)
+        value = config.get(key, fixed.get(key))
         if value in (None, "", [], {}) or value is False or value == USUAL.get(key) or not _applies(key, config):
             continue
         if key == "image_embedding_cache" and value != "off":

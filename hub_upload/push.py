@@ -46,7 +46,7 @@ def push(planned: PushPlan) -> str | None:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     try:
-        args = parse(PushArguments, __doc__, argv, hide=hub.plain)
+        args = parse(PushArguments, __doc__, argv)
         with program_limit(args.deadline_hours):
             planned = plan(args)
             print(report(planned), flush=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from capivara_common.files import seed_folders
 from capivara_common.weight_file import weight_files
 from modeling_capivara import CapivaraConfig, loading
 from modeling_capivara.loading import WEIGHTS, mapped_model, mapped_tensors
@@ -27,7 +28,7 @@ def read_config(folder: Path) -> CapivaraConfig:
     if not folder.is_dir():
         raise ValueError(f"The model folder {folder} does not exist.")
     if not (folder / "config.json").is_file():
-        seeds = sorted(path.name for path in folder.glob("seed-*") if (path / "config.json").is_file())
+        seeds = [path.name for path in seed_folders(folder) if (path / "config.json").is_file()]
         hint = f" It is a run of several seeds; name one of {', '.join(seeds)} in it." if seeds else ""
         raise ValueError(f"The folder {folder} holds no model (config.json is missing).{hint}")
     return loading.read_config(folder)

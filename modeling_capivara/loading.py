@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from huggingface_hub.repocard import metadata_load
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import yaml_dump
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -163,9 +163,12 @@ def weights_digest(model: torch.nn.Module, prefixes: tuple[str, ...] = ("",)) ->
 def card_metadata(card: Path) -> dict[str, Any]:
     """The metadata of a model's or data set's card; empty where it has none, or none that can be read."""
     try:
-        return metadata_load(card) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: bytes or a date that can't be, a list
+        # Not `metadata_load`, which gives up a card for one byte of its text that is no UTF-8.
+        block = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8-sig", errors="replace"))
+        found = yaml.safe_load(block[2]) if block else None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # ValueError: a date that can't be
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_origin_card(source: Path, folder: Path, made: str, repo_id: str | None = None) -> None:

@@ -1,5 +1,7 @@
 """Arguments: a file and flags, read by the same code; every slip is named."""
 
+import json
+
 import pytest
 
 from training.arguments import GONE, RunArguments, parse_arguments
@@ -31,6 +33,13 @@ def test_defaults_are_the_paper_s_recipe():
     assert (args.effective_batch_size, args.max_steps, args.warmup_steps) == (2816, 5863, 500)
     assert (args.learning_rate, args.min_learning_rate, args.weight_decay) == (5e-7, 1e-7, 0.2)
     assert (BETAS, args.adam_epsilon) == ((0.9, 0.98), 1e-8)
+
+
+def test_settings_are_json_with_image_roots_and_all(tmp_path):
+    settings = parse_arguments([*MINIMUM, "--image_roots", str(tmp_path), "--output_dir", str(tmp_path / "o")], "")
+    settings = settings.to_dict()
+    assert json.loads(json.dumps(settings)) == settings
+    assert (settings["image_roots"], settings["output_dir"]) == ([str(tmp_path)], str(tmp_path / "o"))
 
 
 def test_yaml_words_stay_words(tmp_path):

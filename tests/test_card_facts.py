@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,9 +15,13 @@ from card_run import card_of, change, record_of, results_of, runs_of_seeds, spli
 from huggingface_hub import parse_eval_result_entries
 from huggingface_hub.utils import filter_repo_objects
 
+from capivara_common.files import write_json
+from eval.report import read_folder
+from eval.suite import SuiteArguments, models_of
 from hub_upload.card import check, main, render, write_card
 from hub_upload.card_facts import card_facts
 from hub_upload.export import export
+from hub_upload.source_model import read_config
 
 HUB_DATA = "laicsiifes/flickr30k-pt-br"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -135,6 +140,50 @@ def test_seeds_that_are_runs_of_their_own(trained, tmp_path):
     change(next((folder / "seed-2" / "results").glob("*_pt.json")), lambda r: r["records"][0].update(value=0.9))
     with pytest.raises(ValueError, match=r"seed-0/results/.*#/records/0/value and seed-2/results/.* two values"):
         card_facts(folder)
+
+
+def test_a_base_that_was_measured_on_other_devices_may_differ_by_a_query(trained, tmp_path):
+    folder = runs_of_seeds(trained, tmp_path / "seeds")
+    path = next((folder / "seed-2" / "results").glob("*_pt.json"))
+    before = json.loads(path.read_text(encoding="utf-8"))
+
+    def edited(model: str, metric: str, steps: float, again: bool = False) -> None:
+        """seed-2 with a figure changed by so many queries or ranks, or added anew."""
+        content = json.loads(json.dumps(before))
+        index = next(i for i, r in enumerate(content["records"]) if (r["model"], r["metric"]) == (model, metric))
+        record = content["records"][index]
+        step = steps * (1 if metric == "median_rank" else 1 / record["n"])
+        there = record["value"]
+        value = there + step if metric == "median_rank" or there + step <= 1 else there - step
+        content["records"][index : index + (not again)] = [{**record, "value": value}]
+        write_json(path, content)
+
+    for metric, steps in (("recall@1", 1), ("recall@1", 2.9), ("median_rank", 1)):
+        edited("baseline", metric, steps)
+        assert len(card_facts(folder).runs) == 3
+    for model, metric, steps, again in (
+        ("baseline", "recall@1", 4, False),
+        ("baseline", "median_rank", 2, False),
+        ("baseline", "recall@1", 1, True),
+        ("capivara", "recall@1", 1, True),
+    ):
+        edited(model, metric, steps, again)
+        with pytest.raises(ValueError, match="give one figure two values"):
+            card_facts(folder)
+
+
+def test_an_unfinished_run_is_no_seed(tmp_path):
+    folder = shutil.copytree(Path(__file__).parent / "golden" / "runs" / "seeds", tmp_path / "seeds")
+    partial = shutil.copytree(folder / "seed-2", folder / "seed-3.partial")
+    change(partial / "run.json", lambda run: run.update(seed=3))
+    write_json(partial / "results" / "half.json", {"records": []})
+    assert [run["seed"] for run in card_facts(folder).runs] == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"name one of seed-0, seed-1, seed-2 in it\."):
+        read_config(folder)
+    found = read_folder(folder)
+    assert not found.faults and not any(".partial" in name for name, _ in found.runs)
+    suite = SuiteArguments(runs=[str(folder)])
+    assert [Path(model["name"]).name for model in models_of(suite)] == ["seed-0", "seed-1", "seed-2"]
 
 
 def test_recall_at_each_width_has_a_table_of_its_own(run):
@@ -358,6 +407,14 @@ def test_parallel_text_has_no_pictures(run):
     text = card_with(run, {}, language="pt")
     assert "pares de frases sem imagens, em português e inglês, de *names.jsonl*." in text
     assert "um lote tem 1.234 pares de frases" in text and "O lote é exato" not in text
+
+
+def test_what_is_the_same_in_every_run_is_stated(run):
+    text = card_with(run, {})
+    assert "| `adam_beta1` | `0.9` |" in text and "| `adam_beta2` | `0.98` |" in text
+    assert "lora_modules_to_save" not in text
+    text = card_with(run, {"lora_rank": 4, "adam_beta2": 0.999})  # of before, when it was a setting
+    assert re.search(r"`lora_modules_to_save` \| .*text\\?_projection", text) and "| `adam_beta2` | `0.999` |" in text
 
 
 def test_a_run_of_before_these_settings(run):

@@ -330,7 +330,7 @@ def test_a_checkpoint_of_an_earlier_version_names_the_commit_to_use(tmp_path):
             check_same_run(TrainerState(config={"seed": 1, **setting}), {"seed": 1}, {}, tmp_path)
 
 
-def test_a_finished_run_of_an_earlier_version_names_the_commit_to_use(tmp_path):
+def test_a_finished_run_has_its_data_and_one_of_an_earlier_version_is_said_to_be_complete(tmp_path):
     finished = {"config": {"seed": 1}, "dataset_fingerprints": {"a train": "1"}}
     (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
     check_finished_run(tmp_path, {"seed": 1}, {"a train": "1"})
@@ -338,5 +338,15 @@ def test_a_finished_run_of_an_earlier_version_names_the_commit_to_use(tmp_path):
         check_finished_run(tmp_path, {"seed": 1}, {"a train": "2"})
     finished["config"]["text_teacher"] = "base"
     (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"earlier version of the program[^\n]*commit a876dd5"):
+    with pytest.raises(ValueError, match=r"complete, by an earlier version[^\n]*its model lies there") as raised:
         check_finished_run(tmp_path, {"seed": 1}, {})
+    assert "a876dd5" not in str(raised.value) and "overwrite" not in str(raised.value)
+
+
+def test_a_finished_run_has_the_share_that_it_was_interpolated_by(tmp_path):
+    for config, share in (({"interpolate": 0.7}, 0.7), ({}, 1.0)):
+        finished = {"config": config, "dataset_fingerprints": {}}
+        (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
+        check_finished_run(tmp_path, {"interpolate": share}, {})
+        with pytest.raises(ValueError, match=rf"interpolate {share}, not 0\.5\.[^\n]*python -m training\.interpolate"):
+            check_finished_run(tmp_path, {"interpolate": 0.5}, {})

@@ -178,6 +178,23 @@ def test_the_value_of_an_unknown_flag_may_be_a_secret():
         assert "hf_secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize("words", ["--sure {}", "--sure={}", "--share {}", "--steps={}", "--config {}"])
+def test_no_message_shows_a_token(words, monkeypatch, capsys):
+    token = "hf_" + "aB3" * 11
+    monkeypatch.setattr(sys, "argv", ["command", *words.format(token).split()])
+    with pytest.raises(SystemExit) as raised:
+        parse(Flags, None, config=True)
+    message = capsys.readouterr().err
+    assert raised.value.code == 2 and "hf_***" in message and token not in message
+
+    @capivara_common.cli.user_errors
+    def main(argv=None) -> None:
+        raise ValueError(f"The model folder {token} does not exist.")
+
+    with pytest.raises(SystemExit, match=r"^error: The model folder hf_\*\*\* does not exist\.$"):
+        main([])
+
+
 def test_null_is_none_where_none_is_the_default(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("steps: 3\nfolder: there\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Arguments of a training run: a YAML file, and flags that override it; group by group as `--help` shows them."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -187,7 +188,7 @@ class RunArguments(Output, Optimisation, Batch, ModelAndData):
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        return json.loads(json.dumps(asdict(self), default=str))  # paths, also those in a list, are text
 
 
 def parse_arguments(argv: list[str] | None, description: str) -> RunArguments:

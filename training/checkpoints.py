@@ -182,8 +182,19 @@ def check_same_run(state: TrainerState, config: dict[str, Any], data: dict[str, 
 def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str]) -> None:
     """Raise ValueError where the finished run in `folder` has other settings, or other `data` of those given."""
     finished = read_json(folder / "run.json", config=dict, dataset_fingerprints=dict)
+    if finished["config"].keys() & GONE.keys():
+        raise ValueError(
+            f"The training of the run in {folder} is complete, by an earlier version of the program, and its model "
+            "lies there; there is nothing to go on with. Train another one at another --output_dir."
+        )
     state = TrainerState(config=finished["config"], data=finished["dataset_fingerprints"])
     check_same_run(state, config, data, folder)
+    share, asked = (c.get("interpolate", DEFAULTS["interpolate"]) for c in (state.config, config))
+    if share != asked:  # it may differ while the training goes on: its weights are made at the end
+        raise ValueError(
+            f"The training of the run in {folder} is complete, with interpolate {share}, not {asked}. Give "
+            f"--interpolate {share} again, or make a model of other shares by `python -m training.interpolate`."
+        )
 
 
 def _sums(folder: Path) -> bytes:

@@ -19,6 +19,7 @@ from modeling_capivara.loading import load_model
 from training.arguments import RunArguments
 from training.checkpoints import TrainerState
 from training.inputs import Inputs
+from training.trainable import FIXED
 
 
 def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:
@@ -77,6 +78,7 @@ def write_run(
     facts = {
         "schema_version": SCHEMA_VERSION,
         "config": args.to_dict(),
+        "fixed": FIXED,
         "origins": origins,
         "seed": args.seed,
         "dataset_fingerprints": state.data,

@@ -15,8 +15,10 @@ MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits 
 PAPER_DISTANCE = 5863 * (1e-7 + 5e-7) / 2
 LEAST_SHARE = 0.1  # of it; a run of less gets a warning
 BETAS = (0.9, 0.98)  # of Adam, in every recipe of arXiv 2310.13683
-OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 WHOLE = ["text_projection"]  # what is trained as a whole beside adapters, as in arXiv 2310.13683
+# What a run states beside its settings, under the names that it had when these were settings.
+FIXED = {"adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "lora_modules_to_save": WHOLE}
+OPTIMISERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _PEFT_NAMES = re.compile(r"\.(base_layer|modules_to_save\.default|lora_[AB]\.default)")  # in names of a wrapped model
 
 

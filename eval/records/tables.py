@@ -59,11 +59,11 @@ def folder_and_seed(record: Record, file_name: str) -> tuple[str, int | None]:
     return "this run" if str(folder) == "." else hide_paths(folder.as_posix()), seed
 
 
-def conflicts(frame: pandas.DataFrame, by: str, same: float = 0) -> pandas.DataFrame:
+def conflicts(frame: pandas.DataFrame, by: str, same: float | pandas.Series = 0) -> pandas.DataFrame:
     """Rows of `records_frame` that give a figure another value than its `first`, which `first_source` gives.
 
-    A figure is what one condition, role, seed and `by` ("folder" or "precision") have; differences up to `same` are
-    none.
+    A figure is what one condition, role, seed and `by` ("folder" or "precision") have; differences up to `same`, one
+    number or one a row, are none.
     """
     of_figure = frame.groupby([*Condition._fields, "model", by, "seed"], sort=False, dropna=False)
     firsts = {"first": of_figure["value"].transform("first"), "first_source": of_figure["source"].transform("first")}
