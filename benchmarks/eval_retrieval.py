@@ -19,7 +19,7 @@ from benchmarks.timing import conditions, finish, in_own_process, median_ratio, 
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes, restart_peak
 from capivara_common.files import read_json
-from eval.capivara_metrics.metrics import RECALL_CUTOFFS, recall_at_k, retrieval_ranks
+from eval.capivara_metrics.metrics import RECALL_CUTOFFS, cross_modal_ranks, recall_at_k
 
 WIDTH = 512
 PARTS = ("scores", "large")
@@ -63,8 +63,7 @@ def random_embeddings(images: int, captions_per_image: int) -> tuple[Tensor, Ten
 def our_recalls(image_embeds: Tensor, text_embeds: Tensor, image_of_text: Tensor) -> Recalls:
     """Our recalls of the same embeddings."""
     images = torch.arange(len(image_embeds))
-    text_to_image = retrieval_ranks(text_embeds, image_embeds, image_of_text, images)
-    image_to_text = retrieval_ranks(image_embeds, text_embeds, images, image_of_text)
+    text_to_image, image_to_text = cross_modal_ranks(text_embeds, image_embeds, image_of_text, images)
     recalls = {f"text_to_image@{k}": recall_at_k(text_to_image, k) for k in RECALL_CUTOFFS}
     return recalls | {f"image_to_text@{k}": recall_at_k(image_to_text, k) for k in RECALL_CUTOFFS}
 

@@ -198,7 +198,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def as_flags(content: dict[str, Any], kind: type, where: str) -> list[str]:
     """Keys and values of a file as the flags that say the same; `where` is the subject of an error.
 
-    Raises ValueError where a key is none of the dataclass `kind`, or a value is neither text nor list.
+    Raises ValueError where a key is none of the dataclass `kind`, a value is a mapping, or a list has a flag.
     """
     flags = []
     for key, value in content.items():
@@ -208,8 +208,15 @@ def as_flags(content: dict[str, Any], kind: type, where: str) -> list[str]:
             raise ValueError(unknown(str(key), f"key in {where}", names))
         if isinstance(value, dict):
             raise ValueError(f"{where}: `{key}` must be a value or a list, got a mapping.")
-        if value not in ("", "~", "null", []):
-            flags += [f"--{key}", *(str(v) for v in (value if isinstance(value, list) else [value]))]
+        if value in ("", "~", "null", []):
+            continue
+        if not isinstance(value, list):
+            flags.append(f"--{key}={value}")  # one word: a value may begin with "-"
+            continue
+        for word in map(str, value):
+            if word.startswith("-") and not re.fullmatch(r"-(\d+|\d*\.\d+)", word):  # argparse's numbers
+                raise ValueError(f"{where}: `{key}` lists {word!r}, which would be a flag; no value may begin with -.")
+        flags += [f"--{key}", *map(str, value)]
     return flags
 
 

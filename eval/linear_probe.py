@@ -142,7 +142,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
             scores, penalty = probe_scores(part, validation if not shots else None, test, classes, generator)
             results.append(classification_metrics(scores, labels, prompts.metric))
             chosen[name].append(penalty)
-        for metric, value in pandas.DataFrame(results).mean().items():
+        for metric, value in pandas.DataFrame(results).mean(skipna=False).items():
             records.append(
                 Record(
                     task="linear_probe", dataset=prompts.benchmark, split=args.split, language="", protocol=name,

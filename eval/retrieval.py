@@ -32,12 +32,12 @@ from caption_data.sources import Split, open_split
 from eval.capivara_metrics.metrics import (
     RECALL_CUTOFFS,
     chance_recall,
+    cross_modal_ranks,
     mean_hits,
     mean_recall,
     median_rank,
     paired_bootstrap,
     recall_at_k,
-    retrieval_ranks,
 )
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN, Record
@@ -118,10 +118,8 @@ class RetrievalEmbeddings:
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
         """Direction -> (queries,), ranks as `retrieval_ranks` defines them."""
-        texts, images = self.text_embeds, self.image_embeds
-        of_texts, of_images = (self.groups(direction) for direction in DIRECTIONS)
-        found = retrieval_ranks(texts, images, of_texts, of_images), retrieval_ranks(images, texts, of_images, of_texts)
-        return dict(zip(DIRECTIONS, found, strict=True))
+        groups = (self.groups(direction) for direction in DIRECTIONS)
+        return dict(zip(DIRECTIONS, cross_modal_ranks(self.text_embeds, self.image_embeds, *groups), strict=True))
 
 
 def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:

@@ -41,7 +41,8 @@ def check_sizes(values: Mapping[str, Any], section: str = "") -> None:
             continue
         least, most = LIMITS[key]
         for number in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(number, int | float) and not least <= number <= most:  # nor not a number
+            # Nor not a number; True is an int to Python, and to no file.
+            if isinstance(number, bool) or (isinstance(number, int | float) and not least <= number <= most):
                 raise ValueError(f"{section}{key} must be from {least} to {most}, got {str(value)[:80]}.")
 
 

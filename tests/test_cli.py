@@ -208,6 +208,20 @@ def test_null_is_none_where_none_is_the_default(tmp_path):
         read("--share", "null")  # which has a number
 
 
+def test_values_of_a_config_are_no_flags(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("share: -1e-3\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^share must be from 0 to 1, got -0\.001\.$"):
+        read("--config", config, config=True)
+    config.write_text("names: [x, --steps=7]\n", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(str(config))}: `names` lists '--steps=7', which would be a flag"
+    ):
+        read("--config", config, config=True)
+    config.write_text("names: ['-1', x]\n", encoding="utf-8")
+    assert read("--config", config, config=True).names == ["-1", "x"]
+
+
 def test_flags_config_and_rules_are_one(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("share: 1e-4\nsteps: 3\nnames: [x, y]\nsure: true\n", encoding="utf-8")

@@ -446,6 +446,7 @@ def test_unsupported_field_is_named_before_any_weight_is_read(open_clip_folder, 
         (None, "embed_dim", None, "projection_dim"),
         ("vision_cfg", "layers", [3, 4, 6, 3], r"\[3, 4, 6, 3\]"),  # a ResNet
         ("vision_cfg", "layers", 10**7, "num_hidden_layers must be from 0 to 1000, got 10000000"),
+        ("vision_cfg", "layers", True, "vision_config.num_hidden_layers must be from 0 to 1000, got True"),
         ("vision_cfg", "width", 50, "50"),
         ("vision_cfg", "head_width", 0, "ZeroDivisionError"),
         ("text_cfg", "hf_proj_type", None, "text_projection_type"),

@@ -515,7 +515,8 @@ def test_the_cache_of_another_model(
     assert len(list(own.glob("shard-*.npy"))) == 1
 
 
-def test_an_image_that_has_changed_since_it_was_checked_is_named(tiny_processor, tmp_path):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_image_that_has_changed_since_it_was_checked_is_named(tiny_processor, tmp_path, workers):
     """Without a cache, at the step: the row, so that it can be mended."""
     (tmp_path / "a.png").write_bytes(encoded(PIL.Image.new("RGB", (40, 40))))
     (tmp_path / "metadata.jsonl").write_text('{"captions-pt": ["x"]}\n{"file_name": "a.png", "captions-pt": ["x"]}')
@@ -524,4 +525,4 @@ def test_an_image_that_has_changed_since_it_was_checked_is_named(tiny_processor,
     assert pixels.shape == (1, 3, 32, 32)
     (tmp_path / "a.png").write_bytes(BROKEN)
     with pytest.raises(BadImage, match=r"unreadable image: .*, split 'train', row 1: .*a\.png"):
-        next(pixel_batches(pairs, [[(0, 0, 0)]], 0))
+        next(pixel_batches(pairs, [[(0, 0, 0)]], workers))

@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 
+from eval import linear_probe
 from eval.linear_probe import Features as Embedded
 from eval.linear_probe import few_of_each, held_out, main, probe_scores
 
@@ -84,6 +85,14 @@ def test_command(tiny_folder, colours, tmp_path):
     main([*flags[:6], "--output", str(tmp_path / "full.json")])
     (full,) = [r for r in json.loads((tmp_path / "full.json").read_text())["records"] if r["metric"] == "accuracy"]
     assert full["protocol"] == "full" and full["value"] >= 1 / 3 and full["chance"] == 0.1
+
+
+def test_a_draw_without_a_value_is_not_left_out_of_the_mean(tiny_folder, colours, tmp_path, monkeypatch):
+    values = iter([0.5, float("nan")])
+    monkeypatch.setattr(linear_probe, "classification_metrics", lambda *_: {"accuracy": next(values)})
+    flags = ["--model", str(tiny_folder), "--benchmark", "cifar-10", "--images", str(colours), "--shots", "1"]
+    with pytest.raises(SystemExit, match="value must be a finite number, got nan"):
+        main([*flags, "--draws", "2", "--output", str(tmp_path / "p.json")])
 
 
 def test_slips(tiny_folder, colours, tmp_path):

@@ -5,17 +5,20 @@ from dataclasses import fields
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import (
     RECALL_CUTOFFS,
     chance_recall,
+    cross_modal_ranks,
     mean_hits,
     mean_recall,
     paired_bootstrap,
     recall_at_k,
     retrieval_ranks,
 )
-from eval.retrieval import RetrievalArguments
+from eval.retrieval import RetrievalArguments, RetrievalEmbeddings
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
@@ -127,6 +130,10 @@ def test_both_directions_equal_a_count_of_each_pair(block):
     groups = torch.cat([torch.arange(9), torch.randint(0, 9, (14,), generator=generator)])[torch.randperm(23)]
     of_texts = retrieval_ranks(texts, images, groups, torch.arange(9), block)
     of_images = retrieval_ranks(images, texts, torch.arange(9), groups, block)
+    assert [side.tolist() for side in cross_modal_ranks(texts, images, groups, torch.arange(9))] == [
+        of_texts.tolist(),
+        of_images.tolist(),
+    ]
     scores = texts @ images.T
     for text, rank in enumerate(of_texts.tolist()):
         wrong = [scores[text, i] for i in range(9) if i != groups[text]]
@@ -138,6 +145,25 @@ def test_both_directions_equal_a_count_of_each_pair(block):
         retrieval_ranks(torch.zeros(10, 3), texts, torch.arange(10), groups)
     none, no_groups = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
     assert retrieval_ranks(none, none, no_groups, no_groups).tolist() == []
+    assert [side.tolist() for side in cross_modal_ranks(none, none, no_groups, no_groups)] == [[], []]
+    with pytest.raises(ValueError, match=r"Queries \[9\] have no right item"):
+        cross_modal_ranks(texts, torch.zeros(10, 3), groups, torch.arange(10))
+
+
+@pytest.mark.parametrize(("kept", "products"), [(None, 1), (100, 2)])
+def test_both_directions_are_counted_in_one_product_where_it_may_be_kept(monkeypatch, kept, products):
+    """It takes most of the time. In blocks of 3 queries, so that a tie is found in another block, too."""
+    if kept:
+        monkeypatch.setattr(metrics, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(metrics, "COMPARED_ELEMENTS", 3 * 9)
+    images, groups = unit(9, 8, 0), torch.arange(27) % 9
+    texts = unit(27, 8, 1)
+    texts[20] = texts[1]  # a wrong text like a right one
+    with FlopCounterMode(display=False) as counted:
+        found = RetrievalEmbeddings(texts, images, groups).ranks
+    assert counted.get_total_flops() == products * 2 * 27 * 9 * 8
+    assert found["text_to_image"].tolist() == retrieval_ranks(texts, images, groups, torch.arange(9)).tolist()
+    assert found["image_to_text"].tolist() == retrieval_ranks(images, texts, torch.arange(9), groups).tolist()
 
 
 def test_the_flags_ask_for_the_cutoffs_of_the_paper():

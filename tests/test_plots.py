@@ -1,9 +1,12 @@
 """Pictures of the report, at their limits."""
 
+import torch
 from PIL import Image
 
+from capivara_common.image_files import BadImage
 from eval.records import plots
-from eval.records.plots import BarRow, plot_bars
+from eval.records.plots import BarRow, plot_bars, plot_retrieval_sheet
+from eval.retrieval import RetrievalEmbeddings
 
 
 def test_bars_of_any_rows(tmp_path):
@@ -19,3 +22,21 @@ def test_chance_is_on_the_axis_however_low_the_bars(tmp_path, monkeypatch):
     plot_bars([BarRow("a", (0.05, None), (0.1, 0.01), 0.5)], tmp_path / "bars.png")
     (axis,) = drawn[0].axes
     assert axis.get_xlim()[1] > 50
+
+
+def test_a_sheet_holds_small_pictures_and_none_of_a_file_that_has_gone(tmp_path, monkeypatch):
+    """The measurement is finished by then."""
+
+    def image(index: int) -> Image.Image:
+        if index == 3:
+            raise BadImage("unreadable image", "it has gone")
+        return Image.new("L", (1200, 900))
+
+    rows = []
+    monkeypatch.setattr(plots, "plot_gallery", lambda of_sheet, *_: rows.extend(of_sheet))
+    embeds = torch.eye(6)
+    found = {"capivara": RetrievalEmbeddings(embeds, embeds, torch.arange(6))}
+    plot_retrieval_sheet(tmp_path / "sheet.png", image, list("abcdef"), found)
+    pictures = [picture for ((_, shown),) in rows for picture, _ in shown]
+    assert {(picture.mode, *picture.size) for picture in pictures if picture} == {("RGB", 400, 300)}
+    assert None in pictures

@@ -218,6 +218,16 @@ def test_what_fits_is_kept(monkeypatch):
     assert 1 <= step(STEP, batches, 7, embeds).graphs_kept <= 3
 
 
+def test_a_graph_that_is_not_kept_takes_no_memory_of_the_others():
+    batches, embeds = make_batch(False)
+    model, accelerator = build(False), Accelerator(cpu=True)
+    sizes = [batch.input_ids.numel() for batch in batches]
+    assert sizes == [6, 8, 16, 9]
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)
+    step = WholeBatch(prepared, model.logit_scale, accelerator, SEED, budget=9 + 6, _bytes_a_token=1.0)
+    assert step(STEP, batches, 7, embeds).graphs_kept == 2
+
+
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_kept_and_recomputed_graphs_agree_to_the_bit(precision):
     """What fits in memory may then differ between a run and its continuation."""

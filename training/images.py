@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from tqdm.auto import tqdm
 
 from capivara_common.files import check_free_space, write_json
@@ -121,16 +121,27 @@ def pixel_batches(training: list[Pairs], items: Iterable[list[tuple[int, int, in
 
     Raises BadImage, with the row, where an image has changed since it was checked.
     """
-    return read_ahead(partial(_pixels, training), items, workers)
+    return map(_good, read_ahead(partial(_pixels, training), items, workers, _stacked))
 
 
-def _pixels(training: list[Pairs], item: tuple[int, int, int]) -> Tensor:
+def _pixels(training: list[Pairs], item: tuple[int, int, int]) -> Tensor | BadImage:
     pairs = training[item[0]]
     pixels = pairs.view(item[1:])
     if isinstance(pixels, BadImage):
         place = f"{pairs.source.where}, row {pairs.table[int(item[1])]['row']}"
-        raise BadImage(pixels.reason, f"{place}: {pixels.detail}")
+        return BadImage(pixels.reason, f"{place}: {pixels.detail}")
     return pixels
+
+
+def _stacked(pixels: list[Tensor | BadImage]) -> Tensor | BadImage:
+    # A result, not raised: of an exception of two arguments a worker process brings back a traceback alone.
+    return next((bad for bad in pixels if isinstance(bad, BadImage)), None) or default_collate(pixels)
+
+
+def _good(batch: Tensor | BadImage) -> Tensor:
+    if isinstance(batch, BadImage):
+        raise batch
+    return batch
 
 
 @dataclass

@@ -98,8 +98,9 @@ class WholeBatch:
             self.budget = BUDGET_SHARE * max(free_memory(self.accelerator.device) - self._state_bytes(), 0)
         for batch in reversed(batches):  # the longest texts first: what follows fits into the memory that they leave
             texts = batch.input_ids
-            spent += max(self._bytes_a_token * texts.numel(), self._bytes_a_text * len(texts))
-            if spent <= self.budget:
+            size = max(self._bytes_a_token * texts.numel(), self._bytes_a_text * len(texts))
+            if spent + size <= self.budget:
+                spent += size
                 parts.append(self._embed(step, batch))
                 kept += 1
             else:  # it sets its random state itself

@@ -2,13 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
 BLOCK_ELEMENTS = 2**22  # scores of a block, 16 MiB in float32: so small, their memory is taken from the last block's
+KEPT_ELEMENTS = 2**27  # scores that both directions are counted in, 512 MiB in float32; more are computed twice
+COMPARED_ELEMENTS = 2**20  # scores at once where they are there: they stay in a processor's cache
 BLOCK_QUERIES = 32  # at least, however many items there are: fewer would read all items for hardly any scores
 
 
@@ -40,17 +42,48 @@ def retrieval_ranks(
     Raises:
         ValueError: a query has no right item, or an embedding is not finite.
     """
+    _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
+    if not len(query_embeds):
+        return query_groups.new_zeros(0)
+    block_size = block_size or max(BLOCK_QUERIES, BLOCK_ELEMENTS // len(item_embeds))
+    blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
+    return torch.cat([ranks_of(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks])
+
+
+@torch.no_grad()
+def cross_modal_ranks(
+    query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`retrieval_ranks` of the queries among the items (queries,), and of the items among the queries (items,).
+
+    Raises:
+        ValueError: as `retrieval_ranks`; in addition, every item needs a right query.
+    """
+    there = query_embeds, item_embeds, query_groups, item_groups
+    back = item_embeds, query_embeds, item_groups, query_groups
+    if not 0 < len(query_embeds) * len(item_embeds) <= KEPT_ELEMENTS:
+        return retrieval_ranks(*there), retrieval_ranks(*back)
+    _check_embeddings(*there)
+    _check_embeddings(*back)
+    scores, block_size = query_embeds @ item_embeds.T, max(1, COMPARED_ELEMENTS // len(item_embeds))
+
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        for block, groups in zip(scores.split(block_size), query_groups.split(block_size), strict=True):
+            yield block, groups[:, None] == item_groups
+
+    of_queries = torch.cat([ranks_of(block, right) for block, right in blocks()])
+    # Blocks of items would be read across the rows: of each item, `ranks_of` in two passes over all queries.
+    best = torch.stack([block.masked_fill(~right, -torch.inf).amax(dim=0) for block, right in blocks()]).amax(dim=0)
+    return of_queries, sum(((block >= best) & ~right).sum(dim=0) for block, right in blocks())
+
+
+def _check_embeddings(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> None:
     for name, embeds in (("query", query_embeds), ("item", item_embeds)):
         if embeds.numel() and not torch.stack(embeds.aminmax()).isfinite().all():  # these pass NaN on, and copy nothing
             raise ValueError(f"A {name} embedding is NaN or infinite; the model's weights or precision are at fault.")
     missing = ~torch.isin(query_groups, item_groups)
     if missing.any():
         raise ValueError(f"Queries {missing.nonzero().flatten()[:10].tolist()} have no right item to find.")
-    if not len(query_embeds):
-        return query_groups.new_zeros(0)
-    block_size = block_size or max(BLOCK_QUERIES, BLOCK_ELEMENTS // len(item_embeds))
-    blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
-    return torch.cat([ranks_of(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks])
 
 
 def _check_finite(scores: Tensor) -> None:

@@ -10,6 +10,7 @@ import matplotlib
 from PIL import Image
 
 from capivara_common.files import read_json, write_bytes
+from capivara_common.image_files import BadImage
 from eval.records.tables import one_line
 
 matplotlib.use("Agg")  # files only; a screen is not needed
@@ -194,7 +195,7 @@ def plot_retrieval_sheet(
 
     Args:
         path: the PNG.
-        image: opens a picture of the pool that is searched, by its index.
+        image: opens a picture of the pool that is searched, by its index; none is shown where it raises BadImage.
         queries: all texts.
         embeddings: "baseline", "capivara" or both -> the split's, as `eval.retrieval` has them.
         seed: of the draw of queries.
@@ -220,9 +221,23 @@ def plot_retrieval_sheet(
             best += [] if others or right in best else [right]
             title = f"“{one_line(queries[query], 40)}”   {words['rank'].format(rank=int(ranks[role][query]) + 1)}"
             title += f" ({words[kind]})" if kind and role == "capivara" else ""
-            row.append((title, [(image(index), index == right) for index in best]))
+            row.append((title, [(_opened(image, index), index == right) for index in best]))
         rows.append(row)
     plot_gallery(rows, path, [words[role] for role in ranks] if others else (), note)
+
+
+def _opened(image: Callable[[int], Image.Image], index: int) -> Image.Image | None:
+    try:
+        return _small(image(index))
+    except BadImage:  # it has changed since it was embedded: no reason to lose what was measured
+        return None
+
+
+def _small(image: Image.Image) -> Image.Image:
+    """A copy: a photograph of 20 million pixels would be drawn at 200, and a sheet holds 48 of them."""
+    image = image.convert("RGB")
+    image.thumbnail((400, 400))
+    return image
 
 
 def _drawn(queries: int, seed: int) -> "Tensor":
@@ -234,9 +249,7 @@ def _drawn(queries: int, seed: int) -> "Tensor":
 
 def draw_image(axis: plt.Axes, image: Image.Image | None, colour: str, width: float) -> None:
     """A picture in a frame of a colour and width, grey where there is none."""
-    image = (image or Image.new("RGB", (8, 8), "#e5e7eb")).convert("RGB")
-    image.thumbnail((400, 400))  # a photograph of 20 million pixels would be drawn at 200
-    axis.imshow(image)
+    axis.imshow(_small(image or Image.new("RGB", (8, 8), "#e5e7eb")))
     # At the top of its place, so that the title above a wide one is not under the picture beside it.
     axis.set(xticks=[], yticks=[], anchor="N")
     for spine in axis.spines.values():
