@@ -4,7 +4,8 @@
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --learning_rate 1e-4 --seed 1
     accelerate launch train_accelerate.py --config configs/capivara.yaml --model MODEL --dataset DATA --resume auto
 
-Flags win over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` resumes it.
+`python -m examples.openmoji.prepare` makes what the first two train on. Flags win
+over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto` resumes it.
 """
 
 import copy
