@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import constants
-
 # How a secret begins -> how it goes on. The forms are of both `re` and RE2, which searches columns of parquet files.
 _FORMS = {
     "hf_": r"(?:oauth_[\w.-]{20,}|jwt_[\w.-]{20,}|[A-Za-z0-9]{20,})",
@@ -108,6 +106,8 @@ def redact(text: str) -> str:
 
 def known_tokens() -> list[str]:
     """From the places where huggingface_hub looks; nothing is asked of anybody."""
+    from huggingface_hub import constants  # not of every command: `capivara --help` loads nothing of the Hub
+
     found = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     with suppress(OSError, ValueError):
         found.append(Path(constants.HF_TOKEN_PATH).read_text(encoding="utf-8"))
