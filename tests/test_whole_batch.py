@@ -331,6 +331,18 @@ def test_word_rows_of_a_table_that_scales_them():
         torch.testing.assert_close(table(ids), plain)
 
 
+def test_word_rows_add_to_the_gradient_that_is_there():
+    """A dense gradient of their own would be as large as the table, and be made at every step."""
+    table, seen = torch.nn.Embedding(9, 4), []
+    table.weight.register_hook(lambda gradient: seen.append(gradient.is_sparse))
+    for step in range(2):
+        with word_rows(table, [torch.tensor([[5, 3]])]):
+            table(torch.tensor([5, 5])).sum().backward()
+        assert table.weight.grad.layout == torch.strided
+        assert table.weight.grad[5].tolist() == [2.0 * (step + 1)] * 4 and not table.weight.grad[3].any()
+    assert seen == [True, True] and not table.sparse
+
+
 def test_a_backward_pass_outside_of_word_rows_is_an_error():
     table, ids = torch.nn.Embedding(9, 4), torch.tensor([[5, 3]])
     with word_rows(table, [ids]):

@@ -182,12 +182,16 @@ def word_rows(table: nn.Embedding, input_ids: Sequence[Tensor]) -> Iterator[None
     """
     ids = torch.cat([torch.empty(0, dtype=torch.long, device=table.weight.device), *map(torch.flatten, input_ids)])
     ids = ids.unique()
+    before, table.sparse = table.sparse, True  # added to the gradient that is there; a dense one is as large again
     rows = table(ids)  # by its own forward: some tables scale their rows, and padding's has a gradient of zero
+    table.sparse = before
     ended = False
 
     def within(gradient: Tensor) -> None:
         if ended:  # what was looked up again, meanwhile, was looked up in the whole table
             raise RuntimeError("The backward pass of texts belongs within `word_rows`.")
+        if table.weight.grad is None:
+            table.weight.grad = torch.zeros_like(table.weight)
 
     if rows.requires_grad:
         rows.register_hook(within)
