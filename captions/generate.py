@@ -29,7 +29,7 @@ from caption_data.rows import CAPTIONS
 from captions.captioner import KINDS, Captioner
 from captions.stage_arguments import GenerateArguments
 from captions.stages import Phase, RowStage, StageReport, finished_row_tasks, stage_main
-from captions.translators.local import DTYPES
+from captions.translators import DTYPES
 from modeling_capivara.loading import checked_config, weights_digest
 
 COLUMN = "generated-captions-en"

@@ -18,8 +18,7 @@ from capivara_common.cli import run_command
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS, NOT_CHOSEN
 from captions.stage_arguments import SelectArguments
-from captions.stage_folder import StageReport, check_complete
-from captions.stages import Phase, RowStage, finished_row_tasks, stage_main
+from captions.stages import Phase, RowStage, StageReport, check_complete, finished_row_tasks, stage_main
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last
 
@@ -98,7 +97,7 @@ def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> St
 def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
     """The report of a selection that is complete, unless it is there."""
     if not (args.output / REPORT).is_file():
-        from captions.selection_report import write_report  # here: the plots take long to import
+        from captions.report import write_report  # here: the plots take long to import
 
         write_report(args, Selection(args).outcome, check_complete(args.output))
 

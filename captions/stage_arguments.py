@@ -4,7 +4,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,6 @@ from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments
 from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
 from caption_data.sources import SPLIT
-from captions.translators.google_cloud import GoogleArguments
 
 PREFIXES = Path(__file__).parent / "prefixes.json"
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
@@ -21,7 +20,13 @@ KINDS = ("captions", "generated-captions")  # the authors' names, before the lan
 GONE = {  # flags of earlier versions
     "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
     "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
+    **dict.fromkeys(
+        ("characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
+        "the service's own limit is kept: a request that it refuses for now is sent again, after pauses that double",
+    ),
 }
+GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
+GOOGLE_CHARACTERS = 5_000  # of a request, as Google advises
 
 
 @dataclass
@@ -62,6 +67,11 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
     def needed_columns(self) -> list[str]:
         """Of which the data set must have one, by their names in the output."""
         return []
+
+    @property
+    def title(self) -> str:
+        """Stage and split of a build, for messages."""
+        return f"{self.output.parent.name}, {self.split}"
 
 
 @dataclass(kw_only=True)
@@ -111,7 +121,7 @@ class GenerateArguments(Decoding, StageArguments):
 
 
 @dataclass(kw_only=True)
-class TranslateArguments(GoogleArguments, StageArguments):
+class TranslateArguments(StageArguments):
     """Arguments of `captions.translate`."""
 
     module = "captions.translate"
@@ -179,9 +189,8 @@ class TranslateArguments(GoogleArguments, StageArguments):
                 raise ValueError(f"{name} must be a code such as pt or zh-Hant, got {getattr(self, name)!r}.")
         if self.language == self.source_language:
             raise ValueError(f"language and source_language are both {self.language!r}; there is nothing to translate.")
-        at_least(self, 1, "batch_size", "num_beams", "max_new_tokens", "max_tries")
-        at_least(self, 0.001, "characters_per_second", "timeout_s")
-        between(self, 0, 1e12, "price_per_million", "max_cost", "first_wait_s")
+        at_least(self, 1, "batch_size", "num_beams", "max_new_tokens")
+        between(self, 0, 1e12, "price_per_million", "max_cost")
         self._check_backend()
 
     def _check_backend(self) -> None:
@@ -288,3 +297,17 @@ class BuildArguments(ExecutorArguments):
 
     def __post_init__(self) -> None:
         self.check_executor()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole build."""
+
+    steps: dict[str, list[StageArguments]]  # split -> its stages in order
+    output: Path  # folder of all
+    language: str  # of the captions
+    card: dict[str, Any]  # facts of the card that only people know
+
+    def all_steps(self) -> list[StageArguments]:
+        """The stages of all splits, in the order in which they run."""
+        return [step for steps in self.steps.values() for step in steps]

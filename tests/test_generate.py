@@ -147,13 +147,6 @@ def test_texts_of_a_batch_end_at_different_steps(blip2):
     assert len(lengths) > 2 and STEPS in lengths
 
 
-def test_images_one_by_one_give_the_same(blip2):
-    captioner, images = captioner_of(blip2), pictures(5)
-    alone = [captioner.captions([image], TEN)[0] for image in images]
-    assert captioner.captions(images, TEN) == alone
-    assert captioner.captions([], TEN) == []
-
-
 def test_a_caption_is_prefix_blank_and_text(blip2):
     captioner = captioner_of(blip2)
     (tokens,), (captions,) = new_tokens(captioner, pictures(1)), captioner.captions(pictures(1), TEN)
@@ -443,8 +436,3 @@ def test_faults_of_the_model_end_the_run(blip2_folder, monkeypatch):
     monkeypatch.setattr(captioner, "written", no_memory)
     with pytest.raises(ValueError, match=r"1 images and 160 captions at once.*--micro_batch_size"):
         process([picture])
-
-
-def test_the_authors_prefixes_are_ten():
-    content = json.loads(PREFIXES.read_text(encoding="utf-8"))
-    assert len(TEN) == 10 and "hiaac-nlp/CAPIVARA" in content["source"]
