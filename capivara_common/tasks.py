@@ -60,10 +60,11 @@ class ExecutorArguments:
                         f"tasks, got {str(value)!r}."
                     )
             name = "logging_dir" if self.logging_dir else "output"
-            folder = str(Path(getattr(self, name, None) or "").absolute())
-            if re.search(r"[^\w./+@,=:-]", folder):  # datatrove writes it into the jobs' script as it is
-                raise ValueError(
-                    f"{name} must have letters, digits and ./+@,=:_- alone where Slurm runs the tasks, got {folder!r}."
+            folder = self.logging_dir or getattr(self, "output", None)
+            if folder and re.search(r"[^\w./+@,=:-]", str(Path(folder).absolute())):
+                raise ValueError(  # datatrove writes it into the jobs' script as it is
+                    f"{name} must have letters, digits and ./+@,=:_- alone where Slurm runs the tasks, got "
+                    f"{str(Path(folder).absolute())!r}."
                 )
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
             raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")

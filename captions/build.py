@@ -26,7 +26,7 @@ from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
 from capivara_common.files import partial_folder
 from caption_data.sources import STAGE_FILE
-from captions.dataset import DATASET_FOLDER
+from captions.dataset_folder import DATASET_FOLDER
 from captions.stage_arguments import (
     GOOGLE_MODULES,
     BuildArguments,
@@ -211,7 +211,7 @@ def build(args: BuildArguments) -> Path | None:
     works = [work for step in left for work in Work.of(step, step.title)]
     if not waiting:
         logs = (args.logging_dir or plan.output / "logs") / "dataset"
-        works.append(Work("captions.dataset", "dataset", plan, logs, "dataset"))
+        works.append(Work("captions.dataset_folder", "dataset", plan, logs, "dataset"))
     if works and not execute(works, args):
         logger.info("The jobs are submitted. This command with --dry_run says how far they are.")
         return None

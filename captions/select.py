@@ -97,7 +97,7 @@ def select_rows(args: SelectArguments, rank: int = 0, world_size: int = 1) -> St
 def write_missing_report(args: SelectArguments, rank: int = 0, world_size: int = 1) -> None:
     """The report of a selection that is complete, unless it is there."""
     if not (args.output / REPORT).is_file():
-        from captions.report import write_report  # here: the plots take long to import
+        from captions.selection_report import write_report  # here: the plots take long to import
 
         write_report(args, Selection(args).outcome, check_complete(args.output))
 

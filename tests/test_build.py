@@ -519,7 +519,7 @@ def test_a_full_disk_at_the_end(config, tmp_path, monkeypatch):
         def full(*_, **__):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        patch.setattr("captions.dataset.pa.concat_tables", full)
+        patch.setattr("captions.dataset_folder.pa.concat_tables", full)
         with pytest.raises(
             SystemExit, match=r"error: No space left on the disk while writing .*; the same command goes on"
         ):

@@ -28,7 +28,7 @@ from captions.stages import StageReport, skipped_path, stage_source
 from eval.records.plots import INK, MODEL_COLOUR, save_figure, tidy
 from eval.records.tables import one_line
 
-TEMPLATE = Path(__file__).parent / "report.html.j2"
+TEMPLATE = Path(__file__).parent / "selection_report.html.j2"
 BINS = 200  # of cosine -1 to 1
 EXAMPLES = 6  # on either side of the cut
 CUTS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4)  # of the table that helps to choose one; CAPIVARA has 0.2
