@@ -165,7 +165,9 @@ def test_a_corrected_cell_makes_again_what_depends_on_it(config, tmp_path, caplo
     after = times(tmp_path / "built")
     assert after.keys() == before.keys()
     kept = {name for name in after if after[name] == before[name]}
-    assert kept == {name for name in after if "/test-" in name or name.startswith("test.")}
+    assert kept - {"1-translate/sentences.parquet"} == {
+        name for name in after if name.startswith(("1-translate/test-", "test."))
+    }
     assert "ikati elincinane" in str(rows_of(tmp_path / "built" / "dataset"))
     corrected_build = files(tmp_path / "built")
     build(BuildArguments(config))
