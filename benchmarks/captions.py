@@ -49,7 +49,7 @@ from benchmarks.timing import conditions, finish, median_ratio, rate_spread, sof
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.rows import CAPTIONS, SIMILARITIES
-from captions import sentence_stage
+from captions import translate
 from captions.captioner import Blip2Captioner, Decoding
 from captions.generate import COLUMN, GenerateProcess, read_prefixes
 from captions.score import ScoreProcess
@@ -57,7 +57,7 @@ from captions.select import SelectArguments, Selection
 from captions.stage_arguments import PREFIXES, StageArguments, TranslateArguments
 from captions.stages import RowStage
 from captions.translate import PHASES
-from captions.translators.local import Seq2SeqTranslator
+from captions.translators import Seq2SeqTranslator
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.two_towers import capivara_embedder
 
@@ -260,7 +260,7 @@ def generation_steps(captioner: Blip2Captioner, prefixes: list[str], images: int
 def translation(args: CaptionsArguments, folder: Path) -> dict[str, Any]:
     """Rates on different, repeated and known sentences, and the gain of the memory."""
     translator = scaled_translator()
-    sentence_stage.open_translator = lambda *_: translator  # the stage would load one
+    translate.open_translator = lambda *_: translator  # the stage would load one
     number = args.translated_rows * CAPTIONS_PER_ROW
     different = sentences(number)
     originals = different[: max(1, round(number * (1 - args.repeated)))]

@@ -52,15 +52,20 @@ class ExecutorArguments:
         if self.executor == "slurm" and not (self.partition and self.time):
             raise ValueError("--executor slurm needs --partition and --time, such as --partition gpu --time 04:00:00.")
         if self.executor == "slurm":
-            for name in ("partition", "time", "sbatch", "logging_dir", "output"):  # they stand in the jobs' script
-                value = getattr(self, name, None)
-                if isinstance(value, Path):  # a relative one has the current folder before it there
-                    value = value.absolute()
-                if re.search(r"[\x00-\x1f\x7f-\x9f\\]", "".join(value) if name == "sbatch" else str(value)):
+            for name in ("partition", "time", "sbatch"):
+                value = getattr(self, name)
+                if re.search(r"[\x00-\x1f\x7f-\x9f\\]", "".join(value)):
                     raise ValueError(
                         f"{name} must have no backslash, line break or other control character where Slurm runs the "
-                        f"tasks, got {str(value)!r}. Rename it."
+                        f"tasks, got {str(value)!r}."
                     )
+            name = "logging_dir" if self.logging_dir else "output"
+            folder = self.logging_dir or getattr(self, "output", None)
+            if folder and re.search(r"[^\w./+@,=:-]", str(Path(folder).absolute())):
+                raise ValueError(  # datatrove writes it into the jobs' script as it is
+                    f"{name} must have letters, digits and ./+@,=:_- alone where Slurm runs the tasks, got "
+                    f"{str(Path(folder).absolute())!r}."
+                )
         if not all(re.fullmatch(r"[a-z][a-z-]*(=.*)?", option) for option in self.sbatch):
             raise ValueError(f"sbatch must be options as KEY=VALUE, without dashes before them, got {self.sbatch}.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -160,7 +160,7 @@ def open_split(
 def refuse_unfinished(folder: Path) -> None:
     """Raise ValueError, with the command that goes on, where a folder is of a stage that lacks parts, by their names.
 
-    `captions.stage_folder` writes such folders; an unfinished one must not be taken for the whole.
+    `captions.stages` writes such folders; an unfinished one must not be taken for the whole.
     """
     if not (folder / STAGE_FILE).is_file():
         return

@@ -14,30 +14,173 @@ config, docs/cluster.md how to run it on a cluster.
 
 import itertools
 import logging
+import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from capivara_common.cli import WrongUse, parse, run_command, user_errors
+from capivara_common.cli import WrongUse, as_flags, parse, read_config, run_command, unknown, user_errors
 from capivara_common.environment import require
 from capivara_common.executors import Work, execute, failures
 from capivara_common.files import partial_folder
 from caption_data.sources import STAGE_FILE
-from captions.build_plan import Plan, Step, read_plan
 from captions.dataset_folder import DATASET_FOLDER
-from captions.sentence_stage import corrected_sentences, remove_corrected
-from captions.stage_arguments import BuildArguments
-from captions.stage_folder import unfinished
-from captions.stages import RowStage
-from captions.translate import export
-from captions.translators.google_cloud import GOOGLE_MODULES
+from captions.stage_arguments import (
+    GOOGLE_MODULES,
+    BuildArguments,
+    GenerateArguments,
+    Plan,
+    ScoreArguments,
+    SelectArguments,
+    StageArguments,
+    TranslateArguments,
+)
+from captions.stages import RowStage, unfinished
+from captions.translate import corrected_sentences, export, remove_made
 from captions.tsv import untranslated
+
+# In the order of the chain. A section may be left out; of `translate` there may be a list, one translator a time.
+STAGES = {
+    "generate": GenerateArguments,
+    "translate": TranslateArguments,
+    "score": ScoreArguments,
+    "select": SelectArguments,
+}
+READ = "read"  # the stage of a split that no other one works on: its rows as they are
+CONFIG_KEYS = {
+    "dataset": "the images: what every stage takes as --dataset",
+    "output": "folder of all that is made",
+    "language": "code of the language of the captions",
+    "source_language": "of the captions that are translated; en",
+    "split": "split that all stages work on; train",
+    "evaluation_splits": "splits of the same data set that are translated and no more, such as [validation, test]",
+    "image_column": "column of the images; image",
+    "rename": "columns that get another name, such as [caption=captions-en]",
+    "card": "pretty_name, license and sources of the data set card",
+}
+CARD_KEYS = ("pretty_name", "description", "license", "license_name", "license_link", "sources", "attribution")
+SOURCE_KEYS = ("name", "url", "license")
 
 logger = logging.getLogger("capivara")
 
 
 class ManualStepRequired(Exception):
     """The build waits for translations that somebody has to write; the text says in which tables."""
+
+
+def read_plan(config: Path, executor: dict[str, Any] | None = None, **given: str | Path | None) -> Plan:
+    """The plan of a config file.
+
+    Args:
+        config: YAML; `CONFIG_KEYS` and the names of `STAGES` are its keys.
+        executor: flags of `ExecutorArguments` for all stages; the section of a stage may have its own.
+        given: values of such keys that go before those of the file; None for those that are not given.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value breaks the rule of its stage; all before any work.
+    """
+    content = {key: value for key, value in read_config(config).items() if value not in ("", "~", "null")}
+    content |= {key: str(value) for key, value in given.items() if value is not None}
+    _check_keys(content, [*CONFIG_KEYS, *STAGES], str(config))
+    for key in ("dataset", "output", "language"):
+        if not content.get(key):
+            raise ValueError(f"{config} lacks `{key}`, {CONFIG_KEYS[key]}. Write it there, or give --{key}.")
+    card = _checked_card(content.get("card"), config)
+    sections = _sections(content, config)
+    if not sections:
+        raise ValueError(f"{config} has none of the stages {', '.join(STAGES)}; there is nothing to do.")
+    train, evaluation = content.get("split", "train"), _listed(content.get("evaluation_splits", []))
+    if train in evaluation:
+        raise ValueError(f"{config}: evaluation_splits has {train!r}, which is the split that all stages work on.")
+    steps = {train: _steps(content, sections, train, executor or {}, config)}
+    some = [section for section in sections if section[1] == "translate"] or [(0, READ, {})]
+    steps |= {split: _steps(content, some, split, executor or {}, config) for split in evaluation}
+    return Plan(steps, Path(content["output"]), content["language"], card)
+
+
+def _sections(content: dict[str, Any], config: Path) -> list[tuple[int, str, dict[str, Any]]]:
+    """(number, stage, its flags) of the chain."""
+    found = [
+        (name, section)
+        for name in STAGES
+        if name in content
+        for section in (_listed(content[name]) if name == "translate" else [content[name]])
+    ]
+    for name, section in found:
+        if not isinstance(section, dict):
+            raise ValueError(f"{config}: `{name}` must hold `key: value` lines, got {section!r}.")
+    return [(number, name, section) for number, (name, section) in enumerate(found, 1)]
+
+
+def _steps(
+    content: dict[str, Any],
+    sections: list[tuple[int, str, dict[str, Any]]],
+    split: str,
+    executor: dict[str, Any],
+    config: Path,
+) -> list[StageArguments]:
+    """Every stage reads what the one before it writes."""
+    steps: list[StageArguments] = []
+    dataset, output = content["dataset"], Path(content["output"])
+    for number, name, section in sections:
+        folder = output / f"{number}-{name}" / split
+        logs = Path(executor.get("logging_dir", output / "logs")) / f"{number}-{name}" / split
+        values = {**executor, "dataset": dataset, "output": str(folder), "split": split, "logging_dir": str(logs)}
+        if not steps:  # the others read columns of our names
+            values |= {key: content[key] for key in ("image_column", "rename") if key in content}
+        if name in ("translate", "score", "select"):
+            values["language"] = content["language"]
+        if name == "translate":
+            values["memory"] = str(output / f"{number}-{name}" / "memory")
+            values |= {key: content[key] for key in ("source_language",) if key in content}
+        # `{split}` in a value stands for the split's name: tables of translations are of one split.
+        values |= {k: v.replace("{split}", split) if isinstance(v, str) else v for k, v in section.items()}
+        steps.append(_parsed(name, values, f"{config}, section {name}"))
+        dataset = str(folder)
+    return steps
+
+
+def _parsed(name: str, values: dict[str, Any], where: str) -> StageArguments:
+    """The arguments of a stage. Raises ValueError where a key is unknown or a value is of the wrong type."""
+    kind = STAGES.get(name, StageArguments)
+    values = {"import_file" if key == "import" else key: value for key, value in values.items()}
+    flags = as_flags(values, kind, where)
+    try:
+        return parse(kind, None, flags)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _checked_card(card: Any, config: Path) -> dict[str, Any]:
+    """Licence and sources are nothing that a program could know, and a data set without them must not be published."""
+    if not isinstance(card, dict):
+        raise ValueError(f"{config} lacks `card`, with {CONFIG_KEYS['card']}: no data set without its sources.")
+    _check_keys(card, CARD_KEYS, f"{config}, section card")
+    sources = card.get("sources")
+    if not isinstance(sources, list) or not sources or not all(isinstance(source, dict) for source in sources):
+        raise ValueError(f"{config}: card.sources must list the sources, each with {', '.join(SOURCE_KEYS)}.")
+    for source in sources:
+        _check_keys(source, SOURCE_KEYS, f"{config}, section card, sources")
+        if not (source.get("name") and source.get("license")):
+            raise ValueError(f"{config}: every one of card.sources needs a name and a license, got {source}.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", str(card.get("license", ""))):
+        raise ValueError(
+            f"{config}: card.license must be an identifier of the Hub such as cc-by-sa-4.0, or other (with "
+            f"license_name and license_link), got {card.get('license')!r}."
+        )
+    return card
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_keys(content: dict[str, Any], known: Sequence[str], where: str) -> None:
+    for key in content:
+        if key not in known:
+            raise ValueError(unknown(str(key), f"key in {where}", list(known), f"Known are {', '.join(known)}."))
 
 
 def build(args: BuildArguments) -> Path | None:
@@ -62,10 +205,10 @@ def build(args: BuildArguments) -> Path | None:
     if args.dry_run:
         return None
     runnable, waiting = split_at_tables(plan)
-    remove_corrected_rows(plan, runnable)
+    remove_corrected(plan, runnable)
     # Slurm takes jobs for what is done as well; a table is asked for once none is needed.
     left = [step for step in runnable if not waiting or _state(step) != "done"]
-    works = [work for step in left for work in Work.of(step.args, step.title)]
+    works = [work for step in left for work in Work.of(step, step.title)]
     if not waiting:
         logs = (args.logging_dir or plan.output / "logs") / "dataset"
         works.append(Work("captions.dataset_folder", "dataset", plan, logs, "dataset"))
@@ -74,15 +217,16 @@ def build(args: BuildArguments) -> Path | None:
         return None
     if waiting:  # the tables of all splits are written, so that they can be translated at once
         for step in waiting:
-            if not step.table.is_file():
-                export(step.args, step.table)
-        lines = [f"{step.table} has the sentences of {step.title}: {untranslated(step.table)}" for step in waiting]
+            if not step.import_file.is_file():
+                export(step, step.import_file)
+        tables = [(step.import_file, step.title) for step in waiting]
+        lines = [f"{table} has the sentences of {title}: {untranslated(table)}" for table, title in tables]
         raise ManualStepRequired("\n".join(lines) + "\nFill the last column, then run the same command again.")
     return plan.output / DATASET_FOLDER
 
 
-def split_at_tables(plan: Plan) -> tuple[list[Step], list[Step]]:
-    """The steps that can run now, and of each split the first one whose table is not there yet, or not filled."""
+def split_at_tables(plan: Plan) -> tuple[list[StageArguments], list[StageArguments]]:
+    """The stages that can run now, and of each split the first one whose table is not there yet, or not filled."""
     runnable, waiting = [], []
     for steps in plan.steps.values():
         ready = list(itertools.takewhile(_has_translations, steps))
@@ -90,38 +234,38 @@ def split_at_tables(plan: Plan) -> tuple[list[Step], list[Step]]:
     return runnable, waiting
 
 
-def _has_translations(step: Step) -> bool:
-    return step.table is None or (step.table.is_file() and not untranslated(step.table))
+def _table(step: StageArguments) -> Path | None:
+    """A translation that is made elsewhere."""
+    return getattr(step, "import_file", None)
 
 
-def remove_corrected_rows(plan: Plan, runnable: list[Step]) -> None:
+def _has_translations(step: StageArguments) -> bool:
+    return _table(step) is None or (step.import_file.is_file() and not untranslated(step.import_file))
+
+
+def remove_corrected(plan: Plan, runnable: list[StageArguments]) -> None:
     """Remove what was made of translations that a table has otherwise now: the run makes it again."""
-    chains = [(steps[number:], step) for steps in plan.steps.values() for number, step in enumerate(steps)]
-    corrected = [
-        (chain, found)
-        for chain, step in chains
-        if step.table and step in runnable and (found := corrected_sentences(step.args))
-    ]
-    if corrected:
-        for folder in (plan.output / DATASET_FOLDER, partial_folder(plan.output / DATASET_FOLDER)):
-            shutil.rmtree(folder, ignore_errors=True)
-    for (step, *later), found in reversed(corrected):  # of two tables in a row, the second one's rows are still there
-        remove_corrected(step.args, found, [one.args for one in later])
+    for steps in plan.steps.values():
+        for number, step in enumerate(steps):
+            if _table(step) and step in runnable and corrected_sentences(step):
+                for folder in (plan.output / DATASET_FOLDER, partial_folder(plan.output / DATASET_FOLDER)):
+                    shutil.rmtree(folder, ignore_errors=True)
+                remove_made(steps[number:])
 
 
 def check_data(plan: Plan) -> None:
     """Raise ValueError where the data set is missing or lacks a split or columns, before a model is looked for."""
     for first in (steps[0] for steps in plan.steps.values()):
         if _state(first) != "done":
-            RowStage(first.args)
+            RowStage(first)
 
 
 def check_packages(plan: Plan) -> None:
     """Raise ImportError where an extra is missing that a stage would ask for, maybe after days of others."""
     for step in plan.all_steps():
-        if step.name == "score" and step.args.model.startswith("open_clip:"):
+        if isinstance(step, ScoreArguments) and step.model.startswith("open_clip:"):
             require("The stage score of the config", "open_clip", "open_clip")
-        elif step.name == "translate" and step.args.backend == "google":
+        elif isinstance(step, TranslateArguments) and step.backend == "google":
             require("The stage translate of the config", "google", *GOOGLE_MODULES)
 
 
@@ -129,24 +273,22 @@ def described(plan: Plan) -> list[str]:
     """What is done and what will be, a line a stage, and the tasks that have failed."""
     lines = []
     for step in plan.all_steps():
-        lines.append(f"{step.title}: {_state(step)}\n    {step.args.command()}")
-        found = corrected_sentences(step.args) if step.table and _has_translations(step) else {}
-        if number := sum(map(bool, found.values())):
+        lines.append(f"{step.title}: {_state(step)}\n    {step.command()}")
+        if _table(step) and _has_translations(step) and (number := corrected_sentences(step)):
             lines.append(f"    {number:,} of its translations have changed; what depends on them will be made again")
-        for work in Work.of(step.args, step.title):
-            lines += [f"    {work.title}: task {rank} has failed: {text}" for rank, text in failures(work.logs).items()]
+        for work in Work.of(step, step.title):
+            lines += [f"    {work}: task {rank} has failed: {text}" for rank, text in failures(work.logs).items()]
     there = (plan.output / DATASET_FOLDER).is_dir()
     return [*lines, f"{plan.output / DATASET_FOLDER}: {'done' if there else 'to be made'}"]
 
 
-def _state(step: Step) -> str:
-    output = step.args.output
+def _state(step: StageArguments) -> str:
     if not _has_translations(step):
-        missing = untranslated(step.table) if step.table.is_file() else ""
-        return ": ".join(filter(None, [f"waits for {step.table}", missing.partition(":")[0]]))
-    if not (output / STAGE_FILE).is_file():
+        missing = untranslated(step.import_file) if step.import_file.is_file() else ""
+        return ": ".join(filter(None, [f"waits for {step.import_file}", missing.partition(":")[0]]))
+    if not (step.output / STAGE_FILE).is_file():
         return "to be done"
-    left = sum(map(len, unfinished(output)))
+    left = unfinished(step.output)
     return f"{left:,} rows to be done" if left else "done"
 
 

@@ -5,6 +5,7 @@ there: the same command finishes an unfinished one. All splits get the same colu
 through fewer stages; `datasets` would refuse the data set otherwise.
 """
 
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features
+from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
 from capivara_common.files import finish_folder, no_space_left, partial_folder, read_json, write_json, write_text
@@ -22,15 +24,26 @@ from capivara_common.privacy import hide_paths
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN
 from caption_data.sources import stage_record
-from captions.build_plan import Plan, Step
-from captions.dataset_card import dataset_card
 from captions.quality import REPORT_FILE
-from captions.stage_folder import check_complete, identity_digest, whole_parquet
+from captions.stage_arguments import Plan, StageArguments
+from captions.stages import check_complete, flat, identity_digest, whole_parquet
+from eval.records.tables import escape_markdown
 
 DATASET_FOLDER = "dataset"
 FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes
 FACTS = "build.json"  # what the card says, as JSON
 PICTURE = "similarities.png"  # of the selection's report
+TEMPLATE = Path(__file__).parent / "dataset_card.md.j2"
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+# Digests and long lists of settings.
+NOT_SHOWN = re.compile(r"(^|\.)(fingerprint|sha256|generation|prefixes|existing|target)(\.|$)")
+MEANINGS = {
+    "image": "picture, as the bytes of its source",
+    "captions": "captions in {language}, of the source or translated",
+    "generated-captions": "captions in {language} that a model generated, or translations of such",
+    "similarities": "cosine of the image and each of its captions in {language}, captions first, then generated ones",
+    "quality": "translations into {language} that look wrong, and why",
+}
 
 
 def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:
@@ -41,7 +54,7 @@ def write_dataset(plan: Plan, rank: int = 0, world_size: int = 1) -> Path:
         OSError: the disk is full; the same command does the rest.
     """
     output = plan.output / DATASET_FOLDER
-    last = {split: steps[-1].args.output for split, steps in plan.steps.items()}
+    last = {split: steps[-1].output for split, steps in plan.steps.items()}
     digests = {split: identity_digest(stage_record(stage)) for split, stage in last.items()}
     if output.is_dir():
         if _digests_in(output) != digests:
@@ -83,9 +96,9 @@ def _digests_in(folder: Path) -> dict[str, str] | None:
     return read_json(folder / FACTS).get("stages_digest") if (folder / FACTS).is_file() else None
 
 
-def _picture(step: Step) -> Path:
+def _picture(step: StageArguments) -> Path:
     """Of a selection where there were similarities."""
-    return step.args.output / "report" / PICTURE
+    return step.output / "report" / PICTURE
 
 
 def _files(folder: Path, split: str, stage: Path) -> dict[Path, list[Path]]:
@@ -123,7 +136,7 @@ def _write_file(path: Path, parts: list[Path], schema: pa.Schema) -> None:
                     parquet.write_table(pa.concat_tables(tables, promote_options="default"))
 
 
-def _split_facts(files: Iterable[Path], steps: list[Step]) -> dict[str, Any]:
+def _split_facts(files: Iterable[Path], steps: list[StageArguments]) -> dict[str, Any]:
     """Rows, captions that are not blank by column, and what the stages say of themselves."""
     rows, captions = 0, Counter()
     for path in files:
@@ -137,13 +150,13 @@ def _split_facts(files: Iterable[Path], steps: list[Step]) -> dict[str, Any]:
     return {"rows": rows, "captions": dict(captions), "steps": [_step_facts(step) for step in steps]}
 
 
-def _step_facts(step: Step) -> dict[str, Any]:
+def _step_facts(step: StageArguments) -> dict[str, Any]:
     """Of `stage.json`, the parts, and the counts of a translation's quality."""
-    folder = step.args.output
+    folder = step.output
     record, report, quality = stage_record(folder), check_complete(folder), folder / REPORT_FILE
     found = read_json(quality) if quality.is_file() else None
     return {
-        "name": step.name,
+        "name": step.output.parent.name.partition("-")[2],
         "settings": hide_paths(record["settings"]),
         "rows_in": record["source"]["rows"],
         "rows_out": report.rows,
@@ -151,6 +164,62 @@ def _step_facts(step: Step) -> dict[str, Any]:
         "quality": found and {key: found[key] for key in ("captions", "flagged")},
         "versions": record["versions"],
     }
+
+
+def dataset_card(facts: dict[str, Any], picture: str | None) -> str:
+    """The data set's README.md, of the facts of build.json and the file with the similarities beside it."""
+    card, language, splits = facts["card"], facts["language"], facts["splits"].values()
+    rows, stages = sum(split["rows"] for split in splits), {step["name"] for split in splits for step in split["steps"]}
+    filled = [name for split in splits for name, n in split["captions"].items() if n and CAPTION_COLUMN.fullmatch(name)]
+    languages = sorted({name.split("captions-", 1)[1] for name in filled}, key=lambda code: (code != language, code))
+    data = DatasetCardData(
+        # The Hub takes codes of ISO 639 alone: `zh` of `zh-Hant`, `por` of `por_Latn`.
+        language=list(dict.fromkeys(re.split(r"[-_]", code)[0].lower() for code in languages)),
+        **{key: card.get(key) for key in ("license", "license_name", "license_link", "pretty_name")},
+        size_categories=[next((name for limit, name in SIZES if rows < limit), "n>10M")],
+        task_categories=["image-to-text", "zero-shot-image-classification"],
+        tags=["capivara", "image-text", *(["translated"] if "translate" in stages else [])],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": name, "path": f"data/{name}-*"} for name in facts["splits"]],
+            }
+        ],
+    )
+    text = DatasetCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        facts=facts,
+        title=card.get("pretty_name") or f"Images with captions in {', '.join(languages)}",
+        description=card.get("description") or "Images with captions, to train image-text models on.",
+        caption_columns=list(dict.fromkeys(filled)),
+        stages=stages,
+        picture=picture,
+        escape=escape_markdown,  # of all texts of others
+        code=_code,
+        link=lambda name, url: f"[{name}](<{url}>)" if re.fullmatch(r"https?://[^\s<>]+", url) else name,
+        meaning=_meaning,
+        settings=_settings,
+    )
+    return f"{text}\n"
+
+
+def _code(name: str) -> str:
+    """A name in backticks."""
+    return "`" + re.sub(r"[`|\s]", "_", name) + "`"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    """Settings in words, the model first; digests and long lists are left to build.json."""
+    leaves = sorted(flat(settings).items(), key=lambda leaf: not leaf[0].endswith("model"))
+    shown = [(k, v) for k, v in leaves if v is not None and v is not False and not NOT_SHOWN.search(k)]
+    return ", ".join(f"{key.rpartition('.')[2].replace('_', ' ')} {value}" for key, value in shown)
+
+
+def _meaning(column: str) -> str:
+    """What a column holds, in words."""
+    kind = next((kind for kind in MEANINGS if column.startswith(kind + "-")), column)
+    return MEANINGS.get(kind, "as in the source").format(language=_code(column.removeprefix(kind + "-")))
 
 
 PHASES = {"dataset": Phase(write_dataset)}

@@ -19,7 +19,7 @@ from datasets import List, Value
 
 from capivara_common.files import read_json, write_json
 from caption_data.selection import TOKEN_PATTERN
-from captions.translators.languages import scripts_of
+from captions.languages import scripts_of
 
 FLAGS = ("empty", "copy", "wrong script", "length", "repetition", "markup")
 MAX_NAME_WORDS = 3  # so much may be a name: "Rio de Janeiro" is right in every language

@@ -18,8 +18,7 @@ from capivara_common.cli import run_command
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS, NOT_CHOSEN
 from captions.stage_arguments import SelectArguments
-from captions.stage_folder import StageReport, check_complete
-from captions.stages import Phase, RowStage, finished_row_tasks, stage_main
+from captions.stages import Phase, RowStage, StageReport, check_complete, finished_row_tasks, stage_main
 
 REPORT = Path("report") / "index.html"  # in the output; it is written last
 

@@ -1,19 +1,15 @@
 """Arguments of the stages and of the build."""
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import numpy as np
+from typing import Any, Literal
 
 from capivara_common.cli import at_least, between, flag
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments
 from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
 from caption_data.sources import SPLIT
-from captions.translators.google_cloud import GoogleArguments
 
 PREFIXES = Path(__file__).parent / "prefixes.json"
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
@@ -21,7 +17,17 @@ KINDS = ("captions", "generated-captions")  # the authors' names, before the lan
 GONE = {  # flags of earlier versions
     "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
     "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
+    **dict.fromkeys(
+        ("sampling", "temperature", "top_p", "seed"),
+        "every token is the likeliest one; more texts of an image come of more --prefixes",
+    ),
+    **dict.fromkeys(
+        ("characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
+        "the service's own limit is kept: a request that it refuses for now is sent again, after pauses that double",
+    ),
 }
+GOOGLE_MODULES = ("google.auth", "google.cloud.translate_v2")  # of the extra `google`
+GOOGLE_CHARACTERS = 5_000  # of a request, as Google advises
 
 
 @dataclass
@@ -63,6 +69,11 @@ class StageArguments(CaptionDataArguments, ExecutorArguments):
         """Of which the data set must have one, by their names in the output."""
         return []
 
+    @property
+    def title(self) -> str:
+        """Stage and split of a build, for messages."""
+        return f"{self.output.parent.name}, {self.split}"
+
 
 @dataclass(kw_only=True)
 class Decoding:
@@ -70,22 +81,9 @@ class Decoding:
 
     max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
     micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
-    sampling: bool = flag(False, "Draw every token at random, instead of the likeliest.")
-    temperature: float = flag(1.0, "With --sampling: above 1 is wilder, below 1 tamer.")
-    top_p: float = flag(1.0, "With --sampling: share of the probability drawn from.")
-    seed: int = flag(0, "With --sampling: seed, image and prefix determine the text.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_new_tokens", "micro_batch_size")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; leave out --sampling for none.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-
-    def uniforms(self, key: bytes, prefix: str) -> np.ndarray:
-        """(max_new_tokens,) in [0, 1): of seed, key and prefix alone, whatever batch, task or machine they are on."""
-        digest = hashlib.sha256(f"{self.seed}\0{prefix}\0".encode() + key).digest()
-        return np.random.default_rng(int.from_bytes(digest, "big")).random(self.max_new_tokens, dtype=np.float32)
 
 
 @dataclass
@@ -111,7 +109,7 @@ class GenerateArguments(Decoding, StageArguments):
 
 
 @dataclass(kw_only=True)
-class TranslateArguments(GoogleArguments, StageArguments):
+class TranslateArguments(StageArguments):
     """Arguments of `captions.translate`."""
 
     module = "captions.translate"
@@ -179,9 +177,8 @@ class TranslateArguments(GoogleArguments, StageArguments):
                 raise ValueError(f"{name} must be a code such as pt or zh-Hant, got {getattr(self, name)!r}.")
         if self.language == self.source_language:
             raise ValueError(f"language and source_language are both {self.language!r}; there is nothing to translate.")
-        at_least(self, 1, "batch_size", "num_beams", "max_new_tokens", "max_tries")
-        at_least(self, 0.001, "characters_per_second", "timeout_s")
-        between(self, 0, 1e12, "price_per_million", "max_cost", "first_wait_s")
+        at_least(self, 1, "batch_size", "num_beams", "max_new_tokens")
+        between(self, 0, 1e12, "price_per_million", "max_cost")
         self._check_backend()
 
     def _check_backend(self) -> None:
@@ -288,3 +285,17 @@ class BuildArguments(ExecutorArguments):
 
     def __post_init__(self) -> None:
         self.check_executor()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole build."""
+
+    steps: dict[str, list[StageArguments]]  # split -> its stages in order
+    output: Path  # folder of all
+    language: str  # of the captions
+    card: dict[str, Any]  # facts of the card that only people know
+
+    def all_steps(self) -> list[StageArguments]:
+        """The stages of all splits, in the order in which they run."""
+        return [step for steps in self.steps.values() for step in steps]

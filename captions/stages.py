@@ -2,58 +2,75 @@
 
     stage = RowStage(StageArguments("images", Path("generated")))
     stage.run({"captions-pt": CAPTIONS}, {"model": "…"}, process)
+    python -c "from captions.stages import check_complete; print(check_complete('data/pt/3-score/train'))"
 
-The parts of a folder (`captions.stage_folder`) are one data set for `open_split`, and for the next stage. The
-tasks of a stage share the parts out by `rank` and `world_size`, which `capivara_common.executors` gives them,
-with nothing between them but the file system. A task that was killed is run again and writes the parts that are
-missing, so that no row is doubled or lost. Images pass through as their original bytes, and no more rows are in memory
-than are worked on at once.
+A part is a parquet file of consecutive rows of the source, named by their numbers, with the rows that were left out in
+a list beside it. Where parts begin depends on `stage.json` alone, not on who writes them: the tasks of a stage share
+them out by `rank` and `world_size`, with nothing between them but the file system. The names of whole files alone say
+what is done, so that a task that was killed is run again, in any number of tasks, and no row is doubled or lost. The
+parts of a folder are one data set for `open_split`, and for the next stage. Images pass through as their bytes, and no
+more rows are in memory than are worked on at once.
 """
 
 import itertools
+import json
 import logging
+import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Features, Image
 from tqdm.auto import tqdm
 
 from capivara_common.cli import parse, user_errors
 from capivara_common.environment import package_versions
 from capivara_common.executors import EXPECTED, TasksFailed, Work, execute
-from capivara_common.files import no_space_left
+from capivara_common.files import no_space_left, write_json
 from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase, all_parts, share
-from caption_data.rows import CAPTION_COLUMN, CAPTIONS, NO_TEXTS, Skipped, caption_texts, write_skipped
-from caption_data.sources import NoSplit, Split
+from caption_data.rows import CAPTION_COLUMN, CAPTIONS, NO_TEXTS, Skipped, caption_texts, digest_of, write_skipped
+from caption_data.sources import STAGE_FILE, NoSplit, Split, opened_parquet, refuse_unfinished, stage_record
 from captions.in_place import fingerprint, open_in_place
+from captions.languages import groups
 from captions.stage_arguments import StageArguments
-from captions.stage_folder import (
-    DIGEST_KEY,
-    StageReport,
-    check_complete,
-    claim,
-    finished_ranks,
-    identity_digest,
-    part_path,
-    progress,
-    remove_leftovers,
-    skipped_path,
-    whole_parquet,
-)
-from captions.translators.pieces import groups
-
-logger = logging.getLogger("capivara")
 
 IMAGE = "image"  # the authors' name, which the image column has in every output
 STAGE_VERSION = 1  # of the folder's form; raise it when parts change
+IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
+NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
+DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of its stage.json
 ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
 PREPARED_ROWS = 50_000  # whose translations are in memory at once
 # What a stage does with some rows: for each, its new columns, or why it is left out.
 Process = Callable[[list[dict[str, Any]]], list[dict[str, Any] | BadRow]]
+
+logger = logging.getLogger("capivara")
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What of a stage is done."""
+
+    rows: int  # that were written
+    skipped: dict[str, int]  # reason -> number of the rows that were left out
+    missing: int = 0  # rows that no task has written yet
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in self.skipped.items())
+        return (
+            f"{self.rows:,} rows written, {sum(self.skipped.values()):,} left out"
+            + f" ({reasons})" * bool(reasons)
+            + f", {self.missing:,} not done yet" * bool(self.missing)
+        )
 
 
 class RowStage:
@@ -173,14 +190,25 @@ def passed_features(source: Split, image_column: str, renamed: dict[str, str]) -
     return Features(features | {IMAGE: Image()})
 
 
-def finished_row_tasks(args: StageArguments, world_size: int) -> list[int]:
-    """`Phase.finished` of a phase that is a `RowStage`; removes what kills have left of parts that are there."""
-    remove_leftovers(args.output)
-    try:
-        source = stage_source(args)
-    except (ValueError, OSError):  # the stage before is unfinished; any other fault is for the tasks to report
-        return []
-    return finished_ranks(args.output, plain_record(source, args, args.rows_per_part), world_size)
+def stage_source(args: StageArguments) -> Split:
+    """The rows that a stage reads. Raises ValueError as `open_split` does."""
+    return open_in_place(args.dataset, args.split, args.image_column, **args.limits())
+
+
+def plain_record(source: Any, args: StageArguments, rows_per_part: int) -> dict[str, Any]:
+    """What of `stage.json` is known before a model is loaded; `source` has the rows."""
+    return {
+        "version": STAGE_VERSION,
+        "command": args.command(),
+        "source": {
+            "name": source.name,
+            "split": source.split,
+            "rows": len(source),
+            "fingerprint": fingerprint(source) if isinstance(source, Split) else source.fingerprint(),
+            "damaged": [damage.detail for damage in source.damaged],
+        },
+        "rows_per_part": rows_per_part,
+    }
 
 
 def write_parts(
@@ -232,27 +260,6 @@ def write_parts(
     return progress(output, record, parts)
 
 
-def stage_source(args: StageArguments) -> Split:
-    """The rows that a stage reads. Raises ValueError as `open_split` does."""
-    return open_in_place(args.dataset, args.split, args.image_column, **args.limits())
-
-
-def plain_record(source: Any, args: StageArguments, rows_per_part: int) -> dict[str, Any]:
-    """What of `stage.json` is known before a model is loaded; `source` has the rows."""
-    return {
-        "version": STAGE_VERSION,
-        "command": args.command(),
-        "source": {
-            "name": source.name,
-            "split": source.split,
-            "rows": len(source),
-            "fingerprint": fingerprint(source) if isinstance(source, Split) else source.fingerprint(),
-            "damaged": [damage.detail for damage in source.damaged],
-        },
-        "rows_per_part": rows_per_part,
-    }
-
-
 def _write_part(path: Path, schema: pa.Schema, part: range, rows: Callable, bar: tqdm) -> None:
     skipped: list[Skipped] = []
     try:
@@ -270,6 +277,169 @@ def _write_part(path: Path, schema: pa.Schema, part: range, rows: Callable, bar:
         if not path.is_file():
             raise
         # Another process has written the same part meanwhile, and maybe cleaned up.
+
+
+@contextmanager
+def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    """A writer of a parquet file that gets its name when the block ends, and vanishes when it fails."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname().replace('.', '-')}-{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            # No dictionary and no statistics: of images they cost time and serve nobody.
+            with pq.ParquetWriter(file, schema, use_dictionary=False, write_statistics=False) as parquet:
+                yield parquet
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def part_path(output: Path, split: str, part: range) -> Path:
+    """The file of the rows of a part."""
+    return output / f"{split}-{part.start:09d}-{part.stop:09d}.parquet"
+
+
+def skipped_path(path: Path) -> Path:
+    """Where the rows that a part goes without are listed; there is no file where there is none."""
+    return path.with_suffix(".skipped.jsonl")
+
+
+def remove_leftovers(output: Path) -> None:
+    """Remove what killed runs left of parts that are there by now; other files may be of tasks at work."""
+    for path in output.glob(".*.parquet.*.tmp"):
+        if (output / re.sub(r"\.[^.]+\.tmp$", "", path.name[1:])).is_file():
+            path.unlink(missing_ok=True)
+
+
+def claim(output: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """Make `output` the folder of this stage, or check that it is; returns the record that is there.
+
+    Raises ValueError where it is of another stage, and what differs is named, or holds other parquet files.
+    """
+    path = output / STAGE_FILE
+    if not path.is_file():
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"The output folder {output} is a file. Choose another name.")
+        if output.is_dir() and any(output.glob("*.parquet")):
+            raise ValueError(f"{output} holds parquet files but no {STAGE_FILE}. Choose another --output.")
+        write_json(path, record)  # several tasks write the same; else the comparison below fails
+    there = stage_record(output)
+    old, new = flat(_identity(there)), flat(_identity(json.loads(json.dumps(record))))
+    differences = [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} now"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{output} was made from {there['source']['name']} with other settings, and parts of two kinds must not "
+            f"mix. {'; '.join(differences)}. Give these as they were, choose another --output, or remove this "
+            "folder and what was made from it."
+        )
+    return there
+
+
+def identity_digest(record: dict[str, Any]) -> str:
+    """Of what two runs of a stage must have in common."""
+    return digest_of(_identity(record), sort_keys=True)
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: record.get(key) for key in IDENTITY}
+    return kept | {"source": {key: value for key, value in record["source"].items() if key not in NOT_COMPARED}}
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of objects within objects, by names with points between."""
+    leaves: dict[str, Any] = {}
+    for key, value in data.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def missing_parts(output: Path, record: dict[str, Any]) -> list[range]:
+    """The parts of a stage that no task has written yet, by the names of its files alone."""
+    there, split = {path.name for path in output.glob("*.parquet")}, record["source"]["split"]
+    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
+    return [part for part in parts if part_path(output, split, part).name not in there]
+
+
+def unfinished(output: Path) -> int:
+    """Rows of a stage that no task has written yet, by the names of its files alone."""
+    return sum(map(len, missing_parts(output, stage_record(output))))
+
+
+def finished_row_tasks(args: StageArguments, world_size: int) -> list[int]:
+    """`Phase.finished` of a phase that is a `RowStage`; removes what kills have left of parts that are there."""
+    remove_leftovers(args.output)
+    try:
+        source = stage_source(args)
+    except (ValueError, OSError):  # the stage before is unfinished; any other fault is for the tasks to report
+        return []
+    return finished_ranks(args.output, plain_record(source, args, args.rows_per_part), world_size)
+
+
+def finished_ranks(output: Path, record: dict[str, Any], world_size: int) -> list[int]:
+    """The tasks of a stage that have nothing left to do, by the names of the files alone.
+
+    `record` is of the `stage.json` that the tasks would write: at least `command`, `source` and `rows_per_part`. Parts
+    of another command or other rows don't count; the tasks then compare the whole record.
+    """
+    is_same = False
+    if (output / STAGE_FILE).is_file():
+        old = stage_record(output)
+        same_rows = all(old["source"].get(name) == record["source"][name] for name in ("rows", "fingerprint"))
+        is_same = same_rows and old["command"] == record["command"]
+    parts = all_parts(record["source"]["rows"], record["rows_per_part"])
+    if not parts and not is_same:
+        return list(range(1, world_size))  # one task has to say that there are no rows
+    missing = set(missing_parts(output, record)) if is_same else set(parts)
+    return [rank for rank in range(world_size) if missing.isdisjoint(share(parts, rank, world_size))]
+
+
+def check_complete(output: Path | str) -> StageReport:
+    """Of a stage that is done. Raises ValueError, with the command that goes on, where parts are missing or broken."""
+    output, record = Path(output), stage_record(output)
+    report = progress(output, record, all_parts(record["source"]["rows"], record["rows_per_part"]))
+    refuse_unfinished(output)
+    return report
+
+
+def progress(output: Path, record: dict[str, Any], parts: Iterable[range]) -> StageReport:
+    """What of some parts is done. Raises ValueError where one is broken, is of other settings, or has lost rows."""
+    rows, skipped, missing, again = 0, Counter(), 0, f"and run again: {record['command']}"
+    digests = (identity_digest(record), *record.get("earlier", []))  # those of folders whose tables were corrected
+    for part in parts:
+        path = part_path(output, record["source"]["split"], part)
+        if not path.is_file():
+            missing += len(part)
+            continue
+        with opened_parquet(path, f". Remove it, {again}") as file:
+            digest, written = (file.schema_arrow.metadata or {}).get(DIGEST_KEY, b""), file.metadata.num_rows
+        if digest.decode() not in digests:
+            raise ValueError(
+                f"{path} was made with other settings than those of {STAGE_FILE} beside it, or for another stage. "
+                f"Remove it, {again}"
+            )
+        reasons = _reasons(skipped_path(path))
+        if written + sum(reasons.values()) != len(part):
+            raise ValueError(
+                f"{path} has {written} rows and a list of {sum(reasons.values())} that were left out, of "
+                f"{len(part)}. Remove both, {again}"
+            )
+        rows, skipped = rows + written, skipped + reasons
+    return StageReport(rows, dict(skipped.most_common()), missing)
+
+
+def _reasons(path: Path) -> Counter[str]:
+    if not path.is_file():
+        return Counter()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return Counter(str(json.loads(line)["reason"]) for line in lines)
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Remove it and the part beside it, and go on.") from error
 
 
 def read_rows(args: StageArguments, rank: int = 0, world_size: int = 1) -> StageReport:

@@ -22,8 +22,7 @@ import captions.stages
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS
 from captions.stage_arguments import StageArguments
-from captions.stage_folder import unfinished
-from captions.stages import RowStage
+from captions.stages import RowStage, unfinished
 
 MAX_ROUNDS = 200
 

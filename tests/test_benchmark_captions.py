@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.captions import PARTS, PROGRAMS, CaptionsArguments, generation_steps, main, scaled_captioner
-from captions import sentence_stage
+from captions import translate
 from captions.generate import read_prefixes
 from captions.stage_arguments import PREFIXES
 
@@ -41,7 +41,7 @@ def test_the_model_has_the_proportions_of_the_real_one():
 @pytest.mark.slow
 def test_whole_benchmark_at_small_size(tmp_path, capsys, monkeypatch):
     # The benchmark puts its own translator in place of this; other tests shall find it again.
-    monkeypatch.setattr(sentence_stage, "open_translator", sentence_stage.open_translator)
+    monkeypatch.setattr(translate, "open_translator", translate.open_translator)
     sizes = ["--widths", "16", "--layers", "12", "--images", "2", "--new_tokens", "3", "--translated_rows", "2"]
     main(["--parts", "generate", "translate", "select", *sizes, "--selected_rows", "20", "--runs", "1",
           "--output", str(tmp_path / "c.json")])  # fmt: skip

@@ -16,7 +16,7 @@ from test_train_accelerate import flags
 import train_accelerate
 from capivara_common.weight_file import weight_files
 from captions import score, select
-from captions.stage_folder import check_complete
+from captions.stages import check_complete
 from eval import retrieval
 from hub_upload import export
 from modeling_capivara import convert_open_clip

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import io
 import os
 import pty
 import struct
@@ -13,9 +12,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import tqdm.std
-
-from capivara_common import progress
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = textwrap.dedent(
@@ -57,29 +53,6 @@ def test_a_log_gets_lines_now_and_then():
         assert 2 <= len(own) <= 8 and "/20 [" in own[0] and "20/20 [" in own[-1]
         lines = [line for line in lines if line not in own]
     assert not lines
-
-
-def test_a_rate_is_that_of_the_last_half_minute_after_two_seconds_of_work(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
-    monkeypatch.setattr(tqdm.std.tqdm, "format_dict", progress._with_rolling_rate)
-    bar = tqdm.std.tqdm(total=10_000, file=io.StringIO(), mininterval=0)
-
-    def rate(seconds: float, items: int) -> float | None:
-        now[0] = seconds
-        bar.update(items)
-        return bar.format_dict["rate"]
-
-    assert [rate(0, 0), rate(50, 10), rate(51.9, 10)] == [0, 0, 0]  # a model is loaded for 49 s
-    assert "?it/s" in str(bar)
-    assert rate(52, 0) == 0 and rate(55, 40) == 10
-    for second in range(60, 100, 5):
-        last = rate(second, 500)
-    assert last == 100  # what was slow is forgotten
-    assert rate(100, 10_000 - bar.n) is None  # the mean of all, at the end
-    bar.reset()
-    assert rate(200, 5) == 0
-    assert tqdm.std.tqdm([], disable=True).format_dict["rate"] is None
 
 
 def test_a_terminal_gets_bars():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from captions.languages import find_code, same_language, scripts_of
 from captions.quality import FLAGS, flags
-from captions.translators.languages import find_code, same_language, scripts_of
 
 GOOD = [
     ("a cat on a mat", "um gato em um tapete", "pt"),

@@ -1,7 +1,5 @@
 """Similarities of images and captions: the authors' order, each caption and image embedded once."""
 
-import json
-import sys
 from dataclasses import replace
 
 import pyarrow as pa
@@ -134,15 +132,6 @@ def test_another_model_is_another_data_set(arguments, tiny_model):
         score(arguments)
 
 
-def test_the_command(tmp_path, tiny_folder, capsys):
-    dataset = saved(tmp_path / "data")
-    flags = ["--dataset", dataset, "--output", str(tmp_path / "out"), "--model", str(tiny_folder), "--device", "cpu"]
-    main(flags)
-    assert "4 rows written, 2 left out (1 unreadable image, 1 no caption)" in capsys.readouterr().out
-    lines = next((tmp_path / "out").glob("*.skipped.jsonl")).read_text().splitlines()
-    assert [json.loads(line)["row"] for line in lines] == [3, 4]
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -159,12 +148,6 @@ def test_slips_are_one_line(tmp_path, tiny_folder, flags, message, capsys):
     with pytest.raises(SystemExit, match=rf"error: .*{message}"):
         main([*given, "--device", "cpu", *flags])
     assert not list(tmp_path.glob("out/*.parquet"))
-
-
-def test_open_clip_that_is_not_there_names_the_package(arguments, monkeypatch):
-    monkeypatch.setitem(sys.modules, "open_clip", None)
-    with pytest.raises(ImportError, match=r"needs open_clip, .*: pip install open_clip_torch$"):
-        score(replace(arguments, model="open_clip:ViT-B-32:openai"))
 
 
 def test_a_clip_of_transformers(tmp_path):

@@ -24,8 +24,7 @@ from caption_data.rows import CAPTIONS, SIMILARITIES
 from caption_data.sources import open_split, stage_record
 from captions.in_place import open_in_place
 from captions.stage_arguments import ScoreArguments, StageArguments
-from captions.stage_folder import check_complete, finished_ranks, unfinished
-from captions.stages import RowStage
+from captions.stages import RowStage, check_complete, finished_ranks, unfinished
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 40
@@ -82,7 +81,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(numbered, undisturbed, tmp
     for place in range(len(rounds)):
         folder = tmp_path / f"out-{place}"
         report = check_complete(folder)
-        assert (report.rows, report.skipped, report.missing) == (NUMBER - 4, {"ends in five": 4}, [])
+        assert (report.rows, report.skipped, report.missing) == (NUMBER - 4, {"ends in five": 4}, 0)
         run(numbered, folder)  # a run with nothing to do cleans up
         assert parts(folder) == parts(undisturbed)
         assert [row["number"] for row in rows_of(folder)] == [i for i in range(NUMBER) if i % 10 != 5]
@@ -95,7 +94,7 @@ def test_tasks_make_what_one_run_makes_and_another_number_finishes_it(numbered, 
         "train-000000035-000000040.parquet", "train-000000035-000000040.skipped.jsonl",
     ]  # fmt: skip
     assert (first.rows, first.skipped) == (11, {"ends in five": 1})
-    assert unfinished(tmp_path / "out") == [range(0, 28)]
+    assert unfinished(tmp_path / "out") == 28
     record = stage_record(tmp_path / "out")
     finished = [finished_ranks(tmp_path / "out", record, number) for number in (1, 3, 6, 7)]
     assert finished == [[], [2], [4, 5], [0, 5, 6]], "of six parts; one of seven tasks has none"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ from seq2seq_models import m2m100_folder, marian_folder
 from tiny import tiny_tokenizer
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, NllbTokenizer, T5Config, T5ForConditionalGeneration
 
-from captions.translators.google_cloud import MAX_CHARACTERS, GoogleArguments, GoogleTranslator
-from captions.translators.local import Seq2SeqTranslator, load
-from captions.translators.pieces import cut, groups
+from captions import translators
+from captions.languages import cut, groups
+from captions.stage_arguments import GOOGLE_CHARACTERS
+from captions.translators import GoogleTranslator, Seq2SeqTranslator, load
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = {"max_new_tokens": 6, "num_beams": 2}
@@ -215,7 +217,7 @@ def test_out_of_memory_is_tried_again_with_fewer(marian, monkeypatch):
 
 @pytest.mark.slow
 def test_a_tokenizer_without_its_package_names_the_extra(marian):
-    code = "import sys; sys.modules['sentencepiece'] = None; from captions.translators.local import load; "
+    code = "import sys; sys.modules['sentencepiece'] = None; from captions.translators import load; "
     command = [sys.executable, "-c", f"{code}load({str(marian)!r}, 'pt')"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert "SentencePiece" in run.stderr and run.stderr.strip().endswith('pip install -e ".[translate]"')
@@ -246,10 +248,17 @@ def service(monkeypatch):
         yield service
 
 
-def google(service, language="pt", waits=None, max_characters=10**6, **limits):
-    limits = GoogleArguments(**{"characters_per_second": 1e9} | limits)
-    wait = (lambda seconds: None) if waits is None else waits.append
-    translator = GoogleTranslator(language, "en", limits, service.url, wait)
+@pytest.fixture(autouse=True)
+def waits(monkeypatch) -> list[float]:
+    """The pauses, which nobody waits for."""
+    found: list[float] = []
+    monkeypatch.setattr("captions.translators.time.sleep", found.append)
+    return found
+
+
+def google(service, language="pt", max_characters=10**6, endpoint=None):
+    args = SimpleNamespace(google_endpoint=endpoint or service.url)
+    translator = GoogleTranslator(language, "en", args)
     translator.max_characters = max_characters
     return translator
 
@@ -257,7 +266,7 @@ def google(service, language="pt", waits=None, max_characters=10**6, **limits):
 def test_google_translates_in_requests_that_it_allows(service):
     sentences = [f"sentence {i}" for i in range(300)] + ["word " * 400 for _ in range(5)]
     assert google(service).translate(sentences) == [translated(text, "pt") for text in sentences]
-    assert all(len(body["q"]) <= 128 and sum(map(len, body["q"])) <= MAX_CHARACTERS for body in service.requests)
+    assert all(len(body["q"]) <= 128 and sum(map(len, body["q"])) <= GOOGLE_CHARACTERS for body in service.requests)
     assert len(service.requests) == 5
     assert all((body["source"], body["target"], body["format"]) == ("en", "pt", "text") for body in service.requests)
 
@@ -272,20 +281,20 @@ def test_a_long_caption_is_sent_in_pieces(service):
 @pytest.mark.parametrize(
     "fault", [429, 500, 502, 503, "quota", pytest.param("timeout", marks=pytest.mark.slow), "cut", "html", "list"]
 )
-def test_what_passes_is_tried_again(service, fault):
-    translator = google(service, timeout_s=5.0 if fault == "timeout" else 60.0)
+def test_what_passes_is_tried_again(service, fault, monkeypatch):
+    monkeypatch.setattr(translators, "TIMEOUT_S", 5.0 if fault == "timeout" else 60.0)
+    translator = google(service)
     service.faults[:] = [fault, fault]
     assert translator.translate(["a cat", "a dog"]) == [translated("a cat", "pt"), translated("a dog", "pt")]
     assert len(service.requests) == 3
 
 
-def test_pauses_double_and_end(service):
-    waits = []
-    translator = google(service, waits=waits, max_tries=9, first_wait_s=1.0)
-    service.faults[:] = [503] * 9
-    with pytest.raises(OSError, match=r"Google has failed 9 times, at last so: .*503.*What is translated is kept"):
+def test_pauses_double_and_end(service, waits):
+    translator = google(service)
+    service.faults[:] = [503] * 8
+    with pytest.raises(OSError, match=r"Google has failed 8 times, at last so: .*503.*What is translated is kept"):
         translator.translate(["a cat"])
-    assert len(waits) == 8 and all(
+    assert len(waits) == 7 and all(
         min(2**number, 60) / 2 <= wait <= min(2**number, 60) for number, wait in enumerate(waits)
     )
     assert translator.translate(["a cat"]) == [translated("a cat", "pt")]
@@ -300,17 +309,10 @@ def test_what_an_answer_leaves_out_is_asked_for_again(service, faults):
     assert service.faults == []
 
 
-def test_one_missing_text_costs_one_sentence(service):
-    translator = google(service)
-    service.faults[:] = ["null"]
-    translator.translate(["a", "b", "c"])
-    assert service.sentences() == ["a", "b", "c", "b"]
-
-
 def test_an_answer_that_is_always_incomplete_ends(service):
-    translator = google(service, max_tries=3)
-    service.faults[:] = ["null"] * 50
-    with pytest.raises(OSError, match="failed 3 times, at last so: it answered without a translation"):
+    translator = google(service)
+    service.faults[:] = ["null", "fewer"] * 25
+    with pytest.raises(OSError, match="failed 8 times, at last so: it answered without a translation"):
         translator.translate(["a", "b"])
 
 
@@ -321,14 +323,6 @@ def test_what_does_not_pass_ends_at_once(service, fault, said):
     with pytest.raises(ValueError, match=said):
         translator.translate(["a cat"])
     assert len(service.requests) == 1
-
-
-def test_the_rate_is_kept(service):
-    waits = []
-    translator = google(service, waits=waits, characters_per_second=0.1)
-    for _ in range(4):
-        translator.translate(["x" * 50])
-    assert sum(waits) == pytest.approx(500 + 1000 + 1500, abs=100), "nobody slept, so the debt grows"
 
 
 def test_no_more_is_sent_than_may_be_paid(service):
@@ -343,8 +337,9 @@ def test_no_more_is_sent_than_may_be_paid(service):
 
 
 @pytest.mark.slow
-def test_what_is_lost_on_the_way_may_be_charged(service):
-    translator = google(service, max_characters=25, timeout_s=1.0)
+def test_what_is_lost_on_the_way_may_be_charged(service, monkeypatch):
+    monkeypatch.setattr(translators, "TIMEOUT_S", 1.0)
+    translator = google(service, max_characters=25)
     service.faults[:] = ["timeout"] * 3
     with pytest.raises(ValueError, match="20 characters were sent"):
         translator.translate(["x" * 10])
@@ -365,14 +360,16 @@ def test_the_key_is_nowhere(service, caplog, capfd, monkeypatch):
     caplog.set_level(logging.DEBUG)
     secret = "AIza/wrong+key=%41'\"<&>"
     monkeypatch.setenv("GOOGLE_API_KEY", secret)
+    monkeypatch.setattr(translators, "MAX_TRIES", 2)
     caught = [failure(lambda: google(service))]
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
     for fault in (400, 401, 403, 404, 500, "timeout", "cut", "html", "list", 302):
-        translator = google(service, max_tries=2, timeout_s=3.0 if fault == "timeout" else 60.0)
+        monkeypatch.setattr(translators, "TIMEOUT_S", 3.0 if fault == "timeout" else 60.0)
+        translator = google(service)
         service.faults[:] = [fault] * 2
         caught.append(failure(lambda translator=translator: translator.translate(["a cat"])))
     service.url = "http://127.0.0.1:9"
-    caught.append(failure(lambda: google(service, max_tries=2)))
+    caught.append(failure(lambda: google(service)))
     monkeypatch.setenv("GOOGLE_API_KEY", "two words")
     caught.append(failure(lambda: google(service)))
     shown = "\n".join(caught) + caplog.text + "".join(capfd.readouterr())
@@ -396,7 +393,7 @@ def failure(call) -> str:
 
 def test_a_key_that_is_missing_or_unprotected(service, monkeypatch):
     with pytest.raises(ValueError, match="must begin with https://"):
-        GoogleTranslator("pt", "en", GoogleArguments(), "http://translation.example.org")
+        google(service, endpoint="http://translation.example.org")
     monkeypatch.delenv("GOOGLE_API_KEY")
     with pytest.raises(ValueError, match=r"needs a key .* GOOGLE_API_KEY.*GOOGLE_APPLICATION_CREDENTIALS"):
         google(service)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from captions.tsv import escape, read_translations, sentence_id, unescape, untranslated, write_sentences
+from captions.tsv import escape, read_translations, unescape, untranslated, write_sentences
 
 NASTY = [
     "a cat\ton a mat",
@@ -147,10 +147,6 @@ def test_a_file_that_is_no_utf8(tmp_path):
     path.write_bytes("id\ttranslation\n".encode("utf-16"))
     with pytest.raises(ValueError, match="is no UTF-8"):
         read_translations(path, [])
-
-
-def test_an_id_is_no_date_or_number_to_a_spreadsheet():
-    assert re.fullmatch(r"s12_[0-9a-f]{8}", sentence_id(12, "a cat"))
 
 
 def fill(path, translations: list[str]) -> None:

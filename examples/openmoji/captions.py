@@ -17,8 +17,7 @@ from datasets import DatasetDict
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import whole_folder, write_text
 from caption_data.sources import load_embedded
-from captions.build import BuildArguments, ManualStepRequired, build
-from captions.build_plan import read_plan
+from captions.build import BuildArguments, ManualStepRequired, build, read_plan
 from captions.select import REPORT
 from captions.tsv import escape, unescape
 
@@ -41,14 +40,14 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
         raise ValueError(f"{args.source} is no data set. Make it first: python -m examples.openmoji.prepare")
     plan = read_plan(args.config)
     source = load_embedded(args.source)
-    english = Path(next(iter(plan.steps.values()))[0].args.dataset)
+    english = Path(next(iter(plan.steps.values()))[0].dataset)
     if not english.exists():
         with whole_folder(english) as folder:
             _english(source).save_to_disk(folder)
     try:
         return build(BuildArguments(args.config))
     except ManualStepRequired:
-        fill_tables([step.table for steps in plan.steps.values() for step in steps if step.table], source)
+        fill_tables([step.import_file for step in plan.all_steps() if getattr(step, "import_file", None)], source)
     return build(BuildArguments(args.config))
 
 

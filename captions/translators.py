@@ -1,27 +1,35 @@
-"""Sequence-to-sequence models of transformers: Marian, NLLB, M2M100, mBART-50, MADLAD, and others with a prefix.
+"""What can translate: sequence-to-sequence models of transformers, and Google's service; a table is of `captions.tsv`.
 
-    python -c "from captions.translators.local import load; print(load('Helsinki-NLP/opus-mt-tc-big-en-pt', 'pt').code)"
+    python -c "from captions.translators import load; print(load('Helsinki-NLP/opus-mt-tc-big-en-pt', 'pt').code)"
 
 How a model is told the language it shall write is read off its tokenizer: Marian's and MADLAD's have a token for each,
 `>>por<<` or `<2pt>`, which goes before the sentence; NLLB, M2M100 and mBART begin the translation with one. Neither is
 skipped in decoding, so it is cut off here.
+
+Google's is version 2 of the service ("Basic"), by its official client, which takes a key. The key travels in a header,
+not in the address, is sent to no other host, and is removed from whatever an error says.
 """
 
 import hashlib
 import itertools
+import os
+import random
 import re
 import sys
+import time
+import urllib.parse
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from capivara_common.environment import how_to_install, torch_device
+from capivara_common.environment import how_to_install, require, torch_device
 from capivara_common.hub_cache import check_reachable
-from captions.translators.languages import find_code, same_language
-from captions.translators.pieces import cut, groups
+from captions.languages import cut, find_code, groups, same_language
+from captions.stage_arguments import GOOGLE_CHARACTERS, GOOGLE_MODULES, TranslateArguments
 from modeling_capivara.checks_capivara import tokenizer_errors
 from modeling_capivara.loading import checked_config
 
@@ -29,6 +37,15 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 MAX_SOURCE_TOKENS = 256  # of a piece: translation models learn from sentences, and lose the rest of long paragraphs
 SOURCE_TOKEN = re.compile(r">>(.+)<<|<2(.+)>")  # Marian's and MADLAD's
 TARGET_TOKEN = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")  # NLLB's
+KEY, ACCOUNT = "GOOGLE_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"
+ENDPOINT = "https://translation.googleapis.com"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+MAX_SENTENCES = 128  # of a request, version 2 of the service
+TIMEOUT_S = 60.0
+MAX_TRIES = 8  # of a request, with pauses that double and lose a random part
+FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 60.0  # Google's quotas are by the minute, cloud.google.com/translate/quotas
+RETRIED = {408, 429, 500, 502, 503, 504}
+REFUSED = {400, 401, 403}
 
 
 class Seq2SeqTranslator:
@@ -196,3 +213,140 @@ def _only_language(tokenizer: PreTrainedTokenizerBase, language: str, prefix: st
             "as 'translate English to Portuguese: ', or '' for a model of one language."
         )
     return written or language
+
+
+class BudgetExceeded(ValueError):
+    """One more request would be dearer than allowed."""
+
+
+class GoogleTranslator:
+    """Google's service, told the languages that it writes and reads.
+
+    Raises:
+        ValueError: no key is given, it is refused, or the service does not know a language.
+        OSError: the service can't be reached.
+    """
+
+    name = "Google Translate"
+
+    def __init__(self, language: str, source_language: str, args: TranslateArguments):
+        self.max_characters, self.sent_characters = sys.maxsize, 0
+        self._secrets: list[str] = []
+        self._client = _client(args.google_endpoint or ENDPOINT, self._secrets)
+        languages = self._tried(self._client.get_languages)
+        known = [entry["language"] for entry in languages if isinstance(entry, dict) and "language" in entry]
+        self.code = find_code(language, known, self.name)
+        self._source = find_code(source_language, known, self.name)
+        self.fingerprint = {"backend": "google", "api": "v2", "source": self._source, "target": self.code}
+
+    def translate(self, sentences: list[str]) -> list[str]:
+        """One translation a sentence; one that is too long is translated in pieces, which are joined by blanks."""
+        pieces = [cut(sentence, lambda text: len(text) <= GOOGLE_CHARACTERS) for sentence in sentences]
+        requests = groups([piece for some in pieces for piece in some], GOOGLE_CHARACTERS, MAX_SENTENCES)
+        made = iter([text for request in requests for text in self._tried(lambda texts=request: self._answers(texts))])
+        return [" ".join(next(made) for _ in some) for some in pieces]
+
+    def _answers(self, texts: list[str]) -> list[str]:
+        """One request."""
+        from google.api_core.exceptions import GoogleAPICallError
+
+        characters = sum(map(len, texts))
+        if self.sent_characters + characters > self.max_characters:
+            raise BudgetExceeded(
+                f"{self.sent_characters:,} characters were sent to Google, and {characters:,} more would cost more "
+                "than --max_cost allows this run. What is translated is kept; the same command goes on."
+            )
+        self.sent_characters += characters
+        try:
+            entries = self._client.translate(
+                texts, target_language=self.code, source_language=self._source, format_="text"
+            )
+        except GoogleAPICallError:  # refused, so not charged; what is lost on the way may be
+            self.sent_characters -= characters
+            raise
+        found = [entry.get("translatedText") for entry in entries]
+        if len(found) != len(texts) or not all(isinstance(text, str) for text in found):
+            raise TypeError("it answered without a translation")
+        return found
+
+    def _tried(self, request: Callable[[], Any]) -> Any:
+        """The result of a request, which is repeated while its failure may pass."""
+        for number in range(MAX_TRIES):
+            try:
+                return request()
+            except BudgetExceeded:
+                raise
+            except Exception as error:  # of google, requests and urllib3, and of answers that are no JSON
+                reason, may_pass = self._failure(error)
+            if not may_pass:
+                raise ValueError(reason)  # here: an error that was raised in `except` would carry the first one
+            if number + 1 < MAX_TRIES:
+                time.sleep(min(FIRST_WAIT_S * 2**number, LONGEST_WAIT_S) * random.uniform(0.5, 1.0))
+        raise ConnectionError(
+            f"Google has failed {MAX_TRIES} times, at last so: {reason}. What is translated is kept; the same command "
+            "goes on."
+        )
+
+    def _failure(self, error: Exception) -> tuple[str, bool]:
+        """Why a request got no answer, without the key, and whether it may get one later."""
+        from google.api_core.exceptions import GoogleAPICallError
+        from google.auth.exceptions import GoogleAuthError
+        from requests import exceptions
+
+        said = f"{error or type(error).__name__}"
+        for secret in self._secrets:
+            for form in (secret, urllib.parse.quote(secret, safe=""), repr(secret)[1:-1]):
+                said = said.replace(form, "<key>")
+        if isinstance(error, GoogleAPICallError):
+            too_fast = error.code == 403 and "rate limit exceeded" in said.lower()  # 403 is for quotas, too
+            if error.code in REFUSED and not too_fast:
+                said = f"Google refuses the request; see to the key, its rights and its quota. It says: {said}"
+            return said, error.code in RETRIED or too_fast
+        if isinstance(error, GoogleAuthError):
+            return f"Google refuses the credentials: {said}", bool(getattr(error, "retryable", False))
+        lost = (exceptions.Timeout, exceptions.ConnectionError, exceptions.ChunkedEncodingError)
+        garbled = (exceptions.JSONDecodeError, exceptions.ContentDecodingError, AttributeError, TypeError)
+        if error.args and str(error.args[0]).startswith("Expected iterations"):  # the client's words for another length
+            return "it answered without a translation", True
+        return said, isinstance(error, lost + garbled)
+
+
+def _client(endpoint: str, secrets: list[str]) -> Any:
+    """The official client, with the key or the account of the environment; what must not be shown joins `secrets`."""
+    address = urllib.parse.urlsplit(endpoint)
+    if address.scheme != "https" and not (address.scheme == "http" and address.hostname in LOOPBACK):
+        raise ValueError(f"The key would travel unprotected to {endpoint!r}; it must begin with https://.")
+    require("--backend google", "google", *GOOGLE_MODULES)
+    from google.auth.transport.requests import AuthorizedSession
+    from google.cloud import translate_v2
+
+    class Session(AuthorizedSession):
+        """The client sets no time-out of one's own, and `requests` would send the key on to where it is redirected."""
+
+        def request(self, method: str, url: str, **options: Any) -> Any:
+            return super().request(method, url, **options | {"timeout": TIMEOUT_S, "allow_redirects": False})
+
+    credentials = _credentials(translate_v2.Client.SCOPE, secrets)
+    session = Session(credentials, max_refresh_attempts=0 if secrets else 2)  # a refused key stays refused
+    return translate_v2.Client(credentials=credentials, _http=session, client_options={"api_endpoint": endpoint})
+
+
+def _credentials(scopes: tuple[str, ...], secrets: list[str]) -> Any:
+    import google.auth
+    from google.auth import api_key
+
+    key = os.environ.get(KEY, "").strip()
+    if key:
+        if not key.isascii() or not key.isprintable() or " " in key:
+            raise ValueError(f"The key in {KEY} has blanks, line breaks or letters that no key has. Copy it anew.")
+        secrets.append(key)
+        return api_key.Credentials(key)
+    if not os.environ.get(ACCOUNT):
+        raise ValueError(
+            f"--backend google needs a key of Google Cloud's Translation API in the environment variable {KEY}, or the "
+            f"file of a service account in {ACCOUNT}. Neither is set."
+        )
+    try:
+        return google.auth.default(scopes=scopes)[0]
+    except google.auth.exceptions.GoogleAuthError as error:
+        raise ValueError(f"{ACCOUNT} names no usable account: {error}") from error
