@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
@@ -20,12 +21,32 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TopPLogitsWarper,
 )
 
 from capivara_common.image_files import BadRow
 from captions.stage_arguments import Decoding
 
 NOT_FINITE = "no finite scores"  # reason of a `BadRow`
+
+
+class DrawnTokens(LogitsProcessor):
+    """Leaves one token of a text's scores: the one that its random number of this step falls on."""
+
+    def __init__(self, uniforms: Tensor, decoding: Decoding):
+        self.uniforms, self.temperature, self.step = uniforms, decoding.temperature, 0  # (texts, steps)
+        self.top_p = TopPLogitsWarper(decoding.top_p) if decoding.top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(texts, vocabulary), all but the token that is drawn at minus infinity."""
+        scores = scores.float() / self.temperature  # (texts, vocabulary)
+        if self.top_p:
+            scores = self.top_p(input_ids, scores)
+        reached = scores.softmax(-1).cumsum(-1)
+        goal = self.uniforms[:, self.step, None] * reached[:, -1:]
+        token = torch.searchsorted(reached, goal, right=True).clamp(max=scores.shape[-1] - 1)
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
 
 
 class FiniteScores(LogitsProcessor):
@@ -64,13 +85,20 @@ class Captioner:
         """The part whose `generate` writes the text."""
         return self.model.text_decoder if self.kind == "blip" else self.model
 
-    def captions(self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str]) -> list[list[str] | BadRow]:
-        """For every image, RGB, one caption a prefix, prefix, blank and what goes on from it, or why there is none."""
-        return self.written(self.pixels(images), prefixes) if images else []
+    def captions(
+        self, images: Sequence[PIL.Image.Image], prefixes: Sequence[str], keys: Sequence[bytes] | None = None
+    ) -> list[list[str] | BadRow]:
+        """For every image, RGB, one caption a prefix, or why it has none: the prefix, a blank and what goes on from it.
 
-    def written(self, pixel_values: Tensor, prefixes: Sequence[str]) -> list[list[str] | BadRow]:
+        `keys` are one an image, which its random numbers depend on; the images' numbers where None.
+        """
+        return self.written(self.pixels(images), prefixes, keys) if images else []
+
+    def written(
+        self, pixel_values: Tensor, prefixes: Sequence[str], keys: Sequence[bytes] | None = None
+    ) -> list[list[str] | BadRow]:
         """`captions` of what `pixels` has prepared, (images, 3, height, width)."""
-        return [self._texts(tokens, prefixes) for tokens in self.new_tokens(pixel_values, prefixes)]
+        return [self._texts(tokens, prefixes) for tokens in self.new_tokens(pixel_values, prefixes, keys)]
 
     def pixels(self, images: Sequence[PIL.Image.Image]) -> Tensor:
         """(images, 3, height, width)."""
@@ -78,26 +106,28 @@ class Captioner:
         return pixels.to(self.device, self.writer.dtype)
 
     @torch.inference_mode()
-    def new_tokens(self, pixel_values: Tensor, prefixes: Sequence[str]) -> list[list[Tensor | None]]:
+    def new_tokens(
+        self, pixel_values: Tensor, prefixes: Sequence[str], keys: Sequence[bytes] | None = None
+    ) -> list[list[Tensor | None]]:
         """Token ids that go on from every prefix, for every image, (images, 3, height, width).
 
         Each is (steps,), end token and padding included; None where a score was no number.
         """
         encoded = self.encode(pixel_values)
         prompts = [self.prompt(prefix) for prefix in prefixes]
+        keys = [str(image).encode() for image in range(len(pixel_values))] if keys is None else keys
         found: list[list[Tensor | None]] = [[None] * len(prefixes) for _ in range(len(pixel_values))]
         for pairs in self._micro_batches(len(pixel_values), prompts):
             finite = FiniteScores(len(pairs), self.device)
+            processors = LogitsProcessorList([finite])
+            if self.decoding.sampling:
+                uniforms = np.stack([self.decoding.uniforms(keys[i], prefixes[p]) for i, p in pairs])
+                processors.append(DrawnTokens(torch.from_numpy(uniforms).to(self.device), self.decoding))
             images = torch.tensor([image for image, _ in pairs], device=self.device)
             tokens = self.continued(
-                encoded,
-                images,
-                [prompts[prefix] for _, prefix in pairs],
-                logits_processor=LogitsProcessorList([finite]),
-                max_new_tokens=self.decoding.max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-            )
+                encoded, images, [prompts[prefix] for _, prefix in pairs], logits_processor=processors,
+                max_new_tokens=self.decoding.max_new_tokens, do_sample=False, num_beams=1,
+            )  # fmt: skip
             for (image, prefix), row, broken in zip(pairs, tokens.cpu(), finite.broken.tolist(), strict=True):
                 found[image][prefix] = None if broken else row
         return found

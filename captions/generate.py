@@ -11,6 +11,7 @@ What an image's prefixes share is computed once: of BLIP-2 the vision encoder, t
 reading of the image. BLIP, GIT and vision-encoder-decoder models encode the image anew for every prefix.
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def generate(args: GenerateArguments, rank: int = 0, world_size: int = 1) -> Sta
         "prefixes": prefixes,
         "max_new_tokens": args.max_new_tokens,
         "precision": args.precision,
-        "sampling": None,  # what earlier versions had settings for
+        "sampling": {name: getattr(args, name) for name in ("temperature", "top_p", "seed")} if args.sampling else None,
     }
     process = GenerateProcess(captioner, prefixes, args.image_column, args.without_paths())
     return stage.run({COLUMN: CAPTIONS}, settings, process, "Captions", rank, world_size)
@@ -107,7 +108,8 @@ class GenerateProcess:
         if not good:
             return prepared
         try:
-            captions = self.captioner.written(torch.cat(good), self.prefixes)
+            pixel_values = torch.cat([pixels for pixels, _ in good])
+            captions = self.captioner.written(pixel_values, self.prefixes, [key for _, key in good])
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ValueError(
                 f"Out of memory with {len(good)} images and {self.captioner.decoding.micro_batch_size} captions at "
@@ -120,12 +122,13 @@ class GenerateProcess:
         found = [image if isinstance(image, BadRow) else next(rest) for image in prepared]
         return [texts if isinstance(texts, BadRow) else {COLUMN: texts} for texts in found]
 
-    def _prepared(self, row: dict[str, Any]) -> Tensor | BadRow:
-        """Pixels (1, 3, height, width), or why there are none; the image is not kept."""
+    def _prepared(self, row: dict[str, Any]) -> tuple[Tensor, bytes] | BadRow:
+        """Pixels (1, 3, height, width) with the digest of the file, or why there are none; the image is not kept."""
         try:
             image = decode_image(row[self.image_column], self.files)
             image = image.convert("LA") if image.mode == "La" else image  # PIL has no way from La to RGB
-            return self.captioner.pixels([image.convert("RGB")])
+            pixels = self.captioner.pixels([image.convert("RGB")])
+            return pixels, hashlib.sha256(row[self.image_column]["bytes"]).digest()
         except BadRow as error:
             return error
         except (ValueError, OSError) as error:

@@ -1,9 +1,12 @@
 """Arguments of the stages and of the build."""
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from capivara_common.cli import at_least, between, flag
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
@@ -17,10 +20,6 @@ KINDS = ("captions", "generated-captions")  # the authors' names, before the lan
 GONE = {  # flags of earlier versions
     "shard": f"{SHARED_BY_TASKS} (docs/cluster.md)",
     "wait_s": "no task waits for another one any more: a stage starts when the one before is complete",
-    **dict.fromkeys(
-        ("sampling", "temperature", "top_p", "seed"),
-        "every token is the likeliest one; more texts of an image come of more --prefixes",
-    ),
     **dict.fromkeys(
         ("characters_per_second", "max_tries", "first_wait_s", "timeout_s"),
         "the service's own limit is kept: a request that it refuses for now is sent again, after pauses that double",
@@ -81,9 +80,22 @@ class Decoding:
 
     max_new_tokens: int = flag(50, "Tokens of a generated text at most.")
     micro_batch_size: int = flag(160, "Captions that are generated at once; fewer need less memory and more time.")
+    sampling: bool = flag(False, "Draw every token at random, instead of the likeliest.")
+    temperature: float = flag(1.0, "With --sampling: above 1 is wilder, below 1 tamer.")
+    top_p: float = flag(1.0, "With --sampling: share of the probability drawn from.")
+    seed: int = flag(0, "With --sampling: seed, image and prefix determine the text.")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "max_new_tokens", "micro_batch_size")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; leave out --sampling for none.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+
+    def uniforms(self, key: bytes, prefix: str) -> np.ndarray:
+        """(max_new_tokens,) in [0, 1): of seed, key and prefix alone, whatever batch, task or machine they are on."""
+        digest = hashlib.sha256(f"{self.seed}\0{prefix}\0".encode() + key).digest()
+        return np.random.default_rng(int.from_bytes(digest, "big")).random(self.max_new_tokens, dtype=np.float32)
 
 
 @dataclass
