@@ -25,14 +25,7 @@ from capivara_common.environment import processes
 from capivara_common.files import check_output_file
 from capivara_common.image_files import FORM_HELP, LABEL_COLUMNS
 from caption_data.labelled_images import LabelledImages, load_images
-from eval.capivara_metrics.metrics import (
-    confusion_matrix,
-    eleven_point_map,
-    mean_per_class_accuracy,
-    per_class_accuracy,
-    roc_auc,
-    top_k_accuracy,
-)
+from eval.capivara_metrics import metrics
 from eval.embeddings import EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.prompts import Prompts, load_prompts
 from eval.records.schema import Record
@@ -70,7 +63,7 @@ class ClassificationArguments(ImageArguments):
         "ours", "Names and templates: ours, the paper's authors', Babel-ImageNet's."
     )
     language: str | None = flag(None, "Language of the protocol babel; else it is that of the benchmark's prompts.")
-    authors_file: str | None = flag(None, "Path or https address, for protocol authors.")
+    authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py, for protocol authors.")
     seed: int | None = flag(None, "Seed of the training run, for the records.")
 
 
@@ -108,15 +101,15 @@ def classification_metrics(scores: Tensor, labels: list, metric: str) -> dict[st
         for row, classes in enumerate(labels):
             targets[row, classes] = 1
         # of each image's probabilities, as published: cosines of different images are not compared as they are
-        return {"11point_mAP": eleven_point_map((CLIP_SCALE * scores).softmax(dim=-1), targets)}
+        return {"11point_mAP": metrics.eleven_point_map((CLIP_SCALE * scores).softmax(dim=-1), targets)}
     right = torch.tensor(labels)
+    values = {"accuracy": metrics.top_k_accuracy(scores, right)}
     if metric == "roc_auc":
-        return {"roc_auc": roc_auc(scores[:, 1] - scores[:, 0], right), "accuracy": top_k_accuracy(scores, right)}
-    values = {"accuracy": top_k_accuracy(scores, right)}
+        return {"roc_auc": metrics.roc_auc(scores[:, 1] - scores[:, 0], right)} | values
     if metric == "mean-per-class":
-        values = {"mean_per_class_accuracy": mean_per_class_accuracy(scores, right)} | values
+        values = {"mean_per_class_accuracy": metrics.mean_per_class_accuracy(scores, right)} | values
     if scores.shape[1] > 5:
-        values["top_5_accuracy"] = top_k_accuracy(scores, right, 5)
+        values["top_5_accuracy"] = metrics.top_k_accuracy(scores, right, 5)
     return values
 
 
@@ -138,7 +131,6 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
     started = time.perf_counter()
     images = store.images(data.images)
     scores = images.embeds @ class_embeddings(store, prompts).T
-    store.close()
     labels = [data.labels[row] for row in images.rows.tolist()]
     unnamed = max(0, prompts.classes - scores.shape[1])  # classes that the list has no name for can't be predicted
     scores = F.pad(scores, (0, unnamed), value=-2.0)  # below any cosine
@@ -154,9 +146,11 @@ def evaluate(args: ClassificationArguments) -> list[Record]:
         parts = {"classes": [*prompts.names, *["(sem nome)"] * unnamed], "notes": list(prompts.notes)}
         if not isinstance(labels[0], list):  # else no image has one right class
             right = torch.tensor(labels)
-            accuracies = [None if share != share else share for share in per_class_accuracy(scores, right).tolist()]
-            parts |= {"per_class_accuracy": accuracies, "confusion_matrix": confusion_matrix(scores, right).tolist()}
-        write_result(args, records, args.images, data.fingerprint(), store, started, images.skipped, **parts)
+            shares = metrics.per_class_accuracy(scores, right).tolist()
+            parts["per_class_accuracy"] = [None if share != share else share for share in shares]
+            parts["confusion_matrix"] = metrics.confusion_matrix(scores, right).tolist()
+        parts |= {"dataset": args.images, "fingerprint": data.fingerprint(), "skipped": images.skipped}
+        write_result(args, records, store, started, **parts)
     return records
 
 

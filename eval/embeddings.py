@@ -8,7 +8,6 @@ Embeddings are computed once, kept by what they depend on, and shared out to all
 `caption_data.embedding_cache` is named by its own images or texts: a data set that has grown has its first shards.
 """
 
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from capivara_common.tasks import all_parts
 from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, ImageRows, cache_folder
 from caption_data.rows import digest_of
 from caption_data.sources import NoSplit
-from eval.records.schema import Record, header, hub_revision, write_records
+from eval.records.schema import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
 IMAGES_PER_SHARD, TEXTS_PER_SHARD = 256, 2048  # what an interruption loses, and processes share out
@@ -48,6 +47,10 @@ class EmbeddingArguments(ImageFileArguments):
     )
     device: str | None = flag(None, "cpu or cuda; the GPU where there is one.")
 
+    def __post_init__(self) -> None:
+        self.check_image_files()
+        at_least(self, 1, "batch_size")
+
 
 @dataclass(kw_only=True)
 class ModelArguments(EmbeddingArguments):
@@ -60,10 +63,6 @@ class ModelArguments(EmbeddingArguments):
     )
     split: str = flag("test", "Split that is measured.")
     trust_remote_code: bool = flag(False, "Execute code that a clip: model brings along.")
-
-    def __post_init__(self) -> None:
-        self.check_image_files()
-        at_least(self, 1, "batch_size")
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,8 @@ class EmbeddingStore:
     batch_size: int = 32  # images that go through at once; twice as many texts
 
     def __post_init__(self) -> None:
-        self._temporary = None
-        if self.root is None:
-            made = [tempfile.mkdtemp(prefix="capivara-embeddings-") if processes().is_main_process else None]
-            self._temporary = Path(broadcast_object_list(made)[0])
+        self._temporary = None if self.root else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
+        self.root = self.root or Path(broadcast_object_list([self._temporary.name])[0])  # the main process's
 
     def images(self, images: ImageRows, description: str = "Images") -> EmbeddedImages:
         """Embeddings of images, without those that can't be read.
@@ -108,17 +105,14 @@ class EmbeddingStore:
                 bar.update(len(chunk))
             return embeds, bad
 
-        parts = all_parts(images.count, IMAGES_PER_SHARD)
-        digests = [digest_of(images.digests[part.start : part.stop]) for part in parts]
-        cache = self._kept("images", self.embedder.image_fingerprint, parts, digests, embed, description)
-        rows = [row for row in range(images.count) if row not in cache.bad]
-        if not rows:
+        model = self.embedder.image_fingerprint
+        cache = self._opened("images", model, images.digests, IMAGES_PER_SHARD, embed, description)
+        good = np.array([row not in cache.bad for row in range(images.count)])
+        if not good.any():
             raise ValueError(f"None of the {images.count} images can be read: {next(iter(cache.bad.values()))}.")
-        embeds = [
-            array[[row not in cache.bad for row in part]] for array, part in zip(cache.arrays, parts, strict=True)
-        ]
-        embeds = np.concatenate([array for array in embeds if len(array)])
-        return EmbeddedImages(torch.from_numpy(embeds), torch.tensor(rows), cache.bad)
+        shards = zip(cache.arrays, (good[part.start : part.stop] for part in cache.parts), strict=True)
+        embeds = np.concatenate([array[rows] for array, rows in shards if rows.any()])
+        return EmbeddedImages(torch.from_numpy(embeds), torch.from_numpy(np.flatnonzero(good)), cache.bad)
 
     def texts(self, texts: Sequence[str], description: str = "Texts") -> Tensor:
         """(texts, width), unit length, float32. Equal texts are embedded once."""
@@ -127,19 +121,18 @@ class EmbeddingStore:
         def embed(rows: range, bar: tqdm) -> tuple[np.ndarray, list]:
             return self.embedder.texts(distinct[rows.start : rows.stop], 2 * self.batch_size, bar.update).numpy(), []
 
-        parts = all_parts(len(distinct), TEXTS_PER_SHARD)
-        digests = [digest_of(distinct[part.start : part.stop]) for part in parts]
-        cache = self._kept("texts", self.embedder.fingerprint, parts, digests, embed, description)
+        cache = self._opened("texts", self.embedder.fingerprint, distinct, TEXTS_PER_SHARD, embed, description)
         position = {text: number for number, text in enumerate(distinct)}
         return torch.from_numpy(np.concatenate(cache.arrays)[[position[text] for text in texts]])
 
-    def _kept(
-        self, kind: str, model: str, parts: list[range], digests: list[str], embed: Callable, description: str
+    def _opened(
+        self, kind: str, model: str, items: list[str], shard: int, embed: Callable, description: str
     ) -> EmbeddingCache:
-        """The cache, opened, of which `embed` has made the shards that were missing, each from its rows."""
+        """The cache of `items` (texts, or digests of images) whose missing shards `embed` makes, each from its rows."""
         key = digest_of({"version": FILES_VERSION, "model": model, "batch_size": self.batch_size}, sort_keys=True)
-        folder = (self.root or self._temporary) / "evaluation" / key
-        cache = EmbeddingCache(folder, parts, [f"{kind}-{digest}.npy" for digest in digests])
+        parts = all_parts(len(items), shard)
+        names = [f"{kind}-{digest_of(items[part.start : part.stop])}.npy" for part in parts]
+        cache = EmbeddingCache(self.root / "evaluation" / key, parts, names)
 
         def embed_all(numbers: list[int]) -> Iterator[tuple[np.ndarray, list]]:
             rows, quiet = sum(len(parts[number]) for number in numbers), not processes().is_main_process
@@ -149,13 +142,13 @@ class EmbeddingStore:
 
         cache.make(cache.missing(), embed_all)
         cache.open()
+        processes().wait_for_everyone()  # the temporary folder goes with the store of the main process
         return cache
 
     def close(self) -> None:
-        """Remove the temporary folder, where there is one, once all processes have read it."""
-        processes().wait_for_everyone()
-        if self._temporary is not None and processes().is_main_process:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        """Remove the temporary folder, where there is one, before this object goes."""
+        if self._temporary:
+            self._temporary.cleanup()
 
 
 def distinct_texts(texts: Sequence[str]) -> list[str]:
@@ -174,26 +167,12 @@ def open_store(args: ModelArguments) -> EmbeddingStore:
 
 
 def write_result(
-    args: ModelArguments, records: list[Record], source: str, fingerprint: str, store: EmbeddingStore, started: float,
-    skipped: dict[Any, str], name: str | None = None, **parts: Any,
-) -> None:  # fmt: skip
-    """Write the result file of a command.
-
-    Args:
-        source: folder or Hub id of the data; `name` is what the header calls them, the same where None.
-        started: `time.perf_counter()` before the first embedding.
-        skipped: row -> why it is not in the figures.
-        parts: further keys of the file.
-    """
-    facts = header(
-        dataset=name or source, dataset_fingerprint=fingerprint, model=args.model, precision=args.precision,
-        device=device_description(store.embedder.device), seconds=time.perf_counter() - started, skipped=len(skipped),
-    )  # fmt: skip
-    revisions = {
-        "dataset_revision": hub_revision(source, "dataset"),
-        "model_revision": hub_revision(args.model, "model"),
-    }
-    write_records(args.output, records, facts | revisions, skipped=skipped, **parts)
+    args: ModelArguments, records: list[Record], store: EmbeddingStore, started: float, **facts: Any
+) -> None:
+    """Write the result file of a command; `started`: `time.perf_counter()` before the first embedding."""
+    seconds, device = time.perf_counter() - started, device_description(store.embedder.device)
+    known = {"model": args.model, "device": device, "precision": args.precision, "seconds": seconds}
+    write_records(args.output, records, **known, **facts)
 
 
 @user_errors

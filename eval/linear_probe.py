@@ -128,7 +128,6 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
         images = store.images(data.images, f"Images, {name}")
         features.append(Features(images.embeds.numpy(), np.array(data.labels)[images.rows.numpy()]))
         skipped |= {f"{name} {row}": why for row, why in images.skipped.items()}
-    store.close()
     if not processes().is_main_process:
         return []
     train, test, validation = (*features, None)[:3]
@@ -150,8 +149,8 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
                     model_folder=args.model, chance=chance_of(metric, labels, classes),
                 )
             )  # fmt: skip
-    digest = loaded[args.split].fingerprint()
-    write_result(args, records, args.images, digest, store, started, skipped, chosen_penalties=chosen)
+    facts = {"dataset": args.images, "fingerprint": loaded[args.split].fingerprint(), "skipped": skipped}
+    write_result(args, records, store, started, **facts, chosen_penalties=chosen)
     return records
 
 

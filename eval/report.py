@@ -7,7 +7,6 @@ A run's folder holds its `results/` and its `run.json`, which gives the training
 """
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,11 +22,10 @@ from capivara_common.files import check_inputs_stay, check_output_folder, whole_
 from capivara_common.image_files import BadImage, ImageFiles, decode_image
 from capivara_common.links import Bounds
 from capivara_common.privacy import hide_paths
-from eval.records.plots import BarRow, plot_bars, plot_gains, plot_training_curves
+from eval.records.plots import plot_bars, plot_training_curves
 from eval.records.schema import (
     DIRECTIONS,
     GAIN,
-    MODEL_NAMES,
     SCHEMA_VERSION,
     TASKS,
     ResultFile,
@@ -60,7 +58,7 @@ class Found:
     results: list[ResultFile] = field(default_factory=list)  # in the order of their names
     runs: list[tuple[str, dict]] = field(default_factory=list)  # (name, content) of every `run.json`
     faults: list[tuple[str, str]] = field(default_factory=list)  # (file, why it, or a part of it, is not shown)
-    pictures: list[str] = field(default_factory=list)  # files beside the page
+    pictures: int = 0  # beside the page
 
 
 def read_folder(folder: Path) -> Found:
@@ -79,7 +77,16 @@ def read_folder(folder: Path) -> Found:
         if any(part.startswith(".") or part.endswith(".partial") for part in name.split("/")):
             continue
         try:
-            _read_file(path, name, found)
+            content, _ = read_object(path)
+            if "summary_version" in content:
+                continue  # of a suite or of examples.real_images: the files that it sums up lie beside it
+            if "records" in content:
+                found.results.append(parse_result(content, name))
+            elif "curve" in content:
+                _check_curve(content["curve"])
+                found.runs.append((name, content))
+            elif not (path.parent / "config.json").is_file():  # a model's folder: its configuration and tokenizer
+                raise ValueError("holds neither records of a measurement nor the curve of a training run")
         except (OSError, ValueError) as error:
             found.faults.append((name, getattr(error, "strerror", None) or str(error)))
     if not found.results:
@@ -125,62 +132,35 @@ def open_picture(folder: Path, inside: str) -> Image.Image:
     return opaque.convert("RGB")
 
 
-def _read_file(path: Path, name: str, found: Found) -> None:
-    content, _ = read_object(path)
-    if "summary_version" in content:
-        return  # of a suite or of examples.real_images: the files that it sums up lie beside it
-    if "records" in content:
-        found.results.append(parse_result(content, name))
-    elif "curve" in content:
-        _check_curve(content["curve"])
-        found.runs.append((name, content))
-    elif not (path.parent / "config.json").is_file():  # a model's folder: its configuration and tokenizer
-        raise ValueError("holds neither records of a measurement nor the curve of a training run")
-
-
 def _check_curve(curve: Any) -> None:
     """Raise ValueError unless `curve` has the form that `plot_training_curves` draws."""
-    if not isinstance(curve, list) or not any("loss" in point for point in curve if isinstance(point, dict)):
+    try:
+        trained = [point for point in curve if "loss" in point]
+        numbers = [point["step"] for point in curve]
+        numbers += [point[name] for point in trained for name in ("loss", "learning_rate")]
+        numbers += [point["validation"][name] for point in curve if "validation" in point for name in DIRECTIONS]
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"has a curve with an entry of another form: {type(error).__name__} {error}") from error
+    if not trained:
         raise ValueError("has a curve without a step of training")
-    for point in curve:
-        entry = point if isinstance(point, dict) else {}
-        numbers = [entry.get(name) for name in ("step", *(("loss", "learning_rate") if "loss" in entry else ()))]
-        if "validation" in entry:
-            measured = entry["validation"] if isinstance(entry["validation"], dict) else {}
-            numbers += [measured.get(direction) for direction in DIRECTIONS]
-        if not all(map(is_number, numbers)):
-            raise ValueError(f"has a curve with an entry of another form: {one_line(repr(point), 80)}")
-
-
-def means_of(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of pairs of several data sets a row a model and baseline: the means over the sets that both were measured on."""
-    both = [pair for pair in pairs if pair["gain"] is not None]
-    numbers = [{role: pair[role].mean for role in MODEL_NAMES} | {"gain": pair["gain"]} for pair in both]
-    frame, means = pandas.DataFrame(numbers).assign(models=[pair["models"] for pair in both]), []
-    for models, rows in frame.groupby("models", sort=False):
-        of = rows[[*numbers[0]]].mean()
-        values = {role: {"mean": of[role], "deviation": None} for role in MODEL_NAMES} | {"gain": of["gain"]}
-        about = {"dataset": f"mean of {len(rows)} data sets", "metric": "", "chance": None, "n": None, "doubts": []}
-        means += [both[0] | values | about | {"models": models}] * (len(rows) > 1)
-    return means
+    if wrong := [number for number in numbers if not is_number(number)]:
+        raise ValueError(f"has a curve with an entry of another form: {one_line(repr(wrong[0]), 80)}")
 
 
 def _block(rows: pandas.DataFrame, found: Found, output: Path) -> dict[str, Any]:
-    """Table, charts and pictures of the records that belong together, for the template."""
+    """Table, bars and pictures of the records that belong together, for the template."""
     first, measured = rows.iloc[0], rows[rows["metric"] != GAIN]
     is_retrieval = first["task"] == "retrieval"
     for row in conflicts(measured, "folder", SAME).drop_duplicates(["name", "dataset", "folder"]).itertuples():
-        found.faults.append(
-            (row.name, f"has other figures of {row.dataset} with {row.folder}; the first ones are shown")
-        )
+        fault = f"has other figures of {row.dataset} with {row.folder}; the first ones are shown"
+        found.faults.append((row.name, fault))
     pairs, gains = pairs_of(values_of(measured, "folder")), rows[rows["metric"] == GAIN].to_dict("records")
     for pair in pairs:
         pair["models"] = " against ".join(pair[role].folder for role in ("capivara", "baseline") if pair[role])
     own = measured.drop_duplicates("dataset").set_index("dataset")["metric"]  # the metric that a file has first
     drawn = [p for p in pairs if not p["is_rank"] and (is_retrieval or p["metric"] == own[p["dataset"]])]
-    means = [] if is_retrieval else means_of(drawn)
     several = len({pair["models"] for pair in pairs}) > 1
-    for entry in pairs + means + gains:
+    for entry in pairs + gains:
         what = [_words(entry["direction"]) or entry["dataset"], _words(entry["metric"])]
         if entry["metric"] == GAIN:
             what[1] = "" if entry["seed"] is None else f"seed {entry['seed']}"
@@ -189,17 +169,13 @@ def _block(rows: pandas.DataFrame, found: Found, output: Path) -> dict[str, Any]
     title = [_words(first["task"]).capitalize(), first["dataset"] if is_retrieval else first["protocol"]]
     title += [f"in {first['language']}"] * bool(first["language"]) + [f"split {first['split']}"]
     title = one_line(", ".join(title + [f"first {first['dim']} dimensions"] * bool(first["dim"])), 200)
-    bars = [BarRow(p["short"], *(p[role] and (p[role].mean, p[role].deviation) for role in MODEL_NAMES), p["chance"])
-            for p in drawn]  # fmt: skip
-    spans = [(gain["short"], gain["value"], *gain["interval_95"]) for gain in gains if gain["interval_95"]]
-    charts = [("bars", plot_bars, bars), ("gains", plot_gains, spans)]
     sheets = [Path(name).with_suffix(QUERIES) for name in dict.fromkeys(rows["name"])]
     skipped = measured.groupby("dataset", sort=False)["skipped_rows"].max()
     return {
-        "title": title, "protocol": first["protocol"],
-        "charts": [_draw(f"{kind} {title}", found, output, plot, what) for kind, plot, what in charts if what],
-        "main": [p for p in drawn if p["metric"] == "mean_recall"] if is_retrieval else means or drawn,
-        "pairs": pairs, "means": means, "gains": gains, "skipped": skipped[skipped > 0].to_dict(),
+        "title": title, "protocol": first["protocol"], "pairs": pairs, "gains": gains,
+        "charts": [_draw(f"bars {title}", found, output, plot_bars, drawn)] if drawn else [],
+        "main": [p for p in drawn if p["metric"] == "mean_recall"] if is_retrieval else drawn,
+        "skipped": skipped[skipped > 0].to_dict(),
         "sheets": _copies(sheets, "Best and worst queries", found, output),
     }  # fmt: skip
 
@@ -213,10 +189,10 @@ def _run_pictures(name: str, run: dict[str, Any], found: Found, output: Path) ->
 
 
 def _draw(title: str, found: Found, output: Path, plot: Callable, *what: Any) -> tuple[str, str]:
-    """File and title of a chart; the file's name is of letters, digits and dashes alone."""
-    found.pictures.append(f"{len(found.pictures):03d}-{re.sub(r'[^a-z0-9]+', '-', title.lower())[:60]}.png")
-    plot(*what, output / found.pictures[-1])
-    return found.pictures[-1], title
+    """File and title of a chart."""
+    found.pictures += 1
+    plot(*what, output / f"{found.pictures:03d}.png")
+    return f"{found.pictures:03d}.png", title
 
 
 def _copies(sheets: list[Path], title: str, found: Found, output: Path) -> list[tuple[str | None, str]]:
@@ -229,10 +205,10 @@ def _copies(sheets: list[Path], title: str, found: Found, output: Path) -> list[
             found.faults.append((one_line(str(inside), 120), f"this picture is not shown: {error.reason}"))
             copies.append((None, title))
         else:
-            found.pictures.append(f"{len(found.pictures):03d}.jpg")
+            found.pictures += 1
             image.thumbnail((1600, 1600))
-            image.save(output / found.pictures[-1], quality=85)  # encoded anew: nothing but its pixels gets out
-            copies.append((found.pictures[-1], title))
+            copies.append((f"{found.pictures:03d}.jpg", title))
+            image.save(output / copies[-1][0], quality=85)  # encoded anew: nothing but its pixels gets out
     return copies
 
 

@@ -9,13 +9,11 @@ same to the bit.
     accelerate launch --multi_gpu --num_processes 8 -m eval.retrieval …
 """
 
-import re
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,16 +27,8 @@ from capivara_common.privacy import short_name
 from caption_data.embedding_cache import ImageRows
 from caption_data.rows import caption_texts, rows_fingerprint
 from caption_data.sources import Split, open_split
-from eval.capivara_metrics.metrics import (
-    RECALL_CUTOFFS,
-    chance_recall,
-    cross_modal_ranks,
-    mean_hits,
-    mean_recall,
-    median_rank,
-    paired_bootstrap,
-    recall_at_k,
-)
+from eval.capivara_metrics import metrics
+from eval.capivara_metrics.metrics import RECALL_CUTOFFS
 from eval.embeddings import EmbeddedImages, EmbeddingStore, ModelArguments, open_store, run_evaluation, write_result
 from eval.records.schema import DIRECTIONS, GAIN, Record
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
@@ -51,7 +41,9 @@ GONE = {  # flags of earlier versions -> what there is instead
     **dict.fromkeys(["executor", "tasks", "workers", "partition", "time", "sbatch", "logging_dir"], LAUNCHED),
     **dict.fromkeys(["cpus_per_task", "mem_per_cpu_gb", "gpus_per_task"], LAUNCHED),
     "gallery": "the best and the worst queries are drawn beside the result, OUTPUT.queries.png",
+    "recall_at": "recall at 1, 5 and 10 is measured, as far as there are more images",
 }
+POSITIONS = {"all": slice(None), "first": slice(1), "even": slice(0, None, 2), "odd": slice(1, None, 2)}
 
 
 @dataclass
@@ -64,12 +56,9 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments):
     output: Path = flag(..., "JSON file for the result records.")
     language: str = flag("pt", "Language of the captions.")
     caption_column: str = flag("captions-{language}", "Name of the column of a caption or a list of captions an image.")
-    caption_positions: str = flag(
-        "all",
-        "Which captions of an image: all, first, even, odd or numbers from 0 such as 0,2. In the paper's "
-        "files of ten captions, Marian's are even and Google's odd.",
+    caption_positions: Literal["all", "first", "even", "odd"] = flag(
+        "all", "Which captions of an image. In the paper's files of ten captions, Marian's are even and Google's odd."
     )
-    recall_at: list[int] = flag([*RECALL_CUTOFFS], "The k of recall@k; their mean comes, too.")
     dim: int | None = flag(
         None, "Compare the first so many numbers of the embeddings, scaled to unit length; all where none is given."
     )
@@ -78,9 +67,6 @@ class RetrievalArguments(CaptionDataArguments, ModelArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        caption_positions(self.caption_positions, 10)
-        if not self.recall_at or min(self.recall_at) < 1:
-            raise ValueError(f"recall_at must be numbers of at least 1, got {self.recall_at}.")
         at_least(self, 1, "dim")
 
 
@@ -113,13 +99,14 @@ class RetrievalEmbeddings:
     def chance(self, direction: str, k: int) -> float:
         """Expected recall@k of random scores, a share from 0 to 1."""
         other = DIRECTIONS[1 - DIRECTIONS.index(direction)]
-        return chance_recall(self.groups(direction), self.groups(other), k)
+        return metrics.chance_recall(self.groups(direction), self.groups(other), k)
 
     @cached_property
     def ranks(self) -> dict[str, Tensor]:
         """Direction -> (queries,), ranks as `retrieval_ranks` defines them."""
         groups = (self.groups(direction) for direction in DIRECTIONS)
-        return dict(zip(DIRECTIONS, cross_modal_ranks(self.text_embeds, self.image_embeds, *groups), strict=True))
+        ranks = metrics.cross_modal_ranks(self.text_embeds, self.image_embeds, *groups)
+        return dict(zip(DIRECTIONS, ranks, strict=True))
 
 
 def flat_captions(captions: list[list[str]]) -> tuple[list[str], Tensor]:
@@ -143,25 +130,24 @@ def embed_captions(
     return RetrievalEmbeddings(embed_texts(model, processor, texts), image_embeds, image_of_text)
 
 
-def retrieval_records(
-    embeddings: RetrievalEmbeddings, cutoffs: Sequence[int] = RECALL_CUTOFFS, protocol: str = PROTOCOL, **facts: Any
-) -> list[Record]:
-    """Recall at each cut-off, their mean, and the median rank, in both directions, beside chance.
+def retrieval_records(embeddings: RetrievalEmbeddings, protocol: str = PROTOCOL, **facts: Any) -> list[Record]:
+    """Recall at 1, 5 and 10, their mean, and the median rank, in both directions, beside chance.
+
+    Recall that the images are too few for, so that every query would be a hit, is left out, and so is the mean then.
 
     Args:
         embeddings: of the split.
-        cutoffs: the k of recall@k, without those that the images are too few for: every query would be a hit.
         protocol: in words.
         facts: the other fields of `Record`: dataset, split, language, model, model_folder and seed.
     """
-    records, cutoffs = [], tuple(k for k in cutoffs if k < len(embeddings.image_embeds))
+    records, cutoffs = [], tuple(k for k in RECALL_CUTOFFS if k < len(embeddings.image_embeds))
     facts |= width_facts(embeddings, protocol)
     for direction in DIRECTIONS:
         ranks = embeddings.ranks[direction]
-        values = {f"recall@{k}": (recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
-        if cutoffs == RECALL_CUTOFFS:  # of others it would be another figure of the same name
+        values = {f"recall@{k}": (metrics.recall_at_k(ranks, k), embeddings.chance(direction, k)) for k in cutoffs}
+        if cutoffs == RECALL_CUTOFFS:  # of fewer it would be another figure of the same name
             values["mean_recall"] = tuple(sum(of) / len(of) for of in zip(*values.values(), strict=True))
-        values["median_rank"] = (median_rank(ranks), None)
+        values["median_rank"] = (metrics.median_rank(ranks), None)
         for metric, (value, chance) in values.items():
             of = {"direction": direction, "metric": metric, "value": value, "n": len(ranks), "chance": chance}
             records.append(Record(task="retrieval", **of, **facts))
@@ -179,7 +165,7 @@ def width_facts(embeddings: RetrievalEmbeddings, protocol: str) -> dict[str, Any
 @torch.no_grad()
 def validation_measures(embeddings: RetrievalEmbeddings, logit_scale: Tensor) -> dict[str, float]:
     """Mean recall in each direction, a share from 0 to 1, and `loss`: of all images, each with its first caption."""
-    measures = {direction: mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS}
+    measures = {direction: metrics.mean_recall(embeddings.ranks[direction]) for direction in DIRECTIONS}
     first = torch.searchsorted(embeddings.image_of_text, torch.arange(len(embeddings.image_embeds)))
     loss = clip_loss(embeddings.text_embeds[first], embeddings.image_embeds, logit_scale.detach().cpu())
     return measures | {"loss": loss.item()}
@@ -193,8 +179,8 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
         return []
     records, facts = [], facts | width_facts(after, PROTOCOL)
     for direction in DIRECTIONS:
-        hits = [mean_hits(embeddings.ranks[direction]) for embeddings in (before, after)]
-        gain, *interval = paired_bootstrap(*hits, after.groups(direction))
+        hits = [metrics.mean_hits(embeddings.ranks[direction]) for embeddings in (before, after)]
+        gain, *interval = metrics.paired_bootstrap(*hits, after.groups(direction))
         of = {"direction": direction, "metric": GAIN, "value": gain, "n": len(hits[0]), "interval_95": tuple(interval)}
         records.append(Record(task="retrieval", **of, **facts))
     return records
@@ -231,8 +217,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     """The split of the arguments, its columns and captions checked.
 
     Raises:
-        ValueError: split or column is missing (the known ones are named), an image has no caption, or there are
-            no more images than the largest k.
+        ValueError: split or column is missing (the known ones are named), or an image has no caption.
     """
     source = open_split(args.dataset, args.split, args.image_column, **args.limits())
     column = args.caption_column.replace("{language}", args.language)
@@ -243,7 +228,6 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
-    check_cutoffs(args.recall_at, len(captions))
     return RetrievalData(source, captions, args.image_column)
 
 
@@ -257,15 +241,16 @@ def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
     started = time.perf_counter()
     whole, images = data.embedded(store)
     embeddings = whole.cut(args.dim)
-    check_cutoffs(args.recall_at, len(images.rows))
+    if len(images.rows) < 2:
+        raise ValueError(f"{args.dataset} has one image that can be read: among so few, retrieval has no meaning.")
     name = args.dataset_name or args.dataset
     facts = {"dataset": short_name(name), "split": args.split, "language": args.language}
     facts |= {"seed": args.seed, "model": args.role, "model_folder": args.model}
     protocol = PROTOCOL if args.caption_positions == "all" else f"{PROTOCOL}; captions: {args.caption_positions}"
-    records = retrieval_records(embeddings, args.recall_at, protocol, **facts)
-    store.close()
+    records = retrieval_records(embeddings, protocol, **facts)
     if processes().is_main_process:
-        write_result(args, records, args.dataset, data.fingerprint(), store, started, images.skipped, name)
+        facts = {"dataset": args.dataset, "name": name, "fingerprint": data.fingerprint(), "skipped": images.skipped}
+        write_result(args, records, store, started, **facts)
         if pictures:
             from eval.records.plots import plot_retrieval_sheet  # here: others of these commands draw nothing
 
@@ -275,25 +260,6 @@ def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:
     return records
 
 
-def check_cutoffs(cutoffs: Sequence[int], images: int) -> None:
-    """Raise ValueError where a k is not below the number of images: every query would be a hit."""
-    if max(cutoffs) >= images:
-        raise ValueError(
-            f"recall@{max(cutoffs)} has no meaning among {images} images; give smaller ones, such as --recall_at 1"
-            + (f" {min(5, images - 1)}." if images > 2 else ".")
-        )
-
-
-def caption_positions(text: str, captions: int) -> Sequence[int]:
-    """Which of an image's captions are meant."""
-    named = {"all": range(captions), "first": range(1), "even": range(0, captions, 2), "odd": range(1, captions, 2)}
-    if text in named:
-        return named[text]
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise ValueError(f"caption_positions must be {', '.join(named)} or numbers from 0 such as 0,2; got {text!r}.")
-    return [int(position) for position in text.split(",")]
-
-
 def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
     try:
         captions = caption_texts(value, column)
@@ -301,12 +267,9 @@ def _chosen(value: Any, column: str, positions: str, row: int) -> list[str]:
         raise ValueError(
             f"Row {row} has captions that are no text: {str(value)[:100]}. Name another --caption_column."
         ) from bad
-    if not captions:
-        raise ValueError(f"Row {row} has no caption: {value!r}. Fill it, or remove the row.")
-    chosen = [captions[at] for at in caption_positions(positions, len(captions)) if at < len(captions)]
-    if not chosen:
+    if captions and not captions[POSITIONS[positions]]:
         raise ValueError(f"Row {row} has {len(captions)} captions, none at the positions {positions!r}.")
-    return chosen
+    return captions[POSITIONS[positions]]
 
 
 main = partial(run_evaluation, RetrievalArguments, __doc__, evaluate)

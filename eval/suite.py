@@ -3,46 +3,30 @@ r"""The paper's benchmarks in one command, beside its published figures; what is
     python -m eval.suite paper --model capivara --baseline open_clip:xlm-roberta-base-ViT-B-32:laion5b_s13b_b90k \
         --data_dir data/benchmarks --output results/paper
     python -m eval.suite elevater --runs runs/a runs/b runs/c --protocol authors --authors_file portuguese_prompts.py
-    python -m eval.suite beyond --model capivara --only xm3600 --languages pt hi --data xm3600=data/xm3600
-    python -m eval.suite --list
+    python -m eval.suite beyond --model capivara --only xm3600 --languages pt hi --data_dir data/benchmarks
 
 The suite "paper" has all benchmarks, with those beyond the paper (XM3600, Flickr30k-200, Babel-ImageNet); elevater,
-beyond, retrieval and classification are parts of it. Data are looked for at --data KEY=PATH, in --data_dir under the
-benchmark's key, and on the Hub where its id is known; --list says in which layout.
+beyond, retrieval and classification are parts of it. Data are looked for in --data_dir under the benchmark's key, and
+on the Hub where its id is known; the benchmark's file in eval/benchmarks says in which layout (`local_layout`).
 
 The same command continues an interrupted suite: what was embedded is taken from --cache_dir, and only the figures are
 computed again. Give every protocol an output folder of its own.
 """
 
-import functools
-import itertools
-import shutil
 import sys
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
 import pandas
-from accelerate.utils import broadcast_object_list
 
 from capivara_common.cli import WrongUse, flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions, processes
 from capivara_common.files import read_json, seed_folders, write_json, write_text
 from capivara_common.privacy import hide_paths
-from eval.benchmarks import (
-    METRICS,
-    SUITES,
-    Benchmark,
-    adapted,
-    hub_fault,
-    load_benchmarks,
-    local_data,
-    locate,
-    must_be_known,
-)
+from eval.benchmarks import FOLDER, SUITES, Benchmark, load_benchmarks, locate, must_be_known, read_benchmark
 from eval.classification import ClassificationArguments
 from eval.classification import evaluate as evaluate_classification
 from eval.embeddings import EmbeddingArguments
@@ -52,14 +36,23 @@ from eval.retrieval import evaluate as evaluate_retrieval
 from modeling_capivara.two_towers import load_embedder
 
 SUMMARY_VERSION = 1
+COLUMNS = ["benchmark", "language", "metric", "direction", "role", "run", "value", "n"]  # of what was measured
 TEMPLATE = Path(__file__).parent / "suite.md.j2"
+GONE = {  # flags of earlier versions -> what there is instead
+    "gallery": "`python -m eval.retrieval` draws the best and the worst queries beside its result",
+    "list": "the files in eval/benchmarks say where the data come from and in which layout",
+    "metrics": "the result file of a benchmark has all its metrics",
+    "data": "put the data, or a link to them, into --data_dir under the benchmark's key",
+    "published": "the benchmark's file in eval/benchmarks has the figures of the light recipe, too",
+    "offline": "set HF_HUB_OFFLINE=1, as for everything of Hugging Face",
+}
 
 
 @dataclass
 class SuiteArguments(EmbeddingArguments):
     """Flags of `eval.suite`."""
 
-    gone = {"gallery": "`python -m eval.retrieval` draws the best and the worst queries beside its result"}
+    gone = GONE
     suite: str = flag("paper", f"Which benchmarks: {', '.join(SUITES)}.", positional=True, nargs="?")
     model: str | None = flag(None, "Folder or Hub id of a CAPIVARA model; the first run.")
     runs: list[str] = flag([], "Models of one recipe and several seeds, or the folder of them: mean ± deviation.")
@@ -67,35 +60,34 @@ class SuiteArguments(EmbeddingArguments):
         None, "CAPIVARA model, open_clip:NAME:PRETRAINED, open_clip:local-dir:FOLDER or clip:FOLDER."
     )
     output: Path = flag(Path("results/suite"), "Folder of result files, suite.json and table.md.")
-    data: list[str] = flag([], "Local data, any number of KEY=PATH.")
     data_dir: Path | None = flag(None, "Folder with local data, each under its key.")
     only: list[str] = flag([], "Keys of the benchmarks to measure, of any suite.")
-    languages: list[str] = flag([], "Codes, for benchmarks that have several; --list shows them.")
-    metrics: list[str] = flag([], f"Further rows of the table: {', '.join(METRICS)}.")
+    languages: list[str] = flag([], "Codes, for benchmarks that have several.")
     protocol: Literal["ours", "authors"] = flag(
         "ours", "Names and prompts: this project's, or those of the published figures."
     )
-    authors_file: str | None = flag(None, "Path or https address, for protocol authors.")
-    published: Literal["capivara", "capivara_opt"] = flag(
-        "capivara", "Published model to compare with: fine-tuned, or with LoRA (Opt.)."
-    )
-    offline: bool = flag(False, "Take local data alone.")
-    list_benchmarks: bool = flag(False, "Show the suite's benchmarks and where their data are.", aliases=["--list"])
+    authors_file: str | None = flag(None, "Path of the authors' portuguese_prompts.py, for protocol authors.")
 
 
 def chosen(args: SuiteArguments) -> list[Benchmark]:
     """The benchmarks of a suite, or those that are asked for.
 
     Raises:
-        ValueError: suite, key, language or metric is unknown; the known ones are listed, nearest first.
+        ValueError: an argument is wrong; the known suites, keys and languages are listed.
     """
     every = load_benchmarks()
     languages = dict.fromkeys(code for benchmark in every.values() for code in benchmark.all_languages)
     must_be_known("suite", [args.suite], list(SUITES))
     must_be_known("benchmark", args.only, list(every))
-    must_be_known("metric", args.metrics, list(METRICS))
     must_be_known("language", args.languages, list(languages))
-    return [b for b in every.values() if (b.key in args.only if args.only else args.suite in b.suite)]
+    if args.data_dir and not args.data_dir.is_dir():
+        raise WrongUse(f"--data_dir {args.data_dir} is no folder.")
+    if args.protocol == "authors" and not args.authors_file:
+        raise WrongUse("--protocol authors needs --authors_file, the path of their portuguese_prompts.py.")
+    found = [b for b in every.values() if (b.key in args.only if args.only else args.suite in b.suite)]
+    if args.languages and not any(code in b.all_languages for code in args.languages for b in found):
+        raise WrongUse(f"None of the benchmarks has one of the languages {args.languages}.")
+    return found
 
 
 def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
@@ -107,27 +99,23 @@ def models_of(args: SuiteArguments) -> list[dict[str, Any]]:
     Raises:
         ValueError: there is none, one can't be loaded, or two runs are the same model.
     """
-
-    def model(name: str, role: str) -> dict[str, Any]:
-        facts, is_baseline = Path(name) / "run.json", role == "baseline"
-        seed = None if is_baseline or not facts.is_file() else read_json(facts).get("seed")
-        fingerprint = load_embedder(name, "cpu", is_baseline, args.precision).fingerprint
-        return {"name": name, "role": role, "run": 0, "seed": seed, "fingerprint": fingerprint}
-
     names = [args.model] if args.model else []
     for name in args.runs:
         several = [] if (Path(name) / "config.json").is_file() else list(map(str, seed_folders(Path(name))))
         names += several or [name]
     if not names:
         raise WrongUse("No model is given: take --model MODEL, or --runs RUN RUN RUN.")
-    runs = [model(name, "capivara") for name in names]
-    fingerprints = [run["fingerprint"] for run in runs]
-    if args.model and fingerprints[0] in fingerprints[1:]:
-        del runs[0], fingerprints[0]  # --model is one of --runs
-    if len(set(fingerprints)) < len(runs):
+    names = list(dict.fromkeys(names))  # --model may be one of --runs
+    runs = [("capivara", run, name) for run, name in enumerate(names)]
+    models = []
+    for role, run, name in [("baseline", 0, args.baseline)] * bool(args.baseline) + runs:
+        facts, is_baseline = Path(name) / "run.json", role == "baseline"
+        seed = None if is_baseline or not facts.is_file() else read_json(facts).get("seed")
+        fingerprint = load_embedder(name, "cpu", is_baseline, args.precision).fingerprint
+        models.append({"name": name, "role": role, "run": run, "seed": seed, "fingerprint": fingerprint})
+    if len({model["fingerprint"] for model in models[-len(runs) :]}) < len(runs):
         raise ValueError("Two of --runs hold the same model, so that their deviation would mean nothing.")
-    baseline = [model(args.baseline, "baseline")] if args.baseline else []
-    return baseline + [run | {"run": number} for number, run in enumerate(runs)]
+    return models
 
 
 def plan(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -139,36 +127,20 @@ def plan(args: SuiteArguments) -> tuple[list[dict[str, Any]], list[dict[str, Any
     Raises:
         ValueError: an argument is wrong; nothing has been measured yet.
     """
-    args.check_image_files()
-    benchmarks, given, asked = chosen(args), local_data(args.data), args.languages
-    if args.data_dir and not args.data_dir.is_dir():
-        raise WrongUse(f"--data_dir {args.data_dir} is no folder.")
-    if args.protocol == "authors" and not args.authors_file:
-        raise WrongUse("--protocol authors needs --authors_file, a path or an https address.")
-    if asked and not any(code in benchmark.all_languages for code in asked for benchmark in benchmarks):
-        raise WrongUse(f"None of the benchmarks has one of the languages {asked}; see --list.")
-    fault = functools.cache(lambda: "offline" if args.offline else hub_fault())
+    benchmarks, asked = chosen(args), args.languages
     models, measurements = models_of(args), []
     for benchmark in benchmarks:
-        place, reader = locate(benchmark, given, args.data_dir, fault), benchmark.source.get("reader")
+        place = locate(benchmark, args.data_dir)
         languages = [code for code in benchmark.all_languages if code in asked] if asked else benchmark.languages
         if not languages and benchmark.key in args.only:  # named, so that it must be heard of
             languages, known = [benchmark.language], " ".join(benchmark.all_languages)
             reason = f"it is in {known}, and --languages asks for {' '.join(asked)}"
             place = {"data": "", "local": False, "reason": reason}
         for language in languages:
-            of_language = place
-            if place["local"] and reader:
-                try:
-                    target = args.output / "layouts" / f"{benchmark.key}-{language}"
-                    made = adapted(reader, Path(place["data"]), benchmark.split, language, target)
-                    of_language = place | {"data": str(made)}
-                except (ValueError, OSError) as error:
-                    of_language = place | {"reason": _one_line(error)}
             for model in models:
                 suffix = "baseline" if model["role"] == "baseline" else f"{model['role']}-{model['run']}"
                 one = {"benchmark": benchmark.key, "language": language, "role": model["role"], "run": model["run"]}
-                one |= {"file": f"{benchmark.key}-{language}-{suffix}.json", "skipped": 0, **of_language}
+                one |= {"file": f"{benchmark.key}-{language}-{suffix}.json", "skipped": 0, **place}
                 measurements.append(one | {"status": "not run" if one["reason"] else "planned"})
     return models, measurements
 
@@ -181,11 +153,8 @@ def measure(
     shared |= {"role": model["role"], "language": measurement["language"], "seed": model["seed"]}
     shared |= {key: getattr(args, key) for key in ("batch_size", "precision", "cache_dir", "device")} | args.limits()
     shared |= {"image_column": benchmark.image_column}
-    made = Path(measurement["data"])
     if benchmark.task == "retrieval":
         shared |= {"caption_column": benchmark.caption_column, "caption_positions": benchmark.caption_positions}
-        if made.parent == args.output / "layouts":  # its images lie where the link in it leads
-            shared["image_roots"] = [*args.image_roots, (made / benchmark.split / "images").resolve()]
         task = RetrievalArguments(dataset=measurement["data"], dataset_name=benchmark.key, **shared)
         return evaluate_retrieval(task, pictures=False)
     shared |= {"protocol": args.protocol if benchmark.protocol == "ours" else benchmark.protocol}
@@ -197,20 +166,12 @@ def measure(
 def run(args: SuiteArguments) -> dict[str, Any] | None:
     """Measure what is planned; the summary, on the main process.
 
-    Every process of a launch takes part in a task, so all go through the same plan, which the main one made. A task
-    that fails does not end the suite.
+    Every process of a launch takes part in a task, so all go through the same plan. A task that fails does not end the
+    suite.
     """
-    main, outcome = processes().is_main_process, [None]
-    if main:
-        try:
-            outcome = [plan(args)]
-        except (ValueError, OSError, ImportError) as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    models, measurements = outcome[0]
-    benchmarks, by_role = load_benchmarks(), {(model["role"], model["run"]): model for model in models}
+    models, measurements = plan(args)
+    main, benchmarks = processes().is_main_process, load_benchmarks()
+    by_role = {(model["role"], model["run"]): model for model in models}
     for number, one in enumerate(measurements, 1):
         if one["status"] == "planned":
             try:
@@ -221,7 +182,7 @@ def run(args: SuiteArguments) -> dict[str, Any] | None:
                 if not isinstance(error, ValueError | OSError | ImportError):  # want of memory, or a fault of ours
                     kind = f"{type(error).__name__}: "
                     traceback.print_exc()
-                one |= {"status": "not run", "reason": kind + _one_line(error)}
+                one |= {"status": "not run", "reason": kind + " ".join(hide_paths(str(error)).split())}
         if main:
             if one["status"] == "measured":
                 one["skipped"] = read_json(args.output / one["file"])["skipped_rows"]
@@ -229,15 +190,10 @@ def run(args: SuiteArguments) -> dict[str, Any] | None:
             print(f"[{number}/{len(measurements)}] {one['file'].removesuffix('.json')}: {outcome}", flush=True)
     if not main:
         return None
-    shutil.rmtree(args.output / "layouts", ignore_errors=True)
     summary = _summary(args, models, measurements)
     write_json(args.output / "suite.json", summary)
     write_text(args.output / "table.md", suite_table(summary))
     return summary
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(hide_paths(str(error)).split())
 
 
 def _summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: list[dict[str, Any]]) -> dict[str, Any]:
@@ -247,10 +203,10 @@ def _summary(args: SuiteArguments, models: list[dict[str, Any]], measurements: l
     runs, known = {role: sum(m["role"] == role for m in models) for role in MODEL_NAMES}, load_benchmarks()
     pairs = dict.fromkeys((one["benchmark"], one["language"]) for one in measurements)
     pairs = [(known[key], language) for key, language in pairs]
-    rows, left_out = suite_rows(pairs, values, runs, args.metrics, args.published, args.protocol)
+    rows, left_out = suite_rows(pairs, values, runs, args.protocol)
     return {
         "summary_version": SUMMARY_VERSION,
-        **{name: getattr(args, name) for name in ("suite", "protocol", "published", "precision")},
+        **{name: getattr(args, name) for name in ("suite", "protocol", "precision")},
         "versions": package_versions(),
         "models": [model | {"name": hide_paths(model["name"])} for model in models],
         "measurements": [one | {"data": hide_paths(one["data"])} for one in measurements],
@@ -264,77 +220,62 @@ def suite_rows(
     pairs: list[tuple[Benchmark, str]],
     values: list[dict[str, Any]],
     runs: dict[str, int],
-    metrics: Sequence[str] = (),
-    published: str = "capivara",
     protocol: str = "ours",
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of a suite's table, as data, all but median ranks in per cent; and a line on each average that is left out.
+    """Rows of a suite's table, as data, in per cent; and a line where the average of ELEVATER is left out.
 
     Args:
         pairs: benchmarks, with a language each.
         values: what was measured: `benchmark`, `language`, `direction`, `metric`, `role` and `run` (number of the model
             of its role), with `value` and `n` as in a `Record`.
         runs: role -> number of its models.
-        metrics: that get rows of their own beside the benchmark's.
-        published: names the model whose published figures stand beside CAPIVARA's.
         protocol: of names and prompts.
     """
-    of_value = ["benchmark", "language", "direction", "metric", "role"]
-    frame = pandas.DataFrame(values, columns=[*of_value, "run", "value", "n"]).astype({"value": float})
-    frame["value"] = frame["value"].where(frame["metric"] == "median_rank", 100 * frame["value"])
-    pairs, left_out = list(pairs), []
-    for average in load_benchmarks(averages=True).values():
-        members = [b for b, _ in pairs if average.of in b.suite]
-        names = [(b.key, b.language, b.metric) for b in members]
-        own = frame.merge(pandas.DataFrame(names, columns=["benchmark", "language", "metric"]))
-        of_runs = own.groupby(["role", "run"], as_index=False).agg(value=("value", "mean"), n=("value", "count"))
-        if len(members) == average.count and (of_runs["n"] == average.count).sum() == sum(runs.values()):
-            name = {"benchmark": average.key, "language": "pt", "direction": "", "metric": average.metric, "n": 0}
-            frame = pandas.concat([frame, of_runs.assign(**name)])
-            last = max(number for number, (b, _) in enumerate(pairs) if average.of in b.suite)
-            pairs.insert(last + 1, (average, "pt"))
-        elif members:
-            of_model = own[own["role"] == "capivara"].groupby("benchmark")["run"].nunique()
-            there = (of_model == runs["capivara"]).sum()
-            left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
-    found = frame.groupby(of_value, sort=False).agg(
+    own = pandas.DataFrame([(b.key, language, b.metric) for b, language in pairs], columns=COLUMNS[:3])
+    frame = pandas.DataFrame(values, columns=COLUMNS).merge(own)
+    frame["value"] = 100 * frame["value"].astype(float)
+    average, left_out = read_benchmark(FOLDER / "elevater.json"), []
+    members = [b.key for b, _ in pairs if average.key in b.suite]
+    of_sets = frame[frame["benchmark"].isin(members)]
+    of_runs = of_sets.groupby(["role", "run"], as_index=False).agg(value=("value", "mean"), n=("value", "count"))
+    if len(members) == average.count and (of_runs["n"] == average.count).sum() == sum(runs.values()):
+        frame = pandas.concat([frame, of_runs.assign(benchmark=average.key, language="pt", direction="", n=0)])
+        last = max(number for number, (b, _) in enumerate(pairs) if b.key in members)
+        pairs = [*pairs[: last + 1], (average, "pt"), *pairs[last + 1 :]]
+    elif members:
+        there = of_sets[of_sets["role"] == "capivara"].groupby("benchmark")["run"].nunique()
+        there = (there == runs["capivara"]).sum()
+        left_out.append(f"{average.title}: left out, since {there} of its {average.count} sets ran.")
+    found = frame.groupby(["benchmark", "language", "direction", "role"], sort=False).agg(
         mean=("value", "mean"), std=("value", "std"), runs=("value", "count"), n=("n", "first")
     )
     # A mean of fewer runs would mislead.
     whole = {key: of for key, of in found.to_dict("index").items() if of["runs"] == runs[key[-1]]}
-    rows, suites = [], {b.key: b.suite for b, _ in pairs}
+    rows = []
     for benchmark, language in pairs:
-        further = [metric for metric in metrics if METRICS[metric] == benchmark.task]
-        for metric, direction in itertools.product(dict.fromkeys([benchmark.metric, *further]), benchmark.directions):
-            of_roles = {role: whole.get((benchmark.key, language, direction, metric, role)) for role in runs}
-            if metric == benchmark.metric or any(of_roles.values()):
-                row = _row(benchmark, language, metric, direction, of_roles, published, protocol)
-                if benchmark.task == "average":
-                    row["like_for_like"] = all(
-                        r["like_for_like"] for r in rows if benchmark.of in suites[r["benchmark"]]
-                    )
-                rows.append(row)
+        for direction in benchmark.directions:
+            of_roles = {role: whole.get((benchmark.key, language, direction, role)) for role in runs}
+            rows.append(_row(benchmark, language, direction, of_roles, protocol))
+            if benchmark is average:
+                rows[-1]["like_for_like"] = all(row["like_for_like"] for row in rows if row["benchmark"] in members)
     return rows, left_out
 
 
 def _row(
-    benchmark: Benchmark, language: str, metric: str, direction: str, of_roles: dict[str, dict[str, Any] | None],
-    published: str, protocol: str,
-) -> dict[str, Any]:  # fmt: skip
+    benchmark: Benchmark, language: str, direction: str, of_roles: dict[str, dict[str, Any] | None], protocol: str
+) -> dict[str, Any]:
     """Published and measured figures, and the measured minus the published ones in points."""
     title = benchmark.title + ("" if benchmark.languages == (language,) else f" ({language})")
     section = "beyond" if "beyond" in benchmark.suite else "paper"
     row = {"benchmark": benchmark.key, "title": title, "section": section, "language": language}
-    row |= {"direction": direction, "metric": metric}
-    images = [
-        int(of["n"]) for of in of_roles.values() if of and of["n"] and direction != "text_to_image"
-    ]  # no captions
+    row |= {"direction": direction, "metric": benchmark.metric}
+    by_image = direction != "text_to_image"  # else `n` counts captions
+    images = [int(of["n"]) for of in of_roles.values() if of and of["n"] and by_image]
     like = benchmark.like_for_like and (benchmark.test_images is None or {*images[:1]} <= {benchmark.test_images})
     like = like and (benchmark.task == "retrieval" or benchmark.protocol == "babel" or protocol == "authors")
     row |= {"images": images[0] if images else None, "test_images": benchmark.test_images, "like_for_like": like}
     for role, of in of_roles.items():
-        known = benchmark.published_figure("baseline" if role == "baseline" else published, direction)
-        known = known if (metric, language) == (benchmark.metric, benchmark.language) else None
+        known = benchmark.published_figure(role, direction) if language == benchmark.language else None
         std = of["std"] if of and of["runs"] > 1 else None
         measured = {"mean": of["mean"], "std": std, "runs": of["runs"]} if of else None
         difference = of["mean"] - known["mean"] if of and known else None
@@ -344,16 +285,14 @@ def _row(
 
 def suite_table(summary: dict[str, Any]) -> str:
     """A suite's summary as Markdown: published and measured figures, their differences, and what was not run."""
-    rows, measurements, titles = summary["rows"], pandas.DataFrame(summary["measurements"]), summary["notes"]
+    rows, titles, measurements = summary["rows"], summary["notes"], pandas.DataFrame(summary["measurements"])
     facts = [
-        f"{titles[row['benchmark']][0]}: {row['images']:,} images; the published split has {row['test_images']:,}."
+        f"{row['title']}: {row['images']:,} images; the published split has {row['test_images']:,}."
         for row in rows
         if row["images"] and row["test_images"] not in (None, row["images"])
     ]
-    facts += [
-        f"{one.file.removesuffix('.json')}: {one.skipped:,} images could not be read and are left out."
-        for one in measurements[measurements["skipped"] > 0].itertuples()
-    ]
+    for one in measurements[measurements["skipped"] > 0].itertuples():
+        facts.append(f"{one.file.removesuffix('.json')}: {one.skipped:,} images could not be read and are left out.")
     there = {row["benchmark"] for row in rows if any(row[role]["measured"] for role in MODEL_NAMES)}
     facts += [f"{title}: {note}" for key, (title, note) in titles.items() if note and key in there]
     facts += summary["averages_left_out"]
@@ -362,41 +301,19 @@ def suite_table(summary: dict[str, Any]) -> str:
         which = "; ".join(f"{one.language}, {one.role} {one.run}" for one in of.itertuples())
         some = f" ({which})" if len(of) % len(summary["models"]) else ""
         facts.append(f"{benchmark}{some}: not run: {reason.rstrip('.')}.")
-    unlike = any(
-        row[role]["difference"] is not None for row in rows for role in MODEL_NAMES if not row["like_for_like"]
-    )
     markdown = jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True)
     template = markdown.from_string(TEMPLATE.read_text(encoding="utf-8"))
-    facts = dict.fromkeys(facts)
-    return template.render(summary, names=MODEL_NAMES, compared_unlike=unlike, facts=facts).strip() + "\n"
-
-
-def listing(args: SuiteArguments) -> str:
-    """The benchmarks of a suite, a line of their data each."""
-    given, lines = local_data(args.data), []
-    for benchmark in chosen(args):
-        place = locate(benchmark, given, args.data_dir, lambda: "offline")
-        others = " ".join(code for code in benchmark.all_languages if code not in benchmark.languages)
-        lines += [
-            f"{benchmark.key}: {benchmark.title}, {benchmark.task}, {benchmark.metric}, split {benchmark.split}",
-            f"    languages {' '.join(benchmark.languages)}{f'; also {others}' if others else ''}",
-            f"    Hub {benchmark.source['hub_id'] or 'unknown'}; from {benchmark.source['url'] or 'its makers'}",
-            f"    local {place['data'] if place['local'] else 'not found'}; layout: {benchmark.source['local_layout']}",
-        ]
-    return "\n".join(lines)
+    return template.render(summary, names=MODEL_NAMES, facts=facts).strip() + "\n"
 
 
 @user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    args = parse(SuiteArguments, __doc__, argv)
-    if args.list_benchmarks:
-        print(listing(args))
-    elif summary := run(args):
+    if summary := run(parse(SuiteArguments, __doc__, argv)):
         print(suite_table(summary))
-        lost = [one for one in summary["measurements"] if one["status"] == "not run" and one["local"]]
+        lost = {one["benchmark"] for one in summary["measurements"] if one["status"] == "not run" and one["local"]}
         if lost:
-            faulty = ", ".join(sorted({one["benchmark"] for one in lost}))
+            faulty = ", ".join(sorted(lost))
             sys.exit(f"error: {faulty} could not be measured although data were given; see above.")
 
 

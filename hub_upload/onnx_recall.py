@@ -16,7 +16,6 @@ from eval.retrieval import (
     PROTOCOL,
     RetrievalArguments,
     RetrievalData,
-    check_cutoffs,
     load_data,
     retrieval_records,
 )
@@ -55,10 +54,9 @@ def measure_int8(folder: Path, args: RetrievalArguments, data: RetrievalData) ->
         store = EmbeddingStore(plain_embedder(*about, runs.embed_images, runs.embed_texts), None, args.batch_size)
         with closing(store):
             embeddings, images = data.embedded(store)
-        check_cutoffs(args.recall_at, len(images.rows))
         found |= {"images": len(images.rows), "captions": len(embeddings.text_embeds)}
         found[precision] = {direction: {} for direction in DIRECTIONS}
-        for record in retrieval_records(embeddings, args.recall_at, **facts):
+        for record in retrieval_records(embeddings, **facts):
             if not record.is_rank:
                 found[precision][record.direction][record.metric] = record.value
     path = folder / "onnx" / "quantisation.json"

@@ -15,7 +15,7 @@ WIDTHS = ("hidden_size", "hidden_sizes", "intermediate_size", "hidden_dim", "dim
 LIMITS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LAYERS, (0, 1000)),
     **dict.fromkeys(HEADS, (1, 1000)),
-    **dict.fromkeys(WIDTHS, (1, 100_000)),
+    **dict.fromkeys((*WIDTHS, "head_width"), (1, 100_000)),
     "projection_dim": (0, 100_000),  # 0 of BERT's kin: no projection
     "vocab_size": (1, 10**7),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "type_vocab_size"), (0, 10**6)),

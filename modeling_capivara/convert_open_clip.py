@@ -1,7 +1,7 @@
 """CAPIVARA between open_clip's format and transformers', both ways: names of tensors, configurations, folders.
 
     python -m modeling_capivara.convert_open_clip hf-hub:hiaac-nlp/CAPIVARA capivara-transformers
-    python -m modeling_capivara.convert_open_clip capivara-transformers capivara-open-clip --to-open-clip
+    python -m modeling_capivara.convert_open_clip capivara-transformers capivara-open-clip --to_open_clip
 
 Every tensor that is written is compared with the source's; the command compares the outputs of both programs, too, and
 `CapivaraModel.from_open_clip` needs no open_clip. Tensors alone are read: nothing of a file is ever executed.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling
 
-from capivara_common.cli import parser, run_command
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.files import read_json, whole_folder, write_json
 from capivara_common.hub_cache import (
@@ -37,7 +37,7 @@ from capivara_common.hub_cache import (
     model_folder,
 )
 
-from .checks_capivara import tokenizer_errors
+from .checks_capivara import check_sizes, tokenizer_errors
 from .configuration_capivara import VISION_DEFAULTS, CapivaraConfig
 from .image_processing_capivara import CapivaraImageProcessor
 from .loading import (
@@ -158,6 +158,7 @@ SUPPORTED: dict[str, tuple] = {
 def capivara_config(model_cfg: dict) -> CapivaraConfig:
     """The architecture that a `model_cfg` describes. Raises ValueError where it can't be built."""
     try:
+        check_sizes(model_cfg)
         vision_cfg, text_cfg = dict(model_cfg["vision_cfg"]), dict(model_cfg["text_cfg"])
         _check_supported("vision_cfg", vision_cfg)
         _check_supported("text_cfg", text_cfg)
@@ -303,7 +304,7 @@ def find_open_clip(source: str, tokenizer: str | None = None, revision: str | No
     if folder.is_file():
         return OpenClipSource(None, {}, folder, tokenizer or BASE_TEXT_MODEL)
     if not (folder / OPEN_CLIP_CONFIG).is_file():
-        raise ValueError(f"SOURCE {folder} has no {OPEN_CLIP_CONFIG}; a model of transformers: use --to-open-clip.")
+        raise ValueError(f"SOURCE {folder} has no {OPEN_CLIP_CONFIG}; a model of transformers: use --to_open_clip.")
     settings = read_json(folder / OPEN_CLIP_CONFIG, model_cfg=dict)
     model_cfg, preprocess_cfg = settings["model_cfg"], settings.get("preprocess_cfg") or {}
     for name, section in {"preprocess_cfg": preprocess_cfg, "text_cfg": model_cfg.get("text_cfg")}.items():
@@ -443,29 +444,28 @@ CONVERTER = Converter(_convert, explain=lambda folder: (load_processor(folder), 
 # --- The command, and the comparison of both programs ----------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    flags = parser(
-        [],
-        prog="python -m modeling_capivara.convert_open_clip",
-        description="Convert a CAPIVARA model from open_clip to transformers, or back. Both models are then loaded "
-        f"from files and compared on random images and texts; above a difference of {TOLERANCE:g} nothing is kept.",
+@dataclass
+class ConvertArguments:
+    """Flags of `modeling_capivara.convert_open_clip`."""
+
+    source: str = flag(
+        ..., "hf-hub:OWNER/NAME, a folder, or a file of tensors of the published architecture.", positional=True
     )
-    help = "hf-hub:OWNER/NAME, a folder, or a checkpoint file of tensors alone, taken to be of the published "
-    help += "architecture. With --to-open-clip: a transformers model folder or a Hub id."
-    flags.add_argument("source", metavar="SOURCE", help=help)
-    flags.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create; must not exist, or be empty")
-    flags.add_argument("--to-open-clip", action="store_true", help="convert from transformers to open_clip")
-    help = f"where SOURCE neither holds nor names a tokenizer (default: {BASE_TEXT_MODEL}); not with --to-open-clip"
-    flags.add_argument("--tokenizer", metavar="NAME_OR_FOLDER", help=help)
-    help = "with --to-open-clip: Hub id from which open_clip shall take the text tower's configuration, such as "
-    help += f"{BASE_TEXT_MODEL}, to publish the folder. Without it OUTPUT/text_model has it, and must stay there."
-    flags.add_argument("--hf-model-name", metavar="ID", help=help)
-    args = flags.parse_args(argv)
-    try:
-        difference, notes = convert(**vars(args))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"convert_open_clip: {error}") from error
+    output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
+    to_open_clip: bool = flag(False, "Convert SOURCE, a folder or Hub id of transformers, to open_clip.")
+    tokenizer: str | None = flag(None, f"Where SOURCE has and names none: Hub id or folder, else {BASE_TEXT_MODEL}.")
+    hf_model_name: str | None = flag(
+        None,
+        "With --to_open_clip, to publish the folder: Hub id of the text tower's configuration, such as "
+        f"{BASE_TEXT_MODEL}. Without it OUTPUT/text_model has it, and must stay there.",
+    )
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    """The command; above a difference of `TOLERANCE` of the two models, loaded from files, nothing is kept."""
+    args = parse(ConvertArguments, __doc__, argv)
+    difference, notes = convert(**vars(args))
     print(*notes, sep="\n")
     print(f"Largest difference between open_clip and transformers: {difference:.2e}")
     print(f"Written: {args.output}")
@@ -495,7 +495,7 @@ def convert(
     """
     output = free_output(output)
     if hf_model_name if not to_open_clip else tokenizer or config:
-        raise ValueError("--hf-model-name is for --to-open-clip, --tokenizer for the other direction.")
+        raise ValueError("--hf_model_name is for --to_open_clip, --tokenizer for the other direction.")
     require("The comparison of the two models", "open_clip", "open_clip")
     if to_open_clip:
         return _to_open_clip(source, output, hf_model_name)
@@ -530,7 +530,7 @@ def _to_transformers(found: OpenClipSource, output: Path, config: CapivaraConfig
 
 def _to_open_clip(source: str, output: Path, hf_model_name: str | None) -> tuple[float, list[str]]:
     if (Path(source) / OPEN_CLIP_CONFIG).is_file() and not is_capivara(Path(source)):
-        raise ValueError(f"SOURCE {source} is an open_clip model already: leave out --to-open-clip.")
+        raise ValueError(f"SOURCE {source} is an open_clip model already: leave out --to_open_clip.")
     folder = model_folder(source, CONVERTER)
     config, processor = read_config(folder), load_processor(folder)
     # What open_clip's configuration can't state is refused here, before the weights are read.

@@ -1,7 +1,7 @@
 """A model that has only the word pieces of some languages: most of a multilingual text tower are others'.
 
     python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en
-    python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt --held-out others.txt
+    python -m modeling_capivara.trim_vocabulary MODEL OUTPUT --languages pt en --texts chosen.txt --held_out others.txt
 
 The embedding table loses rows and the tokenizer pieces; no other number changes, so that indexes of pictures stay
 valid. A Unigram tokenizer splits a text into those of its pieces whose scores add up to most. Without some pieces there
@@ -15,6 +15,7 @@ import json
 import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from capivara_common.cli import parser, run_command
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import whole_folder
 from capivara_common.weight_file import weight_files
 
@@ -57,31 +58,23 @@ class Trim(NamedTuple):
     held_out: dict[str, tuple[int, int]]  # by the path of a file, its texts and those with a piece that was cut
 
 
+@dataclass
+class TrimArguments:
+    """Flags of `modeling_capivara.trim_vocabulary`."""
+
+    model: Path = flag(..., "Folder of the model.", positional=True)
+    output: Path = flag(..., "Folder to create; must not exist, or be empty.", positional=True)
+    languages: list[str] = flag(..., "Keep the pieces of their most frequent words, as wordfreq has them: pt en.")
+    words: list[int] = flag([*WORDS], "Words of each language, in their order; the last is that of all further ones.")
+    texts: list[Path] = flag([], "Keep the pieces of these files, too; UTF-8, a text a line.")
+    held_out: list[Path] = flag([], "Files that choose nothing; counted are their texts with a piece that was cut.")
+
+
+@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
-    flags = parser(
-        [],
-        prog="python -m modeling_capivara.trim_vocabulary",
-        description="Write a model that has only the word pieces which some languages use. A text whose pieces are all "
-        "kept has the same embedding.",
-    )
-    flags.add_argument("model", metavar="MODEL", type=Path, help="folder of the model")
-    flags.add_argument("output", metavar="OUTPUT", type=Path, help="folder to create; must not exist, or be empty")
-    help = "keep the pieces of these languages' most frequent words, of which the package wordfreq has lists, and all "
-    help += "single letters, digits, punctuation marks and emoji: pt en"
-    flags.add_argument("--languages", metavar="CODE", nargs="+", required=True, help=help)
-    help = "words of each language, in their order; the last number is that of all further ones "
-    help += f"(default: {' '.join(map(str, WORDS))})"
-    flags.add_argument("--words", metavar="N", type=int, nargs="+", default=list(WORDS), help=help)
-    help = "keep the pieces of these files, too; UTF-8, a text a line"
-    flags.add_argument("--texts", metavar="FILE", type=Path, nargs="+", default=[], help=help)
-    help = "files that choose nothing; printed is how many of their texts have a piece that was cut"
-    flags.add_argument("--held-out", metavar="FILE", type=Path, nargs="+", default=[], help=help)
-    args = flags.parse_args(argv)
-    try:
-        print(report(trim(**vars(args))))
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"trim_vocabulary: {' '.join(str(error).split())}") from error
+    args = parse(TrimArguments, __doc__, argv)
+    print(report(trim(**vars(args))))
     print(f"Written: {args.output}")
 
 

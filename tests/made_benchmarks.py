@@ -1,6 +1,7 @@
-"""Small folders of data in the layout of each benchmark, which test_suite.py and test_layouts.py share."""
+"""Small folders of data for each benchmark, and releases that docs/evaluation.md makes readable."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -36,30 +37,33 @@ def make_captions(folder: Path, column: str, captions: int = 5) -> None:
     DatasetDict(test=rows).save_to_disk(folder)
 
 
-def make_pracegover(folder: Path) -> None:
-    posts = [
-        {"user": "u", "filename": name, "raw_caption": "#PraCegoVer", "caption": f"foto {name}", "date": "2020-01-01"}
-        for name in save_pictures(folder / "images")
-    ]
-    content = {"train": [], "validation": [], "test": posts}
-    (folder / "pracegover_400k.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def make_xm3600(folder: Path, languages=("pt", "en", "es", "hi", "sw")) -> None:
-    keys = [name.removesuffix(".jpg") for name in save_pictures(folder / "images")]
+def make_releases(folder: Path) -> None:
+    """XM3600, PraCegoVer and Flickr30k-200 as they are published, each under its key."""
+    for key in ("xm3600", "pracegover", "flickr30k_200"):
+        names = save_pictures(folder / key / "images")
+    keys, codes = [name.removesuffix(".jpg") for name in names], ("pt", "en", "es", "hi", "sw")
     lines = [
-        {"image/key": key} | {code: {"caption": [f"{code} foto {key}", f"casa {key}"]} for code in languages}
+        {"image/key": key, "image/locale": "pt"}
+        | {code: {"caption": [f"{code} foto {key}", f"casa {key}"]} for code in codes}
         for key in keys
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
-
-
-def make_flickr30k_200(folder: Path) -> None:
-    names = save_pictures(folder / "images")
-    (folder / "filenames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    (folder / "xm3600" / "captions.jsonl").write_text(text, encoding="utf-8")
+    posts = [{"user": "u", "filename": name, "raw_caption": "#PraCegoVer", "caption": f"foto {name}"} for name in names]
+    content = {"train": [], "validation": [], "test": posts}
+    (folder / "pracegover" / "pracegover_400k.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "flickr30k_200" / "filenames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
     for code in ("por_Latn", "hin_Deva", "xho_Latn"):
-        (folder / f"{code}.txt").write_text("".join(f"{code} {name}\n" for name in names), encoding="utf-8")
+        text = "".join(f"{code} {name}\n" for name in names)
+        (folder / "flickr30k_200" / f"{code}.txt").write_text(text, encoding="utf-8")
+
+
+def make_readable(folder: Path) -> None:
+    """The releases in `folder` as docs/evaluation.md makes them."""
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "captions.jsonl" in block)
+    assert "data/benchmarks" in code
+    exec(compile(code.replace("data/benchmarks", str(folder)), "evaluation.md", "exec"), {})
 
 
 def make_classes(folder: Path, key: str, classes: int = 3) -> None:
@@ -80,11 +84,9 @@ def make_several_labels(folder: Path, key: str) -> None:
 
 
 def make_data(folder: Path, key: str) -> None:
-    """A small folder of the benchmark's layout."""
+    """A small folder of a benchmark."""
     if key in ("flickr30k-pt", "coco-pt"):
         make_captions(folder, "caption")
-    elif key in ("pracegover", "xm3600", "flickr30k_200"):
-        {"pracegover": make_pracegover, "xm3600": make_xm3600, "flickr30k_200": make_flickr30k_200}[key](folder)
     elif key == "voc-2007-classification":
         make_several_labels(folder, key)
     else:

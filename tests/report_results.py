@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from capivara_common.files import write_json
-from eval.records.schema import Record, header, write_records
+from eval.records.schema import Record, write_records
 from eval.retrieval import DIRECTIONS, PROTOCOL
 
 COLOURS = {"vermelho": "#c0392b", "azul": "#2471a3", "verde": "#1e8449", "amarelo": "#f1c40f", "roxo": "#7d3c98"}
@@ -33,10 +33,8 @@ def make_results(folder: Path, benchmarks: tuple[str, ...] = ("cifar-10", "oxfor
 
 
 def facts(dataset: str, model: str, **more) -> dict:
-    return header(
-        dataset=dataset, dataset_fingerprint="e71647e1ea270c61", model=model, device="AMD EPYC, 2 threads (cpu)",
-        precision="float32", seconds=12.5, **more,
-    )  # fmt: skip
+    known = {"dataset": dataset, "fingerprint": "e71647e1ea270c61", "model": model, "seconds": 12.5}
+    return known | {"device": "AMD EPYC, 2 threads (cpu)", "precision": "float32"} | more
 
 
 def write_retrieval(path: Path, language: str, dice: np.random.Generator) -> None:
@@ -56,7 +54,7 @@ def write_retrieval(path: Path, language: str, dice: np.random.Generator) -> Non
                 interval = (gain - 0.019, gain + 0.021)
                 more = {"direction": direction, "metric": "mean_recall_gain", "value": gain}
                 records.append(Record(**place, **more, interval_95=interval))
-    write_records(path, records, facts("data/openmoji/dataset", "."))
+    write_records(path, records, **facts("data/openmoji/dataset", "."))
 
 
 def write_classification(
@@ -72,7 +70,7 @@ def write_classification(
     records.append(Record(**place, metric="top_5_accuracy", value=min(1, accuracy + 0.2)))
     reason = "UnidentifiedImageError: cannot identify image file '/home/maria/fotos/0017.jpg'"
     parts = {"notes": ["“<b>macarrão</b>” was corrected."], "skipped": {"17": reason, "203": reason}}
-    write_records(path, records, facts(f"data/{benchmark}", place["model_folder"], skipped=2), **parts)
+    write_records(path, records, **facts(f"data/{benchmark}", place["model_folder"], **parts))
 
 
 def run_content(dice: np.random.Generator) -> dict:
@@ -100,7 +98,7 @@ def write_with_sheet(folder: Path, role: str) -> None:
         Record(**place, metric="mean_recall", value=value + 0.2, chance=0.2),
         Record(**place, metric="median_rank", value=2.0 if role == "capivara" else 4.0),
     ]
-    write_records(folder / f"sheet_{role}.json", records, facts("formas", f"models/{role}"))
+    write_records(folder / f"sheet_{role}.json", records, **facts("formas", f"models/{role}"))
     draw_shape("losango", COLOURS["azul"]).save(folder / f"sheet_{role}.queries.png")
 
 

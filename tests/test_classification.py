@@ -122,7 +122,7 @@ def test_a_missing_split_names_its_flag_alone(tiny_folder, image_folder, tmp_pat
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"benchmark": "cifar-11"}, "Unknown benchmark 'cifar-11'; the nearest are"),
+        ({"benchmark": "cifar-11"}, "Unknown benchmark: `cifar-11`. Did you mean `cifar-10`"),
         ({"images": "/nowhere/at/all"}, "nowhere"),
         ({"language": "es"}, "cifar-10 are in 'pt'; leave out --language es"),
         ({"model": "open_clip:ViT-B-32"}, "--role baseline"),

@@ -100,7 +100,7 @@ WRONG_USE = {  # of the command -> what it says
     "captions.select --dataset d --outptu o": "Unknown flag: `--outptu`. Did you mean `--output`?",
     "captions.select --dataset d": "the following arguments are required: --output",
     "captions.generate --dataset d --shard 1/2": "`--shard` is gone: ",
-    "eval.retrieval --model m --dataset d --output o.json --recall_at x": "--recall_at.*: invalid int value: 'x'",
+    "eval.retrieval --model m --dataset d --output o.json --dim x": "--dim.*: invalid int value: 'x'",
     "hub_upload.push --model m --deadline_hours x": "--deadline_hours.*: invalid float value: 'x'",
     "hub_upload.card --model m --repo-idd a/b": "Unknown flag: `--repo-idd`. Did you mean `--repo_id`?",
 }

@@ -1,11 +1,9 @@
 """Conversion between open_clip and transformers: same numbers, every key accounted for, nothing executed or left."""
 
 import argparse
-import errno
 import json
 import os
 import pickle
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -216,8 +214,7 @@ def test_text_model_name_for_publishing(tiny_folder, tmp_path, capsys):
     assert settings["model_cfg"]["text_cfg"]["hf_model_name"] == name
     assert not (tmp_path / "out" / "text_model").exists()
     printed = capsys.readouterr().out
-    assert f"configuration from {name} on the Hub" in printed
-    assert "not of the size" in printed  # this one is tiny
+    assert f"configuration from {name} on the Hub" in printed and "not of the size" in printed  # this one is tiny
     assert "Largest difference" in printed
 
 
@@ -253,9 +250,7 @@ def test_both_directions_from_the_hub_fetch_what_they_need(open_clip_folder, tin
             env={**os.environ, **server.environment(tmp_path / "hf")},
         )  # fmt: skip
     assert result.stdout.count("Largest difference") == 2, result.stderr
-    assert result.stderr.rstrip().splitlines()[-1].startswith("convert_open_clip: us/none could not be fetched"), (
-        result.stderr
-    )
+    assert result.stderr.rstrip().splitlines()[-1].startswith("error: us/none could not be fetched"), result.stderr
     assert (tmp_path / "there" / "model.safetensors").exists()
     assert metadata_load(tmp_path / "there" / "README.md")["base_model"] == "us/open"
     assert (tmp_path / "back" / "open_clip_model.safetensors").exists()
@@ -291,15 +286,6 @@ def test_where_the_source_says_nothing_there_is_no_card(tmp_path, card):
     assert not list((tmp_path / "new").iterdir())
     write_origin_card(tmp_path, tmp_path / "new", "Made.", "us/open")
     assert metadata_load(tmp_path / "new/README.md")["base_model"] == "us/open"
-
-
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_the_command_of_the_module_is_a_program(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["convert_open_clip", "--help"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("modeling_capivara.convert_open_clip", run_name="__main__")
-    assert ended.value.code == 0
-    assert "hf-hub:OWNER/NAME" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -445,10 +431,11 @@ def test_unsupported_field_is_named_before_any_weight_is_read(open_clip_folder, 
         (None, "embed_dim", "wide", "'wide'"),
         (None, "embed_dim", None, "projection_dim"),
         ("vision_cfg", "layers", [3, 4, 6, 3], r"\[3, 4, 6, 3\]"),  # a ResNet
-        ("vision_cfg", "layers", 10**7, "num_hidden_layers must be from 0 to 1000, got 10000000"),
-        ("vision_cfg", "layers", True, "vision_config.num_hidden_layers must be from 0 to 1000, got True"),
+        ("vision_cfg", "layers", 10**7, "vision_cfg.layers must be from 0 to 1000, got 10000000"),
+        ("vision_cfg", "layers", True, "vision_cfg.layers must be from 0 to 1000, got True"),
         ("vision_cfg", "width", 50, "50"),
-        ("vision_cfg", "head_width", 0, "ZeroDivisionError"),
+        ("vision_cfg", "head_width", 0, "vision_cfg.head_width must be from 1 to 100000, got 0"),
+        ("vision_cfg", "head_width", True, "vision_cfg.head_width must be from 1 to 100000, got True"),
         ("text_cfg", "hf_proj_type", None, "text_projection_type"),
     ],
 )
@@ -520,19 +507,14 @@ def test_truncated_weights(open_clip_folder, tiny_folder, tmp_path, to_open_clip
     assert nothing_left(tmp_path / "out")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1, 2]), b"PK\x03\x04 torn"])
-def test_file_that_is_no_checkpoint(tmp_path, content):
-    (tmp_path / "a.ckpt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.ckpt"):
-        convert(str(tmp_path / "a.ckpt"), tmp_path / "out")
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", pickle.dumps([1, 2]), b"PK\x03\x04 torn", torch.zeros(2),
+                                     {"state_dict": {"x": torch.zeros(1)}}, {"state_dict": [1]}, {}])  # fmt: skip
+def test_file_that_is_no_checkpoint_or_one_of_something_else(tmp_path, content):
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=r"a\.ckpt (cannot be read|h(olds|as))"):
+        convert(str(path), tmp_path / "out", config=tiny_config())
     assert nothing_left(tmp_path / "out")
-
-
-@pytest.mark.parametrize("content", [torch.zeros(2), {"state_dict": {"x": torch.zeros(1)}}, {"state_dict": [1]}, {}])
-def test_checkpoint_of_something_else(tmp_path, content):
-    torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt h(olds|as)"):
-        convert(str(tmp_path / "a.pt"), tmp_path / "out", config=tiny_config())
 
 
 def test_two_whole_models_in_one_file(tmp_path):
@@ -549,11 +531,11 @@ def test_sources_that_are_not_there_or_of_the_other_kind(open_clip_folder, tiny_
         ("local-dir:/nowhere", False, "does not exist"),
         ("hf-hub:nobody/nothing", False, "could not be fetched"),
         (str(tmp_path / "a.txt"), False, "cannot be read as a checkpoint"),
-        (str(tiny_folder), False, "use --to-open-clip"),
-        (f"local-dir:{tiny_folder}", False, "use --to-open-clip"),
+        (str(tiny_folder), False, "use --to_open_clip"),
+        (f"local-dir:{tiny_folder}", False, "use --to_open_clip"),
         ("/nowhere", True, "does not exist"),
         ("nobody/nothing", True, "no folder here, nor in the cache of the Hub"),
-        (str(open_clip_folder), True, "leave out --to-open-clip"),
+        (str(open_clip_folder), True, "leave out --to_open_clip"),
     ]:
         with pytest.raises(ValueError, match=message):
             convert(source, tmp_path / "out", to_open_clip)
@@ -594,16 +576,6 @@ def test_existing_output_is_not_touched(open_clip_folder, tmp_path):
     (tmp_path / "out" / "mine").unlink()
     conversion.main([str(open_clip_folder), str(tmp_path / "out")])
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def test_full_disk_as_the_system_reports_it(tiny_folder, tmp_path, monkeypatch):
-    def no_space(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(conversion, "save_file", no_space)
-    with pytest.raises(OSError, match=r"No space left on the disk while writing .*out; nothing was kept"):
-        convert(str(tiny_folder), tmp_path / "new" / "out", to_open_clip=True)
-    assert not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize("to_open_clip", [False, True])

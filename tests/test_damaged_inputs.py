@@ -40,7 +40,7 @@ ENTRANCES = {
     "train_accelerate": lambda model, data, out: (train_accelerate.main, flags(model, data, out)),
     "eval.retrieval": lambda model, data, out: (
         retrieval.main,
-        ["--model", model, "--dataset", data, "--output", out / "r.json", "--split", "test", "--recall_at", 1, 5],
+        ["--model", model, "--dataset", data, "--output", out / "r.json", "--split", "test"],
     ),
     "captions.score": lambda model, data, out: (
         score.main, ["--model", model, "--dataset", data, "--output", out, "--language", "pt"]
@@ -160,7 +160,7 @@ READERS = {
     ),
     "eval.retrieval": lambda model, stage, out: (
         retrieval.main,
-        ["--model", model, "--dataset", stage, "--output", out / "r.json", "--split", "train", "--recall_at", 1, 5],
+        ["--model", model, "--dataset", stage, "--output", out / "r.json", "--split", "train"],
     ),
 }  # fmt: skip
 

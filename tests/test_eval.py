@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from capivara_common.files import read_json
 from capivara_common.privacy import short_name
 from eval import classification, linear_probe, report, retrieval, suite
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves, sheet_queries
-from eval.records.schema import Record, header, read_records, write_records
+from eval.records.schema import Record, read_records, write_records
 from eval.records.tables import retrieval_table
 from eval.retrieval import RetrievalEmbeddings, flat_captions, gain_records, retrieval_records
 from examples import fine_tune_classifier, real_images
@@ -85,10 +86,8 @@ def test_table_of_several_seeds():
 
 def test_records_survive_json(tmp_path):
     records = retrieval_records(embeddings(0, 1.0), **FACTS)
-    facts = header(
-        dataset=str(tmp_path / "d"), dataset_fingerprint="f", model="m", device="cpu", precision="float32", seconds=1.0
-    )
-    write_records(tmp_path / "r.json", records, facts)
+    facts = {"fingerprint": "f", "model": "m", "device": "cpu", "precision": "float32", "seconds": 1.0}
+    write_records(tmp_path / "r.json", records, dataset=str(tmp_path / "d"), **facts)
     assert read_records(tmp_path / "r.json") == records
     content = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
     assert content["schema_version"] == 2 and content["versions"]["torch"] and str(tmp_path) not in str(content)
@@ -101,8 +100,9 @@ def test_records_and_their_header_call_a_data_set_alike(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data" / "openmoji" / "dataset").mkdir(parents=True)
     for name in ("data/openmoji/dataset", str(tmp_path / "data/openmoji/dataset"), "openmoji/dataset"):
-        facts = header(dataset=name, dataset_fingerprint="f", model="m", device="cpu", precision="float32")
-        assert facts["dataset"] == short_name(name) == "openmoji/dataset"
+        facts = {"dataset": name, "fingerprint": "f", "model": "m", "device": "cpu", "precision": "float32"}
+        write_records(tmp_path / "r.json", [], **facts)
+        assert read_json(tmp_path / "r.json")["dataset"] == short_name(name) == "openmoji/dataset"
 
 
 def test_captions_are_flattened_in_order():

@@ -168,7 +168,7 @@ def test_retrieval_by_the_job_of_the_page(tiny_folder, tiny_dataset_folder, slur
         "accelerate launch": f"{sys.executable} -m accelerate.commands.launch",
         "--num_machines 4 --num_processes 16": "--num_machines 2 --num_processes 2",
         "29500": str(port),
-        " MODEL ": f" {tiny_folder} --recall_at 1 5 ",
+        " MODEL ": f" {tiny_folder} ",
         '"shards/*.parquet"': str(tiny_dataset_folder),
         "retrieval.json": str(tmp_path / "retrieval.json"),
     }

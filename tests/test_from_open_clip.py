@@ -286,15 +286,7 @@ def test_a_tensor_that_comes_back_changed_is_noticed(tiny_published, cache, monk
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda state: state.pop("text.proj.0.weight"),
-            r'Missing key.*: "text_projection\.0\.weight"',
-        ),
-        (lambda state: state.update({"head": torch.ones(2)}), r'Unexpected key\(s\) in state_dict: "head"'),
-        (
-            lambda state: state.update({"visual.proj": torch.ones(2, 3)}),
-            r"size mismatch for visual_projection\.weight.*\[3, 2\]",
-        ),
+        (lambda state: state.pop("text.proj.0.weight"), r'Missing key.*: "text_projection\.0\.weight"'),
         (lambda state: state["visual.ln_post.bias"].fill_(torch.nan), "random images or texts are not finite"),
         (lambda state: state["text.proj.2.weight"].zero_(), "or do not differ"),
     ],
@@ -304,17 +296,6 @@ def test_weights_that_are_not_a_models_are_refused(tiny_published, cache, change
     change(state)
     torch.save(state, tiny_published / WEIGHTS)
     with pytest.raises(ValueError, match=message):
-        model_folder(str(tiny_published), CONVERTER)
-    assert nothing_kept(cache)
-
-
-def test_a_checkpoint_that_names_code_is_refused(tiny_published, cache):
-    class Code:
-        def __reduce__(self):
-            return os.system, ("touch /tmp/executed",)
-
-    torch.save({"state_dict": {}, "more": Code()}, tiny_published / WEIGHTS)
-    with pytest.raises(ValueError, match=r"objects of a program \(\w+\.system\), and tensors alone are read"):
         model_folder(str(tiny_published), CONVERTER)
     assert nothing_kept(cache)
 

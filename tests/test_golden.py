@@ -527,9 +527,7 @@ def test_a_suite_is_what_it_was(own_home):
     """The suite measures what it did, and goes on in the folder that it has written before."""
     from eval.suite import main
 
-    words = (
-        "paper --only flickr30k-pt mnist --data_dir data/benchmarks --offline --model modelos/a --baseline modelos/b"
-    )
+    words = "paper --only flickr30k-pt mnist --data_dir data/benchmarks --model modelos/a --baseline modelos/b"
     kept = shutil.copytree("records/suite", "kept")
     for output in ("again", "records/suite"):
         main([*words.split(), "--output", output])

@@ -63,13 +63,6 @@ def test_starts_as_the_zero_shot_classifier(classifier, tiny_model, tiny_process
     assert not classifier.training and not classifier.classifier.bias.any()
 
 
-def test_one_template_is_what_the_model_itself_says(tiny_model, tiny_processor, pixels):
-    classifier = CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, LABELS, ["um {}"])
-    texts = tiny_processor(text=[f"um {label}" for label in LABELS], return_tensors="pt")
-    expected = tiny_model(**texts, pixel_values=pixels).logits_per_image.softmax(-1)
-    torch.testing.assert_close(classifier(pixels).logits.softmax(-1), expected, atol=1e-6, rtol=0)
-
-
 def test_labels_may_stand_for_several_texts(tiny_model, tiny_processor, pixels):
     labels = {"cat": ["um gato", "the cat"], "house": "uma casa"}
     classifier = CapivaraForImageClassification.from_zero_shot(tiny_model, tiny_processor, labels, ["{}", "foto: {}"])

@@ -392,7 +392,7 @@ def test_retrieval_its_sheet_and_the_report(tmp_path, hostile, server, tiny_fold
     as_parquet(tmp_path / "data", rows_of(hostile), "test")
     result = tmp_path / "results" / "r.json"
     retrieve(["--model", str(tiny_folder), "--dataset", str(tmp_path / "data"), "--output", str(result),
-              "--recall_at", "1", "--cache_dir", str(tmp_path / "embeddings")])  # fmt: skip
+              "--cache_dir", str(tmp_path / "embeddings")])  # fmt: skip
     content = json.loads(result.read_text(encoding="utf-8"))
     assert len(content["skipped"]) == len(hostile) and {r["n"] for r in content["records"]} == {GOOD}
     assert result.with_suffix(".queries.png").is_file()
@@ -507,7 +507,7 @@ def test_pixels_that_are_none_are_a_bad_row(values, tmp_path, tiny_folder):
     as_parquet(tmp_path, {"image": [odd, *images], "captions-pt": [[f"foto {i}"] for i in range(GOOD + 1)]}, "test")
     result = tmp_path / "r.json"
     retrieve(["--model", str(tiny_folder), "--dataset", str(tmp_path / "test.parquet"), "--output", str(result),
-              "--recall_at", "1", "--cache_dir", "off"])  # fmt: skip
+              "--cache_dir", "off"])  # fmt: skip
     assert json.loads(result.read_text(encoding="utf-8"))["skipped"].keys() == {"0"}
 
 

@@ -410,7 +410,7 @@ def test_misspelt_setting_is_refused():
 
 @pytest.mark.parametrize("kind", ["bool", "uint8", "uint16", "int32", "int64", "float32", "float64"])
 @pytest.mark.parametrize("high", [1, 200, 255, 256, 65535])
-def test_the_gate_s_eight_bits_are_the_processor_s(kind, high):
+def test_eight_bits_are_made_alike_without_the_package(kind, high):
     """The formula stands twice: this file travels with a model, without the room that all tools share."""
     values = (np.random.default_rng(0).random((5, 7)) * high).astype(kind)
     values.flat[0] = min(high, np.iinfo(kind).max) if kind.startswith(("i", "u")) else high

@@ -1,7 +1,6 @@
 """Retrieval metrics against cases counted by hand and a plain implementation."""
 
 import math
-from dataclasses import fields
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eval.capivara_metrics import metrics
 from eval.capivara_metrics.metrics import (
-    RECALL_CUTOFFS,
     chance_recall,
     cross_modal_ranks,
     mean_hits,
@@ -18,13 +16,20 @@ from eval.capivara_metrics.metrics import (
     recall_at_k,
     retrieval_ranks,
 )
-from eval.retrieval import RetrievalArguments, RetrievalEmbeddings
+from eval.retrieval import RetrievalEmbeddings
 
 
 def unit(rows: int, width: int, seed: int) -> torch.Tensor:
     return torch.nn.functional.normalize(
         torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)), dim=-1
     )
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Sets how many queries are scored at once."""
+    monkeypatch.setattr(metrics, "BLOCK_ELEMENTS", 0)
+    return lambda size: monkeypatch.setattr(metrics, "BLOCK_QUERIES", size)
 
 
 def test_ranks_by_hand():
@@ -44,7 +49,8 @@ def test_a_tie_counts_against_the_query():
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 1000])
-def test_ranks_equal_a_plain_sort(block_size):
+def test_ranks_equal_a_plain_sort(block_size, blocks):
+    blocks(block_size)
     images, texts = unit(30, 8, 0), unit(90, 8, 1)
     image_of_text = torch.arange(90) % 30
     expected = []
@@ -53,18 +59,19 @@ def test_ranks_equal_a_plain_sort(block_size):
         order = scores.argsort(descending=True).tolist()
         expected.append(next(position for position, t in enumerate(order) if image_of_text[t] == i))
         # the best right text may stand behind wrong ones only
-    ranks = retrieval_ranks(images, texts, torch.arange(30), image_of_text, block_size)
+    ranks = retrieval_ranks(images, texts, torch.arange(30), image_of_text)
     assert ranks.tolist() == expected
 
 
 @pytest.mark.parametrize("block_size", [64, 100, 333])
-def test_equal_items_tie_wherever_they_stand(block_size):
+def test_equal_items_tie_wherever_they_stand(block_size, blocks):
     """A wrong item like the right one counts against the query, in whichever block of items it is scored."""
+    blocks(block_size)
     images, texts = unit(1009, 512, 0), unit(333, 512, 1)
     twice = torch.cat([images, images.flip(0)])
     groups = torch.cat([torch.arange(1009), torch.arange(1009, 2018)])
-    alone = retrieval_ranks(texts, images, torch.arange(333), torch.arange(1009), block_size)
-    among = retrieval_ranks(texts, twice, torch.arange(333), groups, block_size)
+    alone = retrieval_ranks(texts, images, torch.arange(333), torch.arange(1009))
+    among = retrieval_ranks(texts, twice, torch.arange(333), groups)
     assert among.tolist() == (2 * alone + 1).tolist()
 
 
@@ -123,13 +130,14 @@ def test_bad_k_and_empty_split():
         mean_recall(torch.tensor([]))
 
 
-@pytest.mark.parametrize("block", [1, 7, None])
-def test_both_directions_equal_a_count_of_each_pair(block):
+@pytest.mark.parametrize("block", [1, 7, 100])
+def test_both_directions_equal_a_count_of_each_pair(block, blocks):
+    blocks(block)
     generator = torch.Generator().manual_seed(0)
     texts, images = (torch.randint(-1, 2, (n, 3), generator=generator).float() for n in (23, 9))  # many ties
     groups = torch.cat([torch.arange(9), torch.randint(0, 9, (14,), generator=generator)])[torch.randperm(23)]
-    of_texts = retrieval_ranks(texts, images, groups, torch.arange(9), block)
-    of_images = retrieval_ranks(images, texts, torch.arange(9), groups, block)
+    of_texts = retrieval_ranks(texts, images, groups, torch.arange(9))
+    of_images = retrieval_ranks(images, texts, torch.arange(9), groups)
     assert [side.tolist() for side in cross_modal_ranks(texts, images, groups, torch.arange(9))] == [
         of_texts.tolist(),
         of_images.tolist(),
@@ -164,8 +172,3 @@ def test_both_directions_are_counted_in_one_product_where_it_may_be_kept(monkeyp
     assert counted.get_total_flops() == products * 2 * 27 * 9 * 8
     assert found["text_to_image"].tolist() == retrieval_ranks(texts, images, groups, torch.arange(9)).tolist()
     assert found["image_to_text"].tolist() == retrieval_ranks(images, texts, torch.arange(9), groups).tolist()
-
-
-def test_the_flags_ask_for_the_cutoffs_of_the_paper():
-    (flag,) = [known for known in fields(RetrievalArguments) if known.name == "recall_at"]
-    assert tuple(flag.default_factory()) == RECALL_CUTOFFS

@@ -65,19 +65,10 @@ def test_a_single_text_and_both_modalities(tiny_processor):
     assert both["pixel_values"].shape == (1, 3, 32, 32)
 
 
-def test_repair():
-    assert repair_text("  SÃ£o   JoÃ£o &amp;amp; cia\n") == "São João & cia"
-
-
-@pytest.mark.parametrize("text", [None, [None], [3], []])
-def test_bad_text(tiny_processor, text):
-    with pytest.raises(ValueError, match=r"must be a string|no text|at least one input"):
-        tiny_processor(text=text)
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("  SÃ£o   JoÃ£o &amp;amp; cia\n", "São João & cia"),
         ("p&amp;amp;atilde;o", "pão"),  # ftfy resolves one level, `html.unescape` two more
         ("<b> &amp;amp;lt;", "<b> &lt;"),  # with a "<" in the text ftfy leaves entities alone
         ("uma\tfoto\r\n\xa0de\u3000gato ", "uma foto de gato"),
@@ -95,17 +86,8 @@ def test_repair_step_by_step(text, expected):
 def test_seeded_mixtures_have_open_clips_ids(xlmr):
     processor, reference = xlmr
     rng = np.random.default_rng(0)
-    extra = [
-        "\ud800",
-        "\u2028",
-        "\u0085",
-        "\xad",
-        "\u202eabc\u202c",
-        "e\u0301\u0302\u0303",
-        "H₂O",
-        "Ð¿Ñ€Ð¸Ð²ÐµÑ‚",
-        "&bogus;",
-    ]
+    extra = ["\ud800", "\u2028", "\u0085", "\xad", "\u202eabc\u202c", "e\u0301\u0302\u0303", "H₂O", "&bogus;"]
+    extra.append("Ð¿Ñ€Ð¸Ð²ÐµÑ‚")
     pieces = [*PIECES, *extra]
     texts = ["".join(rng.choice(pieces, rng.integers(2, 7))) for _ in range(200)]
     assert torch.equal(processor(text=texts, padding="max_length", return_tensors="pt")["input_ids"], reference(texts))
@@ -173,16 +155,6 @@ def test_containers_of_texts(tiny_processor, texts):
     assert tiny_processor(text=texts)["input_ids"] == tiny_processor(text=["um", "gato"])["input_ids"]
 
 
-@pytest.mark.parametrize("text", ["gato", "", "um gato azul", "gato " * 30])
-def test_embeddings_do_not_depend_on_padding(tiny_model, tiny_processor, text):
-    texts = [text, "a casa de um cachorro"]
-    alone = tiny_model(**tiny_processor(text=[text], return_tensors="pt")).text_embeds
-    longest = tiny_model(**tiny_processor(text=texts, return_tensors="pt")).text_embeds[:1]
-    full = tiny_model(**tiny_processor(text=texts, padding="max_length", return_tensors="pt")).text_embeds[:1]
-    torch.testing.assert_close(longest, alone, rtol=0, atol=1e-6)
-    torch.testing.assert_close(full, alone, rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("kind", ["bert", "distilbert"])
 def test_token_types_of_bert_tokenizers_are_accepted(kind):
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "um", "gato", "azul"]
@@ -211,6 +183,7 @@ BAD_TEXTS = {
     "not a number": (["um gato", float("nan")], "must be a string, got float: nan"),
     "nested": ([["um gato"]], r"must be a string, got list: \['um gato'\]"),
     "empty list": ([], "no text: got an empty list"),
+    "none": (None, "at least one input"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The suite: every benchmark on made data of its layout, and what is said of what was not run."""
+"""The suite: every benchmark on made data, and what is said of what was not run."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from caption_tars import encoded, write_tar
-from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, picture
+from made_benchmarks import BENCHMARKS, ELEVATER, IMAGES, make_data, make_readable, make_releases, picture
 from tiny import randomise, tiny_config
 
 from capivara_common.files import read_json
-from eval.benchmarks import load_benchmarks
+from eval.benchmarks import FOLDER, locate, read_benchmark
 from eval.prompts import load_prompts
 from eval.records.schema import read_records
 from eval.suite import main, suite_rows
@@ -23,7 +23,7 @@ from modeling_capivara import CapivaraModel
 
 def flags(model, output, *more, **options) -> list[str]:
     values = {"model": model, "output": output, **options}
-    return ["paper", *(part for key, value in values.items() for part in (f"--{key}", str(value))), "--offline", *more]
+    return ["paper", *(part for key, value in values.items() for part in (f"--{key}", str(value))), *more]
 
 
 def summary_of(output: Path) -> dict:
@@ -49,8 +49,10 @@ def models(tmp_path_factory, tiny_processor) -> list[str]:
 def data(tmp_path_factory) -> Path:
     """Data of every benchmark that has its own, each under its key."""
     folder = tmp_path_factory.mktemp("benchmarks")
+    make_releases(folder)
+    make_readable(folder)
     for key, benchmark in BENCHMARKS.items():
-        if not benchmark.data_of:
+        if not benchmark.data_of and not (folder / key).exists():
             make_data(folder / key, key)
     return folder
 
@@ -65,12 +67,8 @@ def test_benchmarks_of_every_kind(models, data, tmp_path, capsys):
     assert {key for key, *_ in rows} == set(FAST)
     assert all(0 <= row["capivara"]["measured"]["mean"] <= 100 for row in rows.values())
     assert {code for key, code, *_ in rows if key == "flickr30k_200"} == {"por_Latn", "hin_Deva", "xho_Latn"}
-    assert ("voc-2007-classification", "pt", "", "11point_mAP") in rows and (
-        "hateful-memes",
-        "pt",
-        "",
-        "roc_auc",
-    ) in rows
+    metrics = {key: metric for key, *_, metric in rows}
+    assert (metrics["voc-2007-classification"], metrics["hateful-memes"]) == ("11point_mAP", "roc_auc")
     records = {
         r.direction: r for r in read_records(tmp_path / "pracegover-pt-capivara-0.json") if r.metric == "mean_recall"
     }
@@ -81,11 +79,11 @@ def test_benchmarks_of_every_kind(models, data, tmp_path, capsys):
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out and "65.36" in table and "66.40 ± 0.01" in table
     assert "not like for like" in table and "Beyond the paper" in table
-    assert not (tmp_path / "layouts").exists() and str(data) not in table + str(summary_of(tmp_path))
+    assert str(data) not in table + str(summary_of(tmp_path))
 
 
 def test_protocols_of_xm3600(models, data, tmp_path):
-    more = ["--only", "xm3600", "xm3600-first", "--languages", "pt", "hi", "--metrics", "recall@1"]
+    more = ["--only", "xm3600", "xm3600-first", "--languages", "pt", "hi"]
     main(flags(models[0], tmp_path, *more, data_dir=data))
     rows = rows_of(tmp_path)
     assert {(key, code) for key, code, *_ in rows} == {(k, c) for k in ("xm3600", "xm3600-first") for c in ("pt", "hi")}
@@ -93,7 +91,7 @@ def test_protocols_of_xm3600(models, data, tmp_path):
     assert counts == {"xm3600": 2 * IMAGES, "xm3600-first": IMAGES}
     assert rows["xm3600-first", "pt", "text_to_image", "mean_recall"]["baseline"]["published"] == {"mean": 73.02}
     assert rows["xm3600-first", "hi", "text_to_image", "mean_recall"]["baseline"]["published"] is None
-    assert rows["xm3600", "hi", "image_to_text", "recall@1"]["capivara"]["published"] is None
+    assert rows["xm3600", "hi", "image_to_text", "mean_recall"]["capivara"]["published"] is None
 
 
 @pytest.mark.slow
@@ -101,10 +99,10 @@ def test_babel_takes_the_images_of_imagenet(models, tmp_path):
     prompts = load_prompts("imagenet-1k", "babel", language="xh")
     names = [prompts.names_en[place] for place in prompts.indices]
     for number, name in enumerate([*names[:3], "tench", "goldfish"]):
-        (tmp_path / "data" / name.replace("/", "-")).mkdir(parents=True)
-        picture(number).save(tmp_path / "data" / name / "0.png")
-    images = f"imagenet-1k={tmp_path / 'data'}"
-    main(flags(models[0], tmp_path / "out", "--only", "babel-imagenet", "--languages", "xh", data=images))
+        (tmp_path / "data" / "imagenet-1k" / name.replace("/", "-")).mkdir(parents=True)
+        picture(number).save(tmp_path / "data" / "imagenet-1k" / name / "0.png")
+    more = ["--only", "babel-imagenet", "--languages", "xh"]
+    main(flags(models[0], tmp_path / "out", *more, data_dir=tmp_path / "data"))
     (record, *_) = read_records(tmp_path / "out" / "babel-imagenet-xh-capivara-0.json")
     assert record.protocol == "babel" and record.language == "xh"
     assert record.n == sum(name in names for name in [*names[:3], "tench", "goldfish"])
@@ -135,9 +133,9 @@ def test_a_clip_benchmark_copy(models, tmp_path):
     for number in range(4):
         data = encoded(picture(number), "WEBP", lossless=True)
         members += [(f"s{number:07d}.webp", data), (f"s{number:07d}.cls", str(number).encode())]
-    write_tar(tmp_path / "data" / "test" / "0.tar", members)
-    (tmp_path / "data" / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
-    main(flags(models[0], tmp_path / "out", "--only", "cifar-10", data=f"cifar-10={tmp_path / 'data'}"))
+    write_tar(tmp_path / "cifar-10" / "test" / "0.tar", members)
+    (tmp_path / "cifar-10" / "classnames.txt").write_text("\n".join(names) + "\n", encoding="utf-8")
+    main(flags(models[0], tmp_path / "out", "--only", "cifar-10", data_dir=tmp_path))
     matrix = np.array(read_json(tmp_path / "out" / "cifar-10-pt-capivara-0.json")["confusion_matrix"])
     ours = load_prompts("cifar-10").names_en
     assert sorted(np.flatnonzero(matrix.sum(axis=1))) == sorted(ours.index(name) for name in names[:4])
@@ -172,22 +170,13 @@ def test_mean_and_deviation_over_runs(models, data, tmp_path):
 def test_a_folder_of_runs(models, data, tmp_path):
     for seed in (1, 2):
         shutil.copytree(models[seed], tmp_path / "runs" / f"seed-{seed}")
-    given = [
-        "paper",
-        "--runs",
-        str(tmp_path / "runs"),
-        "--output",
-        str(tmp_path / "out"),
-        "--only",
-        "mnist",
-        "--offline",
-    ]
-    main([*given, "--data_dir", str(data)])
+    given = ["paper", "--runs", tmp_path / "runs", "--output", tmp_path / "out", "--only", "mnist", "--data_dir", data]
+    main(list(map(str, given)))
     assert rows_of(tmp_path / "out")["mnist", "pt", "", "accuracy"]["capivara"]["measured"]["runs"] == 2
 
 
 def test_what_is_not_reached_is_not_run_and_never_zero(models, tmp_path, capsys):
-    main(["paper", "--model", models[0], "--output", str(tmp_path), "--offline"])
+    main(["paper", "--model", models[0], "--output", str(tmp_path)])
     summary = summary_of(tmp_path)
     assert len({m["benchmark"] for m in summary["measurements"]}) == 28
     assert {m["status"] for m in summary["measurements"]} == {"not run"}
@@ -195,8 +184,8 @@ def test_what_is_not_reached_is_not_run_and_never_zero(models, tmp_path, capsys)
     assert not any(row["benchmark"] == "elevater" for row in summary["rows"])
     table = capsys.readouterr().out
     assert "| Food-101 | accuracy | 65.06 ± 0.00 | – |  | 64.58 ± 0.01 | not run |  |" in table
-    assert "food-101: not run: no local data, and no Hub id is known; give --data food-101=PATH" in table
-    assert "cifar-10: not run: no local data, and offline" in table and "0.00 |  |" not in table
+    assert "food-101: not run: no local data, and no Hub id is known; put them into --data_dir as food-101" in table
+    assert "cifar-10: not run: clip-benchmark/wds_vtab-cifar10 is no path here" in table and "0.00 |  |" not in table
     assert "ELEVATER average: left out, since 0 of its 20 sets ran" in table
 
 
@@ -209,15 +198,6 @@ def test_a_benchmark_that_is_named_is_run_or_listed(models, data, tmp_path, caps
     assert "mnist: not run: it is in pt, and --languages asks for es hi." in capsys.readouterr().out
 
 
-def test_a_hub_that_is_not_reached(models, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.benchmarks.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("eval.benchmarks.constants.ENDPOINT", "http://127.0.0.1:9")
-    main(["elevater", "--model", models[0], "--output", str(tmp_path), "--only", "cifar-10", "food-101"])
-    reasons = {m["benchmark"]: m["reason"] for m in summary_of(tmp_path)["measurements"]}
-    assert reasons["cifar-10"].startswith("no local data, and the Hub can't be reached (")
-    assert reasons["food-101"].startswith("no local data, and no Hub id is known")
-
-
 def test_a_hub_in_offline_mode(models, tmp_path):
     """Its cache is asked, and what it lacks is not run."""
     main(["paper", "--model", models[0], "--output", str(tmp_path), "--only", "cifar-10", "flickr30k-pt"])
@@ -226,19 +206,18 @@ def test_a_hub_in_offline_mode(models, tmp_path):
 
 
 def test_a_broken_folder_does_not_end_the_suite(models, data, tmp_path):
-    broken = tmp_path / "xm3600"
-    broken.mkdir()
-    (broken / "captions.jsonl").write_text('{"image/key": "../../secret"', encoding="utf-8")
+    (tmp_path / "xm3600").mkdir()
+    (tmp_path / "xm3600" / "metadata.jsonl").write_text('{"file_name": "../../secret"', encoding="utf-8")
     for name in ("no digit", "nor this"):
         (tmp_path / "mnist" / name).mkdir(parents=True)
         picture(0).save(tmp_path / "mnist" / name / "0.png")
-    given = [f"xm3600={broken}", f"mnist={tmp_path / 'mnist'}", f"hateful-memes={data / 'hateful-memes'}"]
+    (tmp_path / "hateful-memes").symlink_to(data / "hateful-memes")  # a link serves
     with pytest.raises(SystemExit, match="mnist, xm3600 could not be measured although data were given"):
-        main(flags(models[0], tmp_path / "out", "--only", "xm3600", "mnist", "hateful-memes", "--data", *given))
+        main(flags(models[0], tmp_path / "out", "--only", "xm3600", "mnist", "hateful-memes", data_dir=tmp_path))
     status = {m["benchmark"]: m for m in summary_of(tmp_path / "out")["measurements"]}
     assert status["hateful-memes"]["status"] == "measured"
     assert status["mnist"]["status"] == "not run" and "don't match by name" in status["mnist"]["reason"]
-    assert "A file of xm3600 is no JSON" in status["xm3600"]["reason"] and str(tmp_path) not in str(status)
+    assert status["xm3600"]["status"] == "not run" and str(tmp_path) not in str(status)
 
 
 @pytest.mark.slow
@@ -266,7 +245,7 @@ def test_a_killed_suite_continues_to_the_same_table(models, data, tmp_path):
 
 def test_a_result_is_of_the_data_that_are_there(models, data, tmp_path):
     images = shutil.copytree(data / "mnist", tmp_path / "mnist")
-    given = flags(models[0], tmp_path / "out", "--only", "mnist", data=f"mnist={images}")
+    given = flags(models[0], tmp_path / "out", "--only", "mnist", data_dir=tmp_path)
     fingerprints = []
     for _ in range(2):
         main(given)
@@ -278,13 +257,10 @@ def test_a_result_is_of_the_data_that_are_there(models, data, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--only", "food101"], "Unknown benchmark 'food101'. Known, nearest first: food-101, "),
-        (["--data", "cifar10=."], "Unknown benchmark 'cifar10'. Known, nearest first: cifar-10, cifar-100, "),
-        (["--data", "cifar-10"], "--data takes KEY=PATH"),
-        (["--data", "cifar-10=nowhere"], "there is no nowhere"),
+        (["--only", "food101"], "Unknown benchmark: `food101`. Did you mean `food-101`? There are "),
+        (["--data", "cifar10=."], "`--data` is gone: put the data, or a link to them, into --data_dir"),
         (["--data_dir", "nowhere"], "--data_dir nowhere is no folder"),
-        (["--metrics", "acuracy"], "Unknown metric 'acuracy'. Known, nearest first: accuracy, "),
-        (["--languages", "ptt"], "Unknown language 'ptt'. Known, nearest first: pt, "),
+        (["--languages", "ptt"], "Unknown language: `ptt`. Did you mean `pt`?"),
         (["--only", "cifar-10", "--languages", "hi"], "None of the benchmarks has one of the languages"),
         (["--protocol", "authors"], "needs --authors_file"),
         (["--baseline", "nowhere/at/all"], "nowhere"),
@@ -297,19 +273,12 @@ def test_slips_end_early(models, tmp_path, more, message):
 
 
 def test_a_suite_or_model_that_is_missing(models, tmp_path):
-    with pytest.raises(SystemExit, match=r"Unknown suite 'papers'. Known, nearest first: paper,"):
+    with pytest.raises(SystemExit, match=r"Unknown suite: `papers`. Did you mean `paper`\?"):
         main(["papers", "--model", models[0]])
     with pytest.raises(SystemExit, match="No model is given"):
         main(["paper", "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="nowhere"):
         main(["paper", "--model", str(tmp_path / "nowhere"), "--output", str(tmp_path)])
-
-
-def test_the_list(data, capsys):
-    main(["elevater", "--list", "--data", f"food-101={data / 'food-101'}"])
-    said = capsys.readouterr().out
-    assert said.count("classification,") == 20 and f"local {data / 'food-101'}" in said
-    assert "Hub clip-benchmark/wds_gtsrb" in said and "Hub unknown" in said
 
 
 def measured(benchmark, role: str, run: int, value: float, n: int) -> dict:
@@ -318,7 +287,7 @@ def measured(benchmark, role: str, run: int, value: float, n: int) -> dict:
 
 
 def test_the_average_needs_all_twenty_of_every_model():
-    (average,) = load_benchmarks(averages=True).values()
+    average = read_benchmark(FOLDER / "elevater.json")
     pairs = [(BENCHMARKS[key], "pt") for key in ELEVATER]
     values = [
         measured(b, role, run, (place + run) / 100, 5)
@@ -350,13 +319,6 @@ def test_what_is_like_for_like():
         values = [measured(BENCHMARKS["dtd"], "capivara", 0, 0.5, images)]
         ((row,), _) = suite_rows(pair, values, {"capivara": 1}, protocol=protocol)
         assert row["like_for_like"] is expected and row["capivara"]["difference"] == pytest.approx(50 - 42.34)
-
-
-def test_the_figures_of_the_light_recipe(models, data, tmp_path):
-    main(flags(models[0], tmp_path, "--only", "pracegover", data_dir=data, published="capivara_opt"))
-    assert "CAPIVARA + Opt., published" in (tmp_path / "table.md").read_text(encoding="utf-8")
-    row = rows_of(tmp_path)["pracegover", "pt", "image_to_text", "mean_recall"]
-    assert row["capivara"]["published"] == {"mean": 67.93, "std": 0.01}
 
 
 def test_the_authors_protocol(models, data, tmp_path):
@@ -391,3 +353,17 @@ def test_two_processes_measure_what_one_does(models, data, tmp_path):
     assert done.returncode == 0, done.stderr
     tables = [(tmp_path / name / "table.md").read_text(encoding="utf-8") for name in ("one", "two")]
     assert tables[0] == tables[1] and done.stdout.count("## The paper's benchmarks") == 1
+
+
+def test_where_data_are_looked_for(tmp_path):
+    for key in ("imagenet-1k", "cifar-10"):
+        (tmp_path / key).mkdir()
+
+    def place(key):
+        found = locate(BENCHMARKS[key], tmp_path)
+        return found["data"], found["local"], found["reason"]
+
+    assert place("cifar-10") == (str(tmp_path / "cifar-10"), True, "")
+    assert place("babel-imagenet") == (str(tmp_path / "imagenet-1k"), True, "")
+    assert place("gtsrb") == ("clip-benchmark/wds_gtsrb", False, "")
+    assert "no Hub id is known; put them into --data_dir as food-101" in place("food-101")[2]

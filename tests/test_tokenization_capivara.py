@@ -81,36 +81,8 @@ def test_a_text_that_fits_is_read_to_its_last_character(xlmr):
 
 def test_repair_equals_open_clips_on_nested_mixtures():
     pieces = [
-        "&",
-        "amp;",
-        "&amp;",
-        "&lt;",
-        "<",
-        "&#227;",
-        "&ccedil;",
-        "&Atilde;",
-        "&pound;",
-        "Ã£",
-        "Ã©",
-        "ã",
-        "â€™",
-        "“",
-    ]
-    pieces += [
-        "\n",
-        " ",
-        "a",
-        "&copy;",
-        "&semi;",
-        "#38;",
-        "&NewLine;",
-        "\x85",
-        "；",
-        "＆",
-        "ﬁ",
-        "&EACUTE;",
-        "Ã ",
-        "&nbsp;",
+        *("&", "amp;", "&amp;", "&lt;", "<", "&#227;", "&ccedil;", "&Atilde;", "&pound;", "Ã£", "Ã©", "ã", "â€™", "“"),
+        *("\n", " ", "a", "&copy;", "&semi;", "#38;", "&NewLine;", "\x85", "；", "＆", "ﬁ", "&EACUTE;", "Ã ", "&nbsp;"),
     ]
     draw = random.Random(0)
     texts = ["".join(draw.choices(pieces, k=draw.randint(5, 80))) for _ in range(1500)]

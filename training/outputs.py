@@ -12,7 +12,7 @@ from capivara_common.environment import device_description, package_versions
 from capivara_common.files import read_json, write_json, write_text
 from capivara_common.privacy import short_name
 from eval.records.plots import plot_retrieval_sheet, plot_training_curves
-from eval.records.schema import SCHEMA_VERSION, header, write_records
+from eval.records.schema import SCHEMA_VERSION, write_records
 from eval.records.tables import retrieval_table
 from eval.retrieval import embed_captions, gain_records, retrieval_records
 from modeling_capivara.loading import load_model
@@ -40,12 +40,11 @@ def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder
         trained = facts | {"model": "capivara", "model_folder": ".", "seed": args.seed}
         records = retrieval_records(both["baseline"], **facts, model="baseline", model_folder=args.model, seed=None)
         records += retrieval_records(both["capivara"], **trained) + gain_records(*both.values(), **trained)
-        known = header(
-            dataset=args.evaluation_dataset, dataset_fingerprint=split.fingerprint, model=".",
-            device=device_description(accelerator.device), precision="float32",
-        )  # fmt: skip
         name = f"retrieval_{facts['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
-        write_records(folder / "results" / name, records, known)
+        write_records(
+            folder / "results" / name, records, dataset=args.evaluation_dataset, fingerprint=split.fingerprint,
+            model=".", device=device_description(accelerator.device), precision="float32",
+        )  # fmt: skip
         table += records
     run["seconds"]["evaluation"] = time.perf_counter() - started
     write_text(folder / "table.md", retrieval_table(table))

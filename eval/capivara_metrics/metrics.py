@@ -4,7 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
+from sklearn.metrics import precision_recall_curve, roc_auc_score
 from torch import Tensor
 
 RECALL_CUTOFFS = (1, 5, 10)  # CAPIVARA (arXiv 2310.13683) reports the mean of these three
@@ -25,9 +27,7 @@ def ranks_of(scores: Tensor, right: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def retrieval_ranks(
-    query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor, block_size: int | None = None
-) -> Tensor:
+def retrieval_ranks(query_embeds: Tensor, item_embeds: Tensor, query_groups: Tensor, item_groups: Tensor) -> Tensor:
     """(queries,), `ranks_of` the queries, where an item is right when its group is the query's.
 
     An image and all of its captions share a group.
@@ -37,7 +37,6 @@ def retrieval_ranks(
         item_embeds: (items, width), unit length.
         query_groups: (queries,), integers.
         item_groups: (items,), integers.
-        block_size: queries scored at once; as many as `BLOCK_ELEMENTS` allow where None.
 
     Raises:
         ValueError: a query has no right item, or an embedding is not finite.
@@ -45,7 +44,7 @@ def retrieval_ranks(
     _check_embeddings(query_embeds, item_embeds, query_groups, item_groups)
     if not len(query_embeds):
         return query_groups.new_zeros(0)
-    block_size = block_size or max(BLOCK_QUERIES, BLOCK_ELEMENTS // len(item_embeds))
+    block_size = max(BLOCK_QUERIES, BLOCK_ELEMENTS // len(item_embeds))
     blocks = zip(query_embeds.split(block_size), query_groups.split(block_size), strict=True)
     return torch.cat([ranks_of(queries @ item_embeds.T, groups[:, None] == item_groups) for queries, groups in blocks])
 
@@ -235,19 +234,15 @@ def eleven_point_map(scores: Tensor, targets: Tensor) -> float:
     if scores.shape != targets.shape:
         raise ValueError(f"scores {tuple(scores.shape)} and targets {tuple(targets.shape)} must have the same shape.")
     _check_finite(scores)
-    present = targets.sum(dim=0).nonzero().flatten().tolist()
-    if not present:
+    if not (present := targets.sum(dim=0).nonzero().flatten().tolist()):
         raise ValueError("No class has an image; are the targets empty?")
-    points, means = torch.linspace(0, 1, 11, dtype=torch.double) - 1e-12, []
-    for values, positives in ((scores[:, c], targets[:, c].bool()) for c in present):
-        thresholds, levels = values.unique(return_inverse=True)
-        shown, found = (
-            torch.bincount(of, minlength=len(thresholds)).flip(0).cumsum(0).double()  # the best score first
-            for of in (levels, levels[positives])
-        )
-        precision, recall = found / shown, found / positives.sum()
-        means.append(torch.stack([precision[recall >= point].max() for point in points]).mean().item())
-    return sum(means) / len(means)
+    points, means = np.linspace(0, 1, 11) - 1e-12, []
+    for column in present:
+        of_column = targets[:, column].numpy(), scores[:, column].numpy()
+        # But for the last point, of recall 0, which scikit-learn adds
+        precision, recall = (of[:-1] for of in precision_recall_curve(*of_column)[:2])
+        means.append(np.mean([precision[recall >= point].max() for point in points]))
+    return float(np.mean(means))
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
@@ -260,11 +255,7 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     if not positives.any() or positives.all():
         raise ValueError("ROC AUC needs positives and negatives; only one of them occurs.")
     _check_finite(scores)
-    _, levels, counts = scores.double().unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks = (last - (counts - 1) / 2)[levels]  # mean rank of the images of equal score, from 1
-    number = positives.sum().double()
-    return ((ranks[positives].sum() - number * (number + 1) / 2) / (number * (~positives).sum())).item()
+    return float(roc_auc_score(positives.numpy(), scores.numpy()))
 
 
 def _class_ranks(scores: Tensor, labels: Tensor) -> Tensor:

@@ -8,15 +8,13 @@ one's own names, in whatever language, is recorded as `own`.
 import ast
 import json
 import re
-import urllib.request
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from capivara_common.cli import unknown
 from capivara_common.files import read_json
 
 FOLDER = Path(__file__).resolve().parent
@@ -26,7 +24,6 @@ METRICS = ("accuracy", "mean-per-class", "11point_mAP", "roc_auc")
 EXAMPLE = (
     '{"language": "es", "classes": ["rojo", {"es": "azul", "en": "blue"}], "templates": ["una imagen de color {}"]}'
 )
-MAX_AUTHORS_BYTES = 5_000_000  # of the authors' file; it has under 100 kB
 FOOD_FAULT = (
     "The authors' list has 100 names for 101 classes: 'tacos' (index 96) is missing, so the last four names are "
     "shifted by one and class 100 cannot be predicted."
@@ -67,7 +64,7 @@ def load_prompts(
         benchmark: key, of `benchmarks()`, or a JSON file such as `EXAMPLE`, for one's own classes.
         protocol: "ours", "authors" or "babel".
         language: code, of babel; that of the other prompts is their file's, and another one is refused.
-        authors_file: path or https address of the authors' `portuguese_prompts.py`; it is parsed, never executed.
+        authors_file: path of the authors' `portuguese_prompts.py`; it is parsed, never executed.
 
     Raises:
         ValueError: benchmark, protocol or language is unknown (the nearest are named), or the file is not as expected.
@@ -82,10 +79,8 @@ def load_prompts(
     elif benchmark in benchmarks():
         prompts = _prompts(benchmark, "ours", read_json(FOLDER / "pt" / f"{benchmark}.json"))
     else:
-        raise ValueError(
-            f"Unknown benchmark {benchmark!r}; the nearest are {_nearest(benchmark, benchmarks())}. There are "
-            f"{benchmarks()}, and files of one's own, FILE.json, such as {EXAMPLE}"
-        )
+        known = f"There are {', '.join(benchmarks())}, and files of one's own, FILE.json, such as {EXAMPLE}"
+        raise ValueError(unknown(benchmark, "benchmark", benchmarks(), known))
     if protocol == "authors":
         prompts = _authors(prompts, authors_file)
     elif protocol == "babel":
@@ -118,10 +113,6 @@ def fill(template: str, entry: dict, language: str = "pt") -> str:
     return re.sub(r"\{([^{}]*)\}", lambda place: forms[place[1]], template)
 
 
-def _nearest(name: Any, known: Sequence[str]) -> list[str]:
-    return get_close_matches(str(name), known, n=4, cutoff=0.0)
-
-
 def _own(path: Path) -> Prompts:
     if not path.is_file():
         raise ValueError(f"The file of classes {path} does not exist.")
@@ -132,7 +123,7 @@ def _own(path: Path) -> Prompts:
         if not isinstance(language, str) or not re.fullmatch(r"[A-Za-z]{2,3}([-_]\w+)*", language):
             raise ValueError(f"language must be a code such as 'es', got {language!r}")
         if metric not in METRICS:
-            raise ValueError(f"unknown metric {metric!r}, the known ones are {_nearest(metric, METRICS)}")
+            raise ValueError(f"unknown metric {metric!r}, the known ones are {', '.join(METRICS)}")
         texts = [data["dataset"], *data["templates"]]
         if not data["classes"] or not data["templates"] or not all(isinstance(text, str) for text in texts):
             raise ValueError("it needs at least one of classes and of templates, and the latter are texts")
@@ -167,9 +158,9 @@ def _shared_names(names: list[str]) -> tuple[str, ...]:
 
 
 def _authors(ours: Prompts, source: str | None) -> Prompts:
-    if not source:
-        raise ValueError("Protocol authors needs their file: give --authors_file, a path or an https address.")
-    values, key, found = assignments(_read(source)), ours.benchmark, []
+    if not source or not Path(source).is_file():
+        raise ValueError(f"Protocol authors needs their file: give --authors_file, a path; got {source}.")
+    values, key, found = assignments(Path(source).read_text(encoding="utf-8")), ours.benchmark, []
     for what, name in (("classes", "class_map"), ("templates", "template_map")):
         texts = values[name].get(key) if isinstance(values.get(name), dict) else None
         if what == "classes" and isinstance(texts, list):
@@ -215,17 +206,6 @@ def assignments(text: str) -> dict:
     return values
 
 
-def _read(source: str) -> str:
-    if re.match(r"\w+://", source):
-        if not re.fullmatch(r"https://[\w.-]+(:\d+)?/[^\s]*", source):
-            raise ValueError(f"The authors' file must be a path or an https address, got {source!r}.")
-        with urllib.request.urlopen(source, timeout=30) as answer:
-            return answer.read(MAX_AUTHORS_BYTES).decode("utf-8")
-    if not Path(source).is_file():
-        raise ValueError(f"The authors' file {source} does not exist.")
-    return Path(source).read_text(encoding="utf-8")
-
-
 def _babel(ours: Prompts, language: str) -> Prompts:
     if ours.benchmark != "imagenet-1k":
         raise ValueError(f"Babel-ImageNet names the classes of imagenet-1k alone, not of {ours.benchmark}.")
@@ -236,7 +216,7 @@ def _babel(ours: Prompts, language: str) -> Prompts:
     data = json.loads((folder / "babel_imagenet.json").read_text(encoding="utf-8"))
     key = language.upper()
     if key not in data:
-        raise ValueError(f"Babel-ImageNet has no language {language!r}; the nearest are {_nearest(key, sorted(data))}.")
+        raise ValueError(f"Babel-ImageNet has no language {language!r}; there are {', '.join(sorted(data))}.")
     indices, names = data[key]
     templates = json.loads((folder / "nllb_dist13b_prompts.json").read_text(encoding="utf-8"))
     filled = [[template.replace("{}", name) for template in templates.get(key, templates["EN"])] for name in names]

@@ -4,13 +4,14 @@ import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from PIL import Image
 
 from capivara_common.files import read_json, write_bytes
 from capivara_common.image_files import BadImage
+from eval.records.schema import MODEL_NAMES
 from eval.records.tables import one_line
 
 matplotlib.use("Agg")  # files only; a screen is not needed
@@ -21,7 +22,7 @@ from matplotlib import pyplot as plt
 if TYPE_CHECKING:  # a report of captions draws without it
     from torch import Tensor
 
-BASELINE_COLOUR, MODEL_COLOUR, CHANCE_COLOUR, LOSS_COLOUR = "#8a8f98", "#1b7f5c", "#c9c9c9", "#b3472f"
+BASELINE_COLOUR, MODEL_COLOUR, CHANCE_COLOUR = "#8a8f98", "#1b7f5c", "#c9c9c9"
 DIRECTION_COLOURS = {"text_to_image": "#1b7f5c", "image_to_text": "#d98324"}
 INK, FAINT = "#1f2933", "#6b7280"
 WIDTH = 5.2  # inches: narrow, so that the letters stay readable on a phone
@@ -32,15 +33,6 @@ SHOWN, BEST = 5, 4  # pictures that a model ranks first; best queries of a sheet
 KINDS = {"gain": (-1, 3), "tie": (0, 1), "loss": (1, 1)}
 # Matplotlib's own font has no letters of most scripts; of these, where they are installed, it takes what is missing.
 OTHER_FONTS = ("Noto Sans", "Noto Serif", "FreeSans", "Lohit", "Nirmala UI", "Mangal", "Arial Unicode", "WenQuanYi")
-
-
-class BarRow(NamedTuple):
-    """A baseline and a model, as (mean, standard deviation or None) of shares; None where one was not measured."""
-
-    label: str
-    baseline: tuple[float, float | None] | None
-    model: tuple[float, float | None] | None
-    chance: float | None = None
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -90,48 +82,31 @@ def plot_training_curves(curve: list[dict], language: str, path: Path, words: st
     save_figure(figure, path)
 
 
-def plot_bars(rows: list[BarRow], path: Path) -> None:
-    """Baseline against model, a pair of bars a row, a mark where chance is."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.46 * len(rows)), layout="constrained")
-    for name, offset, colour in (("Baseline", -0.2, BASELINE_COLOUR), ("CAPIVARA", 0.2, MODEL_COLOUR)):
-        values = [(height + offset, row.baseline if offset < 0 else row.model) for height, row in enumerate(rows)]
-        found = [(height, 100 * value[0], 100 * (value[1] or 0)) for height, value in values if value]
-        if found:
-            heights, means, errors = zip(*found, strict=True)
-            bars = axis.barh(heights, means, 0.36, xerr=errors, color=colour, ecolor=INK, label=name)
-            labels = [f"{mean:.1f}" + f" ± {error:.1f}" * bool(error) for _, mean, error in found]
+def plot_bars(pairs: list[dict[str, Any]], path: Path) -> None:
+    """Baseline against model, a pair of bars a row of `pairs_of` with a `short` label, a mark where chance is."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.46 * len(pairs)), layout="constrained")
+    for role, offset, colour in (("baseline", -0.2, BASELINE_COLOUR), ("capivara", 0.2, MODEL_COLOUR)):
+        if found := [(height + offset, pair[role]) for height, pair in enumerate(pairs) if pair[role]]:
+            heights, values = zip(*found, strict=True)
+            errors = [100 * (of.deviation or 0) for of in values]
+            options = {"color": colour, "ecolor": INK, "label": MODEL_NAMES[role]}
+            bars = axis.barh(heights, [100 * of.mean for of in values], 0.36, xerr=errors, **options)
+            notes = [f" ± {error:.1f}" * bool(error) for error in errors]
+            labels = [f"{100 * of.mean:.1f}{note}" for of, note in zip(values, notes, strict=True)]
             axis.bar_label(bars, labels, padding=4, fontsize=9, color=INK)
-    chances = [(100 * row.chance, height) for height, row in enumerate(rows) if row.chance is not None]
+    chances = [(100 * pair["chance"], height) for height, pair in enumerate(pairs) if pair["chance"] is not None]
     if chances:
         axis.plot(*zip(*chances, strict=True), "|", color=INK, markersize=26, label="chance")
     axis.set_xlim(0, max(1.0, 1.3 * axis.dataLim.x1))  # room beside the longest bar
     axis.set_xticks([tick for tick in axis.get_xticks() if tick <= 100])
-    _finish(axis, [row.label for row in rows], "per cent")
+    axis.set_yticks(range(len(pairs)), [pair["short"] for pair in pairs], parse_math=False, fontsize=9.5)  # no formulas
+    axis.set_ylim(len(pairs) - 0.4, -0.6)  # the first at the top
+    axis.set_xlabel("per cent", color=FAINT, fontsize=9)
+    axis.tick_params(length=0, labelcolor=INK)
+    tidy(axis, "x", "top", "right", "left")
     if axis.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper left", markerscale=0.4, ncols=3, frameon=False, fontsize=9)
     save_figure(figure, path)
-
-
-def plot_gains(rows: list[tuple[str, float, float, float]], path: Path) -> None:
-    """Gains with their 95 % intervals, beside zero; rows of (label, gain, low end, high end), shares."""
-    lines = max(label.count("\n") + 1 for label, *_ in rows)
-    figure, axis = plt.subplots(figsize=(WIDTH, 1.0 + 0.38 * lines * len(rows) / 2), layout="constrained")
-    axis.axvline(0, color=FAINT, linewidth=1)
-    for height, (_, gain, low, high) in enumerate(rows):
-        colour = BASELINE_COLOUR if low <= 0 <= high else MODEL_COLOUR if gain > 0 else LOSS_COLOUR
-        axis.plot([100 * low, 100 * high], [height, height], color=colour, linewidth=2.5, solid_capstyle="round")
-        axis.plot(100 * gain, height, "o", color=colour, markersize=7)
-    _finish(axis, [label for label, *_ in rows], "gain in mean recall, points, with its 95 % interval")
-    save_figure(figure, path)
-
-
-def _finish(axis: plt.Axes, labels: list[str], what: str) -> None:
-    """A label for each height, the first at the top; texts of data are no formulas."""
-    axis.set_yticks(range(len(labels)), labels, parse_math=False, fontsize=9.5)
-    axis.set_ylim(len(labels) - 0.4, -0.6)
-    axis.set_xlabel(what, color=FAINT, fontsize=9)
-    axis.tick_params(length=0, labelcolor=INK)
-    tidy(axis, "x", "top", "right", "left")
 
 
 Found = list[tuple[Image.Image | None, bool]]  # pictures, None where one can't be shown, and which is the right one
@@ -221,16 +196,15 @@ def plot_retrieval_sheet(
             best += [] if others or right in best else [right]
             title = f"“{one_line(queries[query], 40)}”   {words['rank'].format(rank=int(ranks[role][query]) + 1)}"
             title += f" ({words[kind]})" if kind and role == "capivara" else ""
-            row.append((title, [(_opened(image, index), index == right) for index in best]))
+            found = []
+            for index in best:
+                try:
+                    found.append((_small(image(index)), index == right))
+                except BadImage:  # it has changed since it was embedded: no reason to lose what was measured
+                    found.append((None, index == right))
+            row.append((title, found))
         rows.append(row)
     plot_gallery(rows, path, [words[role] for role in ranks] if others else (), note)
-
-
-def _opened(image: Callable[[int], Image.Image], index: int) -> Image.Image | None:
-    try:
-        return _small(image(index))
-    except BadImage:  # it has changed since it was embedded: no reason to lose what was measured
-        return None
 
 
 def _small(image: Image.Image) -> Image.Image:

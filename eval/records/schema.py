@@ -8,6 +8,7 @@ A `Record` checks itself, so that a figure out of its range is neither written n
 
 import json
 import re
+import reprlib
 import sys
 from collections import namedtuple
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -111,7 +112,7 @@ class Record:
 
     def _check(self, name: str, holds: bool, rule: str, rest: str = "") -> None:
         if not holds:
-            raise ValueError(f"{name} must be {rule}, got {_shown(getattr(self, name))}{rest}")
+            raise ValueError(f"{name} must be {rule}, got {reprlib.repr(getattr(self, name))}{rest}")
 
 
 @dataclass(frozen=True)
@@ -120,51 +121,49 @@ class ResultFile:
 
     name: str  # path of the file within the folder that was read
     records: tuple[Record, ...]  # its figures, at least one
-    content: dict[str, Any]  # the whole JSON object: of `header`, `records`, and parts such as `confusion_matrix`
+    content: dict[str, Any]  # the whole JSON object, as `write_records` has it
 
 
-def header(
-    *,
-    dataset: str,
-    dataset_fingerprint: str | None,
-    model: str,
-    device: str,
-    precision: str,
-    seconds: float | None = None,
-    skipped: int = 0,
-) -> dict[str, Any]:
-    """What the figures of a file depend on; the two revisions, commits on the Hub, are None as for local ones.
+def write_records(
+    path: Path, records: list[Record], *, dataset: str, fingerprint: str | None, model: str, device: str,
+    precision: str, seconds: float | None = None, name: str | None = None, skipped: dict[Any, str] | None = None,
+    **parts: Any,
+) -> None:  # fmt: skip
+    """Write a result file in one piece: what its figures depend on, the records, and further `parts` such as a matrix.
 
     Args:
-        dataset: folder, pattern of files, or Hub id of the images; `short_name` of it is kept, as records have it.
-        dataset_fingerprint: digest of its images and captions.
+        path: the file.
+        records: at least one.
+        dataset: folder, pattern of files, or Hub id of the images.
+        fingerprint: digest of its images and captions.
         model: folder or Hub id.
         device: in words.
         precision: "float32", or the type of autocast.
         seconds: of the measurement; None where other work is in them.
-        skipped: rows that could not be used and are not in the figures.
+        name: what the records call the data set, by its `short_name`; None for `dataset`.
+        skipped: row -> why it could not be used and is not in the figures.
+        parts: further keys of the file.
     """
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    module = spec.name if spec else Path(sys.argv[0]).stem
-    return {
-        "dataset": short_name(dataset),
-        "dataset_revision": None,
-        "dataset_fingerprint": dataset_fingerprint,
+    module, skipped = spec.name if spec else Path(sys.argv[0]).stem, skipped or {}
+    listed = [asdict(record) | {"model_folder": hide_paths(record.model_folder)} for record in records]
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "dataset": short_name(name or dataset),
+        "dataset_revision": hub_revision(dataset, "dataset"),
+        "dataset_fingerprint": fingerprint,
         "model": hide_paths(model),
-        "model_revision": None,
+        "model_revision": hub_revision(model, "model"),
         "versions": package_versions(),
         "device": device,
         "precision": precision,
         "seconds": seconds,
-        "skipped_rows": skipped,
+        "skipped_rows": len(skipped),
         "command": " ".join(["python", "-m", module, *hide_paths(sys.argv[1:])]),
+        "records": listed,
+        "skipped": skipped,
     }
-
-
-def write_records(path: Path, records: list[Record], facts: dict[str, Any], **parts: Any) -> None:
-    """Write a result file in one piece: the header `facts`, the records, and further `parts` such as a matrix."""
-    listed = [asdict(record) | {"model_folder": hide_paths(record.model_folder)} for record in records]
-    write_json(path, {"schema_version": SCHEMA_VERSION, **facts, "records": listed, **parts})
+    write_json(path, content | parts)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -193,13 +192,13 @@ def parse_result(content: dict[str, Any], name: str) -> ResultFile:
     version, listed, records = content.get("schema_version"), content.get("records"), []
     if version != SCHEMA_VERSION:
         raise ValueError(
-            f"schema_version must be {SCHEMA_VERSION}, got {_shown(version)}: measure it again with this package"
+            f"schema_version must be {SCHEMA_VERSION}, got {reprlib.repr(version)}: measure it again with this package"
         )
     if not isinstance(listed, list) or not listed:
-        raise ValueError(f"records must be a list of at least one figure, got {_shown(listed)}")
+        raise ValueError(f"records must be a list of at least one figure, got {reprlib.repr(listed)}")
     for number, entry in enumerate(listed):
         if not isinstance(entry, dict):
-            raise ValueError(f"records/{number} must be an object, got {_shown(entry)}")
+            raise ValueError(f"records/{number} must be an object, got {reprlib.repr(entry)}")
         if missing := [field.name for field in fields(Record) if field.default is MISSING and field.name not in entry]:
             raise ValueError(f"records/{number} has no {missing[0]!r}")
         try:
@@ -245,12 +244,6 @@ def hub_revision(name: str, repo_type: str) -> str | None:
     owner, repository = name.split("/")
     reference = Path(HF_HUB_CACHE) / f"{repo_type}s--{owner}--{repository}" / "refs" / "main"
     return reference.read_text(encoding="ascii").strip() if reference.is_file() else None
-
-
-def _shown(value: Any) -> str:
-    """A value of a file, on one short line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _no_constant(name: str) -> None:
