@@ -10,16 +10,19 @@ import json
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from capivara_common.image_files import BadImage, by_threads
+from capivara_common.image_files import DECODERS, BadImage, by_threads
 from capivara_search.index_plan import Plan, make_plan, note_asked
 from capivara_search.picture_columns import (
     EMPTY,
@@ -35,7 +38,6 @@ from capivara_search.picture_columns import (
     within,
 )
 from capivara_search.picture_files import PASSING, FileState, Picture, read_bytes_digest, read_picture
-from capivara_search.read_ahead import Read, ReadAhead
 from capivara_search.results import Added, LeftOut
 from capivara_search.table import PictureTable
 
@@ -44,7 +46,9 @@ if TYPE_CHECKING:
 
 COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
 COMMIT_S = 20.0  # seconds
+BATCH_PIXELS = 100_000_000  # 3 bytes each, that a batch goes beyond by one picture at most
 
+Read = tuple[FileState, Picture | Exception]
 Progress = Callable[[int, int], None]
 logger = logging.getLogger("capivara")
 
@@ -124,7 +128,7 @@ class Adding:
         read = partial(read_picture, side=self.model.side, exact=exact, folders=self.plan.roots)
         self.progress(0, len(self.plan.files))
         try:
-            with ReadAhead(self._unknown(), read, self.batch_size) as batches:
+            with closing(read_ahead(self._unknown(), read, self.batch_size, exact)) as batches:
                 for batch in batches:
                     self._embed(batch)
                     self.progress(self.done, len(self.plan.files))  # not of each: a rate of these would mislead
@@ -309,9 +313,41 @@ def embed_files(
     """Path -> vector, of files of a place that can be read; nothing is written."""
     found = {}
     read = partial(read_picture, side=model.side, folders=[os.path.realpath(place)])
-    with ReadAhead(files, read, batch_size) as batches:
-        for batch in batches:
-            pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
-            vectors = model.images([one.image for one in pictures.values()], batch_size)
-            found |= dict(zip(pictures, vectors, strict=True))
+    for batch in read_ahead(files, read, batch_size):
+        pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
+        vectors = model.images([one.image for one in pictures.values()], batch_size)
+        found |= dict(zip(pictures, vectors, strict=True))
     return found
+
+
+def read_ahead(
+    files: Iterable[FileState], read: Callable[[FileState], Picture], batch_size: int, whole: bool = False
+) -> Iterator[list[Read]]:
+    """Pictures, or what was wrong with them, in the order of their files, in batches; threads read while others work.
+
+    Args:
+        files: to be read; drawn from as they are needed.
+        read: reads one, in a thread.
+        batch_size: pictures in a batch; fewer where they are large.
+        whole: pictures of any size are kept, so that no more wait than there are threads.
+    """
+    files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
+    most = DECODERS if whole else 2 * batch_size
+    threads = ThreadPoolExecutor(DECODERS)
+    try:
+        while True:
+            batch: list[Read] = []
+            pixels = 0
+            while len(batch) < batch_size and pixels < BATCH_PIXELS:
+                waiting.extend((file, threads.submit(read, file)) for file in islice(files, most - len(waiting)))
+                if not waiting:
+                    break
+                file, future = waiting.popleft()
+                picture = future.exception() or future.result()
+                batch.append((file, picture))
+                pixels += 0 if isinstance(picture, Exception) else picture.image.width * picture.image.height
+            if not batch:
+                return
+            yield batch
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)

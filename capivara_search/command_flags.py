@@ -24,7 +24,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from capivara_common.tasks import ExecutorArguments
 from capivara_search.results import TEMPLATE
-from capivara_search.terminal import KINDS, Words, harmless, shown_path
+from capivara_search.terminal import PICTURES, Words, harmless, shown_path
 
 # English name -> Portuguese name; both work in both languages.
 COMMANDS = {
@@ -87,6 +87,8 @@ def parsed(argv: Sequence[str], words: Words) -> argparse.Namespace:
         name = rest[0].partition("=")[0]
         if not name.startswith("-"):
             raise WrongUse(words("left_over", name=harmless(name)) + words("see_help"))
+        if words.has(f"gone.{name[2:]}"):
+            raise WrongUse(words("gone", name=name, text=words(f"gone.{name[2:]}")))
         nearest = difflib.get_close_matches(name, flags.flags_of(args.command), n=1, cutoff=0.0)[0]
         raise WrongUse(words("unknown_flag", name=harmless(name), nearest=nearest) + words("see_help"))
     if args.command == "search":
@@ -243,7 +245,6 @@ def _app_flags(one: Parser, words: Words) -> None:
     one.flag("--port", type=_number(words, int, 1, 65535), default=7860, metavar="N")
     one.flag("--host", default="127.0.0.1", metavar=words("metavar.address"))
     one.flag("--allow-host", type=_host(words), action="append", default=[], metavar=words("metavar.name"))
-    one.flag("--compare", metavar=words("metavar.model"))
     one.flag("--no-open", action="store_true")
 
 
@@ -277,7 +278,7 @@ def _output_flags(one: Parser) -> None:
 
 def _picture_flags(one: Parser) -> None:
     kinds = one.add_mutually_exclusive_group()
-    one.flag("--pictures", group=kinds, choices=("auto", *KINDS, "no"), default="auto")
+    one.flag("--pictures", group=kinds, choices=PICTURES, default="auto")
     one.flag("--no-pictures", group=kinds, dest="pictures", action="store_const", const="no")
 
 
@@ -388,6 +389,8 @@ def _check_classify(args: argparse.Namespace, words: Words) -> None:
 
 
 def _check_executor(args: argparse.Namespace, words: Words) -> None:
+    if args.executor == "local" and args.workers is not None:
+        raise WrongUse(words("gone", name="--workers", text=words("gone.workers")))
     if args.executor != "local" and args.tasks is None:
         raise WrongUse(words("needs_flags", executor=args.executor, flags="--tasks"))
     if args.executor == "slurm" and not (args.partition and args.time and args.logging_dir):

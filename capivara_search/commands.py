@@ -67,7 +67,7 @@ def index(args: argparse.Namespace, words: Words) -> int:
     _say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in args.folders)))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is finished or undone
-    if args.executor != "local" or args.tasks or args.workers:
+    if args.executor != "local" or args.tasks:
         added = _add_with_workers(args, pictures, words)
     else:
         with Progress(words) as progress:
@@ -164,7 +164,7 @@ def search(args: argparse.Namespace, words: Words) -> int:
 def show(hits: Sequence[Hit], pictures: "PictureIndex", args: argparse.Namespace, words: Words) -> None:
     """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
     terminal = screen(sys.stdout, args.pictures)
-    if terminal.kind:
+    if terminal.pictures:
         thumbnails = [pictures.thumbnail(hit.path) for hit in hits]
         captions = [f"{rank} {harmless(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
         print(contact_sheet(thumbnails, captions, terminal, terminal.lines - len(hits) - 3))
@@ -265,7 +265,6 @@ def app(args: argparse.Namespace, words: Words) -> int:
     """The page, until Ctrl-C."""
     pictures = _filled_index(args, words)
     _say_note(pictures, words)
-    compare = _index(args, args.compare) if args.compare else None
     from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
 
@@ -281,9 +280,8 @@ def app(args: argparse.Namespace, words: Words) -> int:
         _say(words("thumbnails_alone", folders=", ".join(names), command=command))
     for number in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
         signal.signal(number, signal.default_int_handler)
-    open_browser = not args.no_open
     options = {"language": words.language, "on_open": tell, "allow_hosts": args.allow_host}
-    serve_index(pictures, args.host, args.port, compare, open_browser, **options)
+    serve_index(pictures, args.host, args.port, open_browser=not args.no_open, **options)
     return DONE
 
 
@@ -377,10 +375,10 @@ COMMANDS = {
 }
 
 
-def _index(args: argparse.Namespace, model: str | None = None) -> "PictureIndex":
+def _index(args: argparse.Namespace) -> "PictureIndex":
     from capivara_search.index import PictureIndex  # here: lancedb comes with it
 
-    return PictureIndex.open(args.index or "auto", model or args.model, args.device)
+    return PictureIndex.open(args.index or "auto", args.model, args.device)
 
 
 def _filled_index(args: argparse.Namespace, words: Words) -> "PictureIndex":

@@ -208,6 +208,9 @@ WRONG = {
     "index": ("missing: FOLDER", "falta: PASTA"),
     "index none": ("there is no folder none", "a pasta none não existe"),
     "index file.txt": ("file.txt is a file; a folder is needed here", "file.txt é um arquivo; aqui cabe uma pasta"),
+    "index . --workers 2": ("--workers is gone: one machine uses all", "--workers saiu: uma máquina usa"),
+    "app --compare x": ("--compare is gone: open two pages", "--compare saiu: abra duas páginas"),
+    "search x --pictures sixel": ("'sixel' is none of", "'sixel' não é uma das opções"),
     "index . --executor ray": ("--executor ray needs --tasks", "--executor ray precisa de --tasks"),
     "index . --executor slurm --tasks 2": ("needs --partition, --time", "precisa de --partition, --time"),
     "classify .": ("missing: --labels", "falta: --labels"),
@@ -635,9 +638,9 @@ def test_export_writes_a_file_by_its_name(capivara, index, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_fill_one_index(capivara, folder, tmp_path, saved_tiny_folder):
+def test_two_tasks_fill_one_index(capivara, folder, tmp_path, saved_tiny_folder):
     pytest.importorskip("datatrove")
-    arguments = ("--index", tmp_path / "i.lance", "--logging_dir", tmp_path / "logs", "--lang", "pt", "--workers", 2)
+    arguments = ("--index", tmp_path / "i.lance", "--logging_dir", tmp_path / "logs", "--lang", "pt", "--tasks", 2)
     code, out, error = capivara("indexar", folder, *arguments, "--model", saved_tiny_folder)
     assert code == 0, error
     assert out.startswith("5 imagens novas, 1 não pôde ser lida") and out.endswith("5 imagens no índice.\n")
@@ -743,7 +746,7 @@ def test_a_reader_that_goes_away_is_no_error(index):
 def test_app_says_what_it_answers_to_and_whose_originals_it_hides(capivara, index, lang, monkeypatch, tmp_path):
     asked = {}
 
-    def served(pictures, host, port, compare, open_browser, on_open, allow_hosts, language):
+    def served(pictures, host, port, open_browser, on_open, allow_hosts, language):
         asked.update(host=host, allow_hosts=allow_hosts)
         on_open(f"http://{host}:{port}")
 
