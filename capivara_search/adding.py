@@ -23,8 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from capivara_common.image_files import DECODERS, BadImage, by_threads
-from capivara_search.index_plan import Plan, make_plan, note_asked
-from capivara_search.picture_columns import (
+from capivara_search.columns import (
     EMPTY,
     FOLDER_KEY,
     LEFT_OUT,
@@ -37,6 +36,7 @@ from capivara_search.picture_columns import (
     vector_column,
     within,
 )
+from capivara_search.index_plan import Plan, make_plan, note_asked
 from capivara_search.picture_files import PASSING, FileState, Picture, read_bytes_digest, read_picture
 from capivara_search.results import Added, LeftOut
 from capivara_search.table import PictureTable
@@ -77,12 +77,10 @@ class Writer:
         self.left_out[file.path] = row
         self.all_left_out.add(file.path)
 
-    def write_when_due(self) -> bool:
-        """Write where there is enough, or the last time is long ago; returns whether it has."""
-        due = len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S
-        if due:
+    def write_when_due(self) -> None:
+        """Write where there is enough, or the last time is long ago."""
+        if len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S:
             self.write()
-        return due
 
     def write(self) -> None:
         """Write what was collected."""
@@ -103,7 +101,6 @@ class Adding:
         plan: what there is to do.
         batch_size: pictures that the model sees at once.
         progress: called with the files that are done, and all of the plan.
-        builds: whether the approximate index is built meanwhile.
     """
 
     def __init__(
@@ -113,10 +110,9 @@ class Adding:
         plan: Plan,
         batch_size: int = 32,
         progress: Progress = lambda done, total: None,
-        builds: bool = True,
     ):
         self.table, self.model, self.plan = table, model, plan
-        self.batch_size, self.progress, self.builds = batch_size, progress, builds
+        self.batch_size, self.progress = batch_size, progress
         self.digest, self.column = model.image_digest, vector_column(model.width)
         self.added, self.done = Added(unchanged=plan.unchanged), 0
         self.writer = Writer(table)
@@ -132,16 +128,12 @@ class Adding:
                 for batch in batches:
                     self._embed(batch)
                     self.progress(self.done, len(self.plan.files))  # not of each: a rate of these would mislead
-                    self._write()
+                    self.writer.write_when_due()
         except KeyboardInterrupt:  # what was embedded is kept
             self.writer.write()
             raise
         self.writer.write()
         return self.added
-
-    def _write(self) -> None:
-        if self.writer.write_when_due() and self.builds:
-            self.table.build_meanwhile(self.model.width)
 
     def _unknown(self) -> Iterator[FileState]:
         """The files that must be decoded; those whose content is in the table get their rows on the way."""
@@ -155,7 +147,7 @@ class Adding:
                 else:
                     yield file
             self.progress(self.done, len(self.plan.files))
-            self._write()
+            self.writer.write_when_due()
 
     def _digest_before(self, file: FileState) -> str | None:
         """The digest of a file that may be known."""
@@ -247,11 +239,8 @@ def add_folders(
         note_asked(table, folders)
         note_model(table, model)
         adding = Adding(table, model, plan, batch_size, progress)
-        try:
-            adding.run(exact)
-            finish(table, model, plan, adding.added, adding.writer.all_left_out)
-        finally:
-            table.wait_for_build()
+        adding.run(exact)
+        finish(table, model, plan, adding.added, adding.writer.all_left_out)
     adding.added.seconds = time.monotonic() - start
     return adding.added
 

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace, words: Words) -> int:
 def index(args: argparse.Namespace, words: Words) -> int:
     """Add folders to the index, with progress and a summary."""
     pictures = _index(args)
+    pictures.mend()
     _say(words("model_line", model=harmless(pictures.model.name)))
     _say_note(pictures, words)
     _say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in args.folders)))

@@ -18,7 +18,7 @@ from pyarrow.csv import CSVWriter
 from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import UMASK, check_output_file, no_space_left
-from capivara_search.picture_columns import THUMBNAIL
+from capivara_search.columns import THUMBNAIL
 from capivara_search.table import PictureTable
 from capivara_search.terminal import FORMULA
 

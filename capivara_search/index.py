@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
 from functools import cached_property
@@ -19,9 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
-from capivara_search.labelling import checked_labels, classify_vectors
-from capivara_search.near_duplicates import near_groups
-from capivara_search.picture_columns import (
+from capivara_search.columns import (
     ABOUT,
     FOLDER_KEY,
     HIT_COLUMNS,
@@ -36,8 +35,11 @@ from capivara_search.picture_columns import (
     vector_column,
     within,
 )  # fmt: skip
+from capivara_search.labelling import checked_labels, classify_vectors
+from capivara_search.near_duplicates import near_groups
 from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
 from capivara_search.results import TEMPLATE, Added, Classified, Hit, LeftOut, Status
+from capivara_search.storage import DamagedIndex
 from capivara_search.table import PictureTable
 
 if TYPE_CHECKING:
@@ -80,7 +82,8 @@ class PictureIndex:
             OSError: it may not be read.
         """
         table = PictureTable(default_place() if where == "auto" else where)
-        table.exists()  # says now what is wrong with it
+        with suppress(DamagedIndex):  # which `add` may mend
+            table.exists()  # says now what is wrong with it
         return cls(table, model, device)
 
     @property
@@ -119,6 +122,7 @@ class PictureIndex:
         """
         from capivara_search.adding import add_folders
 
+        self.mend()
         paths = [absolute_folder(folder) for folder in folders or self.asked_folders()]
         if not paths:
             raise ValueError("No folder was named, and none was added on this machine before. Name one of pictures.")
@@ -126,6 +130,15 @@ class PictureIndex:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         progress = on_progress or (lambda done, total: None)
         return add_folders(self._table, self.model, paths, exact, batch_size, progress)
+
+    def mend(self) -> None:
+        """Take the newest version of a damaged index that can be read; a line of the log says what is lost.
+
+        Raises:
+            ValueError: there is none.
+        """
+        with self._table.locked():
+            self._table.mend()
 
     def search(
         self,
@@ -383,7 +396,7 @@ class PictureIndex:
 
         if not self._table.exists():
             raise ValueError(f"There is no index at {self.where}, and nothing to export. Add a folder of pictures.")
-        with self._table.locked(repairs=False):  # what is read is not tidied away meanwhile
+        with self._table.locked():  # what is read is not tidied away meanwhile
             return export_rows(self._table, path)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from capivara_common.files import read_json, write_json
-from capivara_search.picture_columns import LEFT_OUT, quoted, within
+from capivara_search.columns import LEFT_OUT, quoted, within
 from capivara_search.picture_files import PASSING, FileState, find_pictures
 from capivara_search.results import LeftOut
 from capivara_search.table import PictureTable

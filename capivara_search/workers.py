@@ -81,6 +81,7 @@ def add_with_workers(arguments: WorkerArguments) -> Added | None:
 
     start, table = time.monotonic(), arguments.table()
     with table.locked():
+        table.mend()
         model = arguments.search_model(table)
         unchanged = _plan(arguments, table, model).unchanged  # says what is wrong with the folders
         table.create(model.width)
@@ -103,7 +104,7 @@ def embed(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     table = arguments.table()
     model = arguments.search_model(table)
     plan = _plan(arguments, table, model, (rank, world_size))
-    added = Adding(table, model, plan, arguments.batch_size, builds=False).run(arguments.exact)
+    added = Adding(table, model, plan, arguments.batch_size).run(arguments.exact)
     counts = {name: getattr(added, name) for name in COUNTS} | {"unchanged": added.unchanged - plan.unchanged}
     write_json(arguments.logs / COUNTS_FOLDER / f"{rank:05d}.json", counts)
     return f"{added.embedded} pictures embedded"
@@ -121,7 +122,6 @@ def end(arguments: WorkerArguments, rank: int, world_size: int) -> str:
     """Remove what is gone, and tidy up."""
     table = arguments.table()
     model = arguments.search_model(table)
-    table.repairs = True  # the lock is the command's
     added = Added()
     finish(table, model, _plan(arguments, table, model), added)
     left_out = [asdict(one) for one in added.left_out]

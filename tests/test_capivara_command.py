@@ -24,12 +24,11 @@ import pytest
 import tqdm.std
 
 from capivara_common import progress
-from capivara_search import damage
 from capivara_search.command import explained, main
 from capivara_search.command_flags import COMMANDS, language_of, parsed
 from capivara_search.commands import Progress, _write_csv, _write_json, open_pictures
 from capivara_search.exporting import _without_formulas, export_rows
-from capivara_search.index_errors import explanation
+from capivara_search.storage import detail, explanation
 from capivara_search.table import PictureTable
 from capivara_search.terminal import Words
 
@@ -442,7 +441,7 @@ def test_a_password_of_the_storage_is_not_printed(address, monkeypatch):
     for text in (storage, f"no such scheme: {address}"):
         error = explanation(RuntimeError(text), "s3://bucket/fotos", "pictures")
         assert "s3gredo" not in str(error) and "@127.0.0.1:9" in str(error)
-    assert "s3gredo" not in damage.detail(ValueError(f"bad magic of {address}/x"))
+    assert "s3gredo" not in detail(ValueError(f"bad magic of {address}/x"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from made_index import make_pictures, rows_of, save_model
 
 from capivara_search import adding
 from capivara_search.index import PictureIndex
-from capivara_search.index_errors import explanation
+from capivara_search.storage import explanation
 from capivara_search.workers import WorkerArguments, add_with_workers
 
 BUCKET = "fotos"
