@@ -31,7 +31,7 @@ class WrongUse(ValueError):
     """A value of a command line that is none, found after it was parsed: the command ends with 2 then, too."""
 
 
-def coded(kind: Callable[[str], E], code: str, text: str, **values: object) -> E:
+def coded(kind: Callable[[str], E], code: str | None, text: str, /, **values: object) -> E:
     """An error with a code, by which its words in another language are looked up, and the values that stand in them.
 
     Args:

@@ -256,10 +256,11 @@ def note_model(table: PictureTable, model: "SearchModel") -> None:
         return
     others = table.of_other_models(model.image_digest)
     if not others:
-        logger.info("Exchange of the text side, %s for %s: 0 pictures embedded again.", model.name, before.get("name"))
+        logger.info("Exchange of the text side, %s for %s: 0 pictures embedded again.", model.name, before.get("name"),
+                    extra={"code": "text_exchanged"})  # fmt: skip
     else:
         logger.info("%s has another image side than %s: %d pictures are embedded again.", model.name,
-                    before.get("name"), others)  # fmt: skip
+                    before.get("name"), others, extra={"code": "image_side"})  # fmt: skip
 
 
 def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, left_out: Collection[str] = ()) -> None:

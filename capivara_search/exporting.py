@@ -19,8 +19,8 @@ from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import UMASK, check_output_file, no_space_left
 from capivara_search.columns import THUMBNAIL
+from capivara_search.show import FORMULA
 from capivara_search.table import PictureTable
-from capivara_search.terminal import FORMULA
 
 SUFFIXES = (".parquet", ".csv")
 

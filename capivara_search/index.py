@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
+from capivara_common.cli import coded
 from capivara_search.columns import (
     ABOUT,
     FOLDER_KEY,
@@ -234,14 +235,16 @@ class PictureIndex:
         others, total = self._table.of_other_models(digest), len(self)
         if total and (others == total or self.model.width not in self._table.widths()):
             known = self._table.other_model(digest)
-            raise ValueError(
-                f"{self.model.name} does not fit the index {self.where}: its pictures were embedded by {known}, of "
-                "another image side. Search with that model, or add the folders again with this one, which embeds "
-                f"the {total} pictures anew."
+            text = (
+                "{model} does not fit the index {path}: its pictures were embedded by {known}, of another image side. "
+                "Search with that model, or add the folders again with this one, which embeds the {total} anew."
             )
+            values = {"model": self.model.name, "path": self.where, "known": known, "total": total}
+            raise coded(ValueError, "other_model", text, **values)
         if not others:
             return []
-        logger.warning("%d of %d pictures are not yet embedded by %s, and not found.", others, total, self.model.name)
+        logger.warning("%d of %d pictures are not yet embedded by %s, and not found.", others, total, self.model.name,
+                       extra={"code": "not_yet_embedded"})  # fmt: skip
         return [f"model = {quoted(digest)}"]
 
     def thumbnail(self, path: str) -> bytes | None:

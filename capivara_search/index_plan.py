@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from capivara_common.cli import coded
 from capivara_common.files import read_json, write_json
 from capivara_search.columns import LEFT_OUT, quoted, within
 from capivara_search.picture_files import PASSING, FileState, find_pictures
@@ -124,9 +125,9 @@ def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], s
         found, unseen = find_pictures(folders)
     except ValueError as error:
         if kept := table.count(within(*folders)):
-            raise ValueError(
-                f"{error} The index keeps its {kept} pictures of these folders; `forget` removes them."
-            ) from error
+            text = "{error} The index keeps its {kept} pictures of these folders; `forget` removes them."
+            values = {"error": error, "kept": kept} | getattr(error, "values", {})
+            raise coded(ValueError, getattr(error, "code", None), text, **values) from error
         raise
     clause = within(*folders)
     columns = ["path", "size", "mtime_ns", "digest", "model"]

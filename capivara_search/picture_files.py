@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 import PIL.Image
 
+from capivara_common.cli import coded
 from capivara_common.image_files import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
@@ -153,10 +154,11 @@ def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[
     for root in map(str, roots):
         denied = next((one for one in walk.left_out if one.path == root), None)
         if denied:
-            raise ValueError(f"The folder {root} can't be opened: {denied.reason}.")
+            text = "The folder {path} can't be opened: {reason}."
+            raise coded(ValueError, "folder_shut", text, path=root, reason=denied.reason)
         if not _is_any_in(paths, root):
-            ends = ", ".join(PICTURE_SUFFIXES)
-            raise ValueError(f"The folder {root} holds no picture. Names of pictures end in {ends}.")
+            text = "The folder {path} holds no picture. Names of pictures end in {ends}."
+            raise coded(ValueError, "no_picture", text, path=root, ends=", ".join(PICTURE_SUFFIXES))
     return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
 
 

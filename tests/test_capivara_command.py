@@ -1,6 +1,5 @@
 """The command `capivara` as its user meets it: what it says in both languages, what it finds, and how it ends."""
 
-import ast
 import csv
 import errno
 import json
@@ -24,22 +23,19 @@ import pytest
 import tqdm.std
 
 from capivara_common import progress
-from capivara_search.command import explained, main
-from capivara_search.command_flags import COMMANDS, language_of, parsed
-from capivara_search.commands import Progress, _write_csv, _write_json, open_pictures
+from capivara_search.cli import explained, language_of, main, parsed
+from capivara_search.commands import Progress, _write_csv, _write_json
 from capivara_search.exporting import _without_formulas, export_rows
+from capivara_search.show import COMMANDS, Words, open_pictures
 from capivara_search.storage import detail, explanation
 from capivara_search.table import PictureTable
-from capivara_search.terminal import Words
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = {"torch", "transformers", "lancedb", "pyarrow", "numpy", "PIL", "starlette", "datatrove", "huggingface_hub"}
 COLOURS = {"azul": (0, 0, 255), "verde": (0, 255, 0), "vermelho": (255, 0, 0), "branco": (255, 255, 255)}
 HELP_CPU_S = 0.5
-# A line of argparse's own, had it been left in English.
-OF_ARGPARSE = re.compile(
-    r"usage:|positional|optional|options:|show this|invalid|required|expected|default", re.IGNORECASE
-)
+# A line of click's own, had it been left in English.
+OF_CLICK = re.compile(r"usage:|options|show this|invalid|required|missing|such|default|argument ", re.IGNORECASE)
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +116,9 @@ def helped(*words: str) -> tuple[str, set[str], float]:
 @pytest.mark.parametrize("command", ["", "search", *(pytest.param(c, marks=pytest.mark.slow) for c in COMMANDS)])
 def test_help_is_answered_at_once(command):
     text, imported, seconds = helped(*command.split())
-    assert "argparse" in imported and not imported & HEAVY
+    assert "click" in imported and not imported & HEAVY
     assert seconds < HELP_CPU_S
-    assert re.match(f"usage: {' '.join(['capivara', *command.split()])} [\\[F]", text)
+    assert re.match(f"usage: {' '.join(['capivara', *command.split()])} \\[OPTIONS\\]", text)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -130,7 +126,7 @@ def test_help_is_in_the_language_that_is_asked_for_and_teaches_by_examples(capiv
     portuguese = COMMANDS.get(command, "")
     code, text, _ = capivara("--lang", "pt", *portuguese.split(), "--help")
     assert code == 0 and text.startswith("uso: capivara")
-    assert not OF_ARGPARSE.search(text.replace("NAO", "")), OF_ARGPARSE.search(text)
+    assert not OF_CLICK.search(text.replace("NAO", "")), OF_CLICK.search(text)
     other = capivara(*command.split(), "--help")[1]
     names = [re.findall(r"--[a-z-]+", one) for one in (text, other)]
     assert set(names[0]) == set(names[1]) and other.startswith("usage: ")
@@ -236,7 +232,7 @@ def test_wrong_use_is_one_line_in_the_language_and_exit_code_2(capivara, line, t
         code, out, error = capivara("--lang", lang, *line.split())
         assert (code, out) == (2, "")
         assert error.startswith(start) and text in error and error.count("\n") == 1
-        assert lang == "en" or not OF_ARGPARSE.search(error)
+        assert lang == "en" or not OF_CLICK.search(error)
 
 
 def test_a_sentence_in_the_place_of_a_command_shows_how_it_is_searched_for(capivara):
@@ -458,7 +454,7 @@ def test_an_address_of_the_storage_that_is_none_is_one_line(capivara, address, m
     monkeypatch.setenv("AWS_ENDPOINT_URL", address)
     code, out, error = capivara("buscar", "x", "--index", "s3://bucket/fotos", "--lang", "pt")
     assert (code, out) == (3, "") and "s3gre" not in error
-    assert error == "erro: " + Words("pt")("library.storage_address", example="https://host:9000") + "\n"
+    assert error == "erro: " + Words("pt")("error.storage_address", example="https://host:9000") + "\n"
 
 
 def test_a_large_picture_brings_no_warning_of_pil(capivara, index, tmp_path, recwarn):
@@ -486,39 +482,13 @@ def test_status_tells_what_the_index_is(capivara, index, folder, saved_tiny_fold
     assert found["pictures"] == 5 and found["folders"] == {str(folder): 5} and len(found["left_out"]) == 1
 
 
-def sentences_of_the_library() -> list[str]:
-    """Every text in the code of the installed packages, with "1" for what is filled in."""
-    found = []
-    rooms = ("capivara_common", "capivara_search", "modeling_capivara")
-    for path in (path for room in rooms for path in (ROOT / room).glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.append(re.sub(r"%(s|d|\.0f)", "1", node.value))
-            elif isinstance(node, ast.JoinedStr):
-                parts = (
-                    part.value if isinstance(part, ast.Constant) else "'1'" if part.conversion == ord("r") else "1"
-                    for part in node.values
-                )
-                found.append("".join(parts))
-    return found
-
-
-@pytest.mark.slow
-def test_what_is_translated_of_the_library_is_what_the_library_says():
-    library = sentences_of_the_library()
-    entries = {key: entry["match"] for key, entry in Words("pt")._texts.items() if key.startswith("library.")}
-    stale = [key for key, match in entries.items() if not any(re.search(match, sentence) for sentence in library)]
-    made = {"library.task_done", "library.task_failed", "library.not_a_model"}  # whose words are put together
-    assert set(stale) <= made
-
-
 LIBRARY = [  # what is done, exit code, what is said of it in Portuguese
     ("indexar empty --model TINY", 1, "não há imagens na pasta empty"),
     ("buscar x --index other", 3, "a pasta other não é um índice: nela há outros arquivos, como file.txt"),
     ("buscar x --index file.txt", 3, "o índice file.txt é um arquivo, e deve ser uma pasta"),
     ("buscar x --index INDEX --model ./none", 3, "a pasta de modelo ./none não existe"),
     ("buscar x --index INDEX --model none/none", 3, "o modelo none/none não está nesta máquina, e o Hub não responde"),
-    ("buscar x --index INDEX --model other", 3, "não é um modelo CAPIVARA: falta o processor"),
+    ("buscar x --index INDEX --model other", 3, "não é um modelo CAPIVARA: falta processor_config.json"),
     ("buscar --like square.png --index INDEX --device abacus", 3, "--device deve ser cpu, cuda ou uma GPU"),
     ("buscar x --index INDEX --model OTHER", 3, "o modelo other-model não combina com o índice"),
 ]

@@ -1,6 +1,6 @@
 """What a terminal is shown: words in two languages, texts that can do it no harm, tables, and pictures where it can.
 
-    from capivara_search.terminal import Words, contact_sheet, screen
+    from capivara_search.show import Words, contact_sheet, screen
 
     words = Words("pt")
     print(words.count("new", 213))  # 213 imagens novas
@@ -11,8 +11,13 @@ Names of files are other people's: whatever in them a terminal would obey is sho
 
 import os
 import re
+import shutil
+import subprocess
+import sys
+import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -23,6 +28,18 @@ from urllib.parse import quote
 if TYPE_CHECKING:
     import PIL.Image
 
+# English name of a command -> its Portuguese name; both work in both languages.
+COMMANDS = {
+    "index": "indexar",
+    "search": "buscar",
+    "classify": "classificar",
+    "app": "abrir",
+    "status": "estado",
+    "forget": "esquecer",
+    "export": "exportar",
+    "duplicates": "duplicatas",
+    "completion": "completar",
+}
 PICTURES = ("auto", "blocks", "no")  # how they may be shown
 # What a terminal obeys or hides: control and format characters (marks of writing direction, soft hyphens, tag letters),
 # separators of lines, and what is no character at all, such as a byte of a file's name that is no UTF-8. Format
@@ -33,8 +50,15 @@ UNSAFE = re.compile(
 )
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
 FORMULA = r"^([=+\-@\t\r])"
+MOST_OPENED = 12  # pictures, by --open: more windows at once are of no use
+VIEWER_S = 3  # within which a viewer that can't open a picture has ended
+VIEWERS = {"darwin": "open"}  # platform -> what opens a file in the system's viewer
 TILE_COLUMNS = 34  # least width of a picture: two pixels of a block are one character
 TILE_SHAPE = 0.375  # rows by columns: 4 by 3, of characters that are twice as high as wide
+
+
+class Unusable(Exception):
+    """The index, the model or a program of the system can't be used; the text says it in the language."""
 
 
 class Words:
@@ -52,22 +76,14 @@ class Words:
         """Whether there is such a text."""
         return key in self._texts
 
-    def of_library(self, text: str) -> tuple[str, int | None]:
-        """What the library says in English, harmless and in one line; in the language where `words.yaml` has it.
-
-        The second is the exit code of the error, where it has one of its own.
-        """
-        text = harmless(" ".join(text.split()))
-        for key, entry in self._texts.items():
-            if key.startswith("library.") and (found := re.search(entry["match"], text)):
-                code = int(entry["code"]) if "code" in entry else None
-                return self(key, **found.groupdict()) if self.language in entry else text, code
-        return text, None
+    def command(self, english: str) -> str:
+        """The name of a command."""
+        return COMMANDS[english] if self.language == "pt" else english
 
     def reason(self, text: str) -> str:
-        """Why a file was left out, harmless: `reason: detail`, of which other languages have the reason alone."""
+        """Why a file was left out, printable: `reason: detail`, of which other languages have the reason alone."""
         key = f"reason.{text.partition(':')[0]}"
-        return self(key) if self.language != "en" and self.has(key) else harmless(text)
+        return self(key) if self.language != "en" and self.has(key) else printable(text)
 
     def __call__(self, key: str, **values: Any) -> str:
         """The text with its `{name}` filled in."""
@@ -110,7 +126,7 @@ def _texts() -> dict[str, dict[str, str | list[str]]]:
     return yaml.load(content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 
 
-def harmless(text: str) -> str:
+def printable(text: str) -> str:
     """A text of somebody else's, in one line, with nothing in it that a terminal obeys."""
     return UNSAFE.sub(lambda found: _escape(ord(found[0])), text)
 
@@ -124,20 +140,20 @@ def _escape(code: int) -> str:
 
 
 def text_cell(text: str) -> str:
-    """A text of somebody else's as a cell of CSV: harmless to a terminal, and to a spreadsheet."""
-    return re.sub(FORMULA, r"'\1", harmless(text))
+    """A text of somebody else's as a cell of CSV: printable to a terminal, and to a spreadsheet."""
+    return re.sub(FORMULA, r"'\1", printable(text))
 
 
 def shown_path(path: str) -> str:
-    """A path from the current folder where it lies below it, else from ~, else whole; harmless to a terminal."""
+    """A path from the current folder where it lies below it, else from ~, else whole; printable to a terminal."""
     for folder, name in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
         if folder != "/" and path.startswith(folder.rstrip("/") + "/"):
-            return harmless(name + path[len(folder.rstrip("/")) + 1 :])
-    return harmless(path)
+            return printable(name + path[len(folder.rstrip("/")) + 1 :])
+    return printable(path)
 
 
 def width(text: str) -> int:
-    """Columns that a harmless text takes: none for a combining mark, two for a wide letter."""
+    """Columns that a printable text takes: none for a combining mark, two for a wide letter."""
     drawn = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in drawn)
 
@@ -164,7 +180,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[
 
 def link(path: str, text: str) -> str:
     """The text, which opens the file where the terminal lets links be clicked; without a link for a strange name."""
-    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if harmless(path) == path else text
+    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if printable(path) == path else text
 
 
 @dataclass(frozen=True)
@@ -192,8 +208,6 @@ def screen(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str
         pictures: one of PICTURES; blocks are taken for granted.
         environment: as the terminal has set it.
     """
-    import shutil
-
     colours = stream.isatty() and environment.get("TERM", "dumb") != "dumb"
     colours = colours and environment.get("COLORTERM", "") in ("truecolor", "24bit")
     shown = colours and "NO_COLOR" not in environment and "utf" in (stream.encoding or "").lower()
@@ -205,7 +219,7 @@ def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], scr
 
     Args:
         pictures: files of small pictures; one that is None or broken leaves its place empty.
-        captions: one for each; harmless.
+        captions: one for each; printable.
         screen: of the terminal.
         lines: that the sheet may take; rows that do not fit are left out, but for the first.
     """
@@ -258,3 +272,65 @@ def _blocks(image: "PIL.Image.Image") -> str:
             before = style
         text += "\x1b[0m\n"
     return text
+
+
+def open_pictures(paths: Sequence[str], words: Words) -> None:
+    """Open pictures in the system's viewer.
+
+    An index may be of others, and its paths lead to anything: what is no picture any longer, or has another name than
+    its format, is not opened, since the system would start what it finds there, by its name.
+
+    Raises:
+        Unusable: the system has no viewer, or it does not open the pictures.
+    """
+    from capivara_common.image_files import BadImage
+    from capivara_search.picture_files import open_query_picture
+
+    viewer = VIEWERS.get(sys.platform, "xdg-open")
+    if shutil.which(viewer) is None:
+        raise Unusable(words("no_viewer", name=viewer))
+    if len(paths) > MOST_OPENED:
+        say(words("opening_most", most=MOST_OPENED))
+    started = {}
+    for path in paths[:MOST_OPENED]:
+        try:
+            open_query_picture(path)
+            other = _format_unlike_name(path)
+        except (BadImage, ValueError, OSError):
+            say(words("not_opened", path=shown_path(path)))
+            continue
+        if other:
+            say(words("not_opened_name", format=other, path=shown_path(path)))
+            continue
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        started[path] = subprocess.Popen([viewer, path], start_new_session=True, **quiet)
+    deadline = time.monotonic() + VIEWER_S
+    for path, process in started.items():
+        with suppress(subprocess.TimeoutExpired):  # it shows the picture until it is closed
+            if code := process.wait(max(0, deadline - time.monotonic())):
+                raise Unusable(words("viewer_failed", path=shown_path(path), name=viewer, code=code))
+
+
+def _format_unlike_name(path: str) -> str | None:
+    """The format of the bytes of a picture, where its name ends as those of another one; else None.
+
+    Raises:
+        BadImage, OSError: it can't be read.
+    """
+    import PIL.Image
+
+    from capivara_common.image_files import MAX_IMAGE_BYTES, open_image, open_regular_file
+    from capivara_search.picture_files import MAX_PICTURE_PIXELS, RAW_SUFFIXES
+
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in RAW_SUFFIXES:  # as which it was read before
+        return None
+    with open_regular_file(path, "the file") as file:
+        found = open_image(file.read(MAX_IMAGE_BYTES), "the file", MAX_PICTURE_PIXELS).format
+    of_name = PIL.Image.registered_extensions().get(suffix)
+    return None if of_name == {"MPO": "JPEG"}.get(found, found) else found  # phones' JPEG may hold a second picture
+
+
+def say(text: str) -> None:
+    """Beside the results: what is no result goes to stderr."""
+    print(text, file=sys.stderr)
