@@ -73,25 +73,20 @@ def index(args: SimpleNamespace, words: Words) -> int:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is finished or undone
     if args.executor != "local" or args.tasks:
-        added = _add_with_workers(args, pictures, words)
-    else:
-        with Progress(words) as progress:
-            added = pictures.add(*args.folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress)
-    for line in summary(added, len(pictures), words) if added else ():
+        from capivara_search.workers import WorkerArguments, add_with_workers
+
+        names = [known.name for known in fields(WorkerArguments) if known.name not in ("where", "folders")]
+        given = {name: getattr(args, name) for name in names} | {"sbatch": list(args.sbatch)}
+        arguments = WorkerArguments(where=pictures.where, folders=list(map(str, args.folders)), **given)
+        done = add_with_workers(arguments)
+        logs = shown_path(str(arguments.logs))
+        print(words.count("in_index", len(pictures)) + "." if done else words("jobs_sent", path=logs))
+        return DONE
+    with Progress(words) as progress:
+        added = pictures.add(*args.folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress)
+    for line in summary(added, len(pictures), words):
         print(line)
     return DONE
-
-
-def _add_with_workers(args: SimpleNamespace, pictures: "PictureIndex", words: Words) -> Added | None:
-    from capivara_search.workers import WorkerArguments, add_with_workers
-
-    names = [known.name for known in fields(WorkerArguments) if known.name not in ("where", "folders")]
-    given = {name: getattr(args, name) for name in names}
-    arguments = WorkerArguments(where=pictures.where, folders=list(map(str, args.folders)), **given)
-    added = add_with_workers(arguments)
-    if added is None:
-        print(words("jobs_sent", path=shown_path(str(arguments.logs))))
-    return added
 
 
 class Progress:
@@ -219,7 +214,7 @@ def app(args: SimpleNamespace, words: Words) -> int:
     def tell(address: str) -> None:
         print(words("page_open", address=address), flush=True)
         if not is_loopback(args.host):
-            say(words("open_to_all", names=", ".join(allowed_hosts(args.host, args.allow_host))))
+            say(words("open_to_all", names=", ".join(allowed_hosts(args.host, list(args.allow_host)))))
 
     unasked = sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys()))
     if unasked:
@@ -228,7 +223,7 @@ def app(args: SimpleNamespace, words: Words) -> int:
         say(words("thumbnails_alone", folders=", ".join(names), command=command))
     for number in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
         signal.signal(number, signal.default_int_handler)
-    options = {"language": words.language, "on_open": tell, "allow_hosts": args.allow_host}
+    options = {"language": words.language, "on_open": tell, "allow_hosts": list(args.allow_host)}
     serve_index(pictures, args.host, args.port, open_browser=not args.no_open, **options)
     return DONE
 

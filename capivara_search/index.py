@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from capivara_common.cli import coded
+from capivara_search.adding import KnownRows, add_folders, asked_folders, embed_files
 from capivara_search.columns import (
     ABOUT,
     FOLDER_KEY,
@@ -121,8 +122,6 @@ class PictureIndex:
             ValueError: no such folder, or no picture in it; then nothing is removed.
             OSError: no space left, no permission to write the index.
         """
-        from capivara_search.adding import add_folders
-
         self.mend()
         paths = [absolute_folder(folder) for folder in folders or self.asked_folders()]
         if not paths:
@@ -296,8 +295,6 @@ class PictureIndex:
 
     def asked_folders(self) -> dict[str, str]:
         """Folder that was added on this machine -> its real path. An index of somebody else's has none."""
-        from capivara_search.index_plan import asked_folders
-
         asked = asked_folders(self._table)
         return {folder: asked[folder] for folder in self._folders() if folder in asked}
 
@@ -346,9 +343,6 @@ class PictureIndex:
 
     def _vectors_in(self, place: Path) -> tuple[list[str], np.ndarray]:
         """Paths of the pictures of a folder, or of one, and their vectors."""
-        from capivara_search.adding import embed_files
-        from capivara_search.index_plan import KnownRows
-
         if place.is_file():
             state = place.stat()
             files = [FileState(str(place), state.st_size, state.st_mtime_ns)]

@@ -23,19 +23,22 @@ from PIL.ExifTags import GPS, IFD, Base
 
 from capivara_common import image_files
 from capivara_common.image_files import BadImage, open_regular_file
-from capivara_search import picture_details, picture_files
-from capivara_search.picture_details import RAW_SUFFIXES, read_details
+from capivara_search import picture_files
 from capivara_search.picture_files import (
+    RAW_SUFFIXES,
     REASONS,
     REDUCED_SIDES,
+    TURNS,
     FileState,
     MissingPicture,
     find_pictures,
     open_query_picture,
     read_bytes_digest,
+    read_details,
     read_picture,
+    short_side,
+    thumbnail_file,
 )
-from capivara_search.picture_pixels import TURNS, short_side, thumbnail_file
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.image_processing_capivara import resize_short_side
 
@@ -447,7 +450,7 @@ def test_raw_that_cannot_be_read(tmp_path, monkeypatch):
     saved(tmp_path / "bomb.dng", made_dng(jpeg_of_size(encoded(corners()), 20_000, 20_000)))
     assert reason(tmp_path / "bomb.dng").startswith("too large")
     saved(tmp_path / "whole.dng", whole)
-    monkeypatch.setattr(picture_details, "rawpy", None)
+    monkeypatch.setattr(picture_files, "rawpy", None)
     assert 'pip install "modeling-capivara[search]"' in reason(tmp_path / "whole.dng")
     assert len(find_pictures([tmp_path])[0]) == 5, "a folder's pictures are counted whether they can be read or not"
 
@@ -678,7 +681,7 @@ def test_threads_read_the_same(tmp_path):
         saved(tmp_path / "d.webp", photograph(500, 400), kind="WEBP"),
         saved(tmp_path / "e.jpg", b"no picture"),
     ]
-    if picture_details.rawpy:
+    if picture_files.rawpy:
         files.append(saved(tmp_path / "f.dng", made_dng(encoded(photograph(640, 480)), 8)))
     if image_files.pillow_heif:
         files.append(saved(tmp_path / "g.heic", photograph(320, 200), kind="HEIF"))
