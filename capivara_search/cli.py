@@ -24,19 +24,17 @@ from calendar import monthrange
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from datetime import date
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace, UnionType
-from typing import Any, Literal, get_args, get_origin
+from types import SimpleNamespace
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from capivara_common.files import no_space_left
 from capivara_common.progress import prepare_bars
-from capivara_common.tasks import ExecutorArguments
 from capivara_search import commands
 from capivara_search.commands import DONE, NOTHING, Unusable
 from capivara_search.results import TEMPLATE
@@ -232,7 +230,15 @@ def _params(words: Words, flag: Callable[..., click.Option]) -> dict[str, list[c
             argument("folders", "folder", nargs=-1, required=True, type=_path(words, "folder"), shell_complete=folder),
             *switches("index", "--exact"),
             flag("index", "--batch-size", type=whole, default=32, metavar="number"),
-            *_executor_flags(words, flag),
+            # Those of `ExecutorArguments`, for many machines.
+            flag("index", "--executor", type=Choice(("local", "slurm", "ray"), words), default="local"),
+            *(flag("index", f"--{name}", type=whole, metavar="number") for name in ("tasks", "workers")),
+            *(flag("index", f"--{name}", metavar=name) for name in ("partition", "time")),
+            flag("index", "--sbatch", multiple=True, metavar="pair"),
+            flag("index", "--cpus-per-task", type=whole, default=1, metavar="number"),
+            flag("index", "--mem-per-cpu-gb", type=whole, default=4, metavar="number"),
+            flag("index", "--gpus-per-task", type=_number(words, int, 0), default=0, metavar="number"),
+            flag("index", "--logging-dir", type=_absolute, metavar="folder", shell_complete=folder),
         ],
         "search": [
             argument("query", "query", nargs=-1),
@@ -267,23 +273,6 @@ def _params(words: Words, flag: Callable[..., click.Option]) -> dict[str, list[c
         ],
         "completion": [click.Argument(["shell"], type=Choice(SHELLS, words))],
     }
-
-
-def _executor_flags(words: Words, flag: Callable[..., click.Option]) -> Iterator[click.Option]:
-    """Those of `ExecutorArguments`, for many machines."""
-    for known in fields(ExecutorArguments):
-        kinds = get_args(known.type) if isinstance(known.type, UnionType) else (known.type,)
-        kind = next(kind for kind in kinds if kind is not type(None))
-        options: dict[str, Any] = {} if known.default is MISSING else {"default": known.default}
-        if get_origin(kind) is Literal:
-            options["type"] = Choice(get_args(kind), words)
-        elif get_origin(kind) is list:
-            options = {"multiple": True, "metavar": "pair"}
-        elif kind is int:
-            options |= {"type": _number(words, int, int(known.name != "gpus_per_task")), "metavar": "number"}
-        else:
-            options |= {"type": kind, "metavar": "folder" if kind is Path else known.name}
-        yield flag("index", f"--{known.name.replace('_', '-')}", **options)
 
 
 def _completes(kind: str) -> Callable[..., list[CompletionItem]]:

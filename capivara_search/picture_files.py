@@ -547,9 +547,6 @@ def _details(image: PIL.Image.Image, preview: Preview | None, data: bytes) -> De
     return details
 
 
-# --- Its pixels ------------------------------------------------------------------------------------------------------
-
-
 def upright(image: PIL.Image.Image, orientation: int | None) -> PIL.Image.Image:
     """An image turned as its EXIF orientation says."""
     turn = TURNS.get(orientation or 1)

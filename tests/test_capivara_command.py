@@ -259,13 +259,6 @@ def test_before_the_first_index_every_command_says_which_one_makes_it(capivara, 
     assert not where.exists()
 
 
-def test_alone_the_command_says_what_can_be_done_next(capivara, index, folder):
-    code, out, _ = capivara("--index", index, "--lang", "pt")
-    assert code == 0 and "5 imagens em " in out
-    for line in ("capivara buscar", "capivara abrir", f"capivara indexar {folder}"):
-        assert line in out
-
-
 def test_index_says_with_which_model_what_it_did_and_what_it_left_out(capivara, folder, tmp_path, saved_tiny_folder):
     where = tmp_path / "new.lance"
     arguments = ("--index", where, "--model", saved_tiny_folder, "--lang", "pt")
@@ -315,16 +308,6 @@ def test_search_writes_the_whole_hit_as_json_and_csv(capivara, index, folder):
     assert [float(row["score"]) for row in rows] == [hit["score"] for hit in hits]
     assert [row["rank"] for row in rows] == list("12345")
     assert "\x1b" not in "".join(row["path"] for row in rows)
-
-
-def test_search_keeps_to_a_folder_and_to_dates(capivara, index, folder):
-    def names(*flags: Any) -> set[str]:
-        out = capivara("search", "x", "--json", "--index", index, *flags)[1]
-        return {Path(hit["path"]).stem for hit in json.loads(out)}
-
-    assert names("--folder", folder / "2024") == {"azul", "verde"}
-    assert names("--since", "2024-02", "--until", "2024-03") == {"verde", "vermelho"}
-    assert names("--until", "15/01/2024") == {"azul"}
 
 
 def test_nothing_found_is_exit_code_1(capivara, index):
@@ -533,24 +516,6 @@ def test_a_disk_without_space_is_said_in_the_language():
     assert explained(missing, Words("pt")) == (3, "falta um pacote: lancedb. Instale: pip install lancedb")
 
 
-@pytest.fixture
-def other_texts(saved_tiny_folder, tmp_path) -> Path:
-    """A model of the same image side and another text side."""
-    from safetensors.numpy import load_file, save_file
-
-    folder = shutil.copytree(saved_tiny_folder, tmp_path / "exchanged")
-    weights = load_file(folder / "model.safetensors")
-    name = next(name for name in weights if name.startswith("text_projection"))
-    save_file(weights | {name: weights[name] * 2}, folder / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-def test_an_exchange_of_the_text_side_is_told(capivara, own_index, folder, other_texts):
-    code, out, error = capivara("indexar", folder, "--index", own_index, "--model", other_texts, "--lang", "pt")
-    assert code == 0 and out.startswith("Nada mudou")
-    assert "Troca do lado do texto, exchanged no lugar de model: 0 imagens lidas de novo pelo modelo." in error
-
-
 def test_another_image_side_is_told_and_embedded(capivara, own_index, folder, other_model):
     code, _, error = capivara("indexar", folder, "--index", own_index, "--model", other_model, "--lang", "pt")
     assert code == 0 and "outro que o de model: 5 imagens são lidas de novo pelo modelo." in error
@@ -596,14 +561,6 @@ def test_duplicates_are_shown_in_groups(capivara, own_index, folder, tmp_path, s
     assert out.startswith("group 1\n") and "a.jpg" in out and "of pictures that are nearly the same." in error
     rows = list(csv.DictReader(capivara("duplicates", "--csv", "--index", own_index)[1].splitlines()))
     assert {"group", "rank", "path"} <= rows[0].keys()
-
-
-def test_export_writes_a_file_by_its_name(capivara, index, tmp_path):
-    code, out, _ = capivara("exportar", tmp_path / "all.csv", "--index", index, "--lang", "pt")
-    assert code == 0 and out.startswith("5 imagens em ")
-    assert len((tmp_path / "all.csv").read_text(encoding="utf-8").splitlines()) == 6
-    assert capivara("export", tmp_path / "all.parquet", "--index", index)[0] == 0
-    assert (tmp_path / "all.parquet").read_bytes()[:4] == b"PAR1"
 
 
 @pytest.mark.slow
