@@ -14,7 +14,7 @@ def stop(*_: object) -> None:
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the shell has it ignored
     signal.signal(signal.SIGINT, stop)
 
-from capivara_search.cli import run  # noqa: E402
+from capivara_search.command import run  # noqa: E402
 
 if __name__ == "__main__":
     run()

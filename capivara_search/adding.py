@@ -29,7 +29,10 @@ import pyarrow as pa
 from capivara_common.cli import coded
 from capivara_common.files import read_json, write_json
 from capivara_common.image_files import DECODERS, BadImage, by_threads
-from capivara_search.columns import (
+from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, read_bytes_digest, read_picture
+from capivara_search.results import Added, LeftOut
+from capivara_search.table import PictureTable
+from capivara_search.table_columns import (
     EMPTY,
     FOLDER_KEY,
     LEFT_OUT,
@@ -42,9 +45,6 @@ from capivara_search.columns import (
     vector_column,
     within,
 )
-from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, read_bytes_digest, read_picture
-from capivara_search.results import Added, LeftOut
-from capivara_search.table import PictureTable
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel

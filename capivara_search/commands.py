@@ -1,6 +1,6 @@
 """What each command of `capivara` does, in the words of a language.
 
-    from capivara_search.cli import parsed
+    from capivara_search.command import parsed
     from capivara_search.commands import run
     from capivara_search.show import Words
 

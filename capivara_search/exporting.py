@@ -18,9 +18,9 @@ from pyarrow.csv import CSVWriter
 from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import UMASK, check_output_file, no_space_left
-from capivara_search.columns import THUMBNAIL
 from capivara_search.show import FORMULA
 from capivara_search.table import PictureTable
+from capivara_search.table_columns import THUMBNAIL
 
 SUFFIXES = (".parquet", ".csv")
 

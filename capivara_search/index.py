@@ -22,7 +22,13 @@ import pyarrow.compute as pc
 
 from capivara_common.cli import coded
 from capivara_search.adding import KnownRows, add_folders, asked_folders, embed_files
-from capivara_search.columns import (
+from capivara_search.labelling import checked_labels, classify_vectors
+from capivara_search.near_duplicates import near_groups
+from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
+from capivara_search.results import TEMPLATE, Added, Classified, Hit, LeftOut, Status
+from capivara_search.storage import DamagedIndex
+from capivara_search.table import PictureTable
+from capivara_search.table_columns import (
     ABOUT,
     FOLDER_KEY,
     HIT_COLUMNS,
@@ -37,12 +43,6 @@ from capivara_search.columns import (
     vector_column,
     within,
 )  # fmt: skip
-from capivara_search.labelling import checked_labels, classify_vectors
-from capivara_search.near_duplicates import near_groups
-from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
-from capivara_search.results import TEMPLATE, Added, Classified, Hit, LeftOut, Status
-from capivara_search.storage import DamagedIndex
-from capivara_search.table import PictureTable
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -31,7 +31,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capivara_common.cli import coded
-from capivara_search.columns import (
+from capivara_search.storage import (
+    FAILURES,
+    DamagedIndex,
+    detail,
+    explained,
+    explanation,
+    is_conflict,
+    is_of_storage,
+    storage_options,
+)
+from capivara_search.table_columns import (
     ABOUT,
     EMPTY,
     HIT_COLUMNS,
@@ -47,16 +57,6 @@ from capivara_search.columns import (
     quoted,
     schema,
     vector_column,
-)
-from capivara_search.storage import (
-    FAILURES,
-    DamagedIndex,
-    detail,
-    explained,
-    explanation,
-    is_conflict,
-    is_of_storage,
-    storage_options,
 )
 
 if TYPE_CHECKING:

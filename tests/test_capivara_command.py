@@ -23,7 +23,7 @@ import pytest
 import tqdm.std
 
 from capivara_common import progress
-from capivara_search.cli import explained, language_of, main, parsed
+from capivara_search.command import explained, language_of, main, parsed
 from capivara_search.commands import Progress, _write_csv, _write_json
 from capivara_search.exporting import _without_formulas, export_rows
 from capivara_search.show import COMMANDS, Words, open_pictures

@@ -9,8 +9,8 @@ import pytest
 from made_index import make_pictures, rows_of, save_model
 
 from capivara_search import adding, table
-from capivara_search.columns import EMPTY, LAYOUT_KEY, schema
 from capivara_search.index import PictureIndex
+from capivara_search.table_columns import EMPTY, LAYOUT_KEY, schema
 
 ROWS, COMMIT = 24, 8
 

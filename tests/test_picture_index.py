@@ -13,10 +13,10 @@ from made_index import make_pictures, rows_of, save_model
 
 from capivara_common.image_files import BadImage
 from capivara_search import adding, table
-from capivara_search.columns import taken_between
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.near_duplicates import near_groups
+from capivara_search.table_columns import taken_between
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import readme
-from capivara_search.cli import parsed
+from capivara_search.command import parsed
 from capivara_search.show import Words
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.shell_completion import BashComplete
 
-from capivara_search.cli import COMPLETE, SHELLS, command_line, main
+from capivara_search.command import COMPLETE, SHELLS, command_line, main
 from capivara_search.show import COMMANDS, Words
 
 

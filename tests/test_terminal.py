@@ -12,7 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from capivara_search.cli import command_line
+from capivara_search.command import command_line
 from capivara_search.show import (
     Screen,
     Words,

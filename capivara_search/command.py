@@ -4,7 +4,7 @@
     capivara search "cachorro correndo na praia"  # capivara buscar
     python -m capivara_search --help
 
-    from capivara_search.cli import main
+    from capivara_search.command import main
 
     main(["buscar", "um gato dormindo", "--index", "fotos.lance", "--json"])
 
