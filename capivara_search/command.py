@@ -230,15 +230,7 @@ def _params(words: Words, flag: Callable[..., click.Option]) -> dict[str, list[c
             argument("folders", "folder", nargs=-1, required=True, type=_path(words, "folder"), shell_complete=folder),
             *switches("index", "--exact"),
             flag("index", "--batch-size", type=whole, default=32, metavar="number"),
-            # Those of `ExecutorArguments`, for many machines.
-            flag("index", "--executor", type=Choice(("local", "slurm", "ray"), words), default="local"),
-            *(flag("index", f"--{name}", type=whole, metavar="number") for name in ("tasks", "workers")),
-            *(flag("index", f"--{name}", metavar=name) for name in ("partition", "time")),
-            flag("index", "--sbatch", multiple=True, metavar="pair"),
-            flag("index", "--cpus-per-task", type=whole, default=1, metavar="number"),
-            flag("index", "--mem-per-cpu-gb", type=whole, default=4, metavar="number"),
-            flag("index", "--gpus-per-task", type=_number(words, int, 0), default=0, metavar="number"),
-            flag("index", "--logging-dir", type=_absolute, metavar="folder", shell_complete=folder),
+            *_machine_flags(words, flag),
         ],
         "search": [
             argument("query", "query", nargs=-1),
@@ -273,6 +265,20 @@ def _params(words: Words, flag: Callable[..., click.Option]) -> dict[str, list[c
         ],
         "completion": [click.Argument(["shell"], type=Choice(SHELLS, words))],
     }
+
+
+def _machine_flags(words: Words, flag: Callable[..., click.Option]) -> list[click.Option]:
+    """Those of `ExecutorArguments`."""
+    return [
+        flag("index", "--executor", type=Choice(("local", "slurm", "ray"), words), default="local"),
+        *(flag("index", f"--{name}", type=_number(words, int, 1), metavar="number") for name in ("tasks", "workers")),
+        *(flag("index", f"--{name}", metavar=name) for name in ("partition", "time")),
+        flag("index", "--sbatch", multiple=True, metavar="pair"),
+        flag("index", "--cpus-per-task", type=_number(words, int, 1), default=1, metavar="number"),
+        flag("index", "--mem-per-cpu-gb", type=_number(words, int, 1), default=4, metavar="number"),
+        flag("index", "--gpus-per-task", type=_number(words, int, 0), default=0, metavar="number"),
+        flag("index", "--logging-dir", type=_absolute, metavar="folder", shell_complete=_completes("dir")),
+    ]
 
 
 def _completes(kind: str) -> Callable[..., list[CompletionItem]]:

@@ -5,7 +5,7 @@
     print(picture.width, picture.height, picture.taken, len(picture.thumbnail))
 
 What can't be read is said in one line, "reason: detail", whose reason is one of `REASONS`. Files are opened by
-`capivara_common.image_files` alone. Programs write all kinds of things into EXIF data: what is no date or place is None.
+`capivara_common.image_files` alone. Programs write anything into EXIF data; what is no date or place is None.
 """
 
 import io
