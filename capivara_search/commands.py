@@ -16,7 +16,8 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 DONE, NOTHING = 0, 1  # exit codes; the help explains them
 LEFT_OUT_SHOWN = 5
 MAX_LETTERS = 4096  # of a query; the model reads no more of a text
-SHORT_WORK_S = 60  # no time is announced for what takes less
 CSV_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified")
 
 
@@ -82,44 +82,29 @@ def index(args: SimpleNamespace, words: Words) -> int:
         logs = shown_path(str(arguments.logs))
         print(words.count("in_index", len(pictures)) + "." if done else words("jobs_sent", path=logs))
         return DONE
-    with Progress(words) as progress:
+    with progress_bar(words) as progress:
         added = pictures.add(*args.folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress)
     for line in summary(added, len(pictures), words):
         print(line)
     return DONE
 
 
-class Progress:
-    """`on_progress` of an index: a bar with rate and time left, and a line on how long it will take."""
+@contextmanager
+def progress_bar(words: Words) -> Iterator[Callable[[int, int], None]]:
+    """`on_progress` of an index: a bar with rate and time left, from the first call on."""
+    from tqdm.std import tqdm
 
-    def __init__(self, words: Words):
-        self.words = words
-        self._bar: Any = None
-        self._announced = False
+    options = {"bar_format": words.raw("bar"), "unit": words("unit"), "dynamic_ncols": True}
+    with ExitStack() as stack:
+        bars: list[tqdm] = []
 
-    def __enter__(self) -> "Progress":
-        return self
+        def show_progress(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(tqdm(total=total, **options)))
+            bars[0].total = total
+            bars[0].update(done - bars[0].n)
 
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` pictures are in the index."""
-        if self._bar is None:
-            from tqdm.std import tqdm
-
-            options = {"bar_format": self.words.raw("bar"), "unit": self.words("unit"), "dynamic_ncols": True}
-            self._bar = tqdm(total=total, **options)
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-        with self._bar.get_lock():  # its clock asks, too
-            rate = self._bar.format_dict["rate"]
-        if rate and not self._announced and done < total:
-            self._announced, seconds = True, (total - done) / rate
-            if seconds >= SHORT_WORK_S:
-                number, needed = self.words.number(total - done), self.words.duration(seconds)
-                self._bar.write(self.words("will_take", number=number, time=needed), file=sys.stderr)
+        yield show_progress
 
 
 def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:

@@ -11,7 +11,6 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.csv import CSVWriter
@@ -80,10 +79,7 @@ def _readable(batch: pa.RecordBatch) -> pa.RecordBatch:
             times = [datetime.fromtimestamp(ns.as_py() / 1e9).replace(microsecond=0) for ns in column]
             columns["modified"] = pa.array(times, pa.timestamp("s"))
         elif pa.types.is_fixed_size_list(column.type):
-            width = column.type.list_size
-            flat = pa.array(column.values.to_numpy(zero_copy_only=False).astype(np.float32))
-            part = flat.slice(column.offset * width, len(column) * width)
-            columns[name] = pa.FixedSizeListArray.from_arrays(part, width, mask=column.is_null())
+            columns[name] = column.cast(pa.list_(pa.float32(), column.type.list_size))
         else:
             columns[name] = column
     return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
