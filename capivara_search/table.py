@@ -494,7 +494,7 @@ class PictureTable:
         Raises:
             DamagedIndex: there is no such version of the pictures.
         """
-        for name in () if self.remote else KEYS:
+        for name in () if self.remote else reversed(KEYS):  # of pictures that can't be read all is left as it lies
             try:
                 table = self.table(name)
             except DamagedIndex:
@@ -540,6 +540,7 @@ class PictureTable:
                         self._folder(name), table.count_rows(), rows, extra={"code": "older_version"},
                     )  # fmt: skip
                     return
+        del self._tables[name]
         self._give_up(name, rows)
 
     def _give_up(self, name: str, rows: int) -> None:
