@@ -40,8 +40,8 @@ from benchmarks.timing import (
 from capivara_common.cli import flag, parse, run_command
 from capivara_common.files import read_json, write_json
 from capivara_search import PictureIndex
-from capivara_search.picture_columns import schema, vector_column
 from capivara_search.table import EXACT_ROWS
+from capivara_search.table_columns import schema, vector_column
 
 WIDTH, CLUSTERS, SPREAD = 512, 2000, 1.0  # numbers of a vector; clusters; noise beside a centre of length 1
 QUERIES, K = 200, 10

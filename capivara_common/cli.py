@@ -24,10 +24,25 @@ from capivara_common.privacy import redact
 from capivara_common.progress import prepare_bars
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 
 class WrongUse(ValueError):
     """A value of a command line that is none, found after it was parsed: the command ends with 2 then, too."""
+
+
+def coded(kind: Callable[[str], E], code: str | None, text: str, /, **values: object) -> E:
+    """An error with a code, by which its words in another language are looked up, and the values that stand in them.
+
+    Args:
+        kind: makes the error of its text.
+        code: key of `capivara_search/words.yaml`.
+        text: in English, with `{name}` where a value goes.
+        values: by name.
+    """
+    error = kind(text.format(**values))
+    error.code, error.values = code, values
+    return error
 
 
 def run_command(main: Callable[[], object], resumes: bool = False) -> None:

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from capivara_common.cli import coded
+
 if TYPE_CHECKING:
     import torch
     from accelerate import PartialState
@@ -130,7 +132,8 @@ def torch_device(name: str | None) -> "torch.device":
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # AssertionError where torch is built without CUDA
-        raise ValueError(f"device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}") from error
+        text = "device must be cpu, cuda or one GPU of several such as cuda:1; {name!r}: {error}"
+        raise coded(ValueError, "device", text, name=name, error=error) from error
 
 
 def resolve_precision(requested: str, device: "torch.device") -> str:

@@ -31,6 +31,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
+from capivara_common.cli import coded
 from capivara_common.environment import cache_home
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_common.progress import no_bars_of_transformers
@@ -164,16 +165,19 @@ def _local_folder(path: Path, name: str, converter: Converter) -> Path:
 def reach_failure(source: str | Path, error: Exception) -> ValueError:
     """What is to be said where the Hub was asked for a model, and `error` was the answer."""
     if isinstance(error, RepositoryNotFoundError):
-        return ValueError(
-            f"There is no model {source}: it is no folder here, and the Hub has none of that name for you. Check the "
+        text = (
+            "There is no model {model}: it is no folder here, and the Hub has none of that name for you. Check the "
             "name; a private or gated one needs `hf auth login`."
         )
+        return coded(ValueError, "no_model_on_hub", text, model=source)
     if isinstance(error, HfHubHTTPError):
         return ValueError(f"{source} could not be fetched from the Hub: {' '.join(str(error).split())}")
-    return ValueError(
-        f"The model {source} is no folder here, nor in the cache of the Hub ({constants.HF_HUB_CACHE}), and the "
-        f"Hub can't be reached ({type(error).__name__}). Check the name, or the connection and HF_HUB_OFFLINE."
+    text = (
+        "The model {model} is no folder here, nor in the cache of the Hub ({cache}), and the Hub can't be reached "
+        "({error}). Check the name, or the connection and HF_HUB_OFFLINE."
     )
+    values = {"model": source, "cache": constants.HF_HUB_CACHE, "error": type(error).__name__}
+    return coded(ValueError, "no_hub", text, **values)
 
 
 def _fetched_folder(repo_id: str, converter: Converter, revision: str | None) -> Path:
@@ -190,16 +194,18 @@ def _fetched_folder(repo_id: str, converter: Converter, revision: str | None) ->
         raise reach_failure(repo_id, error) from error
     files = {file.rfilename for file in info.siblings or ()}
     if set(NEEDED) <= files:
-        logger.info("Downloading the model %s from the Hub, once …", repo_id)
+        logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
         folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=CAPIVARA_FILES))
         if is_capivara(folder):
             return folder
     if OPEN_CLIP_CONFIG not in files:
-        raise ValueError(
-            f"The repository {repo_id} holds neither a CAPIVARA model ({', '.join(NEEDED)}, model.safetensors) nor one "
-            f"of open_clip ({OPEN_CLIP_CONFIG})."
+        text = (
+            "The repository {model} holds neither a CAPIVARA model ({files}, model.safetensors) nor one of open_clip "
+            "({file})."
         )
-    logger.info("Downloading the model %s from the Hub, once …", repo_id)
+        files = {"files": ", ".join(NEEDED), "file": OPEN_CLIP_CONFIG}
+        raise coded(ValueError, "other_repository", text, model=repo_id, **files)
+    logger.info("Downloading the model %s from the Hub, once …", repo_id, extra={"code": "downloading"})
     # By its branch: the Hub's cache then knows it, and what was fetched can be converted without the network.
     hf_hub_download(repo_id, OPEN_CLIP_CONFIG, revision=revision)
     return _converted_from_hub(repo_id, converter, str(info.sha), revision or MAIN)
@@ -219,7 +225,7 @@ def _converted_from_hub(repo_id: str, converter: Converter, commit: str, branch:
 
 
 def _convert(source: str, folder: Path, converter: Converter, revision: str | None = None) -> None:
-    logger.info("Converting %s from open_clip's format, once …", source)
+    logger.info("Converting %s from open_clip's format, once …", source, extra={"code": "converting"})
     with no_bars_of_transformers(), whole_folder(folder, overwrite=True) as new:
         digest = converter.convert(source, new, revision)
         write_json(new / ORIGIN, {"source": source, "revision": revision, "weights_digest": digest})

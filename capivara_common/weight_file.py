@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from capivara_common.cli import coded
+
 LENGTH_BYTES = 8  # of the header's own length, little endian; then the header as JSON, then the tensors
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own reader takes no more
 MAX_RANK = 8  # of a tensor; those of models have at most 5
@@ -127,10 +129,11 @@ def weight_files(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(
-            f"The model folder {folder} has no weights (model.safetensors is missing). Weights in another format are "
-            "not read: load the model and save it again with `save_pretrained`."
+        text = (
+            "The model folder {model} has no weights ({file} is missing). Weights in another format are not read: load "
+            "the model and save it again with `save_pretrained`."
         )
+        raise coded(ValueError, "not_a_model", text, model=folder, file="model.safetensors")
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         if not names or any(Path(name).name != name for name in names):

@@ -2,26 +2,37 @@
 
     added = add_folders(table, model, [Path("/home/maria/Fotos")])
 
-Rows are written in commits of `COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the end: a
-kill at any moment loses no more than the last commit, and the next run does what is missing.
+First files and rows are compared: a file whose size and time are those of its row is not read again, nor is one that
+has not changed since it was no picture that can be read; what only could not be opened is tried again. Rows are written
+in commits of `COMMIT_ROWS` pictures or `COMMIT_S` seconds, and what is gone is removed at the end: a kill at any moment
+loses no more than the last commit, and the next run does what is missing.
 """
 
 import json
 import logging
 import os
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from capivara_common.image_files import BadImage, by_threads
-from capivara_search.index_plan import Plan, make_plan, note_asked
-from capivara_search.picture_columns import (
+from capivara_common.cli import coded
+from capivara_common.files import read_json, write_json
+from capivara_common.image_files import DECODERS, BadImage, by_threads
+from capivara_search.picture_files import RETRYABLE, FileState, Picture, find_pictures, read_bytes_digest, read_picture
+from capivara_search.results import Added, LeftOut
+from capivara_search.table import PictureTable
+from capivara_search.table_columns import (
     EMPTY,
     FOLDER_KEY,
     LEFT_OUT,
@@ -34,64 +45,180 @@ from capivara_search.picture_columns import (
     vector_column,
     within,
 )
-from capivara_search.picture_files import PASSING, FileState, Picture, read_bytes_digest, read_picture
-from capivara_search.read_ahead import Read, ReadAhead
-from capivara_search.results import Added, LeftOut
-from capivara_search.table import PictureTable
 
 if TYPE_CHECKING:
     from capivara_search.models import SearchModel
 
 COMMIT_ROWS = 400  # pictures; with their thumbnails some 5 MB
 COMMIT_S = 20.0  # seconds
+BATCH_PIXELS = 100_000_000  # 3 bytes each, that a batch goes beyond by one picture at most
+PICTURE_COLUMNS = ("digest", "width", "height", "taken", "latitude", "longitude", "thumbnail")
 
+Read = tuple[FileState, Picture | Exception]
 Progress = Callable[[int, int], None]
 logger = logging.getLogger("capivara")
 
-
-class Writer:
-    """Collects rows and files that were left out, and writes them in commits."""
-
-    def __init__(self, table: PictureTable):
-        self.table, self.columns = table, table.columns()
-        self.rows: dict[str, dict[str, Any]] = {}
-        self.by_digest: dict[str, dict[str, Any]] = {}
-        self.left_out: dict[str, dict[str, Any]] = {}
-        self.all_left_out: set[str] = set()
-        self.since = time.monotonic()
-
-    def put(self, row: dict[str, Any]) -> None:
-        """Add a row, with its vector as `vector`."""
-        self.rows[row["path"]] = self.by_digest[row["digest"]] = row
-
-    def leave_out(self, file: FileState, reason: str) -> None:
-        """Note a file that can't be read; a row that it has had is no longer true.
-
-        What only could not be opened keeps its row: it may be as it was.
-        """
-        row = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "reason": reason}
-        self.left_out[file.path] = row
-        self.all_left_out.add(file.path)
-
-    def write_when_due(self) -> bool:
-        """Write where there is enough, or the last time is long ago; returns whether it has."""
-        due = len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S
-        if due:
-            self.write()
-        return due
-
-    def write(self) -> None:
-        """Write what was collected."""
-        if self.rows:
-            self.table.merge(to_arrow(list(self.rows.values()), self.columns))
-        if self.left_out:
-            self.table.merge(pa.Table.from_pylist(list(self.left_out.values()), EMPTY[LEFT_OUT]), LEFT_OUT)
-            self.table.remove([path for path, row in self.left_out.items() if not row["reason"].startswith(PASSING)])
-        self.rows, self.by_digest, self.left_out, self.since = {}, {}, {}, time.monotonic()
+# --- what there is to do ---------------------------------------------------------------------------------------------
 
 
-class Adding:
-    """Reads, embeds and writes the files of a plan.
+def asked_folders(table: PictureTable) -> dict[str, str]:
+    """Folder -> its real path, of those that `add` was told of on this machine.
+
+    What an index says of itself may be somebody else's word: "/" would make every picture of the machine one of its.
+    """
+    with suppress(OSError, ValueError):
+        asked = read_json(_record(table), folders=dict)["folders"]
+        return {folder: real for folder, real in asked.items() if isinstance(real, str)}
+    return {}
+
+
+def note_asked(table: PictureTable, folders: Sequence[Path]) -> None:
+    """Write down that `add` was told of folders, and where they lie."""
+    asked = asked_folders(table) | {str(folder): os.path.realpath(folder) for folder in folders}
+    try:
+        write_json(_record(table), {"index": table.where, "folders": asked})
+    except OSError as error:
+        logger.warning("The page will show thumbnails alone: %s can't be written: %s", _record(table), error)
+
+
+def _record(table: PictureTable) -> Path:
+    """Not beside the index, which may have come whole from elsewhere, nor in a cache, which may be emptied."""
+    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    where = table.where if table.remote else os.path.realpath(table.where)
+    return Path(state, "capivara", "folders", f"{blake2b(where.encode(), digest_size=16).hexdigest()}.json")
+
+
+class KnownRows:
+    """What the table says of some paths, held in little memory: path -> (size, mtime_ns, digest, is_current).
+
+    `is_current`: the vector is of the model in use.
+    """
+
+    def __init__(self, rows: pa.Table, image_digest: str):
+        self.sizes, self.times = rows["size"].to_numpy(), rows["mtime_ns"].to_numpy()
+        self.digests = rows["digest"].combine_chunks()
+        self.current = np.equal(rows["model"].to_numpy(zero_copy_only=False), image_digest)
+        self.places = {path: place for place, path in enumerate(rows["path"].to_pylist())}
+
+    def __getitem__(self, path: str) -> tuple[int, int, str, bool] | None:
+        place = self.places.get(path)
+        if place is None:
+            return None
+        digest = self.digests[place].as_py()
+        return int(self.sizes[place]), int(self.times[place]), digest, bool(self.current[place])
+
+    def is_as(self, file: FileState) -> bool:
+        """Whether a file has the size and time that its row says."""
+        place = self.places.get(file.path)
+        return place is not None and (self.sizes[place], self.times[place]) == (file.size, file.mtime_ns)
+
+    def is_done(self, file: FileState) -> bool:
+        """Whether a file is as its row says, and its vector is of the model in use."""
+        return self.is_as(file) and bool(self.current[self.places[file.path]])
+
+
+@dataclass
+class Plan:
+    """What there is to do.
+
+    Attributes:
+        folders: that were named.
+        roots: real paths of these and of those that `add` was told of before; nothing is read outside of them.
+        files: to be read, new and changed ones, and those whose vector is of another model.
+        known: what the table says of the folders.
+        gone: paths of rows whose file is no longer there.
+        unchanged: number of rows that stay as they are.
+        unseen: files and folders that could not even be looked at, and why.
+        broken: files (path, size, mtime_ns) that could not be read an earlier time, and are as they were.
+    """
+
+    folders: Sequence[Path]
+    roots: Sequence[str]
+    files: list[FileState]
+    known: KnownRows
+    gone: list[str]
+    unchanged: int
+    unseen: list[LeftOut]
+    broken: set[tuple[str, int, int]]
+
+
+def make_plan(table: PictureTable, image_digest: str, folders: Sequence[Path], share: tuple[int, int] = (0, 1)) -> Plan:
+    """Compare folders with the table.
+
+    Args:
+        table: of the index.
+        image_digest: of the model in use.
+        folders: absolute paths.
+        share: rank and number of those who share the files among them.
+
+    Raises:
+        ValueError: a folder is not there, or holds no picture: nothing is removed for that.
+    """
+    try:
+        found, unseen = find_pictures(folders)
+    except ValueError as error:
+        if kept := table.count(within(*folders)):
+            text = "{error} The index keeps its {kept} pictures of these folders; `forget` removes them."
+            values = {"error": error, "kept": kept} | getattr(error, "values", {})
+            raise coded(ValueError, getattr(error, "code", None), text, **values) from error
+        raise
+    clause = within(*folders)
+    columns = ["path", "size", "mtime_ns", "digest", "model"]
+    known = KnownRows(table.rows(columns, f"{clause} OR model != {quoted(image_digest)}"), image_digest)
+    left_out = table.rows([*columns[:3], "reason"], clause, LEFT_OUT).to_pylist()
+    broken = {tuple(row.values())[:3] for row in left_out if not row["reason"].startswith(RETRYABLE)}
+    files = [file for file in found if not known.is_done(file)]
+    unchanged = len(found) - len(files)
+    as_before = {state for file in files if (state := (file.path, file.size, file.mtime_ns)) in broken}
+    files = [file for file in files if (file.path, file.size, file.mtime_ns) not in as_before]
+    asked = asked_folders(table)
+    gone, elsewhere = _without_file(known, folders, asked, found, unseen)
+    files = [file for file in files + elsewhere if is_of_share(file.path, share)]
+    roots = [*map(os.path.realpath, folders), *asked.values()]
+    return Plan(folders, roots, files, known, gone, unchanged, unseen, as_before)
+
+
+def _without_file(
+    known: KnownRows,
+    folders: Sequence[Path],
+    asked: Iterable[str],
+    found: Sequence[FileState],
+    unseen: Sequence[LeftOut],
+) -> tuple[list[str], list[FileState]]:
+    """Rows whose file was not found: paths that are gone from the folders, and files of other folders.
+
+    What lies in a folder that can't be read may be there. The files of other folders are those whose vectors are of
+    another model; where one is not there, or `add` was not told of its folder, its row waits for its folder's turn.
+    """
+    there = {file.path for file in found} | {one.path for one in unseen}
+    inside, others = (tuple(str(one).rstrip(os.sep) + os.sep for one in group) for group in (folders, asked))
+    unread = tuple(one.path + os.sep for one in unseen)
+    gone, elsewhere = [], []
+    for path in known.places:
+        if path in there or path.startswith(unread):
+            continue
+        if path.startswith(inside):
+            gone.append(path)
+            continue
+        if not path.startswith(others):
+            continue
+        with suppress(OSError):
+            state = os.stat(path)
+            elsewhere.append(FileState(path, state.st_size, state.st_mtime_ns))
+    return gone, elsewhere
+
+
+def is_of_share(path: str, share: tuple[int, int]) -> bool:
+    """Whether a file is that of one rank; by its name, so that all ranks agree whatever each of them sees."""
+    rank, number = share
+    return number == 1 or int.from_bytes(blake2b(path.encode(), digest_size=8).digest(), "big") % number == rank
+
+
+# --- reading, embedding, writing -------------------------------------------------------------------------------------
+
+
+class IndexWriter:
+    """Reads and embeds the files of a plan, and writes their rows in commits.
 
     Args:
         table: of the index.
@@ -99,7 +226,6 @@ class Adding:
         plan: what there is to do.
         batch_size: pictures that the model sees at once.
         progress: called with the files that are done, and all of the plan.
-        builds: whether the approximate index is built meanwhile.
     """
 
     def __init__(
@@ -109,35 +235,53 @@ class Adding:
         plan: Plan,
         batch_size: int = 32,
         progress: Progress = lambda done, total: None,
-        builds: bool = True,
     ):
         self.table, self.model, self.plan = table, model, plan
-        self.batch_size, self.progress, self.builds = batch_size, progress, builds
-        self.digest, self.column = model.image_digest, vector_column(model.width)
-        self.added, self.done = Added(unchanged=plan.unchanged), 0
-        self.writer = Writer(table)
+        self.batch_size, self.progress = batch_size, progress
+        self.columns, self.digest, self.column = table.columns(), model.image_digest, vector_column(model.width)
+        self.added, self.done, self.all_left_out = Added(unchanged=plan.unchanged), 0, set[str]()
         self.gone = Counter(plan.known[path][2] for path in plan.gone)  # digests
         self.sizes = set(table.rows(["size"])["size"].unique().to_pylist())  # another size is another content
+        self._start_commit()
+
+    def _start_commit(self) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.by_digest: dict[str, dict[str, Any]] = {}
+        self.left_out: dict[str, dict[str, Any]] = {}
+        self.since = time.monotonic()
 
     def run(self, exact: bool = False) -> Added:
         """Do it; pictures are decoded at full size where `exact`."""
         read = partial(read_picture, side=self.model.side, exact=exact, folders=self.plan.roots)
         self.progress(0, len(self.plan.files))
         try:
-            with ReadAhead(self._unknown(), read, self.batch_size) as batches:
+            with closing(read_ahead(self._unknown(), read, self.batch_size, exact)) as batches:
                 for batch in batches:
                     self._embed(batch)
-                    self.progress(self.done, len(self.plan.files))  # not of each: a rate of these would mislead
-                    self._write()
+                    self._write_when_due()  # not after each: a rate of these would mislead
         except KeyboardInterrupt:  # what was embedded is kept
-            self.writer.write()
+            self.write()
             raise
-        self.writer.write()
+        self.write()
         return self.added
 
-    def _write(self) -> None:
-        if self.writer.write_when_due() and self.builds:
-            self.table.build_meanwhile(self.model.width)
+    def _write_when_due(self) -> None:
+        """Write where there is enough, or the last time is long ago."""
+        self.progress(self.done, len(self.plan.files))
+        if len(self.rows) + len(self.left_out) >= COMMIT_ROWS or time.monotonic() - self.since > COMMIT_S:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was collected.
+
+        A row whose file can't be read is no longer true; what only could not be opened keeps it: it may be as it was.
+        """
+        if self.rows:
+            self.table.merge(to_arrow(list(self.rows.values()), self.columns))
+        if self.left_out:
+            self.table.merge(pa.Table.from_pylist(list(self.left_out.values()), EMPTY[LEFT_OUT]), LEFT_OUT)
+            self.table.remove([path for path, row in self.left_out.items() if not row["reason"].startswith(RETRYABLE)])
+        self._start_commit()
 
     def _unknown(self) -> Iterator[FileState]:
         """The files that must be decoded; those whose content is in the table get their rows on the way."""
@@ -150,8 +294,7 @@ class Adding:
                     self._put(file, row, row[VECTOR])
                 else:
                     yield file
-            self.progress(self.done, len(self.plan.files))
-            self._write()
+            self._write_when_due()
 
     def _digest_before(self, file: FileState) -> str | None:
         """The digest of a file that may be known."""
@@ -181,29 +324,28 @@ class Adding:
             if isinstance(picture, FileNotFoundError):  # gone since it was found; the next run sees that
                 self.done += 1
             elif isinstance(picture, BadImage | OSError):
-                self.writer.leave_out(file, str(picture))
+                row = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "reason": str(picture)}
+                self.left_out[file.path] = row
+                self.all_left_out.add(file.path)
                 self.done += 1
             elif isinstance(picture, Exception):
                 raise picture
             else:
                 pictures[file] = picture
         # Copies of what this run has met meanwhile.
-        known = (
-            self._kept([one.digest for file, one in pictures.items() if file.size in self.sizes]) if pictures else {}
-        )
-        known |= self.writer.by_digest
+        known = self._kept([one.digest for file, one in pictures.items() if file.size in self.sizes]) | self.by_digest
         new = {one.digest: one for one in pictures.values() if one.digest not in known}
         vectors = self.model.images([one.image for one in new.values()], self.batch_size) if new else []
         of_digest = dict(zip(new, vectors, strict=True))
         self.added.embedded += len(new)
         for file, picture in pictures.items():
             vector = of_digest[picture.digest] if picture.digest in of_digest else known[picture.digest][VECTOR]
-            self._put(file, picture_columns(picture), vector)
+            self._put(file, {name: getattr(picture, name) for name in PICTURE_COLUMNS}, vector)
 
     def _put(self, file: FileState, row: dict[str, Any], vector: np.ndarray) -> None:
         """Add a row with the content of another one or of a picture, and count what it is."""
         state = {"path": file.path, "size": file.size, "mtime_ns": file.mtime_ns, "model": self.digest}
-        self.writer.put({**row, **state, VECTOR: vector})
+        self.rows[file.path] = self.by_digest[row["digest"]] = {**row, **state, VECTOR: vector}
         self.sizes.add(file.size)
         self._count(file.path, row["digest"])
         self.done += 1
@@ -221,12 +363,6 @@ class Adding:
             self.added.unchanged += 1
 
 
-def picture_columns(picture: Picture) -> dict[str, Any]:
-    """What the table keeps of a picture, beside its file's state and its vector."""
-    names = ("digest", "width", "height", "taken", "latitude", "longitude", "thumbnail")
-    return {name: getattr(picture, name) for name in names}
-
-
 def add_folders(
     table: PictureTable,
     model: "SearchModel",
@@ -242,14 +378,11 @@ def add_folders(
         table.create(model.width)
         note_asked(table, folders)
         note_model(table, model)
-        adding = Adding(table, model, plan, batch_size, progress)
-        try:
-            adding.run(exact)
-            finish(table, model, plan, adding.added, adding.writer.all_left_out)
-        finally:
-            table.wait_for_build()
-    adding.added.seconds = time.monotonic() - start
-    return adding.added
+        writer = IndexWriter(table, model, plan, batch_size, progress)
+        added = writer.run(exact)
+        finish(table, model, plan, added, writer.all_left_out)
+    added.seconds = time.monotonic() - start
+    return added
 
 
 def note_model(table: PictureTable, model: "SearchModel") -> None:
@@ -263,10 +396,11 @@ def note_model(table: PictureTable, model: "SearchModel") -> None:
         return
     others = table.of_other_models(model.image_digest)
     if not others:
-        logger.info("Exchange of the text side, %s for %s: 0 pictures embedded again.", model.name, before.get("name"))
+        logger.info("Exchange of the text side, %s for %s: 0 pictures embedded again.", model.name, before.get("name"),
+                    extra={"code": "text_exchanged"})  # fmt: skip
     else:
         logger.info("%s has another image side than %s: %d pictures are embedded again.", model.name,
-                    before.get("name"), others)  # fmt: skip
+                    before.get("name"), others, extra={"code": "image_side"})  # fmt: skip
 
 
 def finish(table: PictureTable, model: "SearchModel", plan: Plan, added: Added, left_out: Collection[str] = ()) -> None:
@@ -309,9 +443,41 @@ def embed_files(
     """Path -> vector, of files of a place that can be read; nothing is written."""
     found = {}
     read = partial(read_picture, side=model.side, folders=[os.path.realpath(place)])
-    with ReadAhead(files, read, batch_size) as batches:
-        for batch in batches:
-            pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
-            vectors = model.images([one.image for one in pictures.values()], batch_size)
-            found |= dict(zip(pictures, vectors, strict=True))
+    for batch in read_ahead(files, read, batch_size):
+        pictures = {file.path: one for file, one in batch if isinstance(one, Picture)}
+        vectors = model.images([one.image for one in pictures.values()], batch_size)
+        found |= dict(zip(pictures, vectors, strict=True))
     return found
+
+
+def read_ahead(
+    files: Iterable[FileState], read: Callable[[FileState], Picture], batch_size: int, whole: bool = False
+) -> Iterator[list[Read]]:
+    """Pictures, or what was wrong with them, in the order of their files, in batches; threads read while others work.
+
+    Args:
+        files: to be read; drawn from as they are needed.
+        read: reads one, in a thread.
+        batch_size: pictures in a batch; fewer where they are large.
+        whole: pictures of any size are kept, so that no more wait than there are threads.
+    """
+    files, waiting = iter(files), deque[tuple[FileState, Future[Picture]]]()
+    most = DECODERS if whole else 2 * batch_size
+    threads = ThreadPoolExecutor(DECODERS)
+    try:
+        while True:
+            batch: list[Read] = []
+            pixels = 0
+            while len(batch) < batch_size and pixels < BATCH_PIXELS:
+                waiting.extend((file, threads.submit(read, file)) for file in islice(files, most - len(waiting)))
+                if not waiting:
+                    break
+                file, future = waiting.popleft()
+                picture = future.exception() or future.result()
+                batch.append((file, picture))
+                pixels += 0 if isinstance(picture, Exception) else picture.image.width * picture.image.height
+            if not batch:
+                return
+            yield batch
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)

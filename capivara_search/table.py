@@ -1,48 +1,69 @@
 """The table that an index is: a row a picture, in LanceDB, in a folder of this machine or on object storage.
 
     table = PictureTable("fotos.lance")
-    table.create(width=512)
-    table.merge(to_arrow(rows, table.columns()))
+    with table.locked():
+        table.create(width=512)
+        table.merge(to_arrow(rows, table.columns()))
     table.nearest(vector, 12, within("/home/maria/Fotos"))
 
-Up to `EXACT_ROWS` pictures all vectors are compared. Above, an approximate index (IVF with RabitQ codes, then the
-vectors of its best candidates) answers, together with a look at the rows that it does not have yet.
+Beside `pictures` there are two small tables: `left_out`, the files that could not be read and why, and `about`, what is
+known of the whole. Every call sees the newest version, whole. Up to `EXACT_ROWS` pictures all vectors are compared.
+Above, an approximate index (IVF with RabitQ codes, then the vectors of its best candidates) answers, together with a
+look at the rows that it does not have yet.
 """
 
+import fcntl
 import json
 import logging
+import os
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
+from functools import cached_property, partial
 from pathlib import Path
-from threading import Thread
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capivara_search import damage
-from capivara_search.index_errors import explained, is_of_storage
-from capivara_search.picture_columns import (
+from capivara_common.cli import coded
+from capivara_search.storage import (
+    FAILURES,
+    DamagedIndex,
+    detail,
+    explained,
+    explanation,
+    is_conflict,
+    is_of_storage,
+    storage_options,
+)
+from capivara_search.table_columns import (
     ABOUT,
     EMPTY,
     HIT_COLUMNS,
     KEYS,
-    LEFT_OUT,
+    LAYOUT,
+    LAYOUT_KEY,
     MODEL_KEY,
     PICTURES,
+    THUMBNAIL,
     VECTOR,
     among,
     as_array,
     quoted,
+    schema,
     vector_column,
-)  # fmt: skip
-from capivara_search.table_files import FAILURES, Tables, plain
+)
+
+if TYPE_CHECKING:
+    import lancedb
 
 EXACT_ROWS = 50_000
+TRAINED_KEY = "approximate_rows"  # of `about`: rows that the approximate index was learnt from
 # Of the approximate index. Tried on 1,000,000 clustered vectors of 512, two cores at work on other things: to sentences
 # (cosine 0.37) and pictures (0.99), recall@10 0.999 and 1.0, median 17 ms, p95 21 ms, 0.55 GB of memory. With IVF_SQ
 # 23 ms and 0.85 GB, with codes of one bit recall 0.985 at 200 probes; IVF_HNSW_SQ took 3 minutes to build at 200,000.
@@ -52,77 +73,173 @@ REFINE = 4  # times the wanted rows
 UNINDEXED_ROWS = 10_000  # that are looked at beside the approximate index; more are taken into it
 SMALL_FILES = 24  # of the table; more are put together
 GROWTH = 2  # the partitions are learnt anew when there are so many times the rows that they were learnt from
-TRAINED_KEY = "approximate_rows"  # of `about`
-INDEX_KEY = "index_file:"  # of `about`, before the name of a file of a search index, whose digest is the value
-INDEX_DAMAGED = (
-    "The approximate index of %s is damaged (%s); all pictures are compared instead, which takes longer. Add a folder "
-    "again to build it anew."
-)
+CACHE_BYTES = 640 << 20  # of the approximate index in memory; that of 1,000,000 pictures of 512 numbers needs 520 MiB
 KEEP_VERSIONS = timedelta(minutes=10)  # on object storage, where others may write at the same time
+REMOTE_AGE = timedelta(seconds=1)  # how old what is known of an object storage may be: to ask costs a request
 IN_ONE_CLAUSE = 500  # paths
+TRIES = 12  # of a write that others' writes get in the way of
 
 T = TypeVar("T")
 logger = logging.getLogger("capivara")
 
 
-class PictureTable(Tables):
-    """What is read from an index, and written to it. Arguments and errors are those of `Tables`."""
+class PictureTable:
+    """The tables of one index: what is read from them, and written to them.
 
-    def __init__(self, where: str):
-        super().__init__(where)
+    Args:
+        where: folder, or address such as s3://bucket/fotos.
+
+    Raises:
+        ValueError: something else lies there.
+        OSError: it may not be read.
+    """
+
+    def __init__(self, where: str | Path):
+        self.where = str(where)
+        self.remote = "://" in self.where
+        if not self.remote:
+            self.where = str(Path(self.where).expanduser().absolute())
+            self._check_folder()
+        self._tables: dict[str, Any] = {}
         self._others: tuple[int, str, int] | None = None
         self._indices: tuple[int, dict[str, Any]] | None = None
         self._broken: set[str] = set()  # approximate indices that could not be read
-        self._whole: dict[str, tuple[int, int]] = {}  # files of indices that were compared: name -> time and size
-        self._compared: tuple[int, bool] | None = None  # of which version, and whether to repair it
-        self._building: Thread | None = None
+
+    def _check_folder(self) -> None:
+        folder = Path(self.where)
+        if not os.path.lexists(folder):
+            return
+        if not folder.is_dir():
+            text = "The index {path} is a file; an index is a folder. Choose another place."
+            raise coded(ValueError, "index_is_file", text, path=folder)
+        with explained(self.where):
+            names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        if names and not any(f"{name}.lance" in names for name in KEYS):
+            text = (
+                "The folder {path} is no index: it holds other files, such as {name}. Choose another place for the "
+                "index, and add the folder's pictures to it."
+            )
+            raise coded(ValueError, "other_folder", text, path=folder, name=names[0])
+
+    @cached_property
+    def _connection(self) -> "lancedb.DBConnection":
+        import lancedb  # here: it takes a second
+
+        with explained(self.where):
+            return lancedb.connect(
+                self.where,
+                read_consistency_interval=REMOTE_AGE if self.remote else timedelta(0),
+                storage_options=storage_options() if self.remote else None,
+                session=lancedb.Session(index_cache_size_bytes=CACHE_BYTES),
+            )
+
+    def _folder(self, name: str) -> str:
+        return f"{self.where.rstrip('/')}/{name}.lance"
+
+    def table(self, name: str) -> Any:
+        """One of the tables, or None where it is not there.
+
+        Raises:
+            ValueError: it is damaged, of a newer version, or not ours.
+            OSError: it may not be read.
+        """
+        if name not in self._tables:
+            with explained(self.where):
+                if not self.remote and not Path(self._folder(name)).is_dir():
+                    return None
+            try:
+                table = self._connection.open_table(name)
+            except FAILURES as error:
+                # Where pictures are there, only the record of their files is not.
+                there = name == PICTURES and not self.remote and any(Path(self._folder(name), "data").glob("*"))
+                if "was not found" in str(error) and not there:
+                    return None
+                if self.remote or is_of_storage(error, self.where):
+                    raise explanation(error, self.where, name) from error
+                text = (
+                    "The index {path} is damaged: the newest record of its files in {part}/_versions can't be read by "
+                    "this LanceDB. Upgrade lancedb where a newer one wrote it; else add the folders again, and where "
+                    "that fails remove the index and add the pictures again."
+                )
+                raise coded(DamagedIndex, "damaged_record", text, path=self.where, part=self._folder(name)) from error
+            if name == PICTURES:
+                self._check_layout(table.schema)
+            self._tables[name] = table
+        return self._tables[name]
+
+    def _check_layout(self, found: pa.Schema) -> None:
+        """Raise ValueError where a table was not made by this project, or by a newer version of it."""
+        number = (found.metadata or {}).get(LAYOUT_KEY, b"").decode(errors="replace")
+        if not number.isdigit():
+            text = "The table at {path} was not made by capivara. Choose another place for the index."
+            raise coded(ValueError, "other_table", text, path=self.where)
+        if int(number) > LAYOUT:
+            text = (
+                "The index {path} has layout {layout}, this version of capivara reads up to {known}. Install a newer "
+                "one, or make another index at another place."
+            )
+            raise coded(ValueError, "newer_index", text, path=self.where, layout=number, known=LAYOUT)
+
+    @property
+    def pictures(self) -> Any:
+        """The table of pictures. Raises ValueError where there is no index."""
+        table = self.table(PICTURES)
+        if table is None:
+            raise ValueError(f"There is no index at {self.where}. Make it by adding a folder of pictures.")
+        return table
+
+    def exists(self) -> bool:
+        """Whether there is an index yet."""
+        return self.table(PICTURES) is not None
+
+    def create(self, width: int) -> None:
+        """Make what is missing of the tables, and the column for vectors of this width."""
+        for name in KEYS:
+            if self.table(name) is None:
+                columns = schema(width) if name == PICTURES else EMPTY[name]
+                self._again(name, partial(self._connection.create_table, name, schema=columns, exist_ok=True))
+        if width not in self.widths():
+            column = pa.schema([schema(width).field(vector_column(width))])
+            self.write(PICTURES, lambda table: None if width in self.widths() else table.add_columns(column))
+
+    def columns(self) -> pa.Schema:
+        """Of the pictures, as they are now."""
+        return self.read(PICTURES, lambda table: table.schema)
+
+    def widths(self) -> list[int]:
+        """Of the columns of vectors."""
+        return [one.type.list_size for one in self.columns() if pa.types.is_fixed_size_list(one.type)]
+
+    def version(self, *names: str) -> int:
+        """A number that grows with every change of some tables, or of all."""
+        with explained(self.where):
+            return sum(table.version for name in names or KEYS if (table := self.table(name)) is not None)
+
+    def bytes(self) -> int | None:
+        """Of its files; None on object storage."""
+        if self.remote:
+            return None
+        return sum(path.stat().st_size for path in Path(self.where).rglob("*") if path.is_file())
+
+    # --- reading
 
     def read(self, name: str, operation: Callable[[Any], T]) -> T:
-        """`Tables.read`; without the search indices of the pictures where their files are not as they were written."""
-        if name == PICTURES and not self.remote:
-            with explained(self.where, PICTURES):
-                self._compare_indices()
-        return super().read(name, operation)
-
-    def _compare_indices(self) -> None:
-        now = (self.version_of(PICTURES), self.repairs)
-        folder = Path(self.address(PICTURES))
-        if self._compared == now or not (folder / "_indices").is_dir():
-            return
-        self._compared = now
-        digests = self._index_digests()
-        if not (changed := damage.changed_index_files(folder, digests, self._whole)):
-            return
-        logger.warning(INDEX_DAMAGED, self.address(PICTURES), changed[0])
-        table = self.pictures
-        if self.repairs:
-            self.remove([INDEX_KEY + name for name in digests], ABOUT)
-        else:  # a view of the same rows
-            table = damage.without([], table, self.address(PICTURES), None)
-            self._rests[PICTURES] = (now[0], table)
-        for one in table.list_indices():
-            table.drop_index(one.name)
-
-    def _index_digests(self) -> dict[str, str]:
-        """File of a search index -> its digest, as they were noted."""
-        return {key.removeprefix(INDEX_KEY): value for key, value in self.about().items() if key.startswith(INDEX_KEY)}
-
-    def _note_indices(self) -> None:
-        """Note the digests of the files of search indices, each once."""
-        if self.remote:
-            return
-        folder, noted = Path(self.address(PICTURES)), self._index_digests()
-        files = damage.index_files(folder)
-        if gone := [INDEX_KEY + name for name in noted if name not in files]:
-            self.remove(gone, ABOUT)
-        if new := {INDEX_KEY + name: damage.index_digest(folder / name) for name in files if name not in noted}:
-            self.note(new)
+        """What an operation on a table returns."""
+        table = self.pictures if name == PICTURES else self.table(name)
+        with explained(self.where, name):
+            try:
+                return operation(table)
+            except FAILURES as error:
+                if is_of_storage(error, self.where):
+                    raise
+            table.checkout_latest()
+            return operation(table)  # its files may have been compacted away while they were read
 
     def rows(self, columns: Sequence[str], where: str | None = None, table: str = PICTURES) -> pa.Table:
         """Some columns of all rows, or of those of a clause; empty where the table is not there."""
         if self.table(table) is None:
             return EMPTY[table].empty_table().select([name for name in columns if name in EMPTY[table].names])
-        return self.read(table, lambda opened: plain(opened, columns, where).to_arrow())
+        return self.read(table, lambda opened: _plain(opened, columns, where).to_arrow())
 
     def of_paths(self, columns: Sequence[str], paths: Sequence[str]) -> pa.Table:
         """`rows`, of some paths."""
@@ -133,7 +250,7 @@ class PictureTable(Tables):
     def batches(self, columns: Sequence[str], where: str | None = None, rows: int = 4096) -> Iterator[pa.RecordBatch]:
         """Some columns of all pictures, or of those of a clause, at most `rows` at a time, of one version."""
         with explained(self.where, PICTURES):  # it is read while it is asked for
-            yield from self.read(PICTURES, lambda table: plain(table, columns, where).to_batches(batch_size=rows))
+            yield from self.read(PICTURES, lambda table: _plain(table, columns, where).to_batches(batch_size=rows))
 
     def count(self, where: str | None = None, table: str = PICTURES) -> int:
         """Rows, all or those of a clause."""
@@ -141,27 +258,32 @@ class PictureTable(Tables):
 
     def of_other_models(self, image_digest: str) -> int:
         """How many rows hold vectors of other models."""
-        version = self.version_of(PICTURES)
+        version = self.version(PICTURES)
         if self._others is None or self._others[:2] != (version, image_digest):
             self._others = version, image_digest, self.count(f"model != {quoted(image_digest)}")
         return self._others[2]
-
-    def first_and_last(self) -> tuple[datetime | None, datetime | None]:
-        """When the oldest and the newest picture were taken."""
-        bounds = pc.min_max(self.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
-        return bounds["min"], bounds["max"]
-
-    def bytes(self) -> int | None:
-        """Of its files; None on object storage."""
-        if self.remote:
-            return None
-        return sum(path.stat().st_size for path in Path(self.where).rglob("*") if path.is_file())
 
     def other_model(self, image_digest: str) -> str:
         """Name of a model, another one, that has embedded rows."""
         digests = self.rows(["model"], f"model != {quoted(image_digest)}")["model"].unique().to_pylist()
         names = [name for digest in digests if (name := self.about().get(MODEL_KEY + digest))]
         return names[0] if names else "another model"
+
+    def first_and_last(self) -> tuple[datetime | None, datetime | None]:
+        """When the oldest and the newest picture were taken."""
+        bounds = pc.min_max(self.rows(["taken"], "taken IS NOT NULL")["taken"]).as_py()
+        return bounds["min"], bounds["max"]
+
+    def about(self) -> dict[str, str]:
+        """What is known of the whole: key -> value."""
+        rows = self.rows(["key", "value"], table=ABOUT)
+        return dict(zip(rows["key"].to_pylist(), rows["value"].to_pylist(), strict=True))
+
+    def model(self) -> dict[str, Any] | None:
+        """Source, name, width and image_digest of the model that pictures were added with last."""
+        with suppress(KeyError, json.JSONDecodeError):
+            return json.loads(self.about()["model"])
+        return None
 
     # --- the nearest rows
 
@@ -199,27 +321,48 @@ class PictureTable(Tables):
             return _search(self.pictures, vector, k, where, approximate=True).to_arrow()
         except FAILURES as error:
             if is_of_storage(error, self.where):
-                raise
+                raise explanation(error, self.where, PICTURES) from error
             found = self.read(PICTURES, lambda table: _search(table, vector, k, where).to_arrow())
-            if not self.is_damaged(PICTURES):
-                self._broken.add(self.indices()[vector_column(len(vector))].index_uuid)
-                logger.warning(INDEX_DAMAGED, self.address(PICTURES), damage.detail(error))
+            self._broken.add(self.indices()[vector_column(len(vector))].index_uuid)
+            logger.warning(
+                "The approximate index of %s is damaged (%s); all pictures are compared instead, which takes longer. "
+                "Add a folder again to build it anew.",
+                self.where, detail(error), extra={"code": "approximate_damaged"},
+            )  # fmt: skip
             return found
 
     def is_approximate(self, width: int) -> bool:
         """Whether an approximate index of vectors of this width answers."""
         found = self.indices().get(vector_column(width))
-        return found is not None and found.index_uuid not in self._broken and not self.is_damaged(PICTURES)
+        return found is not None and found.index_uuid not in self._broken
 
     def indices(self) -> dict[str, Any]:
         """Column -> what LanceDB says of its index."""
-        version = self.version_of(PICTURES)
+        version = self.version(PICTURES)
         if self._indices is None or self._indices[0] != version:
             found = self.read(PICTURES, lambda table: table.list_indices())
             self._indices = version, {one.columns[0]: one for one in found}
         return self._indices[1]
 
-    # --- what is written
+    # --- writing
+
+    def write(self, name: str, operation: Callable[[Any], T]) -> T:
+        """What an operation that changes a table returns; where another one writes at that moment, it is done again."""
+        return self._again(name, lambda: operation(self.table(name)), lambda: self.table(name).checkout_latest())
+
+    def _again(self, name: str, call: Callable[[], T], before: Callable[[], Any] | None = None) -> T:
+        """What a call returns that changes a table; tried again while others' writes get in its way."""
+        with explained(self.where, name):
+            for left in reversed(range(TRIES)):
+                try:
+                    return call()
+                except FAILURES as error:
+                    if not is_conflict(error) or not left:
+                        raise
+                time.sleep(random.uniform(0.05, 0.2) * (TRIES - left))
+                if before:
+                    before()
+        raise AssertionError("unreachable")
 
     def merge(self, rows: pa.Table, table: str = PICTURES) -> None:
         """Write rows in one piece, in place of those of the same key."""
@@ -242,11 +385,6 @@ class PictureTable(Tables):
             self.write(table, lambda opened: opened.delete(where))
         return number
 
-    def about(self) -> dict[str, str]:
-        """What is known of the whole: key -> value."""
-        rows = self.rows(["key", "value"], table=ABOUT)
-        return dict(zip(rows["key"].to_pylist(), rows["value"].to_pylist(), strict=True))
-
     def note(self, values: dict[str, str]) -> None:
         """Set some of `about`."""
         known = self.about()
@@ -254,62 +392,62 @@ class PictureTable(Tables):
             columns = {"key": list(changed), "value": list(changed.values())}
             self.merge(pa.table(columns, schema=EMPTY[ABOUT]), ABOUT)
 
-    def model(self) -> dict[str, Any] | None:
-        """Source, name, width and image_digest of the model that pictures were added with last."""
-        with suppress(KeyError, ValueError):
-            return json.loads(self.about()["model"])
-        return None
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only one who adds to an index in a folder; who comes second waits, and says so.
+
+        On object storage there is no lock: rows of one path are told apart by their key.
+        """
+        lock = None if self.remote else self._lock()
+        try:
+            yield
+        finally:
+            if lock is not None:
+                with suppress(OSError):  # it is not empty, as it is where nothing was made
+                    Path(self.where).rmdir()
+                os.close(lock)
+
+    def _lock(self) -> int | None:
+        """The folder, made where it is missing, and locked; None on a disk without locks."""
+        folder = Path(self.where)
+        while True:
+            with explained(self.where):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.warning(
+                    "Another process is adding to %s; waiting until it has ended.",
+                    self.where,
+                    extra={"code": "waiting"},
+                )
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:
+                os.close(lock)
+                return None
+            with suppress(FileNotFoundError):  # who had it may have removed it
+                if os.path.samestat(os.fstat(lock), os.stat(folder)):
+                    return lock
+            os.close(lock)
 
     # --- upkeep
 
-    def build_meanwhile(self, width: int) -> None:
-        """Build the approximate index in a thread where it is missing or has become too small; rows may be written."""
-        if self._building is None or not self._building.is_alive():
-            if not self._is_to_be_built(width):
-                return
-            self._building = Thread(target=self._build, args=(width,), daemon=True)
-            self._building.start()
-
-    def wait_for_build(self) -> None:
-        """Let the thread of `build_meanwhile` end."""
-        if self._building is not None:
-            self._building.join()
-
     def tidy(self, width: int) -> None:
         """Put small files together, bring the indices up to date, and remove old versions, where that is due."""
-        self.wait_for_build()
         if self._is_to_be_built(width) or not self._answers(width):
             self._build(width)
         found = [self.indices().get(column) for column in ("path", vector_column(width))]
         behind = max((one.num_unindexed_rows for one in found if one), default=0)
         small = self.read(PICTURES, lambda table: table.stats()["fragment_stats"]["num_small_fragments"])
         if small >= SMALL_FILES or behind > UNINDEXED_ROWS:
-            self._compact(width)
-        self._note_indices()
-
-    def _compact(self, width: int) -> None:
-        try:
-            self.write(PICTURES, self._optimize)
-        except FAILURES as error:
-            if is_of_storage(error, self.where):
-                raise
-            self.repair()  # a thumbnail, which nothing else reads, or the approximate index
-            for one in self.indices().values():
-                self.write(PICTURES, lambda table, name=one.name: table.drop_index(name))
-            if self._is_to_be_built(width):
-                self._build(width)
+            self.write(PICTURES, partial(_optimize, age=KEEP_VERSIONS if self.remote else timedelta(0)))
 
     def purge(self) -> None:
         """Remove from the disk what removed rows have left there, their thumbnails among it."""
-        for name in (PICTURES, LEFT_OUT, ABOUT):
+        for name in KEYS:
             if self.table(name) is not None:
-                self.write(name, lambda table: self._optimize(table, timedelta(0)))
-        self._note_indices()
-
-    def _optimize(self, table: Any, age: timedelta | None = None) -> None:
-        with warnings.catch_warnings():  # that who reads a version which goes will fail: `read` does it again
-            warnings.simplefilter("ignore", UserWarning)
-            table.optimize(cleanup_older_than=(KEEP_VERSIONS if self.remote else timedelta(0)) if age is None else age)
+                self.write(name, partial(_optimize, age=timedelta(0)))
 
     def _is_to_be_built(self, width: int) -> bool:
         rows = self.count()
@@ -328,7 +466,7 @@ class PictureTable(Tables):
             _search(self.pictures, np.ones(width, np.float32), 1, None, approximate=True).nprobes(1).to_arrow()
         except FAILURES as error:
             if is_of_storage(error, self.where):
-                raise
+                raise explanation(error, self.where, PICTURES) from error
             return False
         return True
 
@@ -343,9 +481,105 @@ class PictureTable(Tables):
                 self.write(PICTURES, lambda table, name=name, config=config: table.create_index(name, config=config))
             self.note({TRAINED_KEY: str(rows)})
         except FAILURES as error:
-            logger.warning("The approximate index of %s was not built: %s", self.where, damage.detail(error))
+            logger.warning("The approximate index of %s was not built: %s", self.where, detail(error))
             return
-        logger.info("Approximate index of %d pictures built in %.0f s.", rows, time.monotonic() - start)
+        logger.info("Approximate index of %d pictures built in %.0f s.", rows, time.monotonic() - start,
+                    extra={"code": "approximate"})  # fmt: skip
+
+    def mend(self) -> None:
+        """Of a damaged index in a folder, take the newest version that can be read, and say what is lost with the rest.
+
+        Called by who has the lock.
+
+        Raises:
+            DamagedIndex: there is no such version of the pictures.
+        """
+        for name in () if self.remote else reversed(KEYS):  # of pictures that can't be read all is left as it lies
+            try:
+                table = self.table(name)
+            except DamagedIndex:
+                while _set_newest_aside(Path(self._folder(name))):
+                    with suppress(DamagedIndex):
+                        self.table(name)
+                        break
+                table = self._tables.get(name)
+                if table is None:
+                    self._give_up(name, 0)
+                    continue
+            if table is not None and not self._can_read(table):
+                self._restore(name, table)
+
+    def _can_read(self, table: Any) -> bool:
+        """Whether the rows of a table's version can be read, but for thumbnails; of a large one, one column."""
+        names = [name for name in table.schema.names if name != THUMBNAIL]
+        try:
+            for _ in _plain(table, names if table.count_rows() <= EXACT_ROWS else ["size"]).to_batches():
+                pass
+            if "path" in names:
+                table.count_rows("path = ''")  # by its search index
+        except FAILURES as error:
+            if is_of_storage(error, self.where):
+                raise explanation(error, self.where) from error
+            return False
+        return True
+
+    def _restore(self, name: str, table: Any) -> None:
+        """Let the newest version of a table that can be read be the table."""
+        rows = table.count_rows()
+        for one in table.list_indices():  # they are built anew
+            self.write(name, lambda opened, index=one.name: opened.drop_index(index))
+        if self._can_read(table):
+            return
+        for version in sorted((one["version"] for one in table.list_versions()), reverse=True):
+            with suppress(*FAILURES):
+                table.checkout(version)
+                if self._can_read(table):
+                    table.restore()
+                    logger.warning(
+                        "%s is damaged: a version with %d of its %d rows is taken. Add all folders again.",
+                        self._folder(name), table.count_rows(), rows, extra={"code": "older_version"},
+                    )  # fmt: skip
+                    return
+        del self._tables[name]
+        self._give_up(name, rows)
+
+    def _give_up(self, name: str, rows: int) -> None:
+        """An empty table in place of a small one of which nothing can be read."""
+        if name == PICTURES:
+            text = (
+                "The index {path} is damaged: no version of its pictures can be read, {number} rows are lost. Restore "
+                "it from a copy, or remove it and add the pictures again."
+            )
+            raise coded(DamagedIndex, "damaged_whole", text, path=self.where, number=rows)
+        logger.warning("%s is damaged and taken for empty.", self._folder(name), extra={"code": "taken_for_empty"})
+        with suppress(*FAILURES):
+            self._connection.drop_table(name)
+        self._tables[name] = self._connection.create_table(name, schema=EMPTY[name], mode="overwrite")
+
+
+def _set_newest_aside(folder: Path) -> bool:
+    """Let the version before the newest one be a table's, where the record of the newest one was not written whole.
+
+    It keeps its content under another name. False where it is whole, as of a newer LanceDB, or there is no other one.
+    """
+    records = sorted((folder / "_versions").glob("*.manifest"), key=lambda path: (len(path.stem), path.stem))
+    with suppress(OSError):
+        if len(records) > 1 and not records[0].read_bytes().endswith(b"LANC"):  # they are numbered downwards
+            records[0].rename(records[0].with_name(records[0].name + ".damaged"))
+            (folder / "_versions" / "latest_version_hint.json").unlink(missing_ok=True)
+            return True
+    return False
+
+
+def _optimize(table: Any, age: timedelta) -> None:
+    with warnings.catch_warnings():  # that who reads a version which goes will fail: `read` does it again
+        warnings.simplefilter("ignore", UserWarning)
+        table.optimize(cleanup_older_than=age)
+
+
+def _plain(table: Any, columns: Sequence[str], where: str | None = None) -> Any:
+    query = table.search().select(list(columns))
+    return query.where(where) if where else query
 
 
 def _search(table: Any, vector: np.ndarray, k: int, where: str | None, approximate: bool = False) -> Any:

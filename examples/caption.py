@@ -28,7 +28,7 @@ from capivara_common.image_files import ImageFiles
 from capivara_common.links import Bounds
 from capivara_common.privacy import hide_paths
 from capivara_search.picture_files import find_pictures
-from capivara_search.terminal import harmless
+from capivara_search.show import printable
 from caption_data.embedding_cache import ImageRows, cache_folder
 from caption_data.rows import caption_texts
 from caption_data.sources import open_split
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
     facts = {"config": hide_paths(config), "made": made, "versions": package_versions("pycocoevalcap")}
     facts["device"] = device_description(torch_device(args.device))
     for name, of_picture in list(zip(pictures.names, captions, strict=True))[:SHOWN]:
-        print(harmless(f"{name}: " + "; ".join(f"{one.text} ({one.score:.3f})" for one in of_picture)))
+        print(printable(f"{name}: " + "; ".join(f"{one.text} ({one.score:.3f})" for one in of_picture)))
     if args.pictures is None:
         facts["measured"] = word_scores([of_picture[0].text for of_picture in captions], pictures.captions)
         print("  ".join(f"{name} {value:.3f}" for name, value in facts["measured"].items()))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig
 
+from capivara_common.cli import coded
 from capivara_common.files import read_json
 from capivara_common.hub_cache import check_reachable, is_hub_id
 from capivara_common.weight_file import weight_files
@@ -142,10 +143,11 @@ def _check_folder(source: str | Path, needed: str, fault: str) -> None:
     folder = Path(source)
     if not folder.is_dir():
         if not is_hub_id(str(source)):
-            raise ValueError(f"The model folder {source} does not exist.")
+            raise coded(ValueError, "no_model", "The model folder {model} does not exist.", model=source)
         return check_reachable(source, needed)
     if not (folder / needed).is_file():
-        raise ValueError(f"The folder {source} {fault} ({needed} is missing).")
+        text = "The folder {model} {fault} ({file} is missing)."
+        raise coded(ValueError, "not_a_model", text, model=source, fault=fault, file=needed)
     if (folder / "config.json").is_file():
         read_config(folder)  # transformers' message about a wrong one would not name it
 

@@ -10,7 +10,6 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +22,21 @@ from PIL.ExifTags import GPS, IFD, Base
 
 from capivara_common import image_files
 from capivara_common.image_files import BadImage, open_regular_file
-from capivara_search import picture_details, picture_files
-from capivara_search.picture_details import RAW_SUFFIXES, read_details
+from capivara_search import picture_files
 from capivara_search.picture_files import (
     REASONS,
     REDUCED_SIDES,
+    TURNS,
     FileState,
     MissingPicture,
     find_pictures,
     open_query_picture,
     read_bytes_digest,
+    read_details,
     read_picture,
+    short_side,
+    thumbnail_file,
 )
-from capivara_search.picture_pixels import TURNS, short_side, thumbnail_file
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.image_processing_capivara import resize_short_side
 
@@ -229,18 +230,6 @@ def test_names_that_are_no_text(tmp_path):
     assert names == ["a.jpg"] and left_out == {"f�rias.jpg": "name is no text: its name is not in UTF-8; rename it"}
 
 
-@pytest.mark.slow
-def test_many_pictures_are_found_soon(tmp_path):
-    """A hundred thousand take 0.6 to 0.9 s; to make them here would take more than a minute."""
-    for number in range(10_000):
-        if number % 1000 == 0:
-            (folder := tmp_path / f"{number}").mkdir()
-        os.close(os.open(folder / f"IMG_{number}.JPG", os.O_CREAT))
-    start = time.process_time()
-    assert len(find_pictures([tmp_path])[0]) == 10_000
-    assert time.process_time() - start < 0.5
-
-
 # --- What is read of a picture ---------------------------------------------------------------------------------------
 
 
@@ -275,18 +264,6 @@ def test_pictures_are_upright(orientation, kind, tmp_path):
         assert as_upright(picture.image) and picture.image.size == ((1212, 900) if exact else (43, 32))
         assert as_upright(PIL.Image.open(io.BytesIO(picture.thumbnail)).convert("RGB"))
     assert as_upright(open_query_picture(file.path))
-
-
-def test_copies_and_moved_files_have_one_digest(tmp_path):
-    file = saved(tmp_path / "a.jpg", corners())
-    expected = blake2b(Path(file.path).read_bytes(), digest_size=16).hexdigest()
-    shutil.copy(file.path, tmp_path / "copy.png")
-    (tmp_path / "a.jpg").rename(tmp_path / "moved.jpg")
-    for name in ("copy.png", "moved.jpg"):
-        path = str(tmp_path / name)
-        assert read_bytes_digest(path) == read_picture(FileState(path, 0, 0)).digest == expected
-    other = saved(tmp_path / "other.jpg", corners(), quality=60)
-    assert read_bytes_digest(other.path) != expected
 
 
 def test_state_is_that_of_what_was_read(tmp_path):
@@ -393,12 +370,6 @@ def test_thumbnails_are_sharp_however_small_the_model_is(tmp_path):
     assert np.abs(np.asarray(thumbnail).astype(int) - np.asarray(expected)).mean() < 2
 
 
-def test_small_pictures_are_left_to_the_image_processor(tmp_path):
-    picture = read_picture(saved(tmp_path / "a.png", corners((50, 40)), kind="PNG"))
-    assert picture.image.size == (50, 40)
-    assert PIL.Image.open(io.BytesIO(picture.thumbnail)).size == (50, 40)
-
-
 def test_pictures_of_the_largest_cameras(tmp_path, monkeypatch):
     """Above the limit of rows of data sets they are read one after another, and are not kept whole."""
     file = saved(tmp_path / "a.jpg", photograph(1600, 1200))
@@ -447,16 +418,9 @@ def test_raw_that_cannot_be_read(tmp_path, monkeypatch):
     saved(tmp_path / "bomb.dng", made_dng(jpeg_of_size(encoded(corners()), 20_000, 20_000)))
     assert reason(tmp_path / "bomb.dng").startswith("too large")
     saved(tmp_path / "whole.dng", whole)
-    monkeypatch.setattr(picture_details, "rawpy", None)
+    monkeypatch.setattr(picture_files, "rawpy", None)
     assert 'pip install "modeling-capivara[search]"' in reason(tmp_path / "whole.dng")
     assert len(find_pictures([tmp_path])[0]) == 5, "a folder's pictures are counted whether they can be read or not"
-
-
-def test_raw_suffixes(tmp_path):
-    assert set(RAW_SUFFIXES) == set([".dng", ".cr2", ".cr3", ".nef", ".arw", ".rw2", ".orf", ".raf", ".pef", ".srw"])
-    for suffix in RAW_SUFFIXES:
-        saved(tmp_path / f"a{suffix.upper()}", b"x")
-    assert len(find_pictures([tmp_path])[0]) == len(RAW_SUFFIXES)
 
 
 def test_heic_without_its_package(tmp_path, monkeypatch):
@@ -666,30 +630,3 @@ def test_what_becomes_a_link_before_it_is_opened_is_not_followed(swapped, tmp_pa
 
 
 # --- Threads ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_threads_read_the_same(tmp_path):
-    """Pictures of every kind at once, many times over: each comes out as alone."""
-    files = [
-        saved(tmp_path / "a.jpg", photograph(1600, 1200), exif=exif_of(6)),
-        saved(tmp_path / "b.png", corners((300, 200)).convert("RGBA"), kind="PNG"),
-        saved(tmp_path / "c.gif", corners((300, 200)), kind="GIF"),
-        saved(tmp_path / "d.webp", photograph(500, 400), kind="WEBP"),
-        saved(tmp_path / "e.jpg", b"no picture"),
-    ]
-    if picture_details.rawpy:
-        files.append(saved(tmp_path / "f.dng", made_dng(encoded(photograph(640, 480)), 8)))
-    if image_files.pillow_heif:
-        files.append(saved(tmp_path / "g.heic", photograph(320, 200), kind="HEIF"))
-
-    def content(file: FileState) -> tuple:
-        try:
-            picture = read_picture(file)
-        except BadImage as error:
-            return (str(error),)
-        return picture.digest, picture.width, picture.taken, picture.image.tobytes(), picture.thumbnail
-
-    alone = [content(file) for file in files]
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(content, files * 4)) == alone * 4

@@ -16,7 +16,7 @@ from capivara_search import adding, table
 from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.near_duplicates import near_groups
-from capivara_search.picture_columns import taken_between
+from capivara_search.table_columns import taken_between
 
 
 @pytest.fixture(scope="session")
@@ -85,10 +85,6 @@ def test_text_and_picture_are_searched_by_their_mean(index, folder):
 def test_an_empty_query_is_an_error(index, query):
     with pytest.raises(ValueError, match="The query is empty"):
         index.search(**query)
-
-
-def test_a_query_of_ten_thousand_letters_is_answered(index):
-    assert len(index.search("gato " * 2000, k=3)) == 3
 
 
 def test_what_has_not_changed_is_not_read_again(index, folder, monkeypatch):
@@ -394,21 +390,6 @@ def test_ctrl_c_keeps_what_was_embedded(tmp_path, folder, models):
         index.add(folder, batch_size=4, on_progress=interrupt)
     assert len(index) == 12
     assert index.add(folder).embedded == 8
-
-
-def test_copies_that_have_moved_are_all_moved(index, folder):
-    shutil.copy(folder / "d0" / "p0000.png", folder / "d0" / "copia.png")
-    index.add(folder)
-    (folder / "d0").rename(folder / "novo")
-    added = index.add(folder)
-    assert (added.moved, added.new, added.removed, added.embedded) == (5, 0, 0, 0)
-
-
-def test_a_folder_of_other_files_is_no_index(tmp_path, folder):
-    with pytest.raises(ValueError, match=r"is no index: it holds other files, such as d0. Choose another place"):
-        PictureIndex.open(folder)
-    with pytest.raises(ValueError, match="is a file; an index is a folder"):
-        PictureIndex.open(folder / "d0" / "p0000.png")
 
 
 def test_the_place_of_the_index_is_the_users(tmp_path, monkeypatch):

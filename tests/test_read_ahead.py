@@ -1,15 +1,17 @@
-"""Pictures decoded ahead of the model: in order, in batches, within a bound of memory, and never waiting for ever."""
+"""Pictures decoded ahead of the model: in order, in batches, within a bound of memory."""
 
 import random
 import threading
 import time
+from contextlib import closing
 
 import PIL.Image
 import pytest
 
-from capivara_search import read_ahead
+from capivara_common.image_files import DECODERS
+from capivara_search import adding
+from capivara_search.adding import read_ahead
 from capivara_search.picture_files import FileState, Picture
-from capivara_search.read_ahead import ReadAhead
 
 SIDE = 10
 
@@ -24,13 +26,12 @@ def picture(file: FileState) -> Picture:
 
 
 def batches_of(number: int, read, batch_size: int) -> list[list]:
-    with ReadAhead(files(number), read, batch_size) as batches:
-        return list(batches)
+    return list(read_ahead(files(number), read, batch_size))
 
 
 @pytest.mark.parametrize("allowed", [1, SIDE * SIDE, 5 * SIDE * SIDE, 10**9])
 def test_all_pictures_come_in_order_whatever_the_bound(monkeypatch, allowed):
-    monkeypatch.setattr(read_ahead, "MAX_PIXELS", allowed)
+    monkeypatch.setattr(adding, "BATCH_PIXELS", allowed)
     times = random.Random(0)
 
     def read(file: FileState) -> Picture:
@@ -48,8 +49,8 @@ def test_all_pictures_come_in_order_whatever_the_bound(monkeypatch, allowed):
         assert [len(batch) for batch in batches] == [8] * 12 + [4]
 
 
-def test_no_more_pixels_wait_than_are_allowed_and_one_for_each_thread(monkeypatch):
-    monkeypatch.setattr(read_ahead, "MAX_PIXELS", 5 * SIDE * SIDE)
+def test_of_whole_pictures_no_more_wait_than_a_batch_and_the_threads(monkeypatch):
+    monkeypatch.setattr(adding, "BATCH_PIXELS", 5 * SIDE * SIDE)
     held, most, lock = [0], [0], threading.Lock()
 
     def read(file: FileState) -> Picture:
@@ -58,17 +59,15 @@ def test_no_more_pixels_wait_than_are_allowed_and_one_for_each_thread(monkeypatc
             most[0] = max(most[0], held[0])
         return picture(file)
 
-    with ReadAhead(files(60), read, 16) as batches:
-        for batch in batches:
-            time.sleep(0.005)  # the model computes, and the threads go on
-            with lock:
-                held[0] -= len(batch)
-    assert 5 <= most[0] <= 5 + read_ahead.DECODERS
+    for batch in read_ahead(files(60), read, 16, whole=True):
+        time.sleep(0.005)  # the model computes, and the threads go on
+        with lock:
+            held[0] -= len(batch)
+    assert 5 <= most[0] <= 5 + DECODERS
 
 
 def test_leaving_early_ends_the_threads():
     before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), ReadAhead(files(1000), picture, 4) as batches:
+    with closing(read_ahead(files(1000), picture, 4)) as batches:
         next(batches)
-        raise KeyboardInterrupt
     assert threading.active_count() == before

@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks import search, search_tables
-from capivara_search.picture_columns import schema
+from capivara_search.table_columns import schema
 
 
 def test_recall_is_the_share_of_the_nearest_rows():

@@ -1,60 +1,55 @@
-"""What the Tab key offers: every command and flag, in the shells themselves where they are installed."""
+"""What the Tab key offers: every command and flag, by click's own completion of the shells."""
 
+import os
 import shutil
 import subprocess
+import sys
 
 import pytest
+from click.shell_completion import BashComplete
 
-from capivara_search.command_flags import COMMANDS, SHELLS, parser
-from capivara_search.shell_completion import completion
-from capivara_search.terminal import Words
-
-NAMES = [*COMMANDS, *COMMANDS.values()]
+from capivara_search.command import COMPLETE, SHELLS, command_line, main
+from capivara_search.show import COMMANDS, Words
 
 
-@pytest.fixture(scope="module")
-def scripts() -> dict[tuple[str, str], str]:
-    return {(shell, lang): completion(parser(Words(lang)), shell) for shell in SHELLS for lang in ("pt", "en")}
+def offered(*words: str) -> set[str]:
+    """What fits the last of some words."""
+    complete = BashComplete(command_line(Words("en")), {}, "capivara", COMPLETE)
+    return {
+        item.value if item.type == "plain" else item.type
+        for item in complete.get_completions(list(words[:-1]), words[-1])
+    }
 
 
-def offered(script: str, *words: str) -> set[str]:
-    """What bash completes, with the last of `words` under the cursor."""
-    typed = " ".join(f"'{word}'" for word in ("capivara", *words))
-    ask = f"COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _capivara; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    done = subprocess.run(["bash", "--norc", "-c", f"{script}\n{ask}"], capture_output=True, text=True, check=True)
-    assert not done.stderr
-    return set(done.stdout.split())
-
-
-def test_bash_offers_commands_flags_and_choices(scripts):
-    script = scripts["bash", "en"]
-    assert offered(script, "") == set(NAMES)
-    assert offered(script, "s") == {"search", "status"}
-    assert {"--lang", "--version"} <= offered(script, "--")
-    assert offered(script, "buscar", "um", "gato", "--pict") == {"--pictures"}
-    assert offered(script, "--lang", "en", "search", "--s") == {"--since"}
-    assert offered(script, "index", "--executor", "") == {"local", "slurm", "ray"}
-    assert offered(script, "completar", "") == set(SHELLS)
-    assert offered(script, "index", "fo") == set(), "files are bash's own matter"
+def test_commands_flags_and_choices_are_offered():
+    assert offered("") == {*COMMANDS, *COMMANDS.values()}
+    assert offered("s") == {"search", "status"}
+    assert {"--lang", "--version"} <= offered("--")
+    assert offered("buscar", "um", "gato", "--pict") == {"--pictures"}
+    assert offered("--lang", "en", "search", "--s") == {"--since"}
+    assert offered("index", "--executor", "") == {"local", "slurm", "ray"}
+    assert offered("completar", "") == set(SHELLS)
+    assert offered("index", "fo") == {"dir"} and offered("search", "--like", "x") == {"file"}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_every_command_and_flag_is_in_every_script(scripts, shell):
-    main = parser(Words("pt"))
-    for lang in ("pt", "en"):
-        script = scripts[shell, lang]
-        assert not [name for name in NAMES if name not in script]
-        flags = {flag for command in COMMANDS for flag in main.flags_of(command)}
-        written = {f"-l {flag[2:]}" if flag.startswith("--") else f"-s {flag[1:]}" for flag in flags}
-        assert not [flag for flag in (written if shell == "fish" else flags) if flag not in script]
-    assert shell == "bash" or scripts[shell, "pt"] != scripts[shell, "en"], "zsh and fish show what a flag does"
-
-
-@pytest.mark.parametrize("shell", SHELLS)
-def test_the_shell_itself_reads_the_script(scripts, shell, tmp_path):
+def test_the_shell_itself_reads_the_script(shell, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["completion", shell])
+    script = capsys.readouterr().out
+    assert ended.value.code == 0 and f"{COMPLETE}={shell}_complete" in script
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    for lang in ("pt", "en"):
-        path = tmp_path / f"{lang}.{shell}"
-        path.write_text(scripts[shell, lang], encoding="utf-8")
-        subprocess.run([shell, "-n", str(path)], check=True)
+    (tmp_path / "script").write_text(script, encoding="utf-8")
+    subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+
+
+def test_bash_asks_the_command(tmp_path):
+    program = tmp_path / "capivara"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m capivara_search "$@"\n')
+    program.chmod(0o755)
+    ask = 'eval "$(capivara completion bash)"; COMP_WORDS=(capivara buscar --pict); COMP_CWORD=2; '
+    ask += '_capivara_completion capivara; echo "${COMPREPLY[@]}"'
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "--norc", "-c", ask], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["--pictures"], done.stderr

@@ -152,17 +152,6 @@ def test_real_weights_of_multilingual_e5():
     np.testing.assert_allclose(open_text_tower(folder).embed(texts), of_the_model(folder, texts), rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_at_full_size(tmp_path):
-    """XLM-R base with its own vocabulary and random weights."""
-    from capivara_search.miniature_encoders import load_tokenizer
-
-    randomise(CapivaraModel(CapivaraConfig())).save_pretrained(tmp_path)
-    CapivaraProcessor(CapivaraImageProcessor(), load_tokenizer()).save_pretrained(tmp_path)
-    texts = awkward_texts(70)
-    np.testing.assert_allclose(open_text_tower(tmp_path).embed(texts), of_the_model(tmp_path, texts), rtol=0, atol=1e-5)
-
-
 # --- Left to the model ------------------------------------------------------------------------------------------------
 
 

@@ -25,8 +25,7 @@ from typing import Any
 import PIL.Image
 
 from capivara_common.image_files import BadImage, decode_image, open_image
-from capivara_search.picture_files import FileState, decode_picture
-from capivara_search.picture_pixels import at_most, on_white
+from capivara_search.picture_files import FileState, at_most, decode_picture, on_white
 
 PROGRAM = "import sys; from capivara_search.page.decoder import main; main(int(sys.argv[1]), float(sys.argv[2]))"
 ROOT = Path(__file__).resolve().parents[2]

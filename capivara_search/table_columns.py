@@ -9,7 +9,7 @@ what is known of the whole.
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import date, datetime, time, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +21,16 @@ from capivara_search.results import Hit
 LAYOUT = 1  # of the tables; a later one that this version can't read has a larger number
 LAYOUT_KEY = b"capivara.layout"
 PICTURES, LEFT_OUT, ABOUT = "pictures", "left_out", "about"
+KEYS = {LEFT_OUT: "path", ABOUT: "key", PICTURES: "path"}  # an index is there when its pictures are, the last of them
 FOLDER_KEY = "folder:"  # in `about`, before the path of a folder that was added
 MODEL_KEY = "model:"  # before the image_digest of a model whose name is the value
-KEYS = {PICTURES: "path", LEFT_OUT: "path", ABOUT: "key"}
 THUMBNAIL = "thumbnail"
 VECTOR = "vector"  # in rows that are no part of a table: that of the model in use
 HIT_COLUMNS = ("path", "width", "height", "taken", "latitude", "longitude", "size", "mtime_ns")
 
+EARLIEST, LATEST = date(1800, 1, 1), date(2200, 1, 1)  # days that a file's time in nanoseconds can be compared with
 # Two who insert the same key at the same time are told apart by it.
 KEY = {b"lance-schema:unenforced-primary-key:position": b"1"}
-LEFT_OUT_SCHEMA = pa.schema(
-    [
-        pa.field("path", pa.string(), False, KEY),
-        pa.field("size", pa.int64(), False),
-        pa.field("mtime_ns", pa.int64(), False),
-        pa.field("reason", pa.string(), False),
-    ]
-)
-ABOUT_SCHEMA = pa.schema([pa.field("key", pa.string(), False, KEY), pa.field("value", pa.string(), False)])
-
-EARLIEST, LATEST = date(1800, 1, 1), date(2200, 1, 1)  # days that a file's time in nanoseconds can be compared with
 
 
 def schema(width: int) -> pa.Schema:
@@ -69,19 +59,12 @@ def vector_column(width: int) -> str:
     return f"vector_{width}"
 
 
-EMPTY = {PICTURES: schema(1), LEFT_OUT: LEFT_OUT_SCHEMA, ABOUT: ABOUT_SCHEMA}
-
-
-def check_layout(found: pa.Schema, where: str) -> None:
-    """Raise ValueError where a table was not made by this project, or by a newer version of it."""
-    number = (found.metadata or {}).get(LAYOUT_KEY, b"").decode(errors="replace")
-    if not number.isdigit():
-        raise ValueError(f"The table at {where} was not made by capivara. Choose another place for the index.")
-    if int(number) > LAYOUT:
-        raise ValueError(
-            f"The index {where} has layout {number}, this version of capivara reads up to {LAYOUT}. Install a newer "
-            "one, or make another index at another place."
-        )
+EMPTY = {
+    PICTURES: schema(1),
+    LEFT_OUT: pa.schema([*(schema(1).field(name) for name in ("path", "size", "mtime_ns")),
+                         pa.field("reason", pa.string(), False)]),
+    ABOUT: pa.schema([pa.field("key", pa.string(), False, KEY), pa.field("value", pa.string(), False)]),
+}  # fmt: skip
 
 
 def to_arrow(rows: Sequence[Mapping[str, Any]], columns: pa.Schema) -> pa.Table:
@@ -123,11 +106,8 @@ def among(column: str, values: Iterable[str]) -> str:
 
 def within(*folders: str | Path) -> str:
     """The clause for rows of folders, with the folders in them, or of single files."""
-    clauses = []
-    for folder in folders:
-        path = str(folder).rstrip(os.sep)
-        clauses.append(f"path = {quoted(path)} OR starts_with(path, {quoted(path + os.sep)})")
-    return f"({' OR '.join(clauses)})"
+    paths = [str(folder).rstrip(os.sep) for folder in folders]
+    return "(" + " OR ".join(f"path = {quoted(p)} OR starts_with(path, {quoted(p + os.sep)})" for p in paths) + ")"
 
 
 def taken_between(since: date | None, until: date | None) -> list[str]:
@@ -135,11 +115,9 @@ def taken_between(since: date | None, until: date | None) -> list[str]:
     clauses = []
     for day, sign, after in ((since, ">=", 0), (until, "<", 1)):
         if day is not None:
-            day = min(max(day, EARLIEST), LATEST) + timedelta(days=after)
-            start = datetime.combine(day, time())
-            modified = int(start.timestamp()) * 10**9
+            start = datetime.combine(min(max(day, EARLIEST), LATEST) + timedelta(days=after), datetime.min.time())
             clauses.append(
                 f"((taken IS NOT NULL AND taken {sign} timestamp '{start:%Y-%m-%d %H:%M:%S}')"
-                f" OR (taken IS NULL AND mtime_ns {sign} {modified}))"
+                f" OR (taken IS NULL AND mtime_ns {sign} {int(start.timestamp()) * 10**9}))"
             )
     return clauses

@@ -1,6 +1,6 @@
 """What a terminal is shown: words in two languages, texts that can do it no harm, tables, and pictures where it can.
 
-    from capivara_search.terminal import Words, contact_sheet, screen
+    from capivara_search.show import Words, contact_sheet, screen
 
     words = Words("pt")
     print(words.count("new", 213))  # 213 imagens novas
@@ -9,16 +9,18 @@
 Names of files are other people's: whatever in them a terminal would obey is shown as an escape such as `\\x1b`.
 """
 
-import base64
-import io
 import os
 import re
+import shutil
+import subprocess
+import sys
+import time
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import quote
@@ -26,7 +28,19 @@ from urllib.parse import quote
 if TYPE_CHECKING:
     import PIL.Image
 
-KINDS = ("kitty", "iterm", "sixel", "blocks")  # of pictures, the best first
+# English name of a command -> its Portuguese name; both work in both languages.
+COMMANDS = {
+    "index": "indexar",
+    "search": "buscar",
+    "classify": "classificar",
+    "app": "abrir",
+    "status": "estado",
+    "forget": "esquecer",
+    "export": "exportar",
+    "duplicates": "duplicatas",
+    "completion": "completar",
+}
+PICTURES = ("auto", "blocks", "no")  # how they may be shown
 # What a terminal obeys or hides: control and format characters (marks of writing direction, soft hyphens, tag letters),
 # separators of lines, and what is no character at all, such as a byte of a file's name that is no UTF-8. Format
 # characters that names need stay: joiners (Arabic, Indic, emoji), and signs that are seen (numbers in Arabic).
@@ -36,11 +50,15 @@ UNSAFE = re.compile(
 )
 # How a cell begins that a spreadsheet would run or compute; a single quote before it makes it a text.
 FORMULA = r"^([=+\-@\t\r])"
-TILE_COLUMNS = {"blocks": 34}  # least width of a picture, in characters: two pixels of a block are one character
-OTHER_TILE_COLUMNS = 22
+MOST_OPENED = 12  # pictures, by --open: more windows at once are of no use
+VIEWER_S = 3  # within which a viewer that can't open a picture has ended
+VIEWERS = {"darwin": "open"}  # platform -> what opens a file in the system's viewer
+TILE_COLUMNS = 34  # least width of a picture: two pixels of a block are one character
 TILE_SHAPE = 0.375  # rows by columns: 4 by 3, of characters that are twice as high as wide
-USUAL_CELL = (10, 20)  # pixels of a character, where the terminal does not say
-ANSWER_WITHIN_S = 0.5  # of the terminal; over a slow line it is then taken for one without pictures
+
+
+class Unusable(Exception):
+    """The index, the model or a program of the system can't be used; the text says it in the language."""
 
 
 class Words:
@@ -58,22 +76,14 @@ class Words:
         """Whether there is such a text."""
         return key in self._texts
 
-    def of_library(self, text: str) -> tuple[str, int | None]:
-        """What the library says in English, harmless and in one line; in the language where `words.yaml` has it.
-
-        The second is the exit code of the error, where it has one of its own.
-        """
-        text = harmless(" ".join(text.split()))
-        for key, entry in self._texts.items():
-            if key.startswith("library.") and (found := re.search(entry["match"], text)):
-                code = int(entry["code"]) if "code" in entry else None
-                return self(key, **found.groupdict()) if self.language in entry else text, code
-        return text, None
+    def command(self, english: str) -> str:
+        """The name of a command."""
+        return COMMANDS[english] if self.language == "pt" else english
 
     def reason(self, text: str) -> str:
-        """Why a file was left out, harmless: `reason: detail`, of which other languages have the reason alone."""
+        """Why a file was left out, printable: `reason: detail`, of which other languages have the reason alone."""
         key = f"reason.{text.partition(':')[0]}"
-        return self(key) if self.language != "en" and self.has(key) else harmless(text)
+        return self(key) if self.language != "en" and self.has(key) else printable(text)
 
     def __call__(self, key: str, **values: Any) -> str:
         """The text with its `{name}` filled in."""
@@ -116,7 +126,7 @@ def _texts() -> dict[str, dict[str, str | list[str]]]:
     return yaml.load(content, Loader=getattr(yaml, "CBaseLoader", yaml.BaseLoader))
 
 
-def harmless(text: str) -> str:
+def printable(text: str) -> str:
     """A text of somebody else's, in one line, with nothing in it that a terminal obeys."""
     return UNSAFE.sub(lambda found: _escape(ord(found[0])), text)
 
@@ -130,20 +140,20 @@ def _escape(code: int) -> str:
 
 
 def text_cell(text: str) -> str:
-    """A text of somebody else's as a cell of CSV: harmless to a terminal, and to a spreadsheet."""
-    return re.sub(FORMULA, r"'\1", harmless(text))
+    """A text of somebody else's as a cell of CSV: printable to a terminal, and to a spreadsheet."""
+    return re.sub(FORMULA, r"'\1", printable(text))
 
 
 def shown_path(path: str) -> str:
-    """A path from the current folder where it lies below it, else from ~, else whole; harmless to a terminal."""
+    """A path from the current folder where it lies below it, else from ~, else whole; printable to a terminal."""
     for folder, name in ((os.getcwd(), ""), (os.path.expanduser("~"), "~/")):
         if folder != "/" and path.startswith(folder.rstrip("/") + "/"):
-            return harmless(name + path[len(folder.rstrip("/")) + 1 :])
-    return harmless(path)
+            return printable(name + path[len(folder.rstrip("/")) + 1 :])
+    return printable(path)
 
 
 def width(text: str) -> int:
-    """Columns that a harmless text takes: none for a combining mark, two for a wide letter."""
+    """Columns that a printable text takes: none for a combining mark, two for a wide letter."""
     drawn = (c for c in text if unicodedata.category(c) not in ("Mn", "Me", "Cf"))
     return sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in drawn)
 
@@ -170,7 +180,7 @@ def table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[
 
 def link(path: str, text: str) -> str:
     """The text, which opens the file where the terminal lets links be clicked; without a link for a strange name."""
-    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if harmless(path) == path else text
+    return f"\x1b]8;;file://{quote(path)}\x1b\\{text}\x1b]8;;\x1b\\" if printable(path) == path else text
 
 
 @dataclass(frozen=True)
@@ -178,91 +188,30 @@ class Screen:
     """What a terminal can show.
 
     Attributes:
-        kind: of pictures, one of KINDS; None where it shows none.
+        pictures: whether it shows them, as blocks of colour, two pixels a character.
         columns: characters of a line.
         lines: that are seen at once.
-        cell: pixels of a character, width and height.
         links: whether files can be clicked.
     """
 
-    kind: str | None
+    pictures: bool
     columns: int = 80
     lines: int = 24
-    cell: tuple[int, int] = USUAL_CELL
     links: bool = False
 
 
 def screen(stream: TextIO, pictures: str = "auto", environment: Mapping[str, str] = os.environ) -> Screen:
-    """What the terminal behind `stream` can show, by its own words.
+    """What the terminal behind `stream` can show, by the variables that it has set.
 
     Args:
         stream: that is written to; a file or a pipe shows no pictures, unless they are asked for.
-        pictures: auto, no, or one of KINDS, which is then taken for granted.
+        pictures: one of PICTURES; blocks are taken for granted.
         environment: as the terminal has set it.
     """
-    import shutil
-
-    columns, lines = shutil.get_terminal_size()
-    terminal = stream.isatty() and environment.get("TERM", "dumb") != "dumb"
-    colours = terminal and environment.get("COLORTERM", "") in ("truecolor", "24bit")
-    kind = None if pictures == "no" else pictures
-    if pictures == "auto":
-        kind = _kind(stream, environment, colours) if terminal else None
-    return Screen(kind, columns, lines, _cell(stream) if terminal else USUAL_CELL, links=colours)
-
-
-def _kind(stream: TextIO, environment: Mapping[str, str], colours: bool) -> str | None:
-    name, program = environment.get("TERM", ""), environment.get("TERM_PROGRAM", "")
-    if not name.startswith(("screen", "tmux")):  # which pass on neither of the two
-        if name in ("xterm-kitty", "xterm-ghostty") or environment.get("KITTY_WINDOW_ID"):
-            return "kitty"
-        if program in ("iTerm.app", "WezTerm") or environment.get("LC_TERMINAL") == "iTerm2":
-            return "iterm"
-    if _knows_sixel(stream):
-        return "sixel"
-    blocks = colours and "NO_COLOR" not in environment and "utf" in (stream.encoding or "").lower()
-    return "blocks" if blocks else None
-
-
-def _knows_sixel(stream: TextIO) -> bool:
-    """Ask the terminal for its device attributes (DA1 of DEC's VT family): 4 among them is sixel."""
-    import select
-    import sys
-    import termios
-    import tty
-
-    answer = b""
-    try:
-        keys, screen = sys.stdin.fileno(), stream.fileno()
-        # In the background a process that changes the terminal is stopped by it.
-        if not sys.stdin.isatty() or os.tcgetpgrp(keys) != os.getpgrp():
-            return False
-        before = termios.tcgetattr(keys)
-        try:
-            tty.setcbreak(keys, termios.TCSADRAIN)
-            stream.flush()
-            os.write(screen, b"\x1b[c")
-            while not answer.endswith(b"c") and select.select([keys], [], [], ANSWER_WITHIN_S)[0]:
-                answer += os.read(keys, 1)
-        finally:
-            termios.tcsetattr(keys, termios.TCSADRAIN, before)
-    except (OSError, ValueError, termios.error):
-        return False
-    found = re.search(rb"\x1b\[\?([\d;]+)c$", answer)
-    return found is not None and b"4" in found[1].split(b";")[1:]
-
-
-def _cell(stream: TextIO) -> tuple[int, int]:
-    import fcntl
-    import struct
-    import termios
-
-    try:
-        answer = fcntl.ioctl(stream.fileno(), termios.TIOCGWINSZ, b"\0" * 8)
-    except OSError:
-        return USUAL_CELL
-    rows, columns, wide, high = struct.unpack("HHHH", answer)
-    return (wide // columns, high // rows) if rows and columns and wide >= columns and high >= rows else USUAL_CELL
+    colours = stream.isatty() and environment.get("TERM", "dumb") != "dumb"
+    colours = colours and environment.get("COLORTERM", "") in ("truecolor", "24bit")
+    shown = colours and "NO_COLOR" not in environment and "utf" in (stream.encoding or "").lower()
+    return Screen(pictures == "blocks" or (pictures == "auto" and shown), *shutil.get_terminal_size(), links=colours)
 
 
 def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], screen: Screen, lines: int = 10**9) -> str:
@@ -270,27 +219,25 @@ def contact_sheet(pictures: Sequence[bytes | None], captions: Sequence[str], scr
 
     Args:
         pictures: files of small pictures; one that is None or broken leaves its place empty.
-        captions: one for each; harmless.
+        captions: one for each; printable.
         screen: of the terminal.
         lines: that the sheet may take; rows that do not fit are left out, but for the first.
     """
-    if screen.kind is None:
+    if not screen.pictures:
         return ""
-    across = max(1, (screen.columns - 1) // TILE_COLUMNS.get(screen.kind, OTHER_TILE_COLUMNS))
+    across = max(1, (screen.columns - 1) // TILE_COLUMNS)
     columns = min((screen.columns - 1) // across, 60)
     rows = max(1, round(columns * TILE_SHAPE))
     shown = max(1, lines // (rows + 1)) * across
     text = ""
     for start in range(0, min(shown, len(pictures)), across):
         row = slice(start, min(start + across, shown))
-        cell = (1, 2) if screen.kind == "blocks" else screen.cell
-        sheet = _side_by_side(pictures[row], across, (columns * cell[0], rows * cell[1]), cell[0])
-        text += _drawn(sheet, screen.kind, columns * across, rows)
+        text += _blocks(_side_by_side(pictures[row], across, (columns, 2 * rows)))
         text += "".join(cut(f" {caption}", columns) for caption in captions[row]).rstrip() + "\n"
     return text
 
 
-def _side_by_side(pictures: Sequence[bytes | None], across: int, place: tuple[int, int], gap: int) -> "PIL.Image.Image":
+def _side_by_side(pictures: Sequence[bytes | None], across: int, place: tuple[int, int]) -> "PIL.Image.Image":
     """One transparent picture of a row of `across` places, in pixels; each picture as large as its place lets it be."""
     import PIL.Image
 
@@ -302,29 +249,11 @@ def _side_by_side(pictures: Sequence[bytes | None], across: int, place: tuple[in
             picture = decode_image({"bytes": data, "path": None}).convert("RGBA")
         except BadImage:
             continue
-        scale = min((place[0] - gap) / picture.width, place[1] / picture.height)
+        scale = min((place[0] - 1) / picture.width, place[1] / picture.height)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-        at = (number * place[0] + gap, place[1] - size[1])  # above the first letter of its caption
+        at = (number * place[0] + 1, place[1] - size[1])  # above the first letter of its caption
         sheet.paste(picture.resize(size, PIL.Image.Resampling.LANCZOS), at)
     return sheet
-
-
-def _drawn(image: "PIL.Image.Image", kind: str, columns: int, rows: int) -> str:
-    """A picture as text that draws it in so many columns and rows, and ends in the line below."""
-    if kind == "blocks":
-        return _blocks(image)
-    if kind == "sixel":
-        return _sixel(image) + "\n"
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    if kind == "iterm":  # https://iterm2.com/documentation-images.html
-        options = f"inline=1;size={len(file.getvalue())};width={columns};height={rows};preserveAspectRatio=0"
-        return f"\x1b]1337;File={options}:{data}\x07\n"
-    # https://sw.kovidgoyal.net/kitty/graphics-protocol/: at most 4096 letters at a time, q=2 for no answer
-    parts = [data[start : start + 4096] for start in range(0, len(data), 4096)]
-    heads = [f"a=T,f=100,q=2,c={columns},r={rows},"] + [""] * (len(parts) - 1)
-    return "".join(f"\x1b_G{h}m={int(p is not parts[-1])};{p}\x1b\\" for h, p in zip(heads, parts, strict=True)) + "\n"
 
 
 def _blocks(image: "PIL.Image.Image") -> str:
@@ -345,24 +274,63 @@ def _blocks(image: "PIL.Image.Image") -> str:
     return text
 
 
-def _sixel(image: "PIL.Image.Image") -> str:
-    """Six rows of pixels at a time, colour by colour (VT330/VT340 manual, chapter 14); clear pixels stay unset."""
-    import numpy as np
+def open_pictures(paths: Sequence[str], words: Words) -> None:
+    """Open pictures in the system's viewer.
 
-    clear = np.asarray(image)[..., 3] < 128
-    few = image.convert("RGB").quantize(255)
-    numbers, palette = np.asarray(few).astype(int), few.getpalette()
-    numbers[clear] = -1
-    text = f'\x1bP0;1;0q"1;1;{image.width};{image.height}'
-    for number in np.unique(numbers[~clear]).tolist():
-        red, green, blue = (round(value / 2.55) for value in palette[3 * number : 3 * number + 3])
-        text += f"#{number};2;{red};{green};{blue}"
-    for start in range(0, image.height, 6):
-        band = numbers[start : start + 6]
-        weights = 1 << np.arange(len(band))
-        for number in np.unique(band[band >= 0]).tolist():
-            letters = (weights @ (band == number) + 63).astype(np.uint8).tobytes().decode("ascii").rstrip("?")
-            runs = ((letter, len(list(run))) for letter, run in groupby(letters))
-            text += f"#{number}" + "".join(f"!{n}{c}" if n > 3 else c * n for c, n in runs) + "$"
-        text += "-"
-    return text + "\x1b\\"
+    An index may be of others, and its paths lead to anything: what is no picture any longer, or has another name than
+    its format, is not opened, since the system would start what it finds there, by its name.
+
+    Raises:
+        Unusable: the system has no viewer, or it does not open the pictures.
+    """
+    from capivara_common.image_files import BadImage
+    from capivara_search.picture_files import open_query_picture
+
+    viewer = VIEWERS.get(sys.platform, "xdg-open")
+    if shutil.which(viewer) is None:
+        raise Unusable(words("no_viewer", name=viewer))
+    if len(paths) > MOST_OPENED:
+        say(words("opening_most", most=MOST_OPENED))
+    started = {}
+    for path in paths[:MOST_OPENED]:
+        try:
+            open_query_picture(path)
+            other = _format_unlike_name(path)
+        except (BadImage, ValueError, OSError):
+            say(words("not_opened", path=shown_path(path)))
+            continue
+        if other:
+            say(words("not_opened_name", format=other, path=shown_path(path)))
+            continue
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        started[path] = subprocess.Popen([viewer, path], start_new_session=True, **quiet)
+    deadline = time.monotonic() + VIEWER_S
+    for path, process in started.items():
+        with suppress(subprocess.TimeoutExpired):  # it shows the picture until it is closed
+            if code := process.wait(max(0, deadline - time.monotonic())):
+                raise Unusable(words("viewer_failed", path=shown_path(path), name=viewer, code=code))
+
+
+def _format_unlike_name(path: str) -> str | None:
+    """The format of the bytes of a picture, where its name ends as those of another one; else None.
+
+    Raises:
+        BadImage, OSError: it can't be read.
+    """
+    import PIL.Image
+
+    from capivara_common.image_files import MAX_IMAGE_BYTES, open_image, open_regular_file
+    from capivara_search.picture_files import MAX_PICTURE_PIXELS, RAW_SUFFIXES
+
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in RAW_SUFFIXES:  # as which it was read before
+        return None
+    with open_regular_file(path, "the file") as file:
+        found = open_image(file.read(MAX_IMAGE_BYTES), "the file", MAX_PICTURE_PIXELS).format
+    of_name = PIL.Image.registered_extensions().get(suffix)
+    return None if of_name == {"MPO": "JPEG"}.get(found, found) else found  # phones' JPEG may hold a second picture
+
+
+def say(text: str) -> None:
+    """Beside the results: what is no result goes to stderr."""
+    print(text, file=sys.stderr)
