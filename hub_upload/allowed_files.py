@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import PIL.Image
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
-from capivara_common.privacy import machine_path_in, own_paths, secret_in
+from capivara_common.privacy import machine_path_in, own_paths, printable, secret_in
 
 _PARTS = "checks configuration image_classification image_processing modeling processing"
 MODEL_CODE = tuple(f"{part}_capivara.py" for part in (*_PARTS.split(), "text_repair", "tokenization"))
@@ -38,6 +40,16 @@ BINARY = (
 )
 CHUNK_BYTES = 2**24
 MAX_HEADER_BYTES = 100_000_000  # of safetensors; its own reader takes no more
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError unless it is `owner/name` as the Hub takes it."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(printable(f"The repository id {repo_id!r} is not one of the Hub: {error}")) from None
+    if repo_id.count("/") != 1:
+        raise ValueError(f"The repository id must be owner/name, such as my-name/my-model, got {printable(repo_id)!r}.")
 
 
 def allowed_files(folder: Path) -> list[Path]:

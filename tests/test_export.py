@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from tiny import TINY_TEXT, TINY_VISION, randomise, tiny_config, tiny_tokenizer
 from transformers import TimmWrapperConfig
 
-from hub_upload import loader_files
 from hub_upload.export import FORMATS, export
-from hub_upload.loader_files import text_config_source
+from hub_upload.formats import open_clip as open_clip_format
+from hub_upload.formats.open_clip import text_config_source
 from modeling_capivara import (
     CapivaraConfig,
     CapivaraImageProcessor,
@@ -310,7 +310,7 @@ def test_text_config_must_be_the_models(source, tmp_path):
 
 def test_a_whole_model_on_the_hub_is_no_text_tower(source, monkeypatch):
     config = CapivaraConfig.from_pretrained(source)
-    monkeypatch.setattr(loader_files.AutoConfig, "from_pretrained", lambda name, **options: config)
+    monkeypatch.setattr(open_clip_format.AutoConfig, "from_pretrained", lambda name, **options: config)
     with pytest.raises(ValueError, match="is a whole CAPIVARA model"):
         text_config_source(config, "us/capivara")
 
@@ -327,11 +327,11 @@ def test_tokenizer_kind_is_the_one_that_gives_the_models_ids(source, tmp_path):
     own = transformers.XLMRobertaTokenizer(vocab=pieces)
     own.save_pretrained(tmp_path / "own")
     assert (
-        loader_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), CapivaraTokenizer.from_tokenizer(own))
+        open_clip_format.tokenizer_type(tmp_path / "own", CapivaraConfig(), CapivaraTokenizer.from_tokenizer(own))
         == "xlm-roberta"
     )
     with pytest.raises(ValueError, match="would read the tokenizer"):
-        loader_files.tokenizer_type(tmp_path / "own", CapivaraConfig(), ours)
+        open_clip_format.tokenizer_type(tmp_path / "own", CapivaraConfig(), ours)
 
 
 def test_what_open_clip_cannot_build_is_refused_before_anything_is_written(tmp_path, tiny_processor):

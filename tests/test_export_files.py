@@ -381,7 +381,11 @@ def test_unknown_formats(tiny_folder, tmp_path, formats, message):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--format", "onnx"], r"error: .*--format"), (["--repo_id", "my-model"], r"error: .* must be owner/name")],
+    [
+        (["--format", "onnx"], r"error: .*--format"),
+        (["--recall_split", "test"], r"`--recall_split` is gone: .*json"),
+        (["--repo_id", "my-model"], r"error: .* must be owner/name"),
+    ],
 )
 def test_wrong_flags_are_one_line(tiny_folder, tmp_path, flags, message):
     with pytest.raises(SystemExit, match=message):
@@ -421,14 +425,6 @@ def test_a_missing_extra_says_how_to_get_it(tiny_folder, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r'needs onnxscript, .*: pip install -e "\.\[onnx\]"$'):
         export(tiny_folder, tmp_path / "repository", FORMATS)
     assert not (tmp_path / "repository").exists()
-
-
-def test_recall_needs_the_graphs(tiny_folder, tmp_path):
-    command = ["--model", str(tiny_folder), "--output", str(tmp_path / "repository"), "--formats", "transformers"]
-    with pytest.raises(SystemExit, match="recall_dataset is for the int8 graphs of onnx"):
-        main([*command, "--recall_dataset", "somewhere"])
-    with pytest.raises(SystemExit, match="somewhere"):  # blanks between the formats are none of their names
-        main([*command[:-1], "transformers, onnx", "--recall_dataset", "somewhere"])
 
 
 def test_help_keeps_commands_on_their_lines(capsys):

@@ -21,7 +21,7 @@ from examples.openmoji.concepts import concept_rows, split_concepts
 from examples.openmoji.dataset import render_png
 from examples.tune_sentence_transformers import clip_loss_of, main, model_card, pairs, recall_evaluator
 from hub_upload.export import export
-from hub_upload.loader_files import write_sentence_transformers
+from hub_upload.formats.open_clip import write_sentence_transformers
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.two_towers import random_images
 
