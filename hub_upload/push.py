@@ -176,7 +176,7 @@ def plan(args: PushArguments) -> PushPlan:
     paths = files_to_send(args.model, args.repo_type)
     metadata = card_metadata(args.model / CARD) if Path(CARD) in paths else None
     with hub_errors(args.repo_id, args.repo_type):
-        user = _twice(lambda: _text(HfApi().whoami(cache=True)["name"])) if get_token() else None
+        user = str(_twice(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
         remote = _look(args.repo_id, args.repo_type, args.revision)
     found = PushPlan(args, user, remote, _notes(args, metadata, user, remote))
     for path in map(Path.as_posix, paths):
@@ -416,7 +416,7 @@ def _look(repo_id: str, repo_type: str, revision: str) -> Remote:
     heads = {ref.name: ref.target_commit for ref in refs.branches}
     heads |= {ref.ref: ref.target_commit for ref in refs.pull_requests or []}
     tags = {ref.name: ref.target_commit for ref in refs.tags}
-    start = _text(heads.get(revision) or heads.get("main") or info.sha)
+    start = str(heads.get(revision) or heads.get("main") or info.sha)
     return Remote(True, info.private, heads.get(revision), start, tags, _files(repo_id, repo_type, start))
 
 
@@ -426,17 +426,11 @@ def _files(repo_id: str, repo_type: str, revision: str) -> dict[str, RepoFile]:
     return {file.path: file for file in listed if isinstance(file, RepoFile)}
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.60} is no text")
-    return value
-
-
 def _is_lost(error: BaseException) -> bool:
     """Whether the connection broke or the Hub is in trouble: the same call may succeed a little later."""
-    return (
-        error.response.status_code in TRY_AGAIN if isinstance(error, HfHubHTTPError) else isinstance(error, HTTPError)
-    )
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in TRY_AGAIN
+    return isinstance(error, HTTPError)
 
 
 def _twice(call: Callable[[], T]) -> T:

@@ -318,7 +318,7 @@ def test_what_is_no_exchange(model, base, tmp_path):
     refused("to the bit: there is nothing to exchange", base, base, tmp_path / "out")
     refused("no-such does not exist", model, tmp_path / "no-such", tmp_path / "out")
     refused("a folder of its own; name no other format", model, base, tmp_path / "out", "--formats", "drop_in,onnx")
-    refused("are for a whole repository", model, base, tmp_path / "out", "--text_config", "us/text")
+    refused("for a whole repository", model, base, tmp_path / "out", "--text_config", "us/text")
     refused("--base is for --formats drop_in", model, base, tmp_path / "out", "--formats", "transformers")
     with pytest.raises(SystemExit, match="drop_in needs --base"):
         main(["--model", str(model), "--output", str(tmp_path / "out"), "--formats", "drop_in"])

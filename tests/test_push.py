@@ -18,7 +18,6 @@ from hub_storage import Faults
 from pyarrow import parquet
 from sampling import one_in
 
-from capivara_common.privacy import printable, redact
 from hub_upload.push import PushArguments, card_metadata, readable_size
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,16 +247,6 @@ def test_no_token(hub, push):
     assert done.code == 1 and "There is no token. Save one" in done.err and not written(hub)
 
 
-def test_token_from_the_token_file(commands, hub, push):
-    (commands.home / "token").parent.mkdir(exist_ok=True)
-    (commands.home / "token").write_text(TOKEN, encoding="utf-8")
-    try:
-        assert push("--push", token=None).code == 0
-    finally:
-        (commands.home / "token").unlink()
-    assert hub.commits("us/model") == ["Add 4 files"]
-
-
 @pytest.mark.parametrize("there", [False, True])
 def test_forbidden(hub, push, folder, there):
     if there:
@@ -266,12 +255,6 @@ def test_forbidden(hub, push, folder, there):
     done = push("--push", token=READ_TOKEN)
     assert done.code == 1 and "The token may not write to us/model (403)" in done.err
     assert "member of us" in done.err and done.err.strip().count("\n") == 0
-
-
-def test_a_private_repository_of_others_is_not_there(hub, push):
-    push("--push", "--private")
-    done = push("--pull-request", "--push", token=READ_TOKEN)
-    assert done.code == 1 and "There is no us/model, or the token does not see it" in done.err
 
 
 def test_a_connection_that_drops_is_tried_again(hub, push, folder):
@@ -469,15 +452,6 @@ def test_a_deadline_is_the_shells(push):
     assert "`--deadline_hours` is gone: a call ends after 300 s" in push("--deadline_hours", "1").err
 
 
-def test_redaction():
-    token = "hf_" + "a1B2" * 9
-    assert redact(f"Bearer xyz {token}: https://me:pass@host/x?X-Amz-Signature=ab12&b=1") == (
-        "Bearer *** hf_***: https://***@host/x?X-Amz-Signature=***&b=1"
-    )
-    assert redact("hf_hub_download of hf_modules") == "hf_hub_download of hf_modules"
-    assert printable("pão\x1b[31m\r\u202e\x9b\n") == "pão\\u001b[31m\\u000d\\u202e\\u009b\n"
-
-
 def test_sizes():
     sizes = (0, 999, 1_000, 1_400_000_000)
     assert [readable_size(size) for size in sizes] == ["0 bytes", "999 bytes", "1.0 kB", "1.40 GB"]
@@ -505,11 +479,6 @@ def test_bad_arguments(tmp_path, fault):
         PushArguments(**{"model": tmp_path, "repo_id": "us/model", **overrides})
 
 
-def test_good_names(tmp_path):
-    for revision in ("main", "v1.0", "feature/x-1", "refs/pr/12"):
-        assert PushArguments(tmp_path, "us/model", revision=revision)
-
-
 def test_card_metadata(folder):
     assert card_metadata(folder / "README.md")["license"] == "mit"
     (folder / "README.md").write_text("# no metadata\n", encoding="utf-8")
@@ -517,12 +486,3 @@ def test_card_metadata(folder):
     (folder / "README.md").write_text("---\n- a\n---\n", encoding="utf-8")
     with pytest.raises(ValueError, match="`key: value` lines"):
         card_metadata(folder / "README.md")
-
-
-@pytest.mark.slow
-def test_it_is_a_program_and_its_help_teaches():
-    done = subprocess.run(
-        [sys.executable, "-m", "hub_upload.push", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for taught in ("--repo-id my-name/my-model --push --private --tag v1.0", "hf auth login", "refs/pr/1", "--delete"):
-        assert taught in done.stdout
