@@ -36,8 +36,16 @@ from capivara_common.files import (
 from capivara_common.privacy import hide_paths
 from capivara_common.weight_file import weight_files
 from hub_upload import allowed_files as allowed
-from hub_upload import onnx_files, transformers_js
-from hub_upload.formats import check_tensors, drop_in, immich, open_clip, read_config, tensor_digests
+from hub_upload.formats import (
+    check_tensors,
+    drop_in,
+    immich,
+    onnx,
+    open_clip,
+    read_config,
+    tensor_digests,
+    transformers_js,
+)
 from hub_upload.formats.open_clip import OPEN_CLIP_WEIGHTS, TEXT_MODEL, OpenClipPlan
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import write_open_clip_weights
@@ -188,7 +196,7 @@ def export(
         if "sentence_transformers" in formats:
             open_clip.write_sentence_transformers(folder)
         if "onnx" in formats:
-            onnx_files.write_onnx(folder)
+            onnx.write_onnx(folder)
         if "transformers_js" in formats:
             transformers_js.write_transformers_js(folder)
         _write_records(model, folder)
@@ -218,7 +226,7 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
     if "transformers_js" in formats and "onnx" not in formats:
         formats.append("onnx")  # whose graphs and weights it reads
     if "onnx" in formats:
-        require("onnx in --formats (leave it out to do without)", "onnx", *onnx_files.ONNX_PACKAGES)
+        require("onnx in --formats (leave it out to do without)", "onnx", *onnx.ONNX_PACKAGES)
     return formats
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config
 
 from capivara_common.image_side_digest import image_difference, image_side_digest
-from hub_upload import onnx_files
 from hub_upload.export import main
+from hub_upload.formats import onnx as onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.convert_open_clip import build_open_clip, open_clip_state_dict
 from modeling_capivara.two_towers import random_images

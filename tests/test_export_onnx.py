@@ -10,7 +10,7 @@ from tiny import TINY_VISION, randomise, tiny_config
 from transformers import TimmWrapperConfig
 
 from hub_upload.export import export, main
-from hub_upload.onnx_files import graphs, open_graph
+from hub_upload.formats.onnx import graphs, open_graph
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_processor
 from modeling_capivara.two_towers import random_images, random_texts

@@ -271,7 +271,7 @@ def test_every_export_that_a_smaller_vocabulary_allows(trimmed, tmp_path, caplog
     from sentence_transformers import SentenceTransformer
 
     from hub_upload.export import export
-    from hub_upload.onnx_files import open_graph
+    from hub_upload.formats.onnx import open_graph
 
     caplog.set_level("INFO", "capivara")
     export(trimmed, tmp_path / "repository")

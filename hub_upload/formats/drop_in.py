@@ -27,10 +27,9 @@ from capivara_common.image_side_digest import image_difference, image_side_diges
 from capivara_common.privacy import hide_paths, short_name
 from capivara_common.weight_file import weight_files
 from capivara_search.models import CONVERTER
-from hub_upload import onnx_files
 from hub_upload.card_facts import LICENCES
 from hub_upload.card_values import MARKDOWN_TEMPLATES, code, code_examples
-from hub_upload.formats import check_tensors, open_clip, read_config, tensor_digests, with_plain_quotes
+from hub_upload.formats import check_tensors, onnx, open_clip, read_config, tensor_digests, with_plain_quotes
 from modeling_capivara import CapivaraModel
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
@@ -59,7 +58,7 @@ def write(source: Path, folder: Path, output: Path, base: str, repo_id: str | No
         ImportError: a package of ONNX is missing.
         OSError: the disk is full.
     """
-    require("--formats drop_in", "onnx", *onnx_files.ONNX_PACKAGES)
+    require("--formats drop_in", "onnx", *onnx.ONNX_PACKAGES)
     config, base_folder = read_config(source), model_folder(base, CONVERTER)
     digest = check_exchangeable(source, base_folder, base)
     model = mapped_model(source, config)
@@ -69,7 +68,7 @@ def write(source: Path, folder: Path, output: Path, base: str, repo_id: str | No
     has_open_clip = _write_open_clip(model, base_folder, folder)
     del model
     _write_tokenizer(source, folder)
-    onnx_files.write_onnx(folder, source, ["text"])
+    onnx.write_onnx(folder, source, ["text"])
     facts = {
         "model": short_name(str(source)),
         "base": short_name(base),

@@ -28,8 +28,8 @@ from capivara_common.image_side_digest import image_difference
 from capivara_common.weight_file import weight_files
 from capivara_search.models import CONVERTER
 from hub_upload.formats import read_config, with_plain_quotes
+from hub_upload.formats.onnx import ONNX_PACKAGES, TOLERANCE, data_file, open_graph, write_graph
 from hub_upload.formats.open_clip import text_config_source
-from hub_upload.onnx_files import ONNX_PACKAGES, TOLERANCE, data_file, open_graph, write_graph
 from modeling_capivara import CapivaraConfig, CapivaraModel
 from modeling_capivara.convert_open_clip import open_clip_model_cfg, preprocess_cfg_of
 from modeling_capivara.loading import load_model, load_processor
