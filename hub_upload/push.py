@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import yaml
 from huggingface_hub import (
@@ -31,16 +31,10 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     constants,
+    errors,
     get_session,
     get_token,
     metadata_load,
-)
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash
@@ -52,7 +46,6 @@ from hub_upload.allowed_files import allowed_files, check_contents, check_repo_i
 from hub_upload.card import CARD, outdated, write_card
 from hub_upload.data_files import check_data, data_files
 
-T = TypeVar("T")
 HUBS_OWN = {".gitattributes"}  # made by the Hub in every repository
 REF_NAME = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$|[./]$))[A-Za-z0-9_][\w.+/-]{0,200}")
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
@@ -361,7 +354,7 @@ def _commit(planned: PushPlan, parent: str) -> CommitInfo:
 
     try:
         commit = send()
-    except (HTTPError, HfHubHTTPError) as error:
+    except (errors.HTTPError, errors.HfHubHTTPError) as error:
         if not _is_lost(error):
             raise
         if args.pull_request:
@@ -373,7 +366,11 @@ def _commit(planned: PushPlan, parent: str) -> CommitInfo:
         head = _look(args.repo_id, args.repo_type, args.revision).head
         url = f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, '')}{args.repo_id}/commit"
         # Made already, by this push or another: the files there tell.
-        commit = send() if head == parent else CommitInfo(f"{url}/{head}", "", "", str(head))
+        commit = (
+            send()
+            if head == parent
+            else CommitInfo(commit_url=f"{url}/{head}", commit_message="", commit_description="", oid=str(head))
+        )
     there = _files(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
     missing = [file.path_in_repo for file in planned.sent if not _is_on_hub(file, there.get(file.path_in_repo))]
     if missing or {*planned.deleted} & {*there}:
@@ -408,9 +405,9 @@ def _look(repo_id: str, repo_type: str, revision: str) -> Remote:
     api = HfApi()
     try:
         info = _twice(lambda: api.repo_info(repo_id, repo_type=repo_type))
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         return Remote()
     refs = _twice(lambda: api.list_repo_refs(repo_id, repo_type=repo_type, include_pull_requests=True))
     heads = {ref.name: ref.target_commit for ref in refs.branches}
@@ -428,16 +425,16 @@ def _files(repo_id: str, repo_type: str, revision: str) -> dict[str, RepoFile]:
 
 def _is_lost(error: BaseException) -> bool:
     """Whether the connection broke or the Hub is in trouble: the same call may succeed a little later."""
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in TRY_AGAIN
-    return isinstance(error, HTTPError)
+    return isinstance(error, errors.HTTPError)
 
 
-def _twice(call: Callable[[], T]) -> T:
+def _twice(call: Callable[[], Any]) -> Any:
     """The answer of a call, made once more where it was lost."""
     try:
         return call()
-    except (HTTPError, HfHubHTTPError) as error:
+    except (errors.HTTPError, errors.HfHubHTTPError) as error:
         if not _is_lost(error):
             raise
         logger.warning("%s: %s Trying again in %s s.", type(error).__name__, str(error).split("\n")[0], WAIT_S)
@@ -477,12 +474,12 @@ def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
 
 def _explained(error: BaseException, repo_id: str, repo_type: str) -> str:
     """Why a call failed, and the way out."""
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing is asked of the Hub. Unset it to push."
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, errors.HfHubHTTPError):
         said = " ".join((error.server_message or str(error)).split()).rstrip(".")
         return _explained_status(error, error.response.status_code, said, repo_id, repo_type)
-    if isinstance(error, HTTPError):
+    if isinstance(error, errors.HTTPError):
         return f"The connection to the Hub broke ({type(error).__name__}: {error}). {AGAIN}"
     if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # of Xet
         return f"The upload failed: {error}. {AGAIN}"
@@ -495,16 +492,16 @@ def _explained(error: BaseException, repo_id: str, repo_type: str) -> str:
     )
 
 
-def _explained_status(error: HfHubHTTPError, status: int, said: str, repo_id: str, repo_type: str) -> str:
+def _explained_status(error: errors.HfHubHTTPError, status: int, said: str, repo_id: str, repo_type: str) -> str:
     tokens = f"{constants.ENDPOINT}/settings/tokens"
-    if isinstance(error, GatedRepoError):
+    if isinstance(error, errors.GatedRepoError):
         return f"{repo_id} is gated (403), and the token has no access to it. Ask for it on the repository's page."
-    if status == 401 and not (isinstance(error, RepositoryNotFoundError) and get_token() is None):
+    if status == 401 and not (isinstance(error, errors.RepositoryNotFoundError) and get_token() is None):
         return (
             f"The Hub refuses the token (401): it is wrong, or no longer valid. Make one that may write at {tokens}, "
             "and save it by `hf auth login` or set HF_TOKEN."
         )
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, errors.RepositoryNotFoundError):
         return (
             f"There is no {repo_type} repository {repo_id} ({status}), or the token does not see it. Check the name, "
             "and that the token is of a member of its organisation."
@@ -578,11 +575,7 @@ def publish_run(run: Path, repo_id: str, private: bool = False, card_language: s
 def publish_checkpoint(save: Callable[[Path], None], folder: Path, repo_id: str, step: int) -> bool:
     """Push the model as it is after a step to the branch `checkpoints`; whether the Hub has it now.
 
-    Args:
-        save: writes a model folder.
-        folder: for temporary files, twice the size of the model.
-        repo_id: owner/name, of a repository that exists.
-        step: for the title of the commit.
+    `save` writes a model folder; `folder` is for temporary files, twice the size of the model.
     """
     from hub_upload.export import export
 
