@@ -46,7 +46,6 @@ from hub_upload.allowed_files import allowed_files, check_contents, check_repo_i
 from hub_upload.card import CARD, outdated, write_card
 from hub_upload.data_files import check_data, data_files
 
-HUBS_OWN = {".gitattributes"}  # made by the Hub in every repository
 REF_NAME = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$|[./]$))[A-Za-z0-9_][\w.+/-]{0,200}")
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
 SHOWN = 20  # names of one kind
@@ -179,7 +178,8 @@ def plan(args: PushArguments) -> PushPlan:
         else:
             (found.changed if there else found.added).append(file)
     found.deleted = [path for path in args.delete if path in remote.files]
-    found.stay = sorted({*remote.files} - {path.as_posix() for path in paths} - {*found.deleted} - HUBS_OWN)
+    ours = {".gitattributes", *found.deleted, *map(Path.as_posix, paths)}  # the first is made by the Hub
+    found.stay = sorted({*remote.files} - ours)
     _check_plan(found)
     return found
 
@@ -227,9 +227,9 @@ def check_card(args: PushArguments) -> None:
 def report(planned: PushPlan) -> str:
     """The plan in words, to be read before it is carried out."""
     args, remote = planned.args, planned.remote
-    state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
-    if not remote.exists:
-        state = f"does not exist, will be made{', private' if args.private else ''}"
+    state = f"does not exist, will be made{', private' * args.private}"
+    if remote.exists:
+        state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
     branch = "a pull request to main" if args.pull_request else args.revision
     branch += ", will be made from main" if planned.makes_branch else ""
     lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}; token of {_name(planned.user or 'nobody')}"]
@@ -240,8 +240,7 @@ def report(planned: PushPlan) -> str:
         lines.append(f"  {'change' if there else 'add   '}  {_name(file.path_in_repo)}  {size}")
     lines += [f"  delete  {_name(path)}  ({readable_size(remote.files[path].size)})" for path in planned.deleted]
     lines += [f"  same    {len(planned.same)} files"] if planned.same else []
-    lines += [f"  stays   {_name(path)}  (on the Hub, not in the folder)" for path in planned.stay[:SHOWN]]
-    lines += [f"  stays   {len(planned.stay) - SHOWN} more"] if len(planned.stay) > SHOWN else []
+    lines += [f"  stays   {_name(path)}  (on the Hub, not in the folder)" for path in planned.stay]
     return "\n".join([*lines, *(f"note: {_name(note)}" for note in planned.notes)])
 
 
@@ -474,8 +473,6 @@ def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
 
 def _explained(error: BaseException, repo_id: str, repo_type: str) -> str:
     """Why a call failed, and the way out."""
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so nothing is asked of the Hub. Unset it to push."
     if isinstance(error, errors.HfHubHTTPError):
         said = " ".join((error.server_message or str(error)).split()).rstrip(".")
         return _explained_status(error, error.response.status_code, said, repo_id, repo_type)
@@ -539,7 +536,6 @@ def check_access(repo_id: str, private: bool = False) -> None:
     with hub_errors(repo_id, "model"):
         if get_token() is None:
             raise PushError(NO_TOKEN)
-        _twice(lambda: api.whoami(cache=True))
         remote = _look(repo_id, "model", "main")
         _check_visibility(repo_id, remote, private)
         if not remote.exists:

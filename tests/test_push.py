@@ -307,9 +307,7 @@ def test_nobody_listens(folder):
 def test_offline(folder):
     command = [sys.executable, "-m", "hub_upload.push", "--model", str(folder), "--repo-id", "us/model"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "HF_TOKEN": TOKEN}, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == (
-        "error: HF_HUB_OFFLINE is set, so nothing is asked of the Hub. Unset it to push.\n"
-    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "HF_HUB_OFFLINE" in done.stderr
 
 
 @pytest.mark.slow
