@@ -170,16 +170,6 @@ def test_one_changed_digit_in_a_json_file_fails(run):
     assert check(run) == []
 
 
-def test_a_changed_measurement_is_named(run):
-    def edit(results):
-        results["records"][3]["value"] = 0.123456
-
-    change(results_of(run), edit)
-    faults = check(run)
-    assert any("the files give" in fault and "12.35" in fault for fault in faults)
-    assert any("`results/" in fault for fault in faults), "its digest differs, too"
-
-
 @pytest.mark.slow
 def test_what_is_added_by_hand(run):
     text = card_of(run)

@@ -324,14 +324,6 @@ def test_what_is_no_exchange(model, base, tmp_path):
         main(["--model", str(model), "--output", str(tmp_path / "out"), "--formats", "drop_in"])
 
 
-def test_the_base_is_not_overwritten(model, base, tmp_path):
-    kept = shutil.copytree(base, tmp_path / "kept/base")
-    for output in (kept, kept.parent):
-        with pytest.raises(SystemExit, match=r"holds .*base, which would be replaced"):
-            export(model, kept, output, "--overwrite_output_dir")
-    assert (kept / "processor_config.json").is_file()
-
-
 def test_a_package_that_is_missing_is_said_before_anything_is_read(monkeypatch, tmp_path):
     monkeypatch.setattr(onnx_files, "ONNX_PACKAGES", ("no_such_package",))
     refused(r'drop_in needs no_such_package.*"\.\[onnx\]"', tmp_path / "model", tmp_path / "base", tmp_path / "out")

@@ -18,7 +18,7 @@ from hub_storage import Faults
 from pyarrow import parquet
 from sampling import one_in
 
-from hub_upload.push import PushArguments, card_metadata, readable_size
+from hub_upload.push import PushArguments, card_metadata
 
 ROOT = Path(__file__).resolve().parent.parent
 CARD = "---\nlicense: mit\nlanguage: [pt, en]\n---\n\n# Capivara\n\nA model.\n"
@@ -151,16 +151,6 @@ def test_a_link_out_of_the_folder_is_not_followed(hub, push, folder):
     (folder / "processor_config.json").symlink_to(folder.parent / "secret.json")
     push("--push")
     assert ("models", "us/model") not in hub.storage.repos or "processor_config.json" not in hub.files("us/model")
-
-
-@pytest.mark.slow
-def test_private(hub, push):
-    assert push("--push", "--private").code == 0
-    assert hub.repo("us/model").private
-    assert push("--push", "--private").code == 0
-    hub.repo("us/model").private = False
-    done = push("--push", "--private")
-    assert done.code == 1 and "us/model is public" in done.err
 
 
 @pytest.mark.slow
@@ -448,11 +438,6 @@ def test_a_wrong_flag_is_shown_as_plain_text():
 
 def test_a_deadline_is_the_shells(push):
     assert "`--deadline_hours` is gone: a call ends after 300 s" in push("--deadline_hours", "1").err
-
-
-def test_sizes():
-    sizes = (0, 999, 1_000, 1_400_000_000)
-    assert [readable_size(size) for size in sizes] == ["0 bytes", "999 bytes", "1.0 kB", "1.40 GB"]
 
 
 # --- Flags -----------------------------------------------------------------------------------------------------------
