@@ -48,7 +48,7 @@ OTHER_QUERIES, OTHER_RANKS = 3, 1
 
 
 # Identifiers of https://huggingface.co/docs/hub/repositories-licenses, but for "unknown" and "other"
-LICENCES = frozenset((Path(__file__).parent / "templates/licences.txt").read_text(encoding="utf-8").split())
+LICENCES = frozenset((Path(__file__).parent / "licences.txt").read_text(encoding="utf-8").split())
 
 
 class Content(dict):
