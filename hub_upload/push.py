@@ -42,9 +42,8 @@ from tqdm import tqdm
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.privacy import machine_path_in, printable, secret_in
-from hub_upload.allowed_files import allowed_files, check_contents, check_repo_id
+from hub_upload.allowed_files import allowed_files, check_contents, check_data, check_repo_id, data_files
 from hub_upload.card import CARD, outdated, write_card
-from hub_upload.data_files import check_data, data_files
 
 REF_NAME = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$|[./]$))[A-Za-z0-9_][\w.+/-]{0,200}")
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
