@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import jinja2
+import jinja2.meta
 import pytest
 from card_run import card_of, change, record_of, results_of, split_card, trained_run
 from huggingface_hub import ModelCard, ModelCardData
@@ -107,12 +107,13 @@ def test_a_card_of_an_older_template_is_checked_by_its_values(run):
     (run / "README.md").write_text(text, encoding="utf-8")
     assert check(run) == []
     for old, new in (
-        ("95 % interval -", "95 % interval -1"),
-        ("| `run.json` | `", "| `run.json` | `0"),
-        ("| 1", "| 2"),
+        (r"interval ([-+])", r"interval \g<1>9"),
+        (r"(`run.json` \| `)", r"\g<1>0"),
+        (r"(R@1 \| \**)", r"\g<1>1"),
     ):
-        assert old in text
-        (run / "README.md").write_text(text.replace(old, new, 1), encoding="utf-8")
+        changed = re.sub(old, new, text, count=1)
+        assert changed != text
+        (run / "README.md").write_text(changed, encoding="utf-8")
         assert check(run), new
     (run / "README.md").write_text(text.replace('"name":', '"version": 3, "name":'), encoding="utf-8")
     assert "it was not made by" in check(run)[0]
