@@ -406,7 +406,7 @@ def test_classification_and_linear_probe(run):
     write_card(run)
     text = card_of(run)
     assert "| `cifar-10` | `ours` | accuracy | 100 | **50.00** | 45.00 | -5.00 |" in text
-    assert "| `cifar-10` | `16 shots` | accuracy | 100 | 75.00 |" in text
+    assert "| `cifar-10` | `16 shots` | accuracy | 100 | – | 75.00 | – | – |" in text
     assert "It does worse than the baseline on:\n  - accuracy, `cifar-10`, `ours`: 45.00, baseline 50.00" in text
     assert check(run) == []
 
