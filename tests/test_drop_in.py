@@ -235,7 +235,7 @@ def test_the_folder_holds_the_text_side_alone_and_says_what_it_is_for(model, bas
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert f"`{facts['image_digest']}`" in card and f"`{facts['base']}`" in card and "license: mit" in card
     assert 'folder = snapshot_download("us/text-side")' in card and str(base) not in card
-    assert 'texts = ["a text in Spanish", "another text in Spanish"]' in card and "gato" not in card
+    assert 'texts = ["a text in es", "another text in es"]' in card and "gato" not in card
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from capivara_common.privacy import hide_paths, short_name
 from capivara_common.weight_file import weight_files
 from capivara_search.models import CONVERTER
 from hub_upload.card_facts import LICENCES
-from hub_upload.card_values import MARKDOWN_TEMPLATES, code, code_examples
+from hub_upload.card_values import MARKDOWN_TEMPLATES, code, code_examples, escaped
 from hub_upload.formats import check_tensors, onnx, open_clip, read_config, tensor_digests, with_plain_quotes
 from modeling_capivara import CapivaraModel
 from modeling_capivara.convert_open_clip import (
@@ -187,7 +187,7 @@ def _card(
     source: Path, folder: Path, facts: dict[str, Any], denses: list[str], has_open_clip: bool, repo_id: str | None
 ) -> str:
     """README.md: for which indexes it holds, and how each program opens it. Its figures have been measured just now."""
-    known = card_metadata(source / "README.md")
+    known, language = card_metadata(source / "README.md"), escaped(_language(source))
     metadata = {"library_name": "sentence-transformers", "pipeline_tag": "feature-extraction"}
     metadata |= {"license": known["license"]} if known.get("license") in LICENCES else {}
     metadata["tags"] = ["capivara", "clip", "sentence-transformers", "onnx", *["open_clip"] * has_open_clip]
@@ -195,7 +195,7 @@ def _card(
         **facts | {name: code(facts[name]) for name in ("model", "base", "image_digest")},
         metadata=yaml_dump(metadata).strip(),
         repo_id=repo_id,
-        examples=code_examples(_language(source), ["a text", "another text"])["sentences"],
+        examples=code_examples(language, [f"a text in {language}", f"another text in {language}"])["sentences"],
         denses=denses,
         open_clip=has_open_clip,
         graphs=read_json(folder / "onnx/quantisation.json")["graphs"],
