@@ -431,7 +431,7 @@ def test_what_is_no_regular_file_is_refused_at_once(hub, push, folder, monkeypat
 
 def test_a_wrong_flag_is_shown_as_plain_text():
     """What stands in it, a terminal would obey: of a pasted command, or of a script's variable."""
-    command = [sys.executable, "-m", "hub_upload.push", "--model", ".", "--repo-id", "us/m", "--repo-type", "\x1b[2Jx"]
+    command = [sys.executable, "-m", "hub_upload.push", "--model", "\x1b[2Jx", "--repo-id", "us/m"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "\x1b" not in done.stderr
 
