@@ -22,7 +22,7 @@ from capivara_common.files import finish_folder
 from caption_data.rows import write_skipped
 from hub_upload.card import write_card
 from hub_upload.origins import origins, short_card
-from hub_upload.publish import check_access, publish_checkpoint, publish_run
+from hub_upload.push import check_access, publish_checkpoint, publish_run
 from modeling_capivara.loading import load_model
 from training import launch
 from training.arguments import RunArguments, parse_arguments

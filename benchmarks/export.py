@@ -25,8 +25,8 @@ from benchmarks.timing import alternating, conditions, finish, in_own_process, m
 from capivara_common.cli import at_least, flag, parse, run_command
 from capivara_common.environment import peak_resident_bytes
 from hub_upload.export import export
-from hub_upload.loader_files import OPEN_CLIP_WEIGHTS
-from hub_upload.source_model import WEIGHTS
+from hub_upload.formats.open_clip import OPEN_CLIP_WEIGHTS
+from modeling_capivara.loading import WEIGHTS
 
 EXPORTED = ("transformers", "open_clip", "sentence_transformers")  # ONNX loads the model, and is not measured here
 PROGRAMS = {"ours": WEIGHTS, "open_clip": OPEN_CLIP_WEIGHTS}

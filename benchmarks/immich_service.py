@@ -28,9 +28,8 @@ from benchmarks.timing import conditions, finish, save_random_model
 from capivara_common.cli import flag, parse, run_command
 from capivara_search.miniature import miniature_folder
 from examples.real_images import PHOTOS, photo
-from hub_upload.export import export_alone
-from hub_upload.export_arguments import ExportArguments
-from hub_upload.immich_folder import BASE_NAME
+from hub_upload.export import ExportArguments, export_alone
+from hub_upload.formats.immich import BASE_NAME
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
 
@@ -163,7 +162,7 @@ def make_export(args: ImmichArguments) -> tuple[Path, Path]:
         save_random_model(source)
     folder = args.work / "clip" / BASE_NAME
     if not folder.exists():
-        export_alone(ExportArguments(source, folder, formats="immich"), ["immich"])
+        export_alone(ExportArguments(source, folder, formats="immich"))
     return source, folder
 
 

@@ -27,7 +27,7 @@ from examples.openmoji.concepts import concept_rows
 from examples.openmoji.lexicon import wordnet_glosses, wordnet_pairs
 from examples.openmoji.proxies import SENTENCES, babel_pairs
 from hub_upload.export import export
-from hub_upload.onnx_files import ENDINGS
+from hub_upload.formats.onnx import ENDINGS
 from modeling_capivara import CapivaraImageProcessor, CapivaraProcessor
 from modeling_capivara.loading import WEIGHTS, load_model
 from modeling_capivara.trim_vocabulary import WORDS, Trim, changed_texts, cut_tokenizer, kept_ids, trim

@@ -20,7 +20,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from capivara_common.privacy import redact
+from capivara_common.privacy import printable
 from capivara_common.progress import prepare_bars
 
 T = TypeVar("T")
@@ -69,9 +69,9 @@ def user_errors(main: Callable[..., T]) -> Callable[..., T]:
             return main(*args, **options)
         except (ValueError, OSError, ImportError) as error:
             if isinstance(error, WrongUse) and (not args or args[0] is None):  # not called with words, as tests do
-                print(f"error: {redact(str(error))}", file=sys.stderr)
+                print(f"error: {printable(str(error))}", file=sys.stderr)
                 sys.exit(2)
-            sys.exit(f"error: {redact(str(error))}")
+            sys.exit(f"error: {printable(str(error))}")
 
     return command
 
@@ -109,7 +109,7 @@ def parse(
     except (ValueError, OSError) as error:
         if argv is not None:
             raise
-        flags.exit(2, f"error: {redact(str(error))}\n")
+        flags.exit(2, f"error: {printable(str(error))}\n")
 
 
 def parser(
@@ -144,7 +144,7 @@ def parser(
             return None if none else super()._get_value(action, word)
 
         def error(self, message: str) -> NoReturn:
-            message = redact(message)  # a token may stand behind the wrong flag
+            message = printable(message)  # a token may stand behind the wrong flag
             message = message if message.endswith(".") else f"{message} (--help lists all)"
             if raises:
                 raise ValueError(message)

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tempfile
+import unicodedata
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -102,6 +103,12 @@ def redact(text: str) -> str:
         text = text.replace(secret, "hf_***")
     text = SECRETS.sub(lambda found: "hf_***" if found[0].startswith("hf_") else "***", text)
     return _IN_REQUESTS.sub("***", text)
+
+
+def printable(text: str) -> str:
+    """A text of others that can be shown: without secrets, and without what a terminal obeys, line breaks aside."""
+    hidden = {sign for sign in redact(text) if unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")} - {*"\n\t"}
+    return redact(text).translate({ord(sign): f"\\u{ord(sign):04x}" for sign in hidden})
 
 
 def known_tokens() -> list[str]:

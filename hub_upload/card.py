@@ -16,31 +16,52 @@ import difflib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import zip_longest
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.utils import yaml_dump
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import write_text
 from capivara_common.privacy import machine_path_in, secret_in
-from hub_upload.card_facts import CardFacts, card_facts
-from hub_upload.card_metadata import eval_results, metadata, with_licence
-from hub_upload.card_parts import card_parts
-from hub_upload.card_text import LANGUAGES, Words, escaped, one_line
-from hub_upload.remote import check_repo_id
+from eval.records.schema import GAIN
+from hub_upload.allowed_files import check_repo_id
+from hub_upload.card_facts import HUB_ID, LICENCES, CardFacts, card_facts, energy, inherited_licence, licence
+from hub_upload.card_values import LANGUAGES, TEMPLATES, card_values, escaped, one_line
 
 CARD = "README.md"
-# What a card was made with, for `--check`; a comment, so that it is not seen.
-OPTIONS = "<!-- made by hub_upload.card with {options} -->"
-MADE_WITH = re.compile(re.escape(OPTIONS).replace(r"\{options\}", r"(\{[^\n]*\})"))
+VERSION = 2  # of the templates; a card of an older one is checked by its values and digests, not by its words
+# What a card was made with, for `--check`; a comment, so that it is not seen. The first version named none.
+MADE_WITH = re.compile(r"<!-- made by hub_upload\.card with (\{[^\n]*\}) -->")
 # What could hide or reframe the lines around it: comments, code, tables, headings, links to anything but pages.
 FRAMES = re.compile(r"<|^\s*(```|~~~|\||#|=+$|-+$)|\]\((?!https?://)")
+# In a card of any version: cells of tables that are values, signed values of lists, and digests of files.
+VALUES = re.compile(
+    r"(?<=\| )(?:\*\*)?[-+]?\d[\d.,e-]*(?: ± [\d.,]+)?(?:\*\*)?(?= \|)|(?<=[ ])[-+]\d+[.,]\d+|`[0-9a-f]{32}`"
+)
 SHOWN = 120  # letters of a line in a message
+METRIC_NAMES = {
+    "mean_recall": "mean recall", "median_rank": "median rank (lower is better)", "top_5_accuracy": "top-5 accuracy",
+    "mean_per_class_accuracy": "mean per-class accuracy", "11point_mAP": "11-point mAP", "roc_auc": "ROC AUC",
+}  # fmt: skip
+# Of the model index; retrieval is no task of the Hub's own, so its two directions are named as they are.
+TASKS = {
+    ("retrieval", "text_to_image"): ("text-to-image-retrieval", "Text-to-image retrieval"),
+    ("retrieval", "image_to_text"): ("image-to-text-retrieval", "Image-to-text retrieval"),
+    ("classification", ""): ("zero-shot-image-classification", "Zero-shot image classification"),
+    ("linear_probe", ""): ("image-classification", "Linear probe"),
+}
+LOADERS = {
+    "open_clip": "open_clip",
+    "sentence_transformers": "sentence-transformers",
+    "onnx": "onnx",
+    "transformers_js": "transformers.js",
+}
 
 
 @dataclass
@@ -89,26 +110,25 @@ def render(facts: CardFacts, language: str = "en", repo_id: str | None = None, l
     if license is not None:
         facts = with_licence(facts, license)
     title = repo_id.split("/")[1] if repo_id else f"CAPIVARA ({facts.language})"
-    options = {"language": language, "repo_id": repo_id, "name": None if repo_id else facts.name}
+    options = {"language": language, "repo_id": repo_id, "name": None if repo_id else facts.name, "version": VERSION}
     options |= {"license": license} if license else {}
-    words = Words(language)
+    name = repo_id or (facts.name if is_whole else f"{facts.name}/{facts.model.name}")
     try:
-        data = metadata(facts, one_line(title))
-        body = words.render(
+        card = ModelCard.from_template(
+            metadata(facts, one_line(title)),
+            template_path=str(TEMPLATES / f"model_card_{language}.md.j2"),
+            **card_values(facts, language, name, repo_id is not None),
             title=escaped(title),
-            name=repo_id or (facts.name if is_whole else f"{facts.name}/{facts.model.name}"),
-            is_repository=repo_id is not None,
-            formats=facts.formats,
-            **card_parts(facts, words),
+            options=json.dumps(options),
         )
     except (TypeError, LookupError, AttributeError) as error:
         raise ValueError(f"A file of {facts.folder} has another form than the card needs: {error!r:.100}.") from error
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{OPTIONS.format(options=json.dumps(options))}")
-    if path := machine_path_in(str(card)):
+    text = re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", str(card), flags=re.MULTILINE))
+    if path := machine_path_in(text):
         raise ValueError(f"The card would hold a path of a machine, {path[:60]!r}. Take it out of the files.")
-    if secret := secret_in(str(card)):
+    if secret := secret_in(text):
         raise ValueError(f"The card would hold {secret[0]}. Revoke it, and take it out of the files.")
-    return card
+    return ModelCard(text)
 
 
 def write_card(
@@ -136,11 +156,12 @@ def write_card(
 
 
 def check(folder: Path) -> list[str]:
-    """The faults of a folder's card, each naming the line; empty where card and files agree.
+    """The faults of a folder's card; empty where card and files agree. ValueError where there is no card.
 
     The card is rendered again with the options that it names, and compared line by line. Lines may be added to its
     text, if they hold no number, and nothing that could hide or reframe the lines around them. As the card lists the
-    digests of its files, a changed digit that it does not show is noticed, too. ValueError where there is no card.
+    digests of its files, a changed digit that it does not show is noticed, too. Of a card of an older template the
+    front matter, all values and all digests are compared, and its words are not.
     """
     if not (folder / CARD).is_file():
         raise ValueError(f"{folder} has no {CARD}. Make it with `python -m hub_upload.card --model {folder}`.")
@@ -153,7 +174,12 @@ def check(folder: Path) -> list[str]:
         wanted = eval_results(facts)
     except ValueError as error:
         return [f"{CARD}: {error}"]
-    faults = [f"{CARD}, {fault}" for fault in _line_faults(expected, text, may_add=True)]
+    (front, body), (wanted_front, wanted_body) = _parts(text), _parts(expected)
+    faults = [*_differences(CARD, wanted_front, front)]
+    if options.get("version", 1) == VERSION:
+        faults += _differences(CARD, wanted_body, body, may_add=True)
+    else:
+        faults += _other_values(wanted_body, body)
     there = {path.relative_to(folder).as_posix(): path for path in (folder / ".eval_results").glob("*.y*ml")}
     for name in sorted({*wanted, *there}):
         if name not in there:
@@ -163,7 +189,7 @@ def check(folder: Path) -> list[str]:
         elif not there[name].is_file():
             faults.append(f"{name} is no regular file.")
         else:
-            faults += [f"{name}, {fault}" for fault in _line_faults(wanted[name], _read(there[name]))]
+            faults += _differences(name, wanted[name], _read(there[name]))
     return faults
 
 
@@ -176,35 +202,144 @@ def made_with(text: str) -> dict[str, Any] | None:
     """The options that a card was made with; None where it does not say so."""
     with suppress(ValueError, TypeError, IndexError):
         options = json.loads(MADE_WITH.findall(text)[-1])
-        if set(options) - {"license"} == {"language", "repo_id", "name"} and options["language"] in LANGUAGES:
+        known = set(options) - {"license", "version"} == {"language", "repo_id", "name"}
+        if known and options["language"] in LANGUAGES and options.get("version", 1) in range(1, VERSION + 1):
             if options["repo_id"] is not None:
                 check_repo_id(options["repo_id"])
             return options
     return None
 
 
-def _line_faults(expected: str, text: str, may_add: bool = False) -> Iterator[str]:
-    """How a text differs from the expected one, line by line; sentences below a front matter if they `may_add` some."""
-    wanted = [line for line in expected.split("\n") if line.strip()]
-    there = [(number, line.rstrip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    front = expected.count("\n", 0, expected.find("\n---\n", 1)) if may_add else 0
-    matcher = difflib.SequenceMatcher(None, wanted, [line for _, line in there], autojunk=False)
-    for kind, start, end, other_start, other_end in matcher.get_opcodes():
-        if kind == "equal":
+def _parts(text: str) -> tuple[str, str]:
+    """Front matter and body."""
+    end = text.find("\n---\n", 1) + 1
+    return text[:end], text[end:]
+
+
+def _differences(name: str, expected: str, text: str, may_add: bool = False) -> Iterator[str]:
+    """How a text differs from the expected one, line by line; sentences without a number are none if they `may_add`."""
+    wanted, there = ([line.rstrip() for line in part.split("\n") if line.strip()] for part in (expected, text))
+    for _, start, end, first, last in difflib.SequenceMatcher(None, wanted, there, autojunk=False).get_opcodes():
+        gone, added = wanted[start:end], there[first:last]
+        if gone == added:
             continue
-        for line, other in zip_longest(wanted[start:end], there[other_start:other_end]):
-            if other is None:
-                yield f"the line {line[:SHOWN]!r} is missing."
-            elif line is not None:
-                yield f"line {other[0]}: it says {other[1][:SHOWN]!r}, the files give {line[:SHOWN]!r}."
-            elif not may_add or other[0] <= front or any(letter.isnumeric() for letter in other[1]):
-                yield f"line {other[0]}: no file says what is added here: {other[1][:SHOWN]!r}."
-            elif FRAMES.search(other[1]):
-                yield f"line {other[0]}: only sentences and lists may be added, not {other[1][:SHOWN]!r}."
+        if may_add and not gone:
+            added = [line for line in added if FRAMES.search(line) or any(letter.isnumeric() for letter in line)]
+        yield from (f"{name}: the files give {line[:SHOWN]!r}." for line in gone)
+        yield from (f"{name}: it says {line[:SHOWN]!r}." for line in added)
+
+
+def _other_values(expected: str, text: str) -> Iterator[str]:
+    """The values and digests of two cards of different templates that only one of them has."""
+    wanted, there = (Counter(VALUES.findall(part)) for part in (expected, text))
+    yield from (f"{CARD}: the files give {value}, which it does not say so often." for value in wanted - there)
+    yield from (f"{CARD}: it says {value}, which the files do not give so often." for value in there - wanted)
 
 
 def _read(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+# --- What machines read: front matter with the model index, and .eval_results/*.yaml ---------------------------------
+
+# The formats: modelcard.md, docs/hub/model-cards-co2.md and docs/hub/eval-results.md of
+# https://github.com/huggingface/hub-docs. Values are those of the JSON files, shares and not per cents.
+
+
+def metadata(facts: CardFacts, title: str) -> ModelCardData:
+    """The front matter. What names no language, licence or Hub id as the Hub knows them is left out."""
+    stated = [code.split("-")[0] for code in facts.run["config"]["eval_languages"] if isinstance(code, str)]
+    languages = list(dict.fromkeys(stated))
+    tags = ["capivara", "clip", "image-text-retrieval", "zero-shot"]
+    tags += ["multilingual"] if len(languages) > 1 else []
+    model = facts.origins.get("model") or {}
+    # The base's own id, or those that the card of a local base names.
+    base = hub_ids([model["hub_id"]] if model.get("hub_id") else model.get("base_model") or ())
+    data = ModelCardData(
+        language=[code for code in languages if re.fullmatch(r"[a-z]{2,3}", code)] or None,  # ISO 639-1 or -3
+        license=licence(facts),
+        library_name="transformers",
+        pipeline_tag="zero-shot-image-classification",
+        base_model=base[0] if len(base) == 1 else base or None,
+        datasets=hub_ids(origin.get("hub_id") for origin in facts.origins.get("datasets", ())) or None,
+        tags=tags + [tag for kind, tag in LOADERS.items() if kind in facts.formats],
+        model_name=title,
+        eval_results=[_index_entry(facts, measured) for measured in _published(facts)],
+    )
+    if used := energy(facts):
+        hardware = used.get("gpu") or used.get("cpu") or facts.run["device"]
+        emissions = {"emissions": 1000 * used["kg_co2e"], "source": str(used["method"]), "training_type": "fine-tuning"}
+        emissions |= {"geographical_location": one_line(used["country"])} if used.get("country") else {}
+        data["co2_eq_emissions"] = emissions | {"hardware_used": one_line(hardware)}
+    return data
+
+
+def with_licence(facts: CardFacts, name: str) -> CardFacts:
+    """The facts with a licence that is stated. ValueError where the Hub knows none such, or another is inherited."""
+    if str(name) not in LICENCES:
+        raise ValueError(f"license must be an identifier of the Hub, such as cc-by-4.0 or mit, got {name!r:.60}.")
+    if (inherited := inherited_licence(facts) or name) != name:
+        raise ValueError(f"The licence {inherited} follows from the model's base and data, so {name} can't be stated.")
+    return replace(facts, license=name)
+
+
+def hub_ids(names: Any) -> list[str]:
+    """Those of some names that are Hub ids."""
+    return [name for name in names if isinstance(name, str) and HUB_ID.fullmatch(name)]
+
+
+def eval_results(facts: CardFacts) -> dict[str, str]:
+    """File in the repository -> its text in the Hub's `.eval_results` format; none for data that are not on the Hub.
+
+    An entry needs a `task_id`, which a benchmark's own `eval.yaml` defines. No figure here comes with one, so it is
+    the record's task and direction.
+    """
+    found: dict[str, list[EvalResultEntry]] = {}
+    seen: set[tuple] = set()
+    for measured in _published(facts):
+        record, revision = measured.record, facts.revision(measured)
+        # The figure that stands for the others on the Hub's page; classification's is the first.
+        is_main = record.task != "retrieval" or record.metric == "mean_recall"
+        where = (record.condition._replace(metric=""), measured.precision)
+        if not revision or not is_main or where in seen:
+            continue
+        seen.add(where)
+        notes = f"{record.metric}, language {record.language or '-'}, split {record.split}, {record.protocol}"
+        task = "_".join(filter(None, (record.task, record.direction)))
+        entry = EvalResultEntry(record.dataset, task, record.value, dataset_revision=revision, notes=one_line(notes))
+        found.setdefault(f".eval_results/{_slug(record.dataset)}.yaml", []).append(entry)
+    return {name: yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False) for name, entries in found.items()}
+
+
+def _published(facts: CardFacts) -> list[Any]:
+    """Of each of CAPIVARA's figures of whole embeddings the one of the weights in the folder; no gains."""
+    of_model = [value for value in facts.values if value.model == "capivara" and value.metric != GAIN]
+    seed = facts.run["seed"]
+    return [one for value in of_model for one in value.measured if value.seeds == 1 or one.seed == seed]
+
+
+def _index_entry(facts: CardFacts, measured: Any) -> EvalResult:
+    """A figure for the model index; huggingface_hub puts those of one task and data set together."""
+    record, revision = measured.record, facts.revision(measured)
+    kind, task = TASKS[record.task, record.direction]
+    arguments = {"protocol": one_line(record.protocol), "precision": one_line(measured.precision)}
+    return EvalResult(
+        task_type=kind,
+        task_name=task,
+        dataset_type=record.dataset if revision else _slug(one_line(record.dataset)),
+        dataset_name=one_line(facts.dataset_title(record.dataset) or record.dataset),
+        dataset_config=one_line(record.language) or None,
+        dataset_split=one_line(record.split),
+        dataset_revision=revision,
+        metric_type=one_line(record.metric),
+        metric_name=METRIC_NAMES.get(record.metric) or re.sub(r"^recall@", "R@", record.metric),
+        metric_value=record.value,
+        metric_args=arguments if record.seed is None else {**arguments, "seed": record.seed},
+    )
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "data"
 
 
 @user_errors

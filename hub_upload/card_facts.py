@@ -21,16 +21,15 @@ from huggingface_hub.errors import SafetensorsParsingError
 from capivara_common.files import seed_folders
 from capivara_common.privacy import secret_in
 from eval.records.schema import (
-    DIRECTIONS,
-    GAIN,
     RANK_METRICS,
     SCHEMA_VERSION,
     TASKS,
     ResultFile,
+    is_number,
     parse_result,
     read_object,
 )
-from eval.records.tables import conflicts, pairs_of, records_frame, values_of
+from eval.records.tables import conflicts, records_frame, values_of
 
 GRAPHS = "onnx/quantisation.json"
 PICTURES = ("curves.png", "retrieval.png")
@@ -46,6 +45,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 SAME = 5e-5  # a difference that no card shows
 # The base is measured beside every seed, maybe on another device, where some queries have other ranks by last bits.
 OTHER_QUERIES, OTHER_RANKS = 3, 1
+
+
+# Identifiers of https://huggingface.co/docs/hub/repositories-licenses, but for "unknown" and "other"
+LICENCES = frozenset((Path(__file__).parent / "licences.txt").read_text(encoding="utf-8").split())
 
 
 class Content(dict):
@@ -105,29 +108,43 @@ class CardFacts:
                 commit = evaluated.get("revision")
         return commit if COMMIT.fullmatch(str(commit)) and HUB_ID.fullmatch(dataset) else None
 
-    def groups(self, task: str) -> list[list[Any]]:
-        """The values of a task, those of the same data, protocol and precision together; the trained language first."""
+    def groups(self, task: str | None = None) -> list[list[Any]]:
+        """The values of a task, or of all, those of the same data, protocol and precision together; the trained
+        language first."""
         found: dict[tuple, list[Any]] = {}
-        for value in (value for value in self.values if value.task == task):
-            found.setdefault((value.dataset, value.split, value.language, value.protocol, value.precision), []).append(
-                value
-            )
-        return sorted(found.values(), key=lambda group: group[0].language != self.language)
-
-    def main_pairs(self) -> list[dict[str, Any]]:
-        """Main figures that baseline and model both have: mean recalls, the first metric of each classification."""
-        found = []
-        for group in (group for task in TASKS for group in self.groups(task)):
-            is_retrieval = group[0].task == "retrieval"
-            for direction in DIRECTIONS if is_retrieval else ("",):
-                main = [p for p in pairs(group, direction) if not is_retrieval or p["metric"] == "mean_recall"]
-                found += [pair for pair in main[:1] if pair["capivara"] and pair["baseline"]]
-        return found
+        for value in self.values:
+            key = (value.dataset, value.split, value.language, value.protocol, value.precision)
+            if task in (None, value.task):
+                found.setdefault((TASKS.index(value.task), value.language != self.language, *key), []).append(value)
+        return [found[key] for key in sorted(found, key=lambda key: key[:2])]
 
 
-def pairs(group: list[Any], direction: str) -> list[dict[str, Any]]:
-    """The values of a group in one direction, without gains, each of baseline and model."""
-    return pairs_of(value for value in group if value.direction == direction and value.metric != GAIN)
+def energy(facts: CardFacts) -> Content | None:
+    """What the first run says of its energy, with `kwh`, `kg_co2e` and `hours` of all; None where one has none."""
+    of_runs = [run.get("energy") for run in facts.runs]
+    if not all(of_runs):
+        return None
+    for about in of_runs:
+        if not any(word in str(about["method"]) for word in ("estimated", "measured")):
+            raise ValueError(f"{about.pointer}/method must say whether energy was measured or estimated, by what.")
+        for key in ("kwh", "kg_co2e", "hours"):
+            if not is_number(about[key]) or about[key] < 0:
+                raise ValueError(f"{about.pointer}/{key} must be a number of at least 0, got {about[key]!r:.60}.")
+    used = Content(of_runs[0])
+    used.pointer = of_runs[0].pointer
+    used |= {key: sum(about[key] for about in of_runs) for key in ("kwh", "kg_co2e", "hours")}
+    return used
+
+
+def licence(facts: CardFacts) -> str | None:
+    """The model's licence: the inherited one, else the one that its publisher states."""
+    return inherited_licence(facts) or facts.license
+
+
+def inherited_licence(facts: CardFacts) -> str | None:
+    """The inherited licence that the run noted, if it is one that the Hub knows; "other" says nothing."""
+    noted = str(facts.origins.get("license"))
+    return noted if noted in LICENCES else None
 
 
 def card_facts(folder: Path, name: str | None = None) -> CardFacts:

@@ -3,7 +3,6 @@
     python -m hub_upload.export --model runs/openmoji-pt-001 --output repository
     python -m hub_upload.export --model MODEL --output repository --formats transformers,open_clip,sentence_transformers
     python -m hub_upload.export --model MODEL --output repository --formats transformers,onnx,transformers_js
-    python -m hub_upload.export --model MODEL --output repository --recall_dataset data/openmoji/dataset
     python -m hub_upload.export --model MODEL --output text_side --formats drop_in --base data/openmoji/base
     python -m hub_upload.export --model MODEL --output repository --formats immich   # or another place's own folder
 
@@ -15,15 +14,15 @@ hold a path of a machine or an access token.
 import difflib
 import logging
 import shutil
-import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from safetensors import SafetensorError
 
 import modeling_capivara
-from capivara_common.cli import parse, run_command
+from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.files import (
     check_free_space,
@@ -35,40 +34,112 @@ from capivara_common.files import (
     write_text,
 )
 from capivara_common.privacy import hide_paths
+from capivara_common.weight_file import weight_files
 from hub_upload import allowed_files as allowed
-from hub_upload import loader_files, onnx_files, source_model, transformers_js
-from hub_upload.export_arguments import FOLDER_FORMATS, FORMATS, MORE_FORMATS, ExportArguments
-from hub_upload.loader_files import OPEN_CLIP_WEIGHTS, TEXT_MODEL, OpenClipPlan
-from hub_upload.remote import check_repo_id
-from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors
+from hub_upload.formats import (
+    check_tensors,
+    drop_in,
+    immich,
+    onnx,
+    open_clip,
+    read_config,
+    tensor_digests,
+    transformers_js,
+)
+from hub_upload.formats.open_clip import OPEN_CLIP_WEIGHTS, TEXT_MODEL, OpenClipPlan
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor
 from modeling_capivara.convert_open_clip import write_open_clip_weights
-from modeling_capivara.loading import load_processor
+from modeling_capivara.loading import WEIGHTS, load_processor, mapped_model, mapped_tensors
 
+FORMATS = ("transformers", "open_clip", "sentence_transformers", "onnx")  # in one repository
+MORE_FORMATS = ("transformers_js",)  # in it, too, where they are named
+FOLDER_FORMATS = ("drop_in", "immich")  # each a folder of its own
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", *allowed.TOKENIZER_FILES)
 ONNX_SHARE, JS_SHARE = 1.3, 2.3  # of the weights: graphs in float32 and int8; in float16, and all together once more
 GIT_ATTRIBUTES = "".join(
     f"{name} filter=lfs diff=lfs merge=lfs -text\n"
     for name in ("*.safetensors", "*.onnx", "*.onnx.data", "*.onnx_data*", "tokenizer.json", "*.model", "*.png")
 )
+NO_RECALL = "`onnx/quantisation.json` has how far each graph is from the model"
 logger = logging.getLogger("capivara")
 
 
+@dataclass
+class ExportArguments:
+    """Arguments of `hub_upload.export`."""
+
+    model: Path = flag(..., "Folder of a CAPIVARA model, as a training run or `save_pretrained` leaves it.")
+    output: Path = flag(..., "Folder of the repository. Must be missing or empty.")
+    formats: str = flag(
+        ",".join(FORMATS),
+        f"What shall be able to load it, with commas between, of {', '.join(FORMATS)}. transformers is "
+        "always among them: the others read its files. onnx needs the extra of its name and, for the full size, "
+        f"minutes. On demand, {', '.join(MORE_FORMATS)}: the same graphs, and more, for a browser and Node. Or one "
+        "alone: drop_in, the text side for pictures that --base has embedded; immich, a folder for the "
+        "machine-learning service of Immich.",
+    )
+    base: str | None = flag(
+        None,
+        "For drop_in and --textual_only: the model that the pictures were embedded with, which this one was trained "
+        "from. A folder of CAPIVARA or open_clip, or a Hub id. Its image side must be the model's to the bit.",
+    )
+    text_config: str | None = flag(
+        None,
+        "Where open_clip finds the text tower's configuration. The published architecture needs none: it "
+        "is that of XLM-RoBERTa base, on the Hub. For any other: a Hub id; or a folder that holds it, such as the "
+        "model's own, to be copied to text_model/ in the repository, where open_clip finds it only when started "
+        "in the downloaded folder, as local-dir:. Without it open_clip is left out.",
+    )
+    repo_id: str | None = flag(
+        None,
+        "Hub id, OWNER/NAME, under which the repository will be published. hf-hub: of open_clip then takes "
+        "its tokenizer from there; without it, that of the text tower's Hub id.",
+    )
+    textual_only: bool = flag(
+        False, "Of immich, the text side alone, which takes the place of that of --base; no picture is embedded again."
+    )
+    overwrite_output_dir: bool = flag(False, "Replace the output folder.")
+    gone: ClassVar = dict.fromkeys(
+        ("recall_dataset", "recall_split", "recall_language", "recall_caption_column"), NO_RECALL
+    )
+
+    def __post_init__(self) -> None:
+        formats = set(self.format_names())
+        if "drop_in" in formats and self.base is None:
+            raise ValueError("drop_in needs --base: the model that the pictures of the index were embedded with.")
+        if self.textual_only and formats != {"immich"}:
+            raise ValueError(f"textual_only is of --formats immich, got --formats {self.formats}; leave it out.")
+        if self.textual_only and self.base is None:
+            raise ValueError("textual_only needs --base, the model that the pictures in Immich are embedded with.")
+        if self.base is not None and "drop_in" not in formats and not self.textual_only:
+            raise ValueError("--base is for --formats drop_in and for --textual_only; leave it out.")
+        if (alone := formats & set(FOLDER_FORMATS)) and len(formats) > 1:
+            raise ValueError(
+                f"{' and '.join(alone)} is a folder of its own; name no other format beside it, got {self.formats}."
+            )
+        if alone and self.text_config:
+            raise ValueError(f"--text_config is for a whole repository, not for {', '.join(FOLDER_FORMATS)}.")
+        if self.repo_id is not None:
+            allowed.check_repo_id(self.repo_id)
+
+    def format_names(self) -> list[str]:
+        """The names in `formats`, in order."""
+        return [name.strip() for name in self.formats.split(",") if name.strip()]
+
+
+@user_errors
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse(ExportArguments, __doc__, argv)
+    formats, overwrite = args.format_names(), args.overwrite_output_dir
     try:
-        args = parse(ExportArguments, __doc__, argv)
-        formats = args.format_names()
         if set(formats) & set(FOLDER_FORMATS):
-            files = export_alone(args, formats)
+            files = export_alone(args)
         else:
-            files = export(
-                args.model, args.output, formats, args.text_config, args.overwrite_output_dir,
-                repo_id=args.repo_id, measure_int8=_int8_measurement(args),
-            )  # fmt: skip
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+            files = export(args.model, args.output, formats, args.text_config, overwrite, repo_id=args.repo_id)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {args.model} can't be read: {' '.join(str(error).split())}") from error
     for name, size in files:
         print(f"{size / 1e6:12,.2f} MB  {name}")
     print(f"{sum(size for _, size in files) / 1e6:12,.2f} MB  in {args.output}")
@@ -82,7 +153,6 @@ def export(
     overwrite: bool = False,
     *,
     repo_id: str | None = None,
-    measure_int8: Callable[[Path], list[str]] | None = None,
 ) -> list[tuple[str, int]]:
     """Write a repository's folder, whole or not at all.
 
@@ -93,7 +163,6 @@ def export(
         text_config: Hub id or folder of the text tower's configuration, for open_clip; see `text_config_source`.
         overwrite: replace what is at `output`.
         repo_id: where it will be published; open_clip then takes the tokenizer from there.
-        measure_int8: of `onnx_recall.int8_measurement`.
 
     Returns:
         Path relative to the folder and size in bytes of every file, in order.
@@ -106,16 +175,17 @@ def export(
     """
     formats = _checked_formats(formats)
     if repo_id is not None:
-        check_repo_id(repo_id)
-    _check_output(output, overwrite, model, text_config)
-    config, image_processor = source_model.read_config(model), _read_image_processor(model)
+        allowed.check_repo_id(repo_id)
+    check_output_folder(output, overwrite)
+    check_inputs_stay(output, model, text_config)
+    config, image_processor = read_config(model), _read_image_processor(model)
     if "transformers_js" in formats:
         transformers_js.readable_tokenizer(model)  # or an error before the graphs, which take minutes
     plan = None
     if "open_clip" in formats:
-        plan = loader_files.plan_open_clip(config, image_processor, text_config, repo_id)
+        plan = open_clip.plan_open_clip(config, image_processor, text_config, repo_id)
         _log_open_clip_plan(plan, repo_id, config)
-    weights = sum(file.stat().st_size for file in source_model.weight_files(model))
+    weights = sum(file.stat().st_size for file in weight_files(model))
     shares = (plan is not None, ONNX_SHARE * ("onnx" in formats), JS_SHARE * ("transformers_js" in formats))
     check_free_space(output, int(weights * (1 + sum(shares))))
     with whole_folder(output, overwrite) as folder:
@@ -124,35 +194,25 @@ def export(
         if "transformers_js" in formats:
             transformers_js.write_tokenizer(folder)
         if "sentence_transformers" in formats:
-            loader_files.write_sentence_transformers(folder)
+            open_clip.write_sentence_transformers(folder)
         if "onnx" in formats:
-            onnx_files.write_onnx(folder)
-            unmeasured = ["ONNX: the recall of int8 was not measured; --recall_dataset names a data set for it."]
-            for line in measure_int8(folder) if measure_int8 else unmeasured:
-                logger.info("%s", line)
+            onnx.write_onnx(folder)
         if "transformers_js" in formats:
             transformers_js.write_transformers_js(folder)
         _write_records(model, folder)
         return _finished(folder)
 
 
-def export_alone(args: ExportArguments, formats: Sequence[str]) -> list[tuple[str, int]]:
+def export_alone(args: ExportArguments) -> list[tuple[str, int]]:
     """Write a folder that is no repository of the whole model, whole or not at all; returns what `export` does."""
-    if len(formats) > 1:
-        raise ValueError(
-            f"{' and '.join(set(formats) & set(FOLDER_FORMATS))} is a folder of its own; name no other format beside "
-            f"it, got {','.join(formats)}."
-        )
-    write = import_module(f"hub_upload.{formats[0]}").write  # (arguments, folder)
-    _check_output(args.output, args.overwrite_output_dir, args.model, args.base)
+    check_output_folder(args.output, args.overwrite_output_dir)
+    check_inputs_stay(args.output, args.model, args.base)
     with whole_folder(args.output, args.overwrite_output_dir) as folder:
-        write(args, folder)
+        if args.format_names() == ["immich"]:
+            immich.write(args.model, folder, args.output, args.base)
+        else:
+            drop_in.write(args.model, folder, args.output, str(args.base), args.repo_id)
         return _finished(folder)
-
-
-def _check_output(output: Path, overwrite: bool, *inputs: str | Path | None) -> None:
-    check_output_folder(output, overwrite)
-    check_inputs_stay(output, *inputs)
 
 
 def _checked_formats(formats: Sequence[str]) -> list[str]:
@@ -166,20 +226,8 @@ def _checked_formats(formats: Sequence[str]) -> list[str]:
     if "transformers_js" in formats and "onnx" not in formats:
         formats.append("onnx")  # whose graphs and weights it reads
     if "onnx" in formats:
-        require("onnx in --formats (leave it out to do without)", "onnx", *onnx_files.ONNX_PACKAGES)
+        require("onnx in --formats (leave it out to do without)", "onnx", *onnx.ONNX_PACKAGES)
     return formats
-
-
-def _int8_measurement(args: ExportArguments) -> Callable[[Path], list[str]] | None:
-    """What measures the int8 graphs; its data are opened before the graphs, which take minutes, for their errors."""
-    if args.recall_dataset is None:
-        return None
-    check_inputs_stay(args.output, args.recall_dataset)
-    if not {"onnx", "transformers_js"} & set(args.format_names()):
-        raise ValueError("recall_dataset is for the int8 graphs of onnx; add onnx to --formats, or leave it out.")
-    from hub_upload.onnx_recall import int8_measurement  # datasets and accelerate: only where something is measured
-
-    return int8_measurement(args.recall_dataset, args.recall_split, args.recall_language, args.recall_caption_column)
 
 
 def _read_image_processor(model: Path) -> CapivaraImageProcessor:
@@ -200,19 +248,13 @@ def _read_image_processor(model: Path) -> CapivaraImageProcessor:
 
 
 def _log_open_clip_plan(plan: OpenClipPlan | None, repo_id: str | None, config: CapivaraConfig) -> None:
-    if plan is None and config.trimmed_vocabulary:
+    if plan is None:
+        pieces = f", trimmed to {config.text_config.vocab_size:,} word pieces" if config.trimmed_vocabulary else ""
         logger.info(
-            "open_clip is left out: it takes the text tower's size from XLM-RoBERTa base, with %s word pieces, and "
-            "this model was trimmed to %s. Name the model's own folder by --text_config for a repository that "
-            "open_clip loads from inside its folder alone.",
-            f"{config.trimmed_vocabulary['of']:,}", f"{config.text_config.vocab_size:,}",
+            "open_clip is left out: it takes the text tower's configuration from XLM-RoBERTa base, and this is another "
+            "tower%s. Name a Hub id that has it by --text_config; or the model's own folder, for a repository that "
+            "open_clip loads from inside its folder alone.", pieces,
         )  # fmt: skip
-    elif plan is None:
-        logger.info(
-            "open_clip is left out: the text tower is not XLM-RoBERTa base, so that open_clip can't take its "
-            "configuration from there. Name a Hub id that has it by --text_config; or the model's own folder, for a "
-            "repository that open_clip loads from inside its folder alone."
-        )
     elif plan.source == TEXT_MODEL:
         logger.info(
             "open_clip: the text tower has no Hub id; its configuration lies in %s/. Users download the repository, "
@@ -231,15 +273,15 @@ def _write_weights(model: Path, folder: Path, config: CapivaraConfig, with_open_
 
     Memory holds one copy of the weights at a time: pages of the file that is read or compared.
     """
-    mapped = source_model.mapped_model(model, config)
-    expected = source_model.tensor_digests(mapped.state_dict())
+    mapped = mapped_model(model, config)
+    expected = tensor_digests(mapped.state_dict())
     mapped.save_pretrained(folder)
     if with_open_clip:
         write_open_clip_weights(mapped, folder)
     del mapped
     check_tensors(folder / WEIGHTS, mapped_tensors([folder / WEIGHTS]), expected)
     if with_open_clip:
-        check_tensors(folder / OPEN_CLIP_WEIGHTS, loader_files.written_tensors(folder), expected)
+        check_tensors(folder / OPEN_CLIP_WEIGHTS, open_clip.written_tensors(folder), expected)
         logger.info("transformers and open_clip: %d tensors compared, all equal.", len(expected))
 
 
@@ -264,7 +306,7 @@ def _write_processor(model: Path, folder: Path, config: CapivaraConfig, plan: Op
     if read_json(folder / "tokenizer_config.json").get("tokenizer_class") != type(tokenizer).__name__:
         tokenizer.save_pretrained(folder)  # of an older folder: now it repairs texts also without the processor
     if plan:
-        loader_files.write_open_clip_config(folder, config, plan, tokenizer)
+        open_clip.write_open_clip_config(folder, config, plan, tokenizer)
 
 
 def _write_records(model: Path, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, hf_hub_download, try_to_load_from_cache
 
 from capivara_common.privacy import short_name
-from hub_upload.card_text import escaped
+from hub_upload.card_values import escaped
 from modeling_capivara.loading import card_metadata
 
 # Licences that let what is made of several works carry the licence of the other ones, their notices kept.

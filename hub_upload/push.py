@@ -11,19 +11,310 @@ data set are sent; files on the Hub that the folder does not have stay. After a 
 again: files that have arrived are not sent a second time, and what has not changed makes no commit.
 """
 
-import itertools
-import sys
-from contextlib import suppress
+import inspect
+import logging
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Literal
 
-from huggingface_hub import CommitInfo, CommitOperationDelete, HfApi, constants, get_token
+import yaml
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    errors,
+    get_session,
+    get_token,
+    metadata_load,
+)
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils.sha import git_hash
+from tqdm import tqdm
 
-from capivara_common.cli import parse, run_command
-from hub_upload import remote as hub
-from hub_upload.card import outdated
-from hub_upload.limits import program_limit
-from hub_upload.push_plan import SHOWN, PushArguments, PushPlan, is_on_hub, plan, readable_size, report
+from capivara_common.cli import flag, parse, run_command, user_errors
+from capivara_common.privacy import machine_path_in, printable, secret_in
+from hub_upload.allowed_files import allowed_files, check_contents, check_data, check_repo_id, data_files
+from hub_upload.card import CARD, outdated, write_card
 
+REF_NAME = re.compile(r"(?!.*(\.\.|//|@\{|\.lock$|[./]$))[A-Za-z0-9_][\w.+/-]{0,200}")
+PULL_REQUEST = re.compile(r"refs/pr/\d+")
+SHOWN = 20  # names of one kind
+TIMEOUT_S = 300  # of silence; the client's own is none, and a line that died would hold a run for ever
+WAIT_S = 2  # before a call whose answer was lost is made once more
 NO_TOKEN = "There is no token. Save one that may write by `hf auth login`, or set HF_TOKEN."
+AGAIN = "Run the same command again: files that have arrived are not sent a second time."
+TRY_AGAIN = {408, 429, 500, 502, 503, 504}
+FULL = {402, 413, 507}  # the Hub itself says 403, with words
+REPOSITORY = "repository"  # folder in that of the run, until it is on the Hub
+CHECKPOINTS = "checkpoints"  # branch
+FORMATS = ("transformers", "open_clip", "sentence_transformers")  # onnx takes minutes, and packages of its own
+logger = logging.getLogger("capivara")
+
+
+class PushError(OSError):
+    """A push that was not made, in one line: why, and the way out. It holds no token."""
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(printable(message).split()))
+
+
+@dataclass
+class PushArguments:
+    """Arguments of `hub_upload.push`."""
+
+    model: Path = flag(..., "Folder to send: of a model or, with --repo-type dataset, of a data set.")
+    repo_id: str = flag(..., "Repository on the Hub, owner/name. It is made where there is none.")
+    push: bool = flag(False, "Send it. Without this flag nothing is changed on the Hub.")
+    repo_type: Literal["model", "dataset"] = flag("model", "Kind of the repository.")
+    revision: str = flag("main", "Branch, made from main where it is missing; or an open pull request, as refs/pr/1.")
+    pull_request: bool = flag(False, "Open a pull request to main instead of changing it.")
+    private: bool = flag(False, "Make a new repository private; a public one is refused.")
+    tag: str | None = flag(None, "Name for the commit, such as v1.0; a new one.")
+    message: str | None = flag(None, "Title of the commit.")
+    delete: list[str] = flag([], "Files on the Hub that the same commit removes; all others stay.")
+    gone: ClassVar = {"deadline_hours": "a call ends after 300 s of silence; Ctrl-C or `timeout 12h` ends a push"}
+
+    def __post_init__(self) -> None:
+        self.model = Path(self.model)
+        for name in ("repo_id", "revision", "tag", "message"):
+            _check_message(f"--{name.replace('_', '-')}", getattr(self, name))
+        if path := machine_path_in(self.message or ""):
+            raise ValueError(f"--message names a place on a machine, {path!r}. Leave it out.")
+        check_repo_id(self.repo_id)
+        if not self.model.is_dir():
+            raise ValueError(f"The folder {self.model} does not exist.")
+        for name, value in (("revision", self.revision), ("tag", self.tag)):
+            is_commit = re.fullmatch("[0-9a-f]{40}", value or "")
+            known = REF_NAME.fullmatch(value or "v1") and not str(value).startswith("refs/") and not is_commit
+            if not known and not (name == "revision" and PULL_REQUEST.fullmatch(value)):
+                raise ValueError(f"{name} {value!r} is no name for a {'branch' if name == 'revision' else 'tag'}.")
+        if self.pull_request and (self.tag or self.revision != "main"):
+            raise ValueError("A pull request goes to main and gets no tag: leave out --revision and --tag.")
+
+
+@dataclass
+class Remote:
+    """What a repository on the Hub holds, as far as the token sees."""
+
+    exists: bool = False
+    private: bool = False
+    head: str | None = None  # commit of the branch or pull request; None where there is none of that name
+    start: str | None = None  # commit that the branch would start at, which is the head of one that exists
+    tags: dict[str, str] = field(default_factory=dict)  # name -> commit
+    files: dict[str, RepoFile] = field(default_factory=dict)  # path -> size and hashes, at `start`
+
+
+@dataclass
+class PushPlan:
+    """What a push would do."""
+
+    args: PushArguments
+    user: str | None  # whose token it is; None without one
+    remote: Remote
+    notes: list[str]
+    added: list[CommitOperationAdd] = field(default_factory=list)
+    changed: list[CommitOperationAdd] = field(default_factory=list)
+    same: list[str] = field(default_factory=list)
+    deleted: list[str] = field(default_factory=list)  # files on the Hub that go
+    stay: list[str] = field(default_factory=list)  # files on the Hub that the folder does not have
+
+    def __post_init__(self) -> None:
+        self.makes_branch = self.remote.exists and self.remote.head is None
+        self.makes_tag = self.args.tag is not None and self.args.tag not in self.remote.tags
+
+    @property
+    def sent(self) -> list[CommitOperationAdd]:
+        """Files that the commit adds or changes."""
+        return self.added + self.changed
+
+
+@user_errors
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    args = parse(PushArguments, __doc__, argv)
+    planned = plan(args)
+    print(report(planned), flush=True)
+    check_card(args)
+    if not (planned.sent or planned.deleted or planned.makes_branch or planned.makes_tag):
+        print("The Hub has all of it already; there is nothing to send.")
+    elif not args.push:
+        size = readable_size(sum(file.upload_info.size for file in planned.sent))
+        print(f"Nothing was sent. With --push, {len(planned.sent)} files ({size}) are sent in one commit.")
+    else:
+        url = push(planned)
+        print(f"Pushed in one commit: {_name(url)}" if url else "All files were there already; no commit was made.")
+        if planned.makes_tag:
+            print(f"Tagged {args.tag}.")
+
+
+# --- What would be sent ----------------------------------------------------------------------------------------------
+
+
+def plan(args: PushArguments) -> PushPlan:
+    """Compare a folder with a repository; nothing is changed anywhere.
+
+    Raises ValueError where a file must not be sent, PushError where the Hub can't be asked or would refuse the push.
+    """
+    paths = files_to_send(args.model, args.repo_type)
+    metadata = card_metadata(args.model / CARD) if Path(CARD) in paths else None
+    with hub_errors(args.repo_id, args.repo_type):
+        user = str(_twice(lambda: HfApi().whoami(cache=True)["name"])) if get_token() else None
+        remote = _look(args.repo_id, args.repo_type, args.revision)
+    found = PushPlan(args, user, remote, _notes(args, metadata, user, remote))
+    for path in map(Path.as_posix, paths):
+        file, there = CommitOperationAdd(path, args.model / path), remote.files.get(path)
+        if _is_on_hub(file, there):
+            found.same.append(path)
+        else:
+            (found.changed if there else found.added).append(file)
+    found.deleted = [path for path in args.delete if path in remote.files]
+    ours = {".gitattributes", *found.deleted, *map(Path.as_posix, paths)}  # the first is made by the Hub
+    found.stay = sorted({*remote.files} - ours)
+    _check_plan(found)
+    return found
+
+
+def files_to_send(folder: Path, repo_type: str) -> list[Path]:
+    """The files of a folder that may leave this machine, relative to it, and no secret in them.
+
+    Not `HfApi.upload_folder`: a star of its patterns stands for folders, too, and it follows links out of the folder.
+    """
+    paths = allowed_files(folder) if repo_type == "model" else data_files(folder)
+    if not paths:
+        raise ValueError(f"{folder} holds no file of a {repo_type}.")
+    for path in paths:
+        _check_message("The name of a file", path.as_posix())
+    if repo_type == "dataset":
+        check_data(folder, paths)
+        return sorted(paths)
+    try:
+        check_contents(folder)
+    except ValueError as error:
+        raise ValueError(f"{error} `python -m hub_upload.export` makes a folder that can be sent.") from error
+    return sorted(paths)
+
+
+def card_metadata(card: Path) -> dict[str, Any]:
+    """The YAML block that a card starts with. Raises ValueError where it is none."""
+    try:
+        return metadata_load(card) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"The metadata of {CARD} is not valid YAML of `key: value` lines: {error}") from error
+
+
+def check_card(args: PushArguments) -> None:
+    """Warn where a card states other values than its files. Raises ValueError where it was about to be sent."""
+    faults = outdated(args.model) if args.repo_type == "model" else []
+    if not faults:
+        return
+    listed = "".join(f"\n  {_name(fault)}" for fault in faults[:SHOWN])
+    message = f"The card differs from its files; write it again with `python -m hub_upload.card`. {listed}"
+    if args.push:
+        raise ValueError(f"Nothing was sent. {message}")
+    print(f"Warning: {message}", flush=True)
+
+
+def report(planned: PushPlan) -> str:
+    """The plan in words, to be read before it is carried out."""
+    args, remote = planned.args, planned.remote
+    state = f"does not exist, will be made{', private' * args.private}"
+    if remote.exists:
+        state = f"{'private' if remote.private else 'public'}, at {str(remote.start)[:7]}"
+    branch = "a pull request to main" if args.pull_request else args.revision
+    branch += ", will be made from main" if planned.makes_branch else ""
+    lines = [f"{args.repo_type} {args.repo_id} ({state}), {branch}; token of {_name(planned.user or 'nobody')}"]
+    for file in planned.sent:
+        there = remote.files.get(file.path_in_repo)
+        before = f", was {readable_size(there.size)}" if there else ""
+        size = f"({readable_size(file.upload_info.size)}{before})"
+        lines.append(f"  {'change' if there else 'add   '}  {_name(file.path_in_repo)}  {size}")
+    lines += [f"  delete  {_name(path)}  ({readable_size(remote.files[path].size)})" for path in planned.deleted]
+    lines += [f"  same    {len(planned.same)} files"] if planned.same else []
+    lines += [f"  stays   {_name(path)}  (on the Hub, not in the folder)" for path in planned.stay]
+    return "\n".join([*lines, *(f"note: {_name(note)}" for note in planned.notes)])
+
+
+def readable_size(size: int) -> str:
+    """Bytes in words, of a thousand each."""
+    for exponent, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if size >= 10**exponent:
+            return f"{size / 10**exponent:.{2 if unit == 'GB' else 1}f} {unit}"
+    return f"{size} bytes"
+
+
+def _name(text: str) -> str:
+    """A name of others on one line, to be shown."""
+    return printable(text.replace("\n", "\\n").replace("\t", "\\t"))
+
+
+def _check_message(what: str, text: str | None) -> None:
+    """Raise ValueError where a text that everybody will read holds a secret, which is not shown."""
+    if found := secret_in(text or ""):
+        raise ValueError(f"{what} holds {found[0]}. Leave it out.")
+
+
+def _is_on_hub(file: CommitOperationAdd, there: RepoFile | None) -> bool:
+    """Whether the Hub has the content of a file of this machine, by the hashes of both; nothing is downloaded."""
+    if there is None or there.size != file.upload_info.size:
+        return False
+    if there.lfs:
+        return there.lfs.sha256 == file.upload_info.sha256.hex()
+    with file.as_file() as content:
+        return git_hash(content.read()) == there.blob_id
+
+
+def _notes(args: PushArguments, metadata: dict[str, Any] | None, user: str | None, remote: Remote) -> list[str]:
+    notes = [f"--delete {path}: it is not on the Hub." for path in args.delete if path not in remote.files]
+    if metadata is None:
+        notes.append(f"there is no {CARD}: the page on the Hub will be empty.")
+    elif "license" not in metadata:
+        notes.append("the card states no license, and without one nobody may use what is published.")
+    else:
+        notes.append(f"license: {metadata['license']}")
+    if user is None:
+        notes.append("there is no token, which --push needs: `hf auth login`, or HF_TOKEN.")
+    return notes
+
+
+def _check_plan(planned: PushPlan) -> None:
+    """Raise PushError where the push would be refused, or would not be what was meant."""
+    args, remote = planned.args, planned.remote
+    _check_visibility(args.repo_id, remote, args.private)
+    if args.pull_request and not remote.exists:
+        raise PushError(f"There is no {args.repo_id}, or the token does not see it: a pull request needs one.")
+    if args.revision.startswith("refs/") and remote.head is None:
+        raise PushError(f"{args.repo_id} has no open pull request {args.revision}.")
+    if args.revision in remote.tags and remote.head is None:
+        raise PushError(f"{args.revision} is a tag of {args.repo_id}, and tags stay where they are. Name a branch.")
+    if both := {*args.delete} & {*planned.same, *(file.path_in_repo for file in planned.sent)}:
+        raise PushError(f"--delete names {min(both)}, which the folder has. Remove it there first.")
+    tagged = remote.tags.get(args.tag or "")
+    if tagged and (planned.sent or planned.deleted or tagged != remote.head):
+        raise PushError(
+            f"The tag {args.tag} of {args.repo_id} exists already, at {tagged[:7]}. Nothing was sent. Take another "
+            "name, or delete the tag on the Hub."
+        )
+
+
+def _check_visibility(repo_id: str, remote: Remote, private: bool) -> None:
+    """Raise PushError where what shall be private would be seen by everybody."""
+    if private and remote.exists and not remote.private:
+        raise PushError(
+            f"{repo_id} is public, and --private makes new repositories private only. Change it in the settings of the "
+            "repository first, or take another name."
+        )
+
+
+# --- Sending it ------------------------------------------------------------------------------------------------------
 
 
 def push(planned: PushPlan) -> str | None:
@@ -32,157 +323,69 @@ def push(planned: PushPlan) -> str | None:
     Returns:
         The address of the commit or pull request; None where the Hub has everything, and no commit was made.
     """
-    args = planned.args
-    with hub.hub_errors(args.repo_id, args.repo_type):
+    args, remote, api = planned.args, planned.remote, HfApi()
+    with hub_errors(args.repo_id, args.repo_type):
         if get_token() is None:
-            raise hub.PushError(NO_TOKEN)
-        parent = _prepared_parent(planned)
-        commit = _checked_commit(planned, parent) if planned.sent or planned.deleted else None
+            raise PushError(NO_TOKEN)
+        if not remote.exists:
+            api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None)
+            remote = _look(args.repo_id, args.repo_type, args.revision)
+            _check_visibility(args.repo_id, remote, args.private)
+        if remote.head is None:
+            api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
+        commit = _commit(planned, str(remote.start)) if planned.sent or planned.deleted else None
         if planned.makes_tag:
-            _tag(planned, commit.oid if commit else parent)
+            _tag(args, commit.oid if commit else str(remote.start))
     return None if commit is None else commit.pr_url or commit.commit_url
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command."""
-    try:
-        args = parse(PushArguments, __doc__, argv)
-        with program_limit(args.deadline_hours):
-            planned = plan(args)
-            print(report(planned), flush=True)
-            check_card(planned.args)
-            _finish(planned)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {hub.plain(str(error))}")
-    except KeyboardInterrupt:
-        print("\nStopped. The same command resumes: files that have arrived are not sent again.", file=sys.stderr)
-        sys.exit(130)
-
-
-def check_card(args: PushArguments) -> None:
-    """Warn where a card states other figures than its files. Raises ValueError where it was about to be sent."""
-    faults = outdated(args.model) if args.repo_type == "model" else []
-    if not faults:
-        return
-    listed = "".join(f"\n  {hub.plain_line(fault)}" for fault in faults[:SHOWN])
-    message = f"The card differs from its files; write it again with `python -m hub_upload.card`. {listed}"
-    if args.push:
-        raise ValueError(f"Nothing was sent. {message}")
-    print(f"Warning: {message}", flush=True)
-
-
-def _finish(planned: PushPlan) -> None:
-    """Push if it was asked for, and print what was done."""
-    args, sent = planned.args, planned.sent
-    if not (sent or planned.deleted or planned.makes_branch or planned.makes_tag):
-        print("The Hub has all of it already; there is nothing to send.")
-        return
-    if not args.push:
-        size = readable_size(sum(file.upload_info.size for file in sent))
-        print(f"Nothing was sent. With --push, {len(sent)} files ({size}) are sent in one commit.")
-        return
-    url = push(planned)
-    if url:
-        print(f"Pushed in one commit: {hub.plain_line(url)}")
-    else:
-        print("All files were there already; no commit was made.")
-    if planned.makes_tag:
-        print(f"Tagged {args.tag}.")
-
-
-def _prepared_parent(planned: PushPlan) -> str:
-    """Create repository and branch where they are missing; returns the parent commit."""
-    args, remote, api = planned.args, planned.remote, HfApi()
-    if not remote.exists:
-        api.create_repo(args.repo_id, repo_type=args.repo_type, private=args.private or None)
-        remote = hub.look(args.repo_id, args.repo_type, args.revision)
-        hub.check_visibility(args.repo_id, remote, args.private)
-    if remote.head is None:
-        api.create_branch(args.repo_id, branch=args.revision, revision=remote.start, repo_type=args.repo_type)
-        if hub.look(args.repo_id, args.repo_type, args.revision).head is None:
-            raise hub.PushError(f"The Hub has answered, but made no branch {args.revision}. {hub.ANEW}")
-    return str(remote.start)
-
-
-def _checked_commit(planned: PushPlan, parent: str) -> CommitInfo:
-    """The commit, of which the Hub's list of files says that all has arrived."""
+def _commit(planned: PushPlan, parent: str) -> CommitInfo:
+    """The commit on top of `parent`, sent once more where its answer was lost and it was not made."""
     args = planned.args
-    deletions = [CommitOperationDelete(path, is_folder=False) for path in planned.deleted]
-    commit = _committed(planned, [*planned.sent, *deletions], parent)
-    there = hub.files_at(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
-    missing = [file.path_in_repo for file in planned.sent if not is_on_hub(file, there.get(file.path_in_repo))]
-    if missing:
-        raise hub.PushError(
-            f"The commit was made ({commit.commit_url}), but without {', '.join(missing[:SHOWN])}. Has the repository "
-            "a .gitignore that leaves it out, or did the folder change meanwhile?"
+    operations = [*planned.sent, *(CommitOperationDelete(path, is_folder=False) for path in planned.deleted)]
+
+    def send() -> CommitInfo:
+        return HfApi().create_commit(
+            args.repo_id, operations, commit_message=args.message or _title(planned), repo_type=args.repo_type,
+            revision=args.revision, parent_commit=parent, create_pr=args.pull_request,
+        )  # fmt: skip
+
+    try:
+        commit = send()
+    except (errors.HTTPError, errors.HfHubHTTPError) as error:
+        if not _is_lost(error):
+            raise
+        if args.pull_request:
+            raise PushError(
+                f"{type(error).__name__}: {error}. Whether the pull request was opened is not known: look at the page "
+                f"of {args.repo_id} before you run the same command again."
+            ) from None
+        time.sleep(WAIT_S)
+        head = _look(args.repo_id, args.repo_type, args.revision).head
+        url = f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, '')}{args.repo_id}/commit"
+        # Made already, by this push or another: the files there tell.
+        commit = (
+            send()
+            if head == parent
+            else CommitInfo(commit_url=f"{url}/{head}", commit_message="", commit_description="", oid=str(head))
+        )
+    there = _files(args.repo_id, args.repo_type, commit.pr_revision or commit.oid)
+    missing = [file.path_in_repo for file in planned.sent if not _is_on_hub(file, there.get(file.path_in_repo))]
+    if missing or {*planned.deleted} & {*there}:
+        raise PushError(
+            f"The branch is at {commit.commit_url}, but without {', '.join(missing[:SHOWN]) or 'the deletions'}. Has "
+            "somebody else changed it meanwhile, or has the repository a .gitignore that leaves it out? Run the "
+            "command without --push to see what is there."
         )
     return commit
 
 
-def _committed(planned: PushPlan, operations: list, parent: str) -> CommitInfo:
-    """The commit on top of `parent`, tried again where the line broke or the Hub was in trouble.
-
-    It may have been made all the same, so the Hub is asked before the next try. Uploads are repeated by the client.
-    """
-    args, tries = planned.args, itertools.count()
-
-    def attempt() -> CommitInfo:
-        if next(tries) and (made := _made_by_now(planned, parent)):
-            return made
-        try:
-            return HfApi().create_commit(
-                args.repo_id, operations, commit_message=args.message or _title(planned), repo_type=args.repo_type,
-                revision=args.revision, create_pr=args.pull_request, parent_commit=parent,
-            )  # fmt: skip
-        except Exception as error:  # a malformed answer raises any kind
-            if getattr(getattr(error, "response", None), "status_code", None) == 412:
-                raise _overtaken(planned, parent) from None
-            if args.pull_request and hub.is_unclear(error):
-                raise hub.PushError(
-                    f"{hub.one_line(error)} Whether the pull request was opened is not known: look at the page of "
-                    f"{args.repo_id} before you run the same command again."
-                ) from None
-            raise
-
-    return hub.with_retries(attempt, hub.is_unclear)
-
-
-def _made_by_now(planned: PushPlan, parent: str) -> CommitInfo | None:
-    """The commit of a try whose answer was lost; None where the branch is as it was."""
-    args = planned.args
-    remote = hub.look(args.repo_id, args.repo_type, args.revision)
-    if remote.head == parent:
-        return None
-    arrived = all(is_on_hub(file, remote.files.get(file.path_in_repo)) for file in planned.sent)
-    if not arrived or {*planned.deleted} & {*remote.files}:
-        raise _overtaken(planned, parent)
-    kind = constants.REPO_TYPES_URL_PREFIXES.get(args.repo_type, "")
-    url = f"{constants.ENDPOINT}/{kind}{args.repo_id}/commit/{remote.head}"
-    return CommitInfo(commit_url=url, commit_message="", commit_description="", oid=str(remote.head))
-
-
-def _overtaken(planned: PushPlan, parent: str) -> hub.PushError:
-    """The error that names who has changed the branch meanwhile, where the Hub tells."""
-    args, newer = planned.args, []
-    with suppress(Exception):  # of whatever kind: nothing depends on it
-        commits = HfApi().list_repo_commits(args.repo_id, repo_type=args.repo_type, revision=args.revision)
-        newer = list(itertools.takewhile(lambda commit: commit.commit_id != parent, commits))[:3]
-    said = "; ".join(f'{", ".join(c.authors) or "somebody"}: "{c.title}" ({c.commit_id[:7]})' for c in newer)
-    return hub.PushError(
-        f"{args.repo_id} ({args.revision}) was changed meanwhile (412){' by ' * bool(said)}{said}. Nothing of yours "
-        "was committed. Run the command without --push to see what is there, then with it."
-    )
-
-
-def _tag(planned: PushPlan, commit: str) -> None:
-    args = planned.args
+def _tag(args: PushArguments, commit: str) -> None:
     try:
         HfApi().create_tag(args.repo_id, tag=str(args.tag), revision=commit, repo_type=args.repo_type)
-        if hub.look(args.repo_id, args.repo_type, args.revision).tags.get(args.tag) != commit:
-            raise hub.PushError(f"The Hub has answered, but has no such tag. {hub.ANEW}")
     except Exception as error:  # of whatever kind: the user must know that the files are there
-        reason = hub.explained(error, args.repo_id, args.repo_type)
-        raise hub.PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
+        reason = _explained(error, args.repo_id, args.repo_type)
+        raise PushError(f"The files are on the Hub, but the tag {args.tag} was not made. {reason}") from None
 
 
 def _title(planned: PushPlan) -> str:
@@ -192,5 +395,204 @@ def _title(planned: PushPlan) -> str:
     return f"{verb} {names[0]}" if len(names) == 1 else f"{verb} {len(names)} files"
 
 
+# --- The Hub ---------------------------------------------------------------------------------------------------------
+
+
+def _look(repo_id: str, repo_type: str, revision: str) -> Remote:
+    """What is on the Hub; a call whose answer was lost is made once more."""
+    api = HfApi()
+    try:
+        info = _twice(lambda: api.repo_info(repo_id, repo_type=repo_type))
+    except errors.GatedRepoError:
+        raise
+    except errors.RepositoryNotFoundError:
+        return Remote()
+    refs = _twice(lambda: api.list_repo_refs(repo_id, repo_type=repo_type, include_pull_requests=True))
+    heads = {ref.name: ref.target_commit for ref in refs.branches}
+    heads |= {ref.ref: ref.target_commit for ref in refs.pull_requests or []}
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    start = str(heads.get(revision) or heads.get("main") or info.sha)
+    return Remote(True, info.private, heads.get(revision), start, tags, _files(repo_id, repo_type, start))
+
+
+def _files(repo_id: str, repo_type: str, revision: str) -> dict[str, RepoFile]:
+    """Path -> size and hashes, at a revision."""
+    listed = HfApi().list_repo_tree(repo_id, repo_type=repo_type, revision=revision, recursive=True)
+    return {file.path: file for file in listed if isinstance(file, RepoFile)}
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether the connection broke or the Hub is in trouble: the same call may succeed a little later."""
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code in TRY_AGAIN
+    return isinstance(error, errors.HTTPError)
+
+
+def _twice(call: Callable[[], Any]) -> Any:
+    """The answer of a call, made once more where it was lost."""
+    try:
+        return call()
+    except (errors.HTTPError, errors.HfHubHTTPError) as error:
+        if not _is_lost(error):
+            raise
+        logger.warning("%s: %s Trying again in %s s.", type(error).__name__, str(error).split("\n")[0], WAIT_S)
+        time.sleep(WAIT_S)
+        return call()
+
+
+@contextmanager
+def hub_errors(repo_id: str, repo_type: str) -> Iterator[None]:
+    """Errors of calls to the Hub as PushError; what any library logs within holds no secret."""
+    get_session().timeout = TIMEOUT_S
+    make = logging.getLogRecordFactory()
+
+    def made(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        with suppress(TypeError, ValueError):  # a message that does not fit its values; logging says so itself
+            record.msg, record.args = printable(record.getMessage()), None
+        return record
+
+    logging.setLogRecordFactory(made)
+    logging.captureWarnings(True)
+    try:
+        yield
+    except Exception as error:  # an answer that is none of the Hub's raises any kind
+        for bar in list(getattr(tqdm, "_instances", ())):
+            bar.close()  # so that the next output begins a line
+        if isinstance(error, PushError):
+            raise
+        logger.debug("A call to the Hub failed.", exc_info=True)
+        while isinstance(error, RuntimeError) and error.__cause__ is not None:
+            error = error.__cause__  # of an upload, which the client wraps
+        raise PushError(_explained(error, repo_id, repo_type)) from None
+    finally:
+        logging.captureWarnings(False)
+        logging.setLogRecordFactory(make)
+
+
+def _explained(error: BaseException, repo_id: str, repo_type: str) -> str:
+    """Why a call failed, and the way out."""
+    if isinstance(error, errors.HfHubHTTPError):
+        said = " ".join((error.server_message or str(error)).split()).rstrip(".")
+        return _explained_status(error, error.response.status_code, said, repo_id, repo_type)
+    if isinstance(error, errors.HTTPError):
+        return f"The connection to the Hub broke ({type(error).__name__}: {error}). {AGAIN}"
+    if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # of Xet
+        return f"The upload failed: {error}. {AGAIN}"
+    if isinstance(error, OSError):
+        return str(error) or type(error).__name__
+    return (
+        f"{constants.ENDPOINT} has answered in another form than the Hub does ({type(error).__name__}: {error}). Does "
+        "a proxy or a log-in page answer in its place? Check HF_ENDPOINT and the network, then run the same command "
+        "again."
+    )
+
+
+def _explained_status(error: errors.HfHubHTTPError, status: int, said: str, repo_id: str, repo_type: str) -> str:
+    tokens = f"{constants.ENDPOINT}/settings/tokens"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo_id} is gated (403), and the token has no access to it. Ask for it on the repository's page."
+    if status == 401 and not (isinstance(error, errors.RepositoryNotFoundError) and get_token() is None):
+        return (
+            f"The Hub refuses the token (401): it is wrong, or no longer valid. Make one that may write at {tokens}, "
+            "and save it by `hf auth login` or set HF_TOKEN."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"There is no {repo_type} repository {repo_id} ({status}), or the token does not see it. Check the name, "
+            "and that the token is of a member of its organisation."
+        )
+    if status in FULL or (status == 403 and re.search("storage|quota", said, re.IGNORECASE)):
+        return (
+            f"The Hub has no more space for {repo_id} ({status}): {said}. Delete old files or repositories, or ask for "
+            "more storage; then run the same command again."
+        )
+    if status == 403:
+        return (
+            f"The token may not write to {repo_id} (403): {said}. Use one with write access, of a member of "
+            f"{repo_id.split('/')[0]} ({tokens})."
+        )
+    if status == 412:
+        return (
+            f"{repo_id} was changed meanwhile (412), and nothing of yours was committed. Run the command without "
+            "--push to see what is there, then with it."
+        )
+    if status in TRY_AGAIN:
+        return f"The Hub is in trouble or takes no more requests ({status}): {said}. Run the same command again later."
+    return f"The Hub refused ({status}): {said}."
+
+
+# --- A training run --------------------------------------------------------------------------------------------------
+
+
+def check_access(repo_id: str, private: bool = False) -> None:
+    """Make sure, before hours of work, that a model can be pushed; the repository is made where there is none.
+
+    Raises ValueError where the name is none of the Hub, PushError where the token or the repository is not as needed.
+    """
+    check_repo_id(repo_id)
+    api = HfApi()
+    with hub_errors(repo_id, "model"):
+        if get_token() is None:
+            raise PushError(NO_TOKEN)
+        remote = _look(repo_id, "model", "main")
+        _check_visibility(repo_id, remote, private)
+        if not remote.exists:
+            api.create_repo(repo_id, private=private or None)
+        elif "write" in inspect.signature(api.auth_check).parameters:  # not in the first releases of 2.x
+            _twice(lambda: api.auth_check(repo_id, write=True))
+
+
+def publish_run(run: Path, repo_id: str, private: bool = False, card_language: str = "en") -> bool:
+    """Make the repository of a finished run, with its card in "en" or "pt", and push it; whether the Hub has it now.
+
+    A push that fails does not fail the run: it is logged with the way out, and the repository stays in its folder.
+    """
+    from hub_upload.export import export  # torch, without which a folder is pushed
+
+    repository = run / REPOSITORY
+    words = ["python", "-m", "hub_upload.push", "--model", str(repository), "--repo-id", repo_id, "--push"]
+    try:
+        export(run, repository, FORMATS, overwrite=True, repo_id=repo_id)
+        write_card(repository, repo_id, card_language)
+        url = push(plan(PushArguments(repository, repo_id, private=private)))
+    except (Exception, KeyboardInterrupt) as error:  # of whatever kind: the run is complete, and must not seem to fail
+        way_out = "Make its repository by `python -m hub_upload.export`, and push that by `python -m hub_upload.push`."
+        if repository.is_dir():
+            way_out = f"Push it later: {shlex.join(words + ['--private'] * private)}"
+        logger.warning("NOT PUSHED to %s: %s\nThe run is complete in %s. %s", repo_id, _said(error), run, way_out)
+        return False
+    shutil.rmtree(repository, ignore_errors=True)
+    logger.info("Pushed to %s.", _name(url)) if url else logger.info("%s has all of it already.", repo_id)
+    return True
+
+
+def publish_checkpoint(save: Callable[[Path], None], folder: Path, repo_id: str, step: int) -> bool:
+    """Push the model as it is after a step to the branch `checkpoints`; whether the Hub has it now.
+
+    `save` writes a model folder; `folder` is for temporary files, twice the size of the model.
+    """
+    from hub_upload.export import export
+
+    try:
+        with TemporaryDirectory(dir=folder, prefix="tmp-hub-") as temporary:
+            model, repository = Path(temporary, "model"), Path(temporary, REPOSITORY)
+            save(model)
+            export(model, repository, ("transformers",))
+            push(plan(PushArguments(repository, repo_id, revision=CHECKPOINTS, message=f"Step {step}")))
+    except Exception as error:  # of whatever kind: the run matters more
+        logger.warning("Step %s was not pushed to %s: %s Training continues.", step, repo_id, _said(error))
+        return False
+    logger.info("Pushed step %s to the branch %s of %s.", step, CHECKPOINTS, repo_id)
+    return True
+
+
+def _said(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "Stopped."
+    kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    return " ".join(printable(f"{kind}{error}").split()).removesuffix(".") + "."
+
+
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, resumes=True)

@@ -39,7 +39,6 @@ ROUTES = [
         ("GET", REPO + r"/revision/(?P<revision>[^/]+)", "info"),
         ("GET", REPO + r"/auth-check(?P<write>/write)?", "auth_check"),
         ("GET", REPO + r"/refs", "refs"),
-        ("GET", REPO + r"/commits/(?P<revision>[^/]+)", "commits"),
         ("GET", REPO + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "tree"),
         ("POST", REPO + r"/paths-info/(?P<revision>[^/]+)", "paths_info"),
         ("POST", REPO + r"/preupload/(?P<revision>[^/]+)", "preupload"),
@@ -183,7 +182,7 @@ class _Handler(HttpHandler):
         if repo is None or (repo.private and not owned):
             # Without a token the Hub does not say whether there is none or a private one.
             raise Refused(404 if self.user else 401, "Repository not found", "RepoNotFound")
-        if write and (not owned or name in self.hub.faults.forbidden):
+        if write and not owned:
             raise Refused(403, "You don't have the rights to write to this repository.")
         return repo
 
@@ -202,7 +201,7 @@ class _Handler(HttpHandler):
         name = f"{namespace}/{asked['name']}"
         if self.user is None:
             raise Refused(401, "Invalid username or password.")
-        if namespace not in self.hub.writable[self.user] or name in self.hub.faults.forbidden:
+        if namespace not in self.hub.writable[self.user]:
             raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{namespace}"')
         url = f"{self.hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
         if (kind, name) in self.hub.storage.repos:
@@ -230,15 +229,6 @@ class _Handler(HttpHandler):
 
         answer = {"branches": listed(repo.branches, "refs/heads/"), "tags": listed(repo.tags, "refs/tags/")}
         self.json(answer | {"converts": [], "pullRequests": listed(repo.pulls, "")})
-
-    def commits(self, kind: str, name: str, revision: str) -> None:
-        found = self._repo(kind, name).history(revision)
-        self.json(
-            [
-                {"id": c.oid, "title": c.title, "message": "", "date": c.date, "authors": [{"user": c.author}]}
-                for c in found
-            ]
-        )
 
     def create_branch(self, kind: str, name: str, branch: str) -> None:
         repo = self._repo(kind, name, write=True)

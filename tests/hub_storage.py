@@ -33,7 +33,6 @@ class Faults:
         silent_uploads: how many PUTs are answered so late that a client should have lost patience.
         quota_bytes: that all LFS objects may take.
         quota_status: of the refusal.
-        forbidden: repositories that nobody may write to.
         concurrent_commit: somebody else commits to the branch, just before the next commit.
         commit_statuses: answers of the next commits, none of which is made.
         commit_message: what they say.
@@ -48,7 +47,6 @@ class Faults:
     silent_uploads: int = 0
     quota_bytes: int | None = None
     quota_status: int = 403
-    forbidden: set[str] = field(default_factory=set)
     concurrent_commit: bool | None = None
     commit_statuses: list[int] = field(default_factory=list)
     commit_message: str = "Internal Server Error"

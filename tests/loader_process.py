@@ -88,13 +88,8 @@ def onnx(suffix=""):
     return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(texts))
 
 
-def onnx_quantized():
-    return onnx("_quantized")
-
-
 LOADERS = {
-    function.__name__: function
-    for function in (without_package, with_package, open_clip, sentence_transformers, onnx, onnx_quantized)
+    function.__name__: function for function in (without_package, with_package, open_clip, sentence_transformers, onnx)
 }
 with torch.no_grad():
     image_embeds, text_embeds = LOADERS[LOADER]()

@@ -27,7 +27,7 @@ from captions import stages, translate
 from captions.build import STAGES, BuildArguments, ManualStepRequired, build, main, read_plan
 from captions.select import Selection
 from examples.openmoji.captions import OpenMojiCaptionsArguments, build_openmoji
-from hub_upload.push_plan import files_to_send
+from hub_upload.push import files_to_send
 from training.arguments import RunArguments
 
 ROOT = Path(__file__).resolve().parent.parent

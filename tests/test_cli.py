@@ -28,7 +28,6 @@ COMMANDS = {
     "eval.suite": "paper --model m",
     "eval.report": "results --output o",
     "hub_upload.export": "--model m --output o",
-    "hub_upload.immich": "--check f",
     "hub_upload.card": "--model m",
     "hub_upload.push": "--model . --repo_id a/b",
     "hub_upload.space": "--model m --space s",
@@ -101,7 +100,7 @@ WRONG_USE = {  # of the command -> what it says
     "captions.select --dataset d": "the following arguments are required: --output",
     "captions.generate --dataset d --shard 1/2": "`--shard` is gone: ",
     "eval.retrieval --model m --dataset d --output o.json --dim x": "--dim.*: invalid int value: 'x'",
-    "hub_upload.push --model m --deadline_hours x": "--deadline_hours.*: invalid float value: 'x'",
+    "hub_upload.push --model . --repo_id a/b --deadline_hours 1": "`--deadline_hours` is gone: a call ends after 300 s",
     "hub_upload.card --model m --repo-idd a/b": "Unknown flag: `--repo-idd`. Did you mean `--repo_id`?",
 }
 

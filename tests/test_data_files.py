@@ -18,8 +18,8 @@ from pyarrow import parquet
 from sampling import one_in
 
 from capivara_common.environment import peak_resident_bytes
-from hub_upload import data_files as module
-from hub_upload.data_files import check_data, data_files
+from hub_upload import allowed_files as module
+from hub_upload.allowed_files import check_data, data_files
 
 SECRET = "gho_" + "a1B2c3D4e5" * 4
 TEXTS = pyarrow.list_(pyarrow.string())

@@ -10,7 +10,8 @@ from tiny import randomise
 from eval.capivara_metrics.metrics import RECALL_CUTOFFS, recall_at_k
 from eval.retrieval import RetrievalArguments, RetrievalEmbeddings, flat_captions, load_data
 from examples.exchange_text_side import LancePictures, QdrantPictures, main, recalls
-from hub_upload import export, onnx_files
+from hub_upload import export
+from hub_upload.formats import onnx as onnx_files
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.two_towers import load_embedder
 

@@ -1,8 +1,7 @@
-"""ONNX graphs: those of the model in evaluation mode, for any batch and length, with the price of int8 measured."""
+"""ONNX graphs: those of the model in evaluation mode, for any batch and length, int8 near to them."""
 
 import json
 
-import numpy as np
 import onnx
 import pytest
 import torch
@@ -10,10 +9,8 @@ from safetensors.torch import load_file
 from tiny import TINY_VISION, randomise, tiny_config
 from transformers import TimmWrapperConfig
 
-from eval.retrieval import RetrievalArguments, load_data
 from hub_upload.export import export, main
-from hub_upload.onnx_files import OnnxModel, graphs
-from hub_upload.onnx_recall import measure_int8, recall_lines
+from hub_upload.formats.onnx import graphs, open_graph
 from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_processor
 from modeling_capivara.two_towers import random_images, random_texts
@@ -40,8 +37,14 @@ def repository(source, tmp_path_factory):
     return folder
 
 
-def runs(repository, precision: str) -> OnnxModel:
-    return OnnxModel(repository, precision)
+def embeds(repository, precision: str, images=(), texts=()) -> list[torch.Tensor]:
+    """Embeddings by the graphs: of images, then of texts."""
+    processor, found = load_processor(repository), []
+    for kind, given in (("vision", {"images": images}), ("text", {"text": texts})):
+        if len(*given.values()):
+            graph = open_graph(graphs(repository, precision)[kind])
+            found.append(torch.from_numpy(graph.run(None, dict(processor(**given, return_tensors="np")))[0]))
+    return found
 
 
 @torch.no_grad()
@@ -49,16 +52,16 @@ def runs(repository, precision: str) -> OnnxModel:
 def test_float32_is_the_model_for_any_batch_and_length(source, repository, images, texts):
     model, processor = CapivaraModel.from_pretrained(source).eval(), load_processor(source)
     pictures, captions = random_images()[:images], ["", *random_texts()][:texts]
-    found = runs(repository, "float32")
     expected = model(**processor(images=pictures, text=captions, return_tensors="pt"))
-    torch.testing.assert_close(found.embed_images(pictures), expected.image_embeds, rtol=0, atol=1e-5)
-    torch.testing.assert_close(found.embed_texts(captions), expected.text_embeds, rtol=0, atol=1e-5)
+    found = embeds(repository, "float32", pictures, captions)
+    torch.testing.assert_close(found, [expected.image_embeds, expected.text_embeds], rtol=0, atol=1e-5)
 
 
 def test_padding_does_not_change_a_text(repository):
-    found = runs(repository, "float32")
-    alone, beside = found.embed_texts(["um gato"])[0], found.embed_texts(["um gato", random_texts()[-1]])[0]
-    torch.testing.assert_close(alone, beside, rtol=0, atol=1e-6)
+    (alone,), (beside,) = (
+        embeds(repository, "float32", texts=texts) for texts in (["um gato"], ["um gato", random_texts()[-1]])
+    )
+    torch.testing.assert_close(alone[0], beside[0], rtol=0, atol=1e-6)
 
 
 def test_export_leaves_logging_as_it_was(repository):
@@ -69,10 +72,9 @@ def test_export_leaves_logging_as_it_was(repository):
 
 
 def test_int8_is_smaller_and_near(source, repository):
-    exact, rounded = runs(repository, "float32"), runs(repository, "int8")
-    for embed in ("embed_images", "embed_texts"):
-        items = random_images() if embed == "embed_images" else random_texts()
-        cosines = (getattr(exact, embed)(items) * getattr(rounded, embed)(items)).sum(dim=-1)
+    exact, rounded = (embeds(repository, kind, random_images(), random_texts()) for kind in ("float32", "int8"))
+    for ours, theirs in zip(exact, rounded, strict=True):
+        cosines = (ours * theirs).sum(dim=-1)
         assert 0.995 < cosines.min() < 0.99999999, "equal to the last bit would mean that nothing was rounded"
     kinds = {
         tensor.data_type for path in graphs(repository, "int8").values() for tensor in onnx.load(path).graph.initializer
@@ -82,7 +84,7 @@ def test_int8_is_smaller_and_near(source, repository):
     assert set(facts["graphs"]) == {
         f"{kind}_model{end}.onnx" for kind in ("vision", "text") for end in ("", "_quantized")
     }
-    assert facts["graphs"]["text_model.onnx"]["largest_difference"] < 1e-5 and facts["recall"] is None
+    assert facts["graphs"]["text_model.onnx"]["largest_difference"] < 1e-5
     assert {"onnx", "onnxruntime", "onnxscript", "torch"} <= facts["versions"].keys()
 
 
@@ -104,35 +106,14 @@ def test_graphs_say_nothing_of_this_machine(repository):
         assert {file.name for file in path.parent.glob(f"{path.name}*")} == {path.name, f"{path.name}_data"}
 
 
-def test_recall_of_both_precisions_is_measured(repository, tiny_dataset_folder, tmp_path):
-    arguments = RetrievalArguments(str(repository), str(tiny_dataset_folder), tmp_path / "x.json", split="train")
-    found = measure_int8(repository, arguments, load_data(arguments))
-    assert (found["images"], found["captions"], found["split"], found["language"]) == (12, 18, "train", "pt")
-    for precision in ("float32", "int8"):
-        for direction in ("text_to_image", "image_to_text"):
-            recalls = found[precision][direction]
-            assert set(recalls) == {"recall@1", "recall@5", "recall@10", "mean_recall"}
-            assert np.isclose(recalls["mean_recall"], np.mean([recalls[f"recall@{k}"] for k in (1, 5, 10)]))
-    assert json.loads((repository / "onnx" / "quantisation.json").read_text())["recall"] == found
-    assert len(recall_lines(found)) == 2 and "points (12 images" in recall_lines(found)[0]
-
-
-def test_a_data_set_that_cannot_be_read_is_said_before_the_graphs_are_made(repository, tmp_path, monkeypatch):
-    monkeypatch.setattr("hub_upload.onnx_files.write_onnx", None)
-    command = ["--model", str(repository), "--output", str(tmp_path / "out"), "--formats", "transformers,onnx"]
-    with pytest.raises(SystemExit, match=r"error: .*nowhere"):
-        main([*command, "--recall_dataset", str(tmp_path / "nowhere")])
-    assert not list(tmp_path.iterdir())
-
-
-def test_tower_of_convolutions_has_no_int8_graph(tmp_path, tiny_processor, tiny_dataset_folder, caplog):
+def test_tower_of_convolutions_has_no_int8_graph(tmp_path, tiny_processor, caplog):
     config = tiny_config(vision_config=TimmWrapperConfig(architecture="test_efficientnet"))
     randomise(CapivaraModel(config)).save_pretrained(tmp_path / "model")
     tiny_processor.save_pretrained(tmp_path / "model")
     caplog.set_level("INFO")
-    command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "repository"), "--recall_split", "train"]
-    main([*command, "--formats", "transformers,onnx", "--recall_dataset", str(tiny_dataset_folder)])
-    assert "no int8 graph of the vision tower" in caplog.text and "int8, text-to-image: mean recall" in caplog.text
+    command = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "repository")]
+    main([*command, "--formats", "transformers,onnx"])
+    assert "no int8 graph of the vision tower" in caplog.text
     names = {path.name for path in (tmp_path / "repository" / "onnx").iterdir()}
     assert "text_model_quantized.onnx" in names and "vision_model_quantized.onnx" not in names
     assert graphs(tmp_path / "repository", "int8")["vision"].name == "vision_model.onnx"

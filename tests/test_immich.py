@@ -1,7 +1,6 @@
-"""Immich's folder: the model's numbers by a reader of the published layout, and a check that names what is wrong."""
+"""Immich's folder: the model's numbers by a reader of the published layout."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -10,18 +9,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
-from tiny import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
+from tiny import TINY_TEXT, randomise, tiny_config
 
 from benchmarks.captions_pt import benchmark_captions
 from benchmarks.immich_service import ODD_TEXTS, LayoutReader, is_cropped_beside, pictures
 from capivara_common import environment
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
-from hub_upload import immich
-from hub_upload.export import export_alone, main
-from hub_upload.export_arguments import ExportArguments
-from hub_upload.immich_folder import BASE_NAME, check
+from hub_upload.export import ExportArguments, export_alone, main
+from hub_upload.formats.immich import is_base
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_images, embed_texts
@@ -37,199 +33,8 @@ def files(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- A folder that Immich reads, and all that can be wrong with one ---------------------------------------------------
-
-
-def graph(path: Path, name: str, kind: int, shape: list, width: int = 8, seed: int = 0) -> None:
-    """A graph of one matrix: what `name` holds, flat, times random numbers."""
-    weights = np.random.default_rng(seed).standard_normal(
-        (int(np.prod([x for x in shape if isinstance(x, int)])), width)
-    )
-    nodes = [
-        helper.make_node("Cast", [name], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Flatten", ["floats"], ["flat"]),
-        helper.make_node("MatMul", ["flat", "weights"], ["embedding"]),
-    ]
-    given = [helper.make_tensor_value_info(name, kind, shape)]
-    made = [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, [1, width])]
-    initial = [numpy_helper.from_array(weights.astype(np.float32), "weights")]
-    model = helper.make_model(
-        helper.make_graph(nodes, "tower", given, made, initial),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=9,
-    )
-    onnx.save(model, path)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "model"
-    for name in ("textual", "visual"):
-        (folder / name).mkdir(parents=True)
-    graph(folder / "textual/model.onnx", "text", TensorProto.INT32, [1, 77])
-    graph(folder / "visual/model.onnx", "image", TensorProto.FLOAT, [1, 3, 32, 32])
-    tiny_tokenizer().backend_tokenizer.save(str(folder / "textual/tokenizer.json"))
-    edit(folder, "textual/tokenizer_config.json", pad_token="<pad>")
-    edit(folder, "config.json", text_cfg={"context_length": 77})
-    numbers = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-    edit(
-        folder, "visual/preprocess_cfg.json", size=[32, 32], interpolation="bicubic", resize_mode="shortest", **numbers
-    )
-    return folder
-
-
-def edit(folder: Path, name: str, **fields) -> None:
-    path = folder / name
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.write_text(json.dumps({**settings, **fields}), encoding="utf-8")
-
-
-def test_a_whole_folder_has_no_fault(folder, capsys):
-    assert check(folder) == []
-    immich.main(["--check", str(folder)])
-    assert capsys.readouterr().out.startswith(f"Immich reads {folder}: both towers")
-
-
-def test_sizes_that_are_free_are_no_fault(folder):
-    graph(folder / "textual/model.onnx", "text", TensorProto.INT32, ["batch", 77])
-    edit(folder, "visual/preprocess_cfg.json", size=32, interpolation="BICUBIC")
-    assert check(folder) == []
-
-
-def test_the_text_side_alone_is_no_fault(folder, capsys):
-    shutil.rmtree(folder / "visual")
-    (folder / "config.json").unlink()
-    assert check(folder) == []
-    immich.main(["--check", str(folder)])
-    assert "one tower, beside those in its cache" in capsys.readouterr().out
-
-
-BROKEN = {
-    "a file is missing": (lambda f: (f / "textual/tokenizer.json").unlink(), r"textual/tokenizer.json is missing\."),
-    "both towers and no settings": (lambda f: (f / "config.json").unlink(), r"config.json is missing\."),
-    "no towers": (
-        lambda f: [shutil.rmtree(f / name) for name in ("textual", "visual")],
-        "has neither textual/ nor visual/. Name the folder of one model",
-    ),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), r"config.json is not JSON"),
-    "no text_cfg": (lambda f: (f / "config.json").write_text("{}"), r"text_cfg must be of type dict, got 'None'"),
-    "a length in words": (
-        lambda f: edit(f, "config.json", text_cfg={"context_length": "77"}),
-        "context_length of config.json must be a number of tokens, got '77'",
-    ),
-    "another length": (
-        lambda f: edit(f, "config.json", text_cfg={"context_length": 64}),
-        r"textual/model.onnx takes text of shape \(1, 77\); Immich gives \(1, 64\)",
-    ),
-    "padding as a token of transformers": (
-        lambda f: edit(f, "textual/tokenizer_config.json", pad_token={"content": "<pad>"}),
-        r"pad_token must be of type str",
-    ),
-    "padding of another vocabulary": (
-        lambda f: edit(f, "textual/tokenizer_config.json", pad_token="[PAD]"),
-        r"'\[PAD\]', is not in textual/tokenizer.json",
-    ),
-    "no tokenizer": (lambda f: (f / "textual/tokenizer.json").write_text("{}"), "textual/tokenizer.json can't be read"),
-    "M-CLIP's input": (
-        lambda f: graph(f / "textual/model.onnx", "input_ids", TensorProto.INT32, [1, 77]),
-        r"textual/model.onnx takes input_ids; Immich gives a model of open_clip's kind 'text' alone",
-    ),
-    "ids of 64 bits": (
-        lambda f: graph(f / "textual/model.onnx", "text", TensorProto.INT64, [1, 77]),
-        r"takes text as tensor\(int64\); Immich gives tensor\(int32\)",
-    ),
-    "half of a graph": (
-        lambda f: (f / "visual/model.onnx").write_bytes((f / "visual/model.onnx").read_bytes()[:900]),
-        r"visual/model.onnx can't be read by onnxruntime \d",
-    ),
-    "pixels of bytes": (
-        lambda f: graph(f / "visual/model.onnx", "image", TensorProto.UINT8, [1, 3, 32, 32]),
-        r"takes image as tensor\(uint8\); Immich gives tensor\(float\)",
-    ),
-    "another side": (
-        lambda f: edit(f, "visual/preprocess_cfg.json", size=[64, 64]),
-        r"takes image of shape \(1, 3, 32, 32\); Immich gives \(1, 3, 64, 64\)",
-    ),
-    "no side": (lambda f: edit(f, "visual/preprocess_cfg.json", size="32"), "size must be pixels a side, got '32'"),
-    "an unknown filter": (
-        lambda f: edit(f, "visual/preprocess_cfg.json", interpolation="area"),
-        "interpolation must be one of nearest, .*, got 'area'",
-    ),
-    "an unknown shape": (
-        lambda f: edit(f, "visual/preprocess_cfg.json", resize_mode="longest"),
-        "resize_mode must be shortest or squash, got 'longest'",
-    ),
-    "one mean": (lambda f: edit(f, "visual/preprocess_cfg.json", mean=0.5), "mean must be three numbers, got 0.5"),
-    "a division by 0": (
-        lambda f: edit(f, "visual/preprocess_cfg.json", std=[0.5, 0, 0.5]), "std must be finite and not 0"
-    ),
-    "a mean that is no number": (
-        lambda f: edit(f, "visual/preprocess_cfg.json", mean=[float("nan")] * 3), "mean must be finite, got"
-    ),
-    "widths apart": (
-        lambda f: graph(f / "visual/model.onnx", "image", TensorProto.FLOAT, [1, 3, 32, 32], width=9),
-        "towers embed into 8 and 9 numbers",
-    ),
-    "a graph of nothing": (
-        lambda f: zeros(f / "visual/model.onnx"), "must be a row of finite numbers, not all 0"
-    ),
-    "another runtime's graph": (
-        lambda f: (f / "textual/model.armnn").touch(),
-        r"textual/model.armnn is another export.* set MACHINE_LEARNING_ANN=false",
-    ),
-    "a graph prepared of the former file": (
-        lambda f: prepared(f / "textual/cpu/x86_64/batch1", older=True),
-        r"textual/cpu/x86_64/batch1 was prepared from an earlier model.onnx",
-    ),
-}  # fmt: skip
-
-
-def zeros(path: Path) -> None:
-    model = onnx.load(path)
-    (weights,) = model.graph.initializer
-    weights.CopyFrom(numpy_helper.from_array(np.zeros((3 * 32 * 32, 8), np.float32), "weights"))
-    onnx.save(model, path)
-
-
-def prepared(folder: Path, older: bool) -> None:
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text("{}")
-    if older:
-        os.utime(folder / "manifest.json", (1e9, 1e9))
-
-
-@pytest.mark.parametrize("fault", BROKEN)
-def test_every_fault_is_named_in_a_line(folder, fault):
-    break_it, message = BROKEN[fault]
-    break_it(folder)
-    (found,) = check(folder)
-    assert re.search(message, found) and "\n" not in found
-
-
-def test_faults_of_both_towers_are_told_at_once(folder):
-    graph(folder / "textual/model.onnx", "text", TensorProto.INT64, [1, 77])
-    edit(folder, "visual/preprocess_cfg.json", size=0, std=[1, 2])
-    assert [fault.split(" ")[0] for fault in check(folder)] == [
-        "textual/model.onnx",
-        *["visual/preprocess_cfg.json:"] * 2,
-    ]
-    with pytest.raises(SystemExit) as ended:
-        immich.main(["--check", str(folder)])
-    assert ended.value.code.count("\n") == 3 and ended.value.code.endswith("as it is; faults: 3.")
-
-
-def test_what_immich_has_prepared_from_the_file_itself_is_no_fault(folder):
-    prepared(folder / "textual/cpu/x86_64/batch1", older=False)
-    assert check(folder) == []
-
-
-def test_the_width_is_that_of_the_name(folder):
-    named = folder.rename(folder.with_name(BASE_NAME))
-    assert check(named) == [f"Embeddings have 8 numbers; Immich expects 512 of {BASE_NAME}."]
-
-
 def test_the_pages_exchange_keeps_the_original_when_it_is_repeated(tmp_path):
-    page = (Path(immich.__file__).parents[1] / "docs/immich.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs/immich.md").read_text(encoding="utf-8")
     (there,) = re.findall(r"sh -c '(.+)'", page)
     (back,) = re.findall(r"\*\*Para voltar atrás\*\*: `(.+?)`", page)
     (tmp_path / "textual").mkdir()
@@ -265,7 +70,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(source, tmp_path_factory):
     folder = tmp_path_factory.mktemp("immich") / "capivara"
-    export_alone(ExportArguments(source, folder, formats="immich"), ["immich"])
+    export_alone(ExportArguments(source, folder, formats="immich"))
     return folder
 
 
@@ -302,7 +107,7 @@ def test_texts_of_broken_files_are_read_as_they_stand(own, reader):
 
 @pytest.mark.slow
 def test_files_are_immichs_and_whole(exported):
-    assert files(exported) == FILES and check(exported) == []
+    assert files(exported) == FILES
     assert json.loads((exported / "config.json").read_text())["text_cfg"]["context_length"] == 77
     assert json.loads((exported / "textual/tokenizer_config.json").read_text()) == {"pad_token": "<pad>"}
     settings = json.loads((exported / "visual/preprocess_cfg.json").read_text())
@@ -353,8 +158,6 @@ def test_a_missing_package_is_named_before_anything_is_read(tmp_path, monkeypatc
 
 
 def test_only_the_bases_own_architecture_takes_its_name():
-    from hub_upload.immich_graphs import is_base
-
     assert is_base(CapivaraConfig())
     smaller = {"text_config": {"vocab_size": 90_000}}
     facts = {"languages": ["pt"], "words": [20], "tokenizer": "a" * 32, "table": "b" * 32, "of": 250_002}

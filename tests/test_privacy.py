@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from capivara_common.privacy import SECRET_RE2, hide_paths, machine_path_in, own_paths, redact, secret_in, short_name
+from capivara_common.privacy import (
+    SECRET_RE2,
+    hide_paths,
+    machine_path_in,
+    own_paths,
+    printable,
+    redact,
+    secret_in,
+    short_name,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8s9T0"
@@ -182,6 +191,15 @@ def test_one_name_for_a_data_set(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+def test_what_others_say_is_shown_without_secrets_and_without_what_a_terminal_obeys():
+    token = "hf_" + "a1B2" * 9
+    assert redact(f"Bearer xyz {token}: https://me:pass@host/x?X-Amz-Signature=ab12&b=1") == (
+        "Bearer *** hf_***: https://***@host/x?X-Amz-Signature=***&b=1"
+    )
+    assert redact("hf_hub_download of hf_modules") == "hf_hub_download of hf_modules"
+    assert printable(f"pão\x1b[31m\r\u202e\x9b\n{token}") == "pão\\u001b[31m\\u000d\\u202e\\u009b\nhf_***"
+
+
 def test_a_long_text_costs_little():
     started = time.perf_counter()
     texts = ("/a" * 50_000, "//" * 50_000 + "a", "a/" * 50_000, "/" * 100_000, "C:\\" * 30_000, "hf_" * 30_000)

@@ -2,7 +2,6 @@
 
 import json
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from examples.openmoji.concepts import concept_rows, split_concepts
 from examples.openmoji.dataset import render_png
 from examples.tune_sentence_transformers import clip_loss_of, main, model_card, pairs, recall_evaluator
 from hub_upload.export import export
-from hub_upload.loader_files import write_sentence_transformers
+from hub_upload.formats.open_clip import write_sentence_transformers
 from modeling_capivara import CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.two_towers import random_images
 
@@ -78,12 +77,6 @@ def test_encode_takes_texts_pictures_and_dictionaries(folder, encoder, pictures)
         encoder.encode(both)
 
 
-def test_paths_of_pictures_are_pictures(encoder, pictures, tmp_path):
-    pictures[0].save(tmp_path / "a.png")
-    found = encoder.encode([str(tmp_path / "a.png")])
-    np.testing.assert_allclose(found, encoder.encode(pictures[:1]), atol=1e-6)
-
-
 def test_the_first_numbers_are_those_of_the_model(folder, encoder, pictures):
     from sentence_transformers import SentenceTransformer
 
@@ -119,15 +112,6 @@ def test_its_evaluator_counts_the_recall(folder, encoder, tiny_dataset_folder):
     assert 0 < expected["cosine_accuracy@5"] < 1
 
 
-def test_why_its_onnx_backend_is_not_for_this_model(folder):
-    """It is optimum-onnx's, for transformers 4 alone: where that has changed, docs/publishing.md has to."""
-    from sentence_transformers import SentenceTransformer
-
-    assert version("transformers") > "5" and find_spec("optimum") is None
-    with pytest.raises(Exception, match="requires installing Optimum"):
-        SentenceTransformer(str(folder), backend="onnx")
-
-
 @pytest.mark.parametrize("mini_batch_size", [2, 5, 64])
 def test_its_loss_is_clips(encoder, tiny_dataset_folder, mini_batch_size):
     """Loss and every gradient, of a batch that is embedded in parts."""
@@ -146,18 +130,6 @@ def test_its_loss_is_clips(encoder, tiny_dataset_folder, mini_batch_size):
     for name, parameter in model.named_parameters():
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name], atol=2e-6, rtol=1e-4, msg=name)
-
-
-def test_the_usual_options_are_another_loss(encoder, tiny_dataset_folder):
-    """Why the example gives three: one direction and a fixed scale are not CLIP's."""
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-
-    rows = pairs(tiny_dataset_folder, "train", "pt")
-    columns = [encoder.preprocess(list(rows[column])) for column in ("text", "image")]
-    with torch.no_grad():
-        usual = MultipleNegativesRankingLoss(encoder)([dict(features) for features in columns], None)
-        exact = clip_loss_of(encoder, 4)([dict(features) for features in columns], None)
-    assert abs(usual - exact) > 1e-3
 
 
 def test_a_caption_that_is_an_address_or_a_file_is_a_text(encoder, tmp_path, pictures, monkeypatch):

@@ -30,6 +30,7 @@ from examples.openmoji.concepts import concept_rows
 from examples.openmoji.dataset import render_png
 from examples.real_images import PHOTOS, photo
 from hub_upload.export import export
+from hub_upload.formats.transformers_js import NMT
 from hub_upload.space import static_page
 from hub_upload.space.__main__ import main
 from hub_upload.space.static_page import (
@@ -46,7 +47,6 @@ from hub_upload.space.static_page import (
     pixel_facts,
     write_static_page,
 )
-from hub_upload.transformers_js import NMT
 from modeling_capivara import CapivaraImageProcessor
 
 ATTACK = "<img src=x onerror=alert(1)>.png"

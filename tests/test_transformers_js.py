@@ -25,7 +25,7 @@ from transformers import AutoProcessor, pipeline
 from benchmarks import in_browser
 from benchmarks.in_browser import LABELS, NAME, TEMPLATE, compared, inputs_and_outputs, pixel_differences, served
 from hub_upload.export import export, main
-from hub_upload.transformers_js import join_graphs, write_tokenizer
+from hub_upload.formats.transformers_js import join_graphs, write_tokenizer
 from modeling_capivara import CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, repair_text
 from modeling_capivara.loading import load_processor
 from modeling_capivara.trim_vocabulary import trim

@@ -28,10 +28,8 @@ from capivara_search.index import PictureIndex
 from capivara_search.models import find_model
 from capivara_search.page.server import DEFAULT_PORT, Credit
 from capivara_search.table import PictureTable
-from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_paths, check_secrets
-from hub_upload.push import NO_TOKEN
-from hub_upload.push_plan import readable_size
-from hub_upload.remote import PushError, check_repo_id, hub_errors
+from hub_upload.allowed_files import TOKENIZER_FILES, check_contents, check_paths, check_repo_id, check_secrets
+from hub_upload.push import NO_TOKEN, PushError, hub_errors, readable_size
 from hub_upload.space.collection import credit_of, picture_folder
 from hub_upload.space.published_index import publish_index
 from modeling_capivara.loading import card_metadata

@@ -30,8 +30,8 @@ from capivara_common.files import read_json, whole_folder, write_bytes, write_js
 from capivara_common.privacy import short_name
 from capivara_search.models import find_model
 from hub_upload.allowed_files import check_paths, check_secrets
-from hub_upload.onnx_files import ONNX_PACKAGES, TOWERS, data_file, graphs
-from hub_upload.transformers_js import readable_tokenizer
+from hub_upload.formats.onnx import ONNX_PACKAGES, TOWERS, data_file, graphs
+from hub_upload.formats.transformers_js import readable_tokenizer
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import card_metadata, load_processor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH

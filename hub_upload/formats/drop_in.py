@@ -25,13 +25,11 @@ from capivara_common.files import check_free_space, read_json, write_json, write
 from capivara_common.hub_cache import model_folder
 from capivara_common.image_side_digest import image_difference, image_side_digest
 from capivara_common.privacy import hide_paths, short_name
+from capivara_common.weight_file import weight_files
 from capivara_search.models import CONVERTER
-from hub_upload import loader_files, onnx_files, source_model
-from hub_upload.card_metadata import LICENCES
-from hub_upload.card_text import MARKDOWN_TEMPLATES, Words, code, code_examples
-from hub_upload.export_arguments import ExportArguments
-from hub_upload.remote import check_repo_id
-from hub_upload.source_model import WEIGHTS, check_tensors, mapped_tensors, tensor_digests
+from hub_upload.card_facts import LICENCES
+from hub_upload.card_values import MARKDOWN_TEMPLATES, code, code_examples, escaped
+from hub_upload.formats import check_tensors, onnx, open_clip, read_config, tensor_digests, with_plain_quotes
 from modeling_capivara import CapivaraModel
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
@@ -39,7 +37,7 @@ from modeling_capivara.convert_open_clip import (
     open_clip_model_cfg,
     open_clip_state_dict,
 )
-from modeling_capivara.loading import card_metadata, load_processor
+from modeling_capivara.loading import WEIGHTS, card_metadata, load_processor, mapped_model, mapped_tensors
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 
 FACTS, OPEN_CLIP_TEXT = "drop_in.json", "open_clip_text.safetensors"
@@ -51,7 +49,7 @@ BETWEEN, LAST = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Ide
 logger = logging.getLogger("capivara")
 
 
-def write(args: ExportArguments, folder: Path) -> None:
+def write(source: Path, folder: Path, output: Path, base: str, repo_id: str | None = None) -> None:
     """Write the text side of a model into an empty folder.
 
     Raises:
@@ -60,31 +58,29 @@ def write(args: ExportArguments, folder: Path) -> None:
         ImportError: a package of ONNX is missing.
         OSError: the disk is full.
     """
-    require("--formats drop_in", "onnx", *onnx_files.ONNX_PACKAGES)
-    if args.repo_id is not None:
-        check_repo_id(args.repo_id)
-    config, base = source_model.read_config(args.model), model_folder(str(args.base), CONVERTER)
-    digest = check_exchangeable(args.model, base, args.base)
-    model = source_model.mapped_model(args.model, config)
+    require("--formats drop_in", "onnx", *onnx.ONNX_PACKAGES)
+    config, base_folder = read_config(source), model_folder(base, CONVERTER)
+    digest = check_exchangeable(source, base_folder, base)
+    model = mapped_model(source, config)
     text_bytes = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE))
-    check_free_space(args.output, int(text_bytes * FILES_SHARE))
+    check_free_space(output, int(text_bytes * FILES_SHARE))
     denses = _write_sentence_transformers(model, folder)
-    open_clip = _write_open_clip(model, base, folder)
+    has_open_clip = _write_open_clip(model, base_folder, folder)
     del model
-    _write_tokenizer(args.model, folder)
-    onnx_files.write_onnx(folder, args.model, ["text"])
+    _write_tokenizer(source, folder)
+    onnx.write_onnx(folder, source, ["text"])
     facts = {
-        "model": short_name(str(args.model)),
-        "base": short_name(args.base),
+        "model": short_name(str(source)),
+        "base": short_name(base),
         "image_digest": digest,
         "width": config.projection_dim,
         "distance": "cosine",
         "unit_length": True,
     }
     write_json(folder / FACTS, facts)
-    write_text(folder / "README.md", _card(args, folder, facts, denses, open_clip))
-    if (args.model / "LICENSE").is_file():
-        shutil.copyfile(args.model / "LICENSE", folder / "LICENSE")
+    write_text(folder / "README.md", _card(source, folder, facts, denses, has_open_clip, repo_id))
+    if (source / "LICENSE").is_file():
+        shutil.copyfile(source / "LICENSE", folder / "LICENSE")
 
 
 def check_exchangeable(model: Path, base: Path, name: str) -> str:
@@ -103,7 +99,7 @@ def check_exchangeable(model: Path, base: Path, name: str) -> str:
 
 
 def _text_digests(folder: Path) -> dict[str, str]:
-    tensors = mapped_tensors(source_model.weight_files(folder))
+    tensors = mapped_tensors(weight_files(folder))
     return tensor_digests({name: tensor for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)})
 
 
@@ -128,7 +124,7 @@ def _write_sentence_transformers(model: CapivaraModel, folder: Path) -> list[str
     write_json(folder / "1_Pooling/config.json", _pooling(model.config.text_config.hidden_size))
     kinds = {"": "Transformer", "1_Pooling": "Pooling", **dict.fromkeys(denses, "Dense")}
     kinds[f"{len(kinds)}_Normalize"] = "Normalize"
-    loader_files.write_modules(folder, [(path, f"{MODULES}.{kind}") for path, kind in kinds.items()])
+    open_clip.write_modules(folder, [(path, f"{MODULES}.{kind}") for path, kind in kinds.items()])
     # transformers' own encoders come with a pooler that mean pooling leaves unused, and would draw one at random.
     kwargs = {"model_args": {"add_pooling_layer": False}} if hasattr(model.text_model, "pooler") else {}
     settings = {"max_seq_length": CONTEXT_LENGTH, "do_lower_case": False} | kwargs
@@ -160,7 +156,7 @@ def _write_open_clip(model: CapivaraModel, base: Path, folder: Path) -> bool:
 def _check_shapes(model: CapivaraModel, base: Path) -> None:
     """Raise ValueError unless both text sides have the same tensors, as without them no state dict can be exchanged."""
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.startswith(TEXT_SIDE)}
-    tensors = mapped_tensors(source_model.weight_files(base))
+    tensors = mapped_tensors(weight_files(base))
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(TEXT_SIDE)}
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
@@ -172,7 +168,7 @@ def _write_tokenizer(model: Path, folder: Path) -> None:
     tokenizer = load_processor(model).tokenizer
     tokenizer.model_max_length = min(tokenizer.model_max_length, CONTEXT_LENGTH)
     tokenizer.save_pretrained(folder)
-    plain = loader_files.with_plain_quotes(read_json(folder / "tokenizer.json"))
+    plain = with_plain_quotes(read_json(folder / "tokenizer.json"))
     write_text(folder / "tokenizer.json", json.dumps(plain, ensure_ascii=False))
     path = folder / "tokenizer_config.json"
     settings = hide_paths(read_json(path))
@@ -187,19 +183,21 @@ def _language(model: Path) -> str:
     return read_json(model / "run.json", config=dict)["config"]["language"] if (model / "run.json").is_file() else "pt"
 
 
-def _card(args: ExportArguments, folder: Path, facts: dict[str, Any], denses: list[str], open_clip: bool) -> str:
+def _card(
+    source: Path, folder: Path, facts: dict[str, Any], denses: list[str], has_open_clip: bool, repo_id: str | None
+) -> str:
     """README.md: for which indexes it holds, and how each program opens it. Its figures have been measured just now."""
-    known = card_metadata(args.model / "README.md")
+    known, language = card_metadata(source / "README.md"), escaped(_language(source))
     metadata = {"library_name": "sentence-transformers", "pipeline_tag": "feature-extraction"}
     metadata |= {"license": known["license"]} if known.get("license") in LICENCES else {}
-    metadata["tags"] = ["capivara", "clip", "sentence-transformers", "onnx", *["open_clip"] * open_clip]
+    metadata["tags"] = ["capivara", "clip", "sentence-transformers", "onnx", *["open_clip"] * has_open_clip]
     return MARKDOWN_TEMPLATES.get_template("drop_in.md.j2").render(
         **facts | {name: code(facts[name]) for name in ("model", "base", "image_digest")},
         metadata=yaml_dump(metadata).strip(),
-        repo_id=args.repo_id,
-        examples=code_examples(_language(args.model), Words("en"))["sentences"],
+        repo_id=repo_id,
+        examples=code_examples(language, [f"a text in {language}", f"another text in {language}"])["sentences"],
         denses=denses,
-        open_clip=open_clip,
+        open_clip=has_open_clip,
         graphs=read_json(folder / "onnx/quantisation.json")["graphs"],
         length=CONTEXT_LENGTH,
         pooler="model_args" in read_json(folder / "sentence_bert_config.json"),

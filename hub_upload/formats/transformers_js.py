@@ -1,4 +1,4 @@
-"""transformers.js's part of a repository, beside the graphs of `onnx_files`: what it loads by name, with no option.
+"""transformers.js's part of a repository, beside the graphs of `formats/onnx.py`: what it loads by name alone.
 
     onnx/model.onnx               input_ids, attention_mask, pixel_values -> logits_per_image (images, texts),
                                   logits_per_text, text_embeds, image_embeds
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from capivara_common.files import read_json, write_json, write_text
-from hub_upload.loader_files import with_plain_quotes
-from hub_upload.onnx_files import ENDINGS, OUTPUTS, data_file, graphs, move_weights, write_towers
+from hub_upload.formats import with_plain_quotes
+from hub_upload.formats.onnx import ENDINGS, OUTPUTS, data_file, graphs, move_weights, open_graph, write_towers
 from modeling_capivara import CapivaraImageProcessor
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.text_repair_capivara import CONTEXT_LENGTH
@@ -55,7 +55,7 @@ LANCZOS = 1
 
 
 def write_transformers_js(folder: Path) -> None:
-    """Add what transformers.js reads to a repository that has the graphs of `onnx_files.write_onnx`.
+    """Add what transformers.js reads to a repository that has the graphs of `onnx.write_onnx`.
 
     Raises ValueError where the scores of the float32 graph differ from the model's by more than `TOLERANCE`.
     """
@@ -161,9 +161,7 @@ def _size(graph: Path) -> int:
 
 def _distance(path: Path, inputs: dict[str, torch.Tensor], expected: dict[str, np.ndarray]) -> dict[str, float]:
     """How far a graph is from the model: the lowest cosine of its embeddings, the largest difference of its scores."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = open_graph(path)
     names = [output.name for output in session.get_outputs()]
     found = dict(zip(names, session.run(None, {name: value.numpy() for name, value in inputs.items()}), strict=True))
     difference = float(np.abs(found["logits_per_image"] - expected["logits_per_image"]).max())

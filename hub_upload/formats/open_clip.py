@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 
 from capivara_common.files import write_json
 from capivara_common.hub_cache import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHT_FILES
-from hub_upload.source_model import mapped_tensors
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraTokenizer
 from modeling_capivara.convert_open_clip import (
     BASE_TEXT_MODEL,
@@ -21,7 +20,7 @@ from modeling_capivara.convert_open_clip import (
     open_clip_model_cfg,
     preprocess_cfg_of,
 )
-from modeling_capivara.loading import model_of_tensors
+from modeling_capivara.loading import mapped_tensors, model_of_tensors
 from modeling_capivara.processing_capivara import CONTEXT_LENGTH
 from modeling_capivara.two_towers import random_texts
 
@@ -35,15 +34,6 @@ TEXT_FIELDS = (
 )
 # A type whose tokenizer is read as tokenizer.json has it; XLM-R's is rebuilt and loses its own normaliser.
 PLAIN_TOKENIZER_TYPE = "xlm-roberta-xl"
-# What a keyboard calls for of the text repair, for programs that run no code of a folder; as ftfy does it, so that it
-# changes no text that is repaired. The other repairs are in the vocabulary's own normaliser, or of broken files' texts.
-PLAIN_QUOTES = [
-    {"type": "NFC"},
-    *(
-        {"type": "Replace", "pattern": {"Regex": marks}, "content": mark}
-        for marks, mark in (("[\u2018-\u201b\u02bc]", "'"), ("[\u201c-\u201f]", '"'))
-    ),
-]
 ODD_TEXTS = (
     *("ﬁm de ﬁla", "Ｓão João", "a\u0301gua e a\u0303o", "zero\u200blargura"),
     *("dois  espaços", "½ xícara ☕", "日本語"),
@@ -81,12 +71,6 @@ def text_config_source(config: CapivaraConfig, text_config: str | None) -> str |
     if differences := _differences(config.text_config, named):
         raise ValueError(f"text_config {text_config} is not the model's text tower: {'; '.join(differences)}.")
     return TEXT_MODEL if local else text_config
-
-
-def with_plain_quotes(tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """The content of a tokenizer.json that reads curly quotation marks as plain ones, and accents in one form."""
-    own = [tokenizer["normalizer"]] if tokenizer["normalizer"] else []
-    return tokenizer | {"normalizer": {"type": "Sequence", "normalizers": [*PLAIN_QUOTES, *own]}}
 
 
 class OpenClipPlan(NamedTuple):

@@ -1,25 +1,25 @@
-"""The model that is published: read without copying its weights, every tensor accounted for."""
+"""Formats of a repository, a file each, and what they share: the model is read without copying its weights, and every
+tensor that is written is accounted for."""
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from capivara_common.files import seed_folders
-from capivara_common.weight_file import weight_files
 from modeling_capivara import CapivaraConfig, loading
-from modeling_capivara.loading import WEIGHTS, mapped_model, mapped_tensors
 
-__all__ = [
-    "WEIGHTS",
-    "check_tensors",
-    "mapped_model",
-    "mapped_tensors",
-    "read_config",
-    "tensor_digests",
-    "weight_files",
+# What a keyboard calls for of the text repair, for programs that run no code of a folder; as ftfy does it, so that it
+# changes no text that is repaired. The other repairs are in the vocabulary's own normaliser, or of broken files' texts.
+PLAIN_QUOTES = [
+    {"type": "NFC"},
+    *(
+        {"type": "Replace", "pattern": {"Regex": marks}, "content": mark}
+        for marks, mark in (("[\u2018-\u201b\u02bc]", "'"), ("[\u201c-\u201f]", '"'))
+    ),
 ]
 
 
@@ -49,3 +49,9 @@ def tensor_digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
         digests[name] = digest.hexdigest()
     return digests
+
+
+def with_plain_quotes(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """The content of a tokenizer.json that reads curly quotation marks as plain ones, and accents in one form."""
+    own = [tokenizer["normalizer"]] if tokenizer["normalizer"] else []
+    return tokenizer | {"normalizer": {"type": "Sequence", "normalizers": [*PLAIN_QUOTES, *own]}}
