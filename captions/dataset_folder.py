@@ -21,11 +21,10 @@ from capivara_common.files import finish_folder, no_space_left, partial_folder, 
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN
-from caption_data.sources import stage_record
 from captions.build_plan import Plan, Step
 from captions.dataset_card import dataset_card
 from captions.quality import REPORT_FILE
-from captions.stage_folder import check_complete, identity_digest, whole_parquet
+from captions.stage_folder import check_complete, identity_digest, stage_record, whole_parquet
 
 DATASET_FOLDER = "dataset"
 FILE_BYTES = 300_000_000  # of a file, about: the Hub advises some hundred megabytes

@@ -18,7 +18,7 @@ from capivara_common.environment import package_versions
 from capivara_common.files import read_json, write_json
 from capivara_common.tasks import all_parts, share
 from caption_data.rows import Skipped
-from caption_data.sources import STAGE_FILE, Split, stage_record
+from caption_data.sources import STAGE_FILE, Split
 from captions.sentences import (
     PAIR_SCHEMA,
     SENTENCES,
@@ -34,6 +34,7 @@ from captions.stage_folder import (
     part_path,
     remove_leftovers,
     source_changes,
+    stage_record,
 )
 from captions.stages import RowStage, plain_record, stage_source, write_parts
 from captions.translators.google_cloud import ENDPOINT, MAX_CHARACTERS, GoogleTranslator

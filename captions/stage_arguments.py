@@ -12,7 +12,7 @@ from capivara_common.cli import at_least, between, flag
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments
 from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
-from caption_data.sources import SPLIT
+from captions.stage_folder import SPLIT
 from captions.translators.google_cloud import GoogleArguments
 
 PREFIXES = Path(__file__).parent / "prefixes.json"

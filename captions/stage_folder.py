@@ -21,13 +21,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from capivara_common.files import write_json
+from capivara_common.files import read_json, write_json
 from capivara_common.tasks import all_parts, share
 from caption_data.rows import digest_of
-from caption_data.sources import STAGE_FILE, opened_parquet, refuse_unfinished, stage_record
+from caption_data.sources import STAGE_FILE, opened_parquet, refuse_unfinished
 
 IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
 NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
+SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
+RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
+RECORD |= {"settings": dict, "columns": dict, "versions": dict}
+SOURCE = {"name": str, "split": str, "rows": int}
+MAX_ROWS = 10**9  # names of parts have nine digits
+MAX_SHOWN = 300  # letters of what a damaged file holds
 DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of its stage.json
 
 
@@ -47,6 +53,22 @@ class StageReport:
             + f" ({reasons})" * bool(reasons)
             + f", {left:,} not done yet" * bool(left)
         )
+
+
+def stage_record(output: Path | str) -> dict[str, Any]:
+    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
+    path = Path(output) / STAGE_FILE
+    if not path.is_file():
+        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
+    try:
+        record = read_json(path, **RECORD)
+        source, rows_per_part = record["source"], record["rows_per_part"]
+        good = all(type(source.get(name)) is kind for name, kind in SOURCE.items()) and rows_per_part > 0
+        if not good or not 0 <= source["rows"] < MAX_ROWS or not re.fullmatch(SPLIT, source["split"]):
+            raise ValueError(f"{path}: what it says of the source can't be, {str(source)[:MAX_SHOWN]}")
+    except ValueError as error:
+        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
+    return record
 
 
 def part_path(output: Path, split: str, part: range) -> Path:

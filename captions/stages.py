@@ -27,8 +27,8 @@ from capivara_common.executors import EXPECTED, TasksFailed, Work, execute
 from capivara_common.files import no_space_left
 from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase, all_parts, share
-from caption_data.rows import CAPTION_COLUMN, CAPTIONS, NO_TEXTS, Skipped, caption_texts, write_skipped
-from caption_data.sources import NoSplit, Split
+from caption_data.rows import CAPTION_COLUMN, CAPTIONS, Skipped, caption_texts, write_skipped
+from caption_data.sources import Split
 from captions.in_place import fingerprint, open_in_place
 from captions.stage_arguments import StageArguments
 from captions.stage_folder import (
@@ -140,8 +140,6 @@ class RowStage:
         names, column = self.args.renamed(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
-            if row.get(NO_TEXTS):
-                raise BadRow("no caption", f"{row[NO_TEXTS]!r} must hold texts")
             data = image_bytes(row.get(column), self.source.files)
             row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
             return row | {name: caption_texts(row[name], name) for name in row if CAPTION_COLUMN.fullmatch(name)}
@@ -301,11 +299,8 @@ def stage_main(
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse(kind, description, argv)
-    try:
-        if not run(args):
-            return None
-    except NoSplit as error:
-        raise error.by_flag(args) from error
+    if not run(args):
+        return None
     print(f"{args.output}: {check_complete(args.output)}")
     return args
 

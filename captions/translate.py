@@ -23,7 +23,7 @@ from typing import Any
 
 from capivara_common.cli import run_command
 from caption_data.rows import CAPTIONS
-from caption_data.sources import Split, refuse_unfinished, stage_record
+from caption_data.sources import Split, refuse_unfinished
 from captions.quality import QUALITY, flags, quality_summary, write_quality_report
 from captions.sentence_stage import (
     collect_sentences,
@@ -36,7 +36,7 @@ from captions.sentence_stage import (
 )
 from captions.sentences import distinct_sentences, translations_in
 from captions.stage_arguments import TranslateArguments
-from captions.stage_folder import StageReport
+from captions.stage_folder import StageReport, stage_record
 from captions.stages import PREPARED_ROWS, Phase, RowStage, finished_row_tasks, run_stage_here, stage_main
 from captions.tsv import untranslated, write_sentences
 

@@ -1,7 +1,7 @@
 """What all measurements share: embeddings of a data set, the result file, and what a command prints.
 
     store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_folder("auto"), batch_size=32)
-    images = store.images(ImageRows(rows.__getitem__, len(rows)))
+    images = store.images(open_split("data/openmoji/dataset", "test", "image"))
     text_embeds = store.texts(["uma foto de um gato"])
 
 Embeddings are computed once, kept by what they depend on, and shared out to all processes of a launch. A shard of
@@ -28,9 +28,9 @@ from capivara_common.environment import device_description, processes
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, ImageRows, cache_folder
+from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_folder
 from caption_data.rows import digest_of
-from caption_data.sources import NoSplit
+from caption_data.sources import Split
 from eval.records.schema import Record, header, hub_revision, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
@@ -89,7 +89,7 @@ class EmbeddingStore:
             made = [tempfile.mkdtemp(prefix="capivara-embeddings-") if processes().is_main_process else None]
             self._temporary = Path(broadcast_object_list(made)[0])
 
-    def images(self, images: ImageRows, description: str = "Images") -> EmbeddedImages:
+    def images(self, images: Split, description: str = "Images") -> EmbeddedImages:
         """Embeddings of images, without those that can't be read.
 
         Raises:
@@ -108,12 +108,12 @@ class EmbeddingStore:
                 bar.update(len(chunk))
             return embeds, bad
 
-        parts = all_parts(images.count, IMAGES_PER_SHARD)
+        parts = all_parts(len(images), IMAGES_PER_SHARD)
         digests = [digest_of(images.digests[part.start : part.stop]) for part in parts]
         cache = self._kept("images", self.embedder.image_fingerprint, parts, digests, embed, description)
-        rows = [row for row in range(images.count) if row not in cache.bad]
+        rows = [row for row in range(len(images)) if row not in cache.bad]
         if not rows:
-            raise ValueError(f"None of the {images.count} images can be read: {next(iter(cache.bad.values()))}.")
+            raise ValueError(f"None of the {len(images)} images can be read: {next(iter(cache.bad.values()))}.")
         embeds = [
             array[[row not in cache.bad for row in part]] for array, part in zip(cache.arrays, parts, strict=True)
         ]
@@ -202,10 +202,7 @@ def run_evaluation(
 ) -> None:
     """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
     args = parse(kind, doc, argv)
-    try:
-        records = evaluate(args)
-    except NoSplit as error:
-        raise error.by_flag(args) from error
+    records = evaluate(args)
     if not processes().is_main_process:
         return
     for record in records:

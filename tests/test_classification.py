@@ -115,7 +115,7 @@ def test_metrics_of_a_data_set():
 def test_a_missing_split_names_its_flag_alone(tiny_folder, image_folder, tmp_path):
     (tmp_path / "splits").mkdir()
     image_folder.rename(tmp_path / "splits" / "train")
-    with pytest.raises(SystemExit, match=r"no split 'test'; there are \['train'\]. Name another split by --split.$"):
+    with pytest.raises(SystemExit, match=r"no split 'test'; there are \['train'\]\.$"):
         main(flags(tiny_folder, tmp_path / "splits", tmp_path / "r.json"))
 
 

@@ -18,7 +18,7 @@ from benchmarks.recipe_tables import OURS
 from capivara_common.cli import read_config
 from modeling_capivara.loading import load_model, load_processor
 from training.arguments import parse_arguments
-from training.images import AUGMENTATION, augmented
+from training.inputs import AUGMENTATION, augmented
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, WARMUP, HIGH, LOW, BATCH = 50, 5, 5e-4, 1e-4, 10
