@@ -221,15 +221,18 @@ def refuse_unfinished(folder: Path) -> None:
     """
     if not (folder / STAGE_FILE).is_file():
         return
-    record = read_json(folder / STAGE_FILE, command=str, source=dict)
-    rows, names = record["source"].get("rows"), (path.stem for path in folder.glob("*.parquet"))
-    parts = {tuple(map(int, found.groups())) for found in map(PART.search, names) if found}
-    if type(rows) is not int:
-        raise ValueError(f"{folder / STAGE_FILE} names no rows. Put back a copy of it, or run its stage again.")
-    if (missing := rows - sum(stop - start for start, stop in parts)) > 0:
+    names = map(PART.search, (path.stem for path in folder.glob("*.parquet")))
+    there = sum(int(name[2]) - int(name[1]) for name in names if name)
+    try:
+        record = read_json(folder / STAGE_FILE, command=str, source=dict)
+        missing = record["source"]["rows"] - there
+    except (ValueError, KeyError, TypeError) as error:
+        fault = f"{folder / STAGE_FILE}: {error}"
+        raise ValueError(f"{fault}. Put back a copy of it, or remove {folder} and run its stage again.") from error
+    if missing > 0:
         raise ValueError(
-            f"{folder} is unfinished: of its {rows} rows, {missing} are missing. Other tasks may be at work on them; "
-            f"this command makes what is missing: {record['command']}"
+            f"{folder} is unfinished: {missing} rows are missing. Other tasks may be at work on them; this command goes "
+            f"on: {record['command']}"
         )
 
 

@@ -346,7 +346,7 @@ def test_a_full_disk_leaves_whole_parts_and_the_command_goes_on(numbered, undist
 def test_an_unfinished_stage_is_no_data_set(numbered, tmp_path):
     run(numbered, tmp_path / "out", (1, 3))
     command = (
-        r"of its 40 rows, 26 are missing \(0 to 13, 28 to 39\).*python -m captions.stages "
+        r"26 rows are missing\..*python -m captions.stages "
         rf"--dataset {numbered} --output {tmp_path}/out --batch_rows 3 --rows_per_part 7"
     )
     for read in (check_complete, lambda out: open_split(str(out), "train", "image")):

@@ -355,13 +355,9 @@ def embed_pixels(model: CapivaraModel, pixels: Tensor, accelerator: Accelerator)
 
 
 def image_cache(model: CapivaraModel, pairs: Pairs, root: Path, precision: str) -> EmbeddingCache:
-    """Where the vectors of a data set lie, in a folder under `root` that is named after all that they depend on.
+    """Where the vectors of a data set lie: in a folder under `root` that is named after all that they depend on.
 
-    Args:
-        model: its image tower is frozen and in evaluation mode.
-        pairs: of the data set; at least one view.
-        root: folder of all caches.
-        precision: that the vectors are computed in, as Accelerate names it.
+    The model's image tower is frozen and in evaluation mode; `precision` is as Accelerate names it.
     """
     images = hashlib.blake2b(digest_size=16)
     for chunk in pairs.table.select_columns(["digest"]).iter(10_000):
