@@ -141,10 +141,8 @@ def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: 
     set_seed(args.seed)
     model = load_model(args.model)
     wrapped = prepare_trainable(model, args)
-    device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
-    state = TrainerState(
-        config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads(), device=device
-    )
+    state = TrainerState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
+    state.device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
     sources = origins(args.model, args.dataset, args.evaluation_dataset)
 
     def publish_step(step: int) -> None:

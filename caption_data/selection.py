@@ -44,6 +44,8 @@ class CaptionChoice:
 
     def check_choice(self) -> None:
         """Raise ValueError where a value is out of its range."""
+        if self.caption_strategy not in STRATEGIES:
+            raise ValueError(f"caption_strategy must be one of {', '.join(STRATEGIES)}, got {self.caption_strategy!r}.")
         at_least(self, 1, "caption_count")
         between(self, -1, 1, "min_similarity", "min_pair_similarity")
 

@@ -231,8 +231,8 @@ def refuse_unfinished(folder: Path) -> None:
         raise ValueError(f"{fault}. Put back a copy of it, or remove {folder} and run its stage again.") from error
     if missing > 0:
         raise ValueError(
-            f"{folder} is unfinished: {missing} rows are missing. Other tasks may be at work on them; this command goes "
-            f"on: {record['command']}"
+            f"{folder} is unfinished: {missing} rows are missing. Other tasks may be at work on them; this command "
+            f"makes what is missing: {record['command']}"
         )
 
 
