@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,18 +139,6 @@ def test_code_in_a_checkpoint_is_not_run(checkpoints, tmp_path, name, kind):
     assert proof.exists(), "the file would have run its code"
 
 
-@pytest.mark.parametrize("with_sums", [True, False])
-@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors"])
-def test_a_damaged_checkpoint_is_named(checkpoints, name, with_sums):
-    checkpoints.save(TrainerState(1))
-    path = checkpoints.path(1) / name
-    path.write_bytes(path.read_bytes()[:-100])
-    if not with_sums:
-        (path.parent / SUMS).unlink()
-    with pytest.raises(ValueError, match=r"step-00000001 can't be loaded.*earlier"):
-        checkpoints.load(checkpoints.path(1), TrainerState())
-
-
 def flipped(path: Path, place: int, mask: int = 1) -> None:
     """Change a byte of a file in place; twice is not at all."""
     with path.open("r+b") as file:
@@ -193,39 +182,40 @@ def test_a_flipped_byte_is_not_loaded(checkpoints, name):
     assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoints.model.state_dict().items())
 
 
-def test_a_file_that_is_gone_or_not_of_the_checkpoint_is_named(checkpoints):
+def not_listed(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        lines = (folder / SUMS).read_text().splitlines(True)
+        (folder / SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
+
+    return change
+
+
+def stray(name: str) -> Callable[[Path], object]:
+    return lambda folder: ((folder / name).parent.mkdir(exist_ok=True), (folder / name).write_text("of somebody"))
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+CHANGES = [  # what is done to a folder, and the files that are named then; none where it is loaded all the same
+    *((cut(name), name) for name in ("model.safetensors", "optimizer.bin")),
+    *((not_listed(name), name) for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE)),
+    (lambda folder: (folder / SUMS).unlink(), "model.safetensors, optimizer.bin"),
+    (lambda folder: (folder / "optimizer.bin").unlink(), "optimizer.bin"),
+    (stray("custom_checkpoint_0.pkl"), "custom_checkpoint_0.pkl"),  # it would be loaded
+    *((stray(name), "") for name in (".nfs0001", "trainer.json~", "model.safetensors.orig", "Thumbs.db", "sub/a.log")),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES)
+def test_a_changed_folder_is_named_unless_a_stray_file_is_not_loaded(checkpoints, change, named):
     checkpoints.save(TrainerState(1))
-    path = checkpoints.path(1) / "optimizer.bin"
-    content = path.read_bytes()
-    path.unlink()
-    with pytest.raises(ValueError, match=r"can't be loaded: optimizer\.bin or SHA256SUMS is not as"):
-        checkpoints.load(checkpoints.path(1), TrainerState())
-    path.write_bytes(content)
-    (path.parent / ".nfs0001").write_text("of a network disk")
-    checkpoints.load(checkpoints.path(1), TrainerState())
-    (path.parent / "custom_checkpoint_0.pkl").write_text("of somebody")
-    with pytest.raises(ValueError, match=r"can't be loaded: custom_checkpoint_0\.pkl or SHA256SUMS is not as"):
-        checkpoints.load(checkpoints.path(1), TrainerState())
-
-
-@pytest.mark.parametrize("stray", ["trainer.json~", "model.safetensors.orig", "notes.txt", "Thumbs.db", "sub/a.log"])
-def test_a_stray_file_that_is_not_loaded_is_no_damage(checkpoints, stray):
-    checkpoints.save(TrainerState(1))
-    folder = checkpoints.path(1)
-    (folder / stray).parent.mkdir(exist_ok=True)
-    (folder / stray).write_text("of somebody")
-    assert checkpoints.load(folder, TrainerState()) == TrainerState(1)
-    flipped(folder / STATE, 3)
-    with pytest.raises(ValueError, match=r"can't be loaded: trainer\.json or SHA256SUMS is not as"):
-        checkpoints.load(folder, TrainerState())
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE])
-def test_a_file_that_is_loaded_must_be_listed(checkpoints, name):
-    checkpoints.save(TrainerState(1))
-    sums = checkpoints.path(1) / SUMS
-    sums.write_text("".join(line for line in sums.read_text().splitlines(True) if not line.endswith(f"  {name}\n")))
-    with pytest.raises(ValueError, match=rf"can't be loaded: {name} or SHA256SUMS"):
+    change(checkpoints.path(1))
+    if not named:
+        assert checkpoints.load(checkpoints.path(1), TrainerState()) == TrainerState(1)
+        return
+    with pytest.raises(ValueError, match=rf"step-00000001 can't be loaded: {named}.* or SHA256SUMS is not.*earlier"):
         checkpoints.load(checkpoints.path(1), TrainerState())
 
 
