@@ -167,8 +167,9 @@ def _kept(path: Path, made: Callable[[], Dataset], readable_now: Callable[[Datas
         if state.is_local_main_process:
             os.utime(path)
             for old in path.parent.iterdir():  # also what a kill has left of one
-                if time.time() - old.stat().st_mtime > KEPT_S:
-                    old.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):  # another run tidies, too
+                    if time.time() - old.stat().st_mtime > KEPT_S:
+                        old.unlink()
     return table
 
 

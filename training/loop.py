@@ -41,8 +41,7 @@ class Trainer:
     wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
     checkpoints: Checkpoints  # of the run, with its device, precision and processes
     state: TrainerState  # where the run is
-    # called on the main process with the number of a step whose checkpoint was written
-    after_checkpoint: Callable[[int], object] | None = None
+    after_checkpoint: Callable[[int], object] | None = None  # on the main process, with the step of a new checkpoint
     overflows: int = field(default=0, init=False)  # in a row, of fp16
 
     def train(self, resume: Path | None = None) -> TrainerState:
