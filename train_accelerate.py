@@ -9,48 +9,77 @@ over the file. An unfinished run lies in `<output_dir>.partial`; `--resume auto`
 """
 
 import copy
+import logging
+import os
+import time
+from collections import Counter
 from contextlib import nullcontext
+from datetime import timedelta
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 
 from capivara_common.cli import run_command, user_errors
-from capivara_common.environment import device_description, resolve_precision
-from capivara_common.files import finish_folder
+from capivara_common.environment import (
+    device_description,
+    package_versions,
+    processes,
+    require,
+    resolve_precision,
+)
+from capivara_common.files import RUN_MARKER, finish_folder, partial_folder, read_json, write_json, write_text
+from capivara_common.privacy import short_name
+from caption_data.pairs import pairs_fingerprint
 from caption_data.rows import write_skipped
+from eval.records.plots import plot_retrieval_sheet, plot_training_curves
+from eval.records.schema import SCHEMA_VERSION, write_records
+from eval.records.tables import retrieval_table
+from eval.retrieval import embed_captions, gain_records, retrieval_records
 from hub_upload.card import write_card
 from hub_upload.origins import origins, short_card
 from hub_upload.push import check_access, publish_checkpoint, publish_run
 from modeling_capivara.loading import load_model
-from training import launch
 from training.arguments import RunArguments, parse_arguments
-from training.checkpoints import Checkpoints, TrainerState, check_finished_run
+from training.checkpoints import (
+    Checkpoints,
+    TrainerState,
+    check_finished_run,
+    choose_output_dir,
+    is_complete,
+    run_folder,
+)
 from training.inputs import Inputs, load_inputs
 from training.loop import Trainer
-from training.outputs import measure, write_run
-from training.trainable import interpolate_weights, merge_adapters, prepare_trainable
+from training.trainable import FIXED, interpolate_weights, merge_adapters, prepare_trainable
+
+PROCESS_TIMEOUT = timedelta(hours=24)  # the others wait while the main one prepares, checks and measures
+logger = logging.getLogger("capivara")
 
 
 @user_errors
 def main(argv: list[str] | None = None) -> Path:
     """Train, measure and save; returns the folder of the run. Raises SystemExit with the fault in one line."""
     args = parse_arguments(argv, __doc__)
-    launch.set_up_logging()
-    output_dir = launch.choose_output_dir(args, launch.join_processes())
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("accelerate", "httpx", "httpx2"):  # the client of the Hub would show every request
+        logging.getLogger(name).setLevel(logging.WARNING)
+    output_dir = choose_output_dir(args, join_processes())
     args.mixed_precision = resolve_precision(args.mixed_precision, PartialState().device)
-    if launch.is_complete(args, output_dir):
+    if is_complete(args, output_dir):
         check_finished_run(output_dir, args.to_dict(), {})
         print(f"The run in {output_dir} is complete; there is nothing to go on with.")
         return end_run(args, output_dir)
-    accelerator = launch.create_accelerator(args, output_dir)
+    accelerator = create_accelerator(args, output_dir)
     if args.push_to_hub and accelerator.is_main_process:
         check_access(args.hub_model_id, args.hub_private)
-    with launch.run_folder(output_dir, args, accelerator) as folder:
+    with run_folder(output_dir, args, accelerator) as folder:
         checkpoints = Checkpoints(folder / "checkpoints", args.keep_last, accelerator)
         resume = checkpoints.to_resume(args)  # its settings are checked before any long work
-        inputs = load_inputs(args, accelerator, output_dir)
+        inputs = load_inputs(args, accelerator)
         if accelerator.is_main_process:
             write_skipped(folder / "skipped.jsonl", inputs.skipped)
         if (folder / "run.json").is_file():  # the training was finished before the run was stopped
@@ -67,6 +96,41 @@ def main(argv: list[str] | None = None) -> Path:
     return end_run(args, output_dir)
 
 
+def join_processes() -> PartialState:
+    """Accelerate's processes. Raises ValueError where it has not joined those that were started."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun and of accelerate launch
+    state = processes(PROCESS_TIMEOUT)
+    if state.num_processes != started:
+        raise ValueError(
+            f"{started} processes were started, but Accelerate has joined {state.num_processes}: each would train on a "
+            "batch of its own. Launch with --num_processes 1, or with one of configs/accelerate/."
+        )
+    return state
+
+
+def create_accelerator(args: RunArguments, output_dir: Path) -> Accelerator:
+    """Device, precision, processes and tracker of the run; nothing is written yet.
+
+    Raises ValueError where codecarbon does not know the country, ImportError where a package is not installed.
+    """
+    # `accelerate launch` starts a lone process with one thread.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(args.num_threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if country := args.carbon_country:
+        require("--carbon_country", "carbon", "codecarbon")
+        from codecarbon.input import DataSource
+
+        if country not in DataSource().get_global_energy_mix_data():  # it would take the world's without a word
+            raise ValueError(f"carbon_country {country!r} is unknown to codecarbon: give a three-letter ISO code.")
+    if args.lora_rank:
+        require("--lora_rank", "lora", "peft")
+    tracker = {}
+    if args.tracker != "none":
+        require(f"--tracker {args.tracker}", "trackers" if args.tracker == "tensorboard" else None, args.tracker)
+        tracker = {"log_with": args.tracker, "project_dir": str(partial_folder(output_dir) / "trackers")}
+    return Accelerator(mixed_precision=args.mixed_precision, **tracker)
+
+
 def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: Path | None) -> None:
     """Train, and save model, adapters and `run.json` in the folder of the run."""
     accelerator, folder = checkpoints.accelerator, checkpoints.folder.parent
@@ -77,10 +141,8 @@ def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: 
     set_seed(args.seed)
     model = load_model(args.model)
     wrapped = prepare_trainable(model, args)
-    device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
-    state = TrainerState(
-        config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads(), device=device
-    )
+    state = TrainerState(config=settings, data=inputs.fingerprints(args), threads=torch.get_num_threads())
+    state.device = f"{device_description(accelerator.device)}, {accelerator.num_processes} processes"
     sources = origins(args.model, args.dataset, args.evaluation_dataset)
 
     def publish_step(step: int) -> None:
@@ -112,16 +174,89 @@ def train(args: RunArguments, inputs: Inputs, checkpoints: Checkpoints, resume: 
     accelerator.wait_for_everyone()
 
 
+def measure(args: RunArguments, inputs: Inputs, accelerator: Accelerator, folder: Path) -> None:
+    """Measure the base and the model that was saved in `folder` on the test split of every language.
+
+    Result files, table and sheet of pictures are written beside the model, the seconds of measuring into `run.json`.
+    """
+    started, run = time.perf_counter(), read_json(folder / "run.json", seconds=dict)
+    models = {"baseline": args.model, "capivara": folder}
+    models = {role: load_model(name).eval().to(accelerator.device) for role, name in models.items()}
+    table, measured = [], {}
+    for language, split in inputs.test.items():
+        both = measured[language] = {
+            role: embed_captions(model, inputs.processor, split.captions(), inputs.test_embeds)
+            for role, model in models.items()
+        }
+        facts = {"dataset": short_name(args.evaluation_dataset), "split": args.test_split, "language": language}
+        trained = facts | {"model": "capivara", "model_folder": ".", "seed": args.seed}
+        records = retrieval_records(both["baseline"], **facts, model="baseline", model_folder=args.model, seed=None)
+        records += retrieval_records(both["capivara"], **trained) + gain_records(*both.values(), **trained)
+        name = f"retrieval_{facts['dataset'].replace('/', '_')}_{args.test_split}_{language}.json"
+        write_records(
+            folder / "results" / name, records, dataset=args.evaluation_dataset, model=".", precision="float32",
+            fingerprint=pairs_fingerprint(split.table), device=device_description(accelerator.device),
+        )  # fmt: skip
+        table += records
+    run["seconds"]["evaluation"] = time.perf_counter() - started
+    write_text(folder / "table.md", retrieval_table(table))
+    split, shown = inputs.test[args.language], measured[args.language]
+    queries = [text for texts in split.captions() for text in texts]
+    plot_retrieval_sheet(folder / "retrieval.png", split.__getitem__, queries, shown, args.seed, args.language)
+    write_json(folder / "run.json", run)
+
+
+def write_run(
+    args: RunArguments, state: TrainerState, inputs: Inputs, origins: dict[str, Any], used: Any, folder: Path
+) -> None:
+    """Write the curves of a training that is done, and `run.json`, all that it was.
+
+    `origins` is what base and data say of themselves, as `hub_upload.origins` has it; `used` codecarbon's
+    `final_emissions_data`, None without `carbon_country`.
+    """
+    plot_training_curves(state.curve, args.language, folder / "curves.png", words=args.language)
+    pairs = state.step * args.effective_batch_size
+    energy = used and {
+        "kwh": used.energy_consumed,
+        "kg_co2e": used.emissions,
+        "hours": used.duration / 3600,
+        "country": args.carbon_country,
+        "cpu": used.cpu_model,
+        "gpu": used.gpu_model or None,
+        "covers": "this session of the run, on the machine of the main process",
+        "method": f"codecarbon {metadata.version('codecarbon')}, offline; estimated without a power meter",
+    }
+    facts = {
+        "schema_version": SCHEMA_VERSION,
+        "config": args.to_dict(),
+        "fixed": FIXED,
+        "origins": origins,
+        "seed": args.seed,
+        "dataset_fingerprints": state.data,
+        "skipped_rows": dict(Counter(line.reason for line in inputs.skipped)),
+        "versions": package_versions(),
+        "device": device_description(PartialState().device),
+        "processes": PartialState().num_processes,
+        "steps": state.step,
+        "pairs": pairs,
+        "seconds": {"training": state.seconds},  # with the measurements of the validation split in it
+        "pairs_per_second": pairs / state.seconds,
+        "energy": energy or {},
+        "curve": state.curve,
+    }
+    write_json(folder / "run.json", facts)
+
+
 def end_run(args: RunArguments, output_dir: Path) -> Path:
     """Write the card of a complete run, and push it where that is asked for; what fails is said and costs nothing."""
     if PartialState().is_main_process:
         language = "pt" if args.language == "pt" else "en"
-        if (output_dir / launch.MARKER).is_file():  # after the rename: what a kill leaves must be resumed
+        if (output_dir / RUN_MARKER).is_file():  # after the rename: what a kill leaves must be resumed
             try:
                 write_card(output_dir, language=language)
             except (ValueError, OSError) as error:
-                launch.logger.warning("The run has no card, README.md: %s", error)
-            (output_dir / launch.MARKER).unlink()
+                logger.warning("The run has no card, README.md: %s", error)
+            (output_dir / RUN_MARKER).unlink()
         if args.push_to_hub:
             publish_run(output_dir, args.hub_model_id, args.hub_private, language)
     return output_dir

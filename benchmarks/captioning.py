@@ -21,8 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from benchmarks.timing import conditions, finish, software, table
 from capivara_common.cli import flag, parse, run_command
-from caption_data.sources import load_embedded
 from examples.caption import make_captions, word_scores
+from examples.openmoji.dataset import load_embedded
 from examples.prefix_captioner import CaptionArguments
 
 END = "</s>"

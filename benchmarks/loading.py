@@ -30,7 +30,7 @@ from capivara_search.miniature_encoders import load_tokenizer
 from caption_data.pairs import pair_table
 from caption_data.sources import open_split
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
-from training.images import Pairs, embed_pixels, pixel_batches
+from training.inputs import Pairs, embed_pixels, pixel_batches
 
 SIZE = (500, 375)  # pixels; of a photo of Flickr30k
 BATCH = 32

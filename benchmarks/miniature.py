@@ -21,8 +21,8 @@ from datasets import Dataset
 from benchmarks.timing import conditions, finish
 from capivara_common.cli import flag, parse, run_command
 from capivara_search.models import MINIATURE, SearchModel, find_model
-from caption_data.sources import load_embedded
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
+from examples.openmoji.dataset import load_embedded
 from examples.openmoji.proxies import photographs
 
 LANGUAGES = ("pt", "en")

@@ -41,7 +41,7 @@ from capivara_search.miniature_encoders import load_tokenizer
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor
 from training.arguments import RunArguments
 from training.batches import MicroBatch, micro_batches, padding_share
-from training.images import embed_pixels
+from training.inputs import embed_pixels
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+RUN_MARKER = ".capivara-run"  # in the folder of an unfinished run
 DIGEST_BYTES = 64  # of SHA-256 in hexadecimal, which processors compute faster than BLAKE2
 UMASK = os.umask(0)  # it can only be read by setting it
 os.umask(UMASK)
@@ -134,7 +135,9 @@ def partial_folder(path: Path) -> Path:
 
 
 def seed_folders(folder: Path) -> list[Path]:
-    """The finished runs of several seeds, `seed-0`, `seed-1` and so on; `seed-2.partial` is none."""
+    """The finished runs of several seeds, `seed-0`, `seed-1` and so on. ValueError where `folder` is unfinished."""
+    if folder.name.endswith(".partial") and (folder / RUN_MARKER).is_file():
+        raise ValueError(f"{folder} is an unfinished run. Go on with it by --resume auto, or name a finished one.")
     return sorted(p for p in folder.glob("seed-*") if re.fullmatch(r"seed-[0-9]+", p.name) and p.is_dir())
 
 

@@ -1,4 +1,4 @@
-"""Embeddings in files, computed once, of training's and evaluation's images and texts; and images by their rows.
+"""Embeddings in files, computed once, of training's and evaluation's images and texts.
 
     cache = EmbeddingCache(cache_home() / "evaluation" / key, all_parts(len(images), 256))
     cache.make(cache.missing(), embed)
@@ -13,23 +13,18 @@ import io
 import json
 import logging
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
 from capivara_common.environment import cache_home, processes
 from capivara_common.files import DIGEST_BYTES, has_digest, write_with_digest
-from capivara_common.image_files import BYTES_ALONE, BadImage, ImageFiles, decode_image, image_digest, image_path
 
-DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
 FILES_VERSION = 2  # of the shards; raise it when their form changes
 # What makes shards, by their numbers: of each the array, and the bad rows, counted in the shard, with what is wrong.
 Embed = Callable[[list[int]], Iterator[tuple[np.ndarray, list[tuple[int, Any]]]]]
@@ -81,76 +76,21 @@ class EmbeddingCache:
         file.write(json.dumps(bad).encode())
         write_with_digest(self.paths[number], file.getvalue())
 
-    def open(self, row: tuple[int, ...] | None = None, dtype: type = np.float32, mapped: bool = False) -> None:
-        """Read all shards.
-
-        Args:
-            row: shape of the embeddings of a row; any where it is None.
-            dtype: of the arrays.
-            mapped: leave them on the disk, memory-mapped; each then counts as an open file.
-
-        Raises:
-            ValueError: a shard is not what it should be.
-        """
+    def open(self, mapped: bool = False) -> None:
+        """Read all shards, or leave them on the disk, memory-mapped. Raises ValueError where one is of other rows."""
+        if mapped:  # each then is an open file: of two million images more than the usual limit of 1024
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         for path, part in zip(self.paths, self.parts, strict=True):
             with path.open("rb") as file:
                 array = np.load(path if mapped else file, "r" if mapped else None, allow_pickle=False)
                 if mapped:
                     file.seek(array.offset + array.nbytes)
                 bad = json.loads(file.read()[:-DIGEST_BYTES])
-            expected = (len(part), *(array.shape[1:] if row is None else row))
-            if array.shape != expected or array.dtype != dtype:
-                kind = np.dtype(dtype).name
-                raise ValueError(f"{path} should be {expected} {kind}, it is {array.shape} {array.dtype}. Remove it.")
+            if len(array) != len(part):
+                raise ValueError(f"{path} should have {len(part)} rows, it has {len(array)}. Remove it.")
             self.arrays.append(array)
             self.bad |= {part[place]: what for place, what in bad}
-
-
-@dataclass(eq=False)
-class ImageRows:
-    """Images that are read when they are needed."""
-
-    row_image: Callable[[int], dict | None]  # of a row's number: its image as `datasets` gives it undecoded
-    count: int  # rows
-    files: ImageFiles = BYTES_ALONE  # which images may be opened
-    digests: list[str] = field(init=False, repr=False)  # hex, of each file, or of what is wrong with it
-    digest: str = field(init=False)  # hex, of all of them in their order
-
-    def __post_init__(self) -> None:
-        digests = []
-        quiet = not processes().is_main_process
-        for row in tqdm(range(self.count), desc="Reading images", unit="image", disable=quiet):
-            try:
-                digests.append(image_digest(self.row_image(row), self.files))
-            except BadImage as bad:
-                reason = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
-                digests.append(blake2b(reason, digest_size=16).digest())
-        self.digests = [digest.hex() for digest in digests]
-        self.digest = blake2b(b"".join(digests), digest_size=16).hexdigest()
-
-    def image(self, row: int) -> PIL.Image.Image:
-        """Decoded. Raises BadImage where it can't be used."""
-        return decode_image(self.row_image(row), self.files)
-
-    def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
-        """Rows with their images or what is wrong with them, decoded some at once by a few threads."""
-
-        def read(row: int) -> PIL.Image.Image | BadImage:
-            try:
-                return self.image(row)
-            except BadImage as bad:
-                return bad
-
-        with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))) as threads:
-            for start in range(0, len(rows), DECODED_AHEAD):
-                part = rows[start : start + DECODED_AHEAD]
-                yield from zip(part, threads.map(read, part), strict=True)
-
-    def fault(self, row: int, bad: BadImage) -> str:
-        """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
-        path = image_path(self.row_image(row))
-        folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
-        return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
 
 
 def cache_folder(name: str) -> Path | None:

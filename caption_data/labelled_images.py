@@ -9,18 +9,18 @@ tars (with `classnames.txt`, a name a line), or a Hub id.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, Image
+from datasets import ClassLabel, Image
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from capivara_common.image_files import LABEL_COLUMNS, MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
 from capivara_common.links import refuse_links_out
-from caption_data.embedding_cache import ImageRows
 from caption_data.rows import digest_of
-from caption_data.sources import NoSplit, copied_bounds, form_hint, load_files, of_split, open_split, undecoded
+from caption_data.sources import Split, copied_bounds, form_hint, load_files, of_split, open_split, undecoded
 
 SPLIT_FOLDERS = {name: name for name in ("train", "validation", "test")}  # name of a folder -> split
 SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("valid", "val", "dev"), "validation")
@@ -30,12 +30,13 @@ SPLIT_FOLDERS |= {"training": "train", "testing": "test"} | dict.fromkeys(("vali
 class LabelledImages:
     """Images with their classes."""
 
-    images: ImageRows
+    images: Split
     labels: list[int] | list[list[int]]  # of each row, a class or a list of classes
 
     def fingerprint(self) -> str:
         """Hex digest of images and labels."""
-        return digest_of([self.images.digest, self.labels])
+        images = blake2b(bytes.fromhex("".join(self.images.digests)), digest_size=16).hexdigest()
+        return digest_of([images, self.labels])
 
 
 def load_images(
@@ -55,8 +56,7 @@ def load_images(
     that order.
 
     Args:
-        source: as `--images` takes it.
-        split: name.
+        source, split: as `--images` and `--split` take them.
         names_en: of all classes of the data set.
         image_column, label_column: found where None.
         indices: of the classes that are distinguished, in `names_en`; all where None. Images of others are left out
@@ -67,7 +67,8 @@ def load_images(
     Raises:
         ValueError: split or column is missing, or the class names do not match; those that differ are named.
     """
-    rows, files = _opened(source, split, form, image_column or "image", image_roots, max_pixels)
+    opened = _opened(source, split, form, image_column or "image", image_roots, max_pixels)
+    rows = opened.data
     if image_column is None:
         of_images = [name for name, feature in rows.features.items() if isinstance(feature, Image) or name == "image"]
         if len(of_images) != 1:
@@ -76,9 +77,7 @@ def load_images(
             )
         image_column = of_images[0]
     label_column = label_column or next((name for name in LABEL_COLUMNS if name in rows.column_names), "label")
-    for column in (image_column, label_column):
-        if column not in rows.column_names:
-            raise ValueError(f"{source}, split {split!r} has no column {column!r}; there are {rows.column_names}.")
+    opened.check_columns([image_column, label_column])
     feature = getattr(rows.features[label_column], "feature", rows.features[label_column])
     names = feature.names if isinstance(feature, ClassLabel) else _class_names(source)
     mapping = _by_name(names, names_en, source) if names else dict(enumerate(range(len(names_en))))
@@ -93,25 +92,23 @@ def load_images(
     kept = [row for row, found in enumerate(classes) if None not in found]
     if not kept:
         raise ValueError(f"{source} has no image of the {len(class_of)} classes that have a name.")
-    images = ImageRows(lambda row: rows[kept[row]][image_column], len(kept), files)
+    images = replace(opened, image_column=image_column, data=rows.select(kept))
     return LabelledImages(images, [classes[row] if isinstance(labels[row], list) else classes[row][0] for row in kept])
 
 
 def _opened(
     source: str, split: str, form: str, image_column: str, image_roots: Sequence[Path], max_pixels: int
-) -> tuple[Dataset, ImageFiles]:
-    """The rows, images undecoded, and which images may be opened."""
+) -> Split:
     path = Path(source)
     patterns = ("**/*.tar", "**/*.parquet", "**/metadata.jsonl", "dataset_dict.json")
     if path.is_dir() and (form == "images" or not any(file for pattern in patterns for file in path.glob(pattern))):
         rows = load_files("imagefolder", _pictures(path, split, form), source)
-        return undecoded(rows, image_column), ImageFiles(copied_bounds(source, image_roots), max_pixels)
+        files = ImageFiles(copied_bounds(source, image_roots), max_pixels)
+        return Split(source, split, image_column, undecoded(rows, image_column), files)
     try:
-        opened = open_split(source, split, image_column, image_roots, max_pixels)
+        return open_split(source, split, image_column, image_roots, max_pixels)
     except ValueError as error:
-        hinted = f"{error}{form_hint(path)}"
-        raise (NoSplit(hinted, split) if isinstance(error, NoSplit) else ValueError(hinted)) from error
-    return opened.data, opened.files
+        raise ValueError(f"{error}{form_hint(path)}") from error
 
 
 def _pictures(folder: Path, split: str, form: str) -> list[Path]:

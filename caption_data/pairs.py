@@ -26,7 +26,6 @@ from capivara_common.files import add_digest, has_digest
 from capivara_common.image_files import BadRow, decode_image, image_bytes
 from caption_data.rows import (
     CAPTIONS,
-    NO_TEXTS,
     NOT_CHOSEN,
     SIMILARITY_COLUMN,
     Skipped,
@@ -34,17 +33,17 @@ from caption_data.rows import (
     digest_of,
     rows_fingerprint,
     storable,
-    write_skipped,
 )
 from caption_data.sources import Split
 from modeling_capivara import repair_text
 
 TABLE_VERSION = 2  # raise it when a pair of a row becomes another
 ROWS_AT_ONCE = 128  # whose images are in memory
+KEPT_S = 30 * 24 * 3600  # that a table which no run reads any more stays on the disk
 TABLE = Features(
     {name: Value("string") for name in ("digest", "reason", "detail")} | {"row": Value("int64"), "captions": CAPTIONS}
 )
-OF_TEXTS = ("", NOT_CHOSEN, "no caption", "missing column")  # the other reasons are of images
+OF_TEXTS = ("", NOT_CHOSEN, "no caption")  # the other reasons are of images
 PLACE = ("bytes", "path")  # of an image, one of them at least
 ASCII_LETTER = re.compile("[0-9A-Za-z]")
 Choose = Callable[[dict[str, Any]], list[str]]
@@ -59,13 +58,12 @@ def pair_table(
     processes of a launch one on each machine makes it.
 
     Args:
-        split: its rows and images.
-        caption_columns: columns that `choose` needs. A lone string in one of them becomes a list of one; where
+        split: of a data set.
+        caption_columns: that `choose` needs. A lone string in one of them becomes a list of one; where
             `lacking` does not miss it, one that is not there is an empty list.
         choose: gives the captions of a row; it gets the row without its image, and may raise ValueError.
         settings: all that `choose` depends on.
-        decode: whether the pixels of every image are decoded, too, so that a damaged one does not end a run in its
-            middle; else it is known by its header alone.
+        decode: whether all pixels are decoded, too: a damaged image must not end a run in its middle.
 
     Returns:
         A line a row: its number `row`, the `digest` of its image (hex, BLAKE2b-128 of the file) and its `captions`,
@@ -131,24 +129,18 @@ def skipped_rows(table: Dataset, split: Split) -> list[Skipped]:
     return [Skipped(split.name, split.split, one["row"], one["reason"], one["detail"]) for one in bad] + split.damaged
 
 
-def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float, listed: Path | None = None) -> None:
-    """Raise ValueError when more than `max_bad_share` (0 to 1) of `total` rows are bad; those not chosen are not.
-
-    All that were left out are then written to the file `listed`, where one is named.
-    """
-    left_out, skipped = skipped, [line for line in skipped if line.reason != NOT_CHOSEN]
+def check_bad_share(skipped: list[Skipped], total: int, max_bad_share: float) -> None:
+    """Raise ValueError when more than `max_bad_share` (0 to 1) of `total` rows are bad; those not chosen are not."""
+    skipped = [line for line in skipped if line.reason != NOT_CHOSEN]
     share = len(skipped) / max(total, 1)
     if share <= max_bad_share:
         return
-    if listed:
-        write_skipped(listed, left_out)
     counts = ", ".join(f"{number} {reason}" for reason, number in Counter(s.reason for s in skipped).most_common())
     first = "\n".join(f"  {s.source}, split {s.split!r}, row {s.row}: {s.reason} ({s.detail})" for s in skipped[:3])
     raise ValueError(
         f"{len(skipped)} of {total} rows ({share:.2%}) can't be used, and max_bad_share allows {max_bad_share:.2%}: "
-        f"{counts}. The first of them:\n{first}\nMend or remove such rows, or raise --max_bad_share."
-        + f" All of them are listed in {listed}."
-        * bool(listed)
+        f"{counts}. The first of them:\n{first}\nMend or remove such rows, or raise --max_bad_share: all are then "
+        "listed in skipped.jsonl."
     )
 
 
@@ -172,15 +164,17 @@ def _kept(path: Path, made: Callable[[], Dataset], readable_now: Callable[[Datas
             table, kept = made(), False
         if not kept:
             add_digest(path)
+        if state.is_local_main_process:
+            os.utime(path)
+            for old in path.parent.iterdir():  # also what a kill has left of one
+                with suppress(FileNotFoundError):  # another run tidies, too
+                    if time.time() - old.stat().st_mtime > KEPT_S:
+                        old.unlink()
     return table
 
 
 def _captions(row: dict[str, Any], columns: Sequence[str], choose: Choose) -> list[str]:
     """The captions of a row that are chosen, at least one. Raises BadRow where there is none."""
-    if row.get(NO_TEXTS) == "":
-        raise BadRow("missing column", "there is no JSON object of at most 1 MB")
-    if row.get(NO_TEXTS) in columns:
-        raise BadRow("no caption", f"{row[NO_TEXTS]!r} must hold texts")
     for column in columns:
         is_number = SIMILARITY_COLUMN.fullmatch(column)
         row[column] = row.get(column) or [] if is_number else caption_texts(row.get(column), column)

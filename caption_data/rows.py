@@ -17,7 +17,6 @@ CAPTIONS = List(Value("string"))
 SIMILARITIES = List(Value("float32"))
 CAPTION_COLUMN = re.compile(r"(generated-)?captions-[\w-]+")  # the authors' names
 SIMILARITY_COLUMN = re.compile(r"similarities-[\w-]+")
-NO_TEXTS = "column without texts"  # of a table out of JSON: which column of captions holds anything else in a row
 NOT_CHOSEN = "not chosen"  # reason: by the pair filter or the caption strategy; left out, but not bad
 
 
@@ -28,7 +27,7 @@ class Skipped:
     source: str
     split: str
     row: int
-    # not chosen, no image, unreadable image, absurd image size, no caption, missing column, damaged archive
+    # not chosen, no image, unreadable image, absurd image size, no caption, damaged archive
     reason: str
     detail: str
 

@@ -5,8 +5,8 @@
 
 A data set is a saved `DatasetDict`, parquet files, folders of images with a `metadata.jsonl` (an image is its
 `file_name`), WebDataset tars in the authors' layout (`jpg|png` and `json`), or a Hub id. Parquet files and data sets of
-the Hub are copied to the cache of `datasets`, which maps them into memory; of tars and lists of images it holds a table
-alone, images stay where they are.
+the Hub are copied to the cache of `datasets`, which maps them into memory. Tars and lists of images stay where they
+are: the cache holds a table of them, until one has another size or time; nothing is extracted, nothing is unpickled.
 
 A file is of the split that its innermost folder, or else the start of its name, names: one of the usual names, or the
 one asked for. Where no file names one, all are split "train", as on the Hub; they don't serve as "test" too, which
@@ -15,52 +15,61 @@ would measure a model on what it was trained on.
 
 import glob
 import itertools
+import json
+import os
 import re
+import tarfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import datasets
+import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, List, Value, load_dataset, load_from_disk
 from huggingface_hub import HfApi
 from huggingface_hub.constants import HF_HUB_CACHE
+from tqdm.auto import tqdm
 
+from capivara_common.environment import processes
 from capivara_common.files import read_json
-from capivara_common.image_files import MAX_IMAGE_PIXELS, SUFFIXES, ImageFiles
+from capivara_common.image_files import (
+    MAX_DETAIL,
+    MAX_IMAGE_PIXELS,
+    SUFFIXES,
+    BadImage,
+    ImageFiles,
+    decode_image,
+    image_digest,
+    image_path,
+)
 from capivara_common.links import Bounds, refuse_links_out
-from caption_data.rows import NO_TEXTS, Skipped
-from caption_data.tars import table_of_files
+from caption_data.rows import CAPTION_COLUMN, CAPTIONS, SIMILARITY_COLUMN, Skipped, digest_of, storable
 
 FORMS = (r"\.parquet$", r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", r"^metadata\.jsonl$")  # how names of files end
 SPLIT_NAMES = ("train", "training", "restval", "validation", "valid", "val", "dev", "test", "testing")
 STAGE_FILE = "stage.json"  # of a folder that a stage of `captions` writes
-SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
-RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
-RECORD |= {"settings": dict, "columns": dict, "versions": dict}
-SOURCE = {"name": str, "split": str, "rows": int}
-MAX_ROWS = 10**9  # names of parts have nine digits
-MAX_SHOWN = 300  # letters of what a damaged file holds
+PART = re.compile(r"-(\d{9})-(\d{9})$")  # rows of a part, in its name
 HUB_TIMEOUT = 20  # seconds
 READ_ROWS = 16  # of a parquet file at once
-
-
-class NoSplit(ValueError):
-    """A data set lacks a split; the message names those that it has."""
-
-    def __init__(self, message: str, split: str = "") -> None:
-        super().__init__(message)
-        self.split = split
-
-    def by_flag(self, args: Any) -> ValueError:
-        """The same, with the flag of a command's arguments that named the split."""
-        flags = (field.name for field in fields(args) if field.name.endswith("split"))
-        flag = next(name for name in flags if getattr(args, name) == self.split)
-        return ValueError(f"{self} Name another split by --{flag}.")
+DECODED_AHEAD = 64  # images; a photograph of 12 million pixels takes 36 MB
+IMAGE_EXTENSIONS = {"jpg", "jpeg", "png", "webp"}
+MAX_JSON_BYTES = 1_000_000  # of a row; twenty captions and their similarities have under 10 kB
+KINDS = {str: Value("string"), bool: Value("bool"), int: Value("int64"), float: Value("float64")}
+HEAD_ROWS = 100  # that columns are judged from, since nothing declares them
+TABLE_VERSION = 3  # raise it when what the table holds of a row changes
+DAMAGE = "damaged archive"  # column of the table: what is wrong with the rest of an archive, in a row of its own
+PLACE = {"bytes": Value("binary"), "path": Value("string")}  # of an image, as `datasets` has it undecoded
+IN_ARCHIVE = {"archive": Value("string"), "offset": Value("int64"), "size": Value("int64")}
 
 
 @dataclass(eq=False)
@@ -87,7 +96,7 @@ class Split:
     @property
     def features(self) -> Features:
         """What the columns hold, by their names."""
-        return Features({name: kind for name, kind in self.data.features.items() if name != NO_TEXTS})
+        return self.data.features
 
     @property
     def columns(self) -> list[str]:
@@ -112,6 +121,42 @@ class Split:
         """Row `index`, from 0."""
         return self.data[index]
 
+    def image(self, row: int) -> PIL.Image.Image:
+        """Decoded. Raises BadImage where it can't be used."""
+        return decode_image(self.row(row)[self.image_column], self.files)
+
+    def decoded(self, rows: range) -> Iterator[tuple[int, PIL.Image.Image | BadImage]]:
+        """Rows with their images or what is wrong with them, decoded some at once by a few threads."""
+
+        def read(row: int) -> PIL.Image.Image | BadImage:
+            try:
+                return self.image(row)
+            except BadImage as bad:
+                return bad
+
+        with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // processes().num_processes))) as threads:
+            for start in range(0, len(rows), DECODED_AHEAD):
+                part = rows[start : start + DECODED_AHEAD]
+                yield from zip(part, threads.map(read, part), strict=True)
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """Hex, of each image's file, or of what is wrong with it; all files are read."""
+        digests, quiet = [], not processes().is_main_process
+        for row in tqdm(range(len(self)), desc="Reading images", unit="image", disable=quiet):
+            try:
+                digests.append(image_digest(self.row(row)[self.image_column], self.files))
+            except BadImage as bad:
+                reason = self.fault(row, bad).encode("utf-8", "replace")  # is cached, and must be of this data set
+                digests.append(blake2b(reason, digest_size=16).digest())
+        return [digest.hex() for digest in digests]
+
+    def fault(self, row: int, bad: BadImage) -> str:
+        """What is wrong with an image, without the folder that it lies in: results name no machine's paths."""
+        path = image_path(self.row(row)[self.image_column])
+        folder = path.removesuffix(Path(path).name)  # not the path: odd signs in the name are escaped, long ones cut
+        return str(bad).replace(folder, "").replace(repr(folder)[1:-1], "")
+
 
 def open_split(
     dataset: str,
@@ -119,6 +164,7 @@ def open_split(
     image_column: str,
     image_roots: Sequence[Path] = (),
     max_pixels: int = MAX_IMAGE_PIXELS,
+    parquet: type[Split] | None = None,
 ) -> Split:
     """One split of a data set.
 
@@ -129,12 +175,14 @@ def open_split(
         image_column: column of the images; in tars and image folders, the name their images get.
         image_roots: folders outside of the data set that image paths and links in it may lead into.
         max_pixels: of an image.
+        parquet: what reads parquet files where they lie, from its `paths`; they are copied where None.
 
     Raises:
         ValueError: there is no such data set or split (those that are there are named), it is empty, its tars are
-            compressed, a file of it is a link out of it, or it is the output of a stage that is unfinished.
+            compressed, its images lie in tars without being in one, a file of it is a link out of it, or it is the
+            output of a stage that is unfinished.
     """
-    path, paths, damages = Path(dataset), [], []
+    path, paths, damages, data = Path(dataset), [], [], None
     refuse_unfinished(path)
     if (path / "dataset_dict.json").is_file():
         data = of_split(load_saved(path, image_roots), dataset, split)
@@ -145,12 +193,21 @@ def open_split(
     else:
         paths, bounds = files_of_split(dataset, split, image_roots)
         files = ImageFiles(bounds, max_pixels)
-        if paths[0].suffix == ".parquet":
-            data = load_files("parquet", paths, dataset)
-        else:
+        if paths[0].suffix != ".parquet":
             data, damages = _loaded(dataset, table_of_files, paths, image_column)
+        elif parquet is None:
+            data = load_files("parquet", paths, dataset)
     damaged = [Skipped(dataset, split, row, "damaged archive", detail) for row, detail in damages]
-    opened = Split(dataset, split, image_column, undecoded(data, image_column), files, paths, damaged)
+    if data is None:
+        opened = parquet(dataset, split, image_column, data, files, paths)
+    else:
+        opened = Split(dataset, split, image_column, undecoded(data, image_column), files, paths, damaged)
+    feature = opened.features.get(image_column)
+    if isinstance(feature, dict) and "archive" in feature and (not paths or paths[0].suffix == ".parquet"):
+        raise ValueError(
+            f"{opened.where}: the images of column {image_column!r} are places in tars, which may have changed since. "
+            "Name the tars as the data set, or keep the bytes of the images in it."
+        )
     if not len(opened):
         told = "; ".join(damage.detail for damage in damaged[:3])
         raise ValueError(f"{opened.where} is empty{told and f', its archives are damaged: {told}'}.")
@@ -164,34 +221,19 @@ def refuse_unfinished(folder: Path) -> None:
     """
     if not (folder / STAGE_FILE).is_file():
         return
-    record = stage_record(folder)
-    rows, end, gaps = record["source"]["rows"], 0, []
-    names = (re.search(r"-(\d{9})-(\d{9})$", path.stem) for path in folder.glob("*.parquet"))
-    for start, stop in [*sorted(tuple(map(int, name.groups())) for name in names if name), (rows, rows)]:
-        gaps += [range(end, start)] if start > end else []
-        end = max(end, stop)
-    if gaps:
-        named = ", ".join(f"{gap.start} to {gap.stop - 1}" for gap in gaps[:5]) + ", …" * (len(gaps) > 5)
-        raise ValueError(
-            f"{folder} is unfinished: of its {rows} rows, {sum(map(len, gaps))} are missing ({named}). Other tasks may "
-            f"be at work on them; this command makes what is missing: {record['command']}"
-        )
-
-
-def stage_record(output: Path | str) -> dict[str, Any]:
-    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
-    path = Path(output) / STAGE_FILE
-    if not path.is_file():
-        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
+    names = map(PART.search, (path.stem for path in folder.glob("*.parquet")))
+    there = sum(int(name[2]) - int(name[1]) for name in names if name)
     try:
-        record = read_json(path, **RECORD)
-        source, rows_per_part = record["source"], record["rows_per_part"]
-        good = all(type(source.get(name)) is kind for name, kind in SOURCE.items()) and rows_per_part > 0
-        if not good or not 0 <= source["rows"] < MAX_ROWS or not re.fullmatch(SPLIT, source["split"]):
-            raise ValueError(f"{path}: what it says of the source can't be, {str(source)[:MAX_SHOWN]}")
-    except ValueError as error:
-        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
-    return record
+        record = read_json(folder / STAGE_FILE, command=str, source=dict)
+        missing = record["source"]["rows"] - there
+    except (ValueError, KeyError, TypeError) as error:
+        fault = f"{folder / STAGE_FILE}: {error}"
+        raise ValueError(f"{fault}. Put back a copy of it, or remove {folder} and run its stage again.") from error
+    if missing > 0:
+        raise ValueError(
+            f"{folder} is unfinished: {missing} rows are missing. Other tasks may be at work on them; this command "
+            f"makes what is missing: {record['command']}"
+        )
 
 
 def undecoded(data: Dataset, image_column: str) -> Dataset:
@@ -234,14 +276,10 @@ def files_of_split(dataset: str, split: str, image_roots: Sequence[Path] = ()) -
 def load_files(form: str, paths: Sequence[Path], dataset: str) -> Dataset:
     """Files by the loader `form` of `datasets`: named, since a README in their folder may name any file or address."""
     names = {"train": [glob.escape(str(path)) for path in paths]}
-    parquet = [path for path in paths if path.suffix == ".parquet"]
-    for path in parquet:
-        with opened_parquet(path):  # a truncated one has no end
-            pass
     try:
         return _loaded(dataset, load_dataset, form, data_files=names, split="train")
     except ValueError:
-        for path in parquet:
+        for path in paths if form == "parquet" else ():
             with opened_parquet(path) as file:
                 for _ in file.iter_batches(READ_ROWS):
                     pass  # until the one that is damaged, which the error names
@@ -271,19 +309,6 @@ def load_saved(folder: Path, image_roots: Sequence[Path] = ()) -> DatasetDict:
     return data
 
 
-def load_embedded(folder: Path) -> DatasetDict:
-    """A saved data set with all images in its tables, so that `datasets` may decode and copy them: it opens any path.
-
-    Raises ValueError as `load_saved`, and where an image is a path alone.
-    """
-    data = load_saved(folder)
-    for name, split in data.items():
-        for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
-            if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
-                raise ValueError(f"{folder}, split {name!r}: {outside} of its images lie outside of its tables.")
-    return data
-
-
 def copied_bounds(dataset: str, image_roots: Sequence[Path] = ()) -> Bounds:
     """Where the files of a folder or Hub id that `datasets` reads lie: there, or in its cache; and what it unpacks."""
     cached = Path(HF_HUB_CACHE) / f"datasets--{dataset.replace('/', '--')}"
@@ -300,9 +325,9 @@ def form_hint(folder: Path) -> str:
 
 
 def of_split(splits: dict[str, Any], dataset: str, split: str, rule: str = "") -> Any:
-    """The split of a data set. Raises NoSplit where there is none of the name; `rule` ends the message."""
+    """The split of a data set. Raises ValueError where there is none of the name; `rule` ends the message."""
     if split not in splits:
-        raise NoSplit(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}", split)
+        raise ValueError(f"{dataset} has no split {split!r}; there are {sorted(splits)}.{rule}")
     return splits[split]
 
 
@@ -375,3 +400,175 @@ def _files_by_split(root: Path, files: list[Path], split: str) -> dict[str, list
     if by_split.keys().isdisjoint(usual):
         return {root.name if root.name in usual else "train": files}
     return by_split
+
+
+def table_of_files(paths: list[Path], image_column: str) -> tuple[Dataset, list[tuple[int, str]]]:
+    """The rows of tars or of lists of images: the columns of their JSON, and where the image is.
+
+    Columns are judged by the first rows. What in a row is of another kind than its column counts as missing.
+
+    Returns:
+        The rows, and of each archive that ends too early the number of rows before, and what is wrong with it.
+
+    Raises:
+        ValueError: a tar is compressed: its samples have no offset to be read at.
+        OSError: a file can't be read.
+    """
+    if compressed := [path for path in paths if path.suffix not in (".tar", ".jsonl")]:
+        raise ValueError(
+            f"{compressed[0]} is compressed, and only plain tars can be read in place. Unpack it to a .tar."
+        )
+    head = list(itertools.islice(_rows(paths, image_column), HEAD_ROWS))
+    if not head:
+        return Dataset.from_dict({image_column: []}), []
+    place = PLACE if paths[0].suffix == ".jsonl" else PLACE | IN_ARCHIVE
+    names = dict.fromkeys(name for row in head for name in row if name not in (image_column, DAMAGE))
+    judged = {name: _feature(name, [row.get(name) for row in head]) for name in names}
+    judged = {name: kind for name, kind in judged.items() if kind is not None}
+    features = Features({image_column: place} | judged | {DAMAGE: KINDS[str]})
+    states = [(os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    table = Dataset.from_generator(
+        _table_rows,
+        features=features,
+        gen_kwargs={"paths": paths, "image_column": image_column, "features": features},
+        fingerprint=digest_of([TABLE_VERSION, image_column, states, repr(features)]),
+    )
+    damage, rows = table.data.column(DAMAGE), table.remove_columns(DAMAGE)
+    if damage.null_count == len(table):
+        return rows, []
+    places = np.flatnonzero(pc.is_valid(damage)) - np.arange(len(table) - damage.null_count)
+    rows = rows.select(np.flatnonzero(pc.is_null(damage)))
+    return rows, list(zip(places.tolist(), damage.drop_null().to_pylist(), strict=True))
+
+
+def samples(path: Path) -> Iterator[dict[str, tuple[str, int, int]]]:
+    """Samples of a tar: "image", "json" and "cls", as far as there are, with the name, offset and size of each.
+
+    Members in a row with one folder and one name up to its first dot are a sample; a repeated extension begins a new
+    one. A sample that the end of a damaged archive may have cut is left out.
+
+    Raises:
+        tarfile.ReadError: the archive is damaged; the samples before the damage were given.
+    """
+    key, extensions, sample = None, set(), {}
+    try:
+        for name, offset, size in _members(path):
+            folder, _, base = name.rpartition("/")
+            stem, _, extension = base.partition(".")
+            extension = extension.lower()
+            if (folder, stem) != key or extension in extensions:
+                if sample:
+                    yield sample
+                key, extensions, sample = (folder, stem), set(), {}
+            extensions.add(extension)
+            kind = "image" if extension in IMAGE_EXTENSIONS else extension
+            if stem and kind in ("image", "json", "cls"):  # files with no stem are hidden ones, such as macOS's
+                sample.setdefault(kind, (name, offset, size))
+    except tarfile.TarError:
+        if len(sample) > 1:
+            yield sample
+        raise
+    if sample:
+        yield sample
+
+
+def _feature(name: str, values: list[Any]) -> Any:
+    """What a column holds, by its name or what most of its values are: text, numbers, lists of one of these, or None.
+
+    A column with a list in any row is one of lists.
+    """
+    if CAPTION_COLUMN.fullmatch(name):
+        return CAPTIONS
+    if SIMILARITY_COLUMN.fullmatch(name):
+        return List(KINDS[float])
+    lists = [value for value in values if isinstance(value, list)]
+    counts = Counter(type(one) for one in (itertools.chain(*lists) if lists else values) if one is not None)
+    usual = counts.most_common(1)[0][0] if counts else str
+    kind = KINDS.get(float if usual is int and float in counts else usual)
+    return List(kind) if lists and kind else kind
+
+
+def _fitting(value: Any, feature: Any) -> Any:
+    """A value out of JSON as its column has it; None where it is of another kind: then the row lacks it."""
+    if isinstance(feature, List):
+        values = [value] if isinstance(value, str) else value
+        return [_fitting(one, feature.feature) for one in values] if isinstance(values, list) else None
+    if KINDS.get(type(value)) != feature and (type(value), feature) != (int, KINDS[float]):
+        return None
+    return storable(value) if isinstance(value, str) else value
+
+
+def _table_rows(paths: list[Path], image_column: str, features: Features) -> Iterator[dict[str, Any]]:
+    """Rows of the table; a damage is one, too."""
+    for row in _rows(paths, image_column):
+        place = {image_column: row.pop(image_column, None)}
+        yield {name: _fitting(row.get(name), kind) for name, kind in features.items() if name != image_column} | place
+
+
+def _rows(paths: list[Path], image_column: str) -> Iterator[dict[str, Any]]:
+    for path in paths:
+        read = _listed if path.suffix == ".jsonl" else _in_tar
+        try:
+            for row, image in read(path):
+                row = row if isinstance(row, dict) else {}  # its columns then count as missing
+                yield {name: row[name] for name in row if name != DAMAGE} | {image_column: image}
+        except (tarfile.TarError, ValueError, LookupError, OverflowError) as error:  # of a header that is garbage
+            yield {DAMAGE: storable(f"{path}: {error}"[:MAX_DETAIL])}
+
+
+def _in_tar(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """Of each sample, its JSON and where its image is."""
+    with path.open("rb") as file:
+        for sample in samples(path):
+            image, row = None, {}
+            if "image" in sample:
+                name, offset, size = sample["image"]
+                image = {"path": storable(name), "archive": os.path.abspath(path), "offset": offset, "size": size}
+            if "json" in sample:
+                row = _json_at(file, *sample["json"][1:])
+            if "cls" in sample:  # the number of a class, as clip-benchmark's tars have it
+                row = (row if isinstance(row, dict) else {}) | {"cls": _json_at(file, *sample["cls"][1:])}
+            yield row, image
+
+
+def _listed(path: Path) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+    """Of each line, its JSON and the image that is its `file_name`, relative to the list."""
+    with path.open("rb") as file:
+        for line in filter(bytes.strip, file):
+            row, image = _json(line), None
+            name = row.pop("file_name", None) if isinstance(row, dict) else None
+            if isinstance(name, str):
+                image = {"path": storable(name if "://" in name else os.path.abspath(path.parent / name))}
+            yield row, image
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of the plain files of a tar; tarfile alone takes most damages for the end."""
+    length = path.stat().st_size
+    with tarfile.open(path, "r:") as tar:
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # tarfile would keep all of them
+            if not member.offset_data <= member.offset_data + member.size <= length:
+                raise tarfile.ReadError(f"cut off at byte {length}, within {member.name!r}")
+            if member.isreg() and not member.issparse():
+                yield member.name, member.offset_data, member.size
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset} of {length}")
+
+
+def _json_at(file: BinaryIO, offset: int, length: int) -> Any:
+    file.seek(offset)
+    return _json(file.read(min(length, MAX_JSON_BYTES + 1)))  # which sees whether there are too many
+
+
+def _json(data: bytes) -> Any:
+    """The value, None where `data` is no JSON or too long; a whole number beyond 64 bits counts as missing."""
+    try:
+        return json.loads(data, parse_int=_number) if len(data) <= MAX_JSON_BYTES else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def _number(digits: str) -> int | None:
+    return number if -(2**63) <= (number := int(digits)) < 2**63 else None

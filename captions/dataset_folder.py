@@ -23,10 +23,9 @@ from capivara_common.files import finish_folder, no_space_left, partial_folder, 
 from capivara_common.privacy import hide_paths
 from capivara_common.tasks import Phase
 from caption_data.rows import CAPTION_COLUMN
-from caption_data.sources import stage_record
 from captions.quality import REPORT_FILE
 from captions.stage_arguments import Plan, StageArguments
-from captions.stages import check_complete, flat, identity_digest, whole_parquet
+from captions.stages import check_complete, flat, identity_digest, stage_record, whole_parquet
 from eval.records.tables import escape_markdown
 
 DATASET_FOLDER = "dataset"

@@ -5,10 +5,10 @@ which for a large set is as much disk again a stage.
 """
 
 import bisect
-import glob
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,7 @@ from typing import Any
 from datasets import Features
 from tqdm.auto import tqdm
 
-from capivara_common.image_files import MAX_IMAGE_PIXELS, ImageFiles
-from caption_data.sources import (
-    READ_ROWS,
-    Split,
-    files_of_split,
-    open_split,
-    opened_parquet,
-    refuse_unfinished,
-)
+from caption_data.sources import READ_ROWS, Split, open_split, opened_parquet
 
 SAMPLED_PIECES, SAMPLED_BYTES = 64, 4096  # of a file, evenly spread, for the fingerprint of a split
 
@@ -50,8 +42,6 @@ class ParquetSplit(Split):
             self.groups += [(path, group, size) for group, size in enumerate(sizes)]
         self.starts = list(itertools.accumulate((size for *_, size in self.groups), initial=0))
         self._features = Features.from_arrow_schema(schema)
-        if not len(self):
-            raise ValueError(f"{self.where} is empty.")
 
     @property
     def features(self) -> Features:
@@ -88,21 +78,7 @@ class ParquetSplit(Split):
                         yield row
 
 
-def open_in_place(
-    dataset: str,
-    split: str,
-    image_column: str,
-    image_roots: Sequence[Path] = (),
-    max_pixels: int = MAX_IMAGE_PIXELS,
-) -> Split:
-    """`open_split`, of parquet files without a copy. Raises ValueError as it does."""
-    path = Path(dataset)
-    refuse_unfinished(path)
-    if (path.exists() or glob.has_magic(dataset)) and not (path / "dataset_dict.json").is_file():
-        paths, bounds = files_of_split(dataset, split, image_roots)
-        if paths[0].suffix == ".parquet":
-            return ParquetSplit(dataset, split, image_column, None, ImageFiles(bounds, max_pixels), paths)
-    return open_split(dataset, split, image_column, image_roots, max_pixels)
+open_in_place = partial(open_split, parquet=ParquetSplit)  # of parquet files without a copy
 
 
 def fingerprint(source: Split) -> str:

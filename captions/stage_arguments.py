@@ -12,8 +12,8 @@ from capivara_common.cli import at_least, between, flag
 from capivara_common.image_files import DATASET_HELP, CaptionDataArguments
 from capivara_common.tasks import SHARED_BY_TASKS, ExecutorArguments
 from caption_data.selection import WITH_SIMILARITIES, CaptionChoice
-from caption_data.sources import SPLIT
 
+SPLIT = r"\w+([.-]\w+)*"  # names of files begin with it
 PREFIXES = Path(__file__).parent / "prefixes.json"
 PAPER_MODEL = "Helsinki-NLP/opus-mt-tc-big-en-pt"  # arXiv 2310.13683; English to Portuguese alone
 KINDS = ("captions", "generated-captions")  # the authors' names, before the language

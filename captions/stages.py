@@ -34,19 +34,24 @@ from tqdm.auto import tqdm
 from capivara_common.cli import parse, user_errors
 from capivara_common.environment import package_versions
 from capivara_common.executors import EXPECTED, TasksFailed, Work, execute
-from capivara_common.files import no_space_left, write_json
+from capivara_common.files import no_space_left, read_json, write_json
 from capivara_common.image_files import BadRow, image_bytes
 from capivara_common.tasks import Phase, all_parts, share
-from caption_data.rows import CAPTION_COLUMN, CAPTIONS, NO_TEXTS, Skipped, caption_texts, digest_of, write_skipped
-from caption_data.sources import STAGE_FILE, NoSplit, Split, opened_parquet, refuse_unfinished, stage_record
+from caption_data.rows import CAPTION_COLUMN, CAPTIONS, Skipped, caption_texts, digest_of, write_skipped
+from caption_data.sources import STAGE_FILE, Split, opened_parquet, refuse_unfinished
 from captions.in_place import fingerprint, open_in_place
 from captions.languages import groups
-from captions.stage_arguments import StageArguments
+from captions.stage_arguments import SPLIT, StageArguments
 
 IMAGE = "image"  # the authors' name, which the image column has in every output
 STAGE_VERSION = 1  # of the folder's form; raise it when parts change
 IDENTITY = ("version", "source", "rows_per_part", "settings", "columns")  # what parts of one folder have in common
 NOT_COMPARED = ("name", "damaged")  # of the source: another machine may reach it by another path
+RECORD = {"version": int, "command": str, "source": dict, "rows_per_part": int}
+RECORD |= {"settings": dict, "columns": dict, "versions": dict}
+SOURCE = {"name": str, "split": str, "rows": int}
+MAX_ROWS = 10**9  # names of parts have nine digits
+MAX_SHOWN = 300  # letters of what a damaged file holds
 DIGEST_KEY = b"capivara_stage"  # in the schema of a part: `identity_digest` of its stage.json
 ROWS_PER_GROUP = 16  # of a parquet file: what a reader of one row reads
 PREPARED_ROWS = 50_000  # whose translations are in memory at once
@@ -157,8 +162,6 @@ class RowStage:
         names, column = self.args.renamed(), self.args.image_column
         row = {names.get(old, old): value for old, value in row.items()}
         try:
-            if row.get(NO_TEXTS):
-                raise BadRow("no caption", f"{row[NO_TEXTS]!r} must hold texts")
             data = image_bytes(row.get(column), self.source.files)
             row[column] = {"bytes": data, "path": Path(row[column].get("path") or "").name or None}
             return row | {name: caption_texts(row[name], name) for name in row if CAPTION_COLUMN.fullmatch(name)}
@@ -293,6 +296,22 @@ def whole_parquet(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def stage_record(output: Path | str) -> dict[str, Any]:
+    """`stage.json` of a folder. Raises ValueError where there is none, or it is not what a stage has written."""
+    path = Path(output) / STAGE_FILE
+    if not path.is_file():
+        raise ValueError(f"{output} is no output of a stage, it has no {STAGE_FILE}.")
+    try:
+        record = read_json(path, **RECORD)
+        source, rows_per_part = record["source"], record["rows_per_part"]
+        good = all(type(source.get(name)) is kind for name, kind in SOURCE.items()) and rows_per_part > 0
+        if not good or not 0 <= source["rows"] < MAX_ROWS or not re.fullmatch(SPLIT, source["split"]):
+            raise ValueError(f"{path}: what it says of the source can't be, {str(source)[:MAX_SHOWN]}")
+    except ValueError as error:
+        raise ValueError(f"{error}. Put back a copy of it, or remove {output} and run its stage again.") from error
+    return record
 
 
 def part_path(output: Path, split: str, part: range) -> Path:
@@ -471,11 +490,8 @@ def stage_main(
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     args = parse(kind, description, argv)
-    try:
-        if not run(args):
-            return None
-    except NoSplit as error:
-        raise error.by_flag(args) from error
+    if not run(args):
+        return None
     print(f"{args.output}: {check_complete(args.output)}")
     return args
 

@@ -39,7 +39,7 @@ from capivara_common.files import read_json, write_bytes, write_json
 from capivara_common.image_files import BadRow
 from capivara_common.tasks import Phase, all_parts, share
 from caption_data.rows import CAPTIONS, Skipped, caption_texts, digest_of
-from caption_data.sources import STAGE_FILE, Split, refuse_unfinished, stage_record
+from caption_data.sources import STAGE_FILE, Split, refuse_unfinished
 from captions.in_place import fingerprint
 from captions.languages import groups
 from captions.quality import QUALITY, flags, quality_summary, write_quality_report
@@ -55,6 +55,7 @@ from captions.stages import (
     remove_leftovers,
     run_stage_here,
     stage_main,
+    stage_record,
     stage_source,
     whole_parquet,
     write_parts,

@@ -1,7 +1,7 @@
 """What all measurements share: embeddings of a data set, the result file, and what a command prints.
 
     store = EmbeddingStore(load_embedder("data/openmoji/base"), cache_folder("auto"), batch_size=32)
-    images = store.images(ImageRows(rows.__getitem__, len(rows)))
+    images = store.images(open_split("data/openmoji/dataset", "test", "image"))
     text_embeds = store.texts(["uma foto de um gato"])
 
 Embeddings are computed once, kept by what they depend on, and shared out to all processes of a launch. A shard of
@@ -27,9 +27,9 @@ from capivara_common.environment import device_description, processes
 from capivara_common.files import read_json
 from capivara_common.image_files import BadImage, ImageFileArguments
 from capivara_common.tasks import all_parts
-from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, ImageRows, cache_folder
+from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache, cache_folder
 from caption_data.rows import digest_of
-from caption_data.sources import NoSplit
+from caption_data.sources import Split
 from eval.records.schema import Record, write_records
 from modeling_capivara.two_towers import Embedder, load_embedder
 
@@ -86,7 +86,7 @@ class EmbeddingStore:
         self._temporary = None if self.root else tempfile.TemporaryDirectory(prefix="capivara-embeddings-")
         self.root = self.root or Path(broadcast_object_list([self._temporary.name])[0])  # the main process's
 
-    def images(self, images: ImageRows, description: str = "Images") -> EmbeddedImages:
+    def images(self, images: Split, description: str = "Images") -> EmbeddedImages:
         """Embeddings of images, without those that can't be read.
 
         Raises:
@@ -107,9 +107,9 @@ class EmbeddingStore:
 
         model = self.embedder.image_fingerprint
         cache = self._opened("images", model, images.digests, IMAGES_PER_SHARD, embed, description)
-        good = np.array([row not in cache.bad for row in range(images.count)])
+        good = np.array([row not in cache.bad for row in range(len(images))])
         if not good.any():
-            raise ValueError(f"None of the {images.count} images can be read: {next(iter(cache.bad.values()))}.")
+            raise ValueError(f"None of the {len(images)} images can be read: {next(iter(cache.bad.values()))}.")
         shards = zip(cache.arrays, (good[part.start : part.stop] for part in cache.parts), strict=True)
         embeds = np.concatenate([array[rows] for array, rows in shards if rows.any()])
         return EmbeddedImages(torch.from_numpy(embeds), torch.from_numpy(np.flatnonzero(good)), cache.bad)
@@ -181,10 +181,7 @@ def run_evaluation(
 ) -> None:
     """The command of a measurement: read the flags, measure, print the figures and what their reader must know."""
     args = parse(kind, doc, argv)
-    try:
-        records = evaluate(args)
-    except NoSplit as error:
-        raise error.by_flag(args) from error
+    records = evaluate(args)
     if not processes().is_main_process:
         return
     for record in records:

@@ -115,7 +115,7 @@ def evaluate(args: LinearProbeArguments) -> list[Record]:
         data = load_split(args, name, prompts.names_en)
         if any(isinstance(label, list) for label in data.labels):
             raise ValueError("The linear probe needs one label an image; this data set has lists of labels.")
-        if same := [other for other, known in loaded.items() if known.images.digest == data.images.digest]:
+        if same := [other for other, known in loaded.items() if known.images.digests == data.images.digests]:
             raise ValueError(  # such a figure would be of what was fitted
                 f"The splits {same[0]!r} and {name!r} hold the same images. "
                 "A linear probe needs a folder of splits, such as train/ and test/ with a folder a class in each."

@@ -24,7 +24,6 @@ from capivara_common.environment import processes
 from capivara_common.files import check_output_file
 from capivara_common.image_files import DATASET_HELP, BadRow, CaptionDataArguments
 from capivara_common.privacy import short_name
-from caption_data.embedding_cache import ImageRows
 from caption_data.rows import caption_texts, rows_fingerprint
 from caption_data.sources import Split, open_split
 from eval.capivara_metrics import metrics
@@ -190,14 +189,8 @@ def gain_records(before: RetrievalEmbeddings, after: RetrievalEmbeddings, **fact
 class RetrievalData:
     """A split that is read: captions now, images when they are needed."""
 
-    source: Split
+    images: Split
     captions: list[list[str]]  # row -> its captions
-    image_column: str
-
-    @cached_property
-    def images(self) -> ImageRows:
-        """The images of all rows."""
-        return ImageRows(lambda row: self.source.row(row)[self.image_column], len(self.captions), self.source.files)
 
     def embedded(self, store: EmbeddingStore) -> tuple[RetrievalEmbeddings, EmbeddedImages]:
         """All images that can be read, with their captions, in the shared space."""
@@ -228,7 +221,7 @@ def load_data(args: RetrievalArguments) -> RetrievalData:
     if source.damaged:
         raise ValueError(f"{source.where} is damaged: {source.damaged[0].detail}. Fetch or make it again.")
     flat_captions(captions)
-    return RetrievalData(source, captions, args.image_column)
+    return RetrievalData(source, captions)
 
 
 def evaluate(args: RetrievalArguments, pictures: bool = True) -> list[Record]:

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
 
 from capivara_common.cli import parse, run_command, user_errors
@@ -29,9 +30,9 @@ from capivara_common.links import Bounds
 from capivara_common.privacy import hide_paths
 from capivara_search.picture_files import find_pictures
 from capivara_search.show import printable
-from caption_data.embedding_cache import ImageRows, cache_folder
+from caption_data.embedding_cache import cache_folder
 from caption_data.rows import caption_texts
-from caption_data.sources import open_split
+from caption_data.sources import Split, open_split
 from eval.embeddings import EmbeddingStore
 from eval.retrieval import flat_captions
 from examples.prefix_captioner import (
@@ -80,20 +81,20 @@ def of_split(args: CaptionArguments, store: EmbeddingStore, split: str) -> Pictu
     source.check_columns([IMAGE_COLUMN, column])
     captions = [caption_texts(row.get(column), column) for row in source.rows(only=[column])]
     flat_captions(captions)
-    images = ImageRows(lambda row: source.row(row)[IMAGE_COLUMN], len(captions), source.files)
-    return _embedded(store, images, [f"{split}/{row}" for row in range(len(captions))], captions)
+    return _embedded(store, source, [f"{split}/{row}" for row in range(len(captions))], captions)
 
 
 def of_folder(folder: Path, store: EmbeddingStore) -> Pictures:
     """The pictures in a folder and all below, by their paths in it. Raises ValueError where there is none."""
     found, left_out = find_pictures([folder])
     paths, root = [Path(file.path) for file in found], folder.expanduser().absolute()
-    images = ImageRows(lambda row: {"bytes": None, "path": str(paths[row])}, len(paths), ImageFiles(Bounds(root)))
+    rows = Dataset.from_dict({IMAGE_COLUMN: [{"bytes": None, "path": str(path)} for path in paths]})
+    images = Split(str(folder), "", IMAGE_COLUMN, rows, ImageFiles(Bounds(root)))
     pictures = _embedded(store, images, [str(path.relative_to(root)) for path in paths], [[] for _ in paths])
     return Pictures(**vars(pictures) | {"skipped": pictures.skipped | {one.path: one.reason for one in left_out}})
 
 
-def _embedded(store: EmbeddingStore, images: ImageRows, names: list[str], captions: list[list[str]]) -> Pictures:
+def _embedded(store: EmbeddingStore, images: Split, names: list[str], captions: list[list[str]]) -> Pictures:
     found = store.images(images)
     rows = found.rows.tolist()
     skipped = {names[row]: why for row, why in found.skipped.items()}

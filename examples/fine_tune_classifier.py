@@ -92,7 +92,7 @@ class LabelledRows:
 
     def __init__(self, found: LabelledImages):
         self.found = found
-        decoded = found.images.decoded(range(found.images.count))
+        decoded = found.images.decoded(range(len(found.images)))
         self.rows = [row for row, image in decoded if not isinstance(image, BadImage)]
 
     def __len__(self) -> int:

@@ -20,9 +20,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import device_description, package_versions
 from capivara_common.files import read_json, whole_folder, write_json
-from caption_data.sources import load_embedded
 from eval import classification, linear_probe, prompts, retrieval
 from eval.records.schema import Record
+from examples.openmoji.dataset import load_embedded
 
 # Photographs of scikit-image that its wheel holds: function -> class in English, in Portuguese, gender and number.
 PHOTOS = {

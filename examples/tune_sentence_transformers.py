@@ -29,8 +29,8 @@ from capivara_common.cli import at_least, flag, parse, run_command, user_errors
 from capivara_common.environment import device_description, package_versions, require, resolve_precision
 from capivara_common.files import whole_folder, write_json, write_text
 from capivara_common.privacy import hide_paths
-from caption_data.sources import load_embedded
 from eval.retrieval import flat_captions
+from examples.openmoji.dataset import load_embedded
 from modeling_capivara.modeling_capivara import similarity_logits
 from training.trainable import clamp_logit_scale
 

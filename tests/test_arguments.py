@@ -57,6 +57,7 @@ def test_booleans_and_empty_values(tmp_path):
     [
         ("model: m\ndataset: d\nlearning_rat: 1\n", "`learning_rat`. Did you mean `learning_rate`"),
         ("model: m\ndataset: d\ntowers: text\n", r"run\.yaml: `towers` is gone: the image tower is always frozen"),
+        ("model: m\ndataset: d\naugmented_views: 0\n", "augmented_views 0 .* --image_embedding_cache off"),
         ("model: m\ndataset: d\nmax_steps: {a: 1}\n", "got a mapping"),
         ("- a\n- b\n", "must hold `key: value` lines"),
         ("a: [", "^[^\\n]* is not valid YAML[^\\n]*$"),

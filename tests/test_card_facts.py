@@ -15,7 +15,7 @@ from card_run import card_of, change, record_of, results_of, runs_of_seeds, spli
 from huggingface_hub import parse_eval_result_entries
 from huggingface_hub.utils import filter_repo_objects
 
-from capivara_common.files import write_json
+from capivara_common.files import RUN_MARKER, write_json
 from eval.report import read_folder
 from eval.suite import SuiteArguments, models_of
 from hub_upload.card import check, main, render, write_card
@@ -184,6 +184,9 @@ def test_an_unfinished_run_is_no_seed(tmp_path):
     assert not found.faults and not any(".partial" in name for name, _ in found.runs)
     suite = SuiteArguments(runs=[str(folder)])
     assert [Path(model["name"]).name for model in models_of(suite)] == ["seed-0", "seed-1", "seed-2"]
+    (partial / RUN_MARKER).touch()
+    with pytest.raises(ValueError, match=r"seed-3\.partial is an unfinished run\. Go on with it by --resume auto"):
+        card_facts(partial)
 
 
 def test_recall_at_each_width_has_a_table_of_its_own(run):

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 
 import training.checkpoints
+from capivara_common.files import RUN_MARKER
 from training.arguments import RunArguments
 from training.checkpoints import (
     FREE_SETTINGS,
@@ -24,8 +26,8 @@ from training.checkpoints import (
     check_finished_run,
     check_same_run,
     read_state,
+    run_folder,
 )
-from training.launch import MARKER, run_folder
 
 
 @pytest.fixture
@@ -86,24 +88,12 @@ def test_what_a_kill_left_is_no_checkpoint_and_is_removed(checkpoints, tmp_path)
     partial = tmp_path / "out.partial"
     checkpoints.folder = partial / "checkpoints"
     checkpoints.save(TrainerState(3))
-    (partial / MARKER).touch()
+    (partial / RUN_MARKER).touch()
     shutil.copytree(checkpoints.path(3), checkpoints.folder / "tmp-step-00000004")
     shutil.copytree(checkpoints.path(3), checkpoints.folder / "tmp-old-00000002")
-    (checkpoints.folder / "bad-batch-step-9.json").write_text("{}")
     assert checkpoints.steps() == [3]
     with run_folder(tmp_path / "out", RunArguments(model="m", dataset=["d"], resume="auto"), checkpoints.accelerator):
-        assert names(checkpoints) == ["bad-batch-step-9.json", "step-00000003"]
-
-
-def test_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(checkpoints, monkeypatch):
-    events = []
-    fsync, rename = training.checkpoints.os.fsync, Path.rename
-    monkeypatch.setattr(training.checkpoints.os, "fsync", lambda handle: (events.append("fsync"), fsync(handle)))
-    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append(Path(to).name), rename(path, to))[1])
-    checkpoints.save(TrainerState(1))
-    files = len(list(checkpoints.path(1).iterdir()))
-    assert files >= 5, "weights, optimiser, random states, trainer.json and digests"
-    assert events == ["fsync"] * (files + 1) + ["step-00000001", "fsync"]
+        assert names(checkpoints) == ["step-00000003"]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("x")])
@@ -149,18 +139,6 @@ def test_code_in_a_checkpoint_is_not_run(checkpoints, tmp_path, name, kind):
     assert proof.exists(), "the file would have run its code"
 
 
-@pytest.mark.parametrize("with_sums", [True, False])
-@pytest.mark.parametrize("name", ["optimizer.bin", "model.safetensors"])
-def test_a_damaged_checkpoint_is_named(checkpoints, name, with_sums):
-    checkpoints.save(TrainerState(1))
-    path = checkpoints.path(1) / name
-    path.write_bytes(path.read_bytes()[:-100])
-    if not with_sums:
-        (path.parent / SUMS).unlink()
-    with pytest.raises(ValueError, match=r"step-00000001 can't be loaded.*earlier"):
-        checkpoints.load(checkpoints.path(1), TrainerState())
-
-
 def flipped(path: Path, place: int, mask: int = 1) -> None:
     """Change a byte of a file in place; twice is not at all."""
     with path.open("r+b") as file:
@@ -204,60 +182,46 @@ def test_a_flipped_byte_is_not_loaded(checkpoints, name):
     assert all(torch.equal(tensor, before[key]) for key, tensor in checkpoints.model.state_dict().items())
 
 
-def test_a_file_that_is_gone_or_not_of_the_checkpoint_is_named(checkpoints):
+def not_listed(name: str) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        lines = (folder / SUMS).read_text().splitlines(True)
+        (folder / SUMS).write_text("".join(line for line in lines if not line.endswith(f"  {name}\n")))
+
+    return change
+
+
+def stray(name: str) -> Callable[[Path], object]:
+    return lambda folder: ((folder / name).parent.mkdir(exist_ok=True), (folder / name).write_text("of somebody"))
+
+
+def cut(name: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-100])
+
+
+CHANGES = [  # what is done to a folder, and the files that are named then; none where it is loaded all the same
+    *((cut(name), name) for name in ("model.safetensors", "optimizer.bin")),
+    *((not_listed(name), name) for name in ("model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE)),
+    (lambda folder: (folder / SUMS).unlink(), "model.safetensors, optimizer.bin"),
+    (lambda folder: (folder / "optimizer.bin").unlink(), "optimizer.bin"),
+    (stray("custom_checkpoint_0.pkl"), "custom_checkpoint_0.pkl"),  # it would be loaded
+    *((stray(name), "") for name in (".nfs0001", "trainer.json~", "model.safetensors.orig", "Thumbs.db", "sub/a.log")),
+]
+
+
+@pytest.mark.parametrize(("change", "named"), CHANGES)
+def test_a_changed_folder_is_named_unless_a_stray_file_is_not_loaded(checkpoints, change, named):
     checkpoints.save(TrainerState(1))
-    path = checkpoints.path(1) / "optimizer.bin"
-    content = path.read_bytes()
-    path.unlink()
-    with pytest.raises(ValueError, match=r"can't be loaded: optimizer\.bin or SHA256SUMS is not as"):
-        checkpoints.load(checkpoints.path(1), TrainerState())
-    path.write_bytes(content)
-    (path.parent / ".nfs0001").write_text("of a network disk")
-    checkpoints.load(checkpoints.path(1), TrainerState())
-    (path.parent / "custom_checkpoint_0.pkl").write_text("of somebody")
-    with pytest.raises(ValueError, match=r"can't be loaded: custom_checkpoint_0\.pkl or SHA256SUMS is not as"):
-        checkpoints.load(checkpoints.path(1), TrainerState())
-
-
-@pytest.mark.parametrize("stray", ["trainer.json~", "model.safetensors.orig", "notes.txt", "Thumbs.db", "sub/a.log"])
-def test_a_stray_file_that_is_not_loaded_is_no_damage(checkpoints, stray):
-    checkpoints.save(TrainerState(1))
-    folder = checkpoints.path(1)
-    (folder / stray).parent.mkdir(exist_ok=True)
-    (folder / stray).write_text("of somebody")
-    assert checkpoints.load(folder, TrainerState()) == TrainerState(1)
-    flipped(folder / STATE, 3)
-    with pytest.raises(ValueError, match=r"can't be loaded: trainer\.json or SHA256SUMS is not as"):
-        checkpoints.load(folder, TrainerState())
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", STATE])
-def test_a_file_that_is_loaded_must_be_listed(checkpoints, name):
-    checkpoints.save(TrainerState(1))
-    sums = checkpoints.path(1) / SUMS
-    sums.write_text("".join(line for line in sums.read_text().splitlines(True) if not line.endswith(f"  {name}\n")))
-    with pytest.raises(ValueError, match=rf"can't be loaded: {name} or SHA256SUMS"):
+    change(checkpoints.path(1))
+    if not named:
+        assert checkpoints.load(checkpoints.path(1), TrainerState()) == TrainerState(1)
+        return
+    with pytest.raises(ValueError, match=rf"step-00000001 can't be loaded: {named}.* or SHA256SUMS is not.*earlier"):
         checkpoints.load(checkpoints.path(1), TrainerState())
 
 
 def test_digests_can_be_checked_without_this_program(checkpoints):
     checkpoints.save(TrainerState(1))
     subprocess.run(["sha256sum", "--check", "--strict", SUMS], cwd=checkpoints.path(1), check=True, timeout=20)
-
-
-def test_a_checkpoint_without_digests_is_refused(checkpoints):
-    checkpoints.save(TrainerState(1))
-    (checkpoints.path(1) / SUMS).unlink()
-    with pytest.raises(ValueError, match=r"can't be loaded: model\.safetensors, .* or SHA256SUMS is not as"):
-        checkpoints.load(checkpoints.path(1), TrainerState())
-
-
-def test_nothing_is_loaded_with_pickles(checkpoints, monkeypatch):
-    checkpoints.save(TrainerState(1))
-    given, load = [], torch.load
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: (given.append(kwargs), load(*args, **kwargs))[1])
-    checkpoints.load(checkpoints.path(1), TrainerState())
-    assert len(given) == 2 and all(kwargs["weights_only"] is True for kwargs in given)
 
 
 STATES = ["", "[]", "{}", "null", "7", '{"step": "x"}', '{"step": true}', '{"step": 1.5}', '{"step"']
@@ -341,12 +305,3 @@ def test_a_finished_run_has_its_data_and_one_of_an_earlier_version_is_said_to_be
     with pytest.raises(ValueError, match=r"complete, by an earlier version[^\n]*its model lies there") as raised:
         check_finished_run(tmp_path, {"seed": 1}, {})
     assert "a876dd5" not in str(raised.value) and "overwrite" not in str(raised.value)
-
-
-def test_a_finished_run_has_the_share_that_it_was_interpolated_by(tmp_path):
-    for config, share in (({"interpolate": 0.7}, 0.7), ({}, 1.0)):
-        finished = {"config": config, "dataset_fingerprints": {}}
-        (tmp_path / "run.json").write_text(json.dumps(finished), encoding="utf-8")
-        check_finished_run(tmp_path, {"interpolate": share}, {})
-        with pytest.raises(ValueError, match=rf"interpolate {share}, not 0\.5\.[^\n]*python -m training\.interpolate"):
-            check_finished_run(tmp_path, {"interpolate": 0.5}, {})

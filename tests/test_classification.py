@@ -115,7 +115,7 @@ def test_metrics_of_a_data_set():
 def test_a_missing_split_names_its_flag_alone(tiny_folder, image_folder, tmp_path):
     (tmp_path / "splits").mkdir()
     image_folder.rename(tmp_path / "splits" / "train")
-    with pytest.raises(SystemExit, match=r"no split 'test'; there are \['train'\]. Name another split by --split.$"):
+    with pytest.raises(SystemExit, match=r"no split 'test'; there are \['train'\]\.$"):
         main(flags(tiny_folder, tmp_path / "splits", tmp_path / "r.json"))
 
 
@@ -165,7 +165,7 @@ def test_names_that_occur_twice_are_matched_in_their_order(image_folder, tmp_pat
 
 def test_images_of_classes_without_a_name_are_left_out(image_folder, tmp_path):
     images = load_images(str(image_folder), "test", CIFAR, indices=[3, 0])
-    assert sorted(images.labels) == [0] * 3 + [1] * 3 and images.images.count == 6
+    assert sorted(images.labels) == [0] * 3 + [1] * 3 and len(images.images) == 6
 
 
 @pytest.mark.parametrize("key", ["file_name", "image_file_name", "file_names"])
@@ -179,7 +179,7 @@ def test_a_file_outside_its_folder_that_a_list_names_is_not_opened(image_folder,
         path.write_text(json.dumps(row) if form == "jsonl" else f"{key},label\n{name},0\n", encoding="utf-8")
     PIL.Image.new("RGB", (40, 40)).save(image_folder.parent / "secret.png")
     if form == "csv":  # pictures are taken by their names
-        assert load_images(str(image_folder), "test", CIFAR).images.count == 30
+        assert len(load_images(str(image_folder), "test", CIFAR).images) == 30
         return
     (image_folder / "test").mkdir()
     path.rename(image_folder / "test" / path.name)
@@ -201,7 +201,7 @@ def test_links_out_of_the_folder_are_refused(image_folder, tmp_path, name):
     (tmp_path / "link").symlink_to(image_folder)
     (image_folder / name).unlink()
     (tmp_path / "elsewhere").rename(image_folder / name)
-    assert load_images(str(tmp_path / "link"), "test", CIFAR).images.count == 30
+    assert len(load_images(str(tmp_path / "link"), "test", CIFAR).images) == 30
 
 
 def test_clip_benchmarks_tars(tiny_folder, image_folder, tmp_path):

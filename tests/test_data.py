@@ -137,23 +137,30 @@ def test_rank_takes_a_data_set_without_generated_captions(tiny_dataset_folder, t
 OPT = str(Path(__file__).resolve().parent.parent / "configs" / "capivara_opt.yaml")
 
 
-def test_all_that_a_config_asks_of_the_data_is_told_at_once(tiny_dataset_folder, tmp_path):
+def test_what_a_config_asks_of_the_data_is_told_with_its_flags(tiny_dataset_folder, tmp_path):
     data = load_from_disk(tiny_dataset_folder)["train"]
     DatasetDict(train=data, validation=data.remove_columns("captions-pt")).save_to_disk(tmp_path / "mine")
-    args = parse_arguments(["--config", OPT, "--model", "m", "--dataset", str(tmp_path / "mine")], "")
-    with pytest.raises(ValueError) as caught:
-        open_splits(args)
-    train, validation, test, batch = str(caught.value).splitlines()
-    assert "split 'train' has no column 'similarities-pt'; there are ['image', " in train
-    assert "caption_strategy: rank needs it, --caption_strategy none" in train
-    assert "min_pair_similarity: 0.2 needs it, --min_pair_similarity null" in train
-    assert "split 'validation' has no column 'captions-pt'" in validation and "--caption_column" in validation
-    assert "no split 'test'" in test and "--evaluation_dataset" in test
-    assert "effective_batch_size (1000) takes 1000 pairs from a data set that has 12" in batch
+
+    def told(*flags: str) -> str:
+        with pytest.raises(ValueError) as caught:
+            asked = ["--config", OPT, "--model", "m", "--dataset", str(tmp_path / "mine"), *flags]
+            open_splits(parse_arguments(asked, ""))
+        return str(caught.value)
+
+    first = told()
+    assert "split 'train' has no column 'similarities-pt'; there are ['image', " in first
+    assert "--caption_strategy none --min_pair_similarity null do without" in first
+    without = ["--caption_strategy", "none", "--min_pair_similarity", "null"]
+    second = told(*without)
+    assert "split 'validation' has no column 'captions-pt'" in second and "--caption_column" in second
+    third = told(*without, "--validation_split", "train")
+    assert "no split 'test'" in third and "--evaluation_dataset" in third
+    fourth = told(*without, "--validation_split", "train", "--test_split", "train")
+    assert "effective_batch_size (1000) takes 1000 pairs from a data set that has 12" in fourth
 
 
 def test_a_data_set_that_is_none_is_told_in_sentences(monkeypatch):
-    """In one line, and the Hub is asked once, not once a split, and not again and again."""
+    """In one line, and the Hub is asked once."""
     asked = []
 
     def dataset_info(hub, name, **options):
@@ -161,10 +168,7 @@ def test_a_data_set_that_is_none_is_told_in_sentences(monkeypatch):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
-    named = (
-        r"--dataset and --train_split name the training data\. --evaluation_dataset[^\n]* name what is measured on\."
-    )
-    with pytest.raises(ValueError, match=rf"^no/such [^\n]*service not known\. {named}$"):
+    with pytest.raises(ValueError, match=r"^no/such [^\n]*service not known\. --dataset and --train_split name the"):
         open_splits(arguments("no/such"))
     assert asked == ["no/such"]
 
@@ -184,8 +188,12 @@ def test_what_a_config_asks_is_looked_for_in_every_form(tiny_dataset_folder, tmp
         lines = [json.dumps({"file_name": "a.png", **row}) for row in rows]
         (tmp_path / name / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     open_splits(arguments(tmp_path, effective_batch_size=12))  # no picture is opened: there is none
-    with pytest.raises(ValueError, match=r"^.*no column 'similarities-pt'.*\n.*takes 13 pairs .* has 12.*$"):
-        open_splits(arguments(tmp_path, effective_batch_size=13, min_pair_similarity=0.1))
+    for asked, message in (
+        ({"min_pair_similarity": 0.1}, "no column 'similarities-pt'"),
+        ({"effective_batch_size": 13}, "takes 13 pairs .* has 12"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_splits(arguments(tmp_path, **{"effective_batch_size": 12} | asked))
 
 
 def test_a_column_of_another_name(tiny_dataset_folder, tmp_path):

@@ -33,7 +33,7 @@ from capivara_common.links import Bounds
 from capivara_search import PictureIndex
 from capivara_search.picture_files import find_pictures
 from caption_data.labelled_images import load_images
-from caption_data.sources import load_embedded, open_split
+from caption_data.sources import open_split
 from captions.build import BuildArguments, build
 from captions.generate import main as generate
 from captions.score import main as score
@@ -41,6 +41,7 @@ from captions.select import main as select
 from eval.classification import main as classify
 from eval.report import main as report
 from eval.retrieval import main as retrieve
+from examples.openmoji.dataset import load_embedded
 from hub_upload.space.collection import picture_folder
 from hub_upload.space.publish_space import open_indexes, write_space
 from modeling_capivara import CapivaraModel

@@ -1,18 +1,15 @@
 """The recipe's optimiser, schedule and clamp."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from training.arguments import parse_arguments
 from training.trainable import (
-    PAPER_DISTANCE,
     build_optimizer,
     clamp_logit_scale,
     learning_rate_at,
-    will_not_learn,
 )
 
 
@@ -28,18 +25,6 @@ def test_schedule():
     assert learning_rate_at(500, args) == pytest.approx(5e-7)
     assert learning_rate_at((500 + 5863) / 2, args) == pytest.approx(3e-7)
     assert learning_rate_at(5863, args) == pytest.approx(1e-7)
-
-
-def test_steps_times_rate_that_change_nothing_are_told():
-    told = will_not_learn(arguments(max_steps=60, warmup_steps=5))  # the default rate, which is for 5863 steps
-    assert "60 steps" in told and "5e-07" in told and "--learning_rate to about 5e-05" in told
-    assert will_not_learn(arguments(max_steps=60, warmup_steps=5, learning_rate=5e-5)) is None
-    for name in ("capivara", "capivara_opt", "openmoji"):
-        config = Path(__file__).resolve().parent.parent / "configs" / f"{name}.yaml"
-        assert will_not_learn(parse_arguments(["--config", str(config), "--model", "m", "--dataset", "d"], "")) is None
-    paper = arguments()
-    distance = sum(learning_rate_at(step, paper) for step in range(paper.max_steps))
-    assert distance == pytest.approx(PAPER_DISTANCE, rel=0.01)
 
 
 @pytest.mark.parametrize(("name", "coupled"), [("adam", True), ("adamw", False)])

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from datasets import Dataset, Image, load_from_disk
 from tiny import TINY_TEXT, randomise, tiny_config
 
-import training.images
+import training.inputs
 from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import recall_at_k, retrieval_ranks
 from examples.openmoji import prepare
@@ -18,8 +18,7 @@ from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.two_towers import embed_texts
 from training.arguments import RunArguments
-from training.images import build_cache
-from training.inputs import cache_root, evaluation_pairs
+from training.inputs import build_cache, cache_root, evaluation_pairs
 
 
 def test_ridge_finds_the_pictures_of_its_captions(tiny_processor):
@@ -122,7 +121,7 @@ def test_a_run_finds_the_embeddings_of_the_pictures(tiny_folder, tiny_dataset_fo
         options = 4, 0, Accelerator(cpu=True, mixed_precision="no")
         made = build_cache(model, pairs, tmp_path / "cache", *options)
         with monkeypatch.context() as patch:
-            patch.setattr(training.images, "embed_pixels", lambda *_: pytest.fail("embedded again"))
+            patch.setattr(training.inputs, "embed_pixels", lambda *_: pytest.fail("embedded again"))
             found = build_cache(model, pairs, cache_root(args), *options)
         np.testing.assert_allclose(found.arrays[0], made.arrays[0], rtol=0, atol=1e-3)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import zlib
 from contextlib import contextmanager
@@ -27,11 +28,11 @@ def bad_rows() -> list[tuple[str, list[tuple[str, bytes]]]]:
     return [
         ("no image", [("a.json", b'{"captions-pt": ["x"]}')]),
         ("no image", [("b.jpg", b""), ("b.json", b'{"captions-pt": ["x"]}')]),
-        ("missing column", [("c.jpg", jpeg)]),
+        ("no caption", [("c.jpg", jpeg)]),
         ("no caption", [("d.jpg", jpeg), ("d.json", b'{"captions-en": ["x"]}')]),
-        ("missing column", [("e.jpg", jpeg), ("e.json", b'["captions-pt"]')]),
-        ("missing column", [("f.jpg", jpeg), ("f.json", b"[" * 100_000)]),
-        ("missing column", [("g.jpg", jpeg), ("g.json", b'{"captions-pt": ["' + b"x" * 1_000_000 + b'"]}')]),
+        ("no caption", [("e.jpg", jpeg), ("e.json", b'["captions-pt"]')]),
+        ("no caption", [("f.jpg", jpeg), ("f.json", b"[" * 100_000)]),
+        ("no caption", [("g.jpg", jpeg), ("g.json", b'{"captions-pt": ["' + b"x" * 1_000_000 + b'"]}')]),
         ("no caption", [("h.jpg", jpeg), ("h.json", b'{"captions-pt": []}')]),
         ("no caption", [("i.jpg", jpeg), ("i.json", b'{"captions-pt": null}')]),
         ("no caption", [("j.jpg", jpeg), ("j.json", b'{"captions-pt": [" ", "&nbsp;", null, 7]}')]),
@@ -175,7 +176,7 @@ def test_of_several_processes_one_makes_the_table(tmp_path, monkeypatch, decode)
         choose = lambda row, rank=rank: made.append(rank) or row["captions-pt"]  # noqa: E731
         table = pair_table(source, ["captions-pt"], choose, {"at": f"{tmp_path}"}, decode)
         assert usable(table)[:] == whole[:] and skipped_rows(table, source) == whole_skipped
-    assert waited == [0, 1, 2] and made == [0] * 6 and len(whole_skipped) == 3, "one row has no JSON object"
+    assert waited == [0, 1, 2] and made == [0] * 7 and len(whole_skipped) == 3, "one row has no captions"
 
 
 def test_a_table_is_made_anew_when_anything_has_changed(tmp_path):
@@ -238,6 +239,20 @@ def test_a_table_that_is_damaged_in_the_cache_is_made_anew(tmp_path, monkeypatch
     changed = data[:middle] + b"#" + data[middle + 1 :]
     file.write_bytes({"cut": data[:-200], "emptied": b"", "changed": changed}[damage])
     assert made() == whole and file.read_bytes() == data
+
+
+def test_tables_that_no_run_reads_any_more_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "cache_home", lambda: tmp_path / "cache")
+    source = open_split(tars_by_name(tmp_path / "data"), "train", "image")
+    made = lambda number: pair_table(source, ["captions-pt"], lambda row: row["captions-pt"], {"n": number})  # noqa: E731
+    for number in range(2):
+        made(number)
+    first, second = sorted((tmp_path / "cache" / "pairs").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    (first.parent / "tmpkilled").touch()
+    for path in first.parent.iterdir():
+        os.utime(path, (0, 0))
+    made(1)
+    assert list(first.parent.iterdir()) == [second], "the one that is in use stays"
 
 
 def test_a_column_that_holds_no_images_is_named(tmp_path):

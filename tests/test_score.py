@@ -13,9 +13,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 import modeling_capivara.two_towers
 from capivara_common.image_files import decode_image
 from caption_data.rows import CAPTIONS, SIMILARITIES
-from caption_data.sources import stage_record
 from captions.in_place import open_in_place
 from captions.score import ScoreArguments, main, score
+from captions.stages import stage_record
 from modeling_capivara.two_towers import load_embedder
 
 LONG = "uma foto de " + "gato " * 2000  # 10,000 letters

@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from capivara_common.image_files import decode_image, image_bytes, image_path
 from caption_data.sources import Split, open_split
+from captions.in_place import open_in_place
 
 
 def saved(folder):
@@ -227,8 +228,21 @@ def test_image_folder_faults(tmp_path):
     skipped = []
     assert len(table_of(open_split(str(tmp_path), "train", "image"), skipped)) == 1
     assert [(line.row, line.reason) for line in skipped] == [
-        (1, "unreadable image"), (2, "unreadable image"), (3, "no image"), (4, "missing column"), (5, "missing column"),
+        (1, "unreadable image"), (2, "unreadable image"), (3, "no image"), (4, "no caption"), (5, "no caption"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["saved", "parquet", "parquet in place"])
+def test_places_in_tars_are_no_images_of_another_data_set(tmp_path, form):
+    """The tars may have changed: another picture would be read, and nobody told."""
+    rows = open_split(tars_by_name(tmp_path), "train", "image").data
+    if form == "saved":
+        DatasetDict(train=rows).save_to_disk(tmp_path / "shards" / "copy")
+    else:
+        rows.to_parquet(tmp_path / "shards" / "copy" / "train.parquet")
+    opened = open_in_place if form == "parquet in place" else open_split
+    with pytest.raises(ValueError, match=r"'image' are places in tars, which may have changed.*Name the tars"):
+        opened(str(tmp_path / "shards" / "copy"), "train", "image")
 
 
 def test_an_image_of_a_tar_is_that_of_the_tar_that_was_named(tmp_path, monkeypatch):

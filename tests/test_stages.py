@@ -21,10 +21,10 @@ from test_sources import FORMS
 
 from capivara_common.image_files import BadRow
 from caption_data.rows import CAPTIONS, SIMILARITIES
-from caption_data.sources import open_split, stage_record
+from caption_data.sources import open_split
 from captions.in_place import open_in_place
 from captions.stage_arguments import ScoreArguments, StageArguments
-from captions.stages import RowStage, check_complete, finished_ranks, unfinished
+from captions.stages import RowStage, check_complete, finished_ranks, stage_record, unfinished
 
 ROOT = Path(__file__).resolve().parent.parent
 NUMBER = 40
@@ -214,11 +214,12 @@ def test_what_json_can_hold(tmp_path):
     members = [member for number, some in enumerate(fields) for member in sample(number, **some)]
     args = StageArguments(str(write_tar(tmp_path / "x.tar", members)), tmp_path / "out")
     report = run_stage(args, {}, {}, lambda rows: [{} for _ in rows])
-    assert report.skipped == {"no caption": 2}
+    assert not report.skipped
     rows = rows_of(tmp_path / "out")
-    assert [row["captions-pt"] for row in rows] == [["só um texto"], ["a?b", ""], []]
-    assert [row["url"] for row in rows] == ["u", None, None] and [row["width"] for row in rows] == [3, None, None]
-    assert [row["share"] for row in rows] == [1.0, 0.5, None] and [row["ok"] for row in rows] == [True, None, None]
+    assert [row["captions-pt"] for row in rows] == [["só um texto"], ["a?b", ""], [], [""], []]
+    assert [row["url"] for row in rows] == ["u", None, None, "u", None]
+    assert [row["width"] for row in rows] == [3, *[None] * 4] and [row["ok"] for row in rows] == [True, *[None] * 4]
+    assert [row["share"] for row in rows] == [1.0, 0.5, None, None, None]
     assert rows[1]["similarities-pt"] == [1.0, None] and rows[0]["key"] == "0" and "deep" not in rows[0]
 
 
@@ -344,7 +345,7 @@ def test_a_full_disk_leaves_whole_parts_and_the_command_goes_on(numbered, undist
 def test_an_unfinished_stage_is_no_data_set(numbered, tmp_path):
     run(numbered, tmp_path / "out", (1, 3))
     command = (
-        r"of its 40 rows, 26 are missing \(0 to 13, 28 to 39\).*python -m captions.stages "
+        r"26 rows are missing\..*python -m captions.stages "
         rf"--dataset {numbered} --output {tmp_path}/out --batch_rows 3 --rows_per_part 7"
     )
     for read in (check_complete, lambda out: open_split(str(out), "train", "image")):

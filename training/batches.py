@@ -119,8 +119,6 @@ class StepPlan:
     rows: np.ndarray  # (pairs,), its number there
     views: np.ndarray  # (pairs,), the view of its image
     batches: list[MicroBatch]  # all micro-batches, of all processes
-    tokens: int  # of the batch, padding left out
-    padding: float  # share of the tokens that are padding, 0 to 1
 
 
 @dataclass
@@ -150,6 +148,4 @@ class Planner:
             rows=rows,
             views=drawn_views(self.augmented_views, len(order), step, self.seed)[order],
             batches=batches,
-            tokens=sum(int(batch.attention_mask.sum()) for batch in batches),
-            padding=padding_share(batches),
         )

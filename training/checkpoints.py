@@ -1,4 +1,4 @@
-"""Checkpoints of a run: Accelerate writes its state into a temporary folder, which is renamed when it is whole.
+"""The folder that a run works in, and its checkpoints: Accelerate's state, in a folder that is renamed when whole.
 
 Digests of all files lie beside them and are compared before anything is loaded: a flipped byte is noticed. Accelerate
 loads safetensors, and the optimiser by `torch.load(weights_only=True)`. Its own `ProjectConfiguration` is not used: it
@@ -13,14 +13,31 @@ import logging
 import os
 import pickle
 import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 
-from capivara_common.files import read_json, write_bytes, write_json
+from capivara_common.environment import handle_signals
+from capivara_common.files import (
+    RUN_MARKER,
+    check_inputs_stay,
+    check_output_folder,
+    lock_folder,
+    next_numbered_folder,
+    partial_folder,
+    read_json,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+)
 from training.arguments import GONE, RunArguments
 
 BEFORE = "a876dd5"  # the last commit with settings of another step, whose checkpoints have other names, too
@@ -30,7 +47,7 @@ LOADED_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".json")  # what may b
 # Settings that may differ between a run and its continuation: they change no weight.
 FREE_SETTINGS = {
     *("output_dir", "overwrite_output_dir", "resume", "save_steps", "keep_last", "tracker", "carbon_country"),
-    *("loading_workers", "num_threads", "interpolate", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private"),
+    *("loading_workers", "num_threads", "push_to_hub", "hub_model_id", "hub_strategy", "hub_private"),
 }
 DEFAULTS = {known.name: known.default for known in fields(RunArguments)}  # what a run had before there was a setting
 logger = logging.getLogger("capivara")
@@ -91,9 +108,7 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 write_json(temporary / STATE, asdict(state))
                 write_bytes(temporary / SUMS, _sums(temporary))
-                _sync(*temporary.iterdir(), temporary)
                 temporary.rename(path)
-                _sync(self.folder)
                 for old in {*self.steps()[: -self.keep_last]} - {state.best_step}:
                     doomed = self.folder / f"tmp-old-{old:08d}"  # never a half-removed checkpoint under a good name
                     self.path(old).rename(doomed)
@@ -187,14 +202,95 @@ def check_finished_run(folder: Path, config: dict[str, Any], data: dict[str, str
             f"The training of the run in {folder} is complete, by an earlier version of the program, and its model "
             "lies there; there is nothing to go on with. Train another one at another --output_dir."
         )
-    state = TrainerState(config=finished["config"], data=finished["dataset_fingerprints"])
-    check_same_run(state, config, data, folder)
-    share, asked = (c.get("interpolate", DEFAULTS["interpolate"]) for c in (state.config, config))
-    if share != asked:  # it may differ while the training goes on: its weights are made at the end
+    check_same_run(TrainerState(config=finished["config"], data=finished["dataset_fingerprints"]), config, data, folder)
+
+
+def choose_output_dir(args: RunArguments, state: PartialState) -> Path:
+    """The output folder of the run, the same on all processes; nothing is written yet.
+
+    Raises ValueError where it is not empty, holds what the run reads, or an unfinished run lies beside it.
+    """
+    if args.output_dir is None:
+        name = f"{Path(args.dataset[0]).parent.name or 'capivara'}-{args.language}"
+        unfinished = sorted(Path("runs").glob(f"{name}-[0-9]*.partial")) if args.resume == "auto" else []
+        chosen = unfinished[-1].with_suffix("") if unfinished else next_numbered_folder(Path("runs"), name)
+        return broadcast_object_list([chosen])[0]
+    if state.is_main_process:
+        remove_leftovers(args.output_dir)  # before any process looks at what is there
+    state.wait_for_everyone()
+    if not is_complete(args, args.output_dir):
+        check_output_folder(args.output_dir, args.overwrite_output_dir)
+    if args.overwrite_output_dir:
+        needed = [args.model, args.evaluation_dataset, *args.dataset]
+        check_inputs_stay(args.output_dir, *needed, *(Path(name).parent for name in needed))  # that of `shards/*.tar`
+    partial = partial_folder(args.output_dir)
+    if args.resume is None and not args.overwrite_output_dir and can_resume(partial):
         raise ValueError(
-            f"The training of the run in {folder} is complete, with interpolate {share}, not {asked}. Give "
-            f"--interpolate {share} again, or make a model of other shares by `python -m training.interpolate`."
+            f"{partial} holds an unfinished run. Go on with it by --resume auto, or start anew with "
+            "--overwrite_output_dir."
         )
+    return args.output_dir
+
+
+def is_complete(args: RunArguments, output_dir: Path) -> bool:
+    """Whether `--resume auto` finds a complete run; one that is to replace it may be unfinished."""
+    return args.resume == "auto" and (output_dir / "run.json").is_file() and not partial_folder(output_dir).exists()
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether an unfinished run has left something that --resume can start from."""
+    return any(folder.glob("checkpoints/step-*")) or (folder / "run.json").is_file()
+
+
+@contextmanager
+def run_folder(output_dir: Path, args: RunArguments, accelerator: Accelerator) -> Iterator[Path]:
+    """The folder that a run works in, locked; it stays where it holds something to resume from.
+
+    Raises SystemExit, in one line, where the run was stopped or its numbers failed, ValueError where another process
+    works in it.
+    """
+    folder, lock = partial_folder(output_dir), None
+    try:
+        if accelerator.is_main_process:
+            lock = _locked(folder)
+            for left in [*folder.glob("checkpoints/tmp-*" if args.resume else "*")]:
+                if left.name != RUN_MARKER:
+                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+        accelerator.wait_for_everyone()
+        with handle_signals(_stop, signal.SIGTERM):
+            yield folder
+    except KeyboardInterrupt as stop:  # after a step, with its words; before, between and after the steps
+        number, message = stop.args or (signal.SIGINT, "Stopped.")
+        way_out = f"Go on with --resume auto --output_dir {output_dir}."
+        nothing = "Nothing was trained yet; run the same command again."
+        print(f"\n{message} {way_out if can_resume(folder) else nothing}", file=sys.stderr)
+        sys.exit(128 + number)
+    except (FloatingPointError, SafetensorError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if lock is not None:
+            if folder.exists() and not can_resume(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """The lock on the folder of a run, which is made where it is missing. ValueError where it is somebody else's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / RUN_MARKER).exists():
+        raise ValueError(f"{folder}, where the run would work, holds files of something else. Move them.")
+    (folder / RUN_MARKER).touch()
+    try:
+        return lock_folder(folder)
+    except BlockingIOError:
+        raise ValueError(
+            f"another process is at work in {folder}. Wait for it, or choose another output_dir."
+        ) from None
+
+
+def _stop(number: int, frame: object) -> None:
+    """End the work by SIGTERM as by Ctrl-C, temporary files removed; training steps handle both themselves."""
+    raise KeyboardInterrupt(number, "Stopped.")
 
 
 def _sums(folder: Path) -> bytes:
@@ -206,13 +302,3 @@ def _sums(folder: Path) -> bytes:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             lines.append(f"{digest}  {path.relative_to(folder).as_posix()}\n")
     return "".join(lines).encode()
-
-
-def _sync(*paths: Path) -> None:
-    """Write files and folders through to the disk, before a folder gets the name of a whole one."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -1,28 +1,108 @@
-"""What a run starts from, checked: data sets, model, processor, pairs and images; what is quick to fail comes first."""
+"""What a run starts from: data sets, model, pairs with their images; what is quick to fail comes first.
+
+A view of an image is the image as it is (`augmented_views` 1), one of V fixed augmentations (V over 1), or a fresh
+augmentation at every step (0), as in the paper. The frozen image tower's vectors of fixed views are made once.
+"""
 
 import copy
-from dataclasses import dataclass
+import hashlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
+import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from capivara_common.environment import cache_home
-from capivara_common.files import check_free_space
-from caption_data.pairs import check_bad_share, lacking, pair_table, skipped_rows, usable
-from caption_data.rows import Skipped
-from caption_data.selection import WITH_SIMILARITIES
-from caption_data.sources import NoSplit, Split, open_split
+from capivara_common.files import write_json
+from capivara_common.image_files import BadImage
+from capivara_common.tasks import all_parts
+from caption_data.embedding_cache import FILES_VERSION, EmbeddingCache
+from caption_data.pairs import check_bad_share, lacking, pair_table, pairs_fingerprint, skipped_rows, usable
+from caption_data.rows import Skipped, digest_of
+from caption_data.sources import Split, open_split
 from modeling_capivara import CapivaraModel, CapivaraProcessor
 from modeling_capivara.loading import load_model, load_processor, weights_digest
-from modeling_capivara.two_towers import embed_images
+from modeling_capivara.two_towers import embed_images, image_parts
 from training.arguments import RunArguments
 from training.batches import Planner, batch_counts
-from training.images import Pairs, build_cache, loading_workers
 from training.trainable import prepare_trainable
 
-COLUMN_NAMED = "--language, --eval_languages and --caption_column name it."
+PIXELS_VERSION = 1  # raise it when preprocessing or augmentation changes what an image becomes
+AUGMENTATION = {"resize": 250, "crop": 224, "scale": [0.9, 1.0], "augmix_severity": 2}  # arXiv 2310.13683, section 4
+SHARD_ROWS = 2048  # images of one file of the cache: what a kill can lose
+logger = logging.getLogger("capivara")
+OF_TRAINING = (
+    "--dataset and --train_split name the training data, --image_column, --caption_column and --language its columns; "
+    "--caption_strategy none --min_pair_similarity null do without similarities."
+)
+OF_MEASURING = (
+    "--evaluation_dataset, --validation_split and --test_split name what is measured on, --image_column, "
+    "--caption_column, --language and --eval_languages its columns."
+)
 Splits = dict[tuple[str, str], Split]  # data set and split -> the rows
+
+
+@dataclass
+class Pairs:
+    """The usable pairs of one split of one data set, as a sequence of their images."""
+
+    source: Split
+    table: Dataset  # `row`, `digest` and `captions` of each pair
+    processor: CapivaraProcessor
+    augmented_views: int = 1  # see the module's text
+    seed: int = 0  # of the augmentation
+    cache: EmbeddingCache | None = None  # vectors of the images (images, views, width), float16
+    cache_rows: np.ndarray | None = None  # (pairs,), the row of each in the cache
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, pair: int) -> PIL.Image.Image:
+        """The image of a pair, decoded. Raises BadImage where it can't be used."""
+        return self.source.image(self.table[pair]["row"])
+
+    def captions(self) -> list[list[str]]:
+        """The captions of each image."""
+        return self.table["captions"][:]
+
+    def pixels(self, pair: int, view: int) -> Tensor:
+        """(3, height, width) of a pair's image in a view. Raises BadImage where it or the processor refuses the image.
+
+        An augmentation depends on the image's digest, not on its pair, whose number changes with the rows left out.
+        """
+        image = self[pair]
+        try:
+            if self.augmented_views != 1:
+                image = self.processor.image_processor.process_image(image)  # 16 bits to 8; PIL would clip them
+                image = augmented(image, random_state(self.seed, int(self.table[pair]["digest"], 16), view))
+            return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+        except ValueError as error:
+            raise BadImage("unreadable image", str(error)) from error
+
+    def vector(self, pair: int, view: int) -> np.ndarray:
+        """(width,), float16: of a view of a pair's image, from the cache."""
+        shard, row = divmod(self.cache_rows[pair], SHARD_ROWS)
+        return self.cache.arrays[shard][row, view]
+
+    def with_cache(self, cache: EmbeddingCache) -> tuple["Pairs", list[Skipped]]:
+        """The pairs whose image has a vector in a cache of these, and the rows of the others."""
+        good, source = np.setdiff1d(np.arange(len(self)), sorted(cache.bad)), self.source
+        bad = [(self.table[pair]["row"], *cache.bad[pair]) for pair in sorted(cache.bad)]
+        table = self.table.select(good) if bad else self.table
+        kept = replace(self, table=table, cache=cache, cache_rows=good)
+        return kept, [Skipped(source.name, source.split, *line) for line in bad]
 
 
 @dataclass
@@ -32,7 +112,6 @@ class Inputs:
     base: CapivaraModel  # the model before training
     processor: CapivaraProcessor
     training: list[Pairs]  # the usable pairs of each data set
-    counts: list[int]  # pairs of a batch from each
     validation: Pairs  # that choices are made on
     validation_embeds: Tensor  # (images, width) by the frozen image tower
     test: dict[str, Pairs]  # language -> the split of the final table
@@ -43,41 +122,33 @@ class Inputs:
     def planner(self, args: RunArguments) -> Planner:
         """What draws the batches of a run."""
         captions = [pairs.table["captions"] for pairs in self.training]
+        counts = batch_counts(args.effective_batch_size, list(map(len, self.training)))
         # A copy: it plans in a thread, and a tokenizer remembers padding and length from its last call.
         processor = copy.deepcopy(self.processor)
-        return Planner(captions, self.counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
+        return Planner(captions, counts, processor, args.micro_batch_size, args.augmented_views, args.seed)
 
     def fingerprints(self, args: RunArguments) -> dict[str, str]:
         """Name of a data set and split -> digest of its images and captions."""
-        named = {f"{pairs.source.name} {args.train_split}": pairs for pairs in self.training}
-        named[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation
-        named |= {f"{args.evaluation_dataset} {args.test_split} {code}": pairs for code, pairs in self.test.items()}
-        return {"base model": self.base_digest} | {name: pairs.fingerprint for name, pairs in named.items()}
+        tables = {f"{pairs.source.name} {args.train_split}": pairs.table for pairs in self.training}
+        tables[f"{args.evaluation_dataset} {args.validation_split}"] = self.validation.table
+        tables |= {f"{args.evaluation_dataset} {args.test_split} {code}": of.table for code, of in self.test.items()}
+        return {"base model": self.base_digest} | {name: pairs_fingerprint(table) for name, table in tables.items()}
 
 
-def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) -> Inputs:
-    """Everything a run needs.
-
-    Raises:
-        ValueError: anything is missing or bad, the batch exceeds the pairs, or LoRA's names match nothing.
-        OSError: the disk has too little space.
-    """
+def load_inputs(args: RunArguments, accelerator: Accelerator) -> Inputs:
+    """Everything a run needs. Raises ValueError where anything is missing or bad, or too little for a batch."""
     splits, root = open_splits(args), cache_root(args)  # before a model is loaded
     processor = load_processor(args.model)
     base = load_model(args.model)
-    trial = load_model(args.model)
-    prepare_trainable(trial, args)  # its names match, before any long work
-    check_free_space(output_dir, _bytes_of_run(args, trial))
-    del trial
+    prepare_trainable(load_model(args.model), args)  # its names match, before any long work
     base.to(accelerator.device).eval()
     measured = [splits[args.evaluation_dataset, name] for name in (args.validation_split, args.test_split)]
     validation = evaluation_pairs(args, measured[0], [args.language], processor)[args.language]
     test = evaluation_pairs(args, measured[1], args.eval_languages, processor)
     training, skipped = training_pairs(args, splits, processor)
     rows = sum(map(len, training)) + len(skipped)
-    listed = output_dir.with_name(f"{output_dir.name}.skipped.jsonl")  # beside the output folder
-    check_bad_share(skipped, rows, args.max_bad_share, listed)
-    batch_counts(args.effective_batch_size, list(map(len, training)))
+    check_bad_share(skipped, rows, args.max_bad_share)
+    batch_counts(args.effective_batch_size, list(map(len, training)))  # before the vectors are made
 
     def cached(pairs: Pairs) -> tuple[Pairs, list[Skipped]]:
         """With the vectors of their images; the rows that have none."""
@@ -89,15 +160,14 @@ def load_inputs(args: RunArguments, accelerator: Accelerator, output_dir: Path) 
     else:
         training, bad = zip(*map(cached, training), strict=True)
         skipped += [line for lines in bad for line in lines]
-        check_bad_share(skipped, rows, args.max_bad_share, listed)
+        check_bad_share(skipped, rows, args.max_bad_share)
         validation, bad = cached(validation)
         _refuse_bad(validation.source, bad)
-        vectors = validation.vectors(range(len(validation)), [0] * len(validation))
+        vectors = torch.from_numpy(np.concatenate(validation.cache.arrays)[:, 0].astype(np.float32))
     return Inputs(
         base=base,
         processor=processor,
         training=list(training),
-        counts=batch_counts(args.effective_batch_size, list(map(len, training))),
         validation=validation,
         validation_embeds=vectors,
         test=test,
@@ -111,51 +181,30 @@ def open_splits(args: RunArguments) -> Splits:
     """All splits that the settings ask for, each opened once; no image is read.
 
     Raises:
-        ValueError: a data set, split or column is missing, or there are fewer rows than a batch takes. All of it is
-            told at once, a line each, with the setting that asks for it and the flag that does without.
+        ValueError: a data set, split or column is missing, or there are fewer rows than a batch takes. The flags that
+            name it, or do without, are told.
     """
-    named = "--dataset and --train_split name the training data."
-    asked = [(name, args.train_split, _columns_of_training(args), named) for name in args.dataset]
-    named = "--evaluation_dataset, --validation_split and --test_split name what is measured on."
-    for split, languages in {args.validation_split: [args.language], args.test_split: args.eval_languages}.items():
-        columns = [([caption_column(args, code)], f"{COLUMN_NAMED} {named}") for code in languages]
-        asked.append((args.evaluation_dataset, split, columns, named))
+    asked = [(name, args.train_split, _training_columns(args), OF_TRAINING) for name in args.dataset]
+    measured = [(args.validation_split, args.language), *((args.test_split, code) for code in args.eval_languages)]
+    asked += [(args.evaluation_dataset, split, [caption_column(args, c)], OF_MEASURING) for split, c in measured]
     splits: Splits = {}
-    faults: dict[str, list[str]] = {}  # what is missing -> which settings ask for it, and the way out
-    missing: dict[str, ValueError] = {}  # data set -> why it can't be opened at all: the Hub is asked for it once
-    for dataset, split, columns, named in asked:
+    for dataset, split, columns, flags in asked:
         try:
-            if dataset in missing:
-                raise missing[dataset]
-            found = splits[dataset, split] = open_split(dataset, split, args.image_column, **args.limits())
+            if (dataset, split) not in splits:
+                splits[dataset, split] = open_split(dataset, split, args.image_column, **args.limits())
+            found = splits[dataset, split]
+            found.check_columns([args.image_column, *lacking(columns, found.columns)])
         except ValueError as error:
-            missing |= {} if isinstance(error, NoSplit) else {dataset: error}
-            faults.setdefault(f"{str(error).rstrip('.')}.", []).append(named)
-            continue
-        for names, reason in [([args.image_column], "--image_column names another one."), *columns]:
-            if absent := lacking(names, found.columns):
-                fault = f"{found.where} has no column {' or '.join(map(repr, absent))}; there are {found.columns}."
-                faults.setdefault(fault, []).append(reason)
-    try:
-        trained = [splits.get((name, args.train_split)) for name in args.dataset]
-        batch_counts(args.effective_batch_size, list(map(len, trained)) if None not in trained else [])
-    except ValueError as error:
-        faults[str(error)] = []
-    if faults:
-        raise ValueError("\n".join(" ".join([fault, *dict.fromkeys(reasons)]) for fault, reasons in faults.items()))
+            raise ValueError(f"{str(error).rstrip('.')}. {flags}") from error
+    batch_counts(args.effective_batch_size, [len(splits[name, args.train_split]) for name in args.dataset])
     return splits
 
 
-def _columns_of_training(args: RunArguments) -> list[tuple[list[str], str]]:
-    """Columns of the training data, each with the setting that asks for it and the flag that does without."""
-    similarities = [f"similarities-{args.language}"]
-    captions = [name for name in args.columns_of(args.language)[1:] if name not in similarities]
-    columns, strategy = [([caption_column(args, args.language), *captions], COLUMN_NAMED)], args.caption_strategy
-    if strategy in WITH_SIMILARITIES:
-        columns.append((similarities, f"caption_strategy: {strategy} needs it, --caption_strategy none turns it off."))
-    if (least := args.min_pair_similarity) is not None:
-        columns.append((similarities, f"min_pair_similarity: {least:g} needs it, --min_pair_similarity null does not."))
-    return columns
+def _training_columns(args: RunArguments) -> list[str]:
+    """Columns that the captions of a pair are chosen by."""
+    _, *others = args.columns_of(args.language)
+    similarities = [] if args.min_pair_similarity is None else [f"similarities-{args.language}"]
+    return list(dict.fromkeys([caption_column(args, args.language), *others, *similarities]))
 
 
 def training_pairs(
@@ -165,7 +214,7 @@ def training_pairs(
 
     Without a cache, which finds them, images whose pixels are damaged are found here: a step can't do without one.
     """
-    columns = [name for names, _ in _columns_of_training(args) for name in names]
+    columns = _training_columns(args)
     column, own = caption_column(args, args.language), f"captions-{args.language}"
     choice = ("caption_strategy", "caption_count", "min_similarity", "min_pair_similarity")
     settings = {name: getattr(args, name) for name in ("language", "caption_column", *choice)}
@@ -174,7 +223,7 @@ def training_pairs(
         split = splits[name, args.train_split]
         decode = args.image_embedding_cache == "off"
         choose = lambda row: args.chosen(row | {own: row[column]}, args.language)  # noqa: E731
-        table = pair_table(split, list(dict.fromkeys(columns)), choose, settings, decode)
+        table = pair_table(split, columns, choose, settings, decode)
         found.append(Pairs(split, usable(table), processor, args.augmented_views, args.seed))
         skipped += skipped_rows(table, split)
     return found, skipped
@@ -228,9 +277,146 @@ def _refuse_bad(split: Split, bad: list[Skipped]) -> None:
         )
 
 
-def _bytes_of_run(args: RunArguments, model: CapivaraModel) -> int:
-    """Disk that the models of a run take, and its checkpoints: weights and Adam's two moments, one in the making."""
-    weights = sum(p.nbytes for p in model.parameters())
-    moments = 2 * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    checkpoints = args.keep_last + 2 if args.max_steps > args.save_steps else 0
-    return weights + checkpoints * (weights + moments)
+def cached_embeds(training: list[Pairs], sources: np.ndarray, pairs: np.ndarray, views: np.ndarray) -> Tensor:
+    """(pairs, width), float32: data set of `training`, pair and view of each; only with caches."""
+    vectors = [training[number].vector(*item) for number, *item in zip(sources, pairs, views, strict=True)]
+    return torch.from_numpy(np.stack(vectors).astype(np.float32))
+
+
+def pixel_batches(training: list[Pairs], items: Iterable[list[tuple[int, int, int]]], workers: int) -> Iterator[Tensor]:
+    """(images, 3, height, width) for each list of data set, pair and view, read ahead by `workers` processes.
+
+    Raises BadImage, with the row, where an image has changed since it was checked.
+    """
+    items, asked = itertools.tee(items)
+    for batch, pixels in zip(asked, read_ahead(training, items, workers), strict=True):
+        for (number, pair, _), one in zip(batch, pixels, strict=True):
+            if isinstance(one, BadImage):
+                source, table = training[number].source, training[number].table
+                raise BadImage(one.reason, f"{source.where}, row {table[int(pair)]['row']}: {one.detail}")
+        yield torch.stack(pixels)
+
+
+@dataclass
+class _Views:
+    """The views of images, as what a `DataLoader` reads; a bad one as a result, since exceptions lose what they say."""
+
+    training: list[Pairs]
+
+    def __getitem__(self, item: tuple[int, int, int]) -> Tensor | BadImage:
+        number, pair, view = map(int, item)
+        try:
+            return self.training[number].pixels(pair, view)
+        except BadImage as bad:
+            return bad
+
+
+def read_ahead(
+    training: list[Pairs], items: Iterable[list[tuple[int, int, int]]], workers: int
+) -> Iterator[list[Tensor | BadImage]]:
+    """The pixels, or what is wrong with the image, for each list of data set, pair and view, by `workers` processes."""
+    # A fork would inherit torch's threads, and can hang.
+    ahead = {"multiprocessing_context": "spawn", "prefetch_factor": 4} if workers else {}
+    return iter(DataLoader(_Views(training), batch_sampler=items, num_workers=workers, collate_fn=list, **ahead))
+
+
+def loading_workers(args: RunArguments, accelerator: Accelerator) -> int:
+    """Processes that decode images: as asked for, else none beside a CPU that computes, up to 12 beside a GPU."""
+    if args.loading_workers is not None:
+        return args.loading_workers
+    return 0 if accelerator.device.type == "cpu" else min(12, os.cpu_count() or 1)
+
+
+def random_state(*numbers: int) -> int:
+    """A seed that depends on all `numbers`, each at least 0, and on nothing else."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def augmented(image: PIL.Image.Image, state: int) -> PIL.Image.Image:
+    """The recipe's augmentation: 250 pixels, a crop of 90 to 100 % to 224 pixels, AugMix of severity 2.
+
+    Source: CAPIVARA (arXiv 2310.13683), section 4; the draws are a function of `state`.
+    """
+    from torchvision.transforms import v2 as transforms
+
+    torch.manual_seed(state)
+    bicubic = transforms.InterpolationMode.BICUBIC
+    image = transforms.Resize(AUGMENTATION["resize"], bicubic)(image.convert("RGB"))
+    image = transforms.RandomResizedCrop(AUGMENTATION["crop"], AUGMENTATION["scale"], interpolation=bicubic)(image)
+    return transforms.AugMix(severity=AUGMENTATION["augmix_severity"])(image)
+
+
+@torch.no_grad()
+def embed_pixels(model: CapivaraModel, pixels: Tensor, accelerator: Accelerator) -> Tensor:
+    """(images, width), unit length, float32, on the device: in the precision of the run."""
+    with accelerator.autocast():
+        parts = image_parts(pixels, accelerator.device)
+        return torch.cat([model(pixel_values=part).image_embeds.float() for part in parts])
+
+
+def image_cache(model: CapivaraModel, pairs: Pairs, root: Path, precision: str) -> EmbeddingCache:
+    """Where the vectors of a data set lie: in a folder under `root` that is named after all that they depend on.
+
+    The model's image tower is frozen and in evaluation mode; `precision` is as Accelerate names it.
+    """
+    images = hashlib.blake2b(digest_size=16)
+    for chunk in pairs.table.select_columns(["digest"]).iter(10_000):
+        images.update("".join(chunk["digest"]).encode())
+    parts = {
+        "version": PIXELS_VERSION,
+        "files": FILES_VERSION,
+        "tower_weights": weights_digest(model, ("vision_model.", "visual_projection.")),
+        "tower_config": hashlib.blake2b(model.config.vision_config.to_json_string().encode()).hexdigest()[:32],
+        "preprocessing": json.loads(pairs.processor.image_processor.to_json_string()),
+        "augmented_views": pairs.augmented_views,
+        "augmentation": None if pairs.augmented_views == 1 else AUGMENTATION | {"torchvision": version("torchvision")},
+        "seed": pairs.seed,
+        "precision": precision,
+        "images": images.hexdigest(),
+    }
+    cache = EmbeddingCache(root / digest_of(parts, sort_keys=True), all_parts(len(pairs), SHARD_ROWS))
+    if not (cache.folder / "cache.json").exists():
+        write_json(cache.folder / "cache.json", parts)
+    return cache
+
+
+def build_cache(
+    model: CapivaraModel, pairs: Pairs, root: Path, batch_size: int, workers: int, accelerator: Accelerator
+) -> EmbeddingCache:
+    """The cache (pairs, views, width) of a data set, float16: all processes make what is missing of it."""
+    cache = image_cache(model, pairs, root, accelerator.mixed_precision)
+    views, width = row = (pairs.augmented_views, model.config.projection_dim)
+    missing = cache.missing()
+    if missing and accelerator.is_main_process:
+        size = len(pairs) * views * width * 2 / 1e6
+        logger.info(f"Image-embedding cache: {len(pairs):,} images x {views} views, {size:,.1f} MB in {cache.folder}.")
+
+    def batches_of(part: range) -> list[list[tuple[int, int, int]]]:
+        items = [(0, pair, view) for pair in part for view in range(views)]
+        return [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+
+    def embedded(numbers: list[int]) -> Iterator[tuple[np.ndarray, list[tuple[int, tuple[str, str]]]]]:
+        own = [cache.parts[number] for number in numbers]
+        # One set of workers for all shards: opening them anew costs seconds.
+        ahead = read_ahead([pairs], (batch for part in own for batch in batches_of(part)), workers)
+        bar = {"desc": f"Images, {pairs.source.where}", "unit": "image", "disable": not accelerator.is_main_process}
+        with tqdm(total=sum(map(len, own)), **bar) as progress:
+            for part in own:
+                embeds, bad = np.full((len(part), *row), np.nan, dtype=np.float16), {}
+                for batch in batches_of(part):
+                    good = []
+                    for (_, pair, view), image in zip(batch, next(ahead), strict=True):
+                        if isinstance(image, BadImage):
+                            bad[pair - part.start] = image.reason, image.detail
+                        else:
+                            good.append((pair - part.start, view, image))
+                    if good:
+                        places, numbers_of_views, images = map(list, zip(*good, strict=True))
+                        vectors = embed_pixels(model, torch.stack(images), accelerator)
+                        embeds[places, numbers_of_views] = vectors.half().cpu().numpy()
+                    progress.update(len(batch) / views)
+                yield embeds, sorted(bad.items())
+
+    cache.make(missing, embedded)
+    cache.open(mapped=True)
+    return cache

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from capivara_common.environment import handle_signals, used_memory
-from capivara_common.files import write_json
 from eval.retrieval import embed_captions, validation_measures
 from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 from training.batches import MicroBatch, StepPlan
 from training.checkpoints import Checkpoints, TrainerState
-from training.images import cached_embeds, embed_pixels, loading_workers, pixel_batches
-from training.inputs import Inputs
+from training.inputs import Inputs, cached_embeds, embed_pixels, loading_workers, pixel_batches
 from training.trainable import build_optimizer, clamp_logit_scale, learning_rate_at
 from training.whole_batch import WholeBatch
 
@@ -43,8 +41,7 @@ class Trainer:
     wrapped: nn.Module  # what is trained: the model, or peft's wrapper around it
     checkpoints: Checkpoints  # of the run, with its device, precision and processes
     state: TrainerState  # where the run is
-    # called on the main process with the number of a step whose checkpoint was written
-    after_checkpoint: Callable[[int], object] | None = None
+    after_checkpoint: Callable[[int], object] | None = None  # on the main process, with the step of a new checkpoint
     overflows: int = field(default=0, init=False)  # in a row, of fp16
 
     def train(self, resume: Path | None = None) -> TrainerState:
@@ -52,7 +49,7 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: SIGTERM or Ctrl-C, by its number and what to say; a checkpoint is written.
-            FloatingPointError: loss or gradient is not finite; the batch is written beside the checkpoints.
+            FloatingPointError: loss or gradient is not finite; the step is named.
             OSError: a checkpoint can't be written; earlier ones are whole.
         """
         args, accelerator = self.args, self.checkpoints.accelerator
@@ -84,7 +81,8 @@ class Trainer:
                     bar.update(size)
                     self._after_step(point)
                 except FloatingPointError as error:
-                    raise FloatingPointError(f"{error} {self._save_batch(plan)}") from error
+                    way_out = "Lower the learning rate or use --mixed_precision no."
+                    raise FloatingPointError(f"Step {plan.step + 1}: {error} {way_out}") from error
                 if self.received:
                     accelerator.set_trigger()
                 if accelerator.check_trigger():  # of any process: all stop after the same step
@@ -123,9 +121,7 @@ class Trainer:
             "learning_rate": learning_rate,
             "logit_scale": self.model.logit_scale.item(),
             "gradient_norm": norm,
-            "padding_share": plan.padding,
             "pairs_per_second": len(plan.rows) / seconds,
-            "tokens_per_second": plan.tokens / seconds,
             "data_share_of_time": waited / seconds,
             "memory_bytes": used_memory(self.accelerator.device),
         }
@@ -162,7 +158,7 @@ class Trainer:
             try:
                 point["validation"] = measures = self._measured()
             except ValueError as error:  # of numbers: the same measurement was taken before the first step
-                raise FloatingPointError(f"After step {state.step}: {error}") from error
+                raise FloatingPointError(str(error)) from error
             recall = statistics.mean(value for name, value in measures.items() if name != "loss")
             if checkpointed and (state.best_recall is None or recall > state.best_recall):
                 state.best_step, state.best_recall, due = state.step, recall, True
@@ -217,13 +213,3 @@ class Trainer:
             split = self.model.eval(), inputs.processor, inputs.validation.captions(), inputs.validation_embeds
             measures = [validation_measures(embed_captions(*split), self.model.logit_scale)]
         return broadcast_object_list(measures)[0]
-
-    def _save_batch(self, plan: StepPlan) -> str:
-        """Write the pairs of a step that failed; returns a sentence with the path and what to do."""
-        path = self.checkpoints.folder / f"bad-batch-step-{plan.step + 1}.json"
-        if self.accelerator.is_main_process:
-            texts = [t for batch in plan.batches for t in self.inputs.processor.batch_decode(batch.input_ids)]
-            drawn = zip(plan.sources.tolist(), plan.rows.tolist(), plan.views.tolist(), texts, strict=True)
-            rows = [{"data_set": self.args.dataset[s], "pair": p, "view": v, "tokens": text} for s, p, v, text in drawn]
-            write_json(path, {"step": plan.step + 1, "seed": self.args.seed, "pairs": rows})
-        return f"Its batch is in {path}. Lower the learning rate or use --mixed_precision no, and look at the batch."

@@ -8,14 +8,11 @@ weights, as `rotation.safetensors`: vectors of the model before are turned by `s
 another one then: an index made before is made anew, or turned.
 """
 
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -24,7 +21,7 @@ from transformers.utils import cached_file
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import check_output_folder, whole_folder, write_bytes
-from capivara_common.image_files import BadImage, decode_image
+from capivara_common.image_files import BadImage
 from caption_data.sources import open_split
 from modeling_capivara import CapivaraModel
 from modeling_capivara.configuration_capivara import checked_widths
@@ -59,17 +56,14 @@ def main(argv: list[str] | None = None) -> None:
     model.config.matryoshka_dims = checked_widths(args.dims, width) or None
     source = open_split(args.dataset, args.split, args.image_column)
     source.check_columns([args.image_column])
-
-    def pictures() -> Iterator[PIL.Image.Image]:  # decoded one by one: all at once would be many gigabytes
-        for row in np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64).tolist():
-            with suppress(BadImage):
-                yield decode_image(source.row(row)[source.image_column], source.files)
-
-    some = pictures()
-    first = list(islice(some, width + 1))
-    if len(first) <= width:
-        raise ValueError(f"{source.where} has {len(first)} usable images, {width} axes are asked of them. Give more.")
-    rotation = principal_rotation(embed_images(model, processor, chain(first, some), progress="Images"))
+    rows = np.linspace(0, len(source) - 1, min(len(source), ROTATION_IMAGES)).astype(np.int64)
+    source.data = source.data.select(rows)
+    good = (image for _, image in source.decoded(range(len(source))) if not isinstance(image, BadImage))
+    first = list(islice(good, 1))
+    embeds = embed_images(model, processor, chain(first, good), progress="Images") if first else torch.empty(0)
+    if len(embeds) <= width:
+        raise ValueError(f"{source.where} has {len(embeds)} usable images, {width} axes are asked of them. Give more.")
+    rotation = principal_rotation(embeds)
     rotate_(model, rotation)
     with whole_folder(args.output) as folder:
         model.save_pretrained(folder)

@@ -11,9 +11,6 @@ from modeling_capivara import CapivaraModel
 from training.arguments import RunArguments
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP (arXiv 2103.00020), section 2.5: logits are scaled by 100 at most
-# Sum of the learning rates of the published 5863 steps (arXiv 2310.13683); their mean is that of floor and top.
-PAPER_DISTANCE = 5863 * (1e-7 + 5e-7) / 2
-LEAST_SHARE = 0.1  # of it; a run of less gets a warning
 BETAS = (0.9, 0.98)  # of Adam, in every recipe of arXiv 2310.13683
 WHOLE = ["text_projection"]  # what is trained as a whole beside adapters, as in arXiv 2310.13683
 # What a run states beside its settings, under the names that it had when these were settings.
@@ -108,22 +105,6 @@ def learning_rate_at(step: int, args: RunArguments) -> float:
         return low + (high - low) * step / args.warmup_steps
     progress = (step - args.warmup_steps) / max(args.max_steps - args.warmup_steps, 1)
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def will_not_learn(args: RunArguments) -> str | None:
-    """The warning for a run whose steps times rate are too few to change the model; None for any other.
-
-    Adam's step is about the learning rate, whatever the gradient: their sum is how far a run can move a weight.
-    """
-    distance = sum(learning_rate_at(step, args) for step in range(args.max_steps))
-    share = distance / PAPER_DISTANCE
-    if share >= LEAST_SHARE:
-        return None
-    return (
-        f"{args.max_steps} steps with a learning_rate of at most {args.learning_rate:g} move a weight by "
-        f"{distance:.1g} at most, {100 * share:.1g} % of what the published recipe does: the model will hardly change. "
-        f"For so few steps set --learning_rate to about {args.learning_rate / share:.0e}, or give more --max_steps."
-    )
 
 
 @torch.no_grad()

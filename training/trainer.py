@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from training.batches import MicroBatch
-from training.images import embed_pixels
+from training.inputs import embed_pixels
 from training.whole_batch import WholeBatch
 
 NEEDED = ("input_ids", "attention_mask", "pixel_values")

@@ -16,10 +16,10 @@ from datasets import DatasetDict
 
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.files import whole_folder, write_text
-from caption_data.sources import load_embedded
 from captions.build import BuildArguments, ManualStepRequired, build, read_plan
 from captions.select import REPORT
 from captions.tsv import escape, unescape
+from examples.openmoji.dataset import load_embedded
 
 
 @dataclass

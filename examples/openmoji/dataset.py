@@ -10,11 +10,13 @@ import io
 from importlib.metadata import version
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from tqdm.auto import tqdm
 
 from capivara_common.files import whole_folder, write_text
+from caption_data.sources import load_saved
 from examples.openmoji.concepts import (
     MAX_HELD_OUT_PICTURES,
     Picture,
@@ -82,6 +84,19 @@ either language, and with those whose names differ only by a number or a word of
 concepts; concepts of more than {max_held_out} pictures are in training. Flags of countries and regions, and skin tones,
 are left out.
 """
+
+
+def load_embedded(folder: Path) -> DatasetDict:
+    """A saved data set with all images in its tables, so that `datasets` may decode and copy them: it opens any path.
+
+    Raises ValueError as `load_saved`, and where an image is a path alone.
+    """
+    data = load_saved(folder)
+    for name, split in data.items():
+        for column in [column for column, feature in split.features.items() if isinstance(feature, Image)]:
+            if outside := pc.struct_field(split.data.column(column), "bytes").null_count:
+                raise ValueError(f"{folder}, split {name!r}: {outside} of its images lie outside of its tables.")
+    return data
 
 
 def build_dataset(seed: int = 0) -> DatasetDict:

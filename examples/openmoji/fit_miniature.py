@@ -24,9 +24,9 @@ from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import package_versions
 from capivara_common.files import write_bytes
 from capivara_search.miniature_encoders import load_image_classifier
-from caption_data.sources import load_embedded
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
 from eval.prompts import load_prompts
+from examples.openmoji.dataset import load_embedded
 from examples.openmoji.prepare import joined_encoders, pooled_output, ridge_projections
 from examples.openmoji.proxies import photographs
 from modeling_capivara import clip_loss

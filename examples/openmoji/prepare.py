@@ -34,17 +34,16 @@ from capivara_common.files import (
     write_text,
 )
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_text_encoder
-from caption_data.sources import load_embedded, open_split
+from caption_data.sources import open_split
 from eval.capivara_metrics.metrics import mean_recall, retrieval_ranks
-from examples.openmoji.dataset import build_dataset, save_dataset
+from examples.openmoji.dataset import build_dataset, load_embedded, save_dataset
 from modeling_capivara import CapivaraConfig, CapivaraImageProcessor, CapivaraModel, CapivaraProcessor, clip_loss
 from modeling_capivara.loading import load_model, load_processor
 from modeling_capivara.trim_vocabulary import cut_tokenizer, kept_ids
 from modeling_capivara.two_towers import CPU_IMAGES, embed_texts, image_parts
 from training.arguments import RunArguments
 from training.batches import batch_indices, drawn_captions, micro_batches
-from training.images import write_cache
-from training.inputs import cache_root, evaluation_pairs
+from training.inputs import cache_root, evaluation_pairs, image_cache
 from training.trainable import clamp_logit_scale
 from training.whole_batch import word_rows
 
@@ -232,7 +231,9 @@ def keep_embeddings(dataset_dir: Path, model_dir: Path, features: dict[str, Tens
         with torch.no_grad():
             parts = pooled.split(CPU_IMAGES)  # as a run embeds them: the bits depend on it
             embeds = torch.cat([F.normalize(model.visual_projection(part), dim=-1) for part in parts])
-        write_cache(model, pairs, cache_root(args), "no", embeds)
+        cache = image_cache(model, pairs, cache_root(args), "no")
+        for number, part in enumerate(cache.parts):
+            cache.write(number, embeds[part.start : part.stop, None].half().numpy(), [])
 
 
 @torch.inference_mode()

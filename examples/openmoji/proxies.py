@@ -30,11 +30,10 @@ from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from capivara_common.cli import flag, parse, run_command, user_errors
 from capivara_common.environment import require
 from capivara_common.files import read_json, whole_folder, write_text
-from caption_data.sources import load_embedded
 from eval.prompts import load_prompts
 from eval.records.tables import escape_markdown
 from examples.openmoji.concepts import demo_package, natural_text
-from examples.openmoji.dataset import IMAGE_SIZE, drawn_png
+from examples.openmoji.dataset import IMAGE_SIZE, drawn_png, load_embedded
 from examples.openmoji.lexicon import wordnet_pairs
 from examples.real_images import PHOTOS, photo
 
