@@ -13,14 +13,12 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.recipe_measures import Measures
-from benchmarks.recipe_tables import REFERENCE
 from benchmarks.timing import RESULTS, ROOT, conditions
 from capivara_common.cli import flag, parse, read_config, run_command, unknown, user_errors
 from capivara_common.files import read_json, write_json, write_text
@@ -31,11 +29,8 @@ from modeling_capivara import CapivaraModel
 from modeling_capivara.loading import load_model
 from training.trainable import interpolate_weights
 
-COMPARED = (
-    "openmoji/",
-    "twemoji/",
-    "noto/",
-)  # conditions that get an interval; the others are too small, or shown plain
+REFERENCE, OURS = "paper", "interpolate-0.7"  # what all are compared with; what configs/openmoji_plus.yaml has
+COMPARED = ("openmoji/", "twemoji/", "noto/")  # conditions that get an interval; the others are too small
 
 
 @dataclass
@@ -131,7 +126,7 @@ class Runner:
         """A model, trained where it is not yet, and the seconds of training and test that are in it."""
         run = self.trained(self.variants[variant.of] if variant.of else variant, seed)
         model = load_model(run)
-        interpolate_weights(model, self.base(), variant.share)
+        interpolate_weights(model, load_model(self.args.base).state_dict(), variant.share)
         return model, sum(read_json(run / "run.json")["seconds"].values())
 
     def trained(self, variant: Variant, seed: str) -> Path:
@@ -163,10 +158,6 @@ class Runner:
         parts = [source.flags, variant.share, read_config(self.args.config), self.measures.base_digest]
         return self.args.work / f"{variant.name}-{digest_of([str(parts)])[:8]}"
 
-    def base(self) -> dict[str, torch.Tensor]:
-        """The base's weights."""
-        return _state(self.args.base)
-
     def rows(self) -> list[dict[str, Any]]:
         """A row a variant that has been run, after that of the base; hits of single queries stay in the work folder."""
         path = self.args.work / "base.json"
@@ -195,14 +186,10 @@ class Runner:
         if not all(sides):
             return {}
         keys = [key for key in sides[0][0]["hits"] if key.startswith(COMPARED)]
-        return {
-            key: _bootstrap(*(_mean_hits([one["hits"][key] for one in side]) for side in sides), self.groups(key))
-            for key in keys
+        hits = {
+            key: [torch.tensor([one["hits"][key] for one in side]).double().mean(0) for side in sides] for key in keys
         }
-
-    def groups(self, key: str) -> tuple[int, ...]:
-        """As `Measures.groups`."""
-        return tuple(self.measures.groups(key).tolist())
+        return {key: paired_bootstrap(*hits[key], self.measures.groups(key)) for key in keys}
 
 
 def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -214,20 +201,6 @@ def summary(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "drift": [one["drift"] for one in found.values()],
         "values": {key: [sum(one["hits"][key]) / len(one["hits"][key]) for one in found.values()] for key in keys},
     }
-
-
-def _mean_hits(hits: list[list[float]]) -> tuple[float, ...]:
-    return tuple(torch.tensor(hits, dtype=torch.double).mean(dim=0).tolist())
-
-
-@cache  # the results are written after every variant
-def _bootstrap(*sides: tuple) -> tuple[float, float, float]:
-    return paired_bootstrap(*map(torch.tensor, sides))
-
-
-@cache
-def _state(folder: str) -> dict[str, torch.Tensor]:
-    return load_model(folder).state_dict()
 
 
 @user_errors

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -22,7 +21,6 @@ from datasets import Image, Value
 from huggingface_hub import DatasetCard
 from sampling import one_in
 
-from benchmarks import captions_selection
 from capivara_common.executors import TasksFailed, Work
 from capivara_common.executors import _executor as local_executor
 from caption_data.rows import CAPTIONS, SIMILARITIES
@@ -587,27 +585,6 @@ def test_the_papers_configs_are_whole(language, tmp_path):
 def test_another_language_by_a_flag(language, tmp_path):
     plan = read_plan(ROOT / "configs" / "captions_hi.yaml", dataset="d", output=tmp_path, language=language)
     assert {step.args.language for step in plan.steps["train"] if hasattr(step.args, "language")} == {language}
-
-
-@pytest.mark.slow
-def test_the_comparison_of_selected_and_all_captions(config, tmp_path, tiny_folder):
-    changed(config, select={"caption_strategy": "rank", "min_pair_similarity": 0.0})
-    build(BuildArguments(config))
-    (tmp_path / "train.yaml").write_text(f"model: {tiny_folder}\nlanguage: xh\nvalidation_split: test\n")
-    flags = ["--effective_batch_size", "4", "--micro_batch_size", "4", "--max_steps", "2", "--warmup_steps", "0"]
-    work = ["--work", str(tmp_path / "runs"), "--output", str(tmp_path / "result.json"), "--runs", "2"]
-    built = ["--built", str(tmp_path / "built"), "--config", str(tmp_path / "train.yaml")]
-    captions_selection.main([*built, *work, *flags, "--num_threads", "1"])
-    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
-    images = result["selection"]["images"]
-    assert images["kept"] > 3 and images["kept"] + images["not chosen"] == 11
-    for name in ("selected", "all"):
-        trained = [r for r in result[name]["recalls"] if r["model"] == "capivara"]
-        assert {(r["direction"], r["seed"]) for r in trained} == {
-            (direction, seed) for direction in ("text_to_image", "image_to_text") for seed in (0, 1)
-        }
-    table = captions_selection.selection_table(result)
-    assert f"| xh | selected captions | {images['kept']} |" in table and " ± " in table
 
 
 @pytest.mark.slow

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from immich_reader import ODD_TEXTS, LayoutReader, ServiceReader, is_cropped_beside, pictures
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 from tiny import TINY_TEXT, randomise, tiny_config, tiny_tokenizer
 
-from benchmarks.captions_pt import benchmark_captions
-from benchmarks.immich_service import ODD_TEXTS, LayoutReader, is_cropped_beside, pictures
+from benchmarks.train_step import benchmark_captions
 from capivara_common import environment
 from capivara_search.miniature_encoders import IMAGE_MEAN, IMAGE_STD, load_image_encoder, load_tokenizer
 from hub_upload import immich
@@ -264,14 +264,18 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(source, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("immich") / "capivara"
+    """In the cache of a service of Immich, where IMMICH_CACHE names one."""
+    cache = os.environ.get("IMMICH_CACHE")
+    folder = Path(cache) / "clip" / BASE_NAME if cache else tmp_path_factory.mktemp("immich") / "capivara"
     export_alone(ExportArguments(source, folder, formats="immich"), ["immich"])
     return folder
 
 
 @pytest.fixture(scope="module")
 def reader(exported):
-    return LayoutReader(exported)
+    """Of the layout as published; or Immich's own service, where IMMICH_URL has one that reads IMMICH_CACHE."""
+    url = os.environ.get("IMMICH_URL")
+    return ServiceReader(url, exported) if url else LayoutReader(exported)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@
     accelerate launch train_accelerate.py --config configs/openmoji.yaml --dataset data/openmoji/captions/dataset
 
 What a person does between the two runs of `captions.build`, translating the tables, is done here with the Portuguese
-Unicode names of the same emoji. The second command trains on what was selected; `python -m
-benchmarks.captions_selection` trains on the selected captions and on all of them, and compares.
+Unicode names of the same emoji. The second command trains on what was selected.
 """
 
 import logging
