@@ -43,7 +43,9 @@ def build_openmoji(args: OpenMojiCaptionsArguments) -> Path:
     english = Path(next(iter(plan.steps.values()))[0].args.dataset)
     if not english.exists():
         with whole_folder(english) as folder:
-            _english(source).save_to_disk(folder)
+            # Without English aliases, too: Unicode has no Portuguese ones to translate them by.
+            official = source.remove_columns(["captions-pt"])
+            official.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names").save_to_disk(folder)
     try:
         return build(BuildArguments(args.config))
     except ManualStepRequired:
@@ -61,19 +63,9 @@ def fill_tables(tables: list[Path], source: DatasetDict) -> None:
     for table in tables:
         if table.is_file():
             head, *lines = table.read_text(encoding="utf-8").splitlines()
-            filled = [_filled(line, portuguese) for line in lines]
+            cells = (line.split("\t")[:2] for line in lines)
+            filled = [f"{name}\t{sentence}\t{escape(portuguese[unescape(sentence)])}" for name, sentence in cells]
             write_text(table, "\n".join([head, *filled]) + "\n")
-
-
-def _english(source: DatasetDict) -> DatasetDict:
-    """Without Portuguese, and without English aliases: Unicode has no Portuguese ones to translate them by."""
-    official = source.remove_columns(["captions-pt"])
-    return official.map(lambda row: {"captions-en": row["captions-en"][:1]}, desc="English names")
-
-
-def _filled(line: str, portuguese: dict[str, str]) -> str:
-    name, sentence, _ = line.split("\t")
-    return f"{name}\t{sentence}\t{escape(portuguese[unescape(sentence)])}"
 
 
 @user_errors
