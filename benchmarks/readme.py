@@ -64,10 +64,10 @@ def template() -> Template:
         lstrip_blocks=True,
         extensions=["jinja2.ext.do"],
     )
-    environment.filters |= {"fixed": fixed, "median": statistics.median, "mean": statistics.mean, "percent": percent}
-    environment.filters["points"] = points
-    names = (results, versions, demo_table, real_image_rows, median_ratio, zip)
-    environment.globals |= {function.__name__: function for function in names}
+    environment.filters |= {"fixed": fixed, "percent": percent, "points": points}
+    environment.filters |= {"median": statistics.median, "mean": statistics.mean}
+    environment.globals |= {"results": results, "versions": versions, "median_ratio": median_ratio, "zip": zip}
+    environment.globals |= {"demo_table": demo_table, "real_image_rows": real_image_rows}
     return environment.get_template("tables.md.j2")
 
 

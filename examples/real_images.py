@@ -138,34 +138,28 @@ def concepts(openmoji: str) -> tuple[DatasetDict, dict]:
 
 def measure(args: RealImagesArguments, model: str, role: str) -> list[Record]:
     """All tasks of one model; a result file each."""
-    records = []
+    records, shared = [], {"role": role, "device": args.device}
     for language in ("pt", "en"):
-        records += retrieval.evaluate(
-            retrieval.RetrievalArguments(
-                model, args.openmoji, args.output / f"openmoji-{language}-{role}.json", role=role, language=language,
-                device=args.device,
-            )
-        )  # fmt: skip
+        output = args.output / f"openmoji-{language}-{role}.json"
+        task = retrieval.RetrievalArguments(model, args.openmoji, output, language=language, **shared)
+        records += retrieval.evaluate(task)
     for name in ("concepts", "digits", "photos", "babel"):
-        folder, output = args.data / name, args.output / f"{name}-{role}.json"
+        classes, images = str(args.data / name / "classes.json"), str(args.data / name / "data")
+        output = args.output / f"{name}-{role}.json"
         records += classification.evaluate(
-            classification.ClassificationArguments(
-                model, str(folder / "classes.json"), str(folder / "data"), output, role=role, device=args.device
-            )
+            classification.ClassificationArguments(model, classes, images, output, **shared)
         )
     return records
 
 
 def probe(args: RealImagesArguments) -> list[Record]:
     """Linear probe on the digits; the image tower is frozen in training, so that one model stands for both."""
-    folder, records = args.data / "digits", []
+    classes, images = str(args.data / "digits" / "classes.json"), str(args.data / "digits" / "data")
+    records, shared = [], {"role": "baseline", "device": args.device}
     for name, shots in (("full", []), ("few", [1, 2, 4, 8, 16])):
-        records += linear_probe.evaluate(
-            linear_probe.LinearProbeArguments(
-                args.baseline, str(folder / "classes.json"), str(folder / "data"),
-                args.output / f"digits-probe-{name}.json", role="baseline", device=args.device, shots=shots,
-            )
-        )  # fmt: skip
+        output = args.output / f"digits-probe-{name}.json"
+        task = linear_probe.LinearProbeArguments(args.baseline, classes, images, output, shots=shots, **shared)
+        records += linear_probe.evaluate(task)
     return records
 
 

@@ -52,7 +52,7 @@ def test_a_changed_digit_is_noticed_and_a_new_commit_shown(monkeypatch, tmp_path
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(TEXTS[name].replace("| 4.31 |", "| 9.31 |"), encoding="utf-8")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
-    with pytest.raises(SystemExit, match="docs/benchmarks.md is not what benchmarks/results says"):
+    with pytest.raises(SystemExit, match=r"docs/benchmarks\.md is not what benchmarks/results says"):
         readme.main(["--check"])
     readme.main([])
     assert all((tmp_path / name).read_text(encoding="utf-8") == TEXTS[name] for name in readme.pages())
