@@ -1,4 +1,4 @@
-"""The index at a thousand to a million pictures, beside faiss and sentence-transformers, and photographs a second.
+"""The index at a thousand to a million pictures, beside faiss, and photographs a second.
 
     python -m benchmarks.search
     python -m benchmarks.search --sizes 1000 10000 --parts index peers --output /tmp/search.json
@@ -40,10 +40,9 @@ ROWS_AT_ONCE = 100_000
 ADDED = (1, 1000)  # pictures
 REDUCED = 40  # photographs that are decoded at two sizes
 QUERY_WORDS = ("um gato dormindo", "cachorro correndo na praia", "bolo de aniversário", "pôr do sol", "rua à noite")
-PACKAGES = ("lancedb", "faiss-cpu", "sentence-transformers")
-PEERS = ("faiss_flat", "faiss_ivfpq", "semantic_search")
+PACKAGES, PEERS = ("lancedb", "faiss-cpu"), ("faiss_flat", "faiss_ivfpq")
 LISTS, CODES, PROBES = 4096, 64, 64  # of faiss's IVF-PQ, as its guidelines have them for a million
-Worker = Literal["fill", "index", "faiss_flat", "faiss_ivfpq", "semantic_search"]
+Worker = Literal["fill", "index", "faiss_flat", "faiss_ivfpq"]
 
 
 @dataclass
@@ -99,8 +98,7 @@ def peers_part(args: SearchArguments) -> dict[str, Any]:
     for name in tqdm(PEERS, desc="Peers", unit="program"):
         (args.work / f"{name}.faiss").unlink(missing_ok=True)
         peers[name] = own(args, name, rows)
-        if name.startswith("faiss"):  # built in one process, searched in another, whose memory is that of searching
-            peers[name] |= own(args, name, rows)
+        peers[name] |= own(args, name, rows)  # searched in another process, whose memory is that of searching
     return {"peers": peers, "peer_rows": rows}
 
 
@@ -328,35 +326,11 @@ def faiss_peer(args: SearchArguments) -> dict[str, Any]:
     return measured | {"memory_bytes": peak_memory_bytes()}
 
 
-def semantic_search_peer(args: SearchArguments) -> dict[str, Any]:
-    """`sentence_transformers.util.semantic_search`, on the vectors in memory."""
-    import torch
-    from sentence_transformers.util import semantic_search
-
-    vectors = torch.from_numpy(load_vectors(args).astype(np.float32))
-    queries, nearest = answers(args.work, args.rows)
-    found: list[list[int]] = []
-
-    def search(query: np.ndarray) -> None:
-        hits = semantic_search(torch.from_numpy(query[None]), vectors, top_k=K, corpus_chunk_size=500_000)[0]
-        found.append([hit["corpus_id"] for hit in hits])
-
-    timed = times(search, queries)
-    return {
-        "vector_ms": timed,
-        "recall": recall(found[-QUERIES:], nearest.tolist()),
-        "built_s": 0.0,
-        "bytes": vectors.numel() * 4,  # it keeps nothing; as float32
-        "memory_bytes": peak_memory_bytes(),
-    }
-
-
 WORKERS: dict[str, Callable[[SearchArguments], dict[str, Any]]] = {
     "fill": fill,
     "index": search_index,
     "faiss_flat": faiss_peer,
     "faiss_ivfpq": faiss_peer,
-    "semantic_search": semantic_search_peer,
 }
 
 if __name__ == "__main__":

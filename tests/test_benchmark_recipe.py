@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from benchmarks import recipe
-from benchmarks.recipe_measures import DRAWINGS, NAMES, SETS
+from benchmarks.recipe import DRAWINGS, NAMES, SETS
 from eval.capivara_metrics.metrics import paired_bootstrap
 
 VARIANTS = """
