@@ -285,7 +285,7 @@ def test_translations_are_in_step(page):
 
 
 @pytest.mark.parametrize(
-    "change", [("## 3. Tr", "### 3. Tr"), ("0.2\n", "0.3\n"), ("8,5 GB", "9 GB"), ("--runs 3", "")]
+    "change", [("## 3. Tr", "### 3. Tr"), ("0.2\n", "0.3\n"), ("8,5 GB", "9 GB"), ("--dry_run", "")]
 )
 def test_a_translation_out_of_step_is_noticed(change):
     text = TEXTS["docs/seu_idioma.md"]
